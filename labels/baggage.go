@@ -1,0 +1,35 @@
+package labels
+
+import (
+	"context"
+
+	"go.opentelemetry.io/otel/baggage"
+)
+
+// FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits: those with these keys,
+// or all when no key is given; nil when there are none. Keys are case-sensitive; properties of members are ignored.
+// Members named like a header with credentials never become labels; see the package documentation.
+//
+// Baggage travels with requests: unless a gateway strips it, its values are whatever a peer says.
+func FromBaggage(ctx context.Context, keys ...string) map[string]string {
+	bag := baggage.FromContext(ctx)
+	if bag.Len() == 0 {
+		return nil
+	}
+	m := make(map[string]string, bag.Len())
+	add := func(member baggage.Member) {
+		// A member that is missing has no key. The value is decoded already; doing so twice is bug A23.
+		if key := member.Key(); key != "" && !denied(key) {
+			m[key] = member.Value()
+		}
+	}
+	if len(keys) == 0 {
+		for _, member := range bag.Members() {
+			add(member)
+		}
+	}
+	for _, key := range keys {
+		add(bag.Member(key))
+	}
+	return repair(m)
+}

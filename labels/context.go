@@ -1,0 +1,87 @@
+package labels
+
+import (
+	"context"
+	"maps"
+)
+
+type contextKey struct{}
+
+// layers is what a context carries. It is never changed, and stored as a pointer without a String method, so that a
+// printed context shows its type and address at most.
+type layers struct {
+	explicit, transport map[string]string
+	err                 error // the first problem of With
+}
+
+func layersOf(ctx context.Context) layers {
+	if l, ok := ctx.Value(contextKey{}).(*layers); ok {
+		return *l
+	}
+	return layers{}
+}
+
+// With returns a context whose flows have a label of this key and value, and one for each further pair in more. They
+// win over everything but Params.Labels; a later pair wins over an earlier one with the same key, and so does a later
+// With.
+//
+// A label beyond the limits, a last key without its value, and more than [MaxLabels] labels in all make every flow
+// that starts with the context, or one derived from it, Invalid: the first such problem is kept, whatever later calls
+// add.
+func With(ctx context.Context, key, value string, more ...string) context.Context {
+	next := layersOf(ctx)
+	explicit := make(map[string]string, len(next.explicit)+1+len(more)/2)
+	maps.Copy(explicit, next.explicit)
+	next.explicit = explicit
+
+	next.add(key, value)
+	for len(more) >= 2 {
+		next.add(more[0], more[1])
+		more = more[2:]
+	}
+	if len(more) == 1 {
+		next.fail(labelError(more[0], "no value"))
+	}
+	if len(explicit) > MaxLabels {
+		next.fail(Check(explicit))
+	}
+	return context.WithValue(ctx, contextKey{}, &next)
+}
+
+func (l *layers) add(key, value string) {
+	if err := checkLabel(key, value); err != nil {
+		l.fail(err)
+		return
+	}
+	l.explicit[key] = value
+}
+
+func (l *layers) fail(err error) {
+	if l.err == nil {
+		l.err = err
+	}
+}
+
+// WithTransport returns a context whose flows have the labels in m, which come from a peer: everything but client
+// defaults wins over them. A later call wins over an earlier one for each key. Labels beyond the limits are repaired
+// or dropped, never an error: bad keys go, values become valid UTF-8 and are cut, and of more than [MaxLabels] those
+// with the smallest keys stay.
+func WithTransport(ctx context.Context, m map[string]string) context.Context {
+	if len(m) == 0 {
+		return ctx
+	}
+	next := layersOf(ctx)
+	transport := make(map[string]string, len(next.transport)+len(m))
+	maps.Copy(transport, next.transport)
+	maps.Copy(transport, m)
+	next.transport = repair(transport)
+	return context.WithValue(ctx, contextKey{}, &next)
+}
+
+// FromContext returns the labels that [With] and [WithTransport] put into ctx, and the first problem of With; nils when
+// there are none. The labels that were in order are returned beside an error too. The maps are shared with every
+// holder of ctx and must not be changed. It allocates nothing.
+func FromContext(ctx context.Context) (explicit, transport map[string]string, err error) {
+	l := layersOf(ctx)
+	return l.explicit, l.transport, l.err
+}

@@ -1,0 +1,123 @@
+// Package labels says where the labels of a flow come from, and how long and how many they may be.
+//
+// A label is a key and a value that policies match, limit and prioritise by. The labels of a flow are merged from five
+// layers; for each key the last layer that has it wins:
+//
+//	layer               set by                                       controlled by    beyond the limits
+//	1 client defaults   an option of the client                      the application  the client is refused
+//	2 transport         WithTransport (FromRequest, FromMetadata)    the peer         repaired or dropped
+//	3 baggage           FromBaggage, in clients that opted in        the peer         repaired or dropped
+//	4 labels.With       With                                         the application  the flow is Invalid
+//	5 Params.Labels     whoever starts the flow                      the application  the flow is Invalid
+//
+// So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
+// that decides what a caller is allowed belongs in layer 4 or 5.
+//
+// Headers and metadata become labels only when they are listed. Authorization, Proxy-Authorization, Cookie, Set-Cookie
+// and X-Api-Key never do, listed or not, written with "-" or "_", and neither do baggage members of these names.
+//
+// All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. They keep no map or
+// slice that they are given, and the contexts that they return show no label when printed.
+package labels
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// What a flow may carry. Keys are not empty; keys and values are valid UTF-8.
+const (
+	MaxLabels   = 64   // Labels of one flow.
+	MaxKeyLen   = 255  // Bytes of a key.
+	MaxValueLen = 4096 // Bytes of a value, which may be empty.
+)
+
+// Check returns what is wrong with labels that the application sets: nil when nothing is. Otherwise it is that they are
+// too many, or the problem of the smallest bad key. The error shows that key, cut short when it is long, and never a
+// value. Labels in order cost no allocation.
+func Check(m map[string]string) error {
+	if len(m) > MaxLabels {
+		return fmt.Errorf("%d labels are more than %d", len(m), MaxLabels)
+	}
+	var first error
+	var firstKey string
+	for key, value := range m {
+		if first != nil && key > firstKey {
+			continue
+		}
+		if err := checkLabel(key, value); err != nil {
+			first, firstKey = err, key
+		}
+	}
+	return first
+}
+
+func checkLabel(key, value string) error {
+	switch {
+	case key == "":
+		return labelError(key, "empty key")
+	case len(key) > MaxKeyLen:
+		return labelError(key, fmt.Sprintf("key longer than %d bytes", MaxKeyLen))
+	case !utf8.ValidString(key):
+		return labelError(key, "key is not valid UTF-8")
+	case len(value) > MaxValueLen:
+		return labelError(key, fmt.Sprintf("value longer than %d bytes", MaxValueLen))
+	case !utf8.ValidString(value):
+		return labelError(key, "value is not valid UTF-8")
+	}
+	return nil
+}
+
+func labelError(key, problem string) error {
+	const shown = 64 // bytes of a key; enough to find it, and a log line stays a line
+	if short := cut(key, shown); short != key {
+		return fmt.Errorf("label %q…: %s", short, problem)
+	}
+	return fmt.Errorf("label %q: %s", key, problem)
+}
+
+// repair makes labels that a peer controls fit the limits, in place: it drops those with a bad key, replaces what is
+// not UTF-8 in values and cuts them, and keeps the MaxLabels smallest keys. It returns m, or nil when nothing is left.
+func repair(m map[string]string) map[string]string {
+	for key, value := range m {
+		switch err := checkLabel(key, ""); {
+		case err != nil:
+			delete(m, key)
+		case len(value) > MaxValueLen || !utf8.ValidString(value):
+			m[key] = cut(strings.ToValidUTF8(value, "\uFFFD"), MaxValueLen)
+		}
+	}
+	if len(m) > MaxLabels {
+		for _, key := range slices.Sorted(maps.Keys(m))[MaxLabels:] {
+			delete(m, key)
+		}
+	}
+	if len(m) == 0 {
+		return nil
+	}
+	return m
+}
+
+// cut returns the longest prefix of s that has at most n bytes and splits no rune.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
+
+// denied reports whether a header, metadata key or baggage member carries credentials. Its name may come in any case;
+// "_" counts as "-", for some servers and proxies take the two for one.
+func denied(name string) bool {
+	switch strings.ReplaceAll(strings.ToLower(name), "_", "-") {
+	case "authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key":
+		return true
+	}
+	return false
+}
