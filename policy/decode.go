@@ -1,0 +1,245 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// A value is a place in a file: what stands there, or that nothing does.
+type value struct {
+	*node               // nil if nothing, or null, stands there
+	line, column int    // where to look for it
+	path         string // of keys, as errors show it
+	field        string // of Go fields: which part of the Policy it fills
+}
+
+// A decoder reads one document of a file into a Policy. It notes what is wrong and reads on, so that all of it is told
+// at once; what it returns is good only if there are no errors.
+type decoder struct {
+	file     string
+	errs     []*Error
+	warnings []string
+	failed   map[string]bool    // what errs are about, by path
+	sources  map[string]value   // what fills each Go field
+	dynamic  fields             // dynamicConfig
+	used     map[string]bool    // keys of dynamicConfig
+	signals  map[string]float64 // the constant ones, by name
+}
+
+func newDecoder(file string) *decoder {
+	return &decoder{
+		file:    file,
+		failed:  map[string]bool{},
+		sources: map[string]value{},
+		used:    map[string]bool{},
+		signals: map[string]float64{},
+	}
+}
+
+// errorf notes what is wrong with v, unless something was wrong with it or with what it is part of before: that would
+// be an echo.
+func (d *decoder) errorf(v value, format string, args ...any) {
+	for path := v.path; path != ""; path = parent(path) {
+		if d.failed[path] {
+			return
+		}
+	}
+	d.failed[v.path] = true
+	d.errs = append(d.errs, &Error{
+		File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: fmt.Sprintf(format, args...),
+	})
+}
+
+// unused notes that the file says something that is of no use here.
+func (d *decoder) unused(v value, why string) {
+	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: "not used" + why}
+	d.warnings = append(d.warnings, e.Error())
+}
+
+// parent cuts the last key or index from a path.
+func parent(path string) string { return path[:max(strings.LastIndexAny(path, ".["), 0)] }
+
+// part returns what stands at the key of a mapping v; an entry without a value is a key that v lacks.
+func (v value) part(e entry) value {
+	p := value{line: v.line, column: v.column, path: child(v.path, e.key), field: v.field}
+	if e.value == nil {
+		return p
+	}
+	p.line, p.column = e.line, e.column // where to look for no value, or for one on lines of its own
+	if e.value.kind != null {
+		p.node = e.value
+		if e.value.line == e.line {
+			p.column = e.value.column
+		}
+	}
+	return p
+}
+
+// is reports whether v has the kind; otherwise, if anything stands there at all, that is an error.
+func (d *decoder) is(v value, want kind) bool {
+	if v.node == nil || v.kind == want {
+		return v.node != nil
+	}
+	hint := ""
+	if want == text && v.kind != sequence && v.kind != mapping {
+		hint = "; quote it"
+	}
+	d.errorf(v, "want %s, have %s%s", want, v.kind, hint)
+	return false
+}
+
+// fields are the values of a mapping with known keys.
+type fields struct {
+	d *decoder
+	value
+}
+
+// fields reads a mapping that may have the keys in read and, with a warning, those in skip: keys that Aperture's format
+// has and Headgate has no use for. Both are separated by spaces.
+func (d *decoder) fields(v value, read, skip string) fields {
+	if !d.is(v, mapping) {
+		v.node = nil
+		return fields{d, v}
+	}
+	known, skipped := strings.Fields(read), strings.Fields(skip)
+	for _, e := range v.entries {
+		key := v.part(e)
+		key.line, key.column = e.line, e.column
+		switch {
+		case slices.Contains(known, e.key):
+		case !slices.Contains(skipped, e.key):
+			d.errorf(key, "unknown key%s", suggest(e.key, append(known, skipped...)))
+		case key.node != nil:
+			d.unused(key, "")
+		}
+	}
+	return fields{d, v}
+}
+
+// get returns the value of a key that fills no field of its own.
+func (f fields) get(key string) value {
+	if f.node != nil {
+		for _, e := range f.entries {
+			if e.key == key {
+				return f.part(e)
+			}
+		}
+	}
+	return f.part(entry{key: key})
+}
+
+// fill returns the value of the key that fills the Go field.
+func (f fields) fill(field, key string) value {
+	v := f.get(key)
+	v.field = child(f.field, field)
+	f.d.sources[v.field] = v
+	return v
+}
+
+// child adds a key to a path.
+func child(path, key string) string {
+	key = clip(key, 40)
+	if path == "" {
+		return key
+	}
+	return path + "." + key
+}
+
+// one reads a mapping that has exactly one of the keys, which names separates by spaces.
+func (d *decoder) one(v value, names string) (key string, chosen value) {
+	f := d.fields(v, names, "")
+	if f.node == nil {
+		d.errorf(v, "is required")
+		return "", value{}
+	}
+	known := strings.Fields(names)
+	var have []string
+	unknown := false
+	for _, e := range f.entries {
+		if part := f.part(e); !slices.Contains(known, e.key) {
+			unknown = true
+		} else if part.node != nil {
+			have, key, chosen = append(have, e.key), e.key, part
+		}
+	}
+	switch {
+	case len(have) == 1:
+		return key, chosen
+	case len(have) > 1:
+		d.errorf(v, "has %s; want one of them", clip(strings.Join(have, " and "), 100))
+	case unknown:
+		d.failed[v.path] = true // fields has told
+	default:
+		d.errorf(v, "wants one of %s", clip(strings.Join(known, ", "), 100))
+	}
+	return "", value{}
+}
+
+// items returns the values of a sequence.
+func (d *decoder) items(v value) []value {
+	if !d.is(v, sequence) {
+		return nil
+	}
+	items := make([]value, len(v.node.items))
+	for i, n := range v.node.items {
+		index := fmt.Sprintf("[%d]", i)
+		item := value{line: n.line, column: n.column, path: v.path + index, field: v.field + index}
+		if n.kind != null {
+			item.node = n
+		}
+		items[i], d.sources[item.field] = item, item
+	}
+	return items
+}
+
+func (d *decoder) text(v value) string {
+	if !d.is(v, text) {
+		return ""
+	}
+	return v.text
+}
+
+func (d *decoder) texts(v value) []string {
+	var texts []string
+	for _, item := range d.items(v) {
+		if item.node == nil {
+			d.errorf(item, "want %s, have %s", text, null)
+		}
+		texts = append(texts, d.text(item))
+	}
+	return texts
+}
+
+func (d *decoder) number(v value) float64 {
+	if !d.is(v, number) {
+		return 0
+	}
+	return v.number
+}
+
+func (d *decoder) boolean(v value, absent bool) bool {
+	if !d.is(v, boolean) {
+		return absent
+	}
+	return v.truth
+}
+
+func (d *decoder) duration(v value) time.Duration {
+	const want = `want a duration such as "1.5s"`
+	switch {
+	case v.node == nil:
+		return 0
+	case v.kind == number && v.number == 0:
+		return 0
+	case v.kind != text:
+		d.errorf(v, "%s, have %s", want, v.kind)
+		return 0
+	}
+	t, err := time.ParseDuration(v.text)
+	if err != nil {
+		d.errorf(v, "bad duration %s; %s", quote(v.text), want)
+	}
+	return t
+}

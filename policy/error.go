@@ -1,0 +1,137 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// An Error is one problem of a policy. The error that [Load], [Parse] and [Policy.Validate] return is one of these or
+// several joined; errors.As finds the first.
+type Error struct {
+	// File is where the policy comes from. Empty for a policy written in Go.
+	File string
+
+	// Line and Column, counted in characters from 1, are where in the file the problem is. Zero for a policy written
+	// in Go, and for a directory.
+	Line, Column int
+
+	// Field is the path of what is wrong: the file's keys, as in
+	// circuit.components[0].flow_control.rate_limiter.parameters.interval, or the Go fields, as in
+	// policy "per-user": components[0].Interval. Empty when the problem is not one field's.
+	Field string
+
+	// Message says what is wrong. It quotes at most the beginning of the value.
+	Message string
+}
+
+// Error returns "file:line:column: field: message" without the parts that are empty.
+func (e *Error) Error() string {
+	where := e.File
+	if e.Line > 0 {
+		where = strings.TrimPrefix(fmt.Sprintf("%s:%d:%d", where, e.Line, e.Column), ":")
+	}
+	message := e.Message
+	for _, part := range []string{e.Field, where} {
+		if part != "" {
+			message = part + ": " + message
+		}
+	}
+	return message
+}
+
+// maxProblems is how many problems a joined error tells: a file of the wrong kind has thousands, and nobody reads them.
+const maxProblems = 20
+
+// problems is the error of more than one problem.
+type problems struct {
+	told []error
+	more int
+}
+
+// join returns nil, the only error, or all of them as one.
+func join(errs []error) error {
+	switch len(errs) {
+	case 0:
+		return nil
+	case 1:
+		return errs[0]
+	}
+	told := errs[:min(len(errs), maxProblems)]
+	return &problems{told: slices.Clone(told), more: len(errs) - len(told)}
+}
+
+func (p *problems) Error() string {
+	lines := make([]string, len(p.told), len(p.told)+1)
+	for i, err := range p.told {
+		lines[i] = err.Error()
+	}
+	if p.more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more", p.more))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Unwrap returns the problems that Error tells.
+func (p *problems) Unwrap() []error { return p.told }
+
+// inOrder sorts one file's errors by where they are.
+func inOrder(errs []*Error) {
+	slices.SortStableFunc(errs, func(a, b *Error) int {
+		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
+	})
+}
+
+// clip returns at most the first n bytes of s, and an ellipsis for the rest.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return strings.ToValidUTF8(s[:n], "") + "…"
+}
+
+// quote quotes the beginning of a value for a message.
+func quote(s string) string { return fmt.Sprintf("%q", clip(s, 40)) }
+
+// suggest returns `; did you mean "x"?` for the known word that is nearest to the wrong one, or "" when none is near.
+// Case, dashes and underscores do not count, so that bucketCapacity finds bucket_capacity.
+func suggest(wrong string, known []string) string {
+	const longest = 64 // no known word comes near it, and the distance takes quadratic time
+	if len(wrong) > longest {
+		return ""
+	}
+	fold := strings.NewReplacer("_", "", "-", "")
+	wrong = fold.Replace(strings.ToLower(wrong))
+	best, nearest := len(wrong)/3+1, ""
+	for _, word := range known {
+		if d := distance(wrong, fold.Replace(strings.ToLower(word))); d < best {
+			best, nearest = d, word
+		}
+	}
+	if nearest == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %q?", nearest)
+}
+
+// distance counts the bytes to insert, delete or replace to turn a into b.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0]++
+		for j := range len(b) {
+			replace := diagonal
+			if a[i] != b[j] {
+				replace++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replace, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,65 @@
+package policy_test
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/headgate-go/headgate/policy"
+)
+
+// Limits need no file.
+func Example() {
+	p := policy.Policy{Name: "checkout", Components: []policy.Component{
+		policy.RateLimiter{
+			Selectors: policy.At("checkout", "refund"),
+			Capacity:  10, Fill: 10, Interval: 30 * time.Second,
+			LimitBy: "user_id",
+		},
+		policy.ConcurrencyLimiter{
+			Selectors: policy.At("checkout"),
+			Max:       64, MaxInflight: time.Minute,
+		},
+	}}
+	fmt.Println(p.Validate())
+	// Output: <nil>
+}
+
+func ExampleLoad() {
+	policies, err := policy.Load("testdata/rl-basic.yaml", "testdata/cl-basic.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for _, p := range policies {
+		switch c := p.Components[0].(type) {
+		case policy.RateLimiter:
+			fmt.Printf("%s: %g tokens every %s for each %s\n", p.Name, c.Fill, c.Interval, c.LimitBy)
+		case policy.ConcurrencyLimiter:
+			fmt.Printf("%s: %g flows at once for each %s\n", p.Name, c.Max, c.LimitBy)
+		}
+	}
+	// Output:
+	// rl-basic: 2 tokens every 1s for each user_id
+	// cl-basic: 2 flows at once for each user_id
+}
+
+func ExampleParse() {
+	_, err := policy.Parse("limits.yaml", []byte(`circuit:
+  components:
+    - flow_control:
+        concurrency_limiter:
+          selectors: [{controlpoint: export, control_point: export}]
+          in_ports: {max_concurrency: {constant_signal: {value: 5}}}
+          parameters: {max_inflight_duration: 120}
+`))
+	fmt.Println(err)
+	var first *policy.Error
+	if errors.As(err, &first) {
+		fmt.Println("first in line", first.Line)
+	}
+	// Output:
+	// limits.yaml:5:24: circuit.components[0].flow_control.concurrency_limiter.selectors[0].controlpoint: unknown key; did you mean "control_point"?
+	// limits.yaml:7:47: circuit.components[0].flow_control.concurrency_limiter.parameters.max_inflight_duration: want a duration such as "1.5s", have a number
+	// first in line 5
+}

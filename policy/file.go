@@ -1,0 +1,197 @@
+package policy
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Load reads the policies of files and directories, in the given order. Of a directory it reads the files whose names
+// end in .yaml or .yml and do not begin with a dot, in the order of their names, and no directories below it.
+//
+// A file holds one or several YAML documents, each a policy in one of the shapes that [Parse] describes. Finding no
+// policy in a path, or two policies of one name anywhere, is an error. All problems of all files are reported together,
+// each an [*Error], or an [*io/fs.PathError] for what cannot be read; there are no policies then.
+func Load(paths ...string) ([]Policy, error) {
+	var l loader
+	for _, path := range paths {
+		files, err := list(path)
+		if err != nil {
+			l.errs = append(l.errs, err)
+		}
+		for _, file := range files {
+			data, err := read(file)
+			if err != nil {
+				l.errs = append(l.errs, err)
+				continue
+			}
+			l.parse(file, data)
+		}
+	}
+	return l.result()
+}
+
+// Parse reads the policies of a file's content; name stands for the file in errors and warnings.
+//
+// A document is a policy in Aperture's format, in one of two shapes: the resource, with apiVersion
+// fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; or the plain policy, with
+// circuit at the top, which is named like the file without directory and extension. Empty documents are skipped.
+//
+// Keys that Aperture's format does not have are errors. Keys that it has and that are of no use here end up in
+// [Policy.Warnings]. Rate limiters and concurrency limiters are read; other flow-control components are errors, and so
+// are signals that are not constant.
+func Parse(name string, data []byte) ([]Policy, error) {
+	var l loader
+	l.parse(name, data)
+	return l.result()
+}
+
+// list returns the files that a path of Load stands for.
+func list(path string) ([]string, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return []string{path}, nil
+	}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, err
+	}
+	var files []string
+	for _, e := range entries {
+		ext := filepath.Ext(e.Name())
+		if (ext == ".yaml" || ext == ".yml") && !strings.HasPrefix(e.Name(), ".") && !e.IsDir() {
+			files = append(files, filepath.Join(path, e.Name()))
+		}
+	}
+	if files == nil {
+		return nil, &Error{File: path, Message: "the directory has no .yaml or .yml file"}
+	}
+	return files, nil
+}
+
+// read returns a file's content, or of a file that is too large enough for Parse to say so.
+func read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxSize+1))
+}
+
+// A loader gathers the policies of files.
+type loader struct {
+	policies []Policy
+	places   map[string]string // of policies, by name
+	errs     []error
+}
+
+func (l *loader) result() ([]Policy, error) {
+	if len(l.errs) > 0 {
+		return nil, join(l.errs)
+	}
+	return l.policies, nil
+}
+
+func (l *loader) parse(file string, data []byte) {
+	docs, errs := readYAML(file, data)
+	if len(docs)+len(errs) == 0 {
+		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
+	}
+	plain := strings.TrimSuffix(filepath.Base(file), filepath.Ext(file))
+	for _, doc := range docs {
+		d := newDecoder(file)
+		p := d.policy(doc, plain)
+		name := d.sources["name"]
+		if place, taken := l.places[p.Name]; taken {
+			hint := ""
+			if name.path == "" {
+				hint = "; a plain policy has the name of its file"
+			}
+			d.errorf(name, "policy %s is at %s already%s", quote(p.Name), place, hint)
+		} else if p.Name != "" {
+			if l.places == nil {
+				l.places = map[string]string{}
+			}
+			l.places[p.Name] = fmt.Sprintf("%s:%d:%d", file, name.line, name.column)
+		}
+		l.policies = append(l.policies, p)
+		errs = append(errs, d.errs...)
+	}
+	inOrder(errs)
+	for _, err := range errs {
+		l.errs = append(l.errs, err)
+	}
+}
+
+// policy reads a document; a plain policy gets the name.
+func (d *decoder) policy(doc *node, plain string) Policy {
+	top := value{node: doc, line: doc.line, column: doc.column}
+	var p Policy
+	switch {
+	case doc.kind != mapping:
+		d.errorf(top, "want a policy, have %s", doc.kind)
+		return p
+	case has(doc, "blueprint"):
+		d.errorf(top, "blueprint values are not supported; write the policy that they generate")
+		return p
+	case has(doc, "apiVersion", "kind", "metadata", "spec"):
+		f := d.fields(top, "apiVersion kind metadata spec dynamicConfig", "status")
+		d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")
+		d.want(f.get("kind"), "Policy")
+		p.Name = d.text(d.fields(f.get("metadata"), "name", metadataUnused).fill("name", "name"))
+		if dynamic := f.get("dynamicConfig"); d.is(dynamic, mapping) {
+			d.dynamic = fields{d, dynamic}
+		}
+		p.Components = d.spec(f.get("spec"))
+	default:
+		p.Name = plain
+		d.sources["name"] = top
+		p.Components = d.spec(top)
+	}
+	if d.dynamic.node != nil {
+		for _, e := range d.dynamic.entries {
+			if !d.used[e.key] {
+				d.unused(d.dynamic.part(e), ": no variable has this config_key")
+			}
+		}
+	}
+	if len(p.Components) > 0 || len(d.errs) == 0 {
+		p.check(d.recheck)
+	}
+	p.Warnings = d.warnings
+	return p
+}
+
+// recheck reports what check finds wrong with a Go field as a problem of what the file says about it.
+func (d *decoder) recheck(field, format string, args ...any) {
+	for f := field; ; f = parent(f) {
+		if v, ok := d.sources[f]; ok && f == field && v.node == nil {
+			d.errorf(v, "is required")
+			return
+		} else if ok || f == "" {
+			d.errorf(v, format, args...)
+			return
+		}
+	}
+}
+
+// want reports text other than the only one that is right.
+func (d *decoder) want(v value, only string) {
+	if v.node == nil {
+		d.errorf(v, "is required")
+	} else if have := d.text(v); have != only {
+		d.errorf(v, "want %s, have %s", only, quote(have))
+	}
+}
+
+// has reports whether a mapping has one of the keys.
+func has(n *node, keys ...string) bool {
+	return slices.ContainsFunc(n.entries, func(e entry) bool { return slices.Contains(keys, e.key) })
+}

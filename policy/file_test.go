@@ -1,0 +1,586 @@
+package policy_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/headgate-go/headgate/policy"
+)
+
+// base is a valid plain policy, for tests to break.
+const base = `circuit:
+  components:
+    - flow_control:
+        rate_limiter:
+          selectors: [{control_point: checkout}]
+          in_ports:
+            bucket_capacity: {constant_signal: {value: 10}}
+            fill_amount: {constant_signal: {value: 5}}
+          parameters:
+            interval: 1s
+`
+
+// limiter is where base has its rate limiter.
+const limiter = "circuit.components[0].flow_control.rate_limiter"
+
+// edit replaces text of base.
+func edit(t *testing.T, oldNew ...string) string {
+	t.Helper()
+	for i := 0; i < len(oldNew); i += 2 {
+		if !strings.Contains(base, oldNew[i]) {
+			t.Fatalf("base has no %q", oldNew[i])
+		}
+	}
+	return strings.NewReplacer(oldNew...).Replace(base)
+}
+
+// resource is a policy resource around base.
+func resource(name string) string {
+	return fmt.Sprintf("apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata: {name: %s}\nspec:\n  %s",
+		name, strings.ReplaceAll(base, "\n", "\n  "))
+}
+
+func write(t *testing.T, dir string, files map[string]string) {
+	t.Helper()
+	for name, content := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func names(policies []policy.Policy) []string {
+	var names []string
+	for _, p := range policies {
+		names = append(names, p.Name)
+	}
+	return names
+}
+
+func TestLoadTestdata(t *testing.T) {
+	for _, want := range []policy.Policy{
+		{Name: "rl-basic", Components: []policy.Component{policy.RateLimiter{
+			ID: "root.0", Selectors: policy.At("rl-basic"),
+			Capacity: 5, Fill: 2, Interval: time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+		}}},
+		{Name: "rl-delay", Components: []policy.Component{policy.RateLimiter{
+			ID: "root.0", Selectors: policy.At("rl-delay"),
+			Capacity: 4, Fill: 4, Interval: 2 * time.Second, LimitBy: "user_id", DelayInitialFill: true,
+		}}},
+		{Name: "rl-global", Components: []policy.Component{policy.RateLimiter{
+			ID: "root.0", Selectors: policy.At("rl-global"),
+			Capacity: 3, Fill: 1, Interval: time.Minute, DeniedStatus: 503,
+		}}},
+		{Name: "cl-basic", Components: []policy.Component{policy.ConcurrencyLimiter{
+			ID: "root.0", Selectors: policy.At("cl-basic"),
+			Max: 2, MaxInflight: 3 * time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+		}}},
+		{Name: "match", Components: []policy.Component{policy.RateLimiter{
+			ID: "root.0", Interval: time.Second,
+			Selectors: []policy.Selector{
+				{ControlPoint: "match", Labels: policy.LabelMatcher{
+					Equal: map[string]string{"tier": "free"},
+					Require: []policy.Requirement{
+						{Key: "region", Operator: policy.In, Values: []string{"eu", "us"}},
+						{Key: "blocked", Operator: policy.Exists},
+						{Key: "vip", Operator: policy.DoesNotExist},
+						{Key: "plan", Operator: policy.NotIn, Values: []string{"trial"}},
+					},
+				}},
+				{ControlPoint: "match", Labels: policy.LabelMatcher{Expression: policy.Any{
+					policy.LabelEquals{Label: "mode", Value: "deny"},
+					policy.All{
+						policy.LabelExists("robot"),
+						policy.Not{Of: policy.LabelMatches{Label: "agent", Regex: "^good"}},
+					},
+				}}},
+			},
+		}}},
+	} {
+		t.Run(want.Name, func(t *testing.T) {
+			file := filepath.Join("testdata", want.Name+".yaml")
+			want.Warnings = []string{file + ":6:5: spec.circuit.evaluation_interval: not used"}
+			got, err := policy.Load(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff([]policy.Policy{want}, got); diff != "" {
+				t.Errorf("Load(%s) (-want +got):\n%s", file, diff)
+			}
+		})
+	}
+}
+
+func TestLoadDirectory(t *testing.T) {
+	dir, empty := t.TempDir(), t.TempDir()
+	write(t, dir, map[string]string{
+		"b.yaml": resource("second") + "\n---\n" + resource("third"), "a.yml": base, "c.yaml": resource("fourth"),
+		".hidden.yaml": "{", "d.yaml.orig": "{", "notes.txt": "{",
+	})
+	if err := os.Mkdir(filepath.Join(dir, "e.yaml"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	got, err := policy.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"a", "second", "third", "fourth"}, names(got)); diff != "" {
+		t.Errorf("Load (-want +got):\n%s", diff)
+	}
+
+	_, err = policy.Load(empty)
+	if want := empty + ": the directory has no .yaml or .yml file"; err == nil || err.Error() != want {
+		t.Errorf("Load = %v, want %s", err, want)
+	}
+	if got, err := policy.Load(); got != nil || err != nil {
+		t.Errorf("Load() = %v, %v, want none", got, err)
+	}
+}
+
+func TestLoadReportsEveryPath(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir, map[string]string{"a.yaml": base, "b.yaml": resource("a"), "c.yaml": "{", "d.yaml": ""})
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := os.Symlink("nowhere", in("e.yaml")); err != nil {
+		t.Skip(err)
+	}
+
+	policies, err := policy.Load(in("none"), dir, in("a.yaml"))
+	if policies != nil || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Load = %v, %v, want no policies and %v", policies, err, fs.ErrNotExist)
+	}
+	var first *policy.Error
+	if !errors.As(err, &first) || first.File != in("b.yaml") || first.Line != 3 || first.Field != "metadata.name" {
+		t.Errorf("As = %+v, want the name in b.yaml", first)
+	}
+	want := []string{
+		"stat " + in("none") + ": no such file or directory",
+		in("b.yaml") + `:3:18: metadata.name: policy "a" is at ` + in("a.yaml") + ":1:1 already",
+		in("c.yaml") + ":1:1: bad YAML: could not find flow mapping end token '}'",
+		in("d.yaml") + ":1:1: holds no policy",
+		"open " + in("e.yaml") + ": no such file or directory",
+		in("a.yaml") + `:1:1: policy "a" is at ` + in("a.yaml") + ":1:1 already; a plain policy has the name of its file",
+	}
+	if diff := cmp.Diff(strings.Join(want, "\n"), err.Error()); diff != "" {
+		t.Errorf("Load (-want +got):\n%s", diff)
+	}
+}
+
+func TestParseShapes(t *testing.T) {
+	for _, tt := range []struct {
+		name, data, want string // names, or the error
+	}{
+		{"plain", base, "limits"},
+		{"resource", resource("x"), "x"},
+		{"documents", "# first\n---\n" + resource("x") + "\n---\n---\nnull\n...\n" + resource("y") + "\n---\n" + base, "x y limits"},
+		{"JSON", `{"circuit": {"components": [{"flow_control": {"concurrency_limiter": {"selectors": [{"control_point": "a"}], ` +
+			`"in_ports": {"max_concurrency": {"constant_signal": {"value": 1.5}}}, "parameters": {"max_inflight_duration": "1s"}}}}]}}`, "limits"},
+		{"Windows line ends and byte order mark", "\ufeff" + strings.ReplaceAll(base, "\n", "\r\n"), "limits"},
+		{"two plain", base + "---\n" + base, `dir/limits.yaml:12:1: policy "limits" is at dir/limits.yaml:1:1 already; a plain policy has the name of its file`},
+		{"same name", resource("x") + "\n---\n" + resource("x"), `dir/limits.yaml:19:18: metadata.name: policy "x" is at dir/limits.yaml:3:18 already`},
+		{"nothing", "", "dir/limits.yaml:1:1: holds no policy"},
+		{"empty documents", "---\n# none\n---\n~\n", "dir/limits.yaml:1:1: holds no policy"},
+		{"scalar", "hello", "dir/limits.yaml:1:1: want a policy, have a string"},
+		{"blueprint values", "blueprint: rate-limiting/base\npolicy: {}\n",
+			"dir/limits.yaml:1:1: blueprint values are not supported; write the policy that they generate"},
+		{"other kind", "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nspec: {resources: {}}\n",
+			`dir/limits.yaml:1:13: apiVersion: want fluxninja.com/v1alpha1, have "v1"` + "\n" +
+				`dir/limits.yaml:2:7: kind: want Policy, have "ConfigMap"`},
+		{"no name", strings.Replace(resource("x"), "name: x", "labels: {}", 1), "dir/limits.yaml:3:11: metadata.name: is required"},
+		{"no metadata, no spec", "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\n",
+			"dir/limits.yaml:1:1: metadata.name: is required\ndir/limits.yaml:1:1: spec.circuit.components: is required"},
+		{"no limiter", "circuit: {components: [{decider: {}}]}",
+			"dir/limits.yaml:1:23: circuit.components: needs at least one flow-control component"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			policies, err := policy.Parse("dir/limits.yaml", []byte(tt.data))
+			got := strings.Join(names(policies), " ")
+			if err != nil {
+				got = err.Error()
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("Parse (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseErrors(t *testing.T) {
+	const request = "            interval: 1s\n"
+	for _, tt := range []struct {
+		name string
+		edit []string // old and new text of base
+		want string
+	}{
+		{"unknown key", []string{"interval:", "intervall:"},
+			"limits.yaml:9:11: " + limiter + ".parameters.interval: is required\n" +
+				"limits.yaml:10:13: " + limiter + `.parameters.intervall: unknown key; did you mean "interval"?`},
+		{"unknown key in another style", []string{"bucket_capacity", "bucketCapacity"},
+			"limits.yaml:6:11: " + limiter + ".in_ports.bucket_capacity: is required\n" +
+				"limits.yaml:7:13: " + limiter + `.in_ports.bucketCapacity: unknown key; did you mean "bucket_capacity"?`},
+		{"unknown key like nothing", []string{"circuit:", "zzz: 1\ncircuit:"}, "limits.yaml:1:1: zzz: unknown key"},
+		{"duplicate key", []string{request, request + request, "10", "-1"},
+			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is -1\n" +
+				`limits.yaml:11:13: duplicate key "interval", first at line 10`},
+		{"missing", []string{"interval: 1s", "{}"}, "limits.yaml:9:11: " + limiter + ".parameters.interval: is required"},
+		{"null", []string{"interval: 1s", "interval:"}, "limits.yaml:10:13: " + limiter + ".parameters.interval: is required"},
+		{"missing port", []string{"bucket_capacity: {constant_signal: {value: 10}}", "pass_through: {constant_signal: {value: 0}}"},
+			"limits.yaml:6:11: " + limiter + ".in_ports.bucket_capacity: is required"},
+		{"no unit", []string{"1s", "30"}, "limits.yaml:10:23: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a number`},
+		{"bad duration", []string{"1s", "1 hour"}, "limits.yaml:10:23: " + limiter + `.parameters.interval: bad duration "1 hour"; want a duration such as "1.5s"`},
+		{"zero interval", []string{"1s", "0"}, "limits.yaml:10:23: " + limiter + ".parameters.interval: must be positive, is 0s"},
+		{"negative idle time", []string{"interval: 1s", "{interval: 1s, max_idle_time: -1s}"},
+			"limits.yaml:10:43: " + limiter + ".parameters.max_idle_time: must not be negative, is -1s"},
+		{"wrong type", []string{"{value: 10}", "[10]", "1s", "{}"},
+			"limits.yaml:7:48: " + limiter + ".in_ports.bucket_capacity.constant_signal: want a mapping, have a sequence\n" +
+				"limits.yaml:10:23: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a mapping`},
+		{"quoted number", []string{"10", `"10"`}, "limits.yaml:7:56: " + limiter + ".in_ports.bucket_capacity.constant_signal.value: want a number, have a string"},
+		{"number for a string", []string{"control_point: checkout", "control_point: 7"},
+			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: want a string, have a number; quote it"},
+		{"negative", []string{"10", "-0.5"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is -0.5"},
+		{"not a number", []string{"10", ".nan"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is NaN"},
+		{"infinite", []string{"10", ".inf"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is +Inf"},
+		{"too large", []string{"10", "1e999"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is +Inf"},
+		{"special value", []string{"{value: 10}", "{special_value: NaN}"},
+			"limits.yaml:7:64: " + limiter + ".in_ports.bucket_capacity.constant_signal.special_value: special_value is not supported"},
+		{"unknown signal", []string{"{constant_signal: {value: 10}}", "{signal_name: CAP}"},
+			"limits.yaml:7:44: " + limiter + `.in_ports.bucket_capacity.signal_name: unsupported circuit: signal "CAP" is not constant`},
+		{"two variants", []string{"{constant_signal: {value: 10}}", "{signal_name: CAP, constant_signal: {value: 10}}"},
+			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: has signal_name and constant_signal; want one of them"},
+		{"no variant", []string{"{constant_signal: {value: 10}}", "{}"},
+			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: wants one of constant_signal, signal_name"},
+		{"no selectors", []string{"[{control_point: checkout}]", "[]"},
+			"limits.yaml:5:22: " + limiter + ".selectors: needs at least one selector"},
+		{"no control point", []string{"{control_point: checkout}", "{service: any}"},
+			"limits.yaml:5:23: " + limiter + ".selectors[0].control_point: is required"},
+		{"long control point", []string{"checkout", strings.Repeat("c", 256)},
+			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: is longer than 255 bytes"},
+		{"unknown operator", []string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: DoesNotExists}]}}"},
+			"limits.yaml:5:90: " + limiter + `.selectors[0].label_matcher.match_list[0].operator: unknown operator "DoesNotExists"; did you mean "DoesNotExist"?`},
+		{"no values", []string{"checkout}", "a, label_matcher: {match_expressions: [{key: k, operator: NotIn, values: []}]}}"},
+			"limits.yaml:5:112: " + limiter + ".selectors[0].label_matcher.match_expressions[0].values: needs at least one value for NotIn"},
+		{"values of Exists", []string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: Exists, values: [x]}]}}"},
+			"limits.yaml:5:106: " + limiter + ".selectors[0].label_matcher.match_list[0].values: must be empty for Exists"},
+		{"bad regex", []string{"checkout}", "a, label_matcher: {expression: {not: {label_matches: {label: l, regex: '(a'}}}}}"},
+			"limits.yaml:5:110: " + limiter + ".selectors[0].label_matcher.expression.not.label_matches.regex: error parsing regexp: missing closing ): `(a`"},
+		{"unknown expression", []string{"checkout}", "a, label_matcher: {expression: {any: {of: [{label_equal: {}}]}}}}"},
+			"limits.yaml:5:83: " + limiter + `.selectors[0].label_matcher.expression.any.of[0].label_equal: unknown key; did you mean "label_equals"?`},
+		{"empty expressions", []string{"checkout}", "a, label_matcher: {expression: {all: {of: [~, {}, {label_exists: ''}]}}}}"},
+			"limits.yaml:5:82: " + limiter + ".selectors[0].label_matcher.expression.all.of[0]: is required\n" +
+				"limits.yaml:5:85: " + limiter + ".selectors[0].label_matcher.expression.all.of[1]: wants one of not, all, any, label_exists, label_equals, label_matches\n" +
+				"limits.yaml:5:104: " + limiter + ".selectors[0].label_matcher.expression.all.of[2].label_exists: is required"},
+		{"unknown status", []string{request, request + "          request_parameters: {denied_response_status_code: ToManyRequests}\n"},
+			"limits.yaml:11:61: " + limiter + `.request_parameters.denied_response_status_code: unknown error status "ToManyRequests"; did you mean "TooManyRequests"?`},
+		{"status of success", []string{request, request + "          request_parameters: {denied_response_status_code: 200}\n"},
+			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: must be an HTTP status from 400 to 599, is 200"},
+		{"fraction of a status", []string{request, request + "          request_parameters: {denied_response_status_code: 429.5}\n"},
+			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: want an HTTP status, as in TooManyRequests or 429; have a number"},
+		{"later kind", []string{"rate_limiter:", "quota_scheduler:"},
+			"limits.yaml:4:9: circuit.components[0].flow_control.quota_scheduler: quota_scheduler is not supported yet"},
+		{"unknown kind", []string{"rate_limiter:", "rate_limitter:"},
+			`limits.yaml:4:9: circuit.components[0].flow_control.rate_limitter: unknown key; did you mean "rate_limiter"?`},
+		{"nested circuit", []string{"components:", "components:\n    - nested_circuit: {}"},
+			"limits.yaml:3:23: circuit.components[0].nested_circuit: nested_circuit is not supported yet"},
+		{"classifiers", []string{"circuit:", "resources: {flow_control: {classifiers: [{}]}}\ncircuit:"},
+			"limits.yaml:1:41: resources.flow_control.classifiers: classifiers are not supported"},
+		{"syntax", []string{"[{control_point: checkout}]", "[{control_point: checkout}"},
+			"limits.yaml:6:11: bad YAML: ',' or ']' must be specified"},
+		{"tag", []string{"1s", "!!str 1s"}, "limits.yaml:10:23: YAML tags are not supported"},
+		{"directive", []string{"circuit:", "%YAML 1.2\n---\ncircuit:"}, "limits.yaml:1:1: YAML directives are not supported"},
+		{"unknown alias", []string{"1s", "*second"}, `limits.yaml:10:23: unknown alias "second"`},
+		{"alias as a key", []string{"circuit:", "a: &x b\n*x : 1\ncircuit:"}, "limits.yaml:2:1: want a plain key, have Alias"},
+		{"merge of a number", []string{"{value: 5}", "{<<: 5}"}, "limits.yaml:8:49: want a mapping to merge, have a number"},
+		{"null among strings", []string{"checkout}", "a, label_matcher: {match_labels: {a: }, match_list: [{key: k, operator: In, values: [~]}]}}"},
+			"limits.yaml:5:73: " + limiter + ".selectors[0].label_matcher.match_labels.a: want a string, have nothing\n" +
+				"limits.yaml:5:124: " + limiter + ".selectors[0].label_matcher.match_list[0].values[0]: want a string, have nothing"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			policies, err := policy.Parse("limits.yaml", []byte(edit(t, tt.edit...)))
+			if err == nil {
+				t.Fatalf("Parse = %+v, want an error", policies)
+			}
+			if diff := cmp.Diff(tt.want, err.Error()); diff != "" {
+				t.Errorf("Parse (-want +got):\n%s", diff)
+			}
+			for _, err := range each(err) {
+				var e *policy.Error
+				if !errors.As(err, &e) || e.File != "limits.yaml" {
+					t.Errorf("%v is no *policy.Error of the file", err)
+				}
+			}
+		})
+	}
+}
+
+func TestParseValues(t *testing.T) {
+	want := func(change func(*policy.RateLimiter)) policy.RateLimiter {
+		l := policy.RateLimiter{ID: "root.0", Selectors: policy.At("checkout"), Capacity: 10, Fill: 5, Interval: time.Second}
+		if change != nil {
+			change(&l)
+		}
+		return l
+	}
+	parameters := func(more string) []string { return []string{"interval: 1s", "{interval: 1s, " + more + "}"} }
+	const ports = "bucket_capacity: {constant_signal: {value: 10}}"
+	const end = "interval: 1s"
+	for _, tt := range []struct {
+		name string
+		edit []string
+		want policy.RateLimiter
+	}{
+		{"base", nil, want(nil)},
+		{"continuous", parameters("continuous_fill: true"), want(nil)},
+		{"in steps", parameters("continuous_fill: false"), want(func(l *policy.RateLimiter) { l.StepFill = true })},
+		{"idle time", parameters("max_idle_time: 0.5s"), want(func(l *policy.RateLimiter) { l.MaxIdle = 500 * time.Millisecond })},
+		{"idle for ever", parameters("max_idle_time: 0s"), want(func(l *policy.RateLimiter) { l.MaxIdle = policy.KeepIdle })},
+		{"idle for ever, bare", parameters("max_idle_time: 0"), want(func(l *policy.RateLimiter) { l.MaxIdle = policy.KeepIdle })},
+		{"old label key", parameters("label_key: user"), want(func(l *policy.RateLimiter) { l.LimitBy = "user" })},
+		{"both label keys", parameters("limit_by_label_key: user, label_key: x"), want(func(l *policy.RateLimiter) { l.LimitBy = "user" })},
+		{"literal block", []string{"1s", "|-\n              1s"}, want(nil)},
+		{"numbers", []string{"10", "1_0", "5", "0.5e1"}, want(nil)},
+		{"tiny number", []string{"10", "1e-999"}, want(func(l *policy.RateLimiter) { l.Capacity = 0 })},
+		{"status by name", []string{end, end + "\n          request_parameters: {denied_response_status_code: NetworkAuthenticationRequired, tokens_label_key: n}"},
+			want(func(l *policy.RateLimiter) { l.DeniedStatus, l.TokensLabel = 511, "n" })},
+		{"status by number", []string{end, end + "\n          request_parameters: {denied_response_status_code: 400}"},
+			want(func(l *policy.RateLimiter) { l.DeniedStatus = 400 })},
+		{"status unset", []string{end, end + "\n          request_parameters: {denied_response_status_code: Empty}"}, want(nil)},
+		{"dry run", []string{end, end + "\n          dry_run: true"}, want(func(l *policy.RateLimiter) { l.DryRun = true })},
+		{"service", []string{"checkout}", "checkout, service: shop}"}, want(func(l *policy.RateLimiter) { l.Selectors[0].Service = "shop" })},
+		{"old match list", []string{"checkout}", "checkout, label_matcher: {match_expressions: [{key: k, operator: Exists}]}}"},
+			want(func(l *policy.RateLimiter) {
+				l.Selectors[0].Labels.Require = []policy.Requirement{{Key: "k", Operator: policy.Exists}}
+			})},
+		{"both match lists", []string{"checkout}", "checkout, label_matcher: {match_expressions: [{key: k}], match_list: []}}"}, want(nil)},
+		{"pass through", []string{ports, ports + "\n            pass_through: {constant_signal: {value: 0.5}}"},
+			want(func(l *policy.RateLimiter) { l.PassThrough = true })},
+		{"variables", []string{
+			"components:", "components:\n" +
+				"    - bool_variable: {constant_output: true, out_ports: {output: {signal_name: PASS}}}",
+			"{constant_signal: {value: 10}}", "{signal_name: CAP}\n            pass_through: {signal_name: PASS}",
+			end, end + "\n    - variable: {constant_output: {value: 3}, config_key: cap, out_ports: {output: {signal_name: CAP}}}",
+		}, want(func(l *policy.RateLimiter) { l.ID, l.Capacity, l.PassThrough = "root.1", 3, true })},
+		{"alias", []string{"{value: 10}", "&ten {value: 10}", "{value: 5}", "*ten"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
+		{"merge", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: *c}"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
+		{"merge several", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: [*c, {constant_signal: {value: 4}}]}"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
+		{"merge over", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: *c, constant_signal: {value: 4}}"}, want(func(l *policy.RateLimiter) { l.Fill = 4 })},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := policy.Parse("limits.yaml", []byte(edit(t, tt.edit...)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff([]policy.Component{tt.want}, got[0].Components, cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("Parse (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestDynamicConfig(t *testing.T) {
+	const data = `apiVersion: fluxninja.com/v1alpha1
+kind: Policy
+metadata: {name: x}
+spec:
+  circuit:
+    components:
+      - flow_control:
+          concurrency_limiter:
+            selectors: [{control_point: a}]
+            in_ports: {max_concurrency: {signal_name: MAX}, pass_through: {signal_name: PASS}}
+            parameters: {max_inflight_duration: 60s, limit_by_label_key: user, max_idle_time: 1m}
+            request_parameters: {tokens_label_key: n, denied_response_status_code: 503}
+            dry_run: true
+      - variable: {constant_output: {value: 3}, config_key: max, out_ports: {output: {signal_name: MAX}}}
+      - bool_variable: {config_key: pass, out_ports: {output: {signal_name: PASS}}}
+dynamicConfig:
+  max: {value: 4}
+  pass: true
+  start: true
+`
+	want := []policy.Policy{{
+		Name: "x",
+		Components: []policy.Component{policy.ConcurrencyLimiter{
+			ID: "root.0", Selectors: policy.At("a"), Max: 4, MaxInflight: time.Minute, LimitBy: "user", MaxIdle: time.Minute,
+			TokensLabel: "n", DeniedStatus: 503, PassThrough: true, DryRun: true,
+		}},
+		Warnings: []string{"x.yaml:19:10: dynamicConfig.start: not used: no variable has this config_key"},
+	}}
+	got, err := policy.Parse("x.yaml", []byte(data))
+	if diff := cmp.Diff(want, got); diff != "" || err != nil {
+		t.Errorf("Parse: %v (-want +got):\n%s", err, diff)
+	}
+
+	broken := strings.NewReplacer("signal_name: PASS}}}", "}}}", "config_key: pass", "config_key: [a]", "value: 4", "special_value: NaN",
+		"- variable", "- variable: {out_ports: {output: {signal_name: MAX}}}\n      - variable").Replace(data)
+	_, err = policy.Parse("x.yaml", []byte(broken))
+	wantErr := `x.yaml:10:89: spec.circuit.components[0].flow_control.concurrency_limiter.in_ports.pass_through.signal_name: unsupported circuit: signal "PASS" is not constant
+x.yaml:14:19: spec.circuit.components[1].variable.constant_output: is required
+x.yaml:15:100: spec.circuit.components[2].variable.out_ports.output.signal_name: signal "MAX" has two sources
+x.yaml:16:37: spec.circuit.components[3].bool_variable.config_key: want a string, have a sequence
+x.yaml:16:62: spec.circuit.components[3].bool_variable.out_ports.output.signal_name: is required
+x.yaml:18:24: dynamicConfig.max.special_value: special_value is not supported`
+	if err == nil {
+		t.Fatal("Parse of the broken circuit gave no error")
+	}
+	if diff := cmp.Diff(wantErr, err.Error()); diff != "" {
+		t.Errorf("Parse (-want +got):\n%s", diff)
+	}
+}
+
+func TestWarnings(t *testing.T) {
+	data := `apiVersion: fluxninja.com/v1alpha1
+kind: Policy
+metadata: {name: x, namespace: apps, labels: {a: b}}
+status: {}
+spec:
+  resources:
+    infra_meters: {}
+    flow_control: {classifiers: [], flux_meters: {latency: {}}}
+  circuit:
+    evaluation_interval: 1s
+    components:
+      - decider: {operator: gt}
+      - flow_control:
+          rate_limiter:
+            selectors: [{control_point: a, agent_group: default}]
+            in_ports: {bucket_capacity: {constant_signal: {value: 1}}, fill_amount: {constant_signal: {value: 1}}}
+            out_ports: ~
+            parameters: {interval: 1s, lazy_sync: {enabled: true}, limit_by_label_key: a, label_key: b}
+`
+	got, err := policy.Parse("x.yaml", []byte(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"x.yaml:4:1: status: not used",
+		"x.yaml:3:21: metadata.namespace: not used",
+		"x.yaml:3:38: metadata.labels: not used",
+		"x.yaml:7:5: spec.resources.infra_meters: not used",
+		"x.yaml:8:37: spec.resources.flow_control.flux_meters: not used",
+		"x.yaml:10:5: spec.circuit.evaluation_interval: not used",
+		"x.yaml:12:18: spec.circuit.components[0].decider: not used",
+		"x.yaml:18:40: spec.circuit.components[1].flow_control.rate_limiter.parameters.lazy_sync: not used",
+		"x.yaml:15:44: spec.circuit.components[1].flow_control.rate_limiter.selectors[0].agent_group: not used",
+		"x.yaml:18:102: spec.circuit.components[1].flow_control.rate_limiter.parameters.label_key: not used: limit_by_label_key is set",
+	}
+	if diff := cmp.Diff(want, got[0].Warnings); diff != "" {
+		t.Errorf("Warnings (-want +got):\n%s", diff)
+	}
+	if id := got[0].Components[0].(policy.RateLimiter).ID; id != "root.1" {
+		t.Errorf("ID = %s, want root.1: every component of the circuit counts", id)
+	}
+}
+
+func TestErrorsAreCapped(t *testing.T) {
+	var b strings.Builder
+	for i := range 30 {
+		fmt.Fprintf(&b, "k%d: %d\n", i, i)
+	}
+	_, err := policy.Parse("x.yaml", []byte(b.String()))
+	lines := strings.Split(err.Error(), "\n")
+	if len(lines) != 21 || lines[20] != "and 10 more" || len(each(err)) != 20 {
+		t.Errorf("%d lines, %d errors, the last line %q, want 21, 20 and 10 more", len(lines), len(each(err)), lines[len(lines)-1])
+	}
+}
+
+func TestErrorsQuoteLittle(t *testing.T) {
+	huge := strings.Repeat("x", 10_000)
+	for _, data := range []string{
+		edit(t, "1s", huge), edit(t, "1s", "\"\\q"+huge), edit(t, "checkout}", "a, label_matcher: {match_list: [{key: k, operator: "+huge+"}]}}"),
+		edit(t, "checkout}", "a, label_matcher: {expression: {label_matches: {label: l, regex: \"("+huge+"\"}}}"),
+		edit(t, "10", huge), edit(t, "{constant_signal: {value: 10}}", "{signal_name: "+huge+"}"), "kind: " + huge,
+		"? " + huge + "\n: a", huge + ": a", "*" + huge, base + huge[:250] + ": 1",
+	} {
+		_, err := policy.Parse("x.yaml", []byte(data))
+		if err == nil || len(err.Error()) > 600 {
+			t.Errorf("Parse = an error of %d bytes: %.100v", len(fmt.Sprint(err)), err)
+		}
+	}
+}
+
+func TestHostile(t *testing.T) {
+	bomb := "a: &a [x, x, x, x, x, x, x, x, x]\n"
+	for c := 'b'; c <= 'z'; c++ {
+		bomb += fmt.Sprintf("%c: &%[1]c [%s]\n", c, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*%c, ", c-1), 9), ", "))
+	}
+	indented := ""
+	for i := range 100 {
+		indented += strings.Repeat(" ", i) + "a:\n"
+	}
+	for _, tt := range []struct{ name, data, want string }{
+		{"aliases of aliases", bomb, "aliases stand for more than 20000 values"},
+		{"alias of itself", "a: &a [*a]", `unknown alias "a"`},
+		{"10 MB", strings.Repeat("a: b\n", 2<<20), "larger than 256 KiB"},
+		{"flow sequences", strings.Repeat("[", 10_000), "nested more than 64 levels deep"},
+		{"flow mappings", strings.Repeat("{a: ", 2_000), "nested more than 64 levels deep"},
+		{"block mappings", indented, "nested more than 64 levels deep"},
+		{"block sequences", strings.Repeat("- ", 5_000), "nested more than 64 levels deep"},
+		{"many keys", strings.Repeat("a:\n", 30_000), "more than 20000 YAML tokens"},
+		{"long line", strings.Repeat("<", 200<<10), "line longer than 16384 bytes"},
+		{"blank lines", "a: |\n b" + strings.Repeat("\n", 200<<10), "more than 200 blank lines"},
+		{"long key", strings.Repeat("k", 300) + ": 1", "key longer than 256 bytes"},
+		{"binary", "\x7fELF\xff", "is not UTF-8"},
+		{"tags", strings.Repeat("!a\n", 10_000), "YAML tags are not supported"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := policy.Parse("x.yaml", []byte(tt.data))
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Parse = %v, want %s", err, tt.want)
+			}
+		})
+	}
+
+	// What is just within the bounds must not take long either. Well beyond them these take minutes.
+	for _, data := range []string{
+		strings.Repeat("k:\n", 9_999), "a: |\n b" + strings.Repeat("\n", 190) + " c\n", strings.Repeat("<", 16_000),
+	} {
+		if _, err := policy.Parse("x.yaml", []byte(data)); err == nil {
+			t.Errorf("Parse(%.10q...) gave no error", data)
+		}
+	}
+}
+
+func TestTruncated(t *testing.T) {
+	for _, file := range []string{"testdata/match.yaml", "testdata/rl-global.yaml"} {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for n := range data {
+			_, err := policy.Parse(file, data[:n])
+			for _, err := range each(err) {
+				var e *policy.Error
+				if !errors.As(err, &e) || e.Line < 1 || e.Column < 1 {
+					t.Fatalf("Parse of %d bytes of %s = %v, want a position", n, file, err)
+				}
+			}
+		}
+	}
+}
+
+func TestLoadLargeFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "large.yaml")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(file, math.MaxInt32); err != nil { // sparse; Load must not read it whole
+		t.Skip(err)
+	}
+	_, err := policy.Load(file)
+	if want := file + ":1:1: is larger than 256 KiB; split it"; err == nil || err.Error() != want {
+		t.Errorf("Load = %v, want %s", err, want)
+	}
+}

@@ -1,0 +1,64 @@
+package policy_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/headgate-go/headgate/policy"
+)
+
+func FuzzParse(f *testing.F) {
+	files, err := filepath.Glob("testdata/*.yaml")
+	if err != nil || len(files) == 0 {
+		f.Fatalf("testdata: %v, %v", files, err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	for _, seed := range []string{
+		"", "---\n...\n", "a: &x {b: [*x, *y]}\n<<: *x\n", "circuit: {components: [{flow_control: {sampler: {}}}]}",
+		"a: |+\n\n b\n", "? a\n: b\n", "!!str a: !x\n", "%YAML 1.2\n---\n", "\xff\xfe", "{a, b: , [c]: d}", "- - -\n -", "a: 'b\n\n",
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		policies, err := policy.Parse("fuzz.yaml", data)
+		if (err == nil) != (len(policies) > 0) {
+			t.Fatalf("Parse = %d policies, %v", len(policies), err)
+		}
+		for _, p := range policies {
+			if err := p.Validate(); err != nil {
+				t.Errorf("Parse gave an invalid policy: %v", err)
+			}
+		}
+		for _, err := range each(err) {
+			var e *policy.Error
+			if !errors.As(err, &e) {
+				t.Fatalf("%T is no *policy.Error: %v", err, err)
+			}
+			if e.File != "fuzz.yaml" || e.Line < 1 || e.Column < 1 || e.Message == "" {
+				t.Errorf("Error = %#v, want file, position and message", e)
+			}
+			if len(e.Message) > 300 {
+				t.Errorf("Message has %d bytes: %s", len(e.Message), e.Message)
+			}
+		}
+	})
+}
+
+// each returns the errors that err joins, or only err.
+func each(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	if err != nil {
+		return []error{err}
+	}
+	return nil
+}

@@ -1,0 +1,199 @@
+package policy
+
+import (
+	"fmt"
+	"math"
+	"regexp"
+	"time"
+)
+
+// Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position.
+// Policies that [Load] and [Parse] return are valid.
+func (p Policy) Validate() error {
+	var errs []error
+	p.check(func(field, format string, args ...any) {
+		field = fmt.Sprintf("policy %s: %s", quote(p.Name), field)
+		errs = append(errs, &Error{Field: field, Message: fmt.Sprintf(format, args...)})
+	})
+	return join(errs)
+}
+
+// report takes a problem of a field, whose path goes from the Policy down.
+type report func(field, format string, args ...any)
+
+// sub returns the report for the fields of a field.
+func (r report) sub(format string, args ...any) report {
+	prefix := fmt.Sprintf(format, args...)
+	return func(field, format string, args ...any) { r(prefix+field, format, args...) }
+}
+
+// check holds the rules, for files as for policies written in Go.
+func (p Policy) check(wrong report) {
+	if p.Name == "" {
+		wrong("name", "is required")
+	}
+	if len(p.Components) == 0 {
+		wrong("components", "needs at least one flow-control component")
+	}
+	ids := map[string]int{}
+	for i, c := range p.Components {
+		wrong := wrong.sub("components[%d]", i)
+		var id string
+		switch c := c.(type) {
+		case RateLimiter:
+			id = c.ID
+			c.check(wrong)
+		case ConcurrencyLimiter:
+			id = c.ID
+			c.check(wrong)
+		case nil:
+			wrong("", "is nil")
+			continue
+		default:
+			// Pointers have the methods of what they point to, and structs those of what they embed.
+			wrong("", "is a %T; want a RateLimiter or a ConcurrencyLimiter", c)
+			continue
+		}
+		if id == "" {
+			id = fmt.Sprintf("root.%d", i)
+		}
+		if first, taken := ids[id]; taken {
+			wrong(".ID", "%s is the ID of components[%d] too", quote(id), first)
+		} else {
+			ids[id] = i
+		}
+	}
+}
+
+func (l RateLimiter) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
+	checkAmount(wrong.sub(".Capacity"), l.Capacity)
+	checkAmount(wrong.sub(".Fill"), l.Fill)
+	checkPositive(wrong.sub(".Interval"), l.Interval)
+	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+}
+
+func (l ConcurrencyLimiter) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
+	checkAmount(wrong.sub(".Max"), l.Max)
+	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
+	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+}
+
+func checkAmount(wrong report, amount float64) {
+	if !(amount >= 0) || math.IsInf(amount, 1) { // NaN is not >= 0
+		wrong("", "must be a number from 0 up, is %v", amount)
+	}
+}
+
+func checkPositive(wrong report, d time.Duration) {
+	if d <= 0 {
+		wrong("", "must be positive, is %s", d)
+	}
+}
+
+func checkStatus(wrong report, status int) {
+	if status != 0 && (status < 400 || status > 599) {
+		wrong("", "must be an HTTP status from 400 to 599, is %d", status)
+	}
+}
+
+// maxControlPoint is the most bytes of a control point that a flow can have.
+const maxControlPoint = 255
+
+func checkSelectors(wrong report, selectors []Selector) {
+	if len(selectors) == 0 {
+		wrong("", "needs at least one selector")
+	}
+	for i, s := range selectors {
+		wrong := wrong.sub("[%d]", i)
+		if s.ControlPoint == "" {
+			wrong(".ControlPoint", "is required")
+		}
+		if len(s.ControlPoint) > maxControlPoint {
+			wrong(".ControlPoint", "is longer than %d bytes", maxControlPoint)
+		}
+		s.Labels.check(wrong.sub(".Labels"))
+	}
+}
+
+func (m LabelMatcher) check(wrong report) {
+	if _, ok := m.Equal[""]; ok {
+		wrong(".Equal", "has an empty label name")
+	}
+	for i, r := range m.Require {
+		r.check(wrong.sub(".Require[%d]", i))
+	}
+	if m.Expression != nil {
+		checkExpression(wrong.sub(".Expression"), m.Expression, 1)
+	}
+}
+
+func (r Requirement) check(wrong report) {
+	if r.Key == "" {
+		wrong(".Key", "is required")
+	}
+	switch r.Operator {
+	case In, NotIn:
+		if len(r.Values) == 0 {
+			wrong(".Values", "needs at least one value for %s", r.Operator)
+		}
+	case Exists, DoesNotExist:
+		if len(r.Values) > 0 {
+			wrong(".Values", "must be empty for %s", r.Operator)
+		}
+	case "":
+		wrong(".Operator", "is required")
+	default:
+		known := []string{string(In), string(NotIn), string(Exists), string(DoesNotExist)}
+		wrong(".Operator", "unknown operator %s%s", quote(string(r.Operator)), suggest(string(r.Operator), known))
+	}
+}
+
+// checkExpression checks the expression, which is depth levels deep: a slice that holds itself must not go on for ever.
+func checkExpression(wrong report, e Expression, depth int) {
+	if depth > maxDepth {
+		wrong("", "is nested more than %d levels deep", maxDepth)
+		return
+	}
+	label := func(name string) {
+		if name == "" {
+			wrong(".Label", "is required")
+		}
+	}
+	switch e := e.(type) {
+	case Not:
+		checkExpression(wrong.sub(".Of"), e.Of, depth+1)
+	case All:
+		for i, part := range e {
+			checkExpression(wrong.sub("[%d]", i), part, depth+1)
+		}
+	case Any:
+		for i, part := range e {
+			checkExpression(wrong.sub("[%d]", i), part, depth+1)
+		}
+	case LabelExists:
+		if e == "" {
+			wrong("", "is required")
+		}
+	case LabelEquals:
+		label(e.Label)
+	case LabelMatches:
+		label(e.Label)
+		checkRegex(wrong.sub(".Regex"), e.Regex)
+	case nil:
+		wrong("", "is required")
+	default:
+		wrong("", "is a %T; want Not, All, Any, LabelExists, LabelEquals or LabelMatches", e)
+	}
+}
+
+func checkRegex(wrong report, regex string) {
+	if regex == "" {
+		wrong("", "is required")
+		return
+	}
+	if _, err := regexp.Compile(regex); err != nil {
+		wrong("", "%s", clip(err.Error(), 100))
+	}
+}
