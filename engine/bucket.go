@@ -1,0 +1,101 @@
+package engine
+
+import (
+	"math"
+)
+
+// bucketRule is what the token buckets of one rate limiter have in common. Times are nanoseconds since the engine's
+// epoch.
+type bucketRule struct {
+	capacity float64
+	fill     float64 // tokens each interval
+	interval float64
+	step     bool // fill at the end of each interval instead of continuously
+	delay    bool // a full bucket waits as long as it takes to fill before it refills
+}
+
+// bucket is the state of one token bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up
+// to date when somebody looks.
+type bucket struct {
+	tokens float64
+	last   int64 // the time that tokens is true for; may lie ahead while the fill is delayed
+	start  int64 // nothing is filled up to here
+}
+
+// slack forgives what floating point loses between the wait that a flow was told and the tokens that it then finds: a
+// billionth of a token.
+const slack = 1e-9
+
+func (r *bucketRule) fresh(b *bucket, now int64) {
+	*b = bucket{tokens: r.capacity, last: now, start: math.MinInt64}
+}
+
+// refill brings the bucket up to now. A clock that steps back changes nothing.
+func (r *bucketRule) refill(b *bucket, now int64) {
+	if now > b.start && now > b.last {
+		elapsed := float64(now - b.last)
+		if r.step {
+			steps := math.Floor(elapsed / r.interval)
+			b.tokens += steps * r.fill
+			b.last += clampNanos(steps * r.interval)
+		} else {
+			b.tokens += r.fill * elapsed / r.interval
+			b.last = now
+		}
+		b.tokens = min(b.tokens, r.capacity)
+	}
+	if r.delay && b.tokens >= r.capacity {
+		b.start = now + r.timeToFill(r.capacity)
+		b.last = b.start
+		if r.step {
+			b.last -= int64(r.interval)
+		}
+	}
+}
+
+// take takes want tokens, or none if there are too few: then wait is how long until there are enough, and 0 when there
+// never will be.
+func (r *bucketRule) take(b *bucket, now int64, want float64) (ok bool, wait int64) {
+	r.refill(b, now)
+	left := b.tokens - want
+	if left >= -slack || want == 0 {
+		b.tokens = max(left, 0)
+		return true, 0
+	}
+	if want > r.capacity || r.fill == 0 {
+		return false, 0
+	}
+	missing := r.timeToFill(-left)
+	if now <= b.start {
+		return false, b.start - now + missing
+	}
+	return false, max(missing-(now-b.last), 1)
+}
+
+// giveBack undoes a take.
+func (r *bucketRule) giveBack(b *bucket, tokens float64) {
+	b.tokens = min(b.tokens+tokens, r.capacity)
+}
+
+// full says whether the bucket is just like a fresh one, so that nobody can tell when it is forgotten.
+func (r *bucketRule) full(b *bucket, now int64) bool {
+	r.refill(b, now)
+	return b.tokens >= r.capacity
+}
+
+func (r *bucketRule) timeToFill(tokens float64) int64 {
+	if r.fill == 0 {
+		return 0
+	}
+	fills := tokens / r.fill
+	if r.step {
+		fills = math.Ceil(fills)
+	}
+	return clampNanos(math.Ceil(fills * r.interval))
+}
+
+// clampNanos keeps sums of two such times within an int64: buckets that take decades to fill are as good as stopped.
+func clampNanos(ns float64) int64 {
+	const century = 100 * 365 * 24 * 3600 * 1e9
+	return int64(min(ns, century))
+}

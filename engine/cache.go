@@ -1,0 +1,83 @@
+package engine
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/maypok86/otter/v2"
+
+	"github.com/headgate-go/headgate/internal/seam"
+)
+
+// maxTTL is how long a cache entry lives at the longest, and unless its writer says otherwise.
+const maxTTL = 7 * 24 * time.Hour
+
+// A cache keeps values for other flows, bounded by their number and by their bytes.
+type cache struct {
+	entries *otter.Cache[cacheKey, cached]
+	bytes   uint64
+	floor   uint32
+}
+
+type cacheKey struct{ controlPoint, key string }
+
+type cached struct {
+	value []byte
+	ttl   time.Duration
+}
+
+// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds one of the two,
+// so an entry weighs its bytes, but at least an equal share of them all.
+func newCache(entries int, size int64) *cache {
+	c := &cache{bytes: uint64(size), floor: uint32(min(max(size/int64(entries), 1), 1<<31))}
+	c.entries = otter.Must(&otter.Options[cacheKey, cached]{
+		MaximumWeight: uint64(size),
+		Weigher:       func(k cacheKey, v cached) uint32 { return c.weight(k, v.value) },
+		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[cacheKey, cached]) time.Duration {
+			return e.Value.ttl
+		}),
+	})
+	return c
+}
+
+func (c *cache) weight(k cacheKey, value []byte) uint32 {
+	n := len(k.controlPoint) + len(k.key) + len(value)
+	return max(uint32(min(n, 1<<31)), c.floor)
+}
+
+var errNoCacheKey = errors.New("cache key is empty")
+
+// lookup copies the value, so that nobody can change what the next flow finds.
+func (c *cache) lookup(k cacheKey) seam.CacheAnswer {
+	v, ok := c.entries.GetIfPresent(k)
+	if !ok {
+		return seam.CacheAnswer{}
+	}
+	return seam.CacheAnswer{Value: bytes.Clone(v.value), Hit: true}
+}
+
+func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
+	if k.key == "" {
+		return errNoCacheKey
+	}
+	if uint64(c.weight(k, value)) > c.bytes {
+		return fmt.Errorf("cache entry of %d bytes is larger than the cache", len(k.key)+len(value))
+	}
+	if ttl <= 0 || ttl > maxTTL {
+		ttl = maxTTL
+	}
+	c.entries.Set(k, cached{value: bytes.Clone(value), ttl: ttl})
+	return nil
+}
+
+func (c *cache) remove(k cacheKey) error {
+	if k.key == "" {
+		return errNoCacheKey
+	}
+	c.entries.Invalidate(k)
+	return nil
+}
+
+func (c *cache) close() { c.entries.StopAllGoroutines() }

@@ -1,0 +1,362 @@
+// Package engine is the agent that Headgate embeds in the process: it decides about flows by the policies that it was
+// given, without a server and without a network.
+//
+//	e, err := engine.New([]policy.Policy{{
+//		Name: "per-user",
+//		Components: []policy.Component{policy.RateLimiter{
+//			Selectors: policy.At("checkout"), Capacity: 10, Fill: 10, Interval: 30 * time.Second, LimitBy: "user_id",
+//		}},
+//	}})
+//
+// Hand it to flowctl.New to ask it. One engine can serve any number of clients; limits hold for all of them together.
+//
+// # How it decides
+//
+// A flow meets the components whose selectors pick it, all of them, in the order of the policies. It is accepted when
+// none of them drops it. A rejection takes nothing: what the other components gave the flow goes back. Where several
+// drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp mode,
+// which only lets flows run that a ramp has accepted.
+//
+// The decisions are those of an Aperture agent, but for these, where the engine is meant to do better: a rejection
+// refunds every limiter; several drops have one deterministic outcome; a limit of 0 refuses; what a bucket can never
+// hold is rejected without a time to retry; a token count that is negative or not a finite number is ignored; a small
+// flow is not refused because a large one was; every component has a dry run; agent groups are ignored, and the service
+// that a selector names is the one the client says it is.
+package engine
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// An Engine decides about flows in the process. Make one with [New] or [Load]; close it when its clients are done. It
+// is safe for concurrent use.
+type Engine struct {
+	keyCap       int
+	cacheEntries int
+	cacheBytes   int64
+	logger       *slog.Logger
+
+	epoch    time.Time
+	points   map[string][]member // by control point
+	limiters []limiter
+	warnings []string
+
+	results *cache
+	globals *cache
+
+	closed  atomic.Bool
+	done    chan struct{}
+	sweeper sync.WaitGroup
+}
+
+var _ seam.Agent = (*Engine)(nil)
+
+// A member is a component in its place at one control point.
+type member struct {
+	limiter   limiter
+	component *seam.Component
+	selectors []selector
+}
+
+func (m *member) selects(labels *seam.Labels) bool {
+	for i := range m.selectors {
+		if m.selectors[i].selects(labels) {
+			return true
+		}
+	}
+	return false
+}
+
+// New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
+// keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
+func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
+	e := &Engine{
+		keyCap:       DefaultKeyCap,
+		cacheEntries: DefaultCacheEntries,
+		cacheBytes:   DefaultCacheBytes,
+		logger:       slog.New(slog.DiscardHandler),
+		epoch:        time.Now(),
+		points:       make(map[string][]member),
+		done:         make(chan struct{}),
+	}
+	var errs []error
+	for _, o := range opts {
+		if o != nil {
+			errs = append(errs, o.apply(e))
+		}
+	}
+	names := make(map[string]bool)
+	for _, p := range policies {
+		if names[p.Name] {
+			errs = append(errs, fmt.Errorf("policy %q: the name is taken by another policy", p.Name))
+		}
+		names[p.Name] = true
+		errs = append(errs, e.add(p))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("headgate: engine: %w", err)
+	}
+	e.results = newCache(e.cacheEntries, e.cacheBytes)
+	e.globals = newCache(e.cacheEntries, e.cacheBytes)
+	if len(e.limiters) > 0 {
+		e.sweeper.Go(e.sweep)
+	}
+	return e, nil
+}
+
+// Load is [New] with the policies of a file, or of all .yaml and .yml files of a directory; see [policy.Load].
+func Load(path string, opts ...Option) (*Engine, error) {
+	policies, err := policy.Load(path)
+	if err != nil {
+		return nil, err
+	}
+	return New(policies, opts...)
+}
+
+// Close stops the engine's goroutines. Clients that ask it from now on find it unreachable; flows in flight still give
+// back what they hold. A second Close does nothing. The error is always nil.
+func (e *Engine) Close() error {
+	if !e.closed.Swap(true) {
+		close(e.done)
+		e.sweeper.Wait()
+		e.results.close()
+		e.globals.close()
+	}
+	return nil
+}
+
+// Warnings lists what the policies' files say and the engine has no use for, one "file:line:column: field: …" each.
+func (e *Engine) Warnings() []string { return slices.Clone(e.warnings) }
+
+// add compiles one policy.
+func (e *Engine) add(p policy.Policy) error {
+	if err := p.Validate(); err != nil {
+		return err
+	}
+	e.warnings = append(e.warnings, p.Warnings...)
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, p.Components))
+	hash := hex.EncodeToString(sum[:16])
+	for i, c := range p.Components {
+		id := fmt.Sprintf("root.%d", i)
+		l, selectors := e.build(c, seam.Component{Policy: p.Name, Hash: hash, ID: id})
+		if l == nil {
+			return fmt.Errorf("policy %q: components[%d]: the engine cannot run a %T", p.Name, i, c)
+		}
+		e.limiters = append(e.limiters, l)
+		if err := e.place(l, selectors); err != nil {
+			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
+		}
+	}
+	return nil
+}
+
+// build makes the limiter for a component, whose own ID goes before its place in the policy.
+func (e *Engine) build(c policy.Component, id seam.Component) (limiter, []policy.Selector) {
+	switch c := c.(type) {
+	case policy.RateLimiter:
+		id.Kind, id.ID = seam.KindRateLimiter, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
+		return newRateLimiter(e, c, id), c.Selectors
+	case policy.ConcurrencyLimiter:
+		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
+		return newConcurrencyLimiter(e, c, id), c.Selectors
+	default:
+		return nil, nil
+	}
+}
+
+// place registers the limiter at each of its control points, once.
+func (e *Engine) place(l limiter, selectors []policy.Selector) error {
+	for _, s := range selectors {
+		compiled, err := compileSelector(s)
+		if err != nil {
+			return err
+		}
+		members := e.points[s.ControlPoint]
+		if n := len(members); n == 0 || members[n-1].limiter != l {
+			members = append(members, member{limiter: l, component: l.identity()})
+		}
+		last := &members[len(members)-1]
+		last.selectors = append(last.selectors, compiled)
+		e.points[s.ControlPoint] = members
+	}
+	return nil
+}
+
+// Check decides about a flow. Clients of package flowctl call it.
+func (e *Engine) Check(_ context.Context, req *seam.Request, v *seam.Verdict) error {
+	if e.closed.Load() {
+		return seam.ErrClosed
+	}
+	now := e.now()
+	v.Start = e.epoch.UnixNano() + now
+	if req.RampMode {
+		// No component is a ramp, so none accepts.
+		v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
+		return nil
+	}
+	if !e.limit(req, now, v) {
+		return nil
+	}
+	if req.Lookup != nil {
+		e.lookup(req, v)
+	}
+	return nil
+}
+
+// limit asks the limiters, all of them: a client is told about each. It reports whether the flow passed.
+func (e *Engine) limit(req *seam.Request, now int64, v *seam.Verdict) bool {
+	members := e.points[req.ControlPoint]
+	dropped := false
+	for i := range members {
+		m := &members[i]
+		if !m.selects(&req.Labels) {
+			continue
+		}
+		d := v.Add(m.component)
+		m.limiter.decide(req, now, d)
+		dropped = dropped || d.Dropped
+	}
+	if dropped {
+		reject(v, seam.ReasonRateLimited)
+	}
+	return !dropped
+}
+
+// reject turns the verdict into a rejection by the decisions that dropped the flow, and refunds the others.
+func reject(v *seam.Verdict, reason seam.Reason) {
+	v.Rejected, v.Reason = true, reason
+	var by *seam.LimiterDecision
+	hopeless := false
+	for i := range v.Len() {
+		d := v.At(i)
+		switch {
+		case !d.Dropped:
+			if l, ok := d.Component.Limiter.(limiter); ok {
+				l.revert(d)
+			}
+			continue
+		case d.Wait == never:
+			d.Wait, hopeless = 0, true
+		}
+		if by == nil || d.Wait > by.Wait {
+			by = d
+		}
+	}
+	v.By, v.Status = by.Component, int16(by.Component.DeniedStatus)
+	if !hopeless {
+		v.RetryAfter = by.Wait
+	}
+}
+
+// lookup fills the cache part of the verdict.
+func (e *Engine) lookup(req *seam.Request, v *seam.Verdict) {
+	x := v.More()
+	if req.Lookup.Result != "" {
+		x.Result = e.results.lookup(cacheKey{req.ControlPoint, req.Lookup.Result})
+	}
+	for _, key := range req.Lookup.Global {
+		if key == "" {
+			continue
+		}
+		if x.Global == nil {
+			x.Global = make(map[string]seam.CacheAnswer, len(req.Lookup.Global))
+		}
+		x.Global[key] = e.globals.lookup(cacheKey{key: key})
+	}
+}
+
+// End gives back the slots that a flow holds. Clients of package flowctl call it.
+func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool) (seam.Returns, error) {
+	var r seam.Returns
+	for i := range v.Len() {
+		d := v.At(i)
+		if d.Slot == 0 {
+			continue
+		}
+		holder, ok := d.Component.Limiter.(slotHolder)
+		if !ok {
+			continue
+		}
+		r.Held++
+		if holder.giveBack(d, e.now()) {
+			r.Returned++
+		}
+	}
+	return r, nil
+}
+
+// Store puts a value into a cache. Clients of package flowctl call it.
+func (e *Engine) Store(_ context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+	if e.closed.Load() {
+		return seam.ErrClosed
+	}
+	c, k := e.cache(key)
+	return c.store(k, value, ttl)
+}
+
+// Delete removes a value from a cache. Clients of package flowctl call it.
+func (e *Engine) Delete(_ context.Context, key seam.CacheKey) error {
+	if e.closed.Load() {
+		return seam.ErrClosed
+	}
+	c, k := e.cache(key)
+	return c.remove(k)
+}
+
+func (e *Engine) cache(key seam.CacheKey) (*cache, cacheKey) {
+	if key.Global {
+		return e.globals, cacheKey{key: key.Key}
+	}
+	return e.results, cacheKey{key.ControlPoint, key.Key}
+}
+
+// Ready says whether the engine is open. Clients of package flowctl call it.
+func (e *Engine) Ready(context.Context) error {
+	if e.closed.Load() {
+		return seam.ErrClosed
+	}
+	return nil
+}
+
+// now is the time that limiters keep: nanoseconds since the engine was made, by the monotonic clock.
+func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
+
+// sweepEvery is how often idle keys are looked for, and how often a limiter with too many keys is logged at most.
+const sweepEvery = time.Minute
+
+// sweep forgets idle keys until the engine is closed.
+func (e *Engine) sweep() {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	reported := make([]uint64, len(e.limiters))
+	for {
+		select {
+		case <-e.done:
+			return
+		case <-tick.C:
+			for i, l := range e.limiters {
+				l.sweep(e.now())
+				if n := l.overflow(); n > reported[i] {
+					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
+						"policy", l.identity().Policy, "component", l.identity().ID, "decisions", n-reported[i])
+					reported[i] = n
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,142 @@
+package engine
+
+import (
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A selector says which flows of its control point a component acts on.
+type selector struct {
+	service string // "" for all
+	match   []condition
+}
+
+// A condition looks at a flow's labels.
+type condition func(*seam.Labels) bool
+
+func (s *selector) selects(labels *seam.Labels) bool {
+	if s.service != "" && s.service != labels.Service() {
+		return false
+	}
+	for _, holds := range s.match {
+		if !holds(labels) {
+			return false
+		}
+	}
+	return true
+}
+
+func compileSelector(s policy.Selector) (selector, error) {
+	compiled := selector{service: s.Service}
+	if s.Service == "any" {
+		compiled.service = ""
+	}
+	for _, label := range slices.Sorted(maps.Keys(s.Labels.Equal)) {
+		compiled.match = append(compiled.match, labelEquals(label, s.Labels.Equal[label]))
+	}
+	for _, r := range s.Labels.Require {
+		c, err := compileRequirement(r)
+		if err != nil {
+			return selector{}, err
+		}
+		compiled.match = append(compiled.match, c)
+	}
+	if s.Labels.Expression != nil {
+		c, err := compileExpression(s.Labels.Expression)
+		if err != nil {
+			return selector{}, err
+		}
+		compiled.match = append(compiled.match, c)
+	}
+	return compiled, nil
+}
+
+func compileRequirement(r policy.Requirement) (condition, error) {
+	key, values := r.Key, slices.Clone(r.Values)
+	in := func(l *seam.Labels) bool {
+		value, ok := l.Lookup(key)
+		return ok && slices.Contains(values, value)
+	}
+	switch r.Operator {
+	case policy.In:
+		return in, nil
+	case policy.NotIn:
+		return not(in), nil
+	case policy.Exists:
+		return labelExists(key), nil
+	case policy.DoesNotExist:
+		return not(labelExists(key)), nil
+	default:
+		return nil, fmt.Errorf("unknown operator %q", r.Operator)
+	}
+}
+
+func compileExpression(e policy.Expression) (condition, error) {
+	switch e := e.(type) {
+	case policy.Not:
+		of, err := compileExpression(e.Of)
+		if err != nil {
+			return nil, err
+		}
+		return not(of), nil
+	case policy.All:
+		of, err := compileExpressions(e)
+		return func(l *seam.Labels) bool {
+			return !slices.ContainsFunc(of, func(c condition) bool { return !c(l) })
+		}, err
+	case policy.Any:
+		of, err := compileExpressions(e)
+		return func(l *seam.Labels) bool {
+			return slices.ContainsFunc(of, func(c condition) bool { return c(l) })
+		}, err
+	case policy.LabelExists:
+		return labelExists(string(e)), nil
+	case policy.LabelEquals:
+		return labelEquals(e.Label, e.Value), nil
+	case policy.LabelMatches:
+		re, err := regexp.Compile(e.Regex)
+		if err != nil {
+			return nil, err
+		}
+		return func(l *seam.Labels) bool {
+			value, ok := l.Lookup(e.Label)
+			return ok && re.MatchString(value)
+		}, nil
+	default:
+		return nil, fmt.Errorf("unknown expression %T", e)
+	}
+}
+
+func compileExpressions(es []policy.Expression) ([]condition, error) {
+	compiled := make([]condition, len(es))
+	for i, e := range es {
+		var err error
+		if compiled[i], err = compileExpression(e); err != nil {
+			return nil, err
+		}
+	}
+	return compiled, nil
+}
+
+func labelExists(key string) condition {
+	return func(l *seam.Labels) bool {
+		_, ok := l.Lookup(key)
+		return ok
+	}
+}
+
+func labelEquals(key, want string) condition {
+	return func(l *seam.Labels) bool {
+		value, ok := l.Lookup(key)
+		return ok && value == want
+	}
+}
+
+func not(c condition) condition {
+	return func(l *seam.Labels) bool { return !c(l) }
+}

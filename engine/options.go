@@ -1,0 +1,62 @@
+package engine
+
+import (
+	"fmt"
+	"log/slog"
+)
+
+// An Option configures an engine. Of several of a kind the last one counts.
+type Option interface {
+	apply(*Engine) error
+}
+
+type option func(*Engine) error
+
+func (o option) apply(e *Engine) error { return o(e) }
+
+// Defaults of the options.
+const (
+	// DefaultKeyCap is how many values of its label a limiter keeps apart.
+	DefaultKeyCap = 1 << 20
+	// DefaultCacheEntries and DefaultCacheBytes bound the result cache and the global cache, each.
+	DefaultCacheEntries = 10_000
+	DefaultCacheBytes   = 64 << 20
+)
+
+// WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 100 bytes and the value.
+// When there are more, buckets that are full are forgotten, which nobody notices; while none is, the values that the
+// limiter has not seen yet share one bucket. The default is [DefaultKeyCap].
+func WithKeyCap(keys int) Option {
+	return option(func(e *Engine) error {
+		if keys < 1 {
+			return fmt.Errorf("WithKeyCap(%d): not positive", keys)
+		}
+		e.keyCap = keys
+		return nil
+	})
+}
+
+// WithCacheBounds bounds the result cache and the global cache: at most so many entries, and so many bytes of keys and
+// values, in each of the two. The least useful entries make room for new ones. The defaults are [DefaultCacheEntries]
+// and [DefaultCacheBytes].
+func WithCacheBounds(entries int, bytes int64) Option {
+	return option(func(e *Engine) error {
+		if entries < 1 || bytes < int64(entries) {
+			return fmt.Errorf("WithCacheBounds(%d, %d): entries must be positive and have a byte each", entries, bytes)
+		}
+		e.cacheEntries, e.cacheBytes = entries, bytes
+		return nil
+	})
+}
+
+// WithLogger has the engine log what its operator should know, such as a limiter with too many keys. By default, and
+// with nil, it logs nothing.
+func WithLogger(logger *slog.Logger) Option {
+	return option(func(e *Engine) error {
+		if logger == nil {
+			logger = slog.New(slog.DiscardHandler)
+		}
+		e.logger = logger
+		return nil
+	})
+}

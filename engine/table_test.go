@@ -1,0 +1,158 @@
+package engine
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"testing"
+)
+
+func newTestTable(limit int) *table[int] {
+	return newTable(limit, func(n *int, _ int64) { *n = 0 }, func(n *int, _ int64) bool { return *n == 0 })
+}
+
+func (t *table[S]) update(key string, now int64, f func(*S)) {
+	e := t.lock(key, now)
+	f(&e.state)
+	e.mu.Unlock()
+}
+
+func TestTable(t *testing.T) {
+	tab := newTestTable(100_000)
+	const keys = 50_000
+	for round := range 2 {
+		for i := range keys {
+			tab.update(fmt.Sprint(i), int64(round), func(n *int) { *n += i })
+		}
+	}
+	for i := range keys {
+		tab.update(fmt.Sprint(i), 2, func(n *int) {
+			if *n != 2*i {
+				t.Fatalf("state of %d = %d want %d", i, *n, 2*i)
+			}
+		})
+	}
+	if got := tab.size.Load(); got != keys {
+		t.Errorf("size = %d want %d", got, keys)
+	}
+}
+
+func TestTableSweep(t *testing.T) {
+	tab := newTestTable(10_000)
+	for i := range 1000 {
+		tab.update(fmt.Sprint(i), 0, func(n *int) { *n = i % 2 }) // every other one is forgettable
+	}
+	tab.update("0", 50, func(*int) {})
+	tab.sweep(100, 60)
+	if got, want := tab.size.Load(), int64(501); got != want { // the odd ones, and the one that was used
+		t.Errorf("size = %d want %d", got, want)
+	}
+	for i := range 1000 {
+		tab.update(fmt.Sprint(i), 100, func(n *int) {
+			if *n != i%2 {
+				t.Fatalf("state of %d = %d want %d", i, *n, i%2)
+			}
+		})
+	}
+}
+
+// At the cap a table forgets what nobody will miss, and lets the rest of the unknown keys share; what it must not do is
+// to forget somebody's debt.
+func TestTableFull(t *testing.T) {
+	tab := newTestTable(10)
+	for i := range 10 {
+		tab.update(fmt.Sprint(i), 0, func(n *int) { *n = i }) // just "0" is forgettable
+	}
+	tab.update("new", 0, func(n *int) { *n = 7 })
+	if got := tab.spilled.Load(); got != 0 {
+		t.Errorf("spilled = %d want 0: there was a key to forget", got)
+	}
+	tab.update("newer", int64(1e10), func(n *int) { *n += 40 })
+	tab.update("newest", int64(1e10), func(n *int) { *n += 2 })
+	if got := tab.spilled.Load(); got != 2 || tab.spill.state != 42 {
+		t.Errorf("spilled, spill = %d, %d want 2, 42", got, tab.spill.state)
+	}
+	for i := 1; i < 10; i++ {
+		tab.update(fmt.Sprint(i), int64(1e10), func(n *int) {
+			if *n != i {
+				t.Errorf("state of %d = %d", i, *n)
+			}
+		})
+	}
+	if got := tab.size.Load(); got != 10 {
+		t.Errorf("size = %d want 10", got)
+	}
+}
+
+// Keys come, are counted, are swept away and come again, all at once. Run with the race detector.
+func TestTableConcurrent(t *testing.T) {
+	tab := newTestTable(300)
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i := range 20_000 {
+				key := fmt.Sprint((i*7 + w) % 500)
+				tab.update(key, int64(i), func(n *int) { *n++ })
+				tab.update(key, int64(i), func(n *int) { *n-- })
+			}
+		})
+	}
+	wg.Go(func() {
+		for i := range 200 {
+			tab.sweep(int64(i*100), 0)
+			runtime.Gosched()
+		}
+	})
+	wg.Wait()
+	// A key that spilled when it was counted up may have been counted down in an entry of its own, so it is the sum
+	// that shows whether an update was lost.
+	sum, live := tab.spill.state, int64(0)
+	for i := range tab.shards {
+		slots := *tab.shards[i].slots.Load()
+		for j := range slots {
+			if e := slots[j].Load(); e != nil && e != tab.shards[i].tombstone {
+				sum += e.state
+				live++
+			}
+		}
+	}
+	if sum != 0 {
+		t.Errorf("sum = %d want 0", sum)
+	}
+	if got := tab.size.Load(); got != live || got > 300 {
+		t.Errorf("size = %d want the %d that are there, up to 300", got, live)
+	}
+}
+
+// The budget is 128 bytes a key beyond the key's own text.
+func TestTableMemory(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector has its own memory")
+	}
+	const keys = 1_000_000
+	names := make([]string, keys)
+	text := 0
+	for i := range names {
+		names[i] = fmt.Sprintf("user-%d", i)
+		text += (len(names[i]) + 7) / 8 * 8 // in the allocator's steps
+	}
+	r := &bucketRule{capacity: 10, fill: 10, interval: 1e9}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	tab := newTable(keys, r.fresh, r.full)
+	for _, name := range names {
+		e := tab.lock(name, 0)
+		r.take(&e.state, 0, 1)
+		e.mu.Unlock()
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	perKey := (float64(after.HeapAlloc-before.HeapAlloc) - float64(text)) / keys
+	t.Logf("%.0f bytes a key", perKey)
+	if perKey > 128 {
+		t.Errorf("%.0f bytes a key want at most 128", perKey)
+	}
+	runtime.KeepAlive(tab)
+	runtime.KeepAlive(names)
+}

@@ -1,0 +1,303 @@
+// Package flowctl is the client: it starts flows, tells whether they should run, and ends them. Package headgate wraps
+// functions with it, which is what most programs want; this package is for those that need a flow in their hands.
+//
+//	client, err := flowctl.Dial("agent.example:443", flowctl.WithAPIKey(key))
+//	…
+//	flow := client.Start(ctx, "checkout", flowctl.Params{Labels: map[string]string{"user_id": id}})
+//	defer flow.EndWith(&err)
+//	if !flow.ShouldRun() {
+//		return flow.Err()
+//	}
+//
+// A client asks an agent: [Dial] one over the network that speaks the Aperture protocol, or pass an engine that runs in
+// this process to [New]. All else is the same for both.
+//
+// # What is decided
+//
+//	decision     when                               ShouldRun                                  Err
+//	Accepted     the agent said yes                 yes                                        nil
+//	Rejected     the agent said no                  no                                         *RejectedError, ErrRejected
+//	Unreachable  no usable answer came              yes, unless RampMode or FailClosed is set  *UnreachableError, ErrUnreachable
+//	Canceled     the caller's context ended first   no                                         matches ctx.Err() and context.Cause(ctx)
+//	Invalid      the agent could not be asked       no                                         ErrInvalid
+//
+// With [WithDryRun] every flow runs.
+//
+// A check that timed out may have been admitted by the agent all the same; what it took there comes back when the
+// agent's own limit on the age of flows has passed.
+package flowctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// An Agent decides about flows in this process: an engine. Only Headgate implements it, so that it can grow.
+type Agent interface {
+	seam.Agent
+}
+
+// A Client starts flows. It is safe for concurrent use. A nil client is flow control switched off: it accepts every
+// flow and asks nobody.
+type Client struct {
+	agent        seam.Agent
+	remote       *remote // the agent, when it is one
+	checkTimeout time.Duration
+	base         *seam.Base // the labels that every flow has; nil when none
+	baggage      bool
+	baggageKeys  []string
+	dryRun       bool
+	logger       *slog.Logger
+	observer     *observer // nil: the application wants to see nothing
+	endLog       limitedLog
+	invalidLog   limitedLog
+	closed       atomic.Bool
+}
+
+// New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.
+func New(agent Agent, opts ...Option) (*Client, error) {
+	if agent == nil {
+		return nil, errors.New("headgate: new client: no agent")
+	}
+	cfg, err := newConfig(false, opts)
+	if err != nil {
+		return nil, fmt.Errorf("headgate: new client: %w", err)
+	}
+	return newClient(agent, cfg)
+}
+
+func newClient(agent seam.Agent, cfg *config) (*Client, error) {
+	c := &Client{
+		agent:        agent,
+		checkTimeout: cfg.checkTimeout,
+		baggage:      cfg.baggage,
+		baggageKeys:  cfg.baggageKeys,
+		dryRun:       cfg.dryRun,
+		logger:       cfg.logger,
+	}
+	if len(cfg.base.Defaults) > 0 || cfg.base.Service != "" {
+		c.base = &cfg.base
+	}
+	var err error
+	if c.observer, err = newObserver(cfg.tracer, cfg.meter); err != nil {
+		return nil, fmt.Errorf("headgate: new client: %w", err)
+	}
+	return c, nil
+}
+
+// Start asks the agent about a flow and returns it, decided. It waits for the answer, at the longest for the check
+// timeout. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
+// [Flow.EndWith].
+func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
+	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
+	f.req.ControlPoint = controlPoint
+	if c == nil {
+		f.decision, f.run = Accepted, true
+		return f
+	}
+	if c.observer != nil {
+		c.observer.start(f)
+	}
+	var err error
+	if f.decision, err = c.decide(ctx, f, &params); err != nil {
+		f.more().err = err
+	}
+	switch {
+	case f.decision == Accepted, c.dryRun:
+		f.run = true
+	case f.decision == Unreachable:
+		f.run = !params.RampMode && params.OnUnreachable == FailOpen
+	}
+	if f.decision == Invalid {
+		c.invalidLog.warn(c.logger, time.Now(), "headgate: a flow cannot be asked about", "error", err)
+	}
+	if c.observer != nil {
+		c.observer.decided(f)
+	}
+	return f
+}
+
+// decide gets the agent's decision into the flow.
+func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision, error) {
+	if err := c.prepare(ctx, &f.req, params); err != nil {
+		return Invalid, &invalidError{f.req.ControlPoint, err}
+	}
+	if ctx.Err() != nil {
+		return Canceled, newCanceledError(f.req.ControlPoint, ctx)
+	}
+	if c.closed.Load() {
+		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
+	}
+	err := c.agent.Check(ctx, &f.req, &f.verdict)
+	switch {
+	case err == nil && f.verdict.Rejected:
+		return Rejected, nil
+	case err == nil:
+		return Accepted, nil
+	case callerEnded(ctx, err):
+		return Canceled, newCanceledError(f.req.ControlPoint, ctx)
+	case c.closed.Load(): // while we were asking
+		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
+	default:
+		return Unreachable, &UnreachableError{f.req.ControlPoint, err}
+	}
+}
+
+// callerEnded says whether a check failed because the caller's context ended, and not by the check's own timeout. The
+// deadline's timer may still be about to fire when the answer is in.
+func callerEnded(ctx context.Context, err error) bool {
+	if ctx.Err() != nil {
+		return true
+	}
+	deadline, ok := ctx.Deadline()
+	return ok && status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline)
+}
+
+// prepare fills the request, and says what is wrong with it.
+func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params) error {
+	if err := checkControlPoint(req.ControlPoint); err != nil {
+		return err
+	}
+	var err error
+	if req.Lookup, err = params.lookup(); err != nil {
+		return err
+	}
+	if err := labels.Check(params.Labels); err != nil {
+		return err
+	}
+	explicit, transport, err := labels.FromContext(ctx)
+	if err != nil {
+		return err
+	}
+	req.RampMode = params.RampMode
+	switch {
+	case params.CheckTimeout > 0:
+		req.Timeout = params.CheckTimeout
+	case params.CheckTimeout == 0 && c.checkTimeout > 0:
+		req.Timeout = c.checkTimeout
+	}
+	req.Labels = seam.Labels{Params: params.Labels, Context: explicit, Base: c.base}
+	if transport != nil || c.baggage {
+		base := seam.Base{Transport: transport}
+		if c.baggage {
+			base.Baggage = labels.FromBaggage(ctx, c.baggageKeys...)
+		}
+		if c.base != nil {
+			base.Defaults, base.Service = c.base.Defaults, c.base.Service
+		}
+		req.Labels.Base = &base
+	}
+	return fit(&req.Labels)
+}
+
+// fit makes the labels as few as a flow may have. Too many explicit ones are an error; the others give way, those of
+// peers first.
+func fit(l *seam.Labels) error {
+	n := len(l.Params) + len(l.Context)
+	if l.Base != nil {
+		n += len(l.Base.Baggage) + len(l.Base.Transport) + len(l.Base.Defaults)
+	}
+	if n <= labels.MaxLabels {
+		return nil
+	}
+	kept := maps.Clone(l.Context)
+	if kept == nil {
+		kept = make(map[string]string, len(l.Params))
+	}
+	maps.Copy(kept, l.Params)
+	if len(kept) > labels.MaxLabels {
+		return tooManyLabels(len(kept))
+	}
+	if l.Base != nil {
+		for _, layer := range []map[string]string{l.Base.Defaults, l.Base.Baggage, l.Base.Transport} {
+			for _, key := range slices.Sorted(maps.Keys(layer)) {
+				if _, known := kept[key]; !known && len(kept) == labels.MaxLabels {
+					break
+				}
+				// The layers come here in the order in which they are given up, which is not their precedence.
+				kept[key], _ = l.Lookup(key)
+			}
+		}
+		l.Base = &seam.Base{Service: l.Base.Service}
+	}
+	l.Params, l.Context = kept, nil
+	return nil
+}
+
+// end is Flow.End, once.
+func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
+	s := f.status()
+	if c.observer != nil {
+		c.observer.end(f, s)
+	}
+	if !f.Success() {
+		return EndResponse{}, nil
+	}
+	r, err := c.agent.End(ctx, &f.req, &f.verdict, s == StatusError)
+	if err != nil {
+		err = fmt.Errorf("headgate: end %q: %w", f.req.ControlPoint, err)
+		c.endLog.warn(c.logger, time.Now(), "headgate: slots may not have been given back", "error", err)
+	}
+	return EndResponse{Held: r.Held, Returned: r.Returned}, err
+}
+
+// Ready waits until the agent can be asked, or ctx ends, and then says why not. It also says so when the agent refuses
+// the API key. A nil client is always ready.
+func (c *Client) Ready(ctx context.Context) error {
+	if c == nil {
+		return nil
+	}
+	err := error(seam.ErrClosed)
+	if !c.closed.Load() {
+		err = c.agent.Ready(ctx)
+	}
+	if errors.Is(err, seam.ErrClosed) {
+		return ErrClosed
+	}
+	if err != nil {
+		return fmt.Errorf("headgate: agent not ready: %w", err)
+	}
+	return nil
+}
+
+// Close starts no more flows, sends what telemetry there is until ctx ends, and closes the connection if Dial opened
+// it. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given back afterwards.
+// A second Close does nothing.
+func (c *Client) Close(ctx context.Context) error {
+	if c == nil || c.closed.Swap(true) || c.remote == nil {
+		return nil
+	}
+	if err := c.remote.close(ctx); err != nil {
+		return fmt.Errorf("headgate: close client: %w", err)
+	}
+	return nil
+}
+
+// A limitedLog logs one kind of event once a minute at most. The zero value is ready.
+type limitedLog struct {
+	next    atomic.Int64 // Unix nanoseconds
+	skipped atomic.Int64
+}
+
+// warn reports whether it was time to log.
+func (l *limitedLog) warn(logger *slog.Logger, now time.Time, msg string, args ...any) bool {
+	t, next := now.UnixNano(), l.next.Load()
+	if t < next || !l.next.CompareAndSwap(next, t+int64(time.Minute)) {
+		l.skipped.Add(1)
+		return false
+	}
+	logger.Warn(msg, append(args, "unlogged_before", l.skipped.Swap(0))...)
+	return true
+}

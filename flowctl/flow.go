@@ -1,0 +1,407 @@
+package flowctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// A Flow is one run of guarded work, from [Client.Start] to [Flow.End]. It is never nil, and every method is safe to
+// call at any time and from any goroutine.
+type Flow struct {
+	parent  context.Context // of the caller, with the flow's trace span where there is one
+	client  *Client         // nil: flow control is off
+	req     seam.Request
+	verdict seam.Verdict
+	fails   func(error) bool
+	rare    *rare
+
+	ended    atomic.Bool
+	set      atomic.Uint32 // Status that SetStatus was told
+	derived  atomic.Uint32 // Status that SetError came to
+	decision Decision
+	run      bool
+}
+
+// rare is what few flows have; with it a flow would not fit into the allocator's 224 bytes.
+type rare struct {
+	err  error      // why the flow was not decided about
+	span trace.Span // in the application's trace; nil when it wants none
+}
+
+// more gives f.rare, which it makes where there is none. Only Start may call it.
+func (f *Flow) more() *rare {
+	if f.rare == nil {
+		f.rare = new(rare)
+	}
+	return f.rare
+}
+
+// Decision is what was decided about a flow.
+type Decision uint8
+
+// The decisions. Zero is none of them, and no flow has it.
+const (
+	Accepted    Decision = iota + 1 // the agent said yes
+	Rejected                        // the agent said no
+	Unreachable                     // nobody answered
+	Canceled                        // the caller's own context ended first
+	Invalid                         // the flow could not be asked about
+)
+
+// String gives the decision in lower case.
+func (d Decision) String() string {
+	switch d {
+	case Accepted:
+		return "accepted"
+	case Rejected:
+		return "rejected"
+	case Unreachable:
+		return "unreachable"
+	case Canceled:
+		return "canceled"
+	case Invalid:
+		return "invalid"
+	default:
+		return fmt.Sprintf("Decision(%d)", uint8(d))
+	}
+}
+
+// Status is how a flow's work went.
+type Status uint8
+
+// The statuses.
+const (
+	StatusUnset Status = iota
+	StatusOK
+	StatusError
+)
+
+// String gives the status as telemetry does: "OK", "Error" or "Unset".
+func (s Status) String() string {
+	switch s {
+	case StatusUnset:
+		return "Unset"
+	case StatusOK:
+		return "OK"
+	case StatusError:
+		return "Error"
+	default:
+		return fmt.Sprintf("Status(%d)", uint8(s))
+	}
+}
+
+// EndResponse counts the concurrency slots of a flow that ended.
+type EndResponse struct {
+	Held     int // slots that the flow took
+	Returned int // those of them that were still the flow's; others had been taken back because it took too long
+}
+
+// Decision is what was decided.
+func (f *Flow) Decision() Decision { return f.decision }
+
+// ShouldRun says whether to do the work: when the flow was accepted, and when nobody answered, unless RampMode or
+// FailClosed forbids that. A dry run always runs.
+func (f *Flow) ShouldRun() bool { return f.run }
+
+// Success says whether an agent answered, yes or no.
+func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == Rejected }
+
+// Err is nil for an accepted flow, and else says why it was not: a [*RejectedError], an [*UnreachableError], an error
+// that matches the context's, or one that matches [ErrInvalid]. A flow that runs all the same has an error too.
+func (f *Flow) Err() error {
+	if f.decision != Rejected {
+		if f.rare == nil {
+			return nil
+		}
+		return f.rare.err
+	}
+	e := &RejectedError{
+		ControlPoint: f.req.ControlPoint,
+		Reason:       f.RejectReason(),
+		HTTPStatus:   f.deniedStatus(),
+		Wait:         f.verdict.RetryAfter,
+	}
+	if by := f.verdict.By; by != nil {
+		e.Policy, e.Component, e.LabelKey = by.Policy, by.ID, by.LabelKey
+	}
+	return e
+}
+
+// RejectReason is why the agent rejected the flow; ReasonNone when it did not.
+func (f *Flow) RejectReason() RejectReason { return RejectReason(f.verdict.Reason) }
+
+// RetryAfter is how long until a retry of a rejected flow can succeed; 0 when that is not known, or never.
+func (f *Flow) RetryAfter() time.Duration { return f.verdict.RetryAfter }
+
+// HTTPStatus is what to answer a request with: 200 when the flow runs, and else a status within 400 to 599, for a
+// rejection the policy's or one by its reason.
+func (f *Flow) HTTPStatus() int {
+	switch {
+	case f.run:
+		return http.StatusOK
+	case f.decision == Rejected:
+		return f.deniedStatus()
+	case f.decision == Unreachable:
+		return http.StatusServiceUnavailable
+	case f.decision == Canceled:
+		return http.StatusRequestTimeout
+	default:
+		return http.StatusInternalServerError
+	}
+}
+
+func (f *Flow) deniedStatus() int {
+	if s := int(f.verdict.Status); s >= 400 && s <= 599 {
+		return s
+	}
+	return f.RejectReason().httpStatus()
+}
+
+// ControlPoint is where the flow was started.
+func (f *Flow) ControlPoint() string { return f.req.ControlPoint }
+
+// String names the flow's control point and decision, and none of its labels.
+func (f *Flow) String() string { return fmt.Sprintf("flow %q: %s", f.req.ControlPoint, f.decision) }
+
+// flowContext is the flow as a context: the same object, so that it costs no allocation of its own.
+type flowContext Flow
+
+type flowKey struct{}
+
+// Context is the caller's context with the flow in it, for [FromContext].
+func (f *Flow) Context() context.Context { return (*flowContext)(f) }
+
+func (c *flowContext) Deadline() (time.Time, bool) { return c.parent.Deadline() }
+func (c *flowContext) Done() <-chan struct{}       { return c.parent.Done() }
+func (c *flowContext) Err() error                  { return c.parent.Err() }
+func (c *flowContext) String() string              { return fmt.Sprintf("headgate.Flow(%q)", c.req.ControlPoint) }
+
+func (c *flowContext) Value(key any) any {
+	if key == (flowKey{}) {
+		return (*Flow)(c)
+	}
+	return c.parent.Value(key)
+}
+
+// FromContext finds the innermost flow that ctx comes from.
+func FromContext(ctx context.Context) (*Flow, bool) {
+	f, ok := ctx.Value(flowKey{}).(*Flow)
+	return f, ok
+}
+
+// SetStatus says how the work went. It goes before what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
+// panic goes before it. After the flow has ended it does nothing.
+func (f *Flow) SetStatus(s Status) { f.set.Store(uint32(s)) }
+
+// SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
+func (f *Flow) SetError(err error) {
+	f.derived.Store(uint32(StatusError)) // in case IsFailure panics
+	if err == nil || !f.isFailure(err) {
+		f.derived.Store(uint32(StatusOK))
+	}
+}
+
+func (f *Flow) isFailure(err error) bool {
+	if f.fails != nil {
+		return f.fails(err)
+	}
+	canceled := f.parent.Err()
+	return canceled == nil || !errors.Is(err, canceled) && !errors.Is(err, context.Cause(f.parent))
+}
+
+// status is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
+func (f *Flow) status() Status {
+	switch set, derived := Status(f.set.Load()), Status(f.derived.Load()); {
+	case !f.run:
+		return StatusError
+	case set != StatusUnset:
+		return set
+	case derived != StatusUnset:
+		return derived
+	default:
+		return StatusOK
+	}
+}
+
+// End ends the flow: it gives back the concurrency slots that the flow holds, also when it was rejected, and reports
+// its status. A status that nobody set is OK if the flow ran and Error if it did not. End does not stop when ctx is
+// canceled; it has a time limit of its own, see [WithEndTimeout]. The first call counts; others give [ErrEnded]. An
+// error means that slots may not have been given back: the agent takes them back later by itself.
+func (f *Flow) End(ctx context.Context) (EndResponse, error) {
+	if f.ended.Swap(true) {
+		return EndResponse{}, ErrEnded
+	}
+	if f.client == nil {
+		return EndResponse{}, nil
+	}
+	return f.client.end(ctx, f)
+}
+
+// EndWith ends the flow of a function that returns *errp, when deferred directly, right after Start:
+//
+//	flow := client.Start(ctx, "checkout", params)
+//	defer flow.EndWith(&err)
+//
+// It derives the status as [Flow.SetError] does, and never changes *errp. When the function panics, the status is
+// Error, and the panic goes on with the same value. After an explicit End it does nothing. It cannot tell a
+// runtime.Goexit from a return, and when it is called from within another deferred function it cannot see panics:
+// package headgate's Guard and Do can.
+func (f *Flow) EndWith(errp *error) {
+	p := recover()
+	switch {
+	case p != nil:
+		f.SetStatus(StatusError)
+	case errp == nil:
+		f.SetError(nil)
+	default:
+		f.SetError(*errp)
+	}
+	_, _ = f.End(f.parent)
+	if p != nil {
+		panic(p)
+	}
+}
+
+// CheckResponse is the agent's answer as a message of the protocol, or what it would be if the engine had sent it. It
+// is the caller's own copy; nil when nobody answered.
+func (f *Flow) CheckResponse() *checkv1.CheckResponse {
+	if !f.Success() || f.client == nil {
+		return nil
+	}
+	if f.verdict.Extra != nil {
+		if a, ok := f.verdict.Extra.Wire.(*answer); ok {
+			return proto.CloneOf(a.response)
+		}
+	}
+	return wire.Response(&f.req, &f.verdict)
+}
+
+// ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err
+// says what went wrong where it was no plain miss.
+func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
+	if f.req.Lookup == nil || f.req.Lookup.Result == "" {
+		return nil, false, nil
+	}
+	if err := f.Err(); err != nil {
+		return nil, false, err
+	}
+	if f.verdict.Extra == nil {
+		return nil, false, nil
+	}
+	return f.cacheAnswer(f.verdict.Extra.Result)
+}
+
+// GlobalCache is what the check found under one of Params.GlobalCacheKeys, as [Flow.ResultCache].
+func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
+	if f.req.Lookup == nil {
+		return nil, false, nil
+	}
+	if err := f.Err(); err != nil {
+		return nil, false, err
+	}
+	if f.verdict.Extra == nil {
+		return nil, false, nil
+	}
+	return f.cacheAnswer(f.verdict.Extra.Global[key])
+}
+
+func (f *Flow) cacheAnswer(a seam.CacheAnswer) ([]byte, bool, error) {
+	if a.Err != nil {
+		return nil, false, fmt.Errorf("headgate: cache lookup %q: %w", f.req.ControlPoint, a.Err)
+	}
+	return a.Value, a.Hit, nil
+}
+
+// SetResultCache stores the value under Params.ResultCacheKey. A ttl of 0 is the agent's default, 7 days.
+func (f *Flow) SetResultCache(ctx context.Context, value []byte, ttl time.Duration) error {
+	return f.store(ctx, f.resultKey(), value, ttl)
+}
+
+// SetGlobalCache stores the value under a key that all control points share. A ttl of 0 is the agent's default, 7 days.
+func (f *Flow) SetGlobalCache(ctx context.Context, key string, value []byte, ttl time.Duration) error {
+	return f.store(ctx, seam.CacheKey{Key: key, Global: true}, value, ttl)
+}
+
+// DeleteResultCache removes the value under Params.ResultCacheKey; none is fine.
+func (f *Flow) DeleteResultCache(ctx context.Context) error {
+	return f.remove(ctx, f.resultKey())
+}
+
+// DeleteGlobalCache removes the value under a key that all control points share; none is fine.
+func (f *Flow) DeleteGlobalCache(ctx context.Context, key string) error {
+	return f.remove(ctx, seam.CacheKey{Key: key, Global: true})
+}
+
+func (f *Flow) resultKey() seam.CacheKey {
+	k := seam.CacheKey{ControlPoint: f.req.ControlPoint}
+	if f.req.Lookup != nil {
+		k.Key = f.req.Lookup.Result
+	}
+	return k
+}
+
+func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+	switch {
+	case f.client == nil:
+		return nil
+	case key.Key == "":
+		return &cacheError{"store", f.req.ControlPoint, errNoCacheKey}
+	case ttl < 0:
+		return &cacheError{"store", f.req.ControlPoint, errNegativeTTL}
+	}
+	if err := f.client.agent.Store(ctx, key, value, ttl); err != nil {
+		return &cacheError{"store", f.req.ControlPoint, err}
+	}
+	return nil
+}
+
+func (f *Flow) remove(ctx context.Context, key seam.CacheKey) error {
+	switch {
+	case f.client == nil:
+		return nil
+	case key.Key == "":
+		return &cacheError{"delete", f.req.ControlPoint, errNoCacheKey}
+	}
+	if err := f.client.agent.Delete(ctx, key); err != nil {
+		return &cacheError{"delete", f.req.ControlPoint, err}
+	}
+	return nil
+}
+
+var (
+	errNoCacheKey  = errors.New("the flow was started without a cache key")
+	errNegativeTTL = errors.New("the time to live is negative")
+)
+
+// cacheError is why a cache entry was not changed.
+type cacheError struct {
+	op           string
+	controlPoint string
+	err          error
+}
+
+func (e *cacheError) Error() string {
+	return fmt.Sprintf("headgate: cache %s %q: %v", e.op, e.controlPoint, e.err)
+}
+
+func (e *cacheError) Is(target error) bool {
+	switch target {
+	case ErrInvalid:
+		return errors.Is(e.err, errNoCacheKey) || errors.Is(e.err, errNegativeTTL)
+	case ErrClosed:
+		return errors.Is(e.err, seam.ErrClosed)
+	default:
+		return false
+	}
+}

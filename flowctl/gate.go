@@ -1,0 +1,98 @@
+package flowctl
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Gate says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting for their
+// timeout, but for one that probes.
+//
+// Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
+// from the agent meanwhile. Anything that comes, a rejection or a late answer too, starts the count anew: an agent that
+// is overloaded must not be taken for a dead one, for that would let everything in.
+type Gate struct {
+	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
+	Failures int
+
+	// Span is the least time between the first of the failures and the last. Zero means two check timeouts.
+	Span time.Duration
+
+	// Probe is how often one flow is let through to find out whether the agent is back. Zero means 1 s.
+	Probe time.Duration
+}
+
+const (
+	defaultGateFailures = 5
+	defaultGateProbe    = time.Second
+)
+
+var errGateOpen = errors.New("it did not answer lately, and is asked again once in a while")
+
+// A gate is a Gate at work. The zero value lets everything through.
+type gate struct {
+	Gate
+	epoch time.Time // times below are nanoseconds since then
+
+	open  atomic.Bool
+	probe atomic.Int64 // when the next probe may go
+
+	mu    sync.Mutex
+	count atomic.Int64 // failures in a row; written under mu
+	first int64        // the first of them
+}
+
+func newGate(settings Gate, checkTimeout time.Duration) *gate {
+	g := &gate{Gate: settings, epoch: time.Now()}
+	if g.Failures == 0 {
+		g.Failures = defaultGateFailures
+	}
+	if g.Span == 0 {
+		g.Span = 2 * checkTimeout
+	}
+	if g.Probe == 0 {
+		g.Probe = defaultGateProbe
+	}
+	return g
+}
+
+// admit says whether a check may go to the agent.
+func (g *gate) admit(now time.Time) bool {
+	if !g.open.Load() {
+		return true
+	}
+	t, next := int64(now.Sub(g.epoch)), g.probe.Load()
+	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
+}
+
+// answered notes that something came from the agent. It reports whether that closed the gate.
+func (g *gate) answered() bool {
+	if g.count.Load() == 0 { // and so it is closed
+		return false
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.count.Store(0)
+	return g.open.Swap(false)
+}
+
+// failed notes a piece of evidence. It reports whether that opened the gate.
+func (g *gate) failed(now time.Time) bool {
+	if g.Failures < 0 {
+		return false
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t := int64(now.Sub(g.epoch))
+	if g.count.Load() == 0 {
+		g.first = t
+	}
+	if g.count.Add(1) < int64(g.Failures) || t-g.first < int64(g.Span) || g.open.Load() {
+		return false
+	}
+	g.probe.Store(t + int64(g.Probe))
+	g.open.Store(true)
+	return true
+}

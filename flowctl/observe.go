@@ -1,0 +1,111 @@
+package flowctl
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
+)
+
+const scope = "github.com/headgate-go/headgate/flowctl"
+
+// An observer shows flows to the application: a span each, and a count of decisions.
+type observer struct {
+	tracer    trace.Tracer
+	decisions metric.Int64Counter
+
+	// Sets of attributes are dear to make, and there are few: control points times outcomes.
+	sets  sync.Map // outcome → metric.AddOption
+	count atomic.Int64
+}
+
+// maxOutcomes bounds the sets that are kept, for programs that make up control points.
+const maxOutcomes = 4096
+
+type outcome struct {
+	controlPoint string
+	decision     Decision
+	reason       RejectReason
+}
+
+func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*observer, error) {
+	if tracers == nil && meters == nil {
+		return nil, nil
+	}
+	o := &observer{}
+	if tracers != nil {
+		o.tracer = tracers.Tracer(scope, trace.WithInstrumentationVersion(version))
+	}
+	if meters != nil {
+		var err error
+		o.decisions, err = meters.Meter(scope, metric.WithInstrumentationVersion(version)).Int64Counter(
+			"flowcontrol_decisions_total",
+			metric.WithDescription("Flows by what was decided about them."),
+			metric.WithUnit("{flow}"),
+		)
+		if err != nil {
+			return nil, err
+		}
+	}
+	return o, nil
+}
+
+// start opens the flow's span, which becomes part of the flow's context.
+func (o *observer) start(f *Flow) {
+	if o.tracer == nil || checkControlPoint(f.req.ControlPoint) != nil {
+		return
+	}
+	ctx, s := o.tracer.Start(f.parent, "headgate "+f.req.ControlPoint,
+		trace.WithAttributes(attribute.String("headgate.control_point", f.req.ControlPoint)))
+	f.parent, f.more().span = ctx, s
+}
+
+func (o *observer) decided(f *Flow) {
+	if f.rare != nil && f.rare.span != nil {
+		f.rare.span.AddEvent("decided", trace.WithAttributes(
+			attribute.String("headgate.decision", f.decision.String()),
+			attribute.String("headgate.reject_reason", f.RejectReason().String()),
+			attribute.Bool("headgate.should_run", f.run),
+		))
+	}
+	if o.decisions != nil {
+		key := outcome{f.req.ControlPoint, f.decision, f.RejectReason()}
+		if f.decision == Invalid {
+			key.controlPoint = "" // it may be what is invalid
+		}
+		o.decisions.Add(f.parent, 1, o.set(key))
+	}
+}
+
+func (o *observer) end(f *Flow, s Status) {
+	if f.rare == nil || f.rare.span == nil {
+		return
+	}
+	if s == StatusError {
+		f.rare.span.SetStatus(codes.Error, f.decision.String())
+	}
+	f.rare.span.End()
+}
+
+func (o *observer) set(key outcome) metric.AddOption {
+	if s, ok := o.sets.Load(key); ok {
+		if add, ok := s.(metric.AddOption); ok {
+			return add
+		}
+	}
+	attrs := []attribute.KeyValue{
+		attribute.String("control_point", key.controlPoint),
+		attribute.String("decision_type", key.decision.String()),
+	}
+	if key.decision == Rejected {
+		attrs = append(attrs, attribute.String("reject_reason", key.reason.String()))
+	}
+	add := metric.WithAttributeSet(attribute.NewSet(attrs...))
+	if o.count.Add(1) <= maxOutcomes {
+		o.sets.Store(key, add)
+	}
+	return add
+}

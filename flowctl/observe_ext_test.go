@@ -1,0 +1,188 @@
+package flowctl_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.opentelemetry.io/otel/attribute"
+	otelcodes "go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/metric"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// tracers is a tracer provider that keeps its spans.
+type tracers struct {
+	tracenoop.TracerProvider
+	spans []*span
+}
+
+// tracer makes the spans of its provider.
+type tracer struct {
+	tracenoop.Tracer
+	p *tracers
+}
+
+type span struct {
+	tracenoop.Span
+	name   string
+	attrs  []string
+	status otelcodes.Code
+	ended  int
+}
+
+func (p *tracers) Tracer(string, ...trace.TracerOption) trace.Tracer { return tracer{p: p} }
+
+func (t tracer) Start(ctx context.Context, name string, opts ...trace.SpanStartOption) (context.Context, trace.Span) {
+	cfg := trace.NewSpanStartConfig(opts...)
+	s := &span{name: name, attrs: texts(cfg.Attributes())}
+	t.p.spans = append(t.p.spans, s)
+	return trace.ContextWithSpan(ctx, s), s
+}
+
+func (s *span) AddEvent(_ string, opts ...trace.EventOption) {
+	cfg := trace.NewEventConfig(opts...)
+	s.attrs = append(s.attrs, texts(cfg.Attributes())...)
+}
+
+func (s *span) SetStatus(code otelcodes.Code, _ string) { s.status = code }
+func (s *span) End(...trace.SpanEndOption)              { s.ended++ }
+
+func texts(attrs []attribute.KeyValue) []string {
+	var out []string
+	for _, a := range attrs {
+		out = append(out, string(a.Key)+"="+a.Value.Emit())
+	}
+	return out
+}
+
+// meters is a meter provider that keeps what is counted.
+type meters struct {
+	metricnoop.MeterProvider
+	mu     sync.Mutex
+	counts map[string]int64
+	err    error
+}
+
+// meter makes the counter of its provider.
+type meter struct {
+	metricnoop.Meter
+	p *meters
+}
+
+type counter struct {
+	metricnoop.Int64Counter
+	p *meters
+}
+
+func (p *meters) Meter(string, ...metric.MeterOption) metric.Meter { return meter{p: p} }
+
+func (m meter) Int64Counter(string, ...metric.Int64CounterOption) (metric.Int64Counter, error) {
+	return counter{p: m.p}, m.p.err
+}
+
+func (c counter) Add(_ context.Context, n int64, opts ...metric.AddOption) {
+	c.p.mu.Lock()
+	defer c.p.mu.Unlock()
+	set := metric.NewAddConfig(opts).Attributes()
+	c.p.counts[strings.Join(texts(set.ToSlice()), " ")] += n
+}
+
+func limitedEngine(t *testing.T) *engine.Engine {
+	t.Helper()
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+		policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, LimitBy: "user_id"},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = e.Close() })
+	return e
+}
+
+func TestTracerProvider(t *testing.T) {
+	p := &tracers{}
+	client, err := flowctl.New(limitedEngine(t), flowctl.WithTracerProvider(p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	params := flowctl.Params{Labels: map[string]string{"user_id": "sesame"}}
+	for _, workErr := range []error{nil, nil} {
+		flow := client.Start(t.Context(), "point", params)
+		if got := trace.SpanFromContext(flow.Context()); got != p.spans[len(p.spans)-1] {
+			t.Error("the flow's context lacks its span")
+		}
+		flow.SetError(workErr)
+		_, _ = flow.End(t.Context())
+		_, _ = flow.End(t.Context())
+	}
+	client.Start(t.Context(), strings.Repeat("p", 256), params).EndWith(nil) // no name for a span
+	want := []span{
+		{
+			name: "headgate point", ended: 1,
+			attrs: []string{"headgate.control_point=point", "headgate.decision=accepted", "headgate.reject_reason=no reason given", "headgate.should_run=true"},
+		},
+		{
+			name: "headgate point", ended: 1, status: otelcodes.Error,
+			attrs: []string{"headgate.control_point=point", "headgate.decision=rejected", "headgate.reject_reason=rate limited", "headgate.should_run=false"},
+		},
+	}
+	if len(p.spans) != len(want) {
+		t.Fatalf("%d spans want %d", len(p.spans), len(want))
+	}
+	for i := range want {
+		if diff := cmp.Diff(&want[i], p.spans[i], cmp.AllowUnexported(span{}), cmpopts.IgnoreFields(span{}, "Span")); diff != "" {
+			t.Errorf("span %d (-want +got):\n%s", i, diff)
+		}
+	}
+}
+
+// Decisions are counted without a label's value, and as often as they were made: in a dry run too.
+func TestMeterProvider(t *testing.T) {
+	p := &meters{counts: make(map[string]int64)}
+	client, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(p), flowctl.WithDryRun())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": "sesame"}})
+		if !flow.ShouldRun() {
+			t.Error("a dry run rejected a flow")
+		}
+		_, _ = flow.End(t.Context())
+	}
+	client.Start(t.Context(), "", flowctl.Params{}).EndWith(nil)
+	_ = client.Close(t.Context())
+	client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
+	want := map[string]int64{
+		"control_point=point decision_type=accepted":                            1,
+		"control_point=point decision_type=rejected reject_reason=rate limited": 2,
+		"control_point= decision_type=invalid":                                  1,
+		"control_point=point decision_type=unreachable":                         1,
+	}
+	if diff := cmp.Diff(want, p.counts); diff != "" {
+		t.Errorf("counts (-want +got):\n%s", diff)
+	}
+}
+
+func TestMeterProviderFails(t *testing.T) {
+	broken := errors.New("broken")
+	if _, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(&meters{err: broken})); !errors.Is(err, broken) {
+		t.Errorf("New() = %v want the provider's error", err)
+	}
+	// A28: what was opened before the error must be closed again; goleak watches.
+	if _, err := flowctl.Dial("localhost:1", flowctl.WithMeterProvider(&meters{err: broken})); !errors.Is(err, broken) {
+		t.Errorf("Dial() = %v want the provider's error", err)
+	}
+}

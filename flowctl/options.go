@@ -1,0 +1,312 @@
+package flowctl
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// An Option configures a client. Of several of a kind the last one counts, unless its comment says otherwise. Options
+// for the connection to an agent are errors for a client of an embedded one.
+type Option interface {
+	apply(*config) error
+}
+
+type option struct {
+	name   string
+	remote bool // makes sense for a remote agent only
+	set    func(*config) error
+}
+
+func (o option) apply(c *config) error {
+	if o.remote && !c.remote {
+		return fmt.Errorf("%s: there is no connection to an embedded agent", o.name)
+	}
+	if err := o.set(c); err != nil {
+		return fmt.Errorf("%s: %w", o.name, err)
+	}
+	return nil
+}
+
+// config is what the options come to.
+type config struct {
+	remote bool
+
+	tls          *tls.Config
+	creds        credentials.TransportCredentials
+	insecure     bool
+	apiKey       string
+	plaintextKey bool
+	keepalive    keepalive.ClientParameters
+	dialOptions  []grpc.DialOption
+	conn         grpc.ClientConnInterface
+	noTelemetry  bool
+	gate         Gate
+	endTimeout   time.Duration
+	checkTimeout time.Duration
+	base         seam.Base
+	baggage      bool
+	baggageKeys  []string
+	dryRun       bool
+	logger       *slog.Logger
+	tracer       trace.TracerProvider
+	meter        metric.MeterProvider
+}
+
+const (
+	defaultCheckTimeout = 200 * time.Millisecond
+	defaultEndTimeout   = time.Second
+)
+
+func newConfig(remote bool, opts []Option) (*config, error) {
+	c := &config{
+		remote: remote,
+		// A default gRPC server ends connections that ping more often than every 5 minutes, and every check that
+		// waits on them; the timeout bounds unacknowledged data as well, so that dead peers are found all the same.
+		keepalive:    keepalive.ClientParameters{Time: 5 * time.Minute, Timeout: 5 * time.Second},
+		checkTimeout: defaultCheckTimeout,
+		endTimeout:   defaultEndTimeout,
+		logger:       slog.New(slog.DiscardHandler),
+	}
+	var errs []error
+	for _, o := range opts {
+		if o != nil {
+			errs = append(errs, o.apply(c))
+		}
+	}
+	if c.insecure && (c.tls != nil || c.creds != nil) {
+		errs = append(errs, errors.New("WithInsecure contradicts the TLS options"))
+	}
+	if c.tls != nil && c.creds != nil {
+		errs = append(errs, errors.New("WithTLSConfig and WithTransportCredentials exclude each other"))
+	}
+	return c, errors.Join(errs...)
+}
+
+// WithTLSConfig sets up TLS. The default is TLS with the system's roots. The configuration is copied.
+func WithTLSConfig(t *tls.Config) Option {
+	return option{"WithTLSConfig", true, func(c *config) error {
+		if t == nil {
+			return errors.New("no configuration")
+		}
+		c.tls = t.Clone()
+		return nil
+	}}
+}
+
+// WithTransportCredentials secures the connection in a way of its own, instead of TLS by [WithTLSConfig].
+func WithTransportCredentials(creds credentials.TransportCredentials) Option {
+	return option{"WithTransportCredentials", true, func(c *config) error {
+		if creds == nil {
+			return errors.New("no credentials")
+		}
+		c.creds = creds
+		return nil
+	}}
+}
+
+// WithInsecure talks to the agent in plaintext: for agents on the same machine, or inside a mesh that encrypts.
+func WithInsecure() Option {
+	return option{"WithInsecure", true, func(c *config) error {
+		c.insecure = true
+		return nil
+	}}
+}
+
+// WithAPIKey sends the key with every call to the agent, telemetry included, as x-api-key. What the caller's context
+// says is sent besides. In plaintext the key only travels to this machine, unless [WithInsecureAPIKey] says otherwise.
+func WithAPIKey(key string) Option {
+	return option{"WithAPIKey", true, func(c *config) error {
+		if err := checkAPIKey(key); err != nil {
+			return err
+		}
+		c.apiKey = key
+		return nil
+	}}
+}
+
+// checkAPIKey says whether the key can travel in a header; not what the key is.
+func checkAPIKey(key string) error {
+	if key == "" {
+		return errors.New("the key is empty")
+	}
+	for i := range len(key) {
+		if key[i] < ' ' || key[i] > '~' {
+			return fmt.Errorf("the key has a character at %d that is not printable ASCII", i)
+		}
+	}
+	return nil
+}
+
+// WithInsecureAPIKey lets the API key travel in plaintext to other machines. Whoever sees the traffic has the key.
+func WithInsecureAPIKey() Option {
+	return option{"WithInsecureAPIKey", true, func(c *config) error {
+		c.plaintextKey = true
+		return nil
+	}}
+}
+
+// WithKeepalive sets how an idle connection with waiting calls is probed. The default is a ping after 5 minutes, and
+// 5 s for its answer; servers end connections that ping more often than they allow.
+func WithKeepalive(p keepalive.ClientParameters) Option {
+	return option{"WithKeepalive", true, func(c *config) error {
+		c.keepalive = p
+		return nil
+	}}
+}
+
+// WithDialOptions adds options of gRPC's own for the connection. They come after those of this package, and repeated
+// use adds more.
+func WithDialOptions(opts ...grpc.DialOption) Option {
+	opts = slices.Clone(opts)
+	return option{"WithDialOptions", true, func(c *config) error {
+		c.dialOptions = append(c.dialOptions, opts...)
+		return nil
+	}}
+}
+
+// WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty.
+// Close leaves the connection open.
+func WithConn(conn grpc.ClientConnInterface) Option {
+	return option{"WithConn", true, func(c *config) error {
+		if conn == nil {
+			return errors.New("no connection")
+		}
+		c.conn = conn
+		return nil
+	}}
+}
+
+// WithoutTelemetry sends no flow records to the agent. Its policies that react to latency then see nothing of this
+// client.
+func WithoutTelemetry() Option {
+	return option{"WithoutTelemetry", true, func(c *config) error {
+		c.noTelemetry = true
+		return nil
+	}}
+}
+
+// WithGate sets when an agent counts as dead, see [Gate].
+func WithGate(g Gate) Option {
+	return option{"WithGate", true, func(c *config) error {
+		if g.Span < 0 || g.Probe < 0 {
+			return errors.New("a time is negative")
+		}
+		c.gate = g
+		return nil
+	}}
+}
+
+// WithCheckTimeout sets how long the agent may take to answer when Params do not say: 200 ms by default, and no limit
+// for a negative d. It is also the longest that a flow waits in a queue.
+func WithCheckTimeout(d time.Duration) Option {
+	return option{"WithCheckTimeout", false, func(c *config) error {
+		if d == 0 {
+			d = defaultCheckTimeout
+		}
+		c.checkTimeout = d
+		return nil
+	}}
+}
+
+// WithEndTimeout sets how long the call to the agent may take that ends a flow which holds slots, or that changes a
+// cache entry: 1 s by default.
+func WithEndTimeout(d time.Duration) Option {
+	return option{"WithEndTimeout", true, func(c *config) error {
+		if d <= 0 {
+			return errors.New("not positive")
+		}
+		c.endTimeout = d
+		return nil
+	}}
+}
+
+// WithLabels gives every flow of the client these labels, unless another source says otherwise; see package labels for
+// the order. The map is copied; repeated use adds to it.
+func WithLabels(m map[string]string) Option {
+	m = maps.Clone(m)
+	return option{"WithLabels", false, func(c *config) error {
+		if err := labels.Check(m); err != nil {
+			return err
+		}
+		if c.base.Defaults == nil {
+			c.base.Defaults = make(map[string]string, len(m))
+		}
+		maps.Copy(c.base.Defaults, m)
+		if n := len(c.base.Defaults); n > labels.MaxLabels {
+			return tooManyLabels(n)
+		}
+		return nil
+	}}
+}
+
+// WithBaggage makes members of the context's OpenTelemetry baggage labels: those with the given keys, or all when none
+// is given. Without this option none is.
+func WithBaggage(keys ...string) Option {
+	keys = slices.Clone(keys)
+	return option{"WithBaggage", false, func(c *config) error {
+		c.baggage, c.baggageKeys = true, keys
+		return nil
+	}}
+}
+
+// WithService names the service that the client's flows belong to, for the selectors of an embedded engine's policies.
+// A remote agent finds the service by itself.
+func WithService(name string) Option {
+	return option{"WithService", false, func(c *config) error {
+		c.base.Service = name
+		return nil
+	}}
+}
+
+// WithDryRun asks the agent about every flow and counts its decisions, but runs them all: to see what policies would
+// do before they do it.
+func WithDryRun() Option {
+	return option{"WithDryRun", false, func(c *config) error {
+		c.dryRun = true
+		return nil
+	}}
+}
+
+// WithLogger has the client log what its operator should know, each kind once a minute at most. By default, and with
+// nil, it logs nothing.
+func WithLogger(logger *slog.Logger) Option {
+	return option{"WithLogger", false, func(c *config) error {
+		if logger == nil {
+			logger = slog.New(slog.DiscardHandler)
+		}
+		c.logger = logger
+		return nil
+	}}
+}
+
+// WithTracerProvider records a span of the application's own trace for each flow. By default, and with nil, none is.
+// The flow records that a remote agent gets do not depend on it.
+func WithTracerProvider(p trace.TracerProvider) Option {
+	return option{"WithTracerProvider", false, func(c *config) error {
+		c.tracer = p
+		return nil
+	}}
+}
+
+// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason.
+// By default, and with nil, nothing is counted. No label of a flow becomes an attribute.
+func WithMeterProvider(p metric.MeterProvider) Option {
+	return option{"WithMeterProvider", false, func(c *config) error {
+		c.meter = p
+		return nil
+	}}
+}

@@ -1,0 +1,98 @@
+package flowctl
+
+import (
+	"errors"
+	"fmt"
+	"time"
+	"unicode/utf8"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// Params says how one flow is started. The zero value is right for most.
+type Params struct {
+	// Labels describe the flow to the policies. They go before all other labels of the flow; see package labels for
+	// the order and the limits. The map must not change until the flow has ended.
+	Labels map[string]string
+
+	// CheckTimeout is how long the agent may take to answer, and so also the longest that the flow waits in a queue.
+	// Zero means the client's; a negative one sets no limit but the context's.
+	CheckTimeout time.Duration
+
+	// RampMode asks for flows that are new to the system to run only when a ramp of the policies lets them: a
+	// flow that no ramp accepts, or that gets no answer, does not run.
+	RampMode bool
+
+	// OnUnreachable says whether the flow runs when nobody answers. Zero is FailOpen: it runs.
+	OnUnreachable UnreachablePolicy
+
+	// ResultCacheKey names an entry of the control point's result cache. It is looked up with the check; see
+	// [Flow.ResultCache]. On a hit the agent spares the flow its queues. Empty: none.
+	ResultCacheKey string
+
+	// GlobalCacheKeys name entries of the cache that all control points share; see [Flow.GlobalCache].
+	GlobalCacheKeys []string
+
+	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless
+	// it is the caller's own cancellation, which is nobody's failure. It is called before the flow ends and must
+	// not block.
+	IsFailure func(error) bool
+}
+
+// UnreachablePolicy is what becomes of a flow that nobody decides about.
+type UnreachablePolicy uint8
+
+// The policies.
+const (
+	FailOpen   UnreachablePolicy = iota // it runs
+	FailClosed                          // it does not
+)
+
+// String gives the policy's name.
+func (p UnreachablePolicy) String() string {
+	switch p {
+	case FailOpen:
+		return "fail open"
+	case FailClosed:
+		return "fail closed"
+	default:
+		return fmt.Sprintf("UnreachablePolicy(%d)", uint8(p))
+	}
+}
+
+// maxControlPoint is the longest control point, in bytes.
+const maxControlPoint = 255
+
+func checkControlPoint(controlPoint string) error {
+	switch {
+	case controlPoint == "":
+		return errors.New("control point is empty")
+	case len(controlPoint) > maxControlPoint:
+		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), maxControlPoint)
+	case !utf8.ValidString(controlPoint):
+		return errors.New("control point is not valid UTF-8")
+	default:
+		return nil
+	}
+}
+
+// lookup gives the cache entries that the flow looks up; nil when none.
+func (p *Params) lookup() (*seam.Lookup, error) {
+	if p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0 {
+		return nil, nil
+	}
+	valid := utf8.ValidString(p.ResultCacheKey)
+	for _, key := range p.GlobalCacheKeys {
+		valid = valid && utf8.ValidString(key)
+	}
+	if !valid {
+		return nil, errors.New("cache key is not valid UTF-8")
+	}
+	return &seam.Lookup{Result: p.ResultCacheKey, Global: p.GlobalCacheKeys}, nil
+}
+
+// tooManyLabels is the error for explicit labels that do not fit into a flow.
+func tooManyLabels(n int) error {
+	return fmt.Errorf("%d labels are more than %d", n, labels.MaxLabels)
+}

@@ -1,0 +1,491 @@
+package flowctl
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// version names this library in telemetry and to agents.
+const version = "0.1.0-dev"
+
+// Dial makes a client of an agent that speaks the Aperture protocol over gRPC. The address is host:port, or any target
+// that gRPC knows; the connection uses TLS unless [WithInsecure] says otherwise. Dial does not wait for the connection:
+// see [Client.Ready].
+func Dial(address string, opts ...Option) (*Client, error) {
+	cfg, err := newConfig(true, opts)
+	if err != nil {
+		return nil, fmt.Errorf("headgate: dial: %w", err)
+	}
+	return dial(address, cfg)
+}
+
+func dial(address string, cfg *config) (*Client, error) {
+	r, err := newRemote(address, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("headgate: dial: %w", err)
+	}
+	c, err := newClient(r, cfg)
+	if err != nil {
+		return nil, errors.Join(err, r.closeConn())
+	}
+	c.remote = r
+	r.start(cfg)
+	return c, nil
+}
+
+// The variables that DialEnv reads.
+const (
+	envAddress    = "APERTURE_AGENT_ADDRESS"
+	envAPIKey     = "APERTURE_API_KEY"
+	envInsecure   = "APERTURE_AGENT_INSECURE"
+	envSkipVerify = "APERTURE_AGENT_SKIP_VERIFY"
+)
+
+// DialEnv is [Dial] as the environment says: the agent's address in APERTURE_AGENT_ADDRESS, which must be set, and
+// where they are set the key in APERTURE_API_KEY, plaintext instead of TLS for a true APERTURE_AGENT_INSECURE, and TLS
+// that trusts any certificate for a true APERTURE_AGENT_SKIP_VERIFY. Options go before the environment. An error
+// names the variable that it is about, and not what is in it.
+func DialEnv(opts ...Option) (*Client, error) {
+	address := os.Getenv(envAddress)
+	if address == "" {
+		return nil, fmt.Errorf("headgate: dial: %s is not set", envAddress)
+	}
+	if err := checkAddress(address); err != nil {
+		return nil, fmt.Errorf("headgate: dial: %s: %w", envAddress, err)
+	}
+	cfg, err := newConfig(true, opts)
+	if err != nil {
+		return nil, fmt.Errorf("headgate: dial: %w", err)
+	}
+	if err := cfg.readEnv(); err != nil {
+		return nil, fmt.Errorf("headgate: dial: %w", err)
+	}
+	return dial(address, cfg)
+}
+
+// readEnv sets what no option has set.
+func (c *config) readEnv() error {
+	if key := os.Getenv(envAPIKey); key != "" && c.apiKey == "" {
+		if err := checkAPIKey(key); err != nil {
+			return fmt.Errorf("%s: %w", envAPIKey, err)
+		}
+		c.apiKey = key
+	}
+	plaintext, err := envBool(envInsecure)
+	if err != nil {
+		return err
+	}
+	skipVerify, err := envBool(envSkipVerify)
+	if err != nil {
+		return err
+	}
+	switch {
+	case c.insecure || c.tls != nil || c.creds != nil:
+	case plaintext:
+		c.insecure = true
+	case skipVerify:
+		c.tls = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // asked for by name
+	}
+	return nil
+}
+
+func envBool(name string) (bool, error) {
+	text := os.Getenv(name)
+	if text == "" {
+		return false, nil
+	}
+	b, err := strconv.ParseBool(strings.ToLower(strings.TrimSpace(text)))
+	if err != nil {
+		return false, fmt.Errorf("%s is neither true nor false", name)
+	}
+	return b, nil
+}
+
+// remote is an agent across the network.
+type remote struct {
+	conn     grpc.ClientConnInterface
+	dialled  *grpc.ClientConn // conn, when it is ours to close
+	calls    []grpc.CallOption
+	timeout  time.Duration // of calls that no check timeout bounds
+	gate     *gate
+	received *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
+	logger   *slog.Logger
+	refusals limitedLog
+	exporter *exporter // nil: no telemetry
+}
+
+var _ seam.Agent = (*remote)(nil)
+
+// answer is what the remote keeps of an answer for the flow's end.
+type answer struct {
+	response *checkv1.CheckResponse
+	returned time.Time // when the check came back
+}
+
+func newRemote(address string, cfg *config) (*remote, error) {
+	r := &remote{
+		conn:     cfg.conn,
+		timeout:  cfg.endTimeout,
+		received: new(atomic.Uint64),
+		logger:   cfg.logger,
+	}
+	span := cfg.checkTimeout
+	if span < 0 {
+		span = defaultCheckTimeout
+	}
+	r.gate = newGate(cfg.gate, span)
+	plaintextKey := cfg.plaintextKey
+	if cfg.conn != nil {
+		if address != "" {
+			return nil, errors.New("WithConn brings the connection: the address must be empty")
+		}
+	} else {
+		if err := checkAddress(address); err != nil {
+			return nil, err
+		}
+		creds := transportCredentials(cfg)
+		if creds.Info().SecurityProtocol == "insecure" {
+			plaintextKey = plaintextKey || isLoopback(address)
+			if cfg.apiKey != "" && !plaintextKey {
+				return nil, errors.New("the API key would travel in plaintext: use TLS, or WithInsecureAPIKey")
+			}
+		}
+		opts := append([]grpc.DialOption{
+			grpc.WithTransportCredentials(&countingCredentials{creds, r.received}),
+			grpc.WithKeepaliveParams(cfg.keepalive),
+			grpc.WithUserAgent("headgate-go/" + version),
+		}, cfg.dialOptions...)
+		conn, err := grpc.NewClient(address, opts...)
+		if err != nil {
+			return nil, err
+		}
+		conn.Connect() // so that the first flow need not wait for it
+		r.conn, r.dialled = conn, conn
+	}
+	r.calls = []grpc.CallOption{grpc.StaticMethod()}
+	if cfg.apiKey != "" {
+		r.calls = append(r.calls, grpc.PerRPCCredentials(&keyCredentials{
+			metadata:  map[string]string{"x-api-key": cfg.apiKey},
+			plaintext: plaintextKey,
+		}))
+	}
+	return r, nil
+}
+
+// start runs what the remote has in the background.
+func (r *remote) start(cfg *config) {
+	if !cfg.noTelemetry {
+		r.exporter = newExporter(r.conn, r.calls, cfg.logger, r.answered)
+	}
+}
+
+func transportCredentials(cfg *config) credentials.TransportCredentials {
+	switch {
+	case cfg.creds != nil:
+		return cfg.creds
+	case cfg.insecure:
+		return insecure.NewCredentials()
+	case cfg.tls != nil:
+		return credentials.NewTLS(cfg.tls)
+	default:
+		return credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12})
+	}
+}
+
+// checkAddress says whether the address is one: host:port, or a target with a scheme.
+func checkAddress(address string) error {
+	if address == "" {
+		return errors.New("the address is empty")
+	}
+	if scheme, _, ok := strings.Cut(address, ":"); ok && (strings.HasPrefix(scheme, "unix") || strings.Contains(address, "://")) {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return errors.New("the address is not host:port")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errors.New("the address has no port from 1 to 65535")
+	}
+	if strings.ContainsAny(host, " /\\@") {
+		return errors.New("the address has a host that cannot be one")
+	}
+	return nil
+}
+
+// isLoopback says whether the target can only be this machine.
+func isLoopback(target string) bool {
+	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {
+		return true
+	}
+	for _, scheme := range []string{"dns:///", "passthrough:///", "dns:", "passthrough:"} {
+		if rest, ok := strings.CutPrefix(target, scheme); ok {
+			target = rest
+			break
+		}
+	}
+	host, _, err := net.SplitHostPort(target)
+	if err != nil {
+		host = target
+	}
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// keyCredentials adds the API key to each call, besides what the caller's context brings.
+type keyCredentials struct {
+	metadata  map[string]string
+	plaintext bool
+}
+
+func (k *keyCredentials) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return k.metadata, nil
+}
+
+func (k *keyCredentials) RequireTransportSecurity() bool { return !k.plaintext }
+
+// countingCredentials count what is read from the connection. They sit below gRPC because an answer that comes after
+// its check has timed out is seen nowhere above, and above the dialer because that may be the application's.
+type countingCredentials struct {
+	credentials.TransportCredentials
+	received *atomic.Uint64
+}
+
+func (c *countingCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &countingConn{conn, c.received}, info, nil
+}
+
+func (c *countingCredentials) Clone() credentials.TransportCredentials {
+	return &countingCredentials{c.TransportCredentials.Clone(), c.received}
+}
+
+type countingConn struct {
+	net.Conn
+	received *atomic.Uint64
+}
+
+func (c *countingConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.received.Add(1)
+	}
+	return n, err
+}
+
+// Check asks the agent.
+func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+	start := time.Now()
+	if !r.gate.admit(start) {
+		return errGateOpen
+	}
+	call := ctx
+	if req.Timeout > 0 {
+		var cancel context.CancelFunc
+		call, cancel = context.WithTimeout(ctx, req.Timeout)
+		defer cancel()
+	}
+	seen := r.received.Load()
+	m := new(checkv1.CheckResponse)
+	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), m, r.calls...)
+	returned := time.Now()
+	if err != nil {
+		r.failed(ctx, call, err, seen, returned)
+		return err
+	}
+	r.answered()
+	v.Start = start.UnixNano()
+	v.More().Wire = &answer{m, returned}
+	wire.Read(req, m, v)
+	return nil
+}
+
+// answered notes that the agent is there.
+func (r *remote) answered() {
+	if r.gate.answered() {
+		r.logger.Info("headgate: the agent answers again")
+	}
+}
+
+// failed judges a check that got no answer: does it speak against the agent?
+func (r *remote) failed(ctx, call context.Context, err error, seen uint64, now time.Time) {
+	code := status.Code(err)
+	switch {
+	case r.received.Load() != seen, fromAgent(code):
+		r.answered()
+	case code == codes.Unavailable && ctx.Err() == nil,
+		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
+		if r.gate.failed(now) {
+			r.logger.Warn("headgate: the agent does not answer; flows go on without it", "error", err)
+		}
+	}
+	switch code {
+	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented:
+		r.refusals.warn(r.logger, now, "headgate: the agent refuses to decide", "error", err)
+	}
+}
+
+// fromAgent says whether a status can only come from the other side. Where the connection is not ours, this is all
+// there is to tell.
+func fromAgent(code codes.Code) bool {
+	switch code {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return false
+	default:
+		return true
+	}
+}
+
+// End gives back what the flow holds at the agent, and records it for telemetry.
+func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+	a, ok := v.More().Wire.(*answer)
+	if !ok {
+		return seam.Returns{}, nil
+	}
+	if r.exporter != nil {
+		r.exporter.record(v.Start, a, failed)
+	}
+	refs := wire.Held(a.response)
+	if len(refs) == 0 {
+		return seam.Returns{}, nil
+	}
+	// Detached: a slot must come back although, and just when, the caller has gone.
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+	defer cancel()
+	m := new(checkv1.FlowEndResponse)
+	err := r.conn.Invoke(call, checkv1.FlowControlService_FlowEnd_FullMethodName,
+		&checkv1.FlowEndRequest{ControlPoint: req.ControlPoint, InflightRequests: refs}, m, r.calls...)
+	returns := seam.Returns{Held: len(refs)}
+	if err != nil {
+		return returns, err
+	}
+	r.answered()
+	for _, s := range m.GetTokenReturnStatuses() {
+		if s.GetReturned() {
+			returns.Returned++
+		}
+	}
+	return returns, nil
+}
+
+// Store puts a value into the agent's cache.
+func (r *remote) Store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+	entry := &checkv1.CacheEntry{Key: key.Key, Value: value}
+	if ttl > 0 {
+		entry.Ttl = durationpb.New(ttl)
+	}
+	req := &checkv1.CacheUpsertRequest{ControlPoint: key.ControlPoint}
+	if key.Global {
+		req.GlobalCacheEntries = map[string]*checkv1.CacheEntry{key.Key: entry}
+	} else {
+		req.ResultCacheEntry = entry
+	}
+	m := new(checkv1.CacheUpsertResponse)
+	if err := r.callCache(ctx, checkv1.FlowControlService_CacheUpsert_FullMethodName, req, m); err != nil {
+		return err
+	}
+	if key.Global {
+		return cacheStatus(m.GetGlobalCacheResponses()[key.Key])
+	}
+	return cacheStatus(m.GetResultCacheResponse())
+}
+
+// Delete removes a value from the agent's cache.
+func (r *remote) Delete(ctx context.Context, key seam.CacheKey) error {
+	req := &checkv1.CacheDeleteRequest{ControlPoint: key.ControlPoint}
+	if key.Global {
+		req.GlobalCacheKeys = []string{key.Key}
+	} else {
+		req.ResultCacheKey = key.Key
+	}
+	m := new(checkv1.CacheDeleteResponse)
+	if err := r.callCache(ctx, checkv1.FlowControlService_CacheDelete_FullMethodName, req, m); err != nil {
+		return err
+	}
+	if key.Global {
+		return cacheStatus(m.GetGlobalCacheResponses()[key.Key])
+	}
+	return cacheStatus(m.GetResultCacheResponse())
+}
+
+// callCache makes a call about the cache, which the gate spares an agent that is dead.
+func (r *remote) callCache(ctx context.Context, method string, req, m proto.Message) error {
+	if r.gate.open.Load() {
+		return errGateOpen
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	if err := r.conn.Invoke(ctx, method, req, m, r.calls...); err != nil {
+		return err
+	}
+	r.answered()
+	return nil
+}
+
+// cacheStatus is the error in what the agent says of one entry. An agent that says nothing has done nothing.
+func cacheStatus(s interface {
+	GetOperationStatus() checkv1.CacheOperationStatus
+	GetError() string
+},
+) error {
+	if s.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS || s.GetError() != "" {
+		return wire.CacheError(s.GetError())
+	}
+	return nil
+}
+
+// Ready makes a call that asks for nothing, as soon as there is a connection.
+func (r *remote) Ready(ctx context.Context) error {
+	calls := append([]grpc.CallOption{grpc.WaitForReady(true)}, r.calls...)
+	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
+		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), calls...)
+	switch code := status.Code(err); {
+	case err == nil:
+	case code == codes.Unauthenticated, code == codes.PermissionDenied:
+		return fmt.Errorf("it refuses the API key: %w", err)
+	case !fromAgent(code):
+		return err
+	}
+	r.answered()
+	return nil
+}
+
+// close sends what telemetry there is until ctx ends, and closes the connection that is ours.
+func (r *remote) close(ctx context.Context) error {
+	var flushed error
+	if r.exporter != nil {
+		flushed = r.exporter.close(ctx)
+	}
+	return errors.Join(flushed, r.closeConn())
+}
+
+func (r *remote) closeConn() error {
+	if r.dialled == nil {
+		return nil
+	}
+	return r.dialled.Close()
+}

@@ -1,0 +1,785 @@
+package flowctl_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+)
+
+func TestCheckRequest(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	client := agent.Client()
+	client.Start(t.Context(), "point", flowctl.Params{
+		Labels: map[string]string{"user_id": "u"}, RampMode: true, ResultCacheKey: "r", GlobalCacheKeys: []string{"g"},
+		CheckTimeout: time.Minute,
+	})
+	client.Start(t.Context(), "plain", flowctl.Params{CheckTimeout: -1})
+	want := []*checkv1.CheckRequest{
+		{
+			ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, RampMode: true, ExpectEnd: true,
+			CacheLookupRequest: &checkv1.CacheLookupRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}},
+		},
+		{ControlPoint: "plain", ExpectEnd: true}, // without keys there is nothing to look up
+	}
+	checks := agent.Checks()
+	var got []*checkv1.CheckRequest
+	for _, c := range checks {
+		got = append(got, c.Request)
+	}
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+	if got := checks[0].Timeout; got <= 0 || got > time.Minute {
+		t.Errorf("the agent was given %v want up to a minute", got)
+	}
+	if got := checks[1].Timeout; got != 0 {
+		t.Errorf("the agent was given %v want no limit", got)
+	}
+}
+
+// A flow's record, as protocol.md has it. A10: the work starts when the check has returned, not before. A9: Close
+// sends what waits. A11, A8: the application's tracing has no say, and is left alone.
+func TestTelemetry(t *testing.T) {
+	global := otel.GetTracerProvider()
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Delay: 300 * time.Millisecond})
+		client := agent.Client(flowctl.WithCheckTimeout(time.Second))
+		unsampled := trace.ContextWithSpanContext(t.Context(), trace.NewSpanContext(trace.SpanContextConfig{
+			TraceID: trace.TraceID{1}, SpanID: trace.SpanID{1}, Remote: true,
+		}))
+		start := time.Now()
+		flow := client.Start(unsampled, "point", flowctl.Params{Labels: map[string]string{"user_id": "u"}})
+		<-time.After(50 * time.Millisecond)
+		flow.SetError(errors.New("failed"))
+		_, _ = flow.End(t.Context())
+		if err := client.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		spans := agent.Spans()
+		if len(spans) != 1 {
+			t.Fatalf("%d spans want 1", len(spans))
+		}
+		s := spans[0]
+		if s.Proto.GetName() != "Aperture Check" || s.Status != flowctl.StatusError {
+			t.Errorf("name %q, status %v", s.Proto.GetName(), s.Status)
+		}
+		if !s.Start.Equal(start) || s.WorkloadStart.Sub(s.Start) != 300*time.Millisecond || s.End.Sub(s.WorkloadStart) != 50*time.Millisecond {
+			t.Errorf("times = %v, +%v, +%v want %v, +300ms, +50ms", s.Start, s.WorkloadStart.Sub(s.Start), s.End.Sub(s.WorkloadStart), start)
+		}
+		attrs := make(map[string]string)
+		for _, kv := range s.Proto.GetAttributes() {
+			attrs[kv.GetKey()] = fmt.Sprintf("%T", kv.GetValue().GetValue())
+		}
+		const text, number = "*v1.AnyValue_StringValue", "*v1.AnyValue_IntValue"
+		want := map[string]string{
+			"aperture.source": text, "aperture.flow.status": text, "aperture.check_response": text,
+			"aperture.flow_start_timestamp": number, "aperture.workload_start_timestamp": number, "aperture.flow_end_timestamp": number,
+		}
+		if diff := cmp.Diff(want, attrs); diff != "" {
+			t.Errorf("attributes (-want +got):\n%s", diff)
+		}
+		if got := s.Proto.GetAttributes()[0].GetValue().GetStringValue(); got != "sdk" {
+			t.Errorf("aperture.source = %q", got)
+		}
+		if diff := cmp.Diff(flow.CheckResponse(), s.Response, protocmp.Transform()); diff != "" {
+			t.Errorf("check response (-flow +span):\n%s", diff)
+		}
+		if len(s.Proto.GetTraceId()) != 16 || len(s.Proto.GetSpanId()) != 8 {
+			t.Error("the span has no ids")
+		}
+	})
+	if otel.GetTracerProvider() != global {
+		t.Error("the global tracer provider was replaced")
+	}
+}
+
+func TestTelemetrySends(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		for range 3 {
+			_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		}
+		<-time.After(1100 * time.Millisecond)
+		synctest.Wait()
+		if got := len(agent.Spans()); got != 3 {
+			t.Errorf("%d spans after a second want 3", got)
+		}
+		for range 1000 { // more than wakes the exporter before its time
+			_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := len(agent.Spans()); got != 1003 {
+			t.Errorf("%d spans after Close want 1003", got)
+		}
+	})
+}
+
+// A flow that no agent answered has no record, and without telemetry none has.
+func TestTelemetryNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")}, flowtest.Answer{})
+		client, quiet := agent.Client(), agent.Client(flowctl.WithoutTelemetry())
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		_, _ = quiet.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		if err := errors.Join(client.Close(t.Context()), quiet.Close(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		if got := agent.Spans(); len(got) != 0 {
+			t.Errorf("%d spans want none", len(got))
+		}
+	})
+}
+
+// A24: a cached value of a mebibyte went into the flow's record.
+func TestA24TelemetryWithoutCachedValues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.SetResult("point", "r", make([]byte, 1<<20))
+		agent.SetGlobal("g", make([]byte, 1<<20))
+		client := agent.Client()
+		flow := client.Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "r", GlobalCacheKeys: []string{"g", "none"}})
+		if v, ok, _ := flow.ResultCache(); !ok || len(v) != 1<<20 {
+			t.Errorf("ResultCache() = %d bytes, %v", len(v), ok)
+		}
+		_, _ = flow.End(t.Context())
+		_ = client.Close(t.Context())
+		want := &checkv1.CacheLookupResponse{
+			ResultCacheResponse: &checkv1.KeyLookupResponse{},
+			GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{
+				"g": {}, "none": {LookupStatus: checkv1.CacheLookupStatus_MISS},
+			},
+		}
+		if diff := cmp.Diff(want, agent.Spans()[0].Response.GetCacheLookupResponse(), protocmp.Transform()); diff != "" {
+			t.Errorf("cache part (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func logTo(w *bytes.Buffer) flowctl.Option {
+	return flowctl.WithLogger(slog.New(slog.NewTextHandler(w, nil)))
+}
+
+// An agent that takes no telemetry costs flows nothing, and the log one line a minute.
+func TestTelemetryDrops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.AnswerSpans(flowtest.Answer{Hang: true})
+		var log bytes.Buffer
+		client := agent.Client(logTo(&log))
+		begin := time.Now()
+		large := many("k", 64)
+		for k := range large {
+			large[k] = strings.Repeat("v", 4096)
+		}
+		for range 100 { // more than may wait to be sent
+			_, _ = client.Start(t.Context(), "point", flowctl.Params{Labels: large}).End(t.Context())
+		}
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("flows waited %v for telemetry", took)
+		}
+		<-time.After(30 * time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		begin = time.Now()
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		if err := client.Close(ctx); err == nil {
+			t.Error("Close() does not say that telemetry was lost")
+		}
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("Close() took %v want up to its context's second", took)
+		}
+		if got := strings.Count(log.String(), "telemetry of flows was dropped"); got != 1 {
+			t.Errorf("drops were logged %d times in half a minute want once:\n%s", got, log.String())
+		}
+	})
+}
+
+// A5: an API key replaced all that the caller's context had for the agent. A6: the application's interceptors were
+// dropped. And telemetry went without the key.
+func TestA5A6APIKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Slots: 1})
+		var intercepted atomic.Int64
+		client := agent.Client(flowctl.WithAPIKey("sesame"), flowctl.WithDialOptions(grpc.WithUnaryInterceptor(
+			func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				intercepted.Add(1)
+				return invoke(ctx, method, req, reply, conn, opts...)
+			})))
+		ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-1-2-3", "authorization", "bearer")
+		_, _ = client.Start(ctx, "point", flowctl.Params{}).End(ctx)
+		if err := client.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		md := agent.Checks()[0].Metadata
+		for key, want := range map[string]string{"x-api-key": "sesame", "traceparent": "00-1-2-3", "authorization": "bearer"} {
+			if got := md.Get(key); len(got) != 1 || got[0] != want {
+				t.Errorf("metadata %s = %q want %q", key, got, want)
+			}
+		}
+		if got := agent.Spans()[0].Metadata.Get("x-api-key"); len(got) != 1 || got[0] != "sesame" {
+			t.Errorf("telemetry came with the key %q", got)
+		}
+		if got := intercepted.Load(); got != 3 { // check, end, export
+			t.Errorf("the interceptor saw %d calls want 3", got)
+		}
+	})
+}
+
+// A7: options were appended to the caller's slice.
+func TestA7DialOptionsAreCopied(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	shared := make([]grpc.DialOption, 1, 8)
+	shared[0] = grpc.WithUserAgent("one")
+	a := agent.Client(flowctl.WithDialOptions(shared...))
+	b := agent.Client(flowctl.WithDialOptions(shared...), flowctl.WithDialOptions(grpc.WithUserAgent("two")))
+	for _, o := range shared[:cap(shared)][1:] {
+		if o != nil {
+			t.Error("the caller's array was written to")
+		}
+	}
+	a.Start(t.Context(), "a", flowctl.Params{})
+	b.Start(t.Context(), "b", flowctl.Params{})
+	for i, want := range []string{"one", "two"} {
+		if got := agent.Checks()[i].Metadata.Get("user-agent"); !strings.HasPrefix(got[0], want) {
+			t.Errorf("user agent = %q want %q", got, want)
+		}
+	}
+}
+
+// A9: clients that were closed left goroutines and connections behind.
+func TestA9CloseLeavesNothing(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	before := runtime.NumGoroutine()
+	for range 50 {
+		client := agent.Client()
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		if err := client.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	agent.Drop()
+	deadline := time.Now().Add(5 * time.Second)
+	for runtime.NumGoroutine() > before+2 && time.Now().Before(deadline) {
+		runtime.Gosched()
+	}
+	if after := runtime.NumGoroutine(); after > before+2 {
+		t.Errorf("%d goroutines want %d as before", after, before)
+	}
+	if got := len(agent.Spans()); got != 50 {
+		t.Errorf("%d spans want 50", got)
+	}
+}
+
+// A12: ending a flow waited for the agent without a limit, and not at all when the caller had gone.
+func TestA12EndHasItsOwnTimeLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Slots: 1})
+		agent.AnswerEnds(flowtest.Answer{Hang: true}, flowtest.Answer{})
+		client := agent.Client()
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		begin := time.Now()
+		if _, err := flow.End(t.Context()); err == nil {
+			t.Error("End() of a hanging agent gave no error")
+		}
+		if took := time.Since(begin); took != time.Second {
+			t.Errorf("End() took %v want 1s", took)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		flow = client.Start(ctx, "point", flowctl.Params{})
+		cancel()
+		if got, err := flow.End(ctx); err != nil || got.Returned != 1 {
+			t.Errorf("End() after the caller had gone = %+v, %v", got, err)
+		}
+	})
+}
+
+// A13: without a deadline of the caller's, a silent agent held every flow.
+func TestA13SilentAgent(t *testing.T) {
+	t.Run("sleeps", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			agent.Answer(flowtest.Answer{Hang: true})
+			begin := time.Now()
+			flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
+			if took := time.Since(begin); took != 200*time.Millisecond {
+				t.Errorf("Start() took %v want 200ms", took)
+			}
+			if flow.Decision() != flowctl.Unreachable || !flow.ShouldRun() {
+				t.Errorf("%v, ShouldRun() = %v want unreachable, open", flow.Decision(), flow.ShouldRun())
+			}
+		})
+	})
+	t.Run("black hole", func(t *testing.T) {
+		hole, err := net.Listen("tcp", "127.0.0.1:0") // accepts, by the kernel, and never says a word
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = hole.Close() }()
+		unreachable(t, hole.Addr().String())
+	})
+	t.Run("refused", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = l.Close()
+		unreachable(t, l.Addr().String())
+	})
+}
+
+// unreachable checks that flows to the address run, and fail where they are told to.
+func unreachable(t *testing.T, address string) {
+	t.Helper()
+	client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(50*time.Millisecond))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close(t.Context()) }()
+	if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Unreachable || !flow.ShouldRun() {
+		t.Errorf("%v, ShouldRun() = %v want unreachable, open", flow.Decision(), flow.ShouldRun())
+	}
+	if flow := client.Start(t.Context(), "point", flowctl.Params{OnUnreachable: flowctl.FailClosed}); flow.Decision() != flowctl.Unreachable || flow.ShouldRun() {
+		t.Errorf("%v, ShouldRun() = %v want unreachable, closed", flow.Decision(), flow.ShouldRun())
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := client.Ready(ctx); err == nil {
+		t.Error("Ready() = nil")
+	}
+}
+
+// A hung agent costs the first flows their timeout; then the gate opens, and one flow a second asks.
+func TestGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		var log bytes.Buffer
+		client := agent.Client(logTo(&log))
+		client.Start(t.Context(), "point", flowctl.Params{})
+		agent.Freeze()
+		begin := time.Now()
+		start := func() time.Duration {
+			before := time.Now()
+			if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Unreachable || !flow.ShouldRun() {
+				t.Fatalf("%v, ShouldRun() = %v", flow.Decision(), flow.ShouldRun())
+			}
+			return time.Since(before)
+		}
+		for i := range 5 {
+			if took := start(); took != 200*time.Millisecond {
+				t.Errorf("flow %d took %v want its timeout", i, took)
+			}
+		}
+		for range 100 {
+			if took := start(); took != 0 {
+				t.Fatalf("a flow took %v while the gate was open", took)
+			}
+		}
+		if got := len(agent.Checks()); got != 6 {
+			t.Errorf("%d checks want 6", got)
+		}
+		<-time.After(1001 * time.Millisecond)
+		if took := start(); took != 200*time.Millisecond {
+			t.Errorf("the probe took %v", took)
+		}
+		if took := start(); took != 0 {
+			t.Errorf("a flow after the probe took %v", took)
+		}
+		agent.Answer(flowtest.Answer{Reason: flowctl.ReasonRateLimited})
+		agent.Thaw()
+		<-time.After(time.Second)
+		for range 2 {
+			if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Rejected {
+				t.Errorf("%v after the agent was back want rejected", flow.Decision())
+			}
+		}
+		if took := time.Since(begin); took > 4*time.Second {
+			t.Errorf("all took %v", took)
+		}
+		if s := log.String(); strings.Count(s, "does not answer") != 1 || strings.Count(s, "answers again") != 1 {
+			t.Errorf("log:\n%s", s)
+		}
+	})
+}
+
+// What the gate must not take for a dead agent.
+func TestGateStaysClosed(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		answer flowtest.Answer
+		gate   flowctl.Gate
+		each   func(t *testing.T, client *flowctl.Client)
+	}{
+		{name: "answers come late, but come", answer: flowtest.Answer{Delay: 250 * time.Millisecond}},
+		{name: "the agent refuses", answer: flowtest.Answer{Fail: status.Error(codes.Unauthenticated, "who are you?")}},
+		{name: "the agent says that it is unavailable", answer: flowtest.Answer{Fail: status.Error(codes.Unavailable, "overloaded")}},
+		{name: "switched off", answer: flowtest.Answer{Hang: true}, gate: flowctl.Gate{Failures: -1}},
+		{
+			name: "callers give up", answer: flowtest.Answer{Hang: true},
+			each: func(t *testing.T, client *flowctl.Client) {
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				defer cancel()
+				if flow := client.Start(ctx, "point", flowctl.Params{}); flow.Decision() != flowctl.Canceled {
+					t.Errorf("%v want canceled", flow.Decision())
+				}
+			},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				agent.Answer(tt.answer)
+				client := agent.Client(flowctl.WithGate(tt.gate))
+				each := tt.each
+				if each == nil {
+					each = func(t *testing.T, client *flowctl.Client) { client.Start(t.Context(), "point", flowctl.Params{}) }
+				}
+				for range 50 {
+					each(t, client)
+				}
+				if got := len(agent.Checks()); got != 50 {
+					t.Errorf("the agent was asked %d times want 50", got)
+				}
+			})
+		})
+	}
+}
+
+// With many flows in flight the timeouts come in bursts: five of one burst are no proof.
+func TestGateSpan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		if err := client.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		agent.Freeze()
+		burst := func() {
+			var wg sync.WaitGroup
+			for range 64 {
+				wg.Go(func() { client.Start(t.Context(), "point", flowctl.Params{}) })
+			}
+			wg.Wait()
+		}
+		burst()
+		burst()
+		if got := len(agent.Checks()); got != 128 {
+			t.Errorf("%d checks want 128: one span is not two", got)
+		}
+		burst()
+		burst()
+		if got := len(agent.Checks()); got != 192 {
+			t.Errorf("%d checks want 192: the third burst opens the gate", got)
+		}
+	})
+}
+
+// Nor may a connection that is not ours open the gate while others are answered on it.
+func TestWithConn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		conn, err := grpc.NewClient("passthrough:///localhost", agent.Dialer(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		client, err := flowctl.Dial("", flowctl.WithConn(conn))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v: %v", flow.Decision(), flow.Err())
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		again, err := flowctl.Dial("", flowctl.WithConn(conn)) // Close left it open
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = again.Close(t.Context()) }()
+		if flow := again.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v: %v", flow.Decision(), flow.Err())
+		}
+		if _, err := flowctl.Dial("localhost:1", flowctl.WithConn(conn)); err == nil {
+			t.Error("Dial() with an address and a connection = nil")
+		}
+		// A key must not travel over a connection of which nobody knows that it is secure.
+		careless, err := flowctl.Dial("", flowctl.WithConn(conn), flowctl.WithAPIKey("sesame"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = careless.Close(t.Context()) }()
+		if flow := careless.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Unreachable {
+			t.Errorf("%v want unreachable", flow.Decision())
+		}
+		for _, check := range agent.Checks() {
+			if got := check.Metadata.Get("x-api-key"); len(got) != 0 {
+				t.Errorf("the key travelled: %q", got)
+			}
+		}
+	})
+}
+
+func TestReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		if err := client.Ready(t.Context()); err != nil {
+			t.Errorf("Ready() = %v", err)
+		}
+		_ = client.Close(t.Context())
+		if err := client.Ready(t.Context()); !errors.Is(err, flowctl.ErrClosed) {
+			t.Errorf("Ready() of a closed client = %v want ErrClosed", err)
+		}
+		guarded := agent.Client(flowctl.WithAPIKey("wrong"), flowctl.WithDialOptions(grpc.WithUnaryInterceptor(
+			func(context.Context, string, any, any, *grpc.ClientConn, grpc.UnaryInvoker, ...grpc.CallOption) error {
+				return status.Error(codes.Unauthenticated, "unknown key")
+			})))
+		if err := guarded.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), "refuses the API key") {
+			t.Errorf("Ready() with a wrong key = %v", err)
+		}
+	})
+	embedded := noPolicies(t)
+	if err := embedded.Ready(t.Context()); err != nil {
+		t.Errorf("Ready() of an engine = %v", err)
+	}
+}
+
+// A wrong API key does not fail open in silence.
+func TestRefusalsAreLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unauthenticated, "unknown key")})
+		var log bytes.Buffer
+		client := agent.Client(logTo(&log))
+		for range 200 {
+			client.Start(t.Context(), "point", flowctl.Params{})
+			<-time.After(time.Second)
+		}
+		if got := strings.Count(log.String(), "refuses to decide"); got != 4 {
+			t.Errorf("logged %d times in 200 s want 4:\n%s", got, log.String())
+		}
+	})
+}
+
+func TestClose(t *testing.T) {
+	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		for range 2 {
+			if err := client.Close(t.Context()); err != nil {
+				t.Errorf("Close() = %v", err)
+			}
+		}
+		late := client.Start(t.Context(), "point", flowctl.Params{OnUnreachable: flowctl.FailClosed})
+		if late.ShouldRun() || !errors.Is(late.Err(), flowctl.ErrClosed) || !errors.Is(late.Err(), flowctl.ErrUnreachable) {
+			t.Errorf("a flow after Close: %v", late.Err())
+		}
+		if _, err := flow.End(t.Context()); err != nil {
+			t.Errorf("End() after Close = %v", err)
+		}
+	})
+}
+
+func TestDialErrors(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		address string
+		opts    []flowctl.Option
+		want    string
+	}{
+		{name: "empty address", want: "address is empty"},
+		{name: "no port", address: "agent.example", want: "not host:port"},
+		{name: "bad port", address: "agent.example:70000", want: "no port from 1 to 65535"},
+		{name: "a URL's host", address: "user@agent:80", want: "host that cannot be one"},
+		{
+			name: "key in plaintext", address: "agent.example:80", want: "would travel in plaintext",
+			opts: []flowctl.Option{flowctl.WithInsecure(), flowctl.WithAPIKey("sesame")},
+		},
+		{
+			name: "key with credentials that are none", address: "agent.example:80", want: "would travel in plaintext",
+			opts: []flowctl.Option{flowctl.WithTransportCredentials(insecure.NewCredentials()), flowctl.WithAPIKey("sesame")},
+		},
+		{name: "empty key", address: "a:1", opts: []flowctl.Option{flowctl.WithAPIKey("")}, want: "WithAPIKey: the key is empty"},
+		{name: "key with a newline", address: "a:1", opts: []flowctl.Option{flowctl.WithAPIKey("sesame\n")}, want: "WithAPIKey: the key has a character at 6"},
+		{name: "contradiction", address: "a:1", opts: []flowctl.Option{flowctl.WithInsecure(), flowctl.WithTLSConfig(&tls.Config{})}, want: "WithInsecure contradicts"},
+		{name: "no TLS configuration", address: "a:1", opts: []flowctl.Option{flowctl.WithTLSConfig(nil)}, want: "WithTLSConfig: no configuration"},
+		{name: "no credentials", address: "a:1", opts: []flowctl.Option{flowctl.WithTransportCredentials(nil)}, want: "WithTransportCredentials: no credentials"},
+		{name: "no connection", opts: []flowctl.Option{flowctl.WithConn(nil)}, want: "WithConn: no connection"},
+		{name: "end timeout", address: "a:1", opts: []flowctl.Option{flowctl.WithEndTimeout(0)}, want: "WithEndTimeout: not positive"},
+		{name: "gate", address: "a:1", opts: []flowctl.Option{flowctl.WithGate(flowctl.Gate{Probe: -1})}, want: "WithGate: a time is negative"},
+		{name: "labels", address: "a:1", opts: []flowctl.Option{flowctl.WithLabels(map[string]string{"": "sesame"})}, want: "WithLabels: "},
+		{
+			name: "too many labels", address: "a:1", want: "WithLabels: 65 labels are more than 64",
+			opts: []flowctl.Option{flowctl.WithLabels(many("a", 60)), flowctl.WithLabels(many("b", 5))},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := flowctl.Dial(tt.address, tt.opts...)
+			if err == nil || !strings.HasPrefix(err.Error(), "headgate: dial: ") || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Dial() = %v want %q", err, tt.want)
+			}
+			if err != nil && strings.Contains(err.Error(), "sesame") {
+				t.Errorf("error %q says too much", err)
+			}
+		})
+	}
+}
+
+// An API key travels in plaintext to this machine alone.
+func TestPlaintextKey(t *testing.T) {
+	for address, ok := range map[string]bool{
+		"localhost:80": true, "127.0.0.1:80": true, "127.9.9.9:80": true, "[::1]:80": true,
+		"unix:/run/agent.sock": true, "unix-abstract:agent": true,
+		"dns:///localhost:80": true, "passthrough:///127.0.0.1:80": true,
+		"agent.example:80": false, "10.0.0.1:80": false, "localhost.evil.example:80": false,
+		"dns:///agent.example:80": false, "dns://localhost/agent.example:80": false, "[::2]:80": false,
+	} {
+		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithAPIKey("k"))
+		if (err == nil) != ok {
+			t.Errorf("Dial(%q) = %v want ok: %v", address, err, ok)
+		}
+		_ = client.Close(t.Context())
+		client, err = flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithAPIKey("k"), flowctl.WithInsecureAPIKey())
+		if err != nil {
+			t.Errorf("Dial(%q) with WithInsecureAPIKey = %v", address, err)
+		}
+		_ = client.Close(t.Context())
+	}
+}
+
+func TestNewErrors(t *testing.T) {
+	if _, err := flowctl.New(nil); err == nil {
+		t.Error("New(nil) = nil")
+	}
+	agent := noPoliciesEngine(t)
+	for name, opt := range map[string]flowctl.Option{
+		"WithInsecure":     flowctl.WithInsecure(),
+		"WithAPIKey":       flowctl.WithAPIKey("k"),
+		"WithGate":         flowctl.WithGate(flowctl.Gate{}),
+		"WithoutTelemetry": flowctl.WithoutTelemetry(),
+		"WithEndTimeout":   flowctl.WithEndTimeout(time.Second),
+	} {
+		if _, err := flowctl.New(agent, opt); err == nil || !strings.Contains(err.Error(), name+": there is no connection") {
+			t.Errorf("New() with %s = %v", name, err)
+		}
+	}
+	if _, err := flowctl.New(agent, nil); err != nil {
+		t.Errorf("New() with a nil option = %v", err)
+	}
+}
+
+func TestDialEnv(t *testing.T) {
+	const address, key, plain, skip = "APERTURE_AGENT_ADDRESS", "APERTURE_API_KEY", "APERTURE_AGENT_INSECURE", "APERTURE_AGENT_SKIP_VERIFY"
+	for _, tt := range []struct {
+		name string
+		env  map[string]string
+		want string // in the error; none when empty
+	}{
+		{name: "nothing", want: address + " is not set"},
+		{name: "no address", env: map[string]string{key: "k"}, want: address + " is not set"},
+		{name: "bad address", env: map[string]string{address: "sesame"}, want: address + ": the address is not host:port"},
+		{name: "address", env: map[string]string{address: "agent.example:443"}},
+		{name: "all", env: map[string]string{address: "localhost:80", key: "k", plain: "TRUE", skip: "0"}},
+		{name: "skip verify", env: map[string]string{address: "agent.example:443", key: "k", skip: "true"}},
+		{name: "bad bool", env: map[string]string{address: "a:1", plain: "sesame"}, want: plain + " is neither true nor false"},
+		{name: "another bad bool", env: map[string]string{address: "a:1", skip: "sesame"}, want: skip + " is neither true nor false"},
+		{name: "bad key", env: map[string]string{address: "a:1", key: "sesame\x00"}, want: key + ": the key has a character"},
+		{name: "key in plaintext", env: map[string]string{address: "agent.example:80", key: "k", plain: "1"}, want: "would travel in plaintext"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, name := range []string{address, key, plain, skip} {
+				t.Setenv(name, strings.ReplaceAll(tt.env[name], "\x00", "\x01"))
+			}
+			client, err := flowctl.DialEnv()
+			_ = client.Close(t.Context())
+			if tt.want == "" && err != nil {
+				t.Errorf("DialEnv() = %v", err)
+			}
+			if tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "sesame")) {
+				t.Errorf("DialEnv() = %v want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// Options go before the environment.
+func TestDialEnvOptions(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	t.Setenv("APERTURE_AGENT_ADDRESS", "localhost:1")
+	t.Setenv("APERTURE_API_KEY", "from-env")
+	t.Setenv("APERTURE_AGENT_INSECURE", "true")
+	client, err := flowctl.DialEnv(flowctl.WithDialOptions(agent.Dialer()), flowctl.WithAPIKey("from-option"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close(t.Context()) }()
+	client.Start(t.Context(), "point", flowctl.Params{})
+	if got := agent.Checks()[0].Metadata.Get("x-api-key"); len(got) != 1 || got[0] != "from-option" {
+		t.Errorf("key = %q", got)
+	}
+}
+
+// Answers that are not what they should be give a decision all the same.
+func TestMalformedAnswers(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		answer *checkv1.CheckResponse
+		want   flowctl.Decision
+	}{
+		{"empty", &checkv1.CheckResponse{}, flowctl.Accepted},
+		{"unknown decision", &checkv1.CheckResponse{DecisionType: 7, RejectReason: -3, DeniedResponseStatusCode: 7}, flowctl.Rejected},
+		{"A4 invalid UTF-8", &checkv1.CheckResponse{ControlPoint: "\xff", LimiterDecisions: []*checkv1.LimiterDecision{held("root.0", "a", false)}}, flowctl.Unreachable},
+		{"nil parts", &checkv1.CheckResponse{
+			DecisionType:     checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+			LimiterDecisions: []*checkv1.LimiterDecision{{Dropped: true}, {}},
+		}, flowctl.Rejected},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			agent.Answer(flowtest.Answer{Response: tt.answer})
+			flow := agent.Client().Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "k"})
+			if flow.Decision() != tt.want {
+				t.Errorf("%v, %v want %v", flow.Decision(), flow.Err(), tt.want)
+			}
+			if got := flow.HTTPStatus(); !flow.ShouldRun() && (got < 400 || got > 599) {
+				t.Errorf("HTTPStatus() = %d", got)
+			}
+			_, _, _ = flow.ResultCache()
+			if _, err := flow.End(t.Context()); err != nil {
+				t.Errorf("End() = %v", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,254 @@
+package flowctl
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	commonv1 "go.opentelemetry.io/proto/otlp/common/v1"
+	resourcev1 "go.opentelemetry.io/proto/otlp/resource/v1"
+	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// The bounds of the exporter.
+const (
+	exportEvery   = time.Second
+	exportTimeout = 10 * time.Second
+	batchRecords  = 512     // wake the exporter before its time
+	batchBytes    = 3 << 20 // of encoded spans; messages end at 4 MiB
+	maxRecords    = 8192    // that wait to be sent
+	maxBytes      = 16 << 20
+)
+
+// An exporter sends a record of each flow to the agent, which its policies on latency and load feed on. Recording never
+// blocks: what does not fit is dropped and counted. Flows are encoded here rather than handed to an OpenTelemetry SDK
+// because the agent needs all of them, whatever the application samples.
+type exporter struct {
+	conn     grpc.ClientConnInterface
+	calls    []grpc.CallOption
+	logger   *slog.Logger
+	answered func()
+
+	mu      sync.Mutex
+	waiting []record
+	bytes   int // of waiting
+	dropped int64
+	closed  bool
+
+	wake   chan struct{} // records wait; has room for one
+	hurry  chan struct{} // there are many of them; has room for one
+	stop   chan struct{}
+	idle   chan struct{} // closed when run has returned
+	cancel context.CancelFunc
+	drops  limitedLog
+	spare  []record // the buffer that is not in use
+}
+
+// record is what is kept of a flow that has ended.
+type record struct {
+	start, workload, end int64 // Unix nanoseconds
+	check                []byte
+	failed               bool
+}
+
+func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger *slog.Logger, answered func()) *exporter {
+	// Not a caller's context: the exporter outlives all of them, until close cancels it.
+	ctx, cancel := context.WithCancel(context.Background())
+	x := &exporter{
+		conn: conn, calls: calls, logger: logger, answered: answered,
+		wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
+		stop: make(chan struct{}), idle: make(chan struct{}), cancel: cancel,
+	}
+	go x.run(ctx)
+	return x
+}
+
+// record takes down a flow that ends now.
+func (x *exporter) record(start int64, a *answer, failed bool) {
+	check, err := proto.Marshal(wire.WithoutValues(a.response))
+	r := record{
+		start:    start,
+		workload: a.returned.UnixNano(),
+		end:      a.returned.Add(time.Since(a.returned)).UnixNano(),
+		check:    check,
+		failed:   failed,
+	}
+	x.mu.Lock()
+	fits := err == nil && !x.closed && len(x.waiting) < maxRecords && x.bytes+len(check) <= maxBytes &&
+		base64.StdEncoding.EncodedLen(len(check)) < batchBytes
+	if !fits {
+		x.dropped++
+		x.mu.Unlock()
+		return
+	}
+	x.waiting = append(x.waiting, r)
+	x.bytes += len(check)
+	first, many := len(x.waiting) == 1, len(x.waiting) == batchRecords || x.bytes > batchBytes/2
+	x.mu.Unlock()
+	if first {
+		signal(x.wake)
+	}
+	if many {
+		signal(x.hurry)
+	}
+}
+
+func signal(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// run sends records every second while there are any, until stop.
+func (x *exporter) run(ctx context.Context) {
+	defer close(x.idle)
+	for {
+		select {
+		case <-x.stop:
+			return
+		case <-x.wake:
+		}
+		timer := time.NewTimer(exportEvery)
+		select {
+		case <-x.stop:
+			timer.Stop()
+			return
+		case <-x.hurry:
+			timer.Stop()
+		case <-timer.C:
+		}
+		_ = x.flush(ctx) // logged there
+	}
+}
+
+// close sends what is waiting, until ctx ends.
+func (x *exporter) close(ctx context.Context) error {
+	x.mu.Lock()
+	x.closed = true
+	x.mu.Unlock()
+	close(x.stop)
+	stopCancel := context.AfterFunc(ctx, x.cancel) // an export that hangs must not outlast ctx
+	<-x.idle
+	stopCancel()
+	x.cancel()
+	return x.flush(ctx)
+}
+
+// flush sends all that is waiting, in as many batches as it takes. What cannot be sent is dropped: the agent's view of
+// the load is one of now.
+func (x *exporter) flush(ctx context.Context) error {
+	x.mu.Lock()
+	records := x.waiting
+	x.waiting, x.bytes, x.spare = x.spare[:0], 0, nil
+	x.mu.Unlock()
+
+	var failed error
+	lost := 0
+	for rest := records; len(rest) > 0; {
+		n, spans := nextBatch(rest)
+		if err := x.send(ctx, spans); err != nil {
+			failed = err
+			lost += n
+		}
+		rest = rest[n:]
+		if ctx.Err() != nil {
+			lost += len(rest)
+			break
+		}
+	}
+	clear(records)
+	x.mu.Lock()
+	if cap(records) <= maxRecords {
+		x.spare = records[:0]
+	}
+	x.dropped += int64(lost)
+	dropped := x.dropped
+	x.mu.Unlock()
+	if dropped > 0 && x.drops.warn(x.logger, time.Now(), "headgate: telemetry of flows was dropped", "flows", dropped, "error", failed) {
+		x.mu.Lock()
+		x.dropped -= dropped
+		x.mu.Unlock()
+	}
+	if lost > 0 {
+		return fmt.Errorf("telemetry of %d flows was not sent: %w", lost, errors.Join(failed, ctx.Err()))
+	}
+	return nil
+}
+
+func (x *exporter) send(ctx context.Context, spans []*tracev1.Span) error {
+	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
+	defer cancel()
+	// On the wire the collector's request is a TracesData, and its answer, of which nothing is read, an empty message.
+	err := x.conn.Invoke(ctx, collector.Export, &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{
+		Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", version)}},
+		ScopeSpans: []*tracev1.ScopeSpans{{Spans: spans}},
+	}}}, new(emptypb.Empty), x.calls...)
+	if err == nil {
+		x.answered()
+	}
+	return err
+}
+
+// nextBatch encodes as many of the records as a message may hold, and says how many.
+func nextBatch(records []record) (int, []*tracev1.Span) {
+	var spans []*tracev1.Span
+	size := 0
+	for i := range records {
+		s := encode(&records[i])
+		size += proto.Size(s) + 8
+		if size > batchBytes && i > 0 {
+			return i, spans
+		}
+		spans = append(spans, s)
+	}
+	return len(records), spans
+}
+
+// encode makes the span of one record.
+func encode(r *record) *tracev1.Span {
+	st := StatusOK
+	if r.failed {
+		st = StatusError
+	}
+	ids := make([]byte, 24)
+	binary.LittleEndian.PutUint64(ids, rand.Uint64())
+	binary.LittleEndian.PutUint64(ids[8:], rand.Uint64())
+	binary.LittleEndian.PutUint64(ids[16:], rand.Uint64()|1) // never the zero that stands for none
+	return &tracev1.Span{
+		TraceId:           ids[:16],
+		SpanId:            ids[16:],
+		Name:              "Aperture Check",
+		Kind:              tracev1.Span_SPAN_KIND_INTERNAL,
+		StartTimeUnixNano: uint64(r.start),
+		EndTimeUnixNano:   uint64(r.end),
+		Attributes: []*commonv1.KeyValue{
+			text("aperture.source", "sdk"),
+			number("aperture.flow_start_timestamp", r.start),
+			number("aperture.workload_start_timestamp", r.workload),
+			number("aperture.flow_end_timestamp", r.end),
+			text("aperture.flow.status", st.String()),
+			text("aperture.check_response", base64.StdEncoding.EncodeToString(r.check)),
+		},
+	}
+}
+
+func text(key, value string) *commonv1.KeyValue {
+	return &commonv1.KeyValue{Key: key, Value: &commonv1.AnyValue{Value: &commonv1.AnyValue_StringValue{StringValue: value}}}
+}
+
+func number(key string, value int64) *commonv1.KeyValue {
+	return &commonv1.KeyValue{Key: key, Value: &commonv1.AnyValue{Value: &commonv1.AnyValue_IntValue{IntValue: value}}}
+}

@@ -1,0 +1,295 @@
+// Package seam is what a client and an agent say to each other in one process: a [Request], a [Verdict], and the
+// [Agent] that turns one into the other. It speaks plain Go values; the wire's messages exist only in the remote agent
+// and in the server that offers an engine to others.
+package seam
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// ErrClosed is what an agent answers with after it was closed.
+var ErrClosed = errors.New("closed")
+
+// An Agent decides about flows. Its methods are safe for concurrent use.
+type Agent interface {
+	// Check fills v, which is zero, with the answer to req. An error means that nobody answered. The agent keeps
+	// neither req nor v; both live in the flow and come back in End.
+	Check(ctx context.Context, req *Request, v *Verdict) error
+
+	// End ends a flow that Check answered: it gives back what the flow holds and reports how it went. It is called
+	// once, and does not fail because ctx was canceled.
+	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
+
+	// Store and Delete change one cache entry. A ttl of 0 is the agent's default.
+	Store(ctx context.Context, key CacheKey, value []byte, ttl time.Duration) error
+	Delete(ctx context.Context, key CacheKey) error
+
+	// Ready waits until the agent can be asked, or ctx ends.
+	Ready(ctx context.Context) error
+}
+
+// A Request is what a flow asks.
+type Request struct {
+	ControlPoint string
+	Labels       Labels
+
+	// Timeout is the longest that the answer may take, waits in queues included; 0 is no limit of its own. The
+	// agent applies it, because a call within the process needs no timer.
+	Timeout time.Duration
+
+	// Lookup names the cache entries to look up with the check; nil looks up none.
+	Lookup *Lookup
+
+	RampMode bool
+}
+
+// Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
+// two keys, so a merged map would be the dearest part of a check. Nobody writes to the maps.
+type Labels struct {
+	Params  map[string]string
+	Context map[string]string
+	Base    *Base
+}
+
+// Base is the part of the labels that most flows of a client share.
+type Base struct {
+	Baggage   map[string]string
+	Transport map[string]string
+	Defaults  map[string]string
+
+	// Service names the client's service, for selectors. It is no label.
+	Service string
+}
+
+// Lookup finds a label; the layer with the highest precedence wins.
+func (l *Labels) Lookup(key string) (string, bool) {
+	if v, ok := l.Params[key]; ok {
+		return v, true
+	}
+	if v, ok := l.Context[key]; ok {
+		return v, true
+	}
+	if l.Base == nil {
+		return "", false
+	}
+	if v, ok := l.Base.Baggage[key]; ok {
+		return v, true
+	}
+	if v, ok := l.Base.Transport[key]; ok {
+		return v, true
+	}
+	v, ok := l.Base.Defaults[key]
+	return v, ok
+}
+
+// Service names the client's service; "" when it has none.
+func (l *Labels) Service() string {
+	if l.Base == nil {
+		return ""
+	}
+	return l.Base.Service
+}
+
+// Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
+// empty.
+func (l *Labels) Merged() map[string]string {
+	var layers [5]map[string]string
+	n, size := 0, 0
+	add := func(m map[string]string) {
+		if len(m) > 0 {
+			layers[n] = m
+			n++
+			size += len(m)
+		}
+	}
+	if l.Base != nil {
+		add(l.Base.Defaults)
+		add(l.Base.Transport)
+		add(l.Base.Baggage)
+	}
+	add(l.Context)
+	add(l.Params)
+	if n <= 1 {
+		return layers[0]
+	}
+	merged := make(map[string]string, size)
+	for _, m := range layers[:n] {
+		for k, v := range m {
+			merged[k] = v
+		}
+	}
+	return merged
+}
+
+// Lookup is the cache entries that a check looks up.
+type Lookup struct {
+	Result string   // "" looks up none
+	Global []string // empty ones are skipped
+}
+
+// CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control
+// points share.
+type CacheKey struct {
+	ControlPoint string
+	Key          string
+	Global       bool
+}
+
+// CacheAnswer is what became of one lookup. The zero value is a miss.
+type CacheAnswer struct {
+	Value []byte
+	Hit   bool
+	Err   error
+}
+
+// Reason is why a flow was rejected.
+type Reason uint8
+
+// The reasons, numbered as on the wire.
+const (
+	ReasonNone Reason = iota
+	ReasonRateLimited
+	ReasonNoTokens
+	ReasonNotSampled
+	ReasonNoMatchingRamp
+)
+
+// A Verdict is what the agent answered.
+type Verdict struct {
+	Start    int64 // when the agent was asked, in Unix nanoseconds
+	Status   int16 // HTTP status of a rejection; 0: by reason
+	Reason   Reason
+	Rejected bool
+
+	// RetryAfter is how long until a retry can succeed; 0 when unknown.
+	RetryAfter time.Duration
+
+	// By is the component that rejected the flow; nil when it was not rejected, or by none in particular.
+	By *Component
+
+	first LimiterDecision // inline, so that the flow that meets one limiter allocates nothing for it
+	Extra *Extra
+}
+
+// Extra holds the parts of a verdict that flows in a hurry do without.
+type Extra struct {
+	Decisions []LimiterDecision // after the first
+	Result    CacheAnswer
+	Global    map[string]CacheAnswer
+
+	// Waited is how long the flow was queued.
+	Waited time.Duration
+
+	// Wire is what the remote agent keeps of its answer.
+	Wire any
+}
+
+// More gives v.Extra, which it makes where there is none.
+func (v *Verdict) More() *Extra {
+	if v.Extra == nil {
+		v.Extra = new(Extra)
+	}
+	return v.Extra
+}
+
+// Add appends a zero decision for the component and returns it. The pointer is good until the next Add.
+func (v *Verdict) Add(c *Component) *LimiterDecision {
+	d := &v.first
+	if d.Component != nil {
+		x := v.More()
+		x.Decisions = append(x.Decisions, LimiterDecision{})
+		d = &x.Decisions[len(x.Decisions)-1]
+	}
+	d.Component = c
+	return d
+}
+
+// Len is the number of limiter decisions.
+func (v *Verdict) Len() int {
+	switch {
+	case v.first.Component == nil:
+		return 0
+	case v.Extra == nil:
+		return 1
+	default:
+		return 1 + len(v.Extra.Decisions)
+	}
+}
+
+// At gives decision i of Len.
+func (v *Verdict) At(i int) *LimiterDecision {
+	if i == 0 {
+		return &v.first
+	}
+	return &v.Extra.Decisions[i-1]
+}
+
+// Kind is what sort of limiter decided.
+type Kind uint8
+
+// The kinds of limiters.
+const (
+	KindRateLimiter Kind = iota + 1
+	KindConcurrencyLimiter
+)
+
+// Component identifies a limiter to those outside the engine.
+type Component struct {
+	Policy string
+	Hash   string // of the policy as the engine read it
+	ID     string
+	Kind   Kind
+
+	// LabelKey is the label that the limiter has a bucket for each value of; "" when it has one for all.
+	LabelKey string
+
+	// DeniedStatus is the configured HTTP status of a rejection; 0: by reason.
+	DeniedStatus int
+
+	// Capacity is the most tokens that a bucket holds, or the slots that there are.
+	Capacity float64
+
+	// Limiter is the engine's own.
+	Limiter any
+}
+
+// LimiterDecision is what one limiter made of a flow.
+type LimiterDecision struct {
+	Component *Component
+
+	// Label is the value of the component's label. Together with Found it says which bucket decided.
+	Label string
+
+	// Remaining is the tokens that are free, of the component's capacity, and Consumed those that this flow took.
+	Remaining, Consumed float64
+
+	// Wait is how long until the flow could pass; 0 when it did or when nobody knows.
+	Wait time.Duration
+
+	// Slot identifies what the flow holds until it ends; 0 when it holds nothing.
+	Slot uint64
+
+	Scope   Scope
+	Dropped bool
+
+	// DryRun marks a decision that would have dropped the flow, had the component been for real.
+	DryRun bool
+}
+
+// Scope is which of a limiter's buckets decided.
+type Scope uint8
+
+// The scopes.
+const (
+	ScopeNone    Scope = iota // none: the flow lacks the limiter's label, or the limiter lets everything pass
+	ScopeDefault              // the one for all flows
+	ScopeLabel                // the one of the label's value
+)
+
+// Returns counts the concurrency slots of a flow that ended.
+type Returns struct {
+	Held     int // what the flow held
+	Returned int // what was still the flow's when it ended
+}

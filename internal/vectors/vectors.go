@@ -1,0 +1,336 @@
+// Package vectors replays recordings of an Aperture agent against a client, and compares what it is told with what the
+// recorded agent answered. Tests use it.
+//
+// A scenario is a policy and calls at set times. Decisions, reasons, statuses, labels and cache outcomes must be the
+// same; token counts and waits may differ by what the recorder's clock drifted. In a bubble of testing/synctest the
+// replay has no drift of its own.
+package vectors
+
+import (
+	"context"
+	"embed"
+	"encoding/json"
+	"errors"
+	"math"
+	"path"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+//go:embed testdata
+var recordings embed.FS
+
+// A Scenario is one recording.
+type Scenario struct {
+	Name   string
+	Policy string // its file's name, "" for none
+	steps  []step
+}
+
+type step struct {
+	ID         string          `json:"id"`
+	AtMS       int64           `json:"at_ms"`
+	RPC        string          `json:"rpc"`
+	DeadlineMS int64           `json:"deadline_ms"`
+	EndOf      string          `json:"end_of"`
+	Request    json.RawMessage `json:"request"`
+	Response   json.RawMessage `json:"response"`
+	TookMS     float64         `json:"took_ms"`
+}
+
+// Load reads the recording of that name.
+func Load(t *testing.T, name string) *Scenario {
+	t.Helper()
+	data, err := recordings.ReadFile("testdata/" + name + ".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var file struct {
+		Name   string `json:"name"`
+		Policy string `json:"policy"`
+		Steps  []step `json:"steps"`
+	}
+	if err := json.Unmarshal(data, &file); err != nil {
+		t.Fatal(err)
+	}
+	s := &Scenario{Name: file.Name, steps: file.Steps}
+	if file.Policy != "" {
+		s.Policy = path.Base(file.Policy)
+	}
+	return s
+}
+
+// PolicyData is the scenario's policy file; nil for none.
+func (s *Scenario) PolicyData(t *testing.T) []byte {
+	t.Helper()
+	if s.Policy == "" {
+		return nil
+	}
+	data, err := recordings.ReadFile("testdata/policies/" + s.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// Options say what to compare of a scenario.
+type Options struct {
+	// Only names the steps to replay; nil means all.
+	Only []string
+
+	// DecisionsOnly compares just whether a step carries a limiter decision.
+	DecisionsOnly bool
+
+	// TokensPerSecond is how fast the policy's buckets fill, which makes token counts drift.
+	TokensPerSecond float64
+}
+
+// Replay makes the scenario's calls at their times, and reports every difference.
+func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
+	t.Helper()
+	r := &replay{t: t, client: client, opts: opts, begin: time.Now(), refused: -1, flows: make(map[string]*flowctl.Flow)}
+	for _, st := range s.steps {
+		if opts.Only != nil && !slices.Contains(opts.Only, st.ID) {
+			continue
+		}
+		<-time.After(time.Until(r.begin.Add(time.Duration(st.AtMS) * time.Millisecond)))
+		r.step(st)
+	}
+}
+
+type replay struct {
+	t      *testing.T
+	client *flowctl.Client
+	opts   Options
+	begin  time.Time
+	flows  map[string]*flowctl.Flow
+
+	first   time.Time     // when the recorded agent saw the first check, less its place in the scenario
+	drift   time.Duration // the worst so far
+	refused time.Duration // since when each check was rejected; negative when the last was not
+}
+
+func (r *replay) step(st step) {
+	switch st.RPC {
+	case "Check":
+		r.check(st)
+	case "FlowEnd":
+		r.end(st)
+	case "CacheUpsert":
+		r.upsert(st)
+	case "CacheLookup":
+		r.lookup(st)
+	case "CacheDelete":
+		r.remove(st)
+	default:
+		r.t.Fatalf("%s: unknown rpc %q", st.ID, st.RPC)
+	}
+}
+
+func (r *replay) read(st step, data json.RawMessage, m proto.Message) {
+	r.t.Helper()
+	if err := protojson.Unmarshal(data, m); err != nil {
+		r.t.Fatalf("%s: %v", st.ID, err)
+	}
+}
+
+func (r *replay) check(st step) {
+	req, want := new(checkv1.CheckRequest), new(checkv1.CheckResponse)
+	r.read(st, st.Request, req)
+	r.read(st, st.Response, want)
+	params := flowctl.Params{
+		Labels:          req.GetLabels(),
+		CheckTimeout:    time.Duration(st.DeadlineMS) * time.Millisecond,
+		RampMode:        req.GetRampMode(),
+		ResultCacheKey:  req.GetCacheLookupRequest().GetResultCacheKey(),
+		GlobalCacheKeys: req.GetCacheLookupRequest().GetGlobalCacheKeys(),
+	}
+	flow := r.client.Start(context.Background(), req.GetControlPoint(), params)
+	r.flows[st.ID] = flow
+	got := flow.CheckResponse()
+	if got == nil {
+		r.t.Errorf("%s: no answer: %v", st.ID, flow.Err())
+		return
+	}
+	r.noteDrift(st, want)
+	if r.opts.DecisionsOnly {
+		if g, w := len(got.GetLimiterDecisions()), len(want.GetLimiterDecisions()); g != w {
+			r.t.Errorf("%s: %d limiter decisions want %d", st.ID, g, w)
+		}
+		return
+	}
+	if params.ResultCacheKey == "" && params.GlobalCacheKeys == nil {
+		// A check without keys asks for no lookup, and so gets no empty answer to one.
+		want.CacheLookupResponse = nil
+	}
+	r.compareNumbers(st, got, want)
+	for _, m := range []*checkv1.CheckResponse{got, want} {
+		forget(m)
+	}
+	byComponent := protocmp.SortRepeated(func(a, b *checkv1.LimiterDecision) bool { return a.GetComponentId() < b.GetComponentId() })
+	if diff := cmp.Diff(want, got, protocmp.Transform(), byComponent); diff != "" {
+		r.t.Errorf("%s: (-recorded +got)\n%s", st.ID, diff)
+	}
+}
+
+// noteDrift finds out how far from its set time the recorded agent saw the check.
+func (r *replay) noteDrift(st step, want *checkv1.CheckResponse) {
+	at := time.Duration(st.AtMS) * time.Millisecond
+	seen := want.GetStart().AsTime()
+	if r.first.IsZero() {
+		r.first = seen.Add(-at)
+	}
+	d := seen.Sub(r.first) - at
+	r.drift = max(r.drift, d.Abs(), time.Duration(st.TookMS*float64(time.Millisecond)))
+}
+
+// compareNumbers compares token counts and waits within the drift, and then makes them equal.
+func (r *replay) compareNumbers(st step, got, want *checkv1.CheckResponse) {
+	slack := 2*r.drift + time.Millisecond
+	tokens := r.opts.TokensPerSecond*slack.Seconds() + 1e-9
+	switch at := time.Duration(st.AtMS) * time.Millisecond; {
+	case want.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED:
+		r.refused = -1
+	case r.refused < 0:
+		r.refused = at
+	default:
+		// The recorded agent repeats the count of its first refusal, when it refuses again.
+		tokens += r.opts.TokensPerSecond * (at - r.refused).Seconds()
+	}
+	r.compareWait(st, "wait", got.GetWaitTime(), want.GetWaitTime(), slack)
+	if len(got.GetLimiterDecisions()) != len(want.GetLimiterDecisions()) {
+		return // Diff tells
+	}
+	for i, w := range want.GetLimiterDecisions() {
+		g := got.GetLimiterDecisions()[i]
+		r.compareWait(st, "decision's wait", g.GetWaitTime(), w.GetWaitTime(), slack)
+		gt, wt := tokensOf(g), tokensOf(w)
+		if gt == nil || wt == nil {
+			continue
+		}
+		for _, n := range []struct {
+			name      string
+			got, want *float64
+		}{
+			{"remaining", &gt.Remaining, &wt.Remaining},
+			{"current", &gt.Current, &wt.Current},
+		} {
+			if math.Abs(*n.got-*n.want) > tokens {
+				r.t.Errorf("%s: %s = %v want %v ± %v", st.ID, n.name, *n.got, *n.want, tokens)
+			}
+			*n.got = *n.want
+		}
+	}
+}
+
+func (r *replay) compareWait(st step, name string, got, want *durationpb.Duration, slack time.Duration) {
+	if (got == nil) != (want == nil) {
+		return // Diff tells
+	}
+	if d := got.AsDuration() - want.AsDuration(); d.Abs() > slack {
+		r.t.Errorf("%s: %s = %v want %v ± %v", st.ID, name, got.AsDuration(), want.AsDuration(), slack)
+	}
+	if got != nil {
+		got.Seconds, got.Nanos = want.GetSeconds(), want.GetNanos()
+	}
+}
+
+func tokensOf(d *checkv1.LimiterDecision) *checkv1.LimiterDecision_TokensInfo {
+	switch i := d.GetDetails().(type) {
+	case *checkv1.LimiterDecision_RateLimiterInfo_:
+		return i.RateLimiterInfo.GetTokensInfo()
+	case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+		return i.ConcurrencyLimiterInfo.GetTokensInfo()
+	default:
+		return nil
+	}
+}
+
+// forget clears what no two agents have in common.
+func forget(m *checkv1.CheckResponse) {
+	m.Start, m.End = nil, nil
+	for _, d := range m.GetLimiterDecisions() {
+		d.PolicyHash = ""
+		if i, ok := d.GetDetails().(*checkv1.LimiterDecision_ConcurrencyLimiterInfo_); ok {
+			i.ConcurrencyLimiterInfo.RequestId = ""
+		}
+	}
+}
+
+func (r *replay) end(st step) {
+	want := new(checkv1.FlowEndResponse)
+	r.read(st, st.Response, want)
+	returned := 0
+	for _, s := range want.GetTokenReturnStatuses() {
+		if s.GetReturned() {
+			returned++
+		}
+	}
+	flow, ok := r.flows[st.EndOf]
+	if !ok {
+		r.t.Fatalf("%s: no flow %s", st.ID, st.EndOf)
+	}
+	got, err := flow.End(context.Background())
+	if err != nil && !errors.Is(err, flowctl.ErrEnded) {
+		r.t.Errorf("%s: End() = %v", st.ID, err)
+	}
+	if got.Returned != returned {
+		r.t.Errorf("%s: %d slots returned want %d", st.ID, got.Returned, returned)
+	}
+}
+
+func (r *replay) upsert(st step) {
+	req := new(checkv1.CacheUpsertRequest)
+	r.read(st, st.Request, req)
+	if e := req.GetResultCacheEntry(); e.GetKey() != "" {
+		flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: e.GetKey()})
+		if err := flow.SetResultCache(context.Background(), e.GetValue(), e.GetTtl().AsDuration()); err != nil {
+			r.t.Errorf("%s: SetResultCache() = %v", st.ID, err)
+		}
+	}
+	for key, e := range req.GetGlobalCacheEntries() {
+		flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{})
+		if err := flow.SetGlobalCache(context.Background(), key, e.GetValue(), e.GetTtl().AsDuration()); err != nil {
+			r.t.Errorf("%s: SetGlobalCache() = %v", st.ID, err)
+		}
+	}
+}
+
+func (r *replay) lookup(st step) {
+	req, want := new(checkv1.CacheLookupRequest), new(checkv1.CacheLookupResponse)
+	r.read(st, st.Request, req)
+	r.read(st, st.Response, want)
+	flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{
+		ResultCacheKey: req.GetResultCacheKey(), GlobalCacheKeys: req.GetGlobalCacheKeys(),
+	})
+	got := flow.CheckResponse().GetCacheLookupResponse()
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		r.t.Errorf("%s: (-recorded +got)\n%s", st.ID, diff)
+	}
+}
+
+func (r *replay) remove(st step) {
+	req := new(checkv1.CacheDeleteRequest)
+	r.read(st, st.Request, req)
+	flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: req.GetResultCacheKey()})
+	if req.GetResultCacheKey() != "" {
+		if err := flow.DeleteResultCache(context.Background()); err != nil {
+			r.t.Errorf("%s: DeleteResultCache() = %v", st.ID, err)
+		}
+	}
+	for _, key := range req.GetGlobalCacheKeys() {
+		if err := flow.DeleteGlobalCache(context.Background(), key); err != nil {
+			r.t.Errorf("%s: DeleteGlobalCache() = %v", st.ID, err)
+		}
+	}
+}

@@ -1,0 +1,335 @@
+// Package wire translates between the plain values of the seam and the messages of the protocol.
+package wire
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/seam"
+)
+
+// typeLabel is the label that agents add to a flow's telemetry.
+const (
+	typeLabel   = "aperture.control_point_type"
+	typeFeature = "feature"
+)
+
+// Request is the message that asks about a flow.
+func Request(req *seam.Request) *checkv1.CheckRequest {
+	m := &checkv1.CheckRequest{
+		ControlPoint: req.ControlPoint,
+		Labels:       req.Labels.Merged(),
+		RampMode:     req.RampMode,
+		ExpectEnd:    true,
+	}
+	if req.Lookup != nil {
+		m.CacheLookupRequest = &checkv1.CacheLookupRequest{
+			ControlPoint:    req.ControlPoint,
+			ResultCacheKey:  req.Lookup.Result,
+			GlobalCacheKeys: req.Lookup.Global,
+		}
+	}
+	return m
+}
+
+// Response is the message that tells of a verdict.
+func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
+	labels := req.Labels.Merged()
+	telemetry := make(map[string]string, len(labels)+1)
+	maps.Copy(telemetry, labels)
+	telemetry[typeLabel] = typeFeature
+	m := &checkv1.CheckResponse{
+		Start:               timestamppb.New(time.Unix(0, v.Start)),
+		End:                 timestamppb.New(time.Unix(0, v.Start)),
+		ControlPoint:        req.ControlPoint,
+		FlowLabelKeys:       slices.Sorted(maps.Keys(labels)),
+		TelemetryFlowLabels: telemetry,
+		ExpectEnd:           true,
+	}
+	if service := req.Labels.Service(); service != "" {
+		m.Services = []string{service}
+	}
+	for i := range v.Len() {
+		m.LimiterDecisions = append(m.LimiterDecisions, decision(v.At(i)))
+	}
+	if v.Extra != nil {
+		m.End = timestamppb.New(time.Unix(0, v.Start).Add(v.Extra.Waited))
+	}
+	if v.Rejected {
+		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
+		m.RejectReason = checkv1.CheckResponse_RejectReason(v.Reason)
+		m.DeniedResponseStatusCode = deniedStatus(v)
+		if v.RetryAfter > 0 {
+			m.WaitTime = durationpb.New(v.RetryAfter)
+		}
+		return m
+	}
+	if req.Lookup != nil && v.Extra != nil {
+		m.CacheLookupResponse = cacheLookup(req.Lookup, v.Extra)
+	}
+	return m
+}
+
+// deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
+// has none: no stage got to see it.
+func deniedStatus(v *seam.Verdict) checkv1.StatusCode {
+	if v.Status != 0 {
+		return checkv1.StatusCode(v.Status)
+	}
+	switch v.Reason {
+	case seam.ReasonRateLimited:
+		return http.StatusTooManyRequests
+	case seam.ReasonNoTokens:
+		return http.StatusServiceUnavailable
+	case seam.ReasonNotSampled:
+		return http.StatusForbidden
+	default:
+		return checkv1.StatusCode_Empty
+	}
+}
+
+func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
+	c := d.Component
+	m := &checkv1.LimiterDecision{
+		PolicyName:               c.Policy,
+		PolicyHash:               c.Hash,
+		ComponentId:              c.ID,
+		Dropped:                  d.Dropped,
+		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
+		WaitTime:                 durationpb.New(d.Wait),
+	}
+	if d.Scope == seam.ScopeNone {
+		m.Reason = checkv1.LimiterDecision_LIMITER_REASON_KEY_NOT_FOUND
+	}
+	tokens := &checkv1.LimiterDecision_TokensInfo{Remaining: d.Remaining, Consumed: d.Consumed}
+	if d.Scope != seam.ScopeNone {
+		tokens.Current = c.Capacity - d.Remaining
+	}
+	switch c.Kind {
+	case seam.KindRateLimiter:
+		m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
+			Label: Label(d), TokensInfo: tokens,
+		}}
+	case seam.KindConcurrencyLimiter:
+		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
+			Label: Label(d), TokensInfo: tokens, RequestId: SlotID(d.Slot),
+		}}
+	}
+	return m
+}
+
+// Label is how the wire names the bucket that decided.
+func Label(d *seam.LimiterDecision) string {
+	switch d.Scope {
+	case seam.ScopeDefault:
+		return "default"
+	case seam.ScopeLabel:
+		return d.Component.LabelKey + ":" + d.Label
+	default:
+		return ""
+	}
+}
+
+// SlotID is how the wire names a slot; "" for none.
+func SlotID(slot uint64) string {
+	if slot == 0 {
+		return ""
+	}
+	return strconv.FormatUint(slot, 16)
+}
+
+func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse {
+	m := &checkv1.CacheLookupResponse{}
+	if asked.Result != "" {
+		m.ResultCacheResponse = keyLookup(x.Result)
+	}
+	for key, a := range x.Global {
+		if m.GlobalCacheResponses == nil {
+			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(x.Global))
+		}
+		m.GlobalCacheResponses[key] = keyLookup(a)
+	}
+	return m
+}
+
+func keyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
+	m := &checkv1.KeyLookupResponse{Value: a.Value}
+	if !a.Hit {
+		m.LookupStatus = checkv1.CacheLookupStatus_MISS
+	}
+	if a.Err != nil {
+		m.OperationStatus = checkv1.CacheOperationStatus_ERROR
+		m.Error = a.Err.Error()
+	}
+	return m
+}
+
+// Read fills the verdict from an agent's answer to req. Whatever the answer holds, there is a verdict: a decision other
+// than ACCEPTED is a rejection, as all clients of the protocol have it.
+func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
+	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+		v.Rejected = true
+		if r := m.GetRejectReason(); r > 0 && r <= 255 {
+			v.Reason = seam.Reason(r)
+		}
+		if s := m.GetDeniedResponseStatusCode(); s > 0 && s <= 599 {
+			v.Status = int16(s)
+		}
+		v.RetryAfter = max(m.GetWaitTime().AsDuration(), 0)
+		v.By = rejectedBy(m)
+		return
+	}
+	if req.Lookup == nil {
+		return
+	}
+	x, found := v.More(), m.GetCacheLookupResponse()
+	// Only what was asked for is read: an answer that is not there would read as a hit, which is the wire's zero.
+	if req.Lookup.Result != "" {
+		x.Result = cacheAnswer(found.GetResultCacheResponse())
+	}
+	x.Global = make(map[string]seam.CacheAnswer, len(req.Lookup.Global))
+	for _, key := range req.Lookup.Global {
+		x.Global[key] = cacheAnswer(found.GetGlobalCacheResponses()[key])
+	}
+}
+
+// rejectedBy is the limiter that dropped the flow: of several the one with the longest wait, which is the answer's.
+func rejectedBy(m *checkv1.CheckResponse) *seam.Component {
+	var by *checkv1.LimiterDecision
+	longest := time.Duration(-1)
+	for _, d := range m.GetLimiterDecisions() {
+		if wait := max(d.GetWaitTime().AsDuration(), 0); d.GetDropped() && wait > longest {
+			by, longest = d, wait
+		}
+	}
+	if by == nil {
+		return nil
+	}
+	return &seam.Component{Policy: by.GetPolicyName(), Hash: by.GetPolicyHash(), ID: by.GetComponentId(), LabelKey: labelKey(by)}
+}
+
+// labelKey is the key of the label that the decision names as "key:value". The value may hold colons, the keys in use
+// do not.
+func labelKey(d *checkv1.LimiterDecision) string {
+	var label string
+	switch i := d.GetDetails().(type) {
+	case *checkv1.LimiterDecision_RateLimiterInfo_:
+		label = i.RateLimiterInfo.GetLabel()
+	case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+		label = i.ConcurrencyLimiterInfo.GetLabel()
+	case *checkv1.LimiterDecision_QuotaSchedulerInfo_:
+		label = i.QuotaSchedulerInfo.GetLabel()
+	case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+		label = i.ConcurrencySchedulerInfo.GetLabel()
+	case *checkv1.LimiterDecision_SamplerInfo_:
+		label = i.SamplerInfo.GetLabel()
+	}
+	if key, _, ok := strings.Cut(label, ":"); ok {
+		return key
+	}
+	return ""
+}
+
+func cacheAnswer(m *checkv1.KeyLookupResponse) seam.CacheAnswer {
+	switch {
+	case m == nil:
+		return seam.CacheAnswer{}
+	case m.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS || m.GetError() != "":
+		return seam.CacheAnswer{Err: CacheError(m.GetError())}
+	default:
+		return seam.CacheAnswer{Value: m.GetValue(), Hit: m.GetLookupStatus() == checkv1.CacheLookupStatus_HIT}
+	}
+}
+
+// CacheError is the error for what an agent says of a cache entry.
+func CacheError(text string) error {
+	if text == "" {
+		return errors.New("the agent reports an error")
+	}
+	return fmt.Errorf("the agent reports: %s", text)
+}
+
+// Held gives references to the slots that the answer says the flow holds, also where it was rejected: a stage before
+// the one that rejected may have admitted it. A dropped decision holds nothing, whatever it says.
+func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
+	var refs []*checkv1.InflightRequestRef
+	for _, d := range m.GetLimiterDecisions() {
+		if d.GetDropped() {
+			continue
+		}
+		var label, id string
+		var tokens *checkv1.LimiterDecision_TokensInfo
+		switch i := d.GetDetails().(type) {
+		case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+			label, id, tokens = i.ConcurrencyLimiterInfo.GetLabel(), i.ConcurrencyLimiterInfo.GetRequestId(), i.ConcurrencyLimiterInfo.GetTokensInfo()
+		case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+			label, id, tokens = i.ConcurrencySchedulerInfo.GetLabel(), i.ConcurrencySchedulerInfo.GetRequestId(), i.ConcurrencySchedulerInfo.GetTokensInfo()
+		}
+		if id == "" {
+			continue
+		}
+		refs = append(refs, &checkv1.InflightRequestRef{
+			PolicyName:  d.GetPolicyName(),
+			PolicyHash:  d.GetPolicyHash(),
+			ComponentId: d.GetComponentId(),
+			Label:       label,
+			RequestId:   id,
+			Tokens:      tokens.GetConsumed(),
+		})
+	}
+	return refs
+}
+
+// WithoutValues is the answer without the cached values it may carry; their statuses stay. It is m itself where it
+// carries none.
+func WithoutValues(m *checkv1.CheckResponse) *checkv1.CheckResponse {
+	c := m.GetCacheLookupResponse()
+	if c == nil {
+		return m
+	}
+	lean := &checkv1.CacheLookupResponse{}
+	if r := c.GetResultCacheResponse(); r != nil {
+		lean.ResultCacheResponse = withoutValue(r)
+	}
+	for key, r := range c.GetGlobalCacheResponses() {
+		if lean.GlobalCacheResponses == nil {
+			lean.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse)
+		}
+		lean.GlobalCacheResponses[key] = withoutValue(r)
+	}
+	return &checkv1.CheckResponse{
+		Start:                    m.GetStart(),
+		End:                      m.GetEnd(),
+		Services:                 m.GetServices(),
+		ControlPoint:             m.GetControlPoint(),
+		FlowLabelKeys:            m.GetFlowLabelKeys(),
+		TelemetryFlowLabels:      m.GetTelemetryFlowLabels(),
+		DecisionType:             m.GetDecisionType(),
+		RejectReason:             m.GetRejectReason(),
+		ClassifierInfos:          m.GetClassifierInfos(),
+		FluxMeterInfos:           m.GetFluxMeterInfos(),
+		LimiterDecisions:         m.GetLimiterDecisions(),
+		WaitTime:                 m.GetWaitTime(),
+		DeniedResponseStatusCode: m.GetDeniedResponseStatusCode(),
+		CacheLookupResponse:      lean,
+		ExpectEnd:                m.GetExpectEnd(),
+	}
+}
+
+func withoutValue(r *checkv1.KeyLookupResponse) *checkv1.KeyLookupResponse {
+	return &checkv1.KeyLookupResponse{
+		LookupStatus:    r.GetLookupStatus(),
+		OperationStatus: r.GetOperationStatus(),
+		Error:           r.GetError(),
+	}
+}
