@@ -1,0 +1,112 @@
+package headgate_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// keyedClient asks an engine with one rate limiter that never runs out, keyed by a label.
+func keyedClient(tb testing.TB) *flowctl.Client {
+	tb.Helper()
+	e, err := engine.New([]policy.Policy{{Name: "per-user", Components: []policy.Component{policy.RateLimiter{
+		Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id",
+	}}}})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = e.Close() })
+	client, err := flowctl.New(e)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return client
+}
+
+var userParams = flowctl.Params{Labels: map[string]string{"user_id": "u"}}
+
+func work(context.Context) (int, error) { return 42, nil }
+
+// calls are the ways to guard a function, each with one flow to a call.
+func calls(client *flowctl.Client) map[string]func(context.Context) error {
+	guard := headgate.Guard(client, point, userParams, work, nil)
+	guardFunc := headgate.GuardFunc(client, point,
+		func(_ context.Context, p flowctl.Params) flowctl.Params { return p },
+		func(ctx context.Context, _ flowctl.Params) (int, error) { return work(ctx) }, nil)
+	return map[string]func(context.Context) error{
+		"Guard": func(ctx context.Context) error {
+			_, err := guard(ctx)
+			return err
+		},
+		"GuardFunc": func(ctx context.Context) error {
+			_, err := guardFunc(ctx, userParams)
+			return err
+		},
+		"Do": func(ctx context.Context) error {
+			return headgate.Do(ctx, client, point, userParams, func(ctx context.Context, _ *flowctl.Flow) error {
+				_, err := work(ctx)
+				return err
+			})
+		},
+	}
+}
+
+// A guarded call on the engine with a keyed rate limiter allocates its flow, and nothing else.
+func TestAllocations(t *testing.T) {
+	ctx := t.Context()
+	for name, call := range calls(keyedClient(t)) {
+		if got := testing.AllocsPerRun(1000, func() {
+			if err := call(ctx); err != nil {
+				t.Error(err)
+			}
+		}); got != 1 {
+			t.Errorf("%s: %v allocations a call want 1", name, got)
+		}
+	}
+	for name, call := range calls(nil) {
+		if got := testing.AllocsPerRun(1000, func() { _ = call(ctx) }); got != 1 {
+			t.Errorf("%s with a nil client: %v allocations a call want 1", name, got)
+		}
+	}
+}
+
+func BenchmarkEngine(b *testing.B) {
+	client := keyedClient(b)
+	for name, call := range calls(client) {
+		b.Run(name, func(b *testing.B) {
+			ctx := b.Context()
+			b.ReportAllocs()
+			for b.Loop() {
+				_ = call(ctx)
+			}
+		})
+		b.Run(name+"/parallel", func(b *testing.B) {
+			ctx := b.Context()
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					_ = call(ctx)
+				}
+			})
+		})
+	}
+}
+
+func BenchmarkRemote(b *testing.B) {
+	client := flowtest.NewAgent(b).Client()
+	for name, call := range calls(client) {
+		b.Run(name, func(b *testing.B) {
+			ctx := b.Context()
+			b.ReportAllocs()
+			for b.Loop() {
+				_ = call(ctx)
+			}
+		})
+	}
+}

@@ -1,0 +1,123 @@
+package headgate
+
+import (
+	"context"
+	"maps"
+	"slices"
+
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+// A Starter starts flows: a *flowctl.Client, of which nil means that flow control is off.
+type Starter interface {
+	Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow
+}
+
+// Guard wraps fn so that each call is a flow at the control point. The flow's context goes to fn.
+//
+// When the flow is rejected, or nobody answers and the flow is not to run, fn is not called and onReject decides what
+// is returned; it gets the caller's context and a *flowctl.RejectedError or *flowctl.UnreachableError, after the flow
+// has ended. A nil onReject returns the zero T and that error. When the caller's context has ended, or the flow is
+// invalid, onReject is not called: nothing is wrong with the load. Then the zero T is returned with an error that
+// matches the context's, or flowctl.ErrInvalid.
+//
+// fn's error becomes the flow's status by params.IsFailure and is returned unchanged.
+//
+// The maps and slices of params are copied, once. The guarded function is safe for concurrent use if fn and onReject
+// are.
+func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
+	fn func(context.Context) (T, error), onReject fallback.Func[T],
+) func(context.Context) (T, error) {
+	params.Labels = maps.Clone(params.Labels)
+	params.GlobalCacheKeys = slices.Clone(params.GlobalCacheKeys)
+	return func(ctx context.Context) (T, error) {
+		flow := start(ctx, client, controlPoint, params)
+		if !flow.ShouldRun() {
+			end(ctx, flow)
+			if onReject == nil || !offersFallback(flow) {
+				var zero T
+				return zero, flow.Err()
+			}
+			return onReject(ctx, flow.Err())
+		}
+		return run(ctx, flow, fn)
+	}
+}
+
+// GuardFunc is [Guard] for a function with an argument, from which params makes the flow's parameters: whose request it
+// is, what it costs. A nil params means the zero Params. params is called for each flow, and its maps must not change
+// until the flow has ended. Use fallback.For to pass a fallback.Func as onReject.
+func GuardFunc[A, T any](client Starter, controlPoint string, params func(context.Context, A) flowctl.Params,
+	fn func(context.Context, A) (T, error), onReject func(context.Context, A, error) (T, error),
+) func(context.Context, A) (T, error) {
+	return func(ctx context.Context, arg A) (T, error) {
+		var p flowctl.Params
+		if params != nil {
+			p = params(ctx, arg)
+		}
+		flow := start(ctx, client, controlPoint, p)
+		if !flow.ShouldRun() {
+			end(ctx, flow)
+			if onReject == nil || !offersFallback(flow) {
+				var zero T
+				return zero, flow.Err()
+			}
+			return onReject(ctx, arg, flow.Err())
+		}
+		return run(ctx, flow, func(ctx context.Context) (T, error) { return fn(ctx, arg) })
+	}
+}
+
+// Do runs fn as one flow at the control point: for a block that wants the flow in hand, to use its caches or to set its
+// status. fn may also End the flow itself, when its work is done before it returns. When the flow does not run, Do
+// returns the flow's error. The maps of params must not change until Do returns.
+func Do(ctx context.Context, client Starter, controlPoint string, params flowctl.Params,
+	fn func(ctx context.Context, flow *flowctl.Flow) error,
+) error {
+	flow := start(ctx, client, controlPoint, params)
+	if !flow.ShouldRun() {
+		end(ctx, flow)
+		return flow.Err()
+	}
+	_, err := run(ctx, flow, func(ctx context.Context) (struct{}, error) { return struct{}{}, fn(ctx, flow) })
+	return err
+}
+
+func start(ctx context.Context, client Starter, controlPoint string, params flowctl.Params) *flowctl.Flow {
+	if client == nil {
+		client = (*flowctl.Client)(nil)
+	}
+	return client.Start(ctx, controlPoint, params)
+}
+
+// run calls fn and ends the flow, whatever becomes of fn. It does not recover: a panic keeps its value and its stack,
+// and Goexit goes on.
+func run[T any](ctx context.Context, flow *flowctl.Flow, fn func(context.Context) (T, error)) (T, error) {
+	returned := false
+	defer func() {
+		if !returned {
+			flow.SetStatus(flowctl.StatusError)
+		}
+		end(ctx, flow)
+	}()
+	v, err := fn(flow.Context())
+	flow.SetError(err)
+	returned = true
+	return v, err
+}
+
+// end drops the error: the client has logged it, and what was returned is fn's.
+func end(ctx context.Context, flow *flowctl.Flow) {
+	_, _ = flow.End(ctx)
+}
+
+// offersFallback says whether the flow does not run for the load's sake, so that something else may be returned.
+func offersFallback(flow *flowctl.Flow) bool {
+	switch flow.Decision() {
+	case flowctl.Rejected, flowctl.Unreachable:
+		return true
+	default:
+		return false
+	}
+}
