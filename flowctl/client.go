@@ -111,7 +111,7 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 		c.observer.start(f)
 	}
 	var err error
-	if f.decision, err = c.decide(ctx, f, &params); err != nil {
+	if f.decision, err = c.decide(f.parent, f, &params); err != nil {
 		f.more().err = err
 	}
 	switch {
@@ -135,7 +135,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		return Invalid, &invalidError{f.req.ControlPoint, err}
 	}
 	if ctx.Err() != nil {
-		return Canceled, newCanceledError(f.req.ControlPoint, ctx)
+		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	}
 	if c.closed.Load() {
 		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
@@ -147,7 +147,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	case err == nil:
 		return Accepted, nil
 	case callerEnded(ctx, err):
-		return Canceled, newCanceledError(f.req.ControlPoint, ctx)
+		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	case c.closed.Load(): // while we were asking
 		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
 	default:
@@ -253,23 +253,25 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	return EndResponse{Held: r.Held, Returned: r.Returned}, err
 }
 
-// Ready waits until the agent can be asked, or ctx ends, and then says why not. It also says so when the agent refuses
-// the API key. A nil client is always ready.
+// Ready waits until the agent can be asked, or ctx ends: then the error says why not, and matches the context's. It does
+// not wait for an agent that refuses the API key, or that does not speak the protocol. A nil client is always ready.
 func (c *Client) Ready(ctx context.Context) error {
 	if c == nil {
 		return nil
 	}
-	err := error(seam.ErrClosed)
-	if !c.closed.Load() {
-		err = c.agent.Ready(ctx)
-	}
-	if errors.Is(err, seam.ErrClosed) {
+	if c.closed.Load() {
 		return ErrClosed
 	}
-	if err != nil {
+	switch err := c.agent.Ready(ctx); {
+	case errors.Is(err, seam.ErrClosed):
+		return ErrClosed
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("headgate: agent not ready: %w: %s", ctx.Err(), status.Convert(err).Message())
+	case err != nil:
 		return fmt.Errorf("headgate: agent not ready: %w", err)
+	default:
+		return nil
 	}
-	return nil
 }
 
 // Close starts no more flows, sends what telemetry there is until ctx ends, and closes the connection if Dial opened

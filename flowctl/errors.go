@@ -101,7 +101,7 @@ func (e *RejectedError) Error() string {
 		text += fmt.Sprintf(" by %s/%s", e.Policy, e.Component)
 	}
 	if e.Wait > 0 {
-		text += fmt.Sprintf(", retry after %s", e.Wait)
+		text += fmt.Sprintf(", retry after %s", max(e.Wait.Round(time.Millisecond), time.Millisecond))
 	}
 	return text
 }
@@ -113,9 +113,10 @@ func (e *RejectedError) Is(target error) bool { return target == ErrRejected }
 func (e *RejectedError) RetryAfter() time.Duration { return e.Wait }
 
 // GRPCStatus lets a gRPC handler return the error as it is: ResourceExhausted for 429, Unavailable for 503,
-// PermissionDenied for 403 and so on, never OK, with a RetryInfo where RetryAfter is known.
+// PermissionDenied for 403 and so on, never OK, with a RetryInfo where RetryAfter is known. Its message leaves out which
+// policy it was: that is not for the callers of a service.
 func (e *RejectedError) GRPCStatus() *status.Status {
-	s := status.New(grpcCode(e.HTTPStatus), e.Error())
+	s := status.New(grpcCode(e.HTTPStatus), fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason))
 	if e.Wait <= 0 {
 		return s
 	}
@@ -183,12 +184,20 @@ type canceledError struct {
 	cause        error // why it was canceled
 }
 
-func newCanceledError(controlPoint string, ctx context.Context) *canceledError {
-	e := &canceledError{controlPoint: controlPoint, err: ctx.Err(), cause: context.Cause(ctx)}
-	if e.err == nil { // its deadline has passed, and its timer is late
-		e.err, e.cause = context.DeadlineExceeded, context.DeadlineExceeded
+// timerSlack is how long after its deadline a context may end.
+const timerSlack = 50 * time.Millisecond
+
+func newCanceledError(ctx context.Context, controlPoint string) *canceledError {
+	if ctx.Err() == nil { // its deadline has passed, and its timer is late
+		late := time.NewTimer(timerSlack)
+		defer late.Stop()
+		select {
+		case <-ctx.Done():
+		case <-late.C: // a context that says when it ends, and does not
+			return &canceledError{controlPoint, context.DeadlineExceeded, context.DeadlineExceeded}
+		}
 	}
-	return e
+	return &canceledError{controlPoint, ctx.Err(), context.Cause(ctx)}
 }
 
 func (e *canceledError) Error() string {
@@ -214,3 +223,8 @@ func (e *invalidError) Error() string {
 func (e *invalidError) Is(target error) bool { return target == ErrInvalid }
 
 func (e *invalidError) Unwrap() error { return e.err }
+
+// GRPCStatus is Internal: it is the service that asked wrongly, and not its caller.
+func (e *invalidError) GRPCStatus() *status.Status {
+	return status.New(codes.Internal, "headgate: invalid flow")
+}

@@ -269,7 +269,7 @@ func (f *Flow) EndWith(errp *error) {
 	}
 	_, _ = f.End(f.parent)
 	if p != nil {
-		panic(p)
+		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
 	}
 }
 

@@ -505,7 +505,7 @@ func TestContext(t *testing.T) {
 	}
 	child, cancelChild := context.WithCancel(got)
 	defer cancelChild()
-	for _, text := range []string{fmt.Sprint(got), fmt.Sprintf("%v", child), fmt.Sprintf("%s", inner), fmt.Sprint(outer)} {
+	for _, text := range []string{fmt.Sprint(got), fmt.Sprintf("%v", child), fmt.Sprint(inner), fmt.Sprintf("%v", outer)} {
 		if strings.Contains(text, "sesame") {
 			t.Errorf("%q shows a label", text)
 		}

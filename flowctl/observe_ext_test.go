@@ -62,7 +62,7 @@ func (s *span) End(...trace.SpanEndOption)              { s.ended++ }
 func texts(attrs []attribute.KeyValue) []string {
 	var out []string
 	for _, a := range attrs {
-		out = append(out, string(a.Key)+"="+a.Value.Emit())
+		out = append(out, string(a.Key)+"="+a.Value.String())
 	}
 	return out
 }
@@ -83,26 +83,28 @@ type meter struct {
 
 type counter struct {
 	metricnoop.Int64Counter
-	p *meters
+	p    *meters
+	name string
 }
 
 func (p *meters) Meter(string, ...metric.MeterOption) metric.Meter { return meter{p: p} }
 
-func (m meter) Int64Counter(string, ...metric.Int64CounterOption) (metric.Int64Counter, error) {
-	return counter{p: m.p}, m.p.err
+func (m meter) Int64Counter(name string, _ ...metric.Int64CounterOption) (metric.Int64Counter, error) {
+	return counter{p: m.p, name: name}, m.p.err
 }
 
 func (c counter) Add(_ context.Context, n int64, opts ...metric.AddOption) {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
 	set := metric.NewAddConfig(opts).Attributes()
-	c.p.counts[strings.Join(texts(set.ToSlice()), " ")] += n
+	c.p.counts[c.name+" "+strings.Join(texts(set.ToSlice()), " ")] += n
 }
 
 func limitedEngine(t *testing.T) *engine.Engine {
 	t.Helper()
 	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
 		policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, LimitBy: "user_id"},
+		policy.RateLimiter{ID: "dry", Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true},
 	}}})
 	if err != nil {
 		t.Fatal(err)
@@ -166,10 +168,11 @@ func TestMeterProvider(t *testing.T) {
 	_ = client.Close(t.Context())
 	client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
 	want := map[string]int64{
-		"control_point=point decision_type=accepted":                            1,
-		"control_point=point decision_type=rejected reject_reason=rate limited": 2,
-		"control_point= decision_type=invalid":                                  1,
-		"control_point=point decision_type=unreachable":                         1,
+		"flowcontrol_decisions_total control_point=point decision_type=accepted":                            1,
+		"flowcontrol_decisions_total control_point=point decision_type=rejected reject_reason=rate limited": 2,
+		"flowcontrol_decisions_total control_point= decision_type=invalid":                                  1,
+		"flowcontrol_decisions_total control_point=point decision_type=unreachable":                         1,
+		"flowcontrol_dry_run_drops_total component_id=dry policy_name=p":                                    2,
 	}
 	if diff := cmp.Diff(want, p.counts); diff != "" {
 		t.Errorf("counts (-want +got):\n%s", diff)

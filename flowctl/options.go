@@ -178,8 +178,9 @@ func WithDialOptions(opts ...grpc.DialOption) Option {
 	}}
 }
 
-// WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty.
-// Close leaves the connection open.
+// WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty, and
+// [DialEnv] has no use for it. Close leaves the connection open. An API key is refused by gRPC if the connection is not
+// secure, unless [WithInsecureAPIKey] is given too.
 func WithConn(conn grpc.ClientConnInterface) Option {
 	return option{"WithConn", true, func(c *config) error {
 		if conn == nil {
@@ -302,8 +303,9 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 	}}
 }
 
-// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason.
-// By default, and with nil, nothing is counted. No label of a flow becomes an attribute.
+// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason,
+// and in flowcontrol_dry_run_drops_total, by policy and component, what an engine's components in dry run would have
+// dropped. By default, and with nil, nothing is counted. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p

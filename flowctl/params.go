@@ -28,7 +28,7 @@ type Params struct {
 	OnUnreachable UnreachablePolicy
 
 	// ResultCacheKey names an entry of the control point's result cache. It is looked up with the check; see
-	// [Flow.ResultCache]. On a hit the agent spares the flow its queues. Empty: none.
+	// [Flow.ResultCache]. On a hit the agent spares the flow its quota and load schedulers. Empty: none.
 	ResultCacheKey string
 
 	// GlobalCacheKeys name entries of the cache that all control points share; see [Flow.GlobalCache].

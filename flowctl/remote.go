@@ -218,8 +218,8 @@ func checkAddress(address string) error {
 	if address == "" {
 		return errors.New("the address is empty")
 	}
-	if scheme, _, ok := strings.Cut(address, ":"); ok && (strings.HasPrefix(scheme, "unix") || strings.Contains(address, "://")) {
-		return nil
+	if scheme, _, _ := strings.Cut(address, ":"); scheme == "unix" || scheme == "unix-abstract" || scheme == "dns" || strings.Contains(address, "://") {
+		return nil // a target, which gRPC checks
 	}
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -467,6 +467,8 @@ func (r *remote) Ready(ctx context.Context) error {
 	case err == nil:
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("it refuses the API key: %w", err)
+	case code == codes.Unimplemented:
+		return fmt.Errorf("it does not speak the protocol: %w", err)
 	case !fromAgent(code):
 		return err
 	}

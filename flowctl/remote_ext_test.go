@@ -375,8 +375,8 @@ func unreachable(t *testing.T, address string) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := client.Ready(ctx); err == nil {
-		t.Error("Ready() = nil")
+	if err := client.Ready(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Ready() = %v want the context's error", err)
 	}
 }
 
@@ -571,6 +571,21 @@ func TestReady(t *testing.T) {
 			t.Errorf("Ready() with a wrong key = %v", err)
 		}
 	})
+	stranger, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer() // serves, but no agent
+	go func() { _ = server.Serve(stranger) }()
+	defer server.Stop()
+	lost, err := flowctl.Dial(stranger.Addr().String(), flowctl.WithInsecure())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lost.Close(t.Context())
+	if err := lost.Ready(t.Context()); err == nil || !strings.Contains(err.Error(), "does not speak the protocol") {
+		t.Errorf("Ready() of a server that is no agent = %v", err)
+	}
 	embedded := noPolicies(t)
 	if err := embedded.Ready(t.Context()); err != nil {
 		t.Errorf("Ready() of an engine = %v", err)

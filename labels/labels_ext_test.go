@@ -451,7 +451,7 @@ func TestAllocations(t *testing.T) {
 				t.Fatal("no label")
 			}
 		},
-		"FromContext without labels": func() { labels.FromContext(context.Background()) },
+		"FromContext without labels": func() { _, _, _ = labels.FromContext(context.Background()) },
 		"Check": func() {
 			if err := labels.Check(m); err != nil {
 				t.Fatal(err)

@@ -26,7 +26,7 @@ const (
 
 // kinds are the flow_control components that can run: the functions that read them. To add a kind is to add its
 // function here, its rules to validate.go, and to take it from laterKinds.
-var kinds = map[string]func(d *decoder, v value, id string) Component{
+var kinds = map[string]func(d *decoder, v value, id string) Component{ //nolint:gochecknoglobals // a table, never written to
 	"rate_limiter":        (*decoder).rateLimiter,
 	"concurrency_limiter": (*decoder).concurrencyLimiter,
 }
@@ -301,7 +301,7 @@ func (d *decoder) status(v value) int {
 }
 
 // statuses are the names that Aperture's format has for "unset" and for the error statuses.
-var statuses = map[string]int{
+var statuses = map[string]int{ //nolint:gochecknoglobals // a table, never written to
 	"Empty":                         0,
 	"BadRequest":                    400,
 	"Unauthorized":                  401,

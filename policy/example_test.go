@@ -54,8 +54,7 @@ func ExampleParse() {
           parameters: {max_inflight_duration: 120}
 `))
 	fmt.Println(err)
-	var first *policy.Error
-	if errors.As(err, &first) {
+	if first, ok := errors.AsType[*policy.Error](err); ok {
 		fmt.Println("first in line", first.Line)
 	}
 	// Output:

@@ -191,16 +191,24 @@ func TestParseShapes(t *testing.T) {
 		{"nothing", "", "dir/limits.yaml:1:1: holds no policy"},
 		{"empty documents", "---\n# none\n---\n~\n", "dir/limits.yaml:1:1: holds no policy"},
 		{"scalar", "hello", "dir/limits.yaml:1:1: want a policy, have a string"},
-		{"blueprint values", "blueprint: rate-limiting/base\npolicy: {}\n",
-			"dir/limits.yaml:1:1: blueprint values are not supported; write the policy that they generate"},
-		{"other kind", "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nspec: {resources: {}}\n",
+		{
+			"blueprint values", "blueprint: rate-limiting/base\npolicy: {}\n",
+			"dir/limits.yaml:1:1: blueprint values are not supported; write the policy that they generate",
+		},
+		{
+			"other kind", "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nspec: {resources: {}}\n",
 			`dir/limits.yaml:1:13: apiVersion: want fluxninja.com/v1alpha1, have "v1"` + "\n" +
-				`dir/limits.yaml:2:7: kind: want Policy, have "ConfigMap"`},
+				`dir/limits.yaml:2:7: kind: want Policy, have "ConfigMap"`,
+		},
 		{"no name", strings.Replace(resource("x"), "name: x", "labels: {}", 1), "dir/limits.yaml:3:11: metadata.name: is required"},
-		{"no metadata, no spec", "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\n",
-			"dir/limits.yaml:1:1: metadata.name: is required\ndir/limits.yaml:1:1: spec.circuit.components: is required"},
-		{"no limiter", "circuit: {components: [{decider: {}}]}",
-			"dir/limits.yaml:1:23: circuit.components: needs at least one flow-control component"},
+		{
+			"no metadata, no spec", "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\n",
+			"dir/limits.yaml:1:1: metadata.name: is required\ndir/limits.yaml:1:1: spec.circuit.components: is required",
+		},
+		{
+			"no limiter", "circuit: {components: [{decider: {}}]}",
+			"dir/limits.yaml:1:23: circuit.components: needs at least one flow-control component",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			policies, err := policy.Parse("dir/limits.yaml", []byte(tt.data))
@@ -222,87 +230,174 @@ func TestParseErrors(t *testing.T) {
 		edit []string // old and new text of base
 		want string
 	}{
-		{"unknown key", []string{"interval:", "intervall:"},
+		{
+			"unknown key",
+			[]string{"interval:", "intervall:"},
 			"limits.yaml:9:11: " + limiter + ".parameters.interval: is required\n" +
-				"limits.yaml:10:13: " + limiter + `.parameters.intervall: unknown key; did you mean "interval"?`},
-		{"unknown key in another style", []string{"bucket_capacity", "bucketCapacity"},
+				"limits.yaml:10:13: " + limiter + `.parameters.intervall: unknown key; did you mean "interval"?`,
+		},
+		{
+			"unknown key in another style",
+			[]string{"bucket_capacity", "bucketCapacity"},
 			"limits.yaml:6:11: " + limiter + ".in_ports.bucket_capacity: is required\n" +
-				"limits.yaml:7:13: " + limiter + `.in_ports.bucketCapacity: unknown key; did you mean "bucket_capacity"?`},
+				"limits.yaml:7:13: " + limiter + `.in_ports.bucketCapacity: unknown key; did you mean "bucket_capacity"?`,
+		},
 		{"unknown key like nothing", []string{"circuit:", "zzz: 1\ncircuit:"}, "limits.yaml:1:1: zzz: unknown key"},
-		{"duplicate key", []string{request, request + request, "10", "-1"},
+		{
+			"duplicate key",
+			[]string{request, request + request, "10", "-1"},
 			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is -1\n" +
-				`limits.yaml:11:13: duplicate key "interval", first at line 10`},
+				`limits.yaml:11:13: duplicate key "interval", first at line 10`,
+		},
 		{"missing", []string{"interval: 1s", "{}"}, "limits.yaml:9:11: " + limiter + ".parameters.interval: is required"},
 		{"null", []string{"interval: 1s", "interval:"}, "limits.yaml:10:13: " + limiter + ".parameters.interval: is required"},
-		{"missing port", []string{"bucket_capacity: {constant_signal: {value: 10}}", "pass_through: {constant_signal: {value: 0}}"},
-			"limits.yaml:6:11: " + limiter + ".in_ports.bucket_capacity: is required"},
+		{
+			"missing port",
+			[]string{"bucket_capacity: {constant_signal: {value: 10}}", "pass_through: {constant_signal: {value: 0}}"},
+			"limits.yaml:6:11: " + limiter + ".in_ports.bucket_capacity: is required",
+		},
 		{"no unit", []string{"1s", "30"}, "limits.yaml:10:23: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a number`},
 		{"bad duration", []string{"1s", "1 hour"}, "limits.yaml:10:23: " + limiter + `.parameters.interval: bad duration "1 hour"; want a duration such as "1.5s"`},
 		{"zero interval", []string{"1s", "0"}, "limits.yaml:10:23: " + limiter + ".parameters.interval: must be positive, is 0s"},
-		{"negative idle time", []string{"interval: 1s", "{interval: 1s, max_idle_time: -1s}"},
-			"limits.yaml:10:43: " + limiter + ".parameters.max_idle_time: must not be negative, is -1s"},
-		{"wrong type", []string{"{value: 10}", "[10]", "1s", "{}"},
+		{
+			"negative idle time",
+			[]string{"interval: 1s", "{interval: 1s, max_idle_time: -1s}"},
+			"limits.yaml:10:43: " + limiter + ".parameters.max_idle_time: must not be negative, is -1s",
+		},
+		{
+			"wrong type",
+			[]string{"{value: 10}", "[10]", "1s", "{}"},
 			"limits.yaml:7:48: " + limiter + ".in_ports.bucket_capacity.constant_signal: want a mapping, have a sequence\n" +
-				"limits.yaml:10:23: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a mapping`},
+				"limits.yaml:10:23: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a mapping`,
+		},
 		{"quoted number", []string{"10", `"10"`}, "limits.yaml:7:56: " + limiter + ".in_ports.bucket_capacity.constant_signal.value: want a number, have a string"},
-		{"number for a string", []string{"control_point: checkout", "control_point: 7"},
-			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: want a string, have a number; quote it"},
+		{
+			"number for a string",
+			[]string{"control_point: checkout", "control_point: 7"},
+			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: want a string, have a number; quote it",
+		},
 		{"negative", []string{"10", "-0.5"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is -0.5"},
 		{"not a number", []string{"10", ".nan"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is NaN"},
 		{"infinite", []string{"10", ".inf"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is +Inf"},
 		{"too large", []string{"10", "1e999"}, "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is +Inf"},
-		{"special value", []string{"{value: 10}", "{special_value: NaN}"},
-			"limits.yaml:7:64: " + limiter + ".in_ports.bucket_capacity.constant_signal.special_value: special_value is not supported"},
-		{"unknown signal", []string{"{constant_signal: {value: 10}}", "{signal_name: CAP}"},
-			"limits.yaml:7:44: " + limiter + `.in_ports.bucket_capacity.signal_name: unsupported circuit: signal "CAP" is not constant`},
-		{"two variants", []string{"{constant_signal: {value: 10}}", "{signal_name: CAP, constant_signal: {value: 10}}"},
-			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: has signal_name and constant_signal; want one of them"},
-		{"no variant", []string{"{constant_signal: {value: 10}}", "{}"},
-			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: wants one of constant_signal, signal_name"},
-		{"no selectors", []string{"[{control_point: checkout}]", "[]"},
-			"limits.yaml:5:22: " + limiter + ".selectors: needs at least one selector"},
-		{"no control point", []string{"{control_point: checkout}", "{service: any}"},
-			"limits.yaml:5:23: " + limiter + ".selectors[0].control_point: is required"},
-		{"long control point", []string{"checkout", strings.Repeat("c", 256)},
-			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: is longer than 255 bytes"},
-		{"unknown operator", []string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: DoesNotExists}]}}"},
-			"limits.yaml:5:90: " + limiter + `.selectors[0].label_matcher.match_list[0].operator: unknown operator "DoesNotExists"; did you mean "DoesNotExist"?`},
-		{"no values", []string{"checkout}", "a, label_matcher: {match_expressions: [{key: k, operator: NotIn, values: []}]}}"},
-			"limits.yaml:5:112: " + limiter + ".selectors[0].label_matcher.match_expressions[0].values: needs at least one value for NotIn"},
-		{"values of Exists", []string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: Exists, values: [x]}]}}"},
-			"limits.yaml:5:106: " + limiter + ".selectors[0].label_matcher.match_list[0].values: must be empty for Exists"},
-		{"bad regex", []string{"checkout}", "a, label_matcher: {expression: {not: {label_matches: {label: l, regex: '(a'}}}}}"},
-			"limits.yaml:5:110: " + limiter + ".selectors[0].label_matcher.expression.not.label_matches.regex: error parsing regexp: missing closing ): `(a`"},
-		{"unknown expression", []string{"checkout}", "a, label_matcher: {expression: {any: {of: [{label_equal: {}}]}}}}"},
-			"limits.yaml:5:83: " + limiter + `.selectors[0].label_matcher.expression.any.of[0].label_equal: unknown key; did you mean "label_equals"?`},
-		{"empty expressions", []string{"checkout}", "a, label_matcher: {expression: {all: {of: [~, {}, {label_exists: ''}]}}}}"},
+		{
+			"special value",
+			[]string{"{value: 10}", "{special_value: NaN}"},
+			"limits.yaml:7:64: " + limiter + ".in_ports.bucket_capacity.constant_signal.special_value: special_value is not supported",
+		},
+		{
+			"unknown signal",
+			[]string{"{constant_signal: {value: 10}}", "{signal_name: CAP}"},
+			"limits.yaml:7:44: " + limiter + `.in_ports.bucket_capacity.signal_name: unsupported circuit: signal "CAP" is not constant`,
+		},
+		{
+			"two variants",
+			[]string{"{constant_signal: {value: 10}}", "{signal_name: CAP, constant_signal: {value: 10}}"},
+			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: has signal_name and constant_signal; want one of them",
+		},
+		{
+			"no variant",
+			[]string{"{constant_signal: {value: 10}}", "{}"},
+			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: wants one of constant_signal, signal_name",
+		},
+		{
+			"no selectors",
+			[]string{"[{control_point: checkout}]", "[]"},
+			"limits.yaml:5:22: " + limiter + ".selectors: needs at least one selector",
+		},
+		{
+			"no control point",
+			[]string{"{control_point: checkout}", "{service: any}"},
+			"limits.yaml:5:23: " + limiter + ".selectors[0].control_point: is required",
+		},
+		{
+			"long control point",
+			[]string{"checkout", strings.Repeat("c", 256)},
+			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: is longer than 255 bytes",
+		},
+		{
+			"unknown operator",
+			[]string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: DoesNotExists}]}}"},
+			"limits.yaml:5:90: " + limiter + `.selectors[0].label_matcher.match_list[0].operator: unknown operator "DoesNotExists"; did you mean "DoesNotExist"?`,
+		},
+		{
+			"no values",
+			[]string{"checkout}", "a, label_matcher: {match_expressions: [{key: k, operator: NotIn, values: []}]}}"},
+			"limits.yaml:5:112: " + limiter + ".selectors[0].label_matcher.match_expressions[0].values: needs at least one value for NotIn",
+		},
+		{
+			"values of Exists",
+			[]string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: Exists, values: [x]}]}}"},
+			"limits.yaml:5:106: " + limiter + ".selectors[0].label_matcher.match_list[0].values: must be empty for Exists",
+		},
+		{
+			"bad regex",
+			[]string{"checkout}", "a, label_matcher: {expression: {not: {label_matches: {label: l, regex: '(a'}}}}}"},
+			"limits.yaml:5:110: " + limiter + ".selectors[0].label_matcher.expression.not.label_matches.regex: error parsing regexp: missing closing ): `(a`",
+		},
+		{
+			"unknown expression",
+			[]string{"checkout}", "a, label_matcher: {expression: {any: {of: [{label_equal: {}}]}}}}"},
+			"limits.yaml:5:83: " + limiter + `.selectors[0].label_matcher.expression.any.of[0].label_equal: unknown key; did you mean "label_equals"?`,
+		},
+		{
+			"empty expressions",
+			[]string{"checkout}", "a, label_matcher: {expression: {all: {of: [~, {}, {label_exists: ''}]}}}}"},
 			"limits.yaml:5:82: " + limiter + ".selectors[0].label_matcher.expression.all.of[0]: is required\n" +
 				"limits.yaml:5:85: " + limiter + ".selectors[0].label_matcher.expression.all.of[1]: wants one of not, all, any, label_exists, label_equals, label_matches\n" +
-				"limits.yaml:5:104: " + limiter + ".selectors[0].label_matcher.expression.all.of[2].label_exists: is required"},
-		{"unknown status", []string{request, request + "          request_parameters: {denied_response_status_code: ToManyRequests}\n"},
-			"limits.yaml:11:61: " + limiter + `.request_parameters.denied_response_status_code: unknown error status "ToManyRequests"; did you mean "TooManyRequests"?`},
-		{"status of success", []string{request, request + "          request_parameters: {denied_response_status_code: 200}\n"},
-			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: must be an HTTP status from 400 to 599, is 200"},
-		{"fraction of a status", []string{request, request + "          request_parameters: {denied_response_status_code: 429.5}\n"},
-			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: want an HTTP status, as in TooManyRequests or 429; have a number"},
-		{"later kind", []string{"rate_limiter:", "quota_scheduler:"},
-			"limits.yaml:4:9: circuit.components[0].flow_control.quota_scheduler: quota_scheduler is not supported yet"},
-		{"unknown kind", []string{"rate_limiter:", "rate_limitter:"},
-			`limits.yaml:4:9: circuit.components[0].flow_control.rate_limitter: unknown key; did you mean "rate_limiter"?`},
-		{"nested circuit", []string{"components:", "components:\n    - nested_circuit: {}"},
-			"limits.yaml:3:23: circuit.components[0].nested_circuit: nested_circuit is not supported yet"},
-		{"classifiers", []string{"circuit:", "resources: {flow_control: {classifiers: [{}]}}\ncircuit:"},
-			"limits.yaml:1:41: resources.flow_control.classifiers: classifiers are not supported"},
-		{"syntax", []string{"[{control_point: checkout}]", "[{control_point: checkout}"},
-			"limits.yaml:6:11: bad YAML: ',' or ']' must be specified"},
+				"limits.yaml:5:104: " + limiter + ".selectors[0].label_matcher.expression.all.of[2].label_exists: is required",
+		},
+		{
+			"unknown status",
+			[]string{request, request + "          request_parameters: {denied_response_status_code: ToManyRequests}\n"},
+			"limits.yaml:11:61: " + limiter + `.request_parameters.denied_response_status_code: unknown error status "ToManyRequests"; did you mean "TooManyRequests"?`,
+		},
+		{
+			"status of success",
+			[]string{request, request + "          request_parameters: {denied_response_status_code: 200}\n"},
+			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: must be an HTTP status from 400 to 599, is 200",
+		},
+		{
+			"fraction of a status",
+			[]string{request, request + "          request_parameters: {denied_response_status_code: 429.5}\n"},
+			"limits.yaml:11:61: " + limiter + ".request_parameters.denied_response_status_code: want an HTTP status, as in TooManyRequests or 429; have a number",
+		},
+		{
+			"later kind",
+			[]string{"rate_limiter:", "quota_scheduler:"},
+			"limits.yaml:4:9: circuit.components[0].flow_control.quota_scheduler: quota_scheduler is not supported yet",
+		},
+		{
+			"unknown kind",
+			[]string{"rate_limiter:", "rate_limitter:"},
+			`limits.yaml:4:9: circuit.components[0].flow_control.rate_limitter: unknown key; did you mean "rate_limiter"?`,
+		},
+		{
+			"nested circuit",
+			[]string{"components:", "components:\n    - nested_circuit: {}"},
+			"limits.yaml:3:23: circuit.components[0].nested_circuit: nested_circuit is not supported yet",
+		},
+		{
+			"classifiers",
+			[]string{"circuit:", "resources: {flow_control: {classifiers: [{}]}}\ncircuit:"},
+			"limits.yaml:1:41: resources.flow_control.classifiers: classifiers are not supported",
+		},
+		{
+			"syntax",
+			[]string{"[{control_point: checkout}]", "[{control_point: checkout}"},
+			"limits.yaml:6:11: bad YAML: ',' or ']' must be specified",
+		},
 		{"tag", []string{"1s", "!!str 1s"}, "limits.yaml:10:23: YAML tags are not supported"},
 		{"directive", []string{"circuit:", "%YAML 1.2\n---\ncircuit:"}, "limits.yaml:1:1: YAML directives are not supported"},
 		{"unknown alias", []string{"1s", "*second"}, `limits.yaml:10:23: unknown alias "second"`},
 		{"alias as a key", []string{"circuit:", "a: &x b\n*x : 1\ncircuit:"}, "limits.yaml:2:1: want a plain key, have Alias"},
 		{"merge of a number", []string{"{value: 5}", "{<<: 5}"}, "limits.yaml:8:49: want a mapping to merge, have a number"},
-		{"null among strings", []string{"checkout}", "a, label_matcher: {match_labels: {a: }, match_list: [{key: k, operator: In, values: [~]}]}}"},
+		{
+			"null among strings",
+			[]string{"checkout}", "a, label_matcher: {match_labels: {a: }, match_list: [{key: k, operator: In, values: [~]}]}}"},
 			"limits.yaml:5:73: " + limiter + ".selectors[0].label_matcher.match_labels.a: want a string, have nothing\n" +
-				"limits.yaml:5:124: " + limiter + ".selectors[0].label_matcher.match_list[0].values[0]: want a string, have nothing"},
+				"limits.yaml:5:124: " + limiter + ".selectors[0].label_matcher.match_list[0].values[0]: want a string, have nothing",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			policies, err := policy.Parse("limits.yaml", []byte(edit(t, tt.edit...)))
@@ -349,20 +444,32 @@ func TestParseValues(t *testing.T) {
 		{"literal block", []string{"1s", "|-\n              1s"}, want(nil)},
 		{"numbers", []string{"10", "1_0", "5", "0.5e1"}, want(nil)},
 		{"tiny number", []string{"10", "1e-999"}, want(func(l *policy.RateLimiter) { l.Capacity = 0 })},
-		{"status by name", []string{end, end + "\n          request_parameters: {denied_response_status_code: NetworkAuthenticationRequired, tokens_label_key: n}"},
-			want(func(l *policy.RateLimiter) { l.DeniedStatus, l.TokensLabel = 511, "n" })},
-		{"status by number", []string{end, end + "\n          request_parameters: {denied_response_status_code: 400}"},
-			want(func(l *policy.RateLimiter) { l.DeniedStatus = 400 })},
+		{
+			"status by name",
+			[]string{end, end + "\n          request_parameters: {denied_response_status_code: NetworkAuthenticationRequired, tokens_label_key: n}"},
+			want(func(l *policy.RateLimiter) { l.DeniedStatus, l.TokensLabel = 511, "n" }),
+		},
+		{
+			"status by number",
+			[]string{end, end + "\n          request_parameters: {denied_response_status_code: 400}"},
+			want(func(l *policy.RateLimiter) { l.DeniedStatus = 400 }),
+		},
 		{"status unset", []string{end, end + "\n          request_parameters: {denied_response_status_code: Empty}"}, want(nil)},
 		{"dry run", []string{end, end + "\n          dry_run: true"}, want(func(l *policy.RateLimiter) { l.DryRun = true })},
 		{"service", []string{"checkout}", "checkout, service: shop}"}, want(func(l *policy.RateLimiter) { l.Selectors[0].Service = "shop" })},
-		{"old match list", []string{"checkout}", "checkout, label_matcher: {match_expressions: [{key: k, operator: Exists}]}}"},
+		{
+			"old match list",
+			[]string{"checkout}", "checkout, label_matcher: {match_expressions: [{key: k, operator: Exists}]}}"},
 			want(func(l *policy.RateLimiter) {
 				l.Selectors[0].Labels.Require = []policy.Requirement{{Key: "k", Operator: policy.Exists}}
-			})},
+			}),
+		},
 		{"both match lists", []string{"checkout}", "checkout, label_matcher: {match_expressions: [{key: k}], match_list: []}}"}, want(nil)},
-		{"pass through", []string{ports, ports + "\n            pass_through: {constant_signal: {value: 0.5}}"},
-			want(func(l *policy.RateLimiter) { l.PassThrough = true })},
+		{
+			"pass through",
+			[]string{ports, ports + "\n            pass_through: {constant_signal: {value: 0.5}}"},
+			want(func(l *policy.RateLimiter) { l.PassThrough = true }),
+		},
 		{"variables", []string{
 			"components:", "components:\n" +
 				"    - bool_variable: {constant_output: true, out_ports: {output: {signal_name: PASS}}}",
@@ -370,12 +477,18 @@ func TestParseValues(t *testing.T) {
 			end, end + "\n    - variable: {constant_output: {value: 3}, config_key: cap, out_ports: {output: {signal_name: CAP}}}",
 		}, want(func(l *policy.RateLimiter) { l.ID, l.Capacity, l.PassThrough = "root.1", 3, true })},
 		{"alias", []string{"{value: 10}", "&ten {value: 10}", "{value: 5}", "*ten"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
-		{"merge", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
-			"{constant_signal: {value: 5}}", "{<<: *c}"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
-		{"merge several", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
-			"{constant_signal: {value: 5}}", "{<<: [*c, {constant_signal: {value: 4}}]}"}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
-		{"merge over", []string{"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
-			"{constant_signal: {value: 5}}", "{<<: *c, constant_signal: {value: 4}}"}, want(func(l *policy.RateLimiter) { l.Fill = 4 })},
+		{"merge", []string{
+			"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: *c}",
+		}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
+		{"merge several", []string{
+			"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: [*c, {constant_signal: {value: 4}}]}",
+		}, want(func(l *policy.RateLimiter) { l.Fill = 10 })},
+		{"merge over", []string{
+			"{constant_signal: {value: 10}}", "&c {constant_signal: {value: 10}}",
+			"{constant_signal: {value: 5}}", "{<<: *c, constant_signal: {value: 4}}",
+		}, want(func(l *policy.RateLimiter) { l.Fill = 4 })},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := policy.Parse("limits.yaml", []byte(edit(t, tt.edit...)))

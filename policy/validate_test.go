@@ -42,41 +42,63 @@ func TestValidate(t *testing.T) {
 		{"empty parts", expression(policy.Any{policy.All{}, policy.LabelEquals{Label: "l"}}), ""},
 		{"nil", nil, ": is nil"},
 		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want a RateLimiter or a ConcurrencyLimiter"},
-		{"embedded", struct{ policy.ConcurrencyLimiter }{},
-			": is a struct { policy.ConcurrencyLimiter }; want a RateLimiter or a ConcurrencyLimiter"},
+		{
+			"embedded",
+			struct{ policy.ConcurrencyLimiter }{},
+			": is a struct { policy.ConcurrencyLimiter }; want a RateLimiter or a ConcurrencyLimiter",
+		},
 		{"zero rate limiter", policy.RateLimiter{}, ".Selectors: needs at least one selector\n.Interval: must be positive, is 0s"},
-		{"zero concurrency limiter", policy.ConcurrencyLimiter{},
-			".Selectors: needs at least one selector\n.MaxInflight: must be positive, is 0s"},
+		{
+			"zero concurrency limiter",
+			policy.ConcurrencyLimiter{},
+			".Selectors: needs at least one selector\n.MaxInflight: must be positive, is 0s",
+		},
 		{"negative capacity", rate(func(l *policy.RateLimiter) { l.Capacity = -1 }), ".Capacity: must be a number from 0 up, is -1"},
 		{"fill is not a number", rate(func(l *policy.RateLimiter) { l.Fill = math.NaN() }), ".Fill: must be a number from 0 up, is NaN"},
 		{"infinite max", slots(func(l *policy.ConcurrencyLimiter) { l.Max = math.Inf(1) }), ".Max: must be a number from 0 up, is +Inf"},
 		{"negative interval", rate(func(l *policy.RateLimiter) { l.Interval = -time.Second }), ".Interval: must be positive, is -1s"},
 		{"status", slots(func(l *policy.ConcurrencyLimiter) { l.DeniedStatus = 600 }), ".DeniedStatus: must be an HTTP status from 400 to 599, is 600"},
-		{"control points", rate(func(l *policy.RateLimiter) {
-			l.Selectors = policy.At("", strings.Repeat("a", 255), strings.Repeat("a", 256))
-		}),
-			".Selectors[0].ControlPoint: is required\n.Selectors[2].ControlPoint: is longer than 255 bytes"},
-		{"label names", matching(policy.LabelMatcher{Equal: map[string]string{"": "x"}, Require: []policy.Requirement{{Operator: policy.Exists}}}),
-			".Selectors[0].Labels.Equal: has an empty label name\n.Selectors[0].Labels.Require[0].Key: is required"},
-		{"operators", matching(policy.LabelMatcher{Require: []policy.Requirement{{Key: "k"}, {Key: "k", Operator: "notin"}, {Key: "k", Operator: "~"}}}),
+		{
+			"control points", rate(func(l *policy.RateLimiter) {
+				l.Selectors = policy.At("", strings.Repeat("a", 255), strings.Repeat("a", 256))
+			}),
+			".Selectors[0].ControlPoint: is required\n.Selectors[2].ControlPoint: is longer than 255 bytes",
+		},
+		{
+			"label names", matching(policy.LabelMatcher{Equal: map[string]string{"": "x"}, Require: []policy.Requirement{{Operator: policy.Exists}}}),
+			".Selectors[0].Labels.Equal: has an empty label name\n.Selectors[0].Labels.Require[0].Key: is required",
+		},
+		{
+			"operators", matching(policy.LabelMatcher{Require: []policy.Requirement{{Key: "k"}, {Key: "k", Operator: "notin"}, {Key: "k", Operator: "~"}}}),
 			".Selectors[0].Labels.Require[0].Operator: is required\n" +
 				`.Selectors[0].Labels.Require[1].Operator: unknown operator "notin"; did you mean "NotIn"?` + "\n" +
-				`.Selectors[0].Labels.Require[2].Operator: unknown operator "~"`},
+				`.Selectors[0].Labels.Require[2].Operator: unknown operator "~"`,
+		},
 		{"values", matching(policy.LabelMatcher{Require: []policy.Requirement{
 			{Key: "k", Operator: policy.In}, {Key: "k", Operator: policy.DoesNotExist, Values: []string{"x"}},
 		}}), ".Selectors[0].Labels.Require[0].Values: needs at least one value for In\n" +
 			".Selectors[0].Labels.Require[1].Values: must be empty for DoesNotExist"},
-		{"nil parts", expression(policy.All{nil, policy.Not{}}),
-			".Selectors[0].Labels.Expression[0]: is required\n.Selectors[0].Labels.Expression[1].Of: is required"},
-		{"expressions without labels", expression(policy.Any{policy.LabelExists(""), policy.LabelEquals{}, policy.LabelMatches{}}),
+		{
+			"nil parts", expression(policy.All{nil, policy.Not{}}),
+			".Selectors[0].Labels.Expression[0]: is required\n.Selectors[0].Labels.Expression[1].Of: is required",
+		},
+		{
+			"expressions without labels", expression(policy.Any{policy.LabelExists(""), policy.LabelEquals{}, policy.LabelMatches{}}),
 			".Selectors[0].Labels.Expression[0]: is required\n.Selectors[0].Labels.Expression[1].Label: is required\n" +
-				".Selectors[0].Labels.Expression[2].Label: is required\n.Selectors[0].Labels.Expression[2].Regex: is required"},
-		{"regex", expression(policy.LabelMatches{Label: "l", Regex: "a**"}),
-			".Selectors[0].Labels.Expression.Regex: error parsing regexp: invalid nested repetition operator: `**`"},
-		{"pointer expression", expression(&policy.Not{}),
-			".Selectors[0].Labels.Expression: is a *policy.Not; want Not, All, Any, LabelExists, LabelEquals or LabelMatches"},
-		{"endless expression", expression(endless),
-			".Selectors[0].Labels.Expression" + strings.Repeat("[0]", 64) + ": is nested more than 64 levels deep"},
+				".Selectors[0].Labels.Expression[2].Label: is required\n.Selectors[0].Labels.Expression[2].Regex: is required",
+		},
+		{
+			"regex", expression(policy.LabelMatches{Label: "l", Regex: "a**"}),
+			".Selectors[0].Labels.Expression.Regex: error parsing regexp: invalid nested repetition operator: `**`",
+		},
+		{
+			"pointer expression", expression(&policy.Not{}),
+			".Selectors[0].Labels.Expression: is a *policy.Not; want Not, All, Any, LabelExists, LabelEquals or LabelMatches",
+		},
+		{
+			"endless expression", expression(endless),
+			".Selectors[0].Labels.Expression" + strings.Repeat("[0]", 64) + ": is nested more than 64 levels deep",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := policy.Policy{Name: "p", Components: []policy.Component{tt.component}}.Validate()
@@ -106,10 +128,16 @@ func TestValidatePolicy(t *testing.T) {
 	}{
 		{"zero", policy.Policy{}, "policy \"\": name: is required\npolicy \"\": components: needs at least one flow-control component"},
 		{"default IDs", policy.Policy{Name: "p", Components: []policy.Component{limiter(""), limiter(""), limiter("x")}}, ""},
-		{"same ID", policy.Policy{Name: "p", Components: []policy.Component{limiter("x"), limiter("x")}},
-			`policy "p": components[1].ID: "x" is the ID of components[0] too`},
-		{"default ID taken", policy.Policy{Name: "p", Components: []policy.Component{limiter("root.1"), limiter("")}},
-			`policy "p": components[1].ID: "root.1" is the ID of components[0] too`},
+		{
+			"same ID",
+			policy.Policy{Name: "p", Components: []policy.Component{limiter("x"), limiter("x")}},
+			`policy "p": components[1].ID: "x" is the ID of components[0] too`,
+		},
+		{
+			"default ID taken",
+			policy.Policy{Name: "p", Components: []policy.Component{limiter("root.1"), limiter("")}},
+			`policy "p": components[1].ID: "root.1" is the ID of components[0] too`,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got := ""

@@ -6,6 +6,7 @@ package seam
 import (
 	"context"
 	"errors"
+	"maps"
 	"time"
 )
 
@@ -116,9 +117,7 @@ func (l *Labels) Merged() map[string]string {
 	}
 	merged := make(map[string]string, size)
 	for _, m := range layers[:n] {
-		for k, v := range m {
-			merged[k] = v
-		}
+		maps.Copy(merged, m)
 	}
 	return merged
 }

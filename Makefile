@@ -1,0 +1,121 @@
+# What there is to do with Headgate's sources: `make help` lists it.
+#
+# Testing needs Go, git and, for the race detector, a C compiler. The linters
+# and generators that the other targets need are built from source when they
+# are first used, in the versions that tools/ pins.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --warn-undefined-variables --no-builtin-rules --no-print-directory
+
+# Each module is on its own: with go.work, the versions that one needs would
+# also be those that the others are tested with.
+export GOWORK := off
+
+# Every module but the tools.
+MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */go.mod */*/go.mod))))
+
+TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
+BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
+
+# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`.
+RACE ?= -race
+TESTFLAGS ?=
+FUZZTIME ?= 20s
+
+# $(call in-modules,NAME,COMMAND) runs COMMAND in every module, in the others
+# too when it fails in one, and then fails.
+in-modules = failed=; \
+	for module in $(MODULES); do \
+		echo "$(1) ($$module)"; \
+		(cd "$$module" && $(2)) || failed+=" $$module"; \
+	done; \
+	[ -z "$$failed" ] || { echo "$(1): failed in$$failed" >&2; exit 1; }
+
+.PHONY: help
+help: ## Say what there is to make
+	@grep -hE '^[a-z]+:.* ## ' '$(firstword $(MAKEFILE_LIST))' | \
+		awk -F ':.* ## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
+
+.PHONY: all
+all: test lint ## Test and lint
+
+.PHONY: test
+test: racedetector ## Run all tests of all modules, the race detector on
+	@$(call in-modules,go test,go test $(RACE) -shuffle=on $(TESTFLAGS) ./...)
+
+# Without a C compiler the go command only says that -race requires cgo.
+.PHONY: racedetector
+racedetector:
+	@[ -z '$(RACE)' ] || [ "$$(go env GOOS)" = darwin ] || { \
+		cc=$$(go env CC); \
+		[ "$$(go env CGO_ENABLED)" = 1 ] && command -v "$${cc%% *}" >/dev/null; \
+	} || { \
+		echo 'The race detector needs cgo and a C compiler (Debian: apt-get install gcc libc6-dev).' >&2; \
+		echo 'To test without it: make test RACE=' >&2; \
+		exit 1; \
+	}
+
+.PHONY: lint
+lint: ## Run the linters, and check formatting and go.mod files
+	@$(call in-modules,golangci-lint,$(TOOL) golangci-lint run --config='$(CURDIR)/.golangci.yml' ./...)
+	@$(call in-modules,go vet,go vet ./...)
+	@$(call in-modules,go mod tidy,go mod tidy -diff)
+	@$(call in-modules,go mod verify,go mod verify)
+	cd api && $(BUF) lint
+	cd api && $(BUF) format --diff --exit-code
+
+.PHONY: format
+format: ## Format all sources
+	$(TOOL) gofumpt -w .
+	cd api && $(BUF) format --write
+
+# Generated aside first: a generator that fails leaves the tree as it was. The
+# old files go, so that none outlives the .proto file that it came from.
+.PHONY: generate
+generate: ## Generate the protocol's Go code
+	@new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	cd api; \
+	$(BUF) generate --output "$$new"; \
+	find . -name '*.pb.go' -delete; \
+	cp -R "$$new/." .
+
+.PHONY: checkgenerate
+checkgenerate: ## Fail if make generate changes anything
+	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; \
+	cp -R api "$$old"; \
+	$(MAKE) generate; \
+	diff -ru "$$old/api" api || { \
+		echo 'api/ was not what its .proto files generate. It is now: commit it.' >&2; \
+		exit 1; \
+	}
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME
+	@$(call in-modules,go test -fuzz,$(fuzz-module))
+
+# go test fuzzes one target of one package at a time.
+define fuzz-module
+go test -list '^Fuzz' ./... | \
+	awk '/^Fuzz/ { found[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, found[i]; n = 0 }' | \
+	while read -r package target; do \
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1x "$$package" </dev/null || exit; \
+	done
+endef
+
+.PHONY: bench
+bench: ## Measure Headgate beside its peers, in one run
+	cd bench && go test -run '^$$' -bench . $(TESTFLAGS)
+
+# Code counts as covered by whichever package's tests run it. Generated code
+# and examples do not count.
+.PHONY: cover
+cover: ## Measure how much code the tests run, in .tmp/cover.html line by line
+	@mkdir -p .tmp
+	@packages=$$(go list ./... | grep -vE '/(api|examples)(/|$$)' | paste -sd , -); \
+	go test -covermode=atomic -coverpkg="$$packages" -coverprofile=.tmp/cover.out ./... >.tmp/cover.log || \
+		{ cat .tmp/cover.log; exit 1; }
+	@go tool cover -html=.tmp/cover.out -o .tmp/cover.html
+	@go tool cover -func=.tmp/cover.out | tail -n 1

@@ -1,0 +1,210 @@
+package engine_test
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// Two orders in half a minute, for each user.
+func ExampleNew() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "orders-per-user",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("checkout"), Capacity: 2, Fill: 2, Interval: 30 * time.Second, LimitBy: "user_id",
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	for _, user := range []string{"ann", "ann", "ann", "bob"} {
+		flow := client.Start(ctx, "checkout", flowctl.Params{Labels: map[string]string{"user_id": user}})
+		fmt.Println(user, flow.Decision())
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// ann accepted
+	// ann accepted
+	// ann rejected
+	// bob accepted
+}
+
+// Files hold the policies in Aperture's format. What a file says that is of no use to the engine is a warning.
+func ExampleLoad() {
+	limits, err := engine.Load("testdata/limits.yaml")
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	for _, warning := range limits.Warnings() {
+		fmt.Println("warning:", warning)
+	}
+
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	for range 2 {
+		flow := client.Start(ctx, "export", flowctl.Params{Labels: map[string]string{"tenant": "acme"}})
+		fmt.Println(flow.Decision())
+		defer func() { _, _ = flow.End(ctx) }()
+	}
+	// Output:
+	// accepted
+	// rejected
+}
+
+// A mistake in a file is an error that says where it is.
+func ExampleLoad_mistake() {
+	_, err := engine.Load("testdata/typo.yaml")
+	fmt.Println(err)
+	// Output:
+	// testdata/typo.yaml:9:39: circuit.components[0].flow_control.rate_limiter.parameters.limit_by_label: unknown key; did you mean "limit_by_label_key"?
+}
+
+// One export at a time: the second is rejected until the first has ended.
+func ExampleNew_concurrency() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "export-slots",
+		Components: []policy.Component{policy.ConcurrencyLimiter{
+			Selectors: policy.At("export"), Max: 1, MaxInflight: 5 * time.Minute,
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	first := client.Start(ctx, "export", flowctl.Params{})
+	second := client.Start(ctx, "export", flowctl.Params{})
+	fmt.Println(first.Decision(), second.Decision())
+	_, _ = second.End(ctx)
+
+	slots, err := first.End(ctx)
+	fmt.Printf("%+v %v\n", slots, err)
+
+	third := client.Start(ctx, "export", flowctl.Params{})
+	fmt.Println(third.Decision())
+	_, _ = third.End(ctx)
+	// Output:
+	// accepted rejected
+	// {Held:1 Returned:1} <nil>
+	// accepted
+}
+
+// Flows that cost different amounts say how much in a label.
+func ExampleNew_tokens() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "prompt-tokens",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("prompt"), Capacity: 1000, Fill: 1000, Interval: time.Hour, TokensLabel: "cost",
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	for _, cost := range []string{"900", "200", "2000", "100"} {
+		flow := client.Start(ctx, "prompt", flowctl.Params{Labels: map[string]string{"cost": cost}})
+		fmt.Println(cost, flow.Decision(), flow.RetryAfter().Round(time.Minute))
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// 900 accepted 0s
+	// 200 rejected 6m0s
+	// 2000 rejected 0s
+	// 100 accepted 0s
+}
+
+// A selector picks flows by their control point and, where that is not enough, by their labels.
+func ExampleNew_matching() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "robots",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: []policy.Selector{{
+				ControlPoint: "search",
+				Labels: policy.LabelMatcher{
+					Equal:      map[string]string{"plan": "free"},
+					Require:    []policy.Requirement{{Key: "region", Operator: policy.NotIn, Values: []string{"eu", "us"}}},
+					Expression: policy.LabelMatches{Label: "user_agent", Regex: "(?i)bot"},
+				},
+			}},
+			Interval: time.Second, // no capacity: refuse them all
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	for _, labels := range []map[string]string{
+		{"plan": "free", "user_agent": "SearchBot/1.0"},
+		{"plan": "free", "user_agent": "SearchBot/1.0", "region": "eu"},
+		{"plan": "paid", "user_agent": "SearchBot/1.0"},
+	} {
+		flow := client.Start(ctx, "search", flowctl.Params{Labels: labels})
+		fmt.Println(flow.Decision())
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// rejected
+	// accepted
+	// accepted
+}
+
+// A limiter that is new runs dry first: it decides, and rejects nobody.
+func ExampleNew_dryRun() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "orders",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("checkout"), Capacity: 1, Fill: 1, Interval: time.Minute, DryRun: true,
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	for range 3 {
+		flow := client.Start(ctx, "checkout", flowctl.Params{})
+		fmt.Println(flow.Decision())
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// accepted
+	// accepted
+	// accepted
+}

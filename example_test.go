@@ -1,0 +1,216 @@
+package headgate_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// newClient is for the examples: a client of an engine with one limiter, and a function that closes the engine. A
+// program makes both once, when it starts; the example of Guard shows how.
+func newClient(limiter policy.Component) (client *flowctl.Client, done func()) {
+	limits, err := engine.New([]policy.Policy{{Name: "example", Components: []policy.Component{limiter}}})
+	if err != nil {
+		panic(err)
+	}
+	client, err = flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	return client, func() { _ = limits.Close() }
+}
+
+// Two orders a minute, and the third caller learns that it was one too many.
+func ExampleGuard() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "orders",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("checkout"), Capacity: 2, Fill: 2, Interval: time.Minute,
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	charge := func(context.Context) (string, error) { return "receipt", nil }
+
+	checkout := headgate.Guard(client, "checkout", flowctl.Params{}, charge, nil)
+	for range 3 {
+		receipt, err := checkout(ctx)
+		if errors.Is(err, flowctl.ErrRejected) {
+			fmt.Println("come back in a minute")
+			continue
+		}
+		fmt.Println(receipt, err)
+	}
+	// Output:
+	// receipt <nil>
+	// receipt <nil>
+	// come back in a minute
+}
+
+// Rejected callers get the last quote that was fetched, if it is recent, and else a plain answer.
+func ExampleGuard_fallback() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: time.Minute,
+	})
+	defer done()
+
+	ctx := context.Background()
+	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
+
+	lastGood := fallback.NewLastGood[string](5 * time.Minute)
+	quote := headgate.Guard(client, "quote", flowctl.Params{}, lastGood.Watch(fetch),
+		fallback.First(lastGood.Func, fallback.Value("no quote right now")))
+
+	fmt.Println(quote(ctx)) // fetched
+	fmt.Println(quote(ctx)) // rejected, so remembered
+	// Output:
+	// HDGT 42.00 <nil>
+	// HDGT 42.00 <nil>
+}
+
+// An error of the application's own hides flow control from its callers; errors.Is and errors.As still find both.
+func ExampleGuard_error() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: time.Minute,
+	})
+	defer done()
+
+	ctx := context.Background()
+	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
+
+	errBusy := errors.New("the exchange is busy")
+	quote := headgate.Guard(client, "quote", flowctl.Params{}, fetch, fallback.Error[string](errBusy))
+
+	fmt.Println(quote(ctx))
+	_, err := quote(ctx)
+	fmt.Println(err)
+	fmt.Println(errors.Is(err, errBusy), errors.Is(err, flowctl.ErrRejected))
+	// Output:
+	// HDGT 42.00 <nil>
+	// the exchange is busy
+	// true true
+}
+
+// A nil client is flow control switched off: the same code runs, and nobody is asked.
+func ExampleGuard_off() {
+	var client *flowctl.Client
+
+	charge := func(context.Context) (string, error) { return "receipt", nil }
+	checkout := headgate.Guard(client, "checkout", flowctl.Params{}, charge, nil)
+
+	fmt.Println(checkout(context.Background()))
+	// Output:
+	// receipt <nil>
+}
+
+// Each tenant has a bucket of its own, found by a label that comes from the argument.
+func ExampleGuardFunc() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("search"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "tenant",
+	})
+	defer done()
+
+	ctx := context.Background()
+	type query struct{ tenant, text string }
+	find := func(_ context.Context, q query) (string, error) { return "results for " + q.text, nil }
+
+	search := headgate.GuardFunc(client, "search",
+		func(_ context.Context, q query) flowctl.Params {
+			return flowctl.Params{Labels: map[string]string{"tenant": q.tenant}}
+		},
+		find,
+		func(_ context.Context, q query, _ error) (string, error) {
+			return "popular results instead of " + q.text, nil
+		})
+
+	fmt.Println(search(ctx, query{"acme", "anvils"}))
+	fmt.Println(search(ctx, query{"acme", "rockets"}))
+	fmt.Println(search(ctx, query{"other", "rockets"}))
+	// Output:
+	// results for anvils <nil>
+	// popular results instead of rockets <nil>
+	// results for rockets <nil>
+}
+
+// fallback.For fits a fallback that does not look at the argument.
+func ExampleGuardFunc_fallback() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("greet"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	greet := func(_ context.Context, name string) (string, error) { return "Hello, " + name, nil }
+
+	limited := headgate.GuardFunc(client, "greet", nil, greet, fallback.For[string](fallback.Value("Hello")))
+
+	fmt.Println(limited(context.Background(), "Ann"))
+	// Output:
+	// Hello <nil>
+}
+
+// The flow looks a report up with the check, and stores what it had to make.
+func ExampleDo() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("report"), Capacity: 10, Fill: 10, Interval: time.Minute,
+	})
+	defer done()
+
+	ctx := context.Background()
+	render := func(month string) []byte {
+		fmt.Println("rendering", month)
+		return []byte("report of " + month)
+	}
+
+	report := func(month string) (report []byte, err error) {
+		err = headgate.Do(ctx, client, "report", flowctl.Params{ResultCacheKey: month},
+			func(ctx context.Context, flow *flowctl.Flow) error {
+				if cached, ok, _ := flow.ResultCache(); ok {
+					report = cached
+					return nil
+				}
+				report = render(month)
+				_ = flow.SetResultCache(ctx, report, time.Hour) // if not, the next flow renders it again
+				return nil
+			})
+		return report, err
+	}
+
+	for range 2 {
+		page, err := report("October")
+		fmt.Printf("%s %v\n", page, err)
+	}
+	// Output:
+	// rendering October
+	// report of October <nil>
+	// report of October <nil>
+}
+
+// Do has no fallback: what to do instead is up to the code after it.
+func ExampleDo_rejected() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("mail"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	err := headgate.Do(context.Background(), client, "mail", flowctl.Params{},
+		func(context.Context, *flowctl.Flow) error {
+			fmt.Println("sent")
+			return nil
+		})
+	if errors.Is(err, flowctl.ErrRejected) {
+		fmt.Println("put into the outbox")
+	}
+	// Output:
+	// put into the outbox
+}

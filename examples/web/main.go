@@ -1,0 +1,141 @@
+// Web is a service that counts words, and lets each user ask 5 times at once and once a second from then on.
+//
+//	go run ./examples/web
+//	for i in 1 2 3 4 5 6; do curl -i -H 'X-User: alice' -d 'four words are counted' http://127.0.0.1:8080/words; done
+//
+// Look at the sixth answer: 429 Too Many Requests, and a Retry-After that keeps its promise. Bob has 5 of his own. On
+// Ctrl-C the requests that have begun are answered before the program ends.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
+	if err := run(ctx, os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "web:", err)
+		os.Exit(1)
+	}
+}
+
+// wordCounts lets each user count 5 times at once, and once more each second.
+var wordCounts = policy.Policy{Name: "word-counts", Components: []policy.Component{policy.RateLimiter{
+	Selectors: policy.At("count-words"), Capacity: 5, Fill: 1, Interval: time.Second, LimitBy: "user_id",
+}}}
+
+// run serves until ctx ends.
+func run(ctx context.Context, args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("web", flag.ExitOnError)
+	listen := flags.String("listen", "127.0.0.1:8080", "`address` to serve on")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+
+	// Deferred calls run backwards: the client closes before the engine that it asks, and both after the server, whose
+	// last requests still need them.
+	e, err := engine.New([]policy.Policy{wordCounts})
+	if err != nil {
+		return err
+	}
+	defer e.Close()
+	client, err := flowctl.New(e)
+	if err != nil {
+		return err
+	}
+	defer client.Close(context.WithoutCancel(ctx))
+
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "listening on http://%s\n", listener.Addr())
+
+	server := &http.Server{Handler: newHandler(client), ReadTimeout: 10 * time.Second}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	select {
+	case err := <-served:
+		return err
+	case <-ctx.Done():
+	}
+	shutdown, cancel := context.WithTimeout(context.WithoutCancel(ctx), 15*time.Second)
+	defer cancel()
+	return server.Shutdown(shutdown)
+}
+
+// newHandler serves the word counts, guarded by client.
+func newHandler(client headgate.Starter) http.Handler {
+	count := headgate.GuardFunc(client, "count-words", byUser, countWords, nil)
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /words", func(w http.ResponseWriter, r *http.Request) {
+		// Without the label a flow would pass unlimited. That it is true is for real services to check.
+		if r.Header.Get("X-User") == "" {
+			http.Error(w, "who are you? send an X-User header", http.StatusBadRequest)
+			return
+		}
+		n, err := count(r.Context(), r)
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		fmt.Fprintln(w, n)
+	})
+	return http.MaxBytesHandler(mux, 1<<20)
+}
+
+// byUser tells the policies who asks.
+func byUser(_ context.Context, r *http.Request) flowctl.Params {
+	return flowctl.Params{
+		Labels: map[string]string{"user_id": r.Header.Get("X-User")},
+		// By default flows run when nobody can be asked. This service would rather answer 503 than be overrun.
+		OnUnreachable: flowctl.FailClosed,
+	}
+}
+
+// countWords is the work: it takes as long as the request's body takes to arrive.
+func countWords(_ context.Context, r *http.Request) (int, error) {
+	words := bufio.NewScanner(r.Body)
+	words.Split(bufio.ScanWords)
+	n := 0
+	for words.Scan() {
+		n++
+	}
+	return n, words.Err()
+}
+
+// refuse answers a request that was not served.
+func refuse(w http.ResponseWriter, err error) {
+	rejected, ok := errors.AsType[*flowctl.RejectedError](err)
+	switch {
+	case ok:
+		if rejected.Wait > 0 { // else nobody knows when, if ever
+			w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(rejected.Wait.Seconds()))))
+		}
+		http.Error(w, http.StatusText(rejected.HTTPStatus), rejected.HTTPStatus)
+	case errors.Is(err, flowctl.ErrUnreachable):
+		http.Error(w, "cannot decide about requests now", http.StatusServiceUnavailable)
+	default: // a body that broke off or is too long, or a user whose name cannot be a label
+		http.Error(w, "bad request", http.StatusBadRequest)
+	}
+}
