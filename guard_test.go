@@ -40,8 +40,17 @@ type situation struct {
 	cancel   bool  // the caller's context has ended
 	closed   bool  // the client is closed
 	off      bool  // the client is nil
+	dry      bool  // the client only watches
 	rejects  bool  // the agent says no
 	silent   bool  // the agent says nothing
+}
+
+// options are the client's.
+func (s situation) options() []flowctl.Option {
+	if s.dry {
+		return []flowctl.Option{flowctl.WithDryRun()}
+	}
+	return nil
 }
 
 var situations = []situation{
@@ -65,6 +74,12 @@ var situations = []situation{
 		decision: flowctl.Unreachable, fallback: true, err: flowctl.ErrClosed,
 	},
 	{name: "nil client", off: true, runs: true, decision: flowctl.Accepted},
+	{name: "dry run, rejected", dry: true, rejects: true, runs: true, decision: flowctl.Rejected, err: flowctl.ErrRejected},
+	{
+		name: "dry run, unreachable closed", dry: true, silent: true, runs: true, params: flowctl.Params{OnUnreachable: flowctl.FailClosed},
+		decision: flowctl.Unreachable, err: flowctl.ErrUnreachable,
+	},
+	{name: "dry run, caller canceled", dry: true, cancel: true, runs: true, decision: flowctl.Canceled, err: context.Canceled},
 }
 
 var (
@@ -192,7 +207,8 @@ func remoteSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 	case s.silent:
 		agent.AnswerAt(point, flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")})
 	}
-	client := agent.Client(flowctl.WithCheckTimeout(10 * time.Second)) // no cell is about timeouts
+	opts := append(s.options(), flowctl.WithCheckTimeout(10*time.Second)) // no cell is about timeouts
+	client := agent.Client(opts...)
 	return client, func() []ended {
 		if err := client.Close(t.Context()); err != nil {
 			t.Errorf("Close() = %v", err)
@@ -240,7 +256,7 @@ func embeddedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 	}
 	t.Cleanup(func() { _ = e.Close() })
 	agent := &recorder{Agent: e}
-	client, err := flowctl.New(agent)
+	client, err := flowctl.New(agent, s.options()...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,7 +432,7 @@ func (c cell) checkEnds(t *testing.T, ends []ended, fellBack bool) {
 		}
 		want = append(want, ended{point, st})
 	}
-	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !(c.s.silent && c.side.name == "embedded") {
+	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !c.s.cancel && !(c.s.silent && c.side.name == "embedded") {
 		inner := ended{innerPoint, flowctl.StatusOK}
 		if c.s.runs {
 			want = append([]ended{inner}, want...)

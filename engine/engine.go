@@ -58,6 +58,7 @@ type Engine struct {
 	globals *cache
 
 	closed  atomic.Bool
+	full    chan struct{} // a limiter has no room for a key
 	done    chan struct{}
 	sweeper sync.WaitGroup
 }
@@ -90,6 +91,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		logger:       slog.New(slog.DiscardHandler),
 		epoch:        time.Now(),
 		points:       make(map[string][]member),
+		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
 	}
 	var errs []error
@@ -232,13 +234,13 @@ func (e *Engine) limit(req *seam.Request, now int64, v *seam.Verdict) bool {
 		dropped = dropped || d.Dropped
 	}
 	if dropped {
-		reject(v, seam.ReasonRateLimited)
+		reject(v, now, seam.ReasonRateLimited)
 	}
 	return !dropped
 }
 
 // reject turns the verdict into a rejection by the decisions that dropped the flow, and refunds the others.
-func reject(v *seam.Verdict, reason seam.Reason) {
+func reject(v *seam.Verdict, now int64, reason seam.Reason) {
 	v.Rejected, v.Reason = true, reason
 	var by *seam.LimiterDecision
 	hopeless := false
@@ -247,7 +249,7 @@ func reject(v *seam.Verdict, reason seam.Reason) {
 		switch {
 		case !d.Dropped:
 			if l, ok := d.Component.Limiter.(limiter); ok {
-				l.revert(d)
+				l.revert(now, d)
 			}
 			continue
 		case d.Wait == never:
@@ -293,7 +295,7 @@ func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool
 			continue
 		}
 		r.Held++
-		if holder.giveBack(d, e.now()) {
+		if holder.giveBack(e.now(), d) {
 			r.Returned++
 		}
 	}
@@ -339,7 +341,8 @@ func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
 // sweepEvery is how often idle keys are looked for, and how often a limiter with too many keys is logged at most.
 const sweepEvery = time.Minute
 
-// sweep forgets idle keys until the engine is closed.
+// sweep forgets keys until the engine is closed: idle ones every minute, and, when a limiter is full, those that nobody
+// will miss, every second at most.
 func (e *Engine) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -348,6 +351,17 @@ func (e *Engine) sweep() {
 		select {
 		case <-e.done:
 			return
+		case <-e.full:
+			for _, l := range e.limiters {
+				l.sweep(e.now())
+			}
+			pause := time.NewTimer(time.Duration(fullSweepEvery))
+			select {
+			case <-e.done:
+				pause.Stop()
+				return
+			case <-pause.C:
+			}
 		case <-tick.C:
 			for i, l := range e.limiters {
 				l.sweep(e.now())

@@ -250,6 +250,13 @@ func TestConcurrencyLimiterCosts(t *testing.T) {
 	}
 }
 
+func TestConcurrencyLimiterNeverReclaims(t *testing.T) {
+	c := open(t, slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.MaxInflight = 1, math.MaxInt64 }))
+	if !start(t, c, flowctl.Params{}).ShouldRun() || start(t, c, flowctl.Params{}).ShouldRun() {
+		t.Error("want one flow of one slot")
+	}
+}
+
 func TestConcurrencyLimiterDryRun(t *testing.T) {
 	c := open(t, slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.DryRun = 1, true }))
 	held := start(t, c, flowctl.Params{})
@@ -487,6 +494,26 @@ func TestKeyFloodSlots(t *testing.T) {
 		}
 		if got := end(own); got.Returned != 1 {
 			t.Errorf("end = %+v", got)
+		}
+	})
+}
+
+// Full buckets make room wherever they are: the sweeper comes when a key does not fit.
+func TestKeyFloodSweeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const keys = 40_000 // in several shards
+		c := open(t, limiter(func(r *policy.RateLimiter) { r.Capacity, r.Interval, r.LimitBy = 1, time.Second, "user_id" }), engine.WithKeyCap(keys))
+		for i := range keys {
+			start(t, c, user(fmt.Sprint("old", i)))
+		}
+		<-time.After(2 * time.Second)
+		start(t, c, user("first"))
+		<-time.After(2 * time.Second)
+		synctest.Wait()
+		for i := range keys / 2 {
+			if !start(t, c, user(fmt.Sprint("new", i))).ShouldRun() {
+				t.Fatalf("new user %d was rejected although there was room", i)
+			}
 		}
 	})
 }

@@ -29,6 +29,10 @@ func freshInflight(f *inflight) {
 	*f = inflight{free: none, oldest: none, newest: none}
 }
 
+// maxCost bounds what one flow counts for. More would swallow the others in the sum, which is a float, and leave the
+// limit open when it goes; the label that says it may come from a peer.
+const maxCost = 1e9
+
 // take admits a flow while any part of a slot is free; then id is what give needs to take it back.
 func (f *inflight) take(limit, tokens float64, now, expires int64) (id uint64, ok bool) {
 	f.reclaim(now)
@@ -44,6 +48,7 @@ func (f *inflight) take(limit, tokens float64, now, expires int64) (id uint64, o
 	}
 	// The index finds the slot; the random half keeps a late or a guessed end from freeing somebody else's.
 	id = uint64(i+1)<<32 | uint64(rand.Uint32())
+	tokens = min(tokens, maxCost)
 	f.slots[i] = slot{id: id, tokens: tokens, expires: expires, prev: f.newest, next: none}
 	if f.newest == none {
 		f.oldest = i

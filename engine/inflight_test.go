@@ -34,6 +34,19 @@ func TestInflight(t *testing.T) {
 	}
 }
 
+// A cost beyond all reason must not swallow the count of the others.
+func TestInflightHugeCost(t *testing.T) {
+	var f inflight
+	freshInflight(&f)
+	f.take(2, 1, 0, 100)
+	huge, _ := f.take(2, 1e300, 0, 100)
+	f.give(huge)
+	f.take(2, 1, 0, 100)
+	if _, ok := f.take(2, 1, 0, 100); ok || f.used != 2 {
+		t.Errorf("used = %v want 2, and no room for a third flow", f.used)
+	}
+}
+
 // The list and the count must agree with a plain map, whatever the order.
 func TestInflightModel(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))

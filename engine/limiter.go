@@ -15,9 +15,9 @@ type limiter interface {
 	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
 
 	// revert gives back what decide took: another limiter rejected the flow.
-	revert(d *seam.LimiterDecision)
+	revert(now int64, d *seam.LimiterDecision)
 
-	// sweep forgets idle keys.
+	// sweep forgets idle keys, and if there are as many keys as there may be, all that nobody will miss.
 	sweep(now int64)
 
 	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
@@ -30,7 +30,7 @@ type limiter interface {
 // A slotHolder is a limiter whose flows hold something until they end.
 type slotHolder interface {
 	// giveBack takes the decision's slot back; false says that it was taken back before.
-	giveBack(d *seam.LimiterDecision, now int64) bool
+	giveBack(now int64, d *seam.LimiterDecision) bool
 }
 
 // never as a decision's wait marks a flow that this limiter cannot ever admit.
@@ -79,7 +79,11 @@ func (k *keyed[S]) known(d *seam.LimiterDecision) *entry[S] {
 }
 
 func (k *keyed[S]) sweep(now int64) {
-	if k.table != nil && k.maxIdle > 0 {
+	switch {
+	case k.table == nil:
+	case k.table.size.Load() >= k.table.cap:
+		k.table.sweep(now, 0)
+	case k.maxIdle > 0:
 		k.table.sweep(now, k.maxIdle)
 	}
 }
@@ -129,6 +133,7 @@ func newKeyed[S any](e *Engine, c seam.Component, tokensLabel string, maxIdle ti
 	}
 	if c.LabelKey != "" {
 		k.table = newTable(e.keyCap, fresh, forgettable)
+		k.table.full = e.full
 	} else {
 		k.single = new(entry[S])
 		fresh(&k.single.state, 0)
@@ -172,7 +177,7 @@ func (l *rateLimiter) decide(req *seam.Request, now int64, d *seam.LimiterDecisi
 	}
 }
 
-func (l *rateLimiter) revert(d *seam.LimiterDecision) {
+func (l *rateLimiter) revert(_ int64, d *seam.LimiterDecision) {
 	if d.Scope == seam.ScopeNone || d.Consumed == 0 {
 		return
 	}
@@ -188,7 +193,7 @@ type concurrencyLimiter struct {
 }
 
 func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c seam.Component) *concurrencyLimiter {
-	l := &concurrencyLimiter{limit: p.Max, maxInflight: int64(p.MaxInflight)}
+	l := &concurrencyLimiter{limit: p.Max, maxInflight: clampNanos(float64(p.MaxInflight))}
 	l.keyed = newKeyed(e, c, p.TokensLabel, p.MaxIdle,
 		func(f *inflight, _ int64) { freshInflight(f) },
 		func(f *inflight, now int64) bool {
@@ -221,17 +226,14 @@ func (l *concurrencyLimiter) decide(req *seam.Request, now int64, d *seam.Limite
 	}
 }
 
-func (l *concurrencyLimiter) revert(d *seam.LimiterDecision) {
-	if d.Slot == 0 {
-		return
+func (l *concurrencyLimiter) revert(now int64, d *seam.LimiterDecision) {
+	if d.Slot != 0 {
+		l.giveBack(now, d)
+		d.Slot = 0
 	}
-	f := l.known(d)
-	f.state.give(d.Slot)
-	f.mu.Unlock()
-	d.Slot = 0
 }
 
-func (l *concurrencyLimiter) giveBack(d *seam.LimiterDecision, now int64) bool {
+func (l *concurrencyLimiter) giveBack(now int64, d *seam.LimiterDecision) bool {
 	f := l.known(d)
 	defer f.mu.Unlock()
 	f.state.reclaim(now)

@@ -28,6 +28,8 @@ type table[S any] struct {
 
 	spill   entry[S]
 	spilled atomic.Uint64 // how often the spill entry was used
+
+	full chan<- struct{} // told when a key does not fit; has room for one, nil for nobody
 }
 
 type shard[S any] struct {
@@ -139,6 +141,10 @@ func (t *table[S]) insert(s *shard[S], hash uint32, key string, now int64) *entr
 		}
 		if t.size.Load() > t.cap {
 			t.size.Add(-1)
+			select {
+			case t.full <- struct{}{}: // there may be keys to forget in other shards
+			default:
+			}
 			return nil
 		}
 	}

@@ -23,8 +23,8 @@
 //
 // With [WithDryRun] every flow runs.
 //
-// A check that timed out may have been admitted by the agent all the same; what it took there comes back when the
-// agent's own limit on the age of flows has passed.
+// A check that timed out, or whose caller gave up, may have been admitted by the agent all the same; what it took there
+// comes back when the agent's own limit on the age of flows has passed.
 package flowctl
 
 import (
@@ -33,7 +33,9 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -68,7 +70,7 @@ type Client struct {
 
 // New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.
 func New(agent Agent, opts ...Option) (*Client, error) {
-	if agent == nil {
+	if v := reflect.ValueOf(agent); !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
 		return nil, errors.New("headgate: new client: no agent")
 	}
 	cfg, err := newConfig(false, opts)
@@ -121,7 +123,7 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 		f.run = !params.RampMode && params.OnUnreachable == FailOpen
 	}
 	if f.decision == Invalid {
-		c.invalidLog.warn(c.logger, time.Now(), "headgate: a flow cannot be asked about", "error", err)
+		c.invalidLog.warn(c.logger, "headgate: a flow cannot be asked about", "error", err)
 	}
 	if c.observer != nil {
 		c.observer.decided(f)
@@ -240,15 +242,17 @@ func fit(l *seam.Labels) error {
 func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	s := f.status()
 	if c.observer != nil {
-		c.observer.end(f, s)
+		ctx = c.observer.ending(ctx, f)
+		defer c.observer.end(f, s)
 	}
 	if !f.Success() {
 		return EndResponse{}, nil
 	}
 	r, err := c.agent.End(ctx, &f.req, &f.verdict, s == StatusError)
 	if err != nil {
-		err = fmt.Errorf("headgate: end %q: %w", f.req.ControlPoint, err)
-		c.endLog.warn(c.logger, time.Now(), "headgate: slots may not have been given back", "error", err)
+		c.endLog.warn(c.logger, "headgate: slots may not have been given back", "control_point", f.req.ControlPoint, "error", err)
+		// The end is detached from ctx, which so is not why it failed.
+		err = c.callError(context.WithoutCancel(ctx), "end", f.req.ControlPoint, err)
 	}
 	return EndResponse{Held: r.Held, Returned: r.Returned}, err
 }
@@ -262,16 +266,7 @@ func (c *Client) Ready(ctx context.Context) error {
 	if c.closed.Load() {
 		return ErrClosed
 	}
-	switch err := c.agent.Ready(ctx); {
-	case errors.Is(err, seam.ErrClosed):
-		return ErrClosed
-	case err != nil && ctx.Err() != nil:
-		return fmt.Errorf("headgate: agent not ready: %w: %s", ctx.Err(), status.Convert(err).Message())
-	case err != nil:
-		return fmt.Errorf("headgate: agent not ready: %w", err)
-	default:
-		return nil
-	}
+	return c.callError(ctx, "agent not ready", "", c.agent.Ready(ctx))
 }
 
 // Close starts no more flows, sends what telemetry there is until ctx ends, and closes the connection if Dial opened
@@ -289,17 +284,28 @@ func (c *Client) Close(ctx context.Context) error {
 
 // A limitedLog logs one kind of event once a minute at most. The zero value is ready.
 type limitedLog struct {
-	next    atomic.Int64 // Unix nanoseconds
-	skipped atomic.Int64
+	mu      sync.Mutex
+	last    time.Time
+	skipped int
 }
 
 // warn reports whether it was time to log.
-func (l *limitedLog) warn(logger *slog.Logger, now time.Time, msg string, args ...any) bool {
-	t, next := now.UnixNano(), l.next.Load()
-	if t < next || !l.next.CompareAndSwap(next, t+int64(time.Minute)) {
-		l.skipped.Add(1)
+func (l *limitedLog) warn(logger *slog.Logger, msg string, args ...any) bool {
+	return l.log(logger, slog.LevelWarn, msg, args...)
+}
+
+func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args ...any) bool {
+	now := time.Now()
+	l.mu.Lock()
+	if !l.last.IsZero() && now.Sub(l.last) < time.Minute {
+		l.skipped++
+		l.mu.Unlock()
 		return false
 	}
-	logger.Warn(msg, append(args, "unlogged_before", l.skipped.Swap(0))...)
+	skipped := l.skipped
+	l.last, l.skipped = now, 0
+	l.mu.Unlock()
+	// No flow's context: what its values add to a log is the application's, and this is about the client.
+	logger.Log(context.Background(), level, msg, append(args, "unlogged_before", skipped)...) //nolint:forbidigo // see above
 	return true
 }

@@ -228,3 +228,41 @@ func (e *invalidError) Unwrap() error { return e.err }
 func (e *invalidError) GRPCStatus() *status.Status {
 	return status.New(codes.Internal, "headgate: invalid flow")
 }
+
+// callError is why a call failed that is not a check. The agent's status is not unwrapped, see UnreachableError.
+type callError struct {
+	op           string
+	controlPoint string
+	err          error
+	match        error // nil: nothing
+}
+
+// callError makes the error of a call; nil when err is.
+func (c *Client) callError(ctx context.Context, op, controlPoint string, err error) error {
+	if err == nil {
+		return nil
+	}
+	e := &callError{op: op, controlPoint: controlPoint, err: err}
+	switch code := status.Code(err); {
+	case c.closed.Load(), errors.Is(err, seam.ErrClosed):
+		e.match = ErrClosed
+	case ctx.Err() != nil:
+		e.match = ctx.Err()
+	case code == codes.Unavailable, code == codes.DeadlineExceeded, errors.Is(err, errGateOpen):
+		e.match = ErrUnreachable
+	}
+	return e
+}
+
+func (e *callError) Error() string {
+	text := e.err.Error()
+	if s, ok := status.FromError(e.err); ok {
+		text = s.Message()
+	}
+	if e.controlPoint == "" {
+		return fmt.Sprintf("headgate: %s: %s", e.op, text)
+	}
+	return fmt.Sprintf("headgate: %s %q: %s", e.op, e.controlPoint, text)
+}
+
+func (e *callError) Is(target error) bool { return e.match != nil && errors.Is(e.match, target) }

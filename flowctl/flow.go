@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
@@ -213,11 +215,14 @@ func (f *Flow) SetError(err error) {
 }
 
 func (f *Flow) isFailure(err error) bool {
-	if f.fails != nil {
+	switch {
+	case f.fails != nil:
 		return f.fails(err)
+	case !errors.Is(f.parent.Err(), context.Canceled): // an expired deadline is a failure: slow work is what overload looks like
+		return true
+	default:
+		return !errors.Is(err, context.Canceled) && !errors.Is(err, context.Cause(f.parent)) && status.Code(err) != codes.Canceled
 	}
-	canceled := f.parent.Err()
-	return canceled == nil || !errors.Is(err, canceled) && !errors.Is(err, context.Cause(f.parent))
 }
 
 // status is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
@@ -254,22 +259,25 @@ func (f *Flow) End(ctx context.Context) (EndResponse, error) {
 //	defer flow.EndWith(&err)
 //
 // It derives the status as [Flow.SetError] does, and never changes *errp. When the function panics, the status is
-// Error, and the panic goes on with the same value. After an explicit End it does nothing. It cannot tell a
+// Error, and the panic goes on with the same value. After an explicit End it only lets a panic go on. It cannot tell a
 // runtime.Goexit from a return, and when it is called from within another deferred function it cannot see panics:
 // package headgate's Guard and Do can.
 func (f *Flow) EndWith(errp *error) {
-	p := recover()
-	switch {
-	case p != nil:
+	if p := recover(); p != nil {
 		f.SetStatus(StatusError)
+		_, _ = f.End(f.parent)
+		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
+	}
+	if f.ended.Load() {
+		return
+	}
+	defer func() { _, _ = f.End(f.parent) }() // also when IsFailure panics
+	switch {
+	case !f.run: // the error is the flow's own
 	case errp == nil:
 		f.SetError(nil)
 	default:
 		f.SetError(*errp)
-	}
-	_, _ = f.End(f.parent)
-	if p != nil {
-		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
 	}
 }
 
@@ -352,56 +360,30 @@ func (f *Flow) resultKey() seam.CacheKey {
 }
 
 func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+	const op = "cache store"
 	switch {
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &cacheError{"store", f.req.ControlPoint, errNoCacheKey}
+		return &callError{op, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
 	case ttl < 0:
-		return &cacheError{"store", f.req.ControlPoint, errNegativeTTL}
+		return &callError{op, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
 	}
-	if err := f.client.agent.Store(ctx, key, value, ttl); err != nil {
-		return &cacheError{"store", f.req.ControlPoint, err}
-	}
-	return nil
+	return f.client.callError(ctx, op, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
 }
 
 func (f *Flow) remove(ctx context.Context, key seam.CacheKey) error {
+	const op = "cache delete"
 	switch {
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &cacheError{"delete", f.req.ControlPoint, errNoCacheKey}
+		return &callError{op, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
 	}
-	if err := f.client.agent.Delete(ctx, key); err != nil {
-		return &cacheError{"delete", f.req.ControlPoint, err}
-	}
-	return nil
+	return f.client.callError(ctx, op, f.req.ControlPoint, f.client.agent.Delete(ctx, key))
 }
 
 var (
 	errNoCacheKey  = errors.New("the flow was started without a cache key")
 	errNegativeTTL = errors.New("the time to live is negative")
 )
-
-// cacheError is why a cache entry was not changed.
-type cacheError struct {
-	op           string
-	controlPoint string
-	err          error
-}
-
-func (e *cacheError) Error() string {
-	return fmt.Sprintf("headgate: cache %s %q: %v", e.op, e.controlPoint, e.err)
-}
-
-func (e *cacheError) Is(target error) bool {
-	switch target {
-	case ErrInvalid:
-		return errors.Is(e.err, errNoCacheKey) || errors.Is(e.err, errNegativeTTL)
-	case ErrClosed:
-		return errors.Is(e.err, seam.ErrClosed)
-	default:
-		return false
-	}
-}

@@ -212,6 +212,28 @@ func TestCache(t *testing.T) {
 	})
 }
 
+func TestCacheCallErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		flow := client.Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "k"})
+		agent.Freeze()
+		canceled, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := flow.SetResultCache(canceled, nil, 0); !errors.Is(err, context.Canceled) {
+			t.Errorf("SetResultCache() of a caller who has gone = %v", err)
+		}
+		if err := flow.SetResultCache(t.Context(), nil, 0); !errors.Is(err, flowctl.ErrUnreachable) || status.Code(err) != codes.Unknown {
+			t.Errorf("SetResultCache() of a frozen agent = %v want ErrUnreachable, and not the agent's status", err)
+		}
+		agent.Thaw()
+		_ = client.Close(t.Context())
+		if err := flow.DeleteResultCache(t.Context()); !errors.Is(err, flowctl.ErrClosed) {
+			t.Errorf("DeleteResultCache() of a closed client = %v", err)
+		}
+	})
+}
+
 func TestCacheErrorsAreNotMisses(t *testing.T) {
 	agent := flowtest.NewAgent(t)
 	failed := &checkv1.KeyLookupResponse{
@@ -338,8 +360,9 @@ func TestEndResponse(t *testing.T) {
 		}
 		agent.AnswerEnds(flowtest.Answer{Fail: status.Error(codes.Internal, "broken")})
 		flow = client.Start(t.Context(), "point", flowctl.Params{})
-		if got, err := flow.End(t.Context()); got != (flowctl.EndResponse{Held: 2}) || err == nil {
-			t.Errorf("End() = %+v, %v want an error", got, err)
+		got, err := flow.End(t.Context())
+		if got != (flowctl.EndResponse{Held: 2}) || err == nil || status.Code(err) == codes.Internal {
+			t.Errorf("End() = %+v, %v want an error, and not the agent's status", got, err)
 		}
 	})
 }
@@ -431,6 +454,52 @@ func TestEndWith(t *testing.T) {
 	}
 }
 
+// However a function ends, its flow does too.
+func TestEndWithPanickingIsFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Slots: 1})
+		client := agent.Client()
+		func() {
+			defer func() {
+				if p := recover(); p != "broken" {
+					t.Errorf("recovered %v want the panic of IsFailure", p)
+				}
+			}()
+			_ = func() (err error) {
+				flow := client.Start(t.Context(), "point", flowctl.Params{IsFailure: func(error) bool { panic("broken") }})
+				defer flow.EndWith(&err)
+				return errors.New("work")
+			}()
+		}()
+		_ = client.Close(t.Context())
+		if spans := agent.Spans(); agent.Held() != 0 || len(spans) != 1 || spans[0].Status != flowctl.StatusError {
+			t.Errorf("%d slots held, spans %v want none, one Error", agent.Held(), spans)
+		}
+	})
+}
+
+// What the function's error means is not asked where the function did not run, or the flow has ended.
+func TestEndWithAsksNoMoreThanItMust(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	agent.Answer(flowtest.Answer{}, flowtest.Answer{Reason: flowctl.ReasonRateLimited})
+	client := agent.Client()
+	params := flowctl.Params{IsFailure: func(err error) bool {
+		t.Errorf("IsFailure(%v) was called", err)
+		return true
+	}}
+	for range 2 {
+		_ = func() (err error) {
+			flow := client.Start(t.Context(), "point", params)
+			defer flow.EndWith(&err)
+			if flow.ShouldRun() {
+				_, _ = flow.End(t.Context())
+			}
+			return errors.New("some")
+		}()
+	}
+}
+
 func TestIsFailure(t *testing.T) {
 	notFound := errors.New("not found")
 	for _, tt := range []struct {
@@ -438,6 +507,7 @@ func TestIsFailure(t *testing.T) {
 		params flowctl.Params
 		err    func(ctx context.Context) error
 		cancel bool
+		expire bool
 		want   flowctl.Status
 	}{
 		{name: "nil", err: func(context.Context) error { return nil }, want: flowctl.StatusOK},
@@ -449,6 +519,14 @@ func TestIsFailure(t *testing.T) {
 		{
 			name: "the caller canceled with a cause", cancel: true, want: flowctl.StatusOK,
 			err: context.Cause,
+		},
+		{
+			name: "the caller canceled a gRPC call", cancel: true, want: flowctl.StatusOK,
+			err: func(context.Context) error { return status.Error(codes.Canceled, "context canceled") },
+		},
+		{
+			name: "the caller's time is up", expire: true, want: flowctl.StatusError,
+			err: func(ctx context.Context) error { return ctx.Err() },
 		},
 		{name: "somebody else was canceled", err: func(context.Context) error { return context.Canceled }, want: flowctl.StatusError},
 		{
@@ -465,11 +543,16 @@ func TestIsFailure(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				agent := flowtest.NewAgent(t)
 				client := agent.Client()
-				ctx, cancel := context.WithCancelCause(t.Context())
+				timed, stop := context.WithTimeout(t.Context(), time.Minute)
+				defer stop()
+				ctx, cancel := context.WithCancelCause(timed)
 				defer cancel(nil)
 				flow := client.Start(ctx, "point", tt.params)
 				if tt.cancel {
 					cancel(errors.New("gone"))
+				}
+				if tt.expire {
+					<-ctx.Done()
 				}
 				flow.SetError(tt.err(ctx))
 				_, _ = flow.End(ctx)

@@ -11,13 +11,16 @@ import (
 // timeout, but for one that probes.
 //
 // Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
-// from the agent meanwhile. Anything that comes, a rejection or a late answer too, starts the count anew: an agent that
-// is overloaded must not be taken for a dead one, for that would let everything in.
+// from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error and a sign of life on the
+// connection too: an agent that is overloaded must not be taken for a dead one, for that would let everything in. So
+// the gate is about processes, machines and networks that are gone or frozen; while an agent's server lives, its flows
+// take their check timeout at the most, each.
 type Gate struct {
 	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
 	Failures int
 
-	// Span is the least time between the first of the failures and the last. Zero means two check timeouts.
+	// Span is the least time between the first of the failures and the last. Zero means two check timeouts of the
+	// client, or 400 ms when it has none.
 	Span time.Duration
 
 	// Probe is how often one flow is let through to find out whether the agent is back. Zero means 1 s.
@@ -58,13 +61,14 @@ func newGate(settings Gate, checkTimeout time.Duration) *gate {
 	return g
 }
 
-// admit says whether a check may go to the agent.
-func (g *gate) admit(now time.Time) bool {
+// admit says whether a check may go to the agent, and whether it does so to find out if the agent is back.
+func (g *gate) admit(now time.Time) (ok, probe bool) {
 	if !g.open.Load() {
-		return true
+		return true, false
 	}
 	t, next := int64(now.Sub(g.epoch)), g.probe.Load()
-	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
+	ok = t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
+	return ok, ok
 }
 
 // answered notes that something came from the agent. It reports whether that closed the gate.

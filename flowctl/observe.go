@@ -1,6 +1,7 @@
 package flowctl
 
 import (
+	"context"
 	"sync"
 	"sync/atomic"
 
@@ -90,12 +91,24 @@ func (o *observer) decided(f *Flow) {
 	}
 }
 
+// ending puts the flow's span into the context of its end.
+func (o *observer) ending(ctx context.Context, f *Flow) context.Context {
+	if f.rare == nil || f.rare.span == nil {
+		return ctx
+	}
+	return trace.ContextWithSpan(ctx, f.rare.span)
+}
+
 func (o *observer) end(f *Flow, s Status) {
 	if f.rare == nil || f.rare.span == nil {
 		return
 	}
 	if s == StatusError {
-		f.rare.span.SetStatus(codes.Error, f.decision.String())
+		why := "the work failed"
+		if !f.run {
+			why = f.decision.String()
+		}
+		f.rare.span.SetStatus(codes.Error, why)
 	}
 	f.rare.span.End()
 }

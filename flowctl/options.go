@@ -93,6 +93,9 @@ func newConfig(remote bool, opts []Option) (*config, error) {
 	if c.tls != nil && c.creds != nil {
 		errs = append(errs, errors.New("WithTLSConfig and WithTransportCredentials exclude each other"))
 	}
+	if c.conn != nil && (c.insecure || c.tls != nil || c.creds != nil || len(c.dialOptions) > 0) {
+		errs = append(errs, errors.New("WithConn brings the connection: options that set one up have no effect"))
+	}
 	return c, errors.Join(errs...)
 }
 

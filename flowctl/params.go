@@ -17,7 +17,8 @@ type Params struct {
 	Labels map[string]string
 
 	// CheckTimeout is how long the agent may take to answer, and so also the longest that the flow waits in a queue.
-	// Zero means the client's; a negative one sets no limit but the context's.
+	// Zero means the client's; a negative one sets no limit but the context's. It should be well below the deadlines
+	// of callers: a flow whose caller's time is up first is Canceled, and does not fail open.
 	CheckTimeout time.Duration
 
 	// RampMode asks for flows that are new to the system to run only when a ramp of the policies lets them: a
@@ -35,8 +36,8 @@ type Params struct {
 	GlobalCacheKeys []string
 
 	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless
-	// it is the caller's own cancellation, which is nobody's failure. It is called before the flow ends and must
-	// not block.
+	// it comes from the caller's own cancellation, which is nobody's failure; an expired deadline is one. It is
+	// called before the flow ends and must not block.
 	IsFailure func(error) bool
 }
 

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -17,6 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -71,12 +74,12 @@ func DialEnv(opts ...Option) (*Client, error) {
 	if address == "" {
 		return nil, fmt.Errorf("headgate: dial: %s is not set", envAddress)
 	}
-	if err := checkAddress(address); err != nil {
-		return nil, fmt.Errorf("headgate: dial: %s: %w", envAddress, err)
-	}
 	cfg, err := newConfig(true, opts)
 	if err != nil {
 		return nil, fmt.Errorf("headgate: dial: %w", err)
+	}
+	if err := checkAddress(address, cfg); err != nil {
+		return nil, fmt.Errorf("headgate: dial: %s: %w", envAddress, err)
 	}
 	if err := cfg.readEnv(); err != nil {
 		return nil, fmt.Errorf("headgate: dial: %w", err)
@@ -132,6 +135,8 @@ type remote struct {
 	received *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
 	logger   *slog.Logger
 	refusals limitedLog
+	gateLog  limitedLog
+	backLog  limitedLog
 	exporter *exporter // nil: no telemetry
 }
 
@@ -140,6 +145,7 @@ var _ seam.Agent = (*remote)(nil)
 // answer is what the remote keeps of an answer for the flow's end.
 type answer struct {
 	response *checkv1.CheckResponse
+	start    time.Time
 	returned time.Time // when the check came back
 }
 
@@ -161,7 +167,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			return nil, errors.New("WithConn brings the connection: the address must be empty")
 		}
 	} else {
-		if err := checkAddress(address); err != nil {
+		if err := checkAddress(address, cfg); err != nil {
 			return nil, err
 		}
 		creds := transportCredentials(cfg)
@@ -175,6 +181,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			grpc.WithTransportCredentials(&countingCredentials{creds, r.received}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
 			grpc.WithUserAgent("headgate-go/" + version),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		}, cfg.dialOptions...)
 		conn, err := grpc.NewClient(address, opts...)
 		if err != nil {
@@ -213,13 +220,24 @@ func transportCredentials(cfg *config) credentials.TransportCredentials {
 	}
 }
 
-// checkAddress says whether the address is one: host:port, or a target with a scheme.
-func checkAddress(address string) error {
+// maxAnswer bounds what an agent may answer, in bytes: a check brings all the cached values that it asked for.
+const maxAnswer = 16 << 20
+
+// checkAddress says whether the address is one: host:port, or a target with a scheme that gRPC knows. One that it does
+// not know it would take for a host's name, and never find it. The errors do not say the address: there are secrets in
+// some.
+func checkAddress(address string, cfg *config) error {
 	if address == "" {
 		return errors.New("the address is empty")
 	}
-	if scheme, _, _ := strings.Cut(address, ":"); scheme == "unix" || scheme == "unix-abstract" || scheme == "dns" || strings.Contains(address, "://") {
-		return nil // a target, which gRPC checks
+	scheme, rest, _ := strings.Cut(address, ":")
+	switch known := resolver.Get(scheme) != nil; {
+	case known:
+		return nil
+	case strings.HasPrefix(rest, "//") && (len(cfg.dialOptions) == 0 || strings.HasPrefix(scheme, "http")):
+		return errors.New("the address is a URL, or has a scheme that gRPC does not know")
+	case strings.HasPrefix(rest, "//"):
+		return nil // for a resolver in the options
 	}
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -300,8 +318,12 @@ func (c *countingConn) Read(p []byte) (int, error) {
 // Check asks the agent.
 func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
 	start := time.Now()
-	if !r.gate.admit(start) {
+	admitted, probe := r.gate.admit(start)
+	if !admitted {
 		return errGateOpen
+	}
+	if probe && r.dialled != nil {
+		r.dialled.ResetConnectBackoff() // which would have the probe fail without trying, for up to two minutes
 	}
 	call := ctx
 	if req.Timeout > 0 {
@@ -309,54 +331,64 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		call, cancel = context.WithTimeout(ctx, req.Timeout)
 		defer cancel()
 	}
-	seen := r.received.Load()
+	heard := r.listen()
 	m := new(checkv1.CheckResponse)
-	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), m, r.calls...)
+	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), m, heard.calls...)
 	returned := time.Now()
 	if err != nil {
-		r.failed(ctx, call, err, seen, returned)
+		r.failed(ctx, call, err, heard.anything(), returned)
 		return err
 	}
 	r.answered()
 	v.Start = start.UnixNano()
-	v.More().Wire = &answer{m, returned}
+	v.More().Wire = &answer{m, start, returned}
 	wire.Read(req, m, v)
 	return nil
+}
+
+// heard finds out whether anything came from the agent during a call: on a connection of ours anything at all, also
+// what is for other calls, and on another's only what this call got.
+type heard struct {
+	r               *remote
+	calls           []grpc.CallOption
+	seen            uint64
+	header, trailer metadata.MD
+}
+
+func (r *remote) listen() *heard {
+	h := &heard{r: r, calls: r.calls, seen: r.received.Load()}
+	if r.dialled == nil {
+		h.calls = append(slices.Clone(r.calls), grpc.Header(&h.header), grpc.Trailer(&h.trailer))
+	}
+	return h
+}
+
+func (h *heard) anything() bool {
+	return h.r.received.Load() != h.seen || len(h.header) > 0 || len(h.trailer) > 0
 }
 
 // answered notes that the agent is there.
 func (r *remote) answered() {
 	if r.gate.answered() {
-		r.logger.Info("headgate: the agent answers again")
+		r.backLog.log(r.logger, slog.LevelInfo, "headgate: the agent answers again")
 	}
 }
 
 // failed judges a check that got no answer: does it speak against the agent?
-func (r *remote) failed(ctx, call context.Context, err error, seen uint64, now time.Time) {
+func (r *remote) failed(ctx, call context.Context, err error, heard bool, now time.Time) {
 	code := status.Code(err)
 	switch {
-	case r.received.Load() != seen, fromAgent(code):
+	case heard:
 		r.answered()
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
 		if r.gate.failed(now) {
-			r.logger.Warn("headgate: the agent does not answer; flows go on without it", "error", err)
+			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows go on without it", "error", err)
 		}
 	}
 	switch code {
 	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented:
-		r.refusals.warn(r.logger, now, "headgate: the agent refuses to decide", "error", err)
-	}
-}
-
-// fromAgent says whether a status can only come from the other side. Where the connection is not ours, this is all
-// there is to tell.
-func fromAgent(code codes.Code) bool {
-	switch code {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-		return false
-	default:
-		return true
+		r.refusals.warn(r.logger, "headgate: the agent refuses to decide", "error", err)
 	}
 }
 
@@ -367,7 +399,7 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 		return seam.Returns{}, nil
 	}
 	if r.exporter != nil {
-		r.exporter.record(v.Start, a, failed)
+		r.exporter.record(a, failed)
 	}
 	refs := wire.Held(a.response)
 	if len(refs) == 0 {
@@ -465,14 +497,14 @@ func (r *remote) Ready(ctx context.Context) error {
 		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), calls...)
 	switch code := status.Code(err); {
 	case err == nil:
+		r.answered()
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("it refuses the API key: %w", err)
 	case code == codes.Unimplemented:
 		return fmt.Errorf("it does not speak the protocol: %w", err)
-	case !fromAgent(code):
+	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.Canceled:
 		return err
 	}
-	r.answered()
 	return nil
 }
 

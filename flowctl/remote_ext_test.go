@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 )
@@ -433,6 +434,31 @@ func TestGate(t *testing.T) {
 	})
 }
 
+// An agent that is back is asked again within the time of a probe, and not when gRPC has waited long enough to dial.
+func TestGateProbesDial(t *testing.T) {
+	for _, outage := range []time.Duration{10 * time.Second, time.Minute, 10 * time.Minute} {
+		t.Run(outage.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				back := time.Now().Add(outage)
+				client := agent.Client(flowctl.WithoutTelemetry(), flowctl.WithDialOptions(
+					grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+						if time.Now().Before(back) {
+							return nil, errors.New("refused")
+						}
+						return agent.DialContext(ctx)
+					})))
+				for client.Start(t.Context(), "point", flowctl.Params{}).Decision() != flowctl.Accepted {
+					<-time.After(100 * time.Millisecond)
+				}
+				if late := time.Since(back); late > 3*time.Second {
+					t.Errorf("the agent was found %v after it was back", late)
+				}
+			})
+		})
+	}
+}
+
 // What the gate must not take for a dead agent.
 func TestGateStaysClosed(t *testing.T) {
 	for _, tt := range []struct {
@@ -441,7 +467,9 @@ func TestGateStaysClosed(t *testing.T) {
 		gate   flowctl.Gate
 		each   func(t *testing.T, client *flowctl.Client)
 	}{
+		// A gRPC server gives up at the client's deadline too, and says so: that it lives is all there is to see.
 		{name: "answers come late, but come", answer: flowtest.Answer{Delay: 250 * time.Millisecond}},
+		{name: "the agent's work hangs, its server does not", answer: flowtest.Answer{Hang: true}},
 		{name: "the agent refuses", answer: flowtest.Answer{Fail: status.Error(codes.Unauthenticated, "who are you?")}},
 		{name: "the agent says that it is unavailable", answer: flowtest.Answer{Fail: status.Error(codes.Unavailable, "overloaded")}},
 		{name: "switched off", answer: flowtest.Answer{Hang: true}, gate: flowctl.Gate{Failures: -1}},
@@ -505,7 +533,37 @@ func TestGateSpan(t *testing.T) {
 	})
 }
 
-// Nor may a connection that is not ours open the gate while others are answered on it.
+// On a connection that is not ours an answer is an answer, too.
+func TestGateStaysClosedWithConn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "overloaded"), Delay: 100 * time.Millisecond})
+		conn, err := grpc.NewClient("passthrough:///localhost", agent.Dialer(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		client, err := flowctl.Dial("", flowctl.WithConn(conn))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close(t.Context())
+		for range 20 {
+			client.Start(t.Context(), "point", flowctl.Params{})
+		}
+		if got := len(agent.Checks()); got != 20 {
+			t.Errorf("the agent was asked %d times want 20", got)
+		}
+		agent.Freeze()
+		for range 20 {
+			client.Start(t.Context(), "point", flowctl.Params{})
+		}
+		if got := len(agent.Checks()); got != 25 {
+			t.Errorf("the agent was asked %d times want 25: five are enough when it is frozen", got)
+		}
+	})
+}
+
 func TestWithConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
@@ -609,6 +667,22 @@ func TestRefusalsAreLogged(t *testing.T) {
 	})
 }
 
+// Close says so when the last telemetry was lost while it was under way.
+func TestCloseReportsLostTelemetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.AnswerSpans(flowtest.Answer{Hang: true})
+		client := agent.Client()
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		<-time.After(2 * time.Second) // it is being sent
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := client.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Close() = %v want its context's error", err)
+		}
+	})
+}
+
 func TestClose(t *testing.T) {
 	bothSides(t, func(t *testing.T, client *flowctl.Client) {
 		flow := client.Start(t.Context(), "point", flowctl.Params{})
@@ -637,6 +711,9 @@ func TestDialErrors(t *testing.T) {
 		{name: "empty address", want: "address is empty"},
 		{name: "no port", address: "agent.example", want: "not host:port"},
 		{name: "bad port", address: "agent.example:70000", want: "no port from 1 to 65535"},
+		{name: "a URL", address: "https://user:sesame@agent.example:443", want: "the address is a URL"},
+		{name: "an unknown scheme", address: "grpc://agent.example:443", want: "scheme that gRPC does not know"},
+		{name: "a URL with options", address: "https://agent.example:443", opts: []flowctl.Option{flowctl.WithDialOptions(grpc.WithUserAgent("x"))}, want: "the address is a URL"},
 		{name: "a URL's host", address: "user@agent:80", want: "host that cannot be one"},
 		{
 			name: "key in plaintext", address: "agent.example:80", want: "would travel in plaintext",
@@ -652,6 +729,10 @@ func TestDialErrors(t *testing.T) {
 		{name: "no TLS configuration", address: "a:1", opts: []flowctl.Option{flowctl.WithTLSConfig(nil)}, want: "WithTLSConfig: no configuration"},
 		{name: "no credentials", address: "a:1", opts: []flowctl.Option{flowctl.WithTransportCredentials(nil)}, want: "WithTransportCredentials: no credentials"},
 		{name: "no connection", opts: []flowctl.Option{flowctl.WithConn(nil)}, want: "WithConn: no connection"},
+		{
+			name: "a connection, and how to set up one", want: "WithConn brings the connection",
+			opts: []flowctl.Option{flowctl.WithConn(new(grpc.ClientConn)), flowctl.WithInsecure()},
+		},
 		{name: "end timeout", address: "a:1", opts: []flowctl.Option{flowctl.WithEndTimeout(0)}, want: "WithEndTimeout: not positive"},
 		{name: "gate", address: "a:1", opts: []flowctl.Option{flowctl.WithGate(flowctl.Gate{Probe: -1})}, want: "WithGate: a time is negative"},
 		{name: "labels", address: "a:1", opts: []flowctl.Option{flowctl.WithLabels(map[string]string{"": "sesame"})}, want: "WithLabels: "},
@@ -697,6 +778,9 @@ func TestPlaintextKey(t *testing.T) {
 func TestNewErrors(t *testing.T) {
 	if _, err := flowctl.New(nil); err == nil {
 		t.Error("New(nil) = nil")
+	}
+	if _, err := flowctl.New((*engine.Engine)(nil)); err == nil {
+		t.Error("New() of a nil engine = nil")
 	}
 	agent := noPoliciesEngine(t)
 	for name, opt := range map[string]flowctl.Option{

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -54,6 +55,7 @@ type exporter struct {
 	cancel context.CancelFunc
 	drops  limitedLog
 	spare  []record // the buffer that is not in use
+	last   error    // of run's last flush; for close, when run has returned
 }
 
 // record is what is kept of a flow that has ended.
@@ -76,12 +78,13 @@ func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger 
 }
 
 // record takes down a flow that ends now.
-func (x *exporter) record(start int64, a *answer, failed bool) {
+func (x *exporter) record(a *answer, failed bool) {
 	check, err := proto.Marshal(wire.WithoutValues(a.response))
+	start := a.start.UnixNano()
 	r := record{
 		start:    start,
-		workload: a.returned.UnixNano(),
-		end:      a.returned.Add(time.Since(a.returned)).UnixNano(),
+		workload: start + int64(a.returned.Sub(a.start)), // by the monotonic clock, whatever becomes of the other
+		end:      start + int64(time.Since(a.start)),
 		check:    check,
 		failed:   failed,
 	}
@@ -90,7 +93,11 @@ func (x *exporter) record(start int64, a *answer, failed bool) {
 		base64.StdEncoding.EncodedLen(len(check)) < batchBytes
 	if !fits {
 		x.dropped++
+		closed := x.closed
 		x.mu.Unlock()
+		if closed { // there will be no flush to say so
+			x.drops.warn(x.logger, "headgate: telemetry of flows was dropped", "error", seam.ErrClosed)
+		}
 		return
 	}
 	x.waiting = append(x.waiting, r)
@@ -130,7 +137,7 @@ func (x *exporter) run(ctx context.Context) {
 			timer.Stop()
 		case <-timer.C:
 		}
-		_ = x.flush(ctx) // logged there
+		x.last = x.flush(ctx)
 	}
 }
 
@@ -144,7 +151,11 @@ func (x *exporter) close(ctx context.Context) error {
 	<-x.idle
 	stopCancel()
 	x.cancel()
-	return x.flush(ctx)
+	err := errors.Join(x.last, x.flush(ctx))
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", ctx.Err(), err)
+	}
+	return err
 }
 
 // flush sends all that is waiting, in as many batches as it takes. What cannot be sent is dropped: the agent's view of
@@ -177,13 +188,13 @@ func (x *exporter) flush(ctx context.Context) error {
 	x.dropped += int64(lost)
 	dropped := x.dropped
 	x.mu.Unlock()
-	if dropped > 0 && x.drops.warn(x.logger, time.Now(), "headgate: telemetry of flows was dropped", "flows", dropped, "error", failed) {
+	if dropped > 0 && x.drops.warn(x.logger, "headgate: telemetry of flows was dropped", "flows", dropped, "error", failed) {
 		x.mu.Lock()
 		x.dropped -= dropped
 		x.mu.Unlock()
 	}
 	if lost > 0 {
-		return fmt.Errorf("telemetry of %d flows was not sent: %w", lost, errors.Join(failed, ctx.Err()))
+		return fmt.Errorf("telemetry of %d flows was not sent: %w", lost, failed)
 	}
 	return nil
 }

@@ -90,6 +90,7 @@ type Agent struct {
 	server   *grpc.Server
 	listener *listener
 	stopping chan struct{} // ends the calls that hang
+	once     sync.Once     // closes it
 
 	mu      sync.Mutex
 	scripts map[string][]Answer // by control point; "" for all others
@@ -130,8 +131,7 @@ func NewAgent(t testing.TB) *Agent {
 		}
 	}()
 	t.Cleanup(func() {
-		close(a.stopping)
-		a.Thaw()
+		a.release()
 		a.server.Stop()
 		<-served
 	})
@@ -146,15 +146,29 @@ func (a *Agent) Client(opts ...flowctl.Option) *flowctl.Client {
 	if err != nil {
 		a.t.Fatalf("flowtest: %v", err)
 	}
-	a.t.Cleanup(func() { _ = client.Close(context.Background()) })
+	a.t.Cleanup(func() {
+		a.release() // what hangs must not hold up the client's last telemetry
+		_ = client.Close(context.Background())
+	})
 	return client
+}
+
+// release ends what hangs: the test is over.
+func (a *Agent) release() {
+	a.once.Do(func() { close(a.stopping) })
+	a.Thaw()
 }
 
 // Dialer leads a connection to this agent, whatever address it dials.
 func (a *Agent) Dialer() grpc.DialOption {
 	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-		return a.listener.DialContext(ctx)
+		return a.DialContext(ctx)
 	})
+}
+
+// DialContext opens a connection to the agent, for dialers of a test's own.
+func (a *Agent) DialContext(ctx context.Context) (net.Conn, error) {
+	return a.listener.DialContext(ctx)
 }
 
 // Answer sets what becomes of checks from now on, at control points that [Agent.AnswerAt] says nothing about: the first

@@ -178,9 +178,6 @@ type Extra struct {
 	Result    CacheAnswer
 	Global    map[string]CacheAnswer
 
-	// Waited is how long the flow was queued.
-	Waited time.Duration
-
 	// Wire is what the remote agent keeps of its answer.
 	Wire any
 }

@@ -2,6 +2,7 @@
 package wire
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -62,9 +63,6 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 	for i := range v.Len() {
 		m.LimiterDecisions = append(m.LimiterDecisions, decision(v.At(i)))
 	}
-	if v.Extra != nil {
-		m.End = timestamppb.New(time.Unix(0, v.Start).Add(v.Extra.Waited))
-	}
 	if v.Rejected {
 		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
 		m.RejectReason = checkv1.CheckResponse_RejectReason(v.Reason)
@@ -118,18 +116,18 @@ func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
 	switch c.Kind {
 	case seam.KindRateLimiter:
 		m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
-			Label: Label(d), TokensInfo: tokens,
+			Label: label(d), TokensInfo: tokens,
 		}}
 	case seam.KindConcurrencyLimiter:
 		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
-			Label: Label(d), TokensInfo: tokens, RequestId: SlotID(d.Slot),
+			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot),
 		}}
 	}
 	return m
 }
 
-// Label is how the wire names the bucket that decided.
-func Label(d *seam.LimiterDecision) string {
+// label is how the wire names the bucket that decided.
+func label(d *seam.LimiterDecision) string {
 	switch d.Scope {
 	case seam.ScopeDefault:
 		return "default"
@@ -140,8 +138,8 @@ func Label(d *seam.LimiterDecision) string {
 	}
 }
 
-// SlotID is how the wire names a slot; "" for none.
-func SlotID(slot uint64) string {
+// slotID is how the wire names a slot; "" for none.
+func slotID(slot uint64) string {
 	if slot == 0 {
 		return ""
 	}
@@ -163,7 +161,7 @@ func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse
 }
 
 func keyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
-	m := &checkv1.KeyLookupResponse{Value: a.Value}
+	m := &checkv1.KeyLookupResponse{Value: bytes.Clone(a.Value)}
 	if !a.Hit {
 		m.LookupStatus = checkv1.CacheLookupStatus_MISS
 	}
