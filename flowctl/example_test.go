@@ -111,7 +111,9 @@ func ExampleDialEnv() {
 	defer func() { _ = client.Close(context.Background()) }()
 
 	flow := client.Start(context.Background(), "checkout", flowctl.Params{})
-	fmt.Println(flow.Decision())
+	if !flow.ShouldRun() {
+		fmt.Println(flow.Err())
+	}
 	_, _ = flow.End(context.Background())
 }
 
