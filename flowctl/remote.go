@@ -500,7 +500,8 @@ func (r *remote) Ready(ctx context.Context) error {
 		r.answered()
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("it refuses the API key: %w", err)
-	case code == codes.Unimplemented:
+	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
+		// So say servers in Go, as agents are. Of one that lacks just this method nothing follows for checks.
 		return fmt.Errorf("it does not speak the protocol: %w", err)
 	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.Canceled:
 		return err

@@ -164,11 +164,6 @@ func (a *anAgent) Check(_ context.Context, r *checkv1.CheckRequest) (*checkv1.Ch
 	return new(checkv1.CheckResponse), nil
 }
 
-// CacheLookup answers the client that wants to know whether an agent is there.
-func (a *anAgent) CacheLookup(context.Context, *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
-	return new(checkv1.CacheLookupResponse), nil
-}
-
 // serve serves the agent on this machine until the test ends.
 func serve(t *testing.T, agent *anAgent) (address string) {
 	t.Helper()
