@@ -3,17 +3,12 @@ package flowctl
 import (
 	"context"
 	"encoding/base64"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"time"
 
-	commonv1 "go.opentelemetry.io/proto/otlp/common/v1"
-	resourcev1 "go.opentelemetry.io/proto/otlp/resource/v1"
-	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -55,6 +50,7 @@ type exporter struct {
 	cancel context.CancelFunc
 	drops  limitedLog
 	spare  []record // the buffer that is not in use
+	batch  batch    // of the flush that is under way: run's, and when run has returned, close's
 	last   error    // of run's last flush; for close, when run has returned
 }
 
@@ -169,8 +165,10 @@ func (x *exporter) flush(ctx context.Context) error {
 	var failed error
 	lost := 0
 	for rest := records; len(rest) > 0; {
-		n, spans := nextBatch(rest)
-		if err := x.send(ctx, spans); err != nil {
+		var message []byte
+		var n int
+		message, n = x.batch.encode(rest)
+		if err := x.send(ctx, message); err != nil {
 			failed = err
 			lost += n
 		}
@@ -199,67 +197,15 @@ func (x *exporter) flush(ctx context.Context) error {
 	return nil
 }
 
-func (x *exporter) send(ctx context.Context, spans []*tracev1.Span) error {
+func (x *exporter) send(ctx context.Context, message []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
 	defer cancel()
-	// On the wire the collector's request is a TracesData, and its answer, of which nothing is read, an empty message.
-	err := x.conn.Invoke(ctx, collector.Export, &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{
-		Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", version)}},
-		ScopeSpans: []*tracev1.ScopeSpans{{Spans: spans}},
-	}}}, new(emptypb.Empty), x.calls...)
+	// Fields that a message does not know are sent as they are, and of the answer nothing is read.
+	req := new(emptypb.Empty)
+	req.ProtoReflect().SetUnknown(message)
+	err := x.conn.Invoke(ctx, collector.Export, req, new(emptypb.Empty), x.calls...)
 	if err == nil {
 		x.answered()
 	}
 	return err
-}
-
-// nextBatch encodes as many of the records as a message may hold, and says how many.
-func nextBatch(records []record) (int, []*tracev1.Span) {
-	var spans []*tracev1.Span
-	size := 0
-	for i := range records {
-		s := encode(&records[i])
-		size += proto.Size(s) + 8
-		if size > batchBytes && i > 0 {
-			return i, spans
-		}
-		spans = append(spans, s)
-	}
-	return len(records), spans
-}
-
-// encode makes the span of one record.
-func encode(r *record) *tracev1.Span {
-	st := StatusOK
-	if r.failed {
-		st = StatusError
-	}
-	ids := make([]byte, 24)
-	binary.LittleEndian.PutUint64(ids, rand.Uint64())
-	binary.LittleEndian.PutUint64(ids[8:], rand.Uint64())
-	binary.LittleEndian.PutUint64(ids[16:], rand.Uint64()|1) // never the zero that stands for none
-	return &tracev1.Span{
-		TraceId:           ids[:16],
-		SpanId:            ids[16:],
-		Name:              "Aperture Check",
-		Kind:              tracev1.Span_SPAN_KIND_INTERNAL,
-		StartTimeUnixNano: uint64(r.start),
-		EndTimeUnixNano:   uint64(r.end),
-		Attributes: []*commonv1.KeyValue{
-			text("aperture.source", "sdk"),
-			number("aperture.flow_start_timestamp", r.start),
-			number("aperture.workload_start_timestamp", r.workload),
-			number("aperture.flow_end_timestamp", r.end),
-			text("aperture.flow.status", st.String()),
-			text("aperture.check_response", base64.StdEncoding.EncodeToString(r.check)),
-		},
-	}
-}
-
-func text(key, value string) *commonv1.KeyValue {
-	return &commonv1.KeyValue{Key: key, Value: &commonv1.AnyValue{Value: &commonv1.AnyValue_StringValue{StringValue: value}}}
-}
-
-func number(key string, value int64) *commonv1.KeyValue {
-	return &commonv1.KeyValue{Key: key, Value: &commonv1.AnyValue{Value: &commonv1.AnyValue_IntValue{IntValue: value}}}
 }
