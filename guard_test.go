@@ -2,22 +2,31 @@ package headgate_test
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"sync"
 	"testing"
 	"time"
 
+	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/agent"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -195,7 +204,7 @@ type side struct {
 	setUp func(t *testing.T, s situation) (client *flowctl.Client, ends func() []ended)
 }
 
-var sides = []side{{"remote", remoteSide}, {"embedded", embeddedSide}}
+var sides = []side{{"remote", remoteSide}, {"embedded", embeddedSide}, {"served", servedSide}}
 
 // remoteSide is an agent over gRPC. It gives every flow a slot, so that each must be ended by a call.
 func remoteSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
@@ -245,7 +254,8 @@ func (r *recorder) End(ctx context.Context, req *seam.Request, v *seam.Verdict, 
 	return r.Agent.End(ctx, req, v, failed)
 }
 
-func embeddedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
+// oneSlot is an engine that lets one flow in at a time, or, where the agent is to say no, none.
+func oneSlot(t *testing.T, s situation) *engine.Engine {
 	slots := policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour}
 	if s.rejects {
 		slots.Max = 0
@@ -255,6 +265,92 @@ func embeddedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = e.Close() })
+	return e
+}
+
+// servedSide is an engine that is served over gRPC. What it hears of ends it tells by the telemetry that comes in.
+func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
+	e := oneSlot(t, s)
+	listener := bufconn.Listen(1 << 20)
+	server := grpc.NewServer(agent.ServerOptions()...)
+	// The engine's own trace service counts; this one reads.
+	var mu sync.Mutex
+	var ends []ended
+	agent.Register(only{server, "aperture.flowcontrol.check.v1.FlowControlService"}, e)
+	collector.Register(server, func(_ context.Context, data *tracev1.TracesData) error {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, span := range data.GetResourceSpans()[0].GetScopeSpans()[0].GetSpans() {
+			ends = append(ends, endOf(t, span))
+		}
+		return nil
+	})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	opts := append(s.options(), flowctl.WithInsecure(), flowctl.WithCheckTimeout(10*time.Second), flowctl.WithDialOptions(
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })))
+	client, err := flowctl.Dial("passthrough:///localhost", opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.silent {
+		_ = e.Close() // then it answers Unavailable
+	}
+	return client, func() []ended {
+		if err := client.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		var v seam.Verdict
+		if err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); err == nil && v.Rejected != s.rejects {
+			t.Error("the slot was not given back")
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return ends
+	}
+}
+
+// only registers one of several services.
+type only struct {
+	grpc.ServiceRegistrar
+	name string
+}
+
+func (o only) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	if desc.ServiceName == o.name {
+		o.ServiceRegistrar.RegisterService(desc, impl)
+	}
+}
+
+// endOf reads how a flow was ended from its record.
+func endOf(t *testing.T, span *tracev1.Span) (e ended) {
+	for _, kv := range span.GetAttributes() {
+		switch text := kv.GetValue().GetStringValue(); kv.GetKey() {
+		case "aperture.flow.status":
+			e.status = flowctl.StatusError
+			if text == "OK" {
+				e.status = flowctl.StatusOK
+			}
+		case "aperture.check_response":
+			wire, err := base64.StdEncoding.DecodeString(text)
+			m := new(checkv1.CheckResponse)
+			if err := errors.Join(err, proto.Unmarshal(wire, m)); err != nil {
+				t.Error(err)
+			}
+			e.point = m.GetControlPoint()
+		}
+	}
+	return e
+}
+
+func embeddedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
+	e := oneSlot(t, s)
 	agent := &recorder{Agent: e}
 	client, err := flowctl.New(agent, s.options()...)
 	if err != nil {
@@ -432,7 +528,7 @@ func (c cell) checkEnds(t *testing.T, ends []ended, fellBack bool) {
 		}
 		want = append(want, ended{point, st})
 	}
-	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !c.s.cancel && !(c.s.silent && c.side.name == "embedded") {
+	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !c.s.cancel && !(c.s.silent && c.side.name != "remote") {
 		inner := ended{innerPoint, flowctl.StatusOK}
 		if c.s.runs {
 			want = append([]ended{inner}, want...)

@@ -33,6 +33,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,6 +53,7 @@ type Engine struct {
 	epoch    time.Time
 	points   map[string][]member // by control point
 	limiters []limiter
+	holders  map[identity]holder
 	warnings []string
 
 	results *cache
@@ -64,6 +66,15 @@ type Engine struct {
 }
 
 var _ seam.Agent = (*Engine)(nil)
+
+// identity is how a component is named over the wire.
+type identity struct{ policy, hash, id string }
+
+// A holder is a limiter whose slots others may end.
+type holder struct {
+	slotHolder
+	labelKey string
+}
 
 // A member is a component in its place at one control point.
 type member struct {
@@ -91,6 +102,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		logger:       slog.New(slog.DiscardHandler),
 		epoch:        time.Now(),
 		points:       make(map[string][]member),
+		holders:      make(map[identity]holder),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
 	}
@@ -158,6 +170,10 @@ func (e *Engine) add(p policy.Policy) error {
 			return fmt.Errorf("policy %q: components[%d]: the engine cannot run a %T", p.Name, i, c)
 		}
 		e.limiters = append(e.limiters, l)
+		if h, ok := l.(slotHolder); ok {
+			c := l.identity()
+			e.holders[identity{c.Policy, c.Hash, c.ID}] = holder{h, c.LabelKey}
+		}
 		if err := e.place(l, selectors); err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
@@ -300,6 +316,35 @@ func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool
 		}
 	}
 	return r, nil
+}
+
+// EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It
+// reports whether the engine knows the limiter, and whether the slot was still taken.
+func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64) (known, returned bool) {
+	h, ok := e.holders[identity{policyName, hash, component}]
+	if !ok {
+		return false, false
+	}
+	d := seam.LimiterDecision{Scope: seam.ScopeDefault, Slot: slot}
+	if h.labelKey != "" {
+		d.Scope = seam.ScopeLabel
+		if d.Label, ok = strings.CutPrefix(label, h.labelKey+":"); !ok {
+			return true, false
+		}
+	}
+	return true, h.giveBack(e.now(), &d)
+}
+
+// Lookup finds a value in a cache. Package agent calls it; flows look up with their check.
+func (e *Engine) Lookup(key seam.CacheKey) seam.CacheAnswer {
+	switch c, k := e.cache(key); {
+	case e.closed.Load():
+		return seam.CacheAnswer{Err: seam.ErrClosed}
+	case key.Key == "":
+		return seam.CacheAnswer{Err: errNoCacheKey}
+	default:
+		return c.lookup(k)
+	}
 }
 
 // Store puts a value into a cache. Clients of package flowctl call it.

@@ -65,22 +65,12 @@ func end(flow *flowctl.Flow) flowctl.EndResponse {
 
 // What a real agent answered.
 func TestVectors(t *testing.T) {
-	for name, opts := range map[string]vectors.Options{
-		"rl-burst-then-refill":     {TokensPerSecond: 2},
-		"rl-delay-initial-fill":    {TokensPerSecond: 2},
-		"rl-global-bucket":         {TokensPerSecond: 1.0 / 60},
-		"rl-missing-label":         {},
-		"cl-inflight-and-end":      {},
-		"cl-max-inflight-duration": {},
-		"label-matchers":           {DecisionsOnly: true}, // a limit of 0 lets everything pass there, and nothing here
-		"cache":                    {},
-		"ramp-mode":                {Only: []string{"r2", "r3", "r4"}}, // r0 and r1 need a sampler, r5 is invalid here
-	} {
+	for name, opts := range vectors.Limiters() {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := vectors.Load(t, name)
 				var policies []policy.Policy
-				if data := s.PolicyData(t); data != nil && name != "ramp-mode" {
+				if data := s.PolicyData(t, opts); data != nil {
 					var err error
 					if policies, err = policy.Parse(s.Policy, data); err != nil {
 						t.Fatal(err)

@@ -169,7 +169,7 @@ func callerEnded(ctx context.Context, err error) bool {
 
 // prepare fills the request, and says what is wrong with it.
 func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params) error {
-	if err := checkControlPoint(req.ControlPoint); err != nil {
+	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
 		return err
 	}
 	var err error

@@ -9,6 +9,8 @@ import (
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 const scope = "github.com/headgate-go/headgate/flowctl"
@@ -58,7 +60,7 @@ func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*ob
 
 // start opens the flow's span, which becomes part of the flow's context.
 func (o *observer) start(f *Flow) {
-	if o.tracer == nil || checkControlPoint(f.req.ControlPoint) != nil {
+	if o.tracer == nil || seam.CheckControlPoint(f.req.ControlPoint) != nil {
 		return
 	}
 	ctx, s := o.tracer.Start(f.parent, "headgate "+f.req.ControlPoint,

@@ -62,22 +62,6 @@ func (p UnreachablePolicy) String() string {
 	}
 }
 
-// maxControlPoint is the longest control point, in bytes.
-const maxControlPoint = 255
-
-func checkControlPoint(controlPoint string) error {
-	switch {
-	case controlPoint == "":
-		return errors.New("control point is empty")
-	case len(controlPoint) > maxControlPoint:
-		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), maxControlPoint)
-	case !utf8.ValidString(controlPoint):
-		return errors.New("control point is not valid UTF-8")
-	default:
-		return nil
-	}
-}
-
 // lookup gives the cache entries that the flow looks up; nil when none.
 func (p *Params) lookup() (*seam.Lookup, error) {
 	if p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0 {

@@ -6,8 +6,10 @@ package seam
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"time"
+	"unicode/utf8"
 )
 
 // ErrClosed is what an agent answers with after it was closed.
@@ -44,6 +46,23 @@ type Request struct {
 	Lookup *Lookup
 
 	RampMode bool
+}
+
+// maxControlPoint is the longest control point, in bytes.
+const maxControlPoint = 255
+
+// CheckControlPoint says what is wrong with a control point; nil when nothing is. Clients and servers agree on it.
+func CheckControlPoint(controlPoint string) error {
+	switch {
+	case controlPoint == "":
+		return errors.New("control point is empty")
+	case len(controlPoint) > maxControlPoint:
+		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), maxControlPoint)
+	case !utf8.ValidString(controlPoint):
+		return errors.New("control point is not valid UTF-8")
+	default:
+		return nil
+	}
 }
 
 // Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or

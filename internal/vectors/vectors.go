@@ -71,9 +71,9 @@ func Load(t *testing.T, name string) *Scenario {
 }
 
 // PolicyData is the scenario's policy file; nil for none.
-func (s *Scenario) PolicyData(t *testing.T) []byte {
+func (s *Scenario) PolicyData(t *testing.T, opts Options) []byte {
 	t.Helper()
-	if s.Policy == "" {
+	if s.Policy == "" || opts.WithoutPolicy {
 		return nil
 	}
 	data, err := recordings.ReadFile("testdata/policies/" + s.Policy)
@@ -88,11 +88,31 @@ type Options struct {
 	// Only names the steps to replay; nil means all.
 	Only []string
 
+	// WithoutPolicy leaves out the policy, which the steps do not need.
+	WithoutPolicy bool
+
 	// DecisionsOnly compares just whether a step carries a limiter decision.
 	DecisionsOnly bool
 
 	// TokensPerSecond is how fast the policy's buckets fill, which makes token counts drift.
 	TokensPerSecond float64
+}
+
+// Limiters are the scenarios about control points, rate and concurrency limiters and caches, with what to compare of
+// each.
+func Limiters() map[string]Options {
+	return map[string]Options{
+		"rl-burst-then-refill":     {TokensPerSecond: 2},
+		"rl-delay-initial-fill":    {TokensPerSecond: 2},
+		"rl-global-bucket":         {TokensPerSecond: 1.0 / 60},
+		"rl-missing-label":         {},
+		"cl-inflight-and-end":      {},
+		"cl-max-inflight-duration": {},
+		"label-matchers":           {DecisionsOnly: true}, // a limit of 0 lets everything pass there, and nothing here
+		"cache":                    {},
+		// r0 and r1 need a sampler, and r5 is invalid here.
+		"ramp-mode": {Only: []string{"r2", "r3", "r4"}, WithoutPolicy: true},
+	}
 }
 
 // Replay makes the scenario's calls at their times, and reports every difference.

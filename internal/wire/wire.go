@@ -146,21 +146,31 @@ func slotID(slot uint64) string {
 	return strconv.FormatUint(slot, 16)
 }
 
+// ReadSlotID reads the wire's name of a slot; 0 when it is none.
+func ReadSlotID(id string) uint64 {
+	slot, err := strconv.ParseUint(id, 16, 64)
+	if err != nil {
+		return 0
+	}
+	return slot
+}
+
 func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse {
 	m := &checkv1.CacheLookupResponse{}
 	if asked.Result != "" {
-		m.ResultCacheResponse = keyLookup(x.Result)
+		m.ResultCacheResponse = KeyLookup(x.Result)
 	}
 	for key, a := range x.Global {
 		if m.GlobalCacheResponses == nil {
 			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(x.Global))
 		}
-		m.GlobalCacheResponses[key] = keyLookup(a)
+		m.GlobalCacheResponses[key] = KeyLookup(a)
 	}
 	return m
 }
 
-func keyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
+// KeyLookup is the message that tells what became of one lookup.
+func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
 	m := &checkv1.KeyLookupResponse{Value: bytes.Clone(a.Value)}
 	if !a.Hit {
 		m.LookupStatus = checkv1.CacheLookupStatus_MISS

@@ -1,0 +1,229 @@
+// Package agent serves an engine to other processes: it speaks the Aperture flow-control protocol over gRPC, so that
+// any number of clients, of Headgate and of other SDKs, share one set of limits.
+//
+//	server := grpc.NewServer(agent.ServerOptions()...)
+//	agent.Register(server, limits)
+//	err := server.Serve(listener)
+//
+// Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
+// here, with what is wrong. A check's deadline is the longest that it waits.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// The bounds of a request.
+const (
+	maxCacheKey  = 255 // bytes
+	maxCacheKeys = 64
+	maxSlots     = 256
+)
+
+// A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
+// its own.
+type Server struct {
+	engine *engine.Engine
+	spans  atomic.Uint64
+}
+
+// Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
+// engine remains the caller's to close, after s has stopped.
+func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
+	srv := &Server{engine: e}
+	checkv1.RegisterFlowControlServiceServer(s, service{server: srv})
+	collector.Register(s, srv.export)
+	return srv
+}
+
+// ServerOptions are what a gRPC server for agents should be made with: clients may send pings every 5 s, where gRPC's
+// own default of 5 minutes ends the connections of those SDKs that ping more often, and every check that waits on them.
+func ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.WaitForHandlers(true),
+	}
+}
+
+// Spans is how many records of flows clients have sent so far. They are counted, so that every SDK's export succeeds,
+// and not kept.
+func (s *Server) Spans() uint64 { return s.spans.Load() }
+
+func (s *Server) export(_ context.Context, data *tracev1.TracesData) error {
+	for _, r := range data.GetResourceSpans() {
+		for _, scope := range r.GetScopeSpans() {
+			s.spans.Add(uint64(len(scope.GetSpans())))
+		}
+	}
+	return nil
+}
+
+// service is the server's side of the protocol.
+type service struct {
+	checkv1.UnimplementedFlowControlServiceServer
+	server *Server
+}
+
+func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
+	req := seam.Request{
+		ControlPoint: m.GetControlPoint(),
+		Labels:       seam.Labels{Params: m.GetLabels()},
+		RampMode:     m.GetRampMode(),
+	}
+	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
+		return nil, invalid(err)
+	}
+	if err := labels.Check(req.Labels.Params); err != nil {
+		return nil, invalid(err)
+	}
+	if lookup := m.GetCacheLookupRequest(); lookup.GetResultCacheKey() != "" || len(lookup.GetGlobalCacheKeys()) > 0 {
+		// The control point is the check's; one in the lookup would read another's results.
+		req.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
+		if err := checkKeys(req.Lookup.Result, req.Lookup.Global); err != nil {
+			return nil, invalid(err)
+		}
+	}
+	var v seam.Verdict
+	if err := s.server.engine.Check(ctx, &req, &v); err != nil {
+		return nil, closed(err)
+	}
+	if ctx.Err() != nil {
+		// Nobody will end what the client never hears of.
+		_, _ = s.server.engine.End(ctx, &req, &v, true)
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	response := wire.Response(&req, &v)
+	response.ExpectEnd = m.GetExpectEnd()
+	return response, nil
+}
+
+func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
+	if n := len(m.GetInflightRequests()); n > maxSlots {
+		return nil, invalid(fmt.Errorf("%d in-flight requests are more than %d", n, maxSlots))
+	}
+	response := new(checkv1.FlowEndResponse)
+	for _, ref := range m.GetInflightRequests() {
+		known, returned := s.server.engine.EndSlot(
+			ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
+		one := &checkv1.TokenReturnStatus{InflightRequestRef: ref, Returned: returned}
+		if !known {
+			one.Error = "flow ender not found for limiter id"
+		}
+		response.TokenReturnStatuses = append(response.TokenReturnStatuses, one)
+	}
+	return response, nil
+}
+
+func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
+	if err := checkKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()); err != nil {
+		return nil, invalid(err)
+	}
+	response := new(checkv1.CacheLookupResponse)
+	if key := m.GetResultCacheKey(); key != "" {
+		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
+			return nil, invalid(err)
+		}
+		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key}))
+	}
+	for _, key := range m.GetGlobalCacheKeys() {
+		if response.GlobalCacheResponses == nil {
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(m.GetGlobalCacheKeys()))
+		}
+		response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{Key: key, Global: true}))
+	}
+	return response, nil
+}
+
+func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
+	store := func(key seam.CacheKey, e *checkv1.CacheEntry) *checkv1.KeyUpsertResponse {
+		// A time to live that is none is the default, as one that is not there.
+		err := s.server.engine.Store(ctx, key, e.GetValue(), max(e.GetTtl().AsDuration(), 0))
+		operation, text := outcome(err)
+		return &checkv1.KeyUpsertResponse{OperationStatus: operation, Error: text}
+	}
+	if err := checkKeys(m.GetResultCacheEntry().GetKey(), slices.Collect(maps.Keys(m.GetGlobalCacheEntries()))); err != nil {
+		return nil, invalid(err)
+	}
+	response := new(checkv1.CacheUpsertResponse)
+	if e := m.GetResultCacheEntry(); e.GetKey() != "" {
+		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
+			return nil, invalid(err)
+		}
+		response.ResultCacheResponse = store(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: e.GetKey()}, e)
+	}
+	for key, e := range m.GetGlobalCacheEntries() {
+		if response.GlobalCacheResponses == nil {
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyUpsertResponse, len(m.GetGlobalCacheEntries()))
+		}
+		response.GlobalCacheResponses[key] = store(seam.CacheKey{Key: key, Global: true}, e)
+	}
+	return response, nil
+}
+
+func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {
+	remove := func(key seam.CacheKey) *checkv1.KeyDeleteResponse {
+		operation, text := outcome(s.server.engine.Delete(ctx, key))
+		return &checkv1.KeyDeleteResponse{OperationStatus: operation, Error: text}
+	}
+	if err := checkKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()); err != nil {
+		return nil, invalid(err)
+	}
+	response := new(checkv1.CacheDeleteResponse)
+	if key := m.GetResultCacheKey(); key != "" {
+		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
+			return nil, invalid(err)
+		}
+		response.ResultCacheResponse = remove(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
+	}
+	for _, key := range m.GetGlobalCacheKeys() {
+		if response.GlobalCacheResponses == nil {
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyDeleteResponse, len(m.GetGlobalCacheKeys()))
+		}
+		response.GlobalCacheResponses[key] = remove(seam.CacheKey{Key: key, Global: true})
+	}
+	return response, nil
+}
+
+// outcome is what became of one cache entry, for the wire.
+func outcome(err error) (checkv1.CacheOperationStatus, string) {
+	if err != nil {
+		return checkv1.CacheOperationStatus_ERROR, err.Error()
+	}
+	return checkv1.CacheOperationStatus_SUCCESS, ""
+}
+
+func invalid(err error) error { return status.Error(codes.InvalidArgument, err.Error()) }
+
+// closed is the status for an engine that no longer decides: the client is to go elsewhere.
+func closed(err error) error { return status.Error(codes.Unavailable, "engine: "+err.Error()) }
+
+// checkKeys says what is wrong with cache keys, and not what they are.
+func checkKeys(result string, global []string) error {
+	if len(global) > maxCacheKeys {
+		return fmt.Errorf("%d global cache keys are more than %d", len(global), maxCacheKeys)
+	}
+	for _, key := range slices.Concat(global, []string{result}) {
+		if len(key) > maxCacheKey {
+			return fmt.Errorf("cache key of %d bytes is longer than %d", len(key), maxCacheKey)
+		}
+	}
+	return nil
+}

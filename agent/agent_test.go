@@ -1,0 +1,307 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/headgate-go/headgate/agent"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/vectors"
+	"github.com/headgate-go/headgate/policy"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// served is an engine that is served in memory.
+type served struct {
+	engine *engine.Engine
+	server *agent.Server
+	dialer grpc.DialOption
+}
+
+func serve(t testing.TB, policies []policy.Policy) *served {
+	t.Helper()
+	e, err := engine.New(policies)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := bufconn.Listen(1 << 20)
+	server := grpc.NewServer(agent.ServerOptions()...)
+	s := &served{engine: e, server: agent.Register(server, e), dialer: grpc.WithContextDialer(
+		func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(l) }()
+	t.Cleanup(func() {
+		server.Stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		_ = e.Close()
+	})
+	return s
+}
+
+// client is a client of the toolkit's.
+func (s *served) client(t testing.TB) *flowctl.Client {
+	t.Helper()
+	c, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithDialOptions(s.dialer))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close(context.Background()) })
+	return c
+}
+
+// stub is a client of the bare protocol.
+func (s *served) stub(t testing.TB) checkv1.FlowControlServiceClient {
+	t.Helper()
+	conn, err := grpc.NewClient("passthrough:///localhost", s.dialer, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return checkv1.NewFlowControlServiceClient(conn)
+}
+
+// The recordings of a real agent, over the wire.
+func TestVectors(t *testing.T) {
+	for name, opts := range vectors.Limiters() {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := vectors.Load(t, name)
+				var policies []policy.Policy
+				if data := s.PolicyData(t, opts); data != nil {
+					var err error
+					if policies, err = policy.Parse(s.Policy, data); err != nil {
+						t.Fatal(err)
+					}
+				}
+				s.Replay(t, serve(t, policies).client(t), opts)
+			})
+		})
+	}
+}
+
+func slots(limit float64) []policy.Policy {
+	return []policy.Policy{{Name: "slots", Components: []policy.Component{
+		policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: limit, MaxInflight: time.Hour, LimitBy: "user_id"},
+	}}}
+}
+
+// Two clients share one limit, and a flow of one frees a slot for the other.
+func TestClientsShareLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := serve(t, slots(1))
+		a, b := s.client(t), s.client(t)
+		params := flowctl.Params{Labels: map[string]string{"user_id": "u:1"}} // a colon, as in the wire's own notation
+		flow := a.Start(t.Context(), "point", params)
+		if !flow.ShouldRun() || b.Start(t.Context(), "point", params).ShouldRun() {
+			t.Fatal("want one flow of one slot")
+		}
+		if got, err := flow.End(t.Context()); got != (flowctl.EndResponse{Held: 1, Returned: 1}) || err != nil {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		if !b.Start(t.Context(), "point", params).ShouldRun() {
+			t.Error("the slot was not freed")
+		}
+		_ = a.Close(t.Context())
+		if got := s.server.Spans(); got != 1 {
+			t.Errorf("%d records of flows want 1", got)
+		}
+	})
+}
+
+func TestInvalidArgument(t *testing.T) {
+	const secret = "sesame"
+	stub := serve(t, nil).stub(t)
+	many := make(map[string]string)
+	keys := make([]string, 70)
+	for i := range 65 {
+		many[fmt.Sprint(i)] = secret
+	}
+	for name, call := range map[string]func(context.Context) error{
+		"no control point": func(ctx context.Context) error {
+			_, err := stub.Check(ctx, &checkv1.CheckRequest{})
+			return err
+		},
+		"long control point": func(ctx context.Context) error {
+			_, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: strings.Repeat("p", 256)})
+			return err
+		},
+		"many labels": func(ctx context.Context) error {
+			_, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: "point", Labels: many})
+			return err
+		},
+		"long label": func(ctx context.Context) error {
+			_, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"k": strings.Repeat(secret, 1000)}})
+			return err
+		},
+		"long cache key": func(ctx context.Context) error {
+			_, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{ResultCacheKey: strings.Repeat(secret, 100)}})
+			return err
+		},
+		"many cache keys": func(ctx context.Context) error {
+			_, err := stub.CacheLookup(ctx, &checkv1.CacheLookupRequest{GlobalCacheKeys: keys})
+			return err
+		},
+		"a result without a control point": func(ctx context.Context) error {
+			_, err := stub.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{ResultCacheEntry: &checkv1.CacheEntry{Key: "k"}})
+			return err
+		},
+		"deleting without a control point": func(ctx context.Context) error {
+			_, err := stub.CacheDelete(ctx, &checkv1.CacheDeleteRequest{ResultCacheKey: "k"})
+			return err
+		},
+		"many slots": func(ctx context.Context) error {
+			_, err := stub.FlowEnd(ctx, &checkv1.FlowEndRequest{InflightRequests: make([]*checkv1.InflightRequestRef, 257)})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := call(t.Context())
+			if status.Code(err) != codes.InvalidArgument || strings.Contains(err.Error(), secret) {
+				t.Errorf("error = %v want InvalidArgument, and nothing of what was sent", err)
+			}
+		})
+	}
+}
+
+func TestFlowEnd(t *testing.T) {
+	stub := serve(t, slots(1)).stub(t)
+	check := func() *checkv1.CheckResponse {
+		t.Helper()
+		m, err := stub.Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, ExpectEnd: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	d := check().GetLimiterDecisions()[0]
+	ref := func(change func(*checkv1.InflightRequestRef)) *checkv1.InflightRequestRef {
+		r := &checkv1.InflightRequestRef{
+			PolicyName: d.GetPolicyName(), PolicyHash: d.GetPolicyHash(), ComponentId: d.GetComponentId(),
+			Label: d.GetConcurrencyLimiterInfo().GetLabel(), RequestId: d.GetConcurrencyLimiterInfo().GetRequestId(), Tokens: 1,
+		}
+		change(r)
+		return r
+	}
+	m, err := stub.FlowEnd(t.Context(), &checkv1.FlowEndRequest{ControlPoint: "point", InflightRequests: []*checkv1.InflightRequestRef{
+		nil,
+		ref(func(r *checkv1.InflightRequestRef) { r.PolicyHash = "other" }),
+		ref(func(r *checkv1.InflightRequestRef) { r.Label = "default" }),
+		ref(func(r *checkv1.InflightRequestRef) { r.Label = "user_id:other" }),
+		ref(func(r *checkv1.InflightRequestRef) { r.RequestId = "not an id" }),
+		ref(func(r *checkv1.InflightRequestRef) { r.RequestId = "100000001" }),
+		ref(func(*checkv1.InflightRequestRef) {}),
+		ref(func(*checkv1.InflightRequestRef) {}),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"false flow ender not found for limiter id", "false flow ender not found for limiter id", "false ", "false ", "false ", "false ", "true ", "false "}
+	for i, s := range m.GetTokenReturnStatuses() {
+		if got := fmt.Sprint(s.GetReturned(), " ", s.GetError()); got != want[i] {
+			t.Errorf("reference %d: %q want %q", i, got, want[i])
+		}
+	}
+	if len(m.GetTokenReturnStatuses()) != len(want) {
+		t.Errorf("%d statuses want %d", len(m.GetTokenReturnStatuses()), len(want))
+	}
+	if check().GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+		t.Error("the slot was not freed")
+	}
+}
+
+func TestCacheCalls(t *testing.T) {
+	stub := serve(t, nil).stub(t)
+	if _, err := stub.CacheUpsert(t.Context(), &checkv1.CacheUpsertRequest{
+		ControlPoint:       "point",
+		ResultCacheEntry:   &checkv1.CacheEntry{Key: "r", Value: []byte("one")},
+		GlobalCacheEntries: map[string]*checkv1.CacheEntry{"g": {Value: []byte("two")}, "nothing": nil},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	look := func(point string) *checkv1.CacheLookupResponse {
+		t.Helper()
+		m, err := stub.CacheLookup(t.Context(), &checkv1.CacheLookupRequest{ControlPoint: point, ResultCacheKey: "r", GlobalCacheKeys: []string{"g", "none", ""}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	m := look("point")
+	if string(m.GetResultCacheResponse().GetValue()) != "one" || string(m.GetGlobalCacheResponses()["g"].GetValue()) != "two" {
+		t.Errorf("lookup = %v", m)
+	}
+	if got := m.GetGlobalCacheResponses()["none"].GetLookupStatus(); got != checkv1.CacheLookupStatus_MISS {
+		t.Errorf("lookup of nothing = %v want a miss", got)
+	}
+	if got := m.GetGlobalCacheResponses()[""]; got.GetOperationStatus() != checkv1.CacheOperationStatus_ERROR || got.GetError() == "" {
+		t.Errorf("lookup of no key = %v want an error", got)
+	}
+	if got := look("other").GetResultCacheResponse().GetLookupStatus(); got != checkv1.CacheLookupStatus_MISS {
+		t.Errorf("another control point's result = %v want a miss", got)
+	}
+	if _, err := stub.CacheDelete(t.Context(), &checkv1.CacheDeleteRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g", "none"}}); err != nil {
+		t.Fatal(err)
+	}
+	m = look("point")
+	if m.GetResultCacheResponse().GetLookupStatus() != checkv1.CacheLookupStatus_MISS || m.GetGlobalCacheResponses()["g"].GetLookupStatus() != checkv1.CacheLookupStatus_MISS {
+		t.Errorf("lookup after delete = %v want misses", m)
+	}
+}
+
+// A client that has gone holds nothing.
+func TestCheckOfACallerWhoHasGone(t *testing.T) {
+	e, err := engine.New(slots(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	var service checkv1.FlowControlServiceServer
+	agent.Register(registrar(func(impl any) {
+		if s, ok := impl.(checkv1.FlowControlServiceServer); ok {
+			service = s
+		}
+	}), e)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	req := &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}}
+	if _, err := service.Check(ctx, req); status.Code(err) != codes.Canceled {
+		t.Errorf("Check() = %v want Canceled", err)
+	}
+	if m, err := service.Check(t.Context(), req); err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+		t.Errorf("Check() = %v, %v want the slot free", m, err)
+	}
+}
+
+// registrar takes the services that are registered.
+type registrar func(impl any)
+
+func (r registrar) RegisterService(_ *grpc.ServiceDesc, impl any) { r(impl) }
+
+// A closed engine is one that nobody reaches: clients go on without it, as with an agent that is down.
+func TestClosedEngine(t *testing.T) {
+	s := serve(t, slots(1))
+	client := s.client(t)
+	_ = s.engine.Close()
+	flow := client.Start(t.Context(), "point", flowctl.Params{})
+	if flow.Decision() != flowctl.Unreachable || !errors.Is(flow.Err(), flowctl.ErrUnreachable) {
+		t.Errorf("%v, %v want unreachable", flow, flow.Err())
+	}
+}

@@ -1,0 +1,77 @@
+// Agent serves an engine to other processes, so that they share one set of limits.
+//
+//	go run ./examples/agent
+//
+// Then, in two more terminals, start this at about the same time:
+//
+//	go run ./examples/quickstart -agent localhost:8089
+//
+// Compare what bob is told with what he is told when quickstart runs alone: the two of him have one limit.
+//
+// It listens on this machine only, in plaintext. To serve others give gRPC credentials, and see who may ask.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+
+	"google.golang.org/grpc"
+
+	"github.com/headgate-go/headgate/agent"
+	"github.com/headgate-go/headgate/engine"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "agent:", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	listen := flags.String("listen", "127.0.0.1:8089", "`address` to serve at")
+	policies := flags.String("policies", "examples/quickstart/policy.yaml", "`file` or directory of policies")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
+	}
+
+	limits, err := engine.Load(*policies)
+	if err != nil {
+		return err
+	}
+	defer limits.Close()
+	for _, warning := range limits.Warnings() {
+		fmt.Fprintln(stderr, "warning:", warning)
+	}
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
+	if err != nil {
+		return err
+	}
+
+	server := grpc.NewServer(agent.ServerOptions()...)
+	served := agent.Register(server, limits)
+	// Clients that wait for an answer get it; GracefulStop returns when all have hung up or been answered.
+	stopped := context.AfterFunc(ctx, server.GracefulStop)
+	defer stopped()
+	fmt.Fprintf(stdout, "serving %s at %s until interrupted\n", *policies, listener.Addr())
+	if err := server.Serve(listener); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "clients reported %d flows\n", served.Spans())
+	return nil
+}
