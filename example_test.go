@@ -214,3 +214,21 @@ func ExampleDo_rejected() {
 	// Output:
 	// put into the outbox
 }
+
+// A result that can be used again is stored, and calls that find it do not run the function.
+func ExampleCached() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("report"), Capacity: 100, Fill: 100, Interval: time.Minute,
+	})
+	defer done()
+
+	runs := 0
+	report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"}, time.Hour,
+		func(context.Context) (string, error) {
+			runs++
+			return "the report for May", nil
+		}, nil, nil) // no fallback, and values as JSON
+	text, err := report(context.Background())
+	fmt.Println(text, err, runs)
+	// Output: the report for May <nil> 1
+}

@@ -1,0 +1,205 @@
+package headgate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+// A Codec turns values into bytes for a cache, and back. It must be safe for concurrent use.
+type Codec[T any] interface {
+	Encode(v T) ([]byte, error)
+	Decode(data []byte) (T, error)
+}
+
+// Cached is [Guard] for a function whose result can be used again: a call that finds one under params.ResultCacheKey in
+// the control point's result cache returns it, and does not run fn. Without a key the control point is the key.
+//
+// A call that finds none runs fn, and stores what fn returned for the ttl (0: the agent's default, 7 days) unless that
+// was an error. Calls at the same time in one process share one run, each with a flow of its own. The run does not
+// belong to the call that began it: it has that call's context without its cancellation and deadline, and it is
+// canceled when the last call that waits for it has given up. A call that gives up returns its context's error. A panic
+// of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest get an
+// error.
+//
+// What goes wrong with the cache is never the call's error: a value that cannot be decoded is a miss, and one that cannot
+// be stored is not stored. A nil codec is JSON. The cached function is safe for concurrent use if fn, onReject and codec
+// are; callers that share a run share its value.
+func Cached[T any](client Starter, controlPoint string, params flowctl.Params, ttl time.Duration,
+	fn func(context.Context) (T, error), onReject fallback.Func[T], codec Codec[T],
+) func(context.Context) (T, error) {
+	if params.ResultCacheKey == "" {
+		params.ResultCacheKey = controlPoint
+	}
+	if codec == nil {
+		codec = jsonCodec[T]{}
+	}
+	shared := &shared[T]{controlPoint: controlPoint, ttl: ttl, fn: fn, codec: codec}
+	return Guard(client, controlPoint, params, shared.call, onReject)
+}
+
+// jsonCodec is the codec that nil stands for.
+type jsonCodec[T any] struct{}
+
+func (jsonCodec[T]) Encode(v T) ([]byte, error) { return json.Marshal(v) }
+
+func (jsonCodec[T]) Decode(data []byte) (v T, err error) {
+	err = json.Unmarshal(data, &v)
+	return v, err
+}
+
+// shared is what the calls of one cached function have in common. golang.org/x/sync/singleflight does not fit: it cannot
+// tell when the last caller has left, and a panic of a run that callers wait for on a channel ends the process.
+type shared[T any] struct {
+	controlPoint string
+	ttl          time.Duration
+	fn           func(context.Context) (T, error)
+	codec        Codec[T]
+
+	mu  sync.Mutex
+	run *sharedRun[T] // nil: none is under way
+}
+
+// sharedRun is one run of the function. Its results are written before done is closed, and not after.
+type sharedRun[T any] struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+	value  T
+	data   []byte // value, for the cache; nil when there is nothing to store
+	err    error
+	how    ending
+	panic  any
+
+	// Under shared.mu.
+	waiting int
+	orphan  bool // the call that began it has given up
+	told    bool // of the panic
+}
+
+type ending uint8
+
+const (
+	exited ending = iota // by runtime.Goexit, unless it turns out otherwise
+	returned
+	panicked
+)
+
+var errOtherPanicked = errors.New("the run that the call waited for panicked in another call")
+
+// call is the function that Guard guards.
+func (s *shared[T]) call(ctx context.Context) (T, error) {
+	if flow, ok := flowctl.FromContext(ctx); ok {
+		if data, hit, _ := flow.ResultCache(); hit {
+			if v, err := s.codec.Decode(data); err == nil {
+				return v, nil
+			}
+		}
+	}
+	run, began := s.join(ctx)
+	select {
+	case <-run.done:
+	case <-ctx.Done():
+		s.leave(run, began)
+		var zero T
+		return zero, gaveUp(ctx)
+	}
+	if run.how == returned || !s.tells(run, began) {
+		return run.value, run.err
+	}
+	if run.how == exited {
+		runtime.Goexit()
+	}
+	panic(run.panic) //nolint:forbidigo // it is fn's panic, which goes on
+}
+
+// gaveUp matches both what became of the context and why.
+func gaveUp(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if errors.Is(cause, err) {
+		return cause
+	}
+	return fmt.Errorf("%w: %w", err, cause)
+}
+
+// join waits for the run that is under way, or begins one.
+func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.run == nil {
+		detached, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		s.run = &sharedRun[T]{cancel: cancel, done: make(chan struct{})}
+		began = true
+		go s.do(detached, s.run)
+	}
+	s.run.waiting++
+	return s.run, began
+}
+
+// leave gives up waiting. Without anybody who waits the run is canceled, and the next call begins another.
+func (s *shared[T]) leave(run *sharedRun[T], began bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	run.orphan = run.orphan || began
+	if run.waiting--; run.waiting == 0 {
+		run.cancel()
+		if s.run == run {
+			s.run = nil
+		}
+	}
+}
+
+// tells says whether this is the call that a panic reaches.
+func (s *shared[T]) tells(run *sharedRun[T], began bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if began || run.orphan && !run.told {
+		run.told = true
+		return true
+	}
+	return false
+}
+
+// do is the run. Calls that come until its value is stored get it too.
+func (s *shared[T]) do(ctx context.Context, run *sharedRun[T]) {
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.run == run {
+			s.run = nil
+		}
+	}()
+	defer run.cancel()
+	s.observe(ctx, run)
+	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
+		_ = flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl)
+	}
+}
+
+// observe runs the function, notes how that ended, and lets the calls have it. It recovers because a panic here would
+// end the process, where callers may have their ways to deal with one.
+func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
+	defer close(run.done)
+	defer func() {
+		if run.how == returned {
+			return
+		}
+		run.err = fmt.Errorf("headgate: cached %q: %w", s.controlPoint, errOtherPanicked)
+		if p := recover(); p != nil {
+			run.how, run.panic = panicked, p
+		}
+	}()
+	run.value, run.err = s.fn(ctx)
+	if run.err == nil {
+		if data, err := s.codec.Encode(run.value); err == nil {
+			run.data = append([]byte{}, data...) // not nil
+		}
+	}
+	run.how = returned
+}
