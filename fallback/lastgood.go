@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// A LastGood remembers the last good result of the function that it watches: [LastGood.Watch] goes around the guarded
-// function, and the method value of [LastGood.Func] is the fallback. Results are shared, not copied: nobody may change
+// A LastGood remembers the last good result of the function that it watches: [LastGood.Watch] goes around the function
+// before it is guarded, and the method value of [LastGood.Func] is the fallback. Around the guard, Watch would take the
+// fallback's old result for a new one. Results are shared, not copied: nobody may change
 // what they point to. It is for functions whose result is the same for all callers; a result that depends on who asks
 // would be given to somebody else.
 //

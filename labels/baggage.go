@@ -2,13 +2,15 @@ package labels
 
 import (
 	"context"
+	"strings"
 
 	"go.opentelemetry.io/otel/baggage"
 )
 
 // FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits: those with these keys,
-// or all when no key is given; nil when there are none. Keys are case-sensitive; properties of members are ignored.
-// Members named like a header with credentials never become labels; see the package documentation.
+// or when no key is given all but those that begin with "http." or "rpc.", which are for what a server sees for itself;
+// nil when there are none. Keys are case-sensitive; properties of members are ignored. Members named like a header with
+// credentials never become labels; see the package documentation.
 //
 // Baggage travels with requests: unless a gateway strips it, its values are whatever a peer says.
 func FromBaggage(ctx context.Context, keys ...string) map[string]string {
@@ -25,7 +27,9 @@ func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	}
 	if len(keys) == 0 {
 		for _, member := range bag.Members() {
-			add(member)
+			if key := member.Key(); !strings.HasPrefix(key, "http.") && !strings.HasPrefix(key, "rpc.") {
+				add(member)
+			}
 		}
 	}
 	for _, key := range keys {

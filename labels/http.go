@@ -19,7 +19,7 @@ import (
 //	http.request.header.<name>   of each listed header that is present; the name in lower case with "_" for "-",
 //	                             repeated values joined with ","
 //
-// Headers may be listed in any case. Those that carry credentials never become labels; see the package documentation.
+// Headers may be listed in any case. Host is none of them; http.host has it. Those that carry credentials never become labels; see the package documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
 	m := make(map[string]string, 6+len(headers))
 	set := func(key, value string) {
@@ -37,7 +37,7 @@ func FromRequest(r *http.Request, headers ...string) map[string]string {
 	for _, header := range headers {
 		if values := r.Header.Values(header); len(values) > 0 && !denied(header) {
 			name := strings.ReplaceAll(strings.ToLower(header), "-", "_")
-			m["http.request.header."+name] = strings.Join(values, ",")
+			m[headerPrefix+name] = strings.Join(values, ",")
 		}
 	}
 	return repair(m)

@@ -13,8 +13,14 @@
 // So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
 // that decides what a caller is allowed belongs in layer 4 or 5.
 //
-// Headers and metadata become labels only when they are listed. Authorization, Proxy-Authorization, Cookie, Set-Cookie
-// and X-Api-Key never do, listed or not, written with "-" or "_", and neither do baggage members of these names.
+// Nor does baggage replace what a server sees for itself: members whose names begin with "http." or "rpc." become labels
+// only when they are listed. Metadata has no such prefix; to keep baggage from replacing it, list the members to take.
+//
+// Headers and metadata become labels only when they are listed. Those that carry credentials never do, listed or not, in
+// any case, written with "-" or "_": Authorization, Proxy-Authorization, Cookie, Set-Cookie, Api-Key, X-Api-Key,
+// X-Auth-Token, X-Access-Token, X-Csrf-Token, X-Xsrf-Token, X-Amz-Security-Token, X-Goog-Iap-Jwt-Assertion,
+// X-Forwarded-Access-Token, X-Vault-Token, Private-Token and Cf-Access-Jwt-Assertion. Neither do baggage members of
+// these names, or of the labels that the headers would be.
 //
 // All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. They keep no map or
 // slice that they are given, and the contexts that they return show no label when printed.
@@ -112,11 +118,18 @@ func cut(s string, n int) string {
 	return s[:n]
 }
 
-// denied reports whether a header, metadata key or baggage member carries credentials. Its name may come in any case;
-// "_" counts as "-", for some servers and proxies take the two for one.
+// headerPrefix is what [FromRequest] puts before the name of a header.
+const headerPrefix = "http.request.header."
+
+// denied reports whether a header, metadata key or baggage member carries credentials. Its name may come in any case,
+// and as the label that a header becomes; "_" counts as "-", for some servers and proxies take the two for one.
 func denied(name string) bool {
-	switch strings.ReplaceAll(strings.ToLower(name), "_", "-") {
-	case "authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key":
+	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
+	switch strings.ReplaceAll(name, "_", "-") {
+	case "authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key",
+		"x-auth-token", "x-access-token", "x-csrf-token", "x-xsrf-token", "x-amz-security-token",
+		"x-goog-iap-jwt-assertion", "x-forwarded-access-token", "x-vault-token", "private-token",
+		"cf-access-jwt-assertion":
 		return true
 	}
 	return false

@@ -112,7 +112,9 @@ func TestA18CredentialsStay(t *testing.T) {
 	names := []string{
 		"Authorization", "authorization", "AUTHORIZATION", "Proxy-Authorization", "Proxy_Authorization",
 		"Cookie", "Set-Cookie", "set_cookie", "X-Api-Key", "x-api-key", "X_API_KEY",
+		"http.request.header.authorization", "HTTP.Request.Header.Set_Cookie",
 	}
+	names = append(names, credentials...)
 	r := httptest.NewRequest(http.MethodGet, "/", nil)
 	md := metadata.MD{}
 	members := make([]baggage.Member, 0, len(names))
@@ -164,6 +166,8 @@ func TestFromBaggage(t *testing.T) {
 		{name: "all", header: "a=1,b=2;meta=x", want: set{"a": "1", "b": "2"}},
 		{name: "listed", header: "a=1,b=2", keys: []string{"b", "c"}, want: set{"b": "2"}},
 		{name: "none of the listed", header: "a=1", keys: []string{"A", ""}},
+		{name: "all but what a server sees", header: "a=1,http.method=2,http.request.header.b=3,rpc.method=4,httpx=5", want: set{"a": "1", "httpx": "5"}},
+		{name: "what a server sees, listed", header: "a=1,http.method=2", keys: []string{"http.method"}, want: set{"http.method": "2"}},
 		{name: "empty value", header: "a=", keys: []string{"a"}, want: set{"a": ""}},
 	}
 	for _, tt := range tests {
@@ -470,6 +474,8 @@ func TestAllocations(t *testing.T) {
 func FuzzSources(f *testing.F) {
 	f.Add("X-User-Id", "42", "a=x%2By,b=50%25")
 	f.Add("Authorization", "Bearer secret", "authorization=secret")
+	f.Add("k", "v", "http.request.header.authorization=secret")
+	f.Add("http.request.header.authorization", "v", "http.request.header.authorization=secret")
 	f.Add("x_api_key", "\xff\xfe", "=,;=%")
 	f.Add("trace-bin", strings.Repeat("\xff", 3000), "k=%ff")
 	f.Add(strings.Repeat("k", 300), strings.Repeat("ü", 3000), strings.Repeat("k", 300)+"=v")
@@ -503,8 +509,8 @@ func FuzzSources(f *testing.F) {
 		delete(sources, "transport") // takes what it is given
 		for source, m := range sources {
 			for name := range m {
-				name = strings.TrimPrefix(name, "http.request.header.")
-				if slices.Contains(credentials, strings.ReplaceAll(strings.ToLower(name), "_", "-")) {
+				name = strings.TrimPrefix(strings.ToLower(name), "http.request.header.")
+				if slices.Contains(credentials, strings.ReplaceAll(name, "_", "-")) {
 					t.Errorf("%s lets %q out", source, name)
 				}
 				if source == "metadata" && strings.HasSuffix(name, "-bin") {
@@ -526,7 +532,11 @@ func FuzzSources(f *testing.F) {
 	})
 }
 
-var credentials = []string{"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
+var credentials = []string{
+	"authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
+	"x-access-token", "x-csrf-token", "x-xsrf-token", "x-amz-security-token", "x-goog-iap-jwt-assertion",
+	"x-forwarded-access-token", "x-vault-token", "private-token", "cf-access-jwt-assertion",
+}
 
 func withBaggage(t *testing.T, header string) context.Context {
 	t.Helper()

@@ -40,7 +40,7 @@ func (d *decoder) spec(v value) []Component {
 		d.errorf(classifiers, "classifiers are not supported")
 	}
 	circuit := d.fields(f.get("circuit"), "components", "evaluation_interval")
-	items := d.items(circuit.fill("components", "components"))
+	items := d.items(d.fill(circuit, "components", "components"))
 
 	// A limiter may use signals that later components define: those first.
 	type limiter struct {
@@ -85,16 +85,16 @@ func (d *decoder) rateLimiter(v value, id string) Component {
 	request := d.fields(f.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
 	limiter := RateLimiter{
 		ID:               id,
-		Selectors:        d.selectors(f.fill("Selectors", "selectors")),
-		Capacity:         d.required(ports.fill("Capacity", "bucket_capacity")),
-		Fill:             d.required(ports.fill("Fill", "fill_amount")),
-		Interval:         d.duration(parameters.fill("Interval", "interval")),
+		Selectors:        d.selectors(d.fill(f, "Selectors", "selectors")),
+		Capacity:         d.required(d.fill(ports, "Capacity", "bucket_capacity")),
+		Fill:             d.required(d.fill(ports, "Fill", "fill_amount")),
+		Interval:         d.duration(d.fill(parameters, "Interval", "interval")),
 		LimitBy:          d.text(parameters.get("limit_by_label_key")),
 		StepFill:         !d.boolean(parameters.get("continuous_fill"), true),
 		DelayInitialFill: d.boolean(parameters.get("delay_initial_fill"), false),
 		MaxIdle:          d.maxIdle(parameters.get("max_idle_time")),
 		TokensLabel:      d.text(request.get("tokens_label_key")),
-		DeniedStatus:     d.status(request.fill("DeniedStatus", "denied_response_status_code")),
+		DeniedStatus:     d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
 		PassThrough:      d.port(ports.get("pass_through")) != 0,
 		DryRun:           d.boolean(f.get("dry_run"), false),
 	}
@@ -113,13 +113,13 @@ func (d *decoder) concurrencyLimiter(v value, id string) Component {
 	request := d.fields(f.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
 	return ConcurrencyLimiter{
 		ID:           id,
-		Selectors:    d.selectors(f.fill("Selectors", "selectors")),
-		Max:          d.required(ports.fill("Max", "max_concurrency")),
-		MaxInflight:  d.duration(parameters.fill("MaxInflight", "max_inflight_duration")),
+		Selectors:    d.selectors(d.fill(f, "Selectors", "selectors")),
+		Max:          d.required(d.fill(ports, "Max", "max_concurrency")),
+		MaxInflight:  d.duration(d.fill(parameters, "MaxInflight", "max_inflight_duration")),
 		LimitBy:      d.text(parameters.get("limit_by_label_key")),
 		MaxIdle:      d.maxIdle(parameters.get("max_idle_time")),
 		TokensLabel:  d.text(request.get("tokens_label_key")),
-		DeniedStatus: d.status(request.fill("DeniedStatus", "denied_response_status_code")),
+		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
 		PassThrough:  d.port(ports.get("pass_through")) != 0,
 		DryRun:       d.boolean(f.get("dry_run"), false),
 	}
@@ -209,9 +209,9 @@ func (d *decoder) selectors(v value) []Selector {
 	for _, item := range d.items(v) {
 		f := d.fields(item, "control_point service label_matcher", "agent_group")
 		selectors = append(selectors, Selector{
-			ControlPoint: d.text(f.fill("ControlPoint", "control_point")),
+			ControlPoint: d.text(d.fill(f, "ControlPoint", "control_point")),
 			Service:      d.text(f.get("service")),
-			Labels:       d.labelMatcher(f.fill("Labels", "label_matcher")),
+			Labels:       d.labelMatcher(d.fill(f, "Labels", "label_matcher")),
 		})
 	}
 	return selectors
@@ -220,7 +220,7 @@ func (d *decoder) selectors(v value) []Selector {
 func (d *decoder) labelMatcher(v value) LabelMatcher {
 	f := d.fields(v, "match_labels match_list match_expressions expression", "")
 	var m LabelMatcher
-	if labels := f.fill("Equal", "match_labels"); d.is(labels, mapping) {
+	if labels := d.fill(f, "Equal", "match_labels"); d.is(labels, mapping) {
 		m.Equal = map[string]string{}
 		for _, e := range labels.entries {
 			label := labels.part(e)
@@ -230,21 +230,22 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 			m.Equal[e.key] = d.text(label)
 		}
 	}
-	list, old := f.fill("Require", "match_list"), f.get("match_expressions")
-	if list.node == nil {
-		list = f.fill("Require", "match_expressions")
+	list, old := d.fill(f, "Require", "match_list"), f.get("match_expressions")
+	items := d.items(list)
+	if len(items) == 0 {
+		items = d.items(d.fill(f, "Require", "match_expressions"))
 	} else if old.node != nil {
 		d.unused(old, ": match_list is set")
 	}
-	for _, item := range d.items(list) {
+	for _, item := range items {
 		r := d.fields(item, "key operator values", "")
 		m.Require = append(m.Require, Requirement{
-			Key:      d.text(r.fill("Key", "key")),
-			Operator: Operator(d.text(r.fill("Operator", "operator"))),
-			Values:   d.texts(r.fill("Values", "values")),
+			Key:      d.text(d.fill(r, "Key", "key")),
+			Operator: Operator(d.text(d.fill(r, "Operator", "operator"))),
+			Values:   d.texts(d.fill(r, "Values", "values")),
 		})
 	}
-	if e := f.fill("Expression", "expression"); e.node != nil {
+	if e := d.fill(f, "Expression", "expression"); e.node != nil {
 		m.Expression = d.expression(e)
 	}
 	return m
@@ -266,10 +267,10 @@ func (d *decoder) expression(v value) Expression {
 		return LabelExists(d.text(part))
 	case "label_equals":
 		f := d.fields(part, "label value", "")
-		return LabelEquals{Label: d.text(f.fill("Label", "label")), Value: d.text(f.get("value"))}
+		return LabelEquals{Label: d.text(d.fill(f, "Label", "label")), Value: d.text(f.get("value"))}
 	case "label_matches":
 		f := d.fields(part, "label regex", "")
-		return LabelMatches{Label: d.text(f.fill("Label", "label")), Regex: d.text(f.fill("Regex", "regex"))}
+		return LabelMatches{Label: d.text(d.fill(f, "Label", "label")), Regex: d.text(d.fill(f, "Regex", "regex"))}
 	}
 	return nil
 }
@@ -289,7 +290,9 @@ func (d *decoder) status(v value) int {
 		return 0
 	case v.kind == text:
 		code, ok := statuses[v.text]
-		if !ok {
+		if !ok && isNumber(v.text) {
+			d.errorf(v, "unknown error status %s; write it without quotes", quote(v.text))
+		} else if !ok {
 			d.errorf(v, "unknown error status %s%s", quote(v.text), suggest(v.text, slices.Sorted(maps.Keys(statuses))))
 		}
 		return code

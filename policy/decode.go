@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -10,6 +11,7 @@ import (
 // A value is a place in a file: what stands there, or that nothing does.
 type value struct {
 	*node               // nil if nothing, or null, stands there
+	up           *value // what it is part of; nil at the top
 	line, column int    // where to look for it
 	path         string // of keys, as errors show it
 	field        string // of Go fields: which part of the Policy it fills
@@ -23,7 +25,7 @@ type decoder struct {
 	warnings []string
 	failed   map[string]bool    // what errs are about, by path
 	sources  map[string]value   // what fills each Go field
-	dynamic  fields             // dynamicConfig
+	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
 	signals  map[string]float64 // the constant ones, by name
 }
@@ -41,8 +43,8 @@ func newDecoder(file string) *decoder {
 // errorf notes what is wrong with v, unless something was wrong with it or with what it is part of before: that would
 // be an echo.
 func (d *decoder) errorf(v value, format string, args ...any) {
-	for path := v.path; path != ""; path = parent(path) {
-		if d.failed[path] {
+	for at := &v; at != nil && at.path != ""; at = at.up {
+		if d.failed[at.path] {
 			return
 		}
 	}
@@ -58,15 +60,14 @@ func (d *decoder) unused(v value, why string) {
 	d.warnings = append(d.warnings, e.Error())
 }
 
-// parent cuts the last key or index from a path.
-func parent(path string) string { return path[:max(strings.LastIndexAny(path, ".["), 0)] }
+// missing returns the value of a key that a mapping v lacks.
+func (v value) missing(key string) value {
+	return value{up: &v, line: v.line, column: v.column, path: child(v.path, key), field: v.field}
+}
 
-// part returns what stands at the key of a mapping v; an entry without a value is a key that v lacks.
+// part returns the value of an entry of a mapping v.
 func (v value) part(e entry) value {
-	p := value{line: v.line, column: v.column, path: child(v.path, e.key), field: v.field}
-	if e.value == nil {
-		return p
-	}
+	p := v.missing(e.key)
 	p.line, p.column = e.line, e.column // where to look for no value, or for one on lines of its own
 	if e.value.kind != null {
 		p.node = e.value
@@ -83,25 +84,29 @@ func (d *decoder) is(v value, want kind) bool {
 		return v.node != nil
 	}
 	hint := ""
-	if want == text && v.kind != sequence && v.kind != mapping {
+	switch {
+	case want == text && v.kind != sequence && v.kind != mapping:
 		hint = "; quote it"
+	case want == number && v.kind == text && isNumber(v.text),
+		want == boolean && v.kind == text && (v.text == "true" || v.text == "false"):
+		hint = "; write it without quotes"
 	}
 	d.errorf(v, "want %s, have %s%s", want, v.kind, hint)
 	return false
 }
 
-// fields are the values of a mapping with known keys.
-type fields struct {
-	d *decoder
-	value
+// isNumber reports whether text would be a number if it were not quoted.
+func isNumber(text string) bool {
+	_, err := strconv.ParseFloat(text, 64)
+	return err == nil
 }
 
-// fields reads a mapping that may have the keys in read and, with a warning, those in skip: keys that Aperture's format
-// has and Headgate has no use for. Both are separated by spaces.
-func (d *decoder) fields(v value, read, skip string) fields {
+// fields returns a mapping, or no value instead of anything else. It may have the keys in read and, with a warning,
+// those in skip: keys that Aperture's format has and Headgate has no use for. Both are separated by spaces.
+func (d *decoder) fields(v value, read, skip string) value {
 	if !d.is(v, mapping) {
 		v.node = nil
-		return fields{d, v}
+		return v
 	}
 	known, skipped := strings.Fields(read), strings.Fields(skip)
 	for _, e := range v.entries {
@@ -115,31 +120,37 @@ func (d *decoder) fields(v value, read, skip string) fields {
 			d.unused(key, "")
 		}
 	}
-	return fields{d, v}
+	return v
 }
 
-// get returns the value of a key that fills no field of its own.
-func (f fields) get(key string) value {
-	if f.node != nil {
-		for _, e := range f.entries {
+// get returns the value of a key of what fields returned.
+func (v value) get(key string) value {
+	if v.node != nil {
+		for _, e := range v.entries {
 			if e.key == key {
-				return f.part(e)
+				return v.part(e)
 			}
 		}
 	}
-	return f.part(entry{key: key})
+	return v.missing(key)
 }
 
-// fill returns the value of the key that fills the Go field.
-func (f fields) fill(field, key string) value {
-	v := f.get(key)
-	v.field = child(f.field, field)
-	f.d.sources[v.field] = v
-	return v
+// fill returns the value of the key as get does, and notes that it fills the Go field.
+func (d *decoder) fill(v value, field, key string) value {
+	p := v.get(key)
+	p.field = child(v.field, field)
+	d.sources[p.field] = p
+	return p
 }
 
 // child adds a key to a path.
 func child(path, key string) string {
+	unusual := func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("_.-/", r))
+	}
+	if key == "" || strings.ContainsFunc(key, unusual) {
+		return path + "[" + quote(key) + "]"
+	}
 	key = clip(key, 40)
 	if path == "" {
 		return key
@@ -185,7 +196,7 @@ func (d *decoder) items(v value) []value {
 	items := make([]value, len(v.node.items))
 	for i, n := range v.node.items {
 		index := fmt.Sprintf("[%d]", i)
-		item := value{line: n.line, column: n.column, path: v.path + index, field: v.field + index}
+		item := value{up: &v, line: n.line, column: n.column, path: v.path + index, field: v.field + index}
 		if n.kind != null {
 			item.node = n
 		}

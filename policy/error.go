@@ -2,24 +2,28 @@ package policy
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 )
 
 // An Error is one problem of a policy. The error that [Load], [Parse] and [Policy.Validate] return is one of these or
-// several joined; errors.As finds the first.
+// several joined, at most 20 and then an error that counts the rest; errors.As finds the first.
 type Error struct {
 	// File is where the policy comes from. Empty for a policy written in Go.
 	File string
 
 	// Line and Column, counted in characters from 1, are where in the file the problem is. Zero for a policy written
-	// in Go, and for a directory.
+	// in Go, and for a directory. Column is off by some characters behind a tab, and for unquoted text with space
+	// behind it; unquoted text of several lines may be reported at any of them.
 	Line, Column int
 
 	// Field is the path of what is wrong: the file's keys, as in
 	// circuit.components[0].flow_control.rate_limiter.parameters.interval, or the Go fields, as in
-	// policy "per-user": components[0].Interval. Empty when the problem is not one field's.
+	// policy "per-user": components[0].Interval. Long keys are cut, and those with unusual characters look like
+	// ["my key"]. Empty when the problem is not one field's.
 	Field string
 
 	// Message says what is wrong. It quotes at most the beginning of the value.
@@ -41,40 +45,18 @@ func (e *Error) Error() string {
 	return message
 }
 
-// maxProblems is how many problems a joined error tells: a file of the wrong kind has thousands, and nobody reads them.
-const maxProblems = 20
-
-// problems is the error of more than one problem.
-type problems struct {
-	told []error
-	more int
-}
-
-// join returns nil, the only error, or all of them as one.
+// join returns nil, the only error, or all of them as one: the first 20, for a file of the wrong kind has thousands, and
+// nobody reads them.
 func join(errs []error) error {
-	switch len(errs) {
-	case 0:
-		return nil
-	case 1:
+	const most = 20
+	if len(errs) == 1 {
 		return errs[0]
 	}
-	told := errs[:min(len(errs), maxProblems)]
-	return &problems{told: slices.Clone(told), more: len(errs) - len(told)}
-}
-
-func (p *problems) Error() string {
-	lines := make([]string, len(p.told), len(p.told)+1)
-	for i, err := range p.told {
-		lines[i] = err.Error()
+	if more := len(errs) - most; more > 0 {
+		errs = append(errs[:most:most], fmt.Errorf("and %d more", more))
 	}
-	if p.more > 0 {
-		lines = append(lines, fmt.Sprintf("and %d more", p.more))
-	}
-	return strings.Join(lines, "\n")
+	return errors.Join(errs...)
 }
-
-// Unwrap returns the problems that Error tells.
-func (p *problems) Unwrap() []error { return p.told }
 
 // inOrder sorts one file's errors by where they are.
 func inOrder(errs []*Error) {
@@ -89,6 +71,16 @@ func clip(s string, n int) string {
 		return s
 	}
 	return strings.ToValidUTF8(s[:n], "") + "…"
+}
+
+// printable replaces what could forge or hide parts of a line.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, s)
 }
 
 // quote quotes the beginning of a value for a message.

@@ -13,8 +13,9 @@ import (
 // end in .yaml or .yml and do not begin with a dot, in the order of their names, and no directories below it.
 //
 // A file holds one or several YAML documents, each a policy in one of the shapes that [Parse] describes. Finding no
-// policy in a path, or two policies of one name anywhere, is an error. All problems of all files are reported together,
-// each an [*Error], or an [*io/fs.PathError] for what cannot be read; there are no policies then.
+// policy in a path, or two policies of one name anywhere, is an error. The problems of all files are reported together,
+// each an [*Error], or an [*io/fs.PathError] for what cannot be read, but no more than 20 of them; there are no policies
+// then.
 func Load(paths ...string) ([]Policy, error) {
 	var l loader
 	for _, path := range paths {
@@ -40,7 +41,8 @@ func Load(paths ...string) ([]Policy, error) {
 // fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; or the plain policy, with
 // circuit at the top, which is named like the file without directory and extension. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors. Keys that it has and that are of no use here end up in
+// Keys that Aperture's format does not have are errors, but for those at the top of a document that begin with "x-":
+// they are a place for anchors, and otherwise ignored. Keys that it has and that are of no use here end up in
 // [Policy.Warnings]. Rate limiters and concurrency limiters are read; other flow-control components are errors, and so
 // are signals that are not constant.
 func Parse(name string, data []byte) ([]Policy, error) {
@@ -105,6 +107,9 @@ func (l *loader) parse(file string, data []byte) {
 		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
 	}
 	plain := strings.TrimSuffix(filepath.Base(file), filepath.Ext(file))
+	if strings.Trim(plain, `./\`) == "" {
+		plain = "" // the file's name is an extension at most
+	}
 	for _, doc := range docs {
 		d := newDecoder(file)
 		p := d.policy(doc, plain)
@@ -132,7 +137,9 @@ func (l *loader) parse(file string, data []byte) {
 
 // policy reads a document; a plain policy gets the name.
 func (d *decoder) policy(doc *node, plain string) Policy {
-	top := value{node: doc, line: doc.line, column: doc.column}
+	known := *doc
+	known.entries = slices.DeleteFunc(slices.Clone(doc.entries), func(e entry) bool { return strings.HasPrefix(e.key, "x-") })
+	top := value{node: &known, line: doc.line, column: doc.column}
 	var p Policy
 	switch {
 	case doc.kind != mapping:
@@ -145,11 +152,14 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 		f := d.fields(top, "apiVersion kind metadata spec dynamicConfig", "status")
 		d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")
 		d.want(f.get("kind"), "Policy")
-		p.Name = d.text(d.fields(f.get("metadata"), "name", metadataUnused).fill("name", "name"))
+		p.Name = d.text(d.fill(d.fields(f.get("metadata"), "name", metadataUnused), "name", "name"))
 		if dynamic := f.get("dynamicConfig"); d.is(dynamic, mapping) {
-			d.dynamic = fields{d, dynamic}
+			d.dynamic = dynamic
 		}
 		p.Components = d.spec(f.get("spec"))
+	case plain == "":
+		d.errorf(top, "a plain policy has the name of its file, and %s has none", quote(d.file))
+		return p
 	default:
 		p.Name = plain
 		d.sources["name"] = top
@@ -168,6 +178,9 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 	p.Warnings = d.warnings
 	return p
 }
+
+// parent cuts the last name or index from the path of a Go field.
+func parent(field string) string { return field[:max(strings.LastIndexAny(field, ".["), 0)] }
 
 // recheck reports what check finds wrong with a Go field as a problem of what the file says about it.
 func (d *decoder) recheck(field, format string, args ...any) {

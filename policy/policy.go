@@ -28,16 +28,16 @@ type Component interface {
 	component()
 }
 
-// Defaults that a zero field of a component stands for.
+// Values of a component's MaxIdle.
 const (
-	// DefaultMaxIdle is how long a limiter remembers a key that nobody uses.
+	// DefaultMaxIdle is how long a limiter remembers a key that nobody uses when MaxIdle is zero.
 	DefaultMaxIdle = 2 * time.Hour
-	// KeepIdle as MaxIdle makes a limiter remember idle keys for as long as there is room.
+	// KeepIdle makes a limiter remember idle keys for as long as there is room.
 	KeepIdle time.Duration = -1
 )
 
 // RateLimiter is a token bucket for each value of a label. A flow takes tokens and is rejected while the bucket has
-// too few: 429 and the time until it has enough, unless it never will.
+// too few: with DeniedStatus, and with the time until it has enough, unless it never will.
 type RateLimiter struct {
 	// ID names the component within its policy. Default: "root.<index>", its place in Components.
 	ID string
@@ -84,7 +84,7 @@ type RateLimiter struct {
 func (RateLimiter) component() {}
 
 // ConcurrencyLimiter bounds the flows that are in flight at once for each value of a label. A flow takes slots when it
-// starts and gives them back when it ends; while all are taken, flows are rejected with 429.
+// starts and gives them back when it ends; while all are taken, flows are rejected with DeniedStatus.
 type ConcurrencyLimiter struct {
 	// ID names the component within its policy. Default: "root.<index>", its place in Components.
 	ID string

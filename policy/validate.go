@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position.
+// Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position; of
+// more than 20 problems it tells the first.
 // Policies that [Load] and [Parse] return are valid.
 func (p Policy) Validate() error {
 	var errs []error
@@ -125,7 +126,7 @@ func (m LabelMatcher) check(wrong report) {
 		r.check(wrong.sub(".Require[%d]", i))
 	}
 	if m.Expression != nil {
-		checkExpression(wrong.sub(".Expression"), m.Expression, 1)
+		checkExpression(wrong.sub(".Expression"), m.Expression)
 	}
 }
 
@@ -150,12 +151,7 @@ func (r Requirement) check(wrong report) {
 	}
 }
 
-// checkExpression checks the expression, which is depth levels deep: a slice that holds itself must not go on for ever.
-func checkExpression(wrong report, e Expression, depth int) {
-	if depth > maxDepth {
-		wrong("", "is nested more than %d levels deep", maxDepth)
-		return
-	}
+func checkExpression(wrong report, e Expression) {
 	label := func(name string) {
 		if name == "" {
 			wrong(".Label", "is required")
@@ -163,14 +159,14 @@ func checkExpression(wrong report, e Expression, depth int) {
 	}
 	switch e := e.(type) {
 	case Not:
-		checkExpression(wrong.sub(".Of"), e.Of, depth+1)
+		checkExpression(wrong.sub(".Of"), e.Of)
 	case All:
 		for i, part := range e {
-			checkExpression(wrong.sub("[%d]", i), part, depth+1)
+			checkExpression(wrong.sub("[%d]", i), part)
 		}
 	case Any:
 		for i, part := range e {
-			checkExpression(wrong.sub("[%d]", i), part, depth+1)
+			checkExpression(wrong.sub("[%d]", i), part)
 		}
 	case LabelExists:
 		if e == "" {
@@ -194,6 +190,6 @@ func checkRegex(wrong report, regex string) {
 		return
 	}
 	if _, err := regexp.Compile(regex); err != nil {
-		wrong("", "%s", clip(err.Error(), 100))
+		wrong("", "%s", printable(clip(err.Error(), 100)))
 	}
 }

@@ -13,16 +13,17 @@ import (
 	"github.com/goccy/go-yaml/token"
 )
 
-// Bounds of what is read. The YAML library takes quadratic time or memory in each of these, and its stack grows with
-// the depth, so no file may have much of any; what fits takes about a second at worst. Policies stay far below: the
-// usual one has some 100 tokens.
+// Bounds of what is read. Each is on something that the YAML library takes quadratic time or memory in, or that its
+// stack grows with; what fits takes about a second at worst. There is room for 250 limiters, and for a limiter that
+// lists 9,000 tenants.
 const (
-	maxSize   = 256 << 10 // bytes of a file
-	maxLine   = 16 << 10  // bytes of a line
-	maxBlank  = 200       // line breaks in a row
-	maxTokens = 20_000    // tokens of a file, and values of a document once its aliases are expanded
-	maxDepth  = 64        // mappings and sequences in each other
-	maxKey    = 256       // bytes of a key
+	maxSize   = 1 << 20 // bytes of a file
+	maxBlank  = 200     // line breaks in a row
+	maxTabs   = 64      // tabs in a line
+	maxLess   = 64      // "<" in a row
+	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded
+	maxDepth  = 64      // mappings and sequences in each other
+	maxKey    = 256     // bytes of a key
 )
 
 // kind is what a node is; it reads as in "want a string, have a number".
@@ -58,10 +59,10 @@ type entry struct {
 // readYAML returns the documents of a file that are not empty and not broken.
 func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
 	fail := func(line, column int, message string) {
-		errs = append(errs, &Error{File: file, Line: max(line, 1), Column: max(column, 1), Message: clip(message, 200)})
+		errs = append(errs, &Error{File: file, Line: max(line, 1), Column: max(column, 1), Message: printable(clip(message, 200))})
 	}
 	source := strings.TrimPrefix(string(data), "\ufeff")
-	if line, column, problem := checkText(source); problem != "" {
+	if line, column, problem := checkSource(source); problem != "" {
 		fail(line, column, problem)
 		return nil, errs
 	}
@@ -71,11 +72,15 @@ func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
 		return nil, errs
 	}
 	if len(tokens) > maxTokens {
-		fail(1, 1, fmt.Sprintf("holds more than %d YAML tokens; split it", maxTokens))
+		fail(1, 1, fmt.Sprintf("holds more than %d YAML tokens; split it into several policies", maxTokens))
 		return nil, errs
 	}
 	for _, part := range split(tokens) {
 		if at, problem := checkTokens(part); problem != "" {
+			fail(at.Position.Line, at.Position.Column, problem)
+			continue
+		}
+		if at, problem := checkText(part); problem != "" {
 			fail(at.Position.Line, at.Position.Column, problem)
 			continue
 		}
@@ -125,29 +130,45 @@ func safely(call func() error) (err error) {
 	return call()
 }
 
-// checkText refuses text that would take the lexer too long, or that is none.
-func checkText(source string) (line, column int, problem string) {
+// checkSource refuses text that would take the lexer too long, or that is none.
+func checkSource(source string) (line, column int, problem string) {
 	if len(source) > maxSize {
-		return 1, 1, fmt.Sprintf("is larger than %d KiB; split it", maxSize>>10)
+		return 1, 1, fmt.Sprintf("is larger than %d MiB; split it into several policies", maxSize>>20)
 	}
 	line = 1
-	start, blank := 0, 0
+	blank, tabs, less := 0, 0, 0
 	for i, r := range source {
 		column++
-		switch {
-		case r == '\uFFFD' && !strings.HasPrefix(source[i:], "\uFFFD"):
-			return line, column, "is not UTF-8"
-		case i-start >= maxLine:
-			return line, column, fmt.Sprintf("has a line longer than %d bytes", maxLine)
-		case blank > maxBlank:
-			return line, column, fmt.Sprintf("has more than %d blank lines in a row", maxBlank)
-		case r == '\n' || r == '\r':
-			blank++
-		case r != ' ' && r != '\t':
+		if r != '<' {
+			less = 0
+		}
+		switch r {
+		case '\uFFFD':
+			if !strings.HasPrefix(source[i:], "\uFFFD") {
+				return line, column, "is not UTF-8"
+			}
+			blank = 0
+		case '\n', '\r':
+			blank, tabs = blank+1, 0
+		case '\t':
+			tabs++
+		case ' ':
+		case '<':
+			less++
+			blank = 0
+		default:
 			blank = 0
 		}
+		switch {
+		case blank > maxBlank:
+			return line, column, fmt.Sprintf("has more than %d blank lines in a row; remove some", maxBlank)
+		case tabs > maxTabs:
+			return line, column, fmt.Sprintf(`has more than %d tabs in a line; use spaces, or \t in double quotes`, maxTabs)
+		case less > maxLess:
+			return line, column, fmt.Sprintf(`has more than %d "<" in a row; remove some`, maxLess)
+		}
 		if r == '\n' {
-			line, column, start = line+1, 0, i+1
+			line, column = line+1, 0
 		}
 	}
 	return 0, 0, ""
@@ -172,8 +193,8 @@ func split(tokens token.Tokens) []token.Tokens {
 
 // checkTokens refuses a document that would take the parser too long, and YAML that policies have no use for.
 func checkTokens(tokens token.Tokens) (at *token.Token, problem string) {
-	flow := 0
-	var columns []int // of the block collections around the token, outermost first; a lower bound of their number
+	flow, dashes := 0, 0 // brackets around the token, and entries of block sequences in a row within them
+	var columns []int    // of the block collections around the token, outermost first; a lower bound of their number
 	block := func(column int) {
 		for len(columns) > 0 && columns[len(columns)-1] > column {
 			columns = columns[:len(columns)-1]
@@ -183,6 +204,9 @@ func checkTokens(tokens token.Tokens) (at *token.Token, problem string) {
 		}
 	}
 	for i, tk := range tokens {
+		if tk.Type != token.SequenceEntryType {
+			dashes = 0
+		}
 		switch tk.Type {
 		case token.TagType:
 			return tk, "YAML tags are not supported"
@@ -197,6 +221,8 @@ func checkTokens(tokens token.Tokens) (at *token.Token, problem string) {
 		case token.SequenceEntryType:
 			if flow == 0 {
 				block(tk.Position.Column)
+			} else {
+				dashes++
 			}
 		case token.MappingValueType:
 			key := tokens[max(i-1, 0)]
@@ -207,8 +233,29 @@ func checkTokens(tokens token.Tokens) (at *token.Token, problem string) {
 				block(key.Position.Column)
 			}
 		}
-		if len(columns)+flow > maxDepth {
+		if len(columns)+flow+dashes > maxDepth {
 			return tk, fmt.Sprintf("is nested more than %d levels deep", maxDepth)
+		}
+	}
+	return nil, ""
+}
+
+// checkText refuses text that the lexer reads as something else than it says. The lexer takes a colon behind a missing
+// comma for text, drops tabs that are not quoted, and for each tab between double quotes drops a character behind them.
+func checkText(tokens token.Tokens) (at *token.Token, problem string) {
+	block := false // the next text is that of a block scalar
+	for _, tk := range tokens {
+		plain := tk.CharacterType == token.CharacterTypeMiscellaneous && !block
+		switch {
+		case tk.Type == token.InvalidType: // the parser tells why, and what follows is garbled
+			return nil, ""
+		case (plain || tk.Type == token.DoubleQuoteType) && strings.Contains(strings.TrimSpace(tk.Origin), "\t"):
+			return tk, `tab in text; write \t in double quotes`
+		case plain && strings.Contains(strings.ReplaceAll(tk.Value, "\n", " ")+" ", ": "):
+			return tk, "colon in unquoted text; is a comma missing? If not, quote the text"
+		}
+		if tk.Type != token.CommentType {
+			block = tk.Type == token.LiteralType || tk.Type == token.FoldedType
 		}
 	}
 	return nil, ""
@@ -232,7 +279,12 @@ func (c *converter) node(in ast.Node) *node {
 		n.kind, n.truth = boolean, in.Value
 	case *ast.IntegerNode:
 		n.kind = number
-		n.number, _ = strconv.ParseFloat(fmt.Sprint(in.Value), 64) // an int64 or uint64
+		switch i := in.Value.(type) {
+		case int64:
+			n.number = float64(i)
+		case uint64:
+			n.number = float64(i)
+		}
 	case *ast.FloatNode:
 		n.kind, n.number = number, in.Value
 	case *ast.InfinityNode:
