@@ -17,7 +17,7 @@ type limiter interface {
 	// revert gives back what decide took: another limiter rejected the flow.
 	revert(now int64, d *seam.LimiterDecision)
 
-	// sweep forgets idle keys, and if there are as many keys as there may be, all that nobody will miss.
+	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
 	sweep(now int64)
 
 	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
@@ -79,11 +79,7 @@ func (k *keyed[S]) known(d *seam.LimiterDecision) *entry[S] {
 }
 
 func (k *keyed[S]) sweep(now int64) {
-	switch {
-	case k.table == nil:
-	case k.table.size.Load() >= k.table.cap:
-		k.table.sweep(now, 0)
-	case k.maxIdle > 0:
+	if k.table != nil {
 		k.table.sweep(now, k.maxIdle)
 	}
 }

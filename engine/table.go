@@ -29,7 +29,8 @@ type table[S any] struct {
 	spill   entry[S]
 	spilled atomic.Uint64 // how often the spill entry was used
 
-	full chan<- struct{} // told when a key does not fit; has room for one, nil for nobody
+	crowded atomic.Bool     // a key did not fit since the last sweep
+	full    chan<- struct{} // told when that is so; has room for one, nil for nobody
 }
 
 type shard[S any] struct {
@@ -135,16 +136,17 @@ func (t *table[S]) insert(s *shard[S], hash uint32, key string, now int64) *entr
 		return e
 	}
 	if t.size.Add(1) > t.cap {
+		t.crowded.Store(true)
+		select {
+		case t.full <- struct{}{}: // for the sweep of the other shards
+		default:
+		}
 		if now >= s.nextSweep {
 			s.nextSweep = now + fullSweepEvery
 			t.sweepShard(s, now, 0)
 		}
 		if t.size.Load() > t.cap {
 			t.size.Add(-1)
-			select {
-			case t.full <- struct{}{}: // there may be keys to forget in other shards
-			default:
-			}
 			return nil
 		}
 	}
@@ -187,8 +189,17 @@ func (s *shard[S]) rebuild() []atomic.Pointer[entry[S]] {
 	return slots
 }
 
-// sweep forgets the keys that nobody has used for idle and that nobody will miss.
+// sweep forgets the keys that nobody has used for idle and that nobody will miss; when a key did not fit, however lately
+// they were used. Zero forgets none for being idle.
 func (t *table[S]) sweep(now int64, idle time.Duration) {
+	if t.crowded.Swap(false) {
+		t.forget(now, 0)
+	} else if idle > 0 {
+		t.forget(now, idle)
+	}
+}
+
+func (t *table[S]) forget(now int64, idle time.Duration) {
 	for i := range t.shards {
 		s := &t.shards[i]
 		s.mu.Lock()

@@ -99,7 +99,7 @@ func TestTableConcurrent(t *testing.T) {
 	}
 	wg.Go(func() {
 		for i := range 200 {
-			tab.sweep(int64(i*100), 0)
+			tab.forget(int64(i*100), 0)
 			runtime.Gosched()
 		}
 	})
