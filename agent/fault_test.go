@@ -11,11 +11,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/headgate-go/headgate"
@@ -223,6 +225,52 @@ func FuzzCheck(f *testing.F) {
 			if !s.GetReturned() {
 				t.Fatalf("a slot did not come back: %v", s)
 			}
+		}
+	})
+}
+
+// waiting answers when its time is up.
+type waiting struct {
+	checkv1.UnimplementedFlowControlServiceServer
+	wait time.Duration
+}
+
+func (w waiting) Check(ctx context.Context, _ *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
+	timer := time.NewTimer(w.wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return new(checkv1.CheckResponse), nil
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// A gRPC server as it comes ends connections that ping too often, and every check that waits on them: the client's
+// keepalive must not.
+func TestLongWaitOnADefaultServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := bufconn.Listen(1 << 20)
+		server := grpc.NewServer(grpc.WaitForHandlers(true))
+		checkv1.RegisterFlowControlServiceServer(server, waiting{wait: 20 * time.Minute})
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(l) }()
+		defer func() {
+			server.Stop()
+			if err := <-served; err != nil {
+				t.Error(err)
+			}
+		}()
+		client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(),
+			flowctl.WithCheckTimeout(time.Hour), flowctl.WithDialOptions(grpc.WithContextDialer(
+				func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close(t.Context())
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		if flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v: %v", flow, flow.Err())
 		}
 	})
 }
