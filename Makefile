@@ -20,10 +20,11 @@ MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`.
+# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`.
 RACE ?= -race
 TESTFLAGS ?=
 FUZZTIME ?= 20s
+SOAK ?= 10m
 
 # $(call in-modules,NAME,COMMAND) runs COMMAND in every module, in the others
 # too when it fails in one, and then fails.
@@ -104,6 +105,10 @@ go test -list '^Fuzz' ./... | \
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1x "$$package" </dev/null || exit; \
 	done
 endef
+
+.PHONY: soak
+soak: ## Keep an agent busy for SOAK that is killed again and again
+	HEADGATE_SOAK='$(SOAK)' go test $(RACE) -run '^TestSoak$$' -timeout 0 -v ./agent
 
 .PHONY: bench
 bench: ## Measure Headgate beside its peers, in one run

@@ -6,7 +6,9 @@
 //	err := server.Serve(listener)
 //
 // Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
-// here, with what is wrong. A check's deadline is the longest that it waits.
+// here, with what is wrong. A check's deadline is the longest that it waits; one that comes with less than 10 ms left is
+// refused by the limiters that it meets, because an answer that its client does not hear would cost it tokens and slots
+// all the same.
 package agent
 
 import (
@@ -33,7 +35,8 @@ import (
 
 // The bounds of a request.
 const (
-	maxCacheKey  = 255 // bytes
+	margin       = 10 * time.Millisecond // what an answer needs to arrive
+	maxCacheKey  = 255                   // bytes
 	maxCacheKeys = 64
 	maxSlots     = 256
 )
@@ -87,6 +90,9 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 		ControlPoint: m.GetControlPoint(),
 		Labels:       seam.Labels{Params: m.GetLabels()},
 		RampMode:     m.GetRampMode(),
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		req.Late = time.Until(deadline) < margin
 	}
 	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
 		return nil, invalid(err)

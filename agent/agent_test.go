@@ -290,6 +290,38 @@ func TestCheckOfACallerWhoHasGone(t *testing.T) {
 	}
 }
 
+// What comes too late to be answered in time takes nothing.
+func TestLateCheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, tt := range []struct {
+			name       string
+			components []policy.Component
+			rejected   bool
+		}{
+			{"rate limiter", []policy.Component{policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour}}, true},
+			{"slots of a user", slots(1)[0].Components, true},
+			{"no limiter", nil, false},
+			{"slots of others", []policy.Component{policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "other"}}, false},
+			{"dry run", []policy.Component{policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true}}, false},
+			{"pass through", []policy.Component{policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, PassThrough: true}}, false},
+		} {
+			stub := serve(t, []policy.Policy{{Name: "p", Components: append(tt.components, policy.RateLimiter{
+				Selectors: policy.At("elsewhere"), Interval: time.Second,
+			})}}).stub(t)
+			req := &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}}
+			late, cancel := context.WithTimeout(t.Context(), 9*time.Millisecond)
+			defer cancel()
+			m, err := stub.Check(late, req)
+			if err != nil || (m.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_REJECTED) != tt.rejected || m.GetWaitTime() != nil {
+				t.Errorf("%s: %v, %v want rejected: %v", tt.name, m, err, tt.rejected)
+			}
+			if m, err := stub.Check(t.Context(), req); err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+				t.Errorf("%s: the late check took what the next one needs: %v, %v", tt.name, m, err)
+			}
+		}
+	})
+}
+
 // registrar takes the services that are registered.
 type registrar func(impl any)
 

@@ -246,7 +246,11 @@ func (e *Engine) limit(req *seam.Request, now int64, v *seam.Verdict) bool {
 			continue
 		}
 		d := v.Add(m.component)
-		m.limiter.decide(req, now, d)
+		if req.Late {
+			m.limiter.refuse(req, d)
+		} else {
+			m.limiter.decide(req, now, d)
+		}
 		dropped = dropped || d.Dropped
 	}
 	if dropped {

@@ -14,6 +14,9 @@ type limiter interface {
 	// decide fills the decision, which names the component already. It takes what it admits.
 	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
 
+	// refuse fills the decision without asking: the flow is dropped, if the limiter would have had a say.
+	refuse(req *seam.Request, d *seam.LimiterDecision)
+
 	// revert gives back what decide took: another limiter rejected the flow.
 	revert(now int64, d *seam.LimiterDecision)
 
@@ -67,6 +70,21 @@ func (k *keyed[S]) state(req *seam.Request, now int64, d *seam.LimiterDecision) 
 	}
 	d.Scope, d.Label = seam.ScopeLabel, value
 	return k.table.lock(value, now)
+}
+
+func (k *keyed[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
+	d.Consumed = k.cost(&req.Labels)
+	switch value, ok := req.Labels.Lookup(k.component.LabelKey); {
+	case k.passThrough:
+		return
+	case k.table == nil:
+		d.Scope = seam.ScopeDefault
+	case !ok:
+		return
+	default:
+		d.Scope, d.Label = seam.ScopeLabel, value
+	}
+	k.drop(d, 0)
 }
 
 // known returns the entry that d was decided by, locked.

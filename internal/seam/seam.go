@@ -46,6 +46,10 @@ type Request struct {
 	Lookup *Lookup
 
 	RampMode bool
+
+	// Late says that too little time is left for the answer to be heard: limiters refuse, for what they gave nobody
+	// would give back.
+	Late bool
 }
 
 // maxControlPoint is the longest control point, in bytes.
