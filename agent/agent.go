@@ -103,7 +103,7 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	if lookup := m.GetCacheLookupRequest(); lookup.GetResultCacheKey() != "" || len(lookup.GetGlobalCacheKeys()) > 0 {
 		// The control point is the check's; one in the lookup would read another's results.
 		req.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
-		if err := checkKeys(req.Lookup.Result, req.Lookup.Global); err != nil {
+		if err := seam.CheckCacheKeys(req.Lookup.Result, req.Lookup.Global...); err != nil {
 			return nil, invalid(err)
 		}
 	}
@@ -139,7 +139,7 @@ func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1
 }
 
 func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
-	if err := checkKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()); err != nil {
+	if err := seam.CheckCacheKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()...); err != nil {
 		return nil, invalid(err)
 	}
 	response := new(checkv1.CacheLookupResponse)
@@ -165,7 +165,7 @@ func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 		operation, text := outcome(err)
 		return &checkv1.KeyUpsertResponse{OperationStatus: operation, Error: text}
 	}
-	if err := checkKeys(m.GetResultCacheEntry().GetKey(), slices.Collect(maps.Keys(m.GetGlobalCacheEntries()))); err != nil {
+	if err := seam.CheckCacheKeys(m.GetResultCacheEntry().GetKey(), slices.Collect(maps.Keys(m.GetGlobalCacheEntries()))...); err != nil {
 		return nil, invalid(err)
 	}
 	response := new(checkv1.CacheUpsertResponse)
@@ -189,7 +189,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 		operation, text := outcome(s.server.engine.Delete(ctx, key))
 		return &checkv1.KeyDeleteResponse{OperationStatus: operation, Error: text}
 	}
-	if err := checkKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()); err != nil {
+	if err := seam.CheckCacheKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()...); err != nil {
 		return nil, invalid(err)
 	}
 	response := new(checkv1.CacheDeleteResponse)
@@ -220,16 +220,3 @@ func invalid(err error) error { return status.Error(codes.InvalidArgument, err.E
 
 // closed is the status for an engine that no longer decides: the client is to go elsewhere.
 func closed(err error) error { return status.Error(codes.Unavailable, "engine: "+err.Error()) }
-
-// checkKeys says what is wrong with cache keys, and not what they are.
-func checkKeys(result string, global []string) error {
-	if len(global) > maxCacheKeys {
-		return fmt.Errorf("%d global cache keys are more than %d", len(global), maxCacheKeys)
-	}
-	for _, key := range slices.Concat(global, []string{result}) {
-		if len(key) > maxCacheKey {
-			return fmt.Errorf("cache key of %d bytes is longer than %d", len(key), maxCacheKey)
-		}
-	}
-	return nil
-}

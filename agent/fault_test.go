@@ -17,6 +17,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
@@ -60,7 +61,7 @@ func startProcess(t *testing.T, address string) (*process, string) {
 
 func (p *process) kill(t *testing.T) {
 	p.server.Stop()
-	if err := <-p.served; err != nil {
+	if err := <-p.served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		t.Error(err)
 	}
 	_ = p.engine.Close()
@@ -251,31 +252,42 @@ func (w waiting) Check(ctx context.Context, _ *checkv1.CheckRequest) (*checkv1.C
 	}
 }
 
-// A gRPC server as it comes ends connections that ping too often, and every check that waits on them: the client's
+// A gRPC server as it comes ends connections that ping too often, and every check that waits on them: the client's own
 // keepalive must not.
 func TestLongWaitOnADefaultServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := bufconn.Listen(1 << 20)
-		server := grpc.NewServer(grpc.WaitForHandlers(true))
-		checkv1.RegisterFlowControlServiceServer(server, waiting{wait: 20 * time.Minute})
-		served := make(chan error, 1)
-		go func() { served <- server.Serve(l) }()
-		defer func() {
-			server.Stop()
-			if err := <-served; err != nil {
-				t.Error(err)
-			}
-		}()
-		client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(),
-			flowctl.WithCheckTimeout(time.Hour), flowctl.WithDialOptions(grpc.WithContextDialer(
-				func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close(t.Context())
-		flow := client.Start(t.Context(), "point", flowctl.Params{})
-		if flow.Decision() != flowctl.Accepted {
-			t.Errorf("%v: %v", flow, flow.Err())
-		}
-	})
+	for _, tt := range []struct {
+		name string
+		opts []flowctl.Option
+		want flowctl.Decision
+	}{
+		{"the client's keepalive", nil, flowctl.Accepted},
+		{"another", []flowctl.Option{flowctl.WithKeepalive(keepalive.ClientParameters{Time: 10 * time.Second})}, flowctl.Unreachable},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := bufconn.Listen(1 << 20)
+				server := grpc.NewServer(grpc.WaitForHandlers(true))
+				checkv1.RegisterFlowControlServiceServer(server, waiting{wait: 20 * time.Minute})
+				served := make(chan error, 1)
+				go func() { served <- server.Serve(l) }()
+				defer func() {
+					server.Stop()
+					if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+						t.Error(err)
+					}
+				}()
+				client, err := flowctl.Dial("passthrough:///localhost", append(tt.opts,
+					flowctl.WithInsecure(), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(time.Hour),
+					flowctl.WithDialOptions(grpc.WithContextDialer(
+						func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })))...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer client.Close(t.Context())
+				if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != tt.want {
+					t.Errorf("%v, %v want %v", flow, flow.Err(), tt.want)
+				}
+			})
+		})
+	}
 }

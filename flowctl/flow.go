@@ -203,7 +203,7 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 }
 
 // SetStatus says how the work went. It goes before what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
-// panic goes before it. After the flow has ended it does nothing.
+// panic goes before it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
 func (f *Flow) SetStatus(s Status) { f.set.Store(uint32(s)) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
@@ -368,6 +368,9 @@ func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl t
 		return &callError{op, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
 	case ttl < 0:
 		return &callError{op, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
+	}
+	if err := seam.CheckCacheKeys(key.Key); err != nil {
+		return &callError{op, f.req.ControlPoint, err, ErrInvalid}
 	}
 	return f.client.callError(ctx, op, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
 }

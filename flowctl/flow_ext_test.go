@@ -169,6 +169,9 @@ func TestCacheNotAskedForIsAMiss(t *testing.T) {
 		if err := plain.SetResultCache(t.Context(), []byte("v"), 0); !errors.Is(err, flowctl.ErrInvalid) {
 			t.Errorf("SetResultCache() without a key = %v want ErrInvalid", err)
 		}
+		if err := flow.SetGlobalCache(t.Context(), strings.Repeat("k", 256), nil, 0); !errors.Is(err, flowctl.ErrInvalid) {
+			t.Errorf("SetGlobalCache() with a long key = %v want ErrInvalid", err)
+		}
 		if err := flow.SetGlobalCache(t.Context(), "g", nil, -1); !errors.Is(err, flowctl.ErrInvalid) {
 			t.Errorf("SetGlobalCache() with a negative time to live = %v want ErrInvalid", err)
 		}
@@ -667,6 +670,9 @@ func TestInvalid(t *testing.T) {
 		{name: "key too long", point: "p", params: flowctl.Params{Labels: map[string]string{strings.Repeat("k", 256): secret}}},
 		{name: "empty key", point: "p", params: flowctl.Params{Labels: map[string]string{"": secret}}},
 		{name: "result cache key not UTF-8", point: "p", params: flowctl.Params{ResultCacheKey: secret + "\xff"}},
+		{name: "longest cache keys", point: "p", params: flowctl.Params{ResultCacheKey: strings.Repeat("k", 255), GlobalCacheKeys: make([]string, 64)}, ok: true},
+		{name: "result cache key too long", point: "p", params: flowctl.Params{ResultCacheKey: secret + strings.Repeat("k", 255)}},
+		{name: "too many global cache keys", point: "p", params: flowctl.Params{GlobalCacheKeys: make([]string, 65)}},
 		{name: "global cache key not UTF-8", point: "p", params: flowctl.Params{GlobalCacheKeys: []string{"k", secret + "\xff"}}},
 		{
 			name: "a label without a value", point: "p",

@@ -1,10 +1,8 @@
 package flowctl
 
 import (
-	"errors"
 	"fmt"
 	"time"
-	"unicode/utf8"
 
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/labels"
@@ -32,7 +30,9 @@ type Params struct {
 	// [Flow.ResultCache]. On a hit the agent spares the flow its quota and load schedulers. Empty: none.
 	ResultCacheKey string
 
-	// GlobalCacheKeys name entries of the cache that all control points share; see [Flow.GlobalCache].
+	// GlobalCacheKeys name entries of the cache that all control points share; see [Flow.GlobalCache]. There are at
+	// most 64, a key has up to 255 bytes, and their values must come to less than 16 MiB: a remote agent's answer
+	// cannot hold more, and makes the flow Unreachable.
 	GlobalCacheKeys []string
 
 	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless
@@ -67,12 +67,8 @@ func (p *Params) lookup() (*seam.Lookup, error) {
 	if p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0 {
 		return nil, nil
 	}
-	valid := utf8.ValidString(p.ResultCacheKey)
-	for _, key := range p.GlobalCacheKeys {
-		valid = valid && utf8.ValidString(key)
-	}
-	if !valid {
-		return nil, errors.New("cache key is not valid UTF-8")
+	if err := seam.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...); err != nil {
+		return nil, err
 	}
 	return &seam.Lookup{Result: p.ResultCacheKey, Global: p.GlobalCacheKeys}, nil
 }

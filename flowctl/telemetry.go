@@ -22,7 +22,7 @@ import (
 const (
 	exportEvery   = time.Second
 	exportTimeout = 10 * time.Second
-	batchRecords  = 512     // wake the exporter before its time
+	batchRecords  = 64      // wake the exporter before its time: small batches do not hold up the checks on the connection
 	batchBytes    = 3 << 20 // of encoded spans; messages end at 4 MiB
 	maxRecords    = 8192    // that wait to be sent
 	maxBytes      = 16 << 20

@@ -20,6 +20,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -29,6 +30,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
@@ -65,8 +67,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 
 	server := grpc.NewServer(agent.ServerOptions()...)
 	served := agent.Register(server, limits)
-	// Clients that wait for an answer get it; GracefulStop returns when all have hung up or been answered.
-	stopped := context.AfterFunc(ctx, server.GracefulStop)
+	stopped := context.AfterFunc(ctx, func() {
+		// Clients that wait for an answer get it, but one that just holds its connection is not waited for.
+		late := time.AfterFunc(3*time.Second, server.Stop)
+		defer late.Stop()
+		server.GracefulStop()
+	})
 	defer stopped()
 	fmt.Fprintf(stdout, "serving %s at %s until interrupted\n", *policies, listener.Addr())
 	if err := server.Serve(listener); err != nil {

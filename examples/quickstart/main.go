@@ -12,8 +12,9 @@
 //
 //	go run ./examples/quickstart -agent localhost:8089
 //
-// It does so in plaintext on this machine, and by TLS elsewhere. For an agent that wants a key, set
-// APERTURE_AGENT_ADDRESS, APERTURE_API_KEY and the like instead of the flag: see flowctl.DialEnv.
+// It does so in plaintext on this machine, and by TLS elsewhere, and wants the agent to be there when it starts. For an
+// agent that wants a key, set APERTURE_AGENT_ADDRESS and APERTURE_API_KEY instead of the flag, and
+// APERTURE_AGENT_INSECURE=true for plaintext: see flowctl.DialEnv.
 package main
 
 import (
@@ -151,6 +152,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	policies := flags.String("policies", "", "take the limits from this `file` or directory")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
 	}
 	if *agent != "" && *policies != "" {
 		return errors.New("-agent and -policies exclude each other: an agent has policies of its own")

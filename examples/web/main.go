@@ -50,6 +50,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
+	}
 
 	// Deferred calls run backwards: the client closes before the engine that it asks, and both after the server, whose
 	// last requests still need them.

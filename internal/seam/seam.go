@@ -69,6 +69,40 @@ func CheckControlPoint(controlPoint string) error {
 	}
 }
 
+// The bounds of a lookup: bytes of a key, and global keys.
+const (
+	maxCacheKey  = 255
+	maxCacheKeys = 64
+)
+
+// CheckCacheKeys says what is wrong with cache keys, and not what they are; nil when nothing is. Empty keys are none.
+// Clients and servers agree on it, for a check that a server refuses goes unlimited where flows fail open.
+func CheckCacheKeys(result string, global ...string) error {
+	if len(global) > maxCacheKeys {
+		return fmt.Errorf("%d global cache keys are more than %d", len(global), maxCacheKeys)
+	}
+	if err := checkCacheKey(result); err != nil {
+		return err
+	}
+	for _, key := range global {
+		if err := checkCacheKey(key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkCacheKey(key string) error {
+	switch {
+	case len(key) > maxCacheKey:
+		return fmt.Errorf("cache key of %d bytes is longer than %d", len(key), maxCacheKey)
+	case !utf8.ValidString(key):
+		return errors.New("cache key is not valid UTF-8")
+	default:
+		return nil
+	}
+}
+
 // Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
 // two keys, so a merged map would be the dearest part of a check. Nobody writes to the maps.
 type Labels struct {
