@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"net/http/httptest"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -68,7 +69,9 @@ func TestTLS(t *testing.T) {
 		{name: "verification, by the environment", env: "false", want: flowctl.Unreachable},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			opts := append(tt.opts, flowctl.WithCheckTimeout(5*time.Second), flowctl.WithAPIKey("sesame"), flowctl.WithoutTelemetry())
+			opts := slices.Concat(tt.opts, []flowctl.Option{
+				flowctl.WithCheckTimeout(5 * time.Second), flowctl.WithAPIKey("sesame"), flowctl.WithoutTelemetry(),
+			})
 			var client *flowctl.Client
 			var err error
 			if tt.env == "" {
