@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/headgate-go/headgate/engine"
@@ -207,4 +208,17 @@ func ExampleNew_dryRun() {
 	// accepted
 	// accepted
 	// accepted
+}
+
+// Bounds for an engine that sees many users, and keeps little.
+func ExampleWithKeyCap() {
+	limits, err := engine.New(nil,
+		engine.WithKeyCap(100_000),           // for each limiter
+		engine.WithCacheBounds(1_000, 8<<20), // for each of the two caches
+		engine.WithLogger(slog.Default()))    // says so when a limiter has more keys than that
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(limits.Close())
+	// Output: <nil>
 }

@@ -3,6 +3,8 @@ package flowctl_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +20,8 @@ import (
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/baggage"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
@@ -495,4 +499,41 @@ func ExampleClient_Close() {
 	fmt.Println(err)
 	// Output:
 	// <nil>
+}
+
+// An agent whose certificate comes from an authority of one's own.
+func ExampleWithTLSConfig() {
+	roots := x509.NewCertPool() // with the authority's certificate in it
+	client, err := flowctl.Dial("agent.internal:443", flowctl.WithTLSConfig(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}))
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(client.Close(context.Background()))
+	// Output: <nil>
+}
+
+// A connection that the program has already.
+func ExampleWithConn() {
+	conn, err := grpc.NewClient("agent.internal:443", grpc.WithTransportCredentials(credentials.NewTLS(nil)))
+	if err != nil {
+		panic(err)
+	}
+	client, err := flowctl.Dial("", flowctl.WithConn(conn))
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(client.Close(context.Background()), conn.Close())
+	// Output: <nil> <nil>
+}
+
+// A gate that waits longer before it takes an agent for dead, and asks less often whether it is back.
+func ExampleWithGate() {
+	client, err := flowctl.Dial("agent.internal:443", flowctl.WithGate(flowctl.Gate{
+		Failures: 20, Span: 2 * time.Second, Probe: 5 * time.Second,
+	}))
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(client.Close(context.Background()))
+	// Output: <nil>
 }
