@@ -127,10 +127,12 @@ func denied(name string) bool {
 	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
 	switch strings.ReplaceAll(name, "_", "-") {
 	case "authorization", "proxy-authorization", "x-forwarded-authorization", "x-original-authorization",
-		"cookie", "set-cookie", "api-key", "apikey", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key",
-		"x-auth-token", "x-session-token", "x-gitlab-token", "x-csrftoken", "x-access-token", "x-csrf-token", "x-xsrf-token", "x-amz-security-token",
-		"x-goog-iap-jwt-assertion", "x-forwarded-access-token", "x-vault-token", "private-token",
-		"cf-access-jwt-assertion":
+		"cookie", "set-cookie",
+		"api-key", "apikey", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key",
+		"x-auth-token", "x-session-token", "x-access-token", "x-forwarded-access-token", "x-amz-security-token",
+		"x-vault-token", "x-gitlab-token", "private-token",
+		"x-csrf-token", "x-csrftoken", "x-xsrf-token",
+		"x-goog-iap-jwt-assertion", "cf-access-jwt-assertion":
 		return true
 	}
 	return false
