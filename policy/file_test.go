@@ -853,3 +853,10 @@ func TestParseWithoutName(t *testing.T) {
 		}
 	}
 }
+
+func TestTabIndentation(t *testing.T) {
+	_, err := policy.Parse("limits.yaml", []byte("circuit:\n\tcomponents: []\n"))
+	if err == nil || !strings.HasPrefix(err.Error(), "limits.yaml:2:1: bad YAML: ") || !strings.HasSuffix(err.Error(), "indent with spaces") {
+		t.Errorf("Parse() = %v want a hint to indent with spaces", err)
+	}
+}

@@ -98,6 +98,9 @@ func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
 			}
 			if errors.As(err, &where) {
 				message += ": " + where.GetMessage()
+				if strings.Contains(message, "'\t'") {
+					message += "; indent with spaces"
+				}
 				if tk := where.GetToken(); tk != nil && tk.Position != nil {
 					at = tk
 				}
