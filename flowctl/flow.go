@@ -208,10 +208,13 @@ func (f *Flow) SetStatus(s Status) { f.set.Store(uint32(s)) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
 func (f *Flow) SetError(err error) {
-	f.derived.Store(uint32(StatusError)) // in case IsFailure panics
-	if err == nil || !f.isFailure(err) {
-		f.derived.Store(uint32(StatusOK))
+	if err != nil {
+		f.derived.Store(uint32(StatusError)) // in case IsFailure panics
+		if f.isFailure(err) {
+			return
+		}
 	}
+	f.derived.Store(uint32(StatusOK))
 }
 
 func (f *Flow) isFailure(err error) bool {
