@@ -80,21 +80,9 @@ func (s *served) stub(t testing.TB) checkv1.FlowControlServiceClient {
 
 // The recordings of a real agent, over the wire.
 func TestVectors(t *testing.T) {
-	for name, opts := range vectors.Limiters() {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := vectors.Load(t, name)
-				var policies []policy.Policy
-				if data := s.PolicyData(t, opts); data != nil {
-					var err error
-					if policies, err = policy.Parse(s.Policy, data); err != nil {
-						t.Fatal(err)
-					}
-				}
-				s.Replay(t, serve(t, policies).client(t), opts)
-			})
-		})
-	}
+	vectors.Run(t, func(t *testing.T, policies []policy.Policy) *flowctl.Client {
+		return serve(t, policies).client(t)
+	})
 }
 
 func slots(limit float64) []policy.Policy {

@@ -65,21 +65,9 @@ func end(flow *flowctl.Flow) flowctl.EndResponse {
 
 // What a real agent answered.
 func TestVectors(t *testing.T) {
-	for name, opts := range vectors.Limiters() {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := vectors.Load(t, name)
-				var policies []policy.Policy
-				if data := s.PolicyData(t, opts); data != nil {
-					var err error
-					if policies, err = policy.Parse(s.Policy, data); err != nil {
-						t.Fatal(err)
-					}
-				}
-				s.Replay(t, client(t, policies, nil), opts)
-			})
-		})
-	}
+	vectors.Run(t, func(t *testing.T, policies []policy.Policy) *flowctl.Client {
+		return client(t, policies, nil)
+	})
 }
 
 func limiter(f func(*policy.RateLimiter)) []policy.Component {

@@ -291,10 +291,11 @@ type limitedLog struct {
 
 // warn reports whether it was time to log.
 func (l *limitedLog) warn(logger *slog.Logger, msg string, args ...any) bool {
-	return l.log(logger, slog.LevelWarn, msg, args...)
+	return l.log(logger.Warn, msg, args...)
 }
 
-func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args ...any) bool {
+// log logs by one of a logger's methods.
+func (l *limitedLog) log(by func(msg string, args ...any), msg string, args ...any) bool {
 	now := time.Now()
 	l.mu.Lock()
 	if !l.last.IsZero() && now.Sub(l.last) < time.Minute {
@@ -305,7 +306,6 @@ func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args
 	skipped := l.skipped
 	l.last, l.skipped = now, 0
 	l.mu.Unlock()
-	// No flow's context: what its values add to a log is the application's, and this is about the client.
-	logger.Log(context.Background(), level, msg, append(args, "unlogged_before", skipped)...) //nolint:forbidigo // see above
+	by(msg, append(args, "unlogged_before", skipped)...)
 	return true
 }

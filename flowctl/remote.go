@@ -370,7 +370,7 @@ func (h *heard) anything() bool {
 // answered notes that the agent is there.
 func (r *remote) answered() {
 	if r.gate.answered() {
-		r.backLog.log(r.logger, slog.LevelInfo, "headgate: the agent answers again")
+		r.backLog.log(r.logger.Info, "headgate: the agent answers again")
 	}
 }
 

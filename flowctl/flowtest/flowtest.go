@@ -149,8 +149,8 @@ func (a *Agent) Client(opts ...flowctl.Option) *flowctl.Client {
 		a.t.Fatalf("flowtest: %v", err)
 	}
 	a.t.Cleanup(func() {
-		a.release() // what hangs must not hold up the client's last telemetry
-		_ = client.Close(context.Background())
+		a.release()                                            // what hangs must not hold up the client's last telemetry
+		_ = client.Close(context.WithoutCancel(a.t.Context())) // which has ended by now
 	})
 	return client
 }

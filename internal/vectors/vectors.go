@@ -7,7 +7,6 @@
 package vectors
 
 import (
-	"context"
 	"embed"
 	"encoding/json"
 	"errors"
@@ -15,6 +14,7 @@ import (
 	"path"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -25,6 +25,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
 )
 
 //go:embed testdata
@@ -48,8 +49,8 @@ type step struct {
 	TookMS     float64         `json:"took_ms"`
 }
 
-// Load reads the recording of that name.
-func Load(t *testing.T, name string) *Scenario {
+// load reads the recording of that name.
+func load(t *testing.T, name string) *Scenario {
 	t.Helper()
 	data, err := recordings.ReadFile("testdata/" + name + ".json")
 	if err != nil {
@@ -70,8 +71,8 @@ func Load(t *testing.T, name string) *Scenario {
 	return s
 }
 
-// PolicyData is the scenario's policy file; nil for none.
-func (s *Scenario) PolicyData(t *testing.T, opts Options) []byte {
+// policyData is the scenario's policy file; nil for none.
+func (s *Scenario) policyData(t *testing.T, opts Options) []byte {
 	t.Helper()
 	if s.Policy == "" || opts.WithoutPolicy {
 		return nil
@@ -98,9 +99,9 @@ type Options struct {
 	TokensPerSecond float64
 }
 
-// Limiters are the scenarios about control points, rate and concurrency limiters and caches, with what to compare of
+// limiters are the scenarios about control points, rate and concurrency limiters and caches, with what to compare of
 // each.
-func Limiters() map[string]Options {
+func limiters() map[string]Options {
 	return map[string]Options{
 		"rl-burst-then-refill":     {TokensPerSecond: 2},
 		"rl-delay-initial-fill":    {TokensPerSecond: 2},
@@ -112,6 +113,25 @@ func Limiters() map[string]Options {
 		"cache":                    {},
 		// r0 and r1 need a sampler, and r5 is invalid here.
 		"ramp-mode": {Only: []string{"r2", "r3", "r4"}, WithoutPolicy: true},
+	}
+}
+
+// Run replays the scenarios of limiters, each in a bubble of its own, against clients that open makes for a policy.
+func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowctl.Client) {
+	for name, opts := range limiters() {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := load(t, name)
+				var policies []policy.Policy
+				if data := s.policyData(t, opts); data != nil {
+					var err error
+					if policies, err = policy.Parse(s.Policy, data); err != nil {
+						t.Fatal(err)
+					}
+				}
+				s.Replay(t, open(t, policies), opts)
+			})
+		})
 	}
 }
 
@@ -175,7 +195,7 @@ func (r *replay) check(st step) {
 		ResultCacheKey:  req.GetCacheLookupRequest().GetResultCacheKey(),
 		GlobalCacheKeys: req.GetCacheLookupRequest().GetGlobalCacheKeys(),
 	}
-	flow := r.client.Start(context.Background(), req.GetControlPoint(), params)
+	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), params)
 	r.flows[st.ID] = flow
 	got := flow.CheckResponse()
 	if got == nil {
@@ -300,7 +320,7 @@ func (r *replay) end(st step) {
 	if !ok {
 		r.t.Fatalf("%s: no flow %s", st.ID, st.EndOf)
 	}
-	got, err := flow.End(context.Background())
+	got, err := flow.End(r.t.Context())
 	if err != nil && !errors.Is(err, flowctl.ErrEnded) {
 		r.t.Errorf("%s: End() = %v", st.ID, err)
 	}
@@ -313,14 +333,14 @@ func (r *replay) upsert(st step) {
 	req := new(checkv1.CacheUpsertRequest)
 	r.read(st, st.Request, req)
 	if e := req.GetResultCacheEntry(); e.GetKey() != "" {
-		flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: e.GetKey()})
-		if err := flow.SetResultCache(context.Background(), e.GetValue(), e.GetTtl().AsDuration()); err != nil {
+		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: e.GetKey()})
+		if err := flow.SetResultCache(r.t.Context(), e.GetValue(), e.GetTtl().AsDuration()); err != nil {
 			r.t.Errorf("%s: SetResultCache() = %v", st.ID, err)
 		}
 	}
 	for key, e := range req.GetGlobalCacheEntries() {
-		flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{})
-		if err := flow.SetGlobalCache(context.Background(), key, e.GetValue(), e.GetTtl().AsDuration()); err != nil {
+		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{})
+		if err := flow.SetGlobalCache(r.t.Context(), key, e.GetValue(), e.GetTtl().AsDuration()); err != nil {
 			r.t.Errorf("%s: SetGlobalCache() = %v", st.ID, err)
 		}
 	}
@@ -330,7 +350,7 @@ func (r *replay) lookup(st step) {
 	req, want := new(checkv1.CacheLookupRequest), new(checkv1.CacheLookupResponse)
 	r.read(st, st.Request, req)
 	r.read(st, st.Response, want)
-	flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{
+	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{
 		ResultCacheKey: req.GetResultCacheKey(), GlobalCacheKeys: req.GetGlobalCacheKeys(),
 	})
 	got := flow.CheckResponse().GetCacheLookupResponse()
@@ -342,14 +362,14 @@ func (r *replay) lookup(st step) {
 func (r *replay) remove(st step) {
 	req := new(checkv1.CacheDeleteRequest)
 	r.read(st, st.Request, req)
-	flow := r.client.Start(context.Background(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: req.GetResultCacheKey()})
+	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: req.GetResultCacheKey()})
 	if req.GetResultCacheKey() != "" {
-		if err := flow.DeleteResultCache(context.Background()); err != nil {
+		if err := flow.DeleteResultCache(r.t.Context()); err != nil {
 			r.t.Errorf("%s: DeleteResultCache() = %v", st.ID, err)
 		}
 	}
 	for _, key := range req.GetGlobalCacheKeys() {
-		if err := flow.DeleteGlobalCache(context.Background(), key); err != nil {
+		if err := flow.DeleteGlobalCache(r.t.Context(), key); err != nil {
 			r.t.Errorf("%s: DeleteGlobalCache() = %v", st.ID, err)
 		}
 	}
