@@ -2,8 +2,6 @@ package headgate
 
 import (
 	"context"
-	"maps"
-	"slices"
 
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
@@ -29,8 +27,7 @@ type Starter interface {
 func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
 	fn func(context.Context) (T, error), onReject fallback.Func[T],
 ) func(context.Context) (T, error) {
-	params.Labels = maps.Clone(params.Labels)
-	params.GlobalCacheKeys = slices.Clone(params.GlobalCacheKeys)
+	params = params.Clone()
 	return func(ctx context.Context) (T, error) {
 		flow := start(ctx, client, controlPoint, params)
 		if !flow.ShouldRun() {

@@ -176,7 +176,7 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 	if req.Lookup, err = params.lookup(); err != nil {
 		return err
 	}
-	if err := labels.Check(params.Labels); err != nil {
+	if err := params.checkLabels(); err != nil {
 		return err
 	}
 	explicit, transport, err := labels.FromContext(ctx)

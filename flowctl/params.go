@@ -2,6 +2,9 @@ package flowctl
 
 import (
 	"fmt"
+	"maps"
+	"reflect"
+	"slices"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
@@ -39,6 +42,29 @@ type Params struct {
 	// it comes from the caller's own cancellation, which is nobody's failure; an expired deadline is one. It is
 	// called before the flow ends and must not block.
 	IsFailure func(error) bool
+
+	// inOrder is the Labels that Clone made and found in order.
+	inOrder map[string]string
+}
+
+// Clone copies p with its maps and slices, for flows that start with the same parameters time and again: what is wrong
+// with the labels is found out here, not by each flow. The copy's labels must not be changed, but Labels may be replaced.
+func (p Params) Clone() Params {
+	p.Labels = maps.Clone(p.Labels)
+	p.GlobalCacheKeys = slices.Clone(p.GlobalCacheKeys)
+	p.inOrder = nil
+	if labels.Check(p.Labels) == nil {
+		p.inOrder = p.Labels
+	}
+	return p
+}
+
+// checkLabels says what is wrong with the flow's own labels, unless Clone has looked.
+func (p *Params) checkLabels() error {
+	if p.Labels == nil || reflect.ValueOf(p.Labels).UnsafePointer() == reflect.ValueOf(p.inOrder).UnsafePointer() {
+		return nil
+	}
+	return labels.Check(p.Labels)
 }
 
 // UnreachablePolicy is what becomes of a flow that nobody decides about.
