@@ -19,7 +19,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
@@ -35,10 +34,8 @@ import (
 
 // The bounds of a request.
 const (
-	margin       = 10 * time.Millisecond // what an answer needs to arrive
-	maxCacheKey  = 255                   // bytes
-	maxCacheKeys = 64
-	maxSlots     = 256
+	margin   = 10 * time.Millisecond // what an answer needs to arrive
+	maxSlots = 256
 )
 
 // A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
@@ -53,7 +50,7 @@ type Server struct {
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
 	checkv1.RegisterFlowControlServiceServer(s, service{server: srv})
-	collector.Register(s, srv.export)
+	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) })
 	return srv
 }
 
@@ -69,15 +66,6 @@ func ServerOptions() []grpc.ServerOption {
 // Spans is how many records of flows clients have sent so far. They are counted, so that every SDK's export succeeds,
 // and not kept.
 func (s *Server) Spans() uint64 { return s.spans.Load() }
-
-func (s *Server) export(_ context.Context, data *tracev1.TracesData) error {
-	for _, r := range data.GetResourceSpans() {
-		for _, scope := range r.GetScopeSpans() {
-			s.spans.Add(uint64(len(scope.GetSpans())))
-		}
-	}
-	return nil
-}
 
 // service is the server's side of the protocol.
 type service struct {
