@@ -291,8 +291,8 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 		return nil
 	}
 	if f.verdict.Extra != nil {
-		if a, ok := f.verdict.Extra.Wire.(*answer); ok {
-			return proto.CloneOf(a.response)
+		if c, ok := f.verdict.Extra.Wire.(*check); ok {
+			return proto.CloneOf(&c.response)
 		}
 	}
 	return wire.Response(&f.req, &f.verdict)

@@ -74,6 +74,9 @@ func (x *batch) wrap() []byte {
 	return x.message[begin:]
 }
 
+// spanBytes is what a span has at the most besides the answer to its check.
+const spanBytes = 352
+
 // appendSpan appends the span of one record, as protocol.md's telemetry says.
 func appendSpan(b []byte, r *record) []byte {
 	var ids [24]byte

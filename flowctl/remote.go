@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -18,7 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/encoding"
+	protocodec "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -130,6 +130,7 @@ type remote struct {
 	conn     grpc.ClientConnInterface
 	dialled  *grpc.ClientConn // conn, when it is ours to close
 	calls    []grpc.CallOption
+	codec    encoding.CodecV2
 	timeout  time.Duration // of calls that no check timeout bounds
 	gate     *gate
 	received *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
@@ -142,17 +143,11 @@ type remote struct {
 
 var _ seam.Agent = (*remote)(nil)
 
-// answer is what the remote keeps of an answer for the flow's end.
-type answer struct {
-	response *checkv1.CheckResponse
-	start    time.Time
-	returned time.Time // when the check came back
-}
-
 func newRemote(address string, cfg *config) (*remote, error) {
 	r := &remote{
 		conn:     cfg.conn,
 		timeout:  cfg.endTimeout,
+		codec:    encoding.GetCodecV2(protocodec.Name),
 		received: new(atomic.Uint64),
 		logger:   cfg.logger,
 	}
@@ -331,40 +326,18 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		call, cancel = context.WithTimeout(ctx, req.Timeout)
 		defer cancel()
 	}
-	heard := r.listen()
-	m := new(checkv1.CheckResponse)
-	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), m, heard.calls...)
-	returned := time.Now()
+	c := &check{remote: r, start: start, seen: r.received.Load()}
+	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), &c.response, c.options()...)
+	c.returned = time.Now()
 	if err != nil {
-		r.failed(ctx, call, err, heard.anything(), returned)
+		r.failed(ctx, call, err, c.heard(), c.returned)
 		return err
 	}
 	r.answered()
-	v.Start = start.UnixNano()
-	v.More().Wire = &answer{m, start, returned}
-	wire.Read(req, m, v)
+	c.Wire = c
+	v.Start, v.Extra = start.UnixNano(), &c.Extra
+	wire.Read(req, &c.response, v)
 	return nil
-}
-
-// heard finds out whether anything came from the agent during a call: on a connection of ours anything at all, also
-// what is for other calls, and on another's only what this call got.
-type heard struct {
-	r               *remote
-	calls           []grpc.CallOption
-	seen            uint64
-	header, trailer metadata.MD
-}
-
-func (r *remote) listen() *heard {
-	h := &heard{r: r, calls: r.calls, seen: r.received.Load()}
-	if r.dialled == nil {
-		h.calls = append(slices.Clone(r.calls), grpc.Header(&h.header), grpc.Trailer(&h.trailer))
-	}
-	return h
-}
-
-func (h *heard) anything() bool {
-	return h.r.received.Load() != h.seen || len(h.header) > 0 || len(h.trailer) > 0
 }
 
 // answered notes that the agent is there.
@@ -394,14 +367,14 @@ func (r *remote) failed(ctx, call context.Context, err error, heard bool, now ti
 
 // End gives back what the flow holds at the agent, and records it for telemetry.
 func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
-	a, ok := v.More().Wire.(*answer)
+	c, ok := v.More().Wire.(*check)
 	if !ok {
 		return seam.Returns{}, nil
 	}
 	if r.exporter != nil {
-		r.exporter.record(a, failed)
+		r.exporter.record(c, failed)
 	}
-	refs := wire.Held(a.response)
+	refs := wire.Held(&c.response)
 	if len(refs) == 0 {
 		return seam.Returns{}, nil
 	}

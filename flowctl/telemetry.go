@@ -10,21 +10,19 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
-	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// The bounds of the exporter.
+// The bounds of the exporter. Bytes are those of spans as they are sent.
 const (
 	exportEvery   = time.Second
 	exportTimeout = 10 * time.Second
-	batchRecords  = 64      // wake the exporter before its time: small batches do not hold up the checks on the connection
-	batchBytes    = 3 << 20 // of encoded spans; messages end at 4 MiB
-	maxRecords    = 8192    // that wait to be sent
+	hurryBytes    = 28 << 10 // wake the exporter before its time: gRPC has buffers of 32 KiB at hand, and the next are of 1 MiB
+	batchBytes    = 3 << 20  // messages end at 4 MiB
+	maxRecords    = 8192     // that wait to be sent
 	maxBytes      = 16 << 20
 )
 
@@ -39,7 +37,7 @@ type exporter struct {
 
 	mu      sync.Mutex
 	waiting []record
-	bytes   int // of waiting
+	bytes   int // of waiting, as spans
 	dropped int64
 	closed  bool
 
@@ -74,19 +72,19 @@ func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger 
 }
 
 // record takes down a flow that ends now.
-func (x *exporter) record(a *answer, failed bool) {
-	check, err := proto.Marshal(wire.WithoutValues(a.response))
-	start := a.start.UnixNano()
+func (x *exporter) record(c *check, failed bool) {
+	check, err := c.record()
+	start := c.start.UnixNano()
 	r := record{
 		start:    start,
-		workload: start + int64(a.returned.Sub(a.start)), // by the monotonic clock, whatever becomes of the other
-		end:      start + int64(time.Since(a.start)),
+		workload: start + int64(c.returned.Sub(c.start)), // by the monotonic clock, whatever becomes of the other
+		end:      start + int64(time.Since(c.start)),
 		check:    check,
 		failed:   failed,
 	}
+	size := base64.StdEncoding.EncodedLen(len(check)) + spanBytes
 	x.mu.Lock()
-	fits := err == nil && !x.closed && len(x.waiting) < maxRecords && x.bytes+len(check) <= maxBytes &&
-		base64.StdEncoding.EncodedLen(len(check)) < batchBytes
+	fits := err == nil && !x.closed && len(x.waiting) < maxRecords && x.bytes+size <= maxBytes && size < batchBytes
 	if !fits {
 		x.dropped++
 		closed := x.closed
@@ -97,8 +95,8 @@ func (x *exporter) record(a *answer, failed bool) {
 		return
 	}
 	x.waiting = append(x.waiting, r)
-	x.bytes += len(check)
-	first, many := len(x.waiting) == 1, len(x.waiting) == batchRecords || x.bytes > batchBytes/2
+	x.bytes += size
+	first, many := len(x.waiting) == 1, x.bytes > hurryBytes
 	x.mu.Unlock()
 	if first {
 		signal(x.wake)

@@ -1,0 +1,72 @@
+package flowctl
+
+import (
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
+// because all that a check costs beyond gRPC's own call is what is allocated here.
+type check struct {
+	seam.Extra
+	response checkv1.CheckResponse
+	raw      []byte // response as it came: telemetry has it without encoding it anew; nil where it was not kept
+	start    time.Time
+	returned time.Time // when the check came back
+
+	// Whether anything came from the agent meanwhile: on a connection of ours anything at all, also what is for other
+	// calls, and on another's only what this call got.
+	remote          *remote
+	seen            uint64
+	header, trailer metadata.MD
+
+	codec grpc.ForceCodecV2CallOption
+	room  [6]grpc.CallOption
+}
+
+// options are those of the call. It is made once.
+func (c *check) options() []grpc.CallOption {
+	opts := append(c.room[:0], c.remote.calls...)
+	if c.remote.exporter != nil {
+		c.codec.CodecV2 = c
+		opts = append(opts, &c.codec)
+	}
+	if c.remote.dialled == nil {
+		opts = append(opts, grpc.Header(&c.header), grpc.Trailer(&c.trailer))
+	}
+	return opts
+}
+
+// heard says whether anything came from the agent since the check began.
+func (c *check) heard() bool {
+	return c.remote.received.Load() != c.seen || len(c.header) > 0 || len(c.trailer) > 0
+}
+
+// record is the answer as telemetry reports it: without the values of caches.
+func (c *check) record() ([]byte, error) {
+	if c.raw != nil && c.response.GetCacheLookupResponse() == nil {
+		return c.raw, nil
+	}
+	return proto.Marshal(wire.WithoutValues(&c.response))
+}
+
+// The check is the call's codec: gRPC's own for Protocol Buffers, which remembers the bytes of the answer.
+var _ encoding.CodecV2 = (*check)(nil)
+
+func (c *check) Marshal(v any) (mem.BufferSlice, error) { return c.remote.codec.Marshal(v) }
+
+func (c *check) Unmarshal(data mem.BufferSlice, v any) error {
+	c.raw = data.Materialize()
+	return c.remote.codec.Unmarshal(data, v)
+}
+
+func (c *check) Name() string { return c.remote.codec.Name() }
