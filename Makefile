@@ -20,11 +20,12 @@ MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`.
+# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make bench BENCHFLAGS="-rounds 9"`.
 RACE ?= -race
 TESTFLAGS ?=
 FUZZTIME ?= 20s
 SOAK ?= 10m
+BENCHFLAGS ?=
 
 # $(call in-modules,NAME,COMMAND) runs COMMAND in every module, in the others
 # too when it fails in one, and then fails.
@@ -112,7 +113,7 @@ soak: ## Keep an agent busy for SOAK that is killed again and again
 
 .PHONY: bench
 bench: ## Measure Headgate beside its peers, in one run
-	cd bench && go test -run '^$$' -bench . $(TESTFLAGS)
+	cd bench && go run . $(BENCHFLAGS)
 
 # Code counts as covered by whichever package's tests run it. Generated code
 # and examples do not count.

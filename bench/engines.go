@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/failsafe-go/failsafe-go"
+	"github.com/failsafe-go/failsafe-go/bulkhead"
+	"github.com/failsafe-go/failsafe-go/ratelimiter"
+	"github.com/sony/gobreaker/v2"
+	"golang.org/x/time/rate"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// The control points, each with what its name says.
+const (
+	nothing     = "nothing"     // no policy
+	rateLimited = "rate"        // a rate limiter, keyed by user
+	oneKey      = "one-key"     // the same, for the rows with label maps in turn
+	manyKeys    = "many-keys"   // the same
+	concurrency = "concurrency" // a concurrency limiter
+)
+
+// policies never reject: what is measured is a call that is let through.
+func policies(keys int) []policy.Policy {
+	limit := func(at, by string) policy.RateLimiter {
+		return policy.RateLimiter{Selectors: policy.At(at), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: by}
+	}
+	return []policy.Policy{
+		{Name: "per-user", Components: []policy.Component{limit(rateLimited, "user_id")}},
+		{Name: "per-tenant", Components: []policy.Component{limit(oneKey, "tenant")}},
+		{Name: fmt.Sprintf("%d-users", keys), Components: []policy.Component{limit(manyKeys, "user_id")}},
+		{Name: "at-once", Components: []policy.Component{policy.ConcurrencyLimiter{
+			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute,
+		}}},
+	}
+}
+
+// oneLabel is what most rows have.
+func oneLabel() map[string]string { return map[string]string{"user_id": "u"} }
+
+func work() (int, error) { return 42, nil }
+
+func workContext(context.Context) (int, error) { return work() }
+
+func workFlow(context.Context, *flowctl.Flow) error { _, err := work(); return err }
+
+// engines are the rows that need no network.
+type engines struct {
+	ctx         context.Context //nolint:containedctx // the run's
+	engine      *engine.Engine
+	client      *flowctl.Client
+	users       []map[string]string // of different users of one tenant
+	bytesPerKey float64
+}
+
+func openEngines(ctx context.Context, keys int) (*engines, error) {
+	limits, err := engine.New(policies(keys), engine.WithKeyCap(2*keys))
+	if err != nil {
+		return nil, err
+	}
+	client, err := flowctl.New(limits)
+	if err != nil {
+		return nil, firstError(err, limits.Close())
+	}
+	return &engines{ctx: ctx, engine: limits, client: client}, nil
+}
+
+// fill makes the many users, and has the limiter of theirs know them.
+func (e *engines) fill(keys int) error {
+	e.users = make([]map[string]string, keys)
+	text := 0
+	for i := range e.users {
+		id := "user-" + strconv.Itoa(i)
+		e.users[i] = map[string]string{"user_id": id, "tenant": "t"}
+		text += len(id)
+	}
+	before := heap()
+	for _, labels := range e.users {
+		if err := headgate.Do(e.ctx, e.client, manyKeys, flowctl.Params{Labels: labels}, workFlow); err != nil {
+			return err
+		}
+	}
+	e.bytesPerKey = (heap() - before - float64(text)) / float64(keys)
+	return nil
+}
+
+// heap is the bytes in use.
+func heap() float64 {
+	runtime.GC()
+	runtime.GC() // what the first has found to be unused
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapAlloc)
+}
+
+func (e *engines) close() error { return e.engine.Close() }
+
+func (e *engines) rows() []*row {
+	return []*row{
+		{name: "Guard, no policy", call: e.guard(nothing)},
+		{name: "Do, no policy", call: e.do(nothing)},
+		{name: "Guard, one keyed rate limiter", call: e.guard(rateLimited), targets: []target{
+			{inTime, "failsafe-go rate limiter", 1.0 / 3, false},
+			{inTime, "gobreaker", 2, false},
+			{inAllocs, "", 1, false},
+		}},
+		{name: "Do, one keyed rate limiter", call: e.do(rateLimited), targets: []target{
+			{inTime, "failsafe-go rate limiter", 0, true},
+			{inTime, "gobreaker", 0, true},
+		}},
+		{name: "Guard, one concurrency limiter", call: e.guard(concurrency), targets: []target{
+			{inTime, "failsafe-go bulkhead", 0, true},
+		}},
+		{name: "Do, one concurrency limiter", call: e.do(concurrency), targets: []target{
+			{inTime, "failsafe-go bulkhead", 0, true},
+		}},
+		{name: "failsafe-go rate limiter", call: func() func() error {
+			limited := failsafe.With[int](ratelimiter.NewBurstyBuilder[int](1<<40, time.Second).Build())
+			return func() error { _, err := limited.Get(work); return err }
+		}},
+		{name: "failsafe-go bulkhead", call: func() func() error {
+			limited := failsafe.With[int](bulkhead.New[int](1_000_000))
+			return func() error { _, err := limited.Get(work); return err }
+		}},
+		{name: "gobreaker", call: func() func() error {
+			breaker := gobreaker.NewCircuitBreaker[int](gobreaker.Settings{})
+			return func() error { _, err := breaker.Execute(work); return err }
+		}},
+		{name: "x/time/rate, Allow and the call", call: func() func() error {
+			limiter := rate.NewLimiter(1e12, 1e12)
+			return func() error {
+				if !limiter.Allow() {
+					return flowctl.ErrRejected
+				}
+				_, err := work()
+				return err
+			}
+		}},
+	}
+}
+
+// userRows are those that need many users, whose labels make for a large heap.
+func (e *engines) userRows() []*row {
+	const one = "Do, label maps in turn, one key"
+	return []*row{
+		{name: one, call: e.rotate(oneKey)},
+		{name: fmt.Sprintf("Do, label maps in turn, %d keys", len(e.users)), call: e.rotate(manyKeys), targets: []target{
+			{inTime, one, 5, false},
+		}},
+	}
+}
+
+func (e *engines) guard(controlPoint string) func() func() error {
+	guarded := headgate.Guard(e.client, controlPoint, flowctl.Params{Labels: oneLabel()}, workContext, nil)
+	return func() func() error {
+		return func() error { _, err := guarded(e.ctx); return err }
+	}
+}
+
+func (e *engines) do(controlPoint string) func() func() error {
+	params := flowctl.Params{Labels: oneLabel()}
+	return func() func() error {
+		return func() error { return headgate.Do(e.ctx, e.client, controlPoint, params, workFlow) }
+	}
+}
+
+// rotate does one user after the other, from anywhere on.
+func (e *engines) rotate(controlPoint string) func() func() error {
+	return func() func() error {
+		next := rand.IntN(len(e.users))
+		return func() error {
+			next = (next + 1) % len(e.users)
+			return headgate.Do(e.ctx, e.client, controlPoint, flowctl.Params{Labels: e.users[next]}, workFlow)
+		}
+	}
+}

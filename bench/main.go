@@ -1,0 +1,88 @@
+// Bench measures Headgate beside its peers and beside bare gRPC calls, in one run, and prints one table with each ratio
+// that Headgate sets itself as a target, marked met or missed.
+//
+//	make bench
+//
+// Machines are noisy and differ, so only ratios of one run say something: all rows take turns, for several rounds, and
+// what is printed is the median over the rounds, of the ratios too. Bench is a module of its own, so that nobody who
+// uses Headgate gets its peers.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"testing"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx, os.Args[1:], os.Stdout)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	rounds := flags.Int("rounds", 5, "how often each row is measured")
+	each := flags.Duration("time", 200*time.Millisecond, "how long each row is measured in a round")
+	keys := flags.Int("keys", 1_000_000, "how many keys the limiter with many of them has")
+	serve := flags.Bool("serve", false, "be the agent that the rows over gRPC ask")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *serve {
+		return serveAgent(ctx, stdout)
+	}
+	if flag.Lookup("test.benchtime") == nil {
+		testing.Init()
+	}
+	if err := flag.Set("test.benchtime", each.String()); err != nil {
+		return err
+	}
+
+	e, err := openEngines(ctx, *keys)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	r, err := openRemotes(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = firstError(err, r.close(ctx)) }()
+
+	var t table
+	if err := t.measure(ctx, *rounds, append(e.rows(), r.rows()...)); err != nil {
+		return err
+	}
+	if err := e.fill(*keys); err != nil {
+		return err
+	}
+	if err := t.measure(ctx, *rounds, e.userRows()); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "%s, %s/%s, %d processors, %s; median of %d rounds of %v a row\n\n",
+		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), processor(), *rounds, *each)
+	t.print(stdout)
+	fmt.Fprintf(stdout, "\nlimiter with %d keys: %.0f bytes a key beyond its text; target ≤ 128: %s\n",
+		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 128))
+	return nil
+}
+
+func firstError(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

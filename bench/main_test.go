@@ -1,0 +1,58 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv(serveVariable) == "" {
+		os.Exit(m.Run())
+	}
+	if err := serveAgent(context.Background(), os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// Every row measures something, and every target is judged; how fast things are is not a test's business.
+func TestRun(t *testing.T) {
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"-rounds", "1", "-time", "1ms", "-keys", "1000"}, &out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"Guard, one keyed rate limiter", "Do, label maps in turn, 1000 keys", "gobreaker", "x/time/rate",
+		"Do over gRPC, with a FlowEnd", "the gate open", "bytes a key",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the table does not have %q:\n%s", want, &out)
+		}
+	}
+	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 12; got != want {
+		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
+	}
+}
+
+func TestMedian(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		values []float64
+		want   float64
+	}{
+		{"none", nil, 0},
+		{"one", []float64{3}, 3},
+		{"odd", []float64{9, 1, 3}, 3},
+		{"even", []float64{9, 1, 3, 5}, 4},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := median(tt.values); got != tt.want {
+				t.Errorf("median(%v) = %v want %v", tt.values, got, tt.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"text/tabwriter"
+)
+
+// A row is one thing to measure: by one goroutine, and by many.
+type row struct {
+	name string
+
+	// call makes the function to measure, one for each goroutine.
+	call func() func() error
+
+	// inFlight is how many goroutines call at once in parallel; 0 is one for each processor.
+	inFlight int
+
+	targets []target
+
+	serial, parallel []float64 // ns per call, for each round
+	allocs, bytes    []float64 // per call, in serial
+}
+
+// A target bounds the ratio of a row to another in one column.
+type target struct {
+	column column
+	than   string // name of the other row
+	most   float64
+
+	// aside marks a ratio that is told and has no bound.
+	aside bool
+}
+
+type column func(*row) []float64
+
+func inTime(r *row) []float64   { return r.serial }
+func inAllocs(r *row) []float64 { return r.allocs }
+
+// table is the rows that have been measured.
+type table struct{ rows []*row }
+
+// measure adds rows, which take turns.
+func (t *table) measure(ctx context.Context, rounds int, rows []*row) error {
+	t.rows = append(t.rows, rows...)
+	for range rounds {
+		for _, r := range rows {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err := r.measure(); err != nil {
+				return fmt.Errorf("%s: %w", r.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (r *row) measure() error {
+	var failed error
+	serial := testing.Benchmark(func(b *testing.B) {
+		call := r.call()
+		for b.Loop() {
+			if err := call(); err != nil {
+				failed = err
+				b.FailNow()
+			}
+		}
+	})
+	if failed != nil {
+		return failed
+	}
+	failures := make(chan error, 1)
+	parallel := testing.Benchmark(func(b *testing.B) {
+		if r.inFlight > 0 {
+			b.SetParallelism(max(r.inFlight/runtime.GOMAXPROCS(0), 1))
+		}
+		b.RunParallel(func(pb *testing.PB) {
+			call := r.call()
+			for pb.Next() {
+				if err := call(); err != nil {
+					select {
+					case failures <- err:
+					default:
+					}
+					return
+				}
+			}
+		})
+	})
+	select {
+	case err := <-failures:
+		return err
+	default:
+	}
+	r.serial = append(r.serial, nsPerOp(serial))
+	r.parallel = append(r.parallel, nsPerOp(parallel))
+	r.allocs = append(r.allocs, float64(serial.AllocsPerOp()))
+	r.bytes = append(r.bytes, float64(serial.AllocedBytesPerOp()))
+	return nil
+}
+
+func nsPerOp(r testing.BenchmarkResult) float64 { return float64(r.T) / float64(max(r.N, 1)) }
+
+// print writes the table: a line for each row, and one more for each further target.
+func (t *table) print(w io.Writer) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "\tns/op\tin parallel\tB/op\tallocs/op\tratio\tof\ttarget\t")
+	for _, r := range t.rows {
+		line := fmt.Sprintf("%s\t%.0f\t%.0f\t%.0f\t%.0f", r.name,
+			median(r.serial), median(r.parallel), median(r.bytes), median(r.allocs))
+		if len(r.targets) == 0 {
+			fmt.Fprintf(tw, "%s\t\t\t\t\n", line)
+		}
+		for _, target := range r.targets {
+			fmt.Fprintf(tw, "%s\t%s\n", line, t.compare(r, target))
+			line = "\t\t\t\t"
+		}
+	}
+	_ = tw.Flush() // what w cannot take is w's to tell
+}
+
+// compare gives the columns on a target. A target without another row is a bound on the column itself.
+func (t *table) compare(r *row, target target) string {
+	of, unit := target.than, "×"
+	ours := target.column(r)
+	if target.than == "" {
+		of, unit = "", ""
+	} else {
+		i := slices.IndexFunc(t.rows, func(other *row) bool { return other.name == target.than })
+		theirs := target.column(t.rows[i])
+		ratios := make([]float64, len(ours))
+		for k := range ours {
+			ratios[k] = ours[k] / theirs[k]
+		}
+		ours = ratios
+	}
+	value := median(ours)
+	text := strconv.FormatFloat(value, 'f', 2, 64)
+	if unit == "" {
+		text = strconv.FormatFloat(value, 'f', 0, 64)
+	}
+	bound := ""
+	if !target.aside {
+		bound = fmt.Sprintf("≤ %s%s: %s", strconv.FormatFloat(target.most, 'g', 3, 64), unit, verdict(value <= target.most))
+	}
+	return fmt.Sprintf("%s%s\t%s\t%s\t", text, unit, of, bound)
+}
+
+func verdict(met bool) string {
+	if met {
+		return "met"
+	}
+	return "missed"
+}
+
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	if len(sorted) == 0 {
+		return 0
+	}
+	if n := len(sorted); n%2 == 0 {
+		return (sorted[n/2-1] + sorted[n/2]) / 2
+	}
+	return sorted[len(sorted)/2]
+}
+
+// processor names the machine's processor, where the system tells.
+func processor() string {
+	f, err := os.Open("/proc/cpuinfo")
+	if err != nil {
+		return "unknown processor"
+	}
+	defer func() { _ = f.Close() }()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if key, value, ok := strings.Cut(lines.Text(), ":"); ok && strings.TrimSpace(key) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown processor"
+}
