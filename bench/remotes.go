@@ -172,15 +172,22 @@ func (key) GetRequestMetadata(context.Context, ...string) (map[string]string, er
 
 func (key) RequireTransportSecurity() bool { return false }
 
+// The calls that a client without Headgate would make.
+const (
+	bareCheck    = "bare Check over gRPC"
+	bareCheckEnd = "bare Check and FlowEnd over gRPC"
+)
+
 func (r *remotes) rows() []*row {
-	const bareCheck, bareCheckEnd = "bare Check over gRPC", "bare Check and FlowEnd over gRPC"
 	like := func(bare string) []target {
-		return []target{{inTime, bare, 1.1, false}, {inAllocs, bare, 1.1, false}}
+		return []target{{inTime, bare, 1.1, false}, {inParallel, bare, 1.1, false}, {inAllocs, bare, 1.1, false}}
 	}
 	rows := []*row{
 		{name: "Guard over gRPC", call: r.guard(r.client, rateLimited), targets: like(bareCheck)},
 		{name: "Do over gRPC", call: r.do(r.client, rateLimited), targets: like(bareCheck)},
-		{name: "Do over gRPC, without telemetry", call: r.do(r.silent, rateLimited), targets: []target{{inTime, bareCheck, 0, true}, {inAllocs, bareCheck, 0, true}}},
+		{name: "Do over gRPC, without telemetry", call: r.do(r.silent, rateLimited), targets: []target{
+			{inTime, bareCheck, 0, true}, {inParallel, bareCheck, 0, true}, {inAllocs, bareCheck, 0, true},
+		}},
 		{name: bareCheck, call: r.check},
 		{name: "Do over gRPC, with a FlowEnd", call: r.do(r.client, concurrency), targets: like(bareCheckEnd)},
 		{name: bareCheckEnd, call: r.checkEnd},

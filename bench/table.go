@@ -40,10 +40,26 @@ type target struct {
 	aside bool
 }
 
-type column func(*row) []float64
+// A column is what a target is about, as the table names it.
+type column string
 
-func inTime(r *row) []float64   { return r.serial }
-func inAllocs(r *row) []float64 { return r.allocs }
+const (
+	inTime     column = "time"
+	inParallel column = "in parallel"
+	inAllocs   column = "allocs"
+)
+
+// in gives the row's figures in the column, one for each round.
+func (r *row) in(c column) []float64 {
+	switch c {
+	case inParallel:
+		return r.parallel
+	case inAllocs:
+		return r.allocs
+	default:
+		return r.serial
+	}
+}
 
 // table is the rows that have been measured.
 type table struct{ rows []*row }
@@ -113,12 +129,12 @@ func nsPerOp(r testing.BenchmarkResult) float64 { return float64(r.T) / float64(
 // print writes the table: a line for each row, and one more for each further target.
 func (t *table) print(w io.Writer) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "\tns/op\tin parallel\tB/op\tallocs/op\tratio\tof\ttarget\t")
+	fmt.Fprintln(tw, "\tns/op\tin parallel\tB/op\tallocs/op\tratio\tin\tto\ttarget\t")
 	for _, r := range t.rows {
 		line := fmt.Sprintf("%s\t%.0f\t%.0f\t%.0f\t%.0f", r.name,
 			median(r.serial), median(r.parallel), median(r.bytes), median(r.allocs))
 		if len(r.targets) == 0 {
-			fmt.Fprintf(tw, "%s\t\t\t\t\n", line)
+			fmt.Fprintf(tw, "%s\t\t\t\t\t\n", line)
 		}
 		for _, target := range r.targets {
 			fmt.Fprintf(tw, "%s\t%s\n", line, t.compare(r, target))
@@ -128,15 +144,21 @@ func (t *table) print(w io.Writer) {
 	_ = tw.Flush() // what w cannot take is w's to tell
 }
 
+// median is the row's figure in the column.
+func (t *table) median(name string, c column) float64 {
+	i := slices.IndexFunc(t.rows, func(r *row) bool { return r.name == name })
+	return median(t.rows[i].in(c))
+}
+
 // compare gives the columns on a target. A target without another row is a bound on the column itself.
 func (t *table) compare(r *row, target target) string {
 	of, unit := target.than, "×"
-	ours := target.column(r)
+	ours := r.in(target.column)
 	if target.than == "" {
 		of, unit = "", ""
 	} else {
 		i := slices.IndexFunc(t.rows, func(other *row) bool { return other.name == target.than })
-		theirs := target.column(t.rows[i])
+		theirs := t.rows[i].in(target.column)
 		ratios := make([]float64, len(ours))
 		for k := range ours {
 			ratios[k] = ours[k] / theirs[k]
@@ -152,7 +174,7 @@ func (t *table) compare(r *row, target target) string {
 	if !target.aside {
 		bound = fmt.Sprintf("≤ %s%s: %s", strconv.FormatFloat(target.most, 'g', 3, 64), unit, verdict(value <= target.most))
 	}
-	return fmt.Sprintf("%s%s\t%s\t%s\t", text, unit, of, bound)
+	return fmt.Sprintf("%s%s\t%s\t%s\t%s\t", text, unit, target.column, of, bound)
 }
 
 func verdict(met bool) string {

@@ -208,6 +208,9 @@ func (f *Flow) SetStatus(s Status) { f.set.Store(uint32(s)) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
 func (f *Flow) SetError(err error) {
+	if err == nil && Status(f.derived.Load()) == StatusUnset {
+		return // which is OK, and a load is cheaper than a store
+	}
 	if err != nil {
 		f.derived.Store(uint32(StatusError)) // in case IsFailure panics
 		if f.isFailure(err) {
