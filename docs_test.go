@@ -2,16 +2,21 @@ package headgate_test
 
 import (
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
 
-var documents = []string{"README.md", "docs/guide.md"}
+var documents = []string{"README.md", "docs/guide.md", "docs/policies.md"}
 
 // TestSnippets keeps the documents' code from going stale: each block of Go is a piece of an Example function or of an
 // example program, each block of YAML a piece of a policy file that one of them loads. Indentation and empty lines do
@@ -158,4 +163,127 @@ func resolve(file, anchor string) error {
 		}
 	}
 	return fmt.Errorf("no heading makes #%s", anchor)
+}
+
+var (
+	codeSpan = regexp.MustCompile("`([^`]+)`")
+	word     = regexp.MustCompile(`\w+`)
+)
+
+// TestPolicyKeys keeps docs/policies.md complete: it names each key, limiter and status that package policy knows. What
+// its tables call keys and Go fields are such.
+func TestPolicyKeys(t *testing.T) {
+	known := policyKeys(t)
+	fields := policyNames(t)
+	const document = "docs/policies.md"
+	text := read(t, document)
+
+	told := make(map[string]bool)
+	for _, m := range codeSpan.FindAllStringSubmatch(strings.ReplaceAll(text, "```", ""), -1) {
+		for _, w := range word.FindAllString(m[1], -1) {
+			told[w] = true
+		}
+	}
+	for key := range known {
+		if !told[key] {
+			t.Errorf("%s does not name %s", document, key)
+		}
+	}
+
+	var header []string
+	for line := range strings.Lines(text) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		switch {
+		case !strings.HasPrefix(line, "|"):
+			header = nil
+		case header == nil:
+			header = cells
+		}
+		for i, cell := range cells[:min(len(cells), len(header))] {
+			names := map[string]map[string]bool{"key": known, "Go field": fields}[header[i]]
+			for _, m := range codeSpan.FindAllStringSubmatch(cell, -1) {
+				for _, w := range word.FindAllString(m[1], -1) {
+					if names != nil && !names[w] && !isNumber(w) {
+						t.Errorf("%s: in %q, %s is no %s", document, cell, w, header[i])
+					}
+				}
+			}
+		}
+	}
+}
+
+func isNumber(w string) bool { return w[0] >= '0' && w[0] <= '9' }
+
+// policyKeys gives the words that package policy reads files by: those in the calls that take a mapping apart, in the
+// lists of keys, and in the tables of limiters and statuses.
+func policyKeys(t *testing.T) map[string]bool {
+	t.Helper()
+	keys := make(map[string]bool)
+	add := func(n ast.Node) bool {
+		if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			text, err := strconv.Unquote(lit.Value)
+			if err != nil {
+				t.Error(err)
+			}
+			for _, key := range strings.Fields(text) {
+				keys[key] = true
+			}
+		}
+		return true
+	}
+	for _, file := range []string{"policy/circuit.go", "policy/file.go"} {
+		ast.Inspect(parse(t, file), func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.GenDecl:
+				if n.Tok == token.CONST {
+					ast.Inspect(n, add)
+				}
+			case *ast.KeyValueExpr:
+				ast.Inspect(n.Key, add)
+			case *ast.CallExpr:
+				if f, ok := n.Fun.(*ast.SelectorExpr); ok && slices.Contains([]string{"fields", "one"}, f.Sel.Name) {
+					ast.Inspect(n, add)
+				}
+			}
+			return true
+		})
+	}
+	if len(keys) < 100 {
+		t.Fatalf("%d keys: where are the others?", len(keys))
+	}
+	return keys
+}
+
+// policyNames gives the names that policy.go declares: types, fields and constants.
+func policyNames(t *testing.T) map[string]bool {
+	t.Helper()
+	names := make(map[string]bool)
+	ast.Inspect(parse(t, "policy/policy.go"), func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.TypeSpec:
+			names[n.Name.Name] = true
+		case *ast.Field:
+			for _, name := range n.Names {
+				names[name.Name] = true
+			}
+		case *ast.ValueSpec:
+			for _, name := range n.Names {
+				names[name.Name] = true
+			}
+		}
+		return true
+	})
+	return names
+}
+
+func parse(t *testing.T, file string) *ast.File {
+	t.Helper()
+	f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }

@@ -44,6 +44,36 @@ func ExampleLoad() {
 	// cl-basic: 2 flows at once for each user_id
 }
 
+// A port may take its number from a variable, and dynamicConfig may set that. What a file says that is of no use here is
+// a warning.
+func ExampleLoad_variables() {
+	policies, err := policy.Load("testdata/variables.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for _, p := range policies {
+		if l, ok := p.Components[0].(policy.RateLimiter); ok {
+			fmt.Printf("%s/%s: capacity %g, pass through: %v\n", p.Name, l.ID, l.Capacity, l.PassThrough)
+		}
+		for _, warning := range p.Warnings {
+			fmt.Println("warning:", warning)
+		}
+	}
+	// Output:
+	// orders/root.2: capacity 25, pass through: true
+	// warning: testdata/variables.yaml:6:5: spec.circuit.evaluation_interval: not used
+}
+
+// Policies written in Go are held to the same rules.
+func ExamplePolicy_Validate() {
+	p := policy.Policy{Name: "per-user", Components: []policy.Component{
+		policy.RateLimiter{Selectors: policy.At("checkout"), Capacity: 10, Fill: 10},
+	}}
+	fmt.Println(p.Validate())
+	// Output: policy "per-user": components[0].Interval: must be positive, is 0s
+}
+
 func ExampleParse() {
 	_, err := policy.Parse("limits.yaml", []byte(`circuit:
   components:

@@ -84,6 +84,18 @@ func TestLoadTestdata(t *testing.T) {
 			ID: "root.0", Selectors: policy.At("cl-basic"),
 			Max: 2, MaxInflight: 3 * time.Second, LimitBy: "user_id", TokensLabel: "tokens",
 		}}},
+		{Name: "every-key", Components: []policy.Component{
+			policy.RateLimiter{
+				ID: "root.0", Selectors: []policy.Selector{{ControlPoint: "search", Service: "any"}},
+				Capacity: 40, Fill: 20, Interval: time.Second, LimitBy: "tenant", MaxIdle: policy.DefaultMaxIdle,
+				TokensLabel: "cost", DeniedStatus: 429,
+			},
+			policy.ConcurrencyLimiter{
+				ID: "root.1", Selectors: policy.At("search"),
+				Max: 64, MaxInflight: 30 * time.Second, LimitBy: "tenant", MaxIdle: policy.DefaultMaxIdle,
+				TokensLabel: "slots", DeniedStatus: 429,
+			},
+		}},
 		{Name: "match", Components: []policy.Component{policy.RateLimiter{
 			ID: "root.0", Interval: time.Second,
 			Selectors: []policy.Selector{
