@@ -16,7 +16,9 @@ import (
 	"testing"
 )
 
-var documents = []string{"README.md", "docs/guide.md", "docs/policies.md"}
+var documents = []string{
+	"README.md", "docs/guide.md", "docs/policies.md", "docs/operating.md", "docs/design.md",
+}
 
 // TestSnippets keeps the documents' code from going stale: each block of Go is a piece of an Example function or of an
 // example program, each block of YAML a piece of a policy file that one of them loads. Indentation and empty lines do
@@ -166,9 +168,14 @@ func resolve(file, anchor string) error {
 }
 
 var (
-	codeSpan = regexp.MustCompile("`([^`]+)`")
+	codeSpan = regexp.MustCompile("`[^`]+`")
 	word     = regexp.MustCompile(`\w+`)
 )
+
+// codeSpans gives what stands between single backticks.
+func codeSpans(text string) []string {
+	return codeSpan.FindAllString(strings.ReplaceAll(text, "```", ""), -1)
+}
 
 // TestPolicyKeys keeps docs/policies.md complete: it names each key, limiter and status that package policy knows. What
 // its tables call keys and Go fields are such.
@@ -179,8 +186,8 @@ func TestPolicyKeys(t *testing.T) {
 	text := read(t, document)
 
 	told := make(map[string]bool)
-	for _, m := range codeSpan.FindAllStringSubmatch(strings.ReplaceAll(text, "```", ""), -1) {
-		for _, w := range word.FindAllString(m[1], -1) {
+	for _, span := range codeSpans(text) {
+		for _, w := range word.FindAllString(span, -1) {
 			told[w] = true
 		}
 	}
@@ -204,8 +211,8 @@ func TestPolicyKeys(t *testing.T) {
 		}
 		for i, cell := range cells[:min(len(cells), len(header))] {
 			names := map[string]map[string]bool{"key": known, "Go field": fields}[header[i]]
-			for _, m := range codeSpan.FindAllStringSubmatch(cell, -1) {
-				for _, w := range word.FindAllString(m[1], -1) {
+			for _, span := range codeSpans(cell) {
+				for _, w := range word.FindAllString(span, -1) {
 					if names != nil && !names[w] && !isNumber(w) {
 						t.Errorf("%s: in %q, %s is no %s", document, cell, w, header[i])
 					}
@@ -216,6 +223,39 @@ func TestPolicyKeys(t *testing.T) {
 }
 
 func isNumber(w string) bool { return w[0] >= '0' && w[0] <= '9' }
+
+// TestOperatingNames keeps docs/operating.md complete: it has every message that is logged, every counter, and all that
+// counters and spans carry.
+func TestOperatingNames(t *testing.T) {
+	const document = "docs/operating.md"
+	spans := codeSpans(read(t, document))
+	calls := []string{"warn", "log", "Warn", "Int64Counter", "String", "Bool", "AddEvent"} // the last three of OpenTelemetry
+	found := 0
+	for _, file := range []string{"flowctl/client.go", "flowctl/remote.go", "flowctl/telemetry.go", "flowctl/observe.go", "engine/engine.go"} {
+		ast.Inspect(parse(t, file), func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			if f, ok := call.Fun.(*ast.SelectorExpr); !ok || !slices.Contains(calls, f.Sel.Name) {
+				return true
+			}
+			for _, arg := range call.Args {
+				if lit, ok := arg.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+					found++
+					if name := "`" + strings.Trim(lit.Value, `"`) + "`"; !slices.Contains(spans, name) {
+						t.Errorf("%s does not have %s", document, name)
+					}
+					break // the others are attributes of the message
+				}
+			}
+			return true
+		})
+	}
+	if found < 15 {
+		t.Errorf("%d names: where are the others?", found)
+	}
+}
 
 // policyKeys gives the words that package policy reads files by: those in the calls that take a mapping apart, in the
 // lists of keys, and in the tables of limiters and statuses.

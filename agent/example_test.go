@@ -2,11 +2,19 @@ package agent_test
 
 import (
 	"context"
+	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"net"
+	"net/http/httptest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
@@ -53,4 +61,59 @@ func ExampleRegister() {
 	// Output:
 	// accepted
 	// rejected
+}
+
+// newCertificate is for the example below: a certificate for this machine, and who vouches for it.
+func newCertificate() (certificate tls.Certificate, roots *x509.CertPool) {
+	site := httptest.NewTLSServer(nil)
+	defer site.Close()
+	roots = x509.NewCertPool()
+	roots.AddCert(site.Certificate())
+	return site.TLS.Certificates[0], roots
+}
+
+// An agent that speaks TLS, and answers only to those who have the key.
+func ExampleServerOptions() {
+	ctx := context.Background()
+	certificate, roots := newCertificate()
+	limits, err := engine.Load("../examples/quickstart/policy.yaml")
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+
+	const key = "open sesame"
+	checkKey := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		keys := metadata.ValueFromIncomingContext(ctx, "x-api-key")
+		if len(keys) != 1 || subtle.ConstantTimeCompare([]byte(keys[0]), []byte(key)) != 1 {
+			return nil, status.Error(codes.Unauthenticated, "wrong API key")
+		}
+		return handler(ctx, req)
+	}
+	server := grpc.NewServer(append(agent.ServerOptions(),
+		grpc.Creds(credentials.NewServerTLSFromCert(&certificate)),
+		grpc.UnaryInterceptor(checkKey), // all calls are unary, telemetry included
+		grpc.MaxConcurrentStreams(1000), // calls at once, of each client
+	)...)
+	agent.Register(server, limits)
+
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	go func() { _ = server.Serve(listener) }()
+	defer server.Stop()
+
+	for _, k := range []string{key, "sesame"} {
+		client, err := flowctl.Dial(listener.Addr().String(), flowctl.WithAPIKey(k),
+			flowctl.WithTLSConfig(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}))
+		if err != nil {
+			panic(err)
+		}
+		fmt.Println(client.Ready(ctx))
+		_ = client.Close(ctx)
+	}
+	// Output:
+	// <nil>
+	// headgate: agent not ready: it refuses the API key: rpc error: code = Unauthenticated desc = wrong API key
 }

@@ -537,3 +537,17 @@ func ExampleWithGate() {
 	fmt.Println(client.Close(context.Background()))
 	// Output: <nil>
 }
+
+// Timeouts for a service whose own callers wait for 300 ms, and for one of its flows that may queue at the agent.
+func ExampleWithCheckTimeout() {
+	client, err := flowctl.Dial("agent.internal:443",
+		flowctl.WithCheckTimeout(50*time.Millisecond), // then flows fail open, with time left to do the work
+		flowctl.WithEndTimeout(500*time.Millisecond))  // for flows that hold slots
+	if err != nil {
+		panic(err)
+	}
+	nightly := flowctl.Params{CheckTimeout: 30 * time.Second} // nobody waits for this one
+
+	fmt.Println(nightly.CheckTimeout, client.Close(context.Background()))
+	// Output: 30s <nil>
+}
