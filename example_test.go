@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"time"
 
 	"github.com/headgate-go/headgate"
@@ -104,6 +105,25 @@ func ExampleGuard_error() {
 	// HDGT 42.00 <nil>
 	// the exchange is busy
 	// true true
+}
+
+// Rejected callers get an answer with a status of its own.
+func ExampleGuard_answer() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("report"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	type answer struct {
+		body   string
+		status int
+	}
+	render := func(context.Context) (answer, error) { return answer{"the report", http.StatusOK}, nil }
+
+	report := headgate.Guard(client, "report", flowctl.Params{CheckTimeout: 2 * time.Second}, render,
+		fallback.Value(answer{"come back later", http.StatusServiceUnavailable}))
+
+	fmt.Println(report(context.Background()))
+	// Output:
+	// {come back later 503} <nil>
 }
 
 // A nil client is flow control switched off: the same code runs, and nobody is asked.
