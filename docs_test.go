@@ -229,7 +229,7 @@ func isNumber(w string) bool { return w[0] >= '0' && w[0] <= '9' }
 func TestOperatingNames(t *testing.T) {
 	const document = "docs/operating.md"
 	spans := codeSpans(read(t, document))
-	calls := []string{"warn", "log", "Warn", "Int64Counter", "String", "Bool", "AddEvent"} // the last three of OpenTelemetry
+	calls := []string{"warn", "log", "Warn", "Int64Counter", "String", "Bool", "AddEvent"} // the last four are OpenTelemetry's
 	found := 0
 	for _, file := range []string{"flowctl/client.go", "flowctl/remote.go", "flowctl/telemetry.go", "flowctl/observe.go", "engine/engine.go"} {
 		ast.Inspect(parse(t, file), func(n ast.Node) bool {
@@ -268,7 +268,7 @@ func policyKeys(t *testing.T) map[string]bool {
 			if err != nil {
 				t.Error(err)
 			}
-			for _, key := range strings.Fields(text) {
+			for key := range strings.FieldsSeq(text) {
 				keys[key] = true
 			}
 		}
