@@ -356,7 +356,7 @@ func (r *remote) failed(ctx, call context.Context, err error, heard bool, now ti
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
 		if r.gate.failed(now) {
-			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows go on without it", "error", err)
+			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
 		}
 	}
 	switch code {
