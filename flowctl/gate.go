@@ -11,10 +11,10 @@ import (
 // timeout, but for one that probes.
 //
 // Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
-// from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error and a sign of life on the
-// connection too: an agent that is overloaded must not be taken for a dead one, for that would let everything in. So
-// the gate is about processes, machines and networks that are gone or frozen; while an agent's server lives, its flows
-// take their check timeout at the most, each.
+// from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error, an answer that is too late
+// and a sign of life on the connection too: an agent that is overloaded must not be taken for a dead one, for that would
+// let everything in. So the gate is about processes, machines and networks that are gone or frozen; while an agent's
+// server lives, its flows take their check timeout at the most, each.
 type Gate struct {
 	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
 	Failures int
@@ -43,8 +43,9 @@ type gate struct {
 	probe atomic.Int64 // when the next probe may go
 
 	mu    sync.Mutex
-	count atomic.Int64 // failures in a row; written under mu
-	first int64        // the first of them
+	count atomic.Int64  // failures in a row; written under mu
+	first int64         // the first of them
+	seen  atomic.Uint64 // what had come from the agent by the last of them; written under mu
 }
 
 func newGate(settings Gate, checkTimeout time.Duration) *gate {
@@ -82,13 +83,21 @@ func (g *gate) answered() bool {
 	return g.open.Swap(false)
 }
 
-// failed notes a piece of evidence. It reports whether that opened the gate.
-func (g *gate) failed(now time.Time) bool {
+// outdated says whether something has come from the agent since the last failure: an answer that came too late for its
+// check is seen by the next.
+func (g *gate) outdated(received uint64) bool {
+	return g.count.Load() != 0 && g.seen.Load() != received
+}
+
+// failed notes a piece of evidence, by which time so much had come from the agent. It reports whether that opened the
+// gate.
+func (g *gate) failed(now time.Time, received uint64) bool {
 	if g.Failures < 0 {
 		return false
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.seen.Store(received)
 	t := int64(now.Sub(g.epoch))
 	if g.count.Load() == 0 {
 		g.first = t

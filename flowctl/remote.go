@@ -312,7 +312,10 @@ func (c *countingConn) Read(p []byte) (int, error) {
 
 // Check asks the agent.
 func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
-	start := time.Now()
+	start, seen := time.Now(), r.received.Load()
+	if r.gate.outdated(seen) {
+		r.answered()
+	}
 	admitted, probe := r.gate.admit(start)
 	if !admitted {
 		return errGateOpen
@@ -326,11 +329,11 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		call, cancel = context.WithTimeout(ctx, req.Timeout)
 		defer cancel()
 	}
-	c := &check{remote: r, start: start, seen: r.received.Load()}
+	c := &check{remote: r, start: start, seen: seen}
 	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), &c.response, c.options()...)
 	c.returned = time.Now()
 	if err != nil {
-		r.failed(ctx, call, err, c.heard(), c.returned)
+		r.failed(ctx, call, err, c)
 		return err
 	}
 	r.answered()
@@ -348,14 +351,14 @@ func (r *remote) answered() {
 }
 
 // failed judges a check that got no answer: does it speak against the agent?
-func (r *remote) failed(ctx, call context.Context, err error, heard bool, now time.Time) {
-	code := status.Code(err)
+func (r *remote) failed(ctx, call context.Context, err error, c *check) {
+	received, code := r.received.Load(), status.Code(err)
 	switch {
-	case heard:
+	case c.heard(received):
 		r.answered()
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
-		if r.gate.failed(now) {
+		if r.gate.failed(c.returned, received) {
 			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
 		}
 	}
