@@ -393,7 +393,7 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 	}
 	r.answered()
 	for _, s := range m.GetTokenReturnStatuses() {
-		if s.GetReturned() {
+		if s.GetReturned() && returns.Returned < returns.Held { // it may tell of more than it was asked about
 			returns.Returned++
 		}
 	}
