@@ -7,11 +7,14 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"go.uber.org/goleak"
 )
 
 func TestMain(m *testing.M) {
 	if os.Getenv(serveVariable) == "" {
-		os.Exit(m.Run())
+		goleak.VerifyTestMain(m)
+		return
 	}
 	if err := serveAgent(context.Background(), os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)
