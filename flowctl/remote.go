@@ -454,16 +454,24 @@ func (r *remote) callCache(ctx context.Context, method string, req, m proto.Mess
 	return nil
 }
 
-// cacheStatus is the error in what the agent says of one entry. An agent that says nothing has done nothing.
-func cacheStatus(s interface {
+var errCacheSilence = errors.New("the agent does not say what became of the entry")
+
+// cacheStatus is the error in what the agent says of one entry. An agent that says nothing has done nothing, although
+// success is the wire's zero.
+func cacheStatus[M interface {
+	comparable
 	GetOperationStatus() checkv1.CacheOperationStatus
 	GetError() string
-},
-) error {
-	if s.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS || s.GetError() != "" {
-		return wire.CacheError(s.GetError())
+}](said M) error {
+	var nothing M
+	switch {
+	case said == nothing:
+		return errCacheSilence
+	case said.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS || said.GetError() != "":
+		return wire.CacheError(said.GetError())
+	default:
+		return nil
 	}
-	return nil
 }
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
