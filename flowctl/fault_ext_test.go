@@ -404,7 +404,6 @@ func TestMalformedAnswers(t *testing.T) {
 		status int // of a rejection
 		wait   time.Duration
 	}{
-		{name: "nothing", want: flowctl.Accepted},
 		{name: "no message", answer: []byte("<html>503 Service Unavailable</html>"), want: flowctl.Unreachable},
 		{name: "half a message", answer: good[:len(good)-1], want: flowctl.Unreachable},
 		{name: "invalid UTF-8", answer: bytes.Replace(good, []byte("point"), []byte("po\xffnt"), 1), want: flowctl.Unreachable},

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -303,8 +301,6 @@ func TestFlowEndRequest(t *testing.T) {
 		want      []*checkv1.InflightRequestRef
 	}{
 		{name: "nothing"},
-		// A20: an SDK sent empty references for each decision of a rate limiter.
-		{name: "A20 only rate limits", decisions: []*checkv1.LimiterDecision{rateLimited}},
 		{
 			name:      "all slots in one call",
 			decisions: []*checkv1.LimiterDecision{held("root.0", "a", false), rateLimited, scheduled("root.1", "b")},
@@ -366,32 +362,6 @@ func TestEndResponse(t *testing.T) {
 		got, err := flow.End(t.Context())
 		if got != (flowctl.EndResponse{Held: 2}) || err == nil || status.Code(err) == codes.Internal {
 			t.Errorf("End() = %+v, %v want an error, and not the agent's status", got, err)
-		}
-	})
-}
-
-// A22: concurrent calls of End raced, and could end a flow twice.
-func TestA22ConcurrentEnd(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		agent := flowtest.NewAgent(t)
-		agent.Answer(flowtest.Answer{Slots: 1})
-		flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
-		var wg sync.WaitGroup
-		var first atomic.Int64
-		for range 1000 {
-			wg.Go(func() {
-				flow.SetStatus(flowctl.StatusError)
-				flow.SetError(nil)
-				if _, err := flow.End(t.Context()); err == nil {
-					first.Add(1)
-				} else if !errors.Is(err, flowctl.ErrEnded) {
-					t.Errorf("End() = %v", err)
-				}
-			})
-		}
-		wg.Wait()
-		if first.Load() != 1 || len(agent.Ends()) != 1 {
-			t.Errorf("%d calls of End counted, %d reached the agent want 1, 1", first.Load(), len(agent.Ends()))
 		}
 	})
 }
@@ -793,28 +763,6 @@ func TestUnreachableError(t *testing.T) {
 	}
 	if errors.Unwrap(err) != nil {
 		t.Errorf("Unwrap() = %v want nothing", errors.Unwrap(err))
-	}
-}
-
-// A1, A2: an SDK panicked when the agent was down, in ramp mode and when asked for a status.
-func TestA1A2AgentDown(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")})
-	client := agent.Client()
-	ramp := client.Start(t.Context(), "point", flowctl.Params{RampMode: true})
-	if ramp.ShouldRun() || ramp.HTTPStatus() != http.StatusServiceUnavailable || ramp.RejectReason() != flowctl.ReasonNone {
-		t.Errorf("ramp: ShouldRun() = %v, HTTPStatus() = %d", ramp.ShouldRun(), ramp.HTTPStatus())
-	}
-	open := client.Start(t.Context(), "point", flowctl.Params{})
-	if !open.ShouldRun() || open.HTTPStatus() != http.StatusOK || open.RetryAfter() != 0 {
-		t.Errorf("open: ShouldRun() = %v, HTTPStatus() = %d", open.ShouldRun(), open.HTTPStatus())
-	}
-	// A3: and such a flow could not be ended.
-	if got, err := open.End(t.Context()); err != nil || got != (flowctl.EndResponse{}) {
-		t.Errorf("End() = %+v, %v", got, err)
-	}
-	if _, err := open.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
-		t.Errorf("second End() = %v want ErrEnded", err)
 	}
 }
 
