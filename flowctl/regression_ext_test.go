@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/http"
 	"runtime"
@@ -176,23 +175,25 @@ func TestA6InterceptorsStay(t *testing.T) {
 
 // A7: options were appended to the caller's slice.
 func TestA7DialOptionsAreCopied(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	shared := make([]grpc.DialOption, 1, 8)
-	shared[0] = grpc.WithUserAgent("one")
-	a := agent.Client(flowctl.WithDialOptions(shared...))
-	b := agent.Client(flowctl.WithDialOptions(shared...), flowctl.WithDialOptions(grpc.WithUserAgent("two")))
-	for _, o := range shared[:cap(shared)][1:] {
-		if o != nil {
-			t.Error("the caller's array was written to")
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		shared := make([]grpc.DialOption, 1, 8)
+		shared[0] = grpc.WithUserAgent("one")
+		a := agent.Client(flowctl.WithDialOptions(shared...))
+		b := agent.Client(flowctl.WithDialOptions(shared...), flowctl.WithDialOptions(grpc.WithUserAgent("two")))
+		for _, o := range shared[:cap(shared)][1:] {
+			if o != nil {
+				t.Error("the caller's array was written to")
+			}
 		}
-	}
-	a.Start(t.Context(), "a", flowctl.Params{})
-	b.Start(t.Context(), "b", flowctl.Params{})
-	for i, want := range []string{"one", "two"} {
-		if got := agent.Checks()[i].Metadata.Get("user-agent"); !strings.HasPrefix(got[0], want) {
-			t.Errorf("user agent = %q want %q", got, want)
+		a.Start(t.Context(), "a", flowctl.Params{})
+		b.Start(t.Context(), "b", flowctl.Params{})
+		for i, want := range []string{"one", "two"} {
+			if got := agent.Checks()[i].Metadata.Get("user-agent"); !strings.HasPrefix(got[0], want) {
+				t.Errorf("user agent = %q want %q", got, want)
+			}
 		}
-	}
+	})
 }
 
 // A8: the program's global tracer provider was replaced, so that all its spans went to the agent.
@@ -209,26 +210,26 @@ func TestA8GlobalsStay(t *testing.T) {
 
 // A9: clients that were closed lost the telemetry that waited, and left goroutines and connections behind.
 func TestA9CloseLeavesNothing(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	before := runtime.NumGoroutine()
-	for range 50 {
-		client := agent.Client()
-		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
-		if err := client.Close(t.Context()); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		synctest.Wait()
+		before := runtime.NumGoroutine()
+		for range 50 {
+			client := agent.Client()
+			_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+			if err := client.Close(t.Context()); err != nil {
+				t.Fatal(err)
+			}
 		}
-	}
-	agent.Drop()
-	deadline := time.Now().Add(5 * time.Second)
-	for runtime.NumGoroutine() > before+2 && time.Now().Before(deadline) {
-		runtime.Gosched()
-	}
-	if after := runtime.NumGoroutine(); after > before+2 {
-		t.Errorf("%d goroutines want %d as before", after, before)
-	}
-	if got := len(agent.Spans()); got != 50 {
-		t.Errorf("%d spans want 50", got)
-	}
+		agent.Drop() // its own ends of the connections
+		synctest.Wait()
+		if after := runtime.NumGoroutine(); after != before {
+			t.Errorf("%d goroutines want %d as before", after, before)
+		}
+		if got := len(agent.Spans()); got != 50 {
+			t.Errorf("%d spans want 50", got)
+		}
+	})
 }
 
 // A10: the work's time was taken from before the check, and so had the time in the agent's queues in it.
@@ -279,27 +280,29 @@ func TestA11UnsampledParent(t *testing.T) {
 
 // A20: references without content were sent, in a call for each flow that holds nothing.
 func TestA20NoCallWithoutSlots(t *testing.T) {
-	rateLimited := &checkv1.LimiterDecision{
-		PolicyName: "p", ComponentId: "root.9",
-		Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{Label: "user:u"}},
-	}
-	agent := flowtest.NewAgent(t)
-	agent.Answer(
-		flowtest.Answer{Response: &checkv1.CheckResponse{LimiterDecisions: []*checkv1.LimiterDecision{rateLimited, rateLimited}}},
-		flowtest.Answer{Response: &checkv1.CheckResponse{LimiterDecisions: []*checkv1.LimiterDecision{rateLimited, held("root.0", "slot", false)}}},
-	)
-	client := agent.Client()
-	for want := range 2 {
-		if got, err := client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context()); err != nil || got.Held != want {
-			t.Errorf("End() = %+v, %v want %d held", got, err, want)
+	synctest.Test(t, func(t *testing.T) {
+		rateLimited := &checkv1.LimiterDecision{
+			PolicyName: "p", ComponentId: "root.9",
+			Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{Label: "user:u"}},
 		}
-		if got := len(agent.Ends()); got != want {
-			t.Errorf("%d calls ended flows want %d", got, want)
+		agent := flowtest.NewAgent(t)
+		agent.Answer(
+			flowtest.Answer{Response: &checkv1.CheckResponse{LimiterDecisions: []*checkv1.LimiterDecision{rateLimited, rateLimited}}},
+			flowtest.Answer{Response: &checkv1.CheckResponse{LimiterDecisions: []*checkv1.LimiterDecision{rateLimited, held("root.0", "slot", false)}}},
+		)
+		client := agent.Client()
+		for want := range 2 {
+			if got, err := client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context()); err != nil || got.Held != want {
+				t.Errorf("End() = %+v, %v want %d held", got, err, want)
+			}
+			if got := len(agent.Ends()); got != want {
+				t.Errorf("%d calls ended flows want %d", got, want)
+			}
 		}
-	}
-	if refs := agent.Ends()[0].GetInflightRequests(); len(refs) != 1 || refs[0].GetRequestId() != "slot" {
-		t.Errorf("references = %v want the slot's", refs)
-	}
+		if refs := agent.Ends()[0].GetInflightRequests(); len(refs) != 1 || refs[0].GetRequestId() != "slot" {
+			t.Errorf("references = %v want the slot's", refs)
+		}
+	})
 }
 
 // A21: an answer without parts made a flow panic.
@@ -437,23 +440,25 @@ func TestC2StatusesGiveNothingAway(t *testing.T) {
 		"unreachable": {Fail: status.Error(codes.Unavailable, "dial 10.0.0.1: refused")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(answer)
-			flow := agent.Client().Start(t.Context(), "point", flowctl.Params{
-				Labels: map[string]string{"user_id": "sesame"}, OnUnreachable: flowctl.FailClosed,
-			})
-			s := status.Convert(fmt.Errorf("handler: %w", flow.Err()))
-			if s.Code() == codes.OK || s.Code() == codes.Unknown {
-				t.Fatalf("status = %v: the test needs the flow's own", s)
-			}
-			for _, secret := range secrets {
-				if strings.Contains(flow.Err().(interface{ GRPCStatus() *status.Status }).GRPCStatus().Message(), secret) {
-					t.Errorf("status %v shows %q", s, secret)
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				agent.Answer(answer)
+				flow := agent.Client().Start(t.Context(), "point", flowctl.Params{
+					Labels: map[string]string{"user_id": "sesame"}, OnUnreachable: flowctl.FailClosed,
+				})
+				s := status.Convert(flow.Err())
+				if s.Code() == codes.OK || s.Code() == codes.Unknown {
+					t.Fatalf("status = %v: the test needs the flow's own", s)
 				}
-			}
-			if strings.Contains(flow.Err().Error(), "sesame") || strings.Contains(flow.Err().Error(), "0x") {
-				t.Errorf("error %q shows a label or a pointer", flow.Err())
-			}
+				for _, secret := range secrets {
+					if strings.Contains(s.Message(), secret) {
+						t.Errorf("status %v shows %q", s, secret)
+					}
+				}
+				if strings.Contains(flow.Err().Error(), "sesame") || strings.Contains(flow.Err().Error(), "0x") {
+					t.Errorf("error %q shows a label or a pointer", flow.Err())
+				}
+			})
 		})
 	}
 	t.Run("invalid", func(t *testing.T) {
