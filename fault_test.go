@@ -1,0 +1,210 @@
+package headgate_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+// allForms are the ways to guard a function, Cached too.
+var allForms = append(slices.Clone(forms), form{
+	name: "Cached",
+	call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
+		return headgate.Cached(client, point, params, time.Minute, fn, onReject, nil)(ctx)
+	},
+})
+
+// again runs one flow after the other, over each kind of agent and in each form that suits, and checks that each ended
+// once: the agents have room for one flow at a time, and tell of each end. check looks at how a flow came out.
+func again(t *testing.T, s situation, suits func(form) bool, params flowctl.Params,
+	fn func(context.Context) (int, error), onReject fallback.Func[int],
+	check func(t *testing.T, form form, flow *flowctl.Flow, got result) (want flowctl.Status),
+) {
+	const flows = 10
+	for _, side := range sides {
+		for _, form := range allForms {
+			if !suits(form) {
+				continue
+			}
+			t.Run(side.name+"/"+form.name, func(t *testing.T) {
+				client, ends := side.setUp(t, s)
+				starts := &starter{client: client}
+				var want []ended
+				for i := range flows {
+					var got result
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						observe(&got, func() (int, error) { return form.call(t.Context(), starts, point, params, fn, onReject) })
+					}()
+					<-done
+					flow := starts.flows[i]
+					if flow.Decision() != s.decision {
+						t.Fatalf("flow %d: %v, %v want %v", i, flow, flow.Err(), s.decision)
+					}
+					if st := check(t, form, flow, got); flow.Success() {
+						want = append(want, ended{point, st})
+					}
+					if _, err := flow.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
+						t.Fatalf("flow %d was not ended", i)
+					}
+				}
+				if got := ends(); fmt.Sprint(got) != fmt.Sprint(want) {
+					t.Errorf("the agent saw the ends %v want %v", got, want)
+				}
+			})
+		}
+	}
+}
+
+func anyForm(form) bool { return true }
+
+// A fallback that panics does so when its flow has ended.
+func TestPanickingFallback(t *testing.T) {
+	withFallback := func(f form) bool { return !f.noFallback }
+	fn := func(context.Context) (int, error) { return 0, errors.New("ran") }
+	onReject := func(context.Context, error) (int, error) { panic(errWork) }
+	for _, s := range []situation{
+		{name: "rejected", rejects: true, decision: flowctl.Rejected},
+		{name: "unreachable", silent: true, decision: flowctl.Unreachable, params: flowctl.Params{OnUnreachable: flowctl.FailClosed}},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			again(t, s, withFallback, s.params, fn, onReject, func(t *testing.T, _ form, _ *flowctl.Flow, got result) flowctl.Status {
+				if got.recovered != any(errWork) {
+					t.Errorf("got %+v want the fallback's panic", got)
+				}
+				return flowctl.StatusError
+			})
+		})
+	}
+}
+
+// An IsFailure that panics fails its flow, and ends it.
+func TestPanickingIsFailure(t *testing.T) {
+	params := flowctl.Params{IsFailure: func(error) bool { panic(errGone) }}
+	fn := func(context.Context) (int, error) { return 0, errWork }
+	for _, s := range []situation{
+		{name: "accepted", decision: flowctl.Accepted},
+		{name: "unreachable", silent: true, decision: flowctl.Unreachable},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			again(t, s, anyForm, params, fn, nil, func(t *testing.T, _ form, _ *flowctl.Flow, got result) flowctl.Status {
+				if got.recovered != any(errGone) {
+					t.Errorf("got %+v want the panic of IsFailure", got)
+				}
+				return flowctl.StatusError
+			})
+		})
+	}
+}
+
+// C1, F1: the slot of a function that panicked was lost, and with it the capacity.
+func TestC1F1PanicsFreeTheirSlots(t *testing.T) {
+	fn := func(context.Context) (int, error) { panic(errWork) }
+	again(t, situation{decision: flowctl.Accepted}, anyForm, flowctl.Params{}, fn, nil,
+		func(t *testing.T, _ form, _ *flowctl.Flow, got result) flowctl.Status {
+			if got.recovered != any(errWork) {
+				t.Errorf("got %+v want fn's panic", got)
+			}
+			return flowctl.StatusError
+		})
+}
+
+// G1: the slot of a function that called runtime.Goexit was lost.
+func TestG1GoexitFreesItsSlot(t *testing.T) {
+	fn := func(context.Context) (int, error) { runtime.Goexit(); return 0, nil }
+	again(t, situation{decision: flowctl.Accepted}, anyForm, flowctl.Params{}, fn, nil,
+		func(t *testing.T, form form, _ *flowctl.Flow, got result) flowctl.Status {
+			if !got.exited {
+				t.Errorf("got %+v want a Goexit", got)
+			}
+			if form.blind {
+				return flowctl.StatusOK
+			}
+			return flowctl.StatusError
+		})
+}
+
+// S2: what was said of a flow that had ended changed another, which had got its place in memory.
+func TestS2LateCallsReachNoOtherFlow(t *testing.T) {
+	var before []*flowctl.Flow
+	fn := func(ctx context.Context) (int, error) {
+		for _, late := range before {
+			late.SetStatus(flowctl.StatusError)
+			late.SetError(errWork)
+			if _, err := late.End(ctx); !errors.Is(err, flowctl.ErrEnded) {
+				t.Errorf("late End() = %v want ErrEnded", err)
+			}
+		}
+		return 42, nil
+	}
+	again(t, situation{decision: flowctl.Accepted}, anyForm, flowctl.Params{IsFailure: func(err error) bool { return err != nil }}, fn, nil,
+		func(t *testing.T, _ form, flow *flowctl.Flow, got result) flowctl.Status {
+			before = append(before, flow)
+			if got.err != nil {
+				t.Errorf("got %+v", got)
+			}
+			return flowctl.StatusOK
+		})
+}
+
+// S3: no error was a nil of a type of its own, and so no nil.
+func TestS3NoErrorIsNil(t *testing.T) {
+	again(t, situation{decision: flowctl.Accepted}, anyForm, flowctl.Params{}, func(context.Context) (int, error) { return 42, nil }, nil,
+		func(t *testing.T, _ form, flow *flowctl.Flow, got result) flowctl.Status {
+			if got.err != nil || flow.Err() != nil {
+				t.Errorf("errors = %#v, %#v want nil", got.err, flow.Err())
+			}
+			return flowctl.StatusOK
+		})
+	for _, side := range sides {
+		t.Run(side.name, func(t *testing.T) {
+			client, _ := side.setUp(t, situation{})
+			flow := client.Start(t.Context(), point, flowctl.Params{ResultCacheKey: "k", GlobalCacheKeys: []string{"g"}})
+			_, _, errResult := flow.ResultCache()
+			_, _, errGlobal := flow.GlobalCache("g")
+			errStores := []error{
+				flow.SetResultCache(t.Context(), nil, 0), flow.SetGlobalCache(t.Context(), "g", nil, 0),
+				flow.DeleteResultCache(t.Context()), flow.DeleteGlobalCache(t.Context(), "g"),
+			}
+			_, errEnd := flow.End(t.Context())
+			for i, err := range append(errStores, errResult, errGlobal, errEnd, client.Ready(t.Context()), client.Close(t.Context())) {
+				if err != nil {
+					t.Errorf("error %d = %#v want nil", i, err)
+				}
+			}
+		})
+	}
+}
+
+// C4: who ended twice freed two slots, so that a limit of one admitted two.
+func TestC4EndingTwiceFreesOneSlot(t *testing.T) {
+	for _, side := range sides[1:] { // the scripted agent has no limit
+		t.Run(side.name, func(t *testing.T) {
+			client, _ := side.setUp(t, situation{})
+			defer client.Close(t.Context())
+			first := client.Start(t.Context(), point, flowctl.Params{})
+			if got, err := first.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
+				t.Errorf("End() = %+v, %v", got, err)
+			}
+			if got, err := first.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) || got != (flowctl.EndResponse{}) {
+				t.Errorf("second End() = %+v, %v want ErrEnded", got, err)
+			}
+			second, third := client.Start(t.Context(), point, flowctl.Params{}), client.Start(t.Context(), point, flowctl.Params{})
+			if !second.ShouldRun() || third.ShouldRun() {
+				t.Errorf("%v, %v want one flow at a time", second, third)
+			}
+			for _, flow := range []*flowctl.Flow{first, second, third} {
+				_, _ = flow.End(t.Context())
+			}
+		})
+	}
+}
