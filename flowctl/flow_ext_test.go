@@ -608,45 +608,105 @@ func many(prefix string, n int) map[string]string {
 	return m
 }
 
-func TestInvalid(t *testing.T) {
-	const secret = "sesame"
-	for _, tt := range []struct {
-		name   string
-		ctx    func(context.Context) context.Context
-		point  string
-		params flowctl.Params
-		ok     bool
-	}{
-		{name: "longest control point", point: strings.Repeat("p", 255), ok: true},
-		{name: "control point too long", point: strings.Repeat("p", 256)},
-		{name: "empty control point"},
-		{name: "control point not UTF-8", point: "\xff"},
-		{name: "most labels", point: "p", params: flowctl.Params{Labels: many("k", 64)}, ok: true},
-		{name: "too many labels", point: "p", params: flowctl.Params{Labels: many("k", 65)}},
+// asked is a flow that can be asked about, or not.
+type asked struct {
+	name   string
+	ctx    func(context.Context) context.Context
+	point  string
+	params flowctl.Params
+	ok     bool
+}
+
+// sesame is in whatever errors must not show.
+const sesame = "sesame"
+
+func (a asked) run(t *testing.T) {
+	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+		ctx := t.Context()
+		if a.ctx != nil {
+			ctx = a.ctx(ctx)
+		}
+		flow := client.Start(ctx, a.point, a.params)
+		defer flow.EndWith(nil)
+		if a.ok {
+			if flow.Decision() != flowctl.Accepted {
+				t.Errorf("%v: %v", flow.Decision(), flow.Err())
+			}
+			if n := len(flow.CheckResponse().GetTelemetryFlowLabels()); n > 64+1 {
+				t.Errorf("the agent got %d labels", n)
+			}
+			return
+		}
+		err := flow.Err()
+		if flow.Decision() != flowctl.Invalid || flow.ShouldRun() || !errors.Is(err, flowctl.ErrInvalid) {
+			t.Fatalf("%v, %v want invalid", flow.Decision(), err)
+		}
+		if strings.Contains(err.Error(), sesame) || len(err.Error()) > 400 {
+			t.Errorf("error %q says too much", err)
+		}
+	})
+}
+
+// secret is a text of n bytes that no error may show.
+func secret(n int) string { return sesame + strings.Repeat("v", n-len(sesame)) }
+
+// What a flow may have just so, and what is one too much.
+func TestLimits(t *testing.T) {
+	keys := func(n int) []string {
+		keys := make([]string, n)
+		for i := range keys {
+			keys[i] = fmt.Sprint(i)
+		}
+		return keys
+	}
+	fromContext := func(n int) func(context.Context) context.Context {
+		return func(ctx context.Context) context.Context {
+			for key := range many("x", n) {
+				ctx = labels.With(ctx, key, sesame)
+			}
+			return ctx
+		}
+	}
+	label := func(key, value string) flowctl.Params { return flowctl.Params{Labels: map[string]string{key: value}} }
+	for _, tt := range []asked{
+		{name: "control point of 255 bytes", point: strings.Repeat("p", 255), ok: true},
+		{name: "control point of 256 bytes", point: strings.Repeat("p", 256)},
+		{name: "control point of none"},
+		{name: "64 labels", point: "p", params: flowctl.Params{Labels: many("k", 64)}, ok: true},
+		{name: "65 labels", point: "p", params: flowctl.Params{Labels: many("k", 65)}},
+		{name: "64 labels from the context", point: "p", ctx: fromContext(64), ok: true},
+		{name: "65 labels from the context", point: "p", ctx: fromContext(65)},
+		{name: "64 labels from two sources", point: "p", params: flowctl.Params{Labels: many("k", 60)}, ctx: fromContext(4), ok: true},
+		{name: "65 labels from two sources", point: "p", params: flowctl.Params{Labels: many("k", 60)}, ctx: fromContext(5)},
 		{
-			name: "too many labels from two sources", point: "p", params: flowctl.Params{Labels: many("k", 60)},
-			ctx: func(ctx context.Context) context.Context {
-				return labels.With(ctx, "x1", "", "x2", "", "x3", "", "x4", "", "x5", "")
-			},
-		},
-		{
-			name: "the same labels from two sources", point: "p", params: flowctl.Params{Labels: many("k", 64)}, ok: true,
+			name: "64 labels, two of them twice", point: "p", params: flowctl.Params{Labels: many("k", 64)}, ok: true,
 			ctx: func(ctx context.Context) context.Context { return labels.With(ctx, "k01", "", "k02", "") },
 		},
-		{name: "longest value", point: "p", params: flowctl.Params{Labels: map[string]string{"k": strings.Repeat("v", 4096)}}, ok: true},
-		{name: "value too long", point: "p", params: flowctl.Params{Labels: map[string]string{"k": secret + strings.Repeat("v", 4096)}}},
-		{name: "value not UTF-8", point: "p", params: flowctl.Params{Labels: map[string]string{"k": secret + "\xff"}}},
-		{name: "longest key", point: "p", params: flowctl.Params{Labels: map[string]string{strings.Repeat("k", 255): secret}}, ok: true},
-		{name: "key too long", point: "p", params: flowctl.Params{Labels: map[string]string{strings.Repeat("k", 256): secret}}},
-		{name: "empty key", point: "p", params: flowctl.Params{Labels: map[string]string{"": secret}}},
-		{name: "result cache key not UTF-8", point: "p", params: flowctl.Params{ResultCacheKey: secret + "\xff"}},
-		{name: "longest cache keys", point: "p", params: flowctl.Params{ResultCacheKey: strings.Repeat("k", 255), GlobalCacheKeys: make([]string, 64)}, ok: true},
-		{name: "result cache key too long", point: "p", params: flowctl.Params{ResultCacheKey: secret + strings.Repeat("k", 255)}},
-		{name: "too many global cache keys", point: "p", params: flowctl.Params{GlobalCacheKeys: make([]string, 65)}},
-		{name: "global cache key not UTF-8", point: "p", params: flowctl.Params{GlobalCacheKeys: []string{"k", secret + "\xff"}}},
+		{name: "key of 255 bytes", point: "p", params: label(strings.Repeat("k", 255), sesame), ok: true},
+		{name: "key of 256 bytes", point: "p", params: label(strings.Repeat("k", 256), sesame)},
+		{name: "key of none", point: "p", params: label("", sesame)},
+		{name: "value of 4096 bytes", point: "p", params: label("k", secret(4096)), ok: true},
+		{name: "value of 4097 bytes", point: "p", params: label("k", secret(4097))},
+		{name: "value of none", point: "p", params: label("k", ""), ok: true},
+		{name: "result cache key of 255 bytes", point: "p", params: flowctl.Params{ResultCacheKey: secret(255)}, ok: true},
+		{name: "result cache key of 256 bytes", point: "p", params: flowctl.Params{ResultCacheKey: secret(256)}},
+		{name: "64 global cache keys of 255 bytes", point: "p", params: flowctl.Params{GlobalCacheKeys: append(keys(63), secret(255))}, ok: true},
+		{name: "65 global cache keys", point: "p", params: flowctl.Params{GlobalCacheKeys: keys(65)}},
+		{name: "global cache key of 256 bytes", point: "p", params: flowctl.Params{GlobalCacheKeys: []string{secret(256)}}},
+	} {
+		t.Run(tt.name, tt.run)
+	}
+}
+
+func TestInvalid(t *testing.T) {
+	for _, tt := range []asked{
+		{name: "control point not UTF-8", point: "\xff"},
+		{name: "value not UTF-8", point: "p", params: flowctl.Params{Labels: map[string]string{"k": sesame + "\xff"}}},
+		{name: "result cache key not UTF-8", point: "p", params: flowctl.Params{ResultCacheKey: sesame + "\xff"}},
+		{name: "global cache key not UTF-8", point: "p", params: flowctl.Params{GlobalCacheKeys: []string{"k", sesame + "\xff"}}},
 		{
 			name: "a label without a value", point: "p",
-			ctx: func(ctx context.Context) context.Context { return labels.With(ctx, "a", secret, "b") },
+			ctx: func(ctx context.Context) context.Context { return labels.With(ctx, "a", sesame, "b") },
 		},
 		{
 			name: "labels of peers never are an error", point: "p", ok: true, params: flowctl.Params{Labels: many("k", 60)},
@@ -655,32 +715,7 @@ func TestInvalid(t *testing.T) {
 			},
 		},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			bothSides(t, func(t *testing.T, client *flowctl.Client) {
-				ctx := t.Context()
-				if tt.ctx != nil {
-					ctx = tt.ctx(ctx)
-				}
-				flow := client.Start(ctx, tt.point, tt.params)
-				defer flow.EndWith(nil)
-				if tt.ok {
-					if flow.Decision() != flowctl.Accepted {
-						t.Errorf("%v: %v", flow.Decision(), flow.Err())
-					}
-					if n := len(flow.CheckResponse().GetTelemetryFlowLabels()); n > 64+1 {
-						t.Errorf("the agent got %d labels", n)
-					}
-					return
-				}
-				err := flow.Err()
-				if flow.Decision() != flowctl.Invalid || flow.ShouldRun() || !errors.Is(err, flowctl.ErrInvalid) {
-					t.Fatalf("%v, %v want invalid", flow.Decision(), err)
-				}
-				if strings.Contains(err.Error(), secret) || len(err.Error()) > 400 {
-					t.Errorf("error %q says too much", err)
-				}
-			})
-		})
+		t.Run(tt.name, tt.run)
 	}
 }
 
