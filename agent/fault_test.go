@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"net"
@@ -28,6 +29,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -38,13 +40,11 @@ type process struct {
 	served chan error
 }
 
-// maxInflight is when a process takes back what a client was given and never heard of: its check had timed out.
-const maxInflight = 5 * time.Second
-
+// startProcess starts an agent that takes no slot back by itself, so that none that is lost goes unseen.
 func startProcess(t *testing.T, address string) (*process, string) {
 	t.Helper()
 	e, err := engine.New([]policy.Policy{{Name: "slots", Components: []policy.Component{policy.ConcurrencyLimiter{
-		Selectors: policy.At("point"), Max: math.MaxInt32, MaxInflight: maxInflight, LimitBy: "user_id",
+		Selectors: policy.At("point"), Max: math.MaxInt32, MaxInflight: 24 * time.Hour, LimitBy: "user_id",
 	}}}})
 	if err != nil {
 		t.Fatal(err)
@@ -78,17 +78,39 @@ func (p *process) inFlight(t *testing.T) float64 {
 	return v.At(0).Component.Capacity - v.At(0).Remaining
 }
 
+// dialProcess makes a client whose flows wait longer than a slow machine may take: a check that times out after all may
+// have got a slot that nobody gives back.
+func dialProcess(t *testing.T, address string, opts ...flowctl.Option) *flowctl.Client {
+	t.Helper()
+	client, err := flowctl.Dial(address, append([]flowctl.Option{
+		flowctl.WithInsecure(), flowctl.WithCheckTimeout(time.Minute), flowctl.WithEndTimeout(time.Minute),
+	}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// until waits for what must come.
+func until(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for !done() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 20 s", what)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
 // An agent that is killed and comes back under load: flows go on all the while, the gate opens and closes, and neither
 // slots nor goroutines are left behind.
 func TestAgentRestartsUnderLoad(t *testing.T) {
 	before := runtime.NumGoroutine()
 	p, address := startProcess(t, "127.0.0.1:0")
 	var log lockedBuffer
-	client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(50*time.Millisecond),
-		flowctl.WithGate(flowctl.Gate{Probe: 50 * time.Millisecond}), flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := dialProcess(t, address, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
+		flowctl.WithGate(flowctl.Gate{Span: 100 * time.Millisecond, Probe: 50 * time.Millisecond}))
 	if err := client.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -112,8 +134,7 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 	for range 16 {
 		load.Go(func() {
 			for ctx.Err() == nil {
-				// Rejected is a check that came too late for the agent to let it in.
-				if ran, err := guarded(t.Context(), nil); !ran && !errors.Is(err, flowctl.ErrRejected) {
+				if ran, err := guarded(t.Context(), nil); !ran || err != nil {
 					t.Errorf("a flow did not run: %v", err)
 					return
 				}
@@ -121,37 +142,29 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	until := func(what string, done func() bool) {
-		t.Helper()
-		deadline := time.Now().Add(20 * time.Second)
-		for !done() {
-			if time.Now().After(deadline) {
-				t.Fatalf("%s: not within 20 s", what)
-			}
-			<-time.After(5 * time.Millisecond)
-		}
-	}
 	for range 2 {
 		seen := accepted.Load()
-		until("flows are accepted", func() bool { return accepted.Load() > seen+100 })
+		until(t, "flows are accepted", func() bool { return accepted.Load() > seen+100 })
 		seen = unreachable.Load()
 		p.kill(t)
-		until("flows go on without the agent", func() bool { return unreachable.Load() > seen+1000 })
+		until(t, "flows go on without the agent", func() bool { return unreachable.Load() > seen+1000 })
 		p, _ = startProcess(t, address)
 	}
 	seen := accepted.Load()
-	until("flows are accepted again", func() bool { return accepted.Load() > seen+100 })
+	until(t, "flows are accepted again", func() bool { return accepted.Load() > seen+100 })
 	stop()
 	load.Wait()
 	if err := client.Close(t.Context()); err != nil {
 		t.Logf("telemetry: %v", err) // that of the time without an agent is lost, as it may be
 	}
-	until("all slots are free", func() bool { return p.inFlight(t) == 0 })
+	if got := p.inFlight(t); got != 0 {
+		t.Errorf("%v slots are held when all flows have ended", got)
+	}
 	p.kill(t)
 	if text := log.String(); !strings.Contains(text, "does not answer") || !strings.Contains(text, "answers again") {
 		t.Errorf("the gate did not open and close:\n%s", text)
 	}
-	until("goroutines end", func() bool { return runtime.NumGoroutine() <= before })
+	until(t, "goroutines end", func() bool { return runtime.NumGoroutine() <= before })
 }
 
 // lockedBuffer is a buffer that several may write to.
@@ -257,17 +270,22 @@ func (w waiting) Check(ctx context.Context, _ *checkv1.CheckRequest) (*checkv1.C
 func TestLongWaitOnADefaultServer(t *testing.T) {
 	for _, tt := range []struct {
 		name string
+		wait time.Duration
 		opts []flowctl.Option
 		want flowctl.Decision
 	}{
-		{"the client's keepalive", nil, flowctl.Accepted},
-		{"another", []flowctl.Option{flowctl.WithKeepalive(keepalive.ClientParameters{Time: 10 * time.Second})}, flowctl.Unreachable},
+		{"120 s", 120 * time.Second, nil, flowctl.Accepted},
+		{"20 min", 20 * time.Minute, nil, flowctl.Accepted},
+		{
+			"120 s with another keepalive", 120 * time.Second,
+			[]flowctl.Option{flowctl.WithKeepalive(keepalive.ClientParameters{Time: 10 * time.Second})}, flowctl.Unreachable,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := bufconn.Listen(1 << 20)
 				server := grpc.NewServer(grpc.WaitForHandlers(true))
-				checkv1.RegisterFlowControlServiceServer(server, waiting{wait: 20 * time.Minute})
+				checkv1.RegisterFlowControlServiceServer(server, waiting{wait: tt.wait})
 				served := make(chan error, 1)
 				go func() { served <- server.Serve(l) }()
 				defer func() {
@@ -284,10 +302,197 @@ func TestLongWaitOnADefaultServer(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer client.Close(t.Context())
-				if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != tt.want {
-					t.Errorf("%v, %v want %v", flow, flow.Err(), tt.want)
+				begin := time.Now()
+				flow := client.Start(t.Context(), "point", flowctl.Params{})
+				if took := time.Since(begin); flow.Decision() != tt.want || tt.want == flowctl.Accepted && took != tt.wait {
+					t.Errorf("%v after %v, %v want %v", flow, took, flow.Err(), tt.want)
 				}
 			})
 		})
 	}
+}
+
+// Clients outlive their engine: flows in flight give back what they hold, and others go on without it, as with an agent
+// that is down.
+func TestEngineClosesFirst(t *testing.T) {
+	overBoth(t, slots(1), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+		params := flowctl.Params{Labels: map[string]string{"user_id": "u"}, ResultCacheKey: "k"}
+		flow := client.Start(t.Context(), "point", params)
+		if flow.Decision() != flowctl.Accepted {
+			t.Fatalf("%v, %v", flow, flow.Err())
+		}
+		_ = e.Close()
+		if got, err := flow.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
+			t.Errorf("End() = %+v, %v want the slot back", got, err)
+		}
+		if err := flow.SetResultCache(t.Context(), []byte("v"), 0); err == nil {
+			t.Error("SetResultCache() gave no error")
+		}
+		open := client.Start(t.Context(), "point", params)
+		if open.Decision() != flowctl.Unreachable || !errors.Is(open.Err(), flowctl.ErrUnreachable) || !open.ShouldRun() {
+			t.Errorf("%v, %v want unreachable, and to run", open, open.Err())
+		}
+		params.OnUnreachable = flowctl.FailClosed
+		if closed := client.Start(t.Context(), "point", params); closed.ShouldRun() {
+			t.Errorf("%v runs, although it fails closed", closed)
+		}
+		if got, err := open.End(t.Context()); err != nil || got != (flowctl.EndResponse{}) {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+	})
+}
+
+// Engines close at any time, whatever flows are about. Run with the race detector.
+func TestEngineClosesUnderLoad(t *testing.T) {
+	overBoth(t, slots(4), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+		var load sync.WaitGroup
+		begun := make(chan struct{}, 8)
+		for range cap(begun) {
+			load.Go(func() {
+				for n := 0; ; n++ {
+					flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": "u"}, ResultCacheKey: "k"})
+					_ = flow.SetResultCache(t.Context(), []byte("v"), 0)
+					got, err := flow.End(t.Context())
+					if err != nil || got.Returned != got.Held || (got.Held == 1) != (flow.Decision() == flowctl.Accepted) {
+						t.Errorf("End() of %v = %+v, %v", flow, got, err)
+					}
+					if flow.Decision() == flowctl.Unreachable {
+						return
+					}
+					if n == 10 {
+						begun <- struct{}{}
+					}
+				}
+			})
+		}
+		for range cap(begun) {
+			<-begun
+		}
+		_ = e.Close()
+		load.Wait()
+	})
+}
+
+// What a flow may have just so gets to the limiters and back, and one too much gets an error that says so.
+func TestLimits(t *testing.T) {
+	const sesame = "sesame"
+	value := func(n int) string { return sesame + strings.Repeat("v", n-len(sesame)) }
+	many := func(n int) map[string]string {
+		m := make(map[string]string, n)
+		for i := range n {
+			m[fmt.Sprint(i)] = sesame
+		}
+		return m
+	}
+	for _, tt := range []struct {
+		name string
+		req  *checkv1.CheckRequest
+		want string // in the error; "" for none
+	}{
+		{"control point of 255 bytes", &checkv1.CheckRequest{ControlPoint: strings.Repeat("p", 255)}, ""},
+		{"control point of 256 bytes", &checkv1.CheckRequest{ControlPoint: strings.Repeat("p", 256)}, "control point of 256 bytes is longer than 255"},
+		{"64 labels", &checkv1.CheckRequest{ControlPoint: "point", Labels: many(64)}, ""},
+		{"65 labels", &checkv1.CheckRequest{ControlPoint: "point", Labels: many(65)}, "65 labels are more than 64"},
+		{"key of 255 bytes", &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{strings.Repeat("k", 255): sesame}}, ""},
+		{"key of 256 bytes", &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{strings.Repeat("k", 256): sesame}}, "key longer than 255 bytes"},
+		{"key of none", &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"": sesame}}, "empty key"},
+		{"value of 4096 bytes", &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": value(4096)}}, ""},
+		{"value of 4097 bytes", &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": value(4097)}}, "value longer than 4096 bytes"},
+		{"cache key of 255 bytes", &checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{ResultCacheKey: value(255)}}, ""},
+		{"cache key of 256 bytes", &checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{ResultCacheKey: value(256)}}, "cache key of 256 bytes is longer than 255"},
+		{"64 cache keys", &checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{GlobalCacheKeys: make([]string, 64)}}, ""},
+		{"65 cache keys", &checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{GlobalCacheKeys: make([]string, 65)}}, "65 global cache keys are more than 64"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m, err := serve(t, slots(1)).stub(t).Check(t.Context(), tt.req)
+				if tt.want == "" {
+					if err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+						t.Errorf("Check() = %v, %v want accepted", m, err)
+					}
+					return
+				}
+				if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), sesame) {
+					t.Errorf("Check() = %v want InvalidArgument: %s", err, tt.want)
+				}
+			})
+		})
+	}
+
+	t.Run("all at once", func(t *testing.T) {
+		point, key := strings.Repeat("p", 255), strings.Repeat("k", 255)
+		overBoth(t, []policy.Policy{{Name: "slots", Components: []policy.Component{policy.ConcurrencyLimiter{
+			Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour, LimitBy: key,
+		}}}}, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+			start := func(value string) *flowctl.Flow {
+				params := flowctl.Params{Labels: many(63), ResultCacheKey: strings.Repeat("r", 255)}
+				params.Labels[key] = value
+				return client.Start(t.Context(), point, params)
+			}
+			a, b := value(4096), value(4095)+"w"
+			first, second, other := start(a), start(a), start(b)
+			if first.Decision() != flowctl.Accepted || second.Decision() != flowctl.Rejected || other.Decision() != flowctl.Accepted {
+				t.Fatalf("%v, %v, %v, %v want one flow of each value", first, first.Err(), second.Err(), other.Err())
+			}
+			if err := first.SetResultCache(t.Context(), []byte("v"), 0); err != nil {
+				t.Errorf("SetResultCache() = %v", err)
+			}
+			if got, err := first.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
+				t.Errorf("End() = %+v, %v", got, err)
+			}
+			again := start(a)
+			if v, hit, err := again.ResultCache(); !again.ShouldRun() || !hit || string(v) != "v" || err != nil {
+				t.Errorf("%v, ResultCache() = %q, %v, %v", again, v, hit, err)
+			}
+		})
+	})
+}
+
+// S1: what one flow was started with overwrote what another in flight had, and its end freed the wrong slot.
+func TestS1FlowsInFlightKeepTheirLabels(t *testing.T) {
+	overBoth(t, slots(1), func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+		start := func(user string) *flowctl.Flow {
+			return client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": user}})
+		}
+		alice, bob := start("alice"), start("bob")
+		if !alice.ShouldRun() || !bob.ShouldRun() {
+			t.Fatalf("%v, %v want one flow each", alice.Err(), bob.Err())
+		}
+		if got, err := alice.End(t.Context()); err != nil || got.Returned != 1 {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		if start("bob").ShouldRun() || !start("alice").ShouldRun() {
+			t.Error("the end of alice's flow freed bob's slot")
+		}
+		if got := bob.CheckResponse().GetTelemetryFlowLabels()["user_id"]; got != "bob" {
+			t.Errorf("bob's flow is of %q", got)
+		}
+	})
+}
+
+// A18: what a peer sends replaced the labels that the application had set, so that it could be of any tier.
+func TestA18PeersDoNotReplaceLabels(t *testing.T) {
+	noFree := []policy.Policy{{Name: "no-free", Components: []policy.Component{policy.RateLimiter{
+		Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Equal: map[string]string{"user_tier": "free"}}}},
+		Interval:  time.Second,
+	}}}}
+	overBoth(t, noFree, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+		spoofed := labels.WithTransport(t.Context(), map[string]string{"user_tier": "platinum"})
+		for name, flow := range map[string]*flowctl.Flow{
+			"Params":      client.Start(spoofed, "point", flowctl.Params{Labels: map[string]string{"user_tier": "free"}}),
+			"labels.With": client.Start(labels.With(spoofed, "user_tier", "free"), "point", flowctl.Params{}),
+			"either order": client.Start(labels.WithTransport(labels.With(t.Context(), "user_tier", "free"), map[string]string{"user_tier": "platinum"}),
+				"point", flowctl.Params{}),
+		} {
+			if flow.Decision() != flowctl.Rejected {
+				t.Errorf("%s: %v want rejected, as free", name, flow)
+			}
+		}
+		if flow := client.Start(spoofed, "point", flowctl.Params{}); flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v want accepted: nothing else says what the tier is", flow)
+		}
+	})
 }
