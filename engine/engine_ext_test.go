@@ -453,6 +453,26 @@ func TestKeyFlood(t *testing.T) {
 	})
 }
 
+// Nor may it let those in whose slots are taken.
+func TestKeyFloodOfSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.LimitBy, l.MaxInflight = 1, "user_id", time.Hour }), engine.WithKeyCap(100))
+		held := start(t, c, user("victim"))
+		for round := range 3 {
+			for i := range 1000 {
+				end(start(t, c, user(fmt.Sprint("bot", round, i))))
+			}
+			if start(t, c, user("victim")).ShouldRun() {
+				t.Fatal("the flood freed a slot that is held")
+			}
+			<-time.After(2 * time.Minute) // sweeps come and go
+		}
+		if got := end(held); got.Returned != 1 || !start(t, c, user("victim")).ShouldRun() {
+			t.Errorf("end = %+v want the slot back, and free", got)
+		}
+	})
+}
+
 // Slots that came from the bucket which unknown keys share go back there.
 func TestKeyFloodSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
