@@ -29,6 +29,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -185,13 +186,16 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// Whatever a client sends, it gets an answer or an error that is its own fault, and holds nothing when it has ended.
+// Whatever a client sends, it gets an answer that makes sense, or an error if and only if the request is beyond the
+// limits; and when its flow has ended it holds nothing.
 func FuzzCheck(f *testing.F) {
 	for _, m := range []*checkv1.CheckRequest{
 		{},
 		{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, ExpectEnd: true},
 		{ControlPoint: "point", RampMode: true, CacheLookupRequest: &checkv1.CacheLookupRequest{ResultCacheKey: "r", GlobalCacheKeys: []string{"g", ""}}},
 		{ControlPoint: "rate", Labels: map[string]string{"cost": "1e300"}},
+		{ControlPoint: "rate", Labels: map[string]string{"cost": "-0", "user_id": ""}},
+		{ControlPoint: strings.Repeat("p", 256), Labels: map[string]string{strings.Repeat("k", 256): strings.Repeat("v", 4097)}},
 	} {
 		data, err := proto.Marshal(m)
 		if err != nil {
@@ -199,7 +203,7 @@ func FuzzCheck(f *testing.F) {
 		}
 		f.Add(data)
 	}
-	e, err := engine.New(append(slots(2), policy.Policy{Name: "rate", Components: []policy.Component{policy.RateLimiter{
+	e, err := engine.New(append(slots(1), policy.Policy{Name: "rate", Components: []policy.Component{policy.RateLimiter{
 		Selectors: policy.At("rate"), Capacity: 10, Fill: 10, Interval: time.Second, LimitBy: "user_id", TokensLabel: "cost",
 	}}}))
 	if err != nil {
@@ -219,24 +223,16 @@ func FuzzCheck(f *testing.F) {
 		}
 		m, err := service.Check(t.Context(), req)
 		if err != nil {
-			if code := status.Code(err); code != codes.InvalidArgument {
+			if code := status.Code(err); code != codes.InvalidArgument || withinLimits(req) || len(err.Error()) > 400 {
 				t.Fatalf("Check() = %v", err)
 			}
 			return
 		}
-		if _, err := proto.Marshal(m); err != nil {
-			t.Fatalf("the answer cannot be sent: %v", err)
+		if !withinLimits(req) {
+			t.Fatalf("Check() = %v want an error: the request is beyond the limits", m)
 		}
-		end := &checkv1.FlowEndRequest{ControlPoint: req.GetControlPoint()}
-		for _, d := range m.GetLimiterDecisions() {
-			if info := d.GetConcurrencyLimiterInfo(); info.GetRequestId() != "" && !d.GetDropped() {
-				end.InflightRequests = append(end.InflightRequests, &checkv1.InflightRequestRef{
-					PolicyName: d.GetPolicyName(), PolicyHash: d.GetPolicyHash(), ComponentId: d.GetComponentId(),
-					Label: info.GetLabel(), RequestId: info.GetRequestId(),
-				})
-			}
-		}
-		ended, err := service.FlowEnd(t.Context(), end)
+		checkAnswer(t, req, m)
+		ended, err := service.FlowEnd(t.Context(), &checkv1.FlowEndRequest{ControlPoint: req.GetControlPoint(), InflightRequests: wire.Held(m)})
 		if err != nil {
 			t.Fatalf("FlowEnd() = %v", err)
 		}
@@ -246,6 +242,51 @@ func FuzzCheck(f *testing.F) {
 			}
 		}
 	})
+}
+
+// withinLimits says whether a request is what an agent accepts, in other words than its own.
+func withinLimits(m *checkv1.CheckRequest) bool {
+	lookup := m.GetCacheLookupRequest()
+	ok := m.GetControlPoint() != "" && len(m.GetControlPoint()) <= 255 && len(m.GetLabels()) <= 64 &&
+		len(lookup.GetResultCacheKey()) <= 255 && len(lookup.GetGlobalCacheKeys()) <= 64
+	for key, value := range m.GetLabels() {
+		ok = ok && key != "" && len(key) <= 255 && len(value) <= 4096
+	}
+	for _, key := range lookup.GetGlobalCacheKeys() {
+		ok = ok && len(key) <= 255
+	}
+	return ok
+}
+
+// checkAnswer holds an answer of FuzzCheck's engine against its request.
+func checkAnswer(t *testing.T, req *checkv1.CheckRequest, m *checkv1.CheckResponse) {
+	t.Helper()
+	if _, err := proto.Marshal(m); err != nil {
+		t.Fatalf("the answer cannot be sent: %v", err)
+	}
+	if m.GetControlPoint() != req.GetControlPoint() || m.GetExpectEnd() != req.GetExpectEnd() || len(m.GetFlowLabelKeys()) != len(req.GetLabels()) {
+		t.Errorf("the answer is to another request: %v", m)
+	}
+	rejected := m.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_REJECTED
+	switch {
+	case rejected != (m.GetRejectReason() != checkv1.CheckResponse_REJECT_REASON_NONE), m.GetWaitTime().AsDuration() < 0:
+		t.Errorf("the answer contradicts itself: %v", m)
+	case rejected && len(wire.Held(m)) > 0:
+		t.Errorf("a rejected flow holds slots: %v", m)
+	case req.GetRampMode() != (m.GetRejectReason() == checkv1.CheckResponse_REJECT_REASON_NO_MATCHING_RAMP):
+		t.Errorf("in ramp mode: %v, answer %v", req.GetRampMode(), m)
+	case rejected && !req.GetRampMode() && req.GetControlPoint() != "rate": // at "point" the slot is free: all flows before have ended
+		t.Errorf("rejected for nothing: %v", m)
+	}
+	for _, d := range m.GetLimiterDecisions() {
+		tokens := d.GetRateLimiterInfo().GetTokensInfo()
+		if d.GetConcurrencyLimiterInfo() != nil {
+			tokens = d.GetConcurrencyLimiterInfo().GetTokensInfo()
+		}
+		if left := tokens.GetRemaining(); !(left >= 0 && left <= 10) || math.IsNaN(tokens.GetConsumed()) || tokens.GetConsumed() < 0 {
+			t.Errorf("tokens = %v", tokens)
+		}
+	}
 }
 
 // waiting answers when its time is up.

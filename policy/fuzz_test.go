@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -35,6 +36,13 @@ func FuzzParse(f *testing.F) {
 		for _, p := range policies {
 			if err := p.Validate(); err != nil {
 				t.Errorf("Parse gave an invalid policy: %v", err)
+			}
+		}
+		if len(policies) > 0 {
+			if e, err := engine.New(policies); err != nil {
+				t.Errorf("the engine refuses what Parse gave: %v", err)
+			} else {
+				_ = e.Close()
 			}
 		}
 		problems := each(err)
