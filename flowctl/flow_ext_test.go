@@ -236,34 +236,36 @@ func TestCacheCallErrors(t *testing.T) {
 }
 
 func TestCacheErrorsAreNotMisses(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	failed := &checkv1.KeyLookupResponse{
-		LookupStatus:    checkv1.CacheLookupStatus_MISS,
-		OperationStatus: checkv1.CacheOperationStatus_ERROR,
-		Error:           "cache is not ready",
-	}
-	agent.Answer(flowtest.Answer{Response: &checkv1.CheckResponse{CacheLookupResponse: &checkv1.CacheLookupResponse{
-		ResultCacheResponse:  failed,
-		GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"g": failed},
-	}}}, flowtest.Answer{Response: &checkv1.CheckResponse{}}, flowtest.Answer{Reason: flowctl.ReasonNotSampled})
-	client := agent.Client()
-	params := flowctl.Params{ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}}
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		failed := &checkv1.KeyLookupResponse{
+			LookupStatus:    checkv1.CacheLookupStatus_MISS,
+			OperationStatus: checkv1.CacheOperationStatus_ERROR,
+			Error:           "cache is not ready",
+		}
+		agent.Answer(flowtest.Answer{Response: &checkv1.CheckResponse{CacheLookupResponse: &checkv1.CacheLookupResponse{
+			ResultCacheResponse:  failed,
+			GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"g": failed},
+		}}}, flowtest.Answer{Response: &checkv1.CheckResponse{}}, flowtest.Answer{Reason: flowctl.ReasonNotSampled})
+		client := agent.Client()
+		params := flowctl.Params{ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}}
 
-	flow := client.Start(t.Context(), "point", params)
-	if _, ok, err := flow.ResultCache(); ok || err == nil || !strings.Contains(err.Error(), "cache is not ready") {
-		t.Errorf("ResultCache() = %v, %v want the agent's error", ok, err)
-	}
-	if _, ok, err := flow.GlobalCache("g"); ok || err == nil {
-		t.Errorf("GlobalCache() = %v, %v want the agent's error", ok, err)
-	}
-	silent := client.Start(t.Context(), "point", params)
-	if _, ok, err := silent.ResultCache(); ok || err != nil {
-		t.Errorf("ResultCache() of an answer without one = %v, %v want a miss", ok, err)
-	}
-	rejected := client.Start(t.Context(), "point", params)
-	if _, ok, err := rejected.ResultCache(); ok || !errors.Is(err, flowctl.ErrRejected) {
-		t.Errorf("ResultCache() of a rejected flow = %v, %v want ErrRejected", ok, err)
-	}
+		flow := client.Start(t.Context(), "point", params)
+		if _, ok, err := flow.ResultCache(); ok || err == nil || !strings.Contains(err.Error(), "cache is not ready") {
+			t.Errorf("ResultCache() = %v, %v want the agent's error", ok, err)
+		}
+		if _, ok, err := flow.GlobalCache("g"); ok || err == nil {
+			t.Errorf("GlobalCache() = %v, %v want the agent's error", ok, err)
+		}
+		silent := client.Start(t.Context(), "point", params)
+		if _, ok, err := silent.ResultCache(); ok || err != nil {
+			t.Errorf("ResultCache() of an answer without one = %v, %v want a miss", ok, err)
+		}
+		rejected := client.Start(t.Context(), "point", params)
+		if _, ok, err := rejected.ResultCache(); ok || !errors.Is(err, flowctl.ErrRejected) {
+			t.Errorf("ResultCache() of a rejected flow = %v, %v want ErrRejected", ok, err)
+		}
+	})
 }
 
 // held is a decision of a concurrency limiter.
@@ -317,33 +319,35 @@ func TestFlowEndRequest(t *testing.T) {
 		{name: "nil parts", decisions: []*checkv1.LimiterDecision{{Details: &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{}}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			m := &checkv1.CheckResponse{LimiterDecisions: tt.decisions}
-			if tt.rejected {
-				m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
-			}
-			agent.Answer(flowtest.Answer{Response: m})
-			flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
-			got, err := flow.End(t.Context())
-			if err != nil || got.Held != len(tt.want) {
-				t.Errorf("End() = %+v, %v want %d held", got, err, len(tt.want))
-			}
-			if _, err := flow.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
-				t.Errorf("second End() = %v want ErrEnded", err)
-			}
-			var refs []*checkv1.InflightRequestRef
-			for _, end := range agent.Ends() {
-				if end.GetControlPoint() != "point" {
-					t.Errorf("control point = %q", end.GetControlPoint())
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				m := &checkv1.CheckResponse{LimiterDecisions: tt.decisions}
+				if tt.rejected {
+					m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
 				}
-				refs = append(refs, end.GetInflightRequests()...)
-			}
-			if diff := cmp.Diff(tt.want, refs, protocmp.Transform()); diff != "" {
-				t.Errorf("references (-want +got):\n%s", diff)
-			}
-			if len(agent.Ends()) > 1 {
-				t.Errorf("%d calls want one", len(agent.Ends()))
-			}
+				agent.Answer(flowtest.Answer{Response: m})
+				flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
+				got, err := flow.End(t.Context())
+				if err != nil || got.Held != len(tt.want) {
+					t.Errorf("End() = %+v, %v want %d held", got, err, len(tt.want))
+				}
+				if _, err := flow.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
+					t.Errorf("second End() = %v want ErrEnded", err)
+				}
+				var refs []*checkv1.InflightRequestRef
+				for _, end := range agent.Ends() {
+					if end.GetControlPoint() != "point" {
+						t.Errorf("control point = %q", end.GetControlPoint())
+					}
+					refs = append(refs, end.GetInflightRequests()...)
+				}
+				if diff := cmp.Diff(tt.want, refs, protocmp.Transform()); diff != "" {
+					t.Errorf("references (-want +got):\n%s", diff)
+				}
+				if len(agent.Ends()) > 1 {
+					t.Errorf("%d calls want one", len(agent.Ends()))
+				}
+			})
 		})
 	}
 }
@@ -427,50 +431,27 @@ func TestEndWith(t *testing.T) {
 	}
 }
 
-// However a function ends, its flow does too.
-func TestEndWithPanickingIsFailure(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		agent := flowtest.NewAgent(t)
-		agent.Answer(flowtest.Answer{Slots: 1})
-		client := agent.Client()
-		func() {
-			defer func() {
-				if p := recover(); p != "broken" {
-					t.Errorf("recovered %v want the panic of IsFailure", p)
-				}
-			}()
-			_ = func() (err error) {
-				flow := client.Start(t.Context(), "point", flowctl.Params{IsFailure: func(error) bool { panic("broken") }})
-				defer flow.EndWith(&err)
-				return errors.New("work")
-			}()
-		}()
-		_ = client.Close(t.Context())
-		if spans := agent.Spans(); agent.Held() != 0 || len(spans) != 1 || spans[0].Status != flowctl.StatusError {
-			t.Errorf("%d slots held, spans %v want none, one Error", agent.Held(), spans)
-		}
-	})
-}
-
 // What the function's error means is not asked where the function did not run, or the flow has ended.
 func TestEndWithAsksNoMoreThanItMust(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	agent.Answer(flowtest.Answer{}, flowtest.Answer{Reason: flowctl.ReasonRateLimited})
-	client := agent.Client()
-	params := flowctl.Params{IsFailure: func(err error) bool {
-		t.Errorf("IsFailure(%v) was called", err)
-		return true
-	}}
-	for range 2 {
-		_ = func() (err error) {
-			flow := client.Start(t.Context(), "point", params)
-			defer flow.EndWith(&err)
-			if flow.ShouldRun() {
-				_, _ = flow.End(t.Context())
-			}
-			return errors.New("some")
-		}()
-	}
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{}, flowtest.Answer{Reason: flowctl.ReasonRateLimited})
+		client := agent.Client()
+		params := flowctl.Params{IsFailure: func(err error) bool {
+			t.Errorf("IsFailure(%v) was called", err)
+			return true
+		}}
+		for range 2 {
+			_ = func() (err error) {
+				flow := client.Start(t.Context(), "point", params)
+				defer flow.EndWith(&err)
+				if flow.ShouldRun() {
+					_, _ = flow.End(t.Context())
+				}
+				return errors.New("some")
+			}()
+		}
+	})
 }
 
 func TestIsFailure(t *testing.T) {
@@ -574,30 +555,32 @@ func TestContext(t *testing.T) {
 
 // The order of labels, and what an agent is sent.
 func TestLabelPrecedence(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	client := agent.Client(
-		flowctl.WithLabels(map[string]string{"a": "default", "b": "default", "c": "default", "d": "default"}),
-		flowctl.WithLabels(map[string]string{"e": "default"}),
-		flowctl.WithBaggage(),
-	)
-	bag, err := baggage.Parse("a=baggage,b=baggage,c=baggage")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := baggage.ContextWithBaggage(t.Context(), bag)
-	ctx = labels.WithTransport(ctx, map[string]string{"a": "transport", "b": "transport", "c": "transport", "d": "transport"})
-	ctx = labels.With(ctx, "a", "context", "b", "context")
-	client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"a": "params"}})
-	want := map[string]string{"a": "params", "b": "context", "c": "baggage", "d": "transport", "e": "default"}
-	if diff := cmp.Diff(want, agent.Checks()[0].Request.GetLabels()); diff != "" {
-		t.Errorf("labels (-want +got):\n%s", diff)
-	}
-	plain := agent.Client()
-	plain.Start(ctx, "point", flowctl.Params{})
-	want = map[string]string{"a": "context", "b": "context", "c": "transport", "d": "transport"}
-	if diff := cmp.Diff(want, agent.Checks()[1].Request.GetLabels()); diff != "" {
-		t.Errorf("labels without baggage (-want +got):\n%s", diff)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client(
+			flowctl.WithLabels(map[string]string{"a": "default", "b": "default", "c": "default", "d": "default"}),
+			flowctl.WithLabels(map[string]string{"e": "default"}),
+			flowctl.WithBaggage(),
+		)
+		bag, err := baggage.Parse("a=baggage,b=baggage,c=baggage")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := baggage.ContextWithBaggage(t.Context(), bag)
+		ctx = labels.WithTransport(ctx, map[string]string{"a": "transport", "b": "transport", "c": "transport", "d": "transport"})
+		ctx = labels.With(ctx, "a", "context", "b", "context")
+		client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"a": "params"}})
+		want := map[string]string{"a": "params", "b": "context", "c": "baggage", "d": "transport", "e": "default"}
+		if diff := cmp.Diff(want, agent.Checks()[0].Request.GetLabels()); diff != "" {
+			t.Errorf("labels (-want +got):\n%s", diff)
+		}
+		plain := agent.Client()
+		plain.Start(ctx, "point", flowctl.Params{})
+		want = map[string]string{"a": "context", "b": "context", "c": "transport", "d": "transport"}
+		if diff := cmp.Diff(want, agent.Checks()[1].Request.GetLabels()); diff != "" {
+			t.Errorf("labels without baggage (-want +got):\n%s", diff)
+		}
+	})
 }
 
 func many(prefix string, n int) map[string]string {
@@ -737,35 +720,37 @@ func TestRejectedError(t *testing.T) {
 		{"unknown reason", flowtest.Answer{Reason: 99}, 403, codes.PermissionDenied},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(tt.answer)
-			flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
-			err := fmt.Errorf("wrapped: %w", flow.Err())
-			var rejected *flowctl.RejectedError
-			if !errors.As(err, &rejected) || !errors.Is(err, flowctl.ErrRejected) || errors.Is(err, flowctl.ErrUnreachable) {
-				t.Fatalf("Err() = %v", err)
-			}
-			if rejected.HTTPStatus != tt.status || flow.HTTPStatus() != tt.status {
-				t.Errorf("HTTP status = %d, %d want %d", rejected.HTTPStatus, flow.HTTPStatus(), tt.status)
-			}
-			if rejected.ControlPoint != "point" || rejected.Policy != "flowtest" || rejected.Component != "root.1" {
-				t.Errorf("error = %+v", rejected)
-			}
-			wait := max(tt.answer.RetryAfter, 0)
-			if rejected.RetryAfter() != wait || flow.RetryAfter() != wait {
-				t.Errorf("RetryAfter() = %v, %v want %v", rejected.RetryAfter(), flow.RetryAfter(), wait)
-			}
-			s := status.Convert(err)
-			if s.Code() != tt.code {
-				t.Errorf("code = %v want %v", s.Code(), tt.code)
-			}
-			if infos := s.Details(); wait > 0 != (len(infos) == 1) {
-				t.Errorf("details = %v", infos)
-			} else if wait > 0 {
-				if info, ok := infos[0].(*errdetails.RetryInfo); !ok || info.GetRetryDelay().AsDuration() != wait {
-					t.Errorf("details = %v want a RetryInfo of %v", infos, wait)
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				agent.Answer(tt.answer)
+				flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
+				err := fmt.Errorf("wrapped: %w", flow.Err())
+				var rejected *flowctl.RejectedError
+				if !errors.As(err, &rejected) || !errors.Is(err, flowctl.ErrRejected) || errors.Is(err, flowctl.ErrUnreachable) {
+					t.Fatalf("Err() = %v", err)
 				}
-			}
+				if rejected.HTTPStatus != tt.status || flow.HTTPStatus() != tt.status {
+					t.Errorf("HTTP status = %d, %d want %d", rejected.HTTPStatus, flow.HTTPStatus(), tt.status)
+				}
+				if rejected.ControlPoint != "point" || rejected.Policy != "flowtest" || rejected.Component != "root.1" {
+					t.Errorf("error = %+v", rejected)
+				}
+				wait := max(tt.answer.RetryAfter, 0)
+				if rejected.RetryAfter() != wait || flow.RetryAfter() != wait {
+					t.Errorf("RetryAfter() = %v, %v want %v", rejected.RetryAfter(), flow.RetryAfter(), wait)
+				}
+				s := status.Convert(err)
+				if s.Code() != tt.code {
+					t.Errorf("code = %v want %v", s.Code(), tt.code)
+				}
+				if infos := s.Details(); wait > 0 != (len(infos) == 1) {
+					t.Errorf("details = %v", infos)
+				} else if wait > 0 {
+					if info, ok := infos[0].(*errdetails.RetryInfo); !ok || info.GetRetryDelay().AsDuration() != wait {
+						t.Errorf("details = %v want a RetryInfo of %v", infos, wait)
+					}
+				}
+			})
 		})
 	}
 }
@@ -781,24 +766,26 @@ func TestA19RejectionIsNeverOK(t *testing.T) {
 }
 
 func TestUnreachableError(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	agent.Answer(flowtest.Answer{Fail: status.Error(codes.PermissionDenied, "agent's own words")})
-	flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
-	err := flow.Err()
-	var unreachable *flowctl.UnreachableError
-	if !errors.As(err, &unreachable) || !errors.Is(err, flowctl.ErrUnreachable) || errors.Is(err, flowctl.ErrClosed) {
-		t.Fatalf("Err() = %v", err)
-	}
-	if got := status.Code(unreachable.Cause()); got != codes.PermissionDenied {
-		t.Errorf("code of Cause() = %v want PermissionDenied", got)
-	}
-	// What a gRPC handler returns must not be the agent's status.
-	if s := status.Convert(err); s.Code() != codes.Unavailable || strings.Contains(s.Message(), "own words") {
-		t.Errorf("status = %v want Unavailable without the cause", s)
-	}
-	if errors.Unwrap(err) != nil {
-		t.Errorf("Unwrap() = %v want nothing", errors.Unwrap(err))
-	}
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Fail: status.Error(codes.PermissionDenied, "agent's own words")})
+		flow := agent.Client().Start(t.Context(), "point", flowctl.Params{})
+		err := flow.Err()
+		var unreachable *flowctl.UnreachableError
+		if !errors.As(err, &unreachable) || !errors.Is(err, flowctl.ErrUnreachable) || errors.Is(err, flowctl.ErrClosed) {
+			t.Fatalf("Err() = %v", err)
+		}
+		if got := status.Code(unreachable.Cause()); got != codes.PermissionDenied {
+			t.Errorf("code of Cause() = %v want PermissionDenied", got)
+		}
+		// What a gRPC handler returns must not be the agent's status.
+		if s := status.Convert(err); s.Code() != codes.Unavailable || strings.Contains(s.Message(), "own words") {
+			t.Errorf("status = %v want Unavailable without the cause", s)
+		}
+		if errors.Unwrap(err) != nil {
+			t.Errorf("Unwrap() = %v want nothing", errors.Unwrap(err))
+		}
+	})
 }
 
 func TestCanceled(t *testing.T) {

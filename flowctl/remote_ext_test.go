@@ -28,34 +28,36 @@ import (
 )
 
 func TestCheckRequest(t *testing.T) {
-	agent := flowtest.NewAgent(t)
-	client := agent.Client()
-	client.Start(t.Context(), "point", flowctl.Params{
-		Labels: map[string]string{"user_id": "u"}, RampMode: true, ResultCacheKey: "r", GlobalCacheKeys: []string{"g"},
-		CheckTimeout: time.Minute,
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		client.Start(t.Context(), "point", flowctl.Params{
+			Labels: map[string]string{"user_id": "u"}, RampMode: true, ResultCacheKey: "r", GlobalCacheKeys: []string{"g"},
+			CheckTimeout: time.Minute,
+		})
+		client.Start(t.Context(), "plain", flowctl.Params{CheckTimeout: -1})
+		want := []*checkv1.CheckRequest{
+			{
+				ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, RampMode: true, ExpectEnd: true,
+				CacheLookupRequest: &checkv1.CacheLookupRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}},
+			},
+			{ControlPoint: "plain", ExpectEnd: true}, // without keys there is nothing to look up
+		}
+		checks := agent.Checks()
+		var got []*checkv1.CheckRequest
+		for _, c := range checks {
+			got = append(got, c.Request)
+		}
+		if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+			t.Errorf("requests (-want +got):\n%s", diff)
+		}
+		if got := checks[0].Timeout; got <= 0 || got > time.Minute {
+			t.Errorf("the agent was given %v want up to a minute", got)
+		}
+		if got := checks[1].Timeout; got != 0 {
+			t.Errorf("the agent was given %v want no limit", got)
+		}
 	})
-	client.Start(t.Context(), "plain", flowctl.Params{CheckTimeout: -1})
-	want := []*checkv1.CheckRequest{
-		{
-			ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, RampMode: true, ExpectEnd: true,
-			CacheLookupRequest: &checkv1.CacheLookupRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}},
-		},
-		{ControlPoint: "plain", ExpectEnd: true}, // without keys there is nothing to look up
-	}
-	checks := agent.Checks()
-	var got []*checkv1.CheckRequest
-	for _, c := range checks {
-		got = append(got, c.Request)
-	}
-	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
-		t.Errorf("requests (-want +got):\n%s", diff)
-	}
-	if got := checks[0].Timeout; got <= 0 || got > time.Minute {
-		t.Errorf("the agent was given %v want up to a minute", got)
-	}
-	if got := checks[1].Timeout; got != 0 {
-		t.Errorf("the agent was given %v want no limit", got)
-	}
 }
 
 // A flow's record, as agents read it.
@@ -685,7 +687,7 @@ func TestDialEnvOptions(t *testing.T) {
 	t.Setenv("APERTURE_AGENT_ADDRESS", "localhost:1")
 	t.Setenv("APERTURE_API_KEY", "from-env")
 	t.Setenv("APERTURE_AGENT_INSECURE", "true")
-	client, err := flowctl.DialEnv(flowctl.WithDialOptions(agent.Dialer()), flowctl.WithAPIKey("from-option"))
+	client, err := flowctl.DialEnv(flowctl.WithDialOptions(agent.Dialer()), flowctl.WithAPIKey("from-option"), flowctl.WithCheckTimeout(10*time.Second))
 	if err != nil {
 		t.Fatal(err)
 	}
