@@ -27,7 +27,7 @@ func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	}
 	if len(keys) == 0 {
 		for _, member := range bag.Members() {
-			if key := member.Key(); !strings.HasPrefix(key, "http.") && !strings.HasPrefix(key, "rpc.") {
+			if key := member.Key(); !strings.HasPrefix(key, httpPrefix) && !strings.HasPrefix(key, "rpc.") {
 				add(member)
 			}
 		}

@@ -2,17 +2,37 @@ package labels
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"maps"
 )
 
 type contextKey struct{}
 
-// layers is what a context carries. It is never changed, and stored as a pointer without a String method, so that a
-// printed context shows its type and address at most.
+// layers is what a context carries. It is never changed.
 type layers struct {
 	explicit, transport map[string]string
 	err                 error // the first problem of With
 }
+
+// labelled is a context with labels: one object, where context.WithValue would make two.
+type labelled struct {
+	context.Context
+	layers layers
+}
+
+func (c *labelled) Value(key any) any {
+	if key == (contextKey{}) {
+		return &c.layers
+	}
+	return c.Context.Value(key)
+}
+
+// Format keeps the labels out of what is printed, whatever the verb.
+func (c *labelled) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
+
+// String is for the contexts derived from it, which print what they come from.
+func (c *labelled) String() string { return "labels.Context" }
 
 func layersOf(ctx context.Context) layers {
 	if l, ok := ctx.Value(contextKey{}).(*layers); ok {
@@ -45,7 +65,7 @@ func With(ctx context.Context, key, value string, more ...string) context.Contex
 	if len(explicit) > MaxLabels {
 		next.fail(Check(explicit))
 	}
-	return context.WithValue(ctx, contextKey{}, &next)
+	return &labelled{ctx, next}
 }
 
 func (l *layers) add(key, value string) {
@@ -75,7 +95,7 @@ func WithTransport(ctx context.Context, m map[string]string) context.Context {
 	maps.Copy(transport, next.transport)
 	maps.Copy(transport, m)
 	next.transport = repair(transport)
-	return context.WithValue(ctx, contextKey{}, &next)
+	return &labelled{ctx, next}
 }
 
 // FromContext returns the labels that [With] and [WithTransport] put into ctx, and the first problem of With; nils when

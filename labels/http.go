@@ -2,6 +2,7 @@ package labels
 
 import (
 	"cmp"
+	"context"
 	"net/http"
 	"strconv"
 	"strings"
@@ -21,6 +22,43 @@ import (
 //
 // Headers may be listed in any case. Host is none of them; http.host has it. Those that carry credentials never become labels; see the package documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
+	return fromRequest(r, listed(headers))
+}
+
+// RequestLabeler returns a function for middleware: it puts the labels of a request into a context, as [WithTransport]
+// does with those of [FromRequest], for less work. Labels that begin with "http." and that ctx has from another request
+// go. The function is safe for concurrent use.
+func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request) context.Context {
+	list := listed(headers)
+	return func(ctx context.Context, r *http.Request) context.Context {
+		m := fromRequest(r, list)
+		next := layersOf(ctx)
+		for key, value := range next.transport {
+			if _, ok := m[key]; !ok && !strings.HasPrefix(key, httpPrefix) {
+				m[key] = value
+			}
+		}
+		next.transport = repair(m)
+		return &labelled{ctx, next}
+	}
+}
+
+// A header is one that becomes a label.
+type header struct{ name, key string }
+
+// listed gives the headers to look for. Those with credentials are none.
+func listed(names []string) []header {
+	list := make([]header, 0, len(names))
+	for _, name := range names {
+		if !denied(name) {
+			key := headerPrefix + strings.ReplaceAll(strings.ToLower(name), "-", "_")
+			list = append(list, header{http.CanonicalHeaderKey(name), key})
+		}
+	}
+	return list
+}
+
+func fromRequest(r *http.Request, headers []header) map[string]string {
 	m := make(map[string]string, 6+len(headers))
 	set := func(key, value string) {
 		if value != "" {
@@ -34,10 +72,9 @@ func FromRequest(r *http.Request, headers ...string) map[string]string {
 	set("http.flavor", strings.TrimPrefix(r.Proto, "HTTP/"))
 	set("http.request_content_length", contentLength(r))
 
-	for _, header := range headers {
-		if values := r.Header.Values(header); len(values) > 0 && !denied(header) {
-			name := strings.ReplaceAll(strings.ToLower(header), "-", "_")
-			m[headerPrefix+name] = strings.Join(values, ",")
+	for _, h := range headers {
+		if values := r.Header[h.name]; len(values) > 0 {
+			m[h.key] = strings.Join(values, ",")
 		}
 	}
 	return repair(m)
@@ -84,6 +121,12 @@ func contentLength(r *http.Request) string {
 		r.ContentLength == 0 && outgoing(r) && r.Body != nil && r.Body != http.NoBody
 	if unknown {
 		return ""
+	}
+	// As a rule the header has the digits, and they need not be made anew.
+	if sent := r.Header.Get("Content-Length"); sent != "" && sent[0] >= '1' && sent[0] <= '9' {
+		if n, err := strconv.ParseInt(sent, 10, 64); err == nil && n == r.ContentLength {
+			return sent
+		}
 	}
 	return strconv.FormatInt(r.ContentLength, 10)
 }

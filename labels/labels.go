@@ -118,8 +118,11 @@ func cut(s string, n int) string {
 	return s[:n]
 }
 
-// headerPrefix is what [FromRequest] puts before the name of a header.
-const headerPrefix = "http.request.header."
+// What [FromRequest] puts before all its labels, and before the name of a header.
+const (
+	httpPrefix   = "http."
+	headerPrefix = httpPrefix + "request.header."
+)
 
 // denied reports whether a header, metadata key or baggage member carries credentials. Its name may come in any case,
 // and as the label that a header becomes; "_" counts as "-", for some servers and proxies take the two for one.

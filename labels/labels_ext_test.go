@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/headgate-go/headgate/labels"
 	"go.opentelemetry.io/otel/baggage"
 	"go.uber.org/goleak"
@@ -285,6 +286,21 @@ func TestFromRequest(t *testing.T) {
 			want:    get,
 		},
 		{
+			name:    "length as the header has it",
+			request: incoming("/a", func(r *http.Request) { r.Header.Set("Content-Length", "4") }),
+			want:    post,
+		},
+		{
+			name:    "length that the header has otherwise",
+			request: incoming("/a", func(r *http.Request) { r.Header.Set("Content-Length", "04") }),
+			want:    post,
+		},
+		{
+			name:    "length that the header does not know any more",
+			request: incoming("/a", func(r *http.Request) { r.Header.Set("Content-Length", "3") }),
+			want:    post,
+		},
+		{
 			name:    "outgoing with a body of unknown length",
 			request: sent("https://example.com/?q=secret", io.MultiReader()),
 			want:    getOfUnknownLength,
@@ -300,6 +316,81 @@ func TestFromRequest(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			if diff := cmp.Diff(tt.want, labels.FromRequest(tt.request, tt.headers...)); diff != "" {
 				t.Errorf("FromRequest (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// RequestLabeler does what FromRequest and WithTransport do, but for the labels of another request.
+func TestRequestLabeler(t *testing.T) {
+	label := labels.RequestLabeler("X-Plan", "x-user-id", "Authorization", "X-Absent", strings.Repeat("k", 300))
+	r := httptest.NewRequest(http.MethodPut, "/a?b", nil)
+	r.Header = http.Header{"X-Plan": {"a", "\xff"}, "X-User-Id": {strings.Repeat("v", 5000)}, "Authorization": {"secret"}}
+	r.Header.Set(strings.Repeat("k", 300), "v")
+	get := set{
+		"http.method": "PUT", "http.target": "/a", "http.host": "example.com", "http.scheme": "http", "http.flavor": "1.1",
+		"http.request_content_length": "0",
+		"http.request.header.x_plan":  "a,\uFFFD", "http.request.header.x_user_id": strings.Repeat("v", 4096),
+	}
+	with := func(more set) set {
+		m := maps.Clone(get)
+		maps.Copy(m, more)
+		return m
+	}
+	many := numbered(labels.MaxLabels)
+	all := with(many)
+	for _, key := range slices.Sorted(maps.Keys(all))[labels.MaxLabels:] {
+		delete(all, key)
+	}
+	tests := []struct {
+		name                string
+		ctx                 context.Context
+		explicit, transport set
+		err                 string
+	}{
+		{name: "nothing yet", ctx: t.Context(), transport: get},
+		{
+			name:      "explicit labels",
+			ctx:       labels.With(t.Context(), "http.method", "1"),
+			explicit:  set{"http.method": "1"},
+			transport: get,
+		},
+		{
+			name:      "a problem",
+			ctx:       labels.With(t.Context(), "", ""),
+			transport: get,
+			err:       `label "": empty key`,
+		},
+		{
+			name:      "labels of a peer",
+			ctx:       labels.WithTransport(t.Context(), set{"peer": "1", "httpx": "1", "rpc.method": "1"}),
+			transport: with(set{"peer": "1", "httpx": "1", "rpc.method": "1"}),
+		},
+		{
+			name: "another request",
+			ctx: labels.WithTransport(t.Context(), set{
+				"http.method": "GET", "http.request.header.x_absent": "1", "http.request.header.x_plan": "1", "http.route": "1",
+			}),
+			transport: get,
+		},
+		{name: "too many", ctx: labels.WithTransport(t.Context(), many), transport: all},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, before, _ := labels.FromContext(tt.ctx)
+			before = maps.Clone(before)
+			explicit, transport, err := labels.FromContext(label(tt.ctx, r))
+			if message(err) != tt.err {
+				t.Errorf("FromContext error = %v want %q", err, tt.err)
+			}
+			if diff := cmp.Diff(tt.explicit, explicit, cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("explicit (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tt.transport, transport); diff != "" {
+				t.Errorf("transport (-want +got):\n%s", diff)
+			}
+			if _, after, _ := labels.FromContext(tt.ctx); !maps.Equal(before, after) {
+				t.Error("the context that it is derived from has changed")
 			}
 		})
 	}
@@ -437,9 +528,14 @@ func TestWithTransportRepairs(t *testing.T) {
 
 func TestContextPrintsNoLabel(t *testing.T) {
 	ctx := labels.With(labels.WithTransport(t.Context(), set{"key": "secret"}), "key", "secret", "key", "secret\xff")
-	for _, verb := range []string{"%v", "%+v", "%#v", "%s"} {
-		if got := fmt.Sprintf(verb, ctx); strings.Contains(got, "secret") {
-			t.Errorf("Sprintf(%q, ctx) = %s shows a label", verb, got)
+	type key struct{}
+	derived, cancel := context.WithCancel(context.WithValue(ctx, key{}, ""))
+	defer cancel()
+	for _, ctx := range []context.Context{ctx, derived, labels.RequestLabeler()(ctx, httptest.NewRequest("GET", "/secret", nil))} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%d"} {
+			if got := fmt.Sprintf(verb, ctx); strings.Contains(got, "secret") {
+				t.Errorf("Sprintf(%q, ctx) = %s shows a label", verb, got)
+			}
 		}
 	}
 }
