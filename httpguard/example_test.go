@@ -1,0 +1,289 @@
+package httpguard_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// newClient is for the examples: a client of an engine with one limiter, and a function that closes the engine. A
+// program makes both once, when it starts.
+func newClient(limiter policy.Component) (client *flowctl.Client, done func()) {
+	limits, err := engine.New([]policy.Policy{{Name: "example", Components: []policy.Component{limiter}}})
+	if err != nil {
+		panic(err)
+	}
+	client, err = flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	return client, func() { _ = limits.Close() }
+}
+
+// send has a handler answer a request.
+func send(h http.Handler, method, target string, header ...string) *http.Response {
+	r := httptest.NewRequest(method, target, nil)
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, r)
+	return w.Result()
+}
+
+// One order a minute, and the second caller learns when to come back.
+func ExampleMiddleware() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute,
+	})
+	defer done()
+	order := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintln(w, "order", r.PathValue("id"))
+	})
+
+	guard := httpguard.Middleware(client, "orders")
+
+	mux := http.NewServeMux()
+	mux.Handle("GET /orders/{id}", guard(order))
+
+	for range 2 {
+		resp := send(mux, http.MethodGet, "/orders/7")
+		body, _ := io.ReadAll(resp.Body)
+		fmt.Printf("%d %s\n%s", resp.StatusCode, resp.Header["Retry-After"], body)
+	}
+	// Output:
+	// 200 []
+	// order 7
+	// 429 [60]
+	// {"title":"Too Many Requests","status":429,"detail":"rate limited"}
+}
+
+// Each user has a bucket, and users are told apart by what the service knows, not by what requests say of themselves.
+func ExampleWithParams() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "user_id",
+	})
+	defer done()
+	userOf := func(r *http.Request) string { return r.Header.Get("X-Authenticated-User") }
+
+	guard := httpguard.Middleware(client, "orders",
+		httpguard.WithParams(func(r *http.Request) flowctl.Params {
+			return flowctl.Params{
+				Labels:        map[string]string{"user_id": userOf(r)},
+				OnUnreachable: flowctl.FailClosed,
+			}
+		}),
+	)
+
+	h := guard(http.NotFoundHandler())
+	for _, user := range []string{"ann", "ann", "bob"} {
+		fmt.Println(user, send(h, http.MethodGet, "/", "X-Authenticated-User", user).Status)
+	}
+	// Output:
+	// ann 404 Not Found
+	// ann 429 Too Many Requests
+	// bob 404 Not Found
+}
+
+// A header becomes a label when it is listed.
+func ExampleWithHeaders() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "http.request.header.x_tenant",
+	})
+	defer done()
+
+	guard := httpguard.Middleware(client, "orders", httpguard.WithHeaders("X-Tenant"))
+
+	h := guard(http.NotFoundHandler())
+	for _, tenant := range []string{"acme", "acme", "other"} {
+		fmt.Println(tenant, send(h, http.MethodGet, "/", "X-Tenant", tenant).Status)
+	}
+	// Output:
+	// acme 404 Not Found
+	// acme 429 Too Many Requests
+	// other 404 Not Found
+}
+
+// Each route is a control point: around a mux, the middleware has to ask it, for it has not routed the request yet.
+func ExampleWithControlPoint() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("GET /reports/{month}"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	mux := http.NewServeMux()
+	mux.Handle("GET /reports/{month}", http.NotFoundHandler())
+	mux.Handle("GET /orders/{id}", http.NotFoundHandler())
+
+	guard := httpguard.Middleware(client, "unknown route", httpguard.WithControlPoint(
+		func(r *http.Request) string {
+			_, pattern := mux.Handler(r)
+			return pattern
+		}))
+	h := guard(mux)
+
+	fmt.Println(send(h, http.MethodGet, "/orders/7").Status)
+	fmt.Println(send(h, http.MethodGet, "/reports/may").Status)
+	// Output:
+	// 404 Not Found
+	// 429 Too Many Requests
+}
+
+func ExampleWithSkip() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("all"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	guard := httpguard.Middleware(client, "all",
+		httpguard.WithSkipPaths("/health", "/ready"),
+		httpguard.WithSkipPatterns(regexp.MustCompile(`/static/.*\.css`)),
+		httpguard.WithSkip(func(r *http.Request) bool { return r.Method == http.MethodOptions }),
+	)
+
+	h := guard(http.NotFoundHandler())
+	for _, path := range []string{"/health", "/healthy", "/static/app.css", "/my/static/app.css"} {
+		fmt.Println(path, send(h, http.MethodGet, path).Status)
+	}
+	// Output:
+	// /health 404 Not Found
+	// /healthy 429 Too Many Requests
+	// /static/app.css 404 Not Found
+	// /my/static/app.css 429 Too Many Requests
+}
+
+// A page that looks like the rest of the site. Retry-After is in the header already.
+func ExampleWithOnReject() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("shop"), Interval: time.Minute}) // no capacity
+	defer done()
+
+	guard := httpguard.Middleware(client, "shop", httpguard.WithOnReject(
+		func(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
+			if flow.Decision() != flowctl.Rejected {
+				httpguard.Problem(w, r, flow)
+				return
+			}
+			w.Header().Set("Content-Type", "text/html; charset=utf-8")
+			w.WriteHeader(flow.HTTPStatus())
+			fmt.Fprintln(w, "<h1>We are sold out for a moment</h1>")
+		}))
+
+	resp := send(guard(http.NotFoundHandler()), http.MethodGet, "/")
+	body, _ := io.ReadAll(resp.Body)
+	fmt.Printf("%s\n%s", resp.Status, body)
+	// Output:
+	// 429 Too Many Requests
+	// <h1>We are sold out for a moment</h1>
+}
+
+// Clients see what is left of their limits before they run into them.
+func ExampleWithRateLimitHeaders() {
+	client, done := newClient(policy.RateLimiter{
+		ID: "burst", Selectors: policy.At("orders"), Capacity: 10, Fill: 10, Interval: time.Minute,
+	})
+	defer done()
+
+	guard := httpguard.Middleware(client, "orders", httpguard.WithRateLimitHeaders())
+
+	resp := send(guard(http.NotFoundHandler()), http.MethodGet, "/")
+	fmt.Println("RateLimit:", resp.Header.Get("RateLimit"))
+	fmt.Println("RateLimit-Policy:", resp.Header.Get("RateLimit-Policy"))
+	// Output:
+	// RateLimit: "example/burst";r=9
+	// RateLimit-Policy: "example/burst";q=10
+}
+
+// A service that only asks for what it has stored takes it for a failure when that is not found.
+func ExampleStatusError() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("store"), Capacity: 1, Fill: 1, Interval: time.Minute})
+	defer done()
+
+	isFailure := func(err error) bool {
+		response, ok := errors.AsType[*httpguard.StatusError](err)
+		return !ok || response.StatusCode == http.StatusNotFound || response.StatusCode >= 500
+	}
+	store := &http.Client{Transport: httpguard.NewTransport(client, "store", nil,
+		httpguard.WithParams(func(*http.Request) flowctl.Params {
+			return flowctl.Params{IsFailure: isFailure}
+		}))}
+
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	resp, err := store.Get(server.URL)
+	if err != nil {
+		panic(err)
+	}
+	_ = resp.Body.Close()
+	for _, code := range []int{http.StatusConflict, resp.StatusCode, http.StatusBadGateway} {
+		fmt.Println(code, isFailure(&httpguard.StatusError{StatusCode: code}))
+	}
+	// Output:
+	// 409 false
+	// 404 true
+	// 502 true
+}
+
+// Somebody else's API allows one call a minute, and calls beyond that are not even sent.
+func ExampleNewTransport() {
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, "EUR 0.92")
+	}))
+	defer api.Close()
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("exchange-rates"), Capacity: 1, Fill: 1, Interval: time.Minute,
+	})
+	defer done()
+
+	rates := &http.Client{Transport: httpguard.NewTransport(client, "exchange-rates", nil)}
+
+	for range 2 {
+		resp, err := rates.Get(api.URL)
+		if wait, ok := fallback.RetryAfter(err); ok {
+			fmt.Println("the quota is used up, for", wait.Round(time.Second))
+			continue
+		}
+		if err != nil {
+			panic(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close() // which ends the flow
+		fmt.Printf("%s\n", body)
+	}
+	// Output:
+	// EUR 0.92
+	// the quota is used up, for 1m0s
+}
+
+// The API asks for a pause, and gets it.
+func ExampleTransport_retryAfter() {
+	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Println("the API is called")
+		w.Header().Set("Retry-After", "30")
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
+	defer api.Close()
+	client, done := newClient(policy.ConcurrencyLimiter{Selectors: policy.At("rates"), Max: 10, MaxInflight: time.Minute})
+	defer done()
+
+	rates := &http.Client{Transport: httpguard.NewTransport(client, "rates", nil)}
+	for range 2 {
+		resp, err := rates.Get(api.URL)
+		if paused, ok := errors.AsType[*httpguard.PausedError](err); ok {
+			fmt.Println("not again in the next", paused.Wait.Round(time.Second))
+			continue
+		}
+		if err != nil {
+			panic(err)
+		}
+		_ = resp.Body.Close()
+	}
+	// Output:
+	// the API is called
+	// not again in the next 30s
+}

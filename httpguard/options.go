@@ -1,0 +1,135 @@
+package httpguard
+
+import (
+	"net/http"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+// An Option configures a [Middleware] or a [Transport]. Of several of a kind the last one counts, unless its comment
+// says otherwise. Nil options do nothing.
+type Option interface {
+	MiddlewareOption
+	TransportOption
+}
+
+// A MiddlewareOption configures a [Middleware].
+type MiddlewareOption interface{ applyToMiddleware(*guard) }
+
+// A TransportOption configures a [Transport].
+type TransportOption interface{ applyToTransport(*guard) }
+
+type option func(*guard)
+
+func (o option) applyToMiddleware(g *guard) { o(g) }
+func (o option) applyToTransport(g *guard)  { o(g) }
+
+type middlewareOption func(*guard)
+
+func (o middlewareOption) applyToMiddleware(g *guard) { o(g) }
+
+type transportOption func(*guard)
+
+func (o transportOption) applyToTransport(g *guard) { o(g) }
+
+// WithControlPoint has fn find the control point of each request. Where it finds none, and returns "", the fixed one
+// stays. What a router matched makes good control points, as long as routing comes first:
+//
+//	httpguard.WithControlPoint(func(r *http.Request) string { return r.Pattern })
+//
+// By default all requests have the fixed one. fn must be safe for concurrent use; nil changes nothing.
+func WithControlPoint(fn func(*http.Request) string) Option {
+	return option(func(g *guard) { g.pointOf = fn })
+}
+
+// WithParams has fn say how the flow of each request is started: by labels that say whose it is, by how long it may
+// wait, by whether it runs when nobody answers. Its Labels go before all that the request says of itself, and must not
+// change until the flow has ended. Its IsFailure is asked about what went wrong, where it is set: a [StatusError] for a
+// status from 400 on, the error of a hijack, or that of an outgoing request.
+//
+// By default flows have the zero Params. fn must be safe for concurrent use; nil means the default.
+func WithParams(fn func(*http.Request) flowctl.Params) Option {
+	return option(func(g *guard) { g.params = fn })
+}
+
+// WithHeaders makes headers of the request labels, as labels.FromRequest does. By default none is. Repeated use adds
+// more.
+func WithHeaders(names ...string) Option {
+	names = slices.Clone(names)
+	return option(func(g *guard) { g.headers = append(g.headers, names...) })
+}
+
+// WithSkip passes requests on without a flow, for which fn says so. It goes together with [WithSkipPaths] and
+// [WithSkipPatterns]: one that says so is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips
+// nothing.
+func WithSkip(fn func(*http.Request) bool) Option {
+	return option(func(g *guard) {
+		if fn != nil {
+			g.skips = append(g.skips, fn)
+		}
+	})
+}
+
+// WithSkipPaths is [WithSkip] for requests whose URL.Path is one of these.
+func WithSkipPaths(paths ...string) Option {
+	set := make(map[string]bool, len(paths))
+	for _, path := range paths {
+		set[path] = true
+	}
+	return WithSkip(func(r *http.Request) bool { return r.URL != nil && set[r.URL.Path] })
+}
+
+// WithSkipPatterns is [WithSkip] for requests whose URL.Path one of the patterns matches, from its first byte to its
+// last. Nil patterns match nothing.
+func WithSkipPatterns(patterns ...*regexp.Regexp) Option {
+	var longest []*regexp.Regexp
+	for _, pattern := range patterns {
+		if pattern != nil {
+			own := *pattern // to prefer the longest match: one of the whole path is found if there is one
+			own.Longest()
+			longest = append(longest, &own)
+		}
+	}
+	return WithSkip(func(r *http.Request) bool {
+		if r.URL == nil {
+			return false
+		}
+		for _, pattern := range longest {
+			if at := pattern.FindStringIndex(r.URL.Path); at != nil && at[0] == 0 && at[1] == len(r.URL.Path) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], which is the default
+// and nil, [PlainText] or a function of yours. Their flow has ended then, and is in the request's context. The header has
+// what [WithRateLimitHeaders] adds, and a Retry-After where it is known when a retry can succeed. A function that writes nothing
+// leaves an empty response with flow.HTTPStatus. fn must be safe for concurrent use.
+func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow)) MiddlewareOption {
+	return middlewareOption(func(g *guard) {
+		if fn == nil {
+			fn = Problem
+		}
+		g.onReject = fn
+	})
+}
+
+// WithRateLimitHeaders tells in every response what is left, in the RateLimit and RateLimit-Policy header fields of
+// draft-ietf-httpapi-ratelimit-headers-11: for each limiter that the request met, how many tokens or slots its bucket
+// holds and how many are free, and when a rejected request can be sent again. The names are those of the policies and
+// their components, so that clients see how the limits are made; what a limiter's window is they do not see, for an
+// agent does not tell. By default there are no such fields. They cost some 35 allocations a request.
+func WithRateLimitHeaders() MiddlewareOption {
+	return middlewareOption(func(g *guard) { g.rateLimit = true })
+}
+
+// WithMaxPause sets for how long a Retry-After of the upstream can stop requests: at the longest for an hour by default,
+// and never for a d of zero or less. See [Transport].
+func WithMaxPause(d time.Duration) TransportOption {
+	return transportOption(func(g *guard) { g.maxPause = d })
+}

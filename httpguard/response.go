@@ -1,0 +1,145 @@
+package httpguard
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+)
+
+// A response watches what a handler answers.
+type response struct {
+	http.ResponseWriter
+	request http.Request
+	flow    started
+	decided bool  // the final status is known, or there will be none
+	err     error // what the flow is told about it
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// decide notes the response's status. The first final one counts.
+func (w *response) decide(status int) {
+	if status >= 100 && status < 200 && status != http.StatusSwitchingProtocols || w.decided {
+		return
+	}
+	w.decided = true
+	err := w.flow.failure(status)
+	if err == nil {
+		return
+	}
+	if ctx := w.request.Context(); errors.Is(ctx.Err(), context.Canceled) {
+		err = errors.Join(err, context.Cause(ctx)) // so that the flow sees whose cancellation it was
+	}
+	w.err = err
+}
+
+func (w *response) WriteHeader(status int) {
+	w.decide(status)
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	w.decide(http.StatusOK)
+	return w.ResponseWriter.Write(p)
+}
+
+func (w *response) WriteString(s string) (int, error) {
+	w.decide(http.StatusOK)
+	return io.WriteString(w.ResponseWriter, s)
+}
+
+// ReadFrom leads to the ReaderFrom below, which may have the kernel send a file.
+func (w *response) ReadFrom(src io.Reader) (int64, error) {
+	n, err := io.Copy(w.ResponseWriter, src)
+	if n > 0 { // else nothing was written, and the status may still change
+		w.decide(http.StatusOK)
+	}
+	return n, err
+}
+
+// FlushError is for http.ResponseController, which asks for it first.
+func (w *response) FlushError() error {
+	err := http.NewResponseController(w.ResponseWriter).Flush()
+	if !errors.Is(err, http.ErrNotSupported) {
+		w.decide(http.StatusOK)
+	}
+	return err
+}
+
+// CloseNotify is what gin's Stream wants. The request's context tells the same.
+func (w *response) CloseNotify() <-chan bool {
+	gone := make(chan bool, 1)
+	context.AfterFunc(w.request.Context(), func() { gone <- true })
+	return gone
+}
+
+func (w *response) hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	w.decided = true
+	if err != nil {
+		w.err = err
+	}
+	return conn, rw, err
+}
+
+// visible is the ResponseWriter for the handler. Many a handler finds out by a type assertion whether it can stream or
+// take over the connection, so those methods are there when they are there below, and not else.
+func (w *response) visible() http.ResponseWriter {
+	_, flusher := w.ResponseWriter.(http.Flusher)
+	_, hijacker := w.ResponseWriter.(http.Hijacker)
+	_, pusher := w.ResponseWriter.(http.Pusher)
+	switch {
+	case flusher && hijacker && pusher:
+		return withAll{withFlushHijack{withFlush{w}}}
+	case flusher && hijacker:
+		return withFlushHijack{withFlush{w}}
+	case flusher && pusher:
+		return withFlushPush{withFlush{w}}
+	case hijacker && pusher:
+		return withHijackPush{withHijack{w}}
+	case flusher:
+		return withFlush{w}
+	case hijacker:
+		return withHijack{w}
+	case pusher:
+		return withPush{w}
+	default:
+		return w
+	}
+}
+
+// Each of these is one pointer, and costs no allocation.
+type (
+	withFlush       struct{ *response }
+	withHijack      struct{ *response }
+	withPush        struct{ *response }
+	withFlushHijack struct{ withFlush }
+	withFlushPush   struct{ withFlush }
+	withHijackPush  struct{ withHijack }
+	withAll         struct{ withFlushHijack }
+)
+
+func (w withFlush) Flush() { _ = w.FlushError() }
+
+func (w withHijack) Hijack() (net.Conn, *bufio.ReadWriter, error)      { return w.hijack() }
+func (w withFlushHijack) Hijack() (net.Conn, *bufio.ReadWriter, error) { return w.hijack() }
+
+func (w *response) push(target string, opts *http.PushOptions) error {
+	if p, ok := w.ResponseWriter.(http.Pusher); ok {
+		return p.Push(target, opts)
+	}
+	return http.ErrNotSupported
+}
+
+func (w withPush) Push(target string, opts *http.PushOptions) error { return w.push(target, opts) }
+
+func (w withFlushPush) Push(target string, opts *http.PushOptions) error { return w.push(target, opts) }
+
+func (w withHijackPush) Push(target string, opts *http.PushOptions) error {
+	return w.push(target, opts)
+}
+func (w withAll) Push(target string, opts *http.PushOptions) error { return w.push(target, opts) }

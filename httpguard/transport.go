@@ -1,0 +1,207 @@
+package httpguard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"sync/atomic"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/flowctl"
+)
+
+// A Transport is an http.RoundTripper that makes each request a flow: to keep to somebody else's quota, or to bound what
+// is in flight to them. Make one with [NewTransport].
+//
+// The request goes out when its flow runs, which may mean a wait before it: in a queue of the agent's, for as long as the
+// check timeout of [WithParams] and the request's context allow. A request whose flow does not run is not sent. Its
+// error is the flow's, which http.Client puts into an *url.Error: errors.Is finds flowctl.ErrRejected in it, and
+// errors.AsType a *flowctl.RejectedError. A redirect is a request, and a flow, of its own.
+//
+// The flow ends when the response's body is closed or read to its end, and when there is no response. So bodies have to
+// be closed, as net/http demands anyway: a flow holds its slot until then. The flow of a connection that switched
+// protocols ends when that is closed.
+//
+// A flow's status is Error when the request fails, unless its own context was canceled; when the body breaks off; and
+// when the response's status is 429, or 500 or more. Params.IsFailure may judge otherwise, see [WithParams].
+//
+// # Retry-After
+//
+// When an upstream answers 429 or 503 with a Retry-After, requests for the same host at the same control point are not
+// sent before that time: they fail at once with a [PausedError], start no flow and take nothing from a limit.
+// [WithMaxPause] bounds how long that may be, or turns it off. A Transport remembers 1024 such pauses; of more, those
+// that end first give way.
+type Transport struct {
+	guard  *guard
+	base   http.RoundTripper
+	pauses pauses
+}
+
+var _ http.RoundTripper = (*Transport)(nil)
+
+// NewTransport makes a Transport that sends by base; nil means http.DefaultTransport. A nil client is flow control
+// switched off.
+func NewTransport(client headgate.Starter, controlPoint string, base http.RoundTripper, opts ...TransportOption) *Transport {
+	if base == nil {
+		base = http.DefaultTransport //nolint:forbidigo // what nil means to http.Client too
+	}
+	g := newGuard(client, controlPoint, func(status int) bool {
+		return status == http.StatusTooManyRequests || status >= http.StatusInternalServerError
+	})
+	for _, o := range opts {
+		if o != nil {
+			o.applyToTransport(g)
+		}
+	}
+	g.ready()
+	return &Transport{guard: g, base: base}
+}
+
+// CloseIdleConnections does so at the base, where it can. http.Client calls it.
+func (t *Transport) CloseIdleConnections() {
+	if c, ok := t.base.(interface{ CloseIdleConnections() }); ok {
+		c.CloseIdleConnections()
+	}
+}
+
+// RoundTrip sends the request when its flow runs. It does not change the request, and closes its body in any case.
+func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.guard.skip(r) {
+		return t.base.RoundTrip(r)
+	}
+	at := place{controlPoint: t.guard.at(r)}
+	if r.URL != nil {
+		at.host = r.URL.Host
+	}
+	if err := t.pauses.check(at); err != nil {
+		closeBody(r)
+		return nil, err
+	}
+	flow := t.guard.start(r.Context(), at.controlPoint, r)
+	if !flow.ShouldRun() {
+		end(r.Context(), flow.Flow)
+		closeBody(r)
+		return nil, flow.Err()
+	}
+	resp, err := t.send(r, flow)
+	if err == nil && resp != nil {
+		t.pauses.heed(at, resp, t.guard.maxPause)
+	}
+	return resp, err
+}
+
+// send sends a request whose flow runs, and leaves the flow's end to the response's body where there is one.
+func (t *Transport) send(r *http.Request, flow started) (*http.Response, error) {
+	trip := &trip{ctx: r.Context(), flow: flow.Flow}
+	returned := false
+	defer func() {
+		if !returned {
+			flow.SetStatus(flowctl.StatusError)
+			trip.end(nil)
+		}
+	}()
+	resp, err := t.base.RoundTrip(r.WithContext(flow.Context()))
+	returned = true
+	if err != nil || resp == nil {
+		trip.end(err)
+		return resp, err
+	}
+	trip.failure = flow.failure(resp.StatusCode)
+	body, both := resp.Body.(io.ReadWriteCloser)
+	switch {
+	case resp.Body == nil, resp.Body == http.NoBody:
+		trip.end(nil)
+	case both:
+		resp.Body = &switched{body, trip}
+	default:
+		resp.Body = &content{resp.Body, trip}
+	}
+	return resp, nil
+}
+
+func closeBody(r *http.Request) {
+	if r.Body != nil {
+		_ = r.Body.Close()
+	}
+}
+
+// A trip is the flow of a request that was sent.
+type trip struct {
+	ctx     context.Context // of the request
+	flow    *flowctl.Flow
+	failure error // what the response's status comes to
+	closed  atomic.Bool
+	over    sync.Once
+}
+
+// end ends the flow, the first time.
+func (t *trip) end(err error) {
+	t.over.Do(func() {
+		defer end(t.ctx, t.flow) // also when IsFailure panics
+		if t.failure != nil {
+			err = t.failure
+		}
+		t.flow.SetError(err)
+	})
+}
+
+// broke is called with the errors of a body.
+func (t *trip) broke(err error) {
+	if !t.closed.Load() { // a body that is closed while it is read was not cut off
+		t.end(err)
+	}
+}
+
+func (t *trip) close(body io.Closer) error {
+	t.closed.Store(true)
+	defer t.end(nil)
+	return body.Close()
+}
+
+// content is the body of a response.
+type content struct {
+	io.ReadCloser
+	trip *trip
+}
+
+func (c *content) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	switch err {
+	case nil:
+	case io.EOF:
+		c.trip.end(nil)
+	default:
+		c.trip.broke(err)
+	}
+	return n, err
+}
+
+func (c *content) Close() error { return c.trip.close(c.ReadCloser) }
+
+// switched is the body of a response after which the connection speaks another protocol. An end of what comes is not the
+// end of what goes.
+type switched struct {
+	io.ReadWriteCloser
+	trip *trip
+}
+
+func (s *switched) Read(p []byte) (int, error) {
+	n, err := s.ReadWriteCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		s.trip.broke(err)
+	}
+	return n, err
+}
+
+func (s *switched) Close() error { return s.trip.close(s.ReadWriteCloser) }
+
+// CloseWrite ends what goes, where that is possible: reverse proxies ask for it.
+func (s *switched) CloseWrite() error {
+	if c, ok := s.ReadWriteCloser.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return fmt.Errorf("CloseWrite: %w", http.ErrNotSupported)
+}
