@@ -10,22 +10,21 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
-	"strconv"
 	"syscall"
 	"time"
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -88,27 +87,15 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 
 // newHandler serves the word counts, guarded by client.
 func newHandler(client headgate.Starter) http.Handler {
-	count := headgate.GuardFunc(client, "count-words", byUser, countWords, nil)
+	guard := httpguard.Middleware(client, "count-words", httpguard.WithParams(byUser))
 
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST /words", func(w http.ResponseWriter, r *http.Request) {
-		// Without the label a flow would pass unlimited. That it is true is for real services to check.
-		if r.Header.Get("X-User") == "" {
-			http.Error(w, "who are you? send an X-User header", http.StatusBadRequest)
-			return
-		}
-		n, err := count(r.Context(), r)
-		if err != nil {
-			refuse(w, err)
-			return
-		}
-		fmt.Fprintln(w, n)
-	})
+	mux.Handle("POST /words", identified(guard(http.HandlerFunc(countWords))))
 	return http.MaxBytesHandler(mux, 1<<20)
 }
 
 // byUser tells the policies who asks.
-func byUser(_ context.Context, r *http.Request) flowctl.Params {
+func byUser(r *http.Request) flowctl.Params {
 	return flowctl.Params{
 		Labels: map[string]string{"user_id": r.Header.Get("X-User")},
 		// By default flows run when nobody can be asked. This service would rather answer 503 than be overrun.
@@ -116,29 +103,30 @@ func byUser(_ context.Context, r *http.Request) flowctl.Params {
 	}
 }
 
+// identified lets requests pass that say whose they are: without the label a flow would pass unlimited. That it is true
+// is for real services to check.
+func identified(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		user := r.Header.Get("X-User")
+		if user == "" || labels.Check(map[string]string{"user_id": user}) != nil {
+			http.Error(w, "who are you? send an X-User header", http.StatusBadRequest)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // countWords is the work: it takes as long as the request's body takes to arrive.
-func countWords(_ context.Context, r *http.Request) (int, error) {
+func countWords(w http.ResponseWriter, r *http.Request) {
 	words := bufio.NewScanner(r.Body)
 	words.Split(bufio.ScanWords)
 	n := 0
 	for words.Scan() {
 		n++
 	}
-	return n, words.Err()
-}
-
-// refuse answers a request that was not served.
-func refuse(w http.ResponseWriter, err error) {
-	rejected, ok := errors.AsType[*flowctl.RejectedError](err)
-	switch {
-	case ok:
-		if rejected.Wait > 0 { // else nobody knows when, if ever
-			w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(rejected.Wait.Seconds()))))
-		}
-		http.Error(w, http.StatusText(rejected.HTTPStatus), rejected.HTTPStatus)
-	case errors.Is(err, flowctl.ErrUnreachable):
-		http.Error(w, "cannot decide about requests now", http.StatusServiceUnavailable)
-	default: // a body that broke off or is too long, or a user whose name cannot be a label
+	if words.Err() != nil { // the body broke off, or is too long
 		http.Error(w, "bad request", http.StatusBadRequest)
+		return
 	}
+	fmt.Fprintln(w, n)
 }
