@@ -51,16 +51,6 @@ func Middleware(client headgate.Starter, controlPoint string, opts ...Middleware
 // serve answers a request with a flow.
 func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	flow := g.start(withBaggage(r.Context(), r), g.at(r), r)
-	if g.rateLimit {
-		setRateLimit(w.Header(), flow.Flow)
-	}
-	// The response and the request are one object, which saves an allocation.
-	response := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
-	if !flow.ShouldRun() {
-		end(r.Context(), flow.Flow)
-		g.reject(response)
-		return
-	}
 	returned := false
 	defer func() {
 		if !returned {
@@ -68,8 +58,18 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 		}
 		end(r.Context(), flow.Flow)
 	}()
-	next.ServeHTTP(response.visible(), &response.request)
-	flow.SetError(response.err)
+	if g.rateLimit {
+		setRateLimit(w.Header(), flow.Flow)
+	}
+	// The response and the request are one object, which saves an allocation.
+	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
+	if flow.ShouldRun() {
+		next.ServeHTTP(resp.visible(), &resp.request)
+		flow.SetError(resp.err)
+	} else {
+		end(r.Context(), flow.Flow)
+		g.reject(resp)
+	}
 	returned = true
 }
 

@@ -380,6 +380,49 @@ func TestTransportPanics(t *testing.T) {
 	}
 }
 
+// blockingBody is read until it is closed, and closed when that has been noticed.
+type blockingBody struct{ closing, noticed chan struct{} }
+
+func (b blockingBody) Read([]byte) (int, error) {
+	<-b.closing
+	return 0, http.ErrBodyReadAfterClose
+}
+
+func (b blockingBody) Close() error {
+	close(b.closing)
+	<-b.noticed
+	return nil
+}
+
+// A caller that closes the body to end a read of its own has not seen it break off.
+func TestTransportClosedWhileRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client := agent.Client()
+		body := blockingBody{make(chan struct{}), make(chan struct{})}
+		rt := httpguard.NewTransport(client, point, responding(200, body))
+		resp, err := rt.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer close(body.noticed)
+			if _, err := io.ReadAll(resp.Body); !errors.Is(err, http.ErrBodyReadAfterClose) {
+				t.Errorf("ReadAll = %v", err)
+			}
+		}()
+		if err := resp.Body.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if spans := agent.Spans(); len(spans) != 1 || spans[0].Status != flowctl.StatusOK {
+			t.Errorf("spans = %v, want one that is OK", spans)
+		}
+	})
+}
+
 // The body of a response that switched protocols can be written to, is open until it is closed, and knows CloseWrite
 // where there is one.
 func TestTransportSwitchedProtocols(t *testing.T) {
