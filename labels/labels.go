@@ -23,8 +23,8 @@
 // X-Forwarded-Access-Token, X-Vault-Token, Private-Token and Cf-Access-Jwt-Assertion. Neither do baggage members of
 // these names, or of the labels that the headers would be.
 //
-// All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. They keep no map or
-// slice that they are given, and the contexts that they return show no label when printed.
+// All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. None but WithTransport
+// keeps a map or slice that it is given, and the contexts that they return show no label when printed.
 package labels
 
 import (

@@ -545,22 +545,30 @@ func TestAllocations(t *testing.T) {
 	defer cancel()
 	m := set{"user_id": "42", "tier": "free", "region": "eu", "tenant": "acme", "plan": "ü"}
 
-	gates := map[string]func(){
-		"FromContext": func() {
+	gates := map[string]struct {
+		want float64
+		call func()
+	}{
+		"FromContext": {0, func() {
 			if explicit, _, _ := labels.FromContext(ctx); len(explicit) != 1 {
 				t.Fatal("no label")
 			}
-		},
-		"FromContext without labels": func() { _, _, _ = labels.FromContext(context.Background()) },
-		"Check": func() {
+		}},
+		"FromContext without labels": {0, func() { _, _, _ = labels.FromContext(context.Background()) }},
+		"Check": {0, func() {
 			if err := labels.Check(m); err != nil {
 				t.Fatal(err)
 			}
-		},
+		}},
+		"WithTransport": {1, func() {
+			if _, transport, _ := labels.FromContext(labels.WithTransport(ctx, m)); len(transport) != len(m) {
+				t.Fatal("no labels")
+			}
+		}},
 	}
-	for name, f := range gates {
-		if got := testing.AllocsPerRun(100, f); got != 0 {
-			t.Errorf("%s: %v allocations want 0", name, got)
+	for name, gate := range gates {
+		if got := testing.AllocsPerRun(100, gate.call); got != gate.want {
+			t.Errorf("%s: %v allocations want %v", name, got, gate.want)
 		}
 	}
 }
