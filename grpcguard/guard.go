@@ -1,0 +1,206 @@
+// Package grpcguard puts flow control around gRPC: interceptors for servers and clients, unary and streams, that make
+// each call a flow.
+//
+//	server := grpc.NewServer(
+//		grpc.ChainUnaryInterceptor(grpcguard.UnaryServerInterceptor(client, "orders")),
+//		grpc.ChainStreamInterceptor(grpcguard.StreamServerInterceptor(client, "orders")))
+//
+// A call whose flow does not run is neither served nor sent. Its error is the flow's own: errors.Is and errors.As find
+// flowctl.ErrRejected and the rest in it, and to gRPC it is a status. That of a rejection is ResourceExhausted,
+// Unavailable, PermissionDenied and so on by the policy or the reason, never OK, with a RetryInfo where it is known when
+// a retry can succeed; a flow that nobody answered is Unavailable, one that is Invalid is Internal, and one whose caller
+// gave up has the code of the caller's context.
+//
+// Interceptors recover nothing, and are safe for concurrent use. A nil client is flow control switched off.
+//
+// # Labels
+//
+// The flow of a call has the labels rpc.service, such as shop.v1.Orders, and rpc.method, such as Get, and one for each
+// key that [WithMetadata] lists and the metadata has. Whoever sends the call decides what they are. Labels that decide
+// what a caller is allowed come from [WithParams] or from labels.With in the call's context: nothing that is sent goes
+// before these. What came with a call as baggage is put into the context of its handler, unless the application has done
+// so; it becomes labels for clients with flowctl.WithBaggage only.
+//
+// # Statuses
+//
+// A flow's status is Error when the handler or the call panicked, and when it failed with a code by which [IsFailure] is
+// true; Params.IsFailure goes before that, see [WithParams], and flow.SetStatus before both.
+//
+// # Skipped calls
+//
+// Calls of the health and the reflection service are never flows, unless [WithoutDefaultSkips] says otherwise. More are
+// skipped by [WithSkip] and [WithSkipMethods].
+package grpcguard
+
+import (
+	"context"
+	"maps"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"go.opentelemetry.io/otel/baggage"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// A Call is what an interceptor knows of a call before it begins.
+type Call struct {
+	FullMethod string // /package.Service/Method
+	Request    any    // the message of a unary call; nil for a stream, whose messages are still to come
+}
+
+// guard is what the interceptors have in common, and what their options come to.
+type guard struct {
+	client       headgate.Starter
+	controlPoint string
+	pointOf      func(context.Context, Call) string
+	params       func(context.Context, Call) flowctl.Params
+	keys         []string // of metadata
+	skips        []func(context.Context, Call) bool
+	noDefaults   bool
+	methods      methods
+}
+
+func newGuard(client headgate.Starter, controlPoint string, opts []Option) *guard {
+	if client == nil {
+		client = (*flowctl.Client)(nil)
+	}
+	g := &guard{client: client, controlPoint: controlPoint}
+	for _, o := range opts {
+		if o != nil {
+			o.apply(g)
+		}
+	}
+	if !g.noDefaults {
+		WithSkipMethods("/grpc.health.v1.Health/*",
+			"/grpc.reflection.v1.ServerReflection/*", "/grpc.reflection.v1alpha.ServerReflection/*").apply(g)
+	}
+	return g
+}
+
+func (g *guard) skip(ctx context.Context, call Call) bool {
+	for _, skip := range g.skips {
+		if skip(ctx, call) {
+			return true
+		}
+	}
+	return false
+}
+
+// incoming is the context of a call that a server got.
+func (g *guard) incoming(ctx context.Context, fullMethod string) context.Context {
+	md := make(metadata.MD, len(g.keys))
+	for _, key := range g.keys {
+		// Not by FromIncomingContext, which copies all that was sent.
+		if values := metadata.ValueFromIncomingContext(ctx, key); len(values) > 0 {
+			md[key] = values
+		}
+	}
+	return labels.WithTransport(withBaggage(ctx), g.labels(fullMethod, md))
+}
+
+// outgoing is the context of a call that a client makes.
+func (g *guard) outgoing(ctx context.Context, fullMethod string) context.Context {
+	var md metadata.MD
+	if len(g.keys) > 0 {
+		md, _ = metadata.FromOutgoingContext(ctx)
+	}
+	return labels.WithTransport(ctx, g.labels(fullMethod, md))
+}
+
+// labels are those of a call's method and metadata.
+func (g *guard) labels(fullMethod string, md metadata.MD) map[string]string {
+	shared := g.methods.labels(fullMethod)
+	if len(md) == 0 {
+		return shared
+	}
+	own := labels.FromMetadata(md, g.keys...)
+	if own == nil {
+		return shared
+	}
+	maps.Copy(own, shared) // metadata may have been given such names, but does not know better
+	return own
+}
+
+// at gives the control point and the parameters of a call's flow. ctx is what it starts with.
+func (g *guard) at(ctx context.Context, call Call) (controlPoint string, params flowctl.Params) {
+	controlPoint = g.controlPoint
+	if g.pointOf != nil {
+		if point := g.pointOf(ctx, call); point != "" {
+			controlPoint = point
+		}
+	}
+	if g.params != nil {
+		params = g.params(ctx, call)
+	}
+	if params.IsFailure == nil {
+		params.IsFailure = IsFailure
+	}
+	return controlPoint, params
+}
+
+// withBaggage gives ctx the baggage that came with the call, unless the application has seen to that.
+func withBaggage(ctx context.Context) context.Context {
+	sent := metadata.ValueFromIncomingContext(ctx, "baggage")
+	if len(sent) == 0 || baggage.FromContext(ctx).Len() > 0 {
+		return ctx
+	}
+	bag, _ := baggage.Parse(strings.Join(sent, ",")) // which keeps the good members of a bad header
+	if bag.Len() == 0 {
+		return ctx
+	}
+	return baggage.ContextWithBaggage(ctx, bag)
+}
+
+// methods keeps the labels of methods, which the flows of a method share.
+type methods struct {
+	known sync.Map // of full methods, to maps that nobody changes
+	count atomic.Int64
+}
+
+// What is kept is bounded: a server with a handler for unknown services lets its peers make up methods.
+const (
+	maxMethods   = 1000
+	maxMethodLen = 255 // bytes
+)
+
+func (m *methods) labels(fullMethod string) map[string]string {
+	if known, ok := m.known.Load(fullMethod); ok {
+		return known.(map[string]string)
+	}
+	service, method := "", strings.TrimPrefix(fullMethod, "/")
+	if i := strings.LastIndexByte(method, '/'); i >= 0 {
+		service, method = method[:i], method[i+1:]
+	}
+	made := map[string]string{"rpc.service": service, "rpc.method": method}
+	if len(fullMethod) <= maxMethodLen && m.count.Load() < maxMethods {
+		if _, known := m.known.LoadOrStore(strings.Clone(fullMethod), made); !known {
+			m.count.Add(1)
+		}
+	}
+	return made
+}
+
+// IsFailure is the default for what makes a flow's status Error: an error that is no gRPC status, or one with the code
+// Unknown, DeadlineExceeded, Unimplemented, Internal, Unavailable or DataLoss, or a code that gRPC does not have. All
+// other codes are the caller's doing, or tell it about the state of things, and so do the errors of a context that was
+// canceled.
+func IsFailure(err error) bool {
+	s, ok := status.FromError(err)
+	if !ok {
+		s = status.FromContextError(err)
+	}
+	switch s.Code() {
+	case codes.OK, codes.Canceled, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.PermissionDenied,
+		codes.ResourceExhausted, codes.FailedPrecondition, codes.Aborted, codes.OutOfRange, codes.Unauthenticated:
+		return false
+	default:
+		return true
+	}
+}
