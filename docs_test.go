@@ -17,7 +17,8 @@ import (
 )
 
 var documents = []string{
-	"README.md", "docs/guide.md", "docs/http.md", "docs/policies.md", "docs/operating.md", "docs/migrating.md", "docs/design.md",
+	"README.md", "docs/guide.md", "docs/http.md", "docs/grpc.md", "docs/policies.md", "docs/operating.md", "docs/migrating.md",
+	"docs/design.md",
 }
 
 // TestSnippets keeps the documents' code from going stale: each block of Go is a piece of an Example function or of an
