@@ -21,7 +21,7 @@ func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	m := make(map[string]string, bag.Len())
 	add := func(member baggage.Member) {
 		// A member that is missing has no key. The value is decoded already; doing so twice is bug A23.
-		if key := member.Key(); key != "" && !denied(key) {
+		if key := member.Key(); key != "" && !IsCredential(key) {
 			m[key] = member.Value()
 		}
 	}

@@ -50,7 +50,7 @@ type header struct{ name, key string }
 func listed(names []string) []header {
 	list := make([]header, 0, len(names))
 	for _, name := range names {
-		if !denied(name) {
+		if !IsCredential(name) {
 			key := headerPrefix + strings.ReplaceAll(strings.ToLower(name), "-", "_")
 			list = append(list, header{http.CanonicalHeaderKey(name), key})
 		}

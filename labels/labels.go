@@ -125,9 +125,10 @@ const (
 	headerPrefix = httpPrefix + "request.header."
 )
 
-// denied reports whether a header, metadata key or baggage member carries credentials. Its name may come in any case,
-// and as the label that a header becomes; "_" counts as "-", for some servers and proxies take the two for one.
-func denied(name string) bool {
+// IsCredential reports whether a header, metadata key or baggage member of that name carries credentials, and so never
+// becomes a label. The name may come in any case, and as the label that a header becomes; "_" counts as "-", for some
+// servers and proxies take the two for one.
+func IsCredential(name string) bool {
 	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
 	switch strings.ReplaceAll(name, "_", "-") {
 	case "authorization", "proxy-authorization", "x-forwarded-authorization", "x-original-authorization",

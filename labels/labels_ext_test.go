@@ -120,6 +120,9 @@ func TestA18CredentialsStay(t *testing.T) {
 	md := metadata.MD{}
 	members := make([]baggage.Member, 0, len(names))
 	for _, name := range names {
+		if !labels.IsCredential(name) {
+			t.Errorf("IsCredential(%q) = false", name)
+		}
 		r.Header.Set(name, "secret")
 		md.Set(name, "secret")
 		member, err := baggage.NewMemberRaw(name, "secret")
@@ -145,6 +148,14 @@ func TestA18CredentialsStay(t *testing.T) {
 			if value == "secret" {
 				t.Errorf("%s lets %q out", source, key)
 			}
+		}
+	}
+}
+
+func TestIsCredentialOrdinary(t *testing.T) {
+	for _, name := range []string{"", "user_id", "X-Tenant", "Cookies", "X-Authorization-Mode", "http.request.header.x_tenant"} {
+		if labels.IsCredential(name) {
+			t.Errorf("IsCredential(%q) = true", name)
 		}
 	}
 }

@@ -14,7 +14,7 @@ func FromMetadata(md metadata.MD, keys ...string) map[string]string {
 	m := make(map[string]string, len(keys))
 	for _, key := range keys {
 		key = strings.ToLower(key)
-		if values := md[key]; len(values) > 0 && !denied(key) && !strings.HasSuffix(key, "-bin") {
+		if values := md[key]; len(values) > 0 && !IsCredential(key) && !strings.HasSuffix(key, "-bin") {
 			m[key] = strings.Join(values, ",")
 		}
 	}
