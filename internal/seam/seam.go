@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"time"
 	"unicode/utf8"
 )
@@ -117,6 +118,10 @@ type Base struct {
 	Transport map[string]string
 	Defaults  map[string]string
 
+	// HTTP is the request that the flow is about, for an agent that makes labels of it itself; it stands in for
+	// Transport. It is no label, and here because a flow has no room for it. Nil: the labels are all there is.
+	HTTP *HTTPRequest
+
 	// Service names the client's service, for selectors. It is no label.
 	Service string
 }
@@ -150,6 +155,14 @@ func (l *Labels) Service() string {
 	return l.Base.Service
 }
 
+// HTTP is the request that the agent is to make labels of; nil when there is none.
+func (l *Labels) HTTP() *HTTPRequest {
+	if l.Base == nil {
+		return nil
+	}
+	return l.Base.HTTP
+}
+
 // Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
 // empty.
 func (l *Labels) Merged() map[string]string {
@@ -177,6 +190,18 @@ func (l *Labels) Merged() map[string]string {
 		maps.Copy(merged, m)
 	}
 	return merged
+}
+
+// HTTPRequest is an HTTP request as an agent is told of it: all text is valid UTF-8, and within the bounds of labels.
+type HTTPRequest struct {
+	Method, Path, Host, Scheme, Protocol string
+
+	Size                int64             // of the body in bytes; negative when unknown
+	Headers             map[string]string // by names in lower case, without those that carry credentials
+	Source, Destination netip.AddrPort    // zero when unknown
+
+	// Own is the baggage header that the request came with. The one in Headers carries the flow's labels.
+	Own string
 }
 
 // Lookup is the cache entries that a check looks up.

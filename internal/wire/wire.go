@@ -84,7 +84,11 @@ func deniedStatus(v *seam.Verdict) checkv1.StatusCode {
 	if v.Status != 0 {
 		return checkv1.StatusCode(v.Status)
 	}
-	switch v.Reason {
+	return statusByReason(v.Reason)
+}
+
+func statusByReason(r seam.Reason) checkv1.StatusCode {
+	switch r {
 	case seam.ReasonRateLimited:
 		return http.StatusTooManyRequests
 	case seam.ReasonNoTokens:

@@ -1,0 +1,65 @@
+package wire
+
+import (
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+
+	"go.opentelemetry.io/otel/baggage"
+)
+
+// HeaderBaggage is the header by which CheckHTTP carries labels, as requests have it.
+const HeaderBaggage = "baggage"
+
+// MaxBaggage is the longest baggage header that agents read, in bytes: of a longer one they read nothing.
+const MaxBaggage = 8192
+
+// Baggage is the labels as a W3C baggage header; "" for none. Keys that a header cannot hold are escaped as values are,
+// which the W3C does not know: others than [ReadBaggage] see them escaped.
+func Baggage(labels map[string]string) string {
+	var b strings.Builder
+	for i, key := range slices.Sorted(maps.Keys(labels)) {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(escapeKey(key))
+		b.WriteByte('=')
+		b.WriteString(url.PathEscape(labels[key]))
+	}
+	return b.String()
+}
+
+// escapeKey leaves of what url.PathEscape leaves just what a token may hold.
+func escapeKey(key string) string {
+	return strings.NewReplacer("=", "%3D", ":", "%3A", "@", "%40").Replace(url.PathEscape(key))
+}
+
+// ReadBaggage is the labels of a W3C baggage header. Members that are none are left out.
+func ReadBaggage(header string) map[string]string {
+	bag, _ := baggage.Parse(header) // what is good of it
+	labels := make(map[string]string, bag.Len())
+	for _, m := range bag.Members() {
+		key, err := url.PathUnescape(m.Key())
+		if err != nil {
+			key = m.Key()
+		}
+		labels[key] = m.Value()
+	}
+	return labels
+}
+
+// addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as it is.
+func addedBaggage(header, other string) []string {
+	known := make(map[string]bool)
+	for member := range strings.SplitSeq(other, ",") {
+		known[strings.TrimSpace(member)] = true
+	}
+	var added []string
+	for member := range strings.SplitSeq(header, ",") {
+		if member = strings.TrimSpace(member); member != "" && !known[member] {
+			added = append(added, member)
+		}
+	}
+	return added
+}
