@@ -1,6 +1,7 @@
 package flowctl
 
 import (
+	"context"
 	"time"
 
 	"google.golang.org/grpc"
@@ -10,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
@@ -18,8 +20,9 @@ import (
 // because all that a check costs beyond gRPC's own call is what is allocated here.
 type check struct {
 	seam.Extra
-	response checkv1.CheckResponse
-	raw      []byte // response as it came: telemetry has it without encoding it anew; nil where it was not kept
+	response checkv1.CheckResponse          // to Check
+	http     *checkhttpv1.CheckHTTPResponse // to CheckHTTP; nil: the question was Check
+	raw      []byte                         // response as it came: telemetry has it without encoding it anew; nil where it was not kept
 	start    time.Time
 	returned time.Time // when the check came back
 
@@ -33,10 +36,27 @@ type check struct {
 	room  [6]grpc.CallOption
 }
 
+// ask asks the agent.
+func (c *check) ask(ctx context.Context, req *seam.Request) error {
+	if req.Labels.HTTP() == nil {
+		return c.remote.conn.Invoke(ctx, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), &c.response, c.options()...)
+	}
+	c.http = new(checkhttpv1.CheckHTTPResponse)
+	return c.remote.conn.Invoke(ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, wire.HTTPRequest(req), c.http, c.options()...)
+}
+
+// answer is what the agent decided, when it has answered.
+func (c *check) answer() *checkv1.CheckResponse {
+	if c.http != nil {
+		return c.http.GetCheckResponse()
+	}
+	return &c.response
+}
+
 // options are those of the call. It is made once.
 func (c *check) options() []grpc.CallOption {
 	opts := append(c.room[:0], c.remote.calls...)
-	if c.remote.exporter != nil {
+	if c.remote.exporter != nil && c.http == nil {
 		c.codec.CodecV2 = c
 		opts = append(opts, &c.codec)
 	}
@@ -53,10 +73,10 @@ func (c *check) heard(received uint64) bool {
 
 // record is the answer as telemetry reports it: without the values of caches.
 func (c *check) record() ([]byte, error) {
-	if c.raw != nil && c.response.GetCacheLookupResponse() == nil {
+	if c.raw != nil && c.answer().GetCacheLookupResponse() == nil {
 		return c.raw, nil
 	}
-	return proto.Marshal(wire.WithoutValues(&c.response))
+	return proto.Marshal(wire.WithoutValues(c.answer()))
 }
 
 // The check is the call's codec: gRPC's own for Protocol Buffers, which remembers the bytes of the answer.

@@ -191,6 +191,9 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 		req.Timeout = c.checkTimeout
 	}
 	req.Labels = seam.Labels{Params: params.Labels, Context: explicit, Base: c.base}
+	if params.HTTP != nil && c.remote != nil {
+		return c.describe(ctx, req, params.HTTP)
+	}
 	if transport != nil || c.baggage {
 		base := seam.Base{Transport: transport}
 		if c.baggage {

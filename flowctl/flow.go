@@ -295,7 +295,7 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 	}
 	if f.verdict.Extra != nil {
 		if c, ok := f.verdict.Extra.Wire.(*check); ok {
-			return proto.CloneOf(&c.response)
+			return proto.CloneOf(c.answer())
 		}
 	}
 	return wire.Response(&f.req, &f.verdict)

@@ -258,7 +258,8 @@ func WithLabels(m map[string]string) Option {
 }
 
 // WithBaggage makes members of the context's OpenTelemetry baggage labels: those with the given keys, or all when none
-// is given. Without this option none is.
+// is given. For a flow with Params.HTTP, those of the request's baggage header are too that the context does not have.
+// Without this option none is.
 func WithBaggage(keys ...string) Option {
 	keys = slices.Clone(keys)
 	return option{"WithBaggage", false, func(c *config) error {

@@ -38,6 +38,14 @@ type Params struct {
 	// cannot hold more, and makes the flow Unreachable.
 	GlobalCacheKeys []string
 
+	// HTTP tells the agent of the HTTP request that the flow is about: a remote agent is asked by CheckHTTP instead of
+	// Check, which is for agents whose policies classify requests. It makes labels of the request, in place of the
+	// transport layer of the flow's; the others go before those, and must come to a header of 8192 bytes, of which
+	// defaults and baggage give way. What the agent wants done with the request is in [Flow.HTTPAnswer]. Its check
+	// looks up no cache entries: with a cache key the flow is Invalid. An engine has nothing to learn from a request,
+	// and decides as without. Nil: the flow is about none.
+	HTTP *HTTPRequest
+
 	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless
 	// it comes from the caller's own cancellation, which is nobody's failure; an expired deadline is one. It is
 	// called before the flow ends and must not block.
@@ -52,6 +60,11 @@ type Params struct {
 func (p Params) Clone() Params {
 	p.Labels = maps.Clone(p.Labels)
 	p.GlobalCacheKeys = slices.Clone(p.GlobalCacheKeys)
+	if p.HTTP != nil {
+		r := *p.HTTP
+		r.Headers = maps.Clone(r.Headers)
+		p.HTTP = &r
+	}
 	p.inOrder = nil
 	if labels.Check(p.Labels) == nil {
 		p.inOrder = p.Labels
@@ -92,6 +105,9 @@ func (p UnreachablePolicy) String() string {
 func (p *Params) lookup() (*seam.Lookup, error) {
 	if p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0 {
 		return nil, nil
+	}
+	if p.HTTP != nil {
+		return nil, errHTTPCache
 	}
 	if err := seam.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...); err != nil {
 		return nil, err

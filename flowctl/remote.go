@@ -330,7 +330,7 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		defer cancel()
 	}
 	c := &check{remote: r, start: start, seen: seen}
-	err := r.conn.Invoke(call, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), &c.response, c.options()...)
+	err := c.ask(call, req)
 	c.returned = time.Now()
 	if err != nil {
 		r.failed(ctx, call, err, c)
@@ -339,7 +339,11 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	r.answered()
 	c.Wire = c
 	v.Start, v.Extra = start.UnixNano(), &c.Extra
-	wire.Read(req, &c.response, v)
+	if c.http != nil {
+		wire.ReadHTTP(req, c.http, v)
+	} else {
+		wire.Read(req, &c.response, v)
+	}
 	return nil
 }
 
@@ -377,7 +381,7 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 	if r.exporter != nil {
 		r.exporter.record(c, failed)
 	}
-	refs := wire.Held(&c.response)
+	refs := wire.Held(c.answer())
 	if len(refs) == 0 {
 		return seam.Returns{}, nil
 	}

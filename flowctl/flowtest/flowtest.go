@@ -33,8 +33,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // An Answer is what the agent makes of a call. The zero value accepts at once.
@@ -61,13 +63,22 @@ type Answer struct {
 	// Fail is the error that the call fails with, a gRPC status.
 	Fail error
 
-	// Response answers a check with just this message, right or wrong.
+	// Response answers a check with just this message, right or wrong, and a check of an HTTP request with one that
+	// has it inside.
 	Response *checkv1.CheckResponse
+
+	// HTTPResponse answers a check of an HTTP request with just this message, right or wrong.
+	HTTPResponse *checkhttpv1.CheckHTTPResponse
 }
 
 // A Check is what the agent was asked.
 type Check struct {
-	Request  *checkv1.CheckRequest
+	Request *checkv1.CheckRequest
+
+	// HTTP is the question when it was about an HTTP request, and else nil. Request is then the same without what is
+	// about HTTP; it has the labels that came in the baggage header.
+	HTTP *checkhttpv1.CheckHTTPRequest
+
 	Metadata metadata.MD
 
 	// Timeout is how long the client said it would wait, 0 if it did not say.
@@ -123,6 +134,7 @@ func NewAgent(t testing.TB) *Agent {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}),
 	)
 	checkv1.RegisterFlowControlServiceServer(a.server, service{Agent: a})
+	checkhttpv1.RegisterFlowControlServiceHTTPServer(a.server, service{Agent: a})
 	collector.Register(a.server, a.export)
 	served := make(chan struct{})
 	go func() {
@@ -301,18 +313,53 @@ func (a *Agent) act(ctx context.Context, n Answer) error {
 // service is the agent's side of the protocol.
 type service struct {
 	checkv1.UnimplementedFlowControlServiceServer
+	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
 	*Agent
 }
 
 func (a service) Check(ctx context.Context, req *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	c := Check{Request: proto.CloneOf(req)}
+	start := time.Now()
+	n, err := a.asked(ctx, Check{Request: proto.CloneOf(req)})
+	if err != nil {
+		return nil, err
+	}
+	if n.Response != nil {
+		return n.Response, nil
+	}
+	return a.answer(req, n, start), nil
+}
+
+func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
+	start := time.Now()
+	carried := req.GetRequest().GetHeaders()[wire.HeaderBaggage]
+	same := &checkv1.CheckRequest{
+		ControlPoint: req.GetControlPoint(),
+		Labels:       wire.ReadBaggage(carried),
+		RampMode:     req.GetRampMode(),
+		ExpectEnd:    req.GetExpectEnd(),
+	}
+	n, err := a.asked(ctx, Check{Request: proto.CloneOf(same), HTTP: proto.CloneOf(req)})
+	switch {
+	case err != nil:
+		return nil, err
+	case n.HTTPResponse != nil:
+		return n.HTTPResponse, nil
+	case n.Response != nil:
+		return wire.HTTPResponse(proto.CloneOf(n.Response), carried), nil
+	default:
+		return wire.HTTPResponse(a.answer(same, n, start), carried), nil
+	}
+}
+
+// asked notes a check and does the next answer's part of it that is about the call.
+func (a *Agent) asked(ctx context.Context, c Check) (Answer, error) {
 	c.Metadata, _ = metadata.FromIncomingContext(ctx)
 	if deadline, ok := ctx.Deadline(); ok {
 		c.Timeout = time.Until(deadline)
 	}
 	a.mu.Lock()
 	a.checks = append(a.checks, c)
-	point := req.GetControlPoint()
+	point := c.Request.GetControlPoint()
 	if _, ok := a.scripts[point]; !ok {
 		point = ""
 	}
@@ -320,15 +367,7 @@ func (a service) Check(ctx context.Context, req *checkv1.CheckRequest) (*checkv1
 	n := next(&script)
 	a.scripts[point] = script
 	a.mu.Unlock()
-
-	start := time.Now()
-	if err := a.act(ctx, n); err != nil {
-		return nil, err
-	}
-	if n.Response != nil {
-		return n.Response, nil
-	}
-	return a.answer(req, n, start), nil
+	return n, a.act(ctx, n)
 }
 
 func (a *Agent) answer(req *checkv1.CheckRequest, n Answer, start time.Time) *checkv1.CheckResponse {

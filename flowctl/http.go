@@ -1,0 +1,173 @@
+package flowctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"go.opentelemetry.io/otel/baggage"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+	"github.com/headgate-go/headgate/labels"
+)
+
+// HTTPRequest describes an HTTP request to an agent, see [Params]. All of it may come from a peer: what an agent would
+// not take is repaired or left out, and never makes a flow Invalid. Start keeps nothing of it.
+type HTTPRequest struct {
+	Method string
+
+	// Path is as it was sent, still escaped. With the query, the agent sees that too.
+	Path string
+
+	Host     string
+	Scheme   string // http or https
+	Protocol string // HTTP/1.1, HTTP/2
+
+	// Size is the bytes of the body; negative when nobody knows.
+	Size int64
+
+	// Headers are what the agent may see, by names in lower case, repeated values joined with ",". Those that carry
+	// credentials are never sent, see package labels. Of more than 64 those with the smallest names are: send what
+	// policies need, for else a peer can send so many that others are left out. A header baggage is a peer's word on
+	// labels, which counts for clients with [WithBaggage].
+	Headers map[string]string
+
+	// Source and Destination are the ends of the connection; the zero value when unknown.
+	Source, Destination netip.AddrPort
+}
+
+// HTTPAnswer is what an agent wants done with an HTTP request. Names of headers are as the agent writes them, which is
+// in lower case as a rule.
+type HTTPAnswer struct {
+	// Status is what to answer a rejected request with, within 400 to 599 and the same as [Flow.HTTPStatus] says; 0
+	// for one that was accepted.
+	Status int
+
+	// Header is for the answer to a rejected request, and else to be set in the request. A baggage header is the one
+	// that the request had and what the agent added to it; the labels of the flow, which the agent got in it, are not
+	// among that.
+	Header map[string]string
+
+	// Body is for the answer to a rejected request.
+	Body string
+}
+
+// HTTPAnswer is what the agent says of the flow's [HTTPRequest]; ok is false when no agent was told of one, or none
+// answered. It is the caller's own copy. Whether it is about an accepted request or a rejected one is Decision's to say.
+func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
+	if f.verdict.Extra == nil {
+		return HTTPAnswer{}, false
+	}
+	c, ok := f.verdict.Extra.Wire.(*check)
+	switch {
+	case !ok || c.http == nil:
+		return HTTPAnswer{}, false
+	case f.decision == Rejected:
+		denied := c.http.GetDeniedResponse()
+		return HTTPAnswer{Status: f.deniedStatus(), Header: maps.Clone(denied.GetHeaders()), Body: denied.GetBody()}, true
+	default:
+		return HTTPAnswer{Header: wire.OKHeaders(f.req.Labels.HTTP(), c.http)}, true
+	}
+}
+
+var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
+
+// describe has the agent asked about an HTTP request. The agent makes labels of the request; the flow's others travel
+// in the baggage header, which is where agents look for labels that go before those.
+func (c *Client) describe(ctx context.Context, req *seam.Request, params *HTTPRequest) error {
+	r := params.bounded()
+	base := seam.Base{HTTP: r}
+	if c.baggage {
+		base.Baggage = c.httpBaggage(ctx, r.Own)
+	}
+	if c.base != nil {
+		base.Defaults, base.Service = c.base.Defaults, c.base.Service
+	}
+	req.Labels.Base = &base
+	carried, err := labelsHeader(&req.Labels)
+	if carried != "" {
+		r.Headers[wire.HeaderBaggage] = carried
+	}
+	return err
+}
+
+// httpBaggage is the labels in the context's baggage and in that which the request brought, in case nobody has put it
+// into the context.
+func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string {
+	known := labels.FromBaggage(ctx, c.baggageKeys...)
+	bag, _ := baggage.Parse(own) // what is good of it
+	m := labels.FromBaggage(baggage.ContextWithBaggage(ctx, bag), c.baggageKeys...)
+	if m == nil {
+		return known
+	}
+	maps.Copy(m, known)
+	return m
+}
+
+// labelsHeader is the flow's labels as a header. Explicit ones that do not fit are an error; the others give way, those
+// of peers first.
+func labelsHeader(l *seam.Labels) (string, error) {
+	var problem error
+	for _, base := range []*seam.Base{l.Base, {Defaults: l.Base.Defaults}, nil} {
+		layers := seam.Labels{Params: l.Params, Context: l.Context, Base: base}
+		m := layers.Merged()
+		if len(m) > labels.MaxLabels {
+			problem = tooManyLabels(len(m))
+			continue
+		}
+		h := wire.Baggage(m)
+		if len(h) <= wire.MaxBaggage {
+			return h, nil
+		}
+		problem = fmt.Errorf("the labels make a header of %d bytes for the check of an HTTP request, more than %d", len(h), wire.MaxBaggage)
+	}
+	return "", problem
+}
+
+// bounded is the request as an agent takes it.
+func (r *HTTPRequest) bounded() *seam.HTTPRequest {
+	b := &seam.HTTPRequest{
+		Method:      boundedText(r.Method),
+		Path:        boundedText(r.Path),
+		Host:        boundedText(r.Host),
+		Scheme:      boundedText(r.Scheme),
+		Protocol:    boundedText(r.Protocol),
+		Size:        max(r.Size, -1),
+		Headers:     make(map[string]string),
+		Source:      r.Source,
+		Destination: r.Destination,
+	}
+	// The versions that net/http writes otherwise.
+	switch b.Protocol {
+	case "HTTP/2.0":
+		b.Protocol = "HTTP/2"
+	case "HTTP/3.0":
+		b.Protocol = "HTTP/3"
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.Headers)) {
+		key := strings.ToLower(name)
+		switch {
+		case key == wire.HeaderBaggage:
+			b.Own = r.Headers[name] // a peer's labels, which must not replace the application's: that is bug A18
+		case len(b.Headers) == labels.MaxLabels, key == "", len(key) > labels.MaxKeyLen, !utf8.ValidString(key), labels.IsCredential(key):
+		default:
+			b.Headers[key] = boundedText(r.Headers[name])
+		}
+	}
+	return b
+}
+
+// boundedText makes a text of a peer's fit what labels may be.
+func boundedText(s string) string {
+	if len(s) <= labels.MaxValueLen && utf8.ValidString(s) {
+		return s
+	}
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	return strings.ToValidUTF8(s[:min(len(s), labels.MaxValueLen)], "") // without the rune that the cut has split
+}
