@@ -5,6 +5,10 @@
 //	agent.Register(server, limits)
 //	err := server.Serve(listener)
 //
+// It speaks CheckHTTP too, for clients that ask about HTTP requests and leave it to the agent to make labels of them.
+// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and what the baggage
+// header says goes before them.
+//
 // Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
 // here, with what is wrong. A check's deadline is the longest that it waits; one that comes with less than 10 ms left is
 // refused by the limiters that it meets, because an answer that its client does not hear would cost it tokens and slots
@@ -25,6 +29,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
@@ -50,6 +55,7 @@ type Server struct {
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
 	checkv1.RegisterFlowControlServiceServer(s, service{server: srv})
+	checkhttpv1.RegisterFlowControlServiceHTTPServer(s, service{server: srv})
 	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) })
 	return srv
 }
@@ -70,6 +76,7 @@ func (s *Server) Spans() uint64 { return s.spans.Load() }
 // service is the server's side of the protocol.
 type service struct {
 	checkv1.UnimplementedFlowControlServiceServer
+	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
 	server *Server
 }
 
@@ -78,12 +85,6 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 		ControlPoint: m.GetControlPoint(),
 		Labels:       seam.Labels{Params: m.GetLabels()},
 		RampMode:     m.GetRampMode(),
-	}
-	if deadline, ok := ctx.Deadline(); ok {
-		req.Late = time.Until(deadline) < margin
-	}
-	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
-		return nil, invalid(err)
 	}
 	if err := labels.Check(req.Labels.Params); err != nil {
 		return nil, invalid(err)
@@ -95,18 +96,32 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 			return nil, invalid(err)
 		}
 	}
+	response, err := s.decide(ctx, &req)
+	if err != nil {
+		return nil, err
+	}
+	response.ExpectEnd = m.GetExpectEnd()
+	return response, nil
+}
+
+// decide asks the engine about what a client wants to know.
+func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckResponse, error) {
+	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
+		return nil, invalid(err)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		req.Late = time.Until(deadline) < margin
+	}
 	var v seam.Verdict
-	if err := s.server.engine.Check(ctx, &req, &v); err != nil {
+	if err := s.server.engine.Check(ctx, req, &v); err != nil {
 		return nil, closed(err)
 	}
 	if ctx.Err() != nil {
 		// Nobody will end what the client never hears of.
-		_, _ = s.server.engine.End(ctx, &req, &v, true)
+		_, _ = s.server.engine.End(ctx, req, &v, true)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	response := wire.Response(&req, &v)
-	response.ExpectEnd = m.GetExpectEnd()
-	return response, nil
+	return wire.Response(req, &v), nil
 }
 
 func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {

@@ -94,12 +94,17 @@ func overBoth(t *testing.T, policies []policy.Policy, f func(t *testing.T, e *en
 // stub is a client of the bare protocol.
 func (s *served) stub(t testing.TB) checkv1.FlowControlServiceClient {
 	t.Helper()
+	return checkv1.NewFlowControlServiceClient(s.conn(t))
+}
+
+func (s *served) conn(t testing.TB) *grpc.ClientConn {
+	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///localhost", s.dialer, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	return checkv1.NewFlowControlServiceClient(conn)
+	return conn
 }
 
 // The recordings of a real agent, over the wire.

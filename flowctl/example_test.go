@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -25,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
@@ -459,6 +461,59 @@ func ExampleWithTracerProvider() {
 	_, _ = flow.End(flow.Context())
 	// Output:
 	// accepted
+}
+
+// An agent that is told of HTTP requests makes labels of them by itself. This one limits tenants, whom it knows by a
+// header.
+func ExampleFlow_HTTPAnswer() {
+	limits, err := engine.New([]policy.Policy{{Name: "per-tenant", Components: []policy.Component{policy.RateLimiter{
+		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: 30 * time.Second, LimitBy: "http.request.header.x_tenant",
+	}}}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	address, stop := serve(limits)
+	defer stop()
+	client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(10*time.Second))
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	defer client.Close(ctx)
+
+	for range 2 {
+		flow := client.Start(ctx, "orders", flowctl.Params{HTTP: &flowctl.HTTPRequest{
+			Method: http.MethodGet, Path: "/orders", Host: "shop.example", Scheme: "https", Protocol: "HTTP/2",
+			Headers: map[string]string{"x-tenant": "acme"},
+		}})
+		answer, _ := flow.HTTPAnswer()
+		fmt.Println(flow.Decision(), answer.Status, answer.Header)
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// accepted 0 map[]
+	// rejected 429 map[retry-after:30]
+}
+
+// serve is for the example above: an agent that serves an engine, and a function that stops it. The example of
+// agent.Register shows how that is done.
+func serve(limits *engine.Engine) (address string, stop func()) {
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	server := grpc.NewServer(agent.ServerOptions()...)
+	agent.Register(server, limits)
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		_ = server.Serve(listener)
+	}()
+	return listener.Addr().String(), func() {
+		server.Stop()
+		<-stopped
+	}
 }
 
 // A program that must not start without its agent waits for it.
