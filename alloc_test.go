@@ -36,12 +36,17 @@ func work(context.Context) (int, error) { return 42, nil }
 // calls are the ways to guard a function, each with one flow to a call.
 func calls(client *flowctl.Client) map[string]func(context.Context) error {
 	guard := headgate.Guard(client, point, userParams, work, nil)
+	retry := headgate.Retry(client, point, userParams, work, nil, headgate.RetryPolicy{})
 	guardFunc := headgate.GuardFunc(client, point,
 		func(_ context.Context, p flowctl.Params) flowctl.Params { return p },
 		func(ctx context.Context, _ flowctl.Params) (int, error) { return work(ctx) }, nil)
 	return map[string]func(context.Context) error{
 		"Guard": func(ctx context.Context) error {
 			_, err := guard(ctx)
+			return err
+		},
+		"Retry": func(ctx context.Context) error {
+			_, err := retry(ctx)
 			return err
 		},
 		"GuardFunc": func(ctx context.Context) error {

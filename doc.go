@@ -11,6 +11,7 @@
 //   - [Guard] wraps a function without arguments, [GuardFunc] one with an argument that says what the flow is about.
 //   - [Do] runs a block as one flow, and hands it the flow.
 //   - [Cached] is Guard for a function whose result can be used again, by the agent's cache.
+//   - [Retry] is Guard for calls that can wait until there is room.
 //   - flowctl's Start and EndWith are for code that cannot be a closure.
 //
 // All of them promise the same: a flow that should not run does not; a flow that was started is ended, exactly once, on

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate"
@@ -251,4 +253,72 @@ func ExampleCached() {
 	text, err := report(context.Background())
 	fmt.Println(text, err, runs)
 	// Output: the report for May <nil> 1
+}
+
+// A call that comes too early waits until it may run, as long as its caller has time.
+func ExampleRetry() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: 20 * time.Millisecond,
+	})
+	defer done()
+
+	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
+
+	quote := headgate.Retry(client, "quote", flowctl.Params{}, fetch, nil, headgate.RetryPolicy{})
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for range 3 {
+		fmt.Println(quote(ctx))
+	}
+	// Output:
+	// HDGT 42.00 <nil>
+	// HDGT 42.00 <nil>
+	// HDGT 42.00 <nil>
+}
+
+// A call that would have to wait longer than its caller does, does not wait at all.
+func ExampleRetry_deadline() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: time.Hour,
+	})
+	defer done()
+
+	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
+	quote := headgate.Retry(client, "quote", flowctl.Params{}, fetch, fallback.Value("no quote right now"), headgate.RetryPolicy{})
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	fmt.Println(quote(ctx))
+	fmt.Println(quote(ctx)) // at once
+	// Output:
+	// HDGT 42.00 <nil>
+	// no quote right now <nil>
+}
+
+// Workers that have nothing else to do wait their turn, however often that takes. They are few, so they need no budget.
+func ExampleRetryPolicy() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("import"), Capacity: 1, Fill: 1, Interval: 10 * time.Millisecond,
+	})
+	defer done()
+
+	var rows atomic.Int64
+	read := func(context.Context) (int64, error) { return rows.Add(1), nil }
+
+	patient := headgate.RetryPolicy{Attempts: -1, Budget: -1, MaxWait: time.Minute}
+	row := headgate.Retry(client, "import", flowctl.Params{}, read, nil, patient)
+
+	var workers sync.WaitGroup
+	for range 4 {
+		workers.Go(func() {
+			if _, err := row(context.Background()); err != nil {
+				fmt.Println(err)
+			}
+		})
+	}
+	workers.Wait()
+	fmt.Println(rows.Load(), "rows")
+	// Output:
+	// 4 rows
 }

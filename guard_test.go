@@ -147,6 +147,12 @@ var forms = []form{
 		},
 	},
 	{
+		name: "Retry",
+		call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
+			return headgate.Retry(client, point, params, fn, onReject, headgate.RetryPolicy{})(ctx)
+		},
+	},
+	{
 		name:       "Do",
 		noFallback: true,
 		call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), _ fallback.Func[int]) (int, error) {
@@ -271,7 +277,6 @@ func oneSlot(t *testing.T, s situation) *engine.Engine {
 // servedSide is an engine that is served over gRPC. What it hears of ends it tells by the telemetry that comes in.
 func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 	e := oneSlot(t, s)
-	listener := bufconn.Listen(1 << 20)
 	server := grpc.NewServer(agent.ServerOptions()...)
 	// The engine's own trace service counts; this one reads.
 	var mu sync.Mutex
@@ -285,20 +290,8 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 		}
 		return nil
 	})
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	t.Cleanup(func() {
-		server.Stop()
-		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // it may not have begun
-			t.Error(err)
-		}
-	})
-	opts := append(s.options(), flowctl.WithInsecure(), flowctl.WithCheckTimeout(10*time.Second), flowctl.WithDialOptions(
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })))
-	client, err := flowctl.Dial("passthrough:///localhost", opts...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	opts := append(s.options(), flowctl.WithCheckTimeout(10*time.Second))
+	client := dial(t, server, opts...)
 	if s.silent {
 		_ = e.Close() // then it answers Unavailable
 	}
@@ -314,6 +307,25 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 		defer mu.Unlock()
 		return ends
 	}
+}
+
+// dial has the server answer in memory until the test ends, and makes a client of it.
+func dial(t *testing.T, server *grpc.Server, opts ...flowctl.Option) *flowctl.Client {
+	listener := bufconn.Listen(1 << 20)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		server.Stop()
+		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // it may not have begun
+			t.Error(err)
+		}
+	})
+	client, err := flowctl.Dial("passthrough:///localhost", append(opts, flowctl.WithInsecure(), flowctl.WithDialOptions(
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
 }
 
 // only registers one of several services.

@@ -1,0 +1,713 @@
+package headgate_test
+
+import (
+	"context"
+	"errors"
+	"math"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/agent"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A script is an agent that gives the answers that it was told, the last of them for ever. Without any it accepts.
+type script struct {
+	client *flowctl.Client
+	checks func() int
+	ends   func() []flowctl.Status // of the flows that were answered; it closes the client
+}
+
+// overScripts runs f in a bubble, with agents of both kinds.
+func overScripts(t *testing.T, answers []flowtest.Answer, f func(t *testing.T, agent script), opts ...flowctl.Option) {
+	t.Run("remote", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			agent.Answer(answers...)
+			client := agent.Client(opts...)
+			f(t, script{client, func() int { return len(agent.Checks()) }, func() (ends []flowctl.Status) {
+				if err := client.Close(t.Context()); err != nil {
+					t.Error(err)
+				}
+				for _, span := range agent.Spans() {
+					ends = append(ends, span.Status)
+				}
+				return ends
+			}})
+		})
+	})
+	t.Run("embedded", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			e, err := engine.New(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = e.Close() })
+			agent := &scripted{recorder: recorder{Agent: e}, answers: answers}
+			client, err := flowctl.New(agent, opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f(t, script{client, func() int { return int(agent.checks.Load()) }, func() (ends []flowctl.Status) {
+				for _, e := range agent.ends {
+					ends = append(ends, e.status)
+				}
+				return ends
+			}})
+		})
+	})
+}
+
+// scripted is an engine with a script.
+type scripted struct {
+	recorder
+	checks  atomic.Int64
+	answers []flowtest.Answer
+}
+
+func (s *scripted) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+	n := int(s.checks.Add(1))
+	if len(s.answers) == 0 {
+		return s.Agent.Check(ctx, req, v)
+	}
+	answer := s.answers[min(n, len(s.answers))-1]
+	v.Rejected, v.Reason, v.RetryAfter = answer.Reason != flowctl.ReasonNone, seam.Reason(answer.Reason), answer.RetryAfter
+	return answer.Fail
+}
+
+// overLimits runs f in a bubble, with a real limit that lets one flow a second in. Its client asks the engine in the
+// process, or across the network.
+func overLimits(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
+	limits := []policy.Policy{{Name: "one a second", Components: []policy.Component{policy.RateLimiter{
+		Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second,
+	}}}}
+	for _, side := range []string{"remote", "embedded"} {
+		t.Run(side, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New(limits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = e.Close() })
+				if side == "remote" {
+					server := grpc.NewServer(append(agent.ServerOptions(), grpc.WaitForHandlers(true))...)
+					agent.Register(server, e)
+					client := dial(t, server)
+					t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
+					f(t, client)
+					return
+				}
+				client, err := flowctl.New(e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				f(t, client)
+			})
+		})
+	}
+}
+
+func rejected(after time.Duration) flowtest.Answer {
+	return flowtest.Answer{Reason: flowctl.ReasonRateLimited, RetryAfter: after}
+}
+
+var (
+	accepted = flowtest.Answer{}
+	silent   = flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone"), RetryAfter: time.Second} // which does not count
+)
+
+// exactly is a policy whose waits are just as long as RetryAfter.
+func exactly(p headgate.RetryPolicy) headgate.RetryPolicy {
+	p.Jitter = -1
+	return p
+}
+
+func TestRetryAttempts(t *testing.T) {
+	closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
+	tests := []struct {
+		name    string
+		policy  headgate.RetryPolicy
+		params  flowctl.Params
+		answers []flowtest.Answer
+		opts    []flowctl.Option
+		flows   int
+		waited  time.Duration
+		err     error         // what onReject gets; nil: fn runs
+		wait    time.Duration // what that says
+	}{
+		{name: "accepted", flows: 1},
+		{
+			name: "rejected once", answers: []flowtest.Answer{rejected(time.Second), accepted},
+			flows: 2, waited: time.Second,
+		},
+		{
+			name: "rejected twice", answers: []flowtest.Answer{rejected(time.Second), rejected(3 * time.Second), accepted},
+			flows: 3, waited: 4 * time.Second,
+		},
+		{
+			name: "the shortest wait", answers: []flowtest.Answer{rejected(1), accepted},
+			flows: 2, waited: 1,
+		},
+		{
+			name: "three attempts by default", answers: []flowtest.Answer{rejected(time.Second), rejected(time.Second), rejected(5 * time.Second), accepted},
+			flows: 3, waited: 2 * time.Second, err: flowctl.ErrRejected, wait: 5 * time.Second,
+		},
+		{
+			name: "one attempt", policy: headgate.RetryPolicy{Attempts: 1}, answers: []flowtest.Answer{rejected(time.Second), accepted},
+			flows: 1, err: flowctl.ErrRejected, wait: time.Second,
+		},
+		{
+			name: "five attempts", policy: headgate.RetryPolicy{Attempts: 5}, answers: []flowtest.Answer{rejected(time.Second)},
+			flows: 5, waited: 4 * time.Second, err: flowctl.ErrRejected, wait: time.Second,
+		},
+		{
+			name: "any number of attempts, until the budget is spent", policy: headgate.RetryPolicy{Attempts: -1}, answers: []flowtest.Answer{rejected(time.Second)},
+			flows: 11, waited: 10 * time.Second, err: flowctl.ErrRejected, wait: time.Second,
+		},
+		{
+			name: "any number of attempts", policy: headgate.RetryPolicy{Attempts: -1, Budget: -1},
+			answers: append(slices.Repeat([]flowtest.Answer{rejected(time.Second)}, 200), accepted),
+			flows:   201, waited: 200 * time.Second,
+		},
+		{
+			name: "nobody knows when", answers: []flowtest.Answer{rejected(0), accepted},
+			flows: 1, err: flowctl.ErrRejected,
+		},
+		{
+			name: "nobody knows when the second time", answers: []flowtest.Answer{rejected(time.Second), rejected(0), accepted},
+			flows: 2, waited: time.Second, err: flowctl.ErrRejected,
+		},
+		{
+			name: "the longest wait", policy: headgate.RetryPolicy{MaxWait: time.Second}, answers: []flowtest.Answer{rejected(time.Second), accepted},
+			flows: 2, waited: time.Second,
+		},
+		{
+			name: "longer than the longest wait", policy: headgate.RetryPolicy{MaxWait: time.Second}, answers: []flowtest.Answer{rejected(time.Second + 1), accepted},
+			flows: 1, err: flowctl.ErrRejected, wait: time.Second + 1,
+		},
+		{
+			name: "a negative longest wait is none", policy: headgate.RetryPolicy{MaxWait: -1}, answers: []flowtest.Answer{rejected(time.Hour), accepted},
+			flows: 2, waited: time.Hour,
+		},
+		{name: "unreachable open", answers: []flowtest.Answer{silent, accepted}, flows: 1},
+		{
+			name: "unreachable closed", params: closed, answers: []flowtest.Answer{silent, accepted},
+			flows: 1, err: flowctl.ErrUnreachable,
+		},
+		{
+			name: "unreachable closed the second time", params: closed, answers: []flowtest.Answer{rejected(time.Second), silent, accepted},
+			flows: 2, waited: time.Second, err: flowctl.ErrUnreachable,
+		},
+		{
+			name: "unreachable open the second time", answers: []flowtest.Answer{rejected(time.Second), silent, accepted},
+			flows: 2, waited: time.Second,
+		},
+		{
+			name: "dry run", opts: []flowctl.Option{flowctl.WithDryRun()}, answers: []flowtest.Answer{rejected(time.Second), accepted},
+			flows: 1,
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overScripts(t, tt.answers, func(t *testing.T, agent script) {
+				starts := &starter{client: agent.client}
+				ran, fellBack := 0, 0
+				retry := headgate.Retry(starts, point, tt.params, func(ctx context.Context) (int, error) {
+					ran++
+					if flow, ok := flowctl.FromContext(ctx); !ok || flow != starts.flows[len(starts.flows)-1] {
+						t.Error("fn's context lacks the last flow")
+					}
+					return 42, nil
+				}, func(ctx context.Context, err error) (int, error) {
+					fellBack++
+					allEnded(t, starts)
+					if !errors.Is(err, tt.err) {
+						t.Errorf("onReject got %v want a match of %v", err, tt.err)
+					}
+					if wait, _ := fallback.RetryAfter(err); wait != tt.wait {
+						t.Errorf("onReject was told to wait %v want %v", wait, tt.wait)
+					}
+					return 42, nil
+				}, exactly(tt.policy))
+				began := time.Now()
+				if got, err := retry(t.Context()); got != 42 || err != nil {
+					t.Errorf("retry() = %d, %v want 42", got, err)
+				}
+				if took := time.Since(began); took != tt.waited {
+					t.Errorf("the waits took %v want %v", took, tt.waited)
+				}
+				if len(starts.flows) != tt.flows || agent.checks() != tt.flows {
+					t.Errorf("%d flows, %d checks want %d", len(starts.flows), agent.checks(), tt.flows)
+				}
+				if fell := tt.err != nil; ran+fellBack != 1 || fell != (fellBack == 1) {
+					t.Errorf("fn ran %d times, onReject %d times", ran, fellBack)
+				}
+				allEnded(t, starts)
+			}, tt.opts...)
+		})
+	}
+}
+
+// allEnded checks that each flow has ended.
+func allEnded(t *testing.T, starts *starter) {
+	t.Helper()
+	starts.mu.Lock()
+	flows := slices.Clone(starts.flows)
+	starts.mu.Unlock()
+	for i, f := range flows {
+		if _, err := f.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
+			t.Errorf("flow %d of %d was not ended", i+1, len(flows))
+		}
+	}
+}
+
+// A call that comes too early is let in as soon as there is room, and not a moment before.
+func TestRetryWaitsForTheLimit(t *testing.T) {
+	overLimits(t, func(t *testing.T, client *flowctl.Client) {
+		retry := headgate.Retry(client, point, flowctl.Params{}, work, nil, exactly(headgate.RetryPolicy{Attempts: 2}))
+		began := time.Now()
+		for range 5 {
+			if got, err := retry(t.Context()); got != 42 || err != nil {
+				t.Errorf("retry() = %d, %v want 42", got, err)
+			}
+		}
+		if took := time.Since(began); took != 4*time.Second {
+			t.Errorf("five calls took %v want 4s", took)
+		}
+	})
+}
+
+// An agent that takes its time to end a flow does not make the wait longer.
+func TestRetrySlowEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Reason: flowctl.ReasonRateLimited, RetryAfter: time.Second, Slots: 1}, accepted)
+		agent.AnswerEnds(flowtest.Answer{Delay: 900 * time.Millisecond}, accepted)
+		began := time.Now()
+		got, err := headgate.Retry(agent.Client(), point, flowctl.Params{}, work, nil, exactly(headgate.RetryPolicy{}))(t.Context())
+		if took := time.Since(began); got != 42 || err != nil || took != time.Second {
+			t.Errorf("retry() = %d, %v after %v want 42 after 1s", got, err, took)
+		}
+		if held := agent.Held(); held != 0 {
+			t.Errorf("%d slots are held", held)
+		}
+	})
+}
+
+func TestRetryWithoutClient(t *testing.T) {
+	var off *flowctl.Client
+	for name, client := range map[string]headgate.Starter{"nil": nil, "nil client": off} {
+		if got, err := headgate.Retry(client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{})(t.Context()); got != 42 || err != nil {
+			t.Errorf("%s: retry() = %d, %v want 42", name, got, err)
+		}
+	}
+}
+
+// Without a fallback the caller gets the last rejection.
+func TestRetryRejection(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second)}, func(t *testing.T, agent script) {
+		got, err := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: 2})(t.Context())
+		rejection, ok := errors.AsType[*flowctl.RejectedError](err)
+		if got != 0 || !ok || rejection.ControlPoint != point || rejection.Wait != 2*time.Second {
+			t.Errorf("retry() = %d, %v want the second rejection", got, err)
+		}
+	})
+}
+
+func TestRetryJitter(t *testing.T) {
+	const after, calls = time.Second, 200
+	tests := []struct {
+		name     string
+		jitter   float64
+		min, max time.Duration
+		spread   bool
+	}{
+		{name: "default", min: after, max: after + after/5, spread: true},
+		{name: "none", jitter: -1, min: after, max: after},
+		{name: "not a number", jitter: math.NaN(), min: after, max: after},
+		{name: "double", jitter: 1, min: after, max: 2 * after, spread: true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
+				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, fallback.Value(0),
+					headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1})
+				shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
+				for range calls {
+					began := time.Now()
+					_, _ = retry(t.Context())
+					took := time.Since(began)
+					shortest, longest = min(shortest, took), max(longest, took)
+				}
+				if shortest < tt.min || longest > tt.max {
+					t.Errorf("waits of %v to %v want %v to %v", shortest, longest, tt.min, tt.max)
+				}
+				// One in 10^19 runs has no wait in the first fifth of the range, or none in the last.
+				if width := tt.max - tt.min; tt.spread && (shortest > tt.min+width/5 || longest < tt.max-width/5) {
+					t.Errorf("waits of %v to %v want them spread from %v to %v", shortest, longest, tt.min, tt.max)
+				}
+			})
+		})
+	}
+}
+
+// A wait that is too long for the clock is no wait at all, but for ever.
+func TestRetryForever(t *testing.T) {
+	for _, after := range []time.Duration{math.MaxInt64, math.MaxInt64 / 2} {
+		for _, jitter := range []float64{0, 10, math.MaxFloat64} {
+			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
+				ctx, cancel := context.WithCancel(t.Context())
+				time.AfterFunc(time.Minute, cancel)
+				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Jitter: jitter})
+				if _, err := retry(ctx); !errors.Is(err, context.Canceled) {
+					t.Errorf("retry() = %v", err)
+				}
+				if agent.checks() != 1 {
+					t.Errorf("%d checks want 1", agent.checks())
+				}
+			})
+		}
+	}
+}
+
+func TestRetryDeadline(t *testing.T) {
+	tests := []struct {
+		name     string
+		deadline time.Duration
+		jitter   float64
+		flows    int
+	}{
+		{name: "long before", deadline: time.Millisecond, jitter: -1, flows: 1},
+		{name: "just before", deadline: 3*time.Second - 1, jitter: -1, flows: 1},
+		{name: "at the end of the wait", deadline: 3 * time.Second, jitter: -1, flows: 1},
+		{name: "after the wait", deadline: 3*time.Second + 1, jitter: -1, flows: 2},
+		{name: "after the longest wait", deadline: 6*time.Second + 1, jitter: 1, flows: 2},
+		{name: "jitter counts", deadline: 3*time.Second + 1, jitter: 1e6, flows: 1}, // but for one in 10^15 runs
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overScripts(t, []flowtest.Answer{rejected(3 * time.Second), accepted}, func(t *testing.T, agent script) {
+				ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
+				defer cancel()
+				began := time.Now()
+				_, err := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Jitter: tt.jitter})(ctx)
+				took := time.Since(began)
+				if agent.checks() != tt.flows {
+					t.Errorf("%d checks want %d", agent.checks(), tt.flows)
+				}
+				switch {
+				case tt.flows == 1 && (!errors.Is(err, flowctl.ErrRejected) || took != 0):
+					t.Errorf("retry() = %v after %v want the rejection at once", err, took)
+				case tt.flows == 2 && (err != nil || took < 3*time.Second):
+					t.Errorf("retry() = %v after %v want no error, after 3s", err, took)
+				}
+			})
+		})
+	}
+}
+
+// A caller who goes during the wait gets the error of its context, at once and not that of the flow.
+func TestRetryCanceled(t *testing.T) {
+	tests := []struct {
+		name  string
+		cause error
+		err   error
+	}{
+		{name: "without a cause", err: context.Canceled},
+		{name: "with a cause", cause: errGone, err: errGone},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overScripts(t, []flowtest.Answer{rejected(time.Minute)}, func(t *testing.T, agent script) {
+				starts := &starter{client: agent.client}
+				retry := headgate.Retry(starts, point, flowctl.Params{}, func(context.Context) (int, error) {
+					t.Error("fn ran")
+					return 0, nil
+				}, func(context.Context, error) (int, error) {
+					t.Error("onReject was called")
+					return 0, nil
+				}, headgate.RetryPolicy{})
+				ctx, cancel := context.WithCancelCause(t.Context())
+				time.AfterFunc(time.Second, func() {
+					allEnded(t, starts) // before the wait, not after it
+					cancel(tt.cause)
+				})
+				began := time.Now()
+				got, err := retry(ctx)
+				if got != 0 || !errors.Is(err, context.Canceled) || !errors.Is(err, tt.err) || errors.Is(err, flowctl.ErrRejected) {
+					t.Errorf("retry() = %d, %v want a match of the context's error and its cause", got, err)
+				}
+				if took := time.Since(began); took != time.Second {
+					t.Errorf("retry() took %v want 1s", took)
+				}
+				if agent.checks() != 1 {
+					t.Errorf("%d checks want 1", agent.checks())
+				}
+				allEnded(t, starts)
+			})
+		})
+	}
+}
+
+// A retry that was not made is not paid for.
+func TestRetryCanceledBudget(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+		retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1, Budget: math.SmallestNonzeroFloat64})
+		for range 100 {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(time.Millisecond, cancel)
+			_, _ = retry(ctx)
+		}
+		before := agent.checks()
+		_, _ = retry(t.Context())
+		if retries := agent.checks() - before - 1; before != 100 || retries != 10 {
+			t.Errorf("%d checks, and then %d retries want 100, 10", before, retries)
+		}
+	})
+}
+
+// What fn does on a later try is as with Guard: the flow is ended, once, and nothing is retried or recovered.
+func TestRetrySecondTry(t *testing.T) {
+	nested := &flowctl.RejectedError{ControlPoint: innerPoint, Wait: time.Second}
+	tests := append([]outcome{
+		{name: "a rejection", do: func() (int, error) { return 42, nested }, err: nested, status: flowctl.StatusError},
+	}, outcomes...)
+	for _, o := range tests {
+		if o.nested {
+			continue // a guard that is accepted; this is about one that is not
+		}
+		t.Run(o.name, func(t *testing.T) {
+			overScripts(t, []flowtest.Answer{rejected(time.Second), accepted}, func(t *testing.T, agent script) {
+				ran := 0
+				retry := headgate.Retry(agent.client, point, flowctl.Params{}, func(context.Context) (int, error) {
+					ran++
+					return o.do()
+				}, fallback.Value(-1), headgate.RetryPolicy{})
+				var got result
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					observe(&got, func() (int, error) { return retry(t.Context()) })
+				}()
+				<-done
+				if got.panicked != o.panics || got.exited != o.exits || got.err != o.err { //nolint:errorlint // it must come back unchanged
+					t.Errorf("got %+v want %+v", got, o)
+				}
+				if ran != 1 {
+					t.Errorf("fn ran %d times want once", ran)
+				}
+				if ends, want := agent.ends(), []flowctl.Status{flowctl.StatusError, o.status}; !slices.Equal(ends, want) {
+					t.Errorf("the flows ended as %v want %v", ends, want)
+				}
+			})
+		})
+	}
+}
+
+// A flow that fn itself starts, and that is rejected, is no reason to run fn again.
+func TestRetryNested(t *testing.T) {
+	overLimits(t, func(t *testing.T, client *flowctl.Client) {
+		inner := headgate.Guard(client, point, flowctl.Params{}, work, nil)
+		ran := 0
+		outer := headgate.Retry(client, "outer", flowctl.Params{}, func(ctx context.Context) (int, error) {
+			ran++
+			return inner(ctx)
+		}, fallback.Value(-1), headgate.RetryPolicy{})
+		if got, err := outer(t.Context()); got != 42 || err != nil {
+			t.Fatalf("outer() = %d, %v want 42", got, err)
+		}
+		got, err := outer(t.Context())
+		if wait, ok := fallback.RetryAfter(err); got != 0 || !errors.Is(err, flowctl.ErrRejected) || !ok || wait != time.Second {
+			t.Errorf("outer() = %d, %v want the inner rejection", got, err)
+		}
+		if ran != 2 {
+			t.Errorf("fn ran %d times in two calls", ran)
+		}
+	})
+}
+
+// A thousand callers who are all rejected must not become three thousand.
+func TestRetryFlood(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+		retry := headgate.Retry(agent.client, point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1), headgate.RetryPolicy{})
+		var wg sync.WaitGroup
+		for range 1000 {
+			wg.Go(func() {
+				if got, err := retry(t.Context()); got != -1 || err != nil {
+					t.Errorf("retry() = %d, %v want the fallback", got, err)
+				}
+			})
+		}
+		wg.Wait()
+		// Ten that there were, a hundred that a thousand calls add, and of these those are lost that find a full budget.
+		if retries := agent.checks() - 1000; retries < 100 || retries > 110 {
+			t.Errorf("%d retries want 100 to 110", retries)
+		}
+	})
+}
+
+// The same against a limit that lets some of them in.
+func TestRetryFloodOfALimit(t *testing.T) {
+	overLimits(t, func(t *testing.T, client *flowctl.Client) {
+		starts := &starter{client: client}
+		retry := headgate.Retry(starts, point, flowctl.Params{CheckTimeout: -1}, work, nil, headgate.RetryPolicy{})
+		var good atomic.Int64
+		var wg sync.WaitGroup
+		for range 1000 {
+			wg.Go(func() {
+				switch got, err := retry(t.Context()); {
+				case err == nil && got == 42:
+					good.Add(1)
+				case !errors.Is(err, flowctl.ErrRejected):
+					t.Errorf("retry() = %d, %v", got, err)
+				}
+			})
+		}
+		wg.Wait()
+		if n := good.Load(); n < 2 || n > 4 { // the first, and one for each second of waiting
+			t.Errorf("%d calls were let in want 2 to 4", n)
+		}
+		if retries := len(starts.flows) - 1000; retries > 110 {
+			t.Errorf("%d retries want at most 110", retries)
+		}
+		allEnded(t, starts)
+	})
+}
+
+func TestRetryBudget(t *testing.T) {
+	tests := []struct {
+		name    string
+		budget  float64
+		calm    int // calls that are accepted, before
+		calls   int // calls that are rejected, with one retry at the most
+		retries int
+	}{
+		{name: "fresh", calls: 10, retries: 10},
+		{name: "one for ten calls", calls: 100, retries: 10 + 10},
+		{name: "for a quarter of the calls", budget: 0.25, calls: 100, retries: 10 + 25},
+		{name: "for all calls", budget: 1, calls: 1000, retries: 1000},
+		{name: "for more than all calls", budget: math.Inf(1), calls: 1000, retries: 1000},
+		{name: "not a number", budget: math.NaN(), calls: 100, retries: 10},
+		{name: "next to none", budget: 1e-300, calls: 100, retries: 10},
+		{name: "none", budget: -1, calls: 1000, retries: 1000},
+		{name: "calls that are let in count", calm: 300, calls: 40, retries: 40},
+		{name: "a hundred at the most", calm: 1000, calls: 200, retries: 100 + 19},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			answers := append(slices.Repeat([]flowtest.Answer{accepted}, tt.calm), rejected(time.Second))
+			overScripts(t, answers, func(t *testing.T, agent script) {
+				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget})
+				for range tt.calm + tt.calls {
+					_, _ = retry(t.Context())
+				}
+				if retries := agent.checks() - tt.calm - tt.calls; retries != tt.retries {
+					t.Errorf("%d retries want %d", retries, tt.retries)
+				}
+			})
+		})
+	}
+}
+
+// However much a call adds, there is no more than the most.
+func TestRetryBudgetIsFull(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+		retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1, Budget: math.Inf(1)})
+		for range 2 {
+			before := agent.checks()
+			_, _ = retry(t.Context())
+			if retries := agent.checks() - before - 1; retries != 100 {
+				t.Errorf("%d retries want 100", retries)
+			}
+		}
+	})
+}
+
+// What is spent comes back with the calls, and not with time.
+func TestRetryBudgetRecovers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		retry := headgate.Retry(agent.Client(), point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1})
+		retries := func(answer flowtest.Answer, calls int) int {
+			agent.Answer(answer)
+			before := len(agent.Checks())
+			for range calls {
+				_, _ = retry(t.Context())
+			}
+			return len(agent.Checks()) - before - calls
+		}
+		if got := retries(rejected(time.Second), 1); got != 10 {
+			t.Errorf("%d retries of a fresh function want 10", got)
+		}
+		<-time.After(time.Hour)
+		if got := retries(rejected(time.Second), 1); got != 0 {
+			t.Errorf("%d retries without calls want 0", got)
+		}
+		retries(accepted, 47)
+		if got := retries(rejected(time.Second), 1); got != 5 {
+			t.Errorf("%d retries after 50 calls want 5", got)
+		}
+	})
+}
+
+// Each function has a budget of its own.
+func TestRetryBudgetsAreApart(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+		for range 3 {
+			before := agent.checks()
+			_, _ = headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1})(t.Context())
+			if retries := agent.checks() - before - 1; retries != 10 {
+				t.Errorf("%d retries want 10", retries)
+			}
+		}
+	})
+}
+
+// One function for many callers, some of whom go while they wait.
+func TestRetryConcurrently(t *testing.T) {
+	overLimits(t, func(t *testing.T, client *flowctl.Client) {
+		starts := &starter{client: client}
+		var running atomic.Int64
+		retry := headgate.Retry(starts, point, flowctl.Params{CheckTimeout: -1}, func(context.Context) (int, error) {
+			return int(running.Add(1)), nil
+		}, nil, headgate.RetryPolicy{Attempts: -1, Budget: -1})
+		var wg sync.WaitGroup
+		var good, gone atomic.Int64
+		for i := range 100 {
+			wg.Go(func() {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				if i%2 == 0 {
+					time.AfterFunc(time.Duration(i)*time.Millisecond, cancel)
+				}
+				switch _, err := retry(ctx); {
+				case err == nil:
+					good.Add(1)
+				case errors.Is(err, context.Canceled):
+					gone.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if good.Load()+gone.Load() != 100 || good.Load() < 50 || running.Load() != good.Load() {
+			t.Errorf("%d were let in, %d ran, %d went", good.Load(), running.Load(), gone.Load())
+		}
+		allEnded(t, starts)
+	})
+}
