@@ -77,6 +77,20 @@ func ExampleLastGood() {
 	// prices of today <nil>
 }
 
+// headgate.Cached calls its fallback with what it has kept. A guard of one's own does it like this.
+func ExampleStale() {
+	onReject := fallback.First(fallback.Stale[string](5*time.Minute), fallback.Value("no report yet"))
+
+	ctx := context.Background()
+	fmt.Println(onReject(ctx, flowErr))
+
+	ctx = fallback.WithLast(ctx, "the report for May", time.Now().Add(-time.Minute)) // when it has expired
+	fmt.Println(onReject(ctx, flowErr))
+	// Output:
+	// no report yet <nil>
+	// the report for May <nil>
+}
+
 func ExampleRetryAfter() {
 	after, ok := fallback.RetryAfter(fmt.Errorf("loading the page: %w", flowErr))
 	fmt.Println(after, ok)

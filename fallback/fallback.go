@@ -1,8 +1,8 @@
 // Package fallback says what a guard returns instead when a flow may not run.
 //
 // A [Func] goes where a guard takes its onReject. [Value], [Error] and [Call] are the plain ones, [First] tries
-// several, and a [LastGood] remembers what the guarded function returned when it last could. [For] fits any of them to
-// a guard whose function takes an argument.
+// several, and a [LastGood] remembers what the guarded function returned when it last could. [Stale] gives what a guard
+// with a cache has kept. [For] fits any of them to a guard whose function takes an argument.
 //
 // A guard calls its fallback only for flows that were rejected or whose agent was unreachable: errors and panics of the
 // guarded function itself never reach one. Nothing here recovers panics.

@@ -8,9 +8,9 @@ import (
 
 // A LastGood remembers the last good result of the function that it watches: [LastGood.Watch] goes around the function
 // before it is guarded, and the method value of [LastGood.Func] is the fallback. Around the guard, Watch would take the
-// fallback's old result for a new one. Results are shared, not copied: nobody may change
-// what they point to. It is for functions whose result is the same for all callers; a result that depends on who asks
-// would be given to somebody else.
+// fallback's old result for a new one. Results are shared, not copied: nobody may change what they point to. It is for
+// functions whose result is the same for all callers; a result that depends on who asks would be given to somebody else.
+// Results that a guard finds in a cache pass Watch by: for headgate.Cached there is [Stale].
 //
 // The zero value is ready to use and has no age limit. A LastGood is safe for concurrent use, and must not be copied
 // after first use.
