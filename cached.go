@@ -1,6 +1,7 @@
 package headgate
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,9 +30,14 @@ type Codec[T any] interface {
 // of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest get an
 // error.
 //
+// An agent gives no value with a rejection, and forgets what has expired. So the process keeps the last result that a
+// call found or made, for onReject: fallback.Stale returns it until a grace period after it has expired. A result that
+// the process stored itself expires when the ttl has passed. Of any other it only knows that it was good when it was last
+// found or made, and the grace period counts from then. With a nil onReject nothing is kept.
+//
 // What goes wrong with the cache is never the call's error: a value that cannot be decoded is a miss, and one that cannot
 // be stored is not stored. A nil codec is JSON. The cached function is safe for concurrent use if fn, onReject and codec
-// are; callers that share a run share its value.
+// are. Callers may get one value together, of a shared run or a stale one: nobody may change what it points to.
 func Cached[T any](client Starter, controlPoint string, params flowctl.Params, ttl time.Duration,
 	fn func(context.Context) (T, error), onReject fallback.Func[T], codec Codec[T],
 ) func(context.Context) (T, error) {
@@ -42,8 +48,18 @@ func Cached[T any](client Starter, controlPoint string, params flowctl.Params, t
 		codec = jsonCodec[T]{}
 	}
 	shared := &shared[T]{controlPoint: controlPoint, ttl: ttl, fn: fn, codec: codec}
+	if onReject != nil {
+		shared.keeps = true
+		given := onReject
+		onReject = func(ctx context.Context, err error) (T, error) {
+			return given(shared.withLast(ctx), err)
+		}
+	}
 	return Guard(client, controlPoint, params, shared.call, onReject)
 }
+
+// defaultTTL is how long an agent keeps values unless it is told.
+const defaultTTL = 7 * 24 * time.Hour
 
 // jsonCodec is the codec that nil stands for.
 type jsonCodec[T any] struct{}
@@ -62,9 +78,13 @@ type shared[T any] struct {
 	ttl          time.Duration
 	fn           func(context.Context) (T, error)
 	codec        Codec[T]
+	keeps        bool // the last result, for onReject
 
-	mu  sync.Mutex
-	run *sharedRun[T] // nil: none is under way
+	mu      sync.Mutex
+	run     *sharedRun[T] // nil: none is under way
+	last    T             // the last result that was found or made
+	seen    time.Time     // when it was
+	expires time.Time     // before then last does not expire; zero: there is none
 }
 
 // sharedRun is one run of the function. Its results are written before done is closed, and not after.
@@ -97,7 +117,9 @@ var errOtherPanicked = errors.New("the run that the call waited for panicked in 
 func (s *shared[T]) call(ctx context.Context) (T, error) {
 	if flow, ok := flowctl.FromContext(ctx); ok {
 		if data, hit, _ := flow.ResultCache(); hit {
+			now := time.Now()
 			if v, err := s.codec.Decode(data); err == nil {
+				s.keep(v, now, now)
 				return v, nil
 			}
 		}
@@ -126,6 +148,30 @@ func gaveUp(ctx context.Context) error {
 		return cause
 	}
 	return fmt.Errorf("%w: %w", err, cause)
+}
+
+// keep remembers a result that was seen at a time, and does not expire before another. A hit does not move expires back:
+// if it is not what this process stored last, it was stored after that, and expires later.
+func (s *shared[T]) keep(v T, seen, expires time.Time) {
+	if !s.keeps {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !seen.Before(s.seen) {
+		s.last, s.seen = v, seen
+	}
+	if expires.After(s.expires) {
+		s.expires = expires
+	}
+}
+
+// withLast is the context in which the fallback finds the result.
+func (s *shared[T]) withLast(ctx context.Context) context.Context {
+	s.mu.Lock()
+	last, expires := s.last, s.expires
+	s.mu.Unlock()
+	return fallback.WithLast(ctx, last, expires)
 }
 
 // join waits for the run that is under way, or begins one.
@@ -178,7 +224,10 @@ func (s *shared[T]) do(ctx context.Context, run *sharedRun[T]) {
 	defer run.cancel()
 	s.observe(ctx, run)
 	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
-		_ = flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl)
+		now := time.Now()
+		if err := flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl); err == nil {
+			s.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)))
+		}
 	}
 }
 
@@ -200,6 +249,8 @@ func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
 		if data, err := s.codec.Encode(run.value); err == nil {
 			run.data = append([]byte{}, data...) // not nil
 		}
+		now := time.Now()
+		s.keep(run.value, now, now)
 	}
 	run.how = returned
 }

@@ -20,6 +20,8 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
 )
 
 // overBoth runs f in a bubble, with clients of both kinds of agents.
@@ -377,5 +379,308 @@ func TestCachedStoreHangs(t *testing.T) {
 			t.Errorf("cached() took %v", took)
 		}
 		<-time.After(2 * time.Second) // for the store to give up
+	})
+}
+
+// A staleSide is one kind of agent for the tests of stale results: the flows of its client find what is cached, and are
+// let in, rejected or not answered as the test says.
+type staleSide struct {
+	client *flowctl.Client
+	answer func(flowtest.Answer)
+	forget func()       // what is cached has expired
+	found  func(string) // another process stored this, as JSON
+}
+
+const ttl = time.Minute
+
+func overStaleSides(t *testing.T, f func(t *testing.T, side staleSide)) {
+	t.Run("remote", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			f(t, staleSide{
+				client: agent.Client(),
+				answer: func(n flowtest.Answer) { agent.Answer(n) },
+				forget: func() { agent.SetResult("report", "report", nil) },
+				found:  func(text string) { agent.SetResult("report", "report", []byte(text)) },
+			})
+		})
+	})
+	t.Run("embedded", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			e, err := engine.New(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = e.Close() })
+			agent := &scripted{recorder: recorder{Agent: e}}
+			client, err := flowctl.New(agent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			key := seam.CacheKey{ControlPoint: "report", Key: "report"}
+			f(t, staleSide{
+				client: client,
+				answer: func(n flowtest.Answer) {
+					if agent.answers = nil; n != accepted {
+						agent.answers = []flowtest.Answer{n}
+					}
+				},
+				forget: func() {
+					if err := e.Delete(t.Context(), key); err != nil {
+						t.Error(err)
+					}
+				},
+				found: func(text string) {
+					if err := e.Store(t.Context(), key, []byte(text), ttl); err != nil {
+						t.Error(err)
+					}
+				},
+			})
+		})
+	})
+}
+
+// A step is something that happens in a test of stale results, and then a call.
+type step struct {
+	after  time.Duration // the step before
+	forget bool          // what was cached has expired
+	found  string        // another process has stored this
+	answer flowtest.Answer
+	run    string // what fn returns; "" is an error
+	want   string // "" is an error
+}
+
+func TestCachedStale(t *testing.T) {
+	const grace = 10 * time.Second
+	no := rejected(0)
+	tests := []struct {
+		name   string
+		closed bool // flows fail closed
+		steps  []step
+	}{
+		{name: "nothing yet", steps: []step{
+			{answer: no},
+		}},
+		{name: "not expired", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl - 1, answer: no, want: "old"},
+		}},
+		{name: "within the grace period", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl + grace - 1, forget: true, answer: no, want: "old"},
+		}},
+		{name: "after it", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl + grace, forget: true, answer: no},
+		}},
+		{name: "what is stale stays so", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl + grace/2, forget: true, answer: no, want: "old"},
+			{after: grace/2 - 1, answer: no, want: "old"},
+			{after: 1, answer: no},
+		}},
+		{name: "unreachable, and closed", closed: true, steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl + grace - 1, forget: true, answer: silent, want: "old"},
+			{after: 1, answer: silent},
+		}},
+		{name: "unreachable, and open", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl, forget: true, answer: silent, run: "new", want: "new"},
+		}},
+		{name: "an error is no result", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl, forget: true, run: "", want: ""},
+			{after: grace - 1, answer: no, want: "old"},
+			{after: 1, answer: no},
+		}},
+		{name: "a run refreshes", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl, forget: true, run: "new", want: "new"},
+			{after: ttl + grace - 1, forget: true, answer: no, want: "new"},
+			{after: 1, answer: no},
+		}},
+		{name: "a hit of one's own does not make it younger", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl - 1, want: "old"},
+			{after: grace, forget: true, answer: no, want: "old"},
+			{after: 1, answer: no},
+		}},
+		{name: "a hit of another's", steps: []step{
+			{found: `"theirs"`, want: "theirs"},
+			{after: grace - 1, answer: no, want: "theirs"},
+			{after: 1, answer: no},
+		}},
+		{name: "a hit refreshes", steps: []step{
+			{found: `"theirs"`, want: "theirs"},
+			{after: ttl - 1, want: "theirs"},
+			{after: grace - 1, forget: true, answer: no, want: "theirs"},
+			{after: 1, answer: no},
+		}},
+		{name: "a hit of another's takes the place of one's own", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl / 2, found: `"theirs"`, want: "theirs"},
+			{answer: no, want: "theirs"},
+			{after: ttl/2 + grace - 1, answer: no, want: "theirs"},
+			{after: 1, answer: no},
+		}},
+		{name: "a hit that cannot be decoded is none", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl / 2, found: "not JSON", run: "new", want: "new"},
+			{answer: no, want: "new"},
+		}},
+		{name: "what was not stored is known to be good now", steps: []step{
+			{answer: silent, run: "old", want: "old"},
+			{after: grace - 1, answer: no, want: "old"},
+			{after: 1, answer: no},
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overStaleSides(t, func(t *testing.T, side staleSide) {
+				var now step
+				params := flowctl.Params{}
+				if tt.closed {
+					params.OnUnreachable = flowctl.FailClosed
+				}
+				cached := headgate.Cached(side.client, "report", params, ttl, func(context.Context) (string, error) {
+					if now.run == "" {
+						return "", errWork
+					}
+					return now.run, nil
+				}, fallback.Stale[string](grace), nil)
+				for i, step := range tt.steps {
+					<-time.After(step.after)
+					if step.forget {
+						side.forget()
+					}
+					if step.found != "" {
+						side.found(step.found)
+					}
+					side.answer(step.answer)
+					now = step
+					got, err := cached(t.Context())
+					if got != step.want || (err == nil) != (step.want != "") {
+						t.Errorf("step %d: cached() = %q, %v want %q", i, got, err, step.want)
+					}
+					if err != nil && step.answer != accepted && !errors.Is(err, flowctl.ErrRejected) && !errors.Is(err, flowctl.ErrUnreachable) {
+						t.Errorf("step %d: cached() = %v want the flow's error", i, err)
+					}
+					synctest.Wait() // until it is stored
+				}
+			})
+		})
+	}
+}
+
+// What a cached function keeps is for its own fallback, and is not what another one keeps.
+func TestCachedStaleNested(t *testing.T) {
+	overStaleSides(t, func(t *testing.T, side staleSide) {
+		stale := fallback.Stale[string](time.Hour)
+		inner := headgate.Cached(side.client, "inner", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "inner", nil }, stale, nil)
+		outer := headgate.Cached(side.client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "outer", nil },
+			fallback.First(fallback.Call(inner), stale), nil)
+		if got, err := outer(t.Context()); got != "outer" || err != nil {
+			t.Errorf("outer() = %q, %v", got, err)
+		}
+		synctest.Wait()
+		side.answer(rejected(0))
+		if got, err := outer(t.Context()); got != "outer" || err != nil {
+			t.Errorf("outer() = %q, %v want what it kept, and not what was kept for inner", got, err)
+		}
+		if got, err := inner(t.Context()); got != "" || !errors.Is(err, flowctl.ErrRejected) {
+			t.Errorf("inner() = %q, %v want the rejection: it has kept nothing", got, err)
+		}
+	})
+}
+
+// A ttl of 0 is the agent's seven days. The engine's cache would look for what has expired each second of them.
+func TestCachedStaleDefaultTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		cached := headgate.Cached(agent.Client(), "report", flowctl.Params{}, 0, func(context.Context) (string, error) { return "report", nil },
+			fallback.Stale[string](time.Second), nil)
+		_, _ = cached(t.Context())
+		synctest.Wait()
+		agent.Answer(rejected(0))
+		<-time.After(7*24*time.Hour + time.Second - 1)
+		if got, err := cached(t.Context()); got != "report" || err != nil {
+			t.Errorf("cached() = %q, %v want the stale report", got, err)
+		}
+		<-time.After(1)
+		if got, err := cached(t.Context()); !errors.Is(err, flowctl.ErrRejected) {
+			t.Errorf("cached() = %q, %v want the rejection", got, err)
+		}
+	})
+}
+
+// A slow hit does not bring back what a newer run has replaced.
+func TestCachedStaleSlowDecode(t *testing.T) {
+	overStaleSides(t, func(t *testing.T, side staleSide) {
+		cached := headgate.Cached(side.client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "new", nil },
+			fallback.Stale[string](time.Second), slow{})
+		side.found("old")
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if got, err := cached(t.Context()); got != "old" || err != nil {
+				t.Errorf("cached() = %q, %v want the hit", got, err)
+			}
+		})
+		synctest.Wait() // it is being decoded
+		side.forget()
+		<-time.After(time.Millisecond)
+		if got, err := cached(t.Context()); got != "new" || err != nil {
+			t.Errorf("cached() = %q, %v want the run's", got, err)
+		}
+		wg.Wait()
+		side.answer(rejected(0))
+		if got, err := cached(t.Context()); got != "new" || err != nil {
+			t.Errorf("cached() = %q, %v want what was found last", got, err)
+		}
+	})
+}
+
+// slow is a codec that takes a second to decode.
+type slow struct{}
+
+func (slow) Encode(text string) ([]byte, error) { return []byte(text), nil }
+
+func (slow) Decode(data []byte) (string, error) {
+	<-time.After(time.Second)
+	return string(data), nil
+}
+
+// Hits, runs and rejections at the same time.
+func TestCachedStaleConcurrently(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "half", Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("report"), Capacity: 100, Fill: 100, Interval: time.Second,
+		}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		client, err := flowctl.New(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cached := headgate.Cached(client, "report", flowctl.Params{}, 10*time.Millisecond,
+			func(context.Context) (string, error) { return "report", nil },
+			fallback.Stale[string](time.Second), nil)
+		if _, err := cached(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() {
+				for range 20 {
+					if got, err := cached(t.Context()); got != "report" || err != nil {
+						t.Errorf("cached() = %q, %v", got, err)
+					}
+					<-time.After(20 * time.Millisecond)
+				}
+			})
+		}
+		wg.Wait()
 	})
 }

@@ -255,6 +255,28 @@ func ExampleCached() {
 	// Output: the report for May <nil> 1
 }
 
+// Rejected callers get the last report, also when that has expired some minutes ago, and else a plain answer.
+func ExampleCached_stale() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("report"), Capacity: 1, Fill: 1, Interval: time.Hour,
+	})
+	defer done()
+
+	ctx := context.Background()
+	const ttl = 10 * time.Millisecond
+	render := func(context.Context) (string, error) { return "the report for May", nil }
+
+	report := headgate.Cached(client, "report", flowctl.Params{}, ttl, render,
+		fallback.First(fallback.Stale[string](5*time.Minute), fallback.Value("no report right now")), nil)
+
+	fmt.Println(report(ctx)) // rendered
+	<-time.After(2 * ttl)
+	fmt.Println(report(ctx)) // expired and rejected, so stale
+	// Output:
+	// the report for May <nil>
+	// the report for May <nil>
+}
+
 // A call that comes too early waits until it may run, as long as its caller has time.
 func ExampleRetry() {
 	client, done := newClient(policy.RateLimiter{

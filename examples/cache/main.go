@@ -3,7 +3,7 @@
 //	go run ./examples/cache
 //
 // Twenty callers come at once: they share one run. The next twenty find its result in the cache. When that has expired,
-// one run serves the twenty after them. And when the limit is reached, callers get the last good report.
+// one run serves the twenty after them. And when the limit is reached, callers get the last report, expired as it is.
 package main
 
 import (
@@ -58,9 +58,8 @@ func run(ctx context.Context, out io.Writer) error {
 	defer client.Close(context.WithoutCancel(ctx))
 
 	var runs atomic.Int64
-	lastGood := fallback.NewLastGood[string](time.Hour)
 	report := headgate.Cached(client, "report", flowctl.Params{}, ttl,
-		lastGood.Watch(func(ctx context.Context) (string, error) {
+		func(ctx context.Context) (string, error) {
 			n := runs.Add(1)
 			select { // it takes so long to make
 			case <-time.After(time.Second):
@@ -68,7 +67,7 @@ func run(ctx context.Context, out io.Writer) error {
 			case <-ctx.Done():
 				return "", ctx.Err()
 			}
-		}), lastGood.Func, nil) // nil: as JSON
+		}, fallback.Stale[string](time.Hour), nil) // nil: as JSON
 
 	fmt.Fprintf(out, "%-30s%8s%10s  %s\n", "callers", "runs", "took", "got")
 	for _, round := range []string{"20 at once", "20 more", "20 after it has expired", "20, and 5 may"} {
