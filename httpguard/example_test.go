@@ -199,6 +199,22 @@ func ExampleWithRateLimitHeaders() {
 	// RateLimit-Policy: "example/burst";q=10
 }
 
+// An agent whose policies classify requests is told of the request, and answers it.
+func ExampleWithCheckHTTP() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("orders"), Capacity: 10, Fill: 10, Interval: time.Minute, LimitBy: "http.request.header.x_tenant",
+	})
+	defer done()
+	order := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ordered") })
+
+	guard := httpguard.Middleware(client, "orders",
+		httpguard.WithCheckHTTP(), httpguard.WithHeaders("X-Tenant", "Content-Type"))
+
+	fmt.Println(send(guard(order), http.MethodPost, "/orders", "X-Tenant", "acme").Status)
+	// Output:
+	// 200 OK
+}
+
 // A service that only asks for what it has stored takes it for a failure when that is not found.
 func ExampleStatusError() {
 	client, done := newClient(policy.RateLimiter{Selectors: policy.At("store"), Capacity: 1, Fill: 1, Interval: time.Minute})

@@ -61,6 +61,7 @@ type guard struct {
 
 	onReject  func(http.ResponseWriter, *http.Request, *flowctl.Flow) // of a Middleware
 	rateLimit bool                                                    // of a Middleware
+	checkHTTP bool                                                    // of a Middleware
 	maxPause  time.Duration                                           // of a Transport
 }
 
@@ -72,7 +73,7 @@ func newGuard(client headgate.Starter, controlPoint string, isFailure func(int) 
 		client:       client,
 		controlPoint: controlPoint,
 		isFailure:    isFailure,
-		onReject:     Problem,
+		onReject:     refuse,
 		maxPause:     defaultMaxPause,
 	}
 }
@@ -104,6 +105,9 @@ func (g *guard) start(ctx context.Context, controlPoint string, r *http.Request)
 	var params flowctl.Params
 	if g.params != nil {
 		params = g.params(r)
+	}
+	if g.checkHTTP && params.HTTP == nil {
+		params.HTTP = g.describe(r)
 	}
 	return started{
 		Flow:      g.client.Start(g.label(ctx, r), controlPoint, params),

@@ -64,6 +64,9 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 	// The response and the request are one object, which saves an allocation.
 	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
 	if flow.ShouldRun() {
+		if g.checkHTTP {
+			resp.obey()
+		}
 		next.ServeHTTP(resp.visible(), &resp.request)
 		flow.SetError(resp.err)
 	} else {
@@ -75,6 +78,9 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 
 // reject answers a request whose flow did not run.
 func (g *guard) reject(w *response) {
+	if answer, ok := w.flow.HTTPAnswer(); ok && w.flow.Decision() == flowctl.Rejected {
+		setHeaders(w.Header(), answer.Header)
+	}
 	setRetryAfter(w.Header(), w.flow.RetryAfter())
 	g.onReject(w.visible(), &w.request, w.flow.Flow)
 	if !w.decided { // an answer that is none would read as 200

@@ -106,14 +106,14 @@ func WithSkipPatterns(patterns ...*regexp.Regexp) Option {
 	})
 }
 
-// WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], which is the default
-// and nil, [PlainText] or a function of yours. Their flow has ended then, and is in the request's context. The header has
-// what [WithRateLimitHeaders] adds, and a Retry-After where it is known when a retry can succeed. A function that writes nothing
+// WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], [PlainText] or a
+// function of yours. By default, and with nil, it is Problem, unless [WithCheckHTTP] brought an answer of the agent's. Their flow has ended then, and is in the request's context. The header has
+// what [WithRateLimitHeaders] adds and what the agent of WithCheckHTTP wants, and a Retry-After where it is known when a retry can succeed. A function that writes nothing
 // leaves an empty response with flow.HTTPStatus. fn must be safe for concurrent use.
 func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow)) MiddlewareOption {
 	return middlewareOption(func(g *guard) {
 		if fn == nil {
-			fn = Problem
+			fn = refuse
 		}
 		g.onReject = fn
 	})
