@@ -81,7 +81,7 @@ func overServers(t *testing.T, n int, test func(t *testing.T, s slots, serve fun
 		t.Run(version+"/remote", func(t *testing.T) {
 			agent := flowtest.NewAgent(t)
 			agent.Answer(flowtest.Answer{Slots: 1})
-			test(t, slots{agent.Client(flowctl.WithCheckTimeout(time.Minute)), agent.Held, func(t *testing.T, n int) {
+			test(t, slots{agent.Client(flowctl.WithCheckTimeout(time.Minute), flowctl.WithEndTimeout(time.Minute)), agent.Held, func(t *testing.T, n int) {
 				t.Helper()
 				ends := agent.Ends()
 				seen := make(map[string]bool)
