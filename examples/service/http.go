@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/httpguard"
+)
+
+// newHandler has the routes.
+func newHandler(client *flowctl.Client, forecasts *forecasts, reportTime time.Duration) http.Handler {
+	orders := httpguard.Middleware(client, "orders", httpguard.WithParams(byTenant))
+	report := httpguard.Middleware(client, "report")
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "Healthy") })
+	mux.HandleFunc("GET /connected", connected(client))
+	mux.HandleFunc("GET /super", super(client))
+	mux.Handle("GET /orders", orders(http.HandlerFunc(listOrders)))
+	mux.Handle("GET /report", report(makeReport(reportTime)))
+	mux.Handle("GET /weather", forecasts)
+	return mux
+}
+
+// connectTime is how long /connected waits for an agent, which an idle connection takes to come up.
+const connectTime = 500 * time.Millisecond
+
+// connected says whether flows can be decided.
+func connected(client *flowctl.Client) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), connectTime)
+		defer cancel()
+		if err := client.Ready(ctx); err != nil {
+			http.Error(w, "not connected", http.StatusServiceUnavailable) // the error is not for strangers
+			return
+		}
+		fmt.Fprintln(w, "connected")
+	}
+}
+
+// super has a feature in it that is guarded, rather than the request: it could be called from anywhere. When no agent
+// can be asked it runs, as flows do unless told otherwise.
+func super(client headgate.Starter) http.HandlerFunc {
+	feature := headgate.Guard(client, "awesomeFeature", flowctl.Params{}, awesome, nil)
+	return func(w http.ResponseWriter, r *http.Request) {
+		result, err := feature(r.Context())
+		switch {
+		case err == nil:
+			w.WriteHeader(http.StatusAccepted)
+			fmt.Fprintln(w, result)
+		case errors.Is(err, flowctl.ErrRejected):
+			unavailable(w, err)
+		default:
+			http.Error(w, "internal error", http.StatusInternalServerError)
+		}
+	}
+}
+
+// awesome is the feature.
+func awesome(context.Context) (string, error) { return "awesome", nil }
+
+// unavailable answers a request for which err let nothing run, and says when to come back if that is known. Behind the
+// middleware there is no need for this.
+func unavailable(w http.ResponseWriter, err error) {
+	if wait, ok := fallback.RetryAfter(err); ok {
+		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+	}
+	http.Error(w, "come back later", http.StatusServiceUnavailable)
+}
+
+// byTenant tells the policies whose request it is: as this service knows it, and not as the request says.
+func byTenant(r *http.Request) flowctl.Params {
+	return flowctl.Params{Labels: map[string]string{"tenant": tenantOf(r.Header.Get("X-API-Key"))}}
+}
+
+// tenantOf finds out who uses a key. Those without a good one are one tenant together: a flow without the label would
+// pass its limiter.
+func tenantOf(key string) string {
+	switch key {
+	case "key-of-acme":
+		return "acme"
+	case "key-of-globex":
+		return "globex"
+	default:
+		return "anonymous"
+	}
+}
+
+func listOrders(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "no orders") }
+
+// makeReport is slow, so that there is a limit on how many are made at a time. Those whose client has left are not made.
+func makeReport(reportTime time.Duration) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintln(w, "working on it")
+		_ = http.NewResponseController(w).Flush() // if not, it comes with the rest
+		done := time.NewTimer(reportTime)
+		defer done.Stop()
+		select {
+		case <-done.C:
+			fmt.Fprintln(w, "all is well")
+		case <-r.Context().Done():
+		}
+	}
+}
+
+// forecasts are somebody else's, who wants to be asked now and then only.
+type forecasts struct {
+	client *http.Client
+	url    string
+}
+
+// newForecasts guards what goes out to the API at the address. Not to be let down by its owner matters more than a
+// forecast does, so nothing goes out when no agent can be asked.
+func newForecasts(client headgate.Starter, address string) *forecasts {
+	politely := httpguard.WithParams(func(*http.Request) flowctl.Params {
+		return flowctl.Params{OnUnreachable: flowctl.FailClosed}
+	})
+	transport := httpguard.NewTransport(client, "weather-api", &http.Transport{MaxIdleConnsPerHost: 64}, politely)
+	return &forecasts{&http.Client{Transport: transport, Timeout: 5 * time.Second}, "http://" + address}
+}
+
+// ServeHTTP passes a forecast on.
+func (f *forecasts) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	out, err := http.NewRequestWithContext(r.Context(), http.MethodGet, f.url, http.NoBody)
+	if err != nil {
+		http.Error(w, "internal error", http.StatusInternalServerError)
+		return
+	}
+	resp, err := f.client.Do(out)
+	switch {
+	case errors.Is(err, flowctl.ErrRejected), errors.Is(err, flowctl.ErrUnreachable): // it was not sent
+		unavailable(w, err)
+		return
+	case err != nil:
+		http.Error(w, "bad gateway", http.StatusBadGateway)
+		return
+	}
+	defer resp.Body.Close() // which ends the flow
+	w.WriteHeader(resp.StatusCode)
+	_, _ = io.Copy(w, resp.Body)
+}
+
+// serveUpstream stands for somebody else's API, so that this program needs none. It serves until it is closed.
+func serveUpstream(ctx context.Context) (address string, closeServer func() error, err error) {
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
+	server := &http.Server{
+		Handler:           http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "sunny") }),
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	go func() { _ = server.Serve(listener) }() // of an error those who ask hear
+	return listener.Addr().String(), server.Close, nil
+}
