@@ -20,12 +20,13 @@ MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make bench BENCHFLAGS="-rounds 9"`.
+# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
 RACE ?= -race
 TESTFLAGS ?=
 FUZZTIME ?= 20s
 SOAK ?= 10m
 BENCHFLAGS ?=
+LOAD ?= 10
 
 # $(call in-modules,NAME,COMMAND) runs COMMAND in every module, in the others
 # too when it fails in one, and then fails.
@@ -114,6 +115,10 @@ soak: ## Keep an agent busy for SOAK that is killed again and again
 .PHONY: bench
 bench: ## Measure Headgate beside its peers, in one run
 	cd bench && go run . $(BENCHFLAGS)
+
+.PHONY: load
+load: ## Measure the example service under load, for LOAD seconds a row
+	@examples/service/load.sh '$(LOAD)'
 
 # Code counts as covered by whichever package's tests run it. Generated code
 # and examples do not count.
