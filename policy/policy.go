@@ -22,7 +22,8 @@ type Policy struct {
 	Warnings []string
 }
 
-// A Component is one limiter of a policy: a [RateLimiter] or a [ConcurrencyLimiter]. The interface is sealed, so that
+// A Component is one part of a policy that decides about flows: a [RateLimiter], [ConcurrencyLimiter], [QuotaScheduler],
+// [ConcurrencyScheduler], [LoadScheduler], [AIMDLoadScheduler], [Sampler] or [LoadRamp]. The interface is sealed, so that
 // kinds can be added.
 type Component interface {
 	component()

@@ -1,0 +1,35 @@
+package policy
+
+import "time"
+
+// A Signal is a number that may change while an engine runs: a [Constant], a [Named] one or a [MeanLatency]. A signal
+// that is not known yet is not a number (NaN). The interface is sealed.
+type Signal interface {
+	signal()
+}
+
+type (
+	// Constant is a signal that does not change.
+	Constant float64
+
+	// Named is a signal that the engine's host provides under this name.
+	Named string
+
+	// MeanLatency is how long the work of flows takes on average, in milliseconds: from the answer to their check
+	// until they end. The engine measures it.
+	MeanLatency struct {
+		// Selectors say which flows count. Required.
+		Selectors []Selector
+
+		// Over is the time that the mean is taken over: those flows that ended within it. Required, positive, at
+		// most 24 hours.
+		Over time.Duration
+
+		// Times multiplies the mean. Zero means 1.
+		Times float64
+	}
+)
+
+func (Constant) signal()    {}
+func (Named) signal()       {}
+func (MeanLatency) signal() {}
