@@ -26,7 +26,8 @@ type Policy struct {
 // [ConcurrencyScheduler], [LoadScheduler], [AIMDLoadScheduler], [Sampler] or [LoadRamp]. The interface is sealed, so that
 // kinds can be added.
 type Component interface {
-	component()
+	id() string         // its own, "" for the default
+	check(wrong report) // what keeps it from running
 }
 
 // Values of a component's MaxIdle.
@@ -82,7 +83,7 @@ type RateLimiter struct {
 	DryRun bool
 }
 
-func (RateLimiter) component() {}
+func (l RateLimiter) id() string { return l.ID }
 
 // ConcurrencyLimiter bounds the flows that are in flight at once for each value of a label. A flow takes slots when it
 // starts and gives them back when it ends; while all are taken, flows are rejected with DeniedStatus.
@@ -122,7 +123,7 @@ type ConcurrencyLimiter struct {
 	DryRun bool
 }
 
-func (ConcurrencyLimiter) component() {}
+func (l ConcurrencyLimiter) id() string { return l.ID }
 
 // A Selector picks the flows of one control point, or those of them whose labels match.
 type Selector struct {

@@ -31,7 +31,7 @@ type Sampler struct {
 	DryRun bool
 }
 
-func (Sampler) component() {}
+func (s Sampler) id() string { return s.ID }
 
 // LoadRamp is a [Sampler] in ramp mode whose percentage moves along Steps, and stays at the last one's target.
 type LoadRamp struct {
@@ -58,7 +58,7 @@ type LoadRamp struct {
 	DryRun bool
 }
 
-func (LoadRamp) component() {}
+func (r LoadRamp) id() string { return r.ID }
 
 // A RampStep is one leg of a [LoadRamp].
 type RampStep struct {

@@ -37,7 +37,7 @@ type QuotaScheduler struct {
 	DryRun bool
 }
 
-func (QuotaScheduler) component() {}
+func (s QuotaScheduler) id() string { return s.ID }
 
 // ConcurrencyScheduler bounds the flows that are in flight at once for each value of a label, with a queue before it: a
 // flow that finds all slots taken waits for one, and flows that wait share what is given back by weighted fair
@@ -74,7 +74,7 @@ type ConcurrencyScheduler struct {
 	DryRun bool
 }
 
-func (ConcurrencyScheduler) component() {}
+func (s ConcurrencyScheduler) id() string { return s.ID }
 
 // LoadScheduler lets in a share of the load that comes: tokens flow at LoadMultiplier times the rate at which flows have
 // asked for them over the last 30 seconds, and flows that find too few wait for them by weighted fair queueing; see
@@ -101,7 +101,7 @@ type LoadScheduler struct {
 	DryRun bool
 }
 
-func (LoadScheduler) component() {}
+func (s LoadScheduler) id() string { return s.ID }
 
 // AIMDLoadScheduler is a [LoadScheduler] that sets its own load multiplier, every 10 seconds: while Signal is on the bad
 // side of Setpoint it multiplies the load that it has let in by a factor below 1, and else it adds to it step by step,
@@ -123,10 +123,10 @@ type AIMDLoadScheduler struct {
 	// Gradient says how much an overload costs.
 	Gradient Gradient
 
-	// MaxLoadMultiplier is where every flow is accepted. Zero means 2.
+	// MaxLoadMultiplier is where every flow is accepted. Zero means 2. Not negative.
 	MaxLoadMultiplier float64
 
-	// LinearIncrement is added every 10 seconds without overload. Zero means 0.025.
+	// LinearIncrement is added every 10 seconds without overload. Zero means 0.025. Not negative.
 	LinearIncrement float64
 
 	// WorkloadLatencyTokens is as in [LoadScheduler].
@@ -139,7 +139,7 @@ type AIMDLoadScheduler struct {
 	DryRun bool
 }
 
-func (AIMDLoadScheduler) component() {}
+func (s AIMDLoadScheduler) id() string { return s.ID }
 
 // Gradient is the factor of an overload: (signal/setpoint)^Slope, held within Min and Max.
 type Gradient struct {
@@ -147,7 +147,7 @@ type Gradient struct {
 	// means -1.
 	Slope float64
 
-	// Min and Max bound the factor. Zeros mean 0.1 and 1.
+	// Min and Max bound the factor. Zeros mean 0.1 and 1. Max is not negative, and not less than Min.
 	Min, Max float64
 }
 
@@ -163,7 +163,7 @@ type Scheduler struct {
 	Default WorkloadParameters
 
 	// Margin is how long before its deadline a flow gives up waiting, so that the answer arrives. Zero means
-	// DefaultMargin.
+	// DefaultMargin. Not negative.
 	Margin time.Duration
 
 	// TokensLabel, PriorityLabel and WorkloadLabel are labels that go before the workload's Tokens, Priority and
@@ -174,7 +174,7 @@ type Scheduler struct {
 	FairnessLabel string
 
 	// MaxQueue is how many flows may wait at once, for each value of the component's label; beyond that they are
-	// rejected at once. Zero means DefaultMaxQueue.
+	// rejected at once. Zero means DefaultMaxQueue. Not negative. Policy files have no key for it.
 	MaxQueue int
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.
@@ -206,7 +206,7 @@ type WorkloadParameters struct {
 	// Priority is the workload's share among those that wait, in proportion to theirs. Zero means 1. Not negative.
 	Priority float64
 
-	// Tokens is what a flow costs. Zero means 1. Not negative.
+	// Tokens is what a flow costs. Zero means 1; NoTokens (or any negative value) lets flows in for free, and at once.
 	Tokens float64
 
 	// QueueTimeout is the longest that a flow waits. Zero leaves it to the flow's own deadline; NoQueue (or any
@@ -214,5 +214,10 @@ type WorkloadParameters struct {
 	QueueTimeout time.Duration
 }
 
-// NoQueue as a QueueTimeout accepts a flow at once or not at all.
-const NoQueue time.Duration = -1
+// Values of WorkloadParameters.
+const (
+	// NoQueue as a QueueTimeout accepts a flow at once or not at all.
+	NoQueue time.Duration = -1
+	// NoTokens as a workload's Tokens has its flows cost nothing, unless a label says otherwise.
+	NoTokens float64 = -1
+)

@@ -9,10 +9,10 @@ type Signal interface {
 }
 
 type (
-	// Constant is a signal that does not change.
+	// Constant is a signal that does not change: a number, and not an infinite one.
 	Constant float64
 
-	// Named is a signal that the engine's host provides under this name.
+	// Named is a signal that the engine's host provides under this name. Not empty.
 	Named string
 
 	// MeanLatency is how long the work of flows takes on average, in milliseconds: from the answer to their check
@@ -25,7 +25,7 @@ type (
 		// most 24 hours.
 		Over time.Duration
 
-		// Times multiplies the mean. Zero means 1.
+		// Times multiplies the mean. Zero means 1. Not negative.
 		Times float64
 	}
 )

@@ -39,11 +39,11 @@ func TestValidate(t *testing.T) {
 		{"keeps idle keys", rate(func(l *policy.RateLimiter) { l.MaxIdle = policy.KeepIdle }), ""},
 		{"empty parts", expression(policy.Any{policy.All{}, policy.LabelEquals{Label: "l"}}), ""},
 		{"nil", nil, ": is nil"},
-		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want a RateLimiter or a ConcurrencyLimiter"},
+		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want one of this package's components, not a pointer to it"},
 		{
 			"embedded",
 			struct{ policy.ConcurrencyLimiter }{},
-			": is a struct { policy.ConcurrencyLimiter }; want a RateLimiter or a ConcurrencyLimiter",
+			": is a struct { policy.ConcurrencyLimiter }; want one of this package's components, not a pointer to it",
 		},
 		{"zero rate limiter", policy.RateLimiter{}, ".Selectors: needs at least one selector\n.Interval: must be positive, is 0s"},
 		{
@@ -115,6 +115,193 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+func TestValidateSchedulers(t *testing.T) {
+	quota := func(change func(*policy.QuotaScheduler)) policy.Component {
+		s := policy.QuotaScheduler{Selectors: policy.At("a"), Capacity: 1, Fill: 1, Interval: time.Second}
+		change(&s)
+		return s
+	}
+	scheduling := func(s policy.Scheduler) policy.Component {
+		return quota(func(q *policy.QuotaScheduler) { q.Scheduler = s })
+	}
+	named := func(names ...string) policy.Component {
+		var s policy.Scheduler
+		for _, name := range names {
+			s.Workloads = append(s.Workloads, policy.Workload{Name: name})
+		}
+		return scheduling(s)
+	}
+	slots := func(change func(*policy.ConcurrencyScheduler)) policy.Component {
+		s := policy.ConcurrencyScheduler{Selectors: policy.At("a"), Max: 1, MaxInflight: time.Minute}
+		change(&s)
+		return s
+	}
+	load := func(multiplier policy.Signal) policy.Component {
+		return policy.LoadScheduler{Selectors: policy.At("a"), LoadMultiplier: multiplier}
+	}
+	aimd := func(change func(*policy.AIMDLoadScheduler)) policy.Component {
+		s := policy.AIMDLoadScheduler{Selectors: policy.At("a"), Signal: policy.Named("latency"), Setpoint: policy.Constant(80)}
+		change(&s)
+		return s
+	}
+	gradient := func(g policy.Gradient) policy.Component {
+		return aimd(func(s *policy.AIMDLoadScheduler) { s.Gradient = g })
+	}
+	sampler := func(percentage float64) policy.Component {
+		return policy.Sampler{Selectors: policy.At("a"), AcceptPercentage: percentage}
+	}
+	ramp := func(steps ...policy.RampStep) policy.Component {
+		return policy.LoadRamp{Selectors: policy.At("a"), Steps: steps}
+	}
+	nan, inf := math.NaN(), math.Inf(1)
+
+	for _, tt := range []struct {
+		name      string
+		component policy.Component
+		want      string // after `policy "p": components[0]`, a line each
+	}{
+		{"good quota scheduler", quota(func(*policy.QuotaScheduler) {}), ""},
+		{"good concurrency scheduler", slots(func(*policy.ConcurrencyScheduler) {}), ""},
+		{"good load schedulers", aimd(func(*policy.AIMDLoadScheduler) {}), ""},
+		{"good sampler", sampler(100), ""},
+		{"good ramp", ramp(policy.RampStep{}, policy.RampStep{Target: 100, Duration: time.Hour}), ""},
+		{"good scheduler", scheduling(policy.Scheduler{
+			Workloads: []policy.Workload{
+				{Name: "x", WorkloadParameters: policy.WorkloadParameters{Priority: 0.5, Tokens: policy.NoTokens, QueueTimeout: policy.NoQueue}},
+				{Name: "1"},
+				{},
+				{Name: "04"},
+				{Name: "5"},
+			},
+			Margin: time.Second, MaxQueue: 1, DeniedStatus: 429,
+		}), ""},
+		{
+			"zero quota scheduler",
+			policy.QuotaScheduler{},
+			".Selectors: needs at least one selector\n.Interval: must be positive, is 0s",
+		},
+		{
+			"zero concurrency scheduler",
+			policy.ConcurrencyScheduler{},
+			".Selectors: needs at least one selector\n.MaxInflight: must be positive, is 0s",
+		},
+		{"zero load scheduler", policy.LoadScheduler{}, ".Selectors: needs at least one selector\n.LoadMultiplier: is required"},
+		{
+			"zero AIMD load scheduler",
+			policy.AIMDLoadScheduler{},
+			".Selectors: needs at least one selector\n.Signal: is required\n.Setpoint: is required",
+		},
+		{"zero sampler", policy.Sampler{}, ".Selectors: needs at least one selector"},
+		{"zero ramp", policy.LoadRamp{}, ".Selectors: needs at least one selector\n.Steps: needs at least one step"},
+		{
+			"quota amounts", quota(func(s *policy.QuotaScheduler) { s.Capacity, s.Fill, s.Interval = nan, -1, -1 }),
+			".Capacity: must be a number from 0 up, is NaN\n.Fill: must be a number from 0 up, is -1\n.Interval: must be positive, is -1ns",
+		},
+		{"slots", slots(func(s *policy.ConcurrencyScheduler) { s.Max = inf }), ".Max: must be a number from 0 up, is +Inf"},
+		{
+			"scheduler", scheduling(policy.Scheduler{Margin: -1, MaxQueue: -1, DeniedStatus: 200}),
+			".Scheduler.Margin: must not be negative, is -1ns\n.Scheduler.MaxQueue: must not be negative, is -1\n" +
+				".Scheduler.DeniedStatus: must be an HTTP status from 400 to 599, is 200",
+		},
+		{
+			"scheduler of a concurrency scheduler",
+			slots(func(s *policy.ConcurrencyScheduler) { s.Scheduler.MaxQueue = -1 }),
+			".Scheduler.MaxQueue: must not be negative, is -1",
+		},
+		{
+			"scheduler of a load scheduler",
+			policy.LoadScheduler{Selectors: policy.At("a"), LoadMultiplier: policy.Constant(1), Scheduler: policy.Scheduler{MaxQueue: -1}},
+			".Scheduler.MaxQueue: must not be negative, is -1",
+		},
+		{
+			"scheduler of an AIMD load scheduler", aimd(func(s *policy.AIMDLoadScheduler) { s.Scheduler.MaxQueue = -1 }),
+			".Scheduler.MaxQueue: must not be negative, is -1",
+		},
+		{
+			"workload parameters", scheduling(policy.Scheduler{
+				Workloads: []policy.Workload{{WorkloadParameters: policy.WorkloadParameters{Priority: -1, Tokens: inf}}},
+				Default:   policy.WorkloadParameters{Priority: nan, Tokens: nan},
+			}),
+			".Scheduler.Workloads[0].Priority: must be a number from 0 up, is -1\n" +
+				".Scheduler.Workloads[0].Tokens: must be a finite number, is +Inf\n" +
+				".Scheduler.Default.Priority: must be a number from 0 up, is NaN\n" +
+				".Scheduler.Default.Tokens: must be a finite number, is NaN",
+		},
+		{
+			"workload labels",
+			scheduling(policy.Scheduler{Workloads: []policy.Workload{{Labels: policy.LabelMatcher{Equal: map[string]string{"": "x"}}}}}),
+			".Scheduler.Workloads[0].Labels.Equal: has an empty label name",
+		},
+		{"workload named default", named("", "default"), `.Scheduler.Workloads[1].Name: "default" is what flows without a workload have`},
+		{"workloads of one name", named("x", "", "x"), `.Scheduler.Workloads[2].Name: "x" is the name of Workloads[0] too`},
+		{"workload named like another's index", named("1", "x"), `.Scheduler.Workloads[0].Name: "1" is the index of another workload`},
+
+		{"signal that is not a number", load(policy.Constant(nan)), ".LoadMultiplier: must be a finite number, is NaN"},
+		{"infinite signal", load(policy.Constant(inf)), ".LoadMultiplier: must be a finite number, is +Inf"},
+		{"signal without a name", load(policy.Named("")), ".LoadMultiplier: needs a name"},
+		{
+			"pointer to a signal", load(&policy.MeanLatency{}),
+			".LoadMultiplier: is a *policy.MeanLatency; want a Constant, a Named or a MeanLatency",
+		},
+		{
+			"mean of nothing", load(policy.MeanLatency{Times: -1}),
+			".LoadMultiplier.Selectors: needs at least one selector\n" +
+				".LoadMultiplier.Over: must be positive and at most 24h0m0s, is 0s\n" +
+				".LoadMultiplier.Times: must be a number from 0 up, is -1",
+		},
+		{
+			"mean of days", load(policy.MeanLatency{Selectors: policy.At("a", ""), Over: 25 * time.Hour}),
+			".LoadMultiplier.Selectors[1].ControlPoint: is required\n.LoadMultiplier.Over: must be positive and at most 24h0m0s, is 25h0m0s",
+		},
+		{
+			"signals of an AIMD load scheduler", aimd(func(s *policy.AIMDLoadScheduler) {
+				s.Signal, s.Setpoint, s.OverloadConfirmation = policy.Named(""), policy.Constant(nan), policy.Named("")
+			}),
+			".Signal: needs a name\n.Setpoint: must be a finite number, is NaN\n.OverloadConfirmation: needs a name",
+		},
+		{
+			"amounts of an AIMD load scheduler", aimd(func(s *policy.AIMDLoadScheduler) { s.MaxLoadMultiplier, s.LinearIncrement = -1, inf }),
+			".MaxLoadMultiplier: must be a number from 0 up, is -1\n.LinearIncrement: must be a number from 0 up, is +Inf",
+		},
+		{"gradient without bounds", gradient(policy.Gradient{Slope: 1, Min: -math.MaxFloat64, Max: math.MaxFloat64}), ""},
+		{
+			"gradient", gradient(policy.Gradient{Slope: inf, Min: nan, Max: -1}),
+			".Gradient.Slope: must be a finite number, is +Inf\n.Gradient.Min: must be a finite number, is NaN\n" +
+				".Gradient.Max: must be a number from 0 up, is -1",
+		},
+		{"gradient's minimum", gradient(policy.Gradient{Min: 1.5}), ".Gradient.Min: must not be above the maximum of 1, is 1.5"},
+		{"gradient's maximum", gradient(policy.Gradient{Max: 0.05}), ".Gradient.Min: must not be above the maximum of 0.05, is 0.1"},
+
+		{"percentage", sampler(100.5), ".AcceptPercentage: must be a percentage from 0 to 100, is 100.5"},
+		{"percentage that is not a number", sampler(nan), ".AcceptPercentage: must be a percentage from 0 to 100, is NaN"},
+		{
+			"status of a sampler",
+			policy.Sampler{Selectors: policy.At("a"), DeniedStatus: 1},
+			".DeniedStatus: must be an HTTP status from 400 to 599, is 1",
+		},
+		{
+			"step", ramp(policy.RampStep{Target: 1}, policy.RampStep{Target: -1, Duration: -1}),
+			".Steps[1].Target: must be a percentage from 0 to 100, is -1\n.Steps[1].Duration: must not be negative, is -1ns",
+		},
+		{
+			"status of a ramp",
+			policy.LoadRamp{Selectors: policy.At("a"), Steps: make([]policy.RampStep, 1), DeniedStatus: 1},
+			".DeniedStatus: must be an HTTP status from 400 to 599, is 1",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := policy.Policy{Name: "p", Components: []policy.Component{tt.component}}.Validate()
+			var got []string
+			for _, err := range each(err) {
+				got = append(got, strings.TrimPrefix(err.Error(), `policy "p": components[0]`))
+			}
+			if diff := cmp.Diff(tt.want, strings.Join(got, "\n")); diff != "" {
+				t.Errorf("Validate (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestValidatePolicy(t *testing.T) {
 	limiter := func(id string) policy.Component {
 		return policy.RateLimiter{ID: id, Selectors: policy.At("a"), Interval: time.Second}
@@ -135,6 +322,28 @@ func TestValidatePolicy(t *testing.T) {
 			"default ID taken",
 			policy.Policy{Name: "p", Components: []policy.Component{limiter("root.1"), limiter("")}},
 			`policy "p": components[1].ID: "root.1" is the ID of components[0] too`,
+		},
+		{
+			"same ID of all kinds",
+			policy.Policy{Name: "p", Components: []policy.Component{
+				limiter("x"),
+				policy.ConcurrencyLimiter{ID: "x", Selectors: policy.At("a"), MaxInflight: time.Second},
+				policy.QuotaScheduler{ID: "x", Selectors: policy.At("a"), Interval: time.Second},
+				policy.ConcurrencyScheduler{ID: "x", Selectors: policy.At("a"), MaxInflight: time.Second},
+				policy.LoadScheduler{ID: "x", Selectors: policy.At("a"), LoadMultiplier: policy.Constant(1)},
+				policy.AIMDLoadScheduler{ID: "x", Selectors: policy.At("a"), Signal: policy.Named("s"), Setpoint: policy.Constant(1)},
+				policy.Sampler{ID: "x", Selectors: policy.At("a")},
+				policy.LoadRamp{ID: "x", Selectors: policy.At("a"), Steps: make([]policy.RampStep, 1)},
+			}},
+			strings.Join([]string{
+				`policy "p": components[1].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[2].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[3].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[4].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[5].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[6].ID: "x" is the ID of components[0] too`,
+				`policy "p": components[7].ID: "x" is the ID of components[0] too`,
+			}, "\n"),
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
