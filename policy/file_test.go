@@ -736,6 +736,7 @@ func TestHostile(t *testing.T) {
 	}
 	for _, tt := range []struct{ name, data, want string }{
 		{"aliases of aliases", bomb, "aliases stand for more than 20000 values"},
+		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 100<<10) + "'\nb: [" + strings.Repeat("*a, ", 20) + "]", "aliases stand for more than 20000 values"},
 		{"alias of itself", "a: &a [*a]", `unknown alias "a"`},
 		{"10 MB", strings.Repeat("a: b\n", 2<<20), "larger than 1 MiB; split it"},
 		{"flow sequences", strings.Repeat("[", 10_000), "nested more than 64 levels deep"},
@@ -767,11 +768,13 @@ func TestHostile(t *testing.T) {
 		{"run of <", strings.Repeat(strings.Repeat("<", 64)+" ", size/65)},
 		{"tabs", `a: "` + strings.Repeat("\t", 64) + strings.Repeat("b", size) + `"`},
 		{"long line", strings.Repeat("a ", size/2)},
+		{"aliases of long text", "x-a: &a '" + strings.Repeat("a|b", size/3) + "'\ncircuit: {components: [{flow_control: {rate_limiter: {selectors: [" +
+			strings.Repeat("{label_matcher: {expression: {label_matches: {label: l, regex: *a}}}}, ", 2) + "]}}}]}"},
 	} {
 		t.Run("within bounds: "+tt.name, func(t *testing.T) {
 			_, err := soon(t, func() ([]policy.Policy, error) { return policy.Parse("x.yaml", []byte(tt.data)) })
-			if err == nil {
-				t.Error("Parse gave no error")
+			if err == nil || strings.Contains(err.Error(), "more than") {
+				t.Errorf("Parse = %.300v, want another error than that it is too much", err)
 			}
 		})
 	}

@@ -21,7 +21,7 @@ const (
 	maxBlank  = 200     // line breaks in a row
 	maxTabs   = 64      // tabs in a line
 	maxLess   = 64      // "<" in a row
-	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded
+	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded, long text counting for several
 	maxDepth  = 64      // mappings and sequences in each other
 	maxKey    = 256     // bytes of a key
 )
@@ -47,7 +47,7 @@ type node struct {
 	truth        bool    // of boolean
 	items        []*node // of sequence
 	entries      []entry // of mapping, in the file's order; keys are unique
-	size         int     // values in it and below, aliases expanded
+	size         int     // values in it and below, aliases expanded, and what long text counts for
 }
 
 type entry struct {
@@ -328,6 +328,7 @@ func (c *converter) node(in ast.Node) *node {
 	default:
 		c.failf(pos, "%s is not supported here", in.Type())
 	}
+	n.size += len(n.text) / maxKey // for what an alias multiplies is work too: a regular expression to compile
 	c.left--
 	return n
 }
