@@ -18,134 +18,110 @@ const (
 	signalComponents = "alerter and arithmetic_combinator auto_scale decider differentiator ema extrapolator first_valid " +
 		"gradient_controller holder integrator inverter max min nested_signal_egress nested_signal_ingress or " +
 		"pid_controller polynomial_range_function pulse_generator query signal_generator sma switcher unary_operator"
-
-	// laterKinds are the flow_control components that cannot run yet.
-	laterKinds = "adaptive_load_scheduler aiad_load_scheduler aimd_load_scheduler concurrency_scheduler load_ramp " +
-		"load_scheduler private quota_scheduler range_driven_load_scheduler sampler"
 )
-
-// kinds are the flow_control components that can run: the functions that read them. To add a kind is to add its
-// function here, its rules to validate.go, and to take it from laterKinds.
-var kinds = map[string]func(d *decoder, v value, id string) Component{ //nolint:gochecknoglobals // a table, never written to
-	"rate_limiter":        (*decoder).rateLimiter,
-	"concurrency_limiter": (*decoder).concurrencyLimiter,
-}
 
 // spec reads a policy without its name: the top of a plain file, or the spec of a resource.
 func (d *decoder) spec(v value) []Component {
 	f := d.fields(v, "circuit resources", "")
-	resources := d.fields(f.get("resources"), "flow_control", "infra_meters telemetry_collectors")
-	meters := d.fields(resources.get("flow_control"), "classifiers", "flux_meters")
-	if classifiers := meters.get("classifiers"); len(d.items(classifiers)) > 0 {
-		d.errorf(classifiers, "classifiers are not supported")
-	}
+	d.resources(f.get("resources"))
 	circuit := d.fields(f.get("circuit"), "components", "evaluation_interval")
-	items := d.items(d.fill(circuit, "components", "components"))
+	components := d.circuit(d.fill(circuit, "components", "components"), nil)
+	d.unusedMeters()
+	return components
+}
 
-	// A limiter may use signals that later components define: those first.
-	type limiter struct {
-		value
-		id string
+// resources notes the flux meters, for those ports that name one.
+func (d *decoder) resources(v value) {
+	resources := d.fields(v, "flow_control", "infra_meters telemetry_collectors")
+	f := d.fields(resources.get("flow_control"), "classifiers flux_meters", "")
+	d.refuse(f.get("classifiers"), sequence, "classifiers")
+	if meters := f.get("flux_meters"); d.is(meters, mapping) {
+		d.meters = meters
 	}
-	var limiters []limiter
+}
+
+// unusedMeters warns of the flux meters that no port names.
+func (d *decoder) unusedMeters() {
+	if d.meters.node == nil {
+		return
+	}
+	for _, e := range d.meters.entries {
+		if !d.metered[e.key] {
+			d.unused(d.meters.part(e), ": no port of a load scheduler names it")
+		}
+	}
+}
+
+// circuit appends the components of a circuit that decide about flows.
+func (d *decoder) circuit(v value, components []Component) []Component {
+	// A component may use signals that later components define: those first.
+	first := len(components) // the circuit's place among the components of the policy
+	items := d.items(v)
+	deciders := make([]value, len(items))
 	for i, item := range items {
 		kind, v := d.one(item, "flow_control variable bool_variable nested_circuit "+signalComponents)
 		switch kind {
 		case "": // d.one has told why
 		case "flow_control":
-			limiters = append(limiters, limiter{v, fmt.Sprintf("root.%d", i)})
+			deciders[i] = v
+			d.outputs(v.node)
 		case "variable", "bool_variable":
 			d.variable(v, kind == "bool_variable")
 		case "nested_circuit":
 			d.errorf(v, "nested_circuit is not supported yet")
 		default:
 			d.unused(v, "")
+			d.outputs(v.node)
 		}
 	}
-	var components []Component
 	known := strings.Join(slices.Sorted(maps.Keys(kinds)), " ") + " " + laterKinds
-	for _, l := range limiters {
-		kind, v := d.one(l.value, known)
-		if read, ok := kinds[kind]; ok {
+	for i, decider := range deciders {
+		if decider.path == "" {
+			continue
+		}
+		name, v := d.one(decider, known)
+		if kind, ok := kinds[name]; ok {
 			v.field = fmt.Sprintf("components[%d]", len(components))
 			d.sources[v.field] = v
-			components = append(components, read(d, v, l.id))
-		} else if kind != "" {
-			d.errorf(v, "%s is not supported yet", kind)
+			components = append(components, kind.read(d, d.inCircuit(v, kind, fmt.Sprintf("root.%d", first+i))))
+		} else if name != "" {
+			d.errorf(v, "%s is not supported yet", name)
 		}
 	}
 	return components
 }
 
-func (d *decoder) rateLimiter(v value, id string) Component {
-	f := d.fields(v, "selectors in_ports parameters request_parameters dry_run", "out_ports")
-	ports := d.fields(f.get("in_ports"), "bucket_capacity fill_amount pass_through", "")
-	parameters := d.fields(f.get("parameters"),
-		"interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill", "lazy_sync")
-	request := d.fields(f.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
-	limiter := RateLimiter{
-		ID:               id,
-		Selectors:        d.selectors(d.fill(f, "Selectors", "selectors")),
-		Capacity:         d.required(d.fill(ports, "Capacity", "bucket_capacity")),
-		Fill:             d.required(d.fill(ports, "Fill", "fill_amount")),
-		Interval:         d.duration(d.fill(parameters, "Interval", "interval")),
-		LimitBy:          d.text(parameters.get("limit_by_label_key")),
-		StepFill:         !d.boolean(parameters.get("continuous_fill"), true),
-		DelayInitialFill: d.boolean(parameters.get("delay_initial_fill"), false),
-		MaxIdle:          d.maxIdle(parameters.get("max_idle_time")),
-		TokensLabel:      d.text(request.get("tokens_label_key")),
-		DeniedStatus:     d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
-		PassThrough:      d.port(ports.get("pass_through")) != 0,
-		DryRun:           d.boolean(f.get("dry_run"), false),
+// outputs notes the signals that come out of a component.
+func (d *decoder) outputs(n *node) {
+	for _, item := range n.items {
+		d.outputs(item)
 	}
-	if old := parameters.get("label_key"); limiter.LimitBy == "" {
-		limiter.LimitBy = d.text(old)
-	} else if old.node != nil {
-		d.unused(old, ": limit_by_label_key is set")
-	}
-	return limiter
-}
-
-func (d *decoder) concurrencyLimiter(v value, id string) Component {
-	f := d.fields(v, "selectors in_ports parameters request_parameters dry_run", "out_ports")
-	ports := d.fields(f.get("in_ports"), "max_concurrency pass_through", "")
-	parameters := d.fields(f.get("parameters"), "max_inflight_duration max_idle_time limit_by_label_key", "")
-	request := d.fields(f.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
-	return ConcurrencyLimiter{
-		ID:           id,
-		Selectors:    d.selectors(d.fill(f, "Selectors", "selectors")),
-		Max:          d.required(d.fill(ports, "Max", "max_concurrency")),
-		MaxInflight:  d.duration(d.fill(parameters, "MaxInflight", "max_inflight_duration")),
-		LimitBy:      d.text(parameters.get("limit_by_label_key")),
-		MaxIdle:      d.maxIdle(parameters.get("max_idle_time")),
-		TokensLabel:  d.text(request.get("tokens_label_key")),
-		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
-		PassThrough:  d.port(ports.get("pass_through")) != 0,
-		DryRun:       d.boolean(f.get("dry_run"), false),
+	for _, e := range n.entries {
+		if e.key != "out_ports" {
+			d.outputs(e.value)
+			continue
+		}
+		for _, port := range e.value.entries {
+			if name := (value{node: port.value}).get("signal_name"); name.node != nil && name.kind == text {
+				d.computed[name.text] = true
+			}
+		}
 	}
 }
 
-// maxIdle reads max_idle_time, where 0 means for ever and nothing means the default.
-func (d *decoder) maxIdle(v value) time.Duration {
-	t := d.duration(v)
-	switch {
-	case v.node == nil:
-		return 0
-	case t < 0:
-		d.errorf(v, "must not be negative, is %s", t)
-	}
-	if t == 0 {
-		return KeepIdle
-	}
-	return t
-}
-
-// required reads an input port that must be connected.
-func (d *decoder) required(v value) float64 {
+// need returns v, and reports if nothing stands there.
+func (d *decoder) need(v value) value {
 	if v.node == nil {
 		d.errorf(v, "is required")
 	}
-	return d.port(v)
+	return v
+}
+
+// refuse reports what may only stand there if it is empty: sequences or mappings of things that are not supported.
+func (d *decoder) refuse(v value, want kind, what string) {
+	if d.is(v, want) && len(v.node.items)+len(v.entries) > 0 {
+		d.errorf(v, "%s are not supported", what)
+	}
 }
 
 // port reads an input port: the constant that it is connected to. One that nothing is connected to is 0.
@@ -167,6 +143,42 @@ func (d *decoder) port(v value) float64 {
 	return 0
 }
 
+// signal reads an input port that may be connected to more than constants: to a flux meter, by its name, or to a signal
+// that no component defines, which the host will provide. One that nothing is connected to is nil.
+func (d *decoder) signal(v value) Signal {
+	if v.node == nil {
+		return nil
+	}
+	switch kind, from := d.one(v, "constant_signal signal_name"); kind {
+	case "constant_signal":
+		return Constant(d.constant(from))
+	case "signal_name":
+		d.sources[v.field] = from
+		name := d.text(from)
+		if constant, ok := d.signals[name]; ok {
+			return Constant(constant)
+		}
+		if d.computed[name] {
+			d.errorf(from, "unsupported circuit: signal %s comes from a component that is not supported", quote(name))
+		} else if meter := d.meters.get(name); meter.node != nil {
+			d.metered[name] = true
+			meter.field = v.field
+			return d.meter(meter)
+		}
+		return Named(name)
+	}
+	return nil
+}
+
+// meter reads a flux meter as the mean latency of half a minute, which is what Aperture's blueprints make of one.
+func (d *decoder) meter(v value) MeanLatency {
+	f := d.fields(v, "selectors attribute_key", "static_buckets linear_buckets exponential_buckets exponential_buckets_range")
+	if attribute := f.get("attribute_key"); attribute.node != nil {
+		d.want(attribute, "workload_duration_ms")
+	}
+	return MeanLatency{Selectors: d.selectors(d.fill(f, "Selectors", "selectors")), Over: 30 * time.Second}
+}
+
 // constant reads a constant_signal.
 func (d *decoder) constant(v value) float64 {
 	kind, from := d.one(v, "value special_value")
@@ -181,17 +193,8 @@ func (d *decoder) constant(v value) float64 {
 func (d *decoder) variable(v value, isBool bool) {
 	f := d.fields(v, "constant_output config_key out_ports", "")
 	output := d.fields(d.fields(f.get("out_ports"), "output", "").get("output"), "signal_name", "").get("signal_name")
-	name := d.text(output)
-	if output.node == nil {
-		d.errorf(output, "is required")
-	}
-	from := f.get("constant_output")
-	if key := d.text(f.get("config_key")); key != "" {
-		if set := d.dynamic.get(key); set.node != nil {
-			d.used[key] = true
-			from = set
-		}
-	}
+	name := d.text(d.need(output))
+	from := d.setting(d.text(f.get("config_key")), f.get("constant_output"))
 	var signal float64
 	if !isBool {
 		signal = d.constant(from)
@@ -202,6 +205,34 @@ func (d *decoder) variable(v value, isBool bool) {
 		d.errorf(output, "signal %s has two sources", quote(name))
 	}
 	d.signals[name] = signal
+}
+
+// dynamicConfig notes what variables and some components may be set to.
+func (d *decoder) dynamicConfig(v value) {
+	if d.is(v, mapping) {
+		d.dynamic = v
+	}
+}
+
+// setting returns what dynamicConfig has under the key, or else what stands in the policy itself.
+func (d *decoder) setting(key string, otherwise value) value {
+	if set := d.dynamic.get(key); key != "" && set.node != nil {
+		d.used[key] = true
+		return set
+	}
+	return otherwise
+}
+
+// unusedSettings warns of the settings that nothing has asked for.
+func (d *decoder) unusedSettings() {
+	if d.dynamic.node == nil {
+		return
+	}
+	for _, e := range d.dynamic.entries {
+		if !d.used[e.key] {
+			d.unused(d.dynamic.part(e), ": nothing has this config key")
+		}
+	}
 }
 
 func (d *decoder) selectors(v value) []Selector {

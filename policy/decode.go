@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,19 +25,26 @@ type decoder struct {
 	errs     []*Error
 	warnings []string
 	failed   map[string]bool    // what errs are about, by path
+	warned   map[string]bool    // what warnings are about, by path
 	sources  map[string]value   // what fills each Go field
 	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
 	signals  map[string]float64 // the constant ones, by name
+	computed map[string]bool    // the other signals that a component has for output, by name
+	meters   value              // flux_meters
+	metered  map[string]bool    // those that a port names
 }
 
 func newDecoder(file string) *decoder {
 	return &decoder{
-		file:    file,
-		failed:  map[string]bool{},
-		sources: map[string]value{},
-		used:    map[string]bool{},
-		signals: map[string]float64{},
+		file:     file,
+		failed:   map[string]bool{},
+		warned:   map[string]bool{},
+		sources:  map[string]value{},
+		used:     map[string]bool{},
+		signals:  map[string]float64{},
+		computed: map[string]bool{},
+		metered:  map[string]bool{},
 	}
 }
 
@@ -54,8 +62,12 @@ func (d *decoder) errorf(v value, format string, args ...any) {
 	})
 }
 
-// unused notes that the file says something that is of no use here.
+// unused notes, once, that the file says something that is of no use here.
 func (d *decoder) unused(v value, why string) {
+	if d.warned[v.path] {
+		return
+	}
+	d.warned[v.path] = true
 	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: "not used" + why}
 	d.warnings = append(d.warnings, e.Error())
 }
@@ -230,6 +242,23 @@ func (d *decoder) number(v value) float64 {
 	return v.number
 }
 
+// positive reads a number that is above 0, for a field whose zero means the default.
+func (d *decoder) positive(v value) float64 {
+	n := d.number(v)
+	if v.node != nil && v.kind == number && !(n > 0) {
+		d.errorf(v, "must be a number above 0, is %v", n)
+	}
+	return n
+}
+
+// explicit reads a number for a field whose zero means the default. A 0 that stands there is as near to 0 as numbers get.
+func (d *decoder) explicit(v value) float64 {
+	if n := d.number(v); n != 0 || v.node == nil {
+		return n
+	}
+	return math.SmallestNonzeroFloat64
+}
+
 func (d *decoder) boolean(v value, absent bool) bool {
 	if !d.is(v, boolean) {
 		return absent
@@ -251,6 +280,21 @@ func (d *decoder) duration(v value) time.Duration {
 	t, err := time.ParseDuration(v.text)
 	if err != nil {
 		d.errorf(v, "bad duration %s; %s", quote(v.text), want)
+	}
+	return t
+}
+
+// optional reads a duration that is not negative, for a field whose zero means the default, and has zero for a 0 that
+// stands there.
+func (d *decoder) optional(v value, zero time.Duration) time.Duration {
+	t := d.duration(v)
+	switch {
+	case v.node == nil:
+		return 0
+	case t < 0:
+		d.errorf(v, "must not be negative, is %s", t)
+	case t == 0:
+		return zero
 	}
 	return t
 }

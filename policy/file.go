@@ -41,10 +41,14 @@ func Load(paths ...string) ([]Policy, error) {
 // fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; or the plain policy, with
 // circuit at the top, which is named like the file without directory and extension. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, but for those at the top of a document that begin with "x-":
-// they are a place for anchors, and otherwise ignored. Keys that it has and that are of no use here end up in
-// [Policy.Warnings]. Rate limiters and concurrency limiters are read; other flow-control components are errors, and so
-// are signals that are not constant.
+// Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, and for those at
+// the top of a document that begin with "x-": they are a place for anchors, and otherwise ignored. Keys that it has and
+// that are of no use here end up in [Policy.Warnings].
+//
+// The components of flow_control that this package has a type for are read, and adaptive_load_scheduler, which is an
+// [AIMDLoadScheduler] by an old name; others are errors. An input port is connected to a constant or to the signal of a
+// variable. Those of load schedulers may also name a flux meter, which is a [MeanLatency] over 30 seconds, or a signal
+// that the circuit does not define, which is [Named]. What other components compute is an error.
 func Parse(name string, data []byte) ([]Policy, error) {
 	var l loader
 	l.parse(name, data)
@@ -153,9 +157,7 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 		d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")
 		d.want(f.get("kind"), "Policy")
 		p.Name = d.text(d.fill(d.fields(f.get("metadata"), "name", metadataUnused), "name", "name"))
-		if dynamic := f.get("dynamicConfig"); d.is(dynamic, mapping) {
-			d.dynamic = dynamic
-		}
+		d.dynamicConfig(f.get("dynamicConfig"))
 		p.Components = d.spec(f.get("spec"))
 	case plain == "":
 		d.errorf(top, "a plain policy has the name of its file, and %s has none", quote(d.file))
@@ -165,13 +167,7 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 		d.sources["name"] = top
 		p.Components = d.spec(top)
 	}
-	if d.dynamic.node != nil {
-		for _, e := range d.dynamic.entries {
-			if !d.used[e.key] {
-				d.unused(d.dynamic.part(e), ": no variable has this config_key")
-			}
-		}
-	}
+	d.unusedSettings()
 	if len(p.Components) > 0 || len(d.errs) == 0 {
 		p.check(d.recheck)
 	}

@@ -38,12 +38,18 @@ const limiter = "circuit.components[0].flow_control.rate_limiter"
 // edit replaces text of base.
 func edit(t *testing.T, oldNew ...string) string {
 	t.Helper()
+	return editIn(t, base, oldNew...)
+}
+
+// editIn replaces text of a policy.
+func editIn(t *testing.T, text string, oldNew ...string) string {
+	t.Helper()
 	for i := 0; i < len(oldNew); i += 2 {
-		if !strings.Contains(base, oldNew[i]) {
-			t.Fatalf("base has no %q", oldNew[i])
+		if !strings.Contains(text, oldNew[i]) {
+			t.Fatalf("the policy has no %q", oldNew[i])
 		}
 	}
-	return strings.NewReplacer(oldNew...).Replace(base)
+	return strings.NewReplacer(oldNew...).Replace(text)
 }
 
 // resource is a policy resource around base.
@@ -99,6 +105,33 @@ func TestLoadTestdata(t *testing.T) {
 				TokensLabel: "slots", DeniedStatus: 429,
 			},
 		}},
+		{Name: "qs-basic", Components: []policy.Component{policy.QuotaScheduler{
+			ID: "root.0", Selectors: policy.At("qs-basic"), Capacity: 2, Fill: 2, Interval: time.Second,
+			Scheduler: policy.Scheduler{
+				PriorityLabel: "priority",
+				Default:       policy.WorkloadParameters{Priority: 10},
+				Workloads: []policy.Workload{
+					{
+						Name: "subscriber", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+						WorkloadParameters: policy.WorkloadParameters{Priority: 200},
+					},
+					{
+						Name: "impatient", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "impatient"}},
+						WorkloadParameters: policy.WorkloadParameters{Priority: 50, QueueTimeout: policy.NoQueue},
+					},
+				},
+			},
+		}}},
+		{Name: "cs-basic", Components: []policy.Component{policy.ConcurrencyScheduler{
+			ID: "root.0", Selectors: policy.At("cs-basic"), Max: 2, MaxInflight: time.Minute,
+			Scheduler: policy.Scheduler{PriorityLabel: "priority", TokensLabel: "tokens", WorkloadLabel: "workload"},
+		}}},
+		{Name: "sampler", Components: []policy.Component{policy.Sampler{
+			ID: "root.0", Selectors: policy.At("sampler"), AcceptPercentage: 50, SessionLabel: "user_id", PassThroughValues: []string{"vip"},
+		}}},
+		{Name: "ramp", Components: []policy.Component{policy.Sampler{
+			ID: "root.0", Selectors: policy.At("ramp"), AcceptPercentage: 100, SessionLabel: "user_id", RampMode: true,
+		}}},
 		{Name: "match", Components: []policy.Component{policy.RateLimiter{
 			ID: "root.0", Interval: time.Second,
 			Selectors: []policy.Selector{
@@ -392,8 +425,8 @@ func TestParseErrors(t *testing.T) {
 		},
 		{
 			"later kind",
-			[]string{"rate_limiter:", "quota_scheduler:"},
-			"limits.yaml:4:9: circuit.components[0].flow_control.quota_scheduler: quota_scheduler is not supported yet",
+			[]string{"rate_limiter:", "aiad_load_scheduler:"},
+			"limits.yaml:4:9: circuit.components[0].flow_control.aiad_load_scheduler: aiad_load_scheduler is not supported yet",
 		},
 		{
 			"unknown kind",
@@ -630,7 +663,7 @@ dynamicConfig:
 			ID: "root.0", Selectors: policy.At("a"), Max: 4, MaxInflight: time.Minute, LimitBy: "user", MaxIdle: time.Minute,
 			TokensLabel: "n", DeniedStatus: 503, PassThrough: true, DryRun: true,
 		}},
-		Warnings: []string{"x.yaml:19:10: dynamicConfig.start: not used: no variable has this config_key"},
+		Warnings: []string{"x.yaml:19:10: dynamicConfig.start: not used: nothing has this config key"},
 	}}
 	got, err := policy.Parse("x.yaml", []byte(data))
 	if diff := cmp.Diff(want, got); diff != "" || err != nil {
@@ -683,12 +716,12 @@ spec:
 		"x.yaml:3:21: metadata.namespace: not used",
 		"x.yaml:3:38: metadata.labels: not used",
 		"x.yaml:7:5: spec.resources.infra_meters: not used",
-		"x.yaml:8:37: spec.resources.flow_control.flux_meters: not used",
 		"x.yaml:10:5: spec.circuit.evaluation_interval: not used",
 		"x.yaml:12:18: spec.circuit.components[0].decider: not used",
 		"x.yaml:18:40: spec.circuit.components[1].flow_control.rate_limiter.parameters.lazy_sync: not used",
-		"x.yaml:15:44: spec.circuit.components[1].flow_control.rate_limiter.selectors[0].agent_group: not used",
 		"x.yaml:18:102: spec.circuit.components[1].flow_control.rate_limiter.parameters.label_key: not used: limit_by_label_key is set",
+		"x.yaml:15:44: spec.circuit.components[1].flow_control.rate_limiter.selectors[0].agent_group: not used",
+		"x.yaml:8:60: spec.resources.flow_control.flux_meters.latency: not used: no port of a load scheduler names it",
 	}
 	if diff := cmp.Diff(want, got[0].Warnings); diff != "" {
 		t.Errorf("Warnings (-want +got):\n%s", diff)
@@ -730,6 +763,35 @@ func TestHostile(t *testing.T) {
 	for c := 'b'; c <= 'z'; c++ {
 		bomb += fmt.Sprintf("%c: &%[1]c [%s]\n", c, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*%c, ", c-1), 9), ", "))
 	}
+	// schedulers is a policy of that many quota schedulers with the same workloads, each of which has a matcher.
+	schedulers := func(components, workloads int, regex string) string {
+		var b strings.Builder
+		b.WriteString("x-workloads: &w\n")
+		for i := range workloads {
+			fmt.Fprintf(&b, "- {name: w%d, label_matcher: {expression: {label_matches: {label: l, regex: '%s'}}}}\n", i, regex)
+		}
+		b.WriteString("circuit:\n  components:\n")
+		for range components {
+			b.WriteString("  - flow_control: {quota_scheduler: {scheduler: {workloads: *w}}}\n")
+		}
+		return b.String()
+	}
+	settings := "circuit:\n  components:\n"
+	for i := range 500 {
+		settings += fmt.Sprintf("  - bool_variable: {config_key: k%d, out_ports: {output: {signal_name: s%[1]d}}}\n", i)
+	}
+	settings = "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata: {name: x}\nspec:\n  " + strings.ReplaceAll(settings, "\n", "\n  ") + "\ndynamicConfig:\n"
+	for i := range 500 {
+		settings += fmt.Sprintf("  k%d: true\n", i)
+	}
+	meters := "resources:\n  flow_control:\n    flux_meters:\n"
+	for i := range 400 {
+		meters += fmt.Sprintf("      m%d: {selectors: []}\n", i)
+	}
+	meters += "circuit:\n  components:\n"
+	for i := range 400 {
+		meters += fmt.Sprintf("  - flow_control: {load_scheduler: {in_ports: {load_multiplier: {signal_name: m%d}}}}\n", i)
+	}
 	indented := ""
 	for i := range 100 {
 		indented += strings.Repeat(" ", i) + "a:\n"
@@ -737,6 +799,7 @@ func TestHostile(t *testing.T) {
 	for _, tt := range []struct{ name, data, want string }{
 		{"aliases of aliases", bomb, "aliases stand for more than 20000 values"},
 		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 100<<10) + "'\nb: [" + strings.Repeat("*a, ", 20) + "]", "aliases stand for more than 20000 values"},
+		{"aliases of workloads", schedulers(100, 50, "x"), "aliases stand for more than 20000 values"},
 		{"alias of itself", "a: &a [*a]", `unknown alias "a"`},
 		{"10 MB", strings.Repeat("a: b\n", 2<<20), "larger than 1 MiB; split it"},
 		{"flow sequences", strings.Repeat("[", 10_000), "nested more than 64 levels deep"},
@@ -770,6 +833,9 @@ func TestHostile(t *testing.T) {
 		{"long line", strings.Repeat("a ", size/2)},
 		{"aliases of long text", "x-a: &a '" + strings.Repeat("a|b", size/3) + "'\ncircuit: {components: [{flow_control: {rate_limiter: {selectors: [" +
 			strings.Repeat("{label_matcher: {expression: {label_matches: {label: l, regex: *a}}}}, ", 2) + "]}}}]}"},
+		{"aliases of workloads", schedulers(50, 40, strings.Repeat("(a|b)*", 40))},
+		{"settings", settings},
+		{"flux meters", meters},
 	} {
 		t.Run("within bounds: "+tt.name, func(t *testing.T) {
 			_, err := soon(t, func() ([]policy.Policy, error) { return policy.Parse("x.yaml", []byte(tt.data)) })
@@ -831,12 +897,14 @@ func TestLarge(t *testing.T) {
 }
 
 func TestTruncated(t *testing.T) {
-	for _, file := range []string{"testdata/match.yaml", "testdata/rl-global.yaml"} {
+	for _, file := range []string{
+		"testdata/match.yaml", "testdata/rl-global.yaml", "testdata/kinds.yaml",
+	} {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for n := range data {
+		for n := 0; n < len(data); n += 1 + len(data)/1000 {
 			_, err := policy.Parse(file, data[:n])
 			for _, err := range each(err) {
 				var e *policy.Error

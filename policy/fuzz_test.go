@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/headgate-go/headgate/engine"
@@ -24,6 +25,10 @@ func FuzzParse(f *testing.F) {
 	}
 	for _, seed := range []string{
 		"", "---\n...\n", "a: &x {b: [*x, *y]}\n<<: *x\n", "circuit: {components: [{flow_control: {sampler: {}}}]}",
+		"blueprint: load-ramping\npolicy: {load_ramp: {steps: [~, {}]}, drivers: {promql_drivers: [x]}}", "blueprint: [x]\npolicy: *y",
+		"blueprint: load-scheduling/average-latency\npolicy: {load_scheduling_core: 1, latency_baseliner: {flux_meter: []}}",
+		"resources: {flow_control: {flux_meters: {a: &a {selectors: [*a]}}}}\ncircuit: {components: [{flow_control: {load_scheduler: {in_ports: {load_multiplier: {signal_name: a}}}}}]}",
+		"circuit: {components: [{flow_control: {quota_scheduler: {scheduler: {workloads: [{name: '1'}, {name: default}, ~]}}}}, {query: {out_ports: {x: {signal_name: 1}}}}]}",
 		"a: |+\n\n b\n", "? a\n: b\n", "{a: b c: d, \"e\": [f\tg]}", "x-a: &a {k.l: 1}\n\"b\\n\": *a\n", "!!str a: !x\n", "%YAML 1.2\n---\n", "\xff\xfe", "{a, b: , [c]: d}", "- - -\n -", "a: 'b\n\n",
 	} {
 		f.Add([]byte(seed))
@@ -36,6 +41,11 @@ func FuzzParse(f *testing.F) {
 		for _, p := range policies {
 			if err := p.Validate(); err != nil {
 				t.Errorf("Parse gave an invalid policy: %v", err)
+			}
+			for _, warning := range p.Warnings {
+				if !strings.HasPrefix(warning, "fuzz.yaml:") || strings.Contains(warning, "\n") {
+					t.Errorf("warning %q, want one line that begins with a position", warning)
+				}
 			}
 		}
 		if len(policies) > 0 {
