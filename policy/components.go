@@ -60,6 +60,12 @@ func (d *decoder) inCircuit(v value, kind componentKind, id string) component {
 	return component{f, id, d.fields(f.get("in_ports"), kind.ports+" "+kind.options, ""), d.port}
 }
 
+// inValues takes a component as blueprint values have it.
+func (d *decoder) inValues(v value, kind componentKind, id string) component {
+	f := d.fields(v, kind.keys+" "+kind.ports+" dry_run", "alerter")
+	return component{f, id, f, d.number}
+}
+
 // amount reads an input port that must be connected.
 func (d *decoder) amount(c component, field, port string) float64 {
 	return c.port(d.need(d.fill(c.ports, field, port)))

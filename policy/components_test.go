@@ -11,7 +11,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// TestLoadKinds reads files with all kinds of components and all their keys.
+// TestLoadKinds reads files of all shapes, with all kinds of components and all their keys.
 func TestLoadKinds(t *testing.T) {
 	scheduler := policy.Scheduler{
 		Workloads: []policy.Workload{
@@ -24,6 +24,7 @@ func TestLoadKinds(t *testing.T) {
 		Default: policy.WorkloadParameters{Priority: 0.5}, Margin: 20 * time.Millisecond,
 		TokensLabel: "cost", PriorityLabel: "priority", WorkloadLabel: "job", FairnessLabel: "user", DeniedStatus: 429,
 	}
+	reads := []policy.Selector{{ControlPoint: "search", Labels: policy.LabelMatcher{Equal: map[string]string{"kind": "read"}}}}
 	people := policy.LabelMatcher{Require: []policy.Requirement{{Key: "plan", Operator: policy.NotIn, Values: []string{"internal"}}}}
 
 	for _, tt := range []struct {
@@ -107,6 +108,73 @@ func TestLoadKinds(t *testing.T) {
 			}},
 			Warnings: []string{"17:15: spec.circuit.components[0].flow_control.aimd_load_scheduler.parameters.alerter: not used"},
 		}}},
+		{"llm-quota.yaml", []policy.Policy{{
+			Name: "llm-quota",
+			Components: []policy.Component{policy.QuotaScheduler{
+				ID: "root.0", Selectors: policy.At("llm-call"), Capacity: 60, Fill: 30, Interval: time.Minute, LimitBy: "api_key",
+				Scheduler: policy.Scheduler{TokensLabel: "est_tokens", WorkloadLabel: "job"},
+			}},
+		}}},
+		{"export-slots.yaml", []policy.Policy{{
+			Name: "export-slots",
+			Components: []policy.Component{policy.ConcurrencyLimiter{
+				ID: "root.0", Selectors: policy.At("export"), Max: 5, MaxInflight: 2 * time.Minute, LimitBy: "tenant",
+				TokensLabel: "slots", DeniedStatus: 429,
+			}},
+		}}},
+		{"new-ui.yaml", []policy.Policy{{
+			Name: "new-ui",
+			Components: []policy.Component{policy.LoadRamp{
+				ID: "root.0", Selectors: policy.At("new-ui"), Start: true, SessionLabel: "user",
+				Steps: []policy.RampStep{{Target: 1}, {Target: 100, Duration: 5 * time.Minute}, {Target: 100, Duration: time.Second}},
+			}},
+		}}},
+		{"new-search.yaml", []policy.Policy{{
+			Name: "new-search",
+			Components: []policy.Component{policy.LoadRamp{
+				ID: "root.0", Selectors: policy.At("new-search"), Start: true, SessionLabel: "user",
+				Steps:             []policy.RampStep{{Target: 50, Duration: time.Minute}},
+				PassThroughValues: []string{"alice"}, DeniedStatus: 404, DryRun: true,
+			}},
+			Warnings: []string{"6:3: policy.evaluation_interval: not used"},
+		}}},
+		{"slow-search.yaml", []policy.Policy{{
+			Name: "slow-search",
+			Components: []policy.Component{
+				policy.AIMDLoadScheduler{
+					ID: "root.0", Selectors: []policy.Selector{{ControlPoint: "search", Service: "shop"}},
+					Signal:   policy.MeanLatency{Selectors: reads, Over: 30 * time.Second},
+					Setpoint: policy.MeanLatency{Selectors: reads, Over: time.Hour, Times: 1.5},
+					Gradient: policy.Gradient{Slope: -0.5}, MaxLoadMultiplier: 3, LinearIncrement: 0.05, WorkloadLatencyTokens: true,
+					Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: time.Second}}, DryRun: true,
+				},
+				policy.RateLimiter{ID: "root.2", Selectors: policy.At("search"), Capacity: 20, Fill: 10, Interval: time.Second},
+			},
+			Warnings: []string{
+				"20:7: policy.load_scheduling_core.aimd_load_scheduler.alerter: not used",
+				"35:5: policy.latency_baseliner.long_term_query_periodic_interval: not used",
+				"31:7: policy.latency_baseliner.flux_meter.static_buckets: not used",
+			},
+		}}},
+		{"shop.yaml", []policy.Policy{
+			{Name: "shop-rate", Components: []policy.Component{policy.RateLimiter{
+				ID: "root.0", Selectors: []policy.Selector{{ControlPoint: "search", Labels: people}}, Capacity: 40, Fill: 20,
+				Interval: time.Second, LimitBy: "tenant", DelayInitialFill: true, TokensLabel: "cost", DeniedStatus: 503, DryRun: true,
+			}}},
+			{
+				Name: "shop-slots",
+				Components: []policy.Component{policy.ConcurrencyScheduler{
+					ID: "root.0", Selectors: policy.At("search"), Max: 64, MaxInflight: 30 * time.Second,
+					Scheduler: policy.Scheduler{FairnessLabel: "tenant"},
+				}},
+				Warnings: []string{"22:5: policy.concurrency_scheduler.alerter: not used"},
+			},
+			{Name: "shop-load", Components: []policy.Component{policy.AIMDLoadScheduler{
+				ID: "root.0", Selectors: policy.At("search"),
+				Signal:   policy.MeanLatency{Selectors: policy.At("search"), Over: 30 * time.Second},
+				Setpoint: policy.MeanLatency{Selectors: policy.At("search"), Over: 30 * time.Minute, Times: 1.25},
+			}}},
+		}},
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			file := "testdata/" + tt.file

@@ -37,9 +37,12 @@ func Load(paths ...string) ([]Policy, error) {
 
 // Parse reads the policies of a file's content; name stands for the file in errors and warnings.
 //
-// A document is a policy in Aperture's format, in one of two shapes: the resource, with apiVersion
-// fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; or the plain policy, with
-// circuit at the top, which is named like the file without directory and extension. Empty documents are skipped.
+// A document is a policy in Aperture's format, in one of three shapes: the resource, with apiVersion
+// fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; the plain policy, with
+// circuit at the top, which is named like the file without directory and extension; or blueprint values, with blueprint
+// and policy at the top and the policy's name in policy_name, for the blueprints rate-limiting, quota-scheduling,
+// concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
+// blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
 // Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, and for those at
 // the top of a document that begin with "x-": they are a place for anchors, and otherwise ignored. Keys that it has and
@@ -150,8 +153,7 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 		d.errorf(top, "want a policy, have %s", doc.kind)
 		return p
 	case has(doc, "blueprint"):
-		d.errorf(top, "blueprint values are not supported; write the policy that they generate")
-		return p
+		d.values(top, &p)
 	case has(doc, "apiVersion", "kind", "metadata", "spec"):
 		f := d.fields(top, "apiVersion kind metadata spec dynamicConfig", "status")
 		d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")

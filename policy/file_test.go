@@ -58,6 +58,17 @@ func resource(name string) string {
 		name, strings.ReplaceAll(base, "\n", "\n  "))
 }
 
+// values is a policy as the values of a blueprint.
+const values = `blueprint: rate-limiting/base
+policy:
+  policy_name: per-tenant
+  rate_limiter:
+    bucket_capacity: 10
+    fill_amount: 5
+    selectors: [{control_point: checkout}]
+    parameters: {interval: 1s, limit_by_label_key: tenant}
+`
+
 func write(t *testing.T, dir string, files map[string]string) {
 	t.Helper()
 	for name, content := range files {
@@ -238,9 +249,11 @@ func TestParseShapes(t *testing.T) {
 		{"nothing", "", "dir/limits.yaml:1:1: holds no policy"},
 		{"empty documents", "---\n# none\n---\n~\n", "dir/limits.yaml:1:1: holds no policy"},
 		{"scalar", "hello", "dir/limits.yaml:1:1: want a policy, have a string"},
+		{"blueprint values", values, "per-tenant"},
+		{"documents of all shapes", values + "---\n" + resource("x") + "\n---\n" + base, "per-tenant x limits"},
 		{
-			"blueprint values", "blueprint: rate-limiting/base\npolicy: {}\n",
-			"dir/limits.yaml:1:1: blueprint values are not supported; write the policy that they generate",
+			"blueprint values of one name", values + "---\n" + values,
+			`dir/limits.yaml:12:16: policy.policy_name: policy "per-tenant" is at dir/limits.yaml:3:16 already`,
 		},
 		{
 			"other kind", "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\nspec: {resources: {}}\n",
@@ -898,7 +911,7 @@ func TestLarge(t *testing.T) {
 
 func TestTruncated(t *testing.T) {
 	for _, file := range []string{
-		"testdata/match.yaml", "testdata/rl-global.yaml", "testdata/kinds.yaml",
+		"testdata/match.yaml", "testdata/rl-global.yaml", "testdata/kinds.yaml", "testdata/shop.yaml", "testdata/slow-search.yaml",
 	} {
 		data, err := os.ReadFile(file)
 		if err != nil {
