@@ -10,8 +10,11 @@ import (
 // A blueprint makes a policy of the values in a file.
 type blueprint struct {
 	keys, unused string // of the policy, beside those that every blueprint has
-	read         func(d *decoder, policy value, id string) Component
+	read         func(d *decoder, policy value) Component
 }
+
+// blueprintID is that of the component which a blueprint makes. Those that values add come after it.
+const blueprintID = "root.0"
 
 // blueprints are those that can run: each makes one component that decides about flows.
 var blueprints = map[string]blueprint{ //nolint:gochecknoglobals // a table, never written to
@@ -45,20 +48,20 @@ func (d *decoder) values(top value, p *Policy) {
 	d.resources(policy.get("resources"))
 	first := policy
 	first.field = "components[0]"
-	p.Components = d.circuit(policy.get("components"), []Component{b.read(d, first, "root.0")})
+	p.Components = d.circuit(policy.get("components"), []Component{b.read(d, first)})
 	d.unusedMeters()
 }
 
 // block returns the reader of a blueprint whose values are one component, under the name of its kind.
-func block(name string) func(d *decoder, policy value, id string) Component {
-	return func(d *decoder, policy value, id string) Component {
+func block(name string) func(d *decoder, policy value) Component {
+	return func(d *decoder, policy value) Component {
 		v := d.need(policy.get(name))
 		d.sources[v.field] = v
-		return kinds[name].read(d, d.inValues(v, kinds[name], id))
+		return kinds[name].read(d, d.inValues(v, kinds[name]))
 	}
 }
 
-func (d *decoder) loadRamping(policy value, id string) Component {
+func (d *decoder) loadRamping(policy value) Component {
 	drivers := d.fields(policy.get("drivers"), "average_latency_drivers percentile_latency_drivers promql_drivers", "")
 	for _, key := range []string{"average_latency_drivers", "percentile_latency_drivers", "promql_drivers"} {
 		d.refuse(drivers.get(key), sequence, "drivers of load ramps")
@@ -69,7 +72,7 @@ func (d *decoder) loadRamping(policy value, id string) Component {
 	d.sources[v.field] = v
 	f := d.fields(v, "sampler steps dry_run", "")
 	r := d.ramp(f)
-	r.ID = id
+	r.ID = blueprintID
 	r.Start = d.boolean(d.setting("start", policy.get("start")), false)
 	if d.boolean(d.setting("reset", value{}), false) {
 		r.Start = false
@@ -79,14 +82,14 @@ func (d *decoder) loadRamping(policy value, id string) Component {
 	return r
 }
 
-func (d *decoder) averageLatency(policy value, id string) Component {
+func (d *decoder) averageLatency(policy value) Component {
 	v := d.need(policy.get("load_scheduling_core"))
 	d.sources[v.field] = v
 	core := d.fields(v, "aimd_load_scheduler overload_confirmations kubelet_overload_confirmations dry_run", "")
 	d.refuse(core.get("overload_confirmations"), sequence, "overload confirmations")
 	d.refuse(core.get("kubelet_overload_confirmations"), mapping, "overload confirmations")
 	s := d.aimd(d.need(core.get("aimd_load_scheduler")))
-	s.ID = id
+	s.ID = blueprintID
 	s.DryRun = d.boolean(d.setting("dry_run", core.get("dry_run")), false)
 
 	// The signal is the mean of the last 30 seconds, and the setpoint a multiple of a long-term mean.

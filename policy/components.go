@@ -61,9 +61,9 @@ func (d *decoder) inCircuit(v value, kind componentKind, id string) component {
 }
 
 // inValues takes a component as blueprint values have it.
-func (d *decoder) inValues(v value, kind componentKind, id string) component {
+func (d *decoder) inValues(v value, kind componentKind) component {
 	f := d.fields(v, kind.keys+" "+kind.ports+" dry_run", "alerter")
-	return component{f, id, f, d.number}
+	return component{f, blueprintID, f, d.number}
 }
 
 // amount reads an input port that must be connected.

@@ -25,7 +25,7 @@ type decoder struct {
 	errs     []*Error
 	warnings []string
 	failed   map[string]bool    // what errs are about, by path
-	warned   map[string]bool    // what warnings are about, by path
+	warned   map[string]bool    // what is in warnings
 	sources  map[string]value   // what fills each Go field
 	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
@@ -64,12 +64,11 @@ func (d *decoder) errorf(v value, format string, args ...any) {
 
 // unused notes, once, that the file says something that is of no use here.
 func (d *decoder) unused(v value, why string) {
-	if d.warned[v.path] {
-		return
-	}
-	d.warned[v.path] = true
 	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: "not used" + why}
-	d.warnings = append(d.warnings, e.Error())
+	if warning := e.Error(); !d.warned[warning] {
+		d.warned[warning] = true
+		d.warnings = append(d.warnings, warning)
+	}
 }
 
 // missing returns the value of a key that a mapping v lacks.

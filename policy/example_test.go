@@ -74,6 +74,32 @@ func ExamplePolicy_Validate() {
 	// Output: policy "per-user": components[0].Interval: must be positive, is 0s
 }
 
+// The values of a blueprint are a policy.
+func ExampleParse_blueprint() {
+	policies, err := policy.Parse("ramp.yaml", []byte(`blueprint: load-ramping/base
+policy:
+  policy_name: new-ui
+  start: true
+  load_ramp:
+    sampler: {selectors: [{control_point: new-ui}], session_label_key: user}
+    steps:
+      - {target_accept_percentage: 1, duration: 10m}
+      - {target_accept_percentage: 100, duration: 1h}
+`))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	if ramp, ok := policies[0].Components[0].(policy.LoadRamp); ok {
+		for _, step := range ramp.Steps {
+			fmt.Printf("%s: %g%% in %s\n", policies[0].Name, step.Target, step.Duration)
+		}
+	}
+	// Output:
+	// new-ui: 1% in 10m0s
+	// new-ui: 100% in 1h0m0s
+}
+
 func ExampleParse() {
 	_, err := policy.Parse("limits.yaml", []byte(`circuit:
   components:

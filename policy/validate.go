@@ -49,7 +49,7 @@ func (p Policy) check(wrong report) {
 			continue
 		default:
 			// Pointers have the methods of what they point to, and structs those of what they embed.
-			wrong("", "is a %T; want one of this package's components, not a pointer to it", c)
+			wrong("", "is a %T; want one of this package's components itself", c)
 			continue
 		}
 		id := c.id()

@@ -39,11 +39,11 @@ func TestValidate(t *testing.T) {
 		{"keeps idle keys", rate(func(l *policy.RateLimiter) { l.MaxIdle = policy.KeepIdle }), ""},
 		{"empty parts", expression(policy.Any{policy.All{}, policy.LabelEquals{Label: "l"}}), ""},
 		{"nil", nil, ": is nil"},
-		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want one of this package's components, not a pointer to it"},
+		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want one of this package's components itself"},
 		{
 			"embedded",
 			struct{ policy.ConcurrencyLimiter }{},
-			": is a struct { policy.ConcurrencyLimiter }; want one of this package's components, not a pointer to it",
+			": is a struct { policy.ConcurrencyLimiter }; want one of this package's components itself",
 		},
 		{"zero rate limiter", policy.RateLimiter{}, ".Selectors: needs at least one selector\n.Interval: must be positive, is 0s"},
 		{

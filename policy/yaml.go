@@ -21,7 +21,8 @@ const (
 	maxBlank  = 200     // line breaks in a row
 	maxTabs   = 64      // tabs in a line
 	maxLess   = 64      // "<" in a row
-	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded, long text counting for several
+	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded
+	textValue = 128     // bytes of text that count for another of these values, where an alias stands for it
 	maxDepth  = 64      // mappings and sequences in each other
 	maxKey    = 256     // bytes of a key
 )
@@ -328,7 +329,7 @@ func (c *converter) node(in ast.Node) *node {
 	default:
 		c.failf(pos, "%s is not supported here", in.Type())
 	}
-	n.size += len(n.text) / maxKey // for what an alias multiplies is work too: a regular expression to compile
+	n.size += len(n.text) / textValue // for what an alias multiplies is work too: a regular expression to compile
 	c.left--
 	return n
 }
