@@ -65,20 +65,46 @@ func (r *bucketRule) take(b *bucket, now int64, want float64) (ok bool, wait int
 	if want > r.capacity || r.fill == 0 {
 		return false, 0
 	}
-	missing := r.timeToFill(-left)
-	if now <= b.start {
-		return false, b.start - now + missing
+	return false, max(r.until(b, now, want), 1)
+}
+
+// until is how long it takes until so many tokens have come, those that are there counted. The bucket is up to now.
+func (r *bucketRule) until(b *bucket, now int64, tokens float64) int64 {
+	missing := tokens - b.tokens
+	if missing <= slack {
+		return 0
 	}
-	return false, max(missing-(now-b.last), 1)
+	wait := b.last - now + r.timeToFill(missing)
+	if now <= b.start {
+		wait = max(wait, b.start-now+1)
+	}
+	return wait
+}
+
+func (r *bucketRule) draw(b *bucket, now int64, tokens float64) draw {
+	ok, wait := r.take(b, now, tokens)
+	return draw{ok: ok, left: b.tokens, wait: wait}
 }
 
 // giveBack undoes a take.
-func (r *bucketRule) giveBack(b *bucket, tokens float64) {
+func (r *bucketRule) giveBack(b *bucket, _ int64, tokens float64, _ uint64) bool {
 	b.tokens = min(b.tokens+tokens, r.capacity)
+	return true
 }
 
-// full says whether the bucket is just like a fresh one, so that nobody can tell when it is forgotten.
-func (r *bucketRule) full(b *bucket, now int64) bool {
+func (r *bucketRule) free(b *bucket) float64 { return b.tokens }
+
+func (r *bucketRule) forecast(b *bucket, now int64, ahead, tokens float64) (least, likely int64) {
+	r.refill(b, now)
+	if tokens > r.capacity || r.fill == 0 {
+		return never, never
+	}
+	wait := max(r.until(b, now, ahead+tokens), 0)
+	return wait, max(wait, 1)
+}
+
+// idle says whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.
+func (r *bucketRule) idle(b *bucket, now int64) bool {
 	r.refill(b, now)
 	return b.tokens >= r.capacity
 }
@@ -94,8 +120,8 @@ func (r *bucketRule) timeToFill(tokens float64) int64 {
 	return clampNanos(math.Ceil(fills * r.interval))
 }
 
-// clampNanos keeps sums of two such times within an int64: buckets that take decades to fill are as good as stopped.
-func clampNanos(ns float64) int64 {
-	const century = 100 * 365 * 24 * 3600 * 1e9
-	return int64(min(ns, century))
-}
+// century is the longest time there is, in nanoseconds: the sum of two is within an int64, and buckets that take
+// decades to fill are as good as stopped.
+const century = 100 * 365 * 24 * 3600 * 1_000_000_000
+
+func clampNanos(ns float64) int64 { return int64(min(ns, century)) }

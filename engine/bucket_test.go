@@ -2,8 +2,11 @@ package engine
 
 import (
 	"math"
+	"math/big"
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
 )
 
 func seconds(s float64) int64 { return int64(s * 1e9) }
@@ -35,7 +38,8 @@ func TestBucketWait(t *testing.T) {
 		{name: "step, two fills", step: true, at: 0.5, want: 6, wait: 1.5},
 		{name: "delayed", delay: true, at: 0, want: 1, wait: 2.2},
 		{name: "delayed, in time", delay: true, at: 2.2, want: 1, ok: true},
-		{name: "delayed step", step: true, delay: true, at: 0, want: 1, wait: 3},
+		{name: "delayed step", step: true, delay: true, at: 0, want: 5, wait: 2},
+		{name: "delayed step, two fills", step: true, delay: true, at: 0, want: 6, wait: 3},
 		{name: "more than it holds", at: 0, want: 11, wait: 0},
 		{name: "nothing", at: 0, want: 0, ok: true},
 	} {
@@ -100,11 +104,11 @@ func TestBucketClockStepsBack(t *testing.T) {
 
 func TestBucketGiveBack(t *testing.T) {
 	r, b := drained(false, false)
-	r.giveBack(b, 4)
+	r.giveBack(b, 0, 4, 0)
 	if b.tokens != 4 {
 		t.Errorf("tokens = %v want 4", b.tokens)
 	}
-	r.giveBack(b, 100)
+	r.giveBack(b, 0, 100, 0)
 	if b.tokens != r.capacity {
 		t.Errorf("tokens = %v want no more than the capacity", b.tokens)
 	}
@@ -128,4 +132,112 @@ func TestBucketExtremes(t *testing.T) {
 			}
 		}
 	}
+}
+
+// exactBucket is a bucket in exact arithmetic, which counts fills one by one.
+type exactBucket struct {
+	rule        *bucketRule
+	tokens      *big.Rat
+	last, start int64
+}
+
+func rat(x float64) *big.Rat { return new(big.Rat).SetFloat64(x) }
+
+func newExactBucket(r *bucketRule) *exactBucket {
+	return &exactBucket{rule: r, tokens: rat(r.capacity), start: math.MinInt64}
+}
+
+func (b *exactBucket) clone() *exactBucket {
+	c := *b
+	c.tokens = new(big.Rat).Set(b.tokens)
+	return &c
+}
+
+// at is what it holds then, less the tokens.
+func (b *exactBucket) at(now int64, want float64) float64 {
+	b.fill(now)
+	left, _ := new(big.Rat).Sub(b.tokens, rat(want)).Float64()
+	return left
+}
+
+func (b *exactBucket) fill(now int64) {
+	interval := int64(b.rule.interval)
+	if now > b.start {
+		for b.rule.step && b.last+interval <= now {
+			b.add(rat(b.rule.fill))
+			b.last += interval
+		}
+		if !b.rule.step && b.last < now {
+			b.add(new(big.Rat).Mul(rat(b.rule.fill), big.NewRat(now-b.last, interval)))
+			b.last = now
+		}
+	}
+	if b.rule.delay && b.tokens.Cmp(rat(b.rule.capacity)) == 0 {
+		fills := math.Ceil(b.rule.capacity / b.rule.fill * float64(interval))
+		if b.rule.step {
+			fills = math.Ceil(b.rule.capacity/b.rule.fill) * float64(interval)
+		}
+		b.start = now + int64(fills)
+		b.last = b.start
+		if b.rule.step {
+			b.last -= interval
+		}
+	}
+}
+
+func (b *exactBucket) add(tokens *big.Rat) {
+	b.tokens.Add(b.tokens, tokens)
+	if capacity := rat(b.rule.capacity); b.tokens.Cmp(capacity) > 0 {
+		b.tokens = capacity
+	}
+}
+
+// The bucket decides, and tells waits, as one in exact arithmetic.
+func TestBucketModel(t *testing.T) {
+	const close = 1e-6 // tokens, where rounding may decide
+	rapid.Check(t, func(t *rapid.T) {
+		r := &bucketRule{
+			capacity: float64(rapid.IntRange(1, 50).Draw(t, "capacity")),
+			fill:     float64(rapid.IntRange(1, 50).Draw(t, "fill")),
+			interval: float64(rapid.SampledFrom([]time.Duration{time.Millisecond, time.Second, 7 * time.Second}).Draw(t, "interval")),
+			step:     rapid.Bool().Draw(t, "step"),
+			delay:    rapid.Bool().Draw(t, "delay"),
+		}
+		b, exact := new(bucket), newExactBucket(r)
+		r.fresh(b, 0)
+		var now int64
+		t.Repeat(map[string]func(*rapid.T){
+			"later": func(t *rapid.T) {
+				now += int64(r.interval * rapid.Float64Range(0, 20).Draw(t, "intervals"))
+			},
+			"take": func(t *rapid.T) {
+				want := float64(rapid.IntRange(0, int(2*r.capacity)).Draw(t, "tokens")) / 2
+				ok, wait := r.take(b, now, want)
+				left := exact.at(now, want)
+				if ok != (left >= 0) && math.Abs(left) > close {
+					t.Fatalf("take(%v) = %v with %v left", want, ok, left)
+				}
+				if ok {
+					exact.tokens.Sub(exact.tokens, rat(want))
+					return
+				}
+				if early := exact.clone().at(now+wait-2, want); early > close {
+					t.Fatalf("take(%v) waits %v, too long: %v are left before", want, time.Duration(wait), early)
+				}
+				if then := exact.clone().at(now+wait, want); then < -close {
+					t.Fatalf("take(%v) waits %v, and then %v are missing", want, time.Duration(wait), -then)
+				}
+			},
+			"give back": func(t *rapid.T) {
+				tokens := float64(rapid.IntRange(0, int(r.capacity)).Draw(t, "tokens"))
+				r.giveBack(b, now, tokens, 0)
+				exact.add(rat(tokens))
+			},
+			"": func(t *rapid.T) {
+				if got, _ := exact.tokens.Float64(); b.tokens < 0 || b.tokens > r.capacity || b.last == exact.last && math.Abs(got-b.tokens) > close {
+					t.Fatalf("%v tokens want %v", b.tokens, got)
+				}
+			},
+		})
+	})
 }

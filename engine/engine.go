@@ -50,17 +50,17 @@ type Engine struct {
 	cacheBytes   int64
 	logger       *slog.Logger
 
-	epoch    time.Time
-	points   map[string][]member // by control point
-	limiters []limiter
-	holders  map[identity]holder
-	warnings []string
+	epoch      time.Time
+	points     map[string]*point
+	components []component
+	holders    map[identity]component // those whose flows hold slots, which others may end
+	warnings   []string
 
 	results *cache
 	globals *cache
 
 	closed  atomic.Bool
-	full    chan struct{} // a limiter has no room for a key
+	full    chan struct{} // a component has no room for a key
 	done    chan struct{}
 	sweeper sync.WaitGroup
 }
@@ -69,28 +69,6 @@ var _ seam.Agent = (*Engine)(nil)
 
 // identity is how a component is named over the wire.
 type identity struct{ policy, hash, id string }
-
-// A holder is a limiter whose slots others may end.
-type holder struct {
-	slotHolder
-	labelKey string
-}
-
-// A member is a component in its place at one control point.
-type member struct {
-	limiter   limiter
-	component *seam.Component
-	selectors []selector
-}
-
-func (m *member) selects(labels *seam.Labels) bool {
-	for i := range m.selectors {
-		if m.selectors[i].selects(labels) {
-			return true
-		}
-	}
-	return false
-}
 
 // New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
 // keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
@@ -101,8 +79,8 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		cacheBytes:   DefaultCacheBytes,
 		logger:       slog.New(slog.DiscardHandler),
 		epoch:        time.Now(),
-		points:       make(map[string][]member),
-		holders:      make(map[identity]holder),
+		points:       make(map[string]*point),
+		holders:      make(map[identity]component),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
 	}
@@ -125,7 +103,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	}
 	e.results = newCache(e.cacheEntries, e.cacheBytes)
 	e.globals = newCache(e.cacheEntries, e.cacheBytes)
-	if len(e.limiters) > 0 {
+	if len(e.components) > 0 {
 		e.sweeper.Go(e.sweep)
 	}
 	return e, nil
@@ -164,125 +142,53 @@ func (e *Engine) add(p policy.Policy) error {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, p.Components))
 	hash := hex.EncodeToString(sum[:16])
 	for i, c := range p.Components {
-		id := fmt.Sprintf("root.%d", i)
-		l, selectors := e.build(c, seam.Component{Policy: p.Name, Hash: hash, ID: id})
-		if l == nil {
-			return fmt.Errorf("policy %q: components[%d]: the engine cannot run a %T", p.Name, i, c)
+		built, selectors, err := e.build(c, seam.Component{Policy: p.Name, Hash: hash, ID: fmt.Sprintf("root.%d", i)})
+		if err == nil {
+			err = e.place(built, selectors)
 		}
-		e.limiters = append(e.limiters, l)
-		if h, ok := l.(slotHolder); ok {
-			c := l.identity()
-			e.holders[identity{c.Policy, c.Hash, c.ID}] = holder{h, c.LabelKey}
-		}
-		if err := e.place(l, selectors); err != nil {
+		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
+		}
+		e.components = append(e.components, built)
+		switch id := built.identity(); id.Kind {
+		case seam.KindConcurrencyLimiter:
+			e.holders[identity{id.Policy, id.Hash, id.ID}] = built
 		}
 	}
 	return nil
 }
 
-// build makes the limiter for a component, whose own ID goes before its place in the policy.
-func (e *Engine) build(c policy.Component, id seam.Component) (limiter, []policy.Selector) {
+// build sets a component up, whose own ID goes before its place in the policy.
+func (e *Engine) build(c policy.Component, id seam.Component) (component, []policy.Selector, error) {
 	switch c := c.(type) {
 	case policy.RateLimiter:
 		id.Kind, id.ID = seam.KindRateLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
-		return newRateLimiter(e, c, id), c.Selectors
+		return newRateLimiter(e, c, id), c.Selectors, nil
 	case policy.ConcurrencyLimiter:
 		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
-		return newConcurrencyLimiter(e, c, id), c.Selectors
+		return newConcurrencyLimiter(e, c, id), c.Selectors, nil
 	default:
-		return nil, nil
+		return nil, nil, fmt.Errorf("the engine cannot run a %T", c)
 	}
 }
 
-// place registers the limiter at each of its control points, once.
-func (e *Engine) place(l limiter, selectors []policy.Selector) error {
+// place registers the component at each of its control points, once.
+func (e *Engine) place(c component, selectors []policy.Selector) error {
 	for _, s := range selectors {
 		compiled, err := compileSelector(s)
 		if err != nil {
 			return err
 		}
-		members := e.points[s.ControlPoint]
-		if n := len(members); n == 0 || members[n-1].limiter != l {
-			members = append(members, member{limiter: l, component: l.identity()})
+		p := e.points[s.ControlPoint]
+		if p == nil {
+			p = new(point)
+			e.points[s.ControlPoint] = p
 		}
-		last := &members[len(members)-1]
-		last.selectors = append(last.selectors, compiled)
-		e.points[s.ControlPoint] = members
+		p.add(c, compiled)
 	}
 	return nil
-}
-
-// Check decides about a flow. Clients of package flowctl call it.
-func (e *Engine) Check(_ context.Context, req *seam.Request, v *seam.Verdict) error {
-	if e.closed.Load() {
-		return seam.ErrClosed
-	}
-	now := e.now()
-	v.Start = e.epoch.UnixNano() + now
-	if req.RampMode {
-		// No component is a ramp, so none accepts.
-		v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
-		return nil
-	}
-	if !e.limit(req, now, v) {
-		return nil
-	}
-	if req.Lookup != nil {
-		e.lookup(req, v)
-	}
-	return nil
-}
-
-// limit asks the limiters, all of them: a client is told about each. It reports whether the flow passed.
-func (e *Engine) limit(req *seam.Request, now int64, v *seam.Verdict) bool {
-	members := e.points[req.ControlPoint]
-	dropped := false
-	for i := range members {
-		m := &members[i]
-		if !m.selects(&req.Labels) {
-			continue
-		}
-		d := v.Add(m.component)
-		if req.Late {
-			m.limiter.refuse(req, d)
-		} else {
-			m.limiter.decide(req, now, d)
-		}
-		dropped = dropped || d.Dropped
-	}
-	if dropped {
-		reject(v, now, seam.ReasonRateLimited)
-	}
-	return !dropped
-}
-
-// reject turns the verdict into a rejection by the decisions that dropped the flow, and refunds the others.
-func reject(v *seam.Verdict, now int64, reason seam.Reason) {
-	v.Rejected, v.Reason = true, reason
-	var by *seam.LimiterDecision
-	hopeless := false
-	for i := range v.Len() {
-		d := v.At(i)
-		switch {
-		case !d.Dropped:
-			if l, ok := d.Component.Limiter.(limiter); ok {
-				l.revert(now, d)
-			}
-			continue
-		case d.Wait == never:
-			d.Wait, hopeless = 0, true
-		}
-		if by == nil || d.Wait > by.Wait {
-			by = d
-		}
-	}
-	v.By, v.Status = by.Component, int16(by.Component.DeniedStatus)
-	if !hopeless {
-		v.RetryAfter = by.Wait
-	}
 }
 
 // lookup fills the cache part of the verdict.
@@ -310,12 +216,12 @@ func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool
 		if d.Slot == 0 {
 			continue
 		}
-		holder, ok := d.Component.Limiter.(slotHolder)
+		c, ok := d.Component.Limiter.(component)
 		if !ok {
 			continue
 		}
 		r.Held++
-		if holder.giveBack(e.now(), d) {
+		if c.giveBack(e.now(), d) {
 			r.Returned++
 		}
 	}
@@ -330,9 +236,9 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 		return false, false
 	}
 	d := seam.LimiterDecision{Scope: seam.ScopeDefault, Slot: slot}
-	if h.labelKey != "" {
+	if key := h.identity().LabelKey; key != "" {
 		d.Scope = seam.ScopeLabel
-		if d.Label, ok = strings.CutPrefix(label, h.labelKey+":"); !ok {
+		if d.Label, ok = strings.CutPrefix(label, key+":"); !ok {
 			return true, false
 		}
 	}
@@ -395,14 +301,14 @@ const sweepEvery = time.Minute
 func (e *Engine) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
-	reported := make([]uint64, len(e.limiters))
+	reported := make([]uint64, len(e.components))
 	for {
 		select {
 		case <-e.done:
 			return
 		case <-e.full:
-			for _, l := range e.limiters {
-				l.sweep(e.now())
+			for _, c := range e.components {
+				c.sweep(e.now())
 			}
 			pause := time.NewTimer(time.Duration(fullSweepEvery))
 			select {
@@ -412,11 +318,11 @@ func (e *Engine) sweep() {
 			case <-pause.C:
 			}
 		case <-tick.C:
-			for i, l := range e.limiters {
-				l.sweep(e.now())
-				if n := l.overflow(); n > reported[i] {
+			for i, c := range e.components {
+				c.sweep(e.now())
+				if n := c.overflow(); n > reported[i] {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
-						"policy", l.identity().Policy, "component", l.identity().ID, "decisions", n-reported[i])
+						"policy", c.identity().Policy, "component", c.identity().ID, "decisions", n-reported[i])
 					reported[i] = n
 				}
 			}

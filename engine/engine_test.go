@@ -33,9 +33,9 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 				defer func() { _ = e.Close() }()
 				e.results.close() // their clocks tick every second, and this is not about them
 				e.globals.close()
-				limiter, ok := e.limiters[0].(*rateLimiter)
+				limiter, ok := e.components[0].(*limiter[bucket])
 				if !ok {
-					t.Fatalf("limiter is a %T", e.limiters[0])
+					t.Fatalf("component is a %T", e.components[0])
 				}
 				for i := range 20 {
 					cost := "1"

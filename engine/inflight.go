@@ -2,6 +2,12 @@ package engine
 
 import "math/rand/v2"
 
+// slotRule is what the slots of one concurrency limiter or scheduler have in common.
+type slotRule struct {
+	limit       float64
+	maxInflight int64 // nanoseconds until a slot is taken back
+}
+
 // inflight is what one key of a concurrency limiter has in flight: the slots in order of admission, which is the order
 // in which they expire too. They live in one slice and link by index, so that taking and giving back allocate nothing
 // once the slice has grown to the limit.
@@ -12,33 +18,92 @@ type inflight struct {
 	free   int32 // first of the unused slots
 	oldest int32
 	newest int32
+
+	// hold is how long slots have been held lately, in nanoseconds: a moving average over returns of them.
+	hold    float64
+	returns int32
 }
 
 type slot struct {
-	id      uint64 // 0: unused
-	tokens  float64
-	expires int64
-	prev    int32
-	next    int32
+	id     uint64 // 0: unused
+	tokens float64
+	since  int64
+	prev   int32
+	next   int32
 }
 
 // none ends a list of slots.
 const none int32 = -1
 
-func freshInflight(f *inflight) {
-	*f = inflight{free: none, oldest: none, newest: none}
-}
-
 // maxCost bounds what one flow counts for. More would swallow the others in the sum, which is a float, and leave the
 // limit open when it goes; the label that says it may come from a peer.
 const maxCost = 1e9
 
-// take admits a flow while any part of a slot is free; then id is what give needs to take it back.
-func (f *inflight) take(limit, tokens float64, now, expires int64) (id uint64, ok bool) {
-	f.reclaim(now)
-	if f.used >= limit {
-		return 0, false
+// maxReturns is how many returns the average of hold times is taken over.
+const maxReturns = 16
+
+func (r *slotRule) fresh(f *inflight, _ int64) {
+	*f = inflight{free: none, oldest: none, newest: none}
+}
+
+func (r *slotRule) idle(f *inflight, now int64) bool {
+	r.reclaim(f, now)
+	return f.count == 0
+}
+
+// draw admits a flow while any part of a slot is free; then its slot is what giveBack needs. What costs nothing holds
+// nothing. What is left is told without the flow itself.
+func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
+	r.reclaim(f, now)
+	d := draw{ok: true, left: r.free(f)}
+	switch {
+	case tokens == 0:
+	case f.used < r.limit:
+		d.slot = f.take(now, min(tokens, maxCost))
+	default:
+		d.ok = false
+		if f.oldest != none {
+			d.wait = f.slots[f.oldest].since + r.maxInflight - now
+		}
 	}
+	return d
+}
+
+// giveBack takes a slot back, unless it has been already.
+func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64) bool {
+	r.reclaim(f, now)
+	i := int64(id>>32) - 1
+	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
+		return false
+	}
+	f.remove(int32(i), now-f.slots[i].since)
+	return true
+}
+
+func (r *slotRule) free(f *inflight) float64 { return r.limit - f.used }
+
+// forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once;
+// likely, they end one after the other, at even distances.
+func (r *slotRule) forecast(f *inflight, _ int64, ahead, _ float64) (least, likely int64) {
+	switch {
+	case r.limit == 0:
+		return never, never
+	case f.returns == 0:
+		return 0, 0
+	}
+	over := max(f.used-r.limit, 0)
+	return clampNanos(f.hold * ahead / r.limit),
+		clampNanos(f.hold*(over+ahead)/max(f.used, r.limit) + f.hold/float64(max(f.count, 1)))
+}
+
+// reclaim takes back the slots whose time is over.
+func (r *slotRule) reclaim(f *inflight, now int64) {
+	for f.oldest != none && now-f.slots[f.oldest].since >= r.maxInflight {
+		f.remove(f.oldest, r.maxInflight)
+	}
+}
+
+func (f *inflight) take(now int64, tokens float64) (id uint64) {
 	i := f.free
 	if i == none {
 		i = int32(len(f.slots))
@@ -48,8 +113,7 @@ func (f *inflight) take(limit, tokens float64, now, expires int64) (id uint64, o
 	}
 	// The index finds the slot; the random half keeps a late or a guessed end from freeing somebody else's.
 	id = uint64(i+1)<<32 | uint64(rand.Uint32())
-	tokens = min(tokens, maxCost)
-	f.slots[i] = slot{id: id, tokens: tokens, expires: expires, prev: f.newest, next: none}
+	f.slots[i] = slot{id: id, tokens: tokens, since: now, prev: f.newest, next: none}
 	if f.newest == none {
 		f.oldest = i
 	} else {
@@ -58,27 +122,10 @@ func (f *inflight) take(limit, tokens float64, now, expires int64) (id uint64, o
 	f.newest = i
 	f.used += tokens
 	f.count++
-	return id, true
+	return id
 }
 
-// give takes a slot back, unless it has been already.
-func (f *inflight) give(id uint64) bool {
-	i := int64(id>>32) - 1
-	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
-		return false
-	}
-	f.remove(int32(i))
-	return true
-}
-
-// reclaim takes back the slots whose time is over.
-func (f *inflight) reclaim(now int64) {
-	for f.oldest != none && f.slots[f.oldest].expires <= now {
-		f.remove(f.oldest)
-	}
-}
-
-func (f *inflight) remove(i int32) {
+func (f *inflight) remove(i int32, held int64) {
 	s := &f.slots[i]
 	if s.prev == none {
 		f.oldest = s.next
@@ -97,7 +144,11 @@ func (f *inflight) remove(i int32) {
 	if f.count == 0 {
 		f.used = 0 // forget what fractions of tokens left behind
 		if len(f.slots) > 64 {
-			freshInflight(f)
+			f.slots, f.free = nil, none
 		}
+	}
+	if held > 0 { // else it is a refund
+		f.returns = min(f.returns+1, maxReturns)
+		f.hold += (float64(held) - f.hold) / float64(f.returns)
 	}
 }

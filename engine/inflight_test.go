@@ -5,74 +5,79 @@ import (
 	"testing"
 )
 
-func TestInflight(t *testing.T) {
-	var f inflight
-	freshInflight(&f)
-	a, ok := f.take(2, 1, 0, 100)
-	if !ok || a == 0 {
-		t.Fatalf("take = %d, %v want a slot", a, ok)
+func newInflight(limit float64, maxInflight int64) (*slotRule, *inflight) {
+	r, f := &slotRule{limit: limit, maxInflight: maxInflight}, new(inflight)
+	r.fresh(f, 0)
+	return r, f
+}
+
+func TestSlots(t *testing.T) {
+	r, f := newInflight(2, 100)
+	a := r.draw(f, 0, 1)
+	if !a.ok || a.slot == 0 || a.left != 2 {
+		t.Fatalf("draw = %+v want a slot of 2", a)
 	}
-	b, _ := f.take(2, 1, 10, 110)
-	if _, ok := f.take(2, 1, 20, 120); ok {
-		t.Error("a third flow got one of two slots")
+	b := r.draw(f, 10, 1)
+	if got := r.draw(f, 20, 1); got.ok || got.wait != 80 {
+		t.Errorf("draw = %+v want none of two slots left, until the first is taken back in 80", got)
 	}
-	if !f.give(a) || f.give(a) {
+	if !r.giveBack(f, 20, 1, a.slot) || r.giveBack(f, 20, 1, a.slot) {
 		t.Error("a slot is given back once")
 	}
-	if f.give(0) || f.give(b+1) || f.give(1<<63) {
+	if r.giveBack(f, 20, 1, 0) || r.giveBack(f, 20, 1, b.slot+1) || r.giveBack(f, 20, 1, 1<<63) {
 		t.Error("made-up ids gave slots back")
 	}
-	if _, ok := f.take(2, 5, 20, 120); !ok || f.used != 6 {
+	if !r.draw(f, 20, 5).ok || f.used != 6 || r.free(f) != -4 {
 		t.Errorf("used = %v want an overshoot to 6 while a slot is free", f.used)
 	}
-	f.reclaim(110)
+	if free := r.draw(f, 20, 0); !free.ok || free.slot != 0 {
+		t.Errorf("draw of nothing = %+v want nothing", free)
+	}
+	r.reclaim(f, 110)
 	if f.count != 1 || f.used != 5 {
 		t.Errorf("count, used = %d, %v want the expired one taken back: 1, 5", f.count, f.used)
 	}
-	if f.give(b) {
+	if r.giveBack(f, 110, 1, b.slot) {
 		t.Error("an expired slot was given back")
 	}
 }
 
 // A cost beyond all reason must not swallow the count of the others.
-func TestInflightHugeCost(t *testing.T) {
-	var f inflight
-	freshInflight(&f)
-	f.take(2, 1, 0, 100)
-	huge, _ := f.take(2, 1e300, 0, 100)
-	f.give(huge)
-	f.take(2, 1, 0, 100)
-	if _, ok := f.take(2, 1, 0, 100); ok || f.used != 2 {
+func TestSlotsHugeCost(t *testing.T) {
+	r, f := newInflight(2, 100)
+	r.draw(f, 0, 1)
+	huge := r.draw(f, 0, 1e300)
+	r.giveBack(f, 0, 1e300, huge.slot)
+	r.draw(f, 0, 1)
+	if r.draw(f, 0, 1).ok || f.used != 2 {
 		t.Errorf("used = %v want 2, and no room for a third flow", f.used)
 	}
 }
 
 // The list and the count must agree with a plain map, whatever the order.
-func TestInflightModel(t *testing.T) {
+func TestSlotsModel(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	var f inflight
-	freshInflight(&f)
+	r, f := newInflight(100, 500)
 	model := make(map[uint64]int64) // id → expiry
 	for now := range int64(20_000) {
 		switch rng.IntN(3) {
 		case 0, 1:
-			id, ok := f.take(100, 1, now, now+500)
+			got := r.draw(f, now, 1)
 			for old, expires := range model {
 				if expires <= now {
 					delete(model, old)
 				}
 			}
-			if ok != (len(model) < 100) {
-				t.Fatalf("at %d: take = %v with %d in flight", now, ok, len(model))
+			if got.ok != (len(model) < 100) {
+				t.Fatalf("at %d: draw = %+v with %d in flight", now, got, len(model))
 			}
-			if ok {
-				model[id] = now + 500
+			if got.ok {
+				model[got.slot] = now + 500
 			}
 		case 2:
-			f.reclaim(now)
 			for id, expires := range model {
-				if got := f.give(id); got != (expires > now) {
-					t.Fatalf("at %d: give = %v, expires %d", now, got, expires)
+				if got := r.giveBack(f, now, 1, id); got != (expires > now) {
+					t.Fatalf("at %d: giveBack = %v, expires %d", now, got, expires)
 				}
 				delete(model, id)
 				break
@@ -81,5 +86,41 @@ func TestInflightModel(t *testing.T) {
 	}
 	if len(f.slots) > 101 {
 		t.Errorf("%d slots for 100 in flight", len(f.slots))
+	}
+}
+
+func TestSlotsForecast(t *testing.T) {
+	r, f := newInflight(2, 1000)
+	a, b := r.draw(f, 0, 1), r.draw(f, 0, 1)
+	if least, likely := r.forecast(f, 0, 5, 1); least != 0 || likely != 0 {
+		t.Errorf("forecast = %d, %d want unknown before the first return", least, likely)
+	}
+	r.giveBack(f, 100, 1, a.slot)
+	a = r.draw(f, 100, 1)
+	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 50 {
+		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
+	}
+	if least, likely := r.forecast(f, 100, 3, 1); least != 150 || likely != 200 {
+		t.Errorf("forecast behind 3 = %d, %d want 150, 200", least, likely)
+	}
+	r.giveBack(f, 100, 1, a.slot) // at once: a refund tells nothing
+	r.draw(f, 100, 9)
+	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 130 {
+		t.Errorf("forecast of an overshoot = %d, %d want 8 of 10 tokens and one of two flows to return: 0, 130", least, likely)
+	}
+	r.giveBack(f, 400, 1, b.slot)
+	if f.hold != 250 {
+		t.Errorf("mean = %v want that of 100 and 400", f.hold)
+	}
+	for now := int64(1000); now < 100_000; now += 1000 {
+		r.reclaim(f, now)
+		r.draw(f, now, 1)
+	}
+	if f.hold < 990 || f.hold > 1000 {
+		t.Errorf("mean = %v want that of slots that are taken back, after a while", f.hold)
+	}
+	none, empty := newInflight(0, 1)
+	if least, likely := none.forecast(empty, 0, 0, 1); least != never || likely != never {
+		t.Errorf("forecast of no slots = %d, %d want never", least, likely)
 	}
 }

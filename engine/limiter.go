@@ -9,16 +9,17 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A limiter is a component at work.
-type limiter interface {
-	// decide fills the decision, which names the component already. It takes what it admits.
+// A component is one of a policy's at work.
+type component interface {
+	// decide fills the decision, which names the component already. It takes what it admits, and waits for nothing.
 	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
 
-	// refuse fills the decision without asking: the flow is dropped, if the limiter would have had a say.
+	// refuse fills the decision without asking: the flow is dropped, if the component would have had a say.
 	refuse(req *seam.Request, d *seam.LimiterDecision)
 
-	// revert gives back what decide took: another limiter rejected the flow.
-	revert(now int64, d *seam.LimiterDecision)
+	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
+	// or has ended. False says that there was nothing to take back, or no more.
+	giveBack(now int64, d *seam.LimiterDecision) bool
 
 	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
 	sweep(now int64)
@@ -30,19 +31,44 @@ type limiter interface {
 	identity() *seam.Component
 }
 
-// A slotHolder is a limiter whose flows hold something until they end.
-type slotHolder interface {
-	// giveBack takes the decision's slot back; false says that it was taken back before.
-	giveBack(now int64, d *seam.LimiterDecision) bool
+// A source is where a component has its tokens from; S is the state of one key.
+type source[S any] interface {
+	fresh(state *S, now int64)
+
+	// idle says whether a fresh state would do as well as this one.
+	idle(state *S, now int64) bool
+
+	// draw takes tokens, all of them or none.
+	draw(state *S, now int64, tokens float64) draw
+
+	// giveBack takes back what was drawn; false says that it has been taken back before.
+	giveBack(state *S, now int64, tokens float64, slot uint64) bool
+
+	// free is how many tokens there are; less than none where more are in use than there should be.
+	free(state *S) float64
+
+	// forecast says how long a flow has to wait for its tokens when others are to have so many before it: at the least,
+	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a
+	// draw would fail, or where others wait.
+	forecast(state *S, now int64, ahead, tokens float64) (least, likely int64)
 }
 
-// never as a decision's wait marks a flow that this limiter cannot ever admit.
-const never = time.Duration(-1)
+// A draw is what came of asking a source for tokens.
+type draw struct {
+	ok   bool
+	slot uint64  // what giveBack needs
+	left float64 // for the decision to tell
+	wait int64   // if not ok, how long until the tokens may be there though nobody gives any back; 0 when never
+}
 
-// keyed is what limiters have in common: a state for each value of a label, or one for all flows.
+func (g draw) fill(d *seam.LimiterDecision) { d.Slot, d.Remaining = g.slot, g.left }
+
+// never as a wait is that of a flow which cannot ever be admitted.
+const never = -1
+
+// keyed is what components have in common: a state for each value of a label, or one for all flows.
 type keyed[S any] struct {
 	component   seam.Component
-	tokensLabel string
 	passThrough bool
 	dryRun      bool
 	maxIdle     time.Duration // 0: forever
@@ -51,49 +77,78 @@ type keyed[S any] struct {
 	single *entry[S] // the state of all flows, without a label
 }
 
+func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
+	fresh func(*S, int64), idle func(*S, int64) bool,
+) keyed[S] {
+	k := keyed[S]{component: c, maxIdle: maxIdle}
+	switch {
+	case maxIdle == 0:
+		k.maxIdle = policy.DefaultMaxIdle
+	case maxIdle < 0:
+		k.maxIdle = 0
+	}
+	if c.LabelKey != "" {
+		k.table = newTable(e.keyCap, fresh, idle)
+		k.table.full = e.full
+	} else {
+		k.single = new(entry[S])
+		fresh(&k.single.state, 0)
+	}
+	return k
+}
+
 func (k *keyed[S]) identity() *seam.Component { return &k.component }
 
-// state returns the entry to decide by, locked, and notes in d which one it is; nil when the flow passes without.
-func (k *keyed[S]) state(req *seam.Request, now int64, d *seam.LimiterDecision) *entry[S] {
-	d.Consumed = k.cost(&req.Labels)
-	switch {
-	case k.passThrough:
-		return nil
-	case k.table == nil:
+// scope notes in d which state decides, and says whether one does: else the flow passes.
+func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
+	if k.passThrough {
+		return false
+	}
+	if k.table == nil {
 		d.Scope = seam.ScopeDefault
+		return true
+	}
+	value, ok := labels.Lookup(k.component.LabelKey)
+	if ok {
+		d.Scope, d.Label = seam.ScopeLabel, value
+	}
+	return ok
+}
+
+// lock returns the entry that decides, locked.
+func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
+	if k.table == nil {
 		k.single.mu.Lock()
 		return k.single
 	}
-	value, ok := req.Labels.Lookup(k.component.LabelKey)
-	if !ok {
-		return nil
-	}
-	d.Scope, d.Label = seam.ScopeLabel, value
-	return k.table.lock(value, now)
+	return k.table.lock(d.Label, now)
 }
 
-func (k *keyed[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
-	d.Consumed = k.cost(&req.Labels)
-	switch value, ok := req.Labels.Lookup(k.component.LabelKey); {
-	case k.passThrough:
-		return
-	case k.table == nil:
-		d.Scope = seam.ScopeDefault
-	case !ok:
-		return
-	default:
-		d.Scope, d.Label = seam.ScopeLabel, value
-	}
-	k.drop(d, 0)
-}
-
-// known returns the entry that d was decided by, locked.
-func (k *keyed[S]) known(d *seam.LimiterDecision) *entry[S] {
+// lockKnown returns the entry that has decided, locked.
+func (k *keyed[S]) lockKnown(d *seam.LimiterDecision) *entry[S] {
 	if k.table == nil {
 		k.single.mu.Lock()
 		return k.single
 	}
 	return k.table.lockKnown(d.Label)
+}
+
+// returned gives something back to the entry that has decided, by a function that says whether it came from there.
+func (k *keyed[S]) returned(d *seam.LimiterDecision, give func(*entry[S]) bool) bool {
+	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot == 0 {
+		return false
+	}
+	e := k.lockKnown(d)
+	ok := give(e)
+	e.mu.Unlock()
+	if ok || k.table == nil || e == &k.table.spill {
+		return ok
+	}
+	// The key may have been admitted to the table only after this flow was served from the spill entry.
+	e = &k.table.spill
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return give(e)
 }
 
 func (k *keyed[S]) sweep(now int64) {
@@ -109,157 +164,91 @@ func (k *keyed[S]) overflow() uint64 {
 	return k.table.spilled.Load()
 }
 
-// cost is how many tokens the flow takes: 1, or what its label says, if that is a number of tokens.
-func (k *keyed[S]) cost(labels *seam.Labels) float64 {
-	if k.tokensLabel == "" {
-		return 1
+// drop turns the decision into a refusal.
+func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
+	d.Consumed = 0
+	d.Cause = cause
+	d.DryRun = k.dryRun
+	d.Dropped = !k.dryRun
+	if d.Dropped {
+		d.Wait = time.Duration(wait)
 	}
-	text, ok := labels.Lookup(k.tokensLabel)
+}
+
+// tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.
+func tokensOf(labels *seam.Labels, label string, otherwise float64) float64 {
+	if label == "" {
+		return otherwise
+	}
+	text, ok := labels.Lookup(label)
 	if !ok {
-		return 1
+		return otherwise
 	}
 	tokens, err := strconv.ParseFloat(text, 64)
 	if err != nil || !(tokens >= 0) || math.IsInf(tokens, 1) {
-		return 1
+		return otherwise
 	}
 	return tokens
 }
 
-// drop turns the decision into a refusal.
-func (k *keyed[S]) drop(d *seam.LimiterDecision, wait time.Duration) {
-	d.Consumed = 0
-	d.DryRun = k.dryRun
-	d.Dropped = !k.dryRun
-	if d.Dropped {
-		d.Wait = wait
-	}
+// A limiter admits a flow at once or not at all.
+type limiter[S any] struct {
+	keyed[S]
+	source      source[S]
+	tokensLabel string
 }
 
-func newKeyed[S any](e *Engine, c seam.Component, tokensLabel string, maxIdle time.Duration,
-	fresh func(*S, int64), forgettable func(*S, int64) bool,
-) keyed[S] {
-	k := keyed[S]{component: c, tokensLabel: tokensLabel, maxIdle: maxIdle}
-	switch {
-	case maxIdle == 0:
-		k.maxIdle = policy.DefaultMaxIdle
-	case maxIdle < 0:
-		k.maxIdle = 0
-	}
-	if c.LabelKey != "" {
-		k.table = newTable(e.keyCap, fresh, forgettable)
-		k.table.full = e.full
-	} else {
-		k.single = new(entry[S])
-		fresh(&k.single.state, 0)
-	}
-	return k
-}
-
-type rateLimiter struct {
-	keyed[bucket]
-	rule bucketRule
-}
-
-func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) *rateLimiter {
-	l := &rateLimiter{rule: bucketRule{
+func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) component {
+	l := newLimiter(e, c, p.MaxIdle, &bucketRule{
 		capacity: p.Capacity,
 		fill:     p.Fill,
 		interval: float64(p.Interval),
 		step:     p.StepFill,
 		delay:    p.DelayInitialFill,
-	}}
-	l.keyed = newKeyed(e, c, p.TokensLabel, p.MaxIdle, l.rule.fresh, l.rule.full)
-	l.passThrough, l.dryRun = p.PassThrough, p.DryRun
+	})
+	l.tokensLabel, l.passThrough, l.dryRun = p.TokensLabel, p.PassThrough, p.DryRun
+	return l
+}
+
+func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c seam.Component) component {
+	l := newLimiter(e, c, p.MaxIdle, &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)})
+	l.tokensLabel, l.passThrough, l.dryRun = p.TokensLabel, p.PassThrough, p.DryRun
+	return l
+}
+
+func newLimiter[S any](e *Engine, c seam.Component, maxIdle time.Duration, s source[S]) *limiter[S] {
+	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.fresh, s.idle), source: s}
 	l.component.Limiter = l
 	return l
 }
 
-func (l *rateLimiter) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
-	b := l.state(req, now, d)
-	if b == nil {
+func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	if !l.scope(&req.Labels, d) {
 		return
 	}
-	ok, wait := l.rule.take(&b.state, now, d.Consumed)
-	d.Remaining = b.state.tokens
-	b.mu.Unlock()
-	switch {
-	case ok:
-	case wait == 0:
-		l.drop(d, never)
-	default:
-		l.drop(d, time.Duration(wait))
-	}
-}
-
-func (l *rateLimiter) revert(_ int64, d *seam.LimiterDecision) {
-	if d.Scope == seam.ScopeNone || d.Consumed == 0 {
+	e := l.lock(d, now)
+	got := l.source.draw(&e.state, now, d.Consumed)
+	if got.ok {
+		e.mu.Unlock()
+		got.fill(d)
 		return
 	}
-	b := l.known(d)
-	l.rule.giveBack(&b.state, d.Consumed)
-	b.mu.Unlock()
+	_, likely := l.source.forecast(&e.state, now, 0, d.Consumed)
+	e.mu.Unlock()
+	d.Remaining = got.left
+	l.drop(d, seam.CauseNone, likely)
 }
 
-type concurrencyLimiter struct {
-	keyed[inflight]
-	limit       float64
-	maxInflight int64
-}
-
-func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c seam.Component) *concurrencyLimiter {
-	l := &concurrencyLimiter{limit: p.Max, maxInflight: clampNanos(float64(p.MaxInflight))}
-	l.keyed = newKeyed(e, c, p.TokensLabel, p.MaxIdle,
-		func(f *inflight, _ int64) { freshInflight(f) },
-		func(f *inflight, now int64) bool {
-			f.reclaim(now)
-			return f.count == 0
-		})
-	l.passThrough, l.dryRun = p.PassThrough, p.DryRun
-	l.component.Limiter = l
-	return l
-}
-
-func (l *concurrencyLimiter) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
-	f := l.state(req, now, d)
-	if f == nil {
-		return
-	}
-	ok := true
-	f.state.reclaim(now)
-	d.Remaining = l.limit - f.state.used
-	if d.Consumed > 0 { // what costs nothing holds nothing
-		d.Slot, ok = f.state.take(l.limit, d.Consumed, now, now+l.maxInflight)
-	}
-	f.mu.Unlock()
-	switch {
-	case ok:
-	case l.limit == 0:
-		l.drop(d, never)
-	default:
-		l.drop(d, 0)
+func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	if l.scope(&req.Labels, d) {
+		l.drop(d, seam.CauseLate, 0)
 	}
 }
 
-func (l *concurrencyLimiter) revert(now int64, d *seam.LimiterDecision) {
-	if d.Slot != 0 {
-		l.giveBack(now, d)
-		d.Slot = 0
-	}
-}
-
-func (l *concurrencyLimiter) giveBack(now int64, d *seam.LimiterDecision) bool {
-	f := l.known(d)
-	defer f.mu.Unlock()
-	f.state.reclaim(now)
-	if f.state.give(d.Slot) {
-		return true
-	}
-	if l.table == nil || f == &l.table.spill {
-		return false
-	}
-	// The key may have been admitted to the table only after this flow took its slot from the spill entry.
-	l.table.spill.mu.Lock()
-	defer l.table.spill.mu.Unlock()
-	l.table.spill.state.reclaim(now)
-	return l.table.spill.state.give(d.Slot)
+func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision) bool {
+	return l.returned(d, func(e *entry[S]) bool {
+		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot)
+	})
 }

@@ -20,10 +20,11 @@ type selector struct {
 type condition func(*seam.Labels) bool
 
 func (s *selector) selects(labels *seam.Labels) bool {
-	if s.service != "" && s.service != labels.Service() {
-		return false
-	}
-	for _, holds := range s.match {
+	return (s.service == "" || s.service == labels.Service()) && holdAll(s.match, labels)
+}
+
+func holdAll(conditions []condition, labels *seam.Labels) bool {
+	for _, holds := range conditions {
 		if !holds(labels) {
 			return false
 		}
@@ -36,24 +37,32 @@ func compileSelector(s policy.Selector) (selector, error) {
 	if s.Service == "any" {
 		compiled.service = ""
 	}
-	for _, label := range slices.Sorted(maps.Keys(s.Labels.Equal)) {
-		compiled.match = append(compiled.match, labelEquals(label, s.Labels.Equal[label]))
+	var err error
+	compiled.match, err = compileMatcher(s.Labels)
+	return compiled, err
+}
+
+// compileMatcher gives the conditions that all must hold.
+func compileMatcher(m policy.LabelMatcher) ([]condition, error) {
+	var all []condition
+	for _, label := range slices.Sorted(maps.Keys(m.Equal)) {
+		all = append(all, labelEquals(label, m.Equal[label]))
 	}
-	for _, r := range s.Labels.Require {
+	for _, r := range m.Require {
 		c, err := compileRequirement(r)
 		if err != nil {
-			return selector{}, err
+			return nil, err
 		}
-		compiled.match = append(compiled.match, c)
+		all = append(all, c)
 	}
-	if s.Labels.Expression != nil {
-		c, err := compileExpression(s.Labels.Expression)
+	if m.Expression != nil {
+		c, err := compileExpression(m.Expression)
 		if err != nil {
-			return selector{}, err
+			return nil, err
 		}
-		compiled.match = append(compiled.match, c)
+		all = append(all, c)
 	}
-	return compiled, nil
+	return all, nil
 }
 
 func compileRequirement(r policy.Requirement) (condition, error) {
@@ -86,9 +95,7 @@ func compileExpression(e policy.Expression) (condition, error) {
 		return not(of), nil
 	case policy.All:
 		of, err := compileExpressions(e)
-		return func(l *seam.Labels) bool {
-			return !slices.ContainsFunc(of, func(c condition) bool { return !c(l) })
-		}, err
+		return func(l *seam.Labels) bool { return holdAll(of, l) }, err
 	case policy.Any:
 		of, err := compileExpressions(e)
 		return func(l *seam.Labels) bool {

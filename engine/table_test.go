@@ -140,7 +140,7 @@ func TestTableMemory(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	tab := newTable(keys, r.fresh, r.full)
+	tab := newTable(keys, r.fresh, r.idle)
 	for _, name := range names {
 		e := tab.lock(name, 0)
 		r.take(&e.state, 0, 1)

@@ -237,11 +237,40 @@ const (
 	ReasonNoMatchingRamp
 )
 
+// Cause is what came between a flow and its tokens. It is the engine's own: the wire has reasons only.
+type Cause uint8
+
+// The causes.
+const (
+	CauseNone      Cause = iota // none but the reason
+	CauseLate                   // too little time was left for the answer to be heard
+	CauseQueueFull              // as many wait as may
+	CauseLongQueue              // the wait would have been longer than the flow had time
+	CauseTimeout                // it waited for as long as it could
+)
+
+// String gives the cause in words; "" for none.
+func (c Cause) String() string {
+	switch c {
+	case CauseLate:
+		return "too late"
+	case CauseQueueFull:
+		return "queue full"
+	case CauseLongQueue:
+		return "queue too long to wait"
+	case CauseTimeout:
+		return "waited in vain"
+	default:
+		return ""
+	}
+}
+
 // A Verdict is what the agent answered.
 type Verdict struct {
 	Start    int64 // when the agent was asked, in Unix nanoseconds
 	Status   int16 // HTTP status of a rejection; 0: by reason
 	Reason   Reason
+	Cause    Cause
 	Rejected bool
 
 	// RetryAfter is how long until a retry can succeed; 0 when unknown.
@@ -257,6 +286,7 @@ type Verdict struct {
 // Extra holds the parts of a verdict that flows in a hurry do without.
 type Extra struct {
 	Decisions []LimiterDecision // after the first
+	Waited    time.Duration     // in queues
 	Result    CacheAnswer
 	Global    map[string]CacheAnswer
 
@@ -304,16 +334,18 @@ func (v *Verdict) At(i int) *LimiterDecision {
 	return &v.Extra.Decisions[i-1]
 }
 
-// Kind is what sort of limiter decided.
+// Kind is what sort of component decided.
 type Kind uint8
 
-// The kinds of limiters.
+// The kinds of components.
 const (
 	KindRateLimiter Kind = iota + 1
 	KindConcurrencyLimiter
+	KindQuotaScheduler
+	KindConcurrencyScheduler
 )
 
-// Component identifies a limiter to those outside the engine.
+// Component identifies a limiter or scheduler to those outside the engine.
 type Component struct {
 	Policy string
 	Hash   string // of the policy as the engine read it
@@ -329,18 +361,23 @@ type Component struct {
 	// Capacity is the most tokens that a bucket holds, or the slots that there are.
 	Capacity float64
 
+	// Workload says which workload of a scheduler a flow belongs to, and its priority there; nil for limiters. Decisions
+	// leave it out because hardly anybody asks.
+	Workload func(*Labels) (label string, priority float64)
+
 	// Limiter is the engine's own.
 	Limiter any
 }
 
-// LimiterDecision is what one limiter made of a flow.
+// LimiterDecision is what one component made of a flow.
 type LimiterDecision struct {
 	Component *Component
 
 	// Label is the value of the component's label. Together with Found it says which bucket decided.
 	Label string
 
-	// Remaining is the tokens that are free, of the component's capacity, and Consumed those that this flow took.
+	// Remaining is the tokens that are free, of the component's capacity: below 0 where more are in use. Consumed is
+	// those that this flow took.
 	Remaining, Consumed float64
 
 	// Wait is how long until the flow could pass; 0 when it did or when nobody knows.
@@ -350,6 +387,7 @@ type LimiterDecision struct {
 	Slot uint64
 
 	Scope   Scope
+	Cause   Cause
 	Dropped bool
 
 	// DryRun marks a decision that would have dropped the flow, had the component been for real.

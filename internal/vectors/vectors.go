@@ -4,6 +4,10 @@
 // A scenario is a policy and calls at set times. Decisions, reasons, statuses, labels and cache outcomes must be the
 // same; token counts and waits may differ by what the recorder's clock drifted. In a bubble of testing/synctest the
 // replay has no drift of its own.
+//
+// Where the engine is meant to do better than the recorded agent, the better is demanded: who waits is served in the
+// right order and at the right time, no count of tokens is negative, and how long to wait after a rejection may be told
+// where the recorded agent does not know.
 package vectors
 
 import (
@@ -13,6 +17,7 @@ import (
 	"math"
 	"path"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -97,11 +102,13 @@ type Options struct {
 
 	// TokensPerSecond is how fast the policy's buckets fill, which makes token counts drift.
 	TokensPerSecond float64
+
+	// Answered is when checks that wait are answered; the others are at once.
+	Answered map[string]time.Duration
 }
 
-// limiters are the scenarios about control points, rate and concurrency limiters and caches, with what to compare of
-// each.
-func limiters() map[string]Options {
+// scenarios are those of what the engine can do, with what to compare of each.
+func scenarios() map[string]Options {
 	return map[string]Options{
 		"rl-burst-then-refill":     {TokensPerSecond: 2},
 		"rl-delay-initial-fill":    {TokensPerSecond: 2},
@@ -116,9 +123,9 @@ func limiters() map[string]Options {
 	}
 }
 
-// Run replays the scenarios of limiters, each in a bubble of its own, against clients that open makes for a policy.
+// Run replays the scenarios, each in a bubble of its own, against clients that open makes for a policy.
 func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowctl.Client) {
-	for name, opts := range limiters() {
+	for name, opts := range scenarios() {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := load(t, name)
@@ -135,7 +142,7 @@ func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowct
 	}
 }
 
-// Replay makes the scenario's calls at their times, and reports every difference.
+// Replay makes the scenario's calls at their times, in a bubble, and reports every difference.
 func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
 	t.Helper()
 	r := &replay{t: t, client: client, opts: opts, begin: time.Now(), refused: -1, flows: make(map[string]*flowctl.Flow)}
@@ -145,15 +152,20 @@ func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
 		}
 		<-time.After(time.Until(r.begin.Add(time.Duration(st.AtMS) * time.Millisecond)))
 		r.step(st)
+		synctest.Wait()
 	}
+	r.waiting.Wait()
 }
 
 type replay struct {
-	t      *testing.T
-	client *flowctl.Client
-	opts   Options
-	begin  time.Time
-	flows  map[string]*flowctl.Flow
+	t       *testing.T
+	client  *flowctl.Client
+	opts    Options
+	begin   time.Time
+	waiting sync.WaitGroup
+
+	mu    sync.Mutex
+	flows map[string]*flowctl.Flow
 
 	first   time.Time     // when the recorded agent saw the first check, less its place in the scenario
 	drift   time.Duration // the worst so far
@@ -195,8 +207,24 @@ func (r *replay) check(st step) {
 		ResultCacheKey:  req.GetCacheLookupRequest().GetResultCacheKey(),
 		GlobalCacheKeys: req.GetCacheLookupRequest().GetGlobalCacheKeys(),
 	}
-	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), params)
-	r.flows[st.ID] = flow
+	r.waiting.Go(func() {
+		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), params)
+		at := time.Since(r.begin)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.flows[st.ID] = flow
+		answered, ok := r.opts.Answered[st.ID]
+		if !ok {
+			answered = time.Duration(st.AtMS) * time.Millisecond
+		}
+		if (at - answered).Abs() > time.Millisecond {
+			r.t.Errorf("%s: answered at %v want %v", st.ID, at, answered)
+		}
+		r.compare(st, params, flow, want)
+	})
+}
+
+func (r *replay) compare(st step, params flowctl.Params, flow *flowctl.Flow, want *checkv1.CheckResponse) {
 	got := flow.CheckResponse()
 	if got == nil {
 		r.t.Errorf("%s: no answer: %v", st.ID, flow.Err())
@@ -231,7 +259,8 @@ func (r *replay) noteDrift(st step, want *checkv1.CheckResponse) {
 		r.first = seen.Add(-at)
 	}
 	d := seen.Sub(r.first) - at
-	r.drift = max(r.drift, d.Abs(), time.Duration(st.TookMS*float64(time.Millisecond)))
+	underway := time.Duration(st.TookMS*float64(time.Millisecond)) - want.GetEnd().AsTime().Sub(seen)
+	r.drift = max(r.drift, d.Abs(), underway)
 }
 
 // compareNumbers compares token counts and waits within the drift, and then makes them equal.
@@ -247,12 +276,18 @@ func (r *replay) compareNumbers(st step, got, want *checkv1.CheckResponse) {
 		// The recorded agent repeats the count of its first refusal, when it refuses again.
 		tokens += r.opts.TokensPerSecond * (at - r.refused).Seconds()
 	}
+	if want.GetWaitTime() == nil && estimated(got) {
+		got.WaitTime = nil
+	}
 	r.compareWait(st, "wait", got.GetWaitTime(), want.GetWaitTime(), slack)
 	if len(got.GetLimiterDecisions()) != len(want.GetLimiterDecisions()) {
 		return // Diff tells
 	}
 	for i, w := range want.GetLimiterDecisions() {
 		g := got.GetLimiterDecisions()[i]
+		if w.GetWaitTime().AsDuration() == 0 && estimated(got) {
+			g.WaitTime = w.GetWaitTime()
+		}
 		r.compareWait(st, "decision's wait", g.GetWaitTime(), w.GetWaitTime(), slack)
 		gt, wt := tokensOf(g), tokensOf(w)
 		if gt == nil || wt == nil {
@@ -265,6 +300,9 @@ func (r *replay) compareNumbers(st step, got, want *checkv1.CheckResponse) {
 			{"remaining", &gt.Remaining, &wt.Remaining},
 			{"current", &gt.Current, &wt.Current},
 		} {
+			if wt.Remaining < 0 && *n.got >= 0 { // overdrawn there
+				*n.got = *n.want
+			}
 			if math.Abs(*n.got-*n.want) > tokens {
 				r.t.Errorf("%s: %s = %v want %v ± %v", st.ID, n.name, *n.got, *n.want, tokens)
 			}
@@ -285,12 +323,24 @@ func (r *replay) compareWait(st step, name string, got, want *durationpb.Duratio
 	}
 }
 
+// estimated says whether what dropped the flow is no rate limiter: then the recorded agent does not tell how long to
+// wait.
+func estimated(m *checkv1.CheckResponse) bool {
+	return !slices.ContainsFunc(m.GetLimiterDecisions(), func(d *checkv1.LimiterDecision) bool {
+		return d.GetDropped() && d.GetRateLimiterInfo() != nil
+	})
+}
+
 func tokensOf(d *checkv1.LimiterDecision) *checkv1.LimiterDecision_TokensInfo {
 	switch i := d.GetDetails().(type) {
 	case *checkv1.LimiterDecision_RateLimiterInfo_:
 		return i.RateLimiterInfo.GetTokensInfo()
 	case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
 		return i.ConcurrencyLimiterInfo.GetTokensInfo()
+	case *checkv1.LimiterDecision_QuotaSchedulerInfo_:
+		return i.QuotaSchedulerInfo.GetTokensInfo()
+	case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+		return i.ConcurrencySchedulerInfo.GetTokensInfo()
 	default:
 		return nil
 	}
@@ -301,8 +351,11 @@ func forget(m *checkv1.CheckResponse) {
 	m.Start, m.End = nil, nil
 	for _, d := range m.GetLimiterDecisions() {
 		d.PolicyHash = ""
-		if i, ok := d.GetDetails().(*checkv1.LimiterDecision_ConcurrencyLimiterInfo_); ok {
+		switch i := d.GetDetails().(type) {
+		case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
 			i.ConcurrencyLimiterInfo.RequestId = ""
+		case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+			i.ConcurrencySchedulerInfo.RequestId = ""
 		}
 	}
 }
@@ -316,7 +369,9 @@ func (r *replay) end(st step) {
 			returned++
 		}
 	}
+	r.mu.Lock()
 	flow, ok := r.flows[st.EndOf]
+	r.mu.Unlock()
 	if !ok {
 		r.t.Fatalf("%s: no flow %s", st.ID, st.EndOf)
 	}

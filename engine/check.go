@@ -1,0 +1,194 @@
+package engine
+
+import (
+	"context"
+	"math"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+)
+
+// A stage is a step of a check. Its components all say what they think of a flow; when one of them drops it, the stages
+// after it are not asked.
+type stage int
+
+// The stages, in the order of an Aperture agent.
+const (
+	limits stage = iota // rate limiters and concurrency limiters
+	slots               // concurrency schedulers
+	tokens              // quota schedulers, unless the flow's result is in the cache
+	stages
+)
+
+// stageOf is where the component belongs.
+func stageOf(c *seam.Component) stage {
+	switch c.Kind {
+	case seam.KindConcurrencyScheduler:
+		return slots
+	case seam.KindQuotaScheduler:
+		return tokens
+	default:
+		return limits
+	}
+}
+
+func (s stage) reason() seam.Reason {
+	if s == limits {
+		return seam.ReasonRateLimited
+	}
+	return seam.ReasonNoTokens
+}
+
+// A point is what acts at one control point, by stages.
+type point [stages][]member
+
+// A member is a component in its place at one control point.
+type member struct {
+	component
+	queue     admitter // the component, where flows may wait for it
+	id        *seam.Component
+	selectors []selector
+}
+
+// An admitter is a component that may have a flow wait.
+type admitter interface {
+	// admit is decide for a flow that waits, if it must, for as long as it can, which is until the deadline at the
+	// longest. It gives the time then. An error means that it did not decide, because the flow's caller has gone or the
+	// engine was closed.
+	admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error)
+}
+
+func (p *point) add(c component, s selector) {
+	members := &p[stageOf(c.identity())]
+	if n := len(*members); n == 0 || (*members)[n-1].component != c {
+		queue, _ := c.(admitter)
+		*members = append(*members, member{component: c, queue: queue, id: c.identity()})
+	}
+	last := &(*members)[len(*members)-1]
+	last.selectors = append(last.selectors, s)
+}
+
+func (m *member) selects(labels *seam.Labels) bool {
+	for i := range m.selectors {
+		if m.selectors[i].selects(labels) {
+			return true
+		}
+	}
+	return false
+}
+
+// Check decides about a flow. Clients of package flowctl call it. It waits where a scheduler has the flow wait; then an
+// error is that of ctx, or seam.ErrClosed.
+func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+	if e.closed.Load() {
+		return seam.ErrClosed
+	}
+	start := e.now()
+	v.Start = e.epoch.UnixNano() + start
+	if req.RampMode {
+		// No component is a ramp, so none accepts.
+		v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
+		return nil
+	}
+	p, now := e.points[req.ControlPoint], start
+	for s := range stages {
+		if s == tokens && req.Lookup != nil {
+			if e.lookup(req, v); v.Extra.Result.Hit {
+				break
+			}
+		}
+		if p == nil || len(p[s]) == 0 {
+			continue
+		}
+		dropped, err := e.ask(ctx, p[s], req, &now, v)
+		if err != nil {
+			undo(v, now)
+			*v = seam.Verdict{}
+			return err
+		}
+		if dropped {
+			undo(v, now)
+			reject(v, s.reason())
+			break
+		}
+	}
+	if now != start {
+		v.More().Waited = time.Duration(now - start)
+	}
+	return nil
+}
+
+// ask asks the members of a stage, all of them: a client is told about each. They are asked one after the other, in an
+// order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
+// the flow, it waits for none. The time goes on while it waits.
+func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, now *int64, v *seam.Verdict) (dropped bool, err error) {
+	for i := range members {
+		m := &members[i]
+		if !m.selects(&req.Labels) {
+			continue
+		}
+		d := v.Add(m.id)
+		switch {
+		case req.Late:
+			m.refuse(req, d)
+		case m.queue == nil || dropped:
+			m.decide(req, *now, d)
+		default:
+			if *now, err = m.queue.admit(ctx, req, *now, e.deadline(ctx, req, *now, v), d); err != nil {
+				return dropped, err
+			}
+		}
+		dropped = dropped || d.Dropped
+	}
+	return dropped, nil
+}
+
+// forever is the deadline of a flow that has none.
+const forever = math.MaxInt64
+
+// deadline is when the flow needs its answer, less what that takes to arrive; forever if it has time.
+func (e *Engine) deadline(ctx context.Context, req *seam.Request, now int64, v *seam.Verdict) int64 {
+	deadline := int64(forever)
+	if at, ok := ctx.Deadline(); ok {
+		deadline = now + min(int64(time.Until(at)), century)
+	}
+	if req.Timeout > 0 {
+		deadline = min(deadline, v.Start-e.epoch.UnixNano()+min(int64(req.Timeout), century))
+	}
+	return deadline
+}
+
+// undo gives back what the flow was given.
+func undo(v *seam.Verdict, now int64) {
+	for i := range v.Len() {
+		d := v.At(i)
+		if c, ok := d.Component.Limiter.(component); ok && !d.Dropped {
+			c.giveBack(now, d)
+			d.Slot = 0
+		}
+	}
+}
+
+// reject turns the verdict into a rejection by the decisions that dropped the flow: the longest wait counts, then the
+// order.
+func reject(v *seam.Verdict, reason seam.Reason) {
+	v.Rejected, v.Reason = true, reason
+	var by *seam.LimiterDecision
+	hopeless := false
+	for i := range v.Len() {
+		d := v.At(i)
+		if !d.Dropped {
+			continue
+		}
+		if d.Wait == never {
+			d.Wait, hopeless = 0, true
+		}
+		if by == nil || d.Wait > by.Wait {
+			by = d
+		}
+	}
+	v.By, v.Status, v.Cause = by.Component, int16(by.Component.DeniedStatus), by.Cause
+	if !hopeless {
+		v.RetryAfter = by.Wait
+	}
+}
