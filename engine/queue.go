@@ -1,0 +1,249 @@
+package engine
+
+import (
+	"container/heap"
+	"math"
+	"time"
+)
+
+// A queue holds the flows that wait for the tokens of one key, and says which of them goes first: self-clocked fair
+// queueing (Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994), at two levels
+// (as in Bennett and Zhang, "Hierarchical packet fair queueing algorithms", SIGCOMM 1996). Workloads share the tokens in
+// proportion to their priorities; within a workload the values of the fairness label share alike; within one value,
+// first come is first served.
+//
+// Each level has a clock of its own, which shows the finish of whom it served last. A share that begins to wait starts
+// at the clock, and finishes when it has had what its first waiter wants, at the speed of its weight; the smallest
+// finish is served first. So a share that is idle saves nothing up, and needs not be remembered: when its last waiter
+// leaves, its finish lies behind the clock.
+type queue struct {
+	root   share
+	shares map[claim]*share
+	len    int
+	count  uint64 // of all that ever waited, for the order of equals
+
+	alarm *time.Timer // rings when the first waiter may be served though nobody gives anything back
+	rings int64       // when that is; 0 when it does not
+	ring  func()      // what it does then
+}
+
+// A claim says for whom a flow waits.
+type claim struct {
+	workload string
+	priority float64
+	fairness string
+	whole    bool // the workload's, of all fairness values
+}
+
+// A share is those who wait with the same claim. It exists as long as there are any.
+type share struct {
+	claim  claim
+	parent *share // nil for the root
+	weight float64
+
+	start   float64 // what it has been served up to, by the parent's clock
+	finish  float64 // start, and what its first waiter wants
+	backlog float64 // what all its waiters want
+	index   int     // in the parent's heap
+
+	clock float64
+	below shareHeap // the shares of a workload, and the workloads of the root
+
+	first, last *waiter // of a share that has none below
+}
+
+// A waiter is a flow that waits. All but its ready channel is guarded by the lock of the queue's entry.
+type waiter struct {
+	tokens     float64
+	ready      chan struct{} // closed when the waiter has been served
+	served     bool
+	got        draw
+	number     uint64
+	share      *share
+	prev, next *waiter
+}
+
+func newQueue(ring func()) *queue { return &queue{shares: make(map[claim]*share), ring: ring} }
+
+// setAlarm has the alarm ring after the wait, or not at all where that is zero.
+func (q *queue) setAlarm(now, wait int64) {
+	at := int64(0)
+	if wait > 0 {
+		at = now + wait
+	}
+	switch {
+	case at == q.rings:
+		return
+	case at == 0:
+		q.alarm.Stop()
+	case q.alarm == nil:
+		q.alarm = time.AfterFunc(time.Duration(wait), q.ring)
+	default:
+		q.alarm.Reset(time.Duration(wait))
+	}
+	q.rings = at
+}
+
+// first is who is served next; nil when nobody waits.
+func (q *queue) first() *waiter { return q.root.head() }
+
+// push adds the waiter.
+func (q *queue) push(w *waiter, c claim) {
+	q.count++
+	q.len++
+	w.number = q.count
+	workload := q.share(c.ofWorkload(), &q.root, c.priority)
+	s := q.share(c, workload, 1)
+	if s.last == nil {
+		s.first = w
+	} else {
+		s.last.next, w.prev = w, s.last
+	}
+	s.last, w.share = w, s
+	for ; s.parent != nil; s = s.parent {
+		s.backlog += w.tokens
+	}
+	q.settle(w.share)
+}
+
+// pop takes the first waiter out, which has been served: its shares are charged.
+func (q *queue) pop() {
+	w := q.first()
+	for s := w.share; s.parent != nil; s = s.parent {
+		s.start = s.finish
+		s.parent.clock = max(s.parent.clock, s.finish)
+	}
+	q.remove(w)
+}
+
+// remove takes a waiter out, which nothing is charged for.
+func (q *queue) remove(w *waiter) {
+	s := w.share
+	if w.prev == nil {
+		s.first = w.next
+	} else {
+		w.prev.next = w.next
+	}
+	if w.next == nil {
+		s.last = w.prev
+	} else {
+		w.next.prev = w.prev
+	}
+	w.prev, w.next, w.share = nil, nil, nil
+	for at := s; at.parent != nil; at = at.parent {
+		at.backlog -= w.tokens
+	}
+	q.len--
+	q.settle(s)
+}
+
+// settle puts a share whose waiters have changed, and those above it, into their places.
+func (q *queue) settle(s *share) {
+	for ; s.parent != nil; s = s.parent {
+		first := s.head()
+		if first == nil {
+			heap.Remove(&s.parent.below, s.index)
+			delete(q.shares, s.claim)
+			continue
+		}
+		s.finish = s.start + first.tokens/s.weight
+		if s.index < 0 {
+			heap.Push(&s.parent.below, s)
+		} else {
+			heap.Fix(&s.parent.below, s.index)
+		}
+	}
+	if q.len == 0 {
+		q.root.clock = 0
+	}
+}
+
+// share finds the claim's share, or begins it.
+func (q *queue) share(c claim, parent *share, weight float64) *share {
+	s := q.shares[c]
+	if s == nil {
+		s = &share{claim: c, parent: parent, weight: weight, start: parent.clock, index: -1}
+		q.shares[c] = s
+	}
+	return s
+}
+
+func (c claim) ofWorkload() claim {
+	return claim{workload: c.workload, priority: c.priority, whole: true}
+}
+
+// head is the share's first waiter; nil when there is none.
+func (s *share) head() *waiter {
+	for len(s.below) > 0 {
+		s = s.below[0]
+	}
+	return s.first
+}
+
+// ahead is how many tokens go to others before a flow that would wait from now on, if nobody else comes. It is exact
+// where all want the same, and close to it else. Where a great many share it does not look at all of them, and says too
+// little.
+func (q *queue) ahead(c claim, tokens float64) float64 {
+	all := tokens // of the flow and of those before it
+	begin := q.root.clock
+	workload := q.shares[c.ofWorkload()]
+	if workload != nil {
+		own, fairBegin := q.shares[c], workload.clock
+		if own != nil {
+			fairBegin = own.start
+			all += own.backlog
+		}
+		all += workload.others(own, fairBegin+all)
+		begin = workload.start
+	}
+	all += q.root.others(workload, begin+all/c.priority)
+	return all - tokens
+}
+
+// mostOthers bounds what a look at those who share may cost a flow.
+const mostOthers = 128
+
+// others is how many tokens go to the shares below, but for one, that finish by then.
+func (s *share) others(but *share, finish float64) float64 {
+	sum := 0.0
+	for _, o := range s.below[:min(len(s.below), mostOthers)] {
+		if o != but && o.finish <= finish {
+			each := o.head().tokens // as if those behind it wanted the same
+			turns := math.Floor((finish-o.start)*o.weight/each + 1e-9)
+			sum += min(max(turns, 1)*each, o.backlog)
+		}
+	}
+	return sum
+}
+
+// shareHeap is a [heap.Interface] of shares by finish, and of equals by who came first.
+type shareHeap []*share
+
+func (h shareHeap) Len() int { return len(h) }
+
+func (h shareHeap) Less(i, j int) bool {
+	if h[i].finish != h[j].finish {
+		return h[i].finish < h[j].finish
+	}
+	return h[i].head().number < h[j].head().number
+}
+
+func (h shareHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+
+// Push is for the heap's own use, as Pop is.
+func (h *shareHeap) Push(x any) {
+	s := x.(*share)
+	s.index = len(*h)
+	*h = append(*h, s)
+}
+
+func (h *shareHeap) Pop() any {
+	last := len(*h) - 1
+	s := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return s
+}

@@ -1,0 +1,362 @@
+package engine
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// claims are of workloads a, b, …, whose priorities are given, and of fairness values.
+func claims(priorities []float64, values int) []claim {
+	var all []claim
+	for i, p := range priorities {
+		for v := range values {
+			all = append(all, claim{workload: string(rune('a' + i)), priority: p, fairness: fmt.Sprint(v)})
+		}
+	}
+	return all
+}
+
+func push(q *queue, c claim, tokens float64) *waiter {
+	w := &waiter{tokens: tokens}
+	q.push(w, c)
+	return w
+}
+
+func TestQueueOrder(t *testing.T) {
+	// A flow is its workload and fairness value, and after "*" what it wants, other than 1; "-" serves the first, and
+	// "!3" makes the third that came leave.
+	priorities := map[byte]float64{'a': 1, 'b': 1, 'c': 1, 'h': 4, 'H': 1000}
+	for _, tt := range []struct{ name, flows, served string }{
+		{"first come, first served", "a1 a1 a1", "1 2 3"},
+		{"equal workloads take turns", "a1 a1 a1 b1 b1", "1 4 2 5 3"},
+		{"in proportion to priority", "a1 a1 a1 h1 h1 h1 h1 h1 h1", "4 5 6 1 7 8 9 2 3"},
+		{"a late one of higher priority", "a1 a1 - a1 H1", "1 4 2 3"},
+		{"fairness values take turns", "a1 a1 a1 a1 a2 a2 a3", "1 5 7 2 6 3 4"},
+		{"many fairness values are one workload", "a1 a2 a3 a4 b1 b1", "1 5 2 6 3 4"},
+		{"who was idle has saved nothing up", "a1 a1 a1 a1 a1 - - - b1 b1", "1 2 3 4 6 5 7"},
+		{"who left is not charged", "a1 b1 b1 b1 !4 a1", "1 2 3 5"},
+		{"who left keeps nobody's place", "a1 !1 b1 a1", "2 3"},
+		{"a large one that left does not set the clock back", "a1*9 a1 b1 b1 b1 b1 b1 b1 - - - - - !1 - c1", "3 4 5 6 7 2 8 9"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q := newQueue(nil)
+			var came []*waiter
+			var served []string
+			serve := func() {
+				served = append(served, strconv.Itoa(1+slices.Index(came, q.first())))
+				q.pop()
+			}
+			for flow := range strings.FieldsSeq(tt.flows) {
+				switch text, number, _ := strings.Cut(flow, "*"); {
+				case flow == "-":
+					serve()
+				case flow[0] == '!':
+					n, _ := strconv.Atoi(flow[1:])
+					q.remove(came[n-1])
+				default:
+					n, err := strconv.Atoi(number)
+					if err != nil {
+						n = 1
+					}
+					c := claim{workload: text[:1], priority: priorities[text[0]], fairness: text[1:]}
+					came = append(came, push(q, c, float64(n)))
+				}
+			}
+			for q.len > 0 {
+				serve()
+			}
+			if got := strings.Join(served, " "); got != tt.served {
+				t.Errorf("served %s want %s", got, tt.served)
+			}
+			checkEmpty(t, q)
+		})
+	}
+}
+
+func checkEmpty(t rapid.TB, q *queue) {
+	t.Helper()
+	if q.len != 0 || len(q.shares) != 0 || len(q.root.below) != 0 || q.root.clock != 0 || q.first() != nil {
+		t.Errorf("an empty queue holds %d waiters, %d shares, clock %v", q.len, len(q.shares), q.root.clock)
+	}
+}
+
+// A workload whose flows give up before their turn comes keeps its turn: it waits all the while.
+func TestQueueImpatientWorkload(t *testing.T) {
+	q := newQueue(nil)
+	low, high := claim{workload: "low", priority: 1}, claim{workload: "high", priority: 100}
+	served := 0
+	last := push(q, low, 1)
+	for i := range 10_000 {
+		push(q, high, 1)
+		if i%10 == 0 { // far less than the 100 that go before it
+			next := push(q, low, 1)
+			q.remove(last)
+			last = next
+		}
+		if q.first() == last {
+			served++
+			last = push(q, low, 1)
+		}
+		q.pop()
+	}
+	if served < 98 || served > 101 {
+		t.Errorf("%d of 10 000 were of priority 1 beside 100 want 99", served)
+	}
+}
+
+// naive is the queue without its heaps: slow, and plain to see.
+type naive struct {
+	clock     float64
+	workloads map[claim]*naiveWorkload
+	number    int
+}
+
+type naiveWorkload struct {
+	start, clock float64
+	values       map[claim]*naiveValue
+}
+
+type naiveValue struct {
+	start   float64
+	waiting []naiveWaiter
+}
+
+type naiveWaiter struct {
+	number int
+	tokens float64
+}
+
+func (n *naive) push(c claim, tokens float64) (number int) {
+	w := n.workloads[c.ofWorkload()]
+	if w == nil {
+		w = &naiveWorkload{start: n.clock, values: make(map[claim]*naiveValue)}
+		n.workloads[c.ofWorkload()] = w
+	}
+	v := w.values[c]
+	if v == nil {
+		v = &naiveValue{start: w.clock}
+		w.values[c] = v
+	}
+	n.number++
+	v.waiting = append(v.waiting, naiveWaiter{n.number, tokens})
+	return n.number
+}
+
+func (w *naiveWorkload) first() (at claim, finish float64, first naiveWaiter) {
+	finish = math.Inf(1)
+	for c, v := range w.values {
+		f := v.start + v.waiting[0].tokens
+		if f < finish || f == finish && v.waiting[0].number < first.number {
+			at, finish, first = c, f, v.waiting[0]
+		}
+	}
+	return at, finish, first
+}
+
+func (n *naive) pop() (number int) {
+	finish := math.Inf(1)
+	var first naiveWaiter
+	var at claim
+	for c, w := range n.workloads {
+		_, _, head := w.first()
+		f := w.start + head.tokens/c.priority
+		if f < finish || f == finish && head.number < first.number {
+			at, finish, first = c, f, head
+		}
+	}
+	w := n.workloads[at]
+	w.start, n.clock = finish, max(n.clock, finish)
+	c, f, _ := w.first()
+	w.values[c].start, w.clock = f, max(w.clock, f)
+	n.remove(c, first.number)
+	return first.number
+}
+
+func (n *naive) remove(c claim, number int) {
+	w := n.workloads[c.ofWorkload()]
+	v := w.values[c]
+	v.waiting = slices.DeleteFunc(v.waiting, func(w naiveWaiter) bool { return w.number == number })
+	if len(v.waiting) == 0 {
+		delete(w.values, c)
+	}
+	if len(w.values) == 0 {
+		delete(n.workloads, c.ofWorkload())
+	}
+	if len(n.workloads) == 0 {
+		n.clock = 0
+	}
+}
+
+// The heaps and lists serve the same flows in the same order as a queue that looks at everybody.
+func TestQueueModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		q := newQueue(nil)
+		n := &naive{workloads: make(map[claim]*naiveWorkload)}
+		all := claims([]float64{1, 1, 3, 0.1}, 3)
+		type place struct {
+			w *waiter
+			c claim
+		}
+		waiting := make(map[int]place)
+		pop := func(t *rapid.T) {
+			if q.len == 0 {
+				t.Skip("nobody waits")
+			}
+			w := q.first()
+			q.pop()
+			if number := n.pop(); w != waiting[number].w {
+				t.Fatalf("served another than the %dth that came", number)
+			} else {
+				delete(waiting, number)
+			}
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"push": func(t *rapid.T) {
+				c := rapid.SampledFrom(all).Draw(t, "claim")
+				tokens := rapid.Float64Range(0.1, 10).Draw(t, "tokens")
+				waiting[n.push(c, tokens)] = place{push(q, c, tokens), c}
+			},
+			"pop": pop,
+			"remove": func(t *rapid.T) {
+				if q.len == 0 {
+					t.Skip("nobody waits")
+				}
+				number := rapid.SampledFrom(slices.Sorted(maps.Keys(waiting))).Draw(t, "who")
+				q.remove(waiting[number].w)
+				n.remove(waiting[number].c, number)
+				delete(waiting, number)
+			},
+			"": func(t *rapid.T) {
+				if q.len != len(waiting) {
+					t.Fatalf("%d wait want %d", q.len, len(waiting))
+				}
+			},
+		})
+		for q.len > 0 {
+			pop(t)
+		}
+		checkEmpty(t, q)
+	})
+}
+
+// fluid is what the queue comes close to: generalized processor sharing, which serves all who wait at once, drop by
+// drop, each workload by its priority and each value of it alike.
+type fluid struct{ backlog, served map[claim]float64 }
+
+func (f *fluid) serve(amount float64) {
+	for amount > 1e-9 {
+		weights, values := 0.0, make(map[claim]float64)
+		for c := range f.backlog {
+			if values[c.ofWorkload()]++; values[c.ofWorkload()] == 1 {
+				weights += c.priority
+			}
+		}
+		// All are served at their speeds until the first of them runs dry.
+		speed := func(c claim) float64 { return c.priority / weights / values[c.ofWorkload()] }
+		step := amount
+		for c, b := range f.backlog {
+			step = min(step, b/speed(c))
+		}
+		for c := range f.backlog {
+			f.served[c] += step * speed(c)
+			if f.backlog[c] -= step * speed(c); f.backlog[c] < 1e-9 {
+				delete(f.backlog, c)
+			}
+		}
+		amount -= step
+	}
+}
+
+// Nobody is ever further behind the fluid, or ahead of it, than one flow of each that it shares with.
+func TestQueueFluid(t *testing.T) {
+	worst := 0.0
+	rapid.Check(t, func(t *rapid.T) {
+		const largest = 8
+		priorities := rapid.SliceOfN(rapid.SampledFrom([]float64{1, 2, 5, 50}), 1, 4).Draw(t, "priorities")
+		values := rapid.IntRange(1, 4).Draw(t, "values")
+		all := claims(priorities, values)
+		bound := float64(largest * (len(priorities) + values))
+		q := newQueue(nil)
+		f := &fluid{backlog: make(map[claim]float64), served: make(map[claim]float64)}
+		served := make(map[claim]float64)
+		t.Repeat(map[string]func(*rapid.T){
+			"push": func(t *rapid.T) {
+				c := rapid.SampledFrom(all).Draw(t, "claim")
+				for range rapid.IntRange(1, 30).Draw(t, "flows") {
+					tokens := float64(rapid.IntRange(1, largest).Draw(t, "tokens"))
+					push(q, c, tokens)
+					f.backlog[c] += tokens
+				}
+			},
+			"pop": func(t *rapid.T) {
+				for range min(rapid.IntRange(1, 30).Draw(t, "flows"), q.len) {
+					w := q.first()
+					served[w.share.claim] += w.tokens
+					f.serve(w.tokens)
+					q.pop()
+				}
+			},
+			"": func(t *rapid.T) {
+				for _, c := range all {
+					lag := f.served[c] - served[c]
+					worst = max(worst, math.Abs(lag)/bound)
+					if math.Abs(lag) > bound {
+						t.Fatalf("%+v has had %v want %v ± %v", c, served[c], f.served[c], bound)
+					}
+				}
+			},
+		})
+	})
+	t.Logf("at worst %.0f %% of the bound", 100*worst)
+}
+
+// Where all want the same, a flow is told exactly how many go before it.
+func TestQueueAhead(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		q := newQueue(nil)
+		all := claims([]float64{1, 1, 2, 64}, 3)
+		var waiting []*waiter
+		t.Repeat(map[string]func(*rapid.T){
+			"push": func(t *rapid.T) {
+				c := rapid.SampledFrom(all).Draw(t, "claim")
+				want := q.ahead(c, 1)
+				w := push(q, c, 1)
+				waiting = append(waiting, w)
+				if again := q.ahead(c, 1); again < want {
+					t.Fatalf("%v are ahead with one more, before %v", again, want)
+				}
+			},
+			"pop": func(t *rapid.T) {
+				if q.len > 0 {
+					w := q.first()
+					q.pop()
+					waiting = slices.DeleteFunc(waiting, func(x *waiter) bool { return x == w })
+				}
+			},
+			"remove": func(t *rapid.T) {
+				if q.len > 0 {
+					i := rapid.IntRange(0, len(waiting)-1).Draw(t, "who")
+					q.remove(waiting[i])
+					waiting = slices.Delete(waiting, i, i+1)
+				}
+			},
+		})
+		c := rapid.SampledFrom(all).Draw(t, "claim")
+		want := q.ahead(c, 1)
+		w := push(q, c, 1)
+		got := 0.0
+		for ; q.first() != w; q.pop() {
+			got++
+		}
+		if got != want {
+			t.Fatalf("%v went before it, %v were told", got, want)
+		}
+	})
+}
