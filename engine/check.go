@@ -14,29 +14,42 @@ type stage int
 
 // The stages, in the order of an Aperture agent.
 const (
-	limits stage = iota // rate limiters and concurrency limiters
-	slots               // concurrency schedulers
-	tokens              // quota schedulers, unless the flow's result is in the cache
+	ramps   stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
+	samples              // samplers
+	limits               // rate limiters and concurrency limiters
+	slots                // concurrency schedulers
+	tokens               // quota and load schedulers, unless the flow's result is in the cache
 	stages
 )
 
 // stageOf is where the component belongs.
 func stageOf(c *seam.Component) stage {
 	switch c.Kind {
+	case seam.KindRampSampler:
+		return ramps
+	case seam.KindSampler:
+		return samples
 	case seam.KindConcurrencyScheduler:
 		return slots
-	case seam.KindQuotaScheduler:
+	case seam.KindQuotaScheduler, seam.KindLoadScheduler:
 		return tokens
 	default:
 		return limits
 	}
 }
 
-func (s stage) reason() seam.Reason {
-	if s == limits {
+// reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
+func (s stage) reason(req *seam.Request) seam.Reason {
+	switch {
+	case s == ramps && req.RampMode:
+		return seam.ReasonNoMatchingRamp
+	case s <= samples:
+		return seam.ReasonNotSampled
+	case s == limits:
 		return seam.ReasonRateLimited
+	default:
+		return seam.ReasonNoTokens
 	}
-	return seam.ReasonNoTokens
 }
 
 // A point is what acts at one control point, by stages.
@@ -85,11 +98,6 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	}
 	start := e.now()
 	v.Start = e.epoch.UnixNano() + start
-	if req.RampMode {
-		// No component is a ramp, so none accepts.
-		v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
-		return nil
-	}
 	p, now := e.points[req.ControlPoint], start
 	for s := range stages {
 		if s == tokens && req.Lookup != nil {
@@ -97,18 +105,21 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 				break
 			}
 		}
-		if p == nil || len(p[s]) == 0 {
-			continue
+		if p != nil && len(p[s]) > 0 {
+			dropped, err := e.ask(ctx, p[s], req, &now, v)
+			if err != nil {
+				undo(v, now)
+				*v = seam.Verdict{}
+				return err
+			}
+			if dropped {
+				undo(v, now)
+				reject(v, s.reason(req))
+				break
+			}
 		}
-		dropped, err := e.ask(ctx, p[s], req, &now, v)
-		if err != nil {
-			undo(v, now)
-			*v = seam.Verdict{}
-			return err
-		}
-		if dropped {
-			undo(v, now)
-			reject(v, s.reason())
+		if s == ramps && req.RampMode && v.Len() == 0 {
+			v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
 			break
 		}
 	}

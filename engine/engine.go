@@ -169,6 +169,12 @@ func (e *Engine) build(c policy.Component, id seam.Component) (component, []poli
 		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
 		return newConcurrencyLimiter(e, c, id), c.Selectors, nil
+	case policy.Sampler:
+		id.ID = cmp.Or(c.ID, id.ID)
+		return newSampler(e, c, id), c.Selectors, nil
+	case policy.LoadRamp:
+		id.ID = cmp.Or(c.ID, id.ID)
+		return newLoadRamp(e, c, id), c.Selectors, nil
 	default:
 		return nil, nil, fmt.Errorf("the engine cannot run a %T", c)
 	}

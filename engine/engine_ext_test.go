@@ -15,7 +15,6 @@ import (
 
 	"go.uber.org/goleak"
 
-	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/vectors"
@@ -405,18 +404,6 @@ func TestLabelMatcher(t *testing.T) {
 				t.Errorf("match = %v want %v", !flow.ShouldRun(), tt.match)
 			}
 		})
-	}
-}
-
-// Ramp mode needs a ramp, and there is none.
-func TestRampMode(t *testing.T) {
-	flow := start(t, open(t, limiter(nil)), flowctl.Params{RampMode: true})
-	if flow.ShouldRun() || flow.RejectReason() != flowctl.ReasonNoMatchingRamp || flow.HTTPStatus() != 403 {
-		t.Errorf("%v, %v", flow, flow.Err())
-	}
-	m := flow.CheckResponse()
-	if len(m.GetLimiterDecisions()) != 0 || m.GetDeniedResponseStatusCode() != checkv1.StatusCode_Empty {
-		t.Errorf("answer = %v want no decisions and no status", m)
 	}
 }
 

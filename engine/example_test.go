@@ -222,3 +222,42 @@ func ExampleWithKeyCap() {
 	fmt.Println(limits.Close())
 	// Output: <nil>
 }
+
+// A new page for a tenth of the users at first, and for all of them after ten minutes, unless somebody holds the ramp. Who
+// has seen the new page goes on seeing it.
+func ExampleEngine_Ramp() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "new-page",
+		Components: []policy.Component{policy.LoadRamp{
+			Selectors: policy.At("page"), SessionLabel: "user_id", PassThroughValues: []string{"tester"},
+			Steps: []policy.RampStep{{Target: 10}, {Target: 100, Duration: 10 * time.Minute}},
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ramp, ok := limits.Ramp("new-page", "root.0")
+	if !ok {
+		panic("no such ramp")
+	}
+	fmt.Printf("at %.0f %%\n", ramp.Percentage())
+	ramp.Forward()
+
+	ctx := context.Background()
+	for _, user := range []string{"ann", "bob", "tester"} {
+		flow := client.Start(ctx, "page", flowctl.Params{RampMode: true, Labels: map[string]string{"user_id": user}})
+		fmt.Println(user, flow.Decision())
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// at 10 %
+	// ann accepted
+	// bob rejected
+	// tester accepted
+}

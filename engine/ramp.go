@@ -1,10 +1,44 @@
 package engine
 
 import (
+	"slices"
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate/policy"
 )
+
+// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Engine.Ramp]. It is safe for concurrent use.
+type Ramp struct {
+	engine *Engine
+	course *ramp
+}
+
+// Ramp finds a [policy.LoadRamp] by the name of its policy and its own ID, which is "root.<index>" where the policy gives
+// it none. False says that the engine has no such ramp.
+func (e *Engine) Ramp(policyName, component string) (*Ramp, bool) {
+	for _, c := range e.components {
+		s, ok := c.(*sampler)
+		if ok && s.ramp != nil && s.component.Policy == policyName && s.component.ID == component {
+			return &Ramp{engine: e, course: s.ramp}, true
+		}
+	}
+	return nil, false
+}
+
+// Forward has the ramp move towards its last step's target, from where it stands.
+func (r *Ramp) Forward() { r.course.move(r.engine.now(), 1) }
+
+// Backward has the ramp move back the way it came, down to the beginning of its first step.
+func (r *Ramp) Backward() { r.course.move(r.engine.now(), -1) }
+
+// Hold has the ramp stand still where it is.
+func (r *Ramp) Hold() { r.course.move(r.engine.now(), 0) }
+
+// Reset puts the ramp back to the beginning of its first step, where it stands still.
+func (r *Ramp) Reset() { r.course.reset(r.engine.now()) }
+
+// Percentage is the share of flows that the ramp accepts just now, 0 to 100.
+func (r *Ramp) Percentage() float64 { return r.course.percentage(r.engine.now()) }
 
 // A position is where a load ramp stands and which way it moves. It is never changed, only replaced, so that flows read
 // it without a lock.
@@ -22,7 +56,7 @@ type ramp struct {
 }
 
 func newRamp(p policy.LoadRamp, now int64) *ramp {
-	r := &ramp{steps: p.Steps}
+	r := &ramp{steps: slices.Clone(p.Steps)}
 	for _, s := range p.Steps {
 		r.length += int64(s.Duration)
 	}

@@ -3,7 +3,79 @@ package engine
 import (
 	"math"
 	"math/rand/v2"
+	"slices"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
 )
+
+// A sampler accepts a share of the flows. It has nothing that it could give, and so nothing to take back.
+type sampler struct {
+	component  seam.Component
+	percentage func(now int64) float64
+	pass       []string // values of the label that are always accepted
+	dryRun     bool
+
+	engine *Engine
+	ramp   *ramp // that the percentage moves along; nil where it does not move
+}
+
+func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
+	c.Kind = seam.KindSampler
+	if p.RampMode {
+		c.Kind = seam.KindRampSampler
+	}
+	c.LabelKey, c.DeniedStatus = p.SessionLabel, p.DeniedStatus
+	s := &sampler{
+		component:  c,
+		percentage: func(int64) float64 { return p.AcceptPercentage },
+		pass:       slices.Clone(p.PassThroughValues),
+		dryRun:     p.DryRun,
+		engine:     e,
+	}
+	s.component.Limiter = s
+	return s
+}
+
+func newLoadRamp(e *Engine, p policy.LoadRamp, c seam.Component) *sampler {
+	s := newSampler(e, policy.Sampler{
+		SessionLabel:      p.SessionLabel,
+		PassThroughValues: p.PassThroughValues,
+		RampMode:          true,
+		DeniedStatus:      p.DeniedStatus,
+		DryRun:            p.DryRun,
+	}, c)
+	s.ramp = newRamp(p, e.now())
+	s.percentage = s.ramp.percentage
+	return s
+}
+
+func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
+	d.Scope = seam.ScopeDefault
+	if key := s.component.LabelKey; key != "" {
+		d.Scope = seam.ScopeLabel
+		d.Label, _ = req.Labels.Lookup(key)
+	}
+	in := slices.Contains(s.pass, d.Label)
+	switch percentage := s.percentage(now); {
+	case in:
+	case d.Label == "":
+		in = drawn(percentage)
+	default:
+		in = sampled(d.Label, percentage)
+	}
+	d.Dropped, d.DryRun = !in && !s.dryRun, !in && s.dryRun
+}
+
+// refuse decides as ever: nobody misses what a sampler gave a flow that does not hear of it.
+func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision) {
+	s.decide(req, s.engine.now(), d)
+}
+
+func (s *sampler) giveBack(int64, *seam.LimiterDecision) bool { return false }
+func (s *sampler) sweep(int64)                                {}
+func (s *sampler) overflow() uint64                           { return 0 }
+func (s *sampler) identity() *seam.Component                  { return &s.component }
 
 // sampled says whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
 // RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and

@@ -21,13 +21,14 @@ type Sampler struct {
 	// PassThroughValues are values of SessionLabel that are always accepted; "" stands for flows without it.
 	PassThroughValues []string
 
-	// RampMode makes the sampler one that flows in ramp mode need to be accepted by.
+	// RampMode makes the sampler one that flows in ramp mode need: they are accepted only where at least one such
+	// sampler, or a [LoadRamp], selects them, and none of them drops them. Other flows it samples as any sampler does.
 	RampMode bool
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
-	// DryRun decides and counts, but never rejects.
+	// DryRun decides and counts, but never rejects; in ramp mode it accepts all that it selects.
 	DryRun bool
 }
 
@@ -44,7 +45,8 @@ type LoadRamp struct {
 	// Steps are taken in order. At least one.
 	Steps []RampStep
 
-	// Start has the ramp move as soon as the engine has it. Otherwise it stands at the first step until it is told to.
+	// Start has the ramp move as soon as the engine has it. Otherwise it stands at the first step until the engine's
+	// Ramp moves it.
 	Start bool
 
 	// SessionLabel and PassThroughValues are as in [Sampler].
@@ -54,7 +56,7 @@ type LoadRamp struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
-	// DryRun decides and counts, but never rejects.
+	// DryRun decides and counts, but never rejects: flows in ramp mode are all accepted.
 	DryRun bool
 }
 

@@ -343,6 +343,9 @@ const (
 	KindConcurrencyLimiter
 	KindQuotaScheduler
 	KindConcurrencyScheduler
+	KindSampler
+	KindRampSampler // one that flows in ramp mode need
+	KindLoadScheduler
 )
 
 // Component identifies a limiter or scheduler to those outside the engine.

@@ -77,9 +77,9 @@ func load(t *testing.T, name string) *Scenario {
 }
 
 // policyData is the scenario's policy file; nil for none.
-func (s *Scenario) policyData(t *testing.T, opts Options) []byte {
+func (s *Scenario) policyData(t *testing.T) []byte {
 	t.Helper()
-	if s.Policy == "" || opts.WithoutPolicy {
+	if s.Policy == "" {
 		return nil
 	}
 	data, err := recordings.ReadFile("testdata/policies/" + s.Policy)
@@ -91,11 +91,11 @@ func (s *Scenario) policyData(t *testing.T, opts Options) []byte {
 
 // Options say what to compare of a scenario.
 type Options struct {
-	// Only names the steps to replay; nil means all.
-	Only []string
+	// Except names the steps to leave out.
+	Except []string
 
-	// WithoutPolicy leaves out the policy, which the steps do not need.
-	WithoutPolicy bool
+	// Accepted names the checks that are to be accepted, although the recorded agent rejects them.
+	Accepted []string
 
 	// DecisionsOnly compares just whether a step carries a limiter decision.
 	DecisionsOnly bool
@@ -118,8 +118,10 @@ func scenarios() map[string]Options {
 		"cl-max-inflight-duration": {},
 		"label-matchers":           {DecisionsOnly: true}, // a limit of 0 lets everything pass there, and nothing here
 		"cache":                    {},
-		// r0 and r1 need a sampler, and r5 is invalid here.
-		"ramp-mode": {Only: []string{"r2", "r3", "r4"}, WithoutPolicy: true},
+		// No ramp lets r0 in there, though it matches; r5 is invalid here.
+		"ramp-mode": {Except: []string{"r5"}, Accepted: []string{"r0"}},
+		// pm has no label to go by, and is in or out by chance.
+		"sampler-sticky": {Except: []string{"pm"}},
 	}
 }
 
@@ -130,7 +132,7 @@ func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowct
 			synctest.Test(t, func(t *testing.T) {
 				s := load(t, name)
 				var policies []policy.Policy
-				if data := s.policyData(t, opts); data != nil {
+				if data := s.policyData(t); data != nil {
 					var err error
 					if policies, err = policy.Parse(s.Policy, data); err != nil {
 						t.Fatal(err)
@@ -147,7 +149,7 @@ func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
 	t.Helper()
 	r := &replay{t: t, client: client, opts: opts, begin: time.Now(), refused: -1, flows: make(map[string]*flowctl.Flow)}
 	for _, st := range s.steps {
-		if opts.Only != nil && !slices.Contains(opts.Only, st.ID) {
+		if slices.Contains(opts.Except, st.ID) {
 			continue
 		}
 		<-time.After(time.Until(r.begin.Add(time.Duration(st.AtMS) * time.Millisecond)))
@@ -231,6 +233,12 @@ func (r *replay) compare(st step, params flowctl.Params, flow *flowctl.Flow, wan
 		return
 	}
 	r.noteDrift(st, want)
+	if slices.Contains(r.opts.Accepted, st.ID) {
+		if got.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+			r.t.Errorf("%s: %v want it accepted", st.ID, flow.Err())
+		}
+		return
+	}
 	if r.opts.DecisionsOnly {
 		if g, w := len(got.GetLimiterDecisions()), len(want.GetLimiterDecisions()); g != w {
 			r.t.Errorf("%s: %d limiter decisions want %d", st.ID, g, w)

@@ -79,7 +79,7 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 }
 
 // deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
-// has none: no stage got to see it.
+// has none: nothing got to see it.
 func deniedStatus(v *seam.Verdict) checkv1.StatusCode {
 	if v.Status != 0 {
 		return checkv1.StatusCode(v.Status)
@@ -95,6 +95,11 @@ func statusByReason(r seam.Reason) checkv1.StatusCode {
 		return http.StatusServiceUnavailable
 	case seam.ReasonNotSampled:
 		return http.StatusForbidden
+	case seam.ReasonNoMatchingRamp:
+		if v.By == nil {
+			return checkv1.StatusCode_Empty
+		}
+		return http.StatusForbidden
 	default:
 		return checkv1.StatusCode_Empty
 	}
@@ -108,7 +113,9 @@ func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
 		ComponentId:              c.ID,
 		Dropped:                  d.Dropped,
 		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
-		WaitTime:                 durationpb.New(d.Wait),
+	}
+	if d.Wait > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
+		m.WaitTime = durationpb.New(d.Wait)
 	}
 	if d.Scope == seam.ScopeNone {
 		m.Reason = checkv1.LimiterDecision_LIMITER_REASON_KEY_NOT_FOUND
@@ -126,6 +133,12 @@ func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
 		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
 			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot),
 		}}
+	case seam.KindSampler, seam.KindRampSampler:
+		info := &checkv1.LimiterDecision_SamplerInfo{}
+		if d.Scope == seam.ScopeLabel {
+			info.Label = label(d)
+		}
+		m.Details = &checkv1.LimiterDecision_SamplerInfo_{SamplerInfo: info}
 	}
 	return m
 }
