@@ -15,9 +15,29 @@ import (
 // keyedClient asks an engine with one rate limiter that never runs out, keyed by a label.
 func keyedClient(tb testing.TB) *flowctl.Client {
 	tb.Helper()
-	e, err := engine.New([]policy.Policy{{Name: "per-user", Components: []policy.Component{policy.RateLimiter{
+	return engineClient(tb, policy.RateLimiter{
 		Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id",
-	}}}})
+	})
+}
+
+// schedulers never have anybody wait.
+func schedulers() map[string]policy.Component {
+	s := policy.Scheduler{WorkloadLabel: "user_id", FairnessLabel: "user_id", Workloads: []policy.Workload{{
+		Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+	}}}
+	return map[string]policy.Component{
+		"quota scheduler": policy.QuotaScheduler{
+			Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", Scheduler: s,
+		},
+		"concurrency scheduler": policy.ConcurrencyScheduler{
+			Selectors: policy.At(point), Max: 100, MaxInflight: time.Minute, LimitBy: "user_id", Scheduler: s,
+		},
+	}
+}
+
+func engineClient(tb testing.TB, c policy.Component) *flowctl.Client {
+	tb.Helper()
+	e, err := engine.New([]policy.Policy{{Name: "test", Components: []policy.Component{c}}})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -62,16 +82,23 @@ func calls(client *flowctl.Client) map[string]func(context.Context) error {
 	}
 }
 
-// A guarded call on the engine with a keyed rate limiter allocates its flow, and nothing else.
+// A guarded call on the engine with a keyed rate limiter, or with a scheduler that has room, allocates its flow, and
+// nothing else.
 func TestAllocations(t *testing.T) {
 	ctx := t.Context()
-	for name, call := range calls(keyedClient(t)) {
-		if got := testing.AllocsPerRun(1000, func() {
-			if err := call(ctx); err != nil {
-				t.Error(err)
+	clients := map[string]*flowctl.Client{"rate limiter": keyedClient(t)}
+	for kind, c := range schedulers() {
+		clients[kind] = engineClient(t, c)
+	}
+	for kind, client := range clients {
+		for name, call := range calls(client) {
+			if got := testing.AllocsPerRun(1000, func() {
+				if err := call(ctx); err != nil {
+					t.Error(err)
+				}
+			}); got != 1 {
+				t.Errorf("%s, %s: %v allocations a call want 1", kind, name, got)
 			}
-		}); got != 1 {
-			t.Errorf("%s: %v allocations a call want 1", name, got)
 		}
 	}
 	for name, call := range calls(nil) {
@@ -99,6 +126,18 @@ func BenchmarkEngine(b *testing.B) {
 					_ = call(ctx)
 				}
 			})
+		})
+	}
+}
+
+func BenchmarkScheduler(b *testing.B) {
+	for kind, c := range schedulers() {
+		b.Run(kind, func(b *testing.B) {
+			call, ctx := calls(engineClient(b, c))["Guard"], b.Context()
+			b.ReportAllocs()
+			for b.Loop() {
+				_ = call(ctx)
+			}
 		})
 	}
 }

@@ -10,9 +10,9 @@
 // header says goes before them.
 //
 // Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
-// here, with what is wrong. A check's deadline is the longest that it waits; one that comes with less than 10 ms left is
-// refused by the limiters that it meets, because an answer that its client does not hear would cost it tokens and slots
-// all the same.
+// here, with what is wrong. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
+// queues; one that comes with less than 10 ms left is refused by the limiters and schedulers that it meets, because an
+// answer that its client does not hear would cost it tokens and slots all the same.
 package agent
 
 import (
@@ -113,7 +113,7 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 		req.Late = time.Until(deadline) < margin
 	}
 	var v seam.Verdict
-	if err := s.server.engine.Check(ctx, req, &v); err != nil {
+	if err := s.server.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
 		return nil, closed(err)
 	}
 	if ctx.Err() != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -301,6 +302,9 @@ func TestLateCheck(t *testing.T) {
 		}{
 			{"rate limiter", []policy.Component{policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour}}, true},
 			{"slots of a user", slots(1)[0].Components, true},
+			{"scheduler of slots", scheduler()[0].Components, true},
+			{"scheduler of tokens", []policy.Component{policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour}}, true},
+			{"dry run of a scheduler", []policy.Component{policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true}}, false},
 			{"no limiter", nil, false},
 			{"slots of others", []policy.Component{policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "other"}}, false},
 			{"dry run", []policy.Component{policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true}}, false},
@@ -320,6 +324,96 @@ func TestLateCheck(t *testing.T) {
 				t.Errorf("%s: the late check took what the next one needs: %v, %v", tt.name, m, err)
 			}
 		}
+	})
+}
+
+// scheduler has one slot.
+func scheduler() []policy.Policy {
+	return []policy.Policy{{Name: "queue", Components: []policy.Component{
+		policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, Scheduler: policy.Scheduler{PriorityLabel: "priority"}},
+	}}}
+}
+
+// Flows of all clients wait in one queue, and are told before their clients give up.
+func TestWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := serve(t, scheduler())
+		a, b := s.client(t), s.client(t)
+		begin := time.Now()
+		var wg sync.WaitGroup
+		visit := func(c *flowctl.Client, priority string, timeout, answered time.Duration, want flowctl.Decision) {
+			wg.Go(func() {
+				flow := c.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"priority": priority}, CheckTimeout: timeout})
+				if at := time.Since(begin); flow.Decision() != want || at != answered {
+					t.Errorf("priority %s: %v at %v want %v at %v", priority, flow, at, want, answered)
+				}
+				if flow.ShouldRun() {
+					<-time.After(time.Second)
+				}
+				held := 0
+				if want == flowctl.Accepted {
+					held = 1
+				}
+				if got, err := flow.End(t.Context()); got != (flowctl.EndResponse{Held: held, Returned: held}) || err != nil {
+					t.Errorf("priority %s: End() = %+v, %v", priority, got, err)
+				}
+			})
+			synctest.Wait()
+		}
+		visit(a, "1", 500*time.Millisecond, 0, flowctl.Accepted)
+		visit(a, "2", 5*time.Second, 2*time.Second, flowctl.Accepted)
+		visit(b, "3", 5*time.Second, time.Second, flowctl.Accepted)
+		visit(b, "4", 500*time.Millisecond, 490*time.Millisecond, flowctl.Rejected)
+		wg.Wait()
+	})
+}
+
+// A client that goes while it waits leaves the queue.
+func TestWaitOfACallerWhoGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := serve(t, scheduler())
+		c, stub := s.client(t), s.stub(t)
+		first := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if flow := c.Start(ctx, "point", flowctl.Params{CheckTimeout: time.Minute}); flow.Decision() != flowctl.Canceled {
+				t.Errorf("%v, %v want it canceled", flow, flow.Err())
+			}
+		})
+		wg.Go(func() {
+			if _, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: "point"}); status.Code(err) != codes.Canceled {
+				t.Errorf("Check() = %v want Canceled", err)
+			}
+		})
+		synctest.Wait()
+		cancel()
+		wg.Wait()
+		synctest.Wait() // for the server to hear of it
+		if got, err := first.End(t.Context()); got.Returned != 1 || err != nil {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		if next := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute}); !next.ShouldRun() {
+			t.Errorf("%v: the slot went to somebody who had gone", next.Err())
+		}
+	})
+}
+
+// An engine that is closed tells those who wait that nobody answers.
+func TestCloseWhileWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := serve(t, scheduler())
+		c := s.client(t)
+		c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute}); flow.Decision() != flowctl.Unreachable || !errors.Is(flow.Err(), flowctl.ErrUnreachable) {
+				t.Errorf("%v, %v want it unreachable", flow, flow.Err())
+			}
+		})
+		synctest.Wait()
+		_ = s.engine.Close()
+		wg.Wait()
 	})
 }
 

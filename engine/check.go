@@ -58,7 +58,7 @@ type point [stages][]member
 // A member is a component in its place at one control point.
 type member struct {
 	component
-	queue     admitter // the component, where flows may wait for it
+	waits     admitter // the component, where flows may wait for it
 	id        *seam.Component
 	selectors []selector
 }
@@ -74,8 +74,8 @@ type admitter interface {
 func (p *point) add(c component, s selector) {
 	members := &p[stageOf(c.identity())]
 	if n := len(*members); n == 0 || (*members)[n-1].component != c {
-		queue, _ := c.(admitter)
-		*members = append(*members, member{component: c, queue: queue, id: c.identity()})
+		waits, _ := c.(admitter)
+		*members = append(*members, member{component: c, waits: waits, id: c.identity()})
 	}
 	last := &(*members)[len(*members)-1]
 	last.selectors = append(last.selectors, s)
@@ -142,10 +142,10 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 		switch {
 		case req.Late:
 			m.refuse(req, d)
-		case m.queue == nil || dropped:
+		case m.waits == nil || dropped:
 			m.decide(req, *now, d)
 		default:
-			if *now, err = m.queue.admit(ctx, req, *now, e.deadline(ctx, req, *now, v), d); err != nil {
+			if *now, err = m.waits.admit(ctx, req, *now, e.deadline(ctx, req, *now, v), d); err != nil {
 				return dropped, err
 			}
 		}

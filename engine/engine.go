@@ -12,16 +12,25 @@
 //
 // # How it decides
 //
-// A flow meets the components whose selectors pick it, all of them, in the order of the policies. It is accepted when
-// none of them drops it. A rejection takes nothing: what the other components gave the flow goes back. Where several
-// drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp mode,
-// which only lets flows run that a ramp has accepted.
+// A flow meets the components whose selectors pick it, in stages: first rate limiters and concurrency limiters, then
+// concurrency schedulers, then, unless its result is in the cache, quota schedulers; within a stage in the order of the
+// policies. It is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave
+// it goes back. Where several of a stage drop it, the longest wait counts, then the order. Flows that no component picks
+// are accepted, except in ramp mode, which only lets flows run that a ramp has accepted.
+//
+// Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
+// fair queueing (see [policy.Scheduler]): what becomes free goes at once to the one whose turn it is then. A flow waits
+// until its deadline, less a margin, or the queue timeout of its workload. One that cannot be served in time, as far as
+// is known, is rejected when it comes. While it waits it keeps what earlier components gave it, slots of concurrency
+// limiters included.
 //
 // The decisions are those of an Aperture agent, but for these, where the engine is meant to do better: a rejection
-// refunds every limiter; several drops have one deterministic outcome; a limit of 0 refuses; what a bucket can never
-// hold is rejected without a time to retry; a token count that is negative or not a finite number is ignored; a small
-// flow is not refused because a large one was; every component has a dry run; agent groups are ignored, and the service
-// that a selector names is the one the client says it is.
+// refunds every component; several drops have one deterministic outcome; a limit of 0 refuses; what a bucket can never
+// hold is rejected without a time to retry, and of concurrency limits and schedulers there is one, an estimate; a token
+// count or a priority that is negative or not a finite number is ignored; a small flow is not refused because a large
+// one was; who waits is served in order of virtual finish times when tokens come, not when it came to the head of the
+// queue; queues have a bound; every component has a dry run; agent groups are ignored, and the service that a selector
+// names is the one the client says it is.
 package engine
 
 import (
@@ -118,8 +127,8 @@ func Load(path string, opts ...Option) (*Engine, error) {
 	return New(policies, opts...)
 }
 
-// Close stops the engine's goroutines. Clients that ask it from now on find it unreachable; flows in flight still give
-// back what they hold. A second Close does nothing. The error is always nil.
+// Close stops the engine's goroutines. Clients that ask it from now on find it unreachable, and so do flows that wait;
+// flows in flight still give back what they hold. A second Close does nothing. The error is always nil.
 func (e *Engine) Close() error {
 	if !e.closed.Swap(true) {
 		close(e.done)
@@ -151,7 +160,7 @@ func (e *Engine) add(p policy.Policy) error {
 		}
 		e.components = append(e.components, built)
 		switch id := built.identity(); id.Kind {
-		case seam.KindConcurrencyLimiter:
+		case seam.KindConcurrencyLimiter, seam.KindConcurrencyScheduler:
 			e.holders[identity{id.Policy, id.Hash, id.ID}] = built
 		}
 	}
@@ -169,6 +178,16 @@ func (e *Engine) build(c policy.Component, id seam.Component) (component, []poli
 		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
 		return newConcurrencyLimiter(e, c, id), c.Selectors, nil
+	case policy.QuotaScheduler:
+		id.Kind, id.ID = seam.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Capacity
+		s, err := newQuotaScheduler(e, c, id)
+		return s, c.Selectors, err
+	case policy.ConcurrencyScheduler:
+		id.Kind, id.ID = seam.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
+		s, err := newConcurrencyScheduler(e, c, id)
+		return s, c.Selectors, err
 	case policy.Sampler:
 		id.ID = cmp.Or(c.ID, id.ID)
 		return newSampler(e, c, id), c.Selectors, nil

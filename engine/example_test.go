@@ -261,3 +261,43 @@ func ExampleEngine_Ramp() {
 	// bob rejected
 	// tester accepted
 }
+
+// A quota that chats and batch jobs share, by what their prompts cost. Chats get nine times as much when both wait, and
+// tenants share alike. The call that would have to wait for half a minute is told so at once.
+func ExampleNew_quota() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "llm-quota",
+		Components: []policy.Component{policy.QuotaScheduler{
+			Selectors: policy.At("prompt"), Capacity: 100, Fill: 100, Interval: time.Minute,
+			Scheduler: policy.Scheduler{
+				Workloads: []policy.Workload{{
+					Name:               "chat",
+					Labels:             policy.LabelMatcher{Equal: map[string]string{"kind": "chat"}},
+					WorkloadParameters: policy.WorkloadParameters{Priority: 9},
+				}},
+				TokensLabel: "cost", FairnessLabel: "tenant",
+			},
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	for _, cost := range []string{"100", "50"} {
+		flow := client.Start(ctx, "prompt", flowctl.Params{
+			Labels:       map[string]string{"kind": "chat", "tenant": "acme", "cost": cost},
+			CheckTimeout: 5 * time.Second, // the longest that it waits
+		})
+		fmt.Println(flow.Decision(), flow.RetryAfter().Round(time.Second))
+		_, _ = flow.End(ctx)
+	}
+	// Output:
+	// accepted 0s
+	// rejected 30s
+}

@@ -20,14 +20,14 @@ type queue struct {
 	root   share
 	shares map[claim]*share
 	len    int
-	count  uint64 // of all that ever waited, for the order of equals
+	count  uint64 // of all that have waited since nobody did, for the order of equals
 
 	alarm *time.Timer // rings when the first waiter may be served though nobody gives anything back
 	rings int64       // when that is; 0 when it does not
 	ring  func()      // what it does then
 }
 
-// A claim says for whom a flow waits.
+// A claim says for whom a flow waits. Flows of one workload with two priorities are two workloads.
 type claim struct {
 	workload string
 	priority float64
@@ -155,6 +155,10 @@ func (q *queue) settle(s *share) {
 	}
 	if q.len == 0 {
 		q.root.clock = 0
+		if q.count > 1000 { // what so many took is not kept for a few
+			q.root.below, q.shares = nil, make(map[claim]*share)
+		}
+		q.count = 0
 	}
 }
 

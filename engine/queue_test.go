@@ -360,3 +360,23 @@ func TestQueueAhead(t *testing.T) {
 		}
 	})
 }
+
+// A flow that waits costs no more than by the logarithm of how many others do.
+func BenchmarkQueue(b *testing.B) {
+	for _, waiting := range []int{1, 100, 10_000} {
+		for _, values := range []int{1, 100} {
+			b.Run(fmt.Sprintf("waiting=%d/shares=%d", waiting, values), func(b *testing.B) {
+				q, all := newQueue(nil), claims([]float64{1}, values)
+				for i := range waiting {
+					push(q, all[i%values], 1)
+				}
+				i := 0
+				for b.Loop() {
+					push(q, all[i%values], 1)
+					q.pop()
+					i++
+				}
+			})
+		}
+	}
+}

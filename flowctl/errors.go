@@ -92,11 +92,16 @@ type RejectedError struct {
 
 	// Wait is how long until a retry can succeed; 0 when that is not known, or never.
 	Wait time.Duration
+
+	cause seam.Cause // more than the reason, where the agent is an engine
 }
 
 // Error names the control point, the reason and the component; never a label's value.
 func (e *RejectedError) Error() string {
 	text := fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason)
+	if cause := e.cause.String(); cause != "" {
+		text += " (" + cause + ")"
+	}
 	if e.Policy != "" {
 		text += fmt.Sprintf(" by %s/%s", e.Policy, e.Component)
 	}

@@ -133,6 +133,7 @@ func (f *Flow) Err() error {
 		Reason:       f.RejectReason(),
 		HTTPStatus:   f.deniedStatus(),
 		Wait:         f.verdict.RetryAfter,
+		cause:        f.verdict.Cause,
 	}
 	if by := f.verdict.By; by != nil {
 		e.Policy, e.Component, e.LabelKey = by.Policy, by.ID, by.LabelKey

@@ -118,6 +118,14 @@ func scenarios() map[string]Options {
 		"cl-max-inflight-duration": {},
 		"label-matchers":           {DecisionsOnly: true}, // a limit of 0 lets everything pass there, and nothing here
 		"cache":                    {},
+		// A token comes every half second, and q4 goes first. q5 has less time than that.
+		"qs-bucket-and-queue": {TokensPerSecond: 2, Answered: map[string]time.Duration{
+			"q3": 1000 * time.Millisecond, "q4": 500 * time.Millisecond,
+		}},
+		// s4 goes first, when a slot comes back; s2 and s6 wait until 10 ms before their deadlines.
+		"cs-queue-and-timeout": {Answered: map[string]time.Duration{
+			"s2": 530 * time.Millisecond, "s3": 1500 * time.Millisecond, "s4": 1000 * time.Millisecond, "s6": 3590 * time.Millisecond,
+		}},
 		// No ramp lets r0 in there, though it matches; r5 is invalid here.
 		"ramp-mode": {Except: []string{"r5"}, Accepted: []string{"r0"}},
 		// pm has no label to go by, and is in or out by chance.

@@ -49,9 +49,13 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 	telemetry := make(map[string]string, len(labels)+1)
 	maps.Copy(telemetry, labels)
 	telemetry[typeLabel] = typeFeature
+	end := v.Start
+	if v.Extra != nil {
+		end += int64(v.Extra.Waited)
+	}
 	m := &checkv1.CheckResponse{
 		Start:               timestamppb.New(time.Unix(0, v.Start)),
-		End:                 timestamppb.New(time.Unix(0, v.Start)),
+		End:                 timestamppb.New(time.Unix(0, end)),
 		ControlPoint:        req.ControlPoint,
 		FlowLabelKeys:       slices.Sorted(maps.Keys(labels)),
 		TelemetryFlowLabels: telemetry,
@@ -61,7 +65,7 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 		m.Services = []string{service}
 	}
 	for i := range v.Len() {
-		m.LimiterDecisions = append(m.LimiterDecisions, decision(v.At(i)))
+		m.LimiterDecisions = append(m.LimiterDecisions, decision(req, v.At(i)))
 	}
 	if v.Rejected {
 		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
@@ -81,10 +85,14 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 // deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
 // has none: nothing got to see it.
 func deniedStatus(v *seam.Verdict) checkv1.StatusCode {
-	if v.Status != 0 {
+	switch {
+	case v.Status != 0:
 		return checkv1.StatusCode(v.Status)
+	case v.Reason == seam.ReasonNoMatchingRamp && v.By == nil:
+		return checkv1.StatusCode_Empty
+	default:
+		return statusByReason(v.Reason)
 	}
-	return statusByReason(v.Reason)
 }
 
 func statusByReason(r seam.Reason) checkv1.StatusCode {
@@ -93,19 +101,14 @@ func statusByReason(r seam.Reason) checkv1.StatusCode {
 		return http.StatusTooManyRequests
 	case seam.ReasonNoTokens:
 		return http.StatusServiceUnavailable
-	case seam.ReasonNotSampled:
-		return http.StatusForbidden
-	case seam.ReasonNoMatchingRamp:
-		if v.By == nil {
-			return checkv1.StatusCode_Empty
-		}
+	case seam.ReasonNotSampled, seam.ReasonNoMatchingRamp:
 		return http.StatusForbidden
 	default:
 		return checkv1.StatusCode_Empty
 	}
 }
 
-func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
+func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecision {
 	c := d.Component
 	m := &checkv1.LimiterDecision{
 		PolicyName:               c.Policy,
@@ -132,6 +135,20 @@ func decision(d *seam.LimiterDecision) *checkv1.LimiterDecision {
 	case seam.KindConcurrencyLimiter:
 		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
 			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot),
+		}}
+	case seam.KindQuotaScheduler:
+		if d.Dropped {
+			tokens.Reset() // as agents have it
+		}
+		workload, priority := c.Workload(&req.Labels)
+		m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
+			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
+		}}
+	case seam.KindConcurrencyScheduler:
+		tokens.Remaining = max(tokens.Remaining, 0)
+		workload, priority := c.Workload(&req.Labels)
+		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
+			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot),
 		}}
 	case seam.KindSampler, seam.KindRampSampler:
 		info := &checkv1.LimiterDecision_SamplerInfo{}

@@ -1,0 +1,273 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A scheduler admits a flow at once, or lets it wait in a queue for tokens, one queue for each key.
+//
+// Nobody serves the queue: whoever changes what is there hands on what there is to those who are first, under the lock
+// of the key. A flow that waits is woken when its tokens are its own. Where tokens come by themselves, the queue has a
+// timer, set for the one who is first.
+type scheduler[S any] struct {
+	keyed[line[S]]
+	source    source[S]
+	workloads *workloads
+	margin    int64
+	maxQueue  int
+	engine    *Engine
+}
+
+// A line is the state of one key: what there is, and who waits for it.
+type line[S any] struct {
+	tokens S
+	queue  *queue // nil until somebody has to wait
+}
+
+func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c seam.Component) (component, error) {
+	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucketRule{
+		capacity: p.Capacity,
+		fill:     p.Fill,
+		interval: float64(p.Interval),
+		step:     p.StepFill,
+		delay:    p.DelayInitialFill,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.passThrough, s.dryRun = p.PassThrough, p.DryRun
+	return s, nil
+}
+
+func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c seam.Component) (component, error) {
+	rule := &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)}
+	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, rule)
+	if err != nil {
+		return nil, err
+	}
+	s.passThrough, s.dryRun = p.PassThrough, p.DryRun
+	return s, nil
+}
+
+func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *policy.Scheduler, from source[S]) (*scheduler[S], error) {
+	w, err := compileWorkloads(p)
+	if err != nil {
+		return nil, err
+	}
+	s := &scheduler[S]{
+		source:    from,
+		workloads: w,
+		margin:    int64(cmp.Or(p.Margin, policy.DefaultMargin)),
+		maxQueue:  cmp.Or(p.MaxQueue, policy.DefaultMaxQueue),
+		engine:    e,
+	}
+	s.keyed = newKeyed(e, c, maxIdle,
+		func(l *line[S], now int64) { from.fresh(&l.tokens, now) },
+		func(l *line[S], now int64) bool { return !l.waiting() && from.idle(&l.tokens, now) })
+	s.component.Limiter = s
+	s.component.Workload = s.workload
+	return s, nil
+}
+
+// waiting says whether anybody waits.
+func (l *line[S]) waiting() bool { return l.queue != nil && l.queue.len > 0 }
+
+// ahead is how many tokens go to others before a flow that would wait from now on.
+func (l *line[S]) ahead(c claim, tokens float64) float64 {
+	if !l.waiting() {
+		return 0
+	}
+	return l.queue.ahead(c, tokens)
+}
+
+// workload names a flow's class to those outside.
+func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority float64) {
+	if s.passThrough {
+		return s.workloads.others.label, s.workloads.others.priority
+	}
+	c := s.workloads.claim(s.workloads.of(labels), labels)
+	return c.workload, c.priority
+}
+
+func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
+	s.enter(req, now, now, d)
+}
+
+// admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
+// was decided. An error means that it was not, because the flow's caller has gone or the engine was closed.
+func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error) {
+	t := s.enter(req, now, deadline, d)
+	if t.waiter == nil {
+		return now, nil
+	}
+	return s.wait(ctx, t, d)
+}
+
+// A ticket is a flow's place in a queue.
+type ticket[S any] struct {
+	*waiter  // nil where the flow has been decided about
+	claim    claim
+	entry    *entry[line[S]]
+	patience int64
+}
+
+// enter decides about the flow, or puts it into the queue.
+func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.LimiterDecision) ticket[S] {
+	of := s.workloads.of(&req.Labels)
+	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.tokens)
+	if !s.scope(&req.Labels, d) {
+		return ticket[S]{}
+	}
+	e := s.lock(d, now)
+	defer e.mu.Unlock()
+	l := &e.state
+	if l.waiting() {
+		s.serve(e, now) // what has come by now is for those who wait
+	}
+	if !l.waiting() || d.Consumed == 0 {
+		if got := s.source.draw(&l.tokens, now, d.Consumed); got.ok {
+			got.fill(d)
+			return ticket[S]{}
+		}
+	}
+	t := ticket[S]{claim: s.workloads.claim(of, &req.Labels), entry: e, patience: s.patience(of, now, deadline)}
+	ahead := l.ahead(t.claim, d.Consumed)
+	least, likely := s.source.forecast(&l.tokens, now, ahead, d.Consumed)
+	d.Remaining = s.source.free(&l.tokens)
+	switch {
+	case likely == never, t.patience == 0 && (!l.waiting() || ahead > 0 || least > 0):
+		s.drop(d, seam.CauseNone, likely)
+		return ticket[S]{}
+	case least > t.patience:
+		s.drop(d, seam.CauseLongQueue, likely)
+		return ticket[S]{}
+	case l.waiting() && l.queue.len >= s.maxQueue:
+		s.drop(d, seam.CauseQueueFull, likely)
+		return ticket[S]{}
+	}
+	if l.queue == nil {
+		l.queue = newQueue(func() { s.ring(e) })
+	}
+	w := &waiter{tokens: d.Consumed}
+	l.queue.push(w, t.claim)
+	s.serve(e, now) // it may be the first, and need less than who was
+	switch {
+	case w.served:
+		w.got.fill(d)
+	case t.patience == 0:
+		l.queue.remove(w)
+		s.serve(e, now)
+		s.drop(d, seam.CauseNone, likely)
+	default:
+		w.ready = make(chan struct{})
+		t.waiter = w
+	}
+	return t
+}
+
+// wait waits for the flow to be served, and decides.
+func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDecision) (int64, error) {
+	var expired <-chan time.Time
+	if t.patience < forever {
+		timer := time.NewTimer(time.Duration(t.patience))
+		defer timer.Stop()
+		expired = timer.C
+	}
+	select {
+	case <-t.ready:
+	case <-expired:
+	case <-ctx.Done():
+	case <-s.engine.done:
+	}
+	e, l := t.entry, &t.entry.state
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := s.engine.now()
+	if !t.served {
+		s.serve(e, now) // at the last moment
+	}
+	gone := ctx.Err()
+	switch {
+	case t.served && gone == nil:
+		t.got.fill(d)
+		return now, nil
+	case t.served:
+		s.source.giveBack(&l.tokens, now, t.tokens, t.got.slot)
+	default:
+		l.queue.remove(t.waiter)
+	}
+	s.serve(e, now)
+	_, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, t.tokens), t.tokens)
+	s.drop(d, seam.CauseTimeout, likely)
+	switch {
+	case gone != nil:
+		return now, gone
+	case s.engine.closed.Load():
+		return now, seam.ErrClosed
+	default:
+		return now, nil
+	}
+}
+
+// serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
+func (s *scheduler[S]) serve(e *entry[line[S]], now int64) {
+	q := e.state.queue
+	for w := q.first(); w != nil; w = q.first() {
+		got := s.source.draw(&e.state.tokens, now, w.tokens)
+		if !got.ok {
+			q.setAlarm(now, got.wait)
+			return
+		}
+		q.pop()
+		w.served, w.got = true, got
+		if w.ready != nil {
+			close(w.ready)
+		}
+	}
+	q.setAlarm(now, 0)
+}
+
+// ring is what the alarm of the entry's queue does.
+func (s *scheduler[S]) ring(e *entry[line[S]]) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.state.queue.rings = 0
+	s.serve(e, s.engine.now())
+}
+
+// patience is how long a flow of the workload may wait that has to be decided about by the deadline.
+func (s *scheduler[S]) patience(of *workload, now, deadline int64) int64 {
+	wait := int64(forever)
+	if deadline < forever {
+		wait = max(deadline-now-s.margin, 0)
+	}
+	switch {
+	case s.dryRun, of.timeout < 0:
+		return 0
+	case of.timeout > 0:
+		wait = min(wait, int64(of.timeout))
+	}
+	return wait
+}
+
+func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
+	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, s.workloads.of(&req.Labels).tokens)
+	if s.scope(&req.Labels, d) {
+		s.drop(d, seam.CauseLate, 0)
+	}
+}
+
+func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision) bool {
+	return s.returned(d, func(e *entry[line[S]]) bool {
+		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot)
+		if e.state.waiting() {
+			s.serve(e, now)
+		}
+		return ok
+	})
+}

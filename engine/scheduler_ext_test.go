@@ -1,0 +1,582 @@
+package engine_test
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// quota has 2 tokens, and one more each second.
+func quota(f func(*policy.QuotaScheduler)) policy.QuotaScheduler {
+	s := policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 2, Fill: 1, Interval: time.Second}
+	if f != nil {
+		f(&s)
+	}
+	return s
+}
+
+// concurrency has 2 slots.
+func concurrency(f func(*policy.ConcurrencyScheduler)) policy.ConcurrencyScheduler {
+	s := policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 2, MaxInflight: time.Minute}
+	if f != nil {
+		f(&s)
+	}
+	return s
+}
+
+// byLabels reads all there is to a flow from its labels.
+var byLabels = policy.Scheduler{TokensLabel: "tokens", PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "user"}
+
+// labelled reads labels from "key=value key=value".
+func labelled(text string) map[string]string {
+	labels := make(map[string]string)
+	for field := range strings.FieldsSeq(text) {
+		key, value, _ := strings.Cut(field, "=")
+		labels[key] = value
+	}
+	return labels
+}
+
+// A visit is a flow at a time: when it starts, how long it may take to be answered, how long it holds what it got, and
+// what is to become of it.
+type visit struct {
+	at      time.Duration
+	labels  string
+	timeout time.Duration
+	hold    time.Duration
+
+	in    time.Duration // when it is admitted; below 0: never
+	out   time.Duration // else when it is rejected,
+	retry time.Duration // when to come back,
+	says  string        // and what the error says
+}
+
+const never = -1
+
+// visits makes the flows come, in a bubble.
+func visits(t *testing.T, c *flowctl.Client, all []visit) {
+	t.Helper()
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for i, v := range all {
+		<-time.After(time.Until(begin.Add(v.at)))
+		wg.Go(func() {
+			flow := c.Start(t.Context(), "point", flowctl.Params{Labels: labelled(v.labels), CheckTimeout: cmp.Or(v.timeout, never)})
+			at := time.Since(begin)
+			defer end(flow)
+			near := func(a, b time.Duration) bool { return (a - b).Abs() <= 10*time.Nanosecond }
+			switch {
+			case !flow.Success():
+				t.Errorf("flow %d: %v", i, flow.Err())
+			case flow.ShouldRun() && (v.in < 0 || !near(at, v.in)):
+				t.Errorf("flow %d was admitted at %v want %v, or else rejected at %v", i, at, v.in, v.out)
+			case !flow.ShouldRun() && (v.in >= 0 || !near(at, v.out) || !near(flow.RetryAfter(), v.retry)):
+				t.Errorf("flow %d was rejected at %v, to retry after %v want %v, %v, or else admitted at %v", i, at, flow.RetryAfter(), v.out, v.retry, v.in)
+			case !flow.ShouldRun() && !strings.Contains(flow.Err().Error(), v.says):
+				t.Errorf("flow %d: error %q does not say %q", i, flow.Err(), v.says)
+			}
+			if flow.ShouldRun() {
+				<-time.After(v.hold)
+			}
+		})
+		synctest.Wait()
+	}
+	wg.Wait()
+}
+
+func TestQuotaScheduler(t *testing.T) {
+	const s, ms = time.Second, time.Millisecond
+	byLabels := func(q *policy.QuotaScheduler) { q.Scheduler = byLabels }
+	for _, tt := range []struct {
+		name   string
+		set    func(*policy.QuotaScheduler)
+		visits []visit
+	}{
+		{"tokens come one by one", nil, []visit{{}, {}, {in: s}, {in: 2 * s}, {at: 10 * s, in: 10 * s}}},
+		{"in steps", func(q *policy.QuotaScheduler) { q.StepFill, q.Fill = true, 2 }, []visit{{}, {}, {in: s}, {in: s}, {in: 2 * s}}},
+		{"after a delay", func(q *policy.QuotaScheduler) { q.DelayInitialFill = true }, []visit{{}, {}, {in: 3 * s}, {in: 4 * s}}},
+		{"the higher priority goes first", byLabels, []visit{
+			{}, {}, {labels: "priority=1", in: 3 * s}, {labels: "priority=10", in: 2 * s}, {at: 500 * ms, labels: "priority=100", in: s},
+		}},
+		{"a priority that is none", byLabels, []visit{
+			{}, {}, {labels: "priority=1 workload=a", in: s}, {labels: "priority=NaN workload=b", in: 2 * s},
+			{labels: "priority=-5 workload=c", in: 3 * s}, {labels: "priority=Inf workload=d", in: 4 * s}, {labels: "priority=0 workload=e", in: 5 * s},
+		}},
+		{"a user with many flows", byLabels, []visit{
+			{}, {}, {labels: "user=a", in: s}, {labels: "user=a", in: 3 * s}, {labels: "user=a", in: 4 * s}, {labels: "user=b", in: 2 * s},
+		}},
+		{"costs", byLabels, []visit{
+			{labels: "tokens=1.5"}, {labels: "tokens=1.5", in: s}, {labels: "tokens=0"}, {labels: "tokens=-1", in: 2 * s},
+			{labels: "tokens=x", in: 3 * s}, {labels: "tokens=2", in: 5 * s}, {at: 4 * s, labels: "tokens=0", in: 4 * s},
+		}},
+		{"who needs less than the first", byLabels, []visit{
+			{labels: "tokens=1"}, {labels: "tokens=2 workload=large", in: 2 * s}, {labels: "tokens=1 workload=small"},
+		}},
+		{"more than the bucket holds", byLabels, []visit{{labels: "tokens=3", in: never}, {}}},
+		{"no tokens", func(q *policy.QuotaScheduler) { q.Capacity = 0 }, []visit{{in: never}, {at: s, in: never, out: s}}},
+		{"no more tokens", func(q *policy.QuotaScheduler) { q.Fill = 0 }, []visit{{}, {}, {in: never}}},
+		{"deadlines", nil, []visit{
+			{}, {},
+			{timeout: 1009 * ms, in: never, retry: s, says: "queue too long"},
+			{timeout: 5 * ms, in: never, retry: s, says: "no tokens by"},
+			{timeout: 1010 * ms, in: s},
+			{timeout: 1010 * ms, in: never, retry: 2 * s, says: "queue too long"},
+			{at: 500 * ms, timeout: 1510 * ms, in: 2 * s},
+		}},
+		{"overtaken", byLabels, []visit{
+			{}, {}, {labels: "priority=1", timeout: 1500 * ms, in: never, out: 1490 * ms, retry: 1510 * ms, says: "waited in vain"},
+			{at: 100 * ms, labels: "priority=2", in: s}, {at: 1100 * ms, labels: "priority=2", in: 2 * s},
+		}},
+		{"a margin of its own", func(q *policy.QuotaScheduler) { q.Scheduler.Margin = 300 * ms }, []visit{
+			{}, {}, {timeout: 1299 * ms, in: never, retry: s}, {timeout: 1300 * ms, in: s},
+		}},
+		{"no queue", func(q *policy.QuotaScheduler) { q.Scheduler.Default.QueueTimeout = policy.NoQueue }, []visit{
+			{}, {}, {in: never, retry: s}, {at: 999 * ms, in: never, out: 999 * ms, retry: ms}, {at: s, in: s},
+		}},
+		{"a short queue timeout", func(q *policy.QuotaScheduler) { q.Scheduler.Default.QueueTimeout = 1500 * ms }, []visit{
+			{}, {}, {timeout: 10 * s, in: s}, {timeout: 10 * s, in: never, retry: 2 * s}, {timeout: s, in: never, retry: 2 * s},
+		}},
+		{"a workload that does not wait may go before those who do", func(q *policy.QuotaScheduler) {
+			q.Scheduler = byLabels2(policy.Workload{
+				Labels:             policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+				WorkloadParameters: policy.WorkloadParameters{Priority: 100, QueueTimeout: policy.NoQueue},
+			})
+		}, []visit{
+			{labels: "tokens=1"}, {labels: "tokens=2", in: 3 * s}, {at: 100 * ms, labels: "tier=gold", in: 100 * ms},
+			{at: 200 * ms, labels: "tier=gold", in: never, out: 200 * ms, retry: 800 * ms},
+			{at: 300 * ms, labels: "tier=gold tokens=2", in: never, out: 300 * ms, retry: 1700 * ms}, {at: s, labels: "tier=gold", in: s},
+		}},
+		{"a full queue", func(q *policy.QuotaScheduler) { q.Scheduler.MaxQueue = 2 }, []visit{
+			{}, {}, {in: s}, {in: 2 * s}, {in: never, retry: 3 * s, says: "no tokens (queue full) by test/root.0"}, {at: s, in: 3 * s},
+		}},
+		{"keys", func(q *policy.QuotaScheduler) { q.LimitBy = "key" }, []visit{
+			{labels: "key=a"}, {labels: "key=a"}, {labels: "key=a", in: s}, {labels: "key=b"}, {labels: "key="}, {labels: "other=c"}, {labels: "other=c"}, {labels: "other=c"},
+		}},
+		{"pass through", func(q *policy.QuotaScheduler) { q.PassThrough, q.Capacity = true, 0 }, []visit{{}, {}, {}}},
+		{"dry run", func(q *policy.QuotaScheduler) { q.DryRun = true }, []visit{{}, {}, {}, {}, {at: s, in: s}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				visits(t, open(t, []policy.Component{quota(tt.set)}), tt.visits)
+			})
+		})
+	}
+}
+
+// byLabels2 is byLabels with a workload.
+func byLabels2(w policy.Workload) policy.Scheduler {
+	s := byLabels
+	s.Workloads = []policy.Workload{w}
+	return s
+}
+
+func TestConcurrencyScheduler(t *testing.T) {
+	const s, ms = time.Second, time.Millisecond
+	byLabels := func(c *policy.ConcurrencyScheduler) { c.Scheduler = byLabels }
+	for _, tt := range []struct {
+		name   string
+		set    func(*policy.ConcurrencyScheduler)
+		visits []visit
+	}{
+		{"slots are handed over", nil, []visit{{hold: s}, {hold: 2 * s}, {in: s, hold: 3 * s}, {in: 2 * s}, {in: 2 * s}}},
+		{"the higher priority goes first", byLabels, []visit{
+			{hold: s}, {hold: 2 * s}, {labels: "priority=1", in: 2 * s}, {at: 500 * ms, labels: "priority=10", in: s, hold: 5 * s},
+		}},
+		{"costs", byLabels, []visit{
+			{labels: "tokens=5", hold: s}, {labels: "tokens=0"}, {labels: "tokens=0.5", in: s, hold: s}, {labels: "tokens=1e300", in: s, hold: s}, {labels: "tokens=1", in: 2 * s},
+		}},
+		{"a deadline", nil, []visit{
+			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, says: "waited in vain"}, {in: s}, {timeout: 5 * ms, in: never, says: "no tokens by"},
+		}},
+		{"a deadline, once it is known how long flows take", nil, []visit{
+			{hold: s}, {hold: s}, {in: s, hold: s}, {in: s, hold: s},
+			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, says: "waited in vain"},
+			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: s, says: "queue too long"},
+			{at: 1300 * ms, timeout: 800 * ms, in: 2 * s},
+		}},
+		{"slots that are taken back are handed over", func(c *policy.ConcurrencyScheduler) { c.MaxInflight = s }, []visit{
+			{hold: s / 2}, {hold: 5 * s}, {in: s / 2, hold: 5 * s}, {in: s, hold: 5 * s}, {in: 1500 * ms}, {at: 2 * s, in: 2 * s},
+		}},
+		{"no queue", func(c *policy.ConcurrencyScheduler) { c.Scheduler.Default.QueueTimeout = policy.NoQueue }, []visit{
+			{hold: s}, {hold: 2 * s}, {in: never}, {at: 1100 * ms, in: 1100 * ms, hold: s}, {at: 1200 * ms, in: never, out: 1200 * ms, retry: s / 2},
+		}},
+		{"a full queue", func(c *policy.ConcurrencyScheduler) { c.Scheduler.MaxQueue = 1 }, []visit{
+			{hold: s}, {hold: s}, {in: s}, {in: never, says: "queue full"},
+		}},
+		{"no slots", func(c *policy.ConcurrencyScheduler) { c.Max = 0 }, []visit{{in: never}}},
+		{"keys", func(c *policy.ConcurrencyScheduler) { c.LimitBy, c.Max = "key", 1 }, []visit{
+			{labels: "key=a", hold: s}, {labels: "key=a", in: s}, {labels: "key=b", hold: s}, {labels: "other=a"},
+		}},
+		{"pass through", func(c *policy.ConcurrencyScheduler) { c.PassThrough, c.Max = true, 0 }, []visit{{hold: s}, {hold: s}}},
+		{"dry run", func(c *policy.ConcurrencyScheduler) { c.DryRun, c.Max = true, 1 }, []visit{{hold: s}, {hold: s}, {hold: s}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				visits(t, open(t, []policy.Component{concurrency(tt.set)}), tt.visits)
+			})
+		})
+	}
+}
+
+// What a decision tells about the flow's workload, and a rejection about its reason.
+func TestWorkloads(t *testing.T) {
+	scheduler := byLabels2(policy.Workload{
+		Name: "gold", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+		WorkloadParameters: policy.WorkloadParameters{Priority: 20, Tokens: 3},
+	})
+	scheduler.Workloads = append(scheduler.Workloads,
+		policy.Workload{Labels: policy.LabelMatcher{Expression: policy.LabelExists("tier")}, WorkloadParameters: policy.WorkloadParameters{Priority: 5}},
+		policy.Workload{Name: "free", Labels: policy.LabelMatcher{Expression: policy.LabelExists("free")}, WorkloadParameters: policy.WorkloadParameters{Tokens: policy.NoTokens}})
+	scheduler.Default = policy.WorkloadParameters{Priority: 2, Tokens: 4}
+	for _, tt := range []struct {
+		labels, workload string
+		priority, tokens float64
+	}{
+		{"", "default", 2, 4},
+		{"tier=gold", "gold", 20, 3},
+		{"tier=other", "1", 5, 1},
+		{"tier=gold workload=mine", "mine", 20, 3},
+		{"tier=gold priority=7 tokens=0.5", "gold", 7, 0.5},
+		{"tier=gold priority=0 tokens=-1", "gold", 20, 3},
+		{"priority=1e400 tokens=NaN workload=", "", 2, 4},
+		{"tokens=0", "default", 2, 0},
+		{"free=yes", "free", 1, 0},
+		{"free=yes tokens=2", "free", 1, 2},
+	} {
+		for _, c := range []policy.Component{
+			policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 10, Fill: 1, Interval: time.Second, Scheduler: scheduler},
+			policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 10, MaxInflight: time.Minute, Scheduler: scheduler},
+		} {
+			t.Run(fmt.Sprintf("%T/%s", c, tt.labels), func(t *testing.T) {
+				flow := start(t, open(t, []policy.Component{c}), flowctl.Params{Labels: labelled(tt.labels)})
+				type info interface {
+					GetLabel() string
+					GetWorkloadIndex() string
+					GetPriority() float64
+					GetTokensInfo() *checkv1.LimiterDecision_TokensInfo
+				}
+				d := flow.CheckResponse().GetLimiterDecisions()[0]
+				var got info = d.GetQuotaSchedulerInfo()
+				if s := d.GetConcurrencySchedulerInfo(); s != nil {
+					got = s
+				}
+				if got.GetLabel() != "default" || got.GetWorkloadIndex() != tt.workload || got.GetPriority() != tt.priority || got.GetTokensInfo().GetConsumed() != tt.tokens {
+					t.Errorf("decision = %v want workload %q, priority %v, %v tokens", d, tt.workload, tt.priority, tt.tokens)
+				}
+				if held := end(flow).Held; (held == 1) != (d.GetConcurrencySchedulerInfo().GetRequestId() != "") || held == 1 && tt.tokens == 0 {
+					t.Errorf("%d slots held by %v", held, d)
+				}
+			})
+		}
+	}
+}
+
+func TestSchedulerRejection(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		c      policy.Component
+		status int
+	}{
+		{"quota", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy = 0, "user_id" }), 503},
+		{"quota with its own status", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy, q.Scheduler.DeniedStatus = 0, "user_id", 429 }), 429},
+		{"concurrency", concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.LimitBy = 0, "user_id" }), 503},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			flow := start(t, open(t, []policy.Component{tt.c}), user("sesame"))
+			var rejected *flowctl.RejectedError
+			if !errors.As(flow.Err(), &rejected) {
+				t.Fatalf("Err() = %v want a rejection", flow.Err())
+			}
+			want := flowctl.RejectedError{
+				ControlPoint: "point", Reason: flowctl.ReasonNoTokens, Policy: "test", Component: "root.0", LabelKey: "user_id", HTTPStatus: tt.status,
+			}
+			if *rejected != want {
+				t.Errorf("rejection = %+v want %+v", *rejected, want)
+			}
+			if strings.Contains(rejected.Error(), "sesame") {
+				t.Errorf("error %q shows a label", rejected)
+			}
+		})
+	}
+}
+
+// A caller that goes while it waits is not rejected, and takes nothing with it.
+func TestCanceledWhileWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, []policy.Component{
+			policy.RateLimiter{Selectors: policy.At("point"), Capacity: 4, Interval: time.Hour},
+			concurrency(func(c *policy.ConcurrencyScheduler) { c.Max = 1 }),
+		})
+		first := start(t, c, flowctl.Params{CheckTimeout: never})
+		ctx, cancel := context.WithCancelCause(t.Context())
+		why := errors.New("gone home")
+		var gone *flowctl.Flow
+		var wg sync.WaitGroup
+		wg.Go(func() { gone = c.Start(ctx, "point", flowctl.Params{CheckTimeout: never}) })
+		synctest.Wait()
+		next := make(chan *flowctl.Flow)
+		go func() { next <- c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: never}) }()
+		synctest.Wait()
+		cancel(why)
+		wg.Wait()
+		if gone.Decision() != flowctl.Canceled || !errors.Is(gone.Err(), why) || gone.ShouldRun() || gone.RejectReason() != flowctl.ReasonNone || end(gone).Held != 0 {
+			t.Errorf("%v, %v want it canceled, with the cause", gone, gone.Err())
+		}
+		end(first)
+		second := <-next
+		if !second.ShouldRun() || end(second).Returned != 1 {
+			t.Errorf("%v: the one behind did not get the slot", second)
+		}
+		for i := range 3 { // 2 of 4 tokens are used: the third is one too many
+			if got := start(t, c, flowctl.Params{}); got.ShouldRun() != (i < 2) {
+				t.Errorf("flow %d: %v: the rate limiter was not refunded", i, got)
+			} else {
+				end(got)
+			}
+		}
+	})
+}
+
+func TestCloseWhileWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{concurrency(nil), quota(nil)}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := flowctl.New(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var flows []*flowctl.Flow
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(func() {
+				flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: never})
+				mu.Lock()
+				flows = append(flows, flow)
+				mu.Unlock()
+			})
+		}
+		synctest.Wait()
+		e.Close()
+		wg.Wait()
+		unreachable := 0
+		for _, flow := range flows {
+			if flow.Decision() == flowctl.Unreachable && errors.Is(flow.Err(), flowctl.ErrClosed) {
+				unreachable++
+			}
+			end(flow)
+		}
+		if unreachable != 8 {
+			t.Errorf("%d of 10 flows were unreachable want the 8 that waited", unreachable)
+		}
+	})
+}
+
+// Who is not admitted gives back what all stages gave, and whoever waits for it gets it at once.
+func TestRefundAcrossStages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cost := func(tokens string) flowctl.Params {
+			return flowctl.Params{Labels: map[string]string{"tokens": tokens}, CheckTimeout: 5 * time.Second}
+		}
+		c := open(t, []policy.Component{
+			quota(func(q *policy.QuotaScheduler) { q.Capacity, q.Scheduler.TokensLabel = 10, "tokens" }),
+			concurrency(func(c *policy.ConcurrencyScheduler) { c.Max = 1 }),
+			policy.RateLimiter{Selectors: policy.At("point"), Capacity: 3, Interval: time.Hour},
+		})
+		end(start(t, c, cost("10")))
+		begin := time.Now()
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { // has the slot, and waits for tokens until it gives up
+			if large := c.Start(ctx, "point", cost("4")); large.Decision() != flowctl.Canceled {
+				t.Errorf("%v, %v", large, large.Err())
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() {
+			small := c.Start(t.Context(), "point", cost("1"))
+			if at := time.Since(begin); !small.ShouldRun() || at != time.Second {
+				t.Errorf("%v at %v want it to have the slot after 1 s, when there is a token too", small, at)
+			}
+			end(small)
+		})
+		<-time.After(time.Second)
+		cancel()
+		wg.Wait()
+		impossible := start(t, c, cost("11"))
+		m := impossible.CheckResponse()
+		if impossible.ShouldRun() || len(m.GetLimiterDecisions()) != 3 || m.GetLimiterDecisions()[1].GetConcurrencySchedulerInfo().GetRequestId() != "" || end(impossible).Held != 0 {
+			t.Errorf("decisions = %v want the slot given back", m)
+		}
+		// The rate limiter had 3 tokens for those who were admitted, and has those back of the others.
+		if last := start(t, c, cost("1")); !last.ShouldRun() {
+			t.Errorf("%v, %v", last, last.Err())
+		}
+	})
+}
+
+// A hit spares the flow the quota, but not the slot.
+func TestHitSparesQuota(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, []policy.Component{quota(func(q *policy.QuotaScheduler) { q.Capacity = 1 }), concurrency(nil)})
+		params := flowctl.Params{ResultCacheKey: "k", CheckTimeout: 100 * time.Millisecond}
+		miss := start(t, c, params)
+		if err := miss.SetResultCache(t.Context(), []byte("v"), 0); err != nil {
+			t.Fatal(err)
+		}
+		end(miss)
+		for range 3 {
+			hit := start(t, c, params)
+			value, ok, err := hit.ResultCache()
+			if !hit.ShouldRun() || string(value) != "v" || !ok || err != nil || len(hit.CheckResponse().GetLimiterDecisions()) != 1 || end(hit).Returned != 1 {
+				t.Errorf("%v: %q, %v, %v: %v", hit, value, ok, err, hit.CheckResponse())
+			}
+		}
+		if other := start(t, c, flowctl.Params{CheckTimeout: 100 * time.Millisecond}); other.ShouldRun() {
+			t.Error("the quota was not used up by the miss")
+		}
+	})
+}
+
+// Of several schedulers that drop a flow, the longest wait counts, then the order; once one has, it waits for no other.
+func TestSeveralSchedulersDrop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, []policy.Component{
+			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Scheduler.DeniedStatus = "a", 1, 429 }),
+			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Interval = "b", 1, time.Minute }),
+			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Interval = "c", 1, time.Minute }),
+			quota(func(q *policy.QuotaScheduler) { q.ID = "d" }),
+		})
+		if flow := start(t, c, flowctl.Params{}); !flow.ShouldRun() {
+			t.Fatal(flow.Err())
+		}
+		begin := time.Now()
+		for range 20 {
+			flow := start(t, c, flowctl.Params{})
+			var rejected *flowctl.RejectedError
+			if !errors.As(flow.Err(), &rejected) || rejected.Component != "b" || rejected.HTTPStatus != 503 || rejected.Wait != time.Minute {
+				t.Fatalf("rejection = %+v want by b, 503, 1m", rejected)
+			}
+			if got := len(flow.CheckResponse().GetLimiterDecisions()); got != 4 {
+				t.Fatalf("%d decisions want all 4", got)
+			}
+		}
+		if waited := time.Since(begin); waited != 0 {
+			t.Errorf("waited %v for what could not be", waited)
+		}
+	})
+}
+
+// What a flow waited is in the answer.
+func TestAnswerTellsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, []policy.Component{quota(func(q *policy.QuotaScheduler) { q.Capacity = 1 })})
+		for i := range 3 {
+			m := start(t, c, flowctl.Params{CheckTimeout: never}).CheckResponse()
+			want := time.Second
+			if i == 0 {
+				want = 0
+			}
+			if got := m.GetEnd().AsTime().Sub(m.GetStart().AsTime()); got != want {
+				t.Errorf("flow %d: %v between start and end want %v", i, got, want)
+			}
+			if left := m.GetLimiterDecisions()[0].GetQuotaSchedulerInfo().GetTokensInfo(); left.GetRemaining() < 0 || left.GetRemaining() > 1e-6 || left.GetConsumed() != 1 {
+				t.Errorf("flow %d: tokens = %v", i, left)
+			}
+		}
+	})
+}
+
+// Whatever the interleaving: no more flows run than there are slots, who is admitted holds one, and in the end all are
+// back. Run with the race detector.
+func TestConcurrentWaiters(t *testing.T) {
+	const slots, keys = 3, 4
+	e, err := engine.New([]policy.Policy{{Name: "test", Components: []policy.Component{
+		concurrency(func(c *policy.ConcurrencyScheduler) {
+			c.Max, c.LimitBy, c.Scheduler = slots, "key", byLabels
+			c.Scheduler.Margin = time.Microsecond
+		}),
+		quota(func(q *policy.QuotaScheduler) {
+			q.Capacity, q.Fill, q.Scheduler = 10, 20_000, byLabels
+			q.Scheduler.Margin = time.Microsecond
+		}),
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	c, err := flowctl.New(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var running [keys]atomic.Int32
+	var decisions [flowctl.Invalid + 1]atomic.Int32
+	var wg sync.WaitGroup
+	for worker := range 48 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(3, uint64(worker)))
+			for range 100 {
+				key := rng.IntN(keys)
+				ctx, cancel := context.WithCancel(t.Context())
+				if rng.IntN(4) == 0 {
+					stop := time.AfterFunc(time.Duration(rng.IntN(2000))*time.Microsecond, cancel)
+					defer stop.Stop()
+				}
+				flow := c.Start(ctx, "point", flowctl.Params{
+					Labels:       labelled(fmt.Sprintf("key=%d priority=%d user=%d", key, 1+rng.IntN(3), rng.IntN(5))),
+					CheckTimeout: time.Duration(1+rng.IntN(20)) * time.Millisecond,
+				})
+				decisions[flow.Decision()].Add(1)
+				if flow.ShouldRun() {
+					if n := running[key].Add(1); n > slots {
+						t.Errorf("%d flows at once want up to %d", n, slots)
+					}
+					if rng.IntN(2) == 0 {
+						runtime.Gosched()
+					}
+					running[key].Add(-1)
+				}
+				if r := end(flow); (r.Returned == 1) != (flow.Decision() == flowctl.Accepted) {
+					t.Errorf("%v: end = %+v", flow, r)
+				}
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	for d := flowctl.Accepted; d <= flowctl.Invalid; d++ {
+		t.Log(d, decisions[d].Load())
+	}
+	if decisions[flowctl.Unreachable].Load() != 0 || decisions[flowctl.Accepted].Load() == 0 {
+		t.Error("want flows admitted, and none unreachable")
+	}
+	for key := range keys {
+		var flows []*flowctl.Flow
+		for range slots {
+			flow := start(t, c, flowctl.Params{Labels: labelled(fmt.Sprint("key=", key)), CheckTimeout: time.Minute})
+			if !flow.ShouldRun() {
+				t.Errorf("%v: a slot was lost", flow.Err())
+			}
+			flows = append(flows, flow)
+		}
+		for _, flow := range flows {
+			end(flow)
+		}
+	}
+}

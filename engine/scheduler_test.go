@@ -1,0 +1,177 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// openEngine is an engine of one policy whose caches do not tick.
+func openEngine(t *testing.T, components ...policy.Component) *Engine {
+	t.Helper()
+	e, err := New([]policy.Policy{{Name: "p", Components: components}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = e.Close() })
+	e.results.close()
+	e.globals.close()
+	return e
+}
+
+// Ten thousand flows wait, change their minds, are too late, or go well; and then nothing is left of them.
+func TestNothingIsLeftOfWaiters(t *testing.T) {
+	everything := policy.Scheduler{PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "user"}
+	at := policy.At("point")
+	synctest.Test(t, func(t *testing.T) {
+		const flows = 10_000
+		e := openEngine(t,
+			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
+			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})
+		slots := e.components[0].(*scheduler[inflight])
+		tokens := e.components[1].(*scheduler[bucket])
+		rng := rand.New(rand.NewPCG(1, 2))
+		outcomes := make(map[string]int)
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for range flows {
+			ctx, cancel := context.WithCancel(t.Context())
+			labels := map[string]string{
+				"priority": fmt.Sprint(1 + rng.IntN(3)), "workload": fmt.Sprint(rng.IntN(5)), "user": fmt.Sprint(rng.IntN(50)),
+			}
+			cancelAfter, timeout := time.Duration(rng.IntN(20_000))*time.Millisecond, time.Duration(0)
+			if rng.IntN(3) == 0 {
+				timeout = time.Duration(1+rng.IntN(10_000)) * time.Millisecond
+			}
+			hold := time.Duration(rng.IntN(1200)) * time.Millisecond // some for too long
+			wg.Go(func() {
+				defer cancel()
+				stop := time.AfterFunc(cancelAfter, cancel)
+				defer stop.Stop()
+				req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: labels}, Timeout: timeout}
+				var v seam.Verdict
+				err := e.Check(ctx, req, &v)
+				outcome := "admitted"
+				switch {
+				case errors.Is(err, context.Canceled):
+					outcome = "canceled"
+				case err != nil:
+					t.Error(err)
+				case v.Rejected:
+					outcome = v.Cause.String()
+				default:
+					<-time.After(hold)
+				}
+				if _, err := e.End(ctx, req, &v, false); err != nil {
+					t.Error(err)
+				}
+				mu.Lock()
+				outcomes[outcome]++
+				mu.Unlock()
+			})
+		}
+		synctest.Wait()
+		if slots.single.state.queue.len < flows/2 {
+			t.Errorf("%d wait want most of %d", slots.single.state.queue.len, flows)
+		}
+		wg.Wait()
+		t.Log(outcomes)
+		for _, outcome := range []string{"admitted", "canceled", seam.CauseTimeout.String()} {
+			if outcomes[outcome] == 0 {
+				t.Errorf("none was %s", outcome)
+			}
+		}
+		<-time.After(time.Minute)
+		for _, q := range []*queue{slots.single.state.queue, tokens.single.state.queue} {
+			checkEmpty(t, q)
+			if q.rings != 0 || q.alarm.Stop() {
+				t.Error("the alarm of an empty queue is set")
+			}
+		}
+		if f := slots.single.state.tokens; f.used != 0 || f.count != 0 {
+			t.Errorf("%v tokens of %d slots are still in use", f.used, f.count)
+		}
+	})
+}
+
+// A key is not forgotten while somebody waits for it.
+func TestKeysWithWaitersAreKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.QuotaScheduler{
+			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 24 * time.Hour, LimitBy: "user", MaxIdle: time.Minute,
+		})
+		s := e.components[0].(*scheduler[bucket])
+		check := func() bool {
+			var v seam.Verdict
+			req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: map[string]string{"user": "u"}}}
+			if err := e.Check(t.Context(), req, &v); err != nil {
+				t.Error(err)
+			}
+			return !v.Rejected
+		}
+		begin := time.Now()
+		var wg sync.WaitGroup
+		for i := range 3 {
+			wg.Go(func() {
+				if ok, at := check(), time.Since(begin); !ok || at != time.Duration(i)*24*time.Hour {
+					t.Errorf("flow %d: %v after %v", i, ok, at)
+				}
+			})
+			synctest.Wait()
+		}
+		wg.Wait()
+		if got := s.table.size.Load(); got != 1 {
+			t.Errorf("%d keys want 1", got)
+		}
+		<-time.After(24*time.Hour + 2*time.Minute)
+		synctest.Wait()
+		if got := s.table.size.Load(); got != 0 {
+			t.Errorf("%d keys want it forgotten when it is full again", got)
+		}
+	})
+}
+
+// Whoever is handed a slot while it gives up hands it on.
+func TestSlotOfCanceledWaiter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		req := &seam.Request{ControlPoint: "point"}
+		var first, next seam.Verdict
+		if err := e.Check(t.Context(), req, &first); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			var v seam.Verdict
+			if err := e.Check(ctx, req, &v); !errors.Is(err, context.Canceled) || v.Len() != 0 {
+				t.Errorf("Check() = %v, with %d decisions want it canceled", err, v.Len())
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() {
+			if err := e.Check(t.Context(), req, &next); err != nil || next.Rejected {
+				t.Errorf("Check() = %v, %+v want the slot", err, next)
+			}
+		})
+		synctest.Wait()
+		// The slot comes when the first of them has been canceled, and has not yet seen it.
+		s := e.components[0].(*scheduler[inflight])
+		s.single.mu.Lock()
+		cancel()
+		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot) {
+			t.Error("the first slot was gone")
+		}
+		s.serve(s.single, e.now())
+		s.single.mu.Unlock()
+		wg.Wait()
+	})
+}

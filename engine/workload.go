@@ -1,0 +1,81 @@
+package engine
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"strconv"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// workloads tell which class of flows one belongs to, and what that means for it.
+type workloads struct {
+	list   []workload
+	others workload // of flows that none of the list matches
+
+	tokensLabel, priorityLabel, workloadLabel, fairnessLabel string
+}
+
+type workload struct {
+	match            []condition
+	label            string
+	priority, tokens float64
+	timeout          time.Duration // in the queue; 0: the flow's own, below: none at all
+}
+
+func compileWorkloads(p *policy.Scheduler) (*workloads, error) {
+	w := &workloads{
+		others:        newWorkload("default", p.Default),
+		tokensLabel:   p.TokensLabel,
+		priorityLabel: p.PriorityLabel,
+		workloadLabel: p.WorkloadLabel,
+		fairnessLabel: p.FairnessLabel,
+	}
+	for i, class := range p.Workloads {
+		c := newWorkload(cmp.Or(class.Name, strconv.Itoa(i)), class.WorkloadParameters)
+		var err error
+		if c.match, err = compileMatcher(class.Labels); err != nil {
+			return nil, fmt.Errorf("workloads[%d]: %w", i, err)
+		}
+		w.list = append(w.list, c)
+	}
+	return w, nil
+}
+
+func newWorkload(label string, p policy.WorkloadParameters) workload {
+	return workload{label: label, priority: cmp.Or(p.Priority, 1), tokens: max(cmp.Or(p.Tokens, 1), 0), timeout: p.QueueTimeout}
+}
+
+// of is the first workload that matches.
+func (w *workloads) of(labels *seam.Labels) *workload {
+	for i := range w.list {
+		if holdAll(w.list[i].match, labels) {
+			return &w.list[i]
+		}
+	}
+	return &w.others
+}
+
+// claim is for whom a flow of the workload waits.
+func (w *workloads) claim(of *workload, labels *seam.Labels) claim {
+	c := claim{workload: of.label, priority: of.priority}
+	if w.workloadLabel != "" {
+		if text, ok := labels.Lookup(w.workloadLabel); ok {
+			c.workload = text
+		}
+	}
+	if w.priorityLabel != "" {
+		if text, ok := labels.Lookup(w.priorityLabel); ok {
+			if p, err := strconv.ParseFloat(text, 64); err == nil && p > 0 && !math.IsInf(p, 1) {
+				c.priority = p
+			}
+		}
+	}
+	if w.fairnessLabel != "" {
+		c.fairness, _ = labels.Lookup(w.fairnessLabel)
+	}
+	return c
+}
