@@ -20,8 +20,8 @@ func keyedClient(tb testing.TB) *flowctl.Client {
 	})
 }
 
-// schedulers never have anybody wait.
-func schedulers() map[string]policy.Component {
+// components are some that let every flow in at once.
+func components() map[string]policy.Component {
 	s := policy.Scheduler{WorkloadLabel: "user_id", FairnessLabel: "user_id", Workloads: []policy.Workload{{
 		Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
 	}}}
@@ -32,6 +32,11 @@ func schedulers() map[string]policy.Component {
 		"concurrency scheduler": policy.ConcurrencyScheduler{
 			Selectors: policy.At(point), Max: 100, MaxInflight: time.Minute, LimitBy: "user_id", Scheduler: s,
 		},
+		"load scheduler": policy.AIMDLoadScheduler{
+			Selectors: policy.At(point), Scheduler: s, WorkloadLatencyTokens: true, Setpoint: policy.Constant(100),
+			Signal: policy.MeanLatency{Selectors: policy.At(point), Over: time.Minute},
+		},
+		"sampler": policy.Sampler{Selectors: policy.At(point), AcceptPercentage: 100, SessionLabel: "user_id"},
 	}
 }
 
@@ -82,12 +87,12 @@ func calls(client *flowctl.Client) map[string]func(context.Context) error {
 	}
 }
 
-// A guarded call on the engine with a keyed rate limiter, or with a scheduler that has room, allocates its flow, and
-// nothing else.
+// A guarded call on the engine allocates its flow, and nothing else, where a keyed rate limiter or another component has
+// room for it.
 func TestAllocations(t *testing.T) {
 	ctx := t.Context()
 	clients := map[string]*flowctl.Client{"rate limiter": keyedClient(t)}
-	for kind, c := range schedulers() {
+	for kind, c := range components() {
 		clients[kind] = engineClient(t, c)
 	}
 	for kind, client := range clients {
@@ -130,8 +135,8 @@ func BenchmarkEngine(b *testing.B) {
 	}
 }
 
-func BenchmarkScheduler(b *testing.B) {
-	for kind, c := range schedulers() {
+func BenchmarkComponent(b *testing.B) {
+	for kind, c := range components() {
 		b.Run(kind, func(b *testing.B) {
 			call, ctx := calls(engineClient(b, c))["Guard"], b.Context()
 			b.ReportAllocs()

@@ -60,7 +60,7 @@ type member struct {
 	component
 	waits     admitter // the component, where flows may wait for it
 	id        *seam.Component
-	selectors []selector
+	selectors selectors
 }
 
 // An admitter is a component that may have a flow wait.
@@ -79,15 +79,6 @@ func (p *point) add(c component, s selector) {
 	}
 	last := &(*members)[len(*members)-1]
 	last.selectors = append(last.selectors, s)
-}
-
-func (m *member) selects(labels *seam.Labels) bool {
-	for i := range m.selectors {
-		if m.selectors[i].selects(labels) {
-			return true
-		}
-	}
-	return false
 }
 
 // Check decides about a flow. Clients of package flowctl call it. It waits where a scheduler has the flow wait; then an
@@ -135,7 +126,7 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, now *int64, v *seam.Verdict) (dropped bool, err error) {
 	for i := range members {
 		m := &members[i]
-		if !m.selects(&req.Labels) {
+		if !m.selectors.selects(&req.Labels) {
 			continue
 		}
 		d := v.Add(m.id)

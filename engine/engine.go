@@ -65,13 +65,17 @@ type Engine struct {
 	holders    map[identity]component // those whose flows hold slots, which others may end
 	warnings   []string
 
+	signals  map[string]func() float64 // of the host, by name
+	gauges   map[string][]gauge        // by control point
+	controls []func(now int64)         // what the controller does
+
 	results *cache
 	globals *cache
 
 	closed  atomic.Bool
 	full    chan struct{} // a component has no room for a key
 	done    chan struct{}
-	sweeper sync.WaitGroup
+	running sync.WaitGroup // the sweeper and the controller
 }
 
 var _ seam.Agent = (*Engine)(nil)
@@ -90,6 +94,8 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		epoch:        time.Now(),
 		points:       make(map[string]*point),
 		holders:      make(map[identity]component),
+		signals:      make(map[string]func() float64),
+		gauges:       make(map[string][]gauge),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
 	}
@@ -113,7 +119,10 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	e.results = newCache(e.cacheEntries, e.cacheBytes)
 	e.globals = newCache(e.cacheEntries, e.cacheBytes)
 	if len(e.components) > 0 {
-		e.sweeper.Go(e.sweep)
+		e.running.Go(e.sweep)
+	}
+	if len(e.controls) > 0 {
+		e.running.Go(e.control)
 	}
 	return e, nil
 }
@@ -132,7 +141,7 @@ func Load(path string, opts ...Option) (*Engine, error) {
 func (e *Engine) Close() error {
 	if !e.closed.Swap(true) {
 		close(e.done)
-		e.sweeper.Wait()
+		e.running.Wait()
 		e.results.close()
 		e.globals.close()
 	}
@@ -188,6 +197,14 @@ func (e *Engine) build(c policy.Component, id seam.Component) (component, []poli
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
 		s, err := newConcurrencyScheduler(e, c, id)
 		return s, c.Selectors, err
+	case policy.LoadScheduler:
+		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		s, err := newLoadScheduler(e, c, id)
+		return s, c.Selectors, err
+	case policy.AIMDLoadScheduler:
+		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		s, err := newAIMDLoadScheduler(e, c, id)
+		return s, c.Selectors, err
 	case policy.Sampler:
 		id.ID = cmp.Or(c.ID, id.ID)
 		return newSampler(e, c, id), c.Selectors, nil
@@ -233,8 +250,11 @@ func (e *Engine) lookup(req *seam.Request, v *seam.Verdict) {
 	}
 }
 
-// End gives back the slots that a flow holds. Clients of package flowctl call it.
-func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool) (seam.Returns, error) {
+// End gives back the slots that a flow holds, and measures how long its work took. Clients of package flowctl call it.
+func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+	if gauges := e.gauges[req.ControlPoint]; len(gauges) > 0 && !failed {
+		e.clock(gauges, req, v)
+	}
 	var r seam.Returns
 	for i := range v.Len() {
 		d := v.At(i)
@@ -251,6 +271,19 @@ func (e *Engine) End(_ context.Context, _ *seam.Request, v *seam.Verdict, _ bool
 		}
 	}
 	return r, nil
+}
+
+// clock measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
+func (e *Engine) clock(gauges []gauge, req *seam.Request, v *seam.Verdict) {
+	var waited time.Duration
+	if v.Extra != nil {
+		if v.Extra.Result.Hit {
+			return
+		}
+		waited = v.Extra.Waited
+	}
+	now := e.now()
+	e.tell(gauges, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
 }
 
 // EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It

@@ -576,6 +576,23 @@ func TestNewErrors(t *testing.T) {
 	}{
 		{name: "same name twice", policies: []policy.Policy{{Name: "p", Components: good}, {Name: "p", Components: good}}, want: []string{`policy "p"`, "taken"}},
 		{name: "key cap", opts: []engine.Option{engine.WithKeyCap(0)}, want: []string{"WithKeyCap(0)"}},
+		{name: "signal without a name", opts: []engine.Option{engine.WithSignal("", func() float64 { return 0 })}, want: []string{`WithSignal("")`}},
+		{name: "signal without a function", opts: []engine.Option{engine.WithSignal("cpu", nil)}, want: []string{`WithSignal("cpu")`}},
+		{
+			name: "signals that nobody provides",
+			policies: []policy.Policy{
+				{Name: "one", Components: []policy.Component{limiter(nil)[0], policy.LoadScheduler{Selectors: policy.At("x"), LoadMultiplier: policy.Named("share")}}},
+				{Name: "two", Components: []policy.Component{policy.AIMDLoadScheduler{Selectors: policy.At("x"), Signal: policy.Constant(1), Setpoint: policy.Named("target")}}},
+				{Name: "three", Components: []policy.Component{policy.AIMDLoadScheduler{
+					Selectors: policy.At("x"), Signal: policy.Constant(1), Setpoint: policy.Constant(1), OverloadConfirmation: policy.Named("sure"),
+				}}},
+			},
+			opts: []engine.Option{engine.WithSignal("other", func() float64 { return 0 })},
+			want: []string{
+				`policy "one": components[1]: LoadMultiplier: `, `WithSignal("share"`, `policy "two": components[0]: Setpoint: `, `WithSignal("target"`,
+				`policy "three": components[0]: OverloadConfirmation: `, `WithSignal("sure"`,
+			},
+		},
 		{name: "cache bounds", opts: []engine.Option{engine.WithCacheBounds(10, 5)}, want: []string{"WithCacheBounds(10, 5)"}},
 		{
 			name: "several at once",

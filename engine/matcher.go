@@ -23,6 +23,18 @@ func (s *selector) selects(labels *seam.Labels) bool {
 	return (s.service == "" || s.service == labels.Service()) && holdAll(s.match, labels)
 }
 
+// selectors act on a flow that one of them selects.
+type selectors []selector
+
+func (s selectors) selects(labels *seam.Labels) bool {
+	for i := range s {
+		if s[i].selects(labels) {
+			return true
+		}
+	}
+	return false
+}
+
 func holdAll(conditions []condition, labels *seam.Labels) bool {
 	for _, holds := range conditions {
 		if !holds(labels) {

@@ -5,7 +5,7 @@ import (
 	"log/slog"
 )
 
-// An Option configures an engine. Of several of a kind the last one counts.
+// An Option configures an engine. Of several of a kind the last one counts; of signals, of several with the same name.
 type Option interface {
 	apply(*Engine) error
 }
@@ -57,6 +57,20 @@ func WithLogger(logger *slog.Logger) Option {
 			logger = slog.New(slog.DiscardHandler)
 		}
 		e.logger = logger
+		return nil
+	})
+}
+
+// WithSignal tells the engine of a number that policies may name, as in policy.Named("cpu"): how loaded the service is,
+// say. Every 10 seconds the engine calls f, if a policy names it, from a goroutine of its own and for one component after
+// the other, so f must answer at once; NaN stands for a number that is not known. Close waits for a call that is under
+// way.
+func WithSignal(name string, f func() float64) Option {
+	return option(func(e *Engine) error {
+		if name == "" || f == nil {
+			return fmt.Errorf("WithSignal(%q): needs a name and a function", name)
+		}
+		e.signals[name] = f
 		return nil
 	})
 }

@@ -17,6 +17,7 @@ import (
 type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source[S]
+	meet      func(state *S, now int64, tokens float64) // counts the flows that come; nil where nobody does
 	workloads *workloads
 	margin    int64
 	maxQueue  int
@@ -119,13 +120,16 @@ type ticket[S any] struct {
 // enter decides about the flow, or puts it into the queue.
 func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.LimiterDecision) ticket[S] {
 	of := s.workloads.of(&req.Labels)
-	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.tokens)
+	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
 	if !s.scope(&req.Labels, d) {
 		return ticket[S]{}
 	}
 	e := s.lock(d, now)
 	defer e.mu.Unlock()
 	l := &e.state
+	if s.meet != nil {
+		s.meet(&l.tokens, now, d.Consumed)
+	}
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
 	}
@@ -256,7 +260,7 @@ func (s *scheduler[S]) patience(of *workload, now, deadline int64) int64 {
 }
 
 func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
-	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, s.workloads.of(&req.Labels).tokens)
+	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, s.workloads.of(&req.Labels).cost())
 	if s.scope(&req.Labels, d) {
 		s.drop(d, seam.CauseLate, 0)
 	}

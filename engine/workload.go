@@ -24,6 +24,7 @@ type workload struct {
 	label            string
 	priority, tokens float64
 	timeout          time.Duration // in the queue; 0: the flow's own, below: none at all
+	latency          *latencyCost  // goes before tokens; nil where it does not
 }
 
 func compileWorkloads(p *policy.Scheduler) (*workloads, error) {

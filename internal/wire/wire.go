@@ -150,6 +150,15 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
 			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot),
 		}}
+	case seam.KindLoadScheduler:
+		tokens.Current = 0 // what its bucket holds changes with the load
+		if d.Dropped {
+			tokens.Reset()
+		}
+		workload, priority := c.Workload(&req.Labels)
+		m.Details = &checkv1.LimiterDecision_LoadSchedulerInfo{LoadSchedulerInfo: &checkv1.LimiterDecision_SchedulerInfo{
+			WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
+		}}
 	case seam.KindSampler, seam.KindRampSampler:
 		info := &checkv1.LimiterDecision_SamplerInfo{}
 		if d.Scope == seam.ScopeLabel {

@@ -1,0 +1,128 @@
+package engine
+
+import (
+	"math"
+	"time"
+)
+
+// A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
+// at a share of the rate at which tokens were asked for lately, and holds what comes in a second.
+type load struct {
+	asked *window // tokens that flows came for,
+	given *window // and those that they got
+
+	learning bool  // for as long as the rate is not known
+	began    int64 // the second of the first flow after a silence
+	last     int64 // the second of the latest flow
+
+	multiplier float64 // the share that is let in; NaN for everything
+	rate       float64 // tokens each second; not a finite number for everything
+	tokens     float64 // that are left; below 0 after a flow that wanted more than the bucket holds
+	at         int64   // the time that tokens is true for
+}
+
+const (
+	loadSeconds  = 30 // that the rate is the mean of
+	learnSeconds = loadSeconds + 1
+)
+
+// loadRule is the source that load schedulers have their tokens from.
+type loadRule struct{}
+
+func (loadRule) fresh(l *load, now int64) {
+	*l = load{
+		asked:      newWindow(loadSeconds, int64(time.Second), now),
+		given:      newWindow(loadSeconds, int64(time.Second), now),
+		learning:   true,
+		last:       math.MinInt64 / 2,
+		multiplier: math.NaN(),
+		rate:       math.NaN(),
+	}
+}
+
+// idle says no: there is one load, which is not forgotten.
+func (loadRule) idle(*load, int64) bool { return false }
+
+// meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
+// as long a silence; then the bucket starts full.
+func (loadRule) meet(l *load, now int64, tokens float64) {
+	second := now / int64(time.Second)
+	if second-l.last >= learnSeconds {
+		l.began, l.learning = second, true
+	}
+	l.last = max(l.last, second)
+	l.asked.add(now, tokens)
+	if l.learning && second-l.began >= learnSeconds {
+		l.steer(now, l.multiplier)
+		l.learning = false
+	}
+}
+
+// steer sets the share that is let in from now on.
+func (l *load) steer(now int64, multiplier float64) {
+	wasOpen := l.open()
+	l.refill(now)
+	l.multiplier = max(multiplier, 0)
+	l.rate = l.multiplier * l.asked.whole(now).sum / loadSeconds
+	if l.tokens > l.rate || wasOpen {
+		l.tokens = l.rate
+	}
+}
+
+// open says whether everything is let in.
+func (l *load) open() bool { return l.learning || !(l.rate <= math.MaxFloat64) }
+
+// admitted is the share of the tokens asked for that was given lately; NaN when none was asked for.
+func (l *load) admitted(now int64) float64 {
+	return min(l.given.total(now).sum/l.asked.total(now).sum, 1)
+}
+
+func (l *load) refill(now int64) {
+	if now > l.at {
+		l.tokens = min(l.tokens+l.rate*float64(now-l.at)/float64(time.Second), l.rate)
+		l.at = now
+	}
+}
+
+// draw lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
+// come.
+func (loadRule) draw(l *load, now int64, tokens float64) draw {
+	if l.open() {
+		l.given.add(now, tokens)
+		return draw{ok: true}
+	}
+	l.refill(now)
+	if full := min(tokens, l.rate); tokens > 0 && (l.rate == 0 || l.tokens < full-slack) {
+		return draw{left: max(l.tokens, 0), wait: max(l.until(full), 0)}
+	}
+	l.tokens -= tokens
+	l.given.add(now, tokens)
+	return draw{ok: true, left: max(l.tokens, 0)}
+}
+
+// until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
+func (l *load) until(tokens float64) int64 {
+	if l.rate == 0 {
+		return never
+	}
+	return max(clampNanos(math.Ceil((tokens-l.tokens)/l.rate*float64(time.Second))), 1)
+}
+
+// giveBack undoes a draw. What was given stays counted: that somebody else rejects the flow does not say that this load
+// was too much.
+func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64) bool {
+	l.tokens = min(l.tokens+tokens, l.rate)
+	return true
+}
+
+func (loadRule) free(l *load) float64 { return l.tokens }
+
+// forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
+func (loadRule) forecast(l *load, now int64, ahead, tokens float64) (least, likely int64) {
+	if l.open() {
+		return 0, 0
+	}
+	l.refill(now)
+	wait := l.until(ahead + min(tokens, l.rate))
+	return wait, wait
+}

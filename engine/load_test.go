@@ -1,0 +1,178 @@
+package engine
+
+import (
+	"math"
+	"testing"
+	"time"
+)
+
+// learned is a load of so many tokens each second, of which so much is let in, at a time when it has learned that.
+func learned(rate, multiplier float64) (l *load, now int64) {
+	l = new(load)
+	rule := loadRule{}
+	rule.fresh(l, 0)
+	for now <= learnSeconds*int64(time.Second) {
+		l.steer(now, multiplier)
+		rule.meet(l, now, rate)
+		rule.draw(l, now, rate)
+		now += int64(time.Second)
+	}
+	now -= int64(time.Second)
+	l.tokens = l.rate // the last flow took some
+	return l, now
+}
+
+func TestLoadLearns(t *testing.T) {
+	const s = int64(time.Second)
+	l, rule := new(load), loadRule{}
+	rule.fresh(l, 0)
+	l.steer(0, 0.5)
+	now := 1000*s + s/2
+	visit := func(tokens float64) draw {
+		rule.meet(l, now, tokens)
+		return rule.draw(l, now, tokens)
+	}
+	for ; now < 1031*s; now += s {
+		if !visit(10).ok {
+			t.Fatalf("rejected after %v", time.Duration(now-1000*s))
+		}
+	}
+	// 10 each second, of which 5 are let in; the bucket is full.
+	for i, want := range []draw{{ok: true, left: 2}, {left: 2, wait: s / 5}} {
+		if got := visit(3); got != want {
+			t.Errorf("flow %d = %+v want %+v", i, got, want)
+		}
+	}
+	now += 30 * s // a short silence changes nothing
+	if got := visit(3); got != (draw{ok: true, left: 2}) {
+		t.Errorf("after a short silence = %+v", got)
+	}
+	now += 31 * s
+	for range 10 {
+		if got := visit(100); got != (draw{ok: true}) {
+			t.Errorf("after a long silence = %+v want everything let in", got)
+		}
+	}
+	if now += 30 * s; !visit(100).ok {
+		t.Error("rejected while it learns anew")
+	}
+}
+
+func TestLoadDraw(t *testing.T) {
+	nan := math.NaN()
+	for _, tt := range []struct {
+		name       string
+		rate       float64
+		multiplier float64
+		tokens     []float64
+		want       []draw
+	}{
+		{"half", 10, 0.5, []float64{4, 1, 1, 0}, []draw{{ok: true, left: 1}, {ok: true}, {wait: 200e6}, {ok: true}}},
+		{"more than there is", 10, 0.5, []float64{4, 3, 1}, []draw{{ok: true, left: 1}, {left: 1, wait: 400e6}, {ok: true}}},
+		{"more than it holds", 10, 0.5, []float64{20, 1, 6}, []draw{{ok: true}, {wait: 3200e6}, {wait: 4000e6}}},
+		{"more than it holds, when it is not full", 10, 0.5, []float64{1, 20}, []draw{{ok: true, left: 4}, {left: 4, wait: 200e6}}},
+		{"a rare flow", 0.1, 0.5, []float64{1, 1}, []draw{{ok: true}, {wait: 20e9}}},
+		{"nothing", 10, 0, []float64{1, 0}, []draw{{}, {ok: true}}},
+		{"less than nothing", 10, -1, []float64{1, 0}, []draw{{}, {ok: true}}},
+		{"everything", 10, nan, []float64{1000, 1000}, []draw{{ok: true}, {ok: true}}},
+		{"without bounds", 10, math.Inf(1), []float64{1000, 1000}, []draw{{ok: true}, {ok: true}}},
+		{"more than comes", 10, 2, []float64{20, 1}, []draw{{ok: true}, {wait: 50e6}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l, now := learned(tt.rate, tt.multiplier)
+			for i, tokens := range tt.tokens {
+				got := loadRule{}.draw(l, now, tokens)
+				if want := tt.want[i]; got.ok != want.ok || math.Abs(got.left-want.left) > 1e-6 || math.Abs(float64(got.wait-want.wait)) > 10 {
+					t.Errorf("draw %d = %+v want %+v", i, got, want)
+				}
+				if got.ok || got.wait == 0 {
+					continue
+				}
+				least, likely := loadRule{}.forecast(l, now, 0, tokens)
+				if least != got.wait || likely != got.wait {
+					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.wait)
+				}
+				early, late := *l, *l
+				early.given, late.given = newWindow(1, 1, 0), newWindow(1, 1, 0)
+				if (loadRule{}).draw(&early, now+got.wait-1000, tokens).ok || !(loadRule{}).draw(&late, now+got.wait, tokens).ok {
+					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.wait))
+				}
+			}
+		})
+	}
+}
+
+// What comes back is there for the next, and no more than the bucket holds.
+func TestLoadGiveBack(t *testing.T) {
+	l, now := learned(10, 0.5)
+	rule := loadRule{}
+	rule.draw(l, now, 5)
+	rule.giveBack(l, now, 3, 0)
+	if got := rule.free(l); got != 3 {
+		t.Errorf("%v tokens want 3", got)
+	}
+	rule.giveBack(l, now, 100, 0)
+	if got := rule.free(l); got != 5 {
+		t.Errorf("%v tokens want 5", got)
+	}
+	if got := l.admitted(now); got != 1 {
+		t.Errorf("admitted = %v want 1", got)
+	}
+}
+
+func TestLoadForecast(t *testing.T) {
+	l, now := learned(10, 0.5)
+	rule := loadRule{}
+	rule.draw(l, now, 5)
+	for _, tt := range []struct {
+		name          string
+		ahead, tokens float64
+		want          time.Duration
+	}{
+		{"first", 0, 1, 200 * time.Millisecond},
+		{"behind others", 9, 1, 2 * time.Second},
+		{"behind others, more than the bucket holds", 10, 50, 3 * time.Second},
+	} {
+		if least, likely := rule.forecast(l, now, tt.ahead, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
+			t.Errorf("%s: forecast = %d, %d want %v", tt.name, least, likely, tt.want)
+		}
+	}
+	l.steer(now, 0)
+	if least, likely := rule.forecast(l, now, 0, 1); least != never || likely != never {
+		t.Errorf("nothing is let in: forecast = %d, %d want never", least, likely)
+	}
+	l.steer(now, math.NaN())
+	if least, likely := rule.forecast(l, now, 10, 1); least != 0 || likely != 0 {
+		t.Errorf("everything is let in: forecast = %d, %d want 0", least, likely)
+	}
+}
+
+// In the long run the share is what it is set to, and follows what comes.
+func TestLoadShare(t *testing.T) {
+	for _, multiplier := range []float64{0.03, 0.3, 0.9} {
+		l, now := learned(10, multiplier)
+		rule := loadRule{}
+		asked, given := 0.0, 0.0
+		for i := range 100_000 { // 100 of them each second
+			now += int64(10 * time.Millisecond)
+			tokens := float64(1 + i%3)
+			rule.meet(l, now, tokens)
+			if rule.draw(l, now, tokens).ok {
+				given += tokens
+			}
+			asked += tokens
+			if i%1000 == 0 {
+				l.steer(now, multiplier)
+			}
+			if i == 4000 { // it has seen them for long enough
+				asked, given = 0, 0
+			}
+		}
+		if got := given / asked; math.Abs(got-multiplier) > 0.01 {
+			t.Errorf("%v of the tokens were given want %v", got, multiplier)
+		}
+		if got := l.admitted(now); math.Abs(got-multiplier) > 0.03 {
+			t.Errorf("admitted = %v want %v", got, multiplier)
+		}
+	}
+}

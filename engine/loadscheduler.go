@@ -1,0 +1,136 @@
+package engine
+
+import (
+	"cmp"
+	"math"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
+func newLoadScheduler(e *Engine, p policy.LoadScheduler, c seam.Component) (component, error) {
+	s, err := newLoad(e, p, c)
+	if err != nil {
+		return nil, err
+	}
+	multiplier, err := e.signalOf("LoadMultiplier", p.LoadMultiplier)
+	if err != nil {
+		return nil, err
+	}
+	e.controls = append(e.controls, func(now int64) {
+		m := multiplier(now)
+		steer(s, func(*load, int64) float64 { return m })
+	})
+	return s, nil
+}
+
+// newAIMDLoadScheduler makes one that finds the share out itself.
+func newAIMDLoadScheduler(e *Engine, p policy.AIMDLoadScheduler, c seam.Component) (component, error) {
+	s, err := newLoad(e, policy.LoadScheduler{
+		Selectors:             p.Selectors,
+		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
+		Scheduler:             p.Scheduler,
+		DryRun:                p.DryRun,
+	}, c)
+	if err != nil {
+		return nil, err
+	}
+	signal, err := e.signalOf("Signal", p.Signal)
+	if err != nil {
+		return nil, err
+	}
+	setpoint, err := e.signalOf("Setpoint", p.Setpoint)
+	if err != nil {
+		return nil, err
+	}
+	confirmation, err := e.signalOf("OverloadConfirmation", cmp.Or(p.OverloadConfirmation, policy.Signal(policy.Constant(1))))
+	if err != nil {
+		return nil, err
+	}
+	controller := newAIMD(p)
+	e.controls = append(e.controls, func(now int64) {
+		is, should, confirmed := signal(now), setpoint(now), confirmation(now) != 0
+		steer(s, func(l *load, now int64) float64 {
+			admitted := l.admitted(now)
+			if s.dryRun { // whatever it decides
+				admitted = 1
+			}
+			return controller.step(is, should, confirmed, admitted)
+		})
+	})
+	return s, nil
+}
+
+// newLoad makes what the two kinds of load schedulers have in common.
+func newLoad(e *Engine, p policy.LoadScheduler, c seam.Component) (*scheduler[load], error) {
+	s, err := newScheduler(e, c, 0, &p.Scheduler, loadRule{})
+	if err != nil {
+		return nil, err
+	}
+	s.meet, s.dryRun = loadRule{}.meet, p.DryRun
+	if !p.WorkloadLatencyTokens {
+		return s, nil
+	}
+	s.workloads.measureFrom(e.now())
+	e.controls = append(e.controls, s.workloads.setCosts)
+	return s, e.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
+		s.workloads.of(labels).latency.mean.add(now, latency)
+	})
+}
+
+// steer sets the share of the load that is let in from now on. Who waits may go on at once.
+func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
+	e := s.single
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now, l := s.engine.now(), &e.state
+	l.tokens.steer(now, multiplier(&l.tokens, now))
+	if l.waiting() {
+		s.serve(e, now)
+	}
+}
+
+// A latencyCost is what flows of a workload cost by how long they take.
+type latencyCost struct {
+	mean *mean
+	bits atomic.Uint64 // of a float64, tokens; 0 while they are not known
+}
+
+// latencyOver is the time that the mean latency of a workload is taken over.
+const latencyOver = 30 * time.Minute
+
+// measureFrom has the workloads cost what their latency is, once it is known.
+func (w *workloads) measureFrom(now int64) {
+	for i := range w.list {
+		w.list[i].latency = &latencyCost{mean: newMean(latencyOver, now)}
+	}
+	w.others.latency = &latencyCost{mean: newMean(latencyOver, now)}
+}
+
+func (w *workloads) setCosts(now int64) {
+	for i := range w.list {
+		w.list[i].latency.set(now)
+	}
+	w.others.latency.set(now)
+}
+
+func (c *latencyCost) set(now int64) {
+	cost := c.mean.at(now)
+	if math.IsNaN(cost) {
+		cost = 0
+	}
+	c.bits.Store(math.Float64bits(cost))
+}
+
+// cost is how many tokens a flow of the workload takes, unless a label says. What is free stays free.
+func (w *workload) cost() float64 {
+	if w.latency != nil && w.tokens > 0 {
+		if bits := w.latency.bits.Load(); bits != 0 {
+			return math.Float64frombits(bits)
+		}
+	}
+	return w.tokens
+}

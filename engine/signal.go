@@ -1,0 +1,116 @@
+package engine
+
+import (
+	"cmp"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A signal reads a number that changes, NaN while it is not known. The controller reads signals, and nobody else.
+type signal func(now int64) float64
+
+// signalOf finds what a component's signal is read from.
+func (e *Engine) signalOf(field string, s policy.Signal) (signal, error) {
+	switch s := s.(type) {
+	case policy.Constant:
+		return func(int64) float64 { return float64(s) }, nil
+	case policy.Named:
+		f, ok := e.signals[string(s)]
+		if !ok {
+			return nil, fmt.Errorf("%s: no WithSignal(%q, …) says what it is", field, string(s))
+		}
+		return func(int64) float64 { return f() }, nil
+	case policy.MeanLatency:
+		m, times := newMean(s.Over, e.now()), cmp.Or(s.Times, 1)
+		if err := e.measure(s.Selectors, func(_ *seam.Labels, now int64, latency float64) { m.add(now, latency) }); err != nil {
+			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+		return func(now int64) float64 { return times * m.at(now) }, nil
+	default:
+		return nil, fmt.Errorf("%s: the engine cannot read a %T", field, s)
+	}
+}
+
+// A mean is that of a number over the last while. It is safe for concurrent use.
+type mean struct {
+	mu     sync.Mutex
+	window *window
+}
+
+// meanSlots is how many slots the time of a mean is cut into, the one under way counted.
+const meanSlots = 60
+
+func newMean(over time.Duration, now int64) *mean {
+	return &mean{window: newWindow(meanSlots-1, max(int64(over)/meanSlots, 1), now)}
+}
+
+func (m *mean) add(now int64, x float64) {
+	m.mu.Lock()
+	m.window.add(now, x)
+	m.mu.Unlock()
+}
+
+// at is the mean; NaN when there was nothing.
+func (m *mean) at(now int64) float64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	t := m.window.total(now)
+	return t.sum / t.count
+}
+
+// A gauge is told how long flows of one control point took.
+type gauge struct {
+	selectors selectors
+	note      note
+}
+
+// A note takes down a flow's latency in milliseconds.
+type note func(labels *seam.Labels, now int64, latency float64)
+
+// measure has the latencies of the flows that are selected noted, each once.
+func (e *Engine) measure(list []policy.Selector, n note) error {
+	points := make(map[string]selectors)
+	for _, s := range list {
+		compiled, err := compileSelector(s)
+		if err != nil {
+			return err
+		}
+		points[s.ControlPoint] = append(points[s.ControlPoint], compiled)
+	}
+	for name, s := range points {
+		e.gauges[name] = append(e.gauges[name], gauge{selectors: s, note: n})
+	}
+	return nil
+}
+
+// tell notes the latency of a flow that has just ended well.
+func (e *Engine) tell(gauges []gauge, labels *seam.Labels, now int64, latency time.Duration) {
+	for i := range gauges {
+		if g := &gauges[i]; g.selectors.selects(labels) {
+			g.note(labels, now, float64(latency)/float64(time.Millisecond))
+		}
+	}
+}
+
+// controlEvery is how often load schedulers look at their signals.
+const controlEvery = 10 * time.Second
+
+// control steers the load schedulers until the engine is closed.
+func (e *Engine) control() {
+	tick := time.NewTicker(controlEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-e.done:
+			return
+		case <-tick.C:
+			for _, steer := range e.controls {
+				steer(e.now())
+			}
+		}
+	}
+}
