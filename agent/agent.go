@@ -56,7 +56,7 @@ func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
 	checkv1.RegisterFlowControlServiceServer(s, service{server: srv})
 	checkhttpv1.RegisterFlowControlServiceHTTPServer(s, service{server: srv})
-	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) })
+	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
 	return srv
 }
 
@@ -70,7 +70,7 @@ func ServerOptions() []grpc.ServerOption {
 }
 
 // Spans is how many records of flows clients have sent so far. They are counted, so that every SDK's export succeeds,
-// and not kept.
+// and looked at where a policy wants to know how long flows take, but not kept.
 func (s *Server) Spans() uint64 { return s.spans.Load() }
 
 // service is the server's side of the protocol.

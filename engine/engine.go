@@ -286,6 +286,21 @@ func (e *Engine) clock(gauges []gauge, req *seam.Request, v *seam.Verdict) {
 	e.tell(gauges, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
 }
 
+// Measures says whether a policy wants to know how long flows of the control point take; for "", whether any does of any
+// flows. Package agent calls it.
+func (e *Engine) Measures(controlPoint string) bool {
+	if controlPoint == "" {
+		return len(e.gauges) > 0
+	}
+	return len(e.gauges[controlPoint]) > 0
+}
+
+// Observe measures a flow that has run and ended well, by what its client reports. Package agent calls it, which keeps no
+// flows.
+func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
+	e.tell(e.gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
+}
+
 // EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It
 // reports whether the engine knows the limiter, and whether the slot was still taken.
 func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64) (known, returned bool) {

@@ -12,7 +12,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestCount(t *testing.T) {
+func TestEach(t *testing.T) {
 	span := &tracev1.Span{Name: "s", Attributes: []*commonv1.KeyValue{{Key: "k"}}}
 	scope := func(n int) *tracev1.ScopeSpans {
 		s := &tracev1.ScopeSpans{Scope: &commonv1.InstrumentationScope{Name: "lib"}, SchemaUrl: "u"}
@@ -41,13 +41,21 @@ func TestCount(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := count(message, resourceSpans, scopeSpans, spans)
+			visited := 0
+			got, err := each(message, func(b []byte) {
+				if proto.Unmarshal(b, new(tracev1.Span)) == nil {
+					visited++
+				}
+			}, resourceSpans, scopeSpans, spans)
+			if visited != tt.want {
+				t.Errorf("%d spans were visited want %d", visited, tt.want)
+			}
 			if err != nil || got != tt.want {
-				t.Errorf("count() = %d, %v want %d", got, err, tt.want)
+				t.Errorf("each() = %d, %v want %d", got, err, tt.want)
 			}
 			for cut := range message { // an error or fewer, and no panic
-				if got, err := count(message[:cut], resourceSpans, scopeSpans, spans); err == nil && got > tt.want {
-					t.Errorf("count() = %d for %d bytes of the message want %d at the most", got, cut, tt.want)
+				if got, err := each(message[:cut], func([]byte) {}, resourceSpans, scopeSpans, spans); err == nil && got > tt.want {
+					t.Errorf("each() = %d for %d bytes of the message want %d at the most", got, cut, tt.want)
 				}
 			}
 		})
@@ -55,7 +63,7 @@ func TestCount(t *testing.T) {
 }
 
 // What reads as a request has the spans that are counted in it.
-func FuzzCount(f *testing.F) {
+func FuzzEach(f *testing.F) {
 	message, err := proto.Marshal(&tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{
 		ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{{Name: "s"}, {}}}},
 	}}})
@@ -64,7 +72,7 @@ func FuzzCount(f *testing.F) {
 	}
 	f.Add(message)
 	f.Fuzz(func(t *testing.T, message []byte) {
-		got, err := count(message, resourceSpans, scopeSpans, spans)
+		got, err := each(message, func([]byte) {}, resourceSpans, scopeSpans, spans)
 		data := new(tracev1.TracesData)
 		if proto.Unmarshal(message, data) != nil {
 			return
@@ -76,7 +84,7 @@ func FuzzCount(f *testing.F) {
 			}
 		}
 		if err != nil || got != want {
-			t.Errorf("count(%x) = %d, %v want %d", message, got, err, want)
+			t.Errorf("each(%x) = %d, %v want %d", message, got, err, want)
 		}
 	})
 }
