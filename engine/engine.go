@@ -12,11 +12,11 @@
 //
 // # How it decides
 //
-// A flow meets the components whose selectors pick it, in stages: first rate limiters and concurrency limiters, then
-// concurrency schedulers, then, unless its result is in the cache, quota schedulers; within a stage in the order of the
-// policies. It is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave
+// A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
+// samplers, then rate limiters and concurrency limiters, then concurrency schedulers, then, unless its result is in the
+// cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave
 // it goes back. Where several of a stage drop it, the longest wait counts, then the order. Flows that no component picks
-// are accepted, except in ramp mode, which only lets flows run that a ramp has accepted.
+// are accepted, except in ramp mode: there a flow needs at least one ramp that picks it, and none that drops it.
 //
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
 // fair queueing (see [policy.Scheduler]): what becomes free goes at once to the one whose turn it is then. A flow waits
@@ -24,12 +24,18 @@
 // is known, is rejected when it comes. While it waits it keeps what earlier components gave it, slots of concurrency
 // limiters included.
 //
+// Load schedulers let in a share of what comes. A goroutine of the engine sets the share every 10 seconds, by signals
+// that the host provides (see [WithSignal]) or by how long flows have taken, which the engine measures itself as they
+// end, where a policy asks for it. An engine that package agent serves hears of that from its clients' telemetry.
+//
 // The decisions are those of an Aperture agent, but for these, where the engine is meant to do better: a rejection
 // refunds every component; several drops have one deterministic outcome; a limit of 0 refuses; what a bucket can never
 // hold is rejected without a time to retry, and of concurrency limits and schedulers there is one, an estimate; a token
 // count or a priority that is negative or not a finite number is ignored; a small flow is not refused because a large
 // one was; who waits is served in order of virtual finish times when tokens come, not when it came to the head of the
-// queue; queues have a bound; every component has a dry run; agent groups are ignored, and the service that a selector
+// queue; queues have a bound; ramps let flows in ramp mode pass, and end on their last target; a load scheduler lets in a
+// flow that wants more than a second's worth of tokens when its bucket is full; flows whose result the cache had are not
+// measured; every component has a dry run; agent groups are ignored, and the service that a selector
 // names is the one the client says it is.
 package engine
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/engine"
@@ -300,4 +301,35 @@ func ExampleNew_quota() {
 	// Output:
 	// accepted 0s
 	// rejected 30s
+}
+
+// Fewer searches are let in while there are more than eight at work, and step by step more again when there are not.
+// How many are at work is for the program to say; mean latencies the engine measures itself.
+func ExampleWithSignal() {
+	var searches atomic.Int64 // at work
+
+	limits, err := engine.New([]policy.Policy{{
+		Name: "protect-search",
+		Components: []policy.Component{policy.AIMDLoadScheduler{
+			Selectors: policy.At("search"), Signal: policy.Named("searches"), Setpoint: policy.Constant(8),
+		}},
+	}}, engine.WithSignal("searches", func() float64 { return float64(searches.Load()) }))
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+
+	ctx := context.Background()
+	flow := client.Start(ctx, "search", flowctl.Params{})
+	if flow.ShouldRun() {
+		searches.Add(1)
+		fmt.Println("searching")
+		searches.Add(-1)
+	}
+	_, _ = flow.End(ctx)
+	// Output: searching
 }
