@@ -23,7 +23,7 @@ type queue struct {
 	count  uint64 // of all that have waited since nobody did, for the order of equals
 
 	alarm *time.Timer // rings when the first waiter may be served though nobody gives anything back
-	rings int64       // when that is; 0 when it does not
+	rings int64       // when that is, or was; 0 when it does not
 	ring  func()      // what it does then
 }
 

@@ -140,11 +140,10 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 		}
 	}
 	t := ticket[S]{claim: s.workloads.claim(of, &req.Labels), entry: e, patience: s.patience(of, now, deadline)}
-	ahead := l.ahead(t.claim, d.Consumed)
-	least, likely := s.source.forecast(&l.tokens, now, ahead, d.Consumed)
+	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, d.Consumed), d.Consumed)
 	d.Remaining = s.source.free(&l.tokens)
 	switch {
-	case likely == never, t.patience == 0 && (!l.waiting() || ahead > 0 || least > 0):
+	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, seam.CauseNone, likely)
 		return ticket[S]{}
 	case least > t.patience:
@@ -240,7 +239,6 @@ func (s *scheduler[S]) serve(e *entry[line[S]], now int64) {
 func (s *scheduler[S]) ring(e *entry[line[S]]) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.state.queue.rings = 0
 	s.serve(e, s.engine.now())
 }
 

@@ -63,6 +63,7 @@ type visit struct {
 	out   time.Duration // else when it is rejected,
 	retry time.Duration // when to come back,
 	says  string        // and what the error says
+	gone  time.Duration // or else when its caller goes
 }
 
 const never = -1
@@ -75,11 +76,20 @@ func visits(t *testing.T, c *flowctl.Client, all []visit) {
 	for i, v := range all {
 		<-time.After(time.Until(begin.Add(v.at)))
 		wg.Go(func() {
-			flow := c.Start(t.Context(), "point", flowctl.Params{Labels: labelled(v.labels), CheckTimeout: cmp.Or(v.timeout, never)})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if v.gone > 0 {
+				defer time.AfterFunc(v.gone-v.at, cancel).Stop()
+			}
+			flow := c.Start(ctx, "point", flowctl.Params{Labels: labelled(v.labels), CheckTimeout: cmp.Or(v.timeout, never)})
 			at := time.Since(begin)
 			defer end(flow)
 			near := func(a, b time.Duration) bool { return (a - b).Abs() <= 10*time.Nanosecond }
 			switch {
+			case v.gone > 0:
+				if flow.Decision() != flowctl.Canceled || at != v.gone {
+					t.Errorf("flow %d: %v at %v want it canceled at %v", i, flow, at, v.gone)
+				}
 			case !flow.Success():
 				t.Errorf("flow %d: %v", i, flow.Err())
 			case flow.ShouldRun() && (v.in < 0 || !near(at, v.in)):
@@ -125,6 +135,12 @@ func TestQuotaScheduler(t *testing.T) {
 		}},
 		{"who needs less than the first", byLabels, []visit{
 			{labels: "tokens=1"}, {labels: "tokens=2 workload=large", in: 2 * s}, {labels: "tokens=1 workload=small"},
+		}},
+		{"who comes in the moment of a token", byLabels, []visit{
+			{}, {}, {labels: "priority=1", in: s}, {at: s, labels: "priority=100", in: 2 * s},
+		}},
+		{"who goes", byLabels, []visit{
+			{labels: "tokens=2"}, {labels: "tokens=2", gone: 1200 * ms}, {labels: "tokens=1", in: 1200 * ms}, {labels: "tokens=1", in: 2 * s},
 		}},
 		{"more than the bucket holds", byLabels, []visit{{labels: "tokens=3", in: never}, {}}},
 		{"no tokens", func(q *policy.QuotaScheduler) { q.Capacity = 0 }, []visit{{in: never}, {at: s, in: never, out: s}}},
@@ -351,6 +367,35 @@ func TestCanceledWhileWaiting(t *testing.T) {
 	})
 }
 
+// The nearer of the caller's deadline and the check's timeout counts, and is no cancellation: the answer comes before.
+func TestDeadlines(t *testing.T) {
+	for _, tt := range []struct{ deadline, timeout time.Duration }{
+		{time.Second, never}, {time.Second, time.Minute}, {time.Minute, time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := open(t, []policy.Component{concurrency(func(c *policy.ConcurrencyScheduler) { c.Max = 1 })})
+			start(t, c, flowctl.Params{})
+			begin := time.Now()
+			ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
+			defer cancel()
+			flow := c.Start(ctx, "point", flowctl.Params{CheckTimeout: tt.timeout})
+			if at := time.Since(begin); flow.Decision() != flowctl.Rejected || at != 990*time.Millisecond {
+				t.Errorf("deadline %v, timeout %v: %v after %v want a rejection after 990ms", tt.deadline, tt.timeout, flow, at)
+			}
+		})
+	}
+}
+
+// Keys that do not fit wait in one queue.
+func TestKeyFloodQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		visits(t, open(t, []policy.Component{concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.LimitBy = 1, "key" })}, engine.WithKeyCap(1)), []visit{
+			{labels: "key=a", hold: 9 * time.Second}, {labels: "key=b", hold: time.Second}, {labels: "key=c", in: time.Second, hold: time.Second},
+			{labels: "key=d", in: 2 * time.Second}, {labels: "key=a", in: 9 * time.Second},
+		})
+	})
+}
+
 func TestCloseWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{concurrency(nil), quota(nil)}}})
@@ -461,7 +506,7 @@ func TestSeveralSchedulersDrop(t *testing.T) {
 			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Scheduler.DeniedStatus = "a", 1, 429 }),
 			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Interval = "b", 1, time.Minute }),
 			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Interval = "c", 1, time.Minute }),
-			quota(func(q *policy.QuotaScheduler) { q.ID = "d" }),
+			quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Interval = "d", 1, 100*time.Millisecond }), // worth to wait for
 		})
 		if flow := start(t, c, flowctl.Params{}); !flow.ShouldRun() {
 			t.Fatal(flow.Err())

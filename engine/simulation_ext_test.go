@@ -182,7 +182,7 @@ func TestSimulations(t *testing.T) {
 		{"ten users who want 2 to 11 times their share within a second", demanding, last},
 		{"a workload of one user and one of nine", oneAndNine, last},
 		{"costs", costs, last},
-		{"extremes", extremes, 20 * last},
+		{"extremes", extremes, 5 * last},
 	} {
 		t.Run("quota/"+tt.name, func(t *testing.T) {
 			rows, all := simulate(t, []policy.Component{tokens}, tt.crowds, 0, tt.last)
