@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"cmp"
 	"math"
 	"sync/atomic"
 	"time"
@@ -46,7 +45,10 @@ func newAIMDLoadScheduler(e *Engine, p policy.AIMDLoadScheduler, c seam.Componen
 	if err != nil {
 		return nil, err
 	}
-	confirmation, err := e.signalOf("OverloadConfirmation", cmp.Or(p.OverloadConfirmation, policy.Signal(policy.Constant(1))))
+	if p.OverloadConfirmation == nil {
+		p.OverloadConfirmation = policy.Constant(1)
+	}
+	confirmation, err := e.signalOf("OverloadConfirmation", p.OverloadConfirmation)
 	if err != nil {
 		return nil, err
 	}

@@ -91,7 +91,7 @@ type LoadScheduler struct {
 	LoadMultiplier Signal
 
 	// WorkloadLatencyTokens has a flow of a workload cost the workload's mean latency of the last 30 minutes, in
-	// milliseconds, unless a label says what it costs.
+	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens.
 	WorkloadLatencyTokens bool
 
 	// Scheduler says who goes first. The zero value serves all flows alike.

@@ -12,11 +12,12 @@ type (
 	// Constant is a signal that does not change: a number, and not an infinite one.
 	Constant float64
 
-	// Named is a signal that the engine's host provides under this name. Not empty.
+	// Named is a signal that the engine's host provides under this name, by the engine's WithSignal. Not empty.
 	Named string
 
 	// MeanLatency is how long the work of flows takes on average, in milliseconds: from the answer to their check
-	// until they end. The engine measures it.
+	// until they end. The engine measures it, of flows that ran and ended well; those whose result was in the cache do
+	// not count.
 	MeanLatency struct {
 		// Selectors say which flows count. Required.
 		Selectors []Selector
