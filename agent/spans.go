@@ -49,15 +49,15 @@ func ranFor(span []byte) (check []byte, latency time.Duration, ok bool) {
 		var key, text []byte
 		var number int64
 		walk(attribute, func(field protowire.Number, data []byte, _ uint64) {
-			switch field {
-			case attributeKey:
+			if field == attributeKey {
 				key = data
-			case attributeValue:
+			}
+			if field == attributeValue {
 				walk(data, func(field protowire.Number, data []byte, n uint64) {
-					switch field {
-					case valueString:
+					if field == valueString {
 						text = data
-					case valueInt:
+					}
+					if field == valueInt {
 						number = int64(n)
 					}
 				})

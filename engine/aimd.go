@@ -17,10 +17,11 @@ type aimd struct {
 }
 
 func newAIMD(p policy.AIMDLoadScheduler) *aimd {
-	c := &aimd{gradient: p.Gradient, most: cmp.Or(p.MaxLoadMultiplier, 2), increment: cmp.Or(p.LinearIncrement, 0.025)}
-	c.gradient.Slope = cmp.Or(c.gradient.Slope, -1)
-	if c.gradient.Min == 0 && c.gradient.Max == 0 {
-		c.gradient.Min, c.gradient.Max = 0.1, 1
+	c := &aimd{most: cmp.Or(p.MaxLoadMultiplier, 2), increment: cmp.Or(p.LinearIncrement, 0.025)}
+	c.gradient = policy.Gradient{
+		Slope: cmp.Or(p.Gradient.Slope, -1),
+		Min:   cmp.Or(p.Gradient.Min, 0.1),
+		Max:   cmp.Or(p.Gradient.Max, 1),
 	}
 	c.added = c.most
 	return c

@@ -24,6 +24,12 @@ func TestAIMD(t *testing.T) {
 		{"overload", policy.AIMDLoadScheduler{}, []step{{200, 100, false, 1, 0.5}}},
 		{"overload of what was let in", policy.AIMDLoadScheduler{}, []step{{200, 100, false, 0.8, 0.4}}},
 		{"held at the gradient's least", policy.AIMDLoadScheduler{}, []step{{1e6, 100, false, 1, 0.1}}},
+		{"held at a least of its own", policy.AIMDLoadScheduler{Gradient: policy.Gradient{Min: 0.4}}, []step{
+			{125, 100, false, 1, 0.8}, {1e6, 100, false, 1, 0.4},
+		}},
+		{"held at a most of its own", policy.AIMDLoadScheduler{Gradient: policy.Gradient{Max: 0.7}}, []step{
+			{101, 100, false, 1, 0.7}, {1e6, 100, false, 1, 0.1},
+		}},
 		{"recovery in steps", policy.AIMDLoadScheduler{}, []step{
 			{200, 100, false, 1, 0.5}, {90, 100, false, 0.5, 0.525}, {90, 100, false, 0.525, 0.575}, {200, 100, false, 0.5, 0.25}, {90, 100, false, 0.25, 0.275},
 		}},

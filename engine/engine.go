@@ -14,9 +14,10 @@
 //
 // A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
 // samplers, then rate limiters and concurrency limiters, then concurrency schedulers, then, unless its result is in the
-// cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave
-// it goes back. Where several of a stage drop it, the longest wait counts, then the order. Flows that no component picks
-// are accepted, except in ramp mode: there a flow needs at least one ramp that picks it, and none that drops it.
+// cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted when none of
+// them drops it. A flow that is not accepted takes nothing: what components gave it goes back. Where several of a stage
+// drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp mode:
+// there a flow needs at least one ramp that picks it, and none that drops it.
 //
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
 // fair queueing (see [policy.Scheduler]): what becomes free goes at once to the one whose turn it is then. A flow waits
@@ -35,8 +36,8 @@
 // one was; who waits is served in order of virtual finish times when tokens come, not when it came to the head of the
 // queue; queues have a bound; ramps let flows in ramp mode pass, and end on their last target; a load scheduler lets in a
 // flow that wants more than a second's worth of tokens when its bucket is full; flows whose result the cache had are not
-// measured; every component has a dry run; agent groups are ignored, and the service that a selector
-// names is the one the client says it is.
+// measured; every component has a dry run; agent groups are ignored, and the service that a selector names is the one the
+// client says it is.
 package engine
 
 import (
