@@ -23,9 +23,11 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -33,8 +35,29 @@ import (
 type slots struct {
 	*flowctl.Client
 	held func() int
-	// ended says that so many flows were ended, each once; what cannot be told from outside it takes for granted.
+	// ended says that so many flows were ended, each once.
 	ended func(t *testing.T, n int)
+}
+
+// A ledger is an engine whose flows hold a slot each, and what became of these.
+type ledger struct {
+	seam.Agent
+	taken, ends, returned atomic.Int64
+}
+
+func (l *ledger) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+	err := l.Agent.Check(ctx, req, v)
+	if err == nil && !v.Rejected {
+		l.taken.Add(1)
+	}
+	return err
+}
+
+func (l *ledger) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+	returns, err := l.Agent.End(ctx, req, v, failed)
+	l.ends.Add(1)
+	l.returned.Add(int64(returns.Returned))
+	return returns, err
 }
 
 // overServers runs a test over both versions of HTTP, which is spoken over real connections, and over both kinds of
@@ -61,22 +84,24 @@ func overServers(t *testing.T, n int, test func(t *testing.T, s slots, serve fun
 			}
 		}
 		t.Run(version+"/embedded", func(t *testing.T) {
-			client := newEngine(t, policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: float64(n), MaxInflight: time.Hour})
-			held := func() int {
-				var flows []*flowctl.Flow
-				for {
-					flow := client.Start(context.WithoutCancel(t.Context()), point, flowctl.Params{})
-					flows = append(flows, flow)
-					if !flow.ShouldRun() {
-						break
-					}
-				}
-				for _, flow := range flows {
-					_, _ = flow.End(t.Context())
-				}
-				return n + 1 - len(flows)
+			e, err := engine.New([]policy.Policy{{Name: "limits", Components: []policy.Component{
+				policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: float64(n), MaxInflight: time.Hour},
+			}}})
+			if err != nil {
+				t.Fatal(err)
 			}
-			test(t, slots{client, held, func(*testing.T, int) {}}, serve(t))
+			t.Cleanup(func() { _ = e.Close() })
+			l := &ledger{Agent: e}
+			client, err := flowctl.New(l)
+			if err != nil {
+				t.Fatal(err)
+			}
+			test(t, slots{client, func() int { return int(l.taken.Load() - l.returned.Load()) }, func(t *testing.T, n int) {
+				t.Helper()
+				if ends, returned := l.ends.Load(), l.returned.Load(); ends != int64(n) || returned != int64(n) {
+					t.Errorf("%d ends gave %d slots back, want %d", ends, returned, n)
+				}
+			}}, serve(t))
 		})
 		t.Run(version+"/remote", func(t *testing.T) {
 			agent := flowtest.NewAgent(t)
