@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 )
@@ -61,7 +62,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	defer func() { err = firstError(err, r.close(ctx)) }()
 
 	var t table
-	if err := t.measure(ctx, *rounds, append(e.rows(), r.rows()...)); err != nil {
+	if err := t.measure(ctx, *rounds, slices.Concat(e.rows(), e.adaptorRows(), r.rows())); err != nil {
 		return err
 	}
 	if err := e.fill(*keys); err != nil {

@@ -30,13 +30,14 @@ func TestRun(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Guard, one keyed rate limiter", "Do, label maps in turn, 1000 keys", "gobreaker", "x/time/rate",
+		"HTTP middleware on the engine", "failsafe-go HTTP handler", "gRPC interceptor on the engine",
 		"Do over gRPC, with a FlowEnd", "the gate open", "checks a second", "bytes a key",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table does not have %q:\n%s", want, &out)
 		}
 	}
-	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 15; got != want {
+	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 17; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
 	}
 }

@@ -30,7 +30,7 @@ type row struct {
 	allocs, bytes    []float64 // per call, in serial
 }
 
-// A target bounds the ratio of a row to another in one column.
+// A target bounds the ratio of a row to another in one column, or how much more it has there.
 type target struct {
 	column column
 	than   string // name of the other row
@@ -47,6 +47,9 @@ const (
 	inTime     column = "time"
 	inParallel column = "in parallel"
 	inAllocs   column = "allocs"
+
+	// moreAllocs is a bound on the difference, where the other row may have none.
+	moreAllocs column = "allocs more"
 )
 
 // in gives the row's figures in the column, one for each round.
@@ -54,7 +57,7 @@ func (r *row) in(c column) []float64 {
 	switch c {
 	case inParallel:
 		return r.parallel
-	case inAllocs:
+	case inAllocs, moreAllocs:
 		return r.allocs
 	default:
 		return r.serial
@@ -152,18 +155,20 @@ func (t *table) median(name string, c column) float64 {
 
 // compare gives the columns on a target. A target without another row is a bound on the column itself.
 func (t *table) compare(r *row, target target) string {
-	of, unit := target.than, "×"
+	unit := ""
 	ours := r.in(target.column)
-	if target.than == "" {
-		of, unit = "", ""
-	} else {
+	if target.than != "" {
 		i := slices.IndexFunc(t.rows, func(other *row) bool { return other.name == target.than })
 		theirs := t.rows[i].in(target.column)
-		ratios := make([]float64, len(ours))
+		compared := make([]float64, len(ours))
 		for k := range ours {
-			ratios[k] = ours[k] / theirs[k]
+			if target.column == moreAllocs {
+				compared[k] = ours[k] - theirs[k]
+			} else {
+				compared[k], unit = ours[k]/theirs[k], "×"
+			}
 		}
-		ours = ratios
+		ours = compared
 	}
 	value := median(ours)
 	text := strconv.FormatFloat(value, 'f', 2, 64)
@@ -174,7 +179,7 @@ func (t *table) compare(r *row, target target) string {
 	if !target.aside {
 		bound = fmt.Sprintf("≤ %s%s: %s", strconv.FormatFloat(target.most, 'g', 3, 64), unit, verdict(value <= target.most))
 	}
-	return fmt.Sprintf("%s%s\t%s\t%s\t%s\t", text, unit, target.column, of, bound)
+	return fmt.Sprintf("%s%s\t%s\t%s\t%s\t", text, unit, target.column, target.than, bound)
 }
 
 func verdict(met bool) string {
