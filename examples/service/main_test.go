@@ -236,7 +236,7 @@ func TestRoutes(t *testing.T) {
 			s := start(t, situation.agent(t), append(patient, "-report-time", "1ms")...)
 			for _, tt := range tests {
 				t.Run(tt.route+" "+tt.key, func(t *testing.T) {
-					const enough = 20 // the limits refill slower than this, and yet may do so
+					const enough = 20 // requests: no limit refills as fast as they come
 					n := 0
 					for ; n < enough; n++ {
 						got := s.ask(t, tt.route, tt.key)
