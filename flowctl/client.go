@@ -64,6 +64,7 @@ type Client struct {
 	logger       *slog.Logger
 	observer     *observer // nil: the application wants to see nothing
 	endLog       limitedLog
+	silenceLog   limitedLog
 	invalidLog   limitedLog
 	closed       atomic.Bool
 }
@@ -153,6 +154,10 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	case c.closed.Load(): // while we were asking
 		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
 	default:
+		if !errors.Is(err, errGateOpen) && !refused(status.Code(err)) { // which are logged by themselves
+			c.silenceLog.warn(c.logger, "headgate: the agent did not decide about a flow",
+				"control_point", f.req.ControlPoint, "error", err)
+		}
 		return Unreachable, &UnreachableError{f.req.ControlPoint, err}
 	}
 }

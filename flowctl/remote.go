@@ -366,10 +366,14 @@ func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
 		}
 	}
-	switch code {
-	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented:
+	if refused(code) {
 		r.refusals.warn(r.logger, "headgate: the agent refuses to decide", "error", err)
 	}
+}
+
+// refused says whether an agent that answers with the code decides about no flow at all.
+func refused(code codes.Code) bool {
+	return code == codes.Unauthenticated || code == codes.PermissionDenied || code == codes.Unimplemented
 }
 
 // End gives back what the flow holds at the agent, and records it for telemetry.

@@ -306,6 +306,91 @@ func TestGate(t *testing.T) {
 	})
 }
 
+// Flows that go on without a decision do not do so in silence, however alive the agent is: the log says it once a minute.
+func TestUndecidedFlowsAreLogged(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		answer flowtest.Answer
+		want   string // in the log
+	}{
+		{"stuck", flowtest.Answer{Hang: true}, "DeadlineExceeded"},
+		{"late", flowtest.Answer{Delay: time.Second}, "DeadlineExceeded"},
+		{"closed", flowtest.Answer{Fail: status.Error(codes.Unavailable, "engine: closed")}, "engine: closed"},
+		{"broken", flowtest.Answer{Fail: status.Error(codes.Internal, "garbled")}, "garbled"},
+		{"over the limit", flowtest.Answer{Response: &checkv1.CheckResponse{ControlPoint: strings.Repeat("p", 16<<20)}}, "ResourceExhausted"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const message = "the agent did not decide about a flow"
+				agent := flowtest.NewAgent(t)
+				agent.Answer(tt.answer)
+				var log bytes.Buffer
+				client := agent.Client(logTo(&log))
+				start := func() {
+					flow := client.Start(t.Context(), "point", flowctl.Params{CheckTimeout: 500 * time.Millisecond})
+					if flow.Decision() != flowctl.Unreachable {
+						t.Errorf("%v want unreachable", flow)
+					}
+				}
+				for range 10 {
+					start()
+				}
+				if s := log.String(); strings.Count(s, message) != 1 || !strings.Contains(s, tt.want) {
+					t.Errorf("log of 10 flows: want it once, with %q\n%s", tt.want, s)
+				}
+				<-time.After(time.Minute)
+				start()
+				if s := log.String(); strings.Count(s, message) != 2 || !strings.Contains(s, "unlogged_before=9") {
+					t.Errorf("log of a minute later:\n%s", s)
+				}
+				if err := client.Close(t.Context()); err != nil {
+					t.Error(err)
+				}
+				<-time.After(time.Minute)
+				start()
+				if s := log.String(); strings.Count(s, message) != 2 {
+					t.Errorf("a flow after Close was logged:\n%s", s)
+				}
+			})
+		})
+	}
+}
+
+// A decision is nothing to log, and neither is a caller who has gone.
+func TestDecidedFlowsAreNotLogged(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		answer flowtest.Answer
+		within time.Duration // the caller's; 0: for ever
+		want   flowctl.Decision
+	}{
+		{"accepted", flowtest.Answer{}, 0, flowctl.Accepted},
+		{"rejected", flowtest.Answer{Reason: flowctl.ReasonRateLimited}, 0, flowctl.Rejected},
+		{"canceled", flowtest.Answer{Hang: true}, 100 * time.Millisecond, flowctl.Canceled},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				agent.Answer(tt.answer)
+				var log bytes.Buffer
+				client := agent.Client(logTo(&log))
+				ctx := t.Context()
+				if tt.within > 0 {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, tt.within)
+					defer cancel()
+				}
+				if flow := client.Start(ctx, "point", flowctl.Params{}); flow.Decision() != tt.want {
+					t.Errorf("%v want %v", flow, tt.want)
+				}
+				if log.Len() > 0 {
+					t.Errorf("log:\n%s", &log)
+				}
+			})
+		})
+	}
+}
+
 // An agent that is back is asked again within the time of a probe, and not when gRPC has waited long enough to dial.
 func TestGateProbesDial(t *testing.T) {
 	for _, outage := range []time.Duration{10 * time.Second, time.Minute, 10 * time.Minute} {
