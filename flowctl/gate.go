@@ -15,6 +15,9 @@ import (
 // and a sign of life on the connection too: an agent that is overloaded must not be taken for a dead one, for that would
 // let everything in. So the gate is about processes, machines and networks that are gone or frozen; while an agent's
 // server lives, its flows take their check timeout at the most, each.
+//
+// On a connection that [WithConn] brought only what a check itself is answered in time is seen to come: answers that are
+// all too late open the gate there. Set Failures to a negative number where that is worse than waiting for the dead.
 type Gate struct {
 	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
 	Failures int

@@ -172,18 +172,34 @@ func WithKeepalive(p keepalive.ClientParameters) Option {
 }
 
 // WithDialOptions adds options of gRPC's own for the connection. They come after those of this package, and repeated
-// use adds more.
+// use adds more. Transport credentials among them are an error, for they would keep the [Gate] from seeing late answers,
+// and an API key from knowing how it travels: they have options here, [WithTransportCredentials] and others.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	opts = slices.Clone(opts)
 	return option{"WithDialOptions", true, func(c *config) error {
+		if setCredentials(opts) {
+			return errors.New("there are transport credentials among them: use WithTransportCredentials, WithTLSConfig or WithInsecure")
+		}
 		c.dialOptions = append(c.dialOptions, opts...)
 		return nil
 	}}
 }
 
+// setCredentials says whether the options bring transport credentials. They cannot be looked into, but gRPC makes no
+// client, connected or not, without any.
+func setCredentials(opts []grpc.DialOption) bool {
+	conn, err := grpc.NewClient("passthrough:///", opts...)
+	if err != nil {
+		return false
+	}
+	_ = conn.Close()
+	return true
+}
+
 // WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty, and
 // [DialEnv] has no use for it. Close leaves the connection open. An API key is refused by gRPC if the connection is not
-// secure, unless [WithInsecureAPIKey] is given too.
+// secure, unless [WithInsecureAPIKey] is given too. What comes over the connection for other calls than a flow's own is
+// not seen, so an agent whose answers all come too late counts as dead here; see [Gate].
 func WithConn(conn grpc.ClientConnInterface) Option {
 	return option{"WithConn", true, func(c *config) error {
 		if conn == nil {

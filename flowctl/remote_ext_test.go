@@ -656,6 +656,15 @@ func TestDialErrors(t *testing.T) {
 			name: "key with credentials that are none", address: "agent.example:80", want: "would travel in plaintext",
 			opts: []flowctl.Option{flowctl.WithTransportCredentials(insecure.NewCredentials()), flowctl.WithAPIKey("sesame")},
 		},
+		{
+			name: "credentials among the dial options", address: "a:1", want: "WithDialOptions: there are transport credentials among them",
+			opts: []flowctl.Option{flowctl.WithInsecure(), flowctl.WithDialOptions(
+				grpc.WithUserAgent("x"), grpc.WithTransportCredentials(insecure.NewCredentials()))},
+		},
+		{
+			name: "a bundle of credentials among the dial options", address: "a:1", want: "WithDialOptions: there are transport credentials among them",
+			opts: []flowctl.Option{flowctl.WithDialOptions(grpc.WithCredentialsBundle(insecure.NewBundle()))},
+		},
 		{name: "empty key", address: "a:1", opts: []flowctl.Option{flowctl.WithAPIKey("")}, want: "WithAPIKey: the key is empty"},
 		{name: "key with a newline", address: "a:1", opts: []flowctl.Option{flowctl.WithAPIKey("sesame\n")}, want: "WithAPIKey: the key has a character at 6"},
 		{name: "contradiction", address: "a:1", opts: []flowctl.Option{flowctl.WithInsecure(), flowctl.WithTLSConfig(&tls.Config{})}, want: "WithInsecure contradicts"},
