@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -39,6 +42,25 @@ func TestRun(t *testing.T) {
 	}
 	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 17; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
+	}
+}
+
+// As many call at once as the row says, whatever the number of processors.
+func TestInFlight(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
+	var callers atomic.Int64
+	r := &row{inFlight: 64, call: func() func() error {
+		callers.Add(1)
+		return func() error { return nil }
+	}}
+	if err := flag.Set("test.benchtime", "1x"); err != nil { // one round: each makes its callers
+		t.Fatal(err)
+	}
+	if err := r.measure(); err != nil {
+		t.Fatal(err)
+	}
+	if got := callers.Load(); got != 1+64 { // one of them in serial
+		t.Errorf("%d callers want 1 and 64", got)
 	}
 }
 

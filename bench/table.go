@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"text/tabwriter"
 )
@@ -99,10 +100,14 @@ func (r *row) measure() error {
 	}
 	failures := make(chan error, 1)
 	parallel := testing.Benchmark(func(b *testing.B) {
-		if r.inFlight > 0 {
-			b.SetParallelism(max(r.inFlight/runtime.GOMAXPROCS(0), 1))
+		var begun atomic.Int64
+		if procs := runtime.GOMAXPROCS(0); r.inFlight > 0 {
+			b.SetParallelism((r.inFlight + procs - 1) / procs)
 		}
 		b.RunParallel(func(pb *testing.PB) {
+			if r.inFlight > 0 && begun.Add(1) > int64(r.inFlight) {
+				return // the processors do not divide it
+			}
 			call := r.call()
 			for pb.Next() {
 				if err := call(); err != nil {
