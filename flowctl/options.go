@@ -50,6 +50,7 @@ type config struct {
 	insecure     bool
 	apiKey       string
 	plaintextKey bool
+	plaintextEnv string // the variable that has the key travel in plaintext, where one does
 	keepalive    keepalive.ClientParameters
 	dialOptions  []grpc.DialOption
 	conn         grpc.ClientConnInterface

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -93,7 +94,7 @@ func (c *config) readEnv() error {
 		if err := checkAPIKey(key); err != nil {
 			return fmt.Errorf("%s: %w", envAPIKey, err)
 		}
-		c.apiKey = key
+		c.apiKey, c.plaintextEnv = key, envAPIKey
 	}
 	plaintext, err := envBool(envInsecure)
 	if err != nil {
@@ -106,7 +107,7 @@ func (c *config) readEnv() error {
 	switch {
 	case c.insecure || c.tls != nil || c.creds != nil:
 	case plaintext:
-		c.insecure = true
+		c.insecure, c.plaintextEnv = true, envInsecure
 	case skipVerify:
 		c.tls = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // asked for by name
 	}
@@ -169,7 +170,11 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		if creds.Info().SecurityProtocol == "insecure" {
 			plaintextKey = plaintextKey || isLoopback(address)
 			if cfg.apiKey != "" && !plaintextKey {
-				return nil, errors.New("the API key would travel in plaintext: use TLS, or WithInsecureAPIKey")
+				err := errors.New("the API key would travel in plaintext: use TLS, or WithInsecureAPIKey")
+				if cfg.plaintextEnv != "" {
+					err = fmt.Errorf("%s: %w", cfg.plaintextEnv, err)
+				}
+				return nil, err
 			}
 		}
 		opts := append([]grpc.DialOption{
@@ -484,6 +489,9 @@ func cacheStatus[M interface {
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {
+	if r.dialled != nil {
+		defer r.hurry()()
+	}
 	calls := append([]grpc.CallOption{grpc.WaitForReady(true)}, r.calls...)
 	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
 		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), calls...)
@@ -499,6 +507,28 @@ func (r *remote) Ready(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// hurry cuts gRPC's pauses between attempts to connect short, which grow to two minutes, until stop.
+func (r *remote) hurry() (stop func()) {
+	done := make(chan struct{})
+	var hurrying sync.WaitGroup
+	hurrying.Go(func() {
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			r.dialled.ResetConnectBackoff()
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+		}
+	})
+	return func() {
+		close(done)
+		hurrying.Wait()
+	}
 }
 
 // close sends what telemetry there is until ctx ends, and closes the connection that is ours.

@@ -579,6 +579,32 @@ func TestReady(t *testing.T) {
 			t.Errorf("Ready() of a closed client = %v want ErrClosed", err)
 		}
 	})
+	for _, tt := range []struct {
+		name string
+		at   time.Duration // when Ready is called
+	}{{"called in an outage", 10*time.Minute - 500*time.Millisecond}, {"called after an outage", 10*time.Minute + time.Millisecond}} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				begin := time.Now()
+				back := begin.Add(10 * time.Minute)
+				client := agent.Client(flowctl.WithoutTelemetry(), flowctl.WithDialOptions(
+					grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+						if time.Now().Before(back) {
+							return nil, errors.New("refused")
+						}
+						return agent.DialContext(ctx)
+					})))
+				<-time.After(tt.at)
+				if err := client.Ready(t.Context()); err != nil {
+					t.Errorf("Ready() = %v", err)
+				}
+				if late := time.Since(back); late > 1500*time.Millisecond {
+					t.Errorf("Ready() returned %v after the agent was back", late)
+				}
+			})
+		})
+	}
 	stranger, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -612,6 +638,24 @@ func TestCloseReportsLostTelemetry(t *testing.T) {
 		defer cancel()
 		if err := client.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("Close() = %v want its context's error", err)
+		}
+	})
+}
+
+// What was lost before Close, it does not tell: the log has.
+func TestCloseForgivesLostTelemetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.AnswerSpans(flowtest.Answer{Fail: status.Error(codes.Unavailable, "not now")}, flowtest.Answer{})
+		var log bytes.Buffer
+		client := agent.Client(logTo(&log))
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+		<-time.After(time.Hour)
+		if !strings.Contains(log.String(), "telemetry of flows was dropped") {
+			t.Errorf("log:\n%s", &log)
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
 		}
 	})
 }
@@ -746,6 +790,7 @@ func TestDialEnv(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		env  map[string]string
+		opts []flowctl.Option
 		want string // in the error; none when empty
 	}{
 		{name: "nothing", want: address + " is not set"},
@@ -757,13 +802,14 @@ func TestDialEnv(t *testing.T) {
 		{name: "bad bool", env: map[string]string{address: "a:1", plain: "sesame"}, want: plain + " is neither true nor false"},
 		{name: "another bad bool", env: map[string]string{address: "a:1", skip: "sesame"}, want: skip + " is neither true nor false"},
 		{name: "bad key", env: map[string]string{address: "a:1", key: "sesame\x00"}, want: key + ": the key has a character"},
-		{name: "key in plaintext", env: map[string]string{address: "agent.example:80", key: "k", plain: "1"}, want: "would travel in plaintext"},
+		{name: "key in plaintext", env: map[string]string{address: "agent.example:80", key: "k", plain: "1"}, want: plain + ": the API key would travel in plaintext"},
+		{name: "key for plaintext", env: map[string]string{address: "agent.example:80", key: "k"}, opts: []flowctl.Option{flowctl.WithInsecure()}, want: key + ": the API key would travel in plaintext"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, name := range []string{address, key, plain, skip} {
 				t.Setenv(name, strings.ReplaceAll(tt.env[name], "\x00", "\x01"))
 			}
-			client, err := flowctl.DialEnv()
+			client, err := flowctl.DialEnv(tt.opts...)
 			_ = client.Close(t.Context())
 			if tt.want == "" && err != nil {
 				t.Errorf("DialEnv() = %v", err)

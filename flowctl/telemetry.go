@@ -49,7 +49,7 @@ type exporter struct {
 	drops  limitedLog
 	spare  []record // the buffer that is not in use
 	batch  batch    // of the flush that is under way: run's, and when run has returned, close's
-	last   error    // of run's last flush; for close, when run has returned
+	last   error    // of the flush that was under way when close was called; for close, when run has returned
 }
 
 // record is what is kept of a flow that has ended.
@@ -131,7 +131,13 @@ func (x *exporter) run(ctx context.Context) {
 			timer.Stop()
 		case <-timer.C:
 		}
-		x.last = x.flush(ctx)
+		err := x.flush(ctx)
+		select {
+		case <-x.stop:
+			x.last = err
+			return
+		default: // the log has it
+		}
 	}
 }
 
