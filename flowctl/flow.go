@@ -299,7 +299,7 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 			return proto.CloneOf(c.answer())
 		}
 	}
-	return wire.Response(&f.req, &f.verdict)
+	return proto.CloneOf(wire.Response(&f.req, &f.verdict)) // for its cached values are the flow's
 }
 
 // ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err

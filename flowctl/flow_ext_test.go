@@ -896,3 +896,27 @@ func TestAllocations(t *testing.T) {
 		t.Errorf("%v allocations a flow want 1", got)
 	}
 }
+
+// What is done to the protobuf view of a flow does not reach the flow.
+func TestCheckResponseIsACopy(t *testing.T) {
+	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+		params := flowctl.Params{ResultCacheKey: "key", GlobalCacheKeys: []string{"key"}}
+		first := client.Start(t.Context(), "point", params)
+		if err := errors.Join(first.SetResultCache(t.Context(), []byte("value"), 0), first.SetGlobalCache(t.Context(), "key", []byte("value"), 0)); err != nil {
+			t.Fatal(err)
+		}
+		flow := client.Start(t.Context(), "point", params)
+		found := flow.CheckResponse().GetCacheLookupResponse()
+		for _, value := range [][]byte{found.GetResultCacheResponse().GetValue(), found.GetGlobalCacheResponses()["key"].GetValue()} {
+			if string(value) != "value" {
+				t.Fatalf("found %q", value)
+			}
+			value[0] = 'V'
+		}
+		result, _, _ := flow.ResultCache()
+		global, _, _ := flow.GlobalCache("key")
+		if string(result) != "value" || string(global) != "value" {
+			t.Errorf("the flow has %q and %q", result, global)
+		}
+	})
+}

@@ -2,7 +2,6 @@
 package wire
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -43,7 +42,7 @@ func Request(req *seam.Request) *checkv1.CheckRequest {
 	return m
 }
 
-// Response is the message that tells of a verdict.
+// Response is the message that tells of a verdict, with whose cached values it shares its own.
 func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 	labels := req.Labels.Merged()
 	telemetry := make(map[string]string, len(labels)+1)
@@ -212,9 +211,9 @@ func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse
 	return m
 }
 
-// KeyLookup is the message that tells what became of one lookup.
+// KeyLookup is the message that tells what became of one lookup. It shares the value.
 func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
-	m := &checkv1.KeyLookupResponse{Value: bytes.Clone(a.Value)}
+	m := &checkv1.KeyLookupResponse{Value: a.Value}
 	if !a.Hit {
 		m.LookupStatus = checkv1.CacheLookupStatus_MISS
 	}
