@@ -11,8 +11,9 @@
 //
 // Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
 // here, with what is wrong. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
-// queues; one that comes with less than 10 ms left is refused by the limiters and schedulers that it meets, because an
-// answer that its client does not hear would cost it tokens and slots all the same.
+// queues; one that comes with less than 10 ms left is rejected by the limiters and schedulers that it meets, because an
+// answer that its client does not hear would cost it tokens and slots all the same. Answers are as compressed as the
+// questions: gzip, or not.
 package agent
 
 import (
@@ -25,8 +26,10 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	_ "google.golang.org/grpc/encoding/gzip" // for clients that compress, as other SDKs can be told to
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
@@ -68,6 +71,10 @@ func ServerOptions() []grpc.ServerOption {
 		grpc.WaitForHandlers(true),
 	}
 }
+
+// Warnings lists what the engine's policies say and a server has no use for: a selector that names a service picks no flow
+// of a client's, because the protocol has no place for the client's service.
+func (s *Server) Warnings() []string { return s.engine.ServiceWarnings() }
 
 // Spans is how many records of flows clients have sent so far. They are counted, so that every SDK's export succeeds,
 // and looked at where a policy wants to know how long flows take, but not kept.
@@ -112,16 +119,19 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 	if deadline, ok := ctx.Deadline(); ok {
 		req.Late = time.Until(deadline) < margin
 	}
+	begin := time.Now()
 	var v seam.Verdict
 	if err := s.server.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
 		return nil, closed(err)
 	}
 	if ctx.Err() != nil {
-		// Nobody will end what the client never hears of.
-		_, _ = s.server.engine.End(ctx, req, &v, true)
+		// The client never hears of it.
+		s.server.engine.Revert(&v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	return wire.Response(req, &v), nil
+	response := wire.Response(req, &v)
+	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
+	return response, nil
 }
 
 func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {

@@ -165,6 +165,34 @@ func TestInvalidArgument(t *testing.T) {
 			_, err := stub.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{ResultCacheEntry: &checkv1.CacheEntry{Key: "k"}})
 			return err
 		},
+		"long key of a result to store": func(ctx context.Context) error {
+			_, err := stub.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{ControlPoint: "point", ResultCacheEntry: &checkv1.CacheEntry{Key: strings.Repeat(secret, 100)}})
+			return err
+		},
+		"long key of a global entry to store": func(ctx context.Context) error {
+			_, err := stub.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{GlobalCacheEntries: map[string]*checkv1.CacheEntry{strings.Repeat(secret, 100): {}}})
+			return err
+		},
+		"many global entries to store": func(ctx context.Context) error {
+			entries := make(map[string]*checkv1.CacheEntry)
+			for i := range 65 {
+				entries[fmt.Sprint(secret, i)] = &checkv1.CacheEntry{}
+			}
+			_, err := stub.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{GlobalCacheEntries: entries})
+			return err
+		},
+		"long key of a result to delete": func(ctx context.Context) error {
+			_, err := stub.CacheDelete(ctx, &checkv1.CacheDeleteRequest{ControlPoint: "point", ResultCacheKey: strings.Repeat(secret, 100)})
+			return err
+		},
+		"long key of a global entry to delete": func(ctx context.Context) error {
+			_, err := stub.CacheDelete(ctx, &checkv1.CacheDeleteRequest{GlobalCacheKeys: []string{strings.Repeat(secret, 100)}})
+			return err
+		},
+		"many global entries to delete": func(ctx context.Context) error {
+			_, err := stub.CacheDelete(ctx, &checkv1.CacheDeleteRequest{GlobalCacheKeys: keys})
+			return err
+		},
 		"deleting without a control point": func(ctx context.Context) error {
 			_, err := stub.CacheDelete(ctx, &checkv1.CacheDeleteRequest{ResultCacheKey: "k"})
 			return err
@@ -268,9 +296,11 @@ func TestCacheCalls(t *testing.T) {
 	}
 }
 
-// A client that has gone holds nothing.
+// A client that has gone holds nothing, and has taken nothing.
 func TestCheckOfACallerWhoHasGone(t *testing.T) {
-	e, err := engine.New(slots(1))
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: append(slots(1)[0].Components, policy.RateLimiter{
+		Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour,
+	})}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +318,76 @@ func TestCheckOfACallerWhoHasGone(t *testing.T) {
 		t.Errorf("Check() = %v want Canceled", err)
 	}
 	if m, err := service.Check(t.Context(), req); err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		t.Errorf("Check() = %v, %v want the slot free", m, err)
+		t.Errorf("Check() = %v, %v want the slot and the token free", m, err)
+	}
+	if _, err := service.Check(ctx, req); status.Code(err) != codes.Canceled { // now it is rejected
+		t.Errorf("Check() = %v want Canceled", err)
+	}
+	if m, err := service.Check(t.Context(), req); err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_REJECTED {
+		t.Errorf("Check() = %v, %v want nothing given back that the rejected check had not taken", m, err)
+	}
+}
+
+// An answer says when it was there.
+func TestAnswerHasAnEnd(t *testing.T) {
+	stub := serve(t, slots(1)).stub(t)
+	for range 1000 { // the clock may be coarse
+		m, err := stub.Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "point"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		start, end := m.GetStart().AsTime(), m.GetEnd().AsTime()
+		if end.Before(start) || start.Before(time.Now().Add(-time.Hour)) {
+			t.Fatalf("the answer is from %v to %v", start, end)
+		}
+		if end.After(start) {
+			return
+		}
+	}
+	t.Error("no answer has ended after it began")
+}
+
+// Clients may compress all that they send.
+func TestCompression(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := serve(t, slots(1))
+		client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(),
+			flowctl.WithDialOptions(s.dialer, grpc.WithDefaultCallOptions(grpc.UseCompressor("gzip"))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": "u"}})
+		if flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v: %v", flow, flow.Err())
+		}
+		if got, err := flow.End(t.Context()); err != nil || got.Returned != 1 {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		if err := client.Close(t.Context()); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+		if got := s.server.Spans(); got != 1 {
+			t.Errorf("%d records of flows want 1", got)
+		}
+	})
+}
+
+// Flows from the network have no service. A limit for one would be none, and nobody would know.
+func TestWarnings(t *testing.T) {
+	limiter := func(services ...string) policy.Component {
+		l := policy.RateLimiter{Interval: time.Second}
+		for _, service := range services {
+			l.Selectors = append(l.Selectors, policy.Selector{ControlPoint: "point", Service: service})
+		}
+		return l
+	}
+	s := serve(t, []policy.Policy{
+		{Name: "fine", Components: []policy.Component{limiter("", "any")}},
+		{Name: "p", Components: []policy.Component{limiter("any"), limiter("any", "shop")}},
+	})
+	got := s.server.Warnings()
+	if len(got) != 1 || !strings.HasPrefix(got[0], `policy "p": component "root.1": control point "point": `) || !strings.Contains(got[0], `"shop"`) {
+		t.Errorf("Warnings() = %q want one, of the shop's", got)
 	}
 }
 

@@ -48,6 +48,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -157,6 +158,25 @@ func (e *Engine) Close() error {
 
 // Warnings lists what the policies' files say and the engine has no use for, one "file:line:column: field: …" each.
 func (e *Engine) Warnings() []string { return slices.Clone(e.warnings) }
+
+// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire. Package
+// agent calls it.
+func (e *Engine) ServiceWarnings() []string {
+	var warnings []string
+	for _, at := range slices.Sorted(maps.Keys(e.points)) {
+		for _, members := range e.points[at] {
+			for _, m := range members {
+				for _, s := range m.selectors {
+					if s.service != "" {
+						warnings = append(warnings, fmt.Sprintf("policy %q: component %q: control point %q: the selector picks nothing: "+
+							"flows from the network have no service, and it wants %q", m.id.Policy, m.id.ID, at, s.service))
+					}
+				}
+			}
+		}
+	}
+	return warnings
+}
 
 // add compiles one policy.
 func (e *Engine) add(p policy.Policy) error {
@@ -306,6 +326,14 @@ func (e *Engine) Measures(controlPoint string) bool {
 // flows.
 func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
 	e.tell(e.gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
+}
+
+// Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict. Package
+// agent calls it.
+func (e *Engine) Revert(v *seam.Verdict) {
+	if !v.Rejected { // a rejected flow holds nothing
+		undo(v, e.now())
+	}
 }
 
 // EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It

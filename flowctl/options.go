@@ -232,7 +232,8 @@ func WithGate(g Gate) Option {
 }
 
 // WithCheckTimeout sets how long the agent may take to answer when Params do not say: 200 ms by default, and no limit
-// for a negative d. It is also the longest that a flow waits in a queue.
+// for a negative d. It is also the longest that a flow waits in a queue. An agent across the network rejects a check that
+// reaches it with less than 10 ms left, as rate limited, wherever a limiter has a say: allow it more than that.
 func WithCheckTimeout(d time.Duration) Option {
 	return option{"WithCheckTimeout", false, func(c *config) error {
 		if d == 0 {
@@ -285,8 +286,8 @@ func WithBaggage(keys ...string) Option {
 	}}
 }
 
-// WithService names the service that the client's flows belong to, for the selectors of an embedded engine's policies.
-// A remote agent finds the service by itself.
+// WithService names the service that the client's flows belong to, for the selectors of an embedded engine's policies. It
+// does not travel: an Aperture agent finds the service by the client's address, and to package agent no flow has one.
 func WithService(name string) Option {
 	return option{"WithService", false, func(c *config) error {
 		c.base.Service = name

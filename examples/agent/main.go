@@ -67,6 +67,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 
 	server := grpc.NewServer(agent.ServerOptions()...)
 	served := agent.Register(server, limits)
+	for _, warning := range served.Warnings() {
+		fmt.Fprintln(stderr, "warning:", warning)
+	}
 	stopped := context.AfterFunc(ctx, func() {
 		// Clients that wait for an answer get it, but one that just holds its connection is not waited for.
 		late := time.AfterFunc(3*time.Second, server.Stop)
@@ -75,7 +78,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	})
 	defer stopped()
 	fmt.Fprintf(stdout, "serving %s at %s until interrupted\n", *policies, listener.Addr())
-	if err := server.Serve(listener); err != nil {
+	if err := server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) { // by a Ctrl-C before it began
 		return err
 	}
 	fmt.Fprintf(stdout, "clients reported %d flows\n", served.Spans())

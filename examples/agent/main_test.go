@@ -5,6 +5,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -19,10 +22,25 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	// A limit that does not come back while a slow machine runs the test.
+	file := filepath.Join(t.TempDir(), "policy.yaml")
+	if err := os.WriteFile(file, []byte(`circuit:
+  components:
+    - flow_control:
+        rate_limiter:
+          selectors:
+            - {control_point: recommend}
+            - {control_point: recommend, service: shop}
+          in_ports: {bucket_capacity: {constant_signal: {value: 1}}, fill_amount: {constant_signal: {value: 1}}}
+          parameters: {interval: 1h, limit_by_label_key: user_id}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	out, printed := io.Pipe()
+	var stderr bytes.Buffer // to be read when run has returned
 	done := make(chan error, 1)
 	go func() {
-		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, printed, io.Discard)
+		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, printed, &stderr)
 		printed.Close()
 		done <- err
 	}()
@@ -32,7 +50,7 @@ func TestRun(t *testing.T) {
 	}
 
 	params := flowctl.Params{
-		Labels:       map[string]string{"user_id": "carol", "user_tier": "free"}, // one call a second
+		Labels:       map[string]string{"user_id": "carol"},
 		CheckTimeout: 10 * time.Second,
 	}
 	var accepted int
@@ -65,6 +83,32 @@ func TestRun(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("run = %v", err)
 	}
+	if !strings.Contains(stderr.String(), `warning: policy "policy": component "root.0"`) {
+		t.Errorf("no warning of a selector that picks nothing: %q", &stderr)
+	}
+}
+
+// An interrupt that comes before the server has begun is one, too.
+func TestRunIsInterruptedAtOnce(t *testing.T) {
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		interrupt := writer(func() {
+			cancel()
+			runtime.Gosched()
+		})
+		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, interrupt, io.Discard); err != nil {
+			t.Errorf("run = %v", err)
+		}
+		cancel()
+	}
+}
+
+// A writer calls a function for what is written.
+type writer func()
+
+func (w writer) Write(p []byte) (int, error) {
+	w()
+	return len(p), nil
 }
 
 func TestRunErrors(t *testing.T) {
