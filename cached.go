@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -26,9 +27,14 @@ type Codec[T any] interface {
 // A call that finds none runs fn, and stores what fn returned for the ttl (0: the agent's default, 7 days) unless that
 // was an error. Calls at the same time in one process share one run, each with a flow of its own. The run does not
 // belong to the call that began it: it has that call's context without its cancellation and deadline, and it is
-// canceled when the last call that waits for it has given up. A call that gives up returns its context's error. A panic
-// of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest get an
-// error.
+// canceled when the last call that waits for it has given up. A call that gives up returns its context's error.
+//
+// To share is for the calls of one cached function: make it once, when the program starts, and not for each call. Another
+// one with the same key finds what this one has stored, but has runs of its own.
+//
+// A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
+// get an error. The panic's value is the same there. Its stack is that of the call; a program that ends by the panic
+// prints fn's too. When all calls have given up, a panic of fn ends the program, like one in any goroutine of fn's own.
 //
 // An agent gives no value with a rejection, and forgets what has expired. So the process keeps the last result that a
 // call found or made, for onReject: fallback.Stale returns it until a grace period after it has expired. A result that
@@ -87,7 +93,8 @@ type shared[T any] struct {
 	expires time.Time     // before then last does not expire; zero: there is none
 }
 
-// sharedRun is one run of the function. Its results are written before done is closed, and not after.
+// sharedRun is one run of the function. Its results are written before done is closed, and not after. It is closed under
+// shared.mu, so that whoever waits then is told how the run ended.
 type sharedRun[T any] struct {
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -96,6 +103,7 @@ type sharedRun[T any] struct {
 	err    error
 	how    ending
 	panic  any
+	stack  []byte // of the panic
 
 	// Under shared.mu.
 	waiting int
@@ -128,9 +136,10 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	select {
 	case <-run.done:
 	case <-ctx.Done():
-		s.leave(run, began)
-		var zero T
-		return zero, gaveUp(ctx)
+		if s.leave(run, began) {
+			var zero T
+			return zero, gaveUp(ctx)
+		}
 	}
 	if run.how == returned || !s.tells(run, began) {
 		return run.value, run.err
@@ -138,7 +147,17 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	if run.how == exited {
 		runtime.Goexit()
 	}
-	panic(run.panic) //nolint:forbidigo // it is fn's panic, which goes on
+	// It is fn's panic that goes on. Where it was recovered is a panic of its own, which it replaces: who recovers gets
+	// the value as it was, and a program that nobody recovers in prints both.
+	defer panic(run.panic)          //nolint:forbidigo // see above
+	panic(recoveredFrom(run.stack)) //nolint:forbidigo // see above
+}
+
+// recoveredFrom is the stack that a panic was recovered from.
+type recoveredFrom []byte
+
+func (stack recoveredFrom) Error() string {
+	return "headgate: the run of a cached function panicked at:\n\n" + string(stack)
 }
 
 // gaveUp matches both what became of the context and why.
@@ -188,10 +207,16 @@ func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool) {
 	return s.run, began
 }
 
-// leave gives up waiting. Without anybody who waits the run is canceled, and the next call begins another.
-func (s *shared[T]) leave(run *sharedRun[T], began bool) {
+// leave gives up waiting, unless the run has ended: then the call may be the one that a panic reaches. Without anybody
+// who waits the run is canceled, and the next call begins another.
+func (s *shared[T]) leave(run *sharedRun[T], began bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	select {
+	case <-run.done:
+		return false
+	default:
+	}
 	run.orphan = run.orphan || began
 	if run.waiting--; run.waiting == 0 {
 		run.cancel()
@@ -199,6 +224,7 @@ func (s *shared[T]) leave(run *sharedRun[T], began bool) {
 			s.run = nil
 		}
 	}
+	return true
 }
 
 // tells says whether this is the call that a panic reaches.
@@ -232,16 +258,18 @@ func (s *shared[T]) do(ctx context.Context, run *sharedRun[T]) {
 }
 
 // observe runs the function, notes how that ended, and lets the calls have it. It recovers because a panic here would
-// end the process, where callers may have their ways to deal with one.
+// end the process, where callers may have their ways to deal with one. A panic that no call waits for is not recovered.
 func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
-	defer close(run.done)
 	defer func() {
-		if run.how == returned {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		defer close(run.done)
+		if run.how == returned || run.waiting == 0 {
 			return
 		}
 		run.err = fmt.Errorf("headgate: cached %q: %w", s.controlPoint, errOtherPanicked)
 		if p := recover(); p != nil {
-			run.how, run.panic = panicked, p
+			run.how, run.panic, run.stack = panicked, p, debug.Stack()
 		}
 	}()
 	run.value, run.err = s.fn(ctx)

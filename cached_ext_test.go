@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
@@ -250,6 +252,111 @@ func TestCachedPanic(t *testing.T) {
 		}
 	}
 }
+
+// The call that began the run gives up just as the run panics: one of the two is told.
+func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
+	for range 10 {
+		overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			ctx, cancel := context.WithCancel(t.Context())
+			cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+				<-time.After(time.Second)
+				cancel()
+				panic(errWork)
+			}, nil, nil)
+			var leader, follower result
+			var wg sync.WaitGroup
+			wg.Go(func() { observe(&leader, func() (int, error) { return cached(ctx) }) })
+			synctest.Wait() // it has begun the run
+			wg.Go(func() { observe(&follower, func() (int, error) { return cached(t.Context()) }) })
+			wg.Wait()
+			if leader.panicked == follower.panicked {
+				t.Errorf("the first call got %+v, the second %+v want the panic in one of them", leader, follower)
+			}
+			for _, r := range []result{leader, follower} {
+				if r.panicked && r.recovered != any(errWork) {
+					t.Errorf("recovered %v want fn's panic", r.recovered)
+				}
+			}
+		})
+	}
+}
+
+// All have given up: a Goexit reaches nobody, and the next call begins another run.
+func TestCachedGoexitAfterAllGaveUp(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		runs := 0
+		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+			if runs++; runs == 1 {
+				<-ctx.Done()
+				runtime.Goexit()
+			}
+			return runs, nil
+		}, nil, nil)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if got, err := cached(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("cached() = %d, %v want the context's error", got, err)
+		}
+		synctest.Wait()
+		if got, err := cached(t.Context()); got != 2 || err != nil {
+			t.Errorf("the next call = %d, %v want a run of its own", got, err)
+		}
+	})
+}
+
+// A panic that nobody recovers ends the program, which prints where fn panicked, and so does one that no call waits for.
+func TestCachedPanicEndsTheProgram(t *testing.T) {
+	const variable = "HEADGATE_TEST_PANIC" // what is this test in the program that ends
+	tests := map[string]func(ctx context.Context, fail func()){
+		"unrecovered": func(ctx context.Context, fail func()) {
+			_, _ = headgate.Cached(nil, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+				fail()
+				return 0, nil
+			}, nil, nil)(ctx)
+		},
+		"all have given up": func(ctx context.Context, fail func()) {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			_, err := headgate.Cached(nil, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+				<-ctx.Done()
+				<-time.After(time.Second)
+				fail()
+				return 0, nil
+			}, nil, nil)(ctx)
+			fmt.Println("gave up:", err)
+			<-time.After(time.Hour)
+		},
+	}
+	if run, ok := tests[os.Getenv(variable)]; ok {
+		synctest.Test(t, func(t *testing.T) { run(t.Context(), failHere) })
+		return
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range tests {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestCachedPanicEndsTheProgram$")
+			cmd.Env = append(os.Environ(), variable+"="+name)
+			out, err := cmd.CombinedOutput()
+			if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+				t.Fatalf("the program ended with %v want a panic:\n%s", err, out)
+			}
+			for _, want := range []string{errWork.Error(), "headgate_test.failHere"} {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("the program did not print %q:\n%s", want, out)
+				}
+			}
+			if gaveUp := strings.Contains(string(out), "gave up: context deadline exceeded"); gaveUp != (name == "all have given up") {
+				t.Errorf("the caller gave up: %v\n%s", gaveUp, out)
+			}
+		})
+	}
+}
+
+// failHere is what the stack of a panic is looked through for.
+func failHere() { panic(errWork) }
 
 func TestCachedErrorsAreNotStored(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {

@@ -15,6 +15,7 @@
 //   - flowctl's Start and EndWith are for code that cannot be a closure.
 //
 // All of them promise the same: a flow that should not run does not; a flow that was started is ended, exactly once, on
-// return, error, panic and runtime.Goexit alike; nothing is recovered; and the function's own result and error come back
-// as they are.
+// return, error, panic and runtime.Goexit alike; no panic is lost; and the function's own result and error come back as
+// they are. Nothing is recovered either, but for a panic of a function that calls of Cached share: that goes on in one of
+// the calls.
 package headgate
