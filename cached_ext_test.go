@@ -125,6 +125,35 @@ func TestCachedStampede(t *testing.T) {
 	})
 }
 
+// To share is for the calls of one cached function: another one with the same key has runs of its own, and finds what
+// the first has stored.
+func TestCachedSharesByFunction(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		var runs atomic.Int64
+		cached := func() func(context.Context) (int64, error) {
+			return headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
+				<-time.After(time.Second)
+				return runs.Add(1), nil
+			}, nil, nil)
+		}
+		var wg sync.WaitGroup
+		for _, f := range []func(context.Context) (int64, error){cached(), cached()} {
+			for range 5 {
+				wg.Go(func() {
+					if _, err := f(t.Context()); err != nil {
+						t.Errorf("cached() = %v", err)
+					}
+				})
+			}
+		}
+		wg.Wait()
+		synctest.Wait() // until it is stored
+		if _, err := cached()(t.Context()); err != nil || runs.Load() != 2 {
+			t.Errorf("%d runs, error %v want one for each of the two that were called at once", runs.Load(), err)
+		}
+	})
+}
+
 // Who began the run may go: it is for those who still wait.
 func TestCachedLeaderGivesUp(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {

@@ -255,6 +255,33 @@ func ExampleCached() {
 	// Output: the report for May <nil> 1
 }
 
+// Each key has a cached function, made once: the calls of one share its runs.
+func ExampleCached_keys() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("report"), Capacity: 100, Fill: 100, Interval: time.Minute,
+	})
+	defer done()
+
+	render := func(month string) (string, error) {
+		fmt.Println("rendering", month)
+		return "the report for " + month, nil
+	}
+
+	reports := make(map[string]func(context.Context) (string, error))
+	for _, month := range []string{"April", "May"} {
+		reports[month] = headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month}, time.Hour,
+			func(context.Context) (string, error) { return render(month) }, nil, nil)
+	}
+
+	fmt.Println(reports["May"](context.Background()))
+	fmt.Println(reports["April"](context.Background()))
+	// Output:
+	// rendering May
+	// the report for May <nil>
+	// rendering April
+	// the report for April <nil>
+}
+
 // Rejected callers get the last report, also when that has expired some minutes ago, and else a plain answer.
 func ExampleCached_stale() {
 	client, done := newClient(policy.RateLimiter{
