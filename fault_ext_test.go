@@ -5,22 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
-	"slices"
 	"testing"
-	"time"
 
-	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 )
-
-// allForms are the ways to guard a function, Cached too.
-var allForms = append(slices.Clone(forms), form{
-	name: "Cached",
-	call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
-		return headgate.Cached(client, point, params, time.Minute, fn, onReject, nil)(ctx)
-	},
-})
 
 // again runs one flow after the other, over each kind of agent and in each form that suits, and checks that each ended
 // once: the agents have room for one flow at a time, and tell of each end. check looks at how a flow came out.
@@ -30,7 +19,7 @@ func again(t *testing.T, s situation, suits func(form) bool, params flowctl.Para
 ) {
 	const flows = 10
 	for _, side := range sides {
-		for _, form := range allForms {
+		for _, form := range forms {
 			if !suits(form) {
 				continue
 			}
