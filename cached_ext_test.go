@@ -14,10 +14,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
@@ -496,6 +498,114 @@ func TestCachedAgentDown(t *testing.T) {
 			t.Errorf("cached() closed = %d, %v want the fallback", got, err)
 		}
 	})
+}
+
+// A brokenCache is an engine whose cache fails: lookups, or what changes it.
+type brokenCache struct {
+	seam.Agent
+	lookup, store error
+}
+
+func (b brokenCache) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+	err := b.Agent.Check(ctx, req, v)
+	if b.lookup != nil {
+		v.More().Result = seam.CacheAnswer{Err: b.lookup}
+	}
+	return err
+}
+
+func (b brokenCache) Store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+	if b.store != nil {
+		return b.store
+	}
+	return b.Agent.Store(ctx, key, value, ttl)
+}
+
+// What goes wrong with the cache is never the call's error: it is a miss, or nothing is stored.
+func TestCachedBrokenCache(t *testing.T) {
+	errDisk := errors.New("the disk is full")
+	failing := &checkv1.CacheLookupResponse{ResultCacheResponse: &checkv1.KeyLookupResponse{
+		LookupStatus: checkv1.CacheLookupStatus_MISS, OperationStatus: checkv1.CacheOperationStatus_ERROR, Error: errDisk.Error(),
+	}}
+	tests := []struct {
+		name   string
+		answer flowtest.Answer
+		upsert func(reply *checkv1.CacheUpsertResponse) error // makes of a reply what the client gets
+		broken brokenCache                                    // the same in the process
+	}{
+		{
+			name:   "lookup",
+			answer: flowtest.Answer{Response: &checkv1.CheckResponse{ControlPoint: "report", CacheLookupResponse: failing}},
+			broken: brokenCache{lookup: errDisk},
+		},
+		{
+			name:   "store",
+			upsert: func(*checkv1.CacheUpsertResponse) error { return status.Error(codes.Internal, errDisk.Error()) },
+			broken: brokenCache{store: errDisk},
+		},
+		{
+			name: "store of the key",
+			upsert: func(reply *checkv1.CacheUpsertResponse) error {
+				reply.ResultCacheResponse = &checkv1.KeyUpsertResponse{OperationStatus: checkv1.CacheOperationStatus_ERROR, Error: errDisk.Error()}
+				return nil
+			},
+			broken: brokenCache{store: errDisk},
+		},
+	}
+	for _, tt := range tests {
+		check := func(t *testing.T, client *flowctl.Client) {
+			runs := 0
+			cached := headgate.Cached(client, "report", flowctl.Params{}, ttl, func(ctx context.Context) (string, error) {
+				runs++
+				flow, _ := flowctl.FromContext(ctx)
+				if _, hit, err := flow.ResultCache(); hit || (err != nil) != (tt.name == "lookup") {
+					t.Errorf("ResultCache() = %v, %v", hit, err)
+				}
+				return fmt.Sprint("run ", runs), nil
+			}, fallback.Value("fallback"), nil)
+			for _, want := range []string{"run 1", "run 2"} {
+				if got, err := cached(t.Context()); got != want || err != nil {
+					t.Errorf("cached() = %q, %v want %q", got, err, want)
+				}
+				synctest.Wait() // until it would be stored
+			}
+		}
+		t.Run(tt.name+"/remote", func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				agent.Answer(tt.answer)
+				upserts := 0
+				check(t, agent.Client(flowctl.WithDialOptions(grpc.WithChainUnaryInterceptor(
+					func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+						if method != checkv1.FlowControlService_CacheUpsert_FullMethodName {
+							return invoke(ctx, method, req, reply, cc, opts...)
+						}
+						if upserts++; tt.upsert == nil {
+							return invoke(ctx, method, req, reply, cc, opts...)
+						}
+						return tt.upsert(reply.(*checkv1.CacheUpsertResponse))
+					}))))
+				if upserts != 2 {
+					t.Errorf("%d values were to be stored want 2", upserts)
+				}
+			})
+		})
+		t.Run(tt.name+"/embedded", func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New(nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				tt.broken.Agent = e
+				client, err := flowctl.New(tt.broken)
+				if err != nil {
+					t.Fatal(err)
+				}
+				check(t, client)
+			})
+		})
+	}
 }
 
 // A store that hangs holds up nobody.
