@@ -1,14 +1,18 @@
 package headgate_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"testing"
+	"testing/synctest"
 
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
 )
 
 // again runs one flow after the other, over each kind of agent and in each form that suits, and checks that each ended
@@ -120,6 +124,53 @@ func TestG1GoexitFreesItsSlot(t *testing.T) {
 			}
 			return flowctl.StatusError
 		})
+}
+
+// A17: whatever became of the work, its flow was reported as one that went well.
+func TestA17FailuresAreReported(t *testing.T) {
+	tests := []struct {
+		name   string
+		params flowctl.Params
+		fn     func(context.Context) (int, error)
+		want   flowctl.Status
+	}{
+		{name: "error", fn: func(context.Context) (int, error) { return 0, errWork }, want: flowctl.StatusError},
+		{name: "panic", fn: func(context.Context) (int, error) { panic(errWork) }, want: flowctl.StatusError},
+		{
+			name: "no failure", params: flowctl.Params{IsFailure: func(error) bool { return false }},
+			fn: func(context.Context) (int, error) { return 0, errWork }, want: flowctl.StatusOK,
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			again(t, situation{decision: flowctl.Accepted}, anyForm, tt.params, tt.fn, nil,
+				func(*testing.T, form, *flowctl.Flow, result) flowctl.Status { return tt.want })
+		})
+	}
+}
+
+// A29: each flow wrote a line to the log.
+func TestA29NoLogPerFlow(t *testing.T) {
+	for name, answer := range map[string]flowtest.Answer{"accepted": accepted, "rejected": rejected(0)} {
+		t.Run(name, func(t *testing.T) {
+			var log bytes.Buffer
+			logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+			overScripts(t, []flowtest.Answer{answer}, func(t *testing.T, agent script) {
+				for _, form := range forms {
+					for _, failure := range []error{nil, errWork} {
+						_, _ = form.call(t.Context(), agent.client, point, flowctl.Params{}, func(context.Context) (int, error) { return 0, failure }, nil)
+					}
+				}
+				synctest.Wait() // until what is to be cached is
+				if ends := agent.ends(); len(ends) != 2*len(forms) {
+					t.Errorf("%d flows want two of each form", len(ends))
+				}
+			}, flowctl.WithLogger(logger))
+			if log.Len() > 0 {
+				t.Errorf("logged:\n%s", &log)
+			}
+		})
+	}
 }
 
 // S2: what was said of a flow that had ended changed another, which had got its place in memory.

@@ -29,9 +29,23 @@ func post(t *testing.T, h http.Handler, user, body string) *httptest.ResponseRec
 	t.Helper()
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/words", strings.NewReader(body))
 	r.Header.Set("X-User", user)
-	w := httptest.NewRecorder()
+	w := &statuses{ResponseRecorder: httptest.NewRecorder()}
 	h.ServeHTTP(w, r)
-	return w
+	if w.n > 1 {
+		t.Errorf("%d statuses were written want one", w.n)
+	}
+	return w.ResponseRecorder
+}
+
+// statuses counts the statuses that a handler writes.
+type statuses struct {
+	*httptest.ResponseRecorder
+	n int
+}
+
+func (s *statuses) WriteHeader(code int) {
+	s.n++
+	s.ResponseRecorder.WriteHeader(code)
 }
 
 func TestLimits(t *testing.T) {
@@ -65,7 +79,8 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-func TestAnswers(t *testing.T) {
+// A30: an example answered 202 after 500. Each request here gets one status, whatever becomes of it.
+func TestA30Answers(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		agent      flowtest.Answer
@@ -116,8 +131,9 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// A request that has begun when the service is told to stop gets its answer, and then nothing listens any more.
-func TestShutdown(t *testing.T) {
+// A30: an example shut its client down while requests ran. Here a request that has begun when the service is told to stop
+// gets its answer, and then nothing listens any more.
+func TestA30Shutdown(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	stdout, printed := io.Pipe()
