@@ -872,7 +872,7 @@ func soon(t *testing.T, load func() ([]policy.Policy, error)) ([]policy.Policy, 
 	select {
 	case <-done:
 		return policies, err
-	case <-time.After(time.Minute): // some seconds under the race detector, and more where others use the machine too
+	case <-time.After(2 * time.Minute): // some seconds under the race detector, on a machine with nothing else to do
 		t.Fatal("still not read")
 		return nil, nil
 	}

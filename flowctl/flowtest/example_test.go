@@ -49,7 +49,9 @@ func newOrderPage(client headgate.Starter, find func(id string) (string, error))
 		var err error
 		defer flow.EndWith(&err)
 		if !flow.ShouldRun() {
-			w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(flow.RetryAfter().Seconds()))))
+			if wait := flow.RetryAfter(); wait > 0 { // else nobody knows
+				w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+			}
 			http.Error(w, "busy", flow.HTTPStatus())
 			return
 		}
@@ -93,8 +95,8 @@ func ExampleAnswer() {
 	for _, want := range []int{http.StatusOK, http.StatusOK, http.StatusServiceUnavailable} {
 		w := httptest.NewRecorder()
 		page.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/orders/7", nil))
-		if w.Code != want {
-			t.Errorf("status %d want %d", w.Code, want)
+		if w.Code != want || w.Header().Get("Retry-After") != "" {
+			t.Errorf("status %d, Retry-After %q want %d and none", w.Code, w.Header().Get("Retry-After"), want)
 		}
 	}
 }
