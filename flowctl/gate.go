@@ -65,14 +65,14 @@ func newGate(settings Gate, checkTimeout time.Duration) *gate {
 	return g
 }
 
-// admit says whether a check may go to the agent, and whether it does so to find out if the agent is back.
-func (g *gate) admit(now time.Time) (ok, probe bool) {
+// admit says whether a check may go to the agent. While the gate is open, one does once in a while, to find out if the
+// agent is back.
+func (g *gate) admit(now time.Time) bool {
 	if !g.open.Load() {
-		return true, false
+		return true
 	}
 	t, next := int64(now.Sub(g.epoch)), g.probe.Load()
-	ok = t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
-	return ok, ok
+	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
 }
 
 // answered notes that something came from the agent. It reports whether that closed the gate.

@@ -10,11 +10,11 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -180,6 +180,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		opts := append([]grpc.DialOption{
 			grpc.WithTransportCredentials(&countingCredentials{creds, r.received}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
+			grpc.WithConnectParams(connectParams(r.gate)),
 			grpc.WithUserAgent("headgate-go/" + version),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		}, cfg.dialOptions...)
@@ -218,6 +219,16 @@ func transportCredentials(cfg *config) credentials.TransportCredentials {
 	default:
 		return credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12})
 	}
+}
+
+// connectParams has the pauses between attempts to connect grow to the time between two probes of the gate, and not to
+// gRPC's two minutes: a probe, and a Ready, would fail without having tried. ClientConn.ResetConnectBackoff, which is meant
+// for that, races with new addresses (grpc-go 1.85).
+func connectParams(g *gate) grpc.ConnectParams {
+	pauses := backoff.DefaultConfig
+	pauses.MaxDelay = max(min(g.Probe, pauses.MaxDelay), time.Second)
+	pauses.BaseDelay = min(pauses.BaseDelay, pauses.MaxDelay)
+	return grpc.ConnectParams{Backoff: pauses, MinConnectTimeout: 20 * time.Second}
 }
 
 // maxAnswer bounds what an agent may answer, in bytes: a check brings all the cached values that it asked for.
@@ -321,12 +332,8 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	if r.gate.outdated(seen) {
 		r.answered()
 	}
-	admitted, probe := r.gate.admit(start)
-	if !admitted {
+	if !r.gate.admit(start) {
 		return errGateOpen
-	}
-	if probe && r.dialled != nil {
-		r.dialled.ResetConnectBackoff() // which would have the probe fail without trying, for up to two minutes
 	}
 	call := ctx
 	if req.Timeout > 0 {
@@ -489,9 +496,6 @@ func cacheStatus[M interface {
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {
-	if r.dialled != nil {
-		defer r.hurry()()
-	}
 	calls := append([]grpc.CallOption{grpc.WaitForReady(true)}, r.calls...)
 	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
 		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), calls...)
@@ -507,28 +511,6 @@ func (r *remote) Ready(ctx context.Context) error {
 		return err
 	}
 	return nil
-}
-
-// hurry cuts gRPC's pauses between attempts to connect short, which grow to two minutes, until stop.
-func (r *remote) hurry() (stop func()) {
-	done := make(chan struct{})
-	var hurrying sync.WaitGroup
-	hurrying.Go(func() {
-		tick := time.NewTicker(time.Second)
-		defer tick.Stop()
-		for {
-			r.dialled.ResetConnectBackoff()
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-			}
-		}
-	})
-	return func() {
-		close(done)
-		hurrying.Wait()
-	}
 }
 
 // close sends what telemetry there is until ctx ends, and closes the connection that is ours.

@@ -211,7 +211,7 @@ func serveGRPC(ctx context.Context, listener net.Listener, server *grpc.Server) 
 		defer late.Stop()
 		server.GracefulStop()
 	})()
-	err := server.Serve(listener) // which returns when the stop is complete
+	err := server.Serve(listener)              // which returns when the stop is complete
 	if errors.Is(err, grpc.ErrServerStopped) { // before it began to serve
 		return nil
 	}
