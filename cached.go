@@ -25,9 +25,9 @@ type Codec[T any] interface {
 // the control point's result cache returns it, and does not run fn. Without a key the control point is the key.
 //
 // A call that finds none runs fn, and stores what fn returned for the ttl (0: the agent's default, 7 days) unless that
-// was an error. Calls at the same time in one process share one run, each with a flow of its own. The run does not
-// belong to the call that began it: it has that call's context without its cancellation and deadline, and it is
-// canceled when the last call that waits for it has given up. A call that gives up returns its context's error.
+// was an error. Calls at the same time share one run, each with a flow of its own. The run does not belong to the call
+// that began it: it has that call's context without its cancellation and deadline, and it is canceled when the last call
+// that waits for it has given up. A call that gives up returns its context's error.
 //
 // To share is for the calls of one cached function: make it once, when the program starts, and not for each call. Another
 // one with the same key finds what this one has stored, but has runs of its own.
@@ -149,15 +149,8 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	}
 	// It is fn's panic that goes on. Where it was recovered is a panic of its own, which it replaces: who recovers gets
 	// the value as it was, and a program that nobody recovers in prints both.
-	defer panic(run.panic)          //nolint:forbidigo // see above
-	panic(recoveredFrom(run.stack)) //nolint:forbidigo // see above
-}
-
-// recoveredFrom is the stack that a panic was recovered from.
-type recoveredFrom []byte
-
-func (stack recoveredFrom) Error() string {
-	return "headgate: the run of a cached function panicked at:\n\n" + string(stack)
+	defer panic(run.panic)                                                               //nolint:forbidigo // see above
+	panic("headgate: the run of a cached function panicked at:\n\n" + string(run.stack)) //nolint:forbidigo // see above
 }
 
 // gaveUp matches both what became of the context and why.
