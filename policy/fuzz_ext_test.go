@@ -49,7 +49,7 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 		if len(policies) > 0 {
-			if e, err := engine.New(policies); err != nil {
+			if e, err := engine.New(policies, signals(policies)...); err != nil {
 				t.Errorf("the engine refuses what Parse gave: %v", err)
 			} else {
 				_ = e.Close()
@@ -83,4 +83,29 @@ func each(err error) []error {
 		return []error{err}
 	}
 	return nil
+}
+
+// signals provides the signals that the policies leave to the engine's host.
+func signals(policies []policy.Policy) []engine.Option {
+	var opts []engine.Option
+	known := map[policy.Named]bool{}
+	provide := func(signals ...policy.Signal) {
+		for _, s := range signals {
+			if name, ok := s.(policy.Named); ok && !known[name] {
+				known[name] = true
+				opts = append(opts, engine.WithSignal(string(name), func() float64 { return 1 }))
+			}
+		}
+	}
+	for _, p := range policies {
+		for _, c := range p.Components {
+			switch c := c.(type) {
+			case policy.LoadScheduler:
+				provide(c.LoadMultiplier)
+			case policy.AIMDLoadScheduler:
+				provide(c.Signal, c.Setpoint, c.OverloadConfirmation)
+			}
+		}
+	}
+	return opts
 }
