@@ -92,7 +92,10 @@ func (r *bucketRule) giveBack(b *bucket, _ int64, tokens float64, _ uint64) bool
 	return true
 }
 
-func (r *bucketRule) free(b *bucket) float64 { return b.tokens }
+func (r *bucketRule) usage(b *bucket, now int64) Usage {
+	r.refill(b, now)
+	return Usage{Capacity: r.capacity, Remaining: b.tokens}
+}
 
 func (r *bucketRule) forecast(b *bucket, now int64, ahead, tokens float64) (least, likely int64) {
 	r.refill(b, now)

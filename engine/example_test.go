@@ -263,6 +263,42 @@ func ExampleEngine_Ramp() {
 	// tester accepted
 }
 
+// Somebody pays for more today: what he has is looked at, and made new.
+func ExampleEngine_Reset() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "per-user",
+		Components: []policy.Component{policy.RateLimiter{
+			ID: "uploads", Selectors: policy.At("upload"), Capacity: 3, Fill: 3, Interval: 24 * time.Hour, StepFill: true, LimitBy: "user_id",
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	flow := client.Start(ctx, "upload", flowctl.Params{Labels: map[string]string{"user_id": "ann"}})
+	_, _ = flow.End(ctx)
+
+	usage, err := limits.Peek("per-user", "uploads", "ann")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Printf("%v of %v left\n", usage.Remaining, usage.Capacity)
+	if err := limits.Reset("per-user", "uploads", "ann"); err != nil {
+		panic(err)
+	}
+
+	usage, err = limits.Peek("per-user", "uploads", "ann")
+	fmt.Println(usage.Remaining, err)
+	// Output:
+	// 2 of 3 left
+	// 3 <nil>
+}
+
 // A quota that chats and batch jobs share, by what their prompts cost. Chats get nine times as much when both wait, and
 // tenants share alike. The call that would have to wait for half a minute is told so at once.
 func ExampleNew_quota() {

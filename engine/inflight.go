@@ -55,7 +55,7 @@ func (r *slotRule) idle(f *inflight, now int64) bool {
 // nothing. What is left is told without the flow itself.
 func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
 	r.reclaim(f, now)
-	d := draw{ok: true, left: r.free(f)}
+	d := draw{ok: true, left: r.limit - f.used}
 	switch {
 	case tokens == 0:
 	case f.used < r.limit:
@@ -80,7 +80,10 @@ func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64) bool {
 	return true
 }
 
-func (r *slotRule) free(f *inflight) float64 { return r.limit - f.used }
+func (r *slotRule) usage(f *inflight, now int64) Usage {
+	r.reclaim(f, now)
+	return Usage{Capacity: r.limit, Remaining: r.limit - f.used, InFlight: f.count}
+}
 
 // forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once;
 // likely, they end one after the other, at even distances.

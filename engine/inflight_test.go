@@ -27,7 +27,7 @@ func TestSlots(t *testing.T) {
 	if r.giveBack(f, 20, 1, 0) || r.giveBack(f, 20, 1, b.slot+1) || r.giveBack(f, 20, 1, 1<<63) {
 		t.Error("made-up ids gave slots back")
 	}
-	if !r.draw(f, 20, 5).ok || f.used != 6 || r.free(f) != -4 {
+	if !r.draw(f, 20, 5).ok || f.used != 6 || r.usage(f, 20).Remaining != -4 {
 		t.Errorf("used = %v want an overshoot to 6 while a slot is free", f.used)
 	}
 	if free := r.draw(f, 20, 0); !free.ok || free.slot != 0 {

@@ -44,8 +44,8 @@ type source[S any] interface {
 	// giveBack takes back what was drawn; false says that it has been taken back before.
 	giveBack(state *S, now int64, tokens float64, slot uint64) bool
 
-	// free is how many tokens there are; less than none where more are in use than there should be.
-	free(state *S) float64
+	// usage is how many tokens there are, and could be, and how many flows hold some.
+	usage(state *S, now int64) Usage
 
 	// forecast says how long a flow has to wait for its tokens when others are to have so many before it: at the least,
 	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a

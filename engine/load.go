@@ -115,7 +115,13 @@ func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64) bool {
 	return true
 }
 
-func (loadRule) free(l *load) float64 { return l.tokens }
+func (loadRule) usage(l *load, now int64) Usage {
+	if l.open() {
+		return Usage{Capacity: math.Inf(1), Remaining: math.Inf(1)}
+	}
+	l.refill(now)
+	return Usage{Capacity: l.rate, Remaining: l.tokens}
+}
 
 // forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
 func (loadRule) forecast(l *load, now int64, ahead, tokens float64) (least, likely int64) {

@@ -108,11 +108,11 @@ func TestLoadGiveBack(t *testing.T) {
 	rule := loadRule{}
 	rule.draw(l, now, 5)
 	rule.giveBack(l, now, 3, 0)
-	if got := rule.free(l); got != 3 {
+	if got := rule.usage(l, now).Remaining; got != 3 {
 		t.Errorf("%v tokens want 3", got)
 	}
 	rule.giveBack(l, now, 100, 0)
-	if got := rule.free(l); got != 5 {
+	if got := rule.usage(l, now).Remaining; got != 5 {
 		t.Errorf("%v tokens want 5", got)
 	}
 	if got := l.admitted(now); got != 1 {

@@ -16,13 +16,15 @@ type Ramp struct {
 // Ramp finds a [policy.LoadRamp] by the name of its policy and its own ID, which is "root.<index>" where the policy gives
 // it none. False says that the engine has no such ramp.
 func (e *Engine) Ramp(policyName, component string) (*Ramp, bool) {
-	for _, c := range e.components {
-		s, ok := c.(*sampler)
-		if ok && s.ramp != nil && s.component.Policy == policyName && s.component.ID == component {
-			return &Ramp{engine: e, course: s.ramp}, true
-		}
+	c, err := e.component(policyName, component)
+	if err != nil {
+		return nil, false
 	}
-	return nil, false
+	s, ok := c.(*sampler)
+	if !ok || s.ramp == nil {
+		return nil, false
+	}
+	return &Ramp{engine: e, course: s.ramp}, true
 }
 
 // Forward has the ramp move towards its last step's target, from where it stands.

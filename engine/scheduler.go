@@ -141,7 +141,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	}
 	t := ticket[S]{claim: s.workloads.claim(of, &req.Labels), entry: e, patience: s.patience(of, now, deadline)}
 	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, d.Consumed), d.Consumed)
-	d.Remaining = s.source.free(&l.tokens)
+	d.Remaining = s.source.usage(&l.tokens, now).Remaining
 	switch {
 	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, seam.CauseNone, likely)

@@ -114,6 +114,28 @@ func (t *table[S]) lockKnown(key string) *entry[S] {
 	}
 }
 
+// lockMet is lock for a look at the entry: a key that is not known gets none, but a new one that is in no table, or the
+// spill entry when the table is full.
+func (t *table[S]) lockMet(key string, now int64) *entry[S] {
+	h := maphash.String(t.seed, key)
+	s := &t.shards[h&t.mask]
+	for {
+		e := s.find(uint32(h>>32), key)
+		if e == nil && t.size.Load() >= t.cap {
+			e = &t.spill
+		}
+		if e == nil {
+			e = new(entry[S])
+			t.fresh(&e.state, now)
+		}
+		e.mu.Lock()
+		if !e.gone {
+			return e
+		}
+		e.mu.Unlock()
+	}
+}
+
 func (s *shard[S]) find(hash uint32, key string) *entry[S] {
 	slots := *s.slots.Load()
 	mask := uint32(len(slots) - 1)
