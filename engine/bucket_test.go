@@ -194,7 +194,7 @@ func (b *exactBucket) add(tokens *big.Rat) {
 
 // The bucket decides, and tells waits, as one in exact arithmetic.
 func TestBucketModel(t *testing.T) {
-	const close = 1e-6 // tokens, where rounding may decide
+	const rounding = 1e-6 // tokens, which may decide
 	rapid.Check(t, func(t *rapid.T) {
 		r := &bucketRule{
 			capacity: float64(rapid.IntRange(1, 50).Draw(t, "capacity")),
@@ -214,17 +214,17 @@ func TestBucketModel(t *testing.T) {
 				want := float64(rapid.IntRange(0, int(2*r.capacity)).Draw(t, "tokens")) / 2
 				ok, wait := r.take(b, now, want)
 				left := exact.at(now, want)
-				if ok != (left >= 0) && math.Abs(left) > close {
+				if ok != (left >= 0) && math.Abs(left) > rounding {
 					t.Fatalf("take(%v) = %v with %v left", want, ok, left)
 				}
 				if ok {
 					exact.tokens.Sub(exact.tokens, rat(want))
 					return
 				}
-				if early := exact.clone().at(now+wait-2, want); early > close {
+				if early := exact.clone().at(now+wait-2, want); early > rounding {
 					t.Fatalf("take(%v) waits %v, too long: %v are left before", want, time.Duration(wait), early)
 				}
-				if then := exact.clone().at(now+wait, want); then < -close {
+				if then := exact.clone().at(now+wait, want); then < -rounding {
 					t.Fatalf("take(%v) waits %v, and then %v are missing", want, time.Duration(wait), -then)
 				}
 			},
@@ -234,7 +234,7 @@ func TestBucketModel(t *testing.T) {
 				exact.add(rat(tokens))
 			},
 			"": func(t *rapid.T) {
-				if got, _ := exact.tokens.Float64(); b.tokens < 0 || b.tokens > r.capacity || b.last == exact.last && math.Abs(got-b.tokens) > close {
+				if got, _ := exact.tokens.Float64(); b.tokens < 0 || b.tokens > r.capacity || b.last == exact.last && math.Abs(got-b.tokens) > rounding {
 					t.Fatalf("%v tokens want %v", b.tokens, got)
 				}
 			},

@@ -195,8 +195,7 @@ func (e *Engine) add(p policy.Policy) error {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
 		e.components = append(e.components, built)
-		switch id := built.identity(); id.Kind {
-		case seam.KindConcurrencyLimiter, seam.KindConcurrencyScheduler:
+		if id := built.identity(); id.Kind == seam.KindConcurrencyLimiter || id.Kind == seam.KindConcurrencyScheduler {
 			e.holders[identity{id.Policy, id.Hash, id.ID}] = built
 		}
 	}

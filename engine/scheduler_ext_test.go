@@ -123,15 +123,25 @@ func TestQuotaScheduler(t *testing.T) {
 			{}, {}, {labels: "priority=1", in: 3 * s}, {labels: "priority=10", in: 2 * s}, {at: 500 * ms, labels: "priority=100", in: s},
 		}},
 		{"a priority that is none", byLabels, []visit{
-			{}, {}, {labels: "priority=1 workload=a", in: s}, {labels: "priority=NaN workload=b", in: 2 * s},
-			{labels: "priority=-5 workload=c", in: 3 * s}, {labels: "priority=Inf workload=d", in: 4 * s}, {labels: "priority=0 workload=e", in: 5 * s},
+			{},
+			{},
+			{labels: "priority=1 workload=a", in: s},
+			{labels: "priority=NaN workload=b", in: 2 * s},
+			{labels: "priority=-5 workload=c", in: 3 * s},
+			{labels: "priority=Inf workload=d", in: 4 * s},
+			{labels: "priority=0 workload=e", in: 5 * s},
 		}},
 		{"a user with many flows", byLabels, []visit{
 			{}, {}, {labels: "user=a", in: s}, {labels: "user=a", in: 3 * s}, {labels: "user=a", in: 4 * s}, {labels: "user=b", in: 2 * s},
 		}},
 		{"costs", byLabels, []visit{
-			{labels: "tokens=1.5"}, {labels: "tokens=1.5", in: s}, {labels: "tokens=0"}, {labels: "tokens=-1", in: 2 * s},
-			{labels: "tokens=x", in: 3 * s}, {labels: "tokens=2", in: 5 * s}, {at: 4 * s, labels: "tokens=0", in: 4 * s},
+			{labels: "tokens=1.5"},
+			{labels: "tokens=1.5", in: s},
+			{labels: "tokens=0"},
+			{labels: "tokens=-1", in: 2 * s},
+			{labels: "tokens=x", in: 3 * s},
+			{labels: "tokens=2", in: 5 * s},
+			{at: 4 * s, labels: "tokens=0", in: 4 * s},
 		}},
 		{"who needs less than the first", byLabels, []visit{
 			{labels: "tokens=1"}, {labels: "tokens=2 workload=large", in: 2 * s}, {labels: "tokens=1 workload=small"},
@@ -146,7 +156,8 @@ func TestQuotaScheduler(t *testing.T) {
 		{"no tokens", func(q *policy.QuotaScheduler) { q.Capacity = 0 }, []visit{{in: never}, {at: s, in: never, out: s}}},
 		{"no more tokens", func(q *policy.QuotaScheduler) { q.Fill = 0 }, []visit{{}, {}, {in: never}}},
 		{"deadlines", nil, []visit{
-			{}, {},
+			{},
+			{},
 			{timeout: 1009 * ms, in: never, retry: s, says: "queue too long"},
 			{timeout: 5 * ms, in: never, retry: s, says: "no tokens by"},
 			{timeout: 1010 * ms, in: s},
@@ -154,8 +165,11 @@ func TestQuotaScheduler(t *testing.T) {
 			{at: 500 * ms, timeout: 1510 * ms, in: 2 * s},
 		}},
 		{"overtaken", byLabels, []visit{
-			{}, {}, {labels: "priority=1", timeout: 1500 * ms, in: never, out: 1490 * ms, retry: 1510 * ms, says: "waited in vain"},
-			{at: 100 * ms, labels: "priority=2", in: s}, {at: 1100 * ms, labels: "priority=2", in: 2 * s},
+			{},
+			{},
+			{labels: "priority=1", timeout: 1500 * ms, in: never, out: 1490 * ms, retry: 1510 * ms, says: "waited in vain"},
+			{at: 100 * ms, labels: "priority=2", in: s},
+			{at: 1100 * ms, labels: "priority=2", in: 2 * s},
 		}},
 		{"a margin of its own", func(q *policy.QuotaScheduler) { q.Scheduler.Margin = 300 * ms }, []visit{
 			{}, {}, {timeout: 1299 * ms, in: never, retry: s}, {timeout: 1300 * ms, in: s},
@@ -172,9 +186,12 @@ func TestQuotaScheduler(t *testing.T) {
 				WorkloadParameters: policy.WorkloadParameters{Priority: 100, QueueTimeout: policy.NoQueue},
 			})
 		}, []visit{
-			{labels: "tokens=1"}, {labels: "tokens=2", in: 3 * s}, {at: 100 * ms, labels: "tier=gold", in: 100 * ms},
+			{labels: "tokens=1"},
+			{labels: "tokens=2", in: 3 * s},
+			{at: 100 * ms, labels: "tier=gold", in: 100 * ms},
 			{at: 200 * ms, labels: "tier=gold", in: never, out: 200 * ms, retry: 800 * ms},
-			{at: 300 * ms, labels: "tier=gold tokens=2", in: never, out: 300 * ms, retry: 1700 * ms}, {at: s, labels: "tier=gold", in: s},
+			{at: 300 * ms, labels: "tier=gold tokens=2", in: never, out: 300 * ms, retry: 1700 * ms},
+			{at: s, labels: "tier=gold", in: s},
 		}},
 		{"a full queue", func(q *policy.QuotaScheduler) { q.Scheduler.MaxQueue = 2 }, []visit{
 			{}, {}, {in: s}, {in: 2 * s}, {in: never, retry: 3 * s, says: "no tokens (queue full) by test/root.0"}, {at: s, in: 3 * s},
@@ -219,7 +236,10 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, says: "waited in vain"}, {in: s}, {timeout: 5 * ms, in: never, says: "no tokens by"},
 		}},
 		{"a deadline, once it is known how long flows take", nil, []visit{
-			{hold: s}, {hold: s}, {in: s, hold: s}, {in: s, hold: s},
+			{hold: s},
+			{hold: s},
+			{in: s, hold: s},
+			{in: s, hold: s},
 			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, says: "waited in vain"},
 			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: s, says: "queue too long"},
 			{at: 1300 * ms, timeout: 800 * ms, in: 2 * s},
@@ -390,8 +410,11 @@ func TestDeadlines(t *testing.T) {
 func TestKeyFloodQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		visits(t, open(t, []policy.Component{concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.LimitBy = 1, "key" })}, engine.WithKeyCap(1)), []visit{
-			{labels: "key=a", hold: 9 * time.Second}, {labels: "key=b", hold: time.Second}, {labels: "key=c", in: time.Second, hold: time.Second},
-			{labels: "key=d", in: 2 * time.Second}, {labels: "key=a", in: 9 * time.Second},
+			{labels: "key=a", hold: 9 * time.Second},
+			{labels: "key=b", hold: time.Second},
+			{labels: "key=c", in: time.Second, hold: time.Second},
+			{labels: "key=d", in: 2 * time.Second},
+			{labels: "key=a", in: 9 * time.Second},
 		})
 	})
 }

@@ -316,7 +316,7 @@ func (r *replay) compareNumbers(st step, got, want *checkv1.CheckResponse) {
 			{"remaining", &gt.Remaining, &wt.Remaining},
 			{"current", &gt.Current, &wt.Current},
 		} {
-			if wt.Remaining < 0 && *n.got >= 0 { // overdrawn there
+			if wt.GetRemaining() < 0 && *n.got >= 0 { // overdrawn there
 				*n.got = *n.want
 			}
 			if math.Abs(*n.got-*n.want) > tokens {

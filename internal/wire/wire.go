@@ -144,7 +144,7 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
 		}}
 	case seam.KindConcurrencyScheduler:
-		tokens.Remaining = max(tokens.Remaining, 0)
+		tokens.Remaining = max(d.Remaining, 0)
 		workload, priority := c.Workload(&req.Labels)
 		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
 			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot),

@@ -1,0 +1,157 @@
+package engine
+
+import (
+	"math"
+	"strconv"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A component is one of a policy's at work.
+type component interface {
+	// decide fills the decision, which names the component already. It takes what it admits, and waits for nothing.
+	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
+
+	// refuse fills the decision without asking: the flow is dropped, if the component would have had a say.
+	refuse(req *seam.Request, d *seam.LimiterDecision)
+
+	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
+	// or has ended. False says that there was nothing to take back, or no more.
+	giveBack(now int64, d *seam.LimiterDecision) bool
+
+	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
+	sweep(now int64)
+
+	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
+	overflow() uint64
+
+	// identity names the component to others.
+	identity() *seam.Component
+}
+
+// keyed is what components have in common: a state for each value of a label, or one for all flows.
+type keyed[S any] struct {
+	component   seam.Component
+	passThrough bool
+	dryRun      bool
+	maxIdle     time.Duration // 0: forever
+
+	table  *table[S] // nil without a label
+	single *entry[S] // the state of all flows, without a label
+}
+
+func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
+	fresh func(*S, int64), idle func(*S, int64) bool,
+) keyed[S] {
+	k := keyed[S]{component: c, maxIdle: maxIdle}
+	switch {
+	case maxIdle == 0:
+		k.maxIdle = policy.DefaultMaxIdle
+	case maxIdle < 0:
+		k.maxIdle = 0
+	}
+	if c.LabelKey != "" {
+		k.table = newTable(e.keyCap, fresh, idle)
+		k.table.full = e.full
+	} else {
+		k.single = new(entry[S])
+		fresh(&k.single.state, 0)
+	}
+	return k
+}
+
+func (k *keyed[S]) identity() *seam.Component { return &k.component }
+
+// scope notes in d which state decides, and says whether one does: else the flow passes.
+func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
+	if k.passThrough {
+		return false
+	}
+	if k.table == nil {
+		d.Scope = seam.ScopeDefault
+		return true
+	}
+	value, ok := labels.Lookup(k.component.LabelKey)
+	if ok {
+		d.Scope, d.Label = seam.ScopeLabel, value
+	}
+	return ok
+}
+
+// lock returns the entry that decides, locked.
+func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
+	if k.table == nil {
+		k.single.mu.Lock()
+		return k.single
+	}
+	return k.table.lock(d.Label, now)
+}
+
+// lockKnown returns the entry that has decided, locked.
+func (k *keyed[S]) lockKnown(d *seam.LimiterDecision) *entry[S] {
+	if k.table == nil {
+		k.single.mu.Lock()
+		return k.single
+	}
+	return k.table.lockKnown(d.Label)
+}
+
+// returned gives something back to the entry that has decided, by a function that says whether it came from there.
+func (k *keyed[S]) returned(d *seam.LimiterDecision, give func(*entry[S]) bool) bool {
+	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot == 0 {
+		return false
+	}
+	e := k.lockKnown(d)
+	ok := give(e)
+	e.mu.Unlock()
+	if ok || k.table == nil || e == &k.table.spill {
+		return ok
+	}
+	// The key may have been admitted to the table only after this flow was served from the spill entry.
+	e = &k.table.spill
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return give(e)
+}
+
+func (k *keyed[S]) sweep(now int64) {
+	if k.table != nil {
+		k.table.sweep(now, k.maxIdle)
+	}
+}
+
+func (k *keyed[S]) overflow() uint64 {
+	if k.table == nil {
+		return 0
+	}
+	return k.table.spilled.Load()
+}
+
+// drop turns the decision into a refusal.
+func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
+	d.Consumed = 0
+	d.Cause = cause
+	d.DryRun = k.dryRun
+	d.Dropped = !k.dryRun
+	if d.Dropped {
+		d.Wait = time.Duration(wait)
+	}
+}
+
+// tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.
+func tokensOf(labels *seam.Labels, label string, otherwise float64) float64 {
+	if label == "" {
+		return otherwise
+	}
+	text, ok := labels.Lookup(label)
+	if !ok {
+		return otherwise
+	}
+	tokens, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(tokens >= 0) || math.IsInf(tokens, 1) {
+		return otherwise
+	}
+	return tokens
+}

@@ -1,0 +1,38 @@
+package engine
+
+import "github.com/headgate-go/headgate/internal/seam"
+
+// A source is where a component has its tokens from; S is the state of one key.
+type source[S any] interface {
+	fresh(state *S, now int64)
+
+	// idle says whether a fresh state would do as well as this one.
+	idle(state *S, now int64) bool
+
+	// draw takes tokens, all of them or none.
+	draw(state *S, now int64, tokens float64) draw
+
+	// giveBack takes back what was drawn; false says that it has been taken back before.
+	giveBack(state *S, now int64, tokens float64, slot uint64) bool
+
+	// usage is how many tokens there are, and could be, and how many flows hold some.
+	usage(state *S, now int64) Usage
+
+	// forecast says how long a flow has to wait for its tokens when others are to have so many before it: at the least,
+	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a
+	// draw would fail, or where others wait.
+	forecast(state *S, now int64, ahead, tokens float64) (least, likely int64)
+}
+
+// A draw is what came of asking a source for tokens.
+type draw struct {
+	ok   bool
+	slot uint64  // what giveBack needs
+	left float64 // for the decision to tell
+	wait int64   // if not ok, how long until the tokens may be there though nobody gives any back; 0 when never
+}
+
+func (g draw) fill(d *seam.LimiterDecision) { d.Slot, d.Remaining = g.slot, g.left }
+
+// never as a wait is that of a flow which cannot ever be admitted.
+const never = -1
