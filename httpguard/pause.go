@@ -85,13 +85,13 @@ func (p *pauses) heed(at place, resp *http.Response, longest time.Duration) {
 	if found, ok := p.at[at]; ok && found.until.After(asked.until) {
 		return
 	} else if !ok {
-		p.makeRoom(now)
+		p.makeRoom()
 	}
 	p.at[at] = asked
 }
 
-// makeRoom lets the pauses go that are over, and of too many the one that ends first.
-func (p *pauses) makeRoom(now time.Time) {
+// makeRoom lets the pause go that ends first, or has ended, where there are too many for another one.
+func (p *pauses) makeRoom() {
 	if p.at == nil {
 		p.at = make(map[place]pause)
 	}
@@ -101,16 +101,11 @@ func (p *pauses) makeRoom(now time.Time) {
 	var first place
 	var ends time.Time
 	for at, found := range p.at {
-		switch {
-		case !found.until.After(now):
-			delete(p.at, at)
-		case ends.IsZero() || found.until.Before(ends):
+		if ends.IsZero() || found.until.Before(ends) {
 			first, ends = at, found.until
 		}
 	}
-	if len(p.at) >= maxPauses {
-		delete(p.at, first)
-	}
+	delete(p.at, first)
 }
 
 // retryAfter is how long the header asks to wait; zero or less where it does not, or not in a way that is known.
