@@ -38,7 +38,7 @@ var orders = policy.Policy{Name: "orders", Components: []policy.Component{policy
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
+	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
 	if err := run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "routers:", err)
 		os.Exit(1)
