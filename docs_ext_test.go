@@ -178,8 +178,8 @@ func codeSpans(text string) []string {
 	return codeSpan.FindAllString(strings.ReplaceAll(text, "```", ""), -1)
 }
 
-// TestPolicyKeys keeps docs/policies.md complete: it names each key, limiter and status that package policy knows. What
-// its tables call keys and Go fields are such.
+// TestPolicyKeys keeps docs/policies.md complete: it names each key, component, blueprint and status that package policy
+// knows. What its tables call keys and Go fields are such.
 func TestPolicyKeys(t *testing.T) {
 	known := policyKeys(t)
 	fields := policyNames(t)
@@ -188,6 +188,7 @@ func TestPolicyKeys(t *testing.T) {
 
 	told := make(map[string]bool)
 	for _, span := range codeSpans(text) {
+		told[strings.Trim(span, "`")] = true
 		for _, w := range word.FindAllString(span, -1) {
 			told[w] = true
 		}
@@ -258,8 +259,8 @@ func TestOperatingNames(t *testing.T) {
 	}
 }
 
-// policyKeys gives the words that package policy reads files by: those in the calls that take a mapping apart, in the
-// lists of keys, and in the tables of limiters and statuses.
+// policyKeys gives the words that package policy reads files by: those in the calls that take a mapping apart or ask for
+// a setting, in the lists of keys, and in the tables of components, blueprints and statuses.
 func policyKeys(t *testing.T) map[string]bool {
 	t.Helper()
 	keys := make(map[string]bool)
@@ -275,7 +276,7 @@ func policyKeys(t *testing.T) map[string]bool {
 		}
 		return true
 	}
-	for _, file := range []string{"policy/circuit.go", "policy/file.go"} {
+	for _, file := range []string{"policy/circuit.go", "policy/file.go", "policy/components.go", "policy/blueprint.go"} {
 		ast.Inspect(parse(t, file), func(n ast.Node) bool {
 			switch n := n.(type) {
 			case *ast.GenDecl:
@@ -284,8 +285,11 @@ func policyKeys(t *testing.T) map[string]bool {
 				}
 			case *ast.KeyValueExpr:
 				ast.Inspect(n.Key, add)
+				if row, ok := n.Value.(*ast.CompositeLit); ok && row.Type == nil { // of a table
+					ast.Inspect(row, add)
+				}
 			case *ast.CallExpr:
-				if f, ok := n.Fun.(*ast.SelectorExpr); ok && slices.Contains([]string{"fields", "one"}, f.Sel.Name) {
+				if f, ok := n.Fun.(*ast.SelectorExpr); ok && slices.Contains([]string{"fields", "one", "setting"}, f.Sel.Name) {
 					ast.Inspect(n, add)
 				}
 			}
@@ -298,11 +302,11 @@ func policyKeys(t *testing.T) map[string]bool {
 	return keys
 }
 
-// policyNames gives the names that policy.go declares: types, fields and constants.
+// policyNames gives the names that policies in Go are made of: types, fields and constants.
 func policyNames(t *testing.T) map[string]bool {
 	t.Helper()
 	names := make(map[string]bool)
-	ast.Inspect(parse(t, "policy/policy.go"), func(n ast.Node) bool {
+	add := func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.TypeSpec:
 			names[n.Name.Name] = true
@@ -316,7 +320,10 @@ func policyNames(t *testing.T) map[string]bool {
 			}
 		}
 		return true
-	})
+	}
+	for _, file := range []string{"policy/policy.go", "policy/scheduler.go", "policy/sampler.go", "policy/signal.go"} {
+		ast.Inspect(parse(t, file), add)
+	}
 	return names
 }
 
