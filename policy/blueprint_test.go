@@ -1,6 +1,7 @@
 package policy_test
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -73,6 +74,11 @@ func TestBlueprintErrors(t *testing.T) {
 			"limits.yaml:5:22: policy.rate_limiter.bucket_capacity: want a number, have a mapping",
 		},
 		{"capacity", values, []string{"10", "-10"}, "limits.yaml:5:22: policy.rate_limiter.bucket_capacity: must be a number from 0 up, is -10"},
+		{
+			"long label", values,
+			[]string{"tenant}", strings.Repeat("l", 256) + "}"},
+			"limits.yaml:8:52: policy.rate_limiter.parameters.limit_by_label_key: is longer than 255 bytes",
+		},
 		{"interval", values, []string{"1s", "0s"}, "limits.yaml:8:28: policy.rate_limiter.parameters.interval: must be positive, is 0s"},
 		{
 			"additional component", values,

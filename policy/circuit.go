@@ -259,6 +259,10 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 				d.errorf(label, "want %s, have %s", text, null)
 			}
 			m.Equal[e.key] = d.text(label)
+			if impossible(e.key) != "" { // only then: cut to fit an error, other names may look the same
+				label.line, label.column = e.line, e.column
+				d.sources[equal(labels.field, e.key)] = label
+			}
 		}
 	}
 	list, old := d.fill(f, "Require", "match_list"), f.get("match_expressions")

@@ -85,7 +85,7 @@ func (d *decoder) rateLimiter(c component) Component {
 	l.Selectors = d.selectors(d.fill(c.value, "Selectors", "selectors"))
 	l.Capacity = d.amount(c, "Capacity", "bucket_capacity")
 	l.Fill = d.amount(c, "Fill", "fill_amount")
-	l.TokensLabel = d.text(request.get("tokens_label_key"))
+	l.TokensLabel = d.text(d.fill(request, "TokensLabel", "tokens_label_key"))
 	l.DeniedStatus = d.status(d.fill(request, "DeniedStatus", "denied_response_status_code"))
 	l.PassThrough = d.passThrough(c)
 	l.DryRun = d.dryRun(c)
@@ -115,13 +115,13 @@ func (d *decoder) bucket(v value) RateLimiter {
 	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill", "lazy_sync")
 	limiter := RateLimiter{
 		Interval:         d.duration(d.fill(f, "Interval", "interval")),
-		LimitBy:          d.text(f.get("limit_by_label_key")),
+		LimitBy:          d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		StepFill:         !d.boolean(f.get("continuous_fill"), true),
 		DelayInitialFill: d.boolean(f.get("delay_initial_fill"), false),
 		MaxIdle:          d.optional(f.get("max_idle_time"), KeepIdle),
 	}
 	if old := f.get("label_key"); limiter.LimitBy == "" {
-		limiter.LimitBy = d.text(old)
+		limiter.LimitBy = d.text(d.fill(f, "LimitBy", "label_key"))
 	} else if old.node != nil {
 		d.unused(old, ": limit_by_label_key is set")
 	}
@@ -134,7 +134,7 @@ func (d *decoder) concurrencyLimiter(c component) Component {
 	l.ID = c.id
 	l.Selectors = d.selectors(d.fill(c.value, "Selectors", "selectors"))
 	l.Max = d.amount(c, "Max", "max_concurrency")
-	l.TokensLabel = d.text(request.get("tokens_label_key"))
+	l.TokensLabel = d.text(d.fill(request, "TokensLabel", "tokens_label_key"))
 	l.DeniedStatus = d.status(d.fill(request, "DeniedStatus", "denied_response_status_code"))
 	l.PassThrough = d.passThrough(c)
 	l.DryRun = d.dryRun(c)
@@ -161,7 +161,7 @@ func (d *decoder) slots(v value) ConcurrencyLimiter {
 	f := d.fields(v, "max_inflight_duration max_idle_time limit_by_label_key", "")
 	return ConcurrencyLimiter{
 		MaxInflight: d.duration(d.fill(f, "MaxInflight", "max_inflight_duration")),
-		LimitBy:     d.text(f.get("limit_by_label_key")),
+		LimitBy:     d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		MaxIdle:     d.optional(f.get("max_idle_time"), KeepIdle),
 	}
 }
@@ -246,10 +246,10 @@ func (d *decoder) scheduler(of value) Scheduler {
 	s := Scheduler{
 		Default:       d.workloadParameters(d.fill(f, "Default", "default_workload_parameters")),
 		Margin:        d.optional(d.fill(f, "Margin", "decision_deadline_margin"), time.Nanosecond), // none to speak of
-		TokensLabel:   d.text(f.get("tokens_label_key")),
-		PriorityLabel: d.text(f.get("priority_label_key")),
-		WorkloadLabel: d.text(f.get("workload_label_key")),
-		FairnessLabel: d.text(f.get("fairness_label_key")),
+		TokensLabel:   d.text(d.fill(f, "TokensLabel", "tokens_label_key")),
+		PriorityLabel: d.text(d.fill(f, "PriorityLabel", "priority_label_key")),
+		WorkloadLabel: d.text(d.fill(f, "WorkloadLabel", "workload_label_key")),
+		FairnessLabel: d.text(d.fill(f, "FairnessLabel", "fairness_label_key")),
 		DeniedStatus:  d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
 	}
 	for _, item := range d.items(d.fill(f, "Workloads", "workloads")) {
@@ -284,7 +284,7 @@ func (d *decoder) sampler(c component) Component {
 	s := Sampler{
 		ID:                c.id,
 		Selectors:         d.selectors(d.fill(f, "Selectors", "selectors")),
-		SessionLabel:      d.text(f.get("session_label_key")),
+		SessionLabel:      d.text(d.fill(f, "SessionLabel", "session_label_key")),
 		PassThroughValues: d.passThroughValues(c),
 		RampMode:          d.boolean(f.get("ramp_mode"), false),
 		DeniedStatus:      d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
@@ -313,7 +313,7 @@ func (d *decoder) ramp(f value) LoadRamp {
 	sampler := d.fields(f.get("sampler"), "selectors session_label_key denied_response_status_code", "ramp_mode")
 	r := LoadRamp{
 		Selectors:    d.selectors(d.fill(sampler, "Selectors", "selectors")),
-		SessionLabel: d.text(sampler.get("session_label_key")),
+		SessionLabel: d.text(d.fill(sampler, "SessionLabel", "session_label_key")),
 		DeniedStatus: d.status(d.fill(sampler, "DeniedStatus", "denied_response_status_code")),
 	}
 	for _, item := range d.items(d.fill(f, "Steps", "steps")) {

@@ -310,6 +310,33 @@ func TestComponentErrors(t *testing.T) {
 			[]string{"label_matcher: {}, ", "label_matcher: {match_list: [{key: k, operator: in, values: [x]}]}, "},
 			"limits.yaml:9:86: " + at + `quota_scheduler.scheduler.workloads[0].label_matcher.match_list[0].operator: unknown operator "in"; did you mean "In"?`,
 		},
+		{
+			"long label of a workload", quota,
+			[]string{"label_matcher: {}, ", "label_matcher: {match_labels: {" + strings.Repeat("l", 256) + ": x}}, "},
+			"limits.yaml:9:69: " + at + "quota_scheduler.scheduler.workloads[0].label_matcher.match_labels." + strings.Repeat("l", 40) + "…: name is longer than 255 bytes",
+		},
+		{
+			"long labels of a scheduler", quota,
+			[]string{"decision_deadline_margin: 1s", "" +
+				"tokens_label_key: " + strings.Repeat("l", 256) + "\n            priority_label_key: " + strings.Repeat("l", 256) +
+				"\n            workload_label_key: " + strings.Repeat("l", 256) + "\n            fairness_label_key: " + strings.Repeat("l", 256)},
+			"limits.yaml:11:31: " + at + "quota_scheduler.scheduler.tokens_label_key: is longer than 255 bytes\n" +
+				"limits.yaml:12:33: " + at + "quota_scheduler.scheduler.priority_label_key: is longer than 255 bytes\n" +
+				"limits.yaml:13:33: " + at + "quota_scheduler.scheduler.workload_label_key: is longer than 255 bytes\n" +
+				"limits.yaml:14:33: " + at + "quota_scheduler.scheduler.fairness_label_key: is longer than 255 bytes",
+		},
+		{
+			"long label of a quota scheduler", quota,
+			[]string{"interval: 1s", "interval: 1s, limit_by_label_key: " + strings.Repeat("l", 256)},
+			"limits.yaml:7:60: " + at + "quota_scheduler.rate_limiter.limit_by_label_key: is longer than 255 bytes",
+		},
+		{
+			"long label of a concurrency scheduler",
+			"circuit: {components: [{flow_control: {concurrency_scheduler: {selectors: [{control_point: a}], in_ports: " +
+				"{max_concurrency: {constant_signal: {value: 1}}},\n  concurrency_limiter: {max_inflight_duration: 1s, limit_by_label_key: " +
+				strings.Repeat("l", 256) + "}}}}]}", nil,
+			"limits.yaml:2:72: " + at + "concurrency_scheduler.concurrency_limiter.limit_by_label_key: is longer than 255 bytes",
+		},
 		{"priority of 0", quota, []string{"2}", "0}"}, "limits.yaml:9:80: " + at + "quota_scheduler.scheduler.workloads[0].parameters.priority: must be a number above 0, is 0"},
 		{
 			"infinite priority", quota,
@@ -403,6 +430,11 @@ func TestComponentErrors(t *testing.T) {
 			"limits.yaml:1:49: resources.flow_control.flux_meters.SHARE.selectors: is required",
 		},
 		{
+			"long control point of a flux meter", load,
+			[]string{"circuit:", "resources: {flow_control: {flux_meters: {SHARE: {selectors: [{control_point: " + strings.Repeat("c", 256) + "}]}}}}\ncircuit:"},
+			"limits.yaml:1:78: resources.flow_control.flux_meters.SHARE.selectors[0].control_point: is longer than 255 bytes",
+		},
+		{
 			"flux meter of something else", load,
 			[]string{"circuit:", "resources: {flow_control: {flux_meters: {SHARE: {selectors: [{control_point: a}], attribute_key: bytes}}}}\ncircuit:"},
 			`limits.yaml:1:98: resources.flow_control.flux_meters.SHARE.attribute_key: want workload_duration_ms, have "bytes"`,
@@ -459,6 +491,16 @@ func TestComponentErrors(t *testing.T) {
 			"limits.yaml:7:52: " + at + "load_ramp.parameters.sampler.denied_response_status_code: must be an HTTP status from 400 to 599, is 1",
 		},
 
+		{
+			"long label of a ramp", ramp,
+			[]string{"sampler: {", "sampler: {session_label_key: " + strings.Repeat("l", 256) + ", "},
+			"limits.yaml:7:42: " + at + "load_ramp.parameters.sampler.session_label_key: is longer than 255 bytes",
+		},
+		{
+			"long label of a sampler", sampler,
+			[]string{"ramp_mode: false", "session_label_key: " + strings.Repeat("l", 256)},
+			"limits.yaml:6:77: " + at + "sampler.parameters.session_label_key: is longer than 255 bytes",
+		},
 		{"percentage", sampler, []string{"10", "110"}, "limits.yaml:5:41: " + at + "sampler.in_ports.accept_percentage: must be a percentage from 0 to 100, is 110"},
 		{
 			"pass-through values", sampler,

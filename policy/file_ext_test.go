@@ -385,6 +385,37 @@ func TestParseErrors(t *testing.T) {
 			"limits.yaml:5:39: " + limiter + ".selectors[0].control_point: is longer than 255 bytes",
 		},
 		{
+			"long label to limit by",
+			[]string{"interval: 1s", "{interval: 1s, limit_by_label_key: " + strings.Repeat("l", 256) + "}"},
+			"limits.yaml:10:48: " + limiter + ".parameters.limit_by_label_key: is longer than 255 bytes",
+		},
+		{
+			"long label to limit by, by its old name",
+			[]string{"interval: 1s", "{interval: 1s, label_key: " + strings.Repeat("l", 256) + "}"},
+			"limits.yaml:10:39: " + limiter + ".parameters.label_key: is longer than 255 bytes",
+		},
+		{
+			"long label for tokens",
+			[]string{request, request + "          request_parameters: {tokens_label_key: " + strings.Repeat("l", 256) + "}\n"},
+			"limits.yaml:11:50: " + limiter + ".request_parameters.tokens_label_key: is longer than 255 bytes",
+		},
+		{
+			"long label to match, beside one that begins like it",
+			[]string{"checkout}", "a, label_matcher: {match_labels: {a: x, " + strings.Repeat("l", 256) + ": x, " + strings.Repeat("l", 255) + ": x}}}"},
+			"limits.yaml:5:79: " + limiter + ".selectors[0].label_matcher.match_labels." + strings.Repeat("l", 40) + "…: name is longer than 255 bytes",
+		},
+		{
+			"long label to require",
+			[]string{"checkout}", "a, label_matcher: {match_list: [{operator: Exists, key: " + strings.Repeat("l", 256) + "}]}}"},
+			"limits.yaml:5:95: " + limiter + ".selectors[0].label_matcher.match_list[0].key: is longer than 255 bytes",
+		},
+		{
+			"long labels in expressions",
+			[]string{"checkout}", "a, label_matcher: {expression: {all: {of: [{label_exists: " + strings.Repeat("l", 256) + "}, {label_equals: {label: " + strings.Repeat("l", 256) + "}}]}}}}"},
+			"limits.yaml:5:97: " + limiter + ".selectors[0].label_matcher.expression.all.of[0].label_exists: is longer than 255 bytes\n" +
+				"limits.yaml:5:379: " + limiter + ".selectors[0].label_matcher.expression.all.of[1].label_equals.label: is longer than 255 bytes",
+		},
+		{
 			"unknown operator",
 			[]string{"checkout}", "a, label_matcher: {match_list: [{key: k, operator: DoesNotExists}]}}"},
 			"limits.yaml:5:90: " + limiter + `.selectors[0].label_matcher.match_list[0].operator: unknown operator "DoesNotExists"; did you mean "DoesNotExist"?`,

@@ -3,10 +3,13 @@ package policy
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
+	"unicode/utf8"
 )
 
 // Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position; of
@@ -69,6 +72,8 @@ func (l RateLimiter) check(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), l.Capacity)
 	checkAmount(wrong.sub(".Fill"), l.Fill)
 	checkPositive(wrong.sub(".Interval"), l.Interval)
+	checkName(wrong.sub(".LimitBy"), l.LimitBy)
+	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
 }
 
@@ -76,6 +81,8 @@ func (l ConcurrencyLimiter) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
 	checkAmount(wrong.sub(".Max"), l.Max)
 	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
+	checkName(wrong.sub(".LimitBy"), l.LimitBy)
+	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
 }
 
@@ -84,6 +91,7 @@ func (s QuotaScheduler) check(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), s.Capacity)
 	checkAmount(wrong.sub(".Fill"), s.Fill)
 	checkPositive(wrong.sub(".Interval"), s.Interval)
+	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 
@@ -91,6 +99,7 @@ func (s ConcurrencyScheduler) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
 	checkAmount(wrong.sub(".Max"), s.Max)
 	checkPositive(wrong.sub(".MaxInflight"), s.MaxInflight)
+	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 
@@ -126,6 +135,7 @@ func (g Gradient) check(wrong report) {
 func (s Sampler) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
 	checkPercentage(wrong.sub(".AcceptPercentage"), s.AcceptPercentage)
+	checkName(wrong.sub(".SessionLabel"), s.SessionLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
 }
 
@@ -139,6 +149,7 @@ func (r LoadRamp) check(wrong report) {
 		checkPercentage(wrong.sub(".Target"), step.Target)
 		checkNotNegative(wrong.sub(".Duration"), step.Duration)
 	}
+	checkName(wrong.sub(".SessionLabel"), r.SessionLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), r.DeniedStatus)
 }
 
@@ -166,6 +177,10 @@ func (s Scheduler) check(wrong report) {
 	}
 	s.Default.check(wrong.sub(".Default"))
 	checkNotNegative(wrong.sub(".Margin"), s.Margin)
+	checkName(wrong.sub(".TokensLabel"), s.TokensLabel)
+	checkName(wrong.sub(".PriorityLabel"), s.PriorityLabel)
+	checkName(wrong.sub(".WorkloadLabel"), s.WorkloadLabel)
+	checkName(wrong.sub(".FairnessLabel"), s.FairnessLabel)
 	if s.MaxQueue < 0 {
 		wrong(".MaxQueue", "must not be negative, is %d", s.MaxQueue)
 	}
@@ -237,8 +252,35 @@ func checkStatus(wrong report, status int) {
 	}
 }
 
-// maxControlPoint is the most bytes of a control point that a flow can have.
-const maxControlPoint = 255
+// maxName is the most bytes of a control point, and of a label's name, that a flow can have.
+const maxName = 255
+
+// impossible says why no flow can have a label, or a control point, of the name; "" when one can.
+func impossible(name string) string {
+	switch {
+	case len(name) > maxName:
+		return fmt.Sprintf("is longer than %d bytes", maxName)
+	case !utf8.ValidString(name):
+		return "is not valid UTF-8"
+	default:
+		return ""
+	}
+}
+
+// checkName is for the name of a label or a control point that may be left out.
+func checkName(wrong report, name string) {
+	if why := impossible(name); why != "" {
+		wrong("", "%s", why)
+	}
+}
+
+// checkRequired is checkName for a name that must be there.
+func checkRequired(wrong report, name string) {
+	if name == "" {
+		wrong("", "is required")
+	}
+	checkName(wrong, name)
+}
 
 func checkSelectors(wrong report, selectors []Selector) {
 	if len(selectors) == 0 {
@@ -246,12 +288,7 @@ func checkSelectors(wrong report, selectors []Selector) {
 	}
 	for i, s := range selectors {
 		wrong := wrong.sub("[%d]", i)
-		if s.ControlPoint == "" {
-			wrong(".ControlPoint", "is required")
-		}
-		if len(s.ControlPoint) > maxControlPoint {
-			wrong(".ControlPoint", "is longer than %d bytes", maxControlPoint)
-		}
+		checkRequired(wrong.sub(".ControlPoint"), s.ControlPoint)
 		s.Labels.check(wrong.sub(".Labels"))
 	}
 }
@@ -259,6 +296,11 @@ func checkSelectors(wrong report, selectors []Selector) {
 func (m LabelMatcher) check(wrong report) {
 	if _, ok := m.Equal[""]; ok {
 		wrong(".Equal", "has an empty label name")
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Equal)) {
+		if why := impossible(name); why != "" {
+			wrong(equal(".Equal", name), "name %s", why)
+		}
 	}
 	for i, r := range m.Require {
 		r.check(wrong.sub(".Require[%d]", i))
@@ -268,10 +310,11 @@ func (m LabelMatcher) check(wrong report) {
 	}
 }
 
+// equal returns the path of a label in the Equal field of a LabelMatcher.
+func equal(field, name string) string { return field + "[" + quote(name) + "]" }
+
 func (r Requirement) check(wrong report) {
-	if r.Key == "" {
-		wrong(".Key", "is required")
-	}
+	checkRequired(wrong.sub(".Key"), r.Key)
 	switch r.Operator {
 	case In, NotIn:
 		if len(r.Values) == 0 {
@@ -290,11 +333,7 @@ func (r Requirement) check(wrong report) {
 }
 
 func checkExpression(wrong report, e Expression) {
-	label := func(name string) {
-		if name == "" {
-			wrong(".Label", "is required")
-		}
-	}
+	label := func(name string) { checkRequired(wrong.sub(".Label"), name) }
 	switch e := e.(type) {
 	case Not:
 		checkExpression(wrong.sub(".Of"), e.Of)
@@ -307,9 +346,7 @@ func checkExpression(wrong report, e Expression) {
 			checkExpression(wrong.sub("[%d]", i), part)
 		}
 	case LabelExists:
-		if e == "" {
-			wrong("", "is required")
-		}
+		checkRequired(wrong, string(e))
 	case LabelEquals:
 		label(e.Label)
 	case LabelMatches:

@@ -58,9 +58,38 @@ func TestValidate(t *testing.T) {
 		{"status", slots(func(l *policy.ConcurrencyLimiter) { l.DeniedStatus = 600 }), ".DeniedStatus: must be an HTTP status from 400 to 599, is 600"},
 		{
 			"control points", rate(func(l *policy.RateLimiter) {
-				l.Selectors = policy.At("", strings.Repeat("a", 255), strings.Repeat("a", 256))
+				l.Selectors = policy.At("", strings.Repeat("a", 255), strings.Repeat("a", 256), "\xff")
 			}),
-			".Selectors[0].ControlPoint: is required\n.Selectors[2].ControlPoint: is longer than 255 bytes",
+			".Selectors[0].ControlPoint: is required\n.Selectors[2].ControlPoint: is longer than 255 bytes\n" +
+				".Selectors[3].ControlPoint: is not valid UTF-8",
+		},
+		{
+			"longest labels of a rate limiter",
+			rate(func(l *policy.RateLimiter) {
+				l.LimitBy, l.TokensLabel = strings.Repeat("a", 255), strings.Repeat("é", 127)
+			}), "",
+		},
+		{
+			"labels of a rate limiter that no flow has",
+			rate(func(l *policy.RateLimiter) { l.LimitBy, l.TokensLabel = strings.Repeat("a", 256), "\xff" }),
+			".LimitBy: is longer than 255 bytes\n.TokensLabel: is not valid UTF-8",
+		},
+		{
+			"labels of a concurrency limiter that no flow has",
+			slots(func(l *policy.ConcurrencyLimiter) { l.LimitBy, l.TokensLabel = "\xff", strings.Repeat("a", 256) }),
+			".LimitBy: is not valid UTF-8\n.TokensLabel: is longer than 255 bytes",
+		},
+		{
+			"labels to match that no flow has", matching(policy.LabelMatcher{
+				Equal:      map[string]string{strings.Repeat("a", 255): "x", strings.Repeat("a", 256): "x", "\xff.[": "x"},
+				Require:    []policy.Requirement{{Key: strings.Repeat("a", 256), Operator: policy.Exists}},
+				Expression: policy.Any{policy.LabelExists("\xff"), policy.LabelEquals{Label: strings.Repeat("a", 256)}, policy.LabelMatches{Label: "\xff", Regex: "x"}},
+			}),
+			`.Selectors[0].Labels.Equal["` + strings.Repeat("a", 40) + `…"]: name is longer than 255 bytes` + "\n" +
+				`.Selectors[0].Labels.Equal["\xff.["]: name is not valid UTF-8` + "\n" +
+				".Selectors[0].Labels.Require[0].Key: is longer than 255 bytes\n" +
+				".Selectors[0].Labels.Expression[0]: is not valid UTF-8\n.Selectors[0].Labels.Expression[1].Label: is longer than 255 bytes\n" +
+				".Selectors[0].Labels.Expression[2].Label: is not valid UTF-8",
 		},
 		{
 			"label names", matching(policy.LabelMatcher{Equal: map[string]string{"": "x"}, Require: []policy.Requirement{{Operator: policy.Exists}}}),
@@ -232,6 +261,23 @@ func TestValidateSchedulers(t *testing.T) {
 			scheduling(policy.Scheduler{Workloads: []policy.Workload{{Labels: policy.LabelMatcher{Equal: map[string]string{"": "x"}}}}}),
 			".Scheduler.Workloads[0].Labels.Equal: has an empty label name",
 		},
+		{
+			"labels of a scheduler that no flow has", scheduling(policy.Scheduler{
+				Workloads:   []policy.Workload{{Labels: policy.LabelMatcher{Equal: map[string]string{"\xff": "x"}}}},
+				TokensLabel: strings.Repeat("a", 256), PriorityLabel: "\xff", WorkloadLabel: strings.Repeat("a", 256), FairnessLabel: "\xff",
+			}),
+			`.Scheduler.Workloads[0].Labels.Equal["\xff"]: name is not valid UTF-8` + "\n" +
+				".Scheduler.TokensLabel: is longer than 255 bytes\n.Scheduler.PriorityLabel: is not valid UTF-8\n" +
+				".Scheduler.WorkloadLabel: is longer than 255 bytes\n.Scheduler.FairnessLabel: is not valid UTF-8",
+		},
+		{"label of a quota scheduler that no flow has", quota(func(s *policy.QuotaScheduler) { s.LimitBy = "\xff" }), ".LimitBy: is not valid UTF-8"},
+		{"label of a concurrency scheduler that no flow has", slots(func(s *policy.ConcurrencyScheduler) { s.LimitBy = "\xff" }), ".LimitBy: is not valid UTF-8"},
+		{"label of a sampler that no flow has", policy.Sampler{Selectors: policy.At("a"), SessionLabel: "\xff"}, ".SessionLabel: is not valid UTF-8"},
+		{
+			"label of a ramp that no flow has",
+			policy.LoadRamp{Selectors: policy.At("a"), Steps: make([]policy.RampStep, 1), SessionLabel: "\xff"},
+			".SessionLabel: is not valid UTF-8",
+		},
 		{"workload named default", named("", "default"), `.Scheduler.Workloads[1].Name: "default" is what flows without a workload have`},
 		{"workloads of one name", named("x", "", "x"), `.Scheduler.Workloads[2].Name: "x" is the name of Workloads[0] too`},
 		{"workload named like another's index", named("1", "x"), `.Scheduler.Workloads[0].Name: "1" is the index of another workload`},
@@ -250,8 +296,8 @@ func TestValidateSchedulers(t *testing.T) {
 				".LoadMultiplier.Times: must be a number from 0 up, is -1",
 		},
 		{
-			"mean of days", load(policy.MeanLatency{Selectors: policy.At("a", ""), Over: 25 * time.Hour}),
-			".LoadMultiplier.Selectors[1].ControlPoint: is required\n.LoadMultiplier.Over: must be positive and at most 24h0m0s, is 25h0m0s",
+			"mean of days", load(policy.MeanLatency{Selectors: policy.At("a", "", "\xff"), Over: 25 * time.Hour}),
+			".LoadMultiplier.Selectors[1].ControlPoint: is required\n.LoadMultiplier.Selectors[2].ControlPoint: is not valid UTF-8\n.LoadMultiplier.Over: must be positive and at most 24h0m0s, is 25h0m0s",
 		},
 		{
 			"signals of an AIMD load scheduler", aimd(func(s *policy.AIMDLoadScheduler) {
