@@ -1,6 +1,8 @@
 // Package policy holds what an embedded engine enforces: plain Go values, written by hand or read from files in
 // Aperture's YAML shapes by [Load].
 //
+// Names of labels and control points have up to 255 bytes of valid UTF-8 wherever a policy has one: no flow has others.
+//
 // Values are data: nothing here runs. They are safe for concurrent use as long as nobody changes them, and an engine
 // that was built from them keeps none of their maps and slices.
 package policy
