@@ -334,7 +334,8 @@ func TestLongWaitOnADefaultServer(t *testing.T) {
 		{"20 min", 20 * time.Minute, nil, flowctl.Accepted},
 		{
 			"120 s with another keepalive", 120 * time.Second,
-			[]flowctl.Option{flowctl.WithKeepalive(keepalive.ClientParameters{Time: 10 * time.Second})}, flowctl.Unreachable,
+			[]flowctl.Option{flowctl.WithKeepalive(keepalive.ClientParameters{Time: 10 * time.Second})},
+			flowctl.Unreachable,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
