@@ -42,6 +42,7 @@ func TestFaultyPolicyFiles(t *testing.T) {
 	for c := 'b'; c <= 'z'; c++ {
 		aliases += fmt.Sprintf("x-%c: &%[1]c [%s]\n", c, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*%c, ", c-1), 9), ", "))
 	}
+	withoutParameters, _, _ := strings.Cut(goodFile, "            parameters")
 	const limiter = "spec.circuit.components[0].flow_control.rate_limiter"
 	for _, tt := range []struct {
 		name  string
@@ -51,7 +52,7 @@ func TestFaultyPolicyFiles(t *testing.T) {
 		{"empty", map[string]string{"bad.yaml": ""}, "bad.yaml:1:1: holds no policy"},
 		{"only comments", map[string]string{"bad.yaml": "# soon\n---\n"}, "bad.yaml:1:1: holds no policy"},
 		{"truncated in a word", map[string]string{"bad.yaml": goodFile[:len(goodFile)-9]}, "bad.yaml:13:58: bad YAML: could not find map value"},
-		{"truncated between lines", map[string]string{"bad.yaml": goodFile[:strings.Index(goodFile, "            parameters")]}, "bad.yaml:8:11: " + limiter + ".parameters.interval: is required"},
+		{"truncated between lines", map[string]string{"bad.yaml": withoutParameters}, "bad.yaml:8:11: " + limiter + ".parameters.interval: is required"},
 		{"truncated to nothing much", map[string]string{"bad.yaml": goodFile[:20]}, `bad.yaml:1:13: apiVersion: want fluxninja.com/v1alpha1, have "fluxninj"`},
 		{"exploding aliases", map[string]string{"bad.yaml": aliases + goodFile}, "aliases stand for more than 20000 values"},
 		{"10 MB", map[string]string{"bad.yaml": goodFile + strings.Repeat("# padding\n", 1<<20)}, "bad.yaml:1:1: is larger than 1 MiB"},

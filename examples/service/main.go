@@ -132,7 +132,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer closeUpstream()
+	defer func() { _ = closeUpstream() }() // who asked it has gone
 	forecasts := newForecasts(client, upstream)
 	defer forecasts.client.CloseIdleConnections()
 
