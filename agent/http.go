@@ -15,12 +15,12 @@ import (
 )
 
 func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
-	carried := repaired(ctx, wire.ReadBaggage(m.GetRequest().GetHeaders()[wire.HeaderBaggage]))
+	carried := repaired(wire.ReadBaggage(m.GetRequest().GetHeaders()[wire.HeaderBaggage]))
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
 			Params: carried,
-			Base:   &seam.Base{Transport: requestLabels(ctx, m.GetRequest())},
+			Base:   &seam.Base{Transport: requestLabels(m.GetRequest())},
 		},
 		RampMode: m.GetRampMode(),
 	}
@@ -37,7 +37,7 @@ const ownLabels = 6
 
 // requestLabels are the labels that a request has by itself. Headers are cut off before the others: it is a peer who
 // says how many there are.
-func requestLabels(ctx context.Context, m *checkhttpv1.CheckHTTPRequest_HttpRequest) map[string]string {
+func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest) map[string]string {
 	if m == nil {
 		return nil
 	}
@@ -72,11 +72,12 @@ func requestLabels(ctx context.Context, m *checkhttpv1.CheckHTTPRequest_HttpRequ
 	if scheme := m.GetScheme(); scheme != "" {
 		derived["http.scheme"] = scheme
 	}
-	return repaired(ctx, derived)
+	return repaired(derived)
 }
 
 // repaired makes labels that come of a peer fit the limits.
-func repaired(ctx context.Context, m map[string]string) map[string]string {
-	_, m, _ = labels.FromContext(labels.WithTransport(ctx, m))
+func repaired(m map[string]string) map[string]string {
+	// Of a context of its own: that of the call may have labels, from an interceptor, which are not the request's.
+	_, m, _ = labels.FromContext(labels.WithTransport(context.Background(), m)) //nolint:forbidigo // see above
 	return m
 }

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"strings"
 
+	"go.opentelemetry.io/otel/baggage"
+
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -55,6 +57,10 @@ func (w *response) obey() {
 	if answer, ok := w.flow.HTTPAnswer(); ok && w.flow.Decision() == flowctl.Accepted && len(answer.Header) > 0 {
 		w.request.Header = w.request.Header.Clone()
 		setHeaders(w.request.Header, answer.Header)
+		// The agent's word on labels is for the flows within the handler too.
+		if bag, _ := baggage.Parse(w.request.Header.Get("Baggage")); bag.Len() > 0 {
+			w.request = *w.request.WithContext(baggage.ContextWithBaggage(w.request.Context(), bag))
+		}
 	}
 }
 
@@ -79,7 +85,7 @@ func refuse(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
 func setHeaders(h http.Header, from map[string]string) {
 	for name, value := range from {
 		switch name = http.CanonicalHeaderKey(name); name {
-		case "Connection", "Content-Length", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade":
+		case "Connection", "Content-Encoding", "Content-Length", "Content-Range", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade":
 		default:
 			h.Set(name, value)
 		}

@@ -51,18 +51,19 @@ func Middleware(client headgate.Starter, controlPoint string, opts ...Middleware
 // serve answers a request with a flow.
 func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	flow := g.start(withBaggage(r.Context(), r), g.at(r), r)
+	// The response and the request are one object, which saves an allocation.
+	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
 	returned := false
 	defer func() {
 		if !returned {
 			flow.SetStatus(flowctl.StatusError)
 		}
+		resp.handBack(r)
 		end(r.Context(), flow.Flow)
 	}()
 	if g.rateLimit {
 		setRateLimit(w.Header(), flow.Flow)
 	}
-	// The response and the request are one object, which saves an allocation.
-	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
 	if flow.ShouldRun() {
 		if g.checkHTTP {
 			resp.obey()

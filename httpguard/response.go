@@ -21,6 +21,15 @@ type response struct {
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
+// handBack gives the request that came what the handler made of its own: a form whose files the server removes, and the
+// pattern that a mux matched, for those who log it.
+func (w *response) handBack(r *http.Request) {
+	if r.MultipartForm == nil {
+		r.MultipartForm = w.request.MultipartForm
+	}
+	r.Pattern = w.request.Pattern
+}
+
 // decide notes the response's status. The first final one counts.
 func (w *response) decide(status int) {
 	if status >= 100 && status < 200 && status != http.StatusSwitchingProtocols || w.decided {

@@ -31,7 +31,8 @@ import (
 // # Retry-After
 //
 // When an upstream answers 429 or 503 with a Retry-After, requests for the same host at the same control point are not
-// sent before that time: they fail at once with a [PausedError], start no flow and take nothing from a limit.
+// sent before that time: they fail at once with a [PausedError], start no flow and take nothing from a limit. Those
+// whose flow waits in a queue then fail when its turn comes.
 // [WithMaxPause] bounds how long that may be, or turns it off. A Transport remembers 1024 such pauses; of more, those
 // that end first give way.
 type Transport struct {
@@ -80,11 +81,18 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		closeBody(r)
 		return nil, err
 	}
-	flow := t.guard.start(r.Context(), at.controlPoint, r)
-	if !flow.ShouldRun() {
+	flow := t.guard.start(r.Context(), at.controlPoint, outgoing(r))
+	var err error
+	if flow.ShouldRun() {
+		err = t.pauses.check(at) // one may have begun while the flow waited
+	} else {
+		err = flow.Err()
+	}
+	if err != nil {
+		flow.SetStatus(flowctl.StatusError)
 		end(r.Context(), flow.Flow)
 		closeBody(r)
-		return nil, flow.Err()
+		return nil, err
 	}
 	resp, err := t.send(r, flow)
 	if err == nil && resp != nil {
@@ -106,7 +114,11 @@ func (t *Transport) send(r *http.Request, flow started) (*http.Response, error) 
 	resp, err := t.base.RoundTrip(r.WithContext(flow.Context()))
 	returned = true
 	if err != nil || resp == nil {
-		trip.end(err)
+		if err == nil { // http.Client says what is wrong with that
+			trip.end(errNoResponse)
+		} else {
+			trip.end(err)
+		}
 		return resp, err
 	}
 	trip.failure = flow.failure(resp.StatusCode)
@@ -114,12 +126,25 @@ func (t *Transport) send(r *http.Request, flow started) (*http.Response, error) 
 	switch {
 	case resp.Body == nil, resp.Body == http.NoBody:
 		trip.end(nil)
-	case both:
+	case both && resp.StatusCode == http.StatusSwitchingProtocols:
 		resp.Body = &switched{body, trip}
 	default:
 		resp.Body = &content{resp.Body, trip}
 	}
 	return resp, nil
+}
+
+var errNoResponse = errors.New("the transport gave neither a response nor an error")
+
+// outgoing is the request as it will be sent: one that was received and is passed on, by a reverse proxy, still says what
+// it was there.
+func outgoing(r *http.Request) *http.Request {
+	if r.RequestURI == "" && r.TLS == nil {
+		return r
+	}
+	sent := *r
+	sent.RequestURI, sent.TLS = "", nil
+	return &sent
 }
 
 func closeBody(r *http.Request) {

@@ -193,7 +193,7 @@ func TestTransport(t *testing.T) {
 		{
 			name: "neither a response nor an error",
 			base: func(*http.Request) (*http.Response, error) { return nil, nil },
-			want: outcome{status: flowctl.StatusOK, sent: true},
+			want: outcome{status: flowctl.StatusError, sent: true},
 		},
 		{
 			name: "canceled on the way",

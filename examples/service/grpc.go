@@ -22,6 +22,7 @@ func newGRPCServer(client headgate.Starter) *grpc.Server {
 		return flowctl.Params{Labels: map[string]string{"tenant": tenantOf(key)}}
 	})
 	server := grpc.NewServer(
+		grpc.WaitForHandlers(true), // when it is stopped, for their flows' sake
 		grpc.ChainUnaryInterceptor(grpcguard.UnaryServerInterceptor(client, "words", byTenant)),
 		grpc.ChainStreamInterceptor(grpcguard.StreamServerInterceptor(client, "words", byTenant)))
 	server.RegisterService(&words, nil)
