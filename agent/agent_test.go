@@ -257,6 +257,23 @@ func TestFlowEnd(t *testing.T) {
 	}
 }
 
+// A client's flow gives its slot back though the limiter has changed meanwhile.
+func TestFlowEndAfterApply(t *testing.T) {
+	s := serve(t, slots(1))
+	c := s.client(t)
+	params := flowctl.Params{Labels: map[string]string{"user_id": "u"}, CheckTimeout: -1}
+	before := c.Start(t.Context(), "point", params)
+	if err := s.engine.Apply(slots(2)); err != nil {
+		t.Fatal(err)
+	}
+	after := c.Start(t.Context(), "point", params)
+	for name, flow := range map[string]*flowctl.Flow{"before": before, "after": after} {
+		if got, err := flow.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
+			t.Errorf("%s: End = %+v, %v want the slot given back", name, got, err)
+		}
+	}
+}
+
 func TestCacheCalls(t *testing.T) {
 	stub := serve(t, nil).stub(t)
 	if _, err := stub.CacheUpsert(t.Context(), &checkv1.CacheUpsertRequest{

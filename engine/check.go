@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"math"
 	"time"
 
@@ -66,8 +67,8 @@ type member struct {
 // An admitter is a component that may have a flow wait.
 type admitter interface {
 	// admit is decide for a flow that waits, if it must, for as long as it can, which is until the deadline at the
-	// longest. It gives the time then. An error means that it did not decide, because the flow's caller has gone or the
-	// engine was closed.
+	// longest. It gives the time then. An error means that it did not decide, because the flow's caller has gone, the
+	// engine was closed, or, errRetired, the component is no longer in force.
 	admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error)
 }
 
@@ -88,8 +89,27 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		return seam.ErrClosed
 	}
 	start := e.now()
-	v.Start = e.epoch.UnixNano() + start
-	p, now := e.points[req.ControlPoint], start
+	now := start
+	for {
+		v.Start = e.epoch.UnixNano() + start
+		err := e.decide(ctx, e.rules.Load().points[req.ControlPoint], req, &now, v)
+		if err == nil {
+			break
+		}
+		undo(v, now)
+		*v = seam.Verdict{}
+		if !errors.Is(err, errRetired) {
+			return err
+		}
+	}
+	if now != start {
+		v.More().Waited = time.Duration(now - start)
+	}
+	return nil
+}
+
+// decide asks the stages of the flow's control point, where there is any. After an error the flow may hold something.
+func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *int64, v *seam.Verdict) error {
 	for s := range stages {
 		if s == tokens && req.Lookup != nil {
 			if e.lookup(req, v); v.Extra.Result.Hit {
@@ -97,14 +117,12 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 			}
 		}
 		if p != nil && len(p[s]) > 0 {
-			dropped, err := e.ask(ctx, p[s], req, &now, v)
+			dropped, err := e.ask(ctx, p[s], req, now, v)
 			if err != nil {
-				undo(v, now)
-				*v = seam.Verdict{}
 				return err
 			}
 			if dropped {
-				undo(v, now)
+				undo(v, *now)
 				reject(v, s.reason(req))
 				break
 			}
@@ -113,9 +131,6 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 			v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
 			break
 		}
-	}
-	if now != start {
-		v.More().Waited = time.Duration(now - start)
 	}
 	return nil
 }

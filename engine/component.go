@@ -24,6 +24,9 @@ type component interface {
 	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
 	sweep(now int64)
 
+	// retire says that the component is no longer in force: who waits for it is sent away. It is called once.
+	retire()
+
 	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
 	overflow() uint64
 
@@ -37,6 +40,7 @@ type keyed[S any] struct {
 	passThrough bool
 	dryRun      bool
 	maxIdle     time.Duration // 0: forever
+	retired     chan struct{} // closed when the component is
 
 	table  *table[S] // nil without a label
 	single *entry[S] // the state of all flows, without a label
@@ -45,7 +49,7 @@ type keyed[S any] struct {
 func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{})}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -117,10 +121,18 @@ func (k *keyed[S]) returned(d *seam.LimiterDecision, give func(*entry[S]) bool) 
 }
 
 func (k *keyed[S]) sweep(now int64) {
-	if k.table != nil {
+	if k.table == nil {
+		return
+	}
+	select {
+	case <-k.retired:
+		k.table.forget(now, 0)
+	default:
 		k.table.sweep(now, k.maxIdle)
 	}
 }
+
+func (k *keyed[S]) retire() { close(k.retired) }
 
 func (k *keyed[S]) overflow() uint64 {
 	if k.table == nil {

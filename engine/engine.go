@@ -41,10 +41,7 @@
 package engine
 
 import (
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -67,18 +64,20 @@ type Engine struct {
 	cacheBytes   int64
 	logger       *slog.Logger
 
-	epoch      time.Time
-	points     map[string]*point
-	components []component
-	holders    map[identity]component // those whose flows hold slots, which others may end
-	warnings   []string
+	epoch   time.Time
+	signals map[string]func() float64 // of the host, by name
 
-	signals  map[string]func() float64 // of the host, by name
-	gauges   map[string][]gauge        // by control point
-	controls []func(now int64)         // what the controller does
+	rules atomic.Pointer[rules] // in force
+
+	mu      sync.RWMutex             // guards the next two
+	holders map[identity][]component // those whose flows hold slots, which others may end; the lists are never changed
+	retired []retired
 
 	results *cache
 	globals *cache
+
+	applying             sync.Mutex // held by Apply, and by Close as it begins
+	sweeping, controlled bool       // the goroutines run; guarded by applying
 
 	closed  atomic.Bool
 	full    chan struct{} // a component has no room for a key
@@ -87,9 +86,6 @@ type Engine struct {
 }
 
 var _ seam.Agent = (*Engine)(nil)
-
-// identity is how a component is named over the wire.
-type identity struct{ policy, hash, id string }
 
 // New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
 // keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
@@ -100,10 +96,8 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		cacheBytes:   DefaultCacheBytes,
 		logger:       slog.New(slog.DiscardHandler),
 		epoch:        time.Now(),
-		points:       make(map[string]*point),
-		holders:      make(map[identity]component),
+		holders:      make(map[identity][]component),
 		signals:      make(map[string]func() float64),
-		gauges:       make(map[string][]gauge),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
 	}
@@ -113,25 +107,14 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 			errs = append(errs, o.apply(e))
 		}
 	}
-	names := make(map[string]bool)
-	for _, p := range policies {
-		if names[p.Name] {
-			errs = append(errs, fmt.Errorf("policy %q: the name is taken by another policy", p.Name))
-		}
-		names[p.Name] = true
-		errs = append(errs, e.add(p))
-	}
-	if err := errors.Join(errs...); err != nil {
+	e.rules.Store(new(rules))
+	next, err := e.compile(policies)
+	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, fmt.Errorf("headgate: engine: %w", err)
 	}
 	e.results = newCache(e.cacheEntries, e.cacheBytes)
 	e.globals = newCache(e.cacheEntries, e.cacheBytes)
-	if len(e.components) > 0 {
-		e.running.Go(e.sweep)
-	}
-	if len(e.controls) > 0 {
-		e.running.Go(e.control)
-	}
+	e.install(next)
 	return e, nil
 }
 
@@ -147,7 +130,10 @@ func Load(path string, opts ...Option) (*Engine, error) {
 // Close stops the engine's goroutines. Clients that ask it from now on find it unreachable, and so do flows that wait;
 // flows in flight still give back what they hold. A second Close does nothing. The error is always nil.
 func (e *Engine) Close() error {
-	if !e.closed.Swap(true) {
+	e.applying.Lock() // no goroutine begins after it
+	again := e.closed.Swap(true)
+	e.applying.Unlock() // a signal that is read just now may call Apply
+	if !again {
 		close(e.done)
 		e.running.Wait()
 		e.results.close()
@@ -156,15 +142,17 @@ func (e *Engine) Close() error {
 	return nil
 }
 
-// Warnings lists what the policies' files say and the engine has no use for, one "file:line:column: field: …" each.
-func (e *Engine) Warnings() []string { return slices.Clone(e.warnings) }
+// Warnings lists what the files of the policies in force say and the engine has no use for, one "file:line:column: field:
+// …" each.
+func (e *Engine) Warnings() []string { return slices.Clone(e.rules.Load().warnings) }
 
 // ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire. Package
 // agent calls it.
 func (e *Engine) ServiceWarnings() []string {
 	var warnings []string
-	for _, at := range slices.Sorted(maps.Keys(e.points)) {
-		for _, members := range e.points[at] {
+	points := e.rules.Load().points
+	for _, at := range slices.Sorted(maps.Keys(points)) {
+		for _, members := range points[at] {
 			for _, m := range members {
 				for _, s := range m.selectors {
 					if s.service != "" {
@@ -176,87 +164,6 @@ func (e *Engine) ServiceWarnings() []string {
 		}
 	}
 	return warnings
-}
-
-// add compiles one policy.
-func (e *Engine) add(p policy.Policy) error {
-	if err := p.Validate(); err != nil {
-		return err
-	}
-	e.warnings = append(e.warnings, p.Warnings...)
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, p.Components))
-	hash := hex.EncodeToString(sum[:16])
-	for i, c := range p.Components {
-		built, selectors, err := e.build(c, seam.Component{Policy: p.Name, Hash: hash, ID: fmt.Sprintf("root.%d", i)})
-		if err == nil {
-			err = e.place(built, selectors)
-		}
-		if err != nil {
-			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
-		}
-		e.components = append(e.components, built)
-		if id := built.identity(); id.Kind == seam.KindConcurrencyLimiter || id.Kind == seam.KindConcurrencyScheduler {
-			e.holders[identity{id.Policy, id.Hash, id.ID}] = built
-		}
-	}
-	return nil
-}
-
-// build sets a component up, whose own ID goes before its place in the policy.
-func (e *Engine) build(c policy.Component, id seam.Component) (component, []policy.Selector, error) {
-	switch c := c.(type) {
-	case policy.RateLimiter:
-		id.Kind, id.ID = seam.KindRateLimiter, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
-		return newRateLimiter(e, c, id), c.Selectors, nil
-	case policy.ConcurrencyLimiter:
-		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
-		return newConcurrencyLimiter(e, c, id), c.Selectors, nil
-	case policy.QuotaScheduler:
-		id.Kind, id.ID = seam.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Capacity
-		s, err := newQuotaScheduler(e, c, id)
-		return s, c.Selectors, err
-	case policy.ConcurrencyScheduler:
-		id.Kind, id.ID = seam.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
-		s, err := newConcurrencyScheduler(e, c, id)
-		return s, c.Selectors, err
-	case policy.LoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
-		s, err := newLoadScheduler(e, c, id)
-		return s, c.Selectors, err
-	case policy.AIMDLoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
-		s, err := newAIMDLoadScheduler(e, c, id)
-		return s, c.Selectors, err
-	case policy.Sampler:
-		id.ID = cmp.Or(c.ID, id.ID)
-		return newSampler(e, c, id), c.Selectors, nil
-	case policy.LoadRamp:
-		id.ID = cmp.Or(c.ID, id.ID)
-		return newLoadRamp(e, c, id), c.Selectors, nil
-	default:
-		return nil, nil, fmt.Errorf("the engine cannot run a %T", c)
-	}
-}
-
-// place registers the component at each of its control points, once.
-func (e *Engine) place(c component, selectors []policy.Selector) error {
-	for _, s := range selectors {
-		compiled, err := compileSelector(s)
-		if err != nil {
-			return err
-		}
-		p := e.points[s.ControlPoint]
-		if p == nil {
-			p = new(point)
-			e.points[s.ControlPoint] = p
-		}
-		p.add(c, compiled)
-	}
-	return nil
 }
 
 // lookup fills the cache part of the verdict.
@@ -278,7 +185,7 @@ func (e *Engine) lookup(req *seam.Request, v *seam.Verdict) {
 
 // End gives back the slots that a flow holds, and measures how long its work took. Clients of package flowctl call it.
 func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
-	if gauges := e.gauges[req.ControlPoint]; len(gauges) > 0 && !failed {
+	if gauges := e.rules.Load().gauges[req.ControlPoint]; len(gauges) > 0 && !failed {
 		e.clock(gauges, req, v)
 	}
 	var r seam.Returns
@@ -316,15 +223,15 @@ func (e *Engine) clock(gauges []gauge, req *seam.Request, v *seam.Verdict) {
 // flows. Package agent calls it.
 func (e *Engine) Measures(controlPoint string) bool {
 	if controlPoint == "" {
-		return len(e.gauges) > 0
+		return len(e.rules.Load().gauges) > 0
 	}
-	return len(e.gauges[controlPoint]) > 0
+	return len(e.rules.Load().gauges[controlPoint]) > 0
 }
 
 // Observe measures a flow that has run and ended well, by what its client reports. Package agent calls it, which keeps no
 // flows.
 func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
-	e.tell(e.gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
+	e.tell(e.rules.Load().gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
 }
 
 // Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict. Package
@@ -338,18 +245,23 @@ func (e *Engine) Revert(v *seam.Verdict) {
 // EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It
 // reports whether the engine knows the limiter, and whether the slot was still taken.
 func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64) (known, returned bool) {
-	h, ok := e.holders[identity{policyName, hash, component}]
-	if !ok {
-		return false, false
-	}
-	d := seam.LimiterDecision{Scope: seam.ScopeDefault, Slot: slot}
-	if key := h.identity().LabelKey; key != "" {
-		d.Scope = seam.ScopeLabel
-		if d.Label, ok = strings.CutPrefix(label, key+":"); !ok {
-			return true, false
+	e.mu.RLock()
+	holders := e.holders[identity{policyName, hash, component}]
+	e.mu.RUnlock()
+	for _, h := range holders {
+		d := seam.LimiterDecision{Scope: seam.ScopeDefault, Slot: slot}
+		if key := h.identity().LabelKey; key != "" {
+			value, ok := strings.CutPrefix(label, key+":")
+			if !ok {
+				continue
+			}
+			d.Scope, d.Label = seam.ScopeLabel, value
+		}
+		if h.giveBack(e.now(), &d) {
+			return true, true
 		}
 	}
-	return true, h.giveBack(e.now(), &d)
+	return len(holders) > 0, false
 }
 
 // Lookup finds a value in a cache. Package agent calls it; flows look up with their check.
@@ -408,14 +320,13 @@ const sweepEvery = time.Minute
 func (e *Engine) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
-	reported := make([]uint64, len(e.components))
 	for {
 		select {
 		case <-e.done:
 			return
 		case <-e.full:
-			for _, c := range e.components {
-				c.sweep(e.now())
+			for _, p := range e.rules.Load().parts {
+				p.sweep(e.now())
 			}
 			pause := time.NewTimer(time.Duration(fullSweepEvery))
 			select {
@@ -425,14 +336,15 @@ func (e *Engine) sweep() {
 			case <-pause.C:
 			}
 		case <-tick.C:
-			for i, c := range e.components {
-				c.sweep(e.now())
-				if n := c.overflow(); n > reported[i] {
+			for _, p := range e.rules.Load().parts {
+				p.sweep(e.now())
+				if n := p.overflow(); n > p.reported {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
-						"policy", c.identity().Policy, "component", c.identity().ID, "decisions", n-reported[i])
-					reported[i] = n
+						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported)
+					p.reported = n
 				}
 			}
+			e.sweepRetired()
 		}
 	}
 }

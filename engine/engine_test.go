@@ -33,9 +33,9 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 				defer func() { _ = e.Close() }()
 				e.results.close() // their clocks tick every second, and this is not about them
 				e.globals.close()
-				limiter, ok := e.components[0].(*limiter[bucket])
+				limiter, ok := e.rules.Load().parts[0].component.(*limiter[bucket])
 				if !ok {
-					t.Fatalf("component is a %T", e.components[0])
+					t.Fatalf("component is a %T", e.rules.Load().parts[0].component)
 				}
 				for i := range 20 {
 					cost := "1"

@@ -69,11 +69,11 @@ func (e *Engine) inspect(policyName, id, value string) (inspected, error) {
 // component finds a component by its names.
 func (e *Engine) component(policyName, id string) (component, error) {
 	known := false
-	for _, c := range e.components {
-		switch is := c.identity(); {
-		case is.Policy != policyName:
-		case is.ID == id:
-			return c, nil
+	for _, p := range e.rules.Load().parts {
+		switch {
+		case p.named.policy != policyName:
+		case p.named.id == id:
+			return p.component, nil
 		default:
 			known = true
 		}

@@ -10,16 +10,16 @@ import (
 )
 
 // newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
-func newLoadScheduler(e *Engine, p policy.LoadScheduler, c seam.Component) (component, error) {
-	s, err := newLoad(e, p, c)
+func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (component, error) {
+	s, err := newLoad(e, of, p, c)
 	if err != nil {
 		return nil, err
 	}
-	multiplier, err := e.signalOf("LoadMultiplier", p.LoadMultiplier)
+	multiplier, err := e.signalOf(of, "LoadMultiplier", p.LoadMultiplier)
 	if err != nil {
 		return nil, err
 	}
-	e.controls = append(e.controls, func(now int64) {
+	of.controls = append(of.controls, func(now int64) {
 		m := multiplier(now)
 		steer(s, func(*load, int64) float64 { return m })
 	})
@@ -27,8 +27,8 @@ func newLoadScheduler(e *Engine, p policy.LoadScheduler, c seam.Component) (comp
 }
 
 // newAIMDLoadScheduler makes one that finds the share out itself.
-func newAIMDLoadScheduler(e *Engine, p policy.AIMDLoadScheduler, c seam.Component) (component, error) {
-	s, err := newLoad(e, policy.LoadScheduler{
+func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c seam.Component) (component, error) {
+	s, err := newLoad(e, of, policy.LoadScheduler{
 		Selectors:             p.Selectors,
 		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
 		Scheduler:             p.Scheduler,
@@ -37,23 +37,23 @@ func newAIMDLoadScheduler(e *Engine, p policy.AIMDLoadScheduler, c seam.Componen
 	if err != nil {
 		return nil, err
 	}
-	signal, err := e.signalOf("Signal", p.Signal)
+	signal, err := e.signalOf(of, "Signal", p.Signal)
 	if err != nil {
 		return nil, err
 	}
-	setpoint, err := e.signalOf("Setpoint", p.Setpoint)
+	setpoint, err := e.signalOf(of, "Setpoint", p.Setpoint)
 	if err != nil {
 		return nil, err
 	}
 	if p.OverloadConfirmation == nil {
 		p.OverloadConfirmation = policy.Constant(1)
 	}
-	confirmation, err := e.signalOf("OverloadConfirmation", p.OverloadConfirmation)
+	confirmation, err := e.signalOf(of, "OverloadConfirmation", p.OverloadConfirmation)
 	if err != nil {
 		return nil, err
 	}
 	controller := newAIMD(p)
-	e.controls = append(e.controls, func(now int64) {
+	of.controls = append(of.controls, func(now int64) {
 		is, should, confirmed := signal(now), setpoint(now), confirmation(now) != 0
 		steer(s, func(l *load, now int64) float64 {
 			admitted := l.admitted(now)
@@ -67,7 +67,7 @@ func newAIMDLoadScheduler(e *Engine, p policy.AIMDLoadScheduler, c seam.Componen
 }
 
 // newLoad makes what the two kinds of load schedulers have in common.
-func newLoad(e *Engine, p policy.LoadScheduler, c seam.Component) (*scheduler[load], error) {
+func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*scheduler[load], error) {
 	s, err := newScheduler(e, c, 0, &p.Scheduler, loadRule{})
 	if err != nil {
 		return nil, err
@@ -77,8 +77,8 @@ func newLoad(e *Engine, p policy.LoadScheduler, c seam.Component) (*scheduler[lo
 		return s, nil
 	}
 	s.workloads.measureFrom(e.now())
-	e.controls = append(e.controls, s.workloads.setCosts)
-	return s, e.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
+	of.controls = append(of.controls, s.workloads.setCosts)
+	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
 		s.workloads.of(labels).latency.mean.add(now, latency)
 	})
 }

@@ -3,11 +3,15 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
+
+// errRetired sends a flow away that waits for a scheduler which is no longer in force.
+var errRetired = errors.New("the scheduler is no longer in force")
 
 // A scheduler admits a flow at once, or lets it wait in a queue for tokens, one queue for each key.
 //
@@ -100,7 +104,7 @@ func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecis
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
-// was decided. An error means that it was not, because the flow's caller has gone or the engine was closed.
+// was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the scheduler retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, deadline, d)
 	if t.waiter == nil {
@@ -181,11 +185,14 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		defer timer.Stop()
 		expired = timer.C
 	}
+	retired := false
 	select {
 	case <-t.ready:
 	case <-expired:
 	case <-ctx.Done():
 	case <-s.engine.done:
+	case <-s.retired:
+		retired = true
 	}
 	e, l := t.entry, &t.entry.state
 	e.mu.Lock()
@@ -212,6 +219,8 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		return now, gone
 	case s.engine.closed.Load():
 		return now, seam.ErrClosed
+	case retired:
+		return now, errRetired
 	default:
 		return now, nil
 	}

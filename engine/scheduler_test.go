@@ -36,8 +36,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		e := openEngine(t,
 			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
 			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})
-		slots := e.components[0].(*scheduler[inflight])
-		tokens := e.components[1].(*scheduler[bucket])
+		slots := e.rules.Load().parts[0].component.(*scheduler[inflight])
+		tokens := e.rules.Load().parts[1].component.(*scheduler[bucket])
 		rng := rand.New(rand.NewPCG(1, 2))
 		outcomes := make(map[string]int)
 		var mu sync.Mutex
@@ -107,7 +107,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 		e := openEngine(t, policy.QuotaScheduler{
 			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 24 * time.Hour, LimitBy: "user", MaxIdle: time.Minute,
 		})
-		s := e.components[0].(*scheduler[bucket])
+		s := e.rules.Load().parts[0].component.(*scheduler[bucket])
 		check := func() bool {
 			var v seam.Verdict
 			req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: map[string]string{"user": "u"}}}
@@ -168,7 +168,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		})
 		synctest.Wait()
 		// The slot comes when the first of them has been canceled, and has not yet seen it.
-		s := e.components[0].(*scheduler[inflight])
+		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
 		s.single.mu.Lock()
 		cancel()
 		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot) {

@@ -14,7 +14,7 @@ import (
 type signal func(now int64) float64
 
 // signalOf finds what a component's signal is read from.
-func (e *Engine) signalOf(field string, s policy.Signal) (signal, error) {
+func (e *Engine) signalOf(of *part, field string, s policy.Signal) (signal, error) {
 	switch s := s.(type) {
 	case policy.Constant:
 		return func(int64) float64 { return float64(s) }, nil
@@ -26,7 +26,7 @@ func (e *Engine) signalOf(field string, s policy.Signal) (signal, error) {
 		return func(int64) float64 { return f() }, nil
 	case policy.MeanLatency:
 		m, times := newMean(s.Over, e.now()), cmp.Or(s.Times, 1)
-		if err := e.measure(s.Selectors, func(_ *seam.Labels, now int64, latency float64) { m.add(now, latency) }); err != nil {
+		if err := of.measure(s.Selectors, func(_ *seam.Labels, now int64, latency float64) { m.add(now, latency) }); err != nil {
 			return nil, fmt.Errorf("%s: %w", field, err)
 		}
 		return func(now int64) float64 { return times * m.at(now) }, nil
@@ -72,7 +72,7 @@ type gauge struct {
 type note func(labels *seam.Labels, now int64, latency float64)
 
 // measure has the latencies of the flows that are selected noted, each once.
-func (e *Engine) measure(list []policy.Selector, n note) error {
+func (p *part) measure(list []policy.Selector, n note) error {
 	points := make(map[string]selectors)
 	for _, s := range list {
 		compiled, err := compileSelector(s)
@@ -81,8 +81,11 @@ func (e *Engine) measure(list []policy.Selector, n note) error {
 		}
 		points[s.ControlPoint] = append(points[s.ControlPoint], compiled)
 	}
+	if p.gauges == nil {
+		p.gauges = make(map[string][]gauge)
+	}
 	for name, s := range points {
-		e.gauges[name] = append(e.gauges[name], gauge{selectors: s, note: n})
+		p.gauges[name] = append(p.gauges[name], gauge{selectors: s, note: n})
 	}
 	return nil
 }
@@ -108,8 +111,10 @@ func (e *Engine) control() {
 		case <-e.done:
 			return
 		case <-tick.C:
-			for _, steer := range e.controls {
-				steer(e.now())
+			for _, p := range e.rules.Load().parts {
+				for _, steer := range p.controls {
+					steer(e.now())
+				}
 			}
 		}
 	}

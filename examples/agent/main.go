@@ -8,6 +8,8 @@
 //
 // Compare what bob is told with what he is told when quickstart runs alone: the two of him have one limit.
 //
+// A hangup signal (kill -HUP) has it read the policies again.
+//
 // It listens on this machine only, in plaintext. To serve others give gRPC credentials, and see who may ask.
 package main
 
@@ -20,18 +22,23 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/policy"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	err := run(ctx, os.Args[1:], hangup, os.Stdout, os.Stderr)
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "agent:", err)
@@ -39,8 +46,8 @@ func main() {
 	}
 }
 
-// run serves until ctx ends.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+// run serves until ctx ends, and reads the policies again at each hangup.
+func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	listen := flags.String("listen", "127.0.0.1:8089", "`address` to serve at")
@@ -77,10 +84,37 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		server.GracefulStop()
 	})
 	defer stopped()
+	serving, end := context.WithCancel(ctx)
+	var reloading sync.WaitGroup
+	defer reloading.Wait()
+	defer end()
+	reloading.Go(func() {
+		for {
+			select {
+			case <-serving.Done():
+				return
+			case <-hangup:
+				if err := reload(limits, *policies); err != nil {
+					fmt.Fprintln(stderr, "the policies stay as they are:", err)
+					continue
+				}
+				fmt.Fprintf(stderr, "%s has been read again\n", *policies)
+			}
+		}
+	})
 	fmt.Fprintf(stdout, "serving %s at %s until interrupted\n", *policies, listener.Addr())
 	if err := server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) { // by a Ctrl-C before it began
 		return err
 	}
 	fmt.Fprintf(stdout, "clients reported %d flows\n", served.Spans())
 	return nil
+}
+
+// reload puts the policies into force that are in the files now, or leaves everything as it is.
+func reload(limits *engine.Engine, path string) error {
+	policies, err := policy.Load(path)
+	if err != nil {
+		return err
+	}
+	return limits.Apply(policies)
 }

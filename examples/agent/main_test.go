@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,7 +42,7 @@ func TestRun(t *testing.T) {
 	var stderr bytes.Buffer // to be read when run has returned
 	done := make(chan error, 1)
 	go func() {
-		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, printed, &stderr)
+		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, nil, printed, &stderr)
 		printed.Close()
 		done <- err
 	}()
@@ -88,6 +90,69 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// Policies that are right come into force, and others do not.
+func TestRunReloads(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	file := filepath.Join(t.TempDir(), "policy.yaml")
+	write := func(limit string) {
+		text := `circuit: {components: [{flow_control: {rate_limiter: {selectors: [{control_point: recommend}], parameters: {interval: 1h},
+  in_ports: {bucket_capacity: {constant_signal: {value: ` + limit + `}}, fill_amount: {constant_signal: {value: 0}}}}}}]}`
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("0")
+	out, printed := io.Pipe()
+	said, says := io.Pipe()
+	hangup := make(chan os.Signal)
+	done := make(chan error, 1)
+	go func() {
+		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, hangup, printed, says)
+		printed.Close()
+		says.Close()
+		done <- err
+	}()
+	var policies, address string
+	if _, err := fmt.Fscanf(out, "serving %s at %s until interrupted\n", &policies, &address); err != nil {
+		t.Fatal(err)
+	}
+	client, err := flowctl.Dial(address, flowctl.WithInsecure())
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(said)
+	for _, tt := range []struct {
+		limit, says string // after a hangup
+		runs        bool
+	}{
+		{"none", "the policies stay as they are: ", false},
+		{"1", file + " has been read again", true},
+		{"none", "the policies stay as they are: ", false},
+	} {
+		write(tt.limit)
+		hangup <- syscall.SIGHUP
+		if !lines.Scan() || !strings.HasPrefix(lines.Text(), tt.says) {
+			t.Errorf("limit %s: it says %q want %q", tt.limit, lines.Text(), tt.says)
+		}
+		flow := client.Start(t.Context(), "recommend", flowctl.Params{CheckTimeout: 10 * time.Second})
+		if !flow.Success() || flow.ShouldRun() != tt.runs {
+			t.Errorf("limit %s: %v: %v", tt.limit, flow, flow.Err())
+		}
+		_, _ = flow.End(t.Context())
+	}
+	if err := client.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	if _, err := io.Copy(io.Discard, out); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("run = %v", err)
+	}
+}
+
 // An interrupt that comes before the server has begun is one, too.
 func TestRunIsInterruptedAtOnce(t *testing.T) {
 	for range 20 {
@@ -96,7 +161,7 @@ func TestRunIsInterruptedAtOnce(t *testing.T) {
 			cancel()
 			runtime.Gosched()
 		})
-		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, interrupt, io.Discard); err != nil {
+		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, nil, interrupt, io.Discard); err != nil {
 			t.Errorf("run = %v", err)
 		}
 		cancel()
@@ -120,7 +185,7 @@ func TestRunErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var stderr bytes.Buffer
-			if err := run(t.Context(), args, io.Discard, &stderr); err == nil {
+			if err := run(t.Context(), args, nil, io.Discard, &stderr); err == nil {
 				t.Error("run = nil")
 			}
 		})

@@ -351,7 +351,7 @@ const (
 // Component identifies a limiter or scheduler to those outside the engine.
 type Component struct {
 	Policy string
-	Hash   string // of the policy as the engine read it
+	Hash   string // of the component as the engine read it
 	ID     string
 	Kind   Kind
 

@@ -1,0 +1,228 @@
+package engine
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// rules are what the policies in force were compiled to. They are never changed, only replaced, so that flows read them
+// without a lock.
+type rules struct {
+	parts    []*part // in the order of the policies
+	points   map[string]*point
+	gauges   map[string][]gauge // by control point
+	warnings []string
+}
+
+// A part is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
+// same.
+type part struct {
+	component
+	named    identity
+	gauges   map[string][]gauge
+	controls []func(now int64) // what the controller does
+	hold     int64             // the longest that flows hold slots; 0 where there are none
+	reported uint64            // overflows that were logged; the sweeper's own
+}
+
+// identity is how a component is named over the wire. The hash is that of all that is configured, so that of two components
+// with one identity it does not matter which is which.
+type identity struct{ policy, hash, id string }
+
+// retired is a part that is no longer in force, for as long as flows may hold slots of it.
+type retired struct {
+	*part
+	until int64
+}
+
+// Apply puts the policies into force, all at once and in place of those that were; none is fine. The error joins all that
+// is wrong with them; then the old ones stay in force. Flows are decided about meanwhile.
+//
+// A component that stays the same, in a policy of the same name, with the same ID and the same configuration, goes on with
+// its buckets, slots, queues, course and measurements. Others begin with full buckets and free slots, so name those with an
+// ID that are to survive a move within their policy. A flow in flight ends where it began, and gives its slots back there,
+// over the network as well, until the MaxInflight of its slots has passed; to a limiter that is new they do not count. A
+// flow that waits in a queue which is no longer in force gives back what it has, and is decided about by the new policies,
+// with the time that it has left.
+func (e *Engine) Apply(policies []policy.Policy) error {
+	e.applying.Lock()
+	defer e.applying.Unlock()
+	if e.closed.Load() {
+		return fmt.Errorf("headgate: engine: %w", seam.ErrClosed)
+	}
+	next, err := e.compile(policies)
+	if err != nil {
+		return fmt.Errorf("headgate: engine: %w", err)
+	}
+	e.install(next)
+	return nil
+}
+
+// install puts the rules into force. The goroutines that they need run from then on.
+func (e *Engine) install(next *rules) {
+	old := e.rules.Load()
+	e.mu.Lock()
+	for _, p := range next.parts {
+		if p.hold > 0 && !slices.Contains(old.parts, p) {
+			e.holders[p.named] = append(slices.Clip(e.holders[p.named]), p.component)
+		}
+	}
+	e.mu.Unlock()
+	e.rules.Store(next)
+	// From here on, nobody who is sent away by a retired component comes back to it.
+	for _, p := range old.parts {
+		if slices.Contains(next.parts, p) {
+			continue
+		}
+		p.retire()
+		if p.hold > 0 {
+			e.mu.Lock()
+			e.retired = append(e.retired, retired{part: p, until: e.now() + p.hold})
+			e.mu.Unlock()
+		}
+	}
+	if !e.sweeping && len(next.parts) > 0 {
+		e.sweeping = true
+		e.running.Go(e.sweep)
+	}
+	steered := func(p *part) bool { return len(p.controls) > 0 }
+	if !e.controlled && slices.ContainsFunc(next.parts, steered) {
+		e.controlled = true
+		e.running.Go(e.control)
+	}
+}
+
+// sweepRetired forgets parts whose flows' time is over, and what no flow holds of the others. A flow that was under way
+// when its limiter was retired may hold a slot for a little longer; what becomes of that matters to nobody.
+func (e *Engine) sweepRetired() {
+	now := e.now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.retired = slices.DeleteFunc(e.retired, func(r retired) bool {
+		if now < r.until {
+			r.sweep(now)
+			return false
+		}
+		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
+		if e.holders[r.named] = left; len(left) == 0 {
+			delete(e.holders, r.named)
+		}
+		return true
+	})
+}
+
+// compile makes rules of the policies, with the parts in force where they are the same.
+func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
+	kept := make(map[identity]*part)
+	for _, p := range e.rules.Load().parts {
+		kept[p.named] = p
+	}
+	r := &rules{points: make(map[string]*point), gauges: make(map[string][]gauge)}
+	var errs []error
+	names := make(map[string]bool)
+	for _, p := range policies {
+		if names[p.Name] {
+			errs = append(errs, fmt.Errorf("policy %q: the name is taken by another policy", p.Name))
+		}
+		names[p.Name] = true
+		errs = append(errs, e.add(r, p, kept))
+	}
+	return r, errors.Join(errs...)
+}
+
+// add compiles one policy.
+func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
+	if err := p.Validate(); err != nil {
+		return err
+	}
+	r.warnings = append(r.warnings, p.Warnings...)
+	for i, c := range p.Components {
+		sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, c))
+		id := seam.Component{Policy: p.Name, Hash: hex.EncodeToString(sum[:16]), ID: fmt.Sprintf("root.%d", i)}
+		built := new(part)
+		selectors, err := e.build(built, c, id)
+		if err == nil {
+			id := built.identity()
+			built.named = identity{id.Policy, id.Hash, id.ID}
+			if k := kept[built.named]; k != nil {
+				built = k
+			}
+			err = r.place(built.component, selectors)
+		}
+		if err != nil {
+			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
+		}
+		r.parts = append(r.parts, built)
+		for at, gauges := range built.gauges {
+			r.gauges[at] = append(r.gauges[at], gauges...)
+		}
+	}
+	return nil
+}
+
+// build sets a component up, whose own ID goes before its place in the policy.
+func (e *Engine) build(p *part, c policy.Component, id seam.Component) (selectors []policy.Selector, err error) {
+	switch c := c.(type) {
+	case policy.RateLimiter:
+		id.Kind, id.ID = seam.KindRateLimiter, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
+		p.component, selectors = newRateLimiter(e, c, id), c.Selectors
+	case policy.ConcurrencyLimiter:
+		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
+		p.hold = min(int64(c.MaxInflight), century)
+		p.component, selectors = newConcurrencyLimiter(e, c, id), c.Selectors
+	case policy.QuotaScheduler:
+		id.Kind, id.ID = seam.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Capacity
+		p.component, err = newQuotaScheduler(e, c, id)
+		selectors = c.Selectors
+	case policy.ConcurrencyScheduler:
+		id.Kind, id.ID = seam.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
+		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
+		p.hold = min(int64(c.MaxInflight), century)
+		p.component, err = newConcurrencyScheduler(e, c, id)
+		selectors = c.Selectors
+	case policy.LoadScheduler:
+		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		p.component, err = newLoadScheduler(e, p, c, id)
+		selectors = c.Selectors
+	case policy.AIMDLoadScheduler:
+		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		p.component, err = newAIMDLoadScheduler(e, p, c, id)
+		selectors = c.Selectors
+	case policy.Sampler:
+		id.ID = cmp.Or(c.ID, id.ID)
+		p.component, selectors = newSampler(e, c, id), c.Selectors
+	case policy.LoadRamp:
+		id.ID = cmp.Or(c.ID, id.ID)
+		p.component, selectors = newLoadRamp(e, c, id), c.Selectors
+	default:
+		err = fmt.Errorf("the engine cannot run a %T", c)
+	}
+	return selectors, err
+}
+
+// place registers the component at each of its control points, once.
+func (r *rules) place(c component, selectors []policy.Selector) error {
+	for _, s := range selectors {
+		compiled, err := compileSelector(s)
+		if err != nil {
+			return err
+		}
+		p := r.points[s.ControlPoint]
+		if p == nil {
+			p = new(point)
+			r.points[s.ControlPoint] = p
+		}
+		p.add(c, compiled)
+	}
+	return nil
+}
