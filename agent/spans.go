@@ -18,7 +18,7 @@ func (s *Server) read(span []byte) {
 		return
 	}
 	if check, latency, ok := ranFor(span); ok {
-		if m := readCheck(check, s.engine.Measures); m != nil && !spared(m) {
+		if m := readCheck(check, s.engine.Measures); m != nil && worked(m) {
 			s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
 		}
 	}
@@ -133,8 +133,12 @@ func readCheck(text []byte, wanted func(controlPoint string) bool) *checkv1.Chec
 	return m
 }
 
-// spared says whether the flow's result was in the cache, so that it had no work.
-func spared(m *checkv1.CheckResponse) bool {
+// worked says whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, and not if
+// its result was in the cache.
+func worked(m *checkv1.CheckResponse) bool {
+	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+		return false
+	}
 	r := m.GetCacheLookupResponse().GetResultCacheResponse()
-	return r != nil && r.GetLookupStatus() == checkv1.CacheLookupStatus_HIT && r.GetOperationStatus() == checkv1.CacheOperationStatus_SUCCESS
+	return r == nil || r.GetLookupStatus() != checkv1.CacheLookupStatus_HIT || r.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS
 }

@@ -68,6 +68,8 @@ func TestLatencies(t *testing.T) {
 	hit.CacheLookupResponse = &checkv1.CacheLookupResponse{ResultCacheResponse: &checkv1.KeyLookupResponse{}}
 	miss := proto.CloneOf(hit)
 	miss.CacheLookupResponse.ResultCacheResponse.LookupStatus = checkv1.CacheLookupStatus_MISS
+	rejected := proto.CloneOf(read)
+	rejected.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
 	for _, tt := range []struct {
 		name   string
 		report report // beside one of 30 ms
@@ -78,6 +80,7 @@ func TestLatencies(t *testing.T) {
 		{"milliseconds", report{answer: read, status: "Ok", begin: 1000, end: 1090, unit: "_ms"}, 0.6},
 		{"a miss", report{answer: miss, status: "OK", begin: second, end: second + 90*ms}, 0.6},
 		{"a hit", report{answer: hit, status: "OK", begin: second, end: second + 90*ms}, 0.3},
+		{"rejected", report{answer: rejected, status: "OK", begin: second, end: second + 90*ms}, 0.3},
 		{"failed", report{answer: read, status: "Error", begin: second, end: second + 90*ms}, 0.3},
 		{"ended before it began", report{answer: read, status: "OK", begin: second, end: second - 90*ms}, 0.3},
 		{"took for ever", report{answer: read, status: "OK", begin: second, end: 1 << 60}, 0.3},
