@@ -51,21 +51,25 @@ func (loadRule) meet(l *load, now int64, tokens float64) {
 		l.began, l.learning = second, true
 	}
 	l.last = max(l.last, second)
-	l.asked.add(now, tokens)
+	l.asked.add(now, min(tokens, maxCost))
 	if l.learning && second-l.began >= learnSeconds {
 		l.steer(now, l.multiplier)
 		l.learning = false
 	}
 }
 
-// steer sets the share that is let in from now on.
+// steer sets the share that is let in from now on. What is owed from before is no more than comes in the time that the
+// rate is the mean of: flows that cost a great deal must not keep the others out for longer.
 func (l *load) steer(now int64, multiplier float64) {
 	wasOpen := l.open()
 	l.refill(now)
 	l.multiplier = max(multiplier, 0)
 	l.rate = l.multiplier * l.asked.whole(now).sum / loadSeconds
-	if l.tokens > l.rate || wasOpen {
+	if wasOpen {
 		l.tokens = l.rate
+	}
+	if !l.open() {
+		l.tokens = min(max(l.tokens, -loadSeconds*l.rate), l.rate)
 	}
 }
 
@@ -87,6 +91,7 @@ func (l *load) refill(now int64) {
 // draw lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
 // come.
 func (loadRule) draw(l *load, now int64, tokens float64) draw {
+	tokens = min(tokens, maxCost)
 	if l.open() {
 		l.given.add(now, tokens)
 		return draw{ok: true}
@@ -111,7 +116,7 @@ func (l *load) until(tokens float64) int64 {
 // giveBack undoes a draw. What was given stays counted: that somebody else rejects the flow does not say that this load
 // was too much.
 func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64) bool {
-	l.tokens = min(l.tokens+tokens, l.rate)
+	l.tokens = min(l.tokens+min(tokens, maxCost), l.rate)
 	return true
 }
 

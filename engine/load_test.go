@@ -176,3 +176,29 @@ func TestLoadShare(t *testing.T) {
 		}
 	}
 }
+
+// One flow that costs beyond all reason keeps the others out for a while, not for good.
+func TestLoadHugeCost(t *testing.T) {
+	for _, huge := range []float64{1e12, 1e20, math.MaxFloat64} {
+		l, now := learned(10, 0.5)
+		rule := loadRule{}
+		for range 2 { // the sum of two may be beyond a float
+			rule.meet(l, now, huge)
+			rule.draw(l, now, huge)
+		}
+		given := 0.0
+		for i := range 200 {
+			now += int64(time.Second)
+			l.steer(now, 0.5)
+			for range 10 {
+				rule.meet(l, now, 1)
+				if rule.draw(l, now, 1).ok && i >= 100 {
+					given++
+				}
+			}
+		}
+		if given < 490 || given > 510 {
+			t.Errorf("after a flow of %v: %v tokens in 100 s want 500", huge, given)
+		}
+	}
+}

@@ -36,20 +36,25 @@ func (w *window) add(now int64, x float64) {
 	t.count++
 }
 
-// whole sums the whole slots: all but the one that is under way.
+// whole sums the whole slots: all but the one that is under way. It is not left out by a subtraction, in which a huge
+// one would take the others with it.
 func (w *window) whole(now int64) tally {
-	t := w.total(now)
-	current := w.slots[w.newest%int64(len(w.slots))]
-	return tally{t.sum - current.sum, t.count - current.count}
+	w.advance(now)
+	current := int(w.newest % int64(len(w.slots)))
+	return sum(w.slots[:current]).plus(sum(w.slots[current+1:]))
 }
 
 // total sums all slots.
 func (w *window) total(now int64) tally {
 	w.advance(now)
-	var t tally
-	for _, s := range w.slots {
-		t.sum += s.sum
-		t.count += s.count
+	return sum(w.slots)
+}
+
+func sum(slots []tally) (t tally) {
+	for _, s := range slots {
+		t = t.plus(s)
 	}
 	return t
 }
+
+func (t tally) plus(s tally) tally { return tally{t.sum + s.sum, t.count + s.count} }

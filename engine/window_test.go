@@ -27,6 +27,8 @@ func TestWindow(t *testing.T) {
 	check("the oldest goes", 104*s, 14, 14)
 	w.add(90*s, 16)
 	check("a clock that steps back counts now", 104*s, 30, 14)
+	w.add(104*s, 1e300)
+	check("a huge one does not swallow the others", 104*s, 1e300, 14)
 	check("a long silence", 1000*s, 0, 0)
 	w.add(1000*s, 1)
 	if got := w.total(1000 * s); got != (tally{1, 1}) {
