@@ -86,6 +86,8 @@ func (r *bucketRule) draw(b *bucket, now int64, tokens float64) draw {
 	return draw{ok: ok, left: b.tokens, wait: wait}
 }
 
+func (r *bucketRule) cost(tokens float64) float64 { return min(tokens, maxCost) }
+
 // giveBack undoes a take.
 func (r *bucketRule) giveBack(b *bucket, _ int64, tokens float64, _ uint64) bool {
 	b.tokens = min(b.tokens+tokens, r.capacity)

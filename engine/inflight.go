@@ -35,7 +35,7 @@ type slot struct {
 // none ends a list of slots.
 const none int32 = -1
 
-// maxCost bounds what one flow counts for, of slots and of a load. More would swallow the others in the sum, which is a
+// maxCost bounds what one flow counts for, of slots, of a load, and in a queue. More would swallow the others in the sum, which is a
 // float, and leave the limit open when it goes; the label that says it may come from a peer.
 const maxCost = 1e9
 
@@ -68,6 +68,9 @@ func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
 	}
 	return d
 }
+
+// cost counts a flow that wants all that there is, or more, as all.
+func (r *slotRule) cost(tokens float64) float64 { return min(tokens, r.limit, maxCost) }
 
 // giveBack takes a slot back, unless it has been already.
 func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64) bool {

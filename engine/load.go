@@ -105,6 +105,8 @@ func (loadRule) draw(l *load, now int64, tokens float64) draw {
 	return draw{ok: true, left: max(l.tokens, 0)}
 }
 
+func (loadRule) cost(tokens float64) float64 { return min(tokens, maxCost) }
+
 // until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
 func (l *load) until(tokens float64) int64 {
 	if l.rate == 0 {

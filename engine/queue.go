@@ -54,7 +54,8 @@ type share struct {
 
 // A waiter is a flow that waits. All but its ready channel is guarded by the lock of the queue's entry.
 type waiter struct {
-	tokens     float64
+	tokens     float64       // that it is to have,
+	cost       float64       // and what they count for here
 	ready      chan struct{} // closed when the waiter has been served
 	served     bool
 	got        draw
@@ -101,7 +102,7 @@ func (q *queue) push(w *waiter, c claim) {
 	}
 	s.last, w.share = w, s
 	for ; s.parent != nil; s = s.parent {
-		s.backlog += w.tokens
+		s.backlog += w.cost
 	}
 	q.settle(w.share)
 }
@@ -131,7 +132,7 @@ func (q *queue) remove(w *waiter) {
 	}
 	w.prev, w.next, w.share = nil, nil, nil
 	for at := s; at.parent != nil; at = at.parent {
-		at.backlog -= w.tokens
+		at.backlog -= w.cost
 	}
 	q.len--
 	q.settle(s)
@@ -146,7 +147,7 @@ func (q *queue) settle(s *share) {
 			delete(q.shares, s.claim)
 			continue
 		}
-		s.finish = s.start + first.tokens/s.weight
+		s.finish = s.start + first.cost/s.weight
 		if s.index < 0 {
 			heap.Push(&s.parent.below, s)
 		} else {
@@ -184,11 +185,11 @@ func (s *share) head() *waiter {
 	return s.first
 }
 
-// ahead is how many tokens go to others before a flow that would wait from now on, if nobody else comes. It is exact
-// where all want the same, and close to it else. Where a great many share it does not look at all of them, and says too
-// little.
-func (q *queue) ahead(c claim, tokens float64) float64 {
-	all := tokens // of the flow and of those before it
+// ahead is what the flows cost that go before one of that cost which would wait from now on, if nobody else comes. It is
+// exact where all want the same, and close to it else. Where a great many share it does not look at all of them, and says
+// too little.
+func (q *queue) ahead(c claim, cost float64) float64 {
+	all := cost // of the flow and of those before it
 	begin := q.root.clock
 	workload := q.shares[c.ofWorkload()]
 	if workload != nil {
@@ -201,7 +202,7 @@ func (q *queue) ahead(c claim, tokens float64) float64 {
 		begin = workload.start
 	}
 	all += q.root.others(workload, begin+all/c.priority)
-	return all - tokens
+	return all - cost
 }
 
 // mostOthers bounds what a look at those who share may cost a flow.
@@ -212,7 +213,7 @@ func (s *share) others(but *share, finish float64) float64 {
 	sum := 0.0
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
 		if o != but && o.finish <= finish {
-			each := o.head().tokens // as if those behind it wanted the same
+			each := o.head().cost // as if those behind it wanted the same
 			turns := math.Floor((finish-o.start)*o.weight/each + 1e-9)
 			sum += min(max(turns, 1)*each, o.backlog)
 		}

@@ -10,6 +10,9 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
 )
 
 // claims are of workloads a, b, …, whose priorities are given, and of fairness values.
@@ -24,7 +27,7 @@ func claims(priorities []float64, values int) []claim {
 }
 
 func push(q *queue, c claim, tokens float64) *waiter {
-	w := &waiter{tokens: tokens}
+	w := &waiter{tokens: tokens, cost: tokens}
 	q.push(w, c)
 	return w
 }
@@ -108,6 +111,42 @@ func TestQueueImpatientWorkload(t *testing.T) {
 	}
 	if served < 98 || served > 101 {
 		t.Errorf("%d of 10 000 were of priority 1 beside 100 want 99", served)
+	}
+}
+
+// No label takes so much of the clock that the others no longer share alike.
+func TestQueueExtremes(t *testing.T) {
+	w := &workloads{priorityLabel: "priority"}
+	of := newWorkload("", policy.WorkloadParameters{})
+	for _, priority := range []string{"1", "1e-18", "1e-320", "1e308"} {
+		for _, tokens := range []float64{1, 1e9, 1e20, math.MaxFloat64} {
+			q := newQueue(nil)
+			extreme := w.claim(&of, &seam.Labels{Params: map[string]string{"priority": priority}})
+			for range 2 { // one is served, and one goes on to wait
+				q.push(&waiter{cost: loadRule{}.cost(tokens)}, extreme)
+			}
+			q.pop()
+			all := claims([]float64{1, 1}, 1)
+			for _, c := range all {
+				if got := q.ahead(c, 1); !(got >= 0) || math.IsInf(got, 1) {
+					t.Errorf("priority %s, %v tokens: %v are ahead", priority, tokens, got)
+				}
+				for range 10 {
+					push(q, c, 1)
+				}
+			}
+			served := make(map[claim]int)
+			for n := 0; n < 10; {
+				c := q.first().share.claim
+				if q.pop(); c != extreme {
+					served[c]++
+					n++
+				}
+			}
+			if served[all[0]] != 5 {
+				t.Errorf("priority %s, %v tokens: served %v want 5 of each", priority, tokens, served)
+			}
+		}
 	}
 }
 

@@ -82,12 +82,12 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 // waiting says whether anybody waits.
 func (l *line[S]) waiting() bool { return l.queue != nil && l.queue.len > 0 }
 
-// ahead is how many tokens go to others before a flow that would wait from now on.
-func (l *line[S]) ahead(c claim, tokens float64) float64 {
+// ahead is what the flows cost that go before one of that cost which would wait from now on.
+func (l *line[S]) ahead(c claim, cost float64) float64 {
 	if !l.waiting() {
 		return 0
 	}
-	return l.queue.ahead(c, tokens)
+	return l.queue.ahead(c, cost)
 }
 
 // workload names a flow's class to those outside.
@@ -144,7 +144,8 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 		}
 	}
 	t := ticket[S]{claim: s.workloads.claim(of, &req.Labels), entry: e, patience: s.patience(of, now, deadline)}
-	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, d.Consumed), d.Consumed)
+	cost := s.source.cost(d.Consumed)
+	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
 	d.Remaining = s.source.usage(&l.tokens, now).Remaining
 	switch {
 	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
@@ -160,7 +161,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	if l.queue == nil {
 		l.queue = newQueue(func() { s.ring(e) })
 	}
-	w := &waiter{tokens: d.Consumed}
+	w := &waiter{tokens: d.Consumed, cost: cost}
 	l.queue.push(w, t.claim)
 	s.serve(e, now) // it may be the first, and need less than who was
 	switch {
@@ -212,7 +213,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		l.queue.remove(t.waiter)
 	}
 	s.serve(e, now)
-	_, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, t.tokens), t.tokens)
+	_, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, t.cost), t.tokens)
 	s.drop(d, seam.CauseTimeout, likely)
 	switch {
 	case gone != nil:

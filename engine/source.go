@@ -12,13 +12,17 @@ type source[S any] interface {
 	// draw takes tokens, all of them or none.
 	draw(state *S, now int64, tokens float64) draw
 
+	// cost is how many tokens a flow that wants so many counts for among those who wait: no more than it can get, nor
+	// than leaves a sum exact enough for the others.
+	cost(tokens float64) float64
+
 	// giveBack takes back what was drawn; false says that it has been taken back before.
 	giveBack(state *S, now int64, tokens float64, slot uint64) bool
 
 	// usage is how many tokens there are, and could be, and how many flows hold some.
 	usage(state *S, now int64) Usage
 
-	// forecast says how long a flow has to wait for its tokens when others are to have so many before it: at the least,
+	// forecast says how long a flow has to wait for its tokens when flows of that cost go before it: at the least,
 	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a
 	// draw would fail, or where others wait.
 	forecast(state *S, now int64, ahead, tokens float64) (least, likely int64)

@@ -60,6 +60,13 @@ func (w *workloads) of(labels *seam.Labels) *workload {
 	return &w.others
 }
 
+// Priorities beyond these count as these. The queue's clock runs at their speed, and a float that shows too much of one
+// no longer moves for the others; the label that says them may come from a peer.
+const (
+	minPriority = 1e-6
+	maxPriority = 1e6
+)
+
 // claim is for whom a flow of the workload waits.
 func (w *workloads) claim(of *workload, labels *seam.Labels) claim {
 	c := claim{workload: of.label, priority: of.priority}
@@ -75,6 +82,7 @@ func (w *workloads) claim(of *workload, labels *seam.Labels) claim {
 			}
 		}
 	}
+	c.priority = min(max(c.priority, minPriority), maxPriority)
 	if w.fairnessLabel != "" {
 		c.fairness, _ = labels.Lookup(w.fairnessLabel)
 	}
