@@ -1,0 +1,110 @@
+// Ramp lets more and more users into something new, and takes some of them out again.
+//
+//	go run ./examples/ramp
+//
+// Each column is a user, by the first letter of the name, and a letter stands for one whose flow was accepted. Somebody
+// is in or out by the name, so that who is in stays in while the ramp goes up, and those who came last go first when it
+// goes down. The ramp is that of a policy; this program moves it, as an operator would.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx, os.Args[1:], os.Stdout)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "ramp:", err)
+		os.Exit(1)
+	}
+}
+
+// newPage is everybody's four seconds after it has begun. Tester is in from the start.
+var newPage = policy.Policy{Name: "new-page", Components: []policy.Component{policy.LoadRamp{
+	Selectors: policy.At("page"), SessionLabel: "user_id", PassThroughValues: []string{"tester"},
+	Steps: []policy.RampStep{{Target: 0}, {Target: 100, Duration: 4 * time.Second}},
+}}}
+
+var users = strings.Fields("alice bob carol dave erin frank grace heidi ivan judy ken leo mallory niaj olivia peggy " +
+	"quentin rupert sybil tester ursula victor walter xavier yves zoe")
+
+// A move is what the operator does with the ramp, and how long it goes on.
+type move struct {
+	name string
+	do   func(*engine.Ramp)
+	last time.Duration
+}
+
+var moves = []move{
+	{"forward", (*engine.Ramp).Forward, 2400 * time.Millisecond},
+	{"hold", (*engine.Ramp).Hold, 800 * time.Millisecond},
+	{"backward", (*engine.Ramp).Backward, 1200 * time.Millisecond},
+	{"forward", (*engine.Ramp).Forward, 2800 * time.Millisecond},
+}
+
+const every = 400 * time.Millisecond // a row
+
+func run(ctx context.Context, args []string, stdout io.Writer) error {
+	if len(args) > 0 {
+		return fmt.Errorf("what is %q?", args[0])
+	}
+	e, err := engine.New([]policy.Policy{newPage})
+	if err != nil {
+		return err
+	}
+	defer e.Close()
+	ramp, ok := e.Ramp("new-page", "root.0")
+	if !ok {
+		return errors.New("the policy has no such ramp")
+	}
+	client, err := flowctl.New(e)
+	if err != nil {
+		return err
+	}
+	defer client.Close(context.WithoutCancel(ctx))
+
+	// In ramp mode the new page is only for those whom a ramp lets in, and for nobody when there is no answer.
+	page := headgate.GuardFunc(client, "page",
+		func(_ context.Context, user string) flowctl.Params {
+			return flowctl.Params{Labels: map[string]string{"user_id": user}, RampMode: true}
+		},
+		func(_ context.Context, user string) (string, error) { return user[:1], nil },
+		fallback.For[string](fallback.Value("·"))) // the old page
+
+	fmt.Fprintf(stdout, "%-10s%6s\n", "the ramp", "at")
+	for _, m := range moves {
+		m.do(ramp)
+		for range m.last / every {
+			select {
+			case <-time.After(every):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			fmt.Fprintf(stdout, "%-10s%4.0f %%  ", m.name, ramp.Percentage())
+			for _, user := range users {
+				cell, err := page(ctx, user)
+				if err != nil {
+					return err
+				}
+				fmt.Fprint(stdout, " "+cell)
+			}
+			fmt.Fprintln(stdout)
+		}
+	}
+	return nil
+}
