@@ -89,8 +89,12 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now, l := s.engine.now(), &e.state
+	waiting := l.waiting()
+	if waiting {
+		s.catchUp(e, now)
+	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))
-	if l.waiting() {
+	if waiting {
 		s.serve(e, now)
 	}
 }

@@ -22,8 +22,9 @@ type queue struct {
 	len    int
 	count  uint64 // of all that have waited since nobody did, for the order of equals
 
-	alarm *time.Timer // rings when the first waiter may be served though nobody gives anything back
-	rings int64       // when that is, or was; 0 when it does not
+	due   int64       // when the first waiter may be served though nobody gives anything back; 0 when not known
+	alarm *time.Timer // rings then
+	rings int64       // when the alarm does; 0 when it does not
 	ring  func()      // what it does then
 }
 
@@ -66,23 +67,19 @@ type waiter struct {
 
 func newQueue(ring func()) *queue { return &queue{shares: make(map[claim]*share), ring: ring} }
 
-// setAlarm has the alarm ring after the wait, or not at all where that is zero.
-func (q *queue) setAlarm(now, wait int64) {
-	at := int64(0)
-	if wait > 0 {
-		at = now + wait
-	}
+// setAlarm has the alarm ring when the first waiter is due. The time now is that of the clock, not of what was decided last.
+func (q *queue) setAlarm(now func() int64) {
 	switch {
-	case at == q.rings:
+	case q.due == q.rings:
 		return
-	case at == 0:
+	case q.due == 0:
 		q.alarm.Stop()
 	case q.alarm == nil:
-		q.alarm = time.AfterFunc(time.Duration(wait), q.ring)
+		q.alarm = time.AfterFunc(time.Duration(q.due-now()), q.ring)
 	default:
-		q.alarm.Reset(time.Duration(wait))
+		q.alarm.Reset(time.Duration(q.due - now()))
 	}
-	q.rings = at
+	q.rings = q.due
 }
 
 // first is who is served next; nil when nobody waits.

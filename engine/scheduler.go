@@ -199,9 +199,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	now := s.engine.now()
-	if !t.served {
-		s.serve(e, now) // at the last moment
-	}
+	s.serve(e, now) // at the last moment
 	gone := ctx.Err()
 	switch {
 	case t.served && gone == nil:
@@ -229,11 +227,30 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 
 // serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
 func (s *scheduler[S]) serve(e *entry[line[S]], now int64) {
+	s.catchUp(e, now)
+	s.hand(e, now)
+	e.state.queue.setAlarm(s.engine.now)
+}
+
+// catchUp serves those who were due before now, each at its time: alarms are late, and what comes to a full source
+// meanwhile is lost though somebody waits for it. It goes before all that gives something to a source for which somebody
+// waits, and leaves the alarm to serve. The entry is locked.
+func (s *scheduler[S]) catchUp(e *entry[line[S]], now int64) {
+	for q := e.state.queue; q.due > 0 && q.due < now; {
+		s.hand(e, q.due)
+	}
+}
+
+// hand hands what there is at a time to those who are first, and notes when the next is due.
+func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 	q := e.state.queue
+	q.due = 0
 	for w := q.first(); w != nil; w = q.first() {
-		got := s.source.draw(&e.state.tokens, now, w.tokens)
+		got := s.source.draw(&e.state.tokens, at, w.tokens)
 		if !got.ok {
-			q.setAlarm(now, got.wait)
+			if got.wait > 0 {
+				q.due = at + got.wait
+			}
 			return
 		}
 		q.pop()
@@ -242,13 +259,13 @@ func (s *scheduler[S]) serve(e *entry[line[S]], now int64) {
 			close(w.ready)
 		}
 	}
-	q.setAlarm(now, 0)
 }
 
 // ring is what the alarm of the entry's queue does.
 func (s *scheduler[S]) ring(e *entry[line[S]]) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.state.queue.rings = 0
 	s.serve(e, s.engine.now())
 }
 
@@ -276,8 +293,12 @@ func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
 
 func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision) bool {
 	return s.returned(d, func(e *entry[line[S]]) bool {
+		waiting := e.state.waiting()
+		if waiting {
+			s.catchUp(e, now)
+		}
 		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot)
-		if e.state.waiting() {
+		if waiting {
 			s.serve(e, now)
 		}
 		return ok

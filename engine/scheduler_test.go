@@ -179,3 +179,54 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+// However late somebody looks, nothing is lost that came while flows waited for it.
+func TestLateAlarm(t *testing.T) {
+	const second = int64(time.Second)
+	late := 3*second + second/2
+	for _, tt := range []struct {
+		name string
+		look func(s *scheduler[bucket], first *seam.LimiterDecision)
+		want int
+		due  int64 // the next
+	}{
+		{"the alarm", func(s *scheduler[bucket], _ *seam.LimiterDecision) {
+			s.single.mu.Lock()
+			defer s.single.mu.Unlock()
+			s.serve(s.single, late)
+		}, 3, 4 * second},
+		{"a flow comes", func(s *scheduler[bucket], _ *seam.LimiterDecision) {
+			s.enter(new(seam.Request), late, forever, new(seam.LimiterDecision))
+		}, 3, 4 * second},
+		{"a token comes back", func(s *scheduler[bucket], first *seam.LimiterDecision) {
+			s.giveBack(late, first)
+		}, 4, late + second}, // the half of one that does not fit beside it is lost
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
+				s := e.rules.Load().parts[0].component.(*scheduler[bucket])
+				var first seam.LimiterDecision
+				s.enter(new(seam.Request), 0, forever, &first)
+				var waiting []*waiter
+				for range 10 {
+					waiting = append(waiting, s.enter(new(seam.Request), 0, forever, new(seam.LimiterDecision)).waiter)
+				}
+				tt.look(s, &first)
+				served := 0
+				for _, w := range waiting {
+					if w.served {
+						served++
+					}
+				}
+				if served != tt.want {
+					t.Errorf("%d were served want %d", served, tt.want)
+				}
+				if q := s.single.state.queue; q.due != tt.due || q.rings != q.due {
+					t.Errorf("the next is due at %v, the alarm rings at %v want %v", time.Duration(q.due), time.Duration(q.rings), time.Duration(tt.due))
+				}
+				s.single.state.queue.alarm.Stop()
+			})
+		})
+	}
+}
