@@ -104,11 +104,11 @@ func TestBucketClockStepsBack(t *testing.T) {
 
 func TestBucketGiveBack(t *testing.T) {
 	r, b := drained(false, false)
-	r.giveBack(b, 0, 4, 0)
+	r.giveBack(b, 0, 4, 0, false)
 	if b.tokens != 4 {
 		t.Errorf("tokens = %v want 4", b.tokens)
 	}
-	r.giveBack(b, 0, 100, 0)
+	r.giveBack(b, 0, 100, 0, false)
 	if b.tokens != r.capacity {
 		t.Errorf("tokens = %v want no more than the capacity", b.tokens)
 	}
@@ -230,7 +230,7 @@ func TestBucketModel(t *testing.T) {
 			},
 			"give back": func(t *rapid.T) {
 				tokens := float64(rapid.IntRange(0, int(r.capacity)).Draw(t, "tokens"))
-				r.giveBack(b, now, tokens, 0)
+				r.giveBack(b, now, tokens, 0, false)
 				exact.add(rat(tokens))
 			},
 			"": func(t *rapid.T) {

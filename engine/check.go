@@ -180,7 +180,7 @@ func undo(v *seam.Verdict, now int64) {
 	for i := range v.Len() {
 		d := v.At(i)
 		if c, ok := d.Component.Limiter.(component); ok && !d.Dropped {
-			c.giveBack(now, d)
+			c.giveBack(now, d, true)
 			d.Slot = 0
 		}
 	}

@@ -18,8 +18,8 @@ type component interface {
 	refuse(req *seam.Request, d *seam.LimiterDecision)
 
 	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
-	// or has ended. False says that there was nothing to take back, or no more.
-	giveBack(now int64, d *seam.LimiterDecision) bool
+	// or has ended. Unused says that it did not run. False says that there was nothing to take back, or no more.
+	giveBack(now int64, d *seam.LimiterDecision, unused bool) bool
 
 	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
 	sweep(now int64)

@@ -199,7 +199,7 @@ func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, fail
 			continue
 		}
 		r.Held++
-		if c.giveBack(e.now(), d) {
+		if c.giveBack(e.now(), d, false) {
 			r.Returned++
 		}
 	}
@@ -257,7 +257,7 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 			}
 			d.Scope, d.Label = seam.ScopeLabel, value
 		}
-		if h.giveBack(e.now(), &d) {
+		if h.giveBack(e.now(), &d, false) {
 			return true, true
 		}
 	}

@@ -73,13 +73,17 @@ func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
 func (r *slotRule) cost(tokens float64) float64 { return min(tokens, r.limit, maxCost) }
 
 // giveBack takes a slot back, unless it has been already.
-func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64) bool {
+func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64, unused bool) bool {
 	r.reclaim(f, now)
 	i := int64(id>>32) - 1
 	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
 		return false
 	}
-	f.remove(int32(i), now-f.slots[i].since)
+	since := f.slots[i].since
+	f.remove(int32(i))
+	if !unused {
+		f.learn(now - since)
+	}
 	return true
 }
 
@@ -105,7 +109,8 @@ func (r *slotRule) forecast(f *inflight, _ int64, ahead, _ float64) (least, like
 // reclaim takes back the slots whose time is over.
 func (r *slotRule) reclaim(f *inflight, now int64) {
 	for f.oldest != none && now-f.slots[f.oldest].since >= r.maxInflight {
-		f.remove(f.oldest, r.maxInflight)
+		f.remove(f.oldest)
+		f.learn(r.maxInflight)
 	}
 }
 
@@ -131,7 +136,7 @@ func (f *inflight) take(now int64, tokens float64) (id uint64) {
 	return id
 }
 
-func (f *inflight) remove(i int32, held int64) {
+func (f *inflight) remove(i int32) {
 	s := &f.slots[i]
 	if s.prev == none {
 		f.oldest = s.next
@@ -153,8 +158,10 @@ func (f *inflight) remove(i int32, held int64) {
 			f.slots, f.free = nil, none
 		}
 	}
-	if held > 0 { // else it is a refund
-		f.returns = min(f.returns+1, maxReturns)
-		f.hold += (float64(held) - f.hold) / float64(f.returns)
-	}
+}
+
+// learn takes the time that a slot has been held into the average.
+func (f *inflight) learn(held int64) {
+	f.returns = min(f.returns+1, maxReturns)
+	f.hold += (float64(max(held, 0)) - f.hold) / float64(f.returns)
 }

@@ -21,10 +21,10 @@ func TestSlots(t *testing.T) {
 	if got := r.draw(f, 20, 1); got.ok || got.wait != 80 {
 		t.Errorf("draw = %+v want none of two slots left, until the first is taken back in 80", got)
 	}
-	if !r.giveBack(f, 20, 1, a.slot) || r.giveBack(f, 20, 1, a.slot) {
+	if !r.giveBack(f, 20, 1, a.slot, false) || r.giveBack(f, 20, 1, a.slot, false) {
 		t.Error("a slot is given back once")
 	}
-	if r.giveBack(f, 20, 1, 0) || r.giveBack(f, 20, 1, b.slot+1) || r.giveBack(f, 20, 1, 1<<63) {
+	if r.giveBack(f, 20, 1, 0, false) || r.giveBack(f, 20, 1, b.slot+1, false) || r.giveBack(f, 20, 1, 1<<63, false) {
 		t.Error("made-up ids gave slots back")
 	}
 	if !r.draw(f, 20, 5).ok || f.used != 6 || r.usage(f, 20).Remaining != -4 {
@@ -37,7 +37,7 @@ func TestSlots(t *testing.T) {
 	if f.count != 1 || f.used != 5 {
 		t.Errorf("count, used = %d, %v want the expired one taken back: 1, 5", f.count, f.used)
 	}
-	if r.giveBack(f, 110, 1, b.slot) {
+	if r.giveBack(f, 110, 1, b.slot, false) {
 		t.Error("an expired slot was given back")
 	}
 }
@@ -47,7 +47,7 @@ func TestSlotsHugeCost(t *testing.T) {
 	r, f := newInflight(2, 100)
 	r.draw(f, 0, 1)
 	huge := r.draw(f, 0, 1e300)
-	r.giveBack(f, 0, 1e300, huge.slot)
+	r.giveBack(f, 0, 1e300, huge.slot, false)
 	r.draw(f, 0, 1)
 	if r.draw(f, 0, 1).ok || f.used != 2 {
 		t.Errorf("used = %v want 2, and no room for a third flow", f.used)
@@ -76,7 +76,7 @@ func TestSlotsModel(t *testing.T) {
 			}
 		case 2:
 			for id, expires := range model {
-				if got := r.giveBack(f, now, 1, id); got != (expires > now) {
+				if got := r.giveBack(f, now, 1, id, false); got != (expires > now) {
 					t.Fatalf("at %d: giveBack = %v, expires %d", now, got, expires)
 				}
 				delete(model, id)
@@ -95,7 +95,7 @@ func TestSlotsForecast(t *testing.T) {
 	if least, likely := r.forecast(f, 0, 5, 1); least != 0 || likely != 0 {
 		t.Errorf("forecast = %d, %d want unknown before the first return", least, likely)
 	}
-	r.giveBack(f, 100, 1, a.slot)
+	r.giveBack(f, 100, 1, a.slot, false)
 	a = r.draw(f, 100, 1)
 	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 50 {
 		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
@@ -103,12 +103,12 @@ func TestSlotsForecast(t *testing.T) {
 	if least, likely := r.forecast(f, 100, 3, 1); least != 150 || likely != 200 {
 		t.Errorf("forecast behind 3 = %d, %d want 150, 200", least, likely)
 	}
-	r.giveBack(f, 100, 1, a.slot) // at once: a refund tells nothing
+	r.giveBack(f, 101, 1, a.slot, true) // what was not used tells nothing
 	r.draw(f, 100, 9)
 	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 130 {
 		t.Errorf("forecast of an overshoot = %d, %d want 8 of 10 tokens and one of two flows to return: 0, 130", least, likely)
 	}
-	r.giveBack(f, 400, 1, b.slot)
+	r.giveBack(f, 400, 1, b.slot, false)
 	if f.hold != 250 {
 		t.Errorf("mean = %v want that of 100 and 400", f.hold)
 	}

@@ -63,8 +63,8 @@ func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
 	}
 }
 
-func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision) bool {
+func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
 	return l.returned(d, func(e *entry[S]) bool {
-		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot)
+		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot, unused)
 	})
 }

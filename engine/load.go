@@ -117,7 +117,7 @@ func (l *load) until(tokens float64) int64 {
 
 // giveBack undoes a draw. What was given stays counted: that somebody else rejects the flow does not say that this load
 // was too much.
-func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64) bool {
+func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
 	l.tokens = min(l.tokens+min(tokens, maxCost), l.rate)
 	return true
 }

@@ -107,11 +107,11 @@ func TestLoadGiveBack(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
 	rule.draw(l, now, 5)
-	rule.giveBack(l, now, 3, 0)
+	rule.giveBack(l, now, 3, 0, false)
 	if got := rule.usage(l, now).Remaining; got != 3 {
 		t.Errorf("%v tokens want 3", got)
 	}
-	rule.giveBack(l, now, 100, 0)
+	rule.giveBack(l, now, 100, 0, false)
 	if got := rule.usage(l, now).Remaining; got != 5 {
 		t.Errorf("%v tokens want 5", got)
 	}

@@ -72,11 +72,11 @@ func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision) {
 	s.decide(req, s.engine.now(), d)
 }
 
-func (s *sampler) giveBack(int64, *seam.LimiterDecision) bool { return false }
-func (s *sampler) sweep(int64)                                {}
-func (s *sampler) retire()                                    {}
-func (s *sampler) overflow() uint64                           { return 0 }
-func (s *sampler) identity() *seam.Component                  { return &s.component }
+func (s *sampler) giveBack(int64, *seam.LimiterDecision, bool) bool { return false }
+func (s *sampler) sweep(int64)                                      {}
+func (s *sampler) retire()                                          {}
+func (s *sampler) overflow() uint64                                 { return 0 }
+func (s *sampler) identity() *seam.Component                        { return &s.component }
 
 // sampled says whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
 // RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and

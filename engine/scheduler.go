@@ -206,7 +206,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		t.got.fill(d)
 		return now, nil
 	case t.served:
-		s.source.giveBack(&l.tokens, now, t.tokens, t.got.slot)
+		s.source.giveBack(&l.tokens, now, t.tokens, t.got.slot, true)
 	default:
 		l.queue.remove(t.waiter)
 	}
@@ -291,13 +291,13 @@ func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
 	}
 }
 
-func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision) bool {
+func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
 	return s.returned(d, func(e *entry[line[S]]) bool {
 		waiting := e.state.waiting()
 		if waiting {
 			s.catchUp(e, now)
 		}
-		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot)
+		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot, unused)
 		if waiting {
 			s.serve(e, now)
 		}

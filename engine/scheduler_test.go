@@ -171,7 +171,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
 		s.single.mu.Lock()
 		cancel()
-		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot) {
+		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot, false) {
 			t.Error("the first slot was gone")
 		}
 		s.serve(s.single, e.now())
@@ -199,7 +199,7 @@ func TestLateAlarm(t *testing.T) {
 			s.enter(new(seam.Request), late, forever, new(seam.LimiterDecision))
 		}, 3, 4 * second},
 		{"a token comes back", func(s *scheduler[bucket], first *seam.LimiterDecision) {
-			s.giveBack(late, first)
+			s.giveBack(late, first, true)
 		}, 4, late + second}, // the half of one that does not fit beside it is lost
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -229,4 +229,30 @@ func TestLateAlarm(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A flow that is taken back says nothing about how long flows hold slots.
+func TestUnusedSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		req := &seam.Request{ControlPoint: "point"}
+		var v seam.Verdict
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected {
+			t.Fatalf("Check() = %v, %+v", err, v)
+		}
+		<-time.After(time.Second)
+		if _, err := e.End(t.Context(), req, &v, false); err != nil {
+			t.Fatal(err)
+		}
+		v = seam.Verdict{}
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected {
+			t.Fatalf("Check() = %v, %+v", err, v)
+		}
+		<-time.After(time.Millisecond)
+		e.Revert(&v)
+		f := &e.rules.Load().parts[0].component.(*scheduler[inflight]).single.state.tokens
+		if f.count != 0 || f.hold != float64(time.Second) {
+			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))
+		}
+	})
 }

@@ -16,8 +16,9 @@ type source[S any] interface {
 	// than leaves a sum exact enough for the others.
 	cost(tokens float64) float64
 
-	// giveBack takes back what was drawn; false says that it has been taken back before.
-	giveBack(state *S, now int64, tokens float64, slot uint64) bool
+	// giveBack takes back what was drawn; false says that it has been taken back before. Unused says that the flow did
+	// not run.
+	giveBack(state *S, now int64, tokens float64, slot uint64, unused bool) bool
 
 	// usage is how many tokens there are, and could be, and how many flows hold some.
 	usage(state *S, now int64) Usage
