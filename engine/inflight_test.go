@@ -124,3 +124,18 @@ func TestSlotsForecast(t *testing.T) {
 		t.Errorf("forecast of no slots = %d, %d want never", least, likely)
 	}
 }
+
+// Flows that want more than all slots are let in one after the other, and no slower.
+func TestSlotsForecastOverLimit(t *testing.T) {
+	r, f := newInflight(2, 1000)
+	a := r.draw(f, 0, 50)
+	r.giveBack(f, 100, 50, a.slot, false)
+	r.draw(f, 100, 50)
+	q, c := newQueue(nil), claim{priority: 1}
+	for range 3 {
+		q.push(&waiter{tokens: 50, cost: r.cost(50)}, c)
+	}
+	if least, _ := r.forecast(f, 100, q.ahead(c, r.cost(50)), 50); least != 300 {
+		t.Errorf("forecast behind 3 = %d at least want 300", least)
+	}
+}
