@@ -119,8 +119,8 @@ func (r *bucketRule) timeToFill(tokens float64) int64 {
 		return 0
 	}
 	fills := tokens / r.fill
-	if r.step {
-		fills = math.Ceil(fills)
+	if r.step { // of which none brings more than the bucket holds
+		fills = math.Ceil(tokens / min(r.fill, r.capacity))
 	}
 	return clampNanos(math.Ceil(fills * r.interval))
 }

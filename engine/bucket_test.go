@@ -53,6 +53,16 @@ func TestBucketWait(t *testing.T) {
 	}
 }
 
+// A step that is larger than the bucket brings no more than that holds.
+func TestBucketForecastLargeSteps(t *testing.T) {
+	r, b := &bucketRule{capacity: 2, fill: 10, interval: 1e9, step: true}, new(bucket)
+	r.fresh(b, 0)
+	r.take(b, 0, 2)
+	if least, likely := r.forecast(b, 0, 5, 1); least != seconds(3) || likely != least {
+		t.Errorf("forecast behind 5 = %v, %v want 3s", time.Duration(least), time.Duration(likely))
+	}
+}
+
 // Who retries when it was told to must get in: rounding must not cost it another round.
 func TestBucketWaitIsEnough(t *testing.T) {
 	for _, interval := range []float64{1, 1e6, 1e9, 7e9, 86400e9} {
