@@ -197,7 +197,7 @@ func reject(v *seam.Verdict, reason seam.Reason) {
 		if !d.Dropped {
 			continue
 		}
-		if d.Wait == never {
+		if d.Wait == never || d.Wait >= century/2 { // which is about where waits are cut off
 			d.Wait, hopeless = 0, true
 		}
 		if by == nil || d.Wait > by.Wait {

@@ -685,3 +685,16 @@ func TestConcurrentFlows(t *testing.T) {
 		t.Error("more flows than tokens were accepted")
 	}
 }
+
+// A wait of decades is none that a flow could be told.
+func TestWaitOfDecades(t *testing.T) {
+	for _, step := range []bool{false, true} {
+		c := open(t, []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("point"), Capacity: 1, Fill: 1e-300, Interval: time.Second, StepFill: step,
+		}})
+		start(t, c, user("u"))
+		if flow := start(t, c, user("u")); flow.ShouldRun() || flow.RetryAfter() != 0 {
+			t.Errorf("step %v: ShouldRun() = %v, RetryAfter() = %v want it rejected, and no time", step, flow.ShouldRun(), flow.RetryAfter())
+		}
+	}
+}
