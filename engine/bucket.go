@@ -115,7 +115,7 @@ func (r *bucketRule) idle(b *bucket, now int64) bool {
 }
 
 func (r *bucketRule) timeToFill(tokens float64) int64 {
-	if r.fill == 0 {
+	if r.fill == 0 || tokens == 0 {
 		return 0
 	}
 	fills := tokens / r.fill

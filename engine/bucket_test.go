@@ -63,6 +63,14 @@ func TestBucketForecastLargeSteps(t *testing.T) {
 	}
 }
 
+func TestBucketOfNothing(t *testing.T) {
+	r, b := &bucketRule{capacity: 0, fill: 1, interval: 1e9, step: true, delay: true}, new(bucket)
+	r.fresh(b, 0)
+	if ok, wait := r.take(b, 1, 1); ok || wait != 0 || b.start != 1 {
+		t.Errorf("take = %v, %v, with nothing filled up to %d want a refusal without a wait, and no delay", ok, wait, b.start)
+	}
+}
+
 // Who retries when it was told to must get in: rounding must not cost it another round.
 func TestBucketWaitIsEnough(t *testing.T) {
 	for _, interval := range []float64{1, 1e6, 1e9, 7e9, 86400e9} {
