@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/failsafe-go/failsafe-go"
+	"github.com/failsafe-go/failsafe-go/adaptivelimiter"
 	"github.com/failsafe-go/failsafe-go/bulkhead"
 	"github.com/failsafe-go/failsafe-go/ratelimiter"
 	"github.com/sony/gobreaker/v2"
@@ -27,6 +28,9 @@ const (
 	oneKey      = "one-key"     // the same, for the rows with label maps in turn
 	manyKeys    = "many-keys"   // the same
 	concurrency = "concurrency" // a concurrency limiter
+	quota       = "quota"       // a quota scheduler, keyed by user
+	slots       = "slots"       // a concurrency scheduler
+	sampled     = "sampled"     // a sampler, which goes by the user
 )
 
 // policies never reject: what is measured is a call that is let through.
@@ -40,6 +44,15 @@ func policies(keys int) []policy.Policy {
 		{Name: fmt.Sprintf("%d-users", keys), Components: []policy.Component{limit(manyKeys, "user_id")}},
 		{Name: "at-once", Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute,
+		}}},
+		{Name: "user-quota", Components: []policy.Component{policy.QuotaScheduler{
+			Selectors: policy.At(quota), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id",
+		}}},
+		{Name: "slots", Components: []policy.Component{policy.ConcurrencyScheduler{
+			Selectors: policy.At(slots), Max: 1e6, MaxInflight: time.Minute,
+		}}},
+		{Name: "sampled", Components: []policy.Component{policy.Sampler{
+			Selectors: policy.At(sampled), AcceptPercentage: 100, SessionLabel: "user_id",
 		}}},
 	}
 }
@@ -104,11 +117,17 @@ func heap() float64 {
 
 func (e *engines) close() error { return e.engine.Close() }
 
+const (
+	keyedLimiter = "Guard, one keyed rate limiter"
+	queueing     = "failsafe-go bulkhead with queueing"
+)
+
 func (e *engines) rows() []*row {
+	pass := []target{{inTime, keyedLimiter, 2, false}, {inAllocs, "", 2, false}} // of a scheduler where nobody waits
 	return []*row{
 		{name: "Guard, no policy", call: e.guard(nothing)},
 		{name: "Do, no policy", call: e.do(nothing)},
-		{name: "Guard, one keyed rate limiter", call: e.guard(rateLimited), targets: []target{
+		{name: keyedLimiter, call: e.guard(rateLimited), targets: []target{
 			{inTime, "failsafe-go rate limiter", 1.0 / 3, false},
 			{inTime, "gobreaker", 2, false},
 			{inAllocs, "", 1, false},
@@ -123,12 +142,24 @@ func (e *engines) rows() []*row {
 		{name: "Do, one concurrency limiter", call: e.do(concurrency), targets: []target{
 			{inTime, "failsafe-go bulkhead", 0, true},
 		}},
+		{name: "Guard, one keyed quota scheduler", call: e.guard(quota), targets: pass},
+		{name: "Guard, one concurrency scheduler", call: e.guard(slots), targets: append(pass, target{inTime, queueing, 0, true})},
+		{name: "Guard, one sampler", call: e.guard(sampled), targets: []target{{inTime, keyedLimiter, 0, true}}},
+		{name: "Cached, a hit", call: e.cached},
 		{name: "failsafe-go rate limiter", call: func() func() error {
 			limited := failsafe.With[int](ratelimiter.NewBurstyBuilder[int](1<<40, time.Second).Build())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
 		{name: "failsafe-go bulkhead", call: func() func() error {
 			limited := failsafe.With[int](bulkhead.New[int](1_000_000))
+			return func() error { _, err := limited.Get(work); return err }
+		}},
+		{name: queueing, call: func() func() error {
+			limited := failsafe.With[int](bulkhead.NewBuilder[int](1_000_000).WithMaxWaitTime(time.Minute).Build())
+			return func() error { _, err := limited.Get(work); return err }
+		}},
+		{name: "failsafe-go adaptive limiter", call: func() func() error {
+			limited := failsafe.With[int](adaptivelimiter.NewWithDefaults[int]())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
 		{name: "gobreaker", call: func() func() error {
@@ -164,6 +195,12 @@ func (e *engines) guard(controlPoint string) func() func() error {
 	return func() func() error {
 		return func() error { _, err := guarded(e.ctx); return err }
 	}
+}
+
+// cached finds its result in the cache, each time but the first.
+func (e *engines) cached() func() error {
+	report := headgate.Cached(e.client, nothing, flowctl.Params{ResultCacheKey: "report"}, time.Hour, workContext, nil, nil)
+	return func() error { _, err := report(e.ctx); return err }
 }
 
 func (e *engines) do(controlPoint string) func() func() error {

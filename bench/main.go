@@ -65,6 +65,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err := t.measure(ctx, *rounds, slices.Concat(e.rows(), e.adaptorRows(), r.rows())); err != nil {
 		return err
 	}
+	if err := measureQueues(ctx, &t, *rounds); err != nil {
+		return err
+	}
 	if err := e.fill(*keys); err != nil {
 		return err
 	}
@@ -75,11 +78,22 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), processor(), *rounds, *each)
 	t.print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight over gRPC, and one for each processor elsewhere; ns/op is then the time of the run over its calls.\n", inFlight)
+	fmt.Fprintln(stdout, "Queue and wake is the time from one flow that gets the only slot to the next.")
 	fmt.Fprintf(stdout, "agent, %d in flight: %.0f checks a second, client and agent on the same processors\n",
 		inFlight, 1e9/t.median(bareCheck, inParallel))
 	fmt.Fprintf(stdout, "limiter with %d keys: %.0f bytes a key beyond its text; target ≤ 128: %s\n",
 		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 128))
 	return nil
+}
+
+// measureQueues has those who wait wait no longer than their rows take, for they fill the heap.
+func measureQueues(ctx context.Context, t *table, rounds int) (err error) {
+	q, err := openQueues(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = firstError(err, q.close()) }()
+	return t.measure(ctx, rounds, q.list)
 }
 
 func firstError(errs ...error) error {
