@@ -211,18 +211,19 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		l.queue.remove(t.waiter)
 	}
 	s.serve(e, now)
+	if gone == nil && s.engine.closed.Load() {
+		gone = seam.ErrClosed
+	}
+	if gone != nil { // nobody is told when to retry
+		s.drop(d, seam.CauseTimeout, 0)
+		return now, gone
+	}
 	_, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, t.cost), t.tokens)
 	s.drop(d, seam.CauseTimeout, likely)
-	switch {
-	case gone != nil:
-		return now, gone
-	case s.engine.closed.Load():
-		return now, seam.ErrClosed
-	case retired:
+	if retired {
 		return now, errRetired
-	default:
-		return now, nil
 	}
+	return now, nil
 }
 
 // serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
