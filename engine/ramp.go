@@ -61,7 +61,7 @@ type ramp struct {
 func newRamp(p policy.LoadRamp, now int64) *ramp {
 	r := &ramp{steps: slices.Clone(p.Steps)}
 	for _, s := range p.Steps {
-		r.length += int64(s.Duration)
+		r.length = min(r.length+min(int64(s.Duration), century), century) // whose sum is within an int64
 	}
 	start := &position{since: now}
 	if p.Start {

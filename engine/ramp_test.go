@@ -19,6 +19,9 @@ func TestRamp(t *testing.T) {
 	down := policy.LoadRamp{Start: true, Steps: []policy.RampStep{{Target: 100}, {Target: 0, Duration: 100 * time.Second}}}
 	still := straight
 	still.Start = false
+	ages := policy.LoadRamp{Start: true, Steps: []policy.RampStep{
+		{Target: 1}, {Target: 50, Duration: math.MaxInt64}, {Target: 100, Duration: math.MaxInt64},
+	}}
 	for _, tt := range []struct {
 		name string
 		ramp policy.LoadRamp
@@ -37,6 +40,7 @@ func TestRamp(t *testing.T) {
 		{"straight ends on its target", straight, 300 * time.Second, 100},
 		{"down", down, 25 * time.Second, 75},
 		{"down, at the end", down, time.Hour, 0},
+		{"steps beyond all time", ages, math.MaxInt64 / 49 / 1000, 1 + 1e-3},
 		{"not started", still, time.Hour, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
