@@ -17,8 +17,11 @@ func (s *Server) read(span []byte) {
 	if !s.engine.Measures("") {
 		return
 	}
-	if check, latency, ok := ranFor(span); ok {
+	if check, latency, waited, ok := ranFor(span); ok {
 		if m := readCheck(check, s.engine.Measures); m != nil && worked(m) {
+			if waited {
+				latency = max(latency-checked(m), 0)
+			}
 			s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
 		}
 	}
@@ -38,9 +41,10 @@ const (
 const longest = 24 * time.Hour
 
 // ranFor gives the answer to the flow's check, as the span has it, and how long the flow's work took. It is not ok where
-// the flow did not run, or not end well.
-func ranFor(span []byte) (check []byte, latency time.Duration, ok bool) {
-	var begin, end int64
+// the flow did not run, or not end well. Waited says that the time is that of the check too: one SDK has the work start
+// with the flow.
+func ranFor(span []byte) (check []byte, latency time.Duration, waited, ok bool) {
+	var start, begin, end int64
 	good := false
 	walk(span, func(field protowire.Number, attribute []byte, _ uint64) {
 		if field != spanAttribute {
@@ -64,6 +68,8 @@ func ranFor(span []byte) (check []byte, latency time.Duration, ok bool) {
 			}
 		})
 		switch string(key) {
+		case "aperture.flow_start_timestamp":
+			start = number
 		case "aperture.workload_start_timestamp":
 			begin = number
 		case "aperture.workload_start_timestamp_ms":
@@ -79,7 +85,7 @@ func ranFor(span []byte) (check []byte, latency time.Duration, ok bool) {
 		}
 	})
 	latency = time.Duration(end - begin)
-	return check, latency, good && check != nil && begin != 0 && latency >= 0 && latency <= longest
+	return check, latency, begin == start, good && check != nil && begin != 0 && latency >= 0 && latency <= longest
 }
 
 // walk calls visit with each field of the message, up to where it is malformed: with its bytes, or its number.
@@ -131,6 +137,14 @@ func readCheck(text []byte, wanted func(controlPoint string) bool) *checkv1.Chec
 		return nil
 	}
 	return m
+}
+
+// checked is how long the check took in the agent, with the time in queues.
+func checked(m *checkv1.CheckResponse) time.Duration {
+	if m.GetStart() == nil || m.GetEnd() == nil {
+		return 0
+	}
+	return min(max(m.GetEnd().AsTime().Sub(m.GetStart().AsTime()), 0), longest)
 }
 
 // worked says whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, and not if

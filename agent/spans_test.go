@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
@@ -28,6 +29,7 @@ type report struct {
 	json       bool
 	check      string // instead of the answer
 	status     string
+	start      int64 // of the flow; 0: not told
 	begin, end int64 // of the work
 	unit       string
 }
@@ -53,6 +55,9 @@ func (r report) span() *tracev1.Span {
 		text("aperture.flow.status", r.status),
 		text("aperture.check_response", check),
 	}}
+	if r.start != 0 {
+		span.Attributes = append(span.Attributes, number("aperture.flow_start_timestamp"+r.unit, r.start))
+	}
 	if r.begin != 0 {
 		span.Attributes = append(span.Attributes, number("aperture.workload_start_timestamp"+r.unit, r.begin), number("aperture.flow_end_timestamp"+r.unit, r.end))
 	}
@@ -70,6 +75,8 @@ func TestLatencies(t *testing.T) {
 	miss.CacheLookupResponse.ResultCacheResponse.LookupStatus = checkv1.CacheLookupStatus_MISS
 	rejected := proto.CloneOf(read)
 	rejected.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
+	waited := proto.CloneOf(read)
+	waited.Start, waited.End = timestamppb.New(time.Unix(50, 0)), timestamppb.New(time.Unix(51, 0))
 	for _, tt := range []struct {
 		name   string
 		report report // beside one of 30 ms
@@ -80,6 +87,8 @@ func TestLatencies(t *testing.T) {
 		{"milliseconds", report{answer: read, status: "Ok", begin: 1000, end: 1090, unit: "_ms"}, 0.6},
 		{"a miss", report{answer: miss, status: "OK", begin: second, end: second + 90*ms}, 0.6},
 		{"a hit", report{answer: hit, status: "OK", begin: second, end: second + 90*ms}, 0.3},
+		{"the work starts with the flow, and waits a second", report{answer: waited, status: "OK", start: second, begin: second, end: 2*second + 90*ms}, 0.6},
+		{"the work starts after the wait", report{answer: waited, status: "OK", start: second, begin: 2 * second, end: 2*second + 90*ms}, 0.6},
 		{"rejected", report{answer: rejected, status: "OK", begin: second, end: second + 90*ms}, 0.3},
 		{"failed", report{answer: read, status: "Error", begin: second, end: second + 90*ms}, 0.3},
 		{"ended before it began", report{answer: read, status: "OK", begin: second, end: second - 90*ms}, 0.3},
