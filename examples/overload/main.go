@@ -133,12 +133,13 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	defer client.Close(context.WithoutCancel(ctx))
 
 	fmt.Fprintf(stdout, "A service can do %d calls a second. So many are answered in time:\n\n", time.Second/takes)
-	header := fmt.Sprintf("%6s%9s", "", "asked/s")
+	var header strings.Builder
+	fmt.Fprintf(&header, "%6s%9s", "", "asked/s")
 	for _, l := range lanes {
 		l.call = headgate.Guard(client, l.title, flowctl.Params{}, l.serve, nil)
-		header += fmt.Sprintf("  %-20s", l.title)
+		fmt.Fprintf(&header, "  %-20s", l.title)
 	}
-	fmt.Fprintln(stdout, strings.TrimRight(header, " "))
+	fmt.Fprintln(stdout, strings.TrimRight(header.String(), " "))
 
 	var calls sync.WaitGroup
 	defer calls.Wait()
@@ -167,12 +168,13 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		}
 		select {
 		case <-tick.C:
-			line := fmt.Sprintf("%5.0fs%9.0f", time.Since(start).Seconds(), float64(asked)/row.Seconds())
+			var line strings.Builder
+			fmt.Fprintf(&line, "%5.0fs%9.0f", time.Since(start).Seconds(), float64(asked)/row.Seconds())
 			for _, l := range lanes {
 				rate := float64(l.inTime.Swap(0)) / row.Seconds()
-				line += fmt.Sprintf("  %3.0f %-16s", rate, strings.Repeat("█", int(rate/4+0.5)))
+				fmt.Fprintf(&line, "  %3.0f %-16s", rate, strings.Repeat("█", int(rate/4+0.5)))
 			}
-			fmt.Fprintln(stdout, strings.TrimRight(line, " "))
+			fmt.Fprintln(stdout, strings.TrimRight(line.String(), " "))
 			asked = 0
 		default:
 		}

@@ -19,7 +19,7 @@ func answers(t *testing.T, table string, from float64) (rows [][]float64) {
 	t.Helper()
 	for line := range strings.Lines(table) {
 		var numbers []float64
-		for _, word := range strings.Fields(line) {
+		for word := range strings.FieldsSeq(line) {
 			if n, err := strconv.ParseFloat(strings.TrimSuffix(word, "s"), 64); err == nil {
 				numbers = append(numbers, n)
 			}
