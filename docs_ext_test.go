@@ -18,7 +18,7 @@ import (
 
 var documents = []string{
 	"README.md", "docs/guide.md", "docs/http.md", "docs/grpc.md", "docs/policies.md", "docs/operating.md", "docs/migrating.md",
-	"docs/design.md", "docs/dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md",
+	"docs/design.md", "docs/benchmarks.md", "docs/dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md",
 }
 
 // TestSnippets keeps the documents' code from going stale: each block of Go is a piece of an Example function or of an
