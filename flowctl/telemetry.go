@@ -61,7 +61,7 @@ type record struct {
 
 func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger *slog.Logger, answered func()) *exporter {
 	// Not a caller's context: the exporter outlives all of them, until close cancels it.
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // see above
+	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // the exporter outlives every call; close cancels it
 	x := &exporter{
 		conn: conn, calls: calls, logger: logger, answered: answered,
 		wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
