@@ -27,9 +27,9 @@ type Starter interface {
 func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
 	fn func(context.Context) (T, error), onReject fallback.Func[T],
 ) func(context.Context) (T, error) {
-	params = params.Clone()
+	client, params = starter(client), params.Clone()
 	return func(ctx context.Context) (T, error) {
-		flow := start(ctx, client, controlPoint, params)
+		flow := client.Start(ctx, controlPoint, params)
 		if !flow.ShouldRun() {
 			end(ctx, flow)
 			if onReject == nil || !offersFallback(flow) {
@@ -48,12 +48,13 @@ func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
 func GuardFunc[A, T any](client Starter, controlPoint string, params func(context.Context, A) flowctl.Params,
 	fn func(context.Context, A) (T, error), onReject func(context.Context, A, error) (T, error),
 ) func(context.Context, A) (T, error) {
+	client = starter(client)
 	return func(ctx context.Context, arg A) (T, error) {
 		var p flowctl.Params
 		if params != nil {
 			p = params(ctx, arg)
 		}
-		flow := start(ctx, client, controlPoint, p)
+		flow := client.Start(ctx, controlPoint, p)
 		if !flow.ShouldRun() {
 			end(ctx, flow)
 			if onReject == nil || !offersFallback(flow) {
@@ -72,7 +73,7 @@ func GuardFunc[A, T any](client Starter, controlPoint string, params func(contex
 func Do(ctx context.Context, client Starter, controlPoint string, params flowctl.Params,
 	fn func(ctx context.Context, flow *flowctl.Flow) error,
 ) error {
-	flow := start(ctx, client, controlPoint, params)
+	flow := starter(client).Start(ctx, controlPoint, params)
 	if !flow.ShouldRun() {
 		end(ctx, flow)
 		return flow.Err()
@@ -81,11 +82,12 @@ func Do(ctx context.Context, client Starter, controlPoint string, params flowctl
 	return err
 }
 
-func start(ctx context.Context, client Starter, controlPoint string, params flowctl.Params) *flowctl.Flow {
+// starter is the client, or where there is none the one that lets all flows run.
+func starter(client Starter) Starter {
 	if client == nil {
-		client = (*flowctl.Client)(nil)
+		return (*flowctl.Client)(nil)
 	}
-	return client.Start(ctx, controlPoint, params)
+	return client
 }
 
 // run calls fn and ends the flow, whatever becomes of fn. It does not recover: a panic keeps its value and its stack,

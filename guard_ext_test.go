@@ -308,7 +308,7 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 			t.Errorf("Close() = %v", err)
 		}
 		var v seam.Verdict
-		if err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); err == nil && v.Rejected != s.rejects {
+		if err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); err == nil && v.Rejected() != s.rejects {
 			t.Error("the slot was not given back")
 		}
 		mu.Lock()

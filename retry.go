@@ -69,7 +69,7 @@ type retrier struct {
 
 func newRetrier(client Starter, policy RetryPolicy) *retrier {
 	r := &retrier{
-		client:   client,
+		client:   starter(client),
 		attempts: policy.Attempts,
 		maxWait:  policy.MaxWait,
 		jitter:   share(policy.Jitter, defaultJitter),
@@ -97,7 +97,7 @@ func share(field, zero float64) float64 {
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
 	r.budget.deposit()
 	for attempt := 1; ; attempt++ {
-		flow := start(ctx, r.client, controlPoint, params)
+		flow := r.client.Start(ctx, controlPoint, params)
 		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || attempt == r.attempts {
 			return flow
 		}

@@ -85,7 +85,9 @@ func (s *scripted) Check(ctx context.Context, req *seam.Request, v *seam.Verdict
 		return s.Agent.Check(ctx, req, v)
 	}
 	answer := s.answers[min(n, len(s.answers))-1]
-	v.Rejected, v.Reason, v.RetryAfter = answer.Reason != flowctl.ReasonNone, seam.Reason(answer.Reason), answer.RetryAfter
+	if answer.Reason != flowctl.ReasonNone {
+		v.Reject(seam.Rejection{Reason: seam.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
+	}
 	return answer.Fail
 }
 

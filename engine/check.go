@@ -128,7 +128,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 			}
 		}
 		if s == ramps && req.RampMode && v.Len() == 0 {
-			v.Rejected, v.Reason = true, seam.ReasonNoMatchingRamp
+			v.Reject(seam.Rejection{Reason: seam.ReasonNoMatchingRamp})
 			break
 		}
 	}
@@ -189,7 +189,6 @@ func undo(v *seam.Verdict, now int64) {
 // reject turns the verdict into a rejection by the decisions that dropped the flow: the longest wait counts, then the
 // order.
 func reject(v *seam.Verdict, reason seam.Reason) {
-	v.Rejected, v.Reason = true, reason
 	var by *seam.LimiterDecision
 	hopeless := false
 	for i := range v.Len() {
@@ -204,8 +203,9 @@ func reject(v *seam.Verdict, reason seam.Reason) {
 			by = d
 		}
 	}
-	v.By, v.Status, v.Cause = by.Component, int16(by.Component.DeniedStatus), by.Cause
+	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless {
-		v.RetryAfter = by.Wait
+		r.RetryAfter = by.Wait
 	}
+	v.Reject(r)
 }

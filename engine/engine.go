@@ -237,7 +237,7 @@ func (e *Engine) Observe(controlPoint string, labels map[string]string, latency 
 // Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict. Package
 // agent calls it.
 func (e *Engine) Revert(v *seam.Verdict) {
-	if !v.Rejected { // a rejected flow holds nothing
+	if !v.Rejected() { // a rejected flow holds nothing
 		undo(v, e.now())
 	}
 }

@@ -46,7 +46,7 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 					if err := e.Check(t.Context(), &seam.Request{
 						ControlPoint: "point",
 						Labels:       seam.Labels{Params: map[string]string{"user": fmt.Sprint(i), "cost": cost}},
-					}, &v); err != nil || v.Rejected {
+					}, &v); err != nil || v.Rejected() {
 						t.Fatal(v, err)
 					}
 				}

@@ -65,8 +65,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 					outcome = "canceled"
 				case err != nil:
 					t.Error(err)
-				case v.Rejected:
-					outcome = v.Cause.String()
+				case v.Rejected():
+					outcome = v.Rejection().Cause.String()
 				default:
 					<-time.After(hold)
 				}
@@ -114,7 +114,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 			if err := e.Check(t.Context(), req, &v); err != nil {
 				t.Error(err)
 			}
-			return !v.Rejected
+			return !v.Rejected()
 		}
 		begin := time.Now()
 		var wg sync.WaitGroup
@@ -162,7 +162,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		})
 		synctest.Wait()
 		wg.Go(func() {
-			if err := e.Check(t.Context(), req, &next); err != nil || next.Rejected {
+			if err := e.Check(t.Context(), req, &next); err != nil || next.Rejected() {
 				t.Errorf("Check() = %v, %+v want the slot", err, next)
 			}
 		})
@@ -237,7 +237,7 @@ func TestUnusedSlots(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
 		req := &seam.Request{ControlPoint: "point"}
 		var v seam.Verdict
-		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected {
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Second)
@@ -245,7 +245,7 @@ func TestUnusedSlots(t *testing.T) {
 			t.Fatal(err)
 		}
 		v = seam.Verdict{}
-		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected {
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Millisecond)

@@ -145,7 +145,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	}
 	err := c.agent.Check(ctx, &f.req, &f.verdict)
 	switch {
-	case err == nil && f.verdict.Rejected:
+	case err == nil && f.verdict.Rejected():
 		return Rejected, nil
 	case err == nil:
 		return Accepted, nil

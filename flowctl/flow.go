@@ -28,14 +28,12 @@ type Flow struct {
 	fails   func(error) bool
 	rare    *rare
 
-	ended    atomic.Bool
-	set      atomic.Uint32 // Status that SetStatus was told
-	derived  atomic.Uint32 // Status that SetError came to
+	course   course
 	decision Decision
 	run      bool
 }
 
-// rare is what few flows have; with it a flow would not fit into the allocator's 224 bytes.
+// rare is what few flows have; with it a flow would not fit into the allocator's 192 bytes.
 type rare struct {
 	err  error      // why the flow was not decided about
 	span trace.Span // in the application's trace; nil when it wants none
@@ -128,24 +126,25 @@ func (f *Flow) Err() error {
 		}
 		return f.rare.err
 	}
+	r := f.verdict.Rejection()
 	e := &RejectedError{
 		ControlPoint: f.req.ControlPoint,
-		Reason:       f.RejectReason(),
+		Reason:       RejectReason(r.Reason),
 		HTTPStatus:   f.deniedStatus(),
-		Wait:         f.verdict.RetryAfter,
-		cause:        f.verdict.Cause,
+		Wait:         r.RetryAfter,
+		cause:        r.Cause,
 	}
-	if by := f.verdict.By; by != nil {
+	if by := r.By; by != nil {
 		e.Policy, e.Component, e.LabelKey = by.Policy, by.ID, by.LabelKey
 	}
 	return e
 }
 
 // RejectReason is why the agent rejected the flow; ReasonNone when it did not.
-func (f *Flow) RejectReason() RejectReason { return RejectReason(f.verdict.Reason) }
+func (f *Flow) RejectReason() RejectReason { return RejectReason(f.verdict.Rejection().Reason) }
 
 // RetryAfter is how long until a retry of a rejected flow can succeed; 0 when that is not known, or never.
-func (f *Flow) RetryAfter() time.Duration { return f.verdict.RetryAfter }
+func (f *Flow) RetryAfter() time.Duration { return f.verdict.Rejection().RetryAfter }
 
 // HTTPStatus is what to answer a request with: 200 when the flow runs, and else a status within 400 to 599, for a
 // rejection the policy's or one by its reason.
@@ -165,7 +164,7 @@ func (f *Flow) HTTPStatus() int {
 }
 
 func (f *Flow) deniedStatus() int {
-	if s := int(f.verdict.Status); s >= 400 && s <= 599 {
+	if s := int(f.verdict.Rejection().Status); s >= 400 && s <= 599 {
 		return s
 	}
 	return f.RejectReason().httpStatus()
@@ -203,22 +202,50 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 	return f, ok
 }
 
+// course is what a flow has come to since it was decided: whether it has ended, and the statuses that SetStatus was told
+// and SetError came to. It is one word because a flow has room for no more.
+type course struct{ bits atomic.Uint32 }
+
+const (
+	courseEnded   = 1 << 16
+	courseSet     = 8 // how far the status is shifted
+	courseDerived = 0
+	courseStatus  = 1<<8 - 1
+)
+
+// end says whether this is the first end.
+func (c *course) end() bool { return c.bits.Or(courseEnded)&courseEnded == 0 }
+
+func (c *course) ended() bool { return c.bits.Load()&courseEnded != 0 }
+
+// status is the one that was put at the shift.
+func (c *course) status(shift int) Status { return Status(c.bits.Load() >> shift & courseStatus) }
+
+func (c *course) put(s Status, shift int) {
+	for {
+		old := c.bits.Load()
+		if c.bits.CompareAndSwap(old, old&^(courseStatus<<shift)|uint32(s)<<shift) {
+			return
+		}
+	}
+}
+
 // SetStatus says how the work went. It goes before what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
 // panic goes before it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
-func (f *Flow) SetStatus(s Status) { f.set.Store(uint32(s)) }
+func (f *Flow) SetStatus(s Status) { f.course.put(s, courseSet) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
 func (f *Flow) SetError(err error) {
-	if err == nil && Status(f.derived.Load()) == StatusUnset {
+	if err == nil && f.course.status(courseDerived) == StatusUnset {
 		return // which is OK, and a load is cheaper than a store
 	}
 	if err != nil {
-		f.derived.Store(uint32(StatusError)) // in case IsFailure panics
+		f.course.put(StatusError, courseDerived) // in case IsFailure panics
 		if f.isFailure(err) {
 			return
 		}
 	}
-	f.derived.Store(uint32(StatusOK))
+	f.course.put(StatusOK, courseDerived)
 }
 
 func (f *Flow) isFailure(err error) bool {
@@ -234,7 +261,7 @@ func (f *Flow) isFailure(err error) bool {
 
 // status is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
 func (f *Flow) status() Status {
-	switch set, derived := Status(f.set.Load()), Status(f.derived.Load()); {
+	switch set, derived := f.course.status(courseSet), f.course.status(courseDerived); {
 	case !f.run:
 		return StatusError
 	case set != StatusUnset:
@@ -251,7 +278,7 @@ func (f *Flow) status() Status {
 // canceled; it has a time limit of its own, see [WithEndTimeout]. The first call counts; others give [ErrEnded]. An
 // error means that slots may not have been given back: the agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) {
-	if f.ended.Swap(true) {
+	if !f.course.end() {
 		return EndResponse{}, ErrEnded
 	}
 	if f.client == nil {
@@ -275,7 +302,7 @@ func (f *Flow) EndWith(errp *error) {
 		_, _ = f.End(f.parent)
 		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
 	}
-	if f.ended.Load() {
+	if f.course.ended() {
 		return
 	}
 	defer func() { _, _ = f.End(f.parent) }() // also when IsFailure panics

@@ -126,7 +126,7 @@ func (r *recorder) Check(ctx context.Context, req *seam.Request, v *seam.Verdict
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.labels = append(r.labels, req.Labels.Merged())
-	if err == nil && !v.Rejected {
+	if err == nil && !v.Rejected() {
 		r.held++
 	}
 	return err
@@ -162,8 +162,8 @@ func embeddedSide(t testing.TB, rejects bool) *side {
 	if rejects { // the first
 		req, v := seam.Request{ControlPoint: point}, seam.Verdict{}
 		err := e.Check(t.Context(), &req, &v)
-		if _, endErr := e.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected {
-			t.Fatal(err, endErr, v.Rejected)
+		if _, endErr := e.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
+			t.Fatal(err, endErr, v.Rejected())
 		}
 	}
 	return recorded(t, e)

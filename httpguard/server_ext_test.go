@@ -47,7 +47,7 @@ type ledger struct {
 
 func (l *ledger) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
 	err := l.Agent.Check(ctx, req, v)
-	if err == nil && !v.Rejected {
+	if err == nil && !v.Rejected() {
 		l.taken.Add(1)
 	}
 	return err

@@ -267,24 +267,16 @@ func (c Cause) String() string {
 
 // A Verdict is what the agent answered.
 type Verdict struct {
-	Start    int64 // when the agent was asked, in Unix nanoseconds
-	Status   int16 // HTTP status of a rejection; 0: by reason
-	Reason   Reason
-	Cause    Cause
-	Rejected bool
-
-	// RetryAfter is how long until a retry can succeed; 0 when unknown.
-	RetryAfter time.Duration
-
-	// By is the component that rejected the flow; nil when it was not rejected, or by none in particular.
-	By *Component
-
+	Start int64           // when the agent was asked, in Unix nanoseconds
 	first LimiterDecision // inline, so that the flow that meets one limiter allocates nothing for it
 	Extra *Extra
 }
 
 // Extra holds the parts of a verdict that flows in a hurry do without.
 type Extra struct {
+	rejected  bool
+	rejection Rejection
+
 	Decisions []LimiterDecision // after the first
 	Waited    time.Duration     // in queues
 	Result    CacheAnswer
@@ -300,6 +292,36 @@ func (v *Verdict) More() *Extra {
 		v.Extra = new(Extra)
 	}
 	return v.Extra
+}
+
+// A Rejection is why the agent said no, and what to make of it.
+type Rejection struct {
+	Status int16 // HTTP status; 0: by reason
+	Reason Reason
+	Cause  Cause
+
+	// RetryAfter is how long until a retry can succeed; 0 when unknown.
+	RetryAfter time.Duration
+
+	// By is the component that rejected the flow; nil for none in particular.
+	By *Component
+}
+
+// Reject turns the verdict into the rejection.
+func (v *Verdict) Reject(r Rejection) {
+	x := v.More()
+	x.rejected, x.rejection = true, r
+}
+
+// Rejected says whether the flow was rejected.
+func (v *Verdict) Rejected() bool { return v.Extra != nil && v.Extra.rejected }
+
+// Rejection is why the flow was rejected; zero when it was not.
+func (v *Verdict) Rejection() Rejection {
+	if v.Extra == nil {
+		return Rejection{}
+	}
+	return v.Extra.rejection
 }
 
 // Add appends a zero decision for the component and returns it. The pointer is good until the next Add.

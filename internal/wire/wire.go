@@ -66,12 +66,13 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 	for i := range v.Len() {
 		m.LimiterDecisions = append(m.LimiterDecisions, decision(req, v.At(i)))
 	}
-	if v.Rejected {
+	if v.Rejected() {
+		r := v.Rejection()
 		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
-		m.RejectReason = checkv1.CheckResponse_RejectReason(v.Reason)
-		m.DeniedResponseStatusCode = deniedStatus(v)
-		if v.RetryAfter > 0 {
-			m.WaitTime = durationpb.New(v.RetryAfter)
+		m.RejectReason = checkv1.CheckResponse_RejectReason(r.Reason)
+		m.DeniedResponseStatusCode = deniedStatus(r)
+		if r.RetryAfter > 0 {
+			m.WaitTime = durationpb.New(r.RetryAfter)
 		}
 		return m
 	}
@@ -83,14 +84,14 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 
 // deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
 // has none: nothing got to see it.
-func deniedStatus(v *seam.Verdict) checkv1.StatusCode {
+func deniedStatus(r seam.Rejection) checkv1.StatusCode {
 	switch {
-	case v.Status != 0:
-		return checkv1.StatusCode(v.Status)
-	case v.Reason == seam.ReasonNoMatchingRamp && v.By == nil:
+	case r.Status != 0:
+		return checkv1.StatusCode(r.Status)
+	case r.Reason == seam.ReasonNoMatchingRamp && r.By == nil:
 		return checkv1.StatusCode_Empty
 	default:
-		return statusByReason(v.Reason)
+		return statusByReason(r.Reason)
 	}
 }
 
@@ -228,15 +229,14 @@ func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
 // than ACCEPTED is a rejection, as all clients of the protocol have it.
 func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		v.Rejected = true
-		if r := m.GetRejectReason(); r > 0 && r <= 255 {
-			v.Reason = seam.Reason(r)
+		r := seam.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
+		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
+			r.Reason = seam.Reason(reason)
 		}
 		if s := m.GetDeniedResponseStatusCode(); s > 0 && s <= 599 {
-			v.Status = int16(s)
+			r.Status = int16(s)
 		}
-		v.RetryAfter = max(m.GetWaitTime().AsDuration(), 0)
-		v.By = rejectedBy(m)
+		v.Reject(r)
 		return
 	}
 	if req.Lookup == nil {
