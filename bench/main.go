@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime"
 	"slices"
 	"testing"
@@ -36,12 +37,17 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	rounds := flags.Int("rounds", 15, "how often each row is measured")
 	each := flags.Duration("time", 60*time.Millisecond, "how long each row is measured in a round")
 	keys := flags.Int("keys", 1_000_000, "how many keys the limiter with many of them has")
+	only := flags.String("rows", "", "measure only the rows whose names match this regular expression")
 	serve := flags.Bool("serve", false, "be the agent that the rows over gRPC ask")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	if *serve {
 		return serveAgent(ctx, stdout)
+	}
+	rows, err := regexp.Compile(*only)
+	if err != nil {
+		return fmt.Errorf("-rows: %w", err)
 	}
 	if flag.Lookup("test.benchtime") == nil {
 		testing.Init()
@@ -61,7 +67,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	}
 	defer func() { err = firstError(err, r.close(ctx)) }()
 
-	var t table
+	t := table{only: rows}
 	if err := t.measure(ctx, *rounds, slices.Concat(e.rows(), e.adaptorRows(), r.rows())); err != nil {
 		return err
 	}
@@ -79,8 +85,10 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	t.print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight over gRPC, and one for each processor elsewhere; ns/op is then the time of the run over its calls.\n", inFlight)
 	fmt.Fprintln(stdout, "Queue and wake is the time from one flow that gets the only slot to the next.")
-	fmt.Fprintf(stdout, "agent, %d in flight: %.0f checks a second, client and agent on the same processors\n",
-		inFlight, 1e9/t.median(bareCheck, inParallel))
+	if check := t.row(bareCheck); check != nil {
+		fmt.Fprintf(stdout, "agent, %d in flight: %.0f checks a second, client and agent on the same processors\n",
+			inFlight, 1e9/median(check.parallel))
+	}
 	fmt.Fprintf(stdout, "limiter with %d keys: %.0f bytes a key beyond its text; target ≤ 128: %s\n",
 		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 128))
 	return nil

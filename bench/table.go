@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -66,10 +67,14 @@ func (r *row) in(c column) []float64 {
 }
 
 // table is the rows that have been measured.
-type table struct{ rows []*row }
+type table struct {
+	rows []*row
+	only *regexp.Regexp // of names; the other rows are left out
+}
 
 // measure adds rows, which take turns.
 func (t *table) measure(ctx context.Context, rounds int, rows []*row) error {
+	rows = slices.DeleteFunc(slices.Clone(rows), func(r *row) bool { return !t.only.MatchString(r.name) })
 	t.rows = append(t.rows, rows...)
 	for range rounds {
 		for _, r := range rows {
@@ -141,21 +146,29 @@ func (t *table) print(w io.Writer) {
 	for _, r := range t.rows {
 		line := fmt.Sprintf("%s\t%.0f\t%.0f\t%.0f\t%.0f", r.name,
 			median(r.serial), median(r.parallel), median(r.bytes), median(r.allocs))
-		if len(r.targets) == 0 {
-			fmt.Fprintf(tw, "%s\t\t\t\t\t\n", line)
-		}
+		alone := true
 		for _, target := range r.targets {
+			if target.than != "" && t.row(target.than) == nil {
+				continue
+			}
 			fmt.Fprintf(tw, "%s\t%s\n", line, t.compare(r, target))
-			line = "\t\t\t\t"
+			line, alone = "\t\t\t\t", false
+		}
+		if alone {
+			fmt.Fprintf(tw, "%s\t\t\t\t\t\n", line)
 		}
 	}
 	_ = tw.Flush() // what w cannot take is w's to tell
 }
 
-// median is the row's figure in the column.
-func (t *table) median(name string, c column) float64 {
-	i := slices.IndexFunc(t.rows, func(r *row) bool { return r.name == name })
-	return median(t.rows[i].in(c))
+// row finds a row that was measured; nil when it was left out.
+func (t *table) row(name string) *row {
+	for _, r := range t.rows {
+		if r.name == name {
+			return r
+		}
+	}
+	return nil
 }
 
 // compare gives the columns on a target. A target without another row is a bound on the column itself.
@@ -163,8 +176,7 @@ func (t *table) compare(r *row, target target) string {
 	unit := ""
 	ours := r.in(target.column)
 	if target.than != "" {
-		i := slices.IndexFunc(t.rows, func(other *row) bool { return other.name == target.than })
-		theirs := t.rows[i].in(target.column)
+		theirs := t.row(target.than).in(target.column)
 		compared := make([]float64, len(ours))
 		for k := range ours {
 			if target.column == moreAllocs {
