@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"text/tabwriter"
+	"time"
 )
 
 // A row is one thing to measure: by one goroutine, and by many.
@@ -72,8 +74,11 @@ type table struct {
 	only *regexp.Regexp // of names; the other rows are left out
 }
 
-// measure adds rows, which take turns.
-func (t *table) measure(ctx context.Context, rounds int, rows []*row) error {
+// measure adds rows, which take turns, of that time each.
+func (t *table) measure(ctx context.Context, rounds int, each time.Duration, rows []*row) error {
+	if err := flag.Set("test.benchtime", each.String()); err != nil {
+		return err
+	}
 	rows = slices.DeleteFunc(slices.Clone(rows), func(r *row) bool { return !t.only.MatchString(r.name) })
 	t.rows = append(t.rows, rows...)
 	for range rounds {
