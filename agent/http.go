@@ -77,7 +77,8 @@ func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest) map[string]strin
 
 // repaired makes labels that come of a peer fit the limits.
 func repaired(m map[string]string) map[string]string {
-	// Of a context of its own: that of the call may have labels, from an interceptor, which are not the request's.
-	_, m, _ = labels.FromContext(labels.WithTransport(context.Background(), m)) //nolint:forbidigo // labels, not a call: nothing waits on it
+	// A background context, because that of the call may have labels, from an interceptor, which are not the request's.
+	// It only carries the map into package labels and back: nothing runs or waits under it.
+	_, m, _ = labels.FromContext(labels.WithTransport(context.Background(), m)) //nolint:forbidigo // it carries labels, not a call
 	return m
 }

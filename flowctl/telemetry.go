@@ -60,7 +60,8 @@ type record struct {
 }
 
 func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger *slog.Logger, answered func()) *exporter {
-	// Not a caller's context: the exporter outlives all of them, until close cancels it.
+	// A background context, because no caller's lives as long as the exporter, which sends for all of them. Close
+	// cancels it, so that no export outlasts the client.
 	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // the exporter outlives every call; close cancels it
 	x := &exporter{
 		conn: conn, calls: calls, logger: logger, answered: answered,
