@@ -651,6 +651,7 @@ func TestCloseForgivesLostTelemetry(t *testing.T) {
 		client := agent.Client(logTo(&log))
 		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
 		<-time.After(time.Hour)
+		synctest.Wait() // only then is the exporter's log ours to read
 		if !strings.Contains(log.String(), "telemetry of flows was dropped") {
 			t.Errorf("log:\n%s", &log)
 		}
