@@ -226,12 +226,13 @@ func TestPolicyKeys(t *testing.T) {
 
 func isNumber(w string) bool { return w[0] >= '0' && w[0] <= '9' }
 
-// TestOperatingNames keeps docs/operating.md complete: it has every message that is logged, every counter, and all that
-// counters and spans carry.
+// TestOperatingNames keeps docs/operating.md complete: it has every message that is logged, every metric, and all that
+// metrics and spans carry.
 func TestOperatingNames(t *testing.T) {
 	const document = "docs/operating.md"
 	spans := codeSpans(read(t, document))
-	calls := []string{"warn", "log", "Warn", "Int64Counter", "String", "Bool", "AddEvent"} // the last four are OpenTelemetry's
+	// The last five are OpenTelemetry's.
+	calls := []string{"warn", "log", "Warn", "Int64Counter", "Int64ObservableGauge", "String", "Bool", "AddEvent"}
 	found := 0
 	for _, file := range []string{"flowctl/client.go", "flowctl/remote.go", "flowctl/telemetry.go", "flowctl/observe.go", "engine/engine.go"} {
 		ast.Inspect(parse(t, file), func(n ast.Node) bool {
@@ -254,7 +255,17 @@ func TestOperatingNames(t *testing.T) {
 			return true
 		})
 	}
-	if found < 15 {
+	name := regexp.MustCompile(`^"[a-z]+(_[a-z]+)+"$`) // the engine's are in tables
+	ast.Inspect(parse(t, "engine/metrics.go"), func(n ast.Node) bool {
+		if lit, ok := n.(*ast.BasicLit); ok && name.MatchString(lit.Value) {
+			found++
+			if name := "`" + strings.Trim(lit.Value, `"`) + "`"; !slices.Contains(spans, name) {
+				t.Errorf("%s does not have %s", document, name)
+			}
+		}
+		return true
+	})
+	if found < 50 {
 		t.Errorf("%d names: where are the others?", found)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -438,6 +439,29 @@ func TestLateCheck(t *testing.T) {
 			}
 			if m, err := stub.Check(t.Context(), req); err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
 				t.Errorf("%s: the late check took what the next one needs: %v, %v", tt.name, m, err)
+			}
+		}
+	})
+}
+
+// What the engine counts is the same for clients near and far, dry runs too, which the wire does not tell of.
+func TestStats(t *testing.T) {
+	overBoth(t, []policy.Policy{{Name: "p", Components: []policy.Component{
+		policy.RateLimiter{ID: "users", Selectors: policy.At("point"), Capacity: 2, Interval: time.Hour, LimitBy: "user_id"},
+		policy.RateLimiter{ID: "dry", Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true},
+	}}}, func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+		for _, user := range []string{"a", "a", "a", "b"} {
+			_, _ = client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": user}}).End(t.Context())
+		}
+		got := e.Stats()
+		want := engine.ControlPointStats{ControlPoint: "point", Accepted: 3, RateLimited: 1}
+		if diff := cmp.Diff([]engine.ControlPointStats{{}, want}, got.ControlPoints); diff != "" {
+			t.Errorf("control points (-want +got):\n%s", diff)
+		}
+		for i, want := range []engine.ComponentStats{{ID: "users", Accepted: 3, Dropped: 1}, {ID: "dry", Accepted: 4, DryRunDrops: 3}} {
+			c := got.Components[i]
+			if c := (engine.ComponentStats{ID: c.ID, Accepted: c.Accepted, Dropped: c.Dropped, DryRunDrops: c.DryRunDrops}); !cmp.Equal(c, want) {
+				t.Errorf("component %d = %+v want %+v", i, c, want)
 			}
 		}
 	})

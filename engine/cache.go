@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/maypok86/otter/v2"
@@ -19,6 +20,8 @@ type cache struct {
 	entries *otter.Cache[cacheKey, cached]
 	bytes   uint64
 	floor   uint32
+
+	hits, misses, stores, deletes, refused atomic.Uint64
 }
 
 type cacheKey struct{ controlPoint, key string }
@@ -53,22 +56,27 @@ var errNoCacheKey = errors.New("cache key is empty")
 func (c *cache) lookup(k cacheKey) seam.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {
+		c.misses.Add(1)
 		return seam.CacheAnswer{}
 	}
+	c.hits.Add(1)
 	return seam.CacheAnswer{Value: bytes.Clone(v.value), Hit: true}
 }
 
 func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
 	if k.key == "" {
+		c.refused.Add(1)
 		return errNoCacheKey
 	}
 	if uint64(c.weight(k, value)) > c.bytes {
+		c.refused.Add(1)
 		return fmt.Errorf("cache entry of %d bytes is larger than the cache", len(k.key)+len(value))
 	}
 	if ttl <= 0 || ttl > maxTTL {
 		ttl = maxTTL
 	}
 	c.entries.Set(k, cached{value: bytes.Clone(value), ttl: ttl})
+	c.stores.Add(1)
 	return nil
 }
 
@@ -77,6 +85,7 @@ func (c *cache) remove(k cacheKey) error {
 		return errNoCacheKey
 	}
 	c.entries.Invalidate(k)
+	c.deletes.Add(1)
 	return nil
 }
 

@@ -54,7 +54,10 @@ func (s stage) reason(req *seam.Request) seam.Reason {
 }
 
 // A point is what acts at one control point, by stages.
-type point [stages][]member
+type point struct {
+	stages [stages][]member
+	counts *counts // of its flows; those of the point in rules before, if there was one
+}
 
 // A member is a component in its place at one control point.
 type member struct {
@@ -73,7 +76,7 @@ type admitter interface {
 }
 
 func (p *point) add(c component, s selector) {
-	members := &p[stageOf(c.identity())]
+	members := &p.stages[stageOf(c.identity())]
 	if n := len(*members); n == 0 || (*members)[n-1].component != c {
 		waits, _ := c.(admitter)
 		*members = append(*members, member{component: c, waits: waits, id: c.identity()})
@@ -92,13 +95,18 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	now := start
 	for {
 		v.Start = e.epoch.UnixNano() + start
-		err := e.decide(ctx, e.rules.Load().points[req.ControlPoint], req, &now, v)
+		p := e.point(req.ControlPoint)
+		err := e.decide(ctx, p, req, &now, v)
 		if err == nil {
+			p.count(req, v)
 			break
 		}
 		undo(v, now)
 		*v = seam.Verdict{}
 		if !errors.Is(err, errRetired) {
+			if ctx.Err() != nil {
+				count(p.counts, req, flowsCanceled)
+			}
 			return err
 		}
 	}
@@ -108,16 +116,33 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	return nil
 }
 
-// decide asks the stages of the flow's control point, where there is any. After an error the flow may hold something.
+// point is what acts at the control point, which is nothing at those that no policy names.
+func (e *Engine) point(controlPoint string) *point {
+	if p := e.rules.Load().points[controlPoint]; p != nil {
+		return p
+	}
+	return &e.elsewhere
+}
+
+// count counts a flow that has been decided about.
+func (p *point) count(req *seam.Request, v *seam.Verdict) {
+	what := flowsAccepted
+	if v.Rejected() {
+		what = flowsRejected + int(v.Rejection().Reason)
+	}
+	count(p.counts, req, what)
+}
+
+// decide asks the stages of the flow's control point. After an error the flow may hold something.
 func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *int64, v *seam.Verdict) error {
 	for s := range stages {
 		if s == tokens && req.Lookup != nil {
-			if e.lookup(req, v); v.Extra.Result.Hit {
+			if e.lookup(p, req, v); v.Extra.Result.Hit {
 				break
 			}
 		}
-		if p != nil && len(p[s]) > 0 {
-			dropped, err := e.ask(ctx, p[s], req, now, v)
+		if len(p.stages[s]) > 0 {
+			dropped, err := e.ask(ctx, p.stages[s], req, now, v)
 			if err != nil {
 				return err
 			}

@@ -30,6 +30,9 @@ type component interface {
 	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
 	overflow() uint64
 
+	// stats tells what the component has done, and what there is now.
+	stats(now int64) ComponentStats
+
 	// identity names the component to others.
 	identity() *seam.Component
 }
@@ -41,6 +44,7 @@ type keyed[S any] struct {
 	dryRun      bool
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
+	counts      *counts       // of a limiter; a scheduler's workloads have their own
 
 	table  *table[S] // nil without a label
 	single *entry[S] // the state of all flows, without a label
@@ -49,7 +53,7 @@ type keyed[S any] struct {
 func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{})}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts)}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -103,9 +107,12 @@ func (k *keyed[S]) lockKnown(d *seam.LimiterDecision) *entry[S] {
 }
 
 // returned gives something back to the entry that has decided, by a function that says whether it came from there.
-func (k *keyed[S]) returned(d *seam.LimiterDecision, give func(*entry[S]) bool) bool {
+func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
 	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot == 0 {
 		return false
+	}
+	if unused {
+		count(k.counts, d, decisionsRefunded)
 	}
 	e := k.lockKnown(d)
 	ok := give(e)

@@ -67,7 +67,8 @@ type Engine struct {
 	epoch   time.Time
 	signals map[string]func() float64 // of the host, by name
 
-	rules atomic.Pointer[rules] // in force
+	rules     atomic.Pointer[rules] // in force
+	elsewhere point                 // stands for the control points that no policy names: nothing acts there
 
 	mu      sync.RWMutex             // guards the next two
 	holders map[identity][]component // those whose flows hold slots, which others may end; the lists are never changed
@@ -75,6 +76,8 @@ type Engine struct {
 
 	results *cache
 	globals *cache
+
+	instruments instruments
 
 	applying             sync.Mutex // held by Apply, and by Close as it begins
 	sweeping, controlled bool       // the goroutines run; guarded by applying
@@ -100,6 +103,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
+		elsewhere:    point{counts: new(counts)},
 	}
 	var errs []error
 	for _, o := range opts {
@@ -136,6 +140,7 @@ func (e *Engine) Close() error {
 	if !again {
 		close(e.done)
 		e.running.Wait()
+		e.instruments.close()
 		e.results.close()
 		e.globals.close()
 	}
@@ -152,7 +157,7 @@ func (e *Engine) ServiceWarnings() []string {
 	var warnings []string
 	points := e.rules.Load().points
 	for _, at := range slices.Sorted(maps.Keys(points)) {
-		for _, members := range points[at] {
+		for _, members := range points[at].stages {
 			for _, m := range members {
 				for _, s := range m.selectors {
 					if s.service != "" {
@@ -167,10 +172,11 @@ func (e *Engine) ServiceWarnings() []string {
 }
 
 // lookup fills the cache part of the verdict.
-func (e *Engine) lookup(req *seam.Request, v *seam.Verdict) {
+func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
 	x := v.More()
 	if req.Lookup.Result != "" {
 		x.Result = e.results.lookup(cacheKey{req.ControlPoint, req.Lookup.Result})
+		p.looked(&x.Result)
 	}
 	for _, key := range req.Lookup.Global {
 		if key == "" {
@@ -271,9 +277,22 @@ func (e *Engine) Lookup(key seam.CacheKey) seam.CacheAnswer {
 		return seam.CacheAnswer{Err: seam.ErrClosed}
 	case key.Key == "":
 		return seam.CacheAnswer{Err: errNoCacheKey}
-	default:
+	case key.Global:
 		return c.lookup(k)
+	default:
+		a := c.lookup(k)
+		e.point(key.ControlPoint).looked(&a)
+		return a
 	}
+}
+
+// looked counts a lookup in the result cache.
+func (p *point) looked(a *seam.CacheAnswer) {
+	what := cacheMisses
+	if a.Hit {
+		what = cacheHits
+	}
+	count(p.counts, a, what)
 }
 
 // Store puts a value into a cache. Clients of package flowctl call it.

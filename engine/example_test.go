@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel"
+
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/policy"
@@ -368,4 +370,51 @@ func ExampleWithSignal() {
 	}
 	_, _ = flow.End(ctx)
 	// Output: searching
+}
+
+// What became of four flows, for an admin page.
+func ExampleEngine_Stats() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "per-user",
+		Components: []policy.Component{policy.RateLimiter{
+			ID: "orders", Selectors: policy.At("checkout"), Capacity: 2, Fill: 2, Interval: 30 * time.Second, LimitBy: "user_id",
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	for _, user := range []string{"ann", "ann", "ann", "bob"} {
+		flow := client.Start(ctx, "checkout", flowctl.Params{Labels: map[string]string{"user_id": user}})
+		_, _ = flow.End(ctx)
+	}
+
+	for _, c := range limits.Stats().Components {
+		fmt.Printf("%s/%s: %d passed, %d did not\n", c.Policy, c.ID, c.Accepted, c.Dropped)
+	}
+	// Output: per-user/orders: 3 passed, 1 did not
+}
+
+// The host of an engine that package agent serves says where to show it: there is no client in the process.
+func ExampleEngine_Instrument() {
+	serve := func(limits *engine.Engine) error {
+		if err := limits.Instrument(otel.GetMeterProvider()); err != nil {
+			return err
+		}
+		// Register it with package agent, and serve.
+		return nil
+	}
+
+	limits, err := engine.New(nil)
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	fmt.Println(serve(limits))
+	// Output: <nil>
 }

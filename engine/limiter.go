@@ -1,6 +1,8 @@
 package engine
 
 import (
+	"math"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
@@ -12,6 +14,7 @@ type limiter[S any] struct {
 	keyed[S]
 	source      source[S]
 	tokensLabel string
+	beyond      atomic.Uint64 // flows that entries have admitted, and have no room to show
 }
 
 func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) component {
@@ -41,11 +44,13 @@ func newLimiter[S any](e *Engine, c seam.Component, maxIdle time.Duration, s sou
 func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
 	if !l.scope(&req.Labels, d) {
+		l.counts.decision(d)
 		return
 	}
 	e := l.lock(d, now)
 	got := l.source.draw(&e.state, now, d.Consumed)
 	if got.ok {
+		l.admit(e)
 		e.mu.Unlock()
 		got.fill(d)
 		return
@@ -54,6 +59,31 @@ func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecisio
 	e.mu.Unlock()
 	d.Remaining = got.left
 	l.drop(d, seam.CauseNone, likely)
+	l.counts.decision(d)
+}
+
+// admit counts a flow at the entry, which is locked and at hand: a counter that all keys share would cost more than the
+// rest.
+func (l *limiter[S]) admit(e *entry[S]) {
+	if e.admitted++; e.admitted == math.MaxUint32 {
+		l.beyond.Add(uint64(e.admitted))
+		e.admitted = 0
+	}
+}
+
+// admitted is how many flows the entries have admitted.
+func (l *limiter[S]) admitted() uint64 {
+	for {
+		beyond, n := l.beyond.Load(), uint64(0)
+		if l.table == nil {
+			n = l.single.count()
+		} else {
+			n = l.table.admitted()
+		}
+		if beyond == l.beyond.Load() {
+			return beyond + n
+		}
+	}
 }
 
 func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
@@ -61,10 +91,11 @@ func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
 	if l.scope(&req.Labels, d) {
 		l.drop(d, seam.CauseLate, 0)
 	}
+	l.counts.decision(d)
 }
 
 func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
-	return l.returned(d, func(e *entry[S]) bool {
+	return l.returned(d, unused, func(e *entry[S]) bool {
 		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot, unused)
 	})
 }

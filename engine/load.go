@@ -76,6 +76,14 @@ func (l *load) steer(now int64, multiplier float64) {
 // open says whether everything is let in.
 func (l *load) open() bool { return l.learning || !(l.rate <= math.MaxFloat64) }
 
+// share is the share of the load that is let in; +Inf where that is everything.
+func (l *load) share() float64 {
+	if l.open() {
+		return math.Inf(1)
+	}
+	return l.multiplier
+}
+
 // admitted is the share of the tokens asked for that was given lately; NaN when none was asked for.
 func (l *load) admitted(now int64) float64 {
 	return min(l.given.total(now).sum/l.asked.total(now).sum, 1)

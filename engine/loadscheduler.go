@@ -72,7 +72,7 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.dryRun = loadRule{}.meet, p.DryRun
+	s.meet, s.share, s.dryRun = loadRule{}.meet, (*load).share, p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}
@@ -110,17 +110,15 @@ const latencyOver = 30 * time.Minute
 
 // measureFrom has the workloads cost what their latency is, once it is known.
 func (w *workloads) measureFrom(now int64) {
-	for i := range w.list {
-		w.list[i].latency = &latencyCost{mean: newMean(latencyOver, now)}
+	for of := range w.all {
+		of.latency = &latencyCost{mean: newMean(latencyOver, now)}
 	}
-	w.others.latency = &latencyCost{mean: newMean(latencyOver, now)}
 }
 
 func (w *workloads) setCosts(now int64) {
-	for i := range w.list {
-		w.list[i].latency.set(now)
+	for of := range w.all {
+		of.latency.set(now)
 	}
-	w.others.latency.set(now)
 }
 
 func (c *latencyCost) set(now int64) {

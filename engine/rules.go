@@ -154,7 +154,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 			if k := kept[built.named]; k != nil {
 				built = k
 			}
-			err = r.place(built.component, selectors)
+			err = r.place(built.component, selectors, e.rules.Load().points)
 		}
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
@@ -210,8 +210,8 @@ func (e *Engine) build(p *part, c policy.Component, id seam.Component) (selector
 	return selectors, err
 }
 
-// place registers the component at each of its control points, once.
-func (r *rules) place(c component, selectors []policy.Selector) error {
+// place registers the component at each of its control points, once. What was counted there goes on.
+func (r *rules) place(c component, selectors []policy.Selector, before map[string]*point) error {
 	for _, s := range selectors {
 		compiled, err := compileSelector(s)
 		if err != nil {
@@ -220,6 +220,11 @@ func (r *rules) place(c component, selectors []policy.Selector) error {
 		p := r.points[s.ControlPoint]
 		if p == nil {
 			p = new(point)
+			if b := before[s.ControlPoint]; b != nil {
+				p.counts = b.counts
+			} else {
+				p.counts = new(counts)
+			}
 			r.points[s.ControlPoint] = p
 		}
 		p.add(c, compiled)

@@ -15,6 +15,7 @@ type sampler struct {
 	percentage func(now int64) float64
 	pass       []string // values of the label that are always accepted
 	dryRun     bool
+	counts     *counts
 
 	engine *Engine
 	ramp   *ramp // that the percentage moves along; nil where it does not move
@@ -31,6 +32,7 @@ func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
 		percentage: func(int64) float64 { return p.AcceptPercentage },
 		pass:       slices.Clone(p.PassThroughValues),
 		dryRun:     p.DryRun,
+		counts:     new(counts),
 		engine:     e,
 	}
 	s.component.Limiter = s
@@ -65,6 +67,7 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 		in = sampled(d.Label, percentage)
 	}
 	d.Dropped, d.DryRun = !in && !s.dryRun, !in && s.dryRun
+	s.counts.decision(d)
 }
 
 // refuse decides as ever: nobody misses what a sampler gave a flow that does not hear of it.

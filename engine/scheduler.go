@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
@@ -22,9 +23,11 @@ type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source[S]
 	meet      func(state *S, now int64, tokens float64) // counts the flows that come; nil where nobody does
+	share     func(state *S) float64                    // of the load that is let in; nil where none is
 	workloads *workloads
 	margin    int64
 	maxQueue  int
+	waiting   atomic.Int64 // flows, of all keys
 	engine    *Engine
 }
 
@@ -100,22 +103,31 @@ func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority flo
 }
 
 func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
-	s.enter(req, now, now, d)
+	s.count(s.enter(req, now, now, d).of, req, d)
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
 // was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the scheduler retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, deadline, d)
-	if t.waiter == nil {
-		return now, nil
+	decided := now
+	if t.waiter != nil {
+		var err error
+		decided, err = s.wait(ctx, t, d)
+		t.of.waits.add(decided - now)
+		s.engine.instruments.waited(ctx, &s.component, t.of, decided-now)
+		if err != nil {
+			return decided, err
+		}
 	}
-	return s.wait(ctx, t, d)
+	s.count(t.of, req, d)
+	return decided, nil
 }
 
 // A ticket is a flow's place in a queue.
 type ticket[S any] struct {
 	*waiter  // nil where the flow has been decided about
+	of       *workload
 	claim    claim
 	entry    *entry[line[S]]
 	patience int64
@@ -124,9 +136,10 @@ type ticket[S any] struct {
 // enter decides about the flow, or puts it into the queue.
 func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.LimiterDecision) ticket[S] {
 	of := s.workloads.of(&req.Labels)
+	t := ticket[S]{of: of}
 	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
 	if !s.scope(&req.Labels, d) {
-		return ticket[S]{}
+		return t
 	}
 	e := s.lock(d, now)
 	defer e.mu.Unlock()
@@ -140,23 +153,23 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	if !l.waiting() || d.Consumed == 0 {
 		if got := s.source.draw(&l.tokens, now, d.Consumed); got.ok {
 			got.fill(d)
-			return ticket[S]{}
+			return t
 		}
 	}
-	t := ticket[S]{claim: s.workloads.claim(of, &req.Labels), entry: e, patience: s.patience(of, now, deadline)}
+	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, s.patience(of, now, deadline)
 	cost := s.source.cost(d.Consumed)
 	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
 	d.Remaining = s.source.usage(&l.tokens, now).Remaining
 	switch {
 	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, seam.CauseNone, likely)
-		return ticket[S]{}
+		return t
 	case least > t.patience:
 		s.drop(d, seam.CauseLongQueue, likely)
-		return ticket[S]{}
+		return t
 	case l.waiting() && l.queue.len >= s.maxQueue:
 		s.drop(d, seam.CauseQueueFull, likely)
-		return ticket[S]{}
+		return t
 	}
 	if l.queue == nil {
 		l.queue = newQueue(func() { s.ring(e) })
@@ -180,6 +193,8 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 
 // wait waits for the flow to be served, and decides.
 func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDecision) (int64, error) {
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
 	var expired <-chan time.Time
 	if t.patience < forever {
 		timer := time.NewTimer(time.Duration(t.patience))
@@ -270,6 +285,19 @@ func (s *scheduler[S]) ring(e *entry[line[S]]) {
 	s.serve(e, s.engine.now())
 }
 
+// count counts a decision, by the flow's workload.
+func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDecision) {
+	of.counts.decision(d)
+	switch {
+	case d.Dropped:
+		addFloat(of.counts, d, tokensRejected, tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()))
+	case d.DryRun:
+		addFloat(of.counts, d, tokensAccepted, tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()))
+	default:
+		addFloat(of.counts, d, tokensAccepted, d.Consumed)
+	}
+}
+
 // patience is how long a flow of the workload may wait that has to be decided about by the deadline.
 func (s *scheduler[S]) patience(of *workload, now, deadline int64) int64 {
 	wait := int64(forever)
@@ -286,14 +314,16 @@ func (s *scheduler[S]) patience(of *workload, now, deadline int64) int64 {
 }
 
 func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
-	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, s.workloads.of(&req.Labels).cost())
+	of := s.workloads.of(&req.Labels)
+	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
 	if s.scope(&req.Labels, d) {
 		s.drop(d, seam.CauseLate, 0)
 	}
+	s.count(of, req, d)
 }
 
 func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
-	return s.returned(d, func(e *entry[line[S]]) bool {
+	return s.returned(d, unused, func(e *entry[line[S]]) bool {
 		waiting := e.state.waiting()
 		if waiting {
 			s.catchUp(e, now)

@@ -40,16 +40,18 @@ type shard[S any] struct {
 	dead      int       // slots that hold the tombstone
 	nextSweep int64     // when a full table may sweep this shard again
 	tombstone *entry[S] // keeps a probe going across the slot of a removed key
-	_         [16]byte  // a cache line each
+	forgotten uint64    // flows that entries have admitted which are gone
+	_         [8]byte   // a cache line each
 }
 
 type entry[S any] struct {
-	mu    sync.Mutex
-	gone  bool // out of the table: look the key up again
-	hash  uint32
-	key   string
-	used  int64 // last use
-	state S
+	mu       sync.Mutex
+	gone     bool // out of the table: look the key up again
+	hash     uint32
+	key      string
+	used     uint32 // last use, in seconds
+	admitted uint32 // flows
+	state    S
 }
 
 // fullSweepEvery bounds the work that a flood of unknown keys can cause.
@@ -90,7 +92,7 @@ func (t *table[S]) lock(key string, now int64) *entry[S] {
 		}
 		e.mu.Lock()
 		if !e.gone {
-			e.used = now
+			e.used = second(now)
 			return e
 		}
 		e.mu.Unlock()
@@ -136,6 +138,35 @@ func (t *table[S]) lockMet(key string, now int64) *entry[S] {
 	}
 }
 
+// second is a time as entries keep it. It is early by a second at the most, which is no matter: what is forgotten when it
+// is idle is what nobody will miss.
+func second(now int64) uint32 { return uint32(now / int64(time.Second)) }
+
+// admitted is how many flows the entries have admitted, those that are gone too. It looks at each.
+func (t *table[S]) admitted() uint64 {
+	n := t.spill.count()
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock() // so that none goes meanwhile
+		n += s.forgotten
+		slots := *s.slots.Load()
+		for j := range slots {
+			if e := slots[j].Load(); e != nil && e != s.tombstone {
+				n += e.count()
+			}
+		}
+		s.mu.Unlock()
+	}
+	return n
+}
+
+// count is how many flows the entry has admitted, as far as it shows.
+func (e *entry[S]) count() uint64 {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return uint64(e.admitted)
+}
+
 func (s *shard[S]) find(hash uint32, key string) *entry[S] {
 	slots := *s.slots.Load()
 	mask := uint32(len(slots) - 1)
@@ -176,7 +207,7 @@ func (t *table[S]) insert(s *shard[S], hash uint32, key string, now int64) *entr
 	if 4*(s.live+s.dead+1) > 3*len(slots) {
 		slots = s.rebuild()
 	}
-	e := &entry[S]{hash: hash, key: strings.Clone(key), used: now}
+	e := &entry[S]{hash: hash, key: strings.Clone(key), used: second(now)}
 	t.fresh(&e.state, now)
 	place(slots, e)
 	s.live++
@@ -240,8 +271,9 @@ func (t *table[S]) sweepShard(s *shard[S], now, idle int64) {
 		if e == nil || e == s.tombstone || !e.mu.TryLock() { // a locked one is in use
 			continue
 		}
-		if now-e.used >= idle && t.forgettable(&e.state, now) {
+		if now-int64(e.used)*int64(time.Second) >= idle && t.forgettable(&e.state, now) {
 			e.gone = true
+			s.forgotten += uint64(e.admitted)
 			slots[i].Store(s.tombstone)
 			s.live--
 			s.dead++

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+	"time"
 )
 
 func newTestTable(limit int) *table[int] {
@@ -42,8 +43,8 @@ func TestTableSweep(t *testing.T) {
 	for i := range 1000 {
 		tab.update(fmt.Sprint(i), 0, func(n *int) { *n = i % 2 }) // every other one is forgettable
 	}
-	tab.update("0", 50, func(*int) {})
-	tab.sweep(100, 60)
+	tab.update("0", int64(50*time.Second), func(*int) {})
+	tab.sweep(int64(100*time.Second), 60*time.Second)
 	if got, want := tab.size.Load(), int64(501); got != want { // the odd ones, and the one that was used
 		t.Errorf("size = %d want %d", got, want)
 	}

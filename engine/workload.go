@@ -25,6 +25,9 @@ type workload struct {
 	priority, tokens float64
 	timeout          time.Duration // in the queue; 0: the flow's own, below: none at all
 	latency          *latencyCost  // goes before tokens; nil where it does not
+
+	counts *counts
+	waits  *waits
 }
 
 func compileWorkloads(p *policy.Scheduler) (*workloads, error) {
@@ -47,7 +50,14 @@ func compileWorkloads(p *policy.Scheduler) (*workloads, error) {
 }
 
 func newWorkload(label string, p policy.WorkloadParameters) workload {
-	return workload{label: label, priority: cmp.Or(p.Priority, 1), tokens: max(cmp.Or(p.Tokens, 1), 0), timeout: p.QueueTimeout}
+	return workload{
+		label:    label,
+		priority: cmp.Or(p.Priority, 1),
+		tokens:   max(cmp.Or(p.Tokens, 1), 0),
+		timeout:  p.QueueTimeout,
+		counts:   new(counts),
+		waits:    new(waits),
+	}
 }
 
 // of is the first workload that matches.
@@ -58,6 +68,16 @@ func (w *workloads) of(labels *seam.Labels) *workload {
 		}
 	}
 	return &w.others
+}
+
+// all are the workloads, by their numbers.
+func (w *workloads) all(yield func(*workload) bool) {
+	for i := range w.list {
+		if !yield(&w.list[i]) {
+			return
+		}
+	}
+	yield(&w.others)
 }
 
 // Priorities beyond these count as these. The queue's clock runs at their speed, and a float that shows too much of one

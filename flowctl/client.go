@@ -97,6 +97,11 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 	if c.observer, err = newObserver(cfg.tracer, cfg.meter); err != nil {
 		return nil, fmt.Errorf("headgate: new client: %w", err)
 	}
+	if cfg.meter != nil {
+		if err := agent.Instrument(cfg.meter); err != nil {
+			return nil, fmt.Errorf("headgate: new client: %w", err)
+		}
+	}
 	return c, nil
 }
 

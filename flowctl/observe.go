@@ -19,7 +19,6 @@ const scope = "github.com/headgate-go/headgate/flowctl"
 type observer struct {
 	tracer    trace.Tracer
 	decisions metric.Int64Counter
-	dryDrops  metric.Int64Counter
 
 	// Sets of attributes are dear to make, and there are few: control points times outcomes.
 	sets  sync.Map // outcome → metric.AddOption
@@ -41,17 +40,13 @@ func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*ob
 	}
 	o := &observer{}
 	if tracers != nil {
-		o.tracer = tracers.Tracer(scope, trace.WithInstrumentationVersion(version))
+		o.tracer = tracers.Tracer(scope, trace.WithInstrumentationVersion(seam.Version))
 	}
 	if meters != nil {
-		meter := meters.Meter(scope, metric.WithInstrumentationVersion(version))
+		meter := meters.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
 		var err error
 		if o.decisions, err = meter.Int64Counter("flowcontrol_decisions_total", metric.WithUnit("{flow}"),
 			metric.WithDescription("Flows by what was decided about them.")); err != nil {
-			return nil, err
-		}
-		if o.dryDrops, err = meter.Int64Counter("flowcontrol_dry_run_drops_total", metric.WithUnit("{flow}"),
-			metric.WithDescription("Flows that components in dry run would have dropped.")); err != nil {
 			return nil, err
 		}
 	}
@@ -82,14 +77,6 @@ func (o *observer) decided(f *Flow) {
 			key.controlPoint = "" // it may be what is invalid
 		}
 		o.decisions.Add(f.parent, 1, o.set(key))
-		for i := range f.verdict.Len() {
-			if d := f.verdict.At(i); d.DryRun {
-				o.dryDrops.Add(f.parent, 1, metric.WithAttributes(
-					attribute.String("policy_name", d.Component.Policy),
-					attribute.String("component_id", d.Component.ID),
-				))
-			}
-		}
 	}
 }
 

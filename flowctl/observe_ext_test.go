@@ -3,22 +3,23 @@ package flowctl_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"strings"
-	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.opentelemetry.io/otel/attribute"
 	otelcodes "go.opentelemetry.io/otel/codes"
-	"go.opentelemetry.io/otel/metric"
-	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/meters"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -65,39 +66,6 @@ func texts(attrs []attribute.KeyValue) []string {
 		out = append(out, string(a.Key)+"="+a.Value.String())
 	}
 	return out
-}
-
-// meters is a meter provider that keeps what is counted.
-type meters struct {
-	metricnoop.MeterProvider
-	mu     sync.Mutex
-	counts map[string]int64
-	err    error
-}
-
-// meter makes the counter of its provider.
-type meter struct {
-	metricnoop.Meter
-	p *meters
-}
-
-type counter struct {
-	metricnoop.Int64Counter
-	p    *meters
-	name string
-}
-
-func (p *meters) Meter(string, ...metric.MeterOption) metric.Meter { return meter{p: p} }
-
-func (m meter) Int64Counter(name string, _ ...metric.Int64CounterOption) (metric.Int64Counter, error) {
-	return counter{p: m.p, name: name}, m.p.err
-}
-
-func (c counter) Add(_ context.Context, n int64, opts ...metric.AddOption) {
-	c.p.mu.Lock()
-	defer c.p.mu.Unlock()
-	set := metric.NewAddConfig(opts).Attributes()
-	c.p.counts[c.name+" "+strings.Join(texts(set.ToSlice()), " ")] += n
 }
 
 func limitedEngine(t *testing.T) *engine.Engine {
@@ -152,7 +120,7 @@ func TestTracerProvider(t *testing.T) {
 
 // Decisions are counted without a label's value, and as often as they were made: in a dry run too.
 func TestMeterProvider(t *testing.T) {
-	p := &meters{counts: make(map[string]int64)}
+	p := new(meters.Provider)
 	client, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(p), flowctl.WithDryRun())
 	if err != nil {
 		t.Fatal(err)
@@ -167,21 +135,62 @@ func TestMeterProvider(t *testing.T) {
 	client.Start(t.Context(), "", flowctl.Params{}).EndWith(nil)
 	_ = client.Close(t.Context())
 	client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
-	want := map[string]int64{
+	got := p.Read(t.Context())
+	maps.DeleteFunc(got, func(name string, _ float64) bool { return !strings.HasPrefix(name, "flowcontrol_d") })
+	want := map[string]float64{
 		"flowcontrol_decisions_total control_point=point decision_type=accepted":                            1,
 		"flowcontrol_decisions_total control_point=point decision_type=rejected reject_reason=rate limited": 2,
 		"flowcontrol_decisions_total control_point= decision_type=invalid":                                  1,
 		"flowcontrol_decisions_total control_point=point decision_type=unreachable":                         1,
-		"flowcontrol_dry_run_drops_total component_id=dry policy_name=p":                                    2,
 	}
-	if diff := cmp.Diff(want, p.counts); diff != "" {
+	for name := range got {
+		if strings.HasPrefix(name, "flowcontrol_dry_run_drops_total component_id=dry ") { // and a hash
+			want[name] = 2
+		}
+		if strings.HasPrefix(name, "flowcontrol_dry_run_drops_total component_id=root.0 ") {
+			want[name] = 0
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("counts (-want +got):\n%s", diff)
 	}
 }
 
+// A remote agent shows whether its gate is open, until its client is closed.
+func TestGateIsShown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent, p := flowtest.NewAgent(t), new(meters.Provider)
+		client := agent.Client(flowctl.WithMeterProvider(p))
+		gate := func() (open float64, shown bool) {
+			for name, n := range p.Read(t.Context()) {
+				if strings.HasPrefix(name, "flowcontrol_gate_open server_address=") {
+					return n, true
+				}
+			}
+			return 0, false
+		}
+		client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
+		if open, shown := gate(); open != 0 || !shown {
+			t.Errorf("while the agent answers, the gate is %v, %v want 0 and shown", open, shown)
+		}
+		agent.Freeze()
+		for range 5 {
+			client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
+		}
+		if open, _ := gate(); open != 1 {
+			t.Errorf("after five checks in vain the gate is %v want 1", open)
+		}
+		agent.Thaw()
+		_ = client.Close(t.Context())
+		if _, shown := gate(); shown {
+			t.Error("the gate of a closed client is shown")
+		}
+	})
+}
+
 func TestMeterProviderFails(t *testing.T) {
 	broken := errors.New("broken")
-	if _, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(&meters{err: broken})); !errors.Is(err, broken) {
+	if _, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(&meters.Provider{Err: broken})); !errors.Is(err, broken) {
 		t.Errorf("New() = %v want the provider's error", err)
 	}
 }

@@ -326,8 +326,8 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 }
 
 // WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason,
-// and in flowcontrol_dry_run_drops_total, by policy and component, what an engine's components in dry run would have
-// dropped. By default, and with nil, nothing is counted. No label of a flow becomes an attribute.
+// and shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and all that an
+// engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p

@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // A batch encodes flow records straight into the bytes of an OTLP request, opentelemetry.proto.trace.v1.TracesData: as
@@ -39,7 +41,7 @@ const (
 func appendResource(b []byte) []byte {
 	var resource []byte
 	resource = appendText(resource, 1, "service.name", "headgate-go")
-	resource = appendText(resource, 1, "service.version", version)
+	resource = appendText(resource, 1, "service.version", seam.Version)
 	return appendBytes(b, 1, resource)
 }
 

@@ -11,6 +11,8 @@ import (
 	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
+
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 func text(key, value string) *commonv1.KeyValue {
@@ -69,7 +71,7 @@ func TestBatch(t *testing.T) {
 			t.Errorf("%d trace ids want %d", len(ids), len(records))
 		}
 		data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{
-			Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", version)}},
+			Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", seam.Version)}},
 			ScopeSpans: []*tracev1.ScopeSpans{{Spans: want}},
 		}}}
 		if diff := cmp.Diff(data, got, protocmp.Transform()); diff != "" {

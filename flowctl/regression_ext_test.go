@@ -27,6 +27,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/meters"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -80,7 +81,7 @@ func TestA2StatusWithoutAnAgent(t *testing.T) {
 
 // A3: a flow that ran without an agent could not be ended, and was never seen in a trace.
 func TestA3FlowsWithoutAnAgentEnd(t *testing.T) {
-	p, counts := new(tracers), &meters{counts: make(map[string]int64)}
+	p, counts := new(tracers), new(meters.Provider)
 	withoutAgent(t, func(t *testing.T, client *flowctl.Client) {
 		flow := client.Start(t.Context(), "point", flowctl.Params{})
 		flow.SetError(errors.New("work"))
@@ -94,8 +95,9 @@ func TestA3FlowsWithoutAnAgentEnd(t *testing.T) {
 			t.Errorf("the flow's span ended %d times with %v want once, as a failure", s.ended, s.status)
 		}
 	}, flowctl.WithTracerProvider(p), flowctl.WithMeterProvider(counts))
-	if got := counts.counts["flowcontrol_decisions_total control_point=point decision_type=unreachable"]; got != 2 {
-		t.Errorf("%d flows without an agent were counted want 2: %v", got, counts.counts)
+	got := counts.Read(t.Context())
+	if n := got["flowcontrol_decisions_total control_point=point decision_type=unreachable"]; n != 2 {
+		t.Errorf("%v flows without an agent were counted want 2: %v", n, got)
 	}
 }
 
@@ -418,7 +420,7 @@ func TestA28FailedDialLeavesNothing(t *testing.T) {
 	broken := errors.New("broken")
 	t.Setenv("APERTURE_AGENT_ADDRESS", "localhost:1")
 	t.Setenv("APERTURE_AGENT_INSECURE", "true")
-	opts := []flowctl.Option{flowctl.WithDialOptions(agent.Dialer()), flowctl.WithMeterProvider(&meters{err: broken})}
+	opts := []flowctl.Option{flowctl.WithDialOptions(agent.Dialer()), flowctl.WithMeterProvider(&meters.Provider{Err: broken})}
 	if _, err := flowctl.Dial("localhost:1", append(opts, flowctl.WithInsecure())...); !errors.Is(err, broken) {
 		t.Errorf("Dial() = %v want the provider's error", err)
 	}

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -29,9 +31,6 @@ import (
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
-
-// version names this library in telemetry and to agents.
-const version = "0.1.0-dev"
 
 // Dial makes a client of an agent that speaks the Aperture protocol over gRPC. The address is host:port, or any target
 // that gRPC knows; the connection uses TLS unless [WithInsecure] says otherwise. Dial does not wait for the connection:
@@ -51,7 +50,7 @@ func dial(address string, cfg *config) (*Client, error) {
 	}
 	c, err := newClient(r, cfg)
 	if err != nil {
-		return nil, errors.Join(err, r.closeConn())
+		return nil, errors.Join(err, r.release())
 	}
 	c.remote = r
 	r.start(cfg)
@@ -134,10 +133,12 @@ type remote struct {
 	codec    encoding.CodecV2
 	timeout  time.Duration // of calls that no check timeout bounds
 	gate     *gate
+	address  string         // where it is no more than host:port: other targets may hold secrets
 	received *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
 	logger   *slog.Logger
 	refusals limitedLog
 	gateLog  limitedLog
+	shown    metric.Registration // of the gate; nil where nobody wants to see it
 	backLog  limitedLog
 	exporter *exporter // nil: no telemetry
 }
@@ -157,6 +158,9 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		span = defaultCheckTimeout
 	}
 	r.gate = newGate(cfg.gate, span)
+	if _, _, err := net.SplitHostPort(address); err == nil {
+		r.address = address
+	}
 	plaintextKey := cfg.plaintextKey
 	if cfg.conn != nil {
 		if address != "" {
@@ -181,7 +185,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			grpc.WithTransportCredentials(&countingCredentials{creds, r.received}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
 			grpc.WithConnectParams(connectParams(r.gate)),
-			grpc.WithUserAgent("headgate-go/" + version),
+			grpc.WithUserAgent("headgate-go/" + seam.Version),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		}, cfg.dialOptions...)
 		conn, err := grpc.NewClient(address, opts...)
@@ -206,6 +210,26 @@ func (r *remote) start(cfg *config) {
 	if !cfg.noTelemetry {
 		r.exporter = newExporter(r.conn, r.calls, cfg.logger, r.answered)
 	}
+}
+
+// Instrument shows whether the gate is open. The client calls it, once.
+func (r *remote) Instrument(provider metric.MeterProvider) error {
+	meter := provider.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
+	open, err := meter.Int64ObservableGauge("flowcontrol_gate_open",
+		metric.WithDescription("1 while the gate is open, for the agent does not answer, and 0 else."))
+	if err != nil {
+		return err
+	}
+	at := metric.WithAttributes(attribute.String("server_address", r.address))
+	r.shown, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		var n int64
+		if r.gate.open.Load() {
+			n = 1
+		}
+		o.ObserveInt64(open, n, at)
+		return nil
+	}, open)
+	return err
 }
 
 func transportCredentials(cfg *config) credentials.TransportCredentials {
@@ -519,10 +543,14 @@ func (r *remote) close(ctx context.Context) error {
 	if r.exporter != nil {
 		flushed = r.exporter.close(ctx)
 	}
-	return errors.Join(flushed, r.closeConn())
+	return errors.Join(flushed, r.release())
 }
 
-func (r *remote) closeConn() error {
+// release gives up what the remote has outside of itself.
+func (r *remote) release() error {
+	if r.shown != nil {
+		_ = r.shown.Unregister() // fails where the provider is gone already
+	}
 	if r.dialled == nil {
 		return nil
 	}

@@ -11,7 +11,12 @@ import (
 	"net/netip"
 	"time"
 	"unicode/utf8"
+
+	"go.opentelemetry.io/otel/metric"
 )
+
+// Version names this library in telemetry, in metrics and to agents.
+const Version = "0.1.0-dev"
 
 // ErrClosed is what an agent answers with after it was closed.
 var ErrClosed = errors.New("closed")
@@ -32,6 +37,10 @@ type Agent interface {
 
 	// Ready waits until the agent can be asked, or ctx ends.
 	Ready(ctx context.Context) error
+
+	// Instrument shows what the agent knows of itself by the provider, until it is closed. Another call with the same
+	// provider does nothing.
+	Instrument(provider metric.MeterProvider) error
 }
 
 // A Request is what a flow asks.

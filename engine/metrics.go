@@ -1,0 +1,284 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"reflect"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/headgate-go/headgate/internal/seam"
+)
+
+const scope = "github.com/headgate-go/headgate/engine"
+
+// Instrument shows the engine's [Stats] as metrics of the provider, until the engine is closed; docs/operating.md lists
+// them. Values of labels are in none of them. Another call with the same provider does nothing. Clients of package flowctl
+// call it with theirs; an engine that package agent serves has no client in its process, so its host does.
+func (e *Engine) Instrument(provider metric.MeterProvider) error {
+	i := &e.instruments
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	same := func(p metric.MeterProvider) bool { return reflect.ValueOf(p).Comparable() && p == provider }
+	if e.closed.Load() || slices.ContainsFunc(i.providers, same) {
+		return nil
+	}
+	meter := provider.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
+	m, err := newMetrics(meter)
+	if err != nil {
+		return fmt.Errorf("headgate: engine: instrument: %w", err)
+	}
+	registration, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		m.observe(o, e.Stats())
+		return nil
+	}, m.all...)
+	if err != nil {
+		return fmt.Errorf("headgate: engine: instrument: %w", err)
+	}
+	i.providers = append(i.providers, provider)
+	i.registrations = append(i.registrations, registration)
+	var waits []metric.Float64Histogram
+	if old := i.waits.Load(); old != nil {
+		waits = slices.Clone(*old)
+	}
+	waits = append(waits, m.waits)
+	i.waits.Store(&waits)
+	return nil
+}
+
+// instruments are where an engine is shown. The zero value is nowhere.
+type instruments struct {
+	waits atomic.Pointer[[]metric.Float64Histogram]
+
+	mu            sync.Mutex
+	providers     []metric.MeterProvider
+	registrations []metric.Registration
+}
+
+// waited tells how long a flow has waited.
+func (i *instruments) waited(ctx context.Context, c *seam.Component, of *workload, ns int64) {
+	waits := i.waits.Load()
+	if waits == nil {
+		return
+	}
+	set := metric.WithAttributes(append(names(c.Policy, c.Hash, c.ID), attribute.String("workload_index", of.label))...)
+	for _, w := range *waits {
+		w.Record(ctx, float64(ns)/float64(time.Millisecond), set)
+	}
+}
+
+// close leaves the providers. What they ask meanwhile is answered.
+func (i *instruments) close() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, r := range i.registrations {
+		_ = r.Unregister() // fails where the provider is gone already
+	}
+	i.registrations = nil
+}
+
+// metrics are the instruments of one meter.
+type metrics struct {
+	waits metric.Float64Histogram
+
+	requests, rateLimiters, concurrencyLimiters, samplers, workloads, dryDrops, unlimited, refunds, overflows counter
+
+	incomingTokens, acceptedTokens, rejectedTokens metric.Float64ObservableCounter
+
+	queued, keys, cacheEntries metric.Int64ObservableGauge
+
+	capacity, available, fillRate, multiplier, percentage metric.Float64ObservableGauge
+
+	cacheHits, cacheMisses, cacheOperations counter
+
+	all []metric.Observable
+}
+
+type counter = metric.Int64ObservableCounter
+
+func newMetrics(meter metric.Meter) (*metrics, error) {
+	m := new(metrics)
+	var errs []error
+	add := func(o metric.Observable, err error) {
+		m.all = append(m.all, o)
+		errs = append(errs, err)
+	}
+	for _, c := range []struct {
+		to         *counter
+		name, what string
+	}{
+		{&m.requests, "flowcontrol_requests_total", "Flows that the engine was asked about, by what it decided."},
+		{&m.rateLimiters, "rate_limiter_counter_total", "Flows that met a rate limiter."},
+		{&m.concurrencyLimiters, "concurrency_limiter_counter_total", "Flows that met a concurrency limiter."},
+		{&m.samplers, "sampler_counter_total", "Flows that met a sampler or a load ramp."},
+		{&m.workloads, "workload_requests_total", "Flows that met a scheduler, by workload."},
+		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components in dry run would have dropped."},
+		{&m.unlimited, "limiter_unlimited_total", "Flows that a limiter or scheduler had nothing to limit by."},
+		{&m.refunds, "limiter_refunds_total", "Flows that gave back what a limiter or scheduler had given them, and did not run."},
+		{&m.overflows, "limiter_overflows_total", "Decisions by the bucket that values beyond the cap share."},
+		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
+		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
+		{&m.cacheOperations, "cache_operation_results_total", "Changes of the caches."},
+	} {
+		var err error
+		*c.to, err = meter.Int64ObservableCounter(c.name, metric.WithDescription(c.what))
+		add(*c.to, err)
+	}
+	for _, c := range []struct {
+		to         *metric.Float64ObservableCounter
+		name, what string
+	}{
+		{&m.incomingTokens, "incoming_tokens_total", "Tokens that flows came for, by workload."},
+		{&m.acceptedTokens, "accepted_tokens_total", "Tokens of flows that were accepted."},
+		{&m.rejectedTokens, "rejected_tokens_total", "Tokens of flows that were rejected."},
+	} {
+		var err error
+		*c.to, err = meter.Float64ObservableCounter(c.name, metric.WithDescription(c.what))
+		add(*c.to, err)
+	}
+	for _, g := range []struct {
+		to         *metric.Int64ObservableGauge
+		name, what string
+	}{
+		{&m.queued, "requests_in_queue", "Flows that wait in a scheduler."},
+		{&m.keys, "limiter_keys", "Values of its label that a limiter keeps apart."},
+		{&m.cacheEntries, "cache_entries", "Entries of a cache."},
+	} {
+		var err error
+		*g.to, err = meter.Int64ObservableGauge(g.name, metric.WithDescription(g.what))
+		add(*g.to, err)
+	}
+	for _, g := range []struct {
+		to         *metric.Float64ObservableGauge
+		name, what string
+	}{
+		{&m.capacity, "token_bucket_capacity_total", "Tokens or slots that there are at the most."},
+		{&m.available, "token_bucket_available_tokens_total", "Tokens or slots that are free."},
+		{&m.fillRate, "token_bucket_fill_rate", "Tokens that a load scheduler lets in each second."},
+		{&m.multiplier, "token_bucket_lm_ratio", "The share of its load that a load scheduler lets in."},
+		{&m.percentage, "sampler_accept_percentage", "The share of flows that a sampler or load ramp accepts."},
+	} {
+		var err error
+		*g.to, err = meter.Float64ObservableGauge(g.name, metric.WithDescription(g.what))
+		add(*g.to, err)
+	}
+	var err error
+	m.waits, err = meter.Float64Histogram("request_in_queue_duration_ms",
+		metric.WithDescription("How long flows have waited in a scheduler, in milliseconds, of those that did."))
+	return m, errors.Join(append(errs, err)...)
+}
+
+// names are the attributes of a component.
+func names(policyName, hash, id string) []attribute.KeyValue {
+	return []attribute.KeyValue{
+		attribute.String("policy_name", policyName), attribute.String("policy_hash", hash), attribute.String("component_id", id),
+	}
+}
+
+func (m *metrics) observe(o metric.Observer, s Stats) {
+	for i := range s.ControlPoints {
+		m.observePoint(o, &s.ControlPoints[i])
+	}
+	for i := range s.Components {
+		m.observeComponent(o, &s.Components[i])
+	}
+	m.observeCache(o, "result", &s.ResultCache)
+	m.observeCache(o, "global", &s.GlobalCache)
+	o.ObserveInt64(m.cacheHits, int64(s.GlobalCache.Hits), metric.WithAttributes(attribute.String("type", "global")))
+	o.ObserveInt64(m.cacheMisses, int64(s.GlobalCache.Misses), metric.WithAttributes(attribute.String("type", "global")))
+}
+
+func (m *metrics) observePoint(o metric.Observer, s *ControlPointStats) {
+	point := attribute.String("control_point", s.ControlPoint)
+	for _, d := range []struct {
+		n             uint64
+		decision, why string
+	}{
+		{s.Accepted, "accepted", ""},
+		{s.RateLimited, "rejected", "rate limited"},
+		{s.NoTokens, "rejected", "no tokens"},
+		{s.NotSampled, "rejected", "not sampled"},
+		{s.NoMatchingRamp, "rejected", "no matching ramp"},
+		{s.Canceled, "canceled", ""},
+	} {
+		attrs := []attribute.KeyValue{point, attribute.String("decision_type", d.decision)}
+		if d.why != "" {
+			attrs = append(attrs, attribute.String("reject_reason", d.why))
+		}
+		o.ObserveInt64(m.requests, int64(d.n), metric.WithAttributes(attrs...))
+	}
+	lookup := metric.WithAttributes(attribute.String("type", "result"), point)
+	o.ObserveInt64(m.cacheHits, int64(s.CacheHits), lookup)
+	o.ObserveInt64(m.cacheMisses, int64(s.CacheMisses), lookup)
+}
+
+func (m *metrics) observeComponent(o metric.Observer, s *ComponentStats) {
+	named := names(s.Policy, s.PolicyHash, s.ID)
+	own := metric.WithAttributes(named...)
+	o.ObserveInt64(m.dryDrops, int64(s.DryRunDrops), own)
+	decided := func(c counter, accepted, dropped uint64, more ...attribute.KeyValue) {
+		for _, d := range []struct {
+			n        uint64
+			decision string
+			dropped  bool
+		}{{accepted, "accepted", false}, {dropped, "rejected", true}} {
+			o.ObserveInt64(c, int64(d.n), metric.WithAttributes(append(slices.Concat(named, more),
+				attribute.String("decision_type", d.decision), attribute.Bool("limiter_dropped", d.dropped))...))
+		}
+	}
+	switch s.Kind {
+	case kindSampler, kindLoadRamp:
+		decided(m.samplers, s.Accepted, s.Dropped)
+		o.ObserveFloat64(m.percentage, s.AcceptPercentage, own)
+		return
+	case kindRateLimiter:
+		decided(m.rateLimiters, s.Accepted, s.Dropped)
+	case kindConcurrencyLimiter:
+		decided(m.concurrencyLimiters, s.Accepted, s.Dropped)
+	default:
+		for _, w := range s.Workloads {
+			index := attribute.String("workload_index", w.Name)
+			decided(m.workloads, w.Accepted, w.Dropped, index)
+			one := metric.WithAttributes(append(slices.Clone(named), index)...)
+			o.ObserveFloat64(m.incomingTokens, w.AcceptedTokens+w.RejectedTokens, one)
+			o.ObserveFloat64(m.acceptedTokens, w.AcceptedTokens, one)
+			o.ObserveFloat64(m.rejectedTokens, w.RejectedTokens, one)
+		}
+		o.ObserveInt64(m.queued, int64(s.Usage.Waiting), own)
+	}
+	o.ObserveInt64(m.unlimited, int64(s.Unlimited), own)
+	o.ObserveInt64(m.refunds, int64(s.Refunded), own)
+	if s.LabelKey != "" {
+		o.ObserveInt64(m.keys, int64(s.Keys), own)
+		o.ObserveInt64(m.overflows, int64(s.Overflows), own)
+		return
+	}
+	if math.IsInf(s.Usage.Capacity, 1) { // a load scheduler that lets everything in
+		return
+	}
+	o.ObserveFloat64(m.capacity, s.Usage.Capacity, own)
+	o.ObserveFloat64(m.available, s.Usage.Remaining, own)
+	if s.Kind == kindLoadScheduler {
+		o.ObserveFloat64(m.fillRate, s.Usage.Capacity, own)
+		o.ObserveFloat64(m.multiplier, s.LoadMultiplier, own)
+	}
+}
+
+func (m *metrics) observeCache(o metric.Observer, kind string, s *CacheStats) {
+	of := attribute.String("type", kind)
+	o.ObserveInt64(m.cacheEntries, int64(s.Entries), metric.WithAttributes(of))
+	for _, op := range []struct {
+		n            uint64
+		name, status string
+	}{{s.Stores, "upsert", "success"}, {s.Refused, "upsert", "error"}, {s.Deletes, "delete", "success"}} {
+		o.ObserveInt64(m.cacheOperations, int64(op.n),
+			metric.WithAttributes(of, attribute.String("operation_type", op.name), attribute.String("status", op.status)))
+	}
+}

@@ -1,0 +1,264 @@
+package engine
+
+import (
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
+)
+
+// Stats are what an engine has decided since it was made, and what there is now. Counters count up for as long as the
+// policies in force have the same component, or name the control point: see [Engine.Apply].
+type Stats struct {
+	// ControlPoints are those that a policy names, in alphabetical order. One without a name comes before them: it is all
+	// the control points that no policy names.
+	ControlPoints []ControlPointStats
+
+	// Components are those of the policies, in their order.
+	Components []ComponentStats
+
+	ResultCache, GlobalCache CacheStats
+}
+
+// ControlPointStats count what the engine was asked at a control point.
+type ControlPointStats struct {
+	ControlPoint string
+
+	Accepted uint64
+
+	// The flows that were rejected, by the reason.
+	RateLimited, NoTokens, NotSampled, NoMatchingRamp uint64
+
+	// Canceled counts the flows whose callers left while they waited.
+	Canceled uint64
+
+	// CacheHits and CacheMisses count the lookups in the result cache.
+	CacheHits, CacheMisses uint64
+}
+
+// ComponentStats are those of one component, by what it decided itself. What others made of the same flows is not in them.
+type ComponentStats struct {
+	Policy, PolicyHash, ID string
+
+	// Kind is what policy files call such a component: rate_limiter, concurrency_limiter, quota_scheduler,
+	// concurrency_scheduler, load_scheduler (one that is steered by AIMD too), sampler or load_ramp.
+	Kind string
+
+	// LabelKey is the label that the component goes by; "" where it is one for all flows.
+	LabelKey string
+
+	// Accepted counts the flows that the component let pass, and Dropped those that it did not.
+	Accepted, Dropped uint64
+
+	// Of those that passed, DryRunDrops counts the flows that would not have, were the component not in dry run; Unlimited,
+	// those that there was nothing to limit by, as they lack its label or it lets everything pass; and Refunded, those that
+	// gave back what they had got, because others dropped them or their callers left.
+	DryRunDrops, Unlimited, Refunded uint64
+
+	// Keys is how many values of its label the component keeps apart, and Overflows how many decisions went by the bucket
+	// that values share beyond the cap (see [WithKeyCap]). Both are 0 without a label.
+	Keys      int
+	Overflows uint64
+
+	// Usage is what all flows together have; without a label only. Waiting counts all flows in queues, with one too.
+	Usage Usage
+
+	// AcceptPercentage is what a sampler or ramp accepts now.
+	AcceptPercentage float64
+
+	// LoadMultiplier is the share of its load that a load scheduler lets in; +Inf while that is everything.
+	LoadMultiplier float64
+
+	// Workloads are a scheduler's, in the order of its policy; the default one is the last. A workload that a label names
+	// counts as the one that it was taken for without it.
+	Workloads []WorkloadStats
+}
+
+// WorkloadStats are those of one workload of a scheduler; see [ComponentStats].
+type WorkloadStats struct {
+	// Name is the workload's: its place in the policy where that gives it none, "default" for the default one.
+	Name string
+
+	Accepted, Dropped, DryRunDrops, Unlimited uint64
+
+	// AcceptedTokens are those that flows came for which passed, and RejectedTokens those of the others.
+	AcceptedTokens, RejectedTokens float64
+
+	// Waits counts the flows that have waited in the queue, whatever became of them, and Waited is how long in all.
+	Waits  uint64
+	Waited time.Duration
+}
+
+// CacheStats are those of one cache.
+type CacheStats struct {
+	Hits, Misses uint64 // lookups
+	Stores       uint64 // values that were stored
+	Deletes      uint64 // entries that were deleted, or were not there
+	Refused      uint64 // values that were not stored: without a key, or larger than the cache
+
+	// Entries is about how many there are.
+	Entries int
+}
+
+// Stats tells what the engine has decided, and what there is now. It is a picture of many counters that go on counting
+// meanwhile, so that sums may differ by the flows that are being decided about.
+func (e *Engine) Stats() Stats {
+	r, now := e.rules.Load(), e.now()
+	s := Stats{
+		ControlPoints: make([]ControlPointStats, 0, 1+len(r.points)),
+		Components:    make([]ComponentStats, 0, len(r.parts)),
+		ResultCache:   e.results.stats(),
+		GlobalCache:   e.globals.stats(),
+	}
+	s.ControlPoints = append(s.ControlPoints, e.elsewhere.stats(""))
+	for _, at := range slices.Sorted(maps.Keys(r.points)) {
+		s.ControlPoints = append(s.ControlPoints, r.points[at].stats(at))
+	}
+	for _, p := range r.parts {
+		s.Components = append(s.Components, p.stats(now))
+	}
+	return s
+}
+
+func (p *point) stats(controlPoint string) ControlPointStats {
+	rejected := func(why seam.Reason) uint64 { return p.counts.sum(flowsRejected + int(why)) }
+	return ControlPointStats{
+		ControlPoint:   controlPoint,
+		Accepted:       p.counts.sum(flowsAccepted),
+		RateLimited:    rejected(seam.ReasonRateLimited),
+		NoTokens:       rejected(seam.ReasonNoTokens),
+		NotSampled:     rejected(seam.ReasonNotSampled),
+		NoMatchingRamp: rejected(seam.ReasonNoMatchingRamp),
+		Canceled:       p.counts.sum(flowsCanceled),
+		CacheHits:      p.counts.sum(cacheHits),
+		CacheMisses:    p.counts.sum(cacheMisses),
+	}
+}
+
+// statsOf are those that all components have.
+func statsOf(c *seam.Component, n *counts) ComponentStats {
+	return ComponentStats{
+		Policy:      c.Policy,
+		PolicyHash:  c.Hash,
+		ID:          c.ID,
+		Kind:        kindOf(c.Kind),
+		LabelKey:    c.LabelKey,
+		Accepted:    n.sum(decisionsAccepted),
+		Dropped:     n.sum(decisionsDropped),
+		DryRunDrops: n.sum(decisionsDry),
+		Unlimited:   n.sum(decisionsFree),
+		Refunded:    n.sum(decisionsRefunded),
+	}
+}
+
+// kindOf is what policy files call components of the kind.
+func kindOf(k seam.Kind) string {
+	switch k {
+	case seam.KindRateLimiter:
+		return kindRateLimiter
+	case seam.KindConcurrencyLimiter:
+		return kindConcurrencyLimiter
+	case seam.KindQuotaScheduler:
+		return "quota_scheduler"
+	case seam.KindConcurrencyScheduler:
+		return "concurrency_scheduler"
+	case seam.KindLoadScheduler:
+		return kindLoadScheduler
+	default:
+		return kindSampler
+	}
+}
+
+// The kinds that have metrics of their own.
+const (
+	kindRateLimiter        = "rate_limiter"
+	kindConcurrencyLimiter = "concurrency_limiter"
+	kindLoadScheduler      = "load_scheduler"
+	kindSampler            = "sampler"
+	kindLoadRamp           = "load_ramp"
+)
+
+// stats are those of a component with buckets. Its usage is told by who knows them.
+func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
+	s := statsOf(&k.component, k.counts)
+	if k.table == nil {
+		s.Usage = usage("", now)
+		return s
+	}
+	s.Keys = int(min(k.table.size.Load(), k.table.cap)) // a key that does not fit is counted for a moment
+	s.Overflows = k.table.spilled.Load()
+	return s
+}
+
+func (l *limiter[S]) stats(now int64) ComponentStats {
+	all := l.keyed.stats(l.usage, now)
+	all.Accepted += l.admitted()
+	return all
+}
+
+func (s *scheduler[S]) stats(now int64) ComponentStats {
+	all := s.keyed.stats(s.usage, now)
+	all.Usage.Waiting = int(s.waiting.Load())
+	for of := range s.workloads.all {
+		w := of.stats()
+		all.Accepted += w.Accepted
+		all.Dropped += w.Dropped
+		all.DryRunDrops += w.DryRunDrops
+		all.Unlimited += w.Unlimited
+		all.Workloads = append(all.Workloads, w)
+	}
+	if s.share != nil {
+		e := s.single
+		e.mu.Lock()
+		all.LoadMultiplier = s.share(&e.state.tokens)
+		e.mu.Unlock()
+	}
+	return all
+}
+
+func (w *workload) stats() WorkloadStats {
+	return WorkloadStats{
+		Name:           w.label,
+		Accepted:       w.counts.sum(decisionsAccepted),
+		Dropped:        w.counts.sum(decisionsDropped),
+		DryRunDrops:    w.counts.sum(decisionsDry),
+		Unlimited:      w.counts.sum(decisionsFree),
+		AcceptedTokens: w.counts.sumFloat(tokensAccepted),
+		RejectedTokens: w.counts.sumFloat(tokensRejected),
+		Waits:          w.waits.count.Load(),
+		Waited:         time.Duration(w.waits.total.Load()),
+	}
+}
+
+func (s *sampler) stats(now int64) ComponentStats {
+	all := statsOf(&s.component, s.counts)
+	if s.ramp != nil {
+		all.Kind = kindLoadRamp
+	}
+	all.AcceptPercentage = s.percentage(now)
+	return all
+}
+
+func (c *cache) stats() CacheStats {
+	return CacheStats{
+		Hits:    c.hits.Load(),
+		Misses:  c.misses.Load(),
+		Stores:  c.stores.Load(),
+		Deletes: c.deletes.Load(),
+		Refused: c.refused.Load(),
+		Entries: c.entries.EstimatedSize(),
+	}
+}
+
+// waits are how often and how long flows have waited.
+type waits struct {
+	count atomic.Uint64
+	total atomic.Int64 // nanoseconds
+}
+
+func (w *waits) add(ns int64) {
+	w.count.Add(1)
+	w.total.Add(ns)
+}
