@@ -93,6 +93,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		fmt.Fprintf(stdout, "agent, %d in flight: %.0f checks a second, client and agent on the same processors\n",
 			inFlight, 1e9/median(check.parallel))
 	}
+	if err := measureSlots(ctx, stdout, time.Duration(*rounds)*overGRPC**each); err != nil {
+		return err
+	}
 	fmt.Fprintf(stdout, "limiter with %d keys: %.0f bytes a key beyond its text; target ≤ 128: %s\n",
 		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 128))
 	return nil
