@@ -96,7 +96,7 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	if err := labels.Check(req.Labels.Params); err != nil {
 		return nil, invalid(err)
 	}
-	if lookup := m.GetCacheLookupRequest(); lookup.GetResultCacheKey() != "" || len(lookup.GetGlobalCacheKeys()) > 0 {
+	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
 		req.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
 		if err := seam.CheckCacheKeys(req.Lookup.Result, req.Lookup.Global...); err != nil {
