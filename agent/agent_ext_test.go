@@ -109,10 +109,17 @@ func (s *served) conn(t testing.TB) *grpc.ClientConn {
 	return conn
 }
 
-// The recordings of a real agent, over the wire.
+// The recordings of a real agent, over the wire, as other SDKs see it and as the toolkit's client does.
 func TestVectors(t *testing.T) {
-	vectors.Run(t, func(t *testing.T, policies []policy.Policy) *flowctl.Client {
-		return serve(t, policies).client(t)
+	t.Run("stub", func(t *testing.T) {
+		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+			return serve(t, policies).stub(t)
+		})
+	})
+	t.Run("client", func(t *testing.T) {
+		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+			return vectors.Stub(serve(t, policies).client(t))
+		})
 	})
 }
 

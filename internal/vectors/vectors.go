@@ -1,35 +1,39 @@
-// Package vectors replays recordings of an Aperture agent against a client, and compares what it is told with what the
-// recorded agent answered. Tests use it.
+// Package vectors replays recordings of an Aperture agent against an engine, and compares what it answers with what the
+// recorded agent did. Tests use it.
 //
-// A scenario is a policy and calls at set times. Decisions, reasons, statuses, labels and cache outcomes must be the
-// same; token counts and waits may differ by what the recorder's clock drifted. In a bubble of testing/synctest the
-// replay has no drift of its own.
+// A scenario is a policy and calls at set times. They are made by the stub that the protocol generates, as SDKs of others
+// do, or by a client of the toolkit, which [Stub] makes look like one. Decisions, reasons, statuses, labels, slots that
+// come back and cache outcomes must be the same; token counts and waits may differ by what the recorder's clock drifted.
+// In a bubble of testing/synctest the replay has no drift of its own.
 //
 // Where the engine is meant to do better than the recorded agent, the better is demanded: who waits is served in the
-// right order and at the right time, no count of tokens is negative, and how long to wait after a rejection may be told
-// where the recorded agent does not know.
+// right order and at the right time, no count of tokens is negative, what is invalid is refused, and how long to wait
+// after a rejection may be told where the recorded agent does not know.
 package vectors
 
 import (
+	"context"
 	"embed"
 	"encoding/json"
-	"errors"
 	"math"
 	"path"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -97,8 +101,12 @@ type Options struct {
 	// Accepted names the checks that are to be accepted, although the recorded agent rejects them.
 	Accepted []string
 
-	// DecisionsOnly compares just whether a step carries a limiter decision.
-	DecisionsOnly bool
+	// Invalid names the checks that are to be refused as such, although the recorded agent accepts them.
+	Invalid []string
+
+	// Refused wants a check to be rejected that meets a limiter, although the recorded agent accepts it, and compares
+	// just whether it meets one.
+	Refused bool
 
 	// TokensPerSecond is how fast the policy's buckets fill, which makes token counts drift.
 	TokensPerSecond float64
@@ -116,7 +124,7 @@ func scenarios() map[string]Options {
 		"rl-missing-label":         {},
 		"cl-inflight-and-end":      {},
 		"cl-max-inflight-duration": {},
-		"label-matchers":           {DecisionsOnly: true}, // a limit of 0 lets everything pass there, and nothing here
+		"label-matchers":           {Refused: true}, // a limit of 0 lets everything pass there, and nothing here
 		"cache":                    {},
 		// A token comes every half second, and q4 goes first. q5 has less time than that.
 		"qs-bucket-and-queue": {TokensPerSecond: 2, Answered: map[string]time.Duration{
@@ -126,15 +134,15 @@ func scenarios() map[string]Options {
 		"cs-queue-and-timeout": {Answered: map[string]time.Duration{
 			"s2": 530 * time.Millisecond, "s3": 1500 * time.Millisecond, "s4": 1000 * time.Millisecond, "s6": 3590 * time.Millisecond,
 		}},
-		// No ramp lets r0 in there, though it matches; r5 is invalid here.
-		"ramp-mode": {Except: []string{"r5"}, Accepted: []string{"r0"}},
+		// No ramp lets r0 in there, though it matches; r5 has no control point.
+		"ramp-mode": {Accepted: []string{"r0"}, Invalid: []string{"r5"}},
 		// pm has no label to go by, and is in or out by chance.
 		"sampler-sticky": {Except: []string{"pm"}},
 	}
 }
 
-// Run replays the scenarios, each in a bubble of its own, against clients that open makes for a policy.
-func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowctl.Client) {
+// Run replays the scenarios, each in a bubble of its own, against what open makes for a policy.
+func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient) {
 	for name, opts := range scenarios() {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -153,9 +161,9 @@ func Run(t *testing.T, open func(t *testing.T, policies []policy.Policy) *flowct
 }
 
 // Replay makes the scenario's calls at their times, in a bubble, and reports every difference.
-func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
+func (s *Scenario) Replay(t *testing.T, stub checkv1.FlowControlServiceClient, opts Options) {
 	t.Helper()
-	r := &replay{t: t, client: client, opts: opts, begin: time.Now(), refused: -1, flows: make(map[string]*flowctl.Flow)}
+	r := &replay{t: t, stub: stub, opts: opts, begin: time.Now(), refused: -1, answers: make(map[string]*checkv1.CheckResponse)}
 	for _, st := range s.steps {
 		if slices.Contains(opts.Except, st.ID) {
 			continue
@@ -164,18 +172,18 @@ func (s *Scenario) Replay(t *testing.T, client *flowctl.Client, opts Options) {
 		r.step(st)
 		synctest.Wait()
 	}
-	r.waiting.Wait()
+	r.calls.Wait()
 }
 
 type replay struct {
-	t       *testing.T
-	client  *flowctl.Client
-	opts    Options
-	begin   time.Time
-	waiting sync.WaitGroup
+	t     *testing.T
+	stub  checkv1.FlowControlServiceClient
+	opts  Options
+	begin time.Time
+	calls sync.WaitGroup
 
-	mu    sync.Mutex
-	flows map[string]*flowctl.Flow
+	mu      sync.Mutex
+	answers map[string]*checkv1.CheckResponse // to the checks, for their ends
 
 	first   time.Time     // when the recorded agent saw the first check, less its place in the scenario
 	drift   time.Duration // the worst so far
@@ -185,44 +193,54 @@ type replay struct {
 func (r *replay) step(st step) {
 	switch st.RPC {
 	case "Check":
-		r.check(st)
+		req, want := read(r, st, new(checkv1.CheckRequest), new(checkv1.CheckResponse))
+		call(r, st, r.stub.Check, req, func(got *checkv1.CheckResponse) {
+			r.answers[st.ID] = proto.CloneOf(got)
+			r.compareCheck(st, got, want)
+		})
 	case "FlowEnd":
-		r.end(st)
+		req, want := read(r, st, new(checkv1.FlowEndRequest), new(checkv1.FlowEndResponse))
+		r.rename(st, req, want)
+		call(r, st, r.stub.FlowEnd, req, compare(r, st, want))
 	case "CacheUpsert":
-		r.upsert(st)
+		req, want := read(r, st, new(checkv1.CacheUpsertRequest), new(checkv1.CacheUpsertResponse))
+		call(r, st, r.stub.CacheUpsert, req, compare(r, st, want))
 	case "CacheLookup":
-		r.lookup(st)
+		req, want := read(r, st, new(checkv1.CacheLookupRequest), new(checkv1.CacheLookupResponse))
+		call(r, st, r.stub.CacheLookup, req, compare(r, st, want))
 	case "CacheDelete":
-		r.remove(st)
+		req, want := read(r, st, new(checkv1.CacheDeleteRequest), new(checkv1.CacheDeleteResponse))
+		call(r, st, r.stub.CacheDelete, req, compare(r, st, want))
 	default:
 		r.t.Fatalf("%s: unknown rpc %q", st.ID, st.RPC)
 	}
 }
 
-func (r *replay) read(st step, data json.RawMessage, m proto.Message) {
+// read reads what was asked and answered into the messages.
+func read[Req, Resp proto.Message](r *replay, st step, req Req, want Resp) (Req, Resp) {
 	r.t.Helper()
-	if err := protojson.Unmarshal(data, m); err != nil {
-		r.t.Fatalf("%s: %v", st.ID, err)
+	if err := protojson.Unmarshal(st.Request, req); err != nil {
+		r.t.Fatalf("%s: request: %v", st.ID, err)
 	}
+	if err := protojson.Unmarshal(st.Response, want); err != nil {
+		r.t.Fatalf("%s: response: %v", st.ID, err)
+	}
+	return req, want
 }
 
-func (r *replay) check(st step) {
-	req, want := new(checkv1.CheckRequest), new(checkv1.CheckResponse)
-	r.read(st, st.Request, req)
-	r.read(st, st.Response, want)
-	params := flowctl.Params{
-		Labels:          req.GetLabels(),
-		CheckTimeout:    time.Duration(st.DeadlineMS) * time.Millisecond,
-		RampMode:        req.GetRampMode(),
-		ResultCacheKey:  req.GetCacheLookupRequest().GetResultCacheKey(),
-		GlobalCacheKeys: req.GetCacheLookupRequest().GetGlobalCacheKeys(),
-	}
-	r.waiting.Go(func() {
-		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), params)
+// call makes a call in the background, and has its answer looked at when it has come in time.
+func call[Req, Resp proto.Message](r *replay, st step, rpc func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req, look func(Resp)) {
+	r.calls.Go(func() {
+		ctx := r.t.Context()
+		if st.DeadlineMS > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, time.Duration(st.DeadlineMS)*time.Millisecond)
+			defer cancel()
+		}
+		got, err := rpc(ctx, req)
 		at := time.Since(r.begin)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.flows[st.ID] = flow
 		answered, ok := r.opts.Answered[st.ID]
 		if !ok {
 			answered = time.Duration(st.AtMS) * time.Millisecond
@@ -230,41 +248,85 @@ func (r *replay) check(st step) {
 		if (at - answered).Abs() > time.Millisecond {
 			r.t.Errorf("%s: answered at %v want %v", st.ID, at, answered)
 		}
-		r.compare(st, params, flow, want)
+		switch {
+		case slices.Contains(r.opts.Invalid, st.ID):
+			if status.Code(err) != codes.InvalidArgument {
+				r.t.Errorf("%s: %v, %v want InvalidArgument", st.ID, got, err)
+			}
+		case err != nil:
+			r.t.Errorf("%s: %v", st.ID, err)
+		default:
+			look(got)
+		}
 	})
 }
 
-func (r *replay) compare(st step, params flowctl.Params, flow *flowctl.Flow, want *checkv1.CheckResponse) {
-	got := flow.CheckResponse()
-	if got == nil {
-		r.t.Errorf("%s: no answer: %v", st.ID, flow.Err())
-		return
+// compare looks at an answer that has nothing in it of the time or the agent.
+func compare[Resp proto.Message](r *replay, st step, want Resp) func(Resp) {
+	return func(got Resp) {
+		if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+			r.t.Errorf("%s: (-recorded +got)\n%s", st.ID, diff)
+		}
 	}
+}
+
+// rename has an end, and the answer to it, name slots as our answer to the check did.
+func (r *replay) rename(st step, req *checkv1.FlowEndRequest, want *checkv1.FlowEndResponse) {
+	r.t.Helper()
+	r.mu.Lock()
+	check, ok := r.answers[st.EndOf]
+	r.mu.Unlock()
+	if !ok {
+		r.t.Fatalf("%s: no answer to %s", st.ID, st.EndOf)
+	}
+	refs := slices.Clone(req.GetInflightRequests())
+	for _, s := range want.GetTokenReturnStatuses() {
+		refs = append(refs, s.GetInflightRequestRef())
+	}
+	for _, ref := range refs {
+		of := slices.IndexFunc(check.GetLimiterDecisions(), func(d *checkv1.LimiterDecision) bool {
+			return d.GetPolicyName() == ref.GetPolicyName() && d.GetComponentId() == ref.GetComponentId()
+		})
+		if of < 0 {
+			r.t.Fatalf("%s: no decision of %s/%s on %s", st.ID, ref.GetPolicyName(), ref.GetComponentId(), st.EndOf)
+		}
+		d := check.GetLimiterDecisions()[of]
+		ref.PolicyHash = d.GetPolicyHash()
+		switch i := d.GetDetails().(type) {
+		case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+			ref.Label, ref.RequestId = i.ConcurrencyLimiterInfo.GetLabel(), i.ConcurrencyLimiterInfo.GetRequestId()
+		case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+			ref.Label, ref.RequestId = i.ConcurrencySchedulerInfo.GetLabel(), i.ConcurrencySchedulerInfo.GetRequestId()
+		default:
+			r.t.Fatalf("%s: %s/%s holds no slots", st.ID, ref.GetPolicyName(), ref.GetComponentId())
+		}
+	}
+}
+
+func (r *replay) compareCheck(st step, got, want *checkv1.CheckResponse) {
 	r.noteDrift(st, want)
 	if slices.Contains(r.opts.Accepted, st.ID) {
 		if got.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-			r.t.Errorf("%s: %v want it accepted", st.ID, flow.Err())
+			r.t.Errorf("%s: %v want it accepted", st.ID, got)
 		}
 		return
 	}
-	if r.opts.DecisionsOnly {
-		if g, w := len(got.GetLimiterDecisions()), len(want.GetLimiterDecisions()); g != w {
-			r.t.Errorf("%s: %d limiter decisions want %d", st.ID, g, w)
+	if r.opts.Refused {
+		met := len(want.GetLimiterDecisions())
+		if n := len(got.GetLimiterDecisions()); n != met || (got.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_REJECTED) != (met > 0) {
+			r.t.Errorf("%s: %v with %d limiter decisions want %d, and rejected if any", st.ID, got.GetDecisionType(), n, met)
 		}
 		return
 	}
-	if params.ResultCacheKey == "" && params.GlobalCacheKeys == nil {
-		// A check without keys asks for no lookup, and so gets no empty answer to one.
-		want.CacheLookupResponse = nil
+	for _, m := range []*checkv1.CheckResponse{got, want} {
+		slices.SortFunc(m.GetLimiterDecisions(), func(a, b *checkv1.LimiterDecision) int {
+			return strings.Compare(a.GetComponentId(), b.GetComponentId())
+		})
 	}
 	r.compareNumbers(st, got, want)
-	for _, m := range []*checkv1.CheckResponse{got, want} {
-		forget(m)
-	}
-	byComponent := protocmp.SortRepeated(func(a, b *checkv1.LimiterDecision) bool { return a.GetComponentId() < b.GetComponentId() })
-	if diff := cmp.Diff(want, got, protocmp.Transform(), byComponent); diff != "" {
-		r.t.Errorf("%s: (-recorded +got)\n%s", st.ID, diff)
-	}
+	forget(got)
+	forget(want)
+	compare(r, st, want)(got)
 }
 
 // noteDrift finds out how far from its set time the recorded agent saw the check.
@@ -372,76 +434,6 @@ func forget(m *checkv1.CheckResponse) {
 			i.ConcurrencyLimiterInfo.RequestId = ""
 		case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
 			i.ConcurrencySchedulerInfo.RequestId = ""
-		}
-	}
-}
-
-func (r *replay) end(st step) {
-	want := new(checkv1.FlowEndResponse)
-	r.read(st, st.Response, want)
-	returned := 0
-	for _, s := range want.GetTokenReturnStatuses() {
-		if s.GetReturned() {
-			returned++
-		}
-	}
-	r.mu.Lock()
-	flow, ok := r.flows[st.EndOf]
-	r.mu.Unlock()
-	if !ok {
-		r.t.Fatalf("%s: no flow %s", st.ID, st.EndOf)
-	}
-	got, err := flow.End(r.t.Context())
-	if err != nil && !errors.Is(err, flowctl.ErrEnded) {
-		r.t.Errorf("%s: End() = %v", st.ID, err)
-	}
-	if got.Returned != returned {
-		r.t.Errorf("%s: %d slots returned want %d", st.ID, got.Returned, returned)
-	}
-}
-
-func (r *replay) upsert(st step) {
-	req := new(checkv1.CacheUpsertRequest)
-	r.read(st, st.Request, req)
-	if e := req.GetResultCacheEntry(); e.GetKey() != "" {
-		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: e.GetKey()})
-		if err := flow.SetResultCache(r.t.Context(), e.GetValue(), e.GetTtl().AsDuration()); err != nil {
-			r.t.Errorf("%s: SetResultCache() = %v", st.ID, err)
-		}
-	}
-	for key, e := range req.GetGlobalCacheEntries() {
-		flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{})
-		if err := flow.SetGlobalCache(r.t.Context(), key, e.GetValue(), e.GetTtl().AsDuration()); err != nil {
-			r.t.Errorf("%s: SetGlobalCache() = %v", st.ID, err)
-		}
-	}
-}
-
-func (r *replay) lookup(st step) {
-	req, want := new(checkv1.CacheLookupRequest), new(checkv1.CacheLookupResponse)
-	r.read(st, st.Request, req)
-	r.read(st, st.Response, want)
-	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{
-		ResultCacheKey: req.GetResultCacheKey(), GlobalCacheKeys: req.GetGlobalCacheKeys(),
-	})
-	got := flow.CheckResponse().GetCacheLookupResponse()
-	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
-		r.t.Errorf("%s: (-recorded +got)\n%s", st.ID, diff)
-	}
-}
-
-func (r *replay) remove(st step) {
-	req := new(checkv1.CacheDeleteRequest)
-	r.read(st, st.Request, req)
-	flow := r.client.Start(r.t.Context(), req.GetControlPoint(), flowctl.Params{ResultCacheKey: req.GetResultCacheKey()})
-	if req.GetResultCacheKey() != "" {
-		if err := flow.DeleteResultCache(r.t.Context()); err != nil {
-			r.t.Errorf("%s: DeleteResultCache() = %v", st.ID, err)
-		}
-	}
-	for _, key := range req.GetGlobalCacheKeys() {
-		if err := flow.DeleteGlobalCache(r.t.Context(), key); err != nil {
-			r.t.Errorf("%s: DeleteGlobalCache() = %v", st.ID, err)
 		}
 	}
 }
