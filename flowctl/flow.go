@@ -275,8 +275,9 @@ func (f *Flow) status() Status {
 
 // End ends the flow: it gives back the concurrency slots that the flow holds, also when it was rejected, and reports
 // its status. A status that nobody set is OK if the flow ran and Error if it did not. End does not stop when ctx is
-// canceled; it has a time limit of its own, see [WithEndTimeout]. The first call counts; others give [ErrEnded]. An
-// error means that slots may not have been given back: the agent takes them back later by itself.
+// canceled; it has a time limit of its own, see [WithEndTimeout], and does not wait for an agent that counts as dead, see
+// [Gate]. The first call counts; others give [ErrEnded]. An error means that slots may not have been given back: the
+// agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) {
 	if !f.course.end() {
 		return EndResponse{}, ErrEnded

@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +19,11 @@ import (
 //
 // On a connection that [WithConn] brought only what a check itself is answered in time is seen to come: answers that are
 // all too late open the gate there. Set Failures to a negative number where that is worse than waiting for the dead.
+//
+// Other calls do not wait for the dead either: while the gate is open, ends of flows that hold slots and changes of
+// caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself, when their
+// max_inflight_duration has passed. The price is a slot whose flow ends when the agent is there again and the next probe
+// is not yet due: it stays taken as well. Where a probe is overdue because no flow starts, these calls are made as ever.
 type Gate struct {
 	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
 	Failures int
@@ -35,7 +41,10 @@ const (
 	defaultGateProbe    = time.Second
 )
 
-var errGateOpen = errors.New("it did not answer lately, and is asked again once in a while")
+var (
+	errGateOpen = errors.New("it did not answer lately, and is asked again once in a while")
+	errNotEnded = fmt.Errorf("the agent is left to take the slots back: %w", errGateOpen)
+)
 
 // A gate is a Gate at work. The zero value lets everything through.
 type gate struct {
@@ -73,6 +82,13 @@ func (g *gate) admit(now time.Time) bool {
 	}
 	t, next := int64(now.Sub(g.epoch)), g.probe.Load()
 	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
+}
+
+// spares says whether a call that is no check is not to be made: it would wait for an agent that is dead, as far as is
+// known. Nothing is known any more when a probe is overdue. Such a call takes no probe's turn, and its failure is no
+// evidence: checks decide about the gate.
+func (g *gate) spares(now time.Time) bool {
+	return g.open.Load() && int64(now.Sub(g.epoch)) < g.probe.Load()
 }
 
 // answered notes that something came from the agent. It reports whether that closed the gate.

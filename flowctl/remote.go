@@ -353,9 +353,7 @@ func (c *countingConn) Read(p []byte) (int, error) {
 // Check asks the agent.
 func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
 	start, seen := time.Now(), r.received.Load()
-	if r.gate.outdated(seen) {
-		r.answered()
-	}
+	r.catchUp(seen)
 	if !r.gate.admit(start) {
 		return errGateOpen
 	}
@@ -381,6 +379,13 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 		wire.Read(req, &c.response, v)
 	}
 	return nil
+}
+
+// catchUp notes what has come from the agent while nobody looked.
+func (r *remote) catchUp(received uint64) {
+	if r.gate.outdated(received) {
+		r.answered()
+	}
 }
 
 // answered notes that the agent is there.
@@ -425,13 +430,16 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 	if len(refs) == 0 {
 		return seam.Returns{}, nil
 	}
+	returns := seam.Returns{Held: len(refs)}
+	if r.spares() {
+		return returns, errNotEnded
+	}
 	// Detached: a slot must come back although, and just when, the caller has gone.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
 	m := new(checkv1.FlowEndResponse)
 	err := r.conn.Invoke(call, checkv1.FlowControlService_FlowEnd_FullMethodName,
 		&checkv1.FlowEndRequest{ControlPoint: req.ControlPoint, InflightRequests: refs}, m, r.calls...)
-	returns := seam.Returns{Held: len(refs)}
 	if err != nil {
 		return returns, err
 	}
@@ -484,9 +492,15 @@ func (r *remote) Delete(ctx context.Context, key seam.CacheKey) error {
 	return cacheStatus(m.GetResultCacheResponse())
 }
 
-// callCache makes a call about the cache, which the gate spares an agent that is dead.
+// spares says whether a call that is no check is not to be made, for the agent is dead.
+func (r *remote) spares() bool {
+	r.catchUp(r.received.Load())
+	return r.gate.spares(time.Now())
+}
+
+// callCache makes a call about the cache.
 func (r *remote) callCache(ctx context.Context, method string, req, m proto.Message) error {
-	if r.gate.open.Load() {
+	if r.spares() {
 		return errGateOpen
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)

@@ -306,6 +306,118 @@ func TestGate(t *testing.T) {
 	})
 }
 
+// opened is a client whose gate is open, for its agent is frozen, and flows of before that hold a slot each.
+func opened(t *testing.T, agent *flowtest.Agent, flows int, opts ...flowctl.Option) (*flowctl.Client, []*flowctl.Flow, *bytes.Buffer) {
+	t.Helper()
+	log := new(bytes.Buffer)
+	agent.Answer(flowtest.Answer{Slots: 1})
+	client := agent.Client(append(opts, logTo(log), flowctl.WithoutTelemetry())...)
+	held := make([]*flowctl.Flow, flows)
+	for i := range held {
+		if held[i] = client.Start(t.Context(), "point", flowctl.Params{}); held[i].Decision() != flowctl.Accepted {
+			t.Fatalf("%v, %v want accepted", held[i], held[i].Err())
+		}
+	}
+	agent.Freeze()
+	for !strings.Contains(log.String(), "does not answer") {
+		client.Start(t.Context(), "point", flowctl.Params{})
+	}
+	return client, held, log
+}
+
+// A frozen agent cost each flow that ended with a slot a second, although the gate was open.
+func TestGateSparesEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		_, flows, log := opened(t, agent, 10)
+		begin := time.Now()
+		for _, flow := range flows {
+			got, err := flow.End(t.Context())
+			if !errors.Is(err, flowctl.ErrUnreachable) || got != (flowctl.EndResponse{Held: 1}) || !strings.Contains(err.Error(), "left to take the slots back") {
+				t.Errorf("End() = %+v, %v want ErrUnreachable, and what becomes of the slot", got, err)
+			}
+		}
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("the ends took %v", took)
+		}
+		if got := len(agent.Ends()); got != 0 {
+			t.Errorf("the agent was told of %d ends", got)
+		}
+		if strings.Count(log.String(), "slots may not have been given back") != 1 {
+			t.Errorf("log: want one line of the ends\n%s", log)
+		}
+	})
+}
+
+// An end is no probe: while the gate is open it is tried only when a probe is overdue, and leaves the turn to the next
+// flow.
+func TestEndsAreNoProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		client, flows, _ := opened(t, agent, 3, flowctl.WithEndTimeout(500*time.Millisecond)) // less than between two probes
+		end := func(want time.Duration) {
+			t.Helper()
+			begin := time.Now()
+			if _, err := flows[0].End(t.Context()); !errors.Is(err, flowctl.ErrUnreachable) {
+				t.Errorf("End() = %v want ErrUnreachable", err)
+			}
+			if took := time.Since(begin); took != want {
+				t.Errorf("End() took %v want %v", took, want)
+			}
+			flows = flows[1:]
+		}
+		start := func(want time.Duration) {
+			t.Helper()
+			begin := time.Now()
+			if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Unreachable || time.Since(begin) != want {
+				t.Errorf("%v in %v want unreachable in %v", flow, time.Since(begin), want)
+			}
+		}
+		end(0)
+		<-time.After(time.Minute)
+		end(500 * time.Millisecond)
+		start(200 * time.Millisecond)
+		start(0)
+		end(0)
+	})
+}
+
+// Where no flow starts, nobody probes: flows that end get their slots back all the same, and close the gate.
+func TestEndsFindTheAgentBack(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		outage time.Duration
+		back   func(agent *flowtest.Agent)
+	}{
+		{"it says what it could not", 10 * time.Millisecond, (*flowtest.Agent).Thaw},
+		{"it says nothing", time.Minute, func(agent *flowtest.Agent) {
+			agent.Drop()
+			agent.Thaw()
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				client, flows, log := opened(t, agent, 2)
+				<-time.After(tt.outage)
+				tt.back(agent)
+				synctest.Wait()
+				for _, flow := range flows {
+					if got, err := flow.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
+						t.Errorf("End() = %+v, %v want the slot back", got, err)
+					}
+				}
+				if strings.Count(log.String(), "answers again") != 1 {
+					t.Errorf("log:\n%s", log)
+				}
+				if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v, %v want accepted", flow, flow.Err())
+				}
+			})
+		})
+	}
+}
+
 // Flows that go on without a decision do not do so in silence, however alive the agent is: the log says it once a minute.
 func TestUndecidedFlowsAreLogged(t *testing.T) {
 	for _, tt := range []struct {
