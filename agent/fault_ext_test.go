@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -92,22 +91,35 @@ func dialProcess(t *testing.T, address string, opts ...flowctl.Option) *flowctl.
 	return client
 }
 
-// until waits for what must come.
-func until(t *testing.T, what string, done func() bool) {
+// decisions are those about the flows of a load, one by one, for a test that waits for some.
+type decisions chan flowctl.Decision
+
+// tell does not wait for somebody to listen.
+func (d decisions) tell(decision flowctl.Decision) {
+	select {
+	case d <- decision:
+	default:
+	}
+}
+
+// await waits for n flows that are decided so, while the load lasts, which ctx bounds.
+func (d decisions) await(ctx context.Context, t *testing.T, n int, want flowctl.Decision) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for !done() {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 20 s", what)
+	for n > 0 {
+		select {
+		case got := <-d:
+			if got == want {
+				n--
+			}
+		case <-ctx.Done():
+			t.Fatalf("the load ended before %d more flows were %v", n, want)
 		}
-		<-time.After(5 * time.Millisecond)
 	}
 }
 
 // An agent that is killed and comes back under load: flows go on all the while, the gate opens and closes, and neither
-// slots nor goroutines are left behind.
+// slots nor goroutines are left behind, at which TestMain looks.
 func TestAgentRestartsUnderLoad(t *testing.T) {
-	before := runtime.NumGoroutine()
 	p, address := startProcess(t, "127.0.0.1:0")
 	var log lockedBuffer
 	client := dialProcess(t, address, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
@@ -116,17 +128,14 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	var accepted, unreachable atomic.Int64
+	decided := make(decisions)
 	guarded := headgate.GuardFunc(client, "point",
 		func(context.Context, *flowctl.Decision) flowctl.Params {
 			return flowctl.Params{Labels: map[string]string{"user_id": "u"}}
 		},
 		func(ctx context.Context, _ *flowctl.Decision) (bool, error) {
-			if flow, _ := flowctl.FromContext(ctx); flow.Decision() == flowctl.Unreachable {
-				unreachable.Add(1)
-			} else {
-				accepted.Add(1)
-			}
+			flow, _ := flowctl.FromContext(ctx)
+			decided.tell(flow.Decision())
 			return true, nil
 		}, nil)
 	ctx, stop := context.WithCancel(t.Context())
@@ -137,22 +146,19 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 			for ctx.Err() == nil {
 				if ran, err := guarded(t.Context(), nil); !ran || err != nil {
 					t.Errorf("a flow did not run: %v", err)
-					return
+					stop()
 				}
 				runtime.Gosched()
 			}
 		})
 	}
 	for range 2 {
-		seen := accepted.Load()
-		until(t, "flows are accepted", func() bool { return accepted.Load() > seen+100 })
-		seen = unreachable.Load()
+		decided.await(ctx, t, 100, flowctl.Accepted)
 		p.kill(t)
-		until(t, "flows go on without the agent", func() bool { return unreachable.Load() > seen+1000 })
+		decided.await(ctx, t, 1000, flowctl.Unreachable)
 		p, _ = startProcess(t, address)
 	}
-	seen := accepted.Load()
-	until(t, "flows are accepted again", func() bool { return accepted.Load() > seen+100 })
+	decided.await(ctx, t, 100, flowctl.Accepted)
 	stop()
 	load.Wait()
 	if err := client.Close(t.Context()); err != nil {
@@ -165,7 +171,6 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 	if text := log.String(); !strings.Contains(text, "does not answer") || !strings.Contains(text, "answers again") {
 		t.Errorf("the gate did not open and close:\n%s", text)
 	}
-	until(t, "goroutines end", func() bool { return runtime.NumGoroutine() <= before })
 }
 
 // lockedBuffer is a buffer that several may write to.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -41,14 +40,14 @@ func TestSoak(t *testing.T) {
 	if err != nil {
 		t.Fatalf("HEADGATE_SOAK: %v", err)
 	}
-	before := runtime.NumGoroutine()
 	p, address := startProcess(t, "127.0.0.1:0")
 	client := dialProcess(t, address, flowctl.WithGate(flowctl.Gate{Span: 400 * time.Millisecond}))
 	params := flowctl.Params{Labels: map[string]string{"user_id": "u"}}
 	errWork := errors.New("work failed")
 	var started, ended, accepted, unreachable atomic.Int64
+	decided := make(decisions)
 
-	ctx, stop := context.WithCancel(t.Context())
+	ctx, stop := context.WithTimeout(t.Context(), length+time.Minute) // for a soak has no other limit, should no agent be found again
 	defer stop()
 	var load sync.WaitGroup
 	for w := range inFlight {
@@ -77,19 +76,16 @@ func TestSoak(t *testing.T) {
 					unreachable.Add(1)
 				default:
 					t.Errorf("%v, %v want accepted or unreachable", last.flow, last.flow.Err())
-					return
+					stop()
 				}
+				decided.tell(last.flow.Decision())
 				if _, err := last.flow.End(t.Context()); errors.Is(err, flowctl.ErrEnded) {
 					ended.Add(1)
 				}
 			}
 		})
 	}
-	acceptedAgain := func() {
-		seen := accepted.Load()
-		until(t, "flows are accepted", func() bool { return accepted.Load() > seen+inFlight })
-	}
-	acceptedAgain()
+	decided.await(ctx, t, inFlight, flowctl.Accepted)
 	kills := 0
 	for end := time.Now().Add(length); ; kills++ {
 		<-time.After(min(life, time.Until(end)))
@@ -99,7 +95,7 @@ func TestSoak(t *testing.T) {
 		p.kill(t)
 		<-time.After(outage)
 		p, _ = startProcess(t, address)
-		acceptedAgain()
+		decided.await(ctx, t, inFlight, flowctl.Accepted)
 	}
 	stop()
 	load.Wait()
@@ -117,5 +113,4 @@ func TestSoak(t *testing.T) {
 		t.Errorf("%v slots are held when all flows have ended", got)
 	}
 	p.kill(t)
-	until(t, "goroutines end", func() bool { return runtime.NumGoroutine() <= before })
 }
