@@ -74,6 +74,9 @@ func (r *bucketRule) until(b *bucket, now int64, tokens float64) int64 {
 	if missing <= slack {
 		return 0
 	}
+	if r.step {
+		missing -= slack / 2 // else what floating point loses would cost another interval
+	}
 	wait := b.last - now + r.timeToFill(missing)
 	if now <= b.start {
 		wait = max(wait, b.start-now+1)

@@ -96,6 +96,29 @@ func TestBucketWaitIsEnough(t *testing.T) {
 	}
 }
 
+// Fractions, whose sums a float does not have, cost nobody another step.
+func TestBucketStepsOfFractions(t *testing.T) {
+	for n := range 30 {
+		share := 1 / float64(n+1)
+		r, b := &bucketRule{capacity: 10, fill: share, interval: 1e9, step: true}, new(bucket)
+		r.fresh(b, 0)
+		r.take(b, 0, 10)
+		for steps := int64(1); steps <= 10; steps++ {
+			want := float64(steps) * share
+			if ok, wait := r.take(b, 0, want); ok || wait != steps*seconds(1) {
+				t.Errorf("steps of 1/%d: take(%d of them) = %v, %v want %d s", n+1, steps, ok, time.Duration(wait), steps)
+			}
+			sum := 0.0
+			for range steps {
+				sum += share
+			}
+			if ok, wait := r.take(b, 0, sum); ok || wait != steps*seconds(1) {
+				t.Errorf("steps of 1/%d: take(the sum of %d) = %v, %v want %d s", n+1, steps, ok, time.Duration(wait), steps)
+			}
+		}
+	}
+}
+
 func TestBucketNeverRefills(t *testing.T) {
 	r := &bucketRule{capacity: 1, fill: 0, interval: 1e9}
 	b := new(bucket)
