@@ -47,9 +47,7 @@ func (loadRule) idle(*load, int64) bool { return false }
 // as long a silence; then the bucket starts full.
 func (loadRule) meet(l *load, now int64, tokens float64) {
 	second := now / int64(time.Second)
-	if second-l.last >= learnSeconds {
-		l.began, l.learning = second, true
-	}
+	l.relearn(second)
 	l.last = max(l.last, second)
 	l.asked.add(now, min(tokens, maxCost))
 	if l.learning && second-l.began >= learnSeconds {
@@ -58,10 +56,19 @@ func (loadRule) meet(l *load, now int64, tokens float64) {
 	}
 }
 
-// steer sets the share that is let in from now on. What is owed from before is no more than comes in the time that the
-// rate is the mean of: flows that cost a great deal must not keep the others out for longer.
+// relearn begins to learn the rate when nobody has come for so long that it is not known any more.
+func (l *load) relearn(second int64) {
+	if second-l.last >= learnSeconds {
+		l.began, l.learning = second, true
+	}
+}
+
+// steer sets the share that is let in from now on. In a silence that is everything: who waits from before would else
+// wait for somebody to come, and may be all there are. What is owed from before is no more than comes in the time that
+// the rate is the mean of: flows that cost a great deal must not keep the others out for longer.
 func (l *load) steer(now int64, multiplier float64) {
 	wasOpen := l.open()
+	l.relearn(now / int64(time.Second))
 	l.refill(now)
 	l.multiplier = max(multiplier, 0)
 	l.rate = l.multiplier * l.asked.whole(now).sum / loadSeconds

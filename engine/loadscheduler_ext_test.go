@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"context"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -144,6 +145,40 @@ func TestLoadSchedulerQueue(t *testing.T) {
 		if all := in["1"] + in["3"]; math.Abs(float64(all)-80) > 3 || math.Abs(float64(in["3"])-0.75*float64(all)) > 15 {
 			t.Errorf("within 3 s %v were let in want 80, three quarters of which have priority 3", in)
 		}
+	})
+}
+
+// A load of callers who wait for as long as it takes does not come to an end because all of them wait: when nobody has
+// come for as long as the scheduler learns, they are let in.
+func TestLoadSchedulerClosedLoop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
+			s.LoadMultiplier, s.Scheduler = policy.Constant(0.5), policy.Scheduler{}
+		}))
+		ctx, cancel := context.WithCancel(t.Context())
+		var ran atomic.Int64
+		var callers sync.WaitGroup
+		for range 8 {
+			callers.Go(func() {
+				for ctx.Err() == nil {
+					flow := c.Start(ctx, "point", flowctl.Params{CheckTimeout: never})
+					if flow.ShouldRun() {
+						ran.Add(1)
+					}
+					<-time.After(time.Second / 10)
+					end(flow)
+				}
+			})
+		}
+		for i := range 20 {
+			ran.Store(0)
+			<-time.After(10 * time.Minute)
+			if ran.Load() == 0 {
+				t.Errorf("none of the flows that waited was let in during 10 minutes, after %d", 10*i)
+			}
+		}
+		cancel()
+		callers.Wait()
 	})
 }
 

@@ -78,7 +78,8 @@ func (s ConcurrencyScheduler) id() string { return s.ID }
 
 // LoadScheduler lets in a share of the load that comes: tokens flow at LoadMultiplier times the rate at which flows have
 // asked for them over the last 30 seconds, and flows that find too few wait for them by weighted fair queueing; see
-// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow.
+// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, those that still
+// wait too.
 type LoadScheduler struct {
 	// ID names the component within its policy. Default: "root.<index>", its place in Components.
 	ID string
