@@ -182,6 +182,26 @@ func TestLoadSchedulerClosedLoop(t *testing.T) {
 	})
 }
 
+// Flows that cost nothing are no load: they do not keep the scheduler from noticing a silence of the others.
+func TestLoadSchedulerFreeFlows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
+			s.LoadMultiplier, s.Scheduler.TokensLabel = policy.Constant(1), "tokens"
+		}))
+		for i := range 400 {
+			if flow := start(t, c, flowctl.Params{Labels: labelled("tokens=0")}); !flow.ShouldRun() {
+				t.Errorf("a free flow after %d s: %v", i, flow.Err())
+			}
+			if i%40 == 0 {
+				if flow := start(t, c, flowctl.Params{}); !flow.ShouldRun() {
+					t.Errorf("the only flow in 40 s that costs a token, after %d s: %v", i, flow.Err())
+				}
+			}
+			<-time.After(time.Second)
+		}
+	})
+}
+
 func aimdScheduler(f func(*policy.AIMDLoadScheduler)) []policy.Component {
 	s := policy.AIMDLoadScheduler{Selectors: policy.At("point"), Signal: policy.Named("load"), Setpoint: policy.Constant(100), Scheduler: nowOrNever}
 	if f != nil {
