@@ -58,7 +58,7 @@ func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
 	d := draw{ok: true, left: r.limit - f.used}
 	switch {
 	case tokens == 0:
-	case f.used < r.limit:
+	case r.limit-f.used > slack, f.count == 0 && r.limit > 0: // a sum of fractions may be a little short
 		d.slot = f.take(now, min(tokens, maxCost))
 	default:
 		d.ok = false

@@ -54,6 +54,24 @@ func TestSlotsHugeCost(t *testing.T) {
 	}
 }
 
+// Fractions that fill the slots leave no room, though their sum as a float may be less.
+func TestSlotsOfFractions(t *testing.T) {
+	for n := 2; n <= 100; n++ {
+		r, f := newInflight(3, 100)
+		for range 3 * n {
+			if !r.draw(f, 0, 1/float64(n)).ok {
+				t.Fatalf("%d flows of 1/%d are all there is room for in 3 slots", f.count, n)
+			}
+		}
+		if r.draw(f, 0, 1/float64(n)).ok {
+			t.Errorf("%d flows of 1/%d have 3 slots", f.count, n)
+		}
+	}
+	if r, f := newInflight(1e-12, 100); !r.draw(f, 0, 1).ok {
+		t.Error("a limit that is not 0 admits nobody")
+	}
+}
+
 // The list and the count must agree with a plain map, whatever the order.
 func TestSlotsModel(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
