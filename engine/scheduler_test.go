@@ -79,9 +79,11 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		if slots.single.state.queue.len < flows/2 {
-			t.Errorf("%d wait want most of %d", slots.single.state.queue.len, flows)
+		slots.single.mu.Lock() // else nothing orders this before what the waiters do next
+		if n := slots.single.state.queue.len; n < flows/2 {
+			t.Errorf("%d wait want most of %d", n, flows)
 		}
+		slots.single.mu.Unlock()
 		wg.Wait()
 		t.Log(outcomes)
 		for _, outcome := range []string{"admitted", "canceled", seam.CauseTimeout.String()} {
