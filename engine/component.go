@@ -94,16 +94,9 @@ func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
 		k.single.mu.Lock()
 		return k.single
 	}
-	return k.table.lock(d.Label, now)
-}
-
-// lockKnown returns the entry that has decided, locked.
-func (k *keyed[S]) lockKnown(d *seam.LimiterDecision) *entry[S] {
-	if k.table == nil {
-		k.single.mu.Lock()
-		return k.single
-	}
-	return k.table.lockKnown(d.Label)
+	e := k.table.lock(d.Label, now)
+	d.Spilled = e == &k.table.spill
+	return e
 }
 
 // returned gives something back to the entry that has decided, by a function that says whether it came from there.
@@ -114,17 +107,29 @@ func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*ent
 	if unused {
 		count(k.counts, d, decisionsRefunded)
 	}
-	e := k.lockKnown(d)
-	ok := give(e)
-	e.mu.Unlock()
-	if ok || k.table == nil || e == &k.table.spill {
-		return ok
+	switch {
+	case k.table == nil:
+		return locked(k.single, give)
+	case d.Spilled:
+		return locked(&k.table.spill, give)
 	}
-	// The key may have been admitted to the table only after this flow was served from the spill entry.
-	e = &k.table.spill
+	if e := k.table.lockKnown(d.Label); e != nil {
+		ok := give(e)
+		e.mu.Unlock()
+		if ok {
+			return true
+		}
+	}
+	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is forgotten,
+	// as full as its next bucket.
+	return d.Slot != 0 && locked(&k.table.spill, give)
+}
+
+// locked calls the function with the entry locked.
+func locked[S any](e *entry[S], f func(*entry[S]) bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return give(e)
+	return f(e)
 }
 
 func (k *keyed[S]) sweep(now int64) {

@@ -99,14 +99,14 @@ func (t *table[S]) lock(key string, now int64) *entry[S] {
 	}
 }
 
-// lockKnown is lock for a key that need not be there: the spill entry stands for unknown ones.
+// lockKnown is lock for a key that need not be there: it returns nil for unknown ones.
 func (t *table[S]) lockKnown(key string) *entry[S] {
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
 		e := s.find(uint32(h>>32), key)
 		if e == nil {
-			e = &t.spill
+			return nil
 		}
 		e.mu.Lock()
 		if !e.gone {

@@ -424,6 +424,9 @@ type LimiterDecision struct {
 	Cause   Cause
 	Dropped bool
 
+	// Spilled says that the label's value had no bucket of its own, and the one that all such values share decided.
+	Spilled bool
+
 	// DryRun marks a decision that would have dropped the flow, had the component been for real.
 	DryRun bool
 }
