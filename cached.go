@@ -127,7 +127,7 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 		if data, hit, _ := flow.ResultCache(); hit {
 			now := time.Now()
 			if v, err := s.codec.Decode(data); err == nil {
-				s.keep(v, now, now)
+				s.keep(v, now, now, false)
 				return v, nil
 			}
 		}
@@ -162,9 +162,10 @@ func gaveUp(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
-// keep remembers a result that was seen at a time, and does not expire before another. A hit does not move expires back:
-// if it is not what this process stored last, it was stored after that, and expires later.
-func (s *shared[T]) keep(v T, seen, expires time.Time) {
+// keep remembers a result that was seen at a time, and does not expire before another. Where it was made just now, what
+// is known of those before says nothing. A hit does not move expires back: if it is not what this process stored last, it
+// was stored after that, and expires later.
+func (s *shared[T]) keep(v T, seen, expires time.Time, made bool) {
 	if !s.keeps {
 		return
 	}
@@ -172,6 +173,9 @@ func (s *shared[T]) keep(v T, seen, expires time.Time) {
 	defer s.mu.Unlock()
 	if !seen.Before(s.seen) {
 		s.last, s.seen = v, seen
+		if made {
+			s.expires = expires
+		}
 	}
 	if expires.After(s.expires) {
 		s.expires = expires
@@ -245,7 +249,7 @@ func (s *shared[T]) do(ctx context.Context, run *sharedRun[T]) {
 	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
 		now := time.Now()
 		if err := flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl); err == nil {
-			s.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)))
+			s.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)), true)
 		}
 	}
 }
@@ -271,7 +275,7 @@ func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
 			run.data = append([]byte{}, data...) // not nil
 		}
 		now := time.Now()
-		s.keep(run.value, now, now)
+		s.keep(run.value, now, now, true)
 	}
 	run.how = returned
 }

@@ -780,6 +780,12 @@ func TestCachedStale(t *testing.T) {
 			{after: grace - 1, answer: no, want: "old"},
 			{after: 1, answer: no},
 		}},
+		{name: "what was not stored does not last as long as what was stored before", steps: []step{
+			{run: "old", want: "old"},
+			{after: ttl / 2, forget: true, answer: silent, run: "new", want: "new"},
+			{after: grace - 1, answer: no, want: "new"},
+			{after: 1, answer: no},
+		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
