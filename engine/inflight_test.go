@@ -2,6 +2,7 @@ package engine
 
 import (
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 )
 
@@ -149,7 +150,7 @@ func TestSlotsForecastOverLimit(t *testing.T) {
 	a := r.draw(f, 0, 50)
 	r.giveBack(f, 100, 50, a.slot, false)
 	r.draw(f, 100, 50)
-	q, c := newQueue(nil), claim{priority: 1}
+	q, c := newQueue(new(atomic.Int64), nil), claim{priority: 1}
 	for range 3 {
 		q.push(&waiter{tokens: 50, cost: r.cost(50)}, c)
 	}

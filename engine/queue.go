@@ -3,6 +3,7 @@ package engine
 import (
 	"container/heap"
 	"math"
+	"sync/atomic"
 	"time"
 )
 
@@ -20,7 +21,8 @@ type queue struct {
 	root   share
 	shares map[claim]*share
 	len    int
-	count  uint64 // of all that have waited since nobody did, for the order of equals
+	room   *atomic.Int64 // for more waiters, here and in the scheduler's other queues
+	count  uint64        // of all that have waited since nobody did, for the order of equals
 
 	due   int64       // when the first waiter may be served though nobody gives anything back; 0 when not known
 	alarm *time.Timer // rings then
@@ -65,7 +67,9 @@ type waiter struct {
 	prev, next *waiter
 }
 
-func newQueue(ring func()) *queue { return &queue{shares: make(map[claim]*share), ring: ring} }
+func newQueue(room *atomic.Int64, ring func()) *queue {
+	return &queue{shares: make(map[claim]*share), room: room, ring: ring}
+}
 
 // setAlarm has the alarm ring when the first waiter is due. The time now is that of the clock, not of what was decided last.
 func (q *queue) setAlarm(now func() int64) {
@@ -85,7 +89,7 @@ func (q *queue) setAlarm(now func() int64) {
 // first is who is served next; nil when nobody waits.
 func (q *queue) first() *waiter { return q.root.head() }
 
-// push adds the waiter.
+// push adds the waiter, for whom room has been taken.
 func (q *queue) push(w *waiter, c claim) {
 	q.count++
 	q.len++
@@ -114,8 +118,9 @@ func (q *queue) pop() {
 	q.remove(w)
 }
 
-// remove takes a waiter out, which nothing is charged for.
+// remove takes a waiter out, which nothing is charged for. Every waiter leaves by it, and leaves room.
 func (q *queue) remove(w *waiter) {
+	q.room.Add(1)
 	s := w.share
 	if w.prev == nil {
 		s.first = w.next

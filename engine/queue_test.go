@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -49,7 +50,7 @@ func TestQueueOrder(t *testing.T) {
 		{"a large one that left does not set the clock back", "a1*9 a1 b1 b1 b1 b1 b1 b1 - - - - - !1 - c1", "3 4 5 6 7 2 8 9"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			q := newQueue(nil)
+			q := newQueue(new(atomic.Int64), nil)
 			var came []*waiter
 			var served []string
 			serve := func() {
@@ -92,7 +93,7 @@ func checkEmpty(t rapid.TB, q *queue) {
 
 // A workload whose flows give up before their turn comes keeps its turn: it waits all the while.
 func TestQueueImpatientWorkload(t *testing.T) {
-	q := newQueue(nil)
+	q := newQueue(new(atomic.Int64), nil)
 	low, high := claim{workload: "low", priority: 1}, claim{workload: "high", priority: 100}
 	served := 0
 	last := push(q, low, 1)
@@ -120,7 +121,7 @@ func TestQueueExtremes(t *testing.T) {
 	of := newWorkload("", policy.WorkloadParameters{})
 	for _, priority := range []string{"1", "1e-18", "1e-320", "1e308"} {
 		for _, tokens := range []float64{1, 1e9, 1e20, math.MaxFloat64} {
-			q := newQueue(nil)
+			q := newQueue(new(atomic.Int64), nil)
 			extreme := w.claim(&of, &seam.Labels{Params: map[string]string{"priority": priority}})
 			for range 2 { // one is served, and one goes on to wait
 				q.push(&waiter{cost: loadRule{}.cost(tokens)}, extreme)
@@ -236,7 +237,7 @@ func (n *naive) remove(c claim, number int) {
 // The heaps and lists serve the same flows in the same order as a queue that looks at everybody.
 func TestQueueModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		q := newQueue(nil)
+		q := newQueue(new(atomic.Int64), nil)
 		n := &naive{workloads: make(map[claim]*naiveWorkload)}
 		all := claims([]float64{1, 1, 3, 0.1}, 3)
 		type place struct {
@@ -322,7 +323,7 @@ func TestQueueFluid(t *testing.T) {
 		values := rapid.IntRange(1, 4).Draw(t, "values")
 		all := claims(priorities, values)
 		bound := float64(largest * (len(priorities) + values))
-		q := newQueue(nil)
+		q := newQueue(new(atomic.Int64), nil)
 		f := &fluid{backlog: make(map[claim]float64), served: make(map[claim]float64)}
 		served := make(map[claim]float64)
 		t.Repeat(map[string]func(*rapid.T){
@@ -359,7 +360,7 @@ func TestQueueFluid(t *testing.T) {
 // Where all want the same, a flow is told exactly how many go before it.
 func TestQueueAhead(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		q := newQueue(nil)
+		q := newQueue(new(atomic.Int64), nil)
 		all := claims([]float64{1, 1, 2, 64}, 3)
 		var waiting []*waiter
 		t.Repeat(map[string]func(*rapid.T){
@@ -405,7 +406,7 @@ func BenchmarkQueue(b *testing.B) {
 	for _, waiting := range []int{1, 100, 10_000} {
 		for _, values := range []int{1, 100} {
 			b.Run(fmt.Sprintf("waiting=%d/shares=%d", waiting, values), func(b *testing.B) {
-				q, all := newQueue(nil), claims([]float64{1}, values)
+				q, all := newQueue(new(atomic.Int64), nil), claims([]float64{1}, values)
 				for i := range waiting {
 					push(q, all[i%values], 1)
 				}

@@ -26,8 +26,8 @@ type scheduler[S any] struct {
 	share     func(state *S) float64                    // of the load that is let in; nil where none is
 	workloads *workloads
 	margin    int64
-	maxQueue  int
-	waiting   atomic.Int64 // flows, of all keys
+	maxQueue  int64
+	room      atomic.Int64 // of maxQueue, for more flows that wait, over all keys: those may be as many as peers make up
 	engine    *Engine
 }
 
@@ -71,9 +71,10 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 		source:    from,
 		workloads: w,
 		margin:    int64(cmp.Or(p.Margin, policy.DefaultMargin)),
-		maxQueue:  cmp.Or(p.MaxQueue, policy.DefaultMaxQueue),
+		maxQueue:  int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)),
 		engine:    e,
 	}
+	s.room.Store(s.maxQueue)
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.fresh(&l.tokens, now) },
 		func(l *line[S], now int64) bool { return !l.waiting() && from.idle(&l.tokens, now) })
@@ -167,12 +168,12 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	case least > t.patience:
 		s.drop(d, seam.CauseLongQueue, likely)
 		return t
-	case l.waiting() && l.queue.len >= s.maxQueue:
+	case !s.takeRoom():
 		s.drop(d, seam.CauseQueueFull, likely)
 		return t
 	}
 	if l.queue == nil {
-		l.queue = newQueue(func() { s.ring(e) })
+		l.queue = newQueue(&s.room, func() { s.ring(e) })
 	}
 	w := &waiter{tokens: d.Consumed, cost: cost}
 	l.queue.push(w, t.claim)
@@ -191,10 +192,17 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	return t
 }
 
+// takeRoom takes the room of one who waits; false says that there is none. The queue gives it back.
+func (s *scheduler[S]) takeRoom() bool {
+	if s.room.Add(-1) < 0 {
+		s.room.Add(1)
+		return false
+	}
+	return true
+}
+
 // wait waits for the flow to be served, and decides.
 func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDecision) (int64, error) {
-	s.waiting.Add(1)
-	defer s.waiting.Add(-1)
 	var expired <-chan time.Time
 	if t.patience < forever {
 		timer := time.NewTimer(time.Duration(t.patience))

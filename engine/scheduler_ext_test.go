@@ -196,6 +196,26 @@ func TestQuotaScheduler(t *testing.T) {
 		{"a full queue", func(q *policy.QuotaScheduler) { q.Scheduler.MaxQueue = 2 }, []visit{
 			{}, {}, {in: s}, {in: 2 * s}, {in: never, retry: 3 * s, says: "no tokens (queue full) by test/root.0"}, {at: s, in: 3 * s},
 		}},
+		{"a queue that other keys fill", func(q *policy.QuotaScheduler) { q.LimitBy, q.Capacity, q.Scheduler.MaxQueue = "key", 1, 2 }, []visit{
+			{labels: "key=a"},
+			{labels: "key=b"},
+			{labels: "key=c"},
+			{labels: "key=a", in: s},
+			{labels: "key=b", in: s},
+			{labels: "key=c", in: never, retry: s, says: "queue full"},
+			{labels: "key=d"},
+			{at: s, labels: "key=c", in: s},
+			{at: s, labels: "key=c", in: 2 * s},
+		}},
+		{"room that those who go leave", func(q *policy.QuotaScheduler) { q.LimitBy, q.Capacity, q.Scheduler.MaxQueue = "key", 1, 1 }, []visit{
+			{labels: "key=a"},
+			{labels: "key=b"},
+			{labels: "key=a", gone: 200 * ms},
+			{at: 100 * ms, labels: "key=b", in: never, out: 100 * ms, retry: 900 * ms, says: "queue full"},
+			{at: 300 * ms, labels: "key=b", timeout: 710 * ms, in: s},
+			{at: 400 * ms, labels: "key=a", timeout: s, in: never, out: 400 * ms, retry: 600 * ms, says: "queue full"},
+			{at: s, labels: "key=b", in: 2 * s},
+		}},
 		{"keys", func(q *policy.QuotaScheduler) { q.LimitBy = "key" }, []visit{
 			{labels: "key=a"}, {labels: "key=a"}, {labels: "key=a", in: s}, {labels: "key=b"}, {labels: "key="}, {labels: "other=c"}, {labels: "other=c"}, {labels: "other=c"},
 		}},
@@ -252,6 +272,21 @@ func TestConcurrencyScheduler(t *testing.T) {
 		}},
 		{"a full queue", func(c *policy.ConcurrencyScheduler) { c.Scheduler.MaxQueue = 1 }, []visit{
 			{hold: s}, {hold: s}, {in: s}, {in: never, says: "queue full"},
+		}},
+		{"room that those who do not wait leave", func(c *policy.ConcurrencyScheduler) {
+			c.Scheduler = byLabels2(policy.Workload{
+				Labels:             policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+				WorkloadParameters: policy.WorkloadParameters{QueueTimeout: policy.NoQueue},
+			})
+			c.Scheduler.MaxQueue = 2
+		}, []visit{
+			{hold: s},
+			{hold: s},
+			{in: s},
+			{labels: "tier=gold", in: never, says: "no tokens by"},
+			{labels: "tier=gold", in: never, says: "no tokens by"},
+			{in: s},
+			{in: never, says: "queue full"},
 		}},
 		{"no slots", func(c *policy.ConcurrencyScheduler) { c.Max = 0 }, []visit{{in: never}}},
 		{"keys", func(c *policy.ConcurrencyScheduler) { c.LimitBy, c.Max = "key", 1 }, []visit{

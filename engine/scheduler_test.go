@@ -97,6 +97,9 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 				t.Error("the alarm of an empty queue is set")
 			}
 		}
+		if a, b := slots.room.Load(), tokens.room.Load(); a != policy.DefaultMaxQueue || b != a {
+			t.Errorf("there is room for %d and %d waiters want %d", a, b, policy.DefaultMaxQueue)
+		}
 		if f := slots.single.state.tokens; f.used != 0 || f.count != 0 {
 			t.Errorf("%v tokens of %d slots are still in use", f.used, f.count)
 		}

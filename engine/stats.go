@@ -200,7 +200,7 @@ func (l *limiter[S]) stats(now int64) ComponentStats {
 
 func (s *scheduler[S]) stats(now int64) ComponentStats {
 	all := s.keyed.stats(s.usage, now)
-	all.Usage.Waiting = int(s.waiting.Load())
+	all.Usage.Waiting = int(min(s.maxQueue-s.room.Load(), s.maxQueue)) // who finds no room takes it for a moment
 	for of := range s.workloads.all {
 		w := of.stats()
 		all.Accepted += w.Accepted

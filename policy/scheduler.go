@@ -174,8 +174,9 @@ type Scheduler struct {
 	// FairnessLabel is the label whose values share a workload's tokens alike. Empty: first come, first served.
 	FairnessLabel string
 
-	// MaxQueue is how many flows may wait at once, for each value of the component's label; beyond that they are
-	// rejected at once. Zero means DefaultMaxQueue. Not negative. Policy files have no key for it.
+	// MaxQueue is how many flows may wait at once, for all values of the component's label together, since those may be
+	// made up; beyond that they are rejected at once. Zero means DefaultMaxQueue. Not negative. Policy files have no key
+	// for it.
 	MaxQueue int
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.
