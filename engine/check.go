@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"math"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
@@ -69,10 +68,10 @@ type member struct {
 
 // An admitter is a component that may have a flow wait.
 type admitter interface {
-	// admit is decide for a flow that waits, if it must, for as long as it can, which is until the deadline at the
-	// longest. It gives the time then. An error means that it did not decide, because the flow's caller has gone, the
-	// engine was closed, or, errRetired, the component is no longer in force.
-	admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error)
+	// admit is decide for a flow that waits, if it must, for as long as it can, which began to ask at start. It gives the
+	// time then. An error means that it did not decide, because the flow's caller has gone, the engine was closed, or,
+	// errRetired, the component is no longer in force.
+	admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error)
 }
 
 func (p *point) add(c component, s selector) {
@@ -176,28 +175,13 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 		case m.waits == nil || dropped:
 			m.decide(req, *now, d)
 		default:
-			if *now, err = m.waits.admit(ctx, req, *now, e.deadline(ctx, req, *now, v), d); err != nil {
+			if *now, err = m.waits.admit(ctx, req, v.Start-e.epoch.UnixNano(), *now, d); err != nil {
 				return dropped, err
 			}
 		}
 		dropped = dropped || d.Dropped
 	}
 	return dropped, nil
-}
-
-// forever is the deadline of a flow that has none.
-const forever = math.MaxInt64
-
-// deadline is when the flow needs its answer, less what that takes to arrive; forever if it has time.
-func (e *Engine) deadline(ctx context.Context, req *seam.Request, now int64, v *seam.Verdict) int64 {
-	deadline := int64(forever)
-	if at, ok := ctx.Deadline(); ok {
-		deadline = now + min(int64(time.Until(at)), century)
-	}
-	if req.Timeout > 0 {
-		deadline = min(deadline, v.Start-e.epoch.UnixNano()+min(int64(req.Timeout), century))
-	}
-	return deadline
 }
 
 // undo gives back what the flow was given.

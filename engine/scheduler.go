@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -25,7 +26,7 @@ type scheduler[S any] struct {
 	meet      func(state *S, now int64, tokens float64) // counts the flows that come; nil where nobody does
 	share     func(state *S) float64                    // of the load that is let in; nil where none is
 	workloads *workloads
-	margin    int64
+	margin    time.Duration
 	maxQueue  int64
 	room      atomic.Int64 // of maxQueue, for more flows that wait, over all keys: those may be as many as peers make up
 	engine    *Engine
@@ -70,7 +71,7 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 	s := &scheduler[S]{
 		source:    from,
 		workloads: w,
-		margin:    int64(cmp.Or(p.Margin, policy.DefaultMargin)),
+		margin:    cmp.Or(p.Margin, policy.DefaultMargin),
 		maxQueue:  int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)),
 		engine:    e,
 	}
@@ -104,13 +105,14 @@ func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority flo
 }
 
 func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
-	s.count(s.enter(req, now, now, d).of, req, d)
+	t := s.enter(req, now, d, func(*workload) time.Duration { return 0 })
+	s.count(t.of, req, d)
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
 // was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the scheduler retired.
-func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, now, deadline int64, d *seam.LimiterDecision) (int64, error) {
-	t := s.enter(req, now, deadline, d)
+func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error) {
+	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
 	decided := now
 	if t.waiter != nil {
 		var err error
@@ -131,11 +133,12 @@ type ticket[S any] struct {
 	of       *workload
 	claim    claim
 	entry    *entry[line[S]]
-	patience int64
+	patience time.Duration
 }
 
-// enter decides about the flow, or puts it into the queue.
-func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.LimiterDecision) ticket[S] {
+// enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may wait,
+// for that takes a look at the clock.
+func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
 	of := s.workloads.of(&req.Labels)
 	t := ticket[S]{of: of}
 	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
@@ -157,7 +160,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 			return t
 		}
 	}
-	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, s.patience(of, now, deadline)
+	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, patience(of)
 	cost := s.source.cost(d.Consumed)
 	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
 	d.Remaining = s.source.usage(&l.tokens, now).Remaining
@@ -165,7 +168,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now, deadline int64, d *seam.Lim
 	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, seam.CauseNone, likely)
 		return t
-	case least > t.patience:
+	case least > int64(t.patience):
 		s.drop(d, seam.CauseLongQueue, likely)
 		return t
 	case !s.takeRoom():
@@ -205,7 +208,7 @@ func (s *scheduler[S]) takeRoom() bool {
 func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDecision) (int64, error) {
 	var expired <-chan time.Time
 	if t.patience < forever {
-		timer := time.NewTimer(time.Duration(t.patience))
+		timer := time.NewTimer(t.patience)
 		defer timer.Stop()
 		expired = timer.C
 	}
@@ -306,17 +309,27 @@ func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDec
 	}
 }
 
-// patience is how long a flow of the workload may wait that has to be decided about by the deadline.
-func (s *scheduler[S]) patience(of *workload, now, deadline int64) int64 {
-	wait := int64(forever)
-	if deadline < forever {
-		wait = max(deadline-now-s.margin, 0)
-	}
-	switch {
-	case s.dryRun, of.timeout < 0:
+// forever is how long a flow may wait that has all the time.
+const forever time.Duration = math.MaxInt64
+
+// patience is how long a flow of the workload may wait that has asked for so long already: until it needs its answer,
+// less what that takes to arrive.
+func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *workload, asked int64) time.Duration {
+	if s.dryRun || of.timeout < 0 {
 		return 0
-	case of.timeout > 0:
-		wait = min(wait, int64(of.timeout))
+	}
+	wait := forever
+	if at, ok := ctx.Deadline(); ok {
+		wait = time.Until(at)
+	}
+	if req.Timeout > 0 {
+		wait = min(wait, req.Timeout-time.Duration(asked))
+	}
+	if wait < forever {
+		wait = max(wait, s.margin) - s.margin
+	}
+	if of.timeout > 0 {
+		wait = min(wait, of.timeout)
 	}
 	return wait
 }

@@ -188,6 +188,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 // However late somebody looks, nothing is lost that came while flows waited for it.
 func TestLateAlarm(t *testing.T) {
 	const second = int64(time.Second)
+	patient := func(*workload) time.Duration { return forever }
 	late := 3*second + second/2
 	for _, tt := range []struct {
 		name string
@@ -201,7 +202,7 @@ func TestLateAlarm(t *testing.T) {
 			s.serve(s.single, late)
 		}, 3, 4 * second},
 		{"a flow comes", func(s *scheduler[bucket], _ *seam.LimiterDecision) {
-			s.enter(new(seam.Request), late, forever, new(seam.LimiterDecision))
+			s.enter(new(seam.Request), late, new(seam.LimiterDecision), patient)
 		}, 3, 4 * second},
 		{"a token comes back", func(s *scheduler[bucket], first *seam.LimiterDecision) {
 			s.giveBack(late, first, true)
@@ -212,10 +213,10 @@ func TestLateAlarm(t *testing.T) {
 				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
 				s := e.rules.Load().parts[0].component.(*scheduler[bucket])
 				var first seam.LimiterDecision
-				s.enter(new(seam.Request), 0, forever, &first)
+				s.enter(new(seam.Request), 0, &first, patient)
 				var waiting []*waiter
 				for range 10 {
-					waiting = append(waiting, s.enter(new(seam.Request), 0, forever, new(seam.LimiterDecision)).waiter)
+					waiting = append(waiting, s.enter(new(seam.Request), 0, new(seam.LimiterDecision), patient).waiter)
 				}
 				tt.look(s, &first)
 				served := 0
