@@ -83,6 +83,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if *last < time.Second {
+		return fmt.Errorf("-for %v: less than a second shows nothing", *last)
+	}
 	policies, err := policy.Parse("policy.yaml", limits)
 	if err != nil {
 		return err

@@ -55,6 +55,15 @@ func TestOutput(t *testing.T) {
 	})
 }
 
+// No time at all would be divided by.
+func TestNoTime(t *testing.T) {
+	for _, last := range []string{"0s", "1ns", "-1s"} {
+		if err := run(t.Context(), []string{"-for", last}, new(strings.Builder)); err == nil || !strings.HasPrefix(err.Error(), "-for "+last) {
+			t.Errorf("-for %s: run = %v", last, err)
+		}
+	}
+}
+
 func TestInterrupt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
