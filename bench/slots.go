@@ -42,20 +42,19 @@ func measureSlots(ctx context.Context, stdout io.Writer, each time.Duration) (er
 	peer := failsafe.With[int](bulkhead.NewBuilder[int](busySlots).WithMaxWaitTime(time.Hour).Build()).WithContext(ctx)
 
 	var busy atomic.Int64
-	work := func() (int, error) {
+	use := func() { // a slot
 		begin := time.Now()
 		time.Sleep(busyWork)
 		busy.Add(int64(time.Since(begin)))
-		return 42, nil
 	}
 	guarded := headgate.Guard(client, at, flowctl.Params{CheckTimeout: -1, OnUnreachable: flowctl.FailClosed},
-		func(context.Context) (int, error) { return work() }, nil)
+		func(context.Context) (int, error) { use(); return work() }, nil)
 	for _, row := range []struct {
 		name string
 		call func() (int, error)
 	}{
 		{"concurrency scheduler", func() (int, error) { return guarded(ctx) }},
-		{"failsafe-go bulkhead", func() (int, error) { return peer.Get(work) }},
+		{"failsafe-go bulkhead", func() (int, error) { return peer.Get(func() (int, error) { use(); return work() }) }},
 	} {
 		busy.Store(0)
 		turns, elapsed, err := saturate(row.call, each)
