@@ -36,7 +36,7 @@ type RetryPolicy struct {
 // starts another. That is safe whatever fn does, for fn has not run. Once it has, it does not run again: its error is
 // returned unchanged, that of a flow which fn started itself too.
 //
-// A wait is as long as the flow's RetryAfter, and longer by a random part of policy.Jitter. The call gives up at once,
+// A wait is as long as the flow's RetryAfter, a millisecond at the least, and longer by a random part of policy.Jitter. The call gives up at once,
 // without a wait, when the rejection does not say when a retry can succeed, or says more than policy.MaxWait; when the
 // wait would not be over before the context's deadline; when it has started policy.Attempts flows; and when the calls
 // of the function have spent policy.Budget, so that retries never become the load. A flow that nobody answered is not
@@ -112,11 +112,16 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 	}
 }
 
+// minWait is the shortest wait: what a rejection says of slots is an estimate, of microseconds where they were held for so
+// long, and a call without a limit would go round and round while that does not come true.
+const minWait = time.Millisecond
+
 // wait is how long to wait, if at all, when a rejection says after.
 func (r *retrier) wait(ctx context.Context, after time.Duration) (time.Duration, bool) {
 	if after <= 0 || r.maxWait > 0 && after > r.maxWait {
 		return 0, false
 	}
+	after = max(after, minWait)
 	wait := time.Duration(math.MaxInt64)
 	if more := rand.Float64() * min(r.jitter*float64(after), math.MaxInt64); more < float64(wait-after) {
 		wait = after + time.Duration(more)

@@ -162,7 +162,7 @@ func TestRetryAttempts(t *testing.T) {
 		},
 		{
 			name: "the shortest wait", answers: []flowtest.Answer{rejected(1), accepted},
-			flows: 2, waited: 1,
+			flows: 2, waited: time.Millisecond,
 		},
 		{
 			name: "three attempts by default", answers: []flowtest.Answer{rejected(time.Second), rejected(time.Second), rejected(5 * time.Second), accepted},
