@@ -88,18 +88,18 @@ type service struct {
 }
 
 func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
+	base := &seam.Base{RampMode: m.GetRampMode()}
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
-		Labels:       seam.Labels{Params: m.GetLabels()},
-		RampMode:     m.GetRampMode(),
+		Labels:       seam.Labels{Params: m.GetLabels(), Base: base},
 	}
 	if err := labels.Check(req.Labels.Params); err != nil {
 		return nil, invalid(err)
 	}
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
-		req.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
-		if err := seam.CheckCacheKeys(req.Lookup.Result, req.Lookup.Global...); err != nil {
+		base.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
+		if err := seam.CheckCacheKeys(base.Lookup.Result, base.Lookup.Global...); err != nil {
 			return nil, invalid(err)
 		}
 	}
@@ -111,13 +111,13 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about what a client wants to know.
+// decide asks the engine about what a client wants to know. The request has a base of its own.
 func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckResponse, error) {
 	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
 		return nil, invalid(err)
 	}
 	if deadline, ok := ctx.Deadline(); ok {
-		req.Late = time.Until(deadline) < margin
+		req.Labels.Base.Late = time.Until(deadline) < margin
 	}
 	begin := time.Now()
 	var v seam.Verdict

@@ -20,9 +20,8 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
 			Params: carried,
-			Base:   &seam.Base{Transport: requestLabels(m.GetRequest())},
+			Base:   &seam.Base{Transport: requestLabels(m.GetRequest()), RampMode: m.GetRampMode()},
 		},
-		RampMode: m.GetRampMode(),
 	}
 	response, err := s.decide(ctx, &req)
 	if err != nil {

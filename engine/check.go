@@ -41,7 +41,7 @@ func stageOf(c *seam.Component) stage {
 // reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
 func (s stage) reason(req *seam.Request) seam.Reason {
 	switch {
-	case s == ramps && req.RampMode:
+	case s == ramps && req.RampMode():
 		return seam.ReasonNoMatchingRamp
 	case s <= samples:
 		return seam.ReasonNotSampled
@@ -135,7 +135,7 @@ func (p *point) count(req *seam.Request, v *seam.Verdict) {
 // decide asks the stages of the flow's control point. After an error the flow may hold something.
 func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *int64, v *seam.Verdict) error {
 	for s := range stages {
-		if s == tokens && req.Lookup != nil {
+		if s == tokens && req.Lookup() != nil {
 			if e.lookup(p, req, v); v.Extra.Result.Hit {
 				break
 			}
@@ -151,7 +151,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 				break
 			}
 		}
-		if s == ramps && req.RampMode && v.Len() == 0 {
+		if s == ramps && req.RampMode() && v.Len() == 0 {
 			v.Reject(seam.Rejection{Reason: seam.ReasonNoMatchingRamp})
 			break
 		}
@@ -163,6 +163,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 // order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
 // the flow, it waits for none. The time goes on while it waits.
 func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, now *int64, v *seam.Verdict) (dropped bool, err error) {
+	late := req.Late()
 	for i := range members {
 		m := &members[i]
 		if !m.selectors.selects(&req.Labels) {
@@ -170,7 +171,7 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 		}
 		d := v.Add(m.id)
 		switch {
-		case req.Late:
+		case late:
 			m.refuse(req, d)
 		case m.waits == nil || dropped:
 			m.decide(req, *now, d)
@@ -190,7 +191,7 @@ func undo(v *seam.Verdict, now int64) {
 		d := v.At(i)
 		if c, ok := d.Component.Limiter.(component); ok && !d.Dropped {
 			c.giveBack(now, d, true)
-			d.Slot = 0
+			d.Hold(0)
 		}
 	}
 }
@@ -205,16 +206,17 @@ func reject(v *seam.Verdict, reason seam.Reason) {
 		if !d.Dropped {
 			continue
 		}
-		if d.Wait == never || d.Wait >= century/2 { // which is about where waits are cut off
-			d.Wait, hopeless = 0, true
+		if d.Wait() == never || d.Wait() >= century/2 { // which is about where waits are cut off
+			d.Drop(0)
+			hopeless = true
 		}
-		if by == nil || d.Wait > by.Wait {
+		if by == nil || d.Wait() > by.Wait() {
 			by = d
 		}
 	}
 	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless {
-		r.RetryAfter = by.Wait
+		r.RetryAfter = by.Wait()
 	}
 	v.Reject(r)
 }

@@ -101,7 +101,7 @@ func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
 
 // returned gives something back to the entry that has decided, by a function that says whether it came from there.
 func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
-	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot == 0 {
+	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false
 	}
 	if unused {
@@ -122,7 +122,7 @@ func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*ent
 	}
 	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is forgotten,
 	// as full as its next bucket.
-	return d.Slot != 0 && locked(&k.table.spill, give)
+	return d.Slot() != 0 && locked(&k.table.spill, give)
 }
 
 // locked calls the function with the entry locked.
@@ -157,10 +157,8 @@ func (k *keyed[S]) overflow() uint64 {
 func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
 	d.Consumed = 0
 	d.Cause = cause
-	d.DryRun = k.dryRun
-	d.Dropped = !k.dryRun
-	if d.Dropped {
-		d.Wait = time.Duration(wait)
+	if d.DryRun = k.dryRun; !k.dryRun {
+		d.Drop(time.Duration(wait))
 	}
 }
 

@@ -173,17 +173,17 @@ func (e *Engine) ServiceWarnings() []string {
 
 // lookup fills the cache part of the verdict.
 func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
-	x := v.More()
-	if req.Lookup.Result != "" {
-		x.Result = e.results.lookup(cacheKey{req.ControlPoint, req.Lookup.Result})
+	x, asked := v.More(), req.Lookup()
+	if asked.Result != "" {
+		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result})
 		p.looked(&x.Result)
 	}
-	for _, key := range req.Lookup.Global {
+	for _, key := range asked.Global {
 		if key == "" {
 			continue
 		}
 		if x.Global == nil {
-			x.Global = make(map[string]seam.CacheAnswer, len(req.Lookup.Global))
+			x.Global = make(map[string]seam.CacheAnswer, len(asked.Global))
 		}
 		x.Global[key] = e.globals.lookup(cacheKey{key: key})
 	}
@@ -197,7 +197,7 @@ func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, fail
 	var r seam.Returns
 	for i := range v.Len() {
 		d := v.At(i)
-		if d.Slot == 0 {
+		if d.Slot() == 0 {
 			continue
 		}
 		c, ok := d.Component.Limiter.(component)
@@ -255,7 +255,8 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 	holders := e.holders[identity{policyName, hash, component}]
 	e.mu.RUnlock()
 	for _, h := range holders {
-		d := seam.LimiterDecision{Scope: seam.ScopeDefault, Slot: slot}
+		d := seam.LimiterDecision{Scope: seam.ScopeDefault}
+		d.Hold(slot)
 		if key := h.identity().LabelKey; key != "" {
 			value, ok := strings.CutPrefix(label, key+":")
 			if !ok {

@@ -96,6 +96,6 @@ func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
 
 func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *entry[S]) bool {
-		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot, unused)
+		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot(), unused)
 	})
 }

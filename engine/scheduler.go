@@ -349,7 +349,7 @@ func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool)
 		if waiting {
 			s.catchUp(e, now)
 		}
-		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot, unused)
+		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
 			s.serve(e, now)
 		}

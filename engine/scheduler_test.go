@@ -176,7 +176,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
 		s.single.mu.Lock()
 		cancel()
-		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot, false) {
+		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot(), false) {
 			t.Error("the first slot was gone")
 		}
 		s.serve(s.single, e.now())

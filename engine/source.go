@@ -37,7 +37,10 @@ type draw struct {
 	wait int64   // if not ok, how long until the tokens may be there though nobody gives any back; 0 when never
 }
 
-func (g draw) fill(d *seam.LimiterDecision) { d.Slot, d.Remaining = g.slot, g.left }
+func (g draw) fill(d *seam.LimiterDecision) {
+	d.Hold(g.slot)
+	d.Remaining = g.left
+}
 
 // never as a wait is that of a flow which cannot ever be admitted.
 const never = -1

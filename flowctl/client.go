@@ -109,11 +109,14 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 // timeout. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
 // [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
-	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
+	f := &Flow{parent: ctx, client: c}
 	f.req.ControlPoint = controlPoint
-	if c == nil {
+	if c == nil { // and nobody asks for the flow's status
 		f.decision, f.run = Accepted, true
 		return f
+	}
+	if params.IsFailure != nil {
+		f.req.Labels.Base = &seam.Base{IsFailure: params.IsFailure}
 	}
 	if c.observer != nil {
 		c.observer.start(f)
@@ -177,13 +180,13 @@ func callerEnded(ctx context.Context, err error) bool {
 	return ok && status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline)
 }
 
-// prepare fills the request, and says what is wrong with it.
+// prepare fills the request, which may have a base of its own, and says what is wrong with it.
 func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params) error {
 	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
 		return err
 	}
-	var err error
-	if req.Lookup, err = params.lookup(); err != nil {
+	lookup, err := params.lookup()
+	if err != nil {
 		return err
 	}
 	if err := params.checkLabels(); err != nil {
@@ -193,26 +196,32 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 	if err != nil {
 		return err
 	}
-	req.RampMode = params.RampMode
 	switch {
 	case params.CheckTimeout > 0:
 		req.Timeout = params.CheckTimeout
 	case params.CheckTimeout == 0 && c.checkTimeout > 0:
 		req.Timeout = c.checkTimeout
 	}
-	req.Labels = seam.Labels{Params: params.Labels, Context: explicit, Base: c.base}
-	if params.HTTP != nil && c.remote != nil {
-		return c.describe(ctx, req, params.HTTP)
+	req.Labels.Params, req.Labels.Context = params.Labels, explicit
+	own := req.Labels.Base
+	if own == nil && transport == nil && !c.baggage && lookup == nil && !params.RampMode && params.HTTP == nil {
+		req.Labels.Base = c.base
+		return fit(&req.Labels)
 	}
-	if transport != nil || c.baggage {
-		base := seam.Base{Transport: transport}
-		if c.baggage {
-			base.Baggage = labels.FromBaggage(ctx, c.baggageKeys...)
-		}
-		if c.base != nil {
-			base.Defaults, base.Service = c.base.Defaults, c.base.Service
-		}
-		req.Labels.Base = &base
+	if own == nil {
+		own = new(seam.Base)
+		req.Labels.Base = own
+	}
+	if c.base != nil {
+		own.Defaults, own.Service = c.base.Defaults, c.base.Service
+	}
+	own.Lookup, own.RampMode = lookup, params.RampMode
+	if params.HTTP != nil && c.remote != nil {
+		return c.describe(ctx, &req.Labels, params.HTTP)
+	}
+	own.Transport = transport
+	if c.baggage {
+		own.Baggage = labels.FromBaggage(ctx, c.baggageKeys...)
 	}
 	return fit(&req.Labels)
 }
@@ -245,7 +254,9 @@ func fit(l *seam.Labels) error {
 				kept[key], _ = l.Lookup(key)
 			}
 		}
-		l.Base = &seam.Base{Service: l.Base.Service}
+		rest := *l.Base
+		rest.Defaults, rest.Baggage, rest.Transport = nil, nil, nil
+		l.Base = &rest
 	}
 	l.Params, l.Context = kept, nil
 	return nil

@@ -25,7 +25,6 @@ type Flow struct {
 	client  *Client         // nil: flow control is off
 	req     seam.Request
 	verdict seam.Verdict
-	fails   func(error) bool
 	rare    *rare
 
 	course   course
@@ -33,7 +32,7 @@ type Flow struct {
 	run      bool
 }
 
-// rare is what few flows have; with it a flow would not fit into the allocator's 192 bytes.
+// rare is what few flows have; with it a flow would not fit into the allocator's 160 bytes.
 type rare struct {
 	err  error      // why the flow was not decided about
 	span trace.Span // in the application's trace; nil when it wants none
@@ -249,9 +248,9 @@ func (f *Flow) SetError(err error) {
 }
 
 func (f *Flow) isFailure(err error) bool {
-	switch {
-	case f.fails != nil:
-		return f.fails(err)
+	switch base := f.req.Labels.Base; {
+	case base != nil && base.IsFailure != nil:
+		return base.IsFailure(err)
 	case !errors.Is(f.parent.Err(), context.Canceled): // an expired deadline is a failure: slow work is what overload looks like
 		return true
 	default:
@@ -333,7 +332,7 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 // ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err
 // says what went wrong where it was no plain miss.
 func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
-	if f.req.Lookup == nil || f.req.Lookup.Result == "" {
+	if asked := f.req.Lookup(); asked == nil || asked.Result == "" {
 		return nil, false, nil
 	}
 	if err := f.Err(); err != nil {
@@ -347,7 +346,7 @@ func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 
 // GlobalCache is what the check found under one of Params.GlobalCacheKeys, as [Flow.ResultCache].
 func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
-	if f.req.Lookup == nil {
+	if f.req.Lookup() == nil {
 		return nil, false, nil
 	}
 	if err := f.Err(); err != nil {
@@ -388,8 +387,8 @@ func (f *Flow) DeleteGlobalCache(ctx context.Context, key string) error {
 
 func (f *Flow) resultKey() seam.CacheKey {
 	k := seam.CacheKey{ControlPoint: f.req.ControlPoint}
-	if f.req.Lookup != nil {
-		k.Key = f.req.Lookup.Result
+	if asked := f.req.Lookup(); asked != nil {
+		k.Key = asked.Result
 	}
 	return k
 }

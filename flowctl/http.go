@@ -78,19 +78,16 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
-// describe has the agent asked about an HTTP request. The agent makes labels of the request; the flow's others travel
-// in the baggage header, which is where agents look for labels that go before those.
-func (c *Client) describe(ctx context.Context, req *seam.Request, params *HTTPRequest) error {
-	r := params.bounded()
-	base := seam.Base{HTTP: r}
+// describe has the agent asked about an HTTP request, which goes into the labels' base, the flow's own. The agent makes
+// labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
+// before those.
+func (c *Client) describe(ctx context.Context, l *seam.Labels, of *HTTPRequest) error {
+	r := of.bounded()
+	l.Base.HTTP = r
 	if c.baggage {
-		base.Baggage = c.httpBaggage(ctx, r.Own)
+		l.Base.Baggage = c.httpBaggage(ctx, r.Own)
 	}
-	if c.base != nil {
-		base.Defaults, base.Service = c.base.Defaults, c.base.Service
-	}
-	req.Labels.Base = &base
-	carried, err := labelsHeader(&req.Labels)
+	carried, err := labelsHeader(l)
 	if carried != "" {
 		r.Headers[wire.HeaderBaggage] = carried
 	}

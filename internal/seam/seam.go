@@ -51,16 +51,22 @@ type Request struct {
 	// Timeout is the longest that the answer may take, waits in queues included; 0 is no limit of its own. The
 	// agent applies it, because a call within the process needs no timer.
 	Timeout time.Duration
-
-	// Lookup names the cache entries to look up with the check; nil looks up none.
-	Lookup *Lookup
-
-	RampMode bool
-
-	// Late says that too little time is left for the answer to be heard: limiters refuse, for what they gave nobody
-	// would give back.
-	Late bool
 }
+
+// Lookup names the cache entries to look up with the check; nil looks up none.
+func (r *Request) Lookup() *Lookup {
+	if r.Labels.Base == nil {
+		return nil
+	}
+	return r.Labels.Base.Lookup
+}
+
+// RampMode says whether the flow needs a ramp that lets it in.
+func (r *Request) RampMode() bool { return r.Labels.Base != nil && r.Labels.Base.RampMode }
+
+// Late says that too little time is left for the answer to be heard: limiters refuse, for what they gave nobody would
+// give back.
+func (r *Request) Late() bool { return r.Labels.Base != nil && r.Labels.Base.Late }
 
 // maxControlPoint is the longest control point, in bytes.
 const maxControlPoint = 255
@@ -121,18 +127,26 @@ type Labels struct {
 	Base    *Base
 }
 
-// Base is the part of the labels that most flows of a client share.
+// Base is what most flows of a client have in common; one that differs has a base of its own. Not all of it is labels:
+// each word here is one that no flow has to make room for.
 type Base struct {
 	Baggage   map[string]string
 	Transport map[string]string
 	Defaults  map[string]string
 
 	// HTTP is the request that the flow is about, for an agent that makes labels of it itself; it stands in for
-	// Transport. It is no label, and here because a flow has no room for it. Nil: the labels are all there is.
+	// Transport. Nil: the labels are all there is.
 	HTTP *HTTPRequest
 
-	// Service names the client's service, for selectors. It is no label.
+	// Service names the client's service, for selectors.
 	Service string
+
+	// For the request's methods of these names.
+	Lookup         *Lookup
+	RampMode, Late bool
+
+	// IsFailure is the client's own, for the flow's status.
+	IsFailure func(error) bool
 }
 
 // Lookup finds a label; the layer with the highest precedence wins.
@@ -414,11 +428,8 @@ type LimiterDecision struct {
 	// those that this flow took.
 	Remaining, Consumed float64
 
-	// Wait is how long until the flow could pass; 0 when it did or when nobody knows.
-	Wait time.Duration
-
-	// Slot identifies what the flow holds until it ends; 0 when it holds nothing.
-	Slot uint64
+	// held is the slot of a flow that was not dropped, and the wait of one that was: none has both.
+	held uint64
 
 	Scope   Scope
 	Cause   Cause
@@ -429,6 +440,28 @@ type LimiterDecision struct {
 
 	// DryRun marks a decision that would have dropped the flow, had the component been for real.
 	DryRun bool
+}
+
+// Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped.
+func (d *LimiterDecision) Hold(slot uint64) { d.held = slot }
+
+// Slot identifies what the flow holds; 0 when it holds nothing.
+func (d *LimiterDecision) Slot() uint64 {
+	if d.Dropped {
+		return 0
+	}
+	return d.held
+}
+
+// Drop drops the flow, which could pass after the wait; 0 when nobody knows.
+func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.held = true, uint64(wait) }
+
+// Wait is how long until the flow could pass; 0 when it did or when nobody knows.
+func (d *LimiterDecision) Wait() time.Duration {
+	if !d.Dropped {
+		return 0
+	}
+	return time.Duration(d.held)
 }
 
 // Scope is which of a limiter's buckets decided.

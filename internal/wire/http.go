@@ -49,7 +49,7 @@ func HTTPRequest(req *seam.Request) *checkhttpv1.CheckHTTPRequest {
 			Protocol: r.Protocol,
 		},
 		ControlPoint: req.ControlPoint,
-		RampMode:     req.RampMode,
+		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
 	}
 }

@@ -29,14 +29,14 @@ func Request(req *seam.Request) *checkv1.CheckRequest {
 	m := &checkv1.CheckRequest{
 		ControlPoint: req.ControlPoint,
 		Labels:       req.Labels.Merged(),
-		RampMode:     req.RampMode,
+		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
 	}
-	if req.Lookup != nil {
+	if asked := req.Lookup(); asked != nil {
 		m.CacheLookupRequest = &checkv1.CacheLookupRequest{
 			ControlPoint:    req.ControlPoint,
-			ResultCacheKey:  req.Lookup.Result,
-			GlobalCacheKeys: req.Lookup.Global,
+			ResultCacheKey:  asked.Result,
+			GlobalCacheKeys: asked.Global,
 		}
 	}
 	return m
@@ -76,8 +76,8 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 		}
 		return m
 	}
-	if req.Lookup != nil && v.Extra != nil {
-		m.CacheLookupResponse = cacheLookup(req.Lookup, v.Extra)
+	if asked := req.Lookup(); asked != nil && v.Extra != nil {
+		m.CacheLookupResponse = cacheLookup(asked, v.Extra)
 	}
 	return m
 }
@@ -117,8 +117,8 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		Dropped:                  d.Dropped,
 		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
 	}
-	if d.Wait > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
-		m.WaitTime = durationpb.New(d.Wait)
+	if d.Wait() > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
+		m.WaitTime = durationpb.New(d.Wait())
 	}
 	if d.Scope == seam.ScopeNone {
 		m.Reason = checkv1.LimiterDecision_LIMITER_REASON_KEY_NOT_FOUND
@@ -134,7 +134,7 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		}}
 	case seam.KindConcurrencyLimiter:
 		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
-			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot),
+			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot()),
 		}}
 	case seam.KindQuotaScheduler:
 		if d.Dropped {
@@ -148,7 +148,7 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		tokens.Remaining = max(d.Remaining, 0)
 		workload, priority := c.Workload(&req.Labels)
 		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
-			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot),
+			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot()),
 		}}
 	case seam.KindLoadScheduler:
 		tokens.Current = 0 // what its bucket holds changes with the load
@@ -239,16 +239,17 @@ func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 		v.Reject(r)
 		return
 	}
-	if req.Lookup == nil {
+	asked := req.Lookup()
+	if asked == nil {
 		return
 	}
 	x, found := v.More(), m.GetCacheLookupResponse()
 	// Only what was asked for is read: an answer that is not there would read as a hit, which is the wire's zero.
-	if req.Lookup.Result != "" {
+	if asked.Result != "" {
 		x.Result = cacheAnswer(found.GetResultCacheResponse())
 	}
-	x.Global = make(map[string]seam.CacheAnswer, len(req.Lookup.Global))
-	for _, key := range req.Lookup.Global {
+	x.Global = make(map[string]seam.CacheAnswer, len(asked.Global))
+	for _, key := range asked.Global {
 		x.Global[key] = cacheAnswer(found.GetGlobalCacheResponses()[key])
 	}
 }
