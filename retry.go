@@ -36,11 +36,12 @@ type RetryPolicy struct {
 // starts another. That is safe whatever fn does, for fn has not run. Once it has, it does not run again: its error is
 // returned unchanged, that of a flow which fn started itself too.
 //
-// A wait is as long as the flow's RetryAfter, a millisecond at the least, and longer by a random part of policy.Jitter. The call gives up at once,
-// without a wait, when the rejection does not say when a retry can succeed, or says more than policy.MaxWait; when the
-// wait would not be over before the context's deadline; when it has started policy.Attempts flows; and when the calls
-// of the function have spent policy.Budget, so that retries never become the load. A flow that nobody answered is not
-// retried. After that all is as with Guard: the last flow's error goes to onReject, or is returned.
+// A wait is as long as the flow's RetryAfter, a millisecond at the least, and longer by a random part of policy.Jitter.
+// The call gives up at once, without a wait, when the rejection does not say when a retry can succeed, or says more than
+// policy.MaxWait; when the wait would not be over before the context's deadline; when it has started policy.Attempts
+// flows; and when the calls of the function have spent policy.Budget, so that retries never become the load. A flow that
+// nobody answered is not retried. After that all is as with Guard: the last flow's error goes to onReject, or is
+// returned.
 //
 // Each flow is ended before the wait for the next. When the context ends during a wait the call is Canceled: onReject is
 // not called, and the error matches the context's and its cause.
