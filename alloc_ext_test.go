@@ -113,6 +113,32 @@ func TestAllocations(t *testing.T) {
 	}
 }
 
+// What a flow's parameters ask for beyond labels costs a second object at the most, and the lookup of a cache one more
+// for what it finds.
+func TestAllocationsByParams(t *testing.T) {
+	client := keyedClient(t)
+	for name, row := range map[string]struct {
+		params func(*flowctl.Params)
+		want   float64
+	}{
+		"IsFailure":      {func(p *flowctl.Params) { p.IsFailure = func(error) bool { return false } }, 1},
+		"CheckTimeout":   {func(p *flowctl.Params) { p.CheckTimeout = time.Minute }, 1},
+		"FailClosed":     {func(p *flowctl.Params) { p.OnUnreachable = flowctl.FailClosed }, 1},
+		"ResultCacheKey": {func(p *flowctl.Params) { p.ResultCacheKey = "missing" }, 3},
+	} {
+		params := userParams
+		row.params(&params)
+		guard := headgate.Guard(client, point, params, work, nil)
+		if got := testing.AllocsPerRun(1000, func() {
+			if _, err := guard(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}); got != row.want {
+			t.Errorf("%s: %v allocations a call want %v", name, got, row.want)
+		}
+	}
+}
+
 func BenchmarkEngine(b *testing.B) {
 	client := keyedClient(b)
 	for name, call := range calls(client) {

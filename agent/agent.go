@@ -98,7 +98,7 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	}
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
-		base.Lookup = &seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
+		base.Looks, base.Lookup = true, seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
 		if err := seam.CheckCacheKeys(base.Lookup.Result, base.Lookup.Global...); err != nil {
 			return nil, invalid(err)
 		}

@@ -109,21 +109,18 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 // timeout. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
 // [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
-	f := &Flow{parent: ctx, client: c}
+	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
 	f.req.ControlPoint = controlPoint
-	if c == nil { // and nobody asks for the flow's status
+	if c == nil {
 		f.decision, f.run = Accepted, true
 		return f
-	}
-	if params.IsFailure != nil {
-		f.req.Labels.Base = &seam.Base{IsFailure: params.IsFailure}
 	}
 	if c.observer != nil {
 		c.observer.start(f)
 	}
 	var err error
 	if f.decision, err = c.decide(f.parent, f, &params); err != nil {
-		f.more().err = err
+		f.verdict.Fail(err)
 	}
 	switch {
 	case f.decision == Accepted, c.dryRun:
@@ -180,12 +177,12 @@ func callerEnded(ctx context.Context, err error) bool {
 	return ok && status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline)
 }
 
-// prepare fills the request, which may have a base of its own, and says what is wrong with it.
+// prepare fills the request, and says what is wrong with it.
 func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params) error {
 	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
 		return err
 	}
-	lookup, err := params.lookup()
+	looks, err := params.looksUp()
 	if err != nil {
 		return err
 	}
@@ -203,19 +200,18 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 		req.Timeout = c.checkTimeout
 	}
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
-	own := req.Labels.Base
-	if own == nil && transport == nil && !c.baggage && lookup == nil && !params.RampMode && params.HTTP == nil {
+	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
 		req.Labels.Base = c.base
 		return fit(&req.Labels)
 	}
-	if own == nil {
-		own = new(seam.Base)
-		req.Labels.Base = own
-	}
+	own := &seam.Base{Looks: looks, RampMode: params.RampMode}
+	req.Labels.Base = own
 	if c.base != nil {
 		own.Defaults, own.Service = c.base.Defaults, c.base.Service
 	}
-	own.Lookup, own.RampMode = lookup, params.RampMode
+	if looks {
+		own.Lookup = seam.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}
+	}
 	if params.HTTP != nil && c.remote != nil {
 		return c.describe(ctx, &req.Labels, params.HTTP)
 	}

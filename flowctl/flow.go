@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -25,25 +24,12 @@ type Flow struct {
 	client  *Client         // nil: flow control is off
 	req     seam.Request
 	verdict seam.Verdict
-	rare    *rare
+	fails   func(error) bool
 
 	course   course
 	decision Decision
 	run      bool
-}
-
-// rare is what few flows have; with it a flow would not fit into the allocator's 160 bytes.
-type rare struct {
-	err  error      // why the flow was not decided about
-	span trace.Span // in the application's trace; nil when it wants none
-}
-
-// more gives f.rare, which it makes where there is none. Only Start may call it.
-func (f *Flow) more() *rare {
-	if f.rare == nil {
-		f.rare = new(rare)
-	}
-	return f.rare
+	traced   bool // there is a span
 }
 
 // Decision is what was decided about a flow.
@@ -120,10 +106,7 @@ func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == R
 // that matches the context's, or one that matches [ErrInvalid]. A flow that runs all the same has an error too.
 func (f *Flow) Err() error {
 	if f.decision != Rejected {
-		if f.rare == nil {
-			return nil
-		}
-		return f.rare.err
+		return f.verdict.Err()
 	}
 	r := f.verdict.Rejection()
 	e := &RejectedError{
@@ -248,9 +231,9 @@ func (f *Flow) SetError(err error) {
 }
 
 func (f *Flow) isFailure(err error) bool {
-	switch base := f.req.Labels.Base; {
-	case base != nil && base.IsFailure != nil:
-		return base.IsFailure(err)
+	switch {
+	case f.fails != nil:
+		return f.fails(err)
 	case !errors.Is(f.parent.Err(), context.Canceled): // an expired deadline is a failure: slow work is what overload looks like
 		return true
 	default:

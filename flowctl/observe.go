@@ -60,16 +60,19 @@ func (o *observer) start(f *Flow) {
 	}
 	ctx, s := o.tracer.Start(f.parent, "headgate "+f.req.ControlPoint,
 		trace.WithAttributes(attribute.String("headgate.control_point", f.req.ControlPoint)))
-	f.parent, f.more().span = ctx, s
+	f.parent, f.traced = ctx, s != nil
 }
 
 func (o *observer) decided(f *Flow) {
-	if f.rare != nil && f.rare.span != nil {
-		f.rare.span.AddEvent("decided", trace.WithAttributes(
+	if f.traced {
+		attrs := []attribute.KeyValue{
 			attribute.String("headgate.decision", f.decision.String()),
-			attribute.String("headgate.reject_reason", f.RejectReason().String()),
 			attribute.Bool("headgate.should_run", f.run),
-		))
+		}
+		if f.decision == Rejected {
+			attrs = append(attrs, attribute.String("headgate.reject_reason", f.RejectReason().String()))
+		}
+		trace.SpanFromContext(f.parent).AddEvent("decided", trace.WithAttributes(attrs...))
 	}
 	if o.decisions != nil {
 		key := outcome{f.req.ControlPoint, f.decision, f.RejectReason()}
@@ -82,24 +85,25 @@ func (o *observer) decided(f *Flow) {
 
 // ending puts the flow's span into the context of its end.
 func (o *observer) ending(ctx context.Context, f *Flow) context.Context {
-	if f.rare == nil || f.rare.span == nil {
+	if !f.traced {
 		return ctx
 	}
-	return trace.ContextWithSpan(ctx, f.rare.span)
+	return trace.ContextWithSpan(ctx, trace.SpanFromContext(f.parent))
 }
 
 func (o *observer) end(f *Flow, s Status) {
-	if f.rare == nil || f.rare.span == nil {
+	if !f.traced {
 		return
 	}
+	span := trace.SpanFromContext(f.parent)
 	if s == StatusError {
 		why := "the work failed"
 		if !f.run {
 			why = f.decision.String()
 		}
-		f.rare.span.SetStatus(codes.Error, why)
+		span.SetStatus(codes.Error, why)
 	}
-	f.rare.span.End()
+	span.End()
 }
 
 func (o *observer) set(key outcome) metric.AddOption {

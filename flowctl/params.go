@@ -102,18 +102,16 @@ func (p UnreachablePolicy) String() string {
 	}
 }
 
-// lookup gives the cache entries that the flow looks up; nil when none.
-func (p *Params) lookup() (*seam.Lookup, error) {
-	if p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0 {
-		return nil, nil
+// looksUp says whether the flow looks up cache entries.
+func (p *Params) looksUp() (bool, error) {
+	switch {
+	case p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0:
+		return false, nil
+	case p.HTTP != nil:
+		return false, errHTTPCache
+	default:
+		return true, seam.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...)
 	}
-	if p.HTTP != nil {
-		return nil, errHTTPCache
-	}
-	if err := seam.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...); err != nil {
-		return nil, err
-	}
-	return &seam.Lookup{Result: p.ResultCacheKey, Global: p.GlobalCacheKeys}, nil
 }
 
 // tooManyLabels is the error for explicit labels that do not fit into a flow.

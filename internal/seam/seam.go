@@ -55,10 +55,10 @@ type Request struct {
 
 // Lookup names the cache entries to look up with the check; nil looks up none.
 func (r *Request) Lookup() *Lookup {
-	if r.Labels.Base == nil {
+	if r.Labels.Base == nil || !r.Labels.Base.Looks {
 		return nil
 	}
-	return r.Labels.Base.Lookup
+	return &r.Labels.Base.Lookup
 }
 
 // RampMode says whether the flow needs a ramp that lets it in.
@@ -141,12 +141,9 @@ type Base struct {
 	// Service names the client's service, for selectors.
 	Service string
 
-	// For the request's methods of these names.
-	Lookup         *Lookup
-	RampMode, Late bool
-
-	// IsFailure is the client's own, for the flow's status.
-	IsFailure func(error) bool
+	// For the request's methods of these names; the lookup if Looks.
+	Lookup                Lookup
+	Looks, RampMode, Late bool
 }
 
 // Lookup finds a label; the layer with the highest precedence wins.
@@ -297,6 +294,7 @@ type Verdict struct {
 
 // Extra holds the parts of a verdict that flows in a hurry do without.
 type Extra struct {
+	err       error // why there is no verdict
 	rejected  bool
 	rejection Rejection
 
@@ -334,6 +332,17 @@ type Rejection struct {
 func (v *Verdict) Reject(r Rejection) {
 	x := v.More()
 	x.rejected, x.rejection = true, r
+}
+
+// Fail notes why there is no verdict. It is the client's: an agent returns its error.
+func (v *Verdict) Fail(err error) { v.More().err = err }
+
+// Err is why there is no verdict; nil when there is one.
+func (v *Verdict) Err() error {
+	if v.Extra == nil {
+		return nil
+	}
+	return v.Extra.err
 }
 
 // Rejected says whether the flow was rejected.
