@@ -119,7 +119,7 @@ const (
 	panicked
 )
 
-var errOtherPanicked = errors.New("the run that the call waited for panicked in another call")
+var errNotReturned = errors.New("the run that the call shared did not return: it panicked, or called runtime.Goexit")
 
 // call is the function that Guard guards.
 func (s *shared[T]) call(ctx context.Context) (T, error) {
@@ -264,7 +264,7 @@ func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
 		if run.how == returned || run.waiting == 0 {
 			return
 		}
-		run.err = fmt.Errorf("headgate: cached %q: %w", s.controlPoint, errOtherPanicked)
+		run.err = fmt.Errorf("headgate: cached %q: %w", s.controlPoint, errNotReturned)
 		if p := recover(); p != nil {
 			run.how, run.panic, run.stack = panicked, p, debug.Stack()
 		}

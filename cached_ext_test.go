@@ -271,7 +271,7 @@ func TestCachedPanic(t *testing.T) {
 							if !errors.Is(r.err, context.Canceled) {
 								t.Errorf("the caller who gave up got %+v", r)
 							}
-						case r.err == nil || !strings.Contains(r.err.Error(), "panicked in another call"):
+						case r.err == nil || !strings.Contains(r.err.Error(), "did not return"):
 							t.Errorf("caller %d got %+v", i, r)
 						}
 					}

@@ -49,6 +49,7 @@ type position struct {
 	at        int64 // nanoseconds from the ramp's beginning, at the time since
 	since     int64
 	direction int64 // 1 forward, -1 backward, 0 still
+	left      bool  // the beginning of its first step, which may have no length
 }
 
 // ramp is the course of a load ramp.
@@ -65,7 +66,7 @@ func newRamp(p policy.LoadRamp, now int64) *ramp {
 	}
 	start := &position{since: now}
 	if p.Start {
-		start.direction = 1
+		start.direction, start.left = 1, true
 	}
 	r.now.Store(start)
 	return r
@@ -81,6 +82,7 @@ func (r *ramp) move(now, direction int64) {
 	for {
 		old := r.now.Load()
 		next := &position{at: r.along(old, now), since: now, direction: direction}
+		next.left = direction > 0 || direction == 0 && old.left
 		if r.now.CompareAndSwap(old, next) {
 			return
 		}
@@ -93,8 +95,11 @@ func (r *ramp) reset(now int64) { r.now.Store(&position{since: now}) }
 // percentage is what the ramp accepts: the first step's target all through the first step, and from there on a straight
 // line to each next target. It ends on the last target, not a tick before it.
 func (r *ramp) percentage(now int64) float64 {
-	at := r.along(r.now.Load(), now)
-	from := r.steps[0].Target
+	p, from := r.now.Load(), r.steps[0].Target
+	at := r.along(p, now)
+	if at == 0 && !p.left {
+		return from
+	}
 	for i, s := range r.steps {
 		if length := int64(s.Duration); at < length {
 			if i == 0 {

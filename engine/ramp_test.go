@@ -19,6 +19,9 @@ func TestRamp(t *testing.T) {
 	down := policy.LoadRamp{Start: true, Steps: []policy.RampStep{{Target: 100}, {Target: 0, Duration: 100 * time.Second}}}
 	still := straight
 	still.Start = false
+	jump := policy.LoadRamp{Steps: []policy.RampStep{{Target: 0}, {Target: 50}, {Target: 100, Duration: time.Minute}}}
+	begun := jump
+	begun.Start = true
 	ages := policy.LoadRamp{Start: true, Steps: []policy.RampStep{
 		{Target: 1}, {Target: 50, Duration: math.MaxInt64}, {Target: 100, Duration: math.MaxInt64},
 	}}
@@ -42,6 +45,8 @@ func TestRamp(t *testing.T) {
 		{"down, at the end", down, time.Hour, 0},
 		{"steps beyond all time", ages, math.MaxInt64 / 49 / 1000, 1 + 1e-3},
 		{"not started", still, time.Hour, 1},
+		{"not started, a first step without length", jump, time.Hour, 0},
+		{"a first step without length", begun, 0, 50},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRamp(tt.ramp, 0)
@@ -49,6 +54,29 @@ func TestRamp(t *testing.T) {
 				t.Errorf("percentage(%v) = %v want %v", tt.at, got, tt.want)
 			}
 		})
+	}
+}
+
+// A ramp whose steps have no length is a switch, which is off until it is turned on.
+func TestRampSwitch(t *testing.T) {
+	r := newRamp(policy.LoadRamp{Steps: []policy.RampStep{{Target: 0}, {Target: 100}}}, 0)
+	for i, turn := range []struct {
+		name string
+		do   func()
+		want float64
+	}{
+		{"not started", func() {}, 0},
+		{"hold", func() { r.move(1, 0) }, 0},
+		{"forward", func() { r.move(2, 1) }, 100},
+		{"hold", func() { r.move(3, 0) }, 100},
+		{"backward", func() { r.move(4, -1) }, 0},
+		{"hold", func() { r.move(5, 0) }, 0},
+		{"forward", func() { r.move(6, 1) }, 100},
+		{"reset", func() { r.reset(7) }, 0},
+	} {
+		if turn.do(); r.percentage(8) != turn.want {
+			t.Errorf("%d, %s: percentage = %v want %v", i, turn.name, r.percentage(8), turn.want)
+		}
 	}
 }
 

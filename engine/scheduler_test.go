@@ -174,6 +174,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		synctest.Wait()
 		// The slot comes when the first of them has been canceled, and has not yet seen it.
 		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
+		begin := time.Now()
 		s.single.mu.Lock()
 		cancel()
 		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot(), false) {
@@ -182,6 +183,9 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		s.serve(s.single, e.now())
 		s.single.mu.Unlock()
 		wg.Wait()
+		if took := time.Since(begin); took != 0 { // a slot that is lost comes back after MaxInflight
+			t.Errorf("the slot was handed on after %v want at once", took)
+		}
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -158,6 +159,9 @@ func (f *Flow) ControlPoint() string { return f.req.ControlPoint }
 // String names the flow's control point and decision, and none of its labels.
 func (f *Flow) String() string { return fmt.Sprintf("flow %q: %s", f.req.ControlPoint, f.decision) }
 
+// Format prints what String gives, whatever the verb: labels are nobody's business.
+func (f *Flow) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, f.String()) }
+
 // flowContext is the flow as a context: the same object, so that it costs no allocation of its own.
 type flowContext Flow
 
@@ -170,6 +174,7 @@ func (c *flowContext) Deadline() (time.Time, bool) { return c.parent.Deadline() 
 func (c *flowContext) Done() <-chan struct{}       { return c.parent.Done() }
 func (c *flowContext) Err() error                  { return c.parent.Err() }
 func (c *flowContext) String() string              { return fmt.Sprintf("headgate.Flow(%q)", c.req.ControlPoint) }
+func (c *flowContext) Format(s fmt.State, _ rune)  { _, _ = io.WriteString(s, c.String()) }
 
 func (c *flowContext) Value(key any) any {
 	if key == (flowKey{}) {

@@ -542,9 +542,11 @@ func TestContext(t *testing.T) {
 	}
 	child, cancelChild := context.WithCancel(got)
 	defer cancelChild()
-	for _, text := range []string{fmt.Sprint(got), fmt.Sprintf("%v", child), fmt.Sprint(inner), fmt.Sprintf("%v", outer)} {
-		if strings.Contains(text, "sesame") {
-			t.Errorf("%q shows a label", text)
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
+		for _, what := range []any{got, child, inner, outer} {
+			if text := fmt.Sprintf(verb, what); strings.Contains(text, "sesame") {
+				t.Errorf("%s: %q shows a label", verb, text)
+			}
 		}
 	}
 	cancel()

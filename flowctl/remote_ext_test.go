@@ -191,7 +191,7 @@ func TestHangingExport(t *testing.T) {
 		for k := range large {
 			large[k] = strings.Repeat("v", 4096)
 		}
-		for range 100 { // more than may wait to be sent
+		for range 100 {
 			_, _ = client.Start(t.Context(), "point", flowctl.Params{Labels: large}).End(t.Context())
 		}
 		if took := time.Since(begin); took != 0 {

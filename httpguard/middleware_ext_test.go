@@ -592,7 +592,7 @@ func TestRateLimitHeaders(t *testing.T) {
 		}
 		const (
 			policies = `"odd \"name\" \\/burst";q=2, "in-flight/root.0";q=3;qu="concurrent-requests", "huge/root.0";q=999999999999999`
-			rest     = `, "in-flight/root.0";r=3, "huge/root.0";r=999999999999999`
+			rest     = `, "in-flight/root.0";r=3, "huge/root.0";r=999999999999999` // a request's own slot will be free again
 		)
 		for i, want := range []string{`;r=1`, `;r=0`, `;r=0;t=10`} {
 			got := get()
@@ -607,6 +607,21 @@ func TestRateLimitHeaders(t *testing.T) {
 			t.Errorf("Retry-After: %s, want 10", got)
 		}
 	})
+}
+
+// A request that was rejected has taken nothing, and is told so.
+func TestRateLimitHeadersOfARefund(t *testing.T) {
+	client := newEngine(t,
+		policy.RateLimiter{ID: "wide", Selectors: policy.At(point), Capacity: 5, Fill: 1, Interval: time.Hour},
+		policy.RateLimiter{ID: "narrow", Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Hour})
+	h := httpguard.Middleware(client, point, httpguard.WithRateLimitHeaders())(http.NotFoundHandler())
+	for i := range 3 {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+		if limit, _, _ := strings.Cut(w.Result().Header.Get("RateLimit"), ","); !strings.HasSuffix(limit, `/wide";r=4`) {
+			t.Errorf("request %d: RateLimit: %s want one that has 4 left", i, limit)
+		}
+	}
 }
 
 // Without a limiter, and without an agent, there is nothing to tell.

@@ -121,7 +121,8 @@ func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.
 
 // WithRateLimitHeaders tells in every response what is left, in the RateLimit and RateLimit-Policy header fields of
 // draft-ietf-httpapi-ratelimit-headers-11: for each limiter that the request met, how many tokens or slots its bucket
-// holds and how many are free, and when a rejected request can be sent again. The names are those of the policies and
+// holds and how many are free, the slot of the request itself counted as free, and when a rejected request can be sent
+// again. The names are those of the policies and
 // their components, so that clients see how the limits are made; what a limiter's window is they do not see, for an
 // agent does not tell. By default there are no such fields. They cost several times what the flow costs.
 func WithRateLimitHeaders() MiddlewareOption {

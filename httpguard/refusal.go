@@ -83,7 +83,11 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 		if !ok || !met {
 			continue
 		}
-		limit := name + ";r=" + integer(tokens.GetRemaining())
+		left := tokens.GetRemaining()
+		if unit == "" && !d.GetDropped() && flow.Decision() == flowctl.Rejected { // by another, and so it gave back what it took
+			left += tokens.GetConsumed()
+		}
+		limit := name + ";r=" + integer(left)
 		if wait := d.GetWaitTime().AsDuration(); d.GetDropped() && wait > 0 {
 			limit += ";t=" + strconv.FormatInt(wholeSeconds(wait), 10)
 		}

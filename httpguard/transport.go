@@ -94,15 +94,11 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		closeBody(r)
 		return nil, err
 	}
-	resp, err := t.send(r, flow)
-	if err == nil && resp != nil {
-		t.pauses.heed(at, resp, t.guard.maxPause)
-	}
-	return resp, err
+	return t.send(r, flow, at)
 }
 
 // send sends a request whose flow runs, and leaves the flow's end to the response's body where there is one.
-func (t *Transport) send(r *http.Request, flow started) (*http.Response, error) {
+func (t *Transport) send(r *http.Request, flow started, at place) (*http.Response, error) {
 	trip := &trip{ctx: r.Context(), flow: flow.Flow}
 	returned := false
 	defer func() {
@@ -121,6 +117,7 @@ func (t *Transport) send(r *http.Request, flow started) (*http.Response, error) 
 		}
 		return resp, err
 	}
+	t.pauses.heed(at, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
 	trip.failure = flow.failure(resp.StatusCode)
 	body, both := resp.Body.(io.ReadWriteCloser)
 	switch {

@@ -663,6 +663,39 @@ func TestTransportPauseIsNotCutShort(t *testing.T) {
 	})
 }
 
+// A pause has begun when the flow ends that learnt of it: whoever waits for its slot is not sent.
+func TestTransportPauseBeginsBeforeTheEnd(t *testing.T) {
+	for name, body := range map[string]io.ReadCloser{"no body": http.NoBody, "a body": io.NopCloser(strings.NewReader("busy"))} {
+		t.Run(name, func(t *testing.T) {
+			ending := 0
+			var rt *httpguard.Transport
+			get := func() (*http.Response, error) {
+				return rt.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+			}
+			rt = httpguard.NewTransport(newEngine(t), point, base(responding(503, body, "Retry-After", "7")),
+				httpguard.WithParams(func(*http.Request) flowctl.Params {
+					return flowctl.Params{IsFailure: func(error) bool {
+						if ending++; ending > 1 {
+							return true
+						}
+						if _, err := get(); !errors.Is(err, flowctl.ErrRejected) {
+							t.Errorf("a request while the flow ends: %v want one that the pause rejects", err)
+						}
+						return true
+					}}
+				}))
+			resp, err := get()
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+			if ending != 1 {
+				t.Errorf("the flow ended %d times want once", ending)
+			}
+		})
+	}
+}
+
 // Whoever calls any number of hosts that ask for pauses has the transport remember so many of them, those that last.
 func TestTransportPausesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
