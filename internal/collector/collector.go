@@ -5,7 +5,6 @@ package collector
 import (
 	"context"
 
-	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -21,15 +20,30 @@ const (
 	method  = "Export"
 )
 
-// A Handler gets what clients export. Its error is the call's status.
-type Handler func(ctx context.Context, data *tracev1.TracesData) error
-
-// Register offers the service on s.
-func Register(s grpc.ServiceRegistrar, export Handler) {
-	register(s, func() any { return new(tracev1.TracesData) }, func(ctx context.Context, m any) error {
-		data, _ := m.(*tracev1.TracesData)
-		return export(ctx, data)
-	})
+// Register offers the service on s, for requests that are read as an M, a message: those of opentelemetry.proto.trace.v1
+// are linked where they are wanted, and into no client. The error of export is the call's status.
+func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m *M) error) {
+	handle := func(ctx context.Context, req any) (any, error) {
+		m, _ := req.(*M)
+		return new(emptypb.Empty), export(ctx, m)
+	}
+	s.RegisterService(&grpc.ServiceDesc{
+		ServiceName: service,
+		HandlerType: (*any)(nil),
+		Methods: []grpc.MethodDesc{{
+			MethodName: method,
+			Handler: func(_ any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
+				m := new(M)
+				if err := decode(m); err != nil {
+					return nil, err
+				}
+				if intercept == nil {
+					return handle(ctx, m)
+				}
+				return intercept(ctx, m, &grpc.UnaryServerInfo{FullMethod: Export}, handle)
+			},
+		}},
+	}, nil)
 }
 
 // RegisterCounter offers the service on s for an agent that only wants to know how many spans clients export, and may
@@ -37,8 +51,7 @@ func Register(s grpc.ServiceRegistrar, export Handler) {
 // objects, for each flow of every client. A nil read is not called.
 func RegisterCounter(s grpc.ServiceRegistrar, add func(spans int), read func(span []byte)) {
 	// A message without fields of its own keeps all that comes.
-	register(s, func() any { return new(emptypb.Empty) }, func(_ context.Context, m any) error {
-		data, _ := m.(*emptypb.Empty)
+	Register(s, func(_ context.Context, data *emptypb.Empty) error {
 		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, resourceSpans, scopeSpans, spans)
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
@@ -85,25 +98,4 @@ func each(message []byte, visit func([]byte), path ...protowire.Number) (n int, 
 		message = message[size:]
 	}
 	return n, nil
-}
-
-func register(s grpc.ServiceRegistrar, message func() any, export func(ctx context.Context, m any) error) {
-	handle := func(ctx context.Context, m any) (any, error) { return new(emptypb.Empty), export(ctx, m) }
-	s.RegisterService(&grpc.ServiceDesc{
-		ServiceName: service,
-		HandlerType: (*any)(nil),
-		Methods: []grpc.MethodDesc{{
-			MethodName: method,
-			Handler: func(_ any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
-				m := message()
-				if err := decode(m); err != nil {
-					return nil, err
-				}
-				if intercept == nil {
-					return handle(ctx, m)
-				}
-				return intercept(ctx, m, &grpc.UnaryServerInfo{FullMethod: Export}, handle)
-			},
-		}},
-	}, nil)
 }
