@@ -40,6 +40,9 @@ func (c *aimd) step(signal, setpoint float64, confirmed bool, admitted float64) 
 	if overload && confirmed {
 		c.added = 0
 		factor := math.Pow(signal/setpoint, c.gradient.Slope)
+		if math.IsNaN(factor) { // of a negative signal and a slope that is not whole
+			factor = c.gradient.Min
+		}
 		return admitted * min(max(factor, c.gradient.Min), c.gradient.Max)
 	}
 	c.added = min(c.added+c.increment, c.most)

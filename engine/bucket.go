@@ -102,13 +102,16 @@ func (r *bucketRule) usage(b *bucket, now int64) Usage {
 	return Usage{Capacity: r.capacity, Remaining: b.tokens}
 }
 
-func (r *bucketRule) forecast(b *bucket, now int64, ahead, tokens float64) (least, likely int64) {
+func (r *bucketRule) forecast(b *bucket, now int64, ahead backlog, tokens float64) (least, likely int64) {
 	r.refill(b, now)
 	if tokens > r.capacity || r.fill == 0 {
 		return never, never
 	}
-	wait := max(r.until(b, now, ahead+tokens), 0)
-	return wait, max(wait, 1)
+	least = max(r.until(b, now, ahead.least+tokens), 0)
+	if likely = least; ahead.likely > ahead.least {
+		likely = r.until(b, now, ahead.likely+tokens)
+	}
+	return least, max(likely, 1)
 }
 
 // idle says whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.

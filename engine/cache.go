@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -75,6 +76,7 @@ func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
 	if ttl <= 0 || ttl > maxTTL {
 		ttl = maxTTL
 	}
+	k = cacheKey{strings.Clone(k.controlPoint), strings.Clone(k.key)} // they may be pieces of something large
 	c.entries.Set(k, cached{value: bytes.Clone(value), ttl: ttl})
 	c.stores.Add(1)
 	return nil

@@ -19,9 +19,10 @@ type inflight struct {
 	oldest int32
 	newest int32
 
-	// hold is how long slots have been held lately, in nanoseconds: a moving average over returns of them.
-	hold    float64
-	returns int32
+	// How long slots have been held lately, in nanoseconds: a moving average over returns of them, and at the least.
+	hold     float64
+	returns  int32
+	shortest float32 // of flows that have ended; 0 where none has
 }
 
 type slot struct {
@@ -83,6 +84,7 @@ func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64, unused
 	f.remove(int32(i))
 	if !unused {
 		f.learn(now - since)
+		f.end(now - since)
 	}
 	return true
 }
@@ -94,7 +96,7 @@ func (r *slotRule) usage(f *inflight, now int64) Usage {
 
 // forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once;
 // likely, they end one after the other, at even distances.
-func (r *slotRule) forecast(f *inflight, _ int64, ahead, _ float64) (least, likely int64) {
+func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, _ float64) (least, likely int64) {
 	switch {
 	case r.limit == 0:
 		return never, never
@@ -102,8 +104,8 @@ func (r *slotRule) forecast(f *inflight, _ int64, ahead, _ float64) (least, like
 		return 0, 0
 	}
 	over := max(f.used-r.limit, 0)
-	return clampNanos(f.hold * ahead / r.limit),
-		clampNanos(f.hold*(over+ahead)/max(f.used, r.limit) + f.hold/float64(max(f.count, 1)))
+	return clampNanos(float64(f.shortest) * ahead.least / r.limit),
+		clampNanos(f.hold*(over+ahead.likely)/max(f.used, r.limit) + f.hold/float64(max(f.count, 1)))
 }
 
 // reclaim takes back the slots whose time is over.
@@ -160,8 +162,26 @@ func (f *inflight) remove(i int32) {
 	}
 }
 
+// outlier is how many times the average a time counts for at the most: of a flow that hung, or never ended, the others
+// know nothing.
+const outlier = 4
+
 // learn takes the time that a slot has been held into the average.
 func (f *inflight) learn(held int64) {
+	took := float64(max(held, 0))
+	if f.hold > 0 {
+		took = min(took, outlier*f.hold)
+	}
 	f.returns = min(f.returns+1, maxReturns)
-	f.hold += (float64(max(held, 0)) - f.hold) / float64(f.returns)
+	f.hold += (took - f.hold) / float64(f.returns)
+}
+
+// end takes the time after which a flow has ended into the shortest: at once where it is shorter, and slowly else, for
+// by that flows are sent away. A slot that was taken back tells nothing of how soon one may come free.
+func (f *inflight) end(held int64) {
+	took := float32(max(held, 1))
+	if f.shortest > 0 {
+		took = min(took, f.shortest*1.25)
+	}
+	f.shortest = took
 }

@@ -111,20 +111,20 @@ func TestSlotsModel(t *testing.T) {
 func TestSlotsForecast(t *testing.T) {
 	r, f := newInflight(2, 1000)
 	a, b := r.draw(f, 0, 1), r.draw(f, 0, 1)
-	if least, likely := r.forecast(f, 0, 5, 1); least != 0 || likely != 0 {
+	if least, likely := r.forecast(f, 0, backlog{5, 5}, 1); least != 0 || likely != 0 {
 		t.Errorf("forecast = %d, %d want unknown before the first return", least, likely)
 	}
 	r.giveBack(f, 100, 1, a.slot, false)
 	a = r.draw(f, 100, 1)
-	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 50 {
+	if least, likely := r.forecast(f, 100, backlog{0, 0}, 1); least != 0 || likely != 50 {
 		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
 	}
-	if least, likely := r.forecast(f, 100, 3, 1); least != 150 || likely != 200 {
+	if least, likely := r.forecast(f, 100, backlog{3, 3}, 1); least != 150 || likely != 200 {
 		t.Errorf("forecast behind 3 = %d, %d want 150, 200", least, likely)
 	}
 	r.giveBack(f, 101, 1, a.slot, true) // what was not used tells nothing
 	r.draw(f, 100, 9)
-	if least, likely := r.forecast(f, 100, 0, 1); least != 0 || likely != 130 {
+	if least, likely := r.forecast(f, 100, backlog{0, 0}, 1); least != 0 || likely != 130 {
 		t.Errorf("forecast of an overshoot = %d, %d want 8 of 10 tokens and one of two flows to return: 0, 130", least, likely)
 	}
 	r.giveBack(f, 400, 1, b.slot, false)
@@ -139,8 +139,43 @@ func TestSlotsForecast(t *testing.T) {
 		t.Errorf("mean = %v want that of slots that are taken back, after a while", f.hold)
 	}
 	none, empty := newInflight(0, 1)
-	if least, likely := none.forecast(empty, 0, 0, 1); least != never || likely != never {
+	if least, likely := none.forecast(empty, 0, backlog{0, 0}, 1); least != never || likely != never {
 		t.Errorf("forecast of no slots = %d, %d want never", least, likely)
+	}
+}
+
+// One flow that held its slot for long, or never gave it back, does not have the next ones sent away.
+func TestSlotsForecastOfAnOutlier(t *testing.T) {
+	const ms, minute = 1_000_000, 60_000_000_000
+	for name, row := range map[string]struct{ first, then, reclaimed int64 }{
+		"a slow one":             {first: 10 * ms, then: minute},
+		"one that was lost":      {first: 10 * ms, reclaimed: 10 * minute},
+		"one that was lost, new": {reclaimed: 10 * minute},
+	} {
+		r, f := newInflight(4, 10*minute)
+		now := int64(0)
+		hold := func(held int64) {
+			d := r.draw(f, now, 1)
+			now += held
+			r.giveBack(f, now, 1, d.slot, false)
+		}
+		for range 100 {
+			if row.first > 0 {
+				hold(row.first)
+			}
+		}
+		if row.then > 0 {
+			hold(row.then)
+		}
+		if row.reclaimed > 0 {
+			r.draw(f, now, 1)
+			now += row.reclaimed
+			r.reclaim(f, now)
+		}
+		least, likely := r.forecast(f, now, backlog{80, 80}, 1)
+		if most := int64(300 * ms); least > most || row.first > 0 && likely > most {
+			t.Errorf("%s: forecast = %d, %d want at most %d ms, for 200", name, least/ms, likely/ms, most/ms)
+		}
 	}
 }
 

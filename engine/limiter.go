@@ -55,7 +55,7 @@ func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecisio
 		got.fill(d)
 		return
 	}
-	_, likely := l.source.forecast(&e.state, now, 0, d.Consumed)
+	_, likely := l.source.forecast(&e.state, now, backlog{}, d.Consumed)
 	e.mu.Unlock()
 	d.Remaining = got.left
 	l.drop(d, seam.CauseNone, likely)

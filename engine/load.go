@@ -150,11 +150,11 @@ func (loadRule) usage(l *load, now int64) Usage {
 }
 
 // forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
-func (loadRule) forecast(l *load, now int64, ahead, tokens float64) (least, likely int64) {
+func (loadRule) forecast(l *load, now int64, ahead backlog, tokens float64) (least, likely int64) {
 	if l.open() {
 		return 0, 0
 	}
 	l.refill(now)
-	wait := l.until(ahead + min(tokens, l.rate))
-	return wait, wait
+	tokens = min(tokens, l.rate)
+	return l.until(ahead.least + tokens), l.until(ahead.likely + tokens)
 }

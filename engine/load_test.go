@@ -88,7 +88,7 @@ func TestLoadDraw(t *testing.T) {
 				if got.ok || got.wait == 0 {
 					continue
 				}
-				least, likely := loadRule{}.forecast(l, now, 0, tokens)
+				least, likely := loadRule{}.forecast(l, now, backlog{}, tokens)
 				if least != got.wait || likely != got.wait {
 					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.wait)
 				}
@@ -133,16 +133,16 @@ func TestLoadForecast(t *testing.T) {
 		{"behind others", 9, 1, 2 * time.Second},
 		{"behind others, more than the bucket holds", 10, 50, 3 * time.Second},
 	} {
-		if least, likely := rule.forecast(l, now, tt.ahead, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
+		if least, likely := rule.forecast(l, now, backlog{tt.ahead, tt.ahead}, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
 			t.Errorf("%s: forecast = %d, %d want %v", tt.name, least, likely, tt.want)
 		}
 	}
 	l.steer(now, 0)
-	if least, likely := rule.forecast(l, now, 0, 1); least != never || likely != never {
+	if least, likely := rule.forecast(l, now, backlog{}, 1); least != never || likely != never {
 		t.Errorf("nothing is let in: forecast = %d, %d want never", least, likely)
 	}
 	l.steer(now, math.NaN())
-	if least, likely := rule.forecast(l, now, 10, 1); least != 0 || likely != 0 {
+	if least, likely := rule.forecast(l, now, backlog{10, 10}, 1); least != 0 || likely != 0 {
 		t.Errorf("everything is let in: forecast = %d, %d want 0", least, likely)
 	}
 }

@@ -49,6 +49,8 @@ type share struct {
 	backlog float64 // what all its waiters want
 	index   int     // in the parent's heap
 
+	smallest, largest float64 // costs of those who have waited
+
 	clock float64
 	below shareHeap // the shares of a workload, and the workloads of the root
 
@@ -103,7 +105,11 @@ func (q *queue) push(w *waiter, c claim) {
 	}
 	s.last, w.share = w, s
 	for ; s.parent != nil; s = s.parent {
+		if s.backlog == 0 {
+			s.smallest, s.largest = w.cost, w.cost
+		}
 		s.backlog += w.cost
+		s.smallest, s.largest = min(s.smallest, w.cost), max(s.largest, w.cost)
 	}
 	q.settle(w.share)
 }
@@ -111,11 +117,31 @@ func (q *queue) push(w *waiter, c claim) {
 // pop takes the first waiter out, which has been served: its shares are charged.
 func (q *queue) pop() {
 	w := q.first()
-	for s := w.share; s.parent != nil; s = s.parent {
+	at := w.share
+	for s := at; s.parent != nil; s = s.parent {
 		s.start = s.finish
 		s.parent.clock = max(s.parent.clock, s.finish)
 	}
 	q.remove(w)
+	for s := at.parent; s != nil; s = s.parent {
+		s.rebase()
+	}
+}
+
+// lateClock is when a clock is set back: a float that shows more does not move by what flows of a high priority cost.
+const lateClock = 1e9
+
+// rebase sets a clock back that shows too much, and all that go by it.
+func (s *share) rebase() {
+	if s.clock < lateClock {
+		return
+	}
+	for _, o := range s.below {
+		o.start -= s.clock
+		o.finish -= s.clock
+	}
+	s.clock = 0
+	heap.Init(&s.below) // for some who were apart may be equal now
 }
 
 // remove takes a waiter out, which nothing is charged for. Every waiter leaves by it, and leaves room.
@@ -187,40 +213,61 @@ func (s *share) head() *waiter {
 	return s.first
 }
 
-// ahead is what the flows cost that go before one of that cost which would wait from now on, if nobody else comes. It is
-// exact where all want the same, and close to it else. Where a great many share it does not look at all of them, and says
-// too little.
-func (q *queue) ahead(c claim, cost float64) float64 {
-	all := cost // of the flow and of those before it
+// A backlog is what flows cost that go before another one: at the least, if nobody else comes, and likely.
+type backlog struct{ least, likely float64 }
+
+// ahead is what the flows cost that go before one of that cost which would wait from now on. It is exact where all want
+// the same. Where a great many share it does not look at all of them, and says too little.
+func (q *queue) ahead(c claim, cost float64) backlog {
+	all := backlog{cost, cost} // the flow itself, too
 	begin := q.root.clock
 	workload := q.shares[c.ofWorkload()]
 	if workload != nil {
 		own, fairBegin := q.shares[c], workload.clock
 		if own != nil {
 			fairBegin = own.start
-			all += own.backlog
+			all = backlog{cost + own.backlog, cost + own.backlog}
 		}
-		all += workload.others(own, fairBegin+all)
+		others := workload.others(own, backlog{fairBegin + all.least, fairBegin + all.likely})
+		all = backlog{all.least + others.least, all.likely + others.likely}
 		begin = workload.start
 	}
-	all += q.root.others(workload, begin+all/c.priority)
-	return all - cost
+	others := q.root.others(workload, backlog{begin + all.least/c.priority, begin + all.likely/c.priority})
+	return backlog{all.least + others.least - cost, all.likely + others.likely - cost}
 }
 
 // mostOthers bounds what a look at those who share may cost a flow.
 const mostOthers = 128
 
-// others is how many tokens go to the shares below, but for one, that finish by then.
-func (s *share) others(but *share, finish float64) float64 {
-	sum := 0.0
+// others is how many tokens go to the shares below, but for one, until the clock shows that.
+func (s *share) others(but *share, clock backlog) (sum backlog) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
-		if o != but && o.finish <= finish {
-			each := o.head().cost // as if those behind it wanted the same
-			turns := math.Floor((finish-o.start)*o.weight/each + 1e-9)
-			sum += min(max(turns, 1)*each, o.backlog)
+		if o == but {
+			continue
+		}
+		if o.finish <= clock.least {
+			least, _ := o.served(clock.least)
+			sum.least += least
+		}
+		if o.finish <= clock.likely {
+			_, likely := o.served(clock.likely)
+			sum.likely += likely
 		}
 	}
 	return sum
+}
+
+// served is how many tokens go to the share until the clock shows that, which is not before its finish. What each waiter
+// wants it only knows of the first: the one that comes too late may want as much as any.
+func (s *share) served(clock float64) (least, likely float64) {
+	tokens, first := (clock-s.start)*s.weight, s.head().cost
+	if s.smallest == s.largest {
+		tokens = first * math.Floor(tokens/first+1e-9)
+		least = tokens
+	} else {
+		least = tokens - s.largest
+	}
+	return min(max(least, first), s.backlog), min(max(tokens, first), s.backlog)
 }
 
 // shareHeap is a [heap.Interface] of shares by finish, and of equals by who came first.

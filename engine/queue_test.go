@@ -129,7 +129,7 @@ func TestQueueExtremes(t *testing.T) {
 			q.pop()
 			all := claims([]float64{1, 1}, 1)
 			for _, c := range all {
-				if got := q.ahead(c, 1); !(got >= 0) || math.IsInf(got, 1) {
+				if got := q.ahead(c, 1); !(got.least >= 0) || !(got.likely >= got.least) || math.IsInf(got.likely, 1) {
 					t.Errorf("priority %s, %v tokens: %v are ahead", priority, tokens, got)
 				}
 				for range 10 {
@@ -369,7 +369,7 @@ func TestQueueAhead(t *testing.T) {
 				want := q.ahead(c, 1)
 				w := push(q, c, 1)
 				waiting = append(waiting, w)
-				if again := q.ahead(c, 1); again < want {
+				if again := q.ahead(c, 1); again.least < want.least {
 					t.Fatalf("%v are ahead with one more, before %v", again, want)
 				}
 			},
@@ -395,10 +395,68 @@ func TestQueueAhead(t *testing.T) {
 		for ; q.first() != w; q.pop() {
 			got++
 		}
-		if got != want {
+		if want != (backlog{got, got}) {
 			t.Fatalf("%v went before it, %v were told", got, want)
 		}
 	})
+}
+
+// Whatever they want: by what goes before it at the least, no flow is sent away that would have been served in time.
+func TestQueueAheadAtLeast(t *testing.T) {
+	exact, all := 0, 0
+	rapid.Check(t, func(t *rapid.T) {
+		q, claims := newQueue(new(atomic.Int64), nil), claims([]float64{1, 1, 2, 64}, 3)
+		claim := func() claim { return rapid.SampledFrom(claims).Draw(t, "claim") }
+		cost := func() float64 { return rapid.SampledFrom([]float64{0.5, 1, 5, 100}).Draw(t, "cost") }
+		for range rapid.IntRange(0, 40).Draw(t, "waiting") {
+			push(q, claim(), cost())
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"push": func(*rapid.T) { push(q, claim(), cost()) },
+			"pop": func(*rapid.T) {
+				if q.len > 0 {
+					q.pop()
+				}
+			},
+		})
+		c, own := claim(), cost()
+		told := q.ahead(c, own)
+		w := push(q, c, own)
+		got := 0.0
+		for ; q.first() != w; q.pop() {
+			got += q.first().cost
+		}
+		if told.least > got+1e-6 || told.likely < told.least {
+			t.Fatalf("%v went before it, %v were told", got, told)
+		}
+		if all++; told.least == got {
+			exact++
+		}
+	})
+	t.Logf("exact %d times of %d", exact, all)
+}
+
+// A flow that cost as much as any flow may, at the lowest priority, leaves the clock where the others still move it.
+func TestQueueClockIsSetBack(t *testing.T) {
+	q := newQueue(new(atomic.Int64), nil)
+	extreme := claim{workload: "extreme", priority: minPriority}
+	for range 2 { // one is served, and one goes on to wait
+		push(q, extreme, maxCost)
+	}
+	q.pop()
+	high, low := claim{workload: "high", priority: 50}, claim{workload: "low", priority: 1}
+	for range 1000 {
+		push(q, high, 1)
+		push(q, low, 1)
+	}
+	served := make(map[claim]int)
+	for range 510 {
+		served[q.first().share.claim]++
+		q.pop()
+	}
+	if got := served[low]; got < 9 || got > 11 {
+		t.Errorf("served %v want 10 of the low priority", served)
+	}
 }
 
 // A flow that waits costs no more than by the logarithm of how many others do.

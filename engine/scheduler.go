@@ -88,9 +88,9 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 func (l *line[S]) waiting() bool { return l.queue != nil && l.queue.len > 0 }
 
 // ahead is what the flows cost that go before one of that cost which would wait from now on.
-func (l *line[S]) ahead(c claim, cost float64) float64 {
+func (l *line[S]) ahead(c claim, cost float64) backlog {
 	if !l.waiting() {
-		return 0
+		return backlog{}
 	}
 	return l.queue.ahead(c, cost)
 }
@@ -296,16 +296,17 @@ func (s *scheduler[S]) ring(e *entry[line[S]]) {
 	s.serve(e, s.engine.now())
 }
 
-// count counts a decision, by the flow's workload.
+// count counts a decision, by the flow's workload. Tokens count as where flows wait: in a sum that is infinite nobody sees
+// the others.
 func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDecision) {
 	of.counts.decision(d)
 	switch {
 	case d.Dropped:
-		addFloat(of.counts, d, tokensRejected, tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()))
+		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
 	case d.DryRun:
-		addFloat(of.counts, d, tokensAccepted, tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()))
+		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
 	default:
-		addFloat(of.counts, d, tokensAccepted, d.Consumed)
+		addFloat(of.counts, d, tokensAccepted, min(d.Consumed, maxCost))
 	}
 }
 

@@ -26,7 +26,7 @@ type source[S any] interface {
 	// forecast says how long a flow has to wait for its tokens when flows of that cost go before it: at the least,
 	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a
 	// draw would fail, or where others wait.
-	forecast(state *S, now int64, ahead, tokens float64) (least, likely int64)
+	forecast(state *S, now int64, ahead backlog, tokens float64) (least, likely int64)
 }
 
 // A draw is what came of asking a source for tokens.
