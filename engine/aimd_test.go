@@ -41,6 +41,9 @@ func TestAIMD(t *testing.T) {
 			{200, 100, false, 1, nan}, {50, 100, false, 1, 0.5},
 		}},
 		{"slope of 2", policy.AIMDLoadScheduler{Gradient: policy.Gradient{Slope: -2, Min: 0.1, Max: 1}}, []step{{200, 100, false, 1, 0.25}}},
+		{"a signal that has no power", policy.AIMDLoadScheduler{Gradient: policy.Gradient{Slope: 0.5, Min: 0.2, Max: 1}}, []step{
+			{-3, 10, false, 1, 0.2},
+		}},
 		{"setpoint 0", policy.AIMDLoadScheduler{}, []step{{200, 0, false, 1, nan}}},
 		{"signal unknown", policy.AIMDLoadScheduler{}, []step{{nan, 100, false, 1, nan}}},
 		{"setpoint unknown", policy.AIMDLoadScheduler{}, []step{{200, nan, false, 1, nan}}},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -19,7 +20,8 @@ const maxTTL = 7 * 24 * time.Hour
 // A cache keeps values for other flows, bounded by their number and by their bytes.
 type cache struct {
 	entries *otter.Cache[cacheKey, cached]
-	bytes   uint64
+	unit    int64 // of weights, in bytes
+	limit   uint32
 	floor   uint32
 
 	hits, misses, stores, deletes, refused atomic.Uint64
@@ -33,11 +35,15 @@ type cached struct {
 }
 
 // newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds one of the two,
-// so an entry weighs its bytes, but at least an equal share of them all.
+// so an entry weighs its bytes, but at least an equal share of them all. The library's weights are of 32 bits, so those of
+// a large cache are in larger units.
 func newCache(entries int, size int64) *cache {
-	c := &cache{bytes: uint64(size), floor: uint32(min(max(size/int64(entries), 1), 1<<31))}
+	const most = 1 << 31
+	unit := (size-1)/most + 1
+	limit := size / unit
+	c := &cache{unit: unit, limit: uint32(limit), floor: uint32(max((limit-1)/int64(entries)+1, 1))}
 	c.entries = otter.Must(&otter.Options[cacheKey, cached]{
-		MaximumWeight: uint64(size),
+		MaximumWeight: uint64(limit),
 		Weigher:       func(k cacheKey, v cached) uint32 { return c.weight(k, v.value) },
 		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[cacheKey, cached]) time.Duration {
 			return e.Value.ttl
@@ -47,8 +53,8 @@ func newCache(entries int, size int64) *cache {
 }
 
 func (c *cache) weight(k cacheKey, value []byte) uint32 {
-	n := len(k.controlPoint) + len(k.key) + len(value)
-	return max(uint32(min(n, 1<<31)), c.floor)
+	n := int64(len(k.controlPoint)) + int64(len(k.key)) + int64(len(value))
+	return max(uint32(min((n+c.unit-1)/c.unit, math.MaxUint32)), c.floor)
 }
 
 var errNoCacheKey = errors.New("cache key is empty")
@@ -69,7 +75,7 @@ func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
 		c.refused.Add(1)
 		return errNoCacheKey
 	}
-	if uint64(c.weight(k, value)) > c.bytes {
+	if c.weight(k, value) > c.limit {
 		c.refused.Add(1)
 		return fmt.Errorf("cache entry of %d bytes is larger than the cache", len(k.key)+len(value))
 	}

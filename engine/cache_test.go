@@ -1,9 +1,12 @@
 package engine
 
 import (
+	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 )
 
 func TestCacheTTL(t *testing.T) {
@@ -33,4 +36,39 @@ func TestCacheTTL(t *testing.T) {
 			}
 		}
 	})
+}
+
+// However the two bounds go together, there are not more entries than there may be.
+func TestCacheEntries(t *testing.T) {
+	for _, row := range []struct {
+		entries int
+		bytes   int64
+	}{{100, 199}, {1000, 1 << 30}, {1000, 1<<20 + 1}, {3, 1 << 34}} {
+		c := newCache(row.entries, row.bytes)
+		for i := range 2 * row.entries {
+			if err := c.store(cacheKey{"point", strconv.Itoa(i)}, nil, 0); err != nil && row.bytes > 1000 {
+				t.Error(err)
+			}
+		}
+		c.entries.CleanUp()
+		if got := c.entries.EstimatedSize(); got > row.entries {
+			t.Errorf("%d entries in a cache of %d and %d bytes", got, row.entries, row.bytes)
+		}
+		c.close()
+	}
+}
+
+// A key that is a piece of something large does not keep it in memory.
+func TestCacheCopiesKeys(t *testing.T) {
+	c := newCache(10, 1000)
+	defer c.close()
+	point, key := strings.Repeat("p", 10), strings.Repeat("k", 10)
+	if err := c.store(cacheKey{point, key}, []byte("value"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for kept := range c.entries.Keys() {
+		if unsafe.StringData(kept.key) == unsafe.StringData(key) || unsafe.StringData(kept.controlPoint) == unsafe.StringData(point) {
+			t.Error("the cache keeps its caller's strings")
+		}
+	}
 }

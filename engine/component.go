@@ -21,8 +21,12 @@ type component interface {
 	// or has ended. Unused says that it did not run. False says that there was nothing to take back, or no more.
 	giveBack(now int64, d *seam.LimiterDecision, unused bool) bool
 
-	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss.
-	sweep(now int64)
+	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss. When a table is full, it looks
+	// only where one did not fit.
+	sweep(now int64, full bool)
+
+	// vacant says whether nobody has anything of it that would be missed.
+	vacant(now int64) bool
 
 	// retire says that the component is no longer in force: who waits for it is sent away. It is called once.
 	retire()
@@ -48,12 +52,13 @@ type keyed[S any] struct {
 
 	table  *table[S] // nil without a label
 	single *entry[S] // the state of all flows, without a label
+	idle   func(state *S, now int64) bool
 }
 
 func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts)}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -132,8 +137,8 @@ func locked[S any](e *entry[S], f func(*entry[S]) bool) bool {
 	return f(e)
 }
 
-func (k *keyed[S]) sweep(now int64) {
-	if k.table == nil {
+func (k *keyed[S]) sweep(now int64, full bool) {
+	if k.table == nil || full && !k.table.crowded.Load() {
 		return
 	}
 	select {
@@ -142,6 +147,17 @@ func (k *keyed[S]) sweep(now int64) {
 	default:
 		k.table.sweep(now, k.maxIdle)
 	}
+}
+
+func (k *keyed[S]) vacant(now int64) bool {
+	e := k.single
+	if k.table != nil {
+		if k.table.size.Load() > 0 {
+			return false
+		}
+		e = &k.table.spill
+	}
+	return locked(e, func(e *entry[S]) bool { return k.idle(&e.state, now) })
 }
 
 func (k *keyed[S]) retire() { close(k.retired) }

@@ -346,7 +346,7 @@ func (e *Engine) sweep() {
 			return
 		case <-e.full:
 			for _, p := range e.rules.Load().parts {
-				p.sweep(e.now())
+				p.sweep(e.now(), true)
 			}
 			pause := time.NewTimer(time.Duration(fullSweepEvery))
 			select {
@@ -357,7 +357,7 @@ func (e *Engine) sweep() {
 			}
 		case <-tick.C:
 			for _, p := range e.rules.Load().parts {
-				p.sweep(e.now())
+				p.sweep(e.now(), false)
 				if n := p.overflow(); n > p.reported {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
 						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported)

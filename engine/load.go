@@ -63,9 +63,12 @@ func (loadRule) meet(l *load, now int64, tokens float64) {
 // relearn begins to learn the rate when nobody has come for so long that it is not known any more.
 func (l *load) relearn(second int64) {
 	if second-l.last >= learnSeconds {
-		l.began, l.learning = second, true
+		l.learn(second)
 	}
 }
+
+// learn begins to learn the rate.
+func (l *load) learn(second int64) { l.began, l.learning = second, true }
 
 // steer sets the share that is let in from now on. In a silence that is everything: who waits from before would else
 // wait for somebody to come, and may be all there are. What is owed from before is no more than comes in the time that

@@ -77,7 +77,15 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 		return s, nil
 	}
 	s.workloads.measureFrom(e.now())
-	of.controls = append(of.controls, s.workloads.setCosts)
+	of.controls = append(of.controls, func(now int64) {
+		if !s.workloads.setCosts(now) {
+			return
+		}
+		e := s.single // the rate is one of flows that cost something else
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.state.tokens.learn(now / int64(time.Second))
+	})
 	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
 		s.workloads.of(labels).latency.mean.add(now, latency)
 	})
@@ -115,18 +123,20 @@ func (w *workloads) measureFrom(now int64) {
 	}
 }
 
-func (w *workloads) setCosts(now int64) {
+// setCosts says whether a cost is known now that was not before, or the other way round.
+func (w *workloads) setCosts(now int64) (other bool) {
 	for of := range w.all {
-		of.latency.set(now)
+		other = of.latency.set(now) || other
 	}
+	return other
 }
 
-func (c *latencyCost) set(now int64) {
+func (c *latencyCost) set(now int64) (other bool) {
 	cost := c.mean.at(now)
 	if math.IsNaN(cost) {
 		cost = 0
 	}
-	c.bits.Store(math.Float64bits(cost))
+	return (c.bits.Swap(math.Float64bits(cost)) == 0) != (cost == 0)
 }
 
 // cost is how many tokens a flow of the workload takes, unless a label says. What is free stays free.

@@ -326,6 +326,40 @@ func TestWorkloadLatencyTokens(t *testing.T) {
 	})
 }
 
+// When it is first known what flows cost, the load is learnt anew: by what they asked for before, at a token each, next to
+// none of them would be let in.
+func TestWorkloadLatencyTokensAreLearnt(t *testing.T) {
+	for _, takes := range []time.Duration{100 * time.Millisecond, 35 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
+				s.LoadMultiplier, s.WorkloadLatencyTokens = policy.Constant(0.5), true
+				s.Scheduler.Default.QueueTimeout = policy.NoQueue
+			}))
+			var flows sync.WaitGroup
+			for i := range 20 { // times ten seconds
+				in := 0
+				for range 100 {
+					<-time.After(100 * time.Millisecond)
+					flow := c.Start(t.Context(), "point", flowctl.Params{})
+					if !flow.ShouldRun() {
+						end(flow)
+						continue
+					}
+					in++
+					flows.Go(func() {
+						<-time.After(takes)
+						end(flow)
+					})
+				}
+				if in < 45 || i >= 10 && in > 55 {
+					t.Errorf("work of %v: in seconds %d to %d, %d of 100 were let in want half, or all at first", takes, 10*i, 10*i+10, in)
+				}
+			}
+			flows.Wait()
+		})
+	}
+}
+
 // The latency that counts is that of the work: of flows that are selected, ran, and ended well. It is read off a load
 // scheduler here, which lets in as many hundredths as the mean has milliseconds.
 func TestMeanLatency(t *testing.T) {

@@ -39,7 +39,7 @@ type identity struct{ policy, hash, id string }
 // retired is a part that is no longer in force, for as long as flows may hold slots of it.
 type retired struct {
 	*part
-	until int64
+	since, until int64
 }
 
 // Apply puts the policies into force, all at once and in place of those that were; none is fine. The error joins all that
@@ -84,7 +84,7 @@ func (e *Engine) install(next *rules) {
 		p.retire()
 		if p.hold > 0 {
 			e.mu.Lock()
-			e.retired = append(e.retired, retired{part: p, until: e.now() + p.hold})
+			e.retired = append(e.retired, retired{part: p, since: e.now(), until: e.now() + p.hold})
 			e.mu.Unlock()
 		}
 	}
@@ -99,16 +99,19 @@ func (e *Engine) install(next *rules) {
 	}
 }
 
-// sweepRetired forgets parts whose flows' time is over, and what no flow holds of the others. A flow that was under way
-// when its limiter was retired may hold a slot for a little longer; what becomes of that matters to nobody.
+// sweepRetired forgets parts of which nobody holds anything, or whose flows' time is over, and what no flow holds of the
+// others. A flow that was under way when its limiter was retired may take a slot a little later: that is waited for. It may
+// hold one a little longer than others; what becomes of that matters to nobody.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.retired = slices.DeleteFunc(e.retired, func(r retired) bool {
 		if now < r.until {
-			r.sweep(now)
-			return false
+			r.sweep(now, false)
+			if now-r.since < int64(sweepEvery) || !r.vacant(now) {
+				return false
+			}
 		}
 		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
 		if e.holders[r.named] = left; len(left) == 0 {

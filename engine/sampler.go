@@ -76,7 +76,8 @@ func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision) {
 }
 
 func (s *sampler) giveBack(int64, *seam.LimiterDecision, bool) bool { return false }
-func (s *sampler) sweep(int64)                                      {}
+func (s *sampler) sweep(int64, bool)                                {}
+func (s *sampler) vacant(int64) bool                                { return true }
 func (s *sampler) retire()                                          {}
 func (s *sampler) overflow() uint64                                 { return 0 }
 func (s *sampler) identity() *seam.Component                        { return &s.component }

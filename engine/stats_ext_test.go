@@ -262,6 +262,30 @@ func TestStatsAreExact(t *testing.T) {
 	})
 }
 
+// What a label says that a flow costs does not hide what the others do.
+func TestStatsOfExtremeTokens(t *testing.T) {
+	components := map[string]policy.Component{
+		"quota": policy.QuotaScheduler{
+			Selectors: policy.At("point"), Capacity: 100, Fill: 1, Interval: time.Second, Scheduler: policy.Scheduler{TokensLabel: "cost"},
+		},
+		"slots": policy.ConcurrencyScheduler{
+			Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, Scheduler: policy.Scheduler{TokensLabel: "cost"},
+		},
+	}
+	for name, component := range components {
+		e, c := reloadable(t, []policy.Component{component})
+		for range 3 {
+			flow := c.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"cost": "1.7e308"}})
+			end(flow)
+		}
+		end(c.Start(t.Context(), "point", flowctl.Params{}))
+		got := e.Stats().Components[0].Workloads[0]
+		if sum := got.AcceptedTokens + got.RejectedTokens; sum != 3e9+1 {
+			t.Errorf("%s: %v tokens are counted want 3e9 and 1", name, sum)
+		}
+	}
+}
+
 // A queue is told about while it is there.
 func TestStatsOfQueues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

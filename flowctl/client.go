@@ -186,6 +186,9 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 	if err != nil {
 		return err
 	}
+	if looks { // also where the labels are wrong: a dry run still uses the caches
+		req.Labels.Base = &seam.Base{Looks: true, Lookup: seam.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
+	}
 	if err := params.checkLabels(); err != nil {
 		return err
 	}
@@ -204,13 +207,14 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 		req.Labels.Base = c.base
 		return fit(&req.Labels)
 	}
-	own := &seam.Base{Looks: looks, RampMode: params.RampMode}
-	req.Labels.Base = own
+	own := req.Labels.Base
+	if own == nil {
+		own = new(seam.Base)
+		req.Labels.Base = own
+	}
+	own.RampMode = params.RampMode
 	if c.base != nil {
 		own.Defaults, own.Service = c.base.Defaults, c.base.Service
-	}
-	if looks {
-		own.Lookup = seam.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}
 	}
 	if params.HTTP != nil && c.remote != nil {
 		return c.describe(ctx, &req.Labels, params.HTTP)

@@ -922,3 +922,26 @@ func TestCheckResponseIsACopy(t *testing.T) {
 		}
 	})
 }
+
+// A dry run runs flows that nobody could be asked about. They know what they would have looked up: they have found
+// nothing for a reason, and store what they make.
+func TestInvalidFlowKeepsItsCacheKeys(t *testing.T) {
+	client := noPolicies(t, flowctl.WithDryRun())
+	for name, params := range map[string]flowctl.Params{
+		"a key that is too long": {Labels: map[string]string{strings.Repeat("k", 256): "v"}},
+		"too many labels":        {Labels: many("k", 65)},
+	} {
+		params.ResultCacheKey, params.GlobalCacheKeys = "result", []string{"global"}
+		flow := client.Start(t.Context(), "point", params)
+		if _, _, err := flow.ResultCache(); !errors.Is(err, flowctl.ErrInvalid) {
+			t.Errorf("%s: ResultCache() = %v want ErrInvalid", name, err)
+		}
+		if _, _, err := flow.GlobalCache("global"); !errors.Is(err, flowctl.ErrInvalid) {
+			t.Errorf("%s: GlobalCache() = %v want ErrInvalid", name, err)
+		}
+		if err := flow.SetResultCache(t.Context(), []byte("made"), 0); err != nil {
+			t.Errorf("%s: SetResultCache() = %v", name, err)
+		}
+		_, _ = flow.End(t.Context())
+	}
+}
