@@ -22,6 +22,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -34,7 +35,7 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -64,9 +65,6 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 		return err
 	}
 	defer limits.Close()
-	for _, warning := range limits.Warnings() {
-		fmt.Fprintln(stderr, "warning:", warning)
-	}
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
 	if err != nil {
 		return err
@@ -74,9 +72,7 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 
 	server := grpc.NewServer(agent.ServerOptions()...)
 	served := agent.Register(server, limits)
-	for _, warning := range served.Warnings() {
-		fmt.Fprintln(stderr, "warning:", warning)
-	}
+	warn(stderr, limits, served)
 	stopped := context.AfterFunc(ctx, func() {
 		// Clients that wait for an answer get it, but one that just holds its connection is not waited for.
 		late := time.AfterFunc(3*time.Second, server.Stop)
@@ -98,6 +94,7 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 					fmt.Fprintln(stderr, "the policies stay as they are:", err)
 					continue
 				}
+				warn(stderr, limits, served)
 				fmt.Fprintf(stderr, "%s has been read again\n", *policies)
 			}
 		}
@@ -108,6 +105,13 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	}
 	fmt.Fprintf(stdout, "clients reported %d flows\n", served.Spans())
 	return nil
+}
+
+// warn tells what is in the policies in force and comes to nothing.
+func warn(stderr io.Writer, limits *engine.Engine, served *agent.Server) {
+	for _, warning := range slices.Concat(limits.Warnings(), served.Warnings()) {
+		fmt.Fprintln(stderr, "warning:", warning)
+	}
 }
 
 // reload puts the policies into force that are in the files now, or leaves everything as it is.

@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -29,7 +30,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, os.Args[1:], os.Stdout)
 	stop()
-	if err != nil {
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "fairness:", err)
 		os.Exit(1)
 	}
@@ -68,6 +69,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
+	}
 	if *last < time.Second {
 		return fmt.Errorf("-for %v: less than a second shows nothing", *last)
 	}
@@ -89,12 +93,15 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		calling.Go(func() { calls[i] = demand(ctx, client, point, *last) })
 	}
 	calling.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	fmt.Fprintf(stdout, "%-8s%8s  %-32s%s\n", "tenant", "callers", "first come, first served", "fair")
 	for k, t := range tenants {
 		fmt.Fprintf(stdout, "%-8s%8d  %-32s%s\n", t.name, t.callers, bar(share(calls[0], k)), bar(share(calls[1], k)))
 	}
 	fmt.Fprintf(stdout, "slots were busy   %-32s%s\n", busy(calls[0], *last), busy(calls[1], *last))
-	return context.Cause(ctx)
+	return nil
 }
 
 // demand has all tenants call for a while, and counts the calls of each.

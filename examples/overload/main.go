@@ -9,8 +9,9 @@
 //	go run ./examples/overload -aimd
 //
 // which takes two minutes, a load scheduler finds the share out. It knows nothing but how many calls are waiting in the
-// service: while there are more than five it lets in less, and else step by step more. It looks every ten seconds, and
-// learns what is usual in the first half minute, when callers ask for less than the service can do.
+// service: while there are more than five it lets in less, and else step by step more, by steps that grow until it is too
+// much again. So it goes up and down, and small steps keep it from going far. It looks every ten seconds, and learns what
+// is usual in the first half minute, when callers ask for less than the service can do.
 package main
 
 import (
@@ -36,7 +37,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, os.Args[1:], os.Stdout)
 	stop()
-	if err != nil {
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "overload:", err)
 		os.Exit(1)
 	}
@@ -98,7 +99,7 @@ func policies(aimd *lane) []policy.Policy {
 	}}}
 	if aimd != nil {
 		list = append(list, policy.Policy{Name: "protect-service", Components: []policy.Component{policy.AIMDLoadScheduler{
-			Selectors: policy.At(aimd.title), Signal: policy.Named("backlog"), Setpoint: policy.Constant(5), LinearIncrement: 0.05,
+			Selectors: policy.At(aimd.title), Signal: policy.Named("backlog"), Setpoint: policy.Constant(5), LinearIncrement: 0.01,
 			Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}}, // waiting is the service's
 		}}})
 	}
@@ -110,6 +111,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	find := flags.Bool("aimd", false, "show a load scheduler too, which takes two minutes")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
 	}
 	lanes := []*lane{{title: "all let in"}, {title: "40 % let in"}}
 	quiet, last, row := time.Duration(0), 6*time.Second, time.Second

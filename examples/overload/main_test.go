@@ -61,6 +61,13 @@ func TestOutput(t *testing.T) {
 				if len(rows) != tt.rows || len(rows[0]) != len(tt.want) {
 					t.Fatalf("%d rows want %d, each of %d lanes:\n%s", len(rows), tt.rows, len(tt.want), &stdout)
 				}
+				for _, row := range rows { // no lane that is protected falls back, not even for a while
+					for lane, got := range row[1:] {
+						if got < 15 {
+							t.Errorf("lane %d: a row with %v answers a second:\n%s", lane+1, got, &stdout)
+						}
+					}
+				}
 				for lane, want := range tt.want {
 					if got := mean(rows, lane); got < want[0] || got > want[1] {
 						t.Errorf("lane %d: %v answers a second want %v:\n%s", lane, got, want, &stdout)

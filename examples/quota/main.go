@@ -4,7 +4,8 @@
 //
 // The batch takes whatever it gets, and waits. People wait for a second at the most. First come, first served, they find
 // the batch before them and give up; by priority they hardly wait, and the batch gets what they leave. The tokens are
-// used up either way. Prompts cost what their label says; the policies are in policy.yaml beside this file.
+// used up either way: 1000 a second, and the 1000 that the bucket holds when they begin. Prompts cost what their label
+// says; the policies are in policy.yaml beside this file.
 package main
 
 import (
@@ -31,7 +32,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, os.Args[1:], os.Stdout)
 	stop()
-	if err != nil {
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "quota:", err)
 		os.Exit(1)
 	}
@@ -83,6 +84,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("what is %q?", flags.Arg(0))
+	}
 	if *last < time.Second {
 		return fmt.Errorf("-for %v: less than a second shows nothing", *last)
 	}
@@ -110,6 +114,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		asking.Go(func() { tallies[i] = demand(ctx, guarded, *last) })
 	}
 	asking.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	for i, title := range []string{"first come, first served", "by priority"} {
 		fmt.Fprintf(stdout, "%-26s%9s%9s%11s%12s\n", title, "answered", "gave up", "mean wait", "tokens/s")
 		for k, t := range tallies[i] {
@@ -119,7 +126,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 				rate, strings.Repeat("█", int(rate/50+0.5)))
 		}
 	}
-	return context.Cause(ctx)
+	return nil
 }
 
 // demand has the callers of all jobs ask for a while.

@@ -157,11 +157,11 @@ func TestRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for name := range routers {
-		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-router", name}); err != nil {
+		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-router", name}, io.Discard); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := run(ctx, []string{"-router", "bus"}); err == nil {
+	if err := run(ctx, []string{"-router", "bus"}, io.Discard); err == nil {
 		t.Error("there is a router named bus")
 	}
 }

@@ -14,12 +14,13 @@
 //	for i in 1 2 3 4; do curl -i http://127.0.0.1:8080/weather; done
 //
 // The last answer of each row is a refusal, and says when to come back where that is known. Other tenants have orders of
-// their own to make: try key-of-globex, and then no key. A gRPC client can have words counted, and curl can be one:
+// their own to make: try key-of-globex, or no key. A gRPC client can have words counted, and curl can be one:
 //
 //	printf '\0\0\0\0\013\012\011two words' | curl -i --http2-prior-knowledge --data-binary @- --output - \
 //		-H 'Content-Type: application/grpc' -H 'TE: trailers' http://127.0.0.1:8081/headgate.examples.Words/Count
 //
-// With -i it shows grpc-status: 0, which is OK, after the answer, and from the sixth on 8, ResourceExhausted.
+// With -i it shows grpc-status: 0, which is OK, after the answer, and from the sixth on 8, ResourceExhausted: sooner if you
+// have asked for orders without a key, which count together.
 //
 // On Ctrl-C and SIGTERM what has begun is finished before the program ends.
 //
@@ -180,7 +181,7 @@ func load(path string) (*engine.Engine, error) {
 func listen(ctx context.Context, host, variable, usual string) (net.Listener, error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort(host, cmp.Or(os.Getenv(variable), usual)))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", variable, err)
+		return nil, fmt.Errorf("-host and %s: %w", variable, err)
 	}
 	return listener, nil
 }

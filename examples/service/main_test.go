@@ -447,7 +447,7 @@ func TestRunErrors(t *testing.T) {
 		{name: "a bad port", env: map[string]string{"APERTURE_APP_PORT": "http!"}, want: "APERTURE_APP_PORT"},
 		{name: "a port in use", env: map[string]string{"APERTURE_APP_PORT": port}, want: "APERTURE_APP_PORT"},
 		{name: "a bad port for gRPC", env: map[string]string{"APERTURE_APP_GRPC_PORT": "-1"}, want: "APERTURE_APP_GRPC_PORT"},
-		{name: "a bad host", args: []string{"-host", "no host"}, want: "APERTURE_APP_PORT"},
+		{name: "a bad host", args: []string{"-host", "no host"}, want: "-host"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
