@@ -22,12 +22,14 @@ type Codec[T any] interface {
 }
 
 // Cached is [Guard] for a function whose result can be used again: a call that finds one under params.ResultCacheKey in
-// the control point's result cache returns it, and does not run fn. Without a key the control point is the key.
+// the control point's result cache returns it, and does not run fn. Without a key the control point is the key, so two
+// cached functions at one control point need a key each, or each returns what the other one stored.
 //
-// A call that finds none runs fn, and stores what fn returned for the ttl (0: the agent's default, 7 days) unless that
-// was an error. Calls at the same time share one run, each with a flow of its own. The run does not belong to the call
-// that began it: it has that call's context without its cancellation and deadline, and it is canceled when the last call
-// that waits for it has given up. A call that gives up returns its context's error.
+// A call that finds none runs fn, and stores what fn returned for the ttl (0: the agent's default, 7 days, which is the
+// longest that an engine keeps a value; with a negative one nothing is stored) unless that was an error. Calls at the
+// same time share one run, each with a flow of its own. The run does not belong to the call that began it: it has that
+// call's context without its cancellation and deadline, and it is canceled when the last call that waits for it has
+// given up. A call that gives up returns its context's error.
 //
 // To share is for the calls of one cached function: make it once, when the program starts, and not for each call. Another
 // one with the same key finds what this one has stored, but has runs of its own.

@@ -7,7 +7,8 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 )
 
-// A Starter starts flows: a *flowctl.Client, of which nil means that flow control is off.
+// A Starter starts flows: a *flowctl.Client, of which nil means that flow control is off. Any other is safe for
+// concurrent use too, and never returns nil.
 type Starter interface {
 	Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow
 }
@@ -44,7 +45,8 @@ func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
 
 // GuardFunc is [Guard] for a function with an argument, from which params makes the flow's parameters: whose request it
 // is, what it costs. A nil params means the zero Params. params is called for each flow, and its maps must not change
-// until the flow has ended. Use fallback.For to pass a fallback.Func as onReject.
+// until the flow has ended. Use fallback.For to pass a fallback.Func as onReject. The guarded function is safe for
+// concurrent use if params, fn and onReject are.
 func GuardFunc[A, T any](client Starter, controlPoint string, params func(context.Context, A) flowctl.Params,
 	fn func(context.Context, A) (T, error), onReject func(context.Context, A, error) (T, error),
 ) func(context.Context, A) (T, error) {

@@ -43,6 +43,9 @@ type RetryPolicy struct {
 // nobody answered is not retried. After that all is as with Guard: the last flow's error goes to onReject, or is
 // returned.
 //
+// The budget is that of this function: make it once, when the program starts. One that is made for each call has a new
+// budget each time, which never runs out.
+//
 // Each flow is ended before the wait for the next. When the context ends during a wait the call is Canceled: onReject is
 // not called, and the error matches the context's and its cause.
 func Retry[T any](client Starter, controlPoint string, params flowctl.Params,
@@ -113,8 +116,8 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 	}
 }
 
-// minWait is the shortest wait: what a rejection says of slots is an estimate, of microseconds where they were held for so
-// long, and a call without a limit would go round and round while that does not come true.
+// minWait is the shortest wait: what a rejection says of slots is an estimate, of microseconds where they were held for
+// so long, and a call without a limit would go round and round while that does not come true.
 const minWait = time.Millisecond
 
 // wait is how long to wait, if at all, when a rejection says after.

@@ -6,8 +6,8 @@
 //	err := server.Serve(listener)
 //
 // It speaks CheckHTTP too, for clients that ask about HTTP requests and leave it to the agent to make labels of them.
-// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and what the baggage
-// header says goes before them.
+// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and what the baggage header
+// says overrides them.
 //
 // Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
 // here, with what is wrong. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
@@ -72,12 +72,12 @@ func ServerOptions() []grpc.ServerOption {
 	}
 }
 
-// Warnings lists what the engine's policies say and a server has no use for: a selector that names a service picks no flow
-// of a client's, because the protocol has no place for the client's service.
+// Warnings lists what the engine's policies say and a server has no use for: a selector that names a service picks no
+// flow of a client's, because the protocol has no place for the client's service.
 func (s *Server) Warnings() []string { return s.engine.ServiceWarnings() }
 
-// Spans is how many records of flows clients have sent so far. They are counted, so that every SDK's export succeeds,
-// and looked at where a policy wants to know how long flows take, but not kept.
+// Spans is how many records of flows clients have sent so far. They are accepted from every SDK, and looked at where a
+// policy wants to know how long flows take, and none is kept.
 func (s *Server) Spans() uint64 { return s.spans.Load() }
 
 // service is the server's side of the protocol.

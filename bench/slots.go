@@ -73,8 +73,8 @@ func measureSlots(ctx context.Context, stdout io.Writer, each time.Duration) (er
 	return nil
 }
 
-// saturate makes the call from many goroutines at once, over and over for as long, and says how often and how long in all.
-// The slots are not all in use while the last flows end, so that nobody measures by few turns.
+// saturate makes the call from many goroutines at once, over and over for as long, and says how often and how long in
+// all. The slots are not all in use while the last flows end, so that nobody measures by few turns.
 func saturate(call func() (int, error), each time.Duration) (turns int64, elapsed time.Duration, err error) {
 	var flows sync.WaitGroup
 	var done atomic.Int64

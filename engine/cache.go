@@ -34,8 +34,8 @@ type cached struct {
 	ttl   time.Duration
 }
 
-// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds one of the two,
-// so an entry weighs its bytes, but at least an equal share of them all. The library's weights are of 32 bits, so those of
+// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds one of the two, so
+// an entry weighs its bytes, but at least an equal share of them all. The library's weights are of 32 bits, so those of
 // a large cache are in larger units.
 func newCache(entries int, size int64) *cache {
 	const most = 1 << 31

@@ -125,8 +125,8 @@ func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*ent
 			return true
 		}
 	}
-	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is forgotten,
-	// as full as its next bucket.
+	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is
+	// forgotten, as full as its next bucket.
 	return d.Slot() != 0 && locked(&k.table.spill, give)
 }
 

@@ -29,15 +29,19 @@
 // that the host provides (see [WithSignal]) or by how long flows have taken, which the engine measures itself as they
 // end, where a policy asks for it. An engine that package agent serves hears of that from its clients' telemetry.
 //
-// The decisions are those of an Aperture agent, but for these, where the engine is meant to do better: a rejection
-// refunds every component; several drops have one deterministic outcome; a limit of 0 refuses; what a bucket can never
-// hold is rejected without a time to retry, and of concurrency limits and schedulers there is one, an estimate; a token
-// count or a priority that is negative or not a finite number is ignored; a small flow is not refused because a large
-// one was; who waits is served in order of virtual finish times when tokens come, not when it came to the head of the
-// queue; queues have a bound; ramps let flows in ramp mode pass, and end on their last target; a load scheduler lets in a
-// flow that wants more than a second's worth of tokens when its bucket is full; flows whose result the cache had are not
-// measured; every component has a dry run; agent groups are ignored, and the service that a selector names is the one the
-// client says it is.
+// The decisions are those of an Aperture agent, but for these, where the engine is meant to do better:
+//
+//   - A rejection refunds every component, and several drops have one deterministic outcome.
+//   - A limit of 0 refuses. A flow that costs more than a bucket can hold is rejected without a time to retry.
+//     Concurrency limiters and schedulers give an estimate of that time.
+//   - A token count or a priority that is negative or not a finite number is ignored.
+//   - A small flow is not refused because a large one was. Who waits is served in order of virtual finish times at the
+//     moment when tokens come. Queues have a bound.
+//   - Ramps let flows in ramp mode pass, and end on their last target.
+//   - A load scheduler lets in a flow that wants more than a second's worth of tokens when its bucket is full. Flows
+//     whose result the cache had are not measured.
+//   - Every component has a dry run.
+//   - Agent groups are ignored, and the service that a selector names is the one that the client says it is.
 package engine
 
 import (
@@ -240,8 +244,8 @@ func (e *Engine) Observe(controlPoint string, labels map[string]string, latency 
 	e.tell(e.rules.Load().gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
 }
 
-// Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict. Package
-// agent calls it.
+// Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict.
+// Package agent calls it.
 func (e *Engine) Revert(v *seam.Verdict) {
 	if !v.Rejected() { // a rejected flow holds nothing
 		undo(v, e.now())

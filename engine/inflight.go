@@ -36,8 +36,8 @@ type slot struct {
 // none ends a list of slots.
 const none int32 = -1
 
-// maxCost bounds what one flow counts for, of slots, of a load, and in a queue. More would swallow the others in the sum, which is a
-// float, and leave the limit open when it goes; the label that says it may come from a peer.
+// maxCost bounds what one flow counts for, of slots, of a load, and in a queue. More would swallow the others in the
+// sum, which is a float, and leave the limit open when it goes; the label that says it may come from a peer.
 const maxCost = 1e9
 
 // maxReturns is how many returns the average of hold times is taken over.

@@ -4,8 +4,8 @@ import "fmt"
 
 // A Usage is what one value of a limiter's or scheduler's label has, at one time.
 type Usage struct {
-	// Capacity is the most tokens that its bucket holds, or the slots that there are. A load scheduler's is what it lets in
-	// during a second, +Inf where that is everything.
+	// Capacity is the most tokens that its bucket holds, or the slots that there are. A load scheduler's is what it
+	// lets in during a second, +Inf where that is everything.
 	Capacity float64
 
 	// Remaining is what is left of it: less than none where flows cost more than was free.
@@ -38,9 +38,9 @@ func (e *Engine) Peek(policyName, component, value string) (Usage, error) {
 }
 
 // Reset gives the value of its label a new bucket, or new slots, at a limiter or a scheduler that is named as for
-// [Engine.Peek]. Flows that wait are served from it. Slots that flows hold are forgotten, and do not come back when those
-// flows end, so that for a while more may be at work than there are slots. A load scheduler learns its load again, and lets
-// everything in meanwhile.
+// [Engine.Peek]. Flows that wait are served from it. Slots that flows hold are forgotten, and do not come back when
+// those flows end, so that for a while more may be at work than there are slots. A load scheduler learns its load
+// again, and lets everything in meanwhile.
 func (e *Engine) Reset(policyName, component, value string) error {
 	c, err := e.inspect(policyName, component, value)
 	if err != nil {

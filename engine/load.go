@@ -44,8 +44,8 @@ func (loadRule) fresh(l *load, now int64) {
 func (loadRule) idle(*load, int64) bool { return false }
 
 // meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
-// as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the next
-// one that costs something.
+// as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the
+// next one that costs something.
 func (loadRule) meet(l *load, now int64, tokens float64) {
 	if tokens == 0 {
 		return

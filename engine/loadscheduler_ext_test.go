@@ -326,8 +326,8 @@ func TestWorkloadLatencyTokens(t *testing.T) {
 	})
 }
 
-// When it is first known what flows cost, the load is learnt anew: by what they asked for before, at a token each, next to
-// none of them would be let in.
+// When it is first known what flows cost, the load is learnt anew: by what they asked for before, at a token each, next
+// to none of them would be let in.
 func TestWorkloadLatencyTokensAreLearnt(t *testing.T) {
 	for _, takes := range []time.Duration{100 * time.Millisecond, 35 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {

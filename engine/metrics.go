@@ -20,9 +20,9 @@ import (
 const scope = "github.com/headgate-go/headgate/engine"
 
 // Instrument shows the engine's [Stats] as metrics of the provider, until the engine is closed; docs/operating.md lists
-// them. Values of labels are in none of them. Another call with the same provider does nothing, where == can tell that it is
-// the same. Clients of package flowctl call it with theirs; an engine that package agent serves has no client in its
-// process, so its host does.
+// them. Values of labels are in none of them. Another call with the same provider does nothing, where == can tell that
+// it is the same. Clients of package flowctl call it with theirs; an engine that package agent serves has no client in
+// its process, so its host does.
 func (e *Engine) Instrument(provider metric.MeterProvider) error {
 	if provider == nil {
 		return errors.New("headgate: engine: instrument: the provider is nil")

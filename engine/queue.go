@@ -73,7 +73,8 @@ func newQueue(room *atomic.Int64, ring func()) *queue {
 	return &queue{shares: make(map[claim]*share), room: room, ring: ring}
 }
 
-// setAlarm has the alarm ring when the first waiter is due. The time now is that of the clock, not of what was decided last.
+// setAlarm has the alarm ring when the first waiter is due. The time now is that of the clock, not of what was decided
+// last.
 func (q *queue) setAlarm(now func() int64) {
 	switch {
 	case q.due == q.rings:

@@ -7,8 +7,8 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Engine.Ramp]. It is that of
-// the policies in force then: after [Engine.Apply], get the new one where the policy's ramp has changed. It is safe for concurrent use.
+// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Engine.Ramp]. It is that of the policies in
+// force then: after [Engine.Apply], get the new one where the policy's ramp has changed. It is safe for concurrent use.
 type Ramp struct {
 	engine *Engine
 	course *ramp

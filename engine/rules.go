@@ -32,8 +32,8 @@ type part struct {
 	reported uint64            // overflows that were logged; the sweeper's own
 }
 
-// identity is how a component is named over the wire. The hash is that of all that is configured, so that of two components
-// with one identity it does not matter which is which.
+// identity is how a component is named over the wire. The hash is that of all that is configured, so that of two
+// components with one identity it does not matter which is which.
 type identity struct{ policy, hash, id string }
 
 // retired is a part that is no longer in force, for as long as flows may hold slots of it.
@@ -45,12 +45,13 @@ type retired struct {
 // Apply puts the policies into force, all at once and in place of those that were; none is fine. The error joins all that
 // is wrong with them; then the old ones stay in force. Flows are decided about meanwhile.
 //
-// A component that stays the same, in a policy of the same name, with the same ID and the same configuration, goes on with
-// its buckets, slots, queues, course and measurements. Others begin with full buckets and free slots, so name those with an
-// ID that are to survive a move within their policy. A flow in flight ends where it began, and gives its slots back there,
-// over the network as well, until the MaxInflight of its slots has passed; to a limiter that is new they do not count. A
-// flow that waits in a queue which is no longer in force gives back what it has, and is decided about by the new policies,
-// with the time that it has left.
+// A component that stays the same, in a policy of the same name, with the same ID and the same configuration, goes on
+// with its buckets, slots, queues, course and measurements. Others begin with full buckets and free slots. Without an
+// ID a component is known by its place in the policy: give those an ID that are to keep what they have when that
+// changes. A flow in flight ends where it began, and gives its slots back there, over the network as well, until the
+// MaxInflight of its slots has passed; to a limiter that is new they do not count. A flow that waits in a queue which
+// is no longer in force gives back what it has, and is decided about by the new policies, with the time that it has
+// left.
 func (e *Engine) Apply(policies []policy.Policy) error {
 	e.applying.Lock()
 	defer e.applying.Unlock()
@@ -99,9 +100,9 @@ func (e *Engine) install(next *rules) {
 	}
 }
 
-// sweepRetired forgets parts of which nobody holds anything, or whose flows' time is over, and what no flow holds of the
-// others. A flow that was under way when its limiter was retired may take a slot a little later: that is waited for. It may
-// hold one a little longer than others; what becomes of that matters to nobody.
+// sweepRetired forgets parts of which nobody holds anything, or whose flows' time is over, and what no flow holds of
+// the others. A flow that was under way when its limiter was retired may take a slot a little later: that is waited
+// for. It may hold one a little longer than others; what becomes of that matters to nobody.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()

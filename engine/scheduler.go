@@ -110,7 +110,8 @@ func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecis
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
-// was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the scheduler retired.
+// was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the
+// scheduler retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
 	decided := now
@@ -136,8 +137,8 @@ type ticket[S any] struct {
 	patience time.Duration
 }
 
-// enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may wait,
-// for that takes a look at the clock.
+// enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may
+// wait, for that takes a look at the clock.
 func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
 	of := s.workloads.of(&req.Labels)
 	t := ticket[S]{of: of}
@@ -296,8 +297,8 @@ func (s *scheduler[S]) ring(e *entry[line[S]]) {
 	s.serve(e, s.engine.now())
 }
 
-// count counts a decision, by the flow's workload. Tokens count as where flows wait: in a sum that is infinite nobody sees
-// the others.
+// count counts a decision, by the flow's workload. Tokens count as where flows wait: in a sum that is infinite nobody
+// sees the others.
 func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDecision) {
 	of.counts.decision(d)
 	switch {

@@ -38,7 +38,8 @@ type ControlPointStats struct {
 	CacheHits, CacheMisses uint64
 }
 
-// ComponentStats are those of one component, by what it decided itself. What others made of the same flows is not in them.
+// ComponentStats are those of one component, by what it decided itself. What others made of the same flows is not in
+// them.
 type ComponentStats struct {
 	Policy, PolicyHash, ID string
 
@@ -52,9 +53,9 @@ type ComponentStats struct {
 	// Accepted counts the flows that the component let pass, and Dropped those that it did not.
 	Accepted, Dropped uint64
 
-	// Of those that passed, DryRunDrops counts the flows that would not have, were the component not in dry run; Unlimited,
-	// those that there was nothing to limit by, as they lack its label or it lets everything pass; and Refunded, those that
-	// gave back what they had got, because others dropped them or their callers left.
+	// Of those that passed, DryRunDrops counts the flows that the component would have dropped without its dry run;
+	// Unlimited, those without the component's label, or that it let pass by PassThrough; Refunded, those that gave back
+	// what they had got, because another component dropped them or their caller left.
 	DryRunDrops, Unlimited, Refunded uint64
 
 	// Keys is how many values of its label the component keeps apart, and Overflows how many decisions went by the bucket

@@ -225,7 +225,8 @@ func place[S any](slots []atomic.Pointer[entry[S]], e *entry[S]) {
 	slots[i].Store(e)
 }
 
-// rebuild copies the live entries into new slots, at most half full, which readers see at once or not at all. The shard's mutex is held.
+// rebuild copies the live entries into new slots, at most half full, which readers see at once or not at all. The
+// shard's mutex is held.
 func (s *shard[S]) rebuild() []atomic.Pointer[entry[S]] {
 	size := 8
 	for size < 2*(s.live+1) {

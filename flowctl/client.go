@@ -281,8 +281,10 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	return EndResponse{Held: r.Held, Returned: r.Returned}, err
 }
 
-// Ready waits until the agent can be asked, or ctx ends: then the error says why not, and matches the context's. It does
-// not wait for an agent that refuses the API key, or that does not speak the protocol. A nil client is always ready.
+// Ready waits until the agent can be asked, or ctx ends: then the error says why not, and matches the context's. Give
+// ctx a deadline: an agent that is down is waited for, and so is a server that is none of gRPC's, or has TLS where the
+// client has none, or the other way round. It does not wait for an agent that refuses the API key, nor for a gRPC
+// server that does not speak the protocol. A nil client is always ready.
 func (c *Client) Ready(ctx context.Context) error {
 	if c == nil {
 		return nil
@@ -293,9 +295,9 @@ func (c *Client) Ready(ctx context.Context) error {
 	return c.callError(ctx, "agent not ready", "", c.agent.Ready(ctx))
 }
 
-// Close starts no more flows, sends what telemetry there is until ctx ends, and closes the connection if Dial opened
-// it. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given back afterwards.
-// A second Close does nothing.
+// Close has flows from now on be Unreachable, sends what telemetry there is until ctx ends, and closes the connection
+// if Dial opened it. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given
+// back afterwards. A second Close does nothing.
 func (c *Client) Close(ctx context.Context) error {
 	if c == nil || c.closed.Swap(true) || c.remote == nil {
 		return nil

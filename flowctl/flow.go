@@ -100,7 +100,7 @@ func (f *Flow) Decision() Decision { return f.decision }
 // FailClosed forbids that. A dry run always runs.
 func (f *Flow) ShouldRun() bool { return f.run }
 
-// Success says whether an agent answered, yes or no.
+// Success says whether an agent answered, be it no. Whether to do the work is for [Flow.ShouldRun] to say.
 func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == Rejected }
 
 // Err is nil for an accepted flow, and else says why it was not: a [*RejectedError], an [*UnreachableError], an error
@@ -217,8 +217,8 @@ func (c *course) put(s Status, shift int) {
 	}
 }
 
-// SetStatus says how the work went. It goes before what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
-// panic goes before it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
+// SetStatus says how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
+// panic overrides it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
 func (f *Flow) SetStatus(s Status) { f.course.put(s, courseSet) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
@@ -281,7 +281,8 @@ func (f *Flow) End(ctx context.Context) (EndResponse, error) {
 //	defer flow.EndWith(&err)
 //
 // It derives the status as [Flow.SetError] does, and never changes *errp. When the function panics, the status is
-// Error, and the panic goes on with the same value. After an explicit End it only lets a panic go on. It cannot tell a
+// Error, and the panic goes on with the same value. A nil errp counts as no error. After an explicit End it only lets a
+// panic go on. It cannot tell a
 // runtime.Goexit from a return, and when it is called from within another deferred function it cannot see panics:
 // package headgate's Guard and Do can.
 func (f *Flow) EndWith(errp *error) {
@@ -358,7 +359,8 @@ func (f *Flow) SetResultCache(ctx context.Context, value []byte, ttl time.Durati
 	return f.store(ctx, f.resultKey(), value, ttl)
 }
 
-// SetGlobalCache stores the value under a key that all control points share. A ttl of 0 is the agent's default, 7 days.
+// SetGlobalCache stores the value under a key that all control points share. A ttl of 0 is the agent's default, 7 days,
+// and a negative one is an error. An engine keeps no value for longer than 7 days.
 func (f *Flow) SetGlobalCache(ctx context.Context, key string, value []byte, ttl time.Duration) error {
 	return f.store(ctx, seam.CacheKey{Key: key, Global: true}, value, ttl)
 }

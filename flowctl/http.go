@@ -49,9 +49,9 @@ type HTTPAnswer struct {
 	// for one that was accepted.
 	Status int
 
-	// Header is for the answer to a rejected request, and else to be set in the request. A baggage header is the one
-	// that the request had and what the agent added to it; the labels of the flow, which the agent got in it, are not
-	// among that.
+	// Header is to be set in the response to a rejected request, or in an accepted request before it is handled. A
+	// baggage header in it has the request's own members and those that the agent added, and not the flow's labels,
+	// which were sent to the agent in it.
 	Header map[string]string
 
 	// Body is for the answer to a rejected request.

@@ -130,8 +130,9 @@ func WithInsecure() Option {
 	}}
 }
 
-// WithAPIKey sends the key with every call to the agent, telemetry included, as x-api-key. What the caller's context
-// says is sent besides. In plaintext the key only travels to this machine, unless [WithInsecureAPIKey] says otherwise.
+// WithAPIKey sends the key with every call to the agent, telemetry included, as x-api-key. An empty key is an error.
+// What the caller's context says is sent besides. In plaintext the key only travels to this machine, unless
+// [WithInsecureAPIKey] says otherwise.
 func WithAPIKey(key string) Option {
 	return option{"WithAPIKey", true, func(c *config) error {
 		if err := checkAPIKey(key); err != nil {
@@ -231,9 +232,10 @@ func WithGate(g Gate) Option {
 	}}
 }
 
-// WithCheckTimeout sets how long the agent may take to answer when Params do not say: 200 ms by default, and no limit
-// for a negative d. It is also the longest that a flow waits in a queue. An agent across the network rejects a check that
-// reaches it with less than 10 ms left, as rate limited, wherever a limiter has a say: allow it more than that.
+// WithCheckTimeout sets how long the agent may take to answer when Params do not say: 200 ms by default and for a d of
+// 0, and no limit for a negative one. It is also the longest that a flow waits in a queue. An agent across the network
+// rejects a check that reaches it with less than 10 ms left, as rate limited, wherever a limiter has a say: allow it
+// more than that.
 func WithCheckTimeout(d time.Duration) Option {
 	return option{"WithCheckTimeout", false, func(c *config) error {
 		if d == 0 {
@@ -325,9 +327,9 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 	}}
 }
 
-// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason,
-// and shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and all that an
-// engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
+// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
+// reason, and shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and
+// all that an engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p

@@ -13,8 +13,9 @@ import (
 
 // Params says how one flow is started. The zero value is right for most.
 type Params struct {
-	// Labels describe the flow to the policies. They go before all other labels of the flow; see package labels for
-	// the order and the limits. The map must not change until the flow has ended.
+	// Labels describe the flow to the policies. They override all other labels of the flow; see package labels for the
+	// order and the limits, beyond which the flow is Invalid: look at values that a peer sent with labels.Check first.
+	// The map must not change until the flow has ended.
 	Labels map[string]string
 
 	// CheckTimeout is how long the agent may take to answer, and so also the longest that the flow waits in a queue.
@@ -39,12 +40,12 @@ type Params struct {
 	// cannot hold more, and makes the flow Unreachable.
 	GlobalCacheKeys []string
 
-	// HTTP tells the agent of the HTTP request that the flow is about: a remote agent is asked by CheckHTTP instead of
-	// Check, which is for agents whose policies classify requests. It makes labels of the request, in place of the
-	// transport layer of the flow's; the others go before those, and must come to a header of 8192 bytes, of which
-	// defaults and baggage give way. What the agent wants done with the request is in [Flow.HTTPAnswer]. Its check
-	// looks up no cache entries: with a cache key the flow is Invalid. An engine has nothing to learn from a request,
-	// and decides as without. Nil: the flow is about none.
+	// HTTP describes the HTTP request that the flow is about, for agents whose policies classify requests: a remote
+	// agent is then asked by CheckHTTP instead of Check, and makes labels of the request, in place of those of the
+	// transport layer. The flow's other labels override these; they travel in a header of at most 8192 bytes, from
+	// which defaults and baggage are dropped first if all do not fit. What the agent wants done with the request is in
+	// [Flow.HTTPAnswer]. CheckHTTP cannot look up caches: with a cache key the flow is Invalid. An engine ignores HTTP.
+	// Nil: the flow is about no request.
 	HTTP *HTTPRequest
 
 	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless

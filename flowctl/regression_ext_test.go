@@ -481,7 +481,8 @@ func TestF4FlowsLeaveNoGoroutines(t *testing.T) {
 		before := runtime.NumGoroutine()
 		for range 1000 {
 			flow := client.Start(ctx, "point", flowctl.Params{})
-			// What the work derives must not cost a goroutine either, although the flow's context is of a type of its own.
+			// What the work derives must not cost a goroutine either, although the flow's context is of a type of its
+			// own.
 			work, done := context.WithTimeout(flow.Context(), time.Hour)
 			defer done()
 			_, stop := context.WithCancel(work)

@@ -67,7 +67,7 @@ const (
 
 // DialEnv is [Dial] as the environment says: the agent's address in APERTURE_AGENT_ADDRESS, which must be set, and
 // where they are set the key in APERTURE_API_KEY, plaintext instead of TLS for a true APERTURE_AGENT_INSECURE, and TLS
-// that trusts any certificate for a true APERTURE_AGENT_SKIP_VERIFY. Options go before the environment. An error
+// that trusts any certificate for a true APERTURE_AGENT_SKIP_VERIFY. Options override the environment. An error
 // names the variable that it is about, and not what is in it.
 func DialEnv(opts ...Option) (*Client, error) {
 	address := os.Getenv(envAddress)
@@ -246,8 +246,8 @@ func transportCredentials(cfg *config) credentials.TransportCredentials {
 }
 
 // connectParams has the pauses between attempts to connect grow to the time between two probes of the gate, and not to
-// gRPC's two minutes: a probe, and a Ready, would fail without having tried. ClientConn.ResetConnectBackoff, which is meant
-// for that, races with new addresses (grpc-go 1.85).
+// gRPC's two minutes: a probe, and a Ready, would fail without having tried. ClientConn.ResetConnectBackoff, which is
+// meant for that, races with new addresses (grpc-go 1.85).
 func connectParams(g *gate) grpc.ConnectParams {
 	pauses := backoff.DefaultConfig
 	pauses.MaxDelay = max(min(g.Probe, pauses.MaxDelay), time.Second)

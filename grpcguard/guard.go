@@ -17,14 +17,14 @@
 //
 // The flow of a call has the labels rpc.service, such as shop.v1.Orders, and rpc.method, such as Get, and one for each
 // key that [WithMetadata] lists and the metadata has. Whoever sends the call decides what they are. Labels that decide
-// what a caller is allowed come from [WithParams] or from labels.With in the call's context: nothing that is sent goes
-// before these. What came with a call as baggage is put into the context of its handler, unless the application has done
-// so; it becomes labels for clients with flowctl.WithBaggage only.
+// what a caller is allowed come from [WithParams] or from labels.With in the call's context: nothing that is sent
+// overrides these. What came with a call as baggage is put into the context of its handler, unless the application has
+// done so; it becomes labels for clients with flowctl.WithBaggage only.
 //
 // # Statuses
 //
 // A flow's status is Error when the handler or the call panicked, and when it failed with a code by which [IsFailure] is
-// true; Params.IsFailure goes before that, see [WithParams], and flow.SetStatus before both.
+// true; Params.IsFailure overrides that, see [WithParams], and flow.SetStatus both.
 //
 // # Skipped calls
 //

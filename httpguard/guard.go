@@ -11,7 +11,7 @@
 //
 // The flow of a request has the labels of labels.FromRequest: http.method, http.target and so on, and of the headers that
 // [WithHeaders] lists. Whoever sends the request decides what they are. Labels that decide what a caller is allowed come
-// from [WithParams] or from labels.With in the request's context: nothing that is sent goes before these. Members of the
+// from [WithParams] or from labels.With in the request's context: nothing that is sent overrides these. Members of the
 // baggage header are labels for clients with flowctl.WithBaggage only.
 //
 // # Control points

@@ -46,9 +46,10 @@ func WithControlPoint(fn func(*http.Request) string) Option {
 }
 
 // WithParams has fn say how the flow of each request is started: by labels that say whose it is, by how long it may
-// wait, by whether it runs when nobody answers. Its Labels go before all that the request says of itself, and must not
-// change until the flow has ended. Its IsFailure is asked about what went wrong, where it is set: a [StatusError] for a
-// status from 400 on, the error of a hijack, or that of an outgoing request.
+// wait, by whether it runs when nobody answers. Its Labels override all that the request says of itself, and must not
+// change until the flow has ended; a value of the request among them that is too long, or no UTF-8, makes the flow
+// Invalid, so look at it with labels.Check first. Its IsFailure is asked about what went wrong, where it is set: a
+// [StatusError] for a status from 400 on, the error of a hijack, or that of an outgoing request.
 //
 // By default flows have the zero Params. fn must be safe for concurrent use; nil means the default.
 func WithParams(fn func(*http.Request) flowctl.Params) Option {
@@ -107,9 +108,10 @@ func WithSkipPatterns(patterns ...*regexp.Regexp) Option {
 }
 
 // WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], [PlainText] or a
-// function of yours. By default, and with nil, it is Problem, unless [WithCheckHTTP] brought an answer of the agent's. Their flow has ended then, and is in the request's context. The header has
-// what [WithRateLimitHeaders] adds and what the agent of WithCheckHTTP wants, and a Retry-After where it is known when a retry can succeed. A function that writes nothing
-// leaves an empty response with flow.HTTPStatus. fn must be safe for concurrent use.
+// function of yours. By default, and with nil, it is Problem, unless [WithCheckHTTP] brought an answer of the agent's.
+// Their flow has ended then, and is in the request's context. The header has what [WithRateLimitHeaders] adds and what
+// the agent of WithCheckHTTP wants, and a Retry-After where it is known when a retry can succeed. A function that
+// writes nothing leaves an empty response with flow.HTTPStatus. fn must be safe for concurrent use.
 func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow)) MiddlewareOption {
 	return middlewareOption(func(g *guard) {
 		if fn == nil {
@@ -129,8 +131,8 @@ func WithRateLimitHeaders() MiddlewareOption {
 	return middlewareOption(func(g *guard) { g.rateLimit = true })
 }
 
-// WithMaxPause sets for how long a Retry-After of the upstream can stop requests: at the longest for an hour by default,
-// and never for a d of zero or less. See [Transport].
+// WithMaxPause sets the longest pause that a Retry-After of the upstream can cause. By default it is an hour; zero or
+// less turns pauses off. See [Transport].
 func WithMaxPause(d time.Duration) TransportOption {
 	return transportOption(func(g *guard) { g.maxPause = d })
 }

@@ -672,7 +672,7 @@ func TestTransportPauseBeginsBeforeTheEnd(t *testing.T) {
 			get := func() (*http.Response, error) {
 				return rt.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
 			}
-			rt = httpguard.NewTransport(newEngine(t), point, base(responding(503, body, "Retry-After", "7")),
+			rt = httpguard.NewTransport(newEngine(t), point, responding(503, body, "Retry-After", "7"),
 				httpguard.WithParams(func(*http.Request) flowctl.Params {
 					return flowctl.Params{IsFailure: func(error) bool {
 						if ending++; ending > 1 {

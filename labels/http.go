@@ -20,7 +20,8 @@ import (
 //	http.request.header.<name>   of each listed header that is present; the name in lower case with "_" for "-",
 //	                             repeated values joined with ","
 //
-// Headers may be listed in any case. Host is none of them; http.host has it. Those that carry credentials never become labels; see the package documentation.
+// Headers may be listed in any case. Host is none of them; http.host has it. Those that carry credentials never become
+// labels; see the package documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
 	return fromRequest(r, listed(headers))
 }

@@ -18,10 +18,11 @@
 // only when they are listed. Metadata has no such prefix; to keep baggage from replacing it, list the members to take.
 //
 // Headers and metadata become labels only when they are listed. Those that carry credentials never do, listed or not, in
-// any case, written with "-" or "_": Authorization, Proxy-Authorization, Cookie, Set-Cookie, Api-Key, X-Api-Key,
-// X-Auth-Token, X-Access-Token, X-Csrf-Token, X-Xsrf-Token, X-Amz-Security-Token, X-Goog-Iap-Jwt-Assertion,
-// X-Forwarded-Access-Token, X-Vault-Token, Private-Token and Cf-Access-Jwt-Assertion. Neither do baggage members of
-// these names, or of the labels that the headers would be.
+// any case, written with "-" or "_": Authorization, Proxy-Authorization, X-Forwarded-Authorization,
+// X-Original-Authorization, Cookie, Set-Cookie, Api-Key, Apikey, X-Api-Key, X-Goog-Api-Key, Ocp-Apim-Subscription-Key,
+// X-Auth-Token, X-Session-Token, X-Access-Token, X-Forwarded-Access-Token, X-Amz-Security-Token, X-Vault-Token,
+// X-Gitlab-Token, Private-Token, X-Csrf-Token, X-Csrftoken, X-Xsrf-Token, X-Goog-Iap-Jwt-Assertion and
+// Cf-Access-Jwt-Assertion. Neither do baggage members of these names, or of the labels that the headers would be.
 //
 // All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. None but WithTransport
 // keeps a map or slice that it is given, and the contexts that they return show no label when printed.

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -149,6 +151,31 @@ func TestA18CredentialsStay(t *testing.T) {
 				t.Errorf("%s lets %q out", source, key)
 			}
 		}
+	}
+}
+
+// What the package says of credentials is what it does.
+func TestCredentialsAreDocumented(t *testing.T) {
+	source, err := os.ReadFile("labels.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, code, _ := strings.Cut(string(source), "\npackage labels\n")
+	_, doc, _ = strings.Cut(doc, `written with "-" or "_":`)
+	doc, _, _ = strings.Cut(doc, ". Neither")
+	_, code, _ = strings.Cut(code, "func IsCredential")
+	code, _, _ = strings.Cut(code, "return true")
+	var named, taken []string
+	for _, name := range regexp.MustCompile(`[A-Z][\w-]+`).FindAllString(doc, -1) {
+		named = append(named, strings.ToLower(name))
+	}
+	for _, match := range regexp.MustCompile(`"([a-z-]{2,})"`).FindAllStringSubmatch(code, -1) {
+		taken = append(taken, match[1])
+	}
+	slices.Sort(named)
+	slices.Sort(taken)
+	if diff := cmp.Diff(taken, named); diff != "" || len(taken) < 20 {
+		t.Errorf("%d credentials (-code +document):\n%s", len(taken), diff)
 	}
 }
 
@@ -648,9 +675,10 @@ func FuzzSources(f *testing.F) {
 }
 
 var credentials = []string{
-	"authorization", "proxy-authorization", "cookie", "set-cookie", "api-key", "x-api-key", "x-auth-token",
-	"x-access-token", "x-csrf-token", "x-xsrf-token", "x-amz-security-token", "x-goog-iap-jwt-assertion",
-	"x-forwarded-access-token", "x-vault-token", "private-token", "cf-access-jwt-assertion",
+	"authorization", "proxy-authorization", "x-forwarded-authorization", "x-original-authorization", "cookie", "set-cookie",
+	"api-key", "apikey", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key", "x-auth-token", "x-session-token",
+	"x-access-token", "x-forwarded-access-token", "x-amz-security-token", "x-vault-token", "x-gitlab-token",
+	"private-token", "x-csrf-token", "x-csrftoken", "x-xsrf-token", "x-goog-iap-jwt-assertion", "cf-access-jwt-assertion",
 }
 
 func withBaggage(t *testing.T, header string) context.Context {

@@ -8,7 +8,8 @@ import (
 // laterKinds are the flow_control components that cannot run.
 const laterKinds = "aiad_load_scheduler private range_driven_load_scheduler"
 
-// A componentKind is a flow_control component that can run. To add one is to add it to kinds, and its rules to validate.go.
+// A componentKind is a flow_control component that can run. To add one is to add it to kinds, and its rules to
+// validate.go.
 type componentKind struct {
 	keys    string // all but in_ports, out_ports and dry_run
 	ports   string // those of in_ports that blueprint values have too, as numbers

@@ -11,7 +11,8 @@ type Sampler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// AcceptPercentage is the share of flows that are accepted, 0 to 100.
+	// AcceptPercentage is the share of flows that are accepted, 0 to 100. Zero accepts none. (In a file, a key that is
+	// missing means 100.)
 	AcceptPercentage float64
 
 	// SessionLabel is the label whose value decides (by its FNV-1a hash). Of flows without it, and where it is empty,

@@ -78,8 +78,8 @@ func (s ConcurrencyScheduler) id() string { return s.ID }
 
 // LoadScheduler lets in a share of the load that comes: tokens flow at LoadMultiplier times the rate at which flows have
 // asked for them over the last 30 seconds, and flows that find too few wait for them by weighted fair queueing; see
-// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, those that still
-// wait too.
+// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, those that wait
+// already too.
 type LoadScheduler struct {
 	// ID names the component within its policy. Default: "root.<index>", its place in Components.
 	ID string
@@ -92,7 +92,8 @@ type LoadScheduler struct {
 	LoadMultiplier Signal
 
 	// WorkloadLatencyTokens has a flow of a workload cost the workload's mean latency of the last 30 minutes, in
-	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens.
+	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens. When there is one,
+	// the load is seen anew, for half a minute in which every flow is accepted.
 	WorkloadLatencyTokens bool
 
 	// Scheduler says who goes first. The zero value serves all flows alike.
@@ -167,8 +168,9 @@ type Scheduler struct {
 	// DefaultMargin. Not negative.
 	Margin time.Duration
 
-	// TokensLabel, PriorityLabel and WorkloadLabel are labels that go before the workload's Tokens, Priority and
-	// Name, where they can be used: a number of tokens that is not negative, a priority above 0.
+	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name,
+	// where they can be used: a number of tokens that is not negative, a priority above 0. Let only those set them whom
+	// you trust: a flow takes what it says, and a load scheduler takes it for the load.
 	TokensLabel, PriorityLabel, WorkloadLabel string
 
 	// FairnessLabel is the label whose values share a workload's tokens alike. Empty: first come, first served.

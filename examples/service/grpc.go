@@ -33,8 +33,8 @@ func newGRPCServer(client headgate.Starter) *grpc.Server {
 // countMethod takes a google.protobuf.StringValue, and returns the number of words in it as an Int64Value.
 const countMethod = "/headgate.examples.Words/Count"
 
-// words is written by hand, for its messages are in protobuf's library. Generated code looks the same, and also works on a
-// server without interceptors.
+// words is written by hand, for its messages are in protobuf's library. Generated code looks the same, and also works
+// on a server without interceptors.
 var words = grpc.ServiceDesc{
 	ServiceName: "headgate.examples.Words",
 	Methods: []grpc.MethodDesc{{

@@ -3,8 +3,8 @@
 //
 //	go run ./examples/service
 //
-// It serves HTTP on port 8080 and gRPC on port 8081, of this machine alone unless -host says otherwise. What decides is an
-// engine in the process, by the limits of policy.yaml beside this file. Try, in another terminal:
+// It serves HTTP on port 8080 and gRPC on port 8081, of this machine alone unless -host says otherwise. What decides is
+// an engine in the process, by the limits of policy.yaml beside this file. Try, in another terminal:
 //
 //	curl -i http://127.0.0.1:8080/health                     # Healthy, guarded by nothing
 //	curl -i http://127.0.0.1:8080/connected                  # 200: flows can be decided
@@ -19,8 +19,8 @@
 //	printf '\0\0\0\0\013\012\011two words' | curl -i --http2-prior-knowledge --data-binary @- --output - \
 //		-H 'Content-Type: application/grpc' -H 'TE: trailers' http://127.0.0.1:8081/headgate.examples.Words/Count
 //
-// With -i it shows grpc-status: 0, which is OK, after the answer, and from the sixth on 8, ResourceExhausted: sooner if you
-// have asked for orders without a key, which count together.
+// With -i it shows grpc-status: 0, which is OK, after the answer, and from the sixth on 8, ResourceExhausted: sooner if
+// you have asked for orders without a key, which count together.
 //
 // On Ctrl-C and SIGTERM what has begun is finished before the program ends.
 //
@@ -154,8 +154,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return servers.Wait()
 }
 
-// soon bounds the pauses between attempts to connect to the agent: with gRPC's own, of up to two minutes, /connected would
-// hear late that it is back.
+// soon bounds the pauses between attempts to connect to the agent: with gRPC's own, of up to two minutes, /connected
+// would hear late that it is back.
 func soon() grpc.ConnectParams {
 	pauses := backoff.DefaultConfig
 	pauses.MaxDelay = 5 * time.Second

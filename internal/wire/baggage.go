@@ -49,7 +49,8 @@ func ReadBaggage(header string) map[string]string {
 	return labels
 }
 
-// addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as it is.
+// addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as
+// it is.
 func addedBaggage(header, other string) []string {
 	known := make(map[string]bool)
 	for member := range strings.SplitSeq(other, ",") {
