@@ -15,7 +15,7 @@ import (
 )
 
 func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
-	carried := repaired(wire.ReadBaggage(m.GetRequest().GetHeaders()[wire.HeaderBaggage]))
+	carried := labels.Repair(wire.ReadBaggage(m.GetRequest().GetHeaders()[wire.HeaderBaggage]))
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
@@ -71,13 +71,5 @@ func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest) map[string]strin
 	if scheme := m.GetScheme(); scheme != "" {
 		derived["http.scheme"] = scheme
 	}
-	return repaired(derived)
-}
-
-// repaired makes labels that come of a peer fit the limits.
-func repaired(m map[string]string) map[string]string {
-	// A background context, because that of the call may have labels, from an interceptor, which are not the request's.
-	// It only carries the map into package labels and back: nothing runs or waits under it.
-	_, m, _ = labels.FromContext(labels.WithTransport(context.Background(), m)) //nolint:forbidigo // it carries labels, not a call
-	return m
+	return labels.Repair(derived)
 }

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/collector"
 )
 
 // read tells the engine how long the flow took that the span is about.
@@ -27,15 +28,8 @@ func (s *Server) read(span []byte) {
 	}
 }
 
-// The fields of the messages that lead to a span's attributes, of opentelemetry.proto, and of a CheckResponse.
-const (
-	spanAttribute     protowire.Number = 9
-	attributeKey      protowire.Number = 1
-	attributeValue    protowire.Number = 2
-	valueString       protowire.Number = 1
-	valueInt          protowire.Number = 3
-	checkControlPoint protowire.Number = 5
-)
+// checkControlPoint is the number of a field of CheckResponse.
+const checkControlPoint protowire.Number = 5
 
 // longest is beyond what a flow takes: clocks are wrong then.
 const longest = 24 * time.Hour
@@ -47,21 +41,21 @@ func ranFor(span []byte) (check []byte, latency time.Duration, waited, ok bool) 
 	var start, begin, end int64
 	good := false
 	walk(span, func(field protowire.Number, attribute []byte, _ uint64) {
-		if field != spanAttribute {
+		if field != collector.SpanAttribute {
 			return
 		}
 		var key, text []byte
 		var number int64
 		walk(attribute, func(field protowire.Number, data []byte, _ uint64) {
-			if field == attributeKey {
+			if field == collector.AttributeKey {
 				key = data
 			}
-			if field == attributeValue {
+			if field == collector.AttributeValue {
 				walk(data, func(field protowire.Number, data []byte, n uint64) {
-					if field == valueString {
+					if field == collector.ValueString {
 						text = data
 					}
-					if field == valueInt {
+					if field == collector.ValueInt {
 						number = int64(n)
 					}
 				})

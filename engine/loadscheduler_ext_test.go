@@ -248,6 +248,21 @@ func TestAIMDLoadScheduler(t *testing.T) {
 	}
 }
 
+// In a dry run all is let in, whatever is decided: the share that is shown is that of all, and does not shrink with each look.
+func TestAIMDDryRunShowsItsShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, c := reloadable(t, aimdScheduler(func(s *policy.AIMDLoadScheduler) { s.DryRun = true }),
+			engine.WithSignal("load", func() float64 { return 200 }))
+		for range 10 {
+			accepted(t, c, 10*time.Second, 0, flowctl.Params{})
+		}
+		if got := e.Stats().Components[0].LoadMultiplier; got != 0.5 {
+			t.Errorf("LoadMultiplier = %v want 0.5 of an overload of twice the setpoint", got)
+		}
+		_ = e.Close()
+	})
+}
+
 // Step by step, what an overload has cost is given back.
 func TestAIMDRecovers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

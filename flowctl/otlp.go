@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
 )
 
@@ -17,25 +18,8 @@ type batch struct {
 	span    []byte
 }
 
-// Field numbers of OTLP, opentelemetry-proto v1.
-const (
-	tracesResourceSpans = 1
-	resourceSpansScope  = 2
-	scopeSpansSpan      = 2
-	spanTraceID         = 1
-	spanSpanID          = 2
-	spanName            = 5
-	spanKind            = 6
-	spanStart           = 7
-	spanEnd             = 8
-	spanAttribute       = 9
-	attributeKey        = 1
-	attributeValue      = 2
-	valueString         = 1
-	valueInt            = 3
-
-	kindInternal = 1
-)
+// kindInternal is a span's kind.
+const kindInternal = 1
 
 // appendResource appends the resource of the request, which names this library: a field of ResourceSpans.
 func appendResource(b []byte) []byte {
@@ -56,7 +40,7 @@ func (x *batch) encode(records []record) (message []byte, n int) {
 		if n > 0 && len(x.message)+len(x.span) > batchBytes {
 			return x.wrap(), n
 		}
-		x.message = appendBytes(x.message, scopeSpansSpan, x.span)
+		x.message = appendBytes(x.message, collector.Spans, x.span)
 	}
 	return x.wrap(), len(records)
 }
@@ -66,9 +50,9 @@ func (x *batch) wrap() []byte {
 	var room [2 * headroom]byte
 	scope := len(x.message) - headroom
 	head := appendResource(room[:0])
-	head = protowire.AppendTag(head, resourceSpansScope, protowire.BytesType)
+	head = protowire.AppendTag(head, collector.ScopeSpans, protowire.BytesType)
 	head = protowire.AppendVarint(head, uint64(scope))
-	outer := protowire.AppendTag(nil, tracesResourceSpans, protowire.BytesType)
+	outer := protowire.AppendTag(nil, collector.ResourceSpans, protowire.BytesType)
 	outer = protowire.AppendVarint(outer, uint64(len(head)+scope))
 	begin := headroom - len(outer) - len(head)
 	copy(x.message[begin:], outer)
@@ -89,22 +73,22 @@ func appendSpan(b []byte, r *record) []byte {
 	if r.failed {
 		st = StatusError
 	}
-	b = appendBytes(b, spanTraceID, ids[:16])
-	b = appendBytes(b, spanSpanID, ids[16:])
-	b = protowire.AppendTag(b, spanName, protowire.BytesType)
+	b = appendBytes(b, collector.SpanTraceID, ids[:16])
+	b = appendBytes(b, collector.SpanSpanID, ids[16:])
+	b = protowire.AppendTag(b, collector.SpanName, protowire.BytesType)
 	b = protowire.AppendString(b, "Aperture Check")
-	b = protowire.AppendTag(b, spanKind, protowire.VarintType)
+	b = protowire.AppendTag(b, collector.SpanKind, protowire.VarintType)
 	b = protowire.AppendVarint(b, kindInternal)
-	b = protowire.AppendTag(b, spanStart, protowire.Fixed64Type)
+	b = protowire.AppendTag(b, collector.SpanStart, protowire.Fixed64Type)
 	b = protowire.AppendFixed64(b, uint64(r.start))
-	b = protowire.AppendTag(b, spanEnd, protowire.Fixed64Type)
+	b = protowire.AppendTag(b, collector.SpanEnd, protowire.Fixed64Type)
 	b = protowire.AppendFixed64(b, uint64(r.end))
-	b = appendText(b, spanAttribute, "aperture.source", "sdk")
-	b = appendNumber(b, spanAttribute, "aperture.flow_start_timestamp", r.start)
-	b = appendNumber(b, spanAttribute, "aperture.workload_start_timestamp", r.workload)
-	b = appendNumber(b, spanAttribute, "aperture.flow_end_timestamp", r.end)
-	b = appendText(b, spanAttribute, "aperture.flow.status", st.String())
-	b = appendTextHead(b, spanAttribute, "aperture.check_response", base64.StdEncoding.EncodedLen(len(r.check)))
+	b = appendText(b, collector.SpanAttribute, "aperture.source", "sdk")
+	b = appendNumber(b, collector.SpanAttribute, "aperture.flow_start_timestamp", r.start)
+	b = appendNumber(b, collector.SpanAttribute, "aperture.workload_start_timestamp", r.workload)
+	b = appendNumber(b, collector.SpanAttribute, "aperture.flow_end_timestamp", r.end)
+	b = appendText(b, collector.SpanAttribute, "aperture.flow.status", st.String())
+	b = appendTextHead(b, collector.SpanAttribute, "aperture.check_response", base64.StdEncoding.EncodedLen(len(r.check)))
 	return base64.StdEncoding.AppendEncode(b, r.check)
 }
 
@@ -121,25 +105,25 @@ func appendText(b []byte, field protowire.Number, key, value string) []byte {
 
 // appendTextHead appends all of such an attribute but the string, of which it needs the length.
 func appendTextHead(b []byte, field protowire.Number, key string, length int) []byte {
-	b = appendKey(b, field, key, protowire.SizeTag(valueString)+protowire.SizeBytes(length))
-	b = protowire.AppendTag(b, valueString, protowire.BytesType)
+	b = appendKey(b, field, key, protowire.SizeTag(collector.ValueString)+protowire.SizeBytes(length))
+	b = protowire.AppendTag(b, collector.ValueString, protowire.BytesType)
 	return protowire.AppendVarint(b, uint64(length))
 }
 
 // appendNumber appends an attribute with an integer as the field.
 func appendNumber(b []byte, field protowire.Number, key string, value int64) []byte {
-	b = appendKey(b, field, key, protowire.SizeTag(valueInt)+protowire.SizeVarint(uint64(value)))
-	b = protowire.AppendTag(b, valueInt, protowire.VarintType)
+	b = appendKey(b, field, key, protowire.SizeTag(collector.ValueInt)+protowire.SizeVarint(uint64(value)))
+	b = protowire.AppendTag(b, collector.ValueInt, protowire.VarintType)
 	return protowire.AppendVarint(b, uint64(value))
 }
 
 // appendKey appends an attribute up to its value, which has that size.
 func appendKey(b []byte, field protowire.Number, key string, value int) []byte {
-	size := protowire.SizeTag(attributeKey) + protowire.SizeBytes(len(key)) + protowire.SizeTag(attributeValue) + protowire.SizeBytes(value)
+	size := protowire.SizeTag(collector.AttributeKey) + protowire.SizeBytes(len(key)) + protowire.SizeTag(collector.AttributeValue) + protowire.SizeBytes(value)
 	b = protowire.AppendTag(b, field, protowire.BytesType)
 	b = protowire.AppendVarint(b, uint64(size))
-	b = protowire.AppendTag(b, attributeKey, protowire.BytesType)
+	b = protowire.AppendTag(b, collector.AttributeKey, protowire.BytesType)
 	b = protowire.AppendString(b, key)
-	b = protowire.AppendTag(b, attributeValue, protowire.BytesType)
+	b = protowire.AppendTag(b, collector.AttributeValue, protowire.BytesType)
 	return protowire.AppendVarint(b, uint64(value))
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
 )
 
@@ -121,7 +122,7 @@ func TestBatchAllocations(t *testing.T) {
 func TestSpanBytes(t *testing.T) {
 	for _, check := range [][]byte{nil, make([]byte, 300), make([]byte, 100<<10)} {
 		r := record{start: -1, workload: -1, end: -1, check: check, failed: true} // the longest there are
-		span := appendBytes(nil, scopeSpansSpan, appendSpan(nil, &r))
+		span := appendBytes(nil, collector.Spans, appendSpan(nil, &r))
 		if got, most := len(span), base64.StdEncoding.EncodedLen(len(check))+spanBytes; got > most || got < most-64 {
 			t.Errorf("span with a check of %d bytes: %d bytes want %d or a few less", len(check), got, most)
 		}

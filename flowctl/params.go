@@ -14,7 +14,7 @@ import (
 // Params says how one flow is started. The zero value is right for most.
 type Params struct {
 	// Labels describe the flow to the policies. They override all other labels of the flow; see package labels for the
-	// order and the limits, beyond which the flow is Invalid: look at values that a peer sent with labels.Check first.
+	// order and the limits, beyond which the flow is Invalid: have values that a peer sent repaired by labels.Repair.
 	// The map must not change until the flow has ended.
 	Labels map[string]string
 

@@ -248,6 +248,13 @@ func TestA12EndHasItsOwnTimeLimit(t *testing.T) {
 				if got, err := flow.End(ctx); err != nil || got.Returned != 1 {
 					t.Errorf("End() after the caller had gone = %+v, %v", got, err)
 				}
+				// That the caller has gone is not why an agent does not answer.
+				agent.Answer(flowtest.Answer{Slots: 1})
+				agent.AnswerEnds(flowtest.Answer{Hang: true})
+				flow = client.Start(t.Context(), "point", flowctl.Params{})
+				if _, err := flow.End(ctx); !errors.Is(err, flowctl.ErrUnreachable) || errors.Is(err, context.Canceled) {
+					t.Errorf("End() of a hanging agent after the caller had gone = %v want ErrUnreachable, and not Canceled", err)
+				}
 			})
 		})
 	}

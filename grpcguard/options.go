@@ -29,7 +29,7 @@ func WithControlPoint(fn func(ctx context.Context, call Call) string) Option {
 // WithParams has fn say how the flow of each call is started: by labels that say whose it is, by how long it may wait,
 // by whether it runs when nobody answers. Its Labels override all that the call says of itself, and must not change
 // until the flow has ended; a value of the call among them that is too long, or no UTF-8, makes the flow Invalid, so
-// look at it with labels.Check first. Its IsFailure overrides [IsFailure], where it is set; it gets the error of the
+// have it repaired by labels.Repair. Its IsFailure overrides [IsFailure], where it is set; it gets the error of the
 // handler or of the call, and never io.EOF.
 //
 // ctx has the labels of the call and, on a server, its metadata. By default flows have the zero Params. fn must be safe

@@ -10,9 +10,8 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"strings"
-	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
@@ -90,43 +89,35 @@ type sent func(*http.Request) (*http.Response, error)
 
 func (f sent) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A request that waits for its flow while the upstream asks for a pause is not sent.
+// Requests that wait for their flows while the upstream asks for a pause are not sent.
 func TestTransportPausesThoseWhoWait(t *testing.T) {
-	client := newEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour})
-	begun, answer := make(chan struct{}, 2), make(chan struct{})
-	transport := httpguard.NewTransport(client, point, sent(func(*http.Request) (*http.Response, error) {
-		begun <- struct{}{}
-		<-answer
-		return &http.Response{
-			StatusCode: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"60"}}, Body: io.NopCloser(strings.NewReader("")),
-		}, nil
-	}), httpguard.WithParams(func(*http.Request) flowctl.Params { return flowctl.Params{CheckTimeout: time.Minute} }))
-	send := func() error {
-		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://upstream.example/", nil)
-		if err != nil {
-			return err
+	synctest.Test(t, func(t *testing.T) {
+		client := newEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour})
+		asked := 0
+		transport := httpguard.NewTransport(client, point, sent(func(*http.Request) (*http.Response, error) {
+			asked++
+			<-time.After(time.Second) // in which the others come
+			return &http.Response{
+				StatusCode: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"60"}}, Body: http.NoBody,
+			}, nil
+		}), httpguard.WithParams(func(*http.Request) flowctl.Params { return flowctl.Params{CheckTimeout: time.Minute} }))
+		errs := make(chan error)
+		for range 3 {
+			go func() {
+				_, err := transport.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody))
+				errs <- err
+			}()
 		}
-		resp, err := transport.RoundTrip(r)
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-			_ = resp.Body.Close()
+		paused := 0
+		for range 3 {
+			if _, ok := errors.AsType[*httpguard.PausedError](<-errs); ok {
+				paused++
+			}
 		}
-		return err
-	}
-	var group sync.WaitGroup
-	group.Go(func() {
-		if err := send(); err != nil {
-			t.Errorf("the first request: %v", err)
+		if asked != 1 || paused != 2 {
+			t.Errorf("%d requests were sent, and %d paused want 1 and 2", asked, paused)
 		}
 	})
-	<-begun
-	var second error
-	group.Go(func() { second = send() })
-	close(answer)
-	group.Wait()
-	if _, ok := errors.AsType[*httpguard.PausedError](second); !ok || len(begun) > 0 {
-		t.Errorf("the second request: %v, %d sent; want a PausedError and none", second, len(begun))
-	}
 }
 
 // A request that a reverse proxy passes on is labelled as what is sent, not as what came.

@@ -48,7 +48,7 @@ func WithControlPoint(fn func(*http.Request) string) Option {
 // WithParams has fn say how the flow of each request is started: by labels that say whose it is, by how long it may
 // wait, by whether it runs when nobody answers. Its Labels override all that the request says of itself, and must not
 // change until the flow has ended; a value of the request among them that is too long, or no UTF-8, makes the flow
-// Invalid, so look at it with labels.Check first. Its IsFailure is asked about what went wrong, where it is set: a
+// Invalid, so have it repaired by labels.Repair. Its IsFailure is asked about what went wrong, where it is set: a
 // [StatusError] for a status from 400 on, the error of a hijack, or that of an outgoing request.
 //
 // By default flows have the zero Params. fn must be safe for concurrent use; nil means the default.

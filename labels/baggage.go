@@ -35,5 +35,5 @@ func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	for _, key := range keys {
 		add(bag.Member(key))
 	}
-	return repair(m)
+	return Repair(m)
 }

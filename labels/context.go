@@ -96,7 +96,7 @@ func WithTransport(ctx context.Context, m map[string]string) context.Context {
 		transport := make(map[string]string, len(next.transport)+len(m))
 		maps.Copy(transport, next.transport)
 		maps.Copy(transport, m)
-		m = repair(transport)
+		m = Repair(transport)
 	}
 	next.transport = m
 	return &labelled{ctx, next}

@@ -81,3 +81,11 @@ func ExampleCheck() {
 	// Output:
 	// label "": empty key
 }
+
+// What a peer sent is made to fit before it becomes a flow's own label. Else the flow would be Invalid.
+func ExampleRepair() {
+	sent := "caf\xe9" // not UTF-8
+	fmt.Println(labels.Repair(map[string]string{"order": sent, "": "nobody"}))
+	// Output:
+	// map[order:caf�]
+}

@@ -87,9 +87,10 @@ func labelError(key, problem string) error {
 	return fmt.Errorf("label %q: %s", key, problem)
 }
 
-// repair makes labels that a peer controls fit the limits, in place: it drops those with a bad key, replaces what is
+// Repair makes labels that a peer controls fit the limits, in place: it drops those with a bad key, replaces what is
 // not UTF-8 in values and cuts them, and keeps the MaxLabels smallest keys. It returns m, or nil when nothing is left.
-func repair(m map[string]string) map[string]string {
+// The labels of the package's own functions have been repaired.
+func Repair(m map[string]string) map[string]string {
 	for key, value := range m {
 		switch err := checkLabel(key, ""); {
 		case err != nil:

@@ -303,7 +303,7 @@ func TestComponentErrors(t *testing.T) {
 		{
 			"workloads of one name", quota,
 			[]string{"{label_matcher: {}}", "{label_matcher: {}, name: chat}"},
-			"limits.yaml:9:111: " + at + `quota_scheduler.scheduler.workloads[1].name: "chat" is the name of Workloads[0] too`,
+			"limits.yaml:9:111: " + at + `quota_scheduler.scheduler.workloads[1].name: "chat" is the name of workload 0 too`,
 		},
 		{
 			"matcher of a workload", quota,

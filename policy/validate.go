@@ -168,7 +168,7 @@ func (s Scheduler) check(wrong report) {
 		case w.Name == "default":
 			wrong(".Name", `"default" is what flows without a workload have`)
 		case taken:
-			wrong(".Name", "%s is the name of Workloads[%d] too", quote(w.Name), first)
+			wrong(".Name", "%s is the name of workload %d too", quote(w.Name), first)
 		case err == nil && strconv.Itoa(index) == w.Name && 0 <= index && index < len(s.Workloads) && index != i:
 			wrong(".Name", "%s is the index of another workload", quote(w.Name))
 		default:

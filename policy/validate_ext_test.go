@@ -279,7 +279,7 @@ func TestValidateSchedulers(t *testing.T) {
 			".SessionLabel: is not valid UTF-8",
 		},
 		{"workload named default", named("", "default"), `.Scheduler.Workloads[1].Name: "default" is what flows without a workload have`},
-		{"workloads of one name", named("x", "", "x"), `.Scheduler.Workloads[2].Name: "x" is the name of Workloads[0] too`},
+		{"workloads of one name", named("x", "", "x"), `.Scheduler.Workloads[2].Name: "x" is the name of workload 0 too`},
 		{"workload named like another's index", named("1", "x"), `.Scheduler.Workloads[0].Name: "1" is the index of another workload`},
 
 		{"signal that is not a number", load(policy.Constant(nan)), ".LoadMultiplier: must be a finite number, is NaN"},

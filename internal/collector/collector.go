@@ -52,23 +52,37 @@ func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m
 func RegisterCounter(s grpc.ServiceRegistrar, add func(spans int), read func(span []byte)) {
 	// A message without fields of its own keeps all that comes.
 	Register(s, func(_ context.Context, data *emptypb.Empty) error {
-		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, resourceSpans, scopeSpans, spans)
+		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, ResourceSpans, ScopeSpans, Spans)
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
 		}
 		add(n)
 		if read != nil {
-			_, _ = each(data.ProtoReflect().GetUnknown(), read, resourceSpans, scopeSpans, spans)
+			_, _ = each(data.ProtoReflect().GetUnknown(), read, ResourceSpans, ScopeSpans, Spans)
 		}
 		return nil
 	})
 }
 
-// The fields of opentelemetry.proto.trace.v1 that lead from a TracesData to its spans.
+// Numbers of fields of opentelemetry.proto.trace.v1 and common.v1, as far as flows are reported in them.
 const (
-	resourceSpans protowire.Number = 1
-	scopeSpans    protowire.Number = 2
-	spans         protowire.Number = 2
+	ResourceSpans protowire.Number = 1 // of TracesData
+	ScopeSpans    protowire.Number = 2 // of ResourceSpans
+	Spans         protowire.Number = 2 // of ScopeSpans
+
+	SpanTraceID   protowire.Number = 1
+	SpanSpanID    protowire.Number = 2
+	SpanName      protowire.Number = 5
+	SpanKind      protowire.Number = 6
+	SpanStart     protowire.Number = 7
+	SpanEnd       protowire.Number = 8
+	SpanAttribute protowire.Number = 9
+
+	AttributeKey   protowire.Number = 1
+	AttributeValue protowire.Number = 2
+
+	ValueString protowire.Number = 1
+	ValueInt    protowire.Number = 3
 )
 
 // each calls visit with each field at the end of the path, and counts them.
