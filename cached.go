@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // A Codec turns values into bytes for a cache, and back. It must be safe for concurrent use.
@@ -31,17 +33,19 @@ type Codec[T any] interface {
 // call's context without its cancellation and deadline, and it is canceled when the last call that waits for it has
 // given up. A call that gives up returns its context's error.
 //
-// To share is for the calls of one cached function: make it once, when the program starts, and not for each call. Another
-// one with the same key finds what this one has stored, but has runs of its own.
+// What is shared is by client, control point, key and T, and not by function: where the key is a request's, make the
+// cached function for the request. Whichever function began the run, the others get what it returns. A call from within
+// a run that looks for the same result runs fn, and waits for nobody.
 //
 // A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
 // get an error. The panic's value is the same there. Its stack is that of the call; a program that ends by the panic
 // prints fn's too. When all calls have given up, a panic of fn ends the program, like one in any goroutine of fn's own.
 //
-// An agent gives no value with a rejection, and forgets what has expired. So the process keeps the last result that a
-// call found or made, for onReject: fallback.Stale returns it until a grace period after it has expired. A result that
-// the process stored itself expires when the ttl has passed. Of any other it only knows that it was good when it was last
-// found or made, and the grace period counts from then. With a nil onReject nothing is kept.
+// An agent gives no value with a rejection, and forgets what has expired. So a cached function keeps the last result that
+// a call of it found or made, for onReject: fallback.Stale returns it until a grace period after it has expired. That is
+// for functions which are made once and called often. A result that the process stored itself expires when the ttl has
+// passed. Of any other it only knows that it was good when it was last found or made, and the grace period counts from
+// then. With a nil onReject nothing is kept.
 //
 // What goes wrong with the cache is never the call's error: a value that cannot be decoded is a miss, and one that cannot
 // be stored is not stored. A nil codec is JSON. The cached function is safe for concurrent use if fn, onReject and codec
@@ -55,7 +59,7 @@ func Cached[T any](client Starter, controlPoint string, params flowctl.Params, t
 	if codec == nil {
 		codec = jsonCodec[T]{}
 	}
-	shared := &shared[T]{controlPoint: controlPoint, ttl: ttl, fn: fn, codec: codec}
+	shared := &shared[T]{key: runKey[T]{controlPoint, params.ResultCacheKey}, ttl: ttl, fn: fn, codec: codec}
 	if onReject != nil {
 		shared.keeps = true
 		given := onReject
@@ -82,22 +86,26 @@ func (jsonCodec[T]) Decode(data []byte) (v T, err error) {
 // shared is what the calls of one cached function have in common. golang.org/x/sync/singleflight does not fit: it cannot
 // tell when the last caller has left, and a panic of a run that callers wait for on a channel ends the process.
 type shared[T any] struct {
-	controlPoint string
-	ttl          time.Duration
-	fn           func(context.Context) (T, error)
-	codec        Codec[T]
-	keeps        bool // the last result, for onReject
+	key   runKey[T]
+	ttl   time.Duration
+	fn    func(context.Context) (T, error)
+	codec Codec[T]
+	runs  seam.Runs // of calls without a client
+	keeps bool      // the last result, for onReject
 
 	mu      sync.Mutex
-	run     *sharedRun[T] // nil: none is under way
-	last    T             // the last result that was found or made
-	seen    time.Time     // when it was
-	expires time.Time     // before then last does not expire; zero: there is none
+	last    T         // the last result that was found or made
+	seen    time.Time // when it was
+	expires time.Time // before then last does not expire; zero: there is none
 }
 
+// runKey is what calls have in common that share a run: they look for the same result, of one type, with one client.
+type runKey[T any] struct{ controlPoint, key string }
+
 // sharedRun is one run of the function. Its results are written before done is closed, and not after. It is closed under
-// shared.mu, so that whoever waits then is told how the run ended.
+// runs.Mu, so that whoever waits then is told how the run ended.
 type sharedRun[T any] struct {
+	of     *shared[T]
 	cancel context.CancelFunc
 	done   chan struct{}
 	value  T
@@ -107,11 +115,22 @@ type sharedRun[T any] struct {
 	panic  any
 	stack  []byte // of the panic
 
-	// Under shared.mu.
+	runs *seam.Runs
+
+	// Under runs.Mu.
+	others  []*shared[T] // that keep the result too
 	waiting int
 	orphan  bool // the call that began it has given up
 	told    bool // of the panic
 }
+
+// inside is in the context of a run: a call in it that looks for the same result must not wait for the run to end.
+type inside struct {
+	key   any
+	outer *inside
+}
+
+type insideKey struct{}
 
 type ending uint8
 
@@ -134,16 +153,26 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 			}
 		}
 	}
-	run, began := s.join(ctx)
+	within, _ := ctx.Value(insideKey{}).(*inside)
+	for in := within; in != nil; in = in.outer {
+		if in.key == s.key {
+			return s.fn(ctx)
+		}
+	}
+	run, began := s.join(ctx, within)
 	select {
 	case <-run.done:
 	case <-ctx.Done():
-		if s.leave(run, began) {
+		if run.leave(began) {
 			var zero T
 			return zero, gaveUp(ctx)
 		}
 	}
-	if run.how == returned || !s.tells(run, began) {
+	if run.how == returned || !run.tells(began) {
+		if run.of != s && run.how == returned && run.err == nil {
+			now := time.Now()
+			s.keep(run.value, now, now, false)
+		}
 		return run.value, run.err
 	}
 	if run.how == exited {
@@ -193,24 +222,37 @@ func (s *shared[T]) withLast(ctx context.Context) context.Context {
 }
 
 // join waits for the run that is under way, or begins one.
-func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.run == nil {
-		detached, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		s.run = &sharedRun[T]{cancel: cancel, done: make(chan struct{})}
-		began = true
-		go s.do(detached, s.run)
+func (s *shared[T]) join(ctx context.Context, within *inside) (run *sharedRun[T], began bool) {
+	runs, ok := ctx.Value(seam.RunsKey{}).(*seam.Runs)
+	if !ok {
+		runs = &s.runs
 	}
-	s.run.waiting++
-	return s.run, began
+	runs.Mu.Lock()
+	defer runs.Mu.Unlock()
+	run, ok = runs.All[s.key].(*sharedRun[T])
+	if !ok {
+		detached := context.WithValue(context.WithoutCancel(ctx), insideKey{}, &inside{s.key, within})
+		detached, cancel := context.WithCancel(detached)
+		run = &sharedRun[T]{of: s, cancel: cancel, done: make(chan struct{}), runs: runs}
+		began = true
+		if runs.All == nil {
+			runs.All = make(map[any]any)
+		}
+		runs.All[s.key] = run
+		go run.do(detached)
+	}
+	if s.keeps && s != run.of && !slices.Contains(run.others, s) {
+		run.others = append(run.others, s)
+	}
+	run.waiting++
+	return run, began
 }
 
 // leave gives up waiting, unless the run has ended: then the call may be the one that a panic reaches. Without anybody
 // who waits the run is canceled, and the next call begins another.
-func (s *shared[T]) leave(run *sharedRun[T], began bool) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (run *sharedRun[T]) leave(began bool) bool {
+	run.runs.Mu.Lock()
+	defer run.runs.Mu.Unlock()
 	select {
 	case <-run.done:
 		return false
@@ -219,17 +261,22 @@ func (s *shared[T]) leave(run *sharedRun[T], began bool) bool {
 	run.orphan = run.orphan || began
 	if run.waiting--; run.waiting == 0 {
 		run.cancel()
-		if s.run == run {
-			s.run = nil
-		}
+		run.forget()
 	}
 	return true
 }
 
+// forget has the next call begin another run. The runs are locked.
+func (run *sharedRun[T]) forget() {
+	if run.runs.All[run.of.key] == run {
+		delete(run.runs.All, run.of.key)
+	}
+}
+
 // tells says whether this is the call that a panic reaches.
-func (s *shared[T]) tells(run *sharedRun[T], began bool) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (run *sharedRun[T]) tells(began bool) bool {
+	run.runs.Mu.Lock()
+	defer run.runs.Mu.Unlock()
 	if began || run.orphan && !run.told {
 		run.told = true
 		return true
@@ -238,35 +285,40 @@ func (s *shared[T]) tells(run *sharedRun[T], began bool) bool {
 }
 
 // do is the run. Calls that come until its value is stored get it too.
-func (s *shared[T]) do(ctx context.Context, run *sharedRun[T]) {
+func (run *sharedRun[T]) do(ctx context.Context) {
+	s := run.of
 	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.run == run {
-			s.run = nil
-		}
+		run.runs.Mu.Lock()
+		defer run.runs.Mu.Unlock()
+		run.forget()
 	}()
 	defer run.cancel()
-	s.observe(ctx, run)
+	run.observe(ctx)
 	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
 		now := time.Now()
 		if err := flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl); err == nil {
-			s.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)), true)
+			run.runs.Mu.Lock()
+			keepers := append(slices.Clone(run.others), s)
+			run.runs.Mu.Unlock()
+			for _, k := range keepers {
+				k.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)), true)
+			}
 		}
 	}
 }
 
 // observe runs the function, notes how that ended, and lets the calls have it. It recovers because a panic here would
 // end the process, where callers may have their ways to deal with one. A panic that no call waits for is not recovered.
-func (s *shared[T]) observe(ctx context.Context, run *sharedRun[T]) {
+func (run *sharedRun[T]) observe(ctx context.Context) {
+	s := run.of
 	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
+		run.runs.Mu.Lock()
+		defer run.runs.Mu.Unlock()
 		defer close(run.done)
 		if run.how == returned || run.waiting == 0 {
 			return
 		}
-		run.err = fmt.Errorf("headgate: cached %q: %w", s.controlPoint, errNotReturned)
+		run.err = fmt.Errorf("headgate: cached %q: %w", s.key.controlPoint, errNotReturned)
 		if p := recover(); p != nil {
 			run.how, run.panic, run.stack = panicked, p, debug.Stack()
 		}

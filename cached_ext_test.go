@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -127,31 +128,125 @@ func TestCachedStampede(t *testing.T) {
 	})
 }
 
-// To share is for the calls of one cached function: another one with the same key has runs of its own, and finds what
-// the first has stored.
-func TestCachedSharesByFunction(t *testing.T) {
+// Calls share a run by what they look for, with one client: a function may be made for each call.
+func TestCachedSharesByKey(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
-		cached := func() func(context.Context) (int64, error) {
-			return headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
+		run := func(context.Context) (int64, error) {
+			<-time.After(time.Second)
+			return runs.Add(1), nil
+		}
+		other := flowtest.NewAgent(t).Client()
+		elsewhere := headgate.Cached(other, "report", flowctl.Params{}, time.Minute, run, nil, nil)
+		text := func(ctx context.Context) (string, error) {
+			n, err := run(ctx)
+			return strconv.FormatInt(n, 10), err
+		}
+		var wg sync.WaitGroup
+		call := func(f func() error) {
+			wg.Go(func() {
+				if err := f(); err != nil {
+					t.Errorf("cached() = %v", err)
+				}
+			})
+		}
+		for range 10 {
+			for _, params := range []flowctl.Params{{}, {ResultCacheKey: "april"}} { // two runs
+				call(func() error {
+					_, err := headgate.Cached(client, "report", params, time.Minute, run, nil, nil)(t.Context())
+					return err
+				})
+			}
+			call(func() error { // one, of another type
+				_, err := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, text, nil, nil)(t.Context())
+				return err
+			})
+			call(func() error { // one, with another client
+				_, err := elsewhere(t.Context())
+				return err
+			})
+		}
+		wg.Wait()
+		if runs.Load() != 4 {
+			t.Errorf("%d runs want 4", runs.Load())
+		}
+		synctest.Wait() // until it is stored
+		april := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "april"}, time.Minute, run, nil, nil)
+		if _, err := april(t.Context()); err != nil || runs.Load() != 4 {
+			t.Errorf("%d runs, error %v want what was stored", runs.Load(), err)
+		}
+	})
+}
+
+// Without a client there is nothing to share by but the function.
+func TestCachedSharesWithoutAClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var runs atomic.Int64
+		var none *flowctl.Client
+		var wg sync.WaitGroup
+		for range 2 {
+			cached := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
 				<-time.After(time.Second)
 				return runs.Add(1), nil
 			}, nil, nil)
-		}
-		var wg sync.WaitGroup
-		for _, f := range []func(context.Context) (int64, error){cached(), cached()} {
 			for range 5 {
-				wg.Go(func() {
-					if _, err := f(t.Context()); err != nil {
-						t.Errorf("cached() = %v", err)
-					}
-				})
+				wg.Go(func() { _, _ = cached(t.Context()) })
 			}
 		}
 		wg.Wait()
+		if runs.Load() != 2 {
+			t.Errorf("%d runs want one of each function", runs.Load())
+		}
+	})
+}
+
+// A run that asks for its own result does not wait for itself, however deep within.
+func TestCachedWithinItself(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		cached := func(key string, fn func(context.Context) (string, error)) func(context.Context) (string, error) {
+			return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key}, time.Minute, fn, nil, nil)
+		}
+		inner := cached("a", func(context.Context) (string, error) { return "inner", nil })
+		middle := cached("b", inner)
+		outer := cached("a", middle)
+		if got, err := outer(t.Context()); err != nil || got != "inner" {
+			t.Errorf("cached() = %q, %v want what the inner function returns", got, err)
+		}
+	})
+}
+
+// Whoever waited for another function's run has its result for the fallback as well.
+func TestCachedKeepsWhatOthersMade(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		const ttl = time.Minute
+		begun, ended := make(chan struct{}), make(chan struct{})
+		first := headgate.Cached(client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) {
+			close(begun)
+			<-time.After(time.Second)
+			return "made", nil
+		}, nil, nil)
+		closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
+		second := headgate.Cached(client, "report", closed, ttl, func(context.Context) (string, error) {
+			return "", errors.New("not this one")
+		}, fallback.Stale[string](time.Hour), nil)
+		go func() {
+			defer close(ended)
+			_, _ = first(t.Context())
+		}()
+		<-begun
+		if got, err := second(t.Context()); err != nil || got != "made" {
+			t.Fatalf("cached() = %q, %v want the other's", got, err)
+		}
+		<-ended
 		synctest.Wait() // until it is stored
-		if _, err := cached()(t.Context()); err != nil || runs.Load() != 2 {
-			t.Errorf("%d runs, error %v want one for each of the two that were called at once", runs.Load(), err)
+		_ = client.Close(t.Context())
+		<-time.After(ttl + time.Hour - time.Second)
+		if got, err := second(t.Context()); err != nil || got != "made" {
+			t.Errorf("cached() = %q, %v want the last result, to the end of its grace", got, err)
+		}
+		<-time.After(2 * time.Second)
+		if got, err := second(t.Context()); err == nil {
+			t.Errorf("cached() = %q want an error: its grace is over", got)
 		}
 	})
 }

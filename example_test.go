@@ -255,7 +255,7 @@ func ExampleCached() {
 	// Output: the report for May <nil> 1
 }
 
-// Each key has a cached function, made once: the calls of one share its runs.
+// Each result has a key of its own. Calls that look for the same one share a run, also of functions made for each call.
 func ExampleCached_keys() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("report"), Capacity: 100, Fill: 100, Interval: time.Minute,
@@ -267,19 +267,21 @@ func ExampleCached_keys() {
 		return "the report for " + month, nil
 	}
 
-	reports := make(map[string]func(context.Context) (string, error))
-	for _, month := range []string{"April", "May"} {
-		reports[month] = headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month}, time.Hour,
+	reportFor := func(ctx context.Context, month string) (string, error) {
+		report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month}, time.Hour,
 			func(context.Context) (string, error) { return render(month) }, nil, nil)
+		return report(ctx)
 	}
 
-	fmt.Println(reports["May"](context.Background()))
-	fmt.Println(reports["April"](context.Background()))
+	fmt.Println(reportFor(context.Background(), "May"))
+	fmt.Println(reportFor(context.Background(), "April"))
+	fmt.Println(reportFor(context.Background(), "May"))
 	// Output:
 	// rendering May
 	// the report for May <nil>
 	// rendering April
 	// the report for April <nil>
+	// the report for May <nil>
 }
 
 // Rejected callers get the last report, also when that has expired some minutes ago, and else a plain answer.

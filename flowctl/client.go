@@ -67,6 +67,7 @@ type Client struct {
 	silenceLog   limitedLog
 	invalidLog   limitedLog
 	closed       atomic.Bool
+	runs         seam.Runs // of package headgate's cached functions
 }
 
 // New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.

@@ -177,10 +177,17 @@ func (c *flowContext) String() string              { return fmt.Sprintf("headgat
 func (c *flowContext) Format(s fmt.State, _ rune)  { _, _ = io.WriteString(s, c.String()) }
 
 func (c *flowContext) Value(key any) any {
-	if key == (flowKey{}) {
+	switch key {
+	case flowKey{}:
 		return (*Flow)(c)
+	case seam.RunsKey{}:
+		if c.client == nil { // and not the runs of a flow around this one
+			return nil
+		}
+		return &c.client.runs
+	default:
+		return c.parent.Value(key)
 	}
-	return c.parent.Value(key)
 }
 
 // FromContext finds the innermost flow that ctx comes from.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -488,3 +489,13 @@ type Returns struct {
 	Held     int // what the flow held
 	Returned int // what was still the flow's when it ended
 }
+
+// Runs are what calls with one client have under way whose result is for each other: package headgate's, by key. The zero
+// value is ready.
+type Runs struct {
+	Mu  sync.Mutex
+	All map[any]any
+}
+
+// RunsKey is for the [Runs] of a flow's client, in the flow's context.
+type RunsKey struct{}
