@@ -60,7 +60,9 @@ func (o *observer) start(f *Flow) {
 	}
 	ctx, s := o.tracer.Start(f.parent, "headgate "+f.req.ControlPoint,
 		trace.WithAttributes(attribute.String("headgate.control_point", f.req.ControlPoint)))
-	f.parent, f.traced = ctx, s != nil
+	if s != nil { // the span is taken from the context again, so it must be there, whatever the tracer has done
+		f.parent, f.traced = trace.ContextWithSpan(ctx, s), true
+	}
 }
 
 func (o *observer) decided(f *Flow) {

@@ -26,7 +26,8 @@ import (
 // tracers is a tracer provider that keeps its spans.
 type tracers struct {
 	tracenoop.TracerProvider
-	spans []*span
+	spans   []*span
+	forgets bool // to put them into the context
 }
 
 // tracer makes the spans of its provider.
@@ -49,6 +50,9 @@ func (t tracer) Start(ctx context.Context, name string, opts ...trace.SpanStartO
 	cfg := trace.NewSpanStartConfig(opts...)
 	s := &span{name: name, attrs: texts(cfg.Attributes())}
 	t.p.spans = append(t.p.spans, s)
+	if t.p.forgets {
+		return ctx, s
+	}
 	return trace.ContextWithSpan(ctx, s), s
 }
 
@@ -115,6 +119,21 @@ func TestTracerProvider(t *testing.T) {
 		if diff := cmp.Diff(&want[i], p.spans[i], cmp.AllowUnexported(span{}), cmpopts.IgnoreFields(span{}, "Span")); diff != "" {
 			t.Errorf("span %d (-want +got):\n%s", i, diff)
 		}
+	}
+}
+
+// The span of the caller is the caller's, though a tracer puts none of its own into the context.
+func TestTracerThatForgetsItsSpans(t *testing.T) {
+	p, callers := &tracers{forgets: true}, new(span)
+	client, err := flowctl.New(limitedEngine(t), flowctl.WithTracerProvider(p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flow := client.Start(trace.ContextWithSpan(t.Context(), callers), "point", flowctl.Params{})
+	_, _ = flow.End(t.Context())
+	if callers.ended != 0 || len(callers.attrs) != 0 || p.spans[0].ended != 1 {
+		t.Errorf("the caller's span has ended %d times with %v, the flow's %d times want not, and once",
+			callers.ended, callers.attrs, p.spans[0].ended)
 	}
 }
 

@@ -3,6 +3,9 @@ package flowctl_test
 import (
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
@@ -68,5 +71,31 @@ func TestParamsClone(t *testing.T) {
 	keys[0] = "b"
 	if got := p.GlobalCacheKeys[0]; got != "a" {
 		t.Errorf("GlobalCacheKeys[0] = %q after its original has changed, want %q", got, "a")
+	}
+}
+
+// Tests compare Params, by go-cmp too.
+func TestParamsEqual(t *testing.T) {
+	full := func() flowctl.Params {
+		return flowctl.Params{
+			Labels: map[string]string{"k": "v"}, CheckTimeout: time.Second, RampMode: true, OnUnreachable: flowctl.FailClosed,
+			GlobalCacheKeys: []string{"g"}, HTTP: &flowctl.HTTPRequest{Path: "/", Headers: map[string]string{"a": "b"}},
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		p, q flowctl.Params
+		want bool
+	}{
+		{"zero", flowctl.Params{}, flowctl.Params{}, true},
+		{"full", full(), full(), true},
+		{"a clone", full(), full().Clone(), true},
+		{"another label", flowctl.Params{Labels: map[string]string{"k": "v"}}, flowctl.Params{Labels: map[string]string{"k": "w"}}, false},
+		{"another request", full(), flowctl.Params{HTTP: &flowctl.HTTPRequest{Path: "/other"}}, false},
+		{"a function", flowctl.Params{IsFailure: func(error) bool { return true }}, flowctl.Params{}, false},
+	} {
+		if got := tt.p.Equal(tt.q); got != tt.want || cmp.Equal(tt.p, tt.q) != got {
+			t.Errorf("%s: Equal() = %v, and cmp.Equal() = %v want %v", tt.name, got, cmp.Equal(tt.p, tt.q), tt.want)
+		}
 	}
 }
