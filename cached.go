@@ -8,8 +8,8 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/fallback"
@@ -34,8 +34,9 @@ type Codec[T any] interface {
 // given up. A call that gives up returns its context's error.
 //
 // What is shared is by client, control point, key and T, and not by function: where the key is a request's, make the
-// cached function for the request. Whichever function began the run, the others get what it returns. A call from within
-// a run that looks for the same result runs fn, and waits for nobody.
+// cached function for the request. Whichever function began the run, the others get what it returns. With a nil client
+// only the calls of one function share. A call from within a run that would wait for itself, as the run that it looks for
+// waits for this one, runs fn alone, and stores nothing.
 //
 // A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
 // get an error. The panic's value is the same there. Its stack is that of the call; a program that ends by the panic
@@ -97,7 +98,12 @@ type shared[T any] struct {
 	last    T         // the last result that was found or made
 	seen    time.Time // when it was
 	expires time.Time // before then last does not expire; zero: there is none
+	stored  *expiry   // nor before then
 }
+
+// expiry is when the result of a run expires, if it has been stored. Functions that share the run have it in common, and
+// nothing else of each other.
+type expiry struct{ atomic.Pointer[time.Time] }
 
 // runKey is what calls have in common that share a run: they look for the same result, of one type, with one client.
 type runKey[T any] struct{ controlPoint, key string }
@@ -114,23 +120,60 @@ type sharedRun[T any] struct {
 	how    ending
 	panic  any
 	stack  []byte // of the panic
+	made   time.Time
+	stored *expiry
 
-	runs *seam.Runs
+	inside
 
 	// Under runs.Mu.
-	others  []*shared[T] // that keep the result too
 	waiting int
 	orphan  bool // the call that began it has given up
 	told    bool // of the panic
 }
 
-// inside is in the context of a run: a call in it that looks for the same result must not wait for the run to end.
+// inside is a run as calls within it see it, which have it in their context: they must not wait for one that waits for
+// them. Runs of several clients are not looked at together.
 type inside struct {
-	key   any
-	outer *inside
+	runs  *seam.Runs
+	outer *inside // the run within which the run was begun
+
+	// Under runs.Mu.
+	on map[*inside]int // the runs that calls within wait for
 }
 
 type insideKey struct{}
+
+// of is the innermost run among those.
+func (in *inside) of(runs *seam.Runs) *inside {
+	for in != nil && in.runs != runs {
+		in = in.outer
+	}
+	return in
+}
+
+// waitsFor says whether the run waits for the other one, or is it. The runs are locked.
+func (in *inside) waitsFor(other *inside, asked map[*inside]bool) bool {
+	if in == other {
+		return true
+	}
+	asked[in] = true
+	for next := range in.on {
+		if !asked[next] && next.waitsFor(other, asked) {
+			return true
+		}
+	}
+	return false
+}
+
+// wait notes that a call within waits for the other run, or no more. The runs are locked.
+func (in *inside) wait(other *inside, calls int) {
+	if in.on == nil {
+		in.on = make(map[*inside]int)
+	}
+	if in.on[other] += calls; in.on[other] == 0 {
+		delete(in.on, other)
+	}
+}
 
 type ending uint8
 
@@ -148,18 +191,16 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 		if data, hit, _ := flow.ResultCache(); hit {
 			now := time.Now()
 			if v, err := s.codec.Decode(data); err == nil {
-				s.keep(v, now, now, false)
+				s.keep(v, now, nil)
 				return v, nil
 			}
 		}
 	}
-	within, _ := ctx.Value(insideKey{}).(*inside)
-	for in := within; in != nil; in = in.outer {
-		if in.key == s.key {
-			return s.fn(ctx)
-		}
+	run, began, leave := s.join(ctx)
+	if run == nil {
+		return s.fn(ctx)
 	}
-	run, began := s.join(ctx, within)
+	defer leave()
 	select {
 	case <-run.done:
 	case <-ctx.Done():
@@ -169,9 +210,8 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 		}
 	}
 	if run.how == returned || !run.tells(began) {
-		if run.of != s && run.how == returned && run.err == nil {
-			now := time.Now()
-			s.keep(run.value, now, now, false)
+		if run.how == returned && run.err == nil {
+			s.keep(run.value, run.made, run.stored)
 		}
 		return run.value, run.err
 	}
@@ -193,10 +233,10 @@ func gaveUp(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
-// keep remembers a result that was seen at a time, and does not expire before another. Where it was made just now, what
-// is known of those before says nothing. A hit does not move expires back: if it is not what this process stored last, it
-// was stored after that, and expires later.
-func (s *shared[T]) keep(v T, seen, expires time.Time, made bool) {
+// keep remembers a result that was seen at a time, and does not expire before then. Where a run made it, it may have been
+// stored since, or may yet be, and what is known of those before says nothing. A hit does not move expires back: if it is
+// not what this process stored last, it was stored after that, and expires later.
+func (s *shared[T]) keep(v T, seen time.Time, stored *expiry) {
 	if !s.keeps {
 		return
 	}
@@ -204,48 +244,64 @@ func (s *shared[T]) keep(v T, seen, expires time.Time, made bool) {
 	defer s.mu.Unlock()
 	if !seen.Before(s.seen) {
 		s.last, s.seen = v, seen
-		if made {
-			s.expires = expires
+		if stored != nil {
+			s.expires, s.stored = seen, stored
 		}
 	}
-	if expires.After(s.expires) {
-		s.expires = expires
+	if seen.After(s.expires) {
+		s.expires = seen
 	}
 }
 
 // withLast is the context in which the fallback finds the result.
 func (s *shared[T]) withLast(ctx context.Context) context.Context {
 	s.mu.Lock()
-	last, expires := s.last, s.expires
+	last, expires, stored := s.last, s.expires, s.stored
 	s.mu.Unlock()
+	if stored != nil {
+		if at := stored.Load(); at != nil && at.After(expires) {
+			expires = *at
+		}
+	}
 	return fallback.WithLast(ctx, last, expires)
 }
 
-// join waits for the run that is under way, or begins one.
-func (s *shared[T]) join(ctx context.Context, within *inside) (run *sharedRun[T], began bool) {
+// join waits for the run that is under way, or begins one. There is none where the one under way waits for the run that
+// the call is in. Leave is to be called when the wait is over.
+func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, leave func()) {
 	runs, ok := ctx.Value(seam.RunsKey{}).(*seam.Runs)
 	if !ok {
 		runs = &s.runs
 	}
+	outer, _ := ctx.Value(insideKey{}).(*inside)
+	within := outer.of(runs)
 	runs.Mu.Lock()
 	defer runs.Mu.Unlock()
 	run, ok = runs.All[s.key].(*sharedRun[T])
-	if !ok {
-		detached := context.WithValue(context.WithoutCancel(ctx), insideKey{}, &inside{s.key, within})
-		detached, cancel := context.WithCancel(detached)
-		run = &sharedRun[T]{of: s, cancel: cancel, done: make(chan struct{}), runs: runs}
+	switch {
+	case !ok:
+		run = &sharedRun[T]{of: s, done: make(chan struct{}), stored: new(expiry), inside: inside{runs: runs, outer: outer}}
+		detached := context.WithValue(context.WithoutCancel(ctx), insideKey{}, &run.inside)
+		detached, run.cancel = context.WithCancel(detached)
 		began = true
 		if runs.All == nil {
 			runs.All = make(map[any]any)
 		}
 		runs.All[s.key] = run
 		go run.do(detached)
-	}
-	if s.keeps && s != run.of && !slices.Contains(run.others, s) {
-		run.others = append(run.others, s)
+	case within != nil && run.waitsFor(within, make(map[*inside]bool)):
+		return nil, false, nil
 	}
 	run.waiting++
-	return run, began
+	if within == nil {
+		return run, began, func() {}
+	}
+	within.wait(&run.inside, 1)
+	return run, began, func() {
+		runs.Mu.Lock()
+		defer runs.Mu.Unlock()
+		within.wait(&run.inside, -1)
+	}
 }
 
 // leave gives up waiting, unless the run has ended: then the call may be the one that a panic reaches. Without anybody
@@ -284,7 +340,7 @@ func (run *sharedRun[T]) tells(began bool) bool {
 	return false
 }
 
-// do is the run. Calls that come until its value is stored get it too.
+// do is the run. Calls that come until its value is stored get it too. Where nothing is to be stored they begin another.
 func (run *sharedRun[T]) do(ctx context.Context) {
 	s := run.of
 	defer func() {
@@ -295,14 +351,9 @@ func (run *sharedRun[T]) do(ctx context.Context) {
 	defer run.cancel()
 	run.observe(ctx)
 	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
-		now := time.Now()
+		expires := time.Now().Add(cmp.Or(s.ttl, defaultTTL))
 		if err := flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl); err == nil {
-			run.runs.Mu.Lock()
-			keepers := append(slices.Clone(run.others), s)
-			run.runs.Mu.Unlock()
-			for _, k := range keepers {
-				k.keep(run.value, now, now.Add(cmp.Or(s.ttl, defaultTTL)), true)
-			}
+			run.stored.Store(&expires)
 		}
 	}
 }
@@ -315,6 +366,9 @@ func (run *sharedRun[T]) observe(ctx context.Context) {
 		run.runs.Mu.Lock()
 		defer run.runs.Mu.Unlock()
 		defer close(run.done)
+		if run.data == nil {
+			run.forget()
+		}
 		if run.how == returned || run.waiting == 0 {
 			return
 		}
@@ -328,8 +382,8 @@ func (run *sharedRun[T]) observe(ctx context.Context) {
 		if data, err := s.codec.Encode(run.value); err == nil {
 			run.data = append([]byte{}, data...) // not nil
 		}
-		now := time.Now()
-		s.keep(run.value, now, now, true)
+		run.made = time.Now()
+		s.keep(run.value, run.made, run.stored)
 	}
 	run.how = returned
 }

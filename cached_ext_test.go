@@ -215,6 +215,154 @@ func TestCachedWithinItself(t *testing.T) {
 	})
 }
 
+// Runs that ask for each other's results do not wait for each other, and are not in the way of those who come later.
+func TestCachedThatAskForEachOther(t *testing.T) {
+	type depth struct{}
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		other := map[string]string{"user": "org", "org": "user"}
+		var find func(ctx context.Context, key string) (string, error)
+		find = func(ctx context.Context, key string) (string, error) {
+			return headgate.Cached(client, "directory", flowctl.Params{ResultCacheKey: key}, time.Minute, func(ctx context.Context) (string, error) {
+				<-time.After(time.Second) // in which the other begins too
+				if ctx.Value(depth{}) != nil {
+					return key, nil
+				}
+				of, err := find(context.WithValue(ctx, depth{}, true), other[key])
+				return key + " of " + of, err
+			}, nil, nil)(ctx)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		var wg sync.WaitGroup
+		for key, of := range other {
+			wg.Go(func() {
+				if got, err := find(ctx, key); err != nil || !strings.HasPrefix(got, key+" of "+of) {
+					t.Errorf("%s = %q, %v want it of the other", key, got, err)
+				}
+			})
+		}
+		wg.Wait()
+		if got, err := find(ctx, "user"); err != nil || !strings.HasPrefix(got, "user") {
+			t.Errorf("user = %q, %v want it once more", got, err)
+		}
+	})
+}
+
+// forgetReport deletes what cached functions without a key have stored at the control point.
+func forgetReport(t *testing.T, client *flowctl.Client) {
+	t.Helper()
+	if err := headgate.Do(t.Context(), client, "report", flowctl.Params{ResultCacheKey: "report"},
+		func(ctx context.Context, flow *flowctl.Flow) error { return flow.DeleteResultCache(ctx) }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A cache in front of a cache: what the inner one has under the same key is another client's, shared and stored there.
+func TestCachedInTwoTiers(t *testing.T) {
+	overBoth(t, func(t *testing.T, far *flowctl.Client) {
+		near := flowtest.NewAgent(t).Client()
+		var runs atomic.Int64
+		inner := headgate.Cached(far, "report", flowctl.Params{}, time.Hour, func(context.Context) (int64, error) {
+			return runs.Add(1), nil
+		}, nil, nil)
+		outer := headgate.Cached(near, "report", flowctl.Params{}, time.Minute, inner, nil, nil)
+		for range 2 {
+			if got, err := outer(t.Context()); err != nil || got != 1 {
+				t.Errorf("cached() = %v, %v want the first run's", got, err)
+			}
+			synctest.Wait() // until it is stored
+			forgetReport(t, near)
+		}
+	})
+}
+
+// What a run leaves behind is not in it any more: it shares and stores as anybody does.
+func TestCachedAfterItsRun(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		var runs atomic.Int64
+		var left context.Context
+		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int64, error) {
+			<-time.After(time.Second)
+			if runs.Add(1) == 1 {
+				left = context.WithoutCancel(ctx)
+			}
+			return runs.Load(), nil
+		}, nil, nil)
+		_, _ = cached(t.Context())
+		synctest.Wait() // until it is stored
+		forgetReport(t, client)
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(func() { _, _ = cached(left) })
+		}
+		wg.Wait()
+		synctest.Wait()
+		if got, err := cached(t.Context()); err != nil || got != 2 {
+			t.Errorf("cached() = %v, %v want what ten calls in the context of the first run have shared and stored", got, err)
+		}
+	})
+}
+
+// A call that begins when a run has failed begins another: it does not get an error of before, nor one for a panic of its
+// own.
+func TestCachedFailedRunsAreNotJoined(t *testing.T) {
+	var none *flowctl.Client
+	runs := 0
+	failing := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+		runs++
+		return 0, errors.New("failed")
+	}, nil, nil)
+	panicking := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+		panic("in vain")
+	}, nil, nil)
+	for i := range 1000 {
+		_, _ = failing(t.Context())
+		if runs != i+1 {
+			t.Fatalf("%d runs of %d calls, one after the other", runs, i+1)
+		}
+		func() {
+			defer func() {
+				if p := recover(); p != "in vain" {
+					t.Fatalf("call %d recovers %v want fn's panic", i, p)
+				}
+			}()
+			_, _ = panicking(t.Context())
+		}()
+	}
+}
+
+// What is known of a result that was stored says nothing of one that another function made, and did not store.
+func TestCachedForgetsExpiryOfBefore(t *testing.T) {
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
+		run := func(context.Context) (string, error) {
+			<-time.After(time.Second)
+			return "made", nil
+		}
+		stale := headgate.Cached(client, "report", closed, 10*time.Hour, run, fallback.Stale[string](time.Minute), nil)
+		if _, err := stale(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // until it is stored, for ten hours
+		forgetReport(t, client)
+		unstored := headgate.Cached(client, "report", closed, -1, run, nil, nil)
+		go func() { _, _ = unstored(t.Context()) }()
+		synctest.Wait()
+		if _, err := stale(t.Context()); err != nil { // which waits for the other's run
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		_ = client.Close(t.Context())
+		if got, err := stale(t.Context()); err != nil || got != "made" {
+			t.Errorf("cached() = %q, %v want the last result", got, err)
+		}
+		<-time.After(time.Hour)
+		if got, err := stale(t.Context()); err == nil {
+			t.Errorf("cached() = %q an hour later want an error: its grace is a minute", got)
+		}
+	})
+}
+
 // Whoever waited for another function's run has its result for the fallback as well.
 func TestCachedKeepsWhatOthersMade(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
