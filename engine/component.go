@@ -180,16 +180,21 @@ func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
 
 // tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.
 func tokensOf(labels *seam.Labels, label string, otherwise float64) float64 {
+	if tokens, ok := tokensSaid(labels, label); ok {
+		return tokens
+	}
+	return otherwise
+}
+
+// tokensSaid is how many tokens the flow takes by its label; ok is false where that does not say a number of tokens.
+func tokensSaid(labels *seam.Labels, label string) (tokens float64, ok bool) {
 	if label == "" {
-		return otherwise
+		return 0, false
 	}
 	text, ok := labels.Lookup(label)
 	if !ok {
-		return otherwise
+		return 0, false
 	}
 	tokens, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(tokens >= 0) || math.IsInf(tokens, 1) {
-		return otherwise
-	}
-	return tokens
+	return tokens, err == nil && tokens >= 0 && !math.IsInf(tokens, 1)
 }

@@ -8,8 +8,9 @@ import (
 // A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
 // at a share of the rate at which tokens were asked for lately, and holds what comes in a second.
 type load struct {
-	asked *window // tokens that flows came for,
-	given *window // and those that they got
+	asked  *window         // tokens that flows came for, but those that are priced,
+	given  *window         // and those that they got
+	priced *[]*latencyCost // what flows cost of which it changes, and how many came; nil for none
 
 	learning bool  // for as long as the rate is not known
 	began    int64 // the second of the first flow after a silence
@@ -27,10 +28,11 @@ const (
 )
 
 // loadRule is the source that load schedulers have their tokens from.
-type loadRule struct{}
+type loadRule struct{ priced *[]*latencyCost }
 
-func (loadRule) fresh(l *load, now int64) {
+func (r loadRule) fresh(l *load, now int64) {
 	*l = load{
+		priced:     r.priced,
 		asked:      newWindow(loadSeconds, int64(time.Second), now),
 		given:      newWindow(loadSeconds, int64(time.Second), now),
 		learning:   true,
@@ -46,14 +48,18 @@ func (loadRule) idle(*load, int64) bool { return false }
 // meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
 // as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the
 // next one that costs something.
-func (loadRule) meet(l *load, now int64, tokens float64) {
+func (loadRule) meet(l *load, now int64, tokens float64, price *latencyCost) {
 	if tokens == 0 {
 		return
 	}
 	second := now / int64(time.Second)
 	l.relearn(second)
 	l.last = max(l.last, second)
-	l.asked.add(now, min(tokens, maxCost))
+	asked := l.asked
+	if price != nil {
+		asked = price.asked
+	}
+	asked.add(now, min(tokens, maxCost))
 	if l.learning && second-l.began >= learnSeconds {
 		l.steer(now, l.multiplier)
 		l.learning = false
@@ -63,12 +69,9 @@ func (loadRule) meet(l *load, now int64, tokens float64) {
 // relearn begins to learn the rate when nobody has come for so long that it is not known any more.
 func (l *load) relearn(second int64) {
 	if second-l.last >= learnSeconds {
-		l.learn(second)
+		l.began, l.learning = second, true
 	}
 }
-
-// learn begins to learn the rate.
-func (l *load) learn(second int64) { l.began, l.learning = second, true }
 
 // steer sets the share that is let in from now on. In a silence that is everything: who waits from before would else
 // wait for somebody to come, and may be all there are. What is owed from before is no more than comes in the time that
@@ -78,12 +81,32 @@ func (l *load) steer(now int64, multiplier float64) {
 	l.relearn(now / int64(time.Second))
 	l.refill(now)
 	l.multiplier = max(multiplier, 0)
-	l.rate = l.multiplier * l.asked.whole(now).sum / loadSeconds
+	l.rate = l.multiplier * l.come(now) / loadSeconds
 	if wasOpen {
 		l.tokens = l.rate
 	}
 	if !l.open() {
 		l.tokens = min(max(l.tokens, -loadSeconds*l.rate), l.rate)
+	}
+}
+
+// come is what flows that came lately ask for: at the prices of now, for those who come next are let in at these.
+func (l *load) come(now int64) float64 {
+	tokens := l.asked.whole(now).sum
+	for price := range l.prices {
+		tokens += min(price.tokens(), maxCost) * price.asked.whole(now).count
+	}
+	return tokens
+}
+
+func (l *load) prices(yield func(*latencyCost) bool) {
+	if l.priced == nil {
+		return
+	}
+	for _, price := range *l.priced {
+		if !yield(price) {
+			return
+		}
 	}
 }
 
@@ -100,7 +123,11 @@ func (l *load) share() float64 {
 
 // admitted is the share of the tokens asked for that was given lately; NaN when none was asked for.
 func (l *load) admitted(now int64) float64 {
-	return min(l.given.total(now).sum/l.asked.total(now).sum, 1)
+	asked := l.asked.total(now).sum
+	for price := range l.prices {
+		asked += price.asked.total(now).sum
+	}
+	return min(l.given.total(now).sum/asked, 1)
 }
 
 func (l *load) refill(now int64) {

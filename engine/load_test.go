@@ -13,7 +13,7 @@ func learned(rate, multiplier float64) (l *load, now int64) {
 	rule.fresh(l, 0)
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, multiplier)
-		rule.meet(l, now, rate)
+		rule.meet(l, now, rate, nil)
 		rule.draw(l, now, rate)
 		now += int64(time.Second)
 	}
@@ -29,7 +29,7 @@ func TestLoadLearns(t *testing.T) {
 	l.steer(0, 0.5)
 	now := 1000*s + s/2
 	visit := func(tokens float64) draw {
-		rule.meet(l, now, tokens)
+		rule.meet(l, now, tokens, nil)
 		return rule.draw(l, now, tokens)
 	}
 	for ; now < 1031*s; now += s {
@@ -156,7 +156,7 @@ func TestLoadShare(t *testing.T) {
 		for i := range 100_000 { // 100 of them each second
 			now += int64(10 * time.Millisecond)
 			tokens := float64(1 + i%3)
-			rule.meet(l, now, tokens)
+			rule.meet(l, now, tokens, nil)
 			if rule.draw(l, now, tokens).ok {
 				given += tokens
 			}
@@ -183,7 +183,7 @@ func TestLoadHugeCost(t *testing.T) {
 		l, now := learned(10, 0.5)
 		rule := loadRule{}
 		for range 2 { // the sum of two may be beyond a float
-			rule.meet(l, now, huge)
+			rule.meet(l, now, huge, nil)
 			rule.draw(l, now, huge)
 		}
 		given := 0.0
@@ -191,7 +191,7 @@ func TestLoadHugeCost(t *testing.T) {
 			now += int64(time.Second)
 			l.steer(now, 0.5)
 			for range 10 {
-				rule.meet(l, now, 1)
+				rule.meet(l, now, 1, nil)
 				if rule.draw(l, now, 1).ok && i >= 100 {
 					given++
 				}

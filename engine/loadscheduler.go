@@ -68,26 +68,25 @@ func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c sea
 
 // newLoad makes what the two kinds of load schedulers have in common.
 func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*scheduler[load], error) {
-	s, err := newScheduler(e, c, 0, &p.Scheduler, loadRule{})
+	rule := loadRule{priced: new([]*latencyCost)}
+	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.share, s.dryRun = loadRule{}.meet, (*load).share, p.DryRun
+	s.meet, s.share, s.dryRun = rule.meet, (*load).share, p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}
-	s.workloads.measureFrom(e.now())
+	*rule.priced = s.workloads.measureFrom(e.now())
 	of.controls = append(of.controls, func(now int64) {
-		if !s.workloads.setCosts(now) {
-			return
+		for _, price := range *rule.priced {
+			price.set(now)
 		}
-		e := s.single // the rate is one of flows that cost something else
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.state.tokens.learn(now / int64(time.Second))
 	})
 	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
-		s.workloads.of(labels).latency.mean.add(now, latency)
+		if price := s.workloads.of(labels).latency; price != nil {
+			price.mean.add(now, latency)
+		}
 	})
 }
 
@@ -109,42 +108,48 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 
 // A latencyCost is what flows of a workload cost by how long they take.
 type latencyCost struct {
-	mean *mean
-	bits atomic.Uint64 // of a float64, tokens; 0 while they are not known
+	mean    *mean
+	bits    atomic.Uint64 // of a float64, tokens; 0 while they are not known
+	unknown float64       // tokens, while they are not known
+	asked   *window       // for how many tokens how many flows came; guarded by the lock of the load
 }
 
 // latencyOver is the time that the mean latency of a workload is taken over.
 const latencyOver = 30 * time.Minute
 
-// measureFrom has the workloads cost what their latency is, once it is known.
-func (w *workloads) measureFrom(now int64) {
+// measureFrom has the workloads cost what their latency is, once it is known. What is free stays free.
+func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 	for of := range w.all {
-		of.latency = &latencyCost{mean: newMean(latencyOver, now)}
+		if of.tokens == 0 {
+			continue
+		}
+		of.latency = &latencyCost{
+			mean: newMean(latencyOver, now), unknown: of.tokens, asked: newWindow(loadSeconds, int64(time.Second), now),
+		}
+		prices = append(prices, of.latency)
 	}
+	return prices
 }
 
-// setCosts says whether a cost is known now that was not before, or the other way round.
-func (w *workloads) setCosts(now int64) (other bool) {
-	for of := range w.all {
-		other = of.latency.set(now) || other
-	}
-	return other
-}
-
-func (c *latencyCost) set(now int64) (other bool) {
+func (c *latencyCost) set(now int64) {
 	cost := c.mean.at(now)
 	if math.IsNaN(cost) {
 		cost = 0
 	}
-	return (c.bits.Swap(math.Float64bits(cost)) == 0) != (cost == 0)
+	c.bits.Store(math.Float64bits(cost))
 }
 
-// cost is how many tokens a flow of the workload takes, unless a label says. What is free stays free.
+func (c *latencyCost) tokens() float64 {
+	if bits := c.bits.Load(); bits != 0 {
+		return math.Float64frombits(bits)
+	}
+	return c.unknown
+}
+
+// cost is how many tokens a flow of the workload takes, unless a label says.
 func (w *workload) cost() float64 {
-	if w.latency != nil && w.tokens > 0 {
-		if bits := w.latency.bits.Load(); bits != 0 {
-			return math.Float64frombits(bits)
-		}
+	if w.latency != nil {
+		return w.latency.tokens()
 	}
 	return w.tokens
 }

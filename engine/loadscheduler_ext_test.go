@@ -341,9 +341,9 @@ func TestWorkloadLatencyTokens(t *testing.T) {
 	})
 }
 
-// When it is first known what flows cost, the load is learnt anew: by what they asked for before, at a token each, next
-// to none of them would be let in.
-func TestWorkloadLatencyTokensAreLearnt(t *testing.T) {
+// When it is first known what flows cost, or no more, half of them are let in as before: the load is what they ask for by
+// the prices of now. By what they asked for before, at a token each, next to none would be.
+func TestWorkloadLatencyTokensArePriced(t *testing.T) {
 	for _, takes := range []time.Duration{100 * time.Millisecond, 35 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
 			c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
@@ -351,7 +351,7 @@ func TestWorkloadLatencyTokensAreLearnt(t *testing.T) {
 				s.Scheduler.Default.QueueTimeout = policy.NoQueue
 			}))
 			var flows sync.WaitGroup
-			for i := range 20 { // times ten seconds
+			for i := range 220 { // times ten seconds; after a minute none ends well, and half an hour later no cost is known
 				in := 0
 				for range 100 {
 					<-time.After(100 * time.Millisecond)
@@ -363,14 +363,43 @@ func TestWorkloadLatencyTokensAreLearnt(t *testing.T) {
 					in++
 					flows.Go(func() {
 						<-time.After(takes)
+						if i > 6 {
+							flow.SetStatus(flowctl.StatusError)
+						}
 						end(flow)
 					})
 				}
-				if in < 45 || i >= 10 && in > 55 {
+				if in < 45 || i >= 4 && in > 55 {
 					t.Errorf("work of %v: in seconds %d to %d, %d of 100 were let in want half, or all at first", takes, 10*i, 10*i+10, in)
 				}
 			}
 			flows.Wait()
+		})
+	}
+}
+
+// A workload that comes seldom, or is free, or whose cost is forgotten, lets nobody else in.
+func TestWorkloadLatencyTokensOfARareWorkload(t *testing.T) {
+	for _, tokens := range []float64{1, policy.NoTokens} {
+		synctest.Test(t, func(t *testing.T) {
+			rare := policy.Workload{
+				Name: "rare", Labels: policy.LabelMatcher{Equal: map[string]string{"kind": "rare"}},
+				WorkloadParameters: policy.WorkloadParameters{Tokens: tokens},
+			}
+			c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
+				s.LoadMultiplier, s.WorkloadLatencyTokens = policy.Constant(0.25), true
+				s.Scheduler.Workloads = []policy.Workload{rare}
+			}))
+			accepted(t, c, time.Minute, 10*time.Millisecond, flowctl.Params{})
+			for minute := range 40 {
+				if minute%32 == 0 {
+					flow := c.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"kind": "rare"}})
+					end(flow)
+				}
+				if got := accepted(t, c, time.Minute, 10*time.Millisecond, flowctl.Params{}); math.Abs(got-0.25) > 0.05 {
+					t.Errorf("minute %d: %v of the flows were accepted want a quarter", minute, got)
+				}
+			}
 		})
 	}
 }

@@ -23,8 +23,8 @@ var errRetired = errors.New("the scheduler is no longer in force")
 type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source[S]
-	meet      func(state *S, now int64, tokens float64) // counts the flows that come; nil where nobody does
-	share     func(state *S) float64                    // of the load that is let in; nil where none is
+	meet      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that come; nil where nobody does
+	share     func(state *S) float64                                        // of the load that is let in; nil where none is
 	workloads *workloads
 	margin    time.Duration
 	maxQueue  int64
@@ -142,7 +142,14 @@ type ticket[S any] struct {
 func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
 	of := s.workloads.of(&req.Labels)
 	t := ticket[S]{of: of}
-	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
+	price := of.latency
+	tokens, said := tokensSaid(&req.Labels, s.workloads.tokensLabel)
+	if said {
+		price = nil
+	} else {
+		tokens = of.cost()
+	}
+	d.Consumed = tokens
 	if !s.scope(&req.Labels, d) {
 		return t
 	}
@@ -150,7 +157,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	defer e.mu.Unlock()
 	l := &e.state
 	if s.meet != nil {
-		s.meet(&l.tokens, now, d.Consumed)
+		s.meet(&l.tokens, now, d.Consumed, price)
 	}
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait

@@ -92,8 +92,7 @@ type LoadScheduler struct {
 	LoadMultiplier Signal
 
 	// WorkloadLatencyTokens has a flow of a workload cost the workload's mean latency of the last 30 minutes, in
-	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens. When there is one,
-	// the load is seen anew, for half a minute in which every flow is accepted.
+	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens.
 	WorkloadLatencyTokens bool
 
 	// Scheduler says who goes first. The zero value serves all flows alike.
