@@ -1,6 +1,9 @@
 package engine
 
-import "math/rand/v2"
+import (
+	"math"
+	"math/rand/v2"
+)
 
 // slotRule is what the slots of one concurrency limiter or scheduler have in common.
 type slotRule struct {
@@ -94,8 +97,9 @@ func (r *slotRule) usage(f *inflight, now int64) Usage {
 	return Usage{Capacity: r.limit, Remaining: r.limit - f.used, InFlight: f.count}
 }
 
-// forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once;
-// likely, they end one after the other, at even distances.
+// forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once, and
+// those ahead hold the slots in rounds, each for the shortest of those times; likely, they end one after the other, at
+// even distances.
 func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, _ float64) (least, likely int64) {
 	switch {
 	case r.limit == 0:
@@ -104,7 +108,8 @@ func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, _ float64) (lea
 		return 0, 0
 	}
 	over := max(f.used-r.limit, 0)
-	return clampNanos(float64(f.shortest) * ahead.least / r.limit),
+	rounds := math.Floor(ahead.least/r.limit + slack)
+	return clampNanos(float64(f.shortest) * rounds),
 		clampNanos(f.hold*(over+ahead.likely)/max(f.used, r.limit) + f.hold/float64(max(f.count, 1)))
 }
 

@@ -119,8 +119,11 @@ func TestSlotsForecast(t *testing.T) {
 	if least, likely := r.forecast(f, 100, backlog{0, 0}, 1); least != 0 || likely != 50 {
 		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
 	}
-	if least, likely := r.forecast(f, 100, backlog{3, 3}, 1); least != 150 || likely != 200 {
-		t.Errorf("forecast behind 3 = %d, %d want 150, 200", least, likely)
+	if least, likely := r.forecast(f, 100, backlog{1, 1}, 1); least != 0 || likely != 100 {
+		t.Errorf("forecast behind 1 = %d, %d want 0, for two may end at once, and 100", least, likely)
+	}
+	if least, likely := r.forecast(f, 100, backlog{3, 3}, 1); least != 100 || likely != 200 {
+		t.Errorf("forecast behind 3 = %d, %d want 100, a round, and 200", least, likely)
 	}
 	r.giveBack(f, 101, 1, a.slot, true) // what was not used tells nothing
 	r.draw(f, 100, 9)

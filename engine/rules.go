@@ -101,8 +101,9 @@ func (e *Engine) install(next *rules) {
 }
 
 // sweepRetired forgets parts of which nobody holds anything, or whose flows' time is over, and what no flow holds of
-// the others. A flow that was under way when its limiter was retired may take a slot a little later: that is waited
-// for. It may hold one a little longer than others; what becomes of that matters to nobody.
+// the others. A flow that was under way when its limiter was retired may take a slot a little later, which is waited for
+// if it does within a minute. One that waits elsewhere for longer ends well, but over the network it is told that
+// nothing came back.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()

@@ -261,8 +261,9 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{in: s, hold: s},
 			{in: s, hold: s},
 			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, says: "waited in vain"},
-			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: s, says: "queue too long"},
-			{at: 1300 * ms, timeout: 800 * ms, in: 2 * s},
+			{at: 1150 * ms, timeout: 300 * ms, in: never, out: 1440 * ms, retry: s / 2, says: "waited in vain"},
+			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: 1500 * ms, says: "queue too long"},
+			{at: 1450 * ms, timeout: 800 * ms, in: 2 * s},
 		}},
 		{"slots that are taken back are handed over", func(c *policy.ConcurrencyScheduler) { c.MaxInflight = s }, []visit{
 			{hold: s / 2}, {hold: 5 * s}, {in: s / 2, hold: 5 * s}, {in: s, hold: 5 * s}, {in: 1500 * ms}, {at: 2 * s, in: 2 * s},
