@@ -92,7 +92,8 @@ func (i *instruments) close() {
 type metrics struct {
 	waits metric.Float64Histogram
 
-	requests, rateLimiters, concurrencyLimiters, samplers, workloads, dryDrops, unlimited, refunds, overflows counter
+	requests, rejectReasons, rateLimiters, concurrencyLimiters, samplers, workloads, rejections counter
+	dryDrops, unlimited, refunds, overflows                                                     counter
 
 	incomingTokens, acceptedTokens, rejectedTokens metric.Float64ObservableCounter
 
@@ -119,10 +120,12 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		name, what string
 	}{
 		{&m.requests, "flowcontrol_requests_total", "Flows that the engine was asked about, by what it decided."},
+		{&m.rejectReasons, "flowcontrol_reject_reasons_total", "Flows that the engine rejected, by the reason."},
 		{&m.rateLimiters, "rate_limiter_counter_total", "Flows that met a rate limiter."},
 		{&m.concurrencyLimiters, "concurrency_limiter_counter_total", "Flows that met a concurrency limiter."},
 		{&m.samplers, "sampler_counter_total", "Flows that met a sampler or a load ramp."},
 		{&m.workloads, "workload_requests_total", "Flows that met a scheduler, by workload."},
+		{&m.rejections, "workload_rejections_total", "Flows that did not wait in a scheduler, or did in vain, by the cause."},
 		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components in dry run would have dropped."},
 		{&m.unlimited, "limiter_unlimited_total", "Flows that a limiter or scheduler had nothing to limit by."},
 		{&m.refunds, "limiter_refunds_total", "Flows that gave back what a limiter or scheduler had given them, and did not run."},
@@ -214,7 +217,9 @@ func (m *metrics) observePoint(o metric.Observer, s *ControlPointStats) {
 	} {
 		attrs := []attribute.KeyValue{point, attribute.String("decision_type", d.decision)}
 		if d.why != "" {
-			attrs = append(attrs, attribute.String("reject_reason", d.why))
+			why := attribute.String("reject_reason", d.why)
+			attrs = append(attrs, why)
+			o.ObserveInt64(m.rejectReasons, int64(d.n), metric.WithAttributes(point, why))
 		}
 		o.ObserveInt64(m.requests, int64(d.n), metric.WithAttributes(attrs...))
 	}
@@ -254,6 +259,13 @@ func (m *metrics) observeComponent(o metric.Observer, s *ComponentStats) {
 			o.ObserveFloat64(m.incomingTokens, w.AcceptedTokens+w.RejectedTokens, one)
 			o.ObserveFloat64(m.acceptedTokens, w.AcceptedTokens, one)
 			o.ObserveFloat64(m.rejectedTokens, w.RejectedTokens, one)
+			for _, c := range []struct {
+				cause seam.Cause
+				n     uint64
+			}{{seam.CauseQueueFull, w.QueueFull}, {seam.CauseLongQueue, w.QueueTooLong}, {seam.CauseTimeout, w.TimedOut}} {
+				o.ObserveInt64(m.rejections, int64(c.n), metric.WithAttributes(append(slices.Clone(named), index,
+					attribute.String("cause", c.cause.String()))...))
+			}
 		}
 		o.ObserveInt64(m.queued, int64(s.Usage.Waiting), own)
 	}

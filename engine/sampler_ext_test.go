@@ -225,3 +225,23 @@ func TestLoadRamp(t *testing.T) {
 		check("reset", 10, false)
 	})
 }
+
+// A load ramp that runs dry lets everybody in, and counts whom it would not have.
+func TestLoadRampDryRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, c := reloadable(t, []policy.Component{policy.LoadRamp{
+			Selectors: policy.At("point"), DryRun: true, Steps: []policy.RampStep{{Target: 0, Duration: time.Hour}},
+		}})
+		for _, mode := range []bool{true, false} {
+			flow := c.Start(t.Context(), "point", flowctl.Params{RampMode: mode})
+			if !flow.ShouldRun() || flow.Decision() != flowctl.Accepted {
+				t.Errorf("in ramp mode %v: %v want Accepted", mode, flow.Decision())
+			}
+			end(flow)
+		}
+		if got := e.Stats().Components[0]; got.DryRunDrops != 2 || got.Dropped != 0 {
+			t.Errorf("DryRunDrops, Dropped = %d, %d want 2, 0", got.DryRunDrops, got.Dropped)
+		}
+		_ = e.Close()
+	})
+}

@@ -310,6 +310,7 @@ func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDec
 	of.counts.decision(d)
 	switch {
 	case d.Dropped:
+		of.drops[d.Cause].Add(1)
 		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
 	case d.DryRun:
 		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))

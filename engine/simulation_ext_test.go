@@ -37,8 +37,11 @@ type tally struct {
 // warmUp is not counted: at first there is enough for all.
 const warmUp = 10 * time.Second
 
-// simulate has the crowds come for a while; an admitted flow takes hold, more or less.
-func simulate(t *testing.T, components []policy.Component, crowds []crowd, hold, last time.Duration) (rows []tally, all tally) {
+// simulate has the crowds come for a while; an admitted flow takes hold, more or less. It prints a table, with a line about
+// them all.
+func simulate(t *testing.T, components []policy.Component, crowds []crowd, hold, last time.Duration,
+	total func(all tally) string,
+) (rows []tally, all tally) {
 	rows = make([]tally, len(crowds))
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, components)
@@ -119,7 +122,9 @@ func simulate(t *testing.T, components []policy.Component, crowds []crowd, hold,
 			t.Errorf("%s: %.2f %% of what is admitted want %.2f ± %v", crowds[i].name, share, crowds[i].want, crowds[i].within)
 		}
 	}
+	fmt.Fprintf(w, "all\t%d\t%d\t\t\t\t\n", all.started, all.admitted)
 	_ = w.Flush()
+	text.WriteString(total(all) + "\n")
 	t.Log(text.String())
 	return rows, all
 }
@@ -185,9 +190,10 @@ func TestSimulations(t *testing.T) {
 		{"extremes", extremes, 5 * last},
 	} {
 		t.Run("quota/"+tt.name, func(t *testing.T) {
-			rows, all := simulate(t, []policy.Component{tokens}, tt.crowds, 0, tt.last)
+			rows, all := simulate(t, []policy.Component{tokens}, tt.crowds, 0, tt.last, func(all tally) string {
+				return fmt.Sprintf("used: %.0f of %.0f tokens", all.tokens, fill*tt.last.Seconds())
+			})
 			came := fill * tt.last.Seconds()
-			t.Logf("%v of %v tokens were used", all.tokens, came)
 			if math.Abs(all.tokens-came) > 20 { // of which the first flow may have had some to wait for
 				t.Errorf("%v of %v tokens were used although there was always somebody who waited", all.tokens, came)
 			}
@@ -197,9 +203,10 @@ func TestSimulations(t *testing.T) {
 			continue // a slot that is free admits large ones too
 		}
 		t.Run("concurrency/"+tt.name, func(t *testing.T) {
-			rows, all := simulate(t, []policy.Component{places}, tt.crowds, hold, tt.last)
+			rows, all := simulate(t, []policy.Component{places}, tt.crowds, hold, tt.last, func(all tally) string {
+				return fmt.Sprintf("busy: %.2f %% of the slots' time", 100*all.busy.Seconds()/(slots*tt.last.Seconds()))
+			})
 			busy := 100 * all.busy.Seconds() / (slots * tt.last.Seconds())
-			t.Logf("slots were busy for %.2f %% of the time", busy)
 			if busy < 98 {
 				t.Errorf("slots were busy for %.2f %% of the time want 98", busy)
 			}

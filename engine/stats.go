@@ -84,6 +84,10 @@ type WorkloadStats struct {
 
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
+	// Of those that were dropped, QueueFull counts the flows that found as many waiting as may, QueueTooLong those that
+	// would have had to wait for longer than they could, and TimedOut those that waited in vain.
+	QueueFull, QueueTooLong, TimedOut uint64
+
 	// AcceptedTokens are those that flows came for which passed, and RejectedTokens those of the others.
 	AcceptedTokens, RejectedTokens float64
 
@@ -226,6 +230,9 @@ func (w *workload) stats() WorkloadStats {
 		Dropped:        w.counts.sum(decisionsDropped),
 		DryRunDrops:    w.counts.sum(decisionsDry),
 		Unlimited:      w.counts.sum(decisionsFree),
+		QueueFull:      w.drops[seam.CauseQueueFull].Load(),
+		QueueTooLong:   w.drops[seam.CauseLongQueue].Load(),
+		TimedOut:       w.drops[seam.CauseTimeout].Load(),
 		AcceptedTokens: w.counts.sumFloat(tokensAccepted),
 		RejectedTokens: w.counts.sumFloat(tokensRejected),
 		Waits:          w.waits.count.Load(),

@@ -2,6 +2,7 @@ package engine_test
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"strings"
 	"sync"
@@ -321,6 +322,94 @@ func TestStatsOfQueues(t *testing.T) {
 	})
 }
 
+// What there is only at times is shown then: queues, why flows did not wait or did in vain, keys beyond the cap, the share of
+// a load. Labels that name workloads, and whose values limiters keep apart, are nowhere.
+func TestMetricsOfWhatComesAndGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+			policy.ConcurrencyScheduler{
+				ID: "queue", Selectors: policy.At("queue"), Max: 1, MaxInflight: time.Hour,
+				Scheduler: policy.Scheduler{WorkloadLabel: "secret", FairnessLabel: "secret", MaxQueue: 1},
+			},
+			policy.RateLimiter{ID: "keys", Selectors: policy.At("keys"), Capacity: 1, Interval: time.Hour, LimitBy: "secret"},
+			policy.LoadScheduler{ID: "load", Selectors: policy.At("load"), LoadMultiplier: policy.Constant(0.5), Scheduler: nowOrNever},
+		}}}, engine.WithKeyCap(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		p := new(meters.Provider)
+		client, err := flowctl.New(e, flowctl.WithMeterProvider(p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := func(at string, timeout time.Duration, i int) *flowctl.Flow {
+			secret := map[string]string{"secret": fmt.Sprint("sesame", i)}
+			return client.Start(t.Context(), at, flowctl.Params{Labels: secret, CheckTimeout: timeout})
+		}
+		end(start("queue", time.Second, 0)) // it takes no time, which is learnt
+		held := start("queue", time.Second, 0)
+		var waiting sync.WaitGroup
+		waiting.Go(func() { end(start("queue", time.Second, 1)) }) // in vain
+		synctest.Wait()
+		end(start("queue", time.Second, 2)) // as many wait as may
+		for i := range 3 {
+			end(start("keys", 0, i))
+		}
+		queued := p.Read(t.Context())
+		waiting.Wait()
+		end(held)
+		for range 400 { // ten each second
+			end(start("load", 0, 0))
+			<-time.After(100 * time.Millisecond)
+		}
+		read := p.Read(t.Context())
+		read["requests_in_queue while one waits"] = 0
+		for name, n := range queued {
+			if strings.HasPrefix(name, "requests_in_queue component_id=queue ") {
+				read["requests_in_queue while one waits"] = n
+			}
+		}
+		got := make(map[string]float64)
+		for name, n := range read {
+			if strings.Contains(name, "sesame") {
+				t.Errorf("%s has a label's value", name)
+			}
+			before, hash, found := strings.Cut(name, " policy_hash=")
+			if _, after, ok := strings.Cut(hash, " "); found && ok {
+				before += " " + after
+			}
+			for _, metric := range []string{
+				"requests_in_queue", "workload_rejections_total", "limiter_overflows_total", "limiter_keys",
+				"token_bucket_lm_ratio", "token_bucket_fill_rate", "flowcontrol_reject_reasons_total",
+			} {
+				if strings.HasPrefix(name, metric+" ") && n != 0 {
+					got[strings.ReplaceAll(strings.ReplaceAll(before, "component_id=", ""), " policy_name=p", "")] = n
+				}
+			}
+		}
+		want := map[string]float64{
+			"requests_in_queue while one waits":                                           1,
+			"workload_rejections_total cause=queue full queue workload_index=default":     1,
+			"workload_rejections_total cause=waited in vain queue workload_index=default": 1,
+			"limiter_keys keys":            1,
+			"limiter_overflows_total keys": 2,
+			"token_bucket_lm_ratio load":   0.5,
+			"token_bucket_fill_rate load":  5,
+			"flowcontrol_reject_reasons_total control_point=queue reject_reason=no tokens":   2,
+			"flowcontrol_reject_reasons_total control_point=keys reject_reason=rate limited": 1,
+		}
+		for name := range got { // which depends on where in a second the flows came
+			if strings.HasPrefix(name, "flowcontrol_reject_reasons_total control_point=load ") {
+				delete(got, name)
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("metrics (-want +got):\n%s", diff)
+		}
+	})
+}
+
 // All that is counted is shown, by the names that Aperture's dashboards know, where there are any.
 func TestMetrics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -380,6 +469,12 @@ func TestMetrics(t *testing.T) {
 			"flowcontrol_requests_total control_point=share decision_type=rejected reject_reason=not sampled":                      2,
 			"flowcontrol_requests_total control_point=slots decision_type=accepted":                                                1,
 			"flowcontrol_requests_total control_point=slots decision_type=rejected reject_reason=rate limited":                     2,
+			"flowcontrol_reject_reasons_total control_point= reject_reason=no matching ramp":                                       1,
+			"flowcontrol_reject_reasons_total control_point=queue reject_reason=no tokens":                                         1,
+			"flowcontrol_reject_reasons_total control_point=ramp reject_reason=no matching ramp":                                   1,
+			"flowcontrol_reject_reasons_total control_point=rate reject_reason=rate limited":                                       2,
+			"flowcontrol_reject_reasons_total control_point=share reject_reason=not sampled":                                       2,
+			"flowcontrol_reject_reasons_total control_point=slots reject_reason=rate limited":                                      2,
 			"incoming_tokens_total load policy_name=queues workload_index=default":                                                 1,
 			"incoming_tokens_total quota policy_name=queues workload_index=default":                                                6,
 			"incoming_tokens_total quota policy_name=queues workload_index=paid":                                                   3,

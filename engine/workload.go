@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/seam"
@@ -27,6 +28,7 @@ type workload struct {
 	latency          *latencyCost  // goes before tokens; nil where it does not
 
 	counts *counts
+	drops  *[seam.Causes]atomic.Uint64 // by the cause
 	waits  *waits
 }
 
@@ -56,6 +58,7 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 		tokens:   max(cmp.Or(p.Tokens, 1), 0),
 		timeout:  p.QueueTimeout,
 		counts:   new(counts),
+		drops:    new([seam.Causes]atomic.Uint64),
 		waits:    new(waits),
 	}
 }

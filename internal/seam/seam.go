@@ -268,6 +268,7 @@ const (
 	CauseQueueFull              // as many wait as may
 	CauseLongQueue              // the wait would have been longer than the flow had time
 	CauseTimeout                // it waited for as long as it could
+	Causes                      // how many there are
 )
 
 // String gives the cause in words; "" for none.
