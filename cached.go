@@ -143,8 +143,8 @@ type inside struct {
 
 type insideKey struct{}
 
-// of is the innermost run among those.
-func (in *inside) of(runs *seam.Runs) *inside {
+// among is the innermost run that is one of those.
+func (in *inside) among(runs *seam.Runs) *inside {
 	for in != nil && in.runs != runs {
 		in = in.outer
 	}
@@ -274,7 +274,7 @@ func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, le
 		runs = &s.runs
 	}
 	outer, _ := ctx.Value(insideKey{}).(*inside)
-	within := outer.of(runs)
+	within := outer.among(runs)
 	runs.Mu.Lock()
 	defer runs.Mu.Unlock()
 	run, ok = runs.All[s.key].(*sharedRun[T])
