@@ -35,8 +35,8 @@ type Codec[T any] interface {
 //
 // What is shared is by client, control point, key and T, and not by function: where the key is a request's, make the
 // cached function for the request. Whichever function began the run, the others get what it returns. With a nil client
-// only the calls of one function share. A call from within a run that would wait for itself, as the run that it looks for
-// waits for this one, runs fn alone, and stores nothing.
+// only the calls of one function share. A call from within a run does not wait for one that waits for it, nor for one of
+// another client that others have begun: it runs fn alone then, and stores nothing.
 //
 // A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
 // get an error. The panic's value is the same there. Its stack is that of the call; a program that ends by the panic
@@ -132,7 +132,8 @@ type sharedRun[T any] struct {
 }
 
 // inside is a run as calls within it see it, which have it in their context: they must not wait for one that waits for
-// them. Runs of several clients are not looked at together.
+// them. That can be seen for the runs of one client, which have a lock in common. A call whose way leads through others
+// waits for no run but the one that it begins.
 type inside struct {
 	runs  *seam.Runs
 	outer *inside // the run within which the run was begun
@@ -143,12 +144,14 @@ type inside struct {
 
 type insideKey struct{}
 
-// among is the innermost run that is one of those.
-func (in *inside) among(runs *seam.Runs) *inside {
-	for in != nil && in.runs != runs {
-		in = in.outer
+// only says whether the run, and all that it is in, are of those.
+func (in *inside) only(runs *seam.Runs) bool {
+	for ; in != nil; in = in.outer {
+		if in.runs != runs {
+			return false
+		}
 	}
-	return in
+	return true
 }
 
 // waitsFor says whether the run waits for the other one, or is it. The runs are locked.
@@ -198,7 +201,11 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	}
 	run, began, leave := s.join(ctx)
 	if run == nil {
-		return s.fn(ctx)
+		v, err := s.fn(ctx)
+		if err == nil {
+			s.keep(v, time.Now(), new(expiry))
+		}
+		return v, err
 	}
 	defer leave()
 	select {
@@ -267,20 +274,20 @@ func (s *shared[T]) withLast(ctx context.Context) context.Context {
 }
 
 // join waits for the run that is under way, or begins one. There is none where the one under way waits for the run that
-// the call is in. Leave is to be called when the wait is over.
+// the call is in, or may. Leave is to be called when the wait is over.
 func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, leave func()) {
 	runs, ok := ctx.Value(seam.RunsKey{}).(*seam.Runs)
 	if !ok {
 		runs = &s.runs
 	}
-	outer, _ := ctx.Value(insideKey{}).(*inside)
-	within := outer.among(runs)
+	within, _ := ctx.Value(insideKey{}).(*inside)
+	alike := within.only(runs)
 	runs.Mu.Lock()
 	defer runs.Mu.Unlock()
 	run, ok = runs.All[s.key].(*sharedRun[T])
 	switch {
 	case !ok:
-		run = &sharedRun[T]{of: s, done: make(chan struct{}), stored: new(expiry), inside: inside{runs: runs, outer: outer}}
+		run = &sharedRun[T]{of: s, done: make(chan struct{}), stored: new(expiry), inside: inside{runs: runs, outer: within}}
 		detached := context.WithValue(context.WithoutCancel(ctx), insideKey{}, &run.inside)
 		detached, run.cancel = context.WithCancel(detached)
 		began = true
@@ -289,11 +296,12 @@ func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, le
 		}
 		runs.All[s.key] = run
 		go run.do(detached)
-	case within != nil && run.waitsFor(within, make(map[*inside]bool)):
+	case within == nil, run.over():
+	case !alike, run.waitsFor(within, make(map[*inside]bool)):
 		return nil, false, nil
 	}
 	run.waiting++
-	if within == nil {
+	if within == nil || !alike {
 		return run, began, func() {}
 	}
 	within.wait(&run.inside, 1)
@@ -309,10 +317,8 @@ func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, le
 func (run *sharedRun[T]) leave(began bool) bool {
 	run.runs.Mu.Lock()
 	defer run.runs.Mu.Unlock()
-	select {
-	case <-run.done:
+	if run.over() {
 		return false
-	default:
 	}
 	run.orphan = run.orphan || began
 	if run.waiting--; run.waiting == 0 {
@@ -320,6 +326,16 @@ func (run *sharedRun[T]) leave(began bool) bool {
 		run.forget()
 	}
 	return true
+}
+
+// over says whether the run has ended.
+func (run *sharedRun[T]) over() bool {
+	select {
+	case <-run.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // forget has the next call begin another run. The runs are locked.
@@ -350,12 +366,21 @@ func (run *sharedRun[T]) do(ctx context.Context) {
 	}()
 	defer run.cancel()
 	run.observe(ctx)
-	if flow, ok := flowctl.FromContext(ctx); ok && flow.Success() && run.data != nil {
+	if flow := run.storesBy(ctx); flow != nil {
 		expires := time.Now().Add(cmp.Or(s.ttl, defaultTTL))
 		if err := flow.SetResultCache(context.WithoutCancel(ctx), run.data, s.ttl); err == nil {
 			run.stored.Store(&expires)
 		}
 	}
+}
+
+// storesBy is the flow by which the result is to be stored; nil where it is not.
+func (run *sharedRun[T]) storesBy(ctx context.Context) *flowctl.Flow {
+	flow, ok := flowctl.FromContext(ctx)
+	if !ok || !flow.Success() || run.data == nil || run.of.ttl < 0 || run.runs == &run.of.runs { // there is no client
+		return nil
+	}
+	return flow
 }
 
 // observe runs the function, notes how that ended, and lets the calls have it. It recovers because a panic here would
@@ -366,7 +391,7 @@ func (run *sharedRun[T]) observe(ctx context.Context) {
 		run.runs.Mu.Lock()
 		defer run.runs.Mu.Unlock()
 		defer close(run.done)
-		if run.data == nil {
+		if run.storesBy(ctx) == nil {
 			run.forget()
 		}
 		if run.how == returned || run.waiting == 0 {

@@ -215,36 +215,47 @@ func TestCachedWithinItself(t *testing.T) {
 	})
 }
 
-// Runs that ask for each other's results do not wait for each other, and are not in the way of those who come later.
+// Runs that ask for each other's results do not wait for each other, whosever they are, and are not in the way of those
+// who come later.
 func TestCachedThatAskForEachOther(t *testing.T) {
 	type depth struct{}
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	ask := func(t *testing.T, clients map[string]*flowctl.Client) {
 		other := map[string]string{"user": "org", "org": "user"}
-		var find func(ctx context.Context, key string) (string, error)
-		find = func(ctx context.Context, key string) (string, error) {
-			return headgate.Cached(client, "directory", flowctl.Params{ResultCacheKey: key}, time.Minute, func(ctx context.Context) (string, error) {
-				<-time.After(time.Second) // in which the other begins too
-				if ctx.Value(depth{}) != nil {
-					return key, nil
-				}
-				of, err := find(context.WithValue(ctx, depth{}, true), other[key])
-				return key + " of " + of, err
-			}, nil, nil)(ctx)
+		found := make(map[string]func(ctx context.Context) (string, error))
+		for key := range other {
+			found[key] = headgate.Cached(clients[key], "directory", flowctl.Params{ResultCacheKey: key}, time.Minute,
+				func(ctx context.Context) (string, error) {
+					<-time.After(time.Second) // in which the other begins too
+					if ctx.Value(depth{}) != nil {
+						return key, nil
+					}
+					of, err := found[other[key]](context.WithValue(ctx, depth{}, true))
+					return key + " of " + of, err
+				}, nil, nil)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		var wg sync.WaitGroup
 		for key, of := range other {
 			wg.Go(func() {
-				if got, err := find(ctx, key); err != nil || !strings.HasPrefix(got, key+" of "+of) {
+				if got, err := found[key](ctx); err != nil || !strings.HasPrefix(got, key+" of "+of) {
 					t.Errorf("%s = %q, %v want it of the other", key, got, err)
 				}
 			})
 		}
 		wg.Wait()
-		if got, err := find(ctx, "user"); err != nil || !strings.HasPrefix(got, "user") {
+		if got, err := found["user"](ctx); err != nil || !strings.HasPrefix(got, "user") {
 			t.Errorf("user = %q, %v want it once more", got, err)
 		}
+	}
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		ask(t, map[string]*flowctl.Client{"user": client, "org": client})
+	})
+	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		ask(t, map[string]*flowctl.Client{"user": client, "org": flowtest.NewAgent(t).Client()})
+	})
+	t.Run("without a client", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) { ask(t, nil) })
 	})
 }
 
@@ -303,31 +314,49 @@ func TestCachedAfterItsRun(t *testing.T) {
 	})
 }
 
-// A call that begins when a run has failed begins another: it does not get an error of before, nor one for a panic of its
-// own.
-func TestCachedFailedRunsAreNotJoined(t *testing.T) {
-	var none *flowctl.Client
-	runs := 0
-	failing := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
-		runs++
-		return 0, errors.New("failed")
-	}, nil, nil)
-	panicking := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
-		panic("in vain")
-	}, nil, nil)
-	for i := range 1000 {
-		_, _ = failing(t.Context())
-		if runs != i+1 {
-			t.Fatalf("%d runs of %d calls, one after the other", runs, i+1)
-		}
-		func() {
-			defer func() {
-				if p := recover(); p != "in vain" {
-					t.Fatalf("call %d recovers %v want fn's panic", i, p)
+// A call that begins when a run has ended of which nothing is stored begins another: it gets no result of before, nor an
+// error, nor one for a panic of its own.
+func TestCachedEndedRunsAreNotJoined(t *testing.T) {
+	e, err := engine.New(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	client, err := flowctl.New(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		client *flowctl.Client
+		ttl    time.Duration
+		end    func() error
+	}{
+		{"an error", client, time.Minute, func() error { return errors.New("failed") }},
+		{"a panic", client, time.Minute, func() error { panic("in vain") }},
+		{"a negative time to live", client, -1, func() error { return nil }},
+		{"no client", nil, time.Minute, func() error { return nil }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			runs := 0
+			cached := headgate.Cached(tt.client, "report", flowctl.Params{}, tt.ttl, func(context.Context) (int, error) {
+				runs++
+				return runs, tt.end()
+			}, nil, nil)
+			for i := range 1000 {
+				func() {
+					defer func() {
+						if p := recover(); p != nil && p != "in vain" {
+							panic(p)
+						}
+					}()
+					_, _ = cached(t.Context())
+				}()
+				if runs != i+1 {
+					t.Fatalf("%d runs of %d calls, one after the other", runs, i+1)
 				}
-			}()
-			_, _ = panicking(t.Context())
-		}()
+			}
+		})
 	}
 }
 
