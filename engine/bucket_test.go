@@ -58,7 +58,7 @@ func TestBucketForecastLargeSteps(t *testing.T) {
 	r, b := &bucketRule{capacity: 2, fill: 10, interval: 1e9, step: true}, new(bucket)
 	r.fresh(b, 0)
 	r.take(b, 0, 2)
-	if least, likely := r.forecast(b, 0, backlog{5, 5}, 1); least != seconds(3) || likely != least {
+	if least, likely := r.forecast(b, 0, backlog{least: 5, likely: 5}, 1); least != seconds(3) || likely != least {
 		t.Errorf("forecast behind 5 = %v, %v want 3s", time.Duration(least), time.Duration(likely))
 	}
 }

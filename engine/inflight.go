@@ -98,9 +98,9 @@ func (r *slotRule) usage(f *inflight, now int64) Usage {
 }
 
 // forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once, and
-// those ahead hold the slots in rounds, each for the shortest of those times; likely, they end one after the other, at
-// even distances.
-func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, _ float64) (least, likely int64) {
+// those ahead hold the slots in rounds, each for the shortest of those times; a round is as many as begin while any part
+// of a slot is free. Likely, they end one after the other, at even distances.
+func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, tokens float64) (least, likely int64) {
 	switch {
 	case r.limit == 0:
 		return never, never
@@ -108,7 +108,12 @@ func (r *slotRule) forecast(f *inflight, _ int64, ahead backlog, _ float64) (lea
 		return 0, 0
 	}
 	over := max(f.used-r.limit, 0)
-	rounds := math.Floor(ahead.least/r.limit + slack)
+	cost := r.cost(tokens)
+	round := math.Ceil(r.limit/cost-slack) * cost
+	if ahead.largest > 0 {
+		round = r.limit + ahead.largest
+	}
+	rounds := math.Floor(ahead.least/round + slack)
 	return clampNanos(float64(f.shortest) * rounds),
 		clampNanos(f.hold*(over+ahead.likely)/max(f.used, r.limit) + f.hold/float64(max(f.count, 1)))
 }

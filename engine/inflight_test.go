@@ -111,23 +111,23 @@ func TestSlotsModel(t *testing.T) {
 func TestSlotsForecast(t *testing.T) {
 	r, f := newInflight(2, 1000)
 	a, b := r.draw(f, 0, 1), r.draw(f, 0, 1)
-	if least, likely := r.forecast(f, 0, backlog{5, 5}, 1); least != 0 || likely != 0 {
+	if least, likely := r.forecast(f, 0, backlog{least: 5, likely: 5}, 1); least != 0 || likely != 0 {
 		t.Errorf("forecast = %d, %d want unknown before the first return", least, likely)
 	}
 	r.giveBack(f, 100, 1, a.slot, false)
 	a = r.draw(f, 100, 1)
-	if least, likely := r.forecast(f, 100, backlog{0, 0}, 1); least != 0 || likely != 50 {
+	if least, likely := r.forecast(f, 100, backlog{least: 0, likely: 0}, 1); least != 0 || likely != 50 {
 		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
 	}
-	if least, likely := r.forecast(f, 100, backlog{1, 1}, 1); least != 0 || likely != 100 {
+	if least, likely := r.forecast(f, 100, backlog{least: 1, likely: 1}, 1); least != 0 || likely != 100 {
 		t.Errorf("forecast behind 1 = %d, %d want 0, for two may end at once, and 100", least, likely)
 	}
-	if least, likely := r.forecast(f, 100, backlog{3, 3}, 1); least != 100 || likely != 200 {
+	if least, likely := r.forecast(f, 100, backlog{least: 3, likely: 3}, 1); least != 100 || likely != 200 {
 		t.Errorf("forecast behind 3 = %d, %d want 100, a round, and 200", least, likely)
 	}
 	r.giveBack(f, 101, 1, a.slot, true) // what was not used tells nothing
 	r.draw(f, 100, 9)
-	if least, likely := r.forecast(f, 100, backlog{0, 0}, 1); least != 0 || likely != 130 {
+	if least, likely := r.forecast(f, 100, backlog{least: 0, likely: 0}, 1); least != 0 || likely != 130 {
 		t.Errorf("forecast of an overshoot = %d, %d want 8 of 10 tokens and one of two flows to return: 0, 130", least, likely)
 	}
 	r.giveBack(f, 400, 1, b.slot, false)
@@ -141,8 +141,19 @@ func TestSlotsForecast(t *testing.T) {
 	if f.hold < 990 || f.hold > 1000 {
 		t.Errorf("mean = %v want that of slots that are taken back, after a while", f.hold)
 	}
+	wide, two := newInflight(3, 1000) // of flows that want two slots each, two are let in at once
+	a = wide.draw(two, 0, 2)
+	wide.giveBack(two, 100, 2, a.slot, false)
+	for flows, want := range []int64{0, 0, 100, 100, 200} {
+		if least, _ := wide.forecast(two, 100, backlog{least: 2 * float64(flows)}, 2); least != want {
+			t.Errorf("forecast behind %d that want two of three slots = %d want %d", flows, least, want)
+		}
+	}
+	if least, _ := wide.forecast(two, 100, backlog{least: 5, largest: 2}, 1); least != 100 {
+		t.Errorf("forecast behind flows of several costs = %d want 100: as much as 5 may be let in at once", least)
+	}
 	none, empty := newInflight(0, 1)
-	if least, likely := none.forecast(empty, 0, backlog{0, 0}, 1); least != never || likely != never {
+	if least, likely := none.forecast(empty, 0, backlog{least: 0, likely: 0}, 1); least != never || likely != never {
 		t.Errorf("forecast of no slots = %d, %d want never", least, likely)
 	}
 }
@@ -175,7 +186,7 @@ func TestSlotsForecastOfAnOutlier(t *testing.T) {
 			now += row.reclaimed
 			r.reclaim(f, now)
 		}
-		least, likely := r.forecast(f, now, backlog{80, 80}, 1)
+		least, likely := r.forecast(f, now, backlog{least: 80, likely: 80}, 1)
 		if most := int64(300 * ms); least > most || row.first > 0 && likely > most {
 			t.Errorf("%s: forecast = %d, %d want at most %d ms, for 200", name, least/ms, likely/ms, most/ms)
 		}

@@ -8,9 +8,9 @@ import (
 // A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
 // at a share of the rate at which tokens were asked for lately, and holds what comes in a second.
 type load struct {
-	asked  *window         // tokens that flows came for, but those that are priced,
-	given  *window         // and those that they got
-	priced *[]*latencyCost // what flows cost of which it changes, and how many came; nil for none
+	asked  *window         // tokens that flows came for,
+	given  *window         // and those that they got, but for flows that are priced
+	priced *[]*latencyCost // what flows cost of which it changes, and how many came and got it; nil for none
 
 	learning bool  // for as long as the rate is not known
 	began    int64 // the second of the first flow after a silence
@@ -39,6 +39,9 @@ func (r loadRule) fresh(l *load, now int64) {
 		last:       math.MinInt64 / 2,
 		multiplier: math.NaN(),
 		rate:       math.NaN(),
+	}
+	for price := range l.prices {
+		price.asked, price.given = newWindow(loadSeconds, int64(time.Second), now), newWindow(loadSeconds, int64(time.Second), now)
 	}
 }
 
@@ -81,7 +84,11 @@ func (l *load) steer(now int64, multiplier float64) {
 	l.relearn(now / int64(time.Second))
 	l.refill(now)
 	l.multiplier = max(multiplier, 0)
-	l.rate = l.multiplier * l.come(now) / loadSeconds
+	come := l.come(now)
+	l.rate = l.multiplier * come / loadSeconds
+	if before := l.reprice(now); before > 0 && before <= math.MaxFloat64 {
+		l.tokens *= come / before // what is owed is owed at the prices of now
+	}
 	if wasOpen {
 		l.tokens = l.rate
 	}
@@ -95,6 +102,16 @@ func (l *load) come(now int64) float64 {
 	tokens := l.asked.whole(now).sum
 	for price := range l.prices {
 		tokens += min(price.tokens(), maxCost) * price.asked.whole(now).count
+	}
+	return tokens
+}
+
+// reprice notes the prices of now, and is what come was at those that were noted before.
+func (l *load) reprice(now int64) float64 {
+	tokens := l.asked.whole(now).sum
+	for price := range l.prices {
+		tokens += min(price.noted, maxCost) * price.asked.whole(now).count
+		price.noted = price.tokens()
 	}
 	return tokens
 }
@@ -121,13 +138,15 @@ func (l *load) share() float64 {
 	return l.multiplier
 }
 
-// admitted is the share of the tokens asked for that was given lately; NaN when none was asked for.
+// admitted is the share of the tokens asked for that was given lately, at the prices of now; NaN when none was asked for.
 func (l *load) admitted(now int64) float64 {
-	asked := l.asked.total(now).sum
+	given, asked := l.given.total(now).sum, l.asked.total(now).sum
 	for price := range l.prices {
-		asked += price.asked.total(now).sum
+		tokens := min(price.tokens(), maxCost)
+		given += tokens * price.given.total(now).count
+		asked += tokens * price.asked.total(now).count
 	}
-	return min(l.given.total(now).sum/asked, 1)
+	return min(given/asked, 1)
 }
 
 func (l *load) refill(now int64) {
@@ -142,7 +161,6 @@ func (l *load) refill(now int64) {
 func (loadRule) draw(l *load, now int64, tokens float64) draw {
 	tokens = min(tokens, maxCost)
 	if l.open() {
-		l.given.add(now, tokens)
 		return draw{ok: true}
 	}
 	l.refill(now)
@@ -150,8 +168,16 @@ func (loadRule) draw(l *load, now int64, tokens float64) draw {
 		return draw{left: max(l.tokens, 0), wait: max(l.until(full), 0)}
 	}
 	l.tokens -= tokens
-	l.given.add(now, tokens)
 	return draw{ok: true, left: max(l.tokens, 0)}
+}
+
+// gave counts a flow that was let in.
+func (loadRule) gave(l *load, now int64, tokens float64, price *latencyCost) {
+	given := l.given
+	if price != nil {
+		given = price.given
+	}
+	given.add(now, min(tokens, maxCost))
 }
 
 func (loadRule) cost(tokens float64) float64 { return min(tokens, maxCost) }

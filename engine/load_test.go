@@ -15,6 +15,7 @@ func learned(rate, multiplier float64) (l *load, now int64) {
 		l.steer(now, multiplier)
 		rule.meet(l, now, rate, nil)
 		rule.draw(l, now, rate)
+		rule.gave(l, now, rate, nil)
 		now += int64(time.Second)
 	}
 	now -= int64(time.Second)
@@ -93,7 +94,6 @@ func TestLoadDraw(t *testing.T) {
 					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.wait)
 				}
 				early, late := *l, *l
-				early.given, late.given = newWindow(1, 1, 0), newWindow(1, 1, 0)
 				if (loadRule{}).draw(&early, now+got.wait-1000, tokens).ok || !(loadRule{}).draw(&late, now+got.wait, tokens).ok {
 					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.wait))
 				}
@@ -107,6 +107,7 @@ func TestLoadGiveBack(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
 	rule.draw(l, now, 5)
+	rule.gave(l, now, 5, nil)
 	rule.giveBack(l, now, 3, 0, false)
 	if got := rule.usage(l, now).Remaining; got != 3 {
 		t.Errorf("%v tokens want 3", got)
@@ -133,7 +134,7 @@ func TestLoadForecast(t *testing.T) {
 		{"behind others", 9, 1, 2 * time.Second},
 		{"behind others, more than the bucket holds", 10, 50, 3 * time.Second},
 	} {
-		if least, likely := rule.forecast(l, now, backlog{tt.ahead, tt.ahead}, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
+		if least, likely := rule.forecast(l, now, backlog{least: tt.ahead, likely: tt.ahead}, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
 			t.Errorf("%s: forecast = %d, %d want %v", tt.name, least, likely, tt.want)
 		}
 	}
@@ -142,7 +143,7 @@ func TestLoadForecast(t *testing.T) {
 		t.Errorf("nothing is let in: forecast = %d, %d want never", least, likely)
 	}
 	l.steer(now, math.NaN())
-	if least, likely := rule.forecast(l, now, backlog{10, 10}, 1); least != 0 || likely != 0 {
+	if least, likely := rule.forecast(l, now, backlog{least: 10, likely: 10}, 1); least != 0 || likely != 0 {
 		t.Errorf("everything is let in: forecast = %d, %d want 0", least, likely)
 	}
 }
@@ -158,6 +159,7 @@ func TestLoadShare(t *testing.T) {
 			tokens := float64(1 + i%3)
 			rule.meet(l, now, tokens, nil)
 			if rule.draw(l, now, tokens).ok {
+				rule.gave(l, now, tokens, nil)
 				given += tokens
 			}
 			asked += tokens
@@ -200,5 +202,45 @@ func TestLoadHugeCost(t *testing.T) {
 		if given < 490 || given > 510 {
 			t.Errorf("after a flow of %v: %v tokens in 100 s want 500", huge, given)
 		}
+	}
+}
+
+// A load that is priced is one at the prices of now: what comes, what was let in, and what is owed.
+func TestLoadPrices(t *testing.T) {
+	heavy := &latencyCost{unknown: 1, noted: 1}
+	rule := loadRule{priced: &[]*latencyCost{heavy}}
+	l, now := new(load), int64(0)
+	rule.fresh(l, 0)
+	for now <= learnSeconds*int64(time.Second) {
+		l.steer(now, math.NaN())
+		for _, price := range []*latencyCost{heavy, nil} { // one of each, each second
+			rule.meet(l, now, 1, price)
+			if price == nil || now/int64(time.Second)%2 == 0 { // of the heavy ones every other is let in
+				rule.gave(l, now, 1, price)
+			}
+		}
+		now += int64(time.Second)
+	}
+	now -= int64(time.Second)
+	l.steer(now, 0.5)
+	l.tokens = -1 // two flows that were let in before their time
+	if got := l.admitted(now); math.Abs(got-0.75) > 0.02 || l.rate != 1 {
+		t.Errorf("at a token each: admitted %v, rate %v want 0.75, 1", got, l.rate)
+	}
+	heavy.bits.Store(math.Float64bits(99))
+	l.steer(now, 0.5)
+	if got := l.admitted(now); math.Abs(got-0.505) > 0.02 || l.rate != 50 || math.Abs(l.tokens+50) > 1 {
+		t.Errorf("at 99 tokens: admitted %v, rate %v, tokens %v want 0.505, 50, and -50", got, l.rate, l.tokens)
+	}
+	heavy.bits.Store(0)
+	l.steer(now, 0.5)
+	if l.rate != 1 || math.Abs(l.tokens+1) > 0.02 {
+		t.Errorf("when the price is not known any more: rate %v, tokens %v want 1, and -1", l.rate, l.tokens)
+	}
+	rule.fresh(l, now)
+	rule.meet(l, now, 1, heavy)
+	rule.gave(l, now, 1, heavy)
+	if got := l.admitted(now); got != 1 {
+		t.Errorf("after a reset: admitted %v want 1", got)
 	}
 }

@@ -73,7 +73,7 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.share, s.dryRun = rule.meet, (*load).share, p.DryRun
+	s.meet, s.gave, s.share, s.dryRun = rule.meet, rule.gave, (*load).share, p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}
@@ -111,7 +111,10 @@ type latencyCost struct {
 	mean    *mean
 	bits    atomic.Uint64 // of a float64, tokens; 0 while they are not known
 	unknown float64       // tokens, while they are not known
-	asked   *window       // for how many tokens how many flows came; guarded by the lock of the load
+
+	// Under the lock of the load.
+	asked, given *window // how many flows came, and how many were let in
+	noted        float64 // tokens, when the load was steered last
 }
 
 // latencyOver is the time that the mean latency of a workload is taken over.
@@ -124,7 +127,8 @@ func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 			continue
 		}
 		of.latency = &latencyCost{
-			mean: newMean(latencyOver, now), unknown: of.tokens, asked: newWindow(loadSeconds, int64(time.Second), now),
+			mean: newMean(latencyOver, now), unknown: of.tokens, noted: of.tokens,
+			asked: newWindow(loadSeconds, int64(time.Second), now), given: newWindow(loadSeconds, int64(time.Second), now),
 		}
 		prices = append(prices, of.latency)
 	}

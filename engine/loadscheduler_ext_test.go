@@ -341,7 +341,7 @@ func TestWorkloadLatencyTokens(t *testing.T) {
 	})
 }
 
-// When it is first known what flows cost, or no more, half of them are let in as before: the load is what they ask for by
+// When it is first known what flows cost, or no more, half of them are let in as before: the load is what they ask for at
 // the prices of now. By what they asked for before, at a token each, next to none would be.
 func TestWorkloadLatencyTokensArePriced(t *testing.T) {
 	for _, takes := range []time.Duration{100 * time.Millisecond, 35 * time.Second} {
@@ -376,6 +376,40 @@ func TestWorkloadLatencyTokensArePriced(t *testing.T) {
 			flows.Wait()
 		})
 	}
+}
+
+// Who waits pays the price of the moment when it is let in: at one that has fallen since, those who wait would be in the way
+// of all who come.
+func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
+			s.LoadMultiplier, s.WorkloadLatencyTokens = policy.Constant(0.5), true
+			s.Scheduler = policy.Scheduler{Default: policy.WorkloadParameters{Tokens: 1000}} // what a flow costs at first
+		}))
+		var flows sync.WaitGroup
+		var in [30]atomic.Int64 // in each ten seconds
+		begin := time.Now()
+		for i := range 10 * len(in) * 20 { // twenty each second
+			<-time.After(50 * time.Millisecond)
+			flows.Go(func() {
+				flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: 10 * time.Second})
+				if flow.ShouldRun() {
+					in[min(int(time.Since(begin)/(10*time.Second)), len(in)-1)].Add(1)
+					<-time.After(5 * time.Millisecond)
+					if i < 2000 { // in the first hundred seconds it is not known how long they take
+						flow.SetStatus(flowctl.StatusError)
+					}
+				}
+				end(flow)
+			})
+		}
+		flows.Wait()
+		for i := 5; i < len(in)-1; i++ {
+			if got := in[i].Load(); got < 80 || got > 120 {
+				t.Errorf("in seconds %d to %d, %d of 200 were let in want half", 10*i, 10*i+10, got)
+			}
+		}
+	})
 }
 
 // A workload that comes seldom, or is free, or whose cost is forgotten, lets nobody else in.

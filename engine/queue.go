@@ -5,6 +5,8 @@ import (
 	"math"
 	"sync/atomic"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // A queue holds the flows that wait for the tokens of one key, and says which of them goes first: self-clocked fair
@@ -49,7 +51,7 @@ type share struct {
 	backlog float64 // what all its waiters want
 	index   int     // in the parent's heap
 
-	smallest, largest float64 // costs of those who have waited
+	smallest, largest float64 // costs of those who have waited since nobody did
 
 	clock float64
 	below shareHeap // the shares of a workload, and the workloads of the root
@@ -61,12 +63,19 @@ type share struct {
 type waiter struct {
 	tokens     float64       // that it is to have,
 	cost       float64       // and what they count for here
+	price      *latencyCost  // of the tokens, where it changes; nil where it does not
 	ready      chan struct{} // closed when the waiter has been served
 	served     bool
 	got        draw
 	number     uint64
 	share      *share
 	prev, next *waiter
+}
+
+// fill fills the decision about a waiter that has been served.
+func (w *waiter) fill(d *seam.LimiterDecision) {
+	w.got.fill(d)
+	d.Consumed = w.tokens
 }
 
 func newQueue(room *atomic.Int64, ring func()) *queue {
@@ -94,6 +103,10 @@ func (q *queue) first() *waiter { return q.root.head() }
 
 // push adds the waiter, for whom room has been taken.
 func (q *queue) push(w *waiter, c claim) {
+	if q.len == 0 {
+		q.root.smallest, q.root.largest = w.cost, w.cost
+	}
+	q.root.smallest, q.root.largest = min(q.root.smallest, w.cost), max(q.root.largest, w.cost)
 	q.count++
 	q.len++
 	w.number = q.count
@@ -214,27 +227,32 @@ func (s *share) head() *waiter {
 	return s.first
 }
 
-// A backlog is what flows cost that go before another one: at the least, if nobody else comes, and likely.
-type backlog struct{ least, likely float64 }
+// A backlog is what flows cost that go before another one: at the least, if nobody else comes, and likely. Where they do
+// not all cost the same as that one, largest is what one of them may cost.
+type backlog struct{ least, likely, largest float64 }
 
 // ahead is what the flows cost that go before one of that cost which would wait from now on. It is exact where all want
 // the same. Where a great many share it does not look at all of them, and says too little.
 func (q *queue) ahead(c claim, cost float64) backlog {
-	all := backlog{cost, cost} // the flow itself, too
+	all := backlog{least: cost, likely: cost} // the flow itself, too
 	begin := q.root.clock
 	workload := q.shares[c.ofWorkload()]
 	if workload != nil {
 		own, fairBegin := q.shares[c], workload.clock
 		if own != nil {
 			fairBegin = own.start
-			all = backlog{cost + own.backlog, cost + own.backlog}
+			all = backlog{least: cost + own.backlog, likely: cost + own.backlog}
 		}
-		others := workload.others(own, backlog{fairBegin + all.least, fairBegin + all.likely})
-		all = backlog{all.least + others.least, all.likely + others.likely}
+		others := workload.others(own, backlog{least: fairBegin + all.least, likely: fairBegin + all.likely})
+		all = backlog{least: all.least + others.least, likely: all.likely + others.likely}
 		begin = workload.start
 	}
-	others := q.root.others(workload, backlog{begin + all.least/c.priority, begin + all.likely/c.priority})
-	return backlog{all.least + others.least - cost, all.likely + others.likely - cost}
+	others := q.root.others(workload, backlog{least: begin + all.least/c.priority, likely: begin + all.likely/c.priority})
+	all = backlog{least: all.least + others.least - cost, likely: all.likely + others.likely - cost}
+	if q.len > 0 && (q.root.smallest != cost || q.root.largest != cost) {
+		all.largest = max(cost, q.root.largest)
+	}
+	return all
 }
 
 // mostOthers bounds what a look at those who share may cost a flow.

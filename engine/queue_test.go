@@ -395,7 +395,7 @@ func TestQueueAhead(t *testing.T) {
 		for ; q.first() != w; q.pop() {
 			got++
 		}
-		if want != (backlog{got, got}) {
+		if want != (backlog{least: got, likely: got}) {
 			t.Fatalf("%v went before it, %v were told", got, want)
 		}
 	})

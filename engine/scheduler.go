@@ -24,6 +24,7 @@ type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source[S]
 	meet      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that come; nil where nobody does
+	gave      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that are let in; nil where nobody does
 	share     func(state *S) float64                                        // of the load that is let in; nil where none is
 	workloads *workloads
 	margin    time.Duration
@@ -164,6 +165,9 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	}
 	if !l.waiting() || d.Consumed == 0 {
 		if got := s.source.draw(&l.tokens, now, d.Consumed); got.ok {
+			if s.gave != nil {
+				s.gave(&l.tokens, now, d.Consumed, price)
+			}
 			got.fill(d)
 			return t
 		}
@@ -186,12 +190,12 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	if l.queue == nil {
 		l.queue = newQueue(&s.room, func() { s.ring(e) })
 	}
-	w := &waiter{tokens: d.Consumed, cost: cost}
+	w := &waiter{tokens: d.Consumed, cost: cost, price: price}
 	l.queue.push(w, t.claim)
 	s.serve(e, now) // it may be the first, and need less than who was
 	switch {
 	case w.served:
-		w.got.fill(d)
+		w.fill(d)
 	case t.patience == 0:
 		l.queue.remove(w)
 		s.serve(e, now)
@@ -237,7 +241,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 	gone := ctx.Err()
 	switch {
 	case t.served && gone == nil:
-		t.got.fill(d)
+		t.fill(d)
 		return now, nil
 	case t.served:
 		s.source.giveBack(&l.tokens, now, t.tokens, t.got.slot, true)
@@ -281,6 +285,9 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 	q := e.state.queue
 	q.due = 0
 	for w := q.first(); w != nil; w = q.first() {
+		if w.price != nil {
+			w.tokens = w.price.tokens()
+		}
 		got := s.source.draw(&e.state.tokens, at, w.tokens)
 		if !got.ok {
 			if got.wait > 0 {
@@ -289,6 +296,9 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 			return
 		}
 		q.pop()
+		if s.gave != nil {
+			s.gave(&e.state.tokens, at, w.tokens, w.price)
+		}
 		w.served, w.got = true, got
 		if w.ready != nil {
 			close(w.ready)
