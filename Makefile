@@ -103,7 +103,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 define fuzz-module
 go test -list '^Fuzz' ./... | \
 	awk '/^Fuzz/ { found[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, found[i]; n = 0 }' | \
-	{ failed=; while read -r package target; do \
+	{ failed=; trap 'exit 130' INT; while read -r package target; do \
 		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1x "$$package" </dev/null || failed+=" $$target"; \
 	done; [ -z "$$failed" ] || { echo "fuzz: failed:$$failed" >&2; exit 1; }; }
 endef

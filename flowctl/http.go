@@ -42,6 +42,15 @@ type HTTPRequest struct {
 	Source, Destination netip.AddrPort
 }
 
+// equal says whether two requests are told of alike.
+func (r *HTTPRequest) equal(q *HTTPRequest) bool {
+	if r == nil || q == nil {
+		return r == q
+	}
+	return r.Method == q.Method && r.Path == q.Path && r.Host == q.Host && r.Scheme == q.Scheme && r.Protocol == q.Protocol &&
+		r.Size == q.Size && maps.Equal(r.Headers, q.Headers) && r.Source == q.Source && r.Destination == q.Destination
+}
+
 // HTTPAnswer is what an agent wants done with an HTTP request. Names of headers are as the agent writes them, which is
 // in lower case as a rule.
 type HTTPAnswer struct {

@@ -1,6 +1,8 @@
 package flowctl_test
 
 import (
+	"net/netip"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -92,10 +94,53 @@ func TestParamsEqual(t *testing.T) {
 		{"a clone", full(), full().Clone(), true},
 		{"another label", flowctl.Params{Labels: map[string]string{"k": "v"}}, flowctl.Params{Labels: map[string]string{"k": "w"}}, false},
 		{"another request", full(), flowctl.Params{HTTP: &flowctl.HTTPRequest{Path: "/other"}}, false},
-		{"a function", flowctl.Params{IsFailure: func(error) bool { return true }}, flowctl.Params{}, false},
+		{"a function and none", flowctl.Params{IsFailure: func(error) bool { return true }}, flowctl.Params{}, false},
+		{
+			"two functions",
+			flowctl.Params{IsFailure: func(error) bool { return true }},
+			flowctl.Params{IsFailure: func(error) bool { return false }},
+			true,
+		},
+		{
+			"empty and nil",
+			flowctl.Params{Labels: map[string]string{}, GlobalCacheKeys: []string{}, HTTP: &flowctl.HTTPRequest{}},
+			flowctl.Params{HTTP: &flowctl.HTTPRequest{Headers: map[string]string{}}},
+			true,
+		},
+		{"a request and none", flowctl.Params{HTTP: &flowctl.HTTPRequest{}}, flowctl.Params{}, false},
 	} {
 		if got := tt.p.Equal(tt.q); got != tt.want || cmp.Equal(tt.p, tt.q) != got {
 			t.Errorf("%s: Equal() = %v, and cmp.Equal() = %v want %v", tt.name, got, cmp.Equal(tt.p, tt.q), tt.want)
 		}
 	}
+}
+
+// No field is forgotten by Equal.
+func TestParamsEqualSeesEveryField(t *testing.T) {
+	values := map[reflect.Type]any{
+		reflect.TypeFor[map[string]string](): map[string]string{"k": "v"}, reflect.TypeFor[time.Duration](): time.Second,
+		reflect.TypeFor[bool](): true, reflect.TypeFor[flowctl.UnreachablePolicy](): flowctl.FailClosed, reflect.TypeFor[string](): "text",
+		reflect.TypeFor[[]string](): []string{"text"}, reflect.TypeFor[func(error) bool](): func(error) bool { return true },
+		reflect.TypeFor[*flowctl.HTTPRequest](): new(flowctl.HTTPRequest), reflect.TypeFor[int64](): int64(1),
+		reflect.TypeFor[netip.AddrPort](): netip.MustParseAddrPort("127.0.0.1:1"),
+	}
+	check := func(kind reflect.Type, equal func(changed reflect.Value) bool) {
+		for i := range kind.NumField() {
+			field := kind.Field(i)
+			if !field.IsExported() {
+				continue
+			}
+			changed := reflect.New(kind)
+			changed.Elem().Field(i).Set(reflect.ValueOf(values[field.Type]))
+			if equal(changed) {
+				t.Errorf("%s.%s makes no difference", kind, field.Name)
+			}
+		}
+	}
+	check(reflect.TypeFor[flowctl.Params](), func(changed reflect.Value) bool {
+		return changed.Elem().Interface().(flowctl.Params).Equal(flowctl.Params{})
+	})
+	check(reflect.TypeFor[flowctl.HTTPRequest](), func(changed reflect.Value) bool {
+		return flowctl.Params{HTTP: changed.Interface().(*flowctl.HTTPRequest)}.Equal(flowctl.Params{HTTP: new(flowctl.HTTPRequest)})
+	})
 }
