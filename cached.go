@@ -36,7 +36,7 @@ type Codec[T any] interface {
 // What is shared is by client, control point, key and T, and not by function: where the key is a request's, make the
 // cached function for the request. Whichever function began the run, the others get what it returns. With a nil client
 // only the calls of one function share. A call from within a run does not wait for one that waits for it, nor for one of
-// another client that others have begun: it runs fn alone then, and stores nothing.
+// another client that was begun elsewhere: it runs fn alone then, and stores nothing.
 //
 // A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
 // get an error. The panic's value is the same there. Its stack is that of the call; a program that ends by the panic
@@ -133,7 +133,7 @@ type sharedRun[T any] struct {
 
 // inside is a run as calls within it see it, which have it in their context: they must not wait for one that waits for
 // them. That can be seen for the runs of one client, which have a lock in common. A call whose way leads through others
-// waits for no run but the one that it begins.
+// waits for no run but those that were begun within the run that it is in.
 type inside struct {
 	runs  *seam.Runs
 	outer *inside // the run within which the run was begun
@@ -152,6 +152,14 @@ func (in *inside) only(runs *seam.Runs) bool {
 		}
 	}
 	return true
+}
+
+// isIn says whether the run is the other one, or was begun within it.
+func (in *inside) isIn(other *inside) bool {
+	for in != nil && in != other {
+		in = in.outer
+	}
+	return in != nil
 }
 
 // waitsFor says whether the run waits for the other one, or is it. The runs are locked.
@@ -296,7 +304,7 @@ func (s *shared[T]) join(ctx context.Context) (run *sharedRun[T], began bool, le
 		}
 		runs.All[s.key] = run
 		go run.do(detached)
-	case within == nil, run.over():
+	case within == nil, run.over(), !alike && run.outer.isIn(within):
 	case !alike, run.waitsFor(within, make(map[*inside]bool)):
 		return nil, false, nil
 	}

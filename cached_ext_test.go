@@ -259,6 +259,33 @@ func TestCachedThatAskForEachOther(t *testing.T) {
 	})
 }
 
+// Calls from within a run share what one of them begins, with another client too and without one.
+func TestCachedFansOut(t *testing.T) {
+	fanOut := func(t *testing.T, outer, inner *flowctl.Client) {
+		var runs atomic.Int64
+		one := headgate.Cached(inner, "part", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
+			<-time.After(time.Second)
+			return runs.Add(1), nil
+		}, nil, nil)
+		all := headgate.Cached(outer, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int64, error) {
+			var wg sync.WaitGroup
+			for range 10 {
+				wg.Go(func() { _, _ = one(ctx) })
+			}
+			wg.Wait()
+			return runs.Load(), nil
+		}, nil, nil)
+		if got, err := all(t.Context()); err != nil || got != 1 {
+			t.Errorf("%d runs, error %v want one of ten calls at the same time", got, err)
+		}
+	}
+	overBoth(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, client) })
+	overBoth(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, flowtest.NewAgent(t).Client()) })
+	t.Run("without a client", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) { fanOut(t, nil, nil) })
+	})
+}
+
 // forgetReport deletes what cached functions without a key have stored at the control point.
 func forgetReport(t *testing.T, client *flowctl.Client) {
 	t.Helper()

@@ -87,7 +87,7 @@ func (l *load) steer(now int64, multiplier float64) {
 	come := l.come(now)
 	l.rate = l.multiplier * come / loadSeconds
 	if before := l.reprice(now); before > 0 && before <= math.MaxFloat64 {
-		l.tokens *= come / before // what is owed is owed at the prices of now
+		l.tokens *= come / before // what is owed, or left, is as much of the load as it was
 	}
 	if wasOpen {
 		l.tokens = l.rate
@@ -104,6 +104,14 @@ func (l *load) come(now int64) float64 {
 		tokens += min(price.tokens(), maxCost) * price.asked.whole(now).count
 	}
 	return tokens
+}
+
+// setPrices has flows cost what is known by now, and says whether that has changed.
+func (l *load) setPrices(now int64) (changed bool) {
+	for price := range l.prices {
+		changed = price.set(now) || changed
+	}
+	return changed
 }
 
 // reprice notes the prices of now, and is what come was at those that were noted before.

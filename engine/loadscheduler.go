@@ -78,11 +78,6 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 		return s, nil
 	}
 	*rule.priced = s.workloads.measureFrom(e.now())
-	of.controls = append(of.controls, func(now int64) {
-		for _, price := range *rule.priced {
-			price.set(now)
-		}
-	})
 	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
 		if price := s.workloads.of(labels).latency; price != nil {
 			price.mean.add(now, latency)
@@ -99,6 +94,9 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	waiting := l.waiting()
 	if waiting {
 		s.catchUp(e, now)
+	}
+	if l.tokens.setPrices(now) && waiting {
+		l.queue.reprice(s.source.cost)
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))
 	if waiting {
@@ -135,12 +133,14 @@ func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 	return prices
 }
 
-func (c *latencyCost) set(now int64) {
+// set takes the mean of now, and says whether that is another one.
+func (c *latencyCost) set(now int64) bool {
 	cost := c.mean.at(now)
 	if math.IsNaN(cost) {
 		cost = 0
 	}
-	c.bits.Store(math.Float64bits(cost))
+	bits := math.Float64bits(cost)
+	return c.bits.Swap(bits) != bits
 }
 
 func (c *latencyCost) tokens() float64 {

@@ -387,14 +387,22 @@ func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
 			s.Scheduler = policy.Scheduler{Default: policy.WorkloadParameters{Tokens: 1000}} // what a flow costs at first
 		}))
 		var flows sync.WaitGroup
-		var in [30]atomic.Int64 // in each ten seconds
+		var in, out [30]atomic.Int64 // in each ten seconds
+		var longest atomic.Int64     // that somebody was told to stay away
 		begin := time.Now()
 		for i := range 10 * len(in) * 20 { // twenty each second
 			<-time.After(50 * time.Millisecond)
 			flows.Go(func() {
 				flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: 10 * time.Second})
+				at := min(int(time.Since(begin)/(10*time.Second)), len(in)-1)
+				if !flow.ShouldRun() {
+					out[at].Add(1)
+					if at >= 5 {
+						longest.Store(max(longest.Load(), int64(flow.RetryAfter())))
+					}
+				}
 				if flow.ShouldRun() {
-					in[min(int(time.Since(begin)/(10*time.Second)), len(in)-1)].Add(1)
+					in[at].Add(1)
 					<-time.After(5 * time.Millisecond)
 					if i < 2000 { // in the first hundred seconds it is not known how long they take
 						flow.SetStatus(flowctl.StatusError)
@@ -408,6 +416,12 @@ func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
 			if got := in[i].Load(); got < 80 || got > 120 {
 				t.Errorf("in seconds %d to %d, %d of 200 were let in want half", 10*i, 10*i+10, got)
 			}
+			if got := out[i].Load(); got < 80 || got > 120 {
+				t.Errorf("in seconds %d to %d, %d of 200 were sent away want half", 10*i, 10*i+10, got)
+			}
+		}
+		if got := longest.Load(); got > int64(15*time.Second) {
+			t.Errorf("somebody was told to come back after %v want what is likely, ten seconds", time.Duration(got))
 		}
 	})
 }

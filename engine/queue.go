@@ -2,7 +2,9 @@ package engine
 
 import (
 	"container/heap"
+	"maps"
 	"math"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -96,6 +98,37 @@ func (q *queue) setAlarm(now func() int64) {
 		q.alarm.Reset(time.Duration(q.due - now()))
 	}
 	q.rings = q.due
+}
+
+// reprice counts those who wait for what they cost now.
+func (q *queue) reprice(cost func(tokens float64) float64) {
+	all := append(slices.Collect(maps.Values(q.shares)), &q.root)
+	for _, s := range all {
+		s.backlog, s.smallest, s.largest = 0, math.Inf(1), 0
+	}
+	for _, s := range all {
+		for w := s.first; w != nil; w = w.next {
+			if w.price != nil {
+				w.tokens = w.price.tokens()
+				w.cost = cost(w.tokens)
+			}
+			for at := s; at != nil; at = at.parent {
+				at.backlog += w.cost
+				at.smallest, at.largest = min(at.smallest, w.cost), max(at.largest, w.cost)
+			}
+		}
+	}
+	q.root.backlog = 0 // nobody asks for it
+	for _, below := range []bool{true, false} {
+		for _, s := range all {
+			if s.parent == nil || s.claim.whole == below {
+				continue
+			}
+			heap.Init(&s.below)
+			s.finish = s.start + s.head().cost/s.weight
+		}
+	}
+	heap.Init(&q.root.below)
 }
 
 // first is who is served next; nil when nobody waits.

@@ -459,6 +459,59 @@ func TestQueueClockIsSetBack(t *testing.T) {
 	}
 }
 
+// When prices change, a queue is what it would be had all cost so from the beginning, but for what it has served.
+func TestQueueReprice(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		prices := []*latencyCost{{unknown: 1}, {unknown: 5}, nil}
+		q, all := newQueue(new(atomic.Int64), nil), claims([]float64{1, 3, 64}, 3)
+		for range rapid.IntRange(1, 40).Draw(t, "waiting") {
+			w := &waiter{tokens: 2, cost: 2, price: rapid.SampledFrom(prices).Draw(t, "price")}
+			if w.price != nil {
+				w.tokens = w.price.tokens()
+				w.cost = w.tokens
+			}
+			q.push(w, rapid.SampledFrom(all).Draw(t, "claim"))
+		}
+		for range rapid.IntRange(0, q.len-1).Draw(t, "served") {
+			q.pop()
+		}
+		prices[0].bits.Store(math.Float64bits(rapid.SampledFrom([]float64{0.1, 1, 300}).Draw(t, "new price")))
+		q.reprice(loadRule{}.cost)
+		sum := 0.0
+		for c, s := range q.shares {
+			if s.finish != s.start+s.head().cost/s.weight {
+				t.Fatalf("%v: finish %v want start %v and the first's cost %v", c, s.finish, s.start, s.head().cost)
+			}
+			of := 0.0
+			for w := s.first; w != nil; w = w.next {
+				if w.price != nil && w.cost != w.price.tokens() || w.tokens != w.cost {
+					t.Fatalf("%v: a waiter has cost %v, tokens %v", c, w.cost, w.tokens)
+				}
+				of += w.cost
+			}
+			if sum += of; !c.whole && math.Abs(s.backlog-of) > 1e-9 {
+				t.Fatalf("%v: backlog %v want %v", c, s.backlog, of)
+			}
+			for i, o := range s.parent.below {
+				if o.index != i || i > 0 && s.parent.below.Less(i, (i-1)/2) {
+					t.Fatalf("%v: the heap is out of order", c)
+				}
+			}
+		}
+		for q.len > 0 {
+			w := q.first()
+			if w.share.backlog < w.cost-1e-9 || q.root.largest < w.cost || q.root.smallest > w.cost {
+				t.Fatalf("backlog %v, smallest %v, largest %v at a cost of %v", w.share.backlog, q.root.smallest, q.root.largest, w.cost)
+			}
+			sum -= w.cost
+			q.pop()
+		}
+		if math.Abs(sum) > 1e-9 {
+			t.Fatalf("%v is left of what all wanted", sum)
+		}
+	})
+}
+
 // A flow that waits costs no more than by the logarithm of how many others do.
 func BenchmarkQueue(b *testing.B) {
 	for _, waiting := range []int{1, 100, 10_000} {

@@ -285,9 +285,6 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 	q := e.state.queue
 	q.due = 0
 	for w := q.first(); w != nil; w = q.first() {
-		if w.price != nil {
-			w.tokens = w.price.tokens()
-		}
 		got := s.source.draw(&e.state.tokens, at, w.tokens)
 		if !got.ok {
 			if got.wait > 0 {
