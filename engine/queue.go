@@ -68,7 +68,8 @@ type waiter struct {
 	price      *latencyCost  // of the tokens, where it changes; nil where it does not
 	ready      chan struct{} // closed when the waiter has been served
 	served     bool
-	got        draw
+	slot       uint64  // of one that has been served,
+	left       float64 // and what was left then
 	number     uint64
 	share      *share
 	prev, next *waiter
@@ -76,7 +77,7 @@ type waiter struct {
 
 // fill fills the decision about a waiter that has been served.
 func (w *waiter) fill(d *seam.LimiterDecision) {
-	w.got.fill(d)
+	draw{slot: w.slot, left: w.left}.fill(d)
 	d.Consumed = w.tokens
 }
 
@@ -294,17 +295,17 @@ const mostOthers = 128
 // others is how many tokens go to the shares below, but for one, until the clock shows that.
 func (s *share) others(but *share, clock backlog) (sum backlog) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
-		if o == but {
+		if o == but || o.finish > clock.likely {
 			continue
 		}
-		if o.finish <= clock.least {
-			least, _ := o.served(clock.least)
-			sum.least += least
+		least, likely := o.served(clock.likely)
+		if clock.least < clock.likely { // as rarely
+			if least = 0; o.finish <= clock.least {
+				least, _ = o.served(clock.least)
+			}
 		}
-		if o.finish <= clock.likely {
-			_, likely := o.served(clock.likely)
-			sum.likely += likely
-		}
+		sum.least += least
+		sum.likely += likely
 	}
 	return sum
 }

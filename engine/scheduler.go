@@ -244,7 +244,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		t.fill(d)
 		return now, nil
 	case t.served:
-		s.source.giveBack(&l.tokens, now, t.tokens, t.got.slot, true)
+		s.source.giveBack(&l.tokens, now, t.tokens, t.slot, true)
 	default:
 		l.queue.remove(t.waiter)
 	}
@@ -296,7 +296,7 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 		if s.gave != nil {
 			s.gave(&e.state.tokens, at, w.tokens, w.price)
 		}
-		w.served, w.got = true, got
+		w.served, w.slot, w.left = true, got.slot, got.left
 		if w.ready != nil {
 			close(w.ready)
 		}

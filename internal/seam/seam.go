@@ -297,7 +297,6 @@ type Verdict struct {
 // Extra holds the parts of a verdict that flows in a hurry do without.
 type Extra struct {
 	err       error // why there is no verdict
-	rejected  bool
 	rejection Rejection
 
 	Decisions []LimiterDecision // after the first
@@ -319,9 +318,10 @@ func (v *Verdict) More() *Extra {
 
 // A Rejection is why the agent said no, and what to make of it.
 type Rejection struct {
-	Status int16 // HTTP status; 0: by reason
-	Reason Reason
-	Cause  Cause
+	Status   int16 // HTTP status; 0: by reason
+	Reason   Reason
+	Cause    Cause
+	rejected bool // it is one
 
 	// RetryAfter is how long until a retry can succeed; 0 when unknown.
 	RetryAfter time.Duration
@@ -332,8 +332,8 @@ type Rejection struct {
 
 // Reject turns the verdict into the rejection.
 func (v *Verdict) Reject(r Rejection) {
-	x := v.More()
-	x.rejected, x.rejection = true, r
+	r.rejected = true
+	v.More().rejection = r
 }
 
 // Fail notes why there is no verdict. It is the client's: an agent returns its error.
@@ -348,7 +348,7 @@ func (v *Verdict) Err() error {
 }
 
 // Rejected says whether the flow was rejected.
-func (v *Verdict) Rejected() bool { return v.Extra != nil && v.Extra.rejected }
+func (v *Verdict) Rejected() bool { return v.Extra != nil && v.Extra.rejection.rejected }
 
 // Rejection is why the flow was rejected; zero when it was not.
 func (v *Verdict) Rejection() Rejection {
