@@ -2,4 +2,5 @@
 
 package engine
 
-const raceEnabled = true
+// RaceEnabled says that the race detector is on, whose runtime does not stand any number of goroutines.
+const RaceEnabled = true

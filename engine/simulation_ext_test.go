@@ -11,6 +11,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -152,7 +153,11 @@ func checkPauses(t *testing.T, rows []tally, crowds []crowd, last time.Duration)
 }
 
 func TestSimulations(t *testing.T) {
-	const fill, slots, hold, last = 100.0, 10, 50 * time.Millisecond, time.Minute
+	const fill, slots, hold = 100.0, 10, 50 * time.Millisecond
+	last := time.Minute
+	if engine.RaceEnabled {
+		last = 20 * time.Second
+	}
 	tokens := quota(func(q *policy.QuotaScheduler) { q.Capacity, q.Fill, q.Scheduler = fill, fill, byLabels })
 	places := concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.Scheduler = slots, byLabels })
 	oneToThree := []crowd{

@@ -127,7 +127,7 @@ func TestTableConcurrent(t *testing.T) {
 
 // The budget is 128 bytes a key beyond the key's own text.
 func TestTableMemory(t *testing.T) {
-	if raceEnabled {
+	if RaceEnabled {
 		t.Skip("the race detector has its own memory")
 	}
 	const keys = 1_000_000
