@@ -40,9 +40,14 @@ func components() map[string]policy.Component {
 	}
 }
 
-func engineClient(tb testing.TB, c policy.Component) *flowctl.Client {
+// engineClient is a client of an engine with the components; with none it accepts every flow.
+func engineClient(tb testing.TB, c ...policy.Component) *flowctl.Client {
 	tb.Helper()
-	e, err := engine.New([]policy.Policy{{Name: "test", Components: []policy.Component{c}}})
+	var policies []policy.Policy
+	if len(c) > 0 {
+		policies = []policy.Policy{{Name: "test", Components: c}}
+	}
+	e, err := engine.New(policies)
 	if err != nil {
 		tb.Fatal(err)
 	}

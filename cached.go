@@ -225,7 +225,7 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 		}
 	}
 	if run.how == returned || !run.tells(began) {
-		if run.how == returned && run.err == nil {
+		if run.of != s && run.how == returned && run.err == nil { // else the run has kept it
 			s.keep(run.value, run.made, run.stored)
 		}
 		return run.value, run.err

@@ -36,16 +36,7 @@ func overBoth(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
 	})
 	t.Run("embedded", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			e, err := engine.New(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = e.Close() })
-			client, err := flowctl.New(e)
-			if err != nil {
-				t.Fatal(err)
-			}
-			f(t, client)
+			f(t, engineClient(t))
 		})
 	})
 }
@@ -74,15 +65,7 @@ func TestCached(t *testing.T) {
 
 func TestCachedTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { // the scripted agent's entries never expire
-		e, err := engine.New(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer e.Close()
-		client, err := flowctl.New(e)
-		if err != nil {
-			t.Fatal(err)
-		}
+		client := engineClient(t)
 		runs := 0
 		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
 			runs++
@@ -344,15 +327,7 @@ func TestCachedAfterItsRun(t *testing.T) {
 // A call that begins when a run has ended of which nothing is stored begins another: it gets no result of before, nor an
 // error, nor one for a panic of its own.
 func TestCachedEndedRunsAreNotJoined(t *testing.T) {
-	e, err := engine.New(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer e.Close()
-	client, err := flowctl.New(e)
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := engineClient(t)
 	for _, tt := range []struct {
 		name   string
 		client *flowctl.Client

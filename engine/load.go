@@ -84,9 +84,9 @@ func (l *load) steer(now int64, multiplier float64) {
 	l.relearn(now / int64(time.Second))
 	l.refill(now)
 	l.multiplier = max(multiplier, 0)
-	come := l.come(now)
+	come, before := l.come(now)
 	l.rate = l.multiplier * come / loadSeconds
-	if before := l.reprice(now); before > 0 && before <= math.MaxFloat64 {
+	if before > 0 {
 		l.tokens *= come / before // what is owed, or left, is as much of the load as it was
 	}
 	if wasOpen {
@@ -97,13 +97,18 @@ func (l *load) steer(now int64, multiplier float64) {
 	}
 }
 
-// come is what flows that came lately ask for: at the prices of now, for those who come next are let in at these.
-func (l *load) come(now int64) float64 {
-	tokens := l.asked.whole(now).sum
+// come is what flows that came lately ask for: at the prices of now, for those who come next are let in at these, and at
+// those that were noted when it was asked before.
+func (l *load) come(now int64) (tokens, before float64) {
+	tokens = l.asked.whole(now).sum
+	before = tokens
 	for price := range l.prices {
-		tokens += min(price.tokens(), maxCost) * price.asked.whole(now).count
+		count, is := price.asked.whole(now).count, min(price.tokens(), maxCost)
+		tokens += is * count
+		before += price.noted * count
+		price.noted = is
 	}
-	return tokens
+	return tokens, before
 }
 
 // setPrices has flows cost what is known by now, and says whether that has changed.
@@ -112,16 +117,6 @@ func (l *load) setPrices(now int64) (changed bool) {
 		changed = price.set(now) || changed
 	}
 	return changed
-}
-
-// reprice notes the prices of now, and is what come was at those that were noted before.
-func (l *load) reprice(now int64) float64 {
-	tokens := l.asked.whole(now).sum
-	for price := range l.prices {
-		tokens += min(price.noted, maxCost) * price.asked.whole(now).count
-		price.noted = price.tokens()
-	}
-	return tokens
 }
 
 func (l *load) prices(yield func(*latencyCost) bool) {

@@ -78,6 +78,7 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 		return s, nil
 	}
 	*rule.priced = s.workloads.measureFrom(e.now())
+	rule.fresh(&s.single.state.tokens, 0) // with the prices
 	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
 		if price := s.workloads.of(labels).latency; price != nil {
 			price.mean.add(now, latency)
@@ -112,7 +113,7 @@ type latencyCost struct {
 
 	// Under the lock of the load.
 	asked, given *window // how many flows came, and how many were let in
-	noted        float64 // tokens, when the load was steered last
+	noted        float64 // tokens, at the most maxCost, when the load was steered last
 }
 
 // latencyOver is the time that the mean latency of a workload is taken over.
@@ -125,8 +126,7 @@ func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 			continue
 		}
 		of.latency = &latencyCost{
-			mean: newMean(latencyOver, now), unknown: of.tokens, noted: of.tokens,
-			asked: newWindow(loadSeconds, int64(time.Second), now), given: newWindow(loadSeconds, int64(time.Second), now),
+			mean: newMean(latencyOver, now), unknown: of.tokens, noted: min(of.tokens, maxCost),
 		}
 		prices = append(prices, of.latency)
 	}

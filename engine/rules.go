@@ -28,7 +28,7 @@ type part struct {
 	named    identity
 	gauges   map[string][]gauge
 	controls []func(now int64) // what the controller does
-	hold     int64             // the longest that flows hold slots; 0 where there are none
+	holds    bool              // flows hold slots of it
 	reported uint64            // overflows that were logged; the sweeper's own
 }
 
@@ -39,7 +39,7 @@ type identity struct{ policy, hash, id string }
 // retired is a part that is no longer in force, for as long as flows may hold slots of it.
 type retired struct {
 	*part
-	since, until int64
+	since int64
 }
 
 // Apply puts the policies into force, all at once and in place of those that were; none is fine. The error joins all that
@@ -71,7 +71,7 @@ func (e *Engine) install(next *rules) {
 	old := e.rules.Load()
 	e.mu.Lock()
 	for _, p := range next.parts {
-		if p.hold > 0 && !slices.Contains(old.parts, p) {
+		if p.holds && !slices.Contains(old.parts, p) {
 			e.holders[p.named] = append(slices.Clip(e.holders[p.named]), p.component)
 		}
 	}
@@ -83,9 +83,9 @@ func (e *Engine) install(next *rules) {
 			continue
 		}
 		p.retire()
-		if p.hold > 0 {
+		if p.holds {
 			e.mu.Lock()
-			e.retired = append(e.retired, retired{part: p, since: e.now(), until: e.now() + p.hold})
+			e.retired = append(e.retired, retired{part: p, since: e.now()})
 			e.mu.Unlock()
 		}
 	}
@@ -100,20 +100,18 @@ func (e *Engine) install(next *rules) {
 	}
 }
 
-// sweepRetired forgets parts of which nobody holds anything, or whose flows' time is over, and what no flow holds of
-// the others. A flow that was under way when its limiter was retired may take a slot a little later, which is waited for
-// if it does within a minute. One that waits elsewhere for longer ends well, but over the network it is told that
-// nothing came back.
+// sweepRetired forgets parts of which nobody holds anything, as slots that are held for too long are nobody's, and what
+// no flow holds of the others. A flow that was under way when its limiter was retired may take a slot a little later,
+// which is waited for if it does within a minute. One that waits elsewhere for longer ends well, but over the network it
+// is told that nothing came back.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.retired = slices.DeleteFunc(e.retired, func(r retired) bool {
-		if now < r.until {
-			r.sweep(now, false)
-			if now-r.since < int64(sweepEvery) || !r.vacant(now) {
-				return false
-			}
+		r.sweep(now, false)
+		if now-r.since < int64(sweepEvery) || !r.vacant(now) {
+			return false
 		}
 		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
 		if e.holders[r.named] = left; len(left) == 0 {
@@ -182,7 +180,7 @@ func (e *Engine) build(p *part, c policy.Component, id seam.Component) (selector
 	case policy.ConcurrencyLimiter:
 		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
-		p.hold = min(int64(c.MaxInflight), century)
+		p.holds = true
 		p.component, selectors = newConcurrencyLimiter(e, c, id), c.Selectors
 	case policy.QuotaScheduler:
 		id.Kind, id.ID = seam.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
@@ -192,7 +190,7 @@ func (e *Engine) build(p *part, c policy.Component, id seam.Component) (selector
 	case policy.ConcurrencyScheduler:
 		id.Kind, id.ID = seam.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
-		p.hold = min(int64(c.MaxInflight), century)
+		p.holds = true
 		p.component, err = newConcurrencyScheduler(e, c, id)
 		selectors = c.Selectors
 	case policy.LoadScheduler:

@@ -9,20 +9,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 )
 
 func TestParamsClone(t *testing.T) {
-	e, err := engine.New(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer e.Close()
-	client, err := flowctl.New(e)
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := noPolicies(t)
 	good, bad := map[string]string{"k": "v"}, map[string]string{"k": strings.Repeat("v", 4097)}
 	for _, tt := range []struct {
 		name   string
