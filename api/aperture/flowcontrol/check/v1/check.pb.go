@@ -341,6 +341,71 @@ func (StatusCode) EnumDescriptor() ([]byte, []int) {
 	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{2}
 }
 
+// Headgate's own: what a rejection was caused by, beyond its reason.
+type CheckResponse_Cause int32
+
+const (
+	// There is no cause beyond the reason.
+	CheckResponse_CAUSE_NONE CheckResponse_Cause = 0
+	// Too little time was left for the answer to arrive.
+	CheckResponse_CAUSE_LATE CheckResponse_Cause = 1
+	// The queue had no room.
+	CheckResponse_CAUSE_QUEUE_FULL CheckResponse_Cause = 2
+	// The flow would have waited for longer than it could.
+	CheckResponse_CAUSE_QUEUE_TOO_LONG CheckResponse_Cause = 3
+	// The flow waited for as long as it could.
+	CheckResponse_CAUSE_TIMEOUT CheckResponse_Cause = 4
+	// The engine was closed, or drained, while the flow waited.
+	CheckResponse_CAUSE_CLOSED CheckResponse_Cause = 5
+)
+
+// Enum value maps for CheckResponse_Cause.
+var (
+	CheckResponse_Cause_name = map[int32]string{
+		0: "CAUSE_NONE",
+		1: "CAUSE_LATE",
+		2: "CAUSE_QUEUE_FULL",
+		3: "CAUSE_QUEUE_TOO_LONG",
+		4: "CAUSE_TIMEOUT",
+		5: "CAUSE_CLOSED",
+	}
+	CheckResponse_Cause_value = map[string]int32{
+		"CAUSE_NONE":           0,
+		"CAUSE_LATE":           1,
+		"CAUSE_QUEUE_FULL":     2,
+		"CAUSE_QUEUE_TOO_LONG": 3,
+		"CAUSE_TIMEOUT":        4,
+		"CAUSE_CLOSED":         5,
+	}
+)
+
+func (x CheckResponse_Cause) Enum() *CheckResponse_Cause {
+	p := new(CheckResponse_Cause)
+	*p = x
+	return p
+}
+
+func (x CheckResponse_Cause) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CheckResponse_Cause) Descriptor() protoreflect.EnumDescriptor {
+	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[3].Descriptor()
+}
+
+func (CheckResponse_Cause) Type() protoreflect.EnumType {
+	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[3]
+}
+
+func (x CheckResponse_Cause) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CheckResponse_Cause.Descriptor instead.
+func (CheckResponse_Cause) EnumDescriptor() ([]byte, []int) {
+	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{1, 0}
+}
+
 // Why a flow was rejected.
 type CheckResponse_RejectReason int32
 
@@ -386,11 +451,11 @@ func (x CheckResponse_RejectReason) String() string {
 }
 
 func (CheckResponse_RejectReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[3].Descriptor()
+	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[4].Descriptor()
 }
 
 func (CheckResponse_RejectReason) Type() protoreflect.EnumType {
-	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[3]
+	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[4]
 }
 
 func (x CheckResponse_RejectReason) Number() protoreflect.EnumNumber {
@@ -399,7 +464,7 @@ func (x CheckResponse_RejectReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckResponse_RejectReason.Descriptor instead.
 func (CheckResponse_RejectReason) EnumDescriptor() ([]byte, []int) {
-	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{1, 0}
+	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{1, 1}
 }
 
 // The decision itself.
@@ -435,11 +500,11 @@ func (x CheckResponse_DecisionType) String() string {
 }
 
 func (CheckResponse_DecisionType) Descriptor() protoreflect.EnumDescriptor {
-	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[4].Descriptor()
+	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[5].Descriptor()
 }
 
 func (CheckResponse_DecisionType) Type() protoreflect.EnumType {
-	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[4]
+	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[5]
 }
 
 func (x CheckResponse_DecisionType) Number() protoreflect.EnumNumber {
@@ -448,7 +513,7 @@ func (x CheckResponse_DecisionType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckResponse_DecisionType.Descriptor instead.
 func (CheckResponse_DecisionType) EnumDescriptor() ([]byte, []int) {
-	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{1, 1}
+	return file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP(), []int{1, 2}
 }
 
 // What went wrong in a classifier.
@@ -500,11 +565,11 @@ func (x ClassifierInfo_Error) String() string {
 }
 
 func (ClassifierInfo_Error) Descriptor() protoreflect.EnumDescriptor {
-	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[5].Descriptor()
+	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[6].Descriptor()
 }
 
 func (ClassifierInfo_Error) Type() protoreflect.EnumType {
-	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[5]
+	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[6]
 }
 
 func (x ClassifierInfo_Error) Number() protoreflect.EnumNumber {
@@ -549,11 +614,11 @@ func (x LimiterDecision_LimiterReason) String() string {
 }
 
 func (LimiterDecision_LimiterReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[6].Descriptor()
+	return file_aperture_flowcontrol_check_v1_check_proto_enumTypes[7].Descriptor()
 }
 
 func (LimiterDecision_LimiterReason) Type() protoreflect.EnumType {
-	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[6]
+	return &file_aperture_flowcontrol_check_v1_check_proto_enumTypes[7]
 }
 
 func (x LimiterDecision_LimiterReason) Number() protoreflect.EnumNumber {
@@ -579,7 +644,11 @@ type CheckRequest struct {
 	CacheLookupRequest *CacheLookupRequest `protobuf:"bytes,4,opt,name=cache_lookup_request,json=cacheLookupRequest,proto3" json:"cache_lookup_request,omitempty"`
 	// The client will call FlowEnd for the slots that it is granted. Otherwise
 	// they are taken back when the flow's telemetry arrives.
-	ExpectEnd     bool `protobuf:"varint,5,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	ExpectEnd bool `protobuf:"varint,5,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	// Headgate's own: the client runs the flow whatever the answer. An agent that
+	// knows the field decides and counts as usual, and answers without queueing
+	// the flow.
+	DryRun        bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -649,6 +718,13 @@ func (x *CheckRequest) GetExpectEnd() bool {
 	return false
 }
 
+func (x *CheckRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
 // CheckResponse is the agent's decision with everything that led to it.
 type CheckResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -681,7 +757,9 @@ type CheckResponse struct {
 	// The answer to the request's cache_lookup_request.
 	CacheLookupResponse *CacheLookupResponse `protobuf:"bytes,15,opt,name=cache_lookup_response,json=cacheLookupResponse,proto3" json:"cache_lookup_response,omitempty"`
 	// What the request said.
-	ExpectEnd     bool `protobuf:"varint,16,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	ExpectEnd bool `protobuf:"varint,16,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	// Headgate's own: what the rejection was caused by.
+	Cause         CheckResponse_Cause `protobuf:"varint,1001,opt,name=cause,proto3,enum=aperture.flowcontrol.check.v1.CheckResponse_Cause" json:"cause,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -819,6 +897,13 @@ func (x *CheckResponse) GetExpectEnd() bool {
 		return x.ExpectEnd
 	}
 	return false
+}
+
+func (x *CheckResponse) GetCause() CheckResponse_Cause {
+	if x != nil {
+		return x.Cause
+	}
+	return CheckResponse_CAUSE_NONE
 }
 
 // CacheLookupRequest names the cache entries to read.
@@ -1527,7 +1612,10 @@ type LimiterDecision struct {
 	//	*LimiterDecision_QuotaSchedulerInfo_
 	//	*LimiterDecision_ConcurrencyLimiterInfo_
 	//	*LimiterDecision_ConcurrencySchedulerInfo_
-	Details       isLimiterDecision_Details `protobuf_oneof:"details"`
+	Details isLimiterDecision_Details `protobuf_oneof:"details"`
+	// Headgate's own: the component is in dry run. It would have dropped the flow
+	// if dropped is set, and did not.
+	DryRun        bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1670,6 +1758,13 @@ func (x *LimiterDecision) GetConcurrencySchedulerInfo() *LimiterDecision_Concurr
 		}
 	}
 	return nil
+}
+
+func (x *LimiterDecision) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
 }
 
 type isLimiterDecision_Details interface {
@@ -2479,17 +2574,18 @@ var File_aperture_flowcontrol_check_v1_check_proto protoreflect.FileDescriptor
 
 const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\n" +
-	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x02\n" +
+	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfa\x02\n" +
 	"\fCheckRequest\x12#\n" +
 	"\rcontrol_point\x18\x01 \x01(\tR\fcontrolPoint\x12O\n" +
 	"\x06labels\x18\x02 \x03(\v27.aperture.flowcontrol.check.v1.CheckRequest.LabelsEntryR\x06labels\x12\x1b\n" +
 	"\tramp_mode\x18\x03 \x01(\bR\brampMode\x12c\n" +
 	"\x14cache_lookup_request\x18\x04 \x01(\v21.aperture.flowcontrol.check.v1.CacheLookupRequestR\x12cacheLookupRequest\x12\x1d\n" +
 	"\n" +
-	"expect_end\x18\x05 \x01(\bR\texpectEnd\x1a9\n" +
+	"expect_end\x18\x05 \x01(\bR\texpectEnd\x12\x18\n" +
+	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8a\v\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\f\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2507,10 +2603,20 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x1bdenied_response_status_code\x18\x0e \x01(\x0e2).aperture.flowcontrol.check.v1.StatusCodeR\x18deniedResponseStatusCode\x12f\n" +
 	"\x15cache_lookup_response\x18\x0f \x01(\v22.aperture.flowcontrol.check.v1.CacheLookupResponseR\x13cacheLookupResponse\x12\x1d\n" +
 	"\n" +
-	"expect_end\x18\x10 \x01(\bR\texpectEnd\x1aF\n" +
+	"expect_end\x18\x10 \x01(\bR\texpectEnd\x12I\n" +
+	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa6\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"|\n" +
+	"\x05Cause\x12\x0e\n" +
+	"\n" +
+	"CAUSE_NONE\x10\x00\x12\x0e\n" +
+	"\n" +
+	"CAUSE_LATE\x10\x01\x12\x14\n" +
+	"\x10CAUSE_QUEUE_FULL\x10\x02\x12\x18\n" +
+	"\x14CAUSE_QUEUE_TOO_LONG\x10\x03\x12\x11\n" +
+	"\rCAUSE_TIMEOUT\x10\x04\x12\x10\n" +
+	"\fCAUSE_CLOSED\x10\x05\"\xa6\x01\n" +
 	"\fRejectReason\x12\x16\n" +
 	"\x12REJECT_REASON_NONE\x10\x00\x12\x1e\n" +
 	"\x1aREJECT_REASON_RATE_LIMITED\x10\x01\x12\x1b\n" +
@@ -2583,7 +2689,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x15ERROR_EMPTY_RESULTSET\x10\x02\x12\x1d\n" +
 	"\x19ERROR_AMBIGUOUS_RESULTSET\x10\x03\x12\x1a\n" +
 	"\x16ERROR_MULTI_EXPRESSION\x10\x04\x12\x1c\n" +
-	"\x18ERROR_EXPRESSION_NOT_MAP\x10\x05J\x04\b\x04\x10\x05\"\xd7\x11\n" +
+	"\x18ERROR_EXPRESSION_NOT_MAP\x10\x05J\x04\b\x04\x10\x05\"\xf1\x11\n" +
 	"\x0fLimiterDecision\x12\x1f\n" +
 	"\vpolicy_name\x18\x01 \x01(\tR\n" +
 	"policyName\x12\x1f\n" +
@@ -2600,7 +2706,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\fsampler_info\x18\x16 \x01(\v2:.aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfoH\x00R\vsamplerInfo\x12u\n" +
 	"\x14quota_scheduler_info\x18\x17 \x01(\v2A.aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfoH\x00R\x12quotaSchedulerInfo\x12\x81\x01\n" +
 	"\x18concurrency_limiter_info\x18\x18 \x01(\v2E.aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfoH\x00R\x16concurrencyLimiterInfo\x12\x87\x01\n" +
-	"\x1aconcurrency_scheduler_info\x18\x19 \x01(\v2G.aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfoH\x00R\x18concurrencySchedulerInfo\x1a`\n" +
+	"\x1aconcurrency_scheduler_info\x18\x19 \x01(\v2G.aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfoH\x00R\x18concurrencySchedulerInfo\x12\x18\n" +
+	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a`\n" +
 	"\n" +
 	"TokensInfo\x12\x1c\n" +
 	"\tremaining\x18\x01 \x01(\x01R\tremaining\x12\x18\n" +
@@ -2751,115 +2858,117 @@ func file_aperture_flowcontrol_check_v1_check_proto_rawDescGZIP() []byte {
 	return file_aperture_flowcontrol_check_v1_check_proto_rawDescData
 }
 
-var file_aperture_flowcontrol_check_v1_check_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_aperture_flowcontrol_check_v1_check_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_aperture_flowcontrol_check_v1_check_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_aperture_flowcontrol_check_v1_check_proto_goTypes = []any{
-	(CacheLookupStatus)(0),                     // 0: aperture.flowcontrol.check.v1.CacheLookupStatus
-	(CacheOperationStatus)(0),                  // 1: aperture.flowcontrol.check.v1.CacheOperationStatus
-	(StatusCode)(0),                            // 2: aperture.flowcontrol.check.v1.StatusCode
-	(CheckResponse_RejectReason)(0),            // 3: aperture.flowcontrol.check.v1.CheckResponse.RejectReason
-	(CheckResponse_DecisionType)(0),            // 4: aperture.flowcontrol.check.v1.CheckResponse.DecisionType
-	(ClassifierInfo_Error)(0),                  // 5: aperture.flowcontrol.check.v1.ClassifierInfo.Error
-	(LimiterDecision_LimiterReason)(0),         // 6: aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
-	(*CheckRequest)(nil),                       // 7: aperture.flowcontrol.check.v1.CheckRequest
-	(*CheckResponse)(nil),                      // 8: aperture.flowcontrol.check.v1.CheckResponse
-	(*CacheLookupRequest)(nil),                 // 9: aperture.flowcontrol.check.v1.CacheLookupRequest
-	(*CacheLookupResponse)(nil),                // 10: aperture.flowcontrol.check.v1.CacheLookupResponse
-	(*KeyLookupResponse)(nil),                  // 11: aperture.flowcontrol.check.v1.KeyLookupResponse
-	(*CacheUpsertRequest)(nil),                 // 12: aperture.flowcontrol.check.v1.CacheUpsertRequest
-	(*CacheEntry)(nil),                         // 13: aperture.flowcontrol.check.v1.CacheEntry
-	(*CacheUpsertResponse)(nil),                // 14: aperture.flowcontrol.check.v1.CacheUpsertResponse
-	(*KeyUpsertResponse)(nil),                  // 15: aperture.flowcontrol.check.v1.KeyUpsertResponse
-	(*CacheDeleteRequest)(nil),                 // 16: aperture.flowcontrol.check.v1.CacheDeleteRequest
-	(*CacheDeleteResponse)(nil),                // 17: aperture.flowcontrol.check.v1.CacheDeleteResponse
-	(*KeyDeleteResponse)(nil),                  // 18: aperture.flowcontrol.check.v1.KeyDeleteResponse
-	(*ClassifierInfo)(nil),                     // 19: aperture.flowcontrol.check.v1.ClassifierInfo
-	(*LimiterDecision)(nil),                    // 20: aperture.flowcontrol.check.v1.LimiterDecision
-	(*FluxMeterInfo)(nil),                      // 21: aperture.flowcontrol.check.v1.FluxMeterInfo
-	(*InflightRequestRef)(nil),                 // 22: aperture.flowcontrol.check.v1.InflightRequestRef
-	(*TokenReturnStatus)(nil),                  // 23: aperture.flowcontrol.check.v1.TokenReturnStatus
-	(*FlowEndRequest)(nil),                     // 24: aperture.flowcontrol.check.v1.FlowEndRequest
-	(*FlowEndResponse)(nil),                    // 25: aperture.flowcontrol.check.v1.FlowEndResponse
-	nil,                                        // 26: aperture.flowcontrol.check.v1.CheckRequest.LabelsEntry
-	nil,                                        // 27: aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
-	nil,                                        // 28: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
-	nil,                                        // 29: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
-	nil,                                        // 30: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
-	nil,                                        // 31: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
-	(*LimiterDecision_TokensInfo)(nil),         // 32: aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	(*LimiterDecision_RateLimiterInfo)(nil),    // 33: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
-	(*LimiterDecision_SchedulerInfo)(nil),      // 34: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
-	(*LimiterDecision_SamplerInfo)(nil),        // 35: aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
-	(*LimiterDecision_QuotaSchedulerInfo)(nil), // 36: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
-	(*LimiterDecision_ConcurrencyLimiterInfo)(nil),   // 37: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
-	(*LimiterDecision_ConcurrencySchedulerInfo)(nil), // 38: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
-	(*timestamppb.Timestamp)(nil),                    // 39: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),                      // 40: google.protobuf.Duration
+	(CacheLookupStatus)(0),                         // 0: aperture.flowcontrol.check.v1.CacheLookupStatus
+	(CacheOperationStatus)(0),                      // 1: aperture.flowcontrol.check.v1.CacheOperationStatus
+	(StatusCode)(0),                                // 2: aperture.flowcontrol.check.v1.StatusCode
+	(CheckResponse_Cause)(0),                       // 3: aperture.flowcontrol.check.v1.CheckResponse.Cause
+	(CheckResponse_RejectReason)(0),                // 4: aperture.flowcontrol.check.v1.CheckResponse.RejectReason
+	(CheckResponse_DecisionType)(0),                // 5: aperture.flowcontrol.check.v1.CheckResponse.DecisionType
+	(ClassifierInfo_Error)(0),                      // 6: aperture.flowcontrol.check.v1.ClassifierInfo.Error
+	(LimiterDecision_LimiterReason)(0),             // 7: aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
+	(*CheckRequest)(nil),                           // 8: aperture.flowcontrol.check.v1.CheckRequest
+	(*CheckResponse)(nil),                          // 9: aperture.flowcontrol.check.v1.CheckResponse
+	(*CacheLookupRequest)(nil),                     // 10: aperture.flowcontrol.check.v1.CacheLookupRequest
+	(*CacheLookupResponse)(nil),                    // 11: aperture.flowcontrol.check.v1.CacheLookupResponse
+	(*KeyLookupResponse)(nil),                      // 12: aperture.flowcontrol.check.v1.KeyLookupResponse
+	(*CacheUpsertRequest)(nil),                     // 13: aperture.flowcontrol.check.v1.CacheUpsertRequest
+	(*CacheEntry)(nil),                             // 14: aperture.flowcontrol.check.v1.CacheEntry
+	(*CacheUpsertResponse)(nil),                    // 15: aperture.flowcontrol.check.v1.CacheUpsertResponse
+	(*KeyUpsertResponse)(nil),                      // 16: aperture.flowcontrol.check.v1.KeyUpsertResponse
+	(*CacheDeleteRequest)(nil),                     // 17: aperture.flowcontrol.check.v1.CacheDeleteRequest
+	(*CacheDeleteResponse)(nil),                    // 18: aperture.flowcontrol.check.v1.CacheDeleteResponse
+	(*KeyDeleteResponse)(nil),                      // 19: aperture.flowcontrol.check.v1.KeyDeleteResponse
+	(*ClassifierInfo)(nil),                         // 20: aperture.flowcontrol.check.v1.ClassifierInfo
+	(*LimiterDecision)(nil),                        // 21: aperture.flowcontrol.check.v1.LimiterDecision
+	(*FluxMeterInfo)(nil),                          // 22: aperture.flowcontrol.check.v1.FluxMeterInfo
+	(*InflightRequestRef)(nil),                     // 23: aperture.flowcontrol.check.v1.InflightRequestRef
+	(*TokenReturnStatus)(nil),                      // 24: aperture.flowcontrol.check.v1.TokenReturnStatus
+	(*FlowEndRequest)(nil),                         // 25: aperture.flowcontrol.check.v1.FlowEndRequest
+	(*FlowEndResponse)(nil),                        // 26: aperture.flowcontrol.check.v1.FlowEndResponse
+	nil,                                            // 27: aperture.flowcontrol.check.v1.CheckRequest.LabelsEntry
+	nil,                                            // 28: aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
+	nil,                                            // 29: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
+	nil,                                            // 30: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
+	nil,                                            // 31: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
+	nil,                                            // 32: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
+	(*LimiterDecision_TokensInfo)(nil),             // 33: aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	(*LimiterDecision_RateLimiterInfo)(nil),        // 34: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
+	(*LimiterDecision_SchedulerInfo)(nil),          // 35: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
+	(*LimiterDecision_SamplerInfo)(nil),            // 36: aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
+	(*LimiterDecision_QuotaSchedulerInfo)(nil),     // 37: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
+	(*LimiterDecision_ConcurrencyLimiterInfo)(nil), // 38: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
+	(*LimiterDecision_ConcurrencySchedulerInfo)(nil), // 39: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
+	(*timestamppb.Timestamp)(nil),                    // 40: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),                      // 41: google.protobuf.Duration
 }
 var file_aperture_flowcontrol_check_v1_check_proto_depIdxs = []int32{
-	26, // 0: aperture.flowcontrol.check.v1.CheckRequest.labels:type_name -> aperture.flowcontrol.check.v1.CheckRequest.LabelsEntry
-	9,  // 1: aperture.flowcontrol.check.v1.CheckRequest.cache_lookup_request:type_name -> aperture.flowcontrol.check.v1.CacheLookupRequest
-	39, // 2: aperture.flowcontrol.check.v1.CheckResponse.start:type_name -> google.protobuf.Timestamp
-	39, // 3: aperture.flowcontrol.check.v1.CheckResponse.end:type_name -> google.protobuf.Timestamp
-	27, // 4: aperture.flowcontrol.check.v1.CheckResponse.telemetry_flow_labels:type_name -> aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
-	4,  // 5: aperture.flowcontrol.check.v1.CheckResponse.decision_type:type_name -> aperture.flowcontrol.check.v1.CheckResponse.DecisionType
-	3,  // 6: aperture.flowcontrol.check.v1.CheckResponse.reject_reason:type_name -> aperture.flowcontrol.check.v1.CheckResponse.RejectReason
-	19, // 7: aperture.flowcontrol.check.v1.CheckResponse.classifier_infos:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo
-	21, // 8: aperture.flowcontrol.check.v1.CheckResponse.flux_meter_infos:type_name -> aperture.flowcontrol.check.v1.FluxMeterInfo
-	20, // 9: aperture.flowcontrol.check.v1.CheckResponse.limiter_decisions:type_name -> aperture.flowcontrol.check.v1.LimiterDecision
-	40, // 10: aperture.flowcontrol.check.v1.CheckResponse.wait_time:type_name -> google.protobuf.Duration
+	27, // 0: aperture.flowcontrol.check.v1.CheckRequest.labels:type_name -> aperture.flowcontrol.check.v1.CheckRequest.LabelsEntry
+	10, // 1: aperture.flowcontrol.check.v1.CheckRequest.cache_lookup_request:type_name -> aperture.flowcontrol.check.v1.CacheLookupRequest
+	40, // 2: aperture.flowcontrol.check.v1.CheckResponse.start:type_name -> google.protobuf.Timestamp
+	40, // 3: aperture.flowcontrol.check.v1.CheckResponse.end:type_name -> google.protobuf.Timestamp
+	28, // 4: aperture.flowcontrol.check.v1.CheckResponse.telemetry_flow_labels:type_name -> aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
+	5,  // 5: aperture.flowcontrol.check.v1.CheckResponse.decision_type:type_name -> aperture.flowcontrol.check.v1.CheckResponse.DecisionType
+	4,  // 6: aperture.flowcontrol.check.v1.CheckResponse.reject_reason:type_name -> aperture.flowcontrol.check.v1.CheckResponse.RejectReason
+	20, // 7: aperture.flowcontrol.check.v1.CheckResponse.classifier_infos:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo
+	22, // 8: aperture.flowcontrol.check.v1.CheckResponse.flux_meter_infos:type_name -> aperture.flowcontrol.check.v1.FluxMeterInfo
+	21, // 9: aperture.flowcontrol.check.v1.CheckResponse.limiter_decisions:type_name -> aperture.flowcontrol.check.v1.LimiterDecision
+	41, // 10: aperture.flowcontrol.check.v1.CheckResponse.wait_time:type_name -> google.protobuf.Duration
 	2,  // 11: aperture.flowcontrol.check.v1.CheckResponse.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
-	10, // 12: aperture.flowcontrol.check.v1.CheckResponse.cache_lookup_response:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse
-	11, // 13: aperture.flowcontrol.check.v1.CacheLookupResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
-	28, // 14: aperture.flowcontrol.check.v1.CacheLookupResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
-	0,  // 15: aperture.flowcontrol.check.v1.KeyLookupResponse.lookup_status:type_name -> aperture.flowcontrol.check.v1.CacheLookupStatus
-	1,  // 16: aperture.flowcontrol.check.v1.KeyLookupResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	13, // 17: aperture.flowcontrol.check.v1.CacheUpsertRequest.result_cache_entry:type_name -> aperture.flowcontrol.check.v1.CacheEntry
-	29, // 18: aperture.flowcontrol.check.v1.CacheUpsertRequest.global_cache_entries:type_name -> aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
-	40, // 19: aperture.flowcontrol.check.v1.CacheEntry.ttl:type_name -> google.protobuf.Duration
-	15, // 20: aperture.flowcontrol.check.v1.CacheUpsertResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
-	30, // 21: aperture.flowcontrol.check.v1.CacheUpsertResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
-	1,  // 22: aperture.flowcontrol.check.v1.KeyUpsertResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	18, // 23: aperture.flowcontrol.check.v1.CacheDeleteResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
-	31, // 24: aperture.flowcontrol.check.v1.CacheDeleteResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
-	1,  // 25: aperture.flowcontrol.check.v1.KeyDeleteResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	5,  // 26: aperture.flowcontrol.check.v1.ClassifierInfo.error:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo.Error
-	6,  // 27: aperture.flowcontrol.check.v1.LimiterDecision.reason:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
-	2,  // 28: aperture.flowcontrol.check.v1.LimiterDecision.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
-	40, // 29: aperture.flowcontrol.check.v1.LimiterDecision.wait_time:type_name -> google.protobuf.Duration
-	33, // 30: aperture.flowcontrol.check.v1.LimiterDecision.rate_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
-	34, // 31: aperture.flowcontrol.check.v1.LimiterDecision.load_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
-	35, // 32: aperture.flowcontrol.check.v1.LimiterDecision.sampler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
-	36, // 33: aperture.flowcontrol.check.v1.LimiterDecision.quota_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
-	37, // 34: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
-	38, // 35: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
-	22, // 36: aperture.flowcontrol.check.v1.TokenReturnStatus.inflight_request_ref:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
-	22, // 37: aperture.flowcontrol.check.v1.FlowEndRequest.inflight_requests:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
-	23, // 38: aperture.flowcontrol.check.v1.FlowEndResponse.token_return_statuses:type_name -> aperture.flowcontrol.check.v1.TokenReturnStatus
-	11, // 39: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
-	13, // 40: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry.value:type_name -> aperture.flowcontrol.check.v1.CacheEntry
-	15, // 41: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
-	18, // 42: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
-	32, // 43: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	32, // 44: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	32, // 45: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	32, // 46: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	32, // 47: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	7,  // 48: aperture.flowcontrol.check.v1.FlowControlService.Check:input_type -> aperture.flowcontrol.check.v1.CheckRequest
-	9,  // 49: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:input_type -> aperture.flowcontrol.check.v1.CacheLookupRequest
-	12, // 50: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:input_type -> aperture.flowcontrol.check.v1.CacheUpsertRequest
-	16, // 51: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:input_type -> aperture.flowcontrol.check.v1.CacheDeleteRequest
-	24, // 52: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:input_type -> aperture.flowcontrol.check.v1.FlowEndRequest
-	8,  // 53: aperture.flowcontrol.check.v1.FlowControlService.Check:output_type -> aperture.flowcontrol.check.v1.CheckResponse
-	10, // 54: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:output_type -> aperture.flowcontrol.check.v1.CacheLookupResponse
-	14, // 55: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:output_type -> aperture.flowcontrol.check.v1.CacheUpsertResponse
-	17, // 56: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:output_type -> aperture.flowcontrol.check.v1.CacheDeleteResponse
-	25, // 57: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:output_type -> aperture.flowcontrol.check.v1.FlowEndResponse
-	53, // [53:58] is the sub-list for method output_type
-	48, // [48:53] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	11, // 12: aperture.flowcontrol.check.v1.CheckResponse.cache_lookup_response:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse
+	3,  // 13: aperture.flowcontrol.check.v1.CheckResponse.cause:type_name -> aperture.flowcontrol.check.v1.CheckResponse.Cause
+	12, // 14: aperture.flowcontrol.check.v1.CacheLookupResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
+	29, // 15: aperture.flowcontrol.check.v1.CacheLookupResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
+	0,  // 16: aperture.flowcontrol.check.v1.KeyLookupResponse.lookup_status:type_name -> aperture.flowcontrol.check.v1.CacheLookupStatus
+	1,  // 17: aperture.flowcontrol.check.v1.KeyLookupResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	14, // 18: aperture.flowcontrol.check.v1.CacheUpsertRequest.result_cache_entry:type_name -> aperture.flowcontrol.check.v1.CacheEntry
+	30, // 19: aperture.flowcontrol.check.v1.CacheUpsertRequest.global_cache_entries:type_name -> aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
+	41, // 20: aperture.flowcontrol.check.v1.CacheEntry.ttl:type_name -> google.protobuf.Duration
+	16, // 21: aperture.flowcontrol.check.v1.CacheUpsertResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
+	31, // 22: aperture.flowcontrol.check.v1.CacheUpsertResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
+	1,  // 23: aperture.flowcontrol.check.v1.KeyUpsertResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	19, // 24: aperture.flowcontrol.check.v1.CacheDeleteResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
+	32, // 25: aperture.flowcontrol.check.v1.CacheDeleteResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
+	1,  // 26: aperture.flowcontrol.check.v1.KeyDeleteResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	6,  // 27: aperture.flowcontrol.check.v1.ClassifierInfo.error:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo.Error
+	7,  // 28: aperture.flowcontrol.check.v1.LimiterDecision.reason:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
+	2,  // 29: aperture.flowcontrol.check.v1.LimiterDecision.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
+	41, // 30: aperture.flowcontrol.check.v1.LimiterDecision.wait_time:type_name -> google.protobuf.Duration
+	34, // 31: aperture.flowcontrol.check.v1.LimiterDecision.rate_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
+	35, // 32: aperture.flowcontrol.check.v1.LimiterDecision.load_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
+	36, // 33: aperture.flowcontrol.check.v1.LimiterDecision.sampler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
+	37, // 34: aperture.flowcontrol.check.v1.LimiterDecision.quota_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
+	38, // 35: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
+	39, // 36: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
+	23, // 37: aperture.flowcontrol.check.v1.TokenReturnStatus.inflight_request_ref:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	23, // 38: aperture.flowcontrol.check.v1.FlowEndRequest.inflight_requests:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	24, // 39: aperture.flowcontrol.check.v1.FlowEndResponse.token_return_statuses:type_name -> aperture.flowcontrol.check.v1.TokenReturnStatus
+	12, // 40: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
+	14, // 41: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry.value:type_name -> aperture.flowcontrol.check.v1.CacheEntry
+	16, // 42: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
+	19, // 43: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
+	33, // 44: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 45: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 46: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 47: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 48: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	8,  // 49: aperture.flowcontrol.check.v1.FlowControlService.Check:input_type -> aperture.flowcontrol.check.v1.CheckRequest
+	10, // 50: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:input_type -> aperture.flowcontrol.check.v1.CacheLookupRequest
+	13, // 51: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:input_type -> aperture.flowcontrol.check.v1.CacheUpsertRequest
+	17, // 52: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:input_type -> aperture.flowcontrol.check.v1.CacheDeleteRequest
+	25, // 53: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:input_type -> aperture.flowcontrol.check.v1.FlowEndRequest
+	9,  // 54: aperture.flowcontrol.check.v1.FlowControlService.Check:output_type -> aperture.flowcontrol.check.v1.CheckResponse
+	11, // 55: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:output_type -> aperture.flowcontrol.check.v1.CacheLookupResponse
+	15, // 56: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:output_type -> aperture.flowcontrol.check.v1.CacheUpsertResponse
+	18, // 57: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:output_type -> aperture.flowcontrol.check.v1.CacheDeleteResponse
+	26, // 58: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:output_type -> aperture.flowcontrol.check.v1.FlowEndResponse
+	54, // [54:59] is the sub-list for method output_type
+	49, // [49:54] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_aperture_flowcontrol_check_v1_check_proto_init() }
@@ -2880,7 +2989,7 @@ func file_aperture_flowcontrol_check_v1_check_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_aperture_flowcontrol_check_v1_check_proto_rawDesc), len(file_aperture_flowcontrol_check_v1_check_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -98,7 +98,10 @@ type CheckHTTPRequest struct {
 	RampMode bool `protobuf:"varint,5,opt,name=ramp_mode,json=rampMode,proto3" json:"ramp_mode,omitempty"`
 	// The client will call FlowEnd for the slots that it is granted. Otherwise
 	// they are taken back when the flow's telemetry arrives.
-	ExpectEnd     bool `protobuf:"varint,6,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	ExpectEnd bool `protobuf:"varint,6,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
+	// Headgate's own: the client runs the flow whatever the answer, as dry_run
+	// of CheckRequest.
+	DryRun        bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -171,6 +174,13 @@ func (x *CheckHTTPRequest) GetRampMode() bool {
 func (x *CheckHTTPRequest) GetExpectEnd() bool {
 	if x != nil {
 		return x.ExpectEnd
+	}
+	return false
+}
+
+func (x *CheckHTTPRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
 	}
 	return false
 }
@@ -589,7 +599,7 @@ var File_aperture_flowcontrol_checkhttp_v1_checkhttp_proto protoreflect.FileDesc
 
 const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\n" +
-	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xbc\x05\n" +
+	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xd6\x05\n" +
 	"\x10CheckHTTPRequest\x12H\n" +
 	"\x06source\x18\x01 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\x06source\x12R\n" +
 	"\vdestination\x18\x02 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\vdestination\x12Y\n" +
@@ -597,7 +607,8 @@ const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\rcontrol_point\x18\x04 \x01(\tR\fcontrolPoint\x12\x1b\n" +
 	"\tramp_mode\x18\x05 \x01(\bR\brampMode\x12\x1d\n" +
 	"\n" +
-	"expect_end\x18\x06 \x01(\bR\texpectEnd\x1a\xcd\x02\n" +
+	"expect_end\x18\x06 \x01(\bR\texpectEnd\x12\x18\n" +
+	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a\xcd\x02\n" +
 	"\vHttpRequest\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12f\n" +
 	"\aheaders\x18\x02 \x03(\v2L.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntryR\aheaders\x12\x12\n" +
