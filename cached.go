@@ -14,6 +14,7 @@ import (
 
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/canceled"
 	"github.com/headgate-go/headgate/internal/seam"
 )
 
@@ -221,7 +222,7 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	case <-ctx.Done():
 		if run.leave(began) {
 			var zero T
-			return zero, gaveUp(ctx)
+			return zero, canceled.New("cached", s.key.controlPoint, ctx.Err(), context.Cause(ctx))
 		}
 	}
 	if run.how == returned || !run.tells(began) {
@@ -237,15 +238,6 @@ func (s *shared[T]) call(ctx context.Context) (T, error) {
 	// the value as it was, and a program that nobody recovers in prints both.
 	defer panic(run.panic)                                                               //nolint:forbidigo // see above
 	panic("headgate: the run of a cached function panicked at:\n\n" + string(run.stack)) //nolint:forbidigo // see above
-}
-
-// gaveUp matches both what became of the context and why.
-func gaveUp(ctx context.Context) error {
-	err, cause := ctx.Err(), context.Cause(ctx)
-	if errors.Is(cause, err) {
-		return cause
-	}
-	return fmt.Errorf("%w: %w", err, cause)
 }
 
 // keep remembers a result that was seen at a time, and does not expire before then. Where a run made it, it may have been

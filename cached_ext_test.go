@@ -653,7 +653,7 @@ func TestCachedPanicEndsTheProgram(t *testing.T) {
 					t.Errorf("the program did not print %q:\n%s", want, out)
 				}
 			}
-			if gaveUp := strings.Contains(string(out), "gave up: context deadline exceeded"); gaveUp != (name == "all have given up") {
+			if gaveUp := strings.Contains(string(out), `gave up: headgate: cached "report": context deadline exceeded`); gaveUp != (name == "all have given up") {
 				t.Errorf("the caller gave up: %v\n%s", gaveUp, out)
 			}
 		})

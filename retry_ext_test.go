@@ -324,7 +324,7 @@ func TestRetryRejection(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second)}, func(t *testing.T, agent script) {
 		got, err := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: 2})(t.Context())
 		rejection, ok := errors.AsType[*flowctl.RejectedError](err)
-		if got != 0 || !ok || rejection.ControlPoint != point || rejection.Wait != 2*time.Second {
+		if got != 0 || !ok || rejection.ControlPoint != point || rejection.RetryAfter() != 2*time.Second {
 			t.Errorf("retry() = %d, %v want the second rejection", got, err)
 		}
 	})
@@ -484,7 +484,7 @@ func TestRetryCanceledBudget(t *testing.T) {
 
 // What fn does on a later try is as with Guard: the flow is ended, once, and nothing is retried or recovered.
 func TestRetrySecondTry(t *testing.T) {
-	nested := &flowctl.RejectedError{ControlPoint: innerPoint, Wait: time.Second}
+	nested := (&flowctl.RejectedError{ControlPoint: innerPoint}).WithRetryAfter(time.Second)
 	tests := append([]outcome{
 		{name: "a rejection", do: func() (int, error) { return 42, nested }, err: nested, status: flowctl.StatusError},
 	}, outcomes...)

@@ -136,7 +136,8 @@ func openGate(ctx context.Context) (*flowctl.Client, error) {
 	for range 1000 {
 		flow := client.Start(ctx, rateLimited, flowctl.Params{})
 		_, _ = flow.End(ctx)
-		if err := flow.Err(); err != nil && strings.Contains(err.Error(), "did not answer lately") {
+		unreachable, ok := errors.AsType[*flowctl.UnreachableError](flow.Err())
+		if ok && strings.Contains(unreachable.Cause().Error(), "did not answer lately") {
 			return client, nil
 		}
 		select {

@@ -164,20 +164,31 @@ func TestRejection(t *testing.T) {
 			if !errors.As(flow.Err(), &rejected) {
 				t.Fatalf("Err() = %v want a rejection", flow.Err())
 			}
-			want := flowctl.RejectedError{
-				ControlPoint: "point", Reason: flowctl.ReasonRateLimited, Policy: "test", Component: "root.0", LabelKey: "user_id", HTTPStatus: tt.status,
-			}
+			want := rejection{flowctl.ReasonRateLimited, flowctl.CauseNone, "test", "root.0", "user_id", tt.status, 0}
 			if tt.name == "its own id" {
-				want.Component = "mine"
+				want.component = "mine"
 			}
-			if *rejected != want {
-				t.Errorf("rejection = %+v want %+v", *rejected, want)
+			if got := rejectionOf(rejected); got != want {
+				t.Errorf("rejection = %+v want %+v", got, want)
 			}
 			if strings.Contains(rejected.Error(), "sesame") {
 				t.Errorf("error %q shows a label", rejected)
 			}
 		})
 	}
+}
+
+// rejection is what the error of a rejected flow at "point" tells the program.
+type rejection struct {
+	reason                      flowctl.RejectReason
+	cause                       flowctl.RejectCause
+	policy, component, labelKey string
+	status                      int
+	retryAfter                  time.Duration
+}
+
+func rejectionOf(e *flowctl.RejectedError) rejection {
+	return rejection{e.Reason, e.Cause(), e.Policy(), e.Component(), e.LabelKey(), e.HTTPStatus, e.RetryAfter()}
 }
 
 func TestConcurrencyLimiter(t *testing.T) {
@@ -308,8 +319,8 @@ func TestSeveralDrops(t *testing.T) {
 				for range 20 {
 					flow := start(t, c, flowctl.Params{})
 					var rejected *flowctl.RejectedError
-					if !errors.As(flow.Err(), &rejected) || rejected.Component != tt.by || rejected.HTTPStatus != tt.status || rejected.Wait != tt.wait {
-						t.Fatalf("rejection = %+v want by %s, %d, %v", rejected, tt.by, tt.status, tt.wait)
+					if !errors.As(flow.Err(), &rejected) || rejected.Component() != tt.by || rejected.HTTPStatus != tt.status || rejected.RetryAfter() != tt.wait {
+						t.Fatalf("%v by %s want by %s, %d, %v", flow.Err(), rejected.Component(), tt.by, tt.status, tt.wait)
 					}
 					if got := len(flow.CheckResponse().GetLimiterDecisions()); got != len(tt.components) {
 						t.Fatalf("%d decisions want %d: every limiter answers", got, len(tt.components))

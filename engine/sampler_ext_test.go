@@ -145,11 +145,9 @@ func TestSamplerRejection(t *testing.T) {
 	if !errors.As(flow.Err(), &rejected) {
 		t.Fatalf("Err() = %v want a rejection", flow.Err())
 	}
-	want := flowctl.RejectedError{
-		ControlPoint: "point", Reason: flowctl.ReasonNotSampled, Policy: "test", Component: "half", LabelKey: "user_id", HTTPStatus: http.StatusGone,
-	}
-	if *rejected != want {
-		t.Errorf("rejection = %+v want %+v", *rejected, want)
+	want := rejection{flowctl.ReasonNotSampled, flowctl.CauseNone, "test", "half", "user_id", http.StatusGone, 0}
+	if got := rejectionOf(rejected); got != want {
+		t.Errorf("rejection = %+v want %+v", got, want)
 	}
 }
 

@@ -59,14 +59,22 @@ type visit struct {
 	timeout time.Duration
 	hold    time.Duration
 
-	in    time.Duration // when it is admitted; below 0: never
-	out   time.Duration // else when it is rejected,
-	retry time.Duration // when to come back,
-	says  string        // and what the error says
-	gone  time.Duration // or else when its caller goes
+	in    time.Duration       // when it is admitted; below 0: never
+	out   time.Duration       // else when it is rejected,
+	retry time.Duration       // when to come back,
+	cause flowctl.RejectCause // and what that was caused by
+	gone  time.Duration       // or else when its caller goes
 }
 
 const never = -1
+
+func causeOf(flow *flowctl.Flow) flowctl.RejectCause {
+	rejected, ok := errors.AsType[*flowctl.RejectedError](flow.Err())
+	if !ok {
+		return flowctl.CauseNone
+	}
+	return rejected.Cause()
+}
 
 // visits makes the flows come, in a bubble.
 func visits(t *testing.T, c *flowctl.Client, all []visit) {
@@ -96,8 +104,8 @@ func visits(t *testing.T, c *flowctl.Client, all []visit) {
 				t.Errorf("flow %d was admitted at %v want %v, or else rejected at %v", i, at, v.in, v.out)
 			case !flow.ShouldRun() && (v.in >= 0 || !near(at, v.out) || !near(flow.RetryAfter(), v.retry)):
 				t.Errorf("flow %d was rejected at %v, to retry after %v want %v, %v, or else admitted at %v", i, at, flow.RetryAfter(), v.out, v.retry, v.in)
-			case !flow.ShouldRun() && !strings.Contains(flow.Err().Error(), v.says):
-				t.Errorf("flow %d: error %q does not say %q", i, flow.Err(), v.says)
+			case !flow.ShouldRun() && causeOf(flow) != v.cause:
+				t.Errorf("flow %d: %v: %v want %v", i, flow.Err(), causeOf(flow), v.cause)
 			}
 			if flow.ShouldRun() {
 				<-time.After(v.hold)
@@ -158,27 +166,30 @@ func TestQuotaScheduler(t *testing.T) {
 		{"deadlines", nil, []visit{
 			{},
 			{},
-			{timeout: 1009 * ms, in: never, retry: s, says: "queue too long"},
-			{timeout: 5 * ms, in: never, retry: s, says: "no tokens by"},
+			{timeout: 1009 * ms, in: never, retry: s, cause: flowctl.CauseQueueTooLong},
+			{timeout: 5 * ms, in: never, retry: s},
 			{timeout: 1010 * ms, in: s},
-			{timeout: 1010 * ms, in: never, retry: 2 * s, says: "queue too long"},
+			{timeout: 1010 * ms, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},
 			{at: 500 * ms, timeout: 1510 * ms, in: 2 * s},
 		}},
 		{"overtaken", byLabels, []visit{
 			{},
 			{},
-			{labels: "priority=1", timeout: 1500 * ms, in: never, out: 1490 * ms, retry: 1510 * ms, says: "waited in vain"},
+			{labels: "priority=1", timeout: 1500 * ms, in: never, out: 1490 * ms, retry: 1510 * ms, cause: flowctl.CauseTimeout},
 			{at: 100 * ms, labels: "priority=2", in: s},
 			{at: 1100 * ms, labels: "priority=2", in: 2 * s},
 		}},
 		{"a margin of its own", func(q *policy.QuotaScheduler) { q.Scheduler.Margin = 300 * ms }, []visit{
-			{}, {}, {timeout: 1299 * ms, in: never, retry: s}, {timeout: 1300 * ms, in: s},
+			{}, {}, {timeout: 1299 * ms, in: never, retry: s, cause: flowctl.CauseQueueTooLong}, {timeout: 1300 * ms, in: s},
 		}},
 		{"no queue", func(q *policy.QuotaScheduler) { q.Scheduler.Default.QueueTimeout = policy.NoQueue }, []visit{
 			{}, {}, {in: never, retry: s}, {at: 999 * ms, in: never, out: 999 * ms, retry: ms}, {at: s, in: s},
 		}},
 		{"a short queue timeout", func(q *policy.QuotaScheduler) { q.Scheduler.Default.QueueTimeout = 1500 * ms }, []visit{
-			{}, {}, {timeout: 10 * s, in: s}, {timeout: 10 * s, in: never, retry: 2 * s}, {timeout: s, in: never, retry: 2 * s},
+			{}, {},
+			{timeout: 10 * s, in: s},
+			{timeout: 10 * s, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},
+			{timeout: s, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},
 		}},
 		{"a workload that does not wait may go before those who do", func(q *policy.QuotaScheduler) {
 			q.Scheduler = byLabels2(policy.Workload{
@@ -194,7 +205,7 @@ func TestQuotaScheduler(t *testing.T) {
 			{at: s, labels: "tier=gold", in: s},
 		}},
 		{"a full queue", func(q *policy.QuotaScheduler) { q.Scheduler.MaxQueue = 2 }, []visit{
-			{}, {}, {in: s}, {in: 2 * s}, {in: never, retry: 3 * s, says: "no tokens (queue full) by test/root.0"}, {at: s, in: 3 * s},
+			{}, {}, {in: s}, {in: 2 * s}, {in: never, retry: 3 * s, cause: flowctl.CauseQueueFull}, {at: s, in: 3 * s},
 		}},
 		{"a queue that other keys fill", func(q *policy.QuotaScheduler) { q.LimitBy, q.Capacity, q.Scheduler.MaxQueue = "key", 1, 2 }, []visit{
 			{labels: "key=a"},
@@ -202,7 +213,7 @@ func TestQuotaScheduler(t *testing.T) {
 			{labels: "key=c"},
 			{labels: "key=a", in: s},
 			{labels: "key=b", in: s},
-			{labels: "key=c", in: never, retry: s, says: "queue full"},
+			{labels: "key=c", in: never, retry: s, cause: flowctl.CauseQueueFull},
 			{labels: "key=d"},
 			{at: s, labels: "key=c", in: s},
 			{at: s, labels: "key=c", in: 2 * s},
@@ -211,9 +222,9 @@ func TestQuotaScheduler(t *testing.T) {
 			{labels: "key=a"},
 			{labels: "key=b"},
 			{labels: "key=a", gone: 200 * ms},
-			{at: 100 * ms, labels: "key=b", in: never, out: 100 * ms, retry: 900 * ms, says: "queue full"},
+			{at: 100 * ms, labels: "key=b", in: never, out: 100 * ms, retry: 900 * ms, cause: flowctl.CauseQueueFull},
 			{at: 300 * ms, labels: "key=b", timeout: 710 * ms, in: s},
-			{at: 400 * ms, labels: "key=a", timeout: s, in: never, out: 400 * ms, retry: 600 * ms, says: "queue full"},
+			{at: 400 * ms, labels: "key=a", timeout: s, in: never, out: 400 * ms, retry: 600 * ms, cause: flowctl.CauseQueueFull},
 			{at: s, labels: "key=b", in: 2 * s},
 		}},
 		{"keys", func(q *policy.QuotaScheduler) { q.LimitBy = "key" }, []visit{
@@ -253,16 +264,16 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{labels: "tokens=5", hold: s}, {labels: "tokens=0"}, {labels: "tokens=0.5", in: s, hold: s}, {labels: "tokens=1e300", in: s, hold: s}, {labels: "tokens=1", in: 2 * s},
 		}},
 		{"a deadline", nil, []visit{
-			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, says: "waited in vain"}, {in: s}, {timeout: 5 * ms, in: never, says: "no tokens by"},
+			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, cause: flowctl.CauseTimeout}, {in: s}, {timeout: 5 * ms, in: never},
 		}},
 		{"a deadline, once it is known how long flows take", nil, []visit{
 			{hold: s},
 			{hold: s},
 			{in: s, hold: s},
 			{in: s, hold: s},
-			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, says: "waited in vain"},
-			{at: 1150 * ms, timeout: 300 * ms, in: never, out: 1440 * ms, retry: s / 2, says: "waited in vain"},
-			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: 1500 * ms, says: "queue too long"},
+			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, cause: flowctl.CauseTimeout},
+			{at: 1150 * ms, timeout: 300 * ms, in: never, out: 1440 * ms, retry: s / 2, cause: flowctl.CauseTimeout},
+			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: 1500 * ms, cause: flowctl.CauseQueueTooLong},
 			{at: 1450 * ms, timeout: 800 * ms, in: 2 * s},
 		}},
 		{"slots that are taken back are handed over", func(c *policy.ConcurrencyScheduler) { c.MaxInflight = s }, []visit{
@@ -272,7 +283,7 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{hold: s}, {hold: 2 * s}, {in: never}, {at: 1100 * ms, in: 1100 * ms, hold: s}, {at: 1200 * ms, in: never, out: 1200 * ms, retry: s / 2},
 		}},
 		{"a full queue", func(c *policy.ConcurrencyScheduler) { c.Scheduler.MaxQueue = 1 }, []visit{
-			{hold: s}, {hold: s}, {in: s}, {in: never, says: "queue full"},
+			{hold: s}, {hold: s}, {in: s}, {in: never, cause: flowctl.CauseQueueFull},
 		}},
 		{"room that those who do not wait leave", func(c *policy.ConcurrencyScheduler) {
 			c.Scheduler = byLabels2(policy.Workload{
@@ -284,10 +295,10 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{hold: s},
 			{hold: s},
 			{in: s},
-			{labels: "tier=gold", in: never, says: "no tokens by"},
-			{labels: "tier=gold", in: never, says: "no tokens by"},
+			{labels: "tier=gold", in: never},
+			{labels: "tier=gold", in: never},
 			{in: s},
-			{in: never, says: "queue full"},
+			{in: never, cause: flowctl.CauseQueueFull},
 		}},
 		{"no slots", func(c *policy.ConcurrencyScheduler) { c.Max = 0 }, []visit{{in: never}}},
 		{"keys", func(c *policy.ConcurrencyScheduler) { c.LimitBy, c.Max = "key", 1 }, []visit{
@@ -373,11 +384,9 @@ func TestSchedulerRejection(t *testing.T) {
 			if !errors.As(flow.Err(), &rejected) {
 				t.Fatalf("Err() = %v want a rejection", flow.Err())
 			}
-			want := flowctl.RejectedError{
-				ControlPoint: "point", Reason: flowctl.ReasonNoTokens, Policy: "test", Component: "root.0", LabelKey: "user_id", HTTPStatus: tt.status,
-			}
-			if *rejected != want {
-				t.Errorf("rejection = %+v want %+v", *rejected, want)
+			want := rejection{flowctl.ReasonNoTokens, flowctl.CauseNone, "test", "root.0", "user_id", tt.status, 0}
+			if got := rejectionOf(rejected); got != want {
+				t.Errorf("rejection = %+v want %+v", got, want)
 			}
 			if strings.Contains(rejected.Error(), "sesame") {
 				t.Errorf("error %q shows a label", rejected)
@@ -574,8 +583,8 @@ func TestSeveralSchedulersDrop(t *testing.T) {
 		for range 20 {
 			flow := start(t, c, flowctl.Params{})
 			var rejected *flowctl.RejectedError
-			if !errors.As(flow.Err(), &rejected) || rejected.Component != "b" || rejected.HTTPStatus != 503 || rejected.Wait != time.Minute {
-				t.Fatalf("rejection = %+v want by b, 503, 1m", rejected)
+			if !errors.As(flow.Err(), &rejected) || rejected.Component() != "b" || rejected.HTTPStatus != 503 || rejected.RetryAfter() != time.Minute {
+				t.Fatalf("%v by %s want by b, 503, 1m", flow.Err(), rejected.Component())
 			}
 			if got := len(flow.CheckResponse().GetLimiterDecisions()); got != 4 {
 				t.Fatalf("%d decisions want all 4", got)

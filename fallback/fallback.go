@@ -11,8 +11,11 @@ package fallback
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/deadline"
 )
 
 // A Func gives the result of a flow that may not run. The context is the caller's; err says why the flow may not run
@@ -60,7 +63,8 @@ func First[T any](fns ...Func[T]) Func[T] {
 				continue
 			}
 			if ctx.Err() != nil {
-				errs = append(errs, context.Cause(ctx), ctx.Err())
+				// The cause comes last: a gRPC status in it is not that of this error.
+				errs = append(slices.Insert(errs, 0, context.Cause(ctx)), ctx.Err())
 				break
 			}
 			v, fnErr := fn(ctx, err)
@@ -111,3 +115,12 @@ type failure struct {
 
 func (f *failure) Error() string   { return f.errs[0].Error() }
 func (f *failure) Unwrap() []error { return f.errs }
+
+// Timeout and Temporary make it a net.Error, also where the first of its errors is none.
+func (f *failure) Timeout() bool   { return slices.ContainsFunc(f.errs, deadline.In) }
+func (f *failure) Temporary() bool { return f.Timeout() }
+
+// Format keeps the words of the other errors out of what is printed, whatever the verb.
+func (f *failure) Format(s fmt.State, verb rune) {
+	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), f.Error())
+}

@@ -121,7 +121,7 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 	}
 	var err error
 	if f.decision, err = c.decide(f.parent, f, &params); err != nil {
-		f.verdict.Fail(err)
+		_ = f.verdict.Fail(err)
 	}
 	switch {
 	case f.decision == Accepted, c.dryRun:
@@ -277,15 +277,16 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	if err != nil {
 		c.endLog.warn(c.logger, "headgate: slots may not have been given back", "control_point", f.req.ControlPoint, "error", err)
 		// The end is detached from ctx, which so is not why it failed.
-		err = c.callError(context.WithoutCancel(ctx), "end", f.req.ControlPoint, err)
+		err = c.callError(context.WithoutCancel(ctx), opEnd, f.req.ControlPoint, err)
 	}
 	return EndResponse{Held: r.Held, Returned: r.Returned}, err
 }
 
-// Ready waits until the agent can be asked, or ctx ends: then the error says why not, and matches the context's. Give
-// ctx a deadline: an agent that is down is waited for, and so is a server that is none of gRPC's, or has TLS where the
-// client has none, or the other way round. It does not wait for an agent that refuses the API key, nor for a gRPC
-// server that does not speak the protocol. A nil client is always ready.
+// Ready waits until the agent can be asked, or ctx ends: then the error matches the context's, and its method
+// Cause() error tells why the agent was not ready, as log/slog does. Give ctx a deadline: an agent that is down is waited
+// for, and so is a server that is none of gRPC's, or has TLS where the client has none, or the other way round. It does
+// not wait for an agent that refuses the API key, nor for a gRPC server that does not speak the protocol. A nil client is
+// always ready.
 func (c *Client) Ready(ctx context.Context) error {
 	if c == nil {
 		return nil
@@ -293,7 +294,7 @@ func (c *Client) Ready(ctx context.Context) error {
 	if c.closed.Load() {
 		return ErrClosed
 	}
-	return c.callError(ctx, "agent not ready", "", c.agent.Ready(ctx))
+	return c.callError(ctx, opReady, "", c.agent.Ready(ctx))
 }
 
 // Close has flows from now on be Unreachable, sends what telemetry there is until ctx ends, and closes the connection
@@ -303,10 +304,15 @@ func (c *Client) Close(ctx context.Context) error {
 	if c == nil || c.closed.Swap(true) || c.remote == nil {
 		return nil
 	}
-	if err := c.remote.close(ctx); err != nil {
-		return fmt.Errorf("headgate: close client: %w", err)
+	err := c.remote.close(ctx)
+	if err == nil {
+		return nil
 	}
-	return nil
+	e := &callError{op: opClose, cause: err}
+	if ended := ctx.Err(); ended != nil && errors.Is(err, ended) {
+		e.match = ended
+	}
+	return e
 }
 
 // A limitedLog logs one kind of event once a minute at most. The zero value is ready.

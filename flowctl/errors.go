@@ -1,9 +1,11 @@
 package flowctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"time"
 
@@ -12,10 +14,16 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/headgate-go/headgate/internal/canceled"
+	"github.com/headgate-go/headgate/internal/deadline"
 	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // The outcomes of a flow that errors are matched against with errors.Is.
+//
+// No error's text names a policy, a label, an address or a cause. An error of another call than Start has a method
+// Cause() error for that, as [UnreachableError] has, and log/slog shows it. An error of ours that a passed deadline is in
+// has a method Timeout that returns true, as net.Error asks for.
 var (
 	// ErrRejected matches when the agent said no. The error is a [*RejectedError].
 	ErrRejected = errors.New("headgate: flow rejected")
@@ -76,56 +84,110 @@ func (r RejectReason) httpStatus() int {
 	}
 }
 
+// RejectCause is what a rejection was caused by, besides its reason. Only agents of Headgate tell.
+type RejectCause uint8
+
+// The causes. CauseNone is also that of a flow that was not rejected.
+const (
+	CauseNone         = RejectCause(seam.CauseNone)      // none but the reason, or the agent does not say
+	CauseLate         = RejectCause(seam.CauseLate)      // too little time was left for the answer to be heard
+	CauseQueueFull    = RejectCause(seam.CauseQueueFull) // as many flows wait as may
+	CauseQueueTooLong = RejectCause(seam.CauseLongQueue) // the wait would have been longer than the flow had time
+	CauseTimeout      = RejectCause(seam.CauseTimeout)   // the flow waited for as long as it could
+	CauseClosed       = RejectCause(seam.CauseClosed)    // the engine was closed while the flow waited
+)
+
+// String gives the cause in words.
+func (c RejectCause) String() string {
+	if c == CauseNone {
+		return "no cause given"
+	}
+	return cmp.Or(seam.Cause(c).String(), fmt.Sprintf("cause %d", uint8(c)))
+}
+
 // RejectedError is the error of a flow that the agent rejected. It matches [ErrRejected].
+//
+// Its text, however it is printed, has what the callers of a service may know: a gRPC handler that wraps the error sends
+// the text to its caller. What is for the program alone is behind methods, and in LogValue.
 type RejectedError struct {
 	ControlPoint string
 	Reason       RejectReason
 
-	// Policy and Component name what rejected the flow, and LabelKey the label that it limits by, where the agent
-	// says so.
-	Policy    string
-	Component string
-	LabelKey  string
-
 	// HTTPStatus fits the rejection: the policy's, or one by the reason. It is within 400 to 599.
 	HTTPStatus int
 
-	// Wait is how long until a retry can succeed; 0 when that is not known, or never.
-	Wait time.Duration
-
-	cause seam.Cause // more than the reason, where the agent is an engine
+	cause                       RejectCause
+	retryAfter                  time.Duration
+	policy, component, labelKey string
 }
 
-// Error names the control point, the reason and the component; never a label's value.
+// Error names the control point and the reason, and how long until a retry can succeed.
 func (e *RejectedError) Error() string {
 	text := fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason)
-	if cause := e.cause.String(); cause != "" {
-		text += " (" + cause + ")"
-	}
-	if e.Policy != "" {
-		text += fmt.Sprintf(" by %s/%s", e.Policy, e.Component)
-	}
-	if e.Wait > 0 {
-		text += fmt.Sprintf(", retry after %s", max(e.Wait.Round(time.Millisecond), time.Millisecond))
+	if e.retryAfter > 0 {
+		text += fmt.Sprintf(", retry after %s", max(e.retryAfter.Round(time.Millisecond), time.Millisecond))
 	}
 	return text
 }
 
+// Format prints what Error gives, whatever the verb.
+func (e *RejectedError) Format(s fmt.State, verb rune) { format(s, verb, e) }
+
 // Is makes errors.Is(err, ErrRejected) true.
 func (e *RejectedError) Is(target error) bool { return target == ErrRejected }
 
-// RetryAfter is Wait: how long until a retry can succeed; 0 when that is not known, or never.
-func (e *RejectedError) RetryAfter() time.Duration { return e.Wait }
+// Cause is what the rejection was caused by, besides the reason.
+func (e *RejectedError) Cause() RejectCause { return e.cause }
+
+// Policy names the policy that rejected the flow; "" when the agent does not say.
+func (e *RejectedError) Policy() string { return e.policy }
+
+// Component names the policy's component that rejected the flow; "" when the agent does not say.
+func (e *RejectedError) Component() string { return e.component }
+
+// LabelKey is the key of the label that the component limits by; "" when it limits by none, or the agent does not say.
+func (e *RejectedError) LabelKey() string { return e.labelKey }
+
+// RetryAfter is how long until a retry can succeed; 0 when that is not known, or never.
+func (e *RejectedError) RetryAfter() time.Duration { return e.retryAfter }
+
+// WithRetryAfter returns a copy of the error whose RetryAfter is the given time. It is for programs that make such errors
+// themselves, for example to test a fallback.
+func (e *RejectedError) WithRetryAfter(after time.Duration) *RejectedError {
+	changed := *e
+	changed.retryAfter = max(after, 0)
+	return &changed
+}
+
+// LogValue is for the program's own logs: a group with the control point, the reason and the status, and those of cause,
+// policy, component, label_key and retry_after that there are. It has no label's value.
+func (e *RejectedError) LogValue() slog.Value {
+	attrs := []slog.Attr{slog.String("control_point", e.ControlPoint), slog.String("reason", e.Reason.String())}
+	if e.cause != CauseNone {
+		attrs = append(attrs, slog.String("cause", e.cause.String()))
+	}
+	for _, named := range []slog.Attr{
+		slog.String("policy", e.policy), slog.String("component", e.component), slog.String("label_key", e.labelKey),
+	} {
+		if named.Value.String() != "" {
+			attrs = append(attrs, named)
+		}
+	}
+	attrs = append(attrs, slog.Int("status", e.HTTPStatus))
+	if e.retryAfter > 0 {
+		attrs = append(attrs, slog.Duration("retry_after", e.retryAfter))
+	}
+	return slog.GroupValue(attrs...)
+}
 
 // GRPCStatus lets a gRPC handler return the error as it is: ResourceExhausted for 429, Unavailable for 503,
-// PermissionDenied for 403 and so on, never OK, with a RetryInfo where RetryAfter is known. Its message leaves out which
-// policy it was: that is not for the callers of a service.
+// PermissionDenied for 403 and so on, never OK, with the text of Error, and a RetryInfo where RetryAfter is known.
 func (e *RejectedError) GRPCStatus() *status.Status {
-	s := status.New(grpcCode(e.HTTPStatus), fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason))
-	if e.Wait <= 0 {
+	s := status.New(grpcCode(e.HTTPStatus), e.Error())
+	if e.retryAfter <= 0 {
 		return s
 	}
-	withRetry, err := s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(e.Wait)})
+	withRetry, err := s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(e.retryAfter)})
 	if err != nil {
 		return s
 	}
@@ -157,16 +219,19 @@ func grpcCode(httpStatus int) codes.Code {
 }
 
 // UnreachableError is the error of a flow that nobody decided about. It matches [ErrUnreachable], and [ErrClosed] when
-// that is because the client or the engine was closed.
+// that is because the client or the engine was closed. Its text does not show the cause, which may name an address.
 type UnreachableError struct {
 	ControlPoint string
 	cause        error
 }
 
-// Error names the control point and the cause.
+// Error names the control point.
 func (e *UnreachableError) Error() string {
-	return fmt.Sprintf("headgate: start %q: agent unreachable: %v", e.ControlPoint, e.cause)
+	return fmt.Sprintf("headgate: start %q: agent unreachable", e.ControlPoint)
 }
+
+// Format prints what Error gives, whatever the verb.
+func (e *UnreachableError) Format(s fmt.State, verb rune) { format(s, verb, e) }
 
 // Is matches ErrUnreachable, and ErrClosed where it applies.
 func (e *UnreachableError) Is(target error) bool {
@@ -177,45 +242,40 @@ func (e *UnreachableError) Is(target error) bool {
 // does not pass the agent's status on as its own.
 func (e *UnreachableError) Cause() error { return e.cause }
 
-// GRPCStatus is Unavailable, without the cause's text: that is not for the callers of a service.
-func (e *UnreachableError) GRPCStatus() *status.Status {
-	return status.New(codes.Unavailable, fmt.Sprintf("headgate: start %q: agent unreachable", e.ControlPoint))
+// Timeout reports whether the agent did not answer in time.
+func (e *UnreachableError) Timeout() bool { return timedOut(e.cause) }
+
+// Temporary is Timeout. It makes the error a net.Error.
+func (e *UnreachableError) Temporary() bool { return e.Timeout() }
+
+// LogValue is for the program's own logs: a group with the control point and the cause.
+func (e *UnreachableError) LogValue() slog.Value {
+	return slog.GroupValue(slog.String("control_point", e.ControlPoint), slog.Any("cause", e.cause))
 }
 
-// canceledError is the error of a flow whose caller gave up first.
-type canceledError struct {
-	controlPoint string
-	err          error // the context's
-	cause        error // why it was canceled
+// GRPCStatus is Unavailable, with the text of Error.
+func (e *UnreachableError) GRPCStatus() *status.Status {
+	return status.New(codes.Unavailable, e.Error())
 }
 
 // timerSlack is how long after its deadline a context may end.
 const timerSlack = 50 * time.Millisecond
 
-func newCanceledError(ctx context.Context, controlPoint string) *canceledError {
+// newCanceledError makes the error of a flow whose caller's context ended first.
+func newCanceledError(ctx context.Context, controlPoint string) error {
 	if ctx.Err() == nil { // its deadline has passed, and its timer is late
 		late := time.NewTimer(timerSlack)
 		defer late.Stop()
 		select {
 		case <-ctx.Done():
 		case <-late.C: // a context that says when it ends, and does not
-			return &canceledError{controlPoint, context.DeadlineExceeded, context.DeadlineExceeded}
+			return canceled.New(opStart, controlPoint, context.DeadlineExceeded, context.DeadlineExceeded)
 		}
 	}
-	return &canceledError{controlPoint, ctx.Err(), context.Cause(ctx)}
+	return canceled.New(opStart, controlPoint, ctx.Err(), context.Cause(ctx))
 }
 
-func (e *canceledError) Error() string {
-	return fmt.Sprintf("headgate: start %q: %v", e.controlPoint, e.cause)
-}
-
-func (e *canceledError) Unwrap() []error { return []error{e.err, e.cause} }
-
-func (e *canceledError) GRPCStatus() *status.Status {
-	return status.New(status.FromContextError(e.err).Code(), fmt.Sprintf("headgate: start %q: %v", e.controlPoint, e.err))
-}
-
-// invalidError is the error of a flow that cannot be asked about.
+// invalidError is the error of a flow that cannot be asked about. What is wrong names no key and no value.
 type invalidError struct {
 	controlPoint string
 	err          error
@@ -225,20 +285,49 @@ func (e *invalidError) Error() string {
 	return fmt.Sprintf("headgate: start %.40q: invalid: %v", e.controlPoint, e.err)
 }
 
+func (e *invalidError) Format(s fmt.State, verb rune) { format(s, verb, e) }
+
 func (e *invalidError) Is(target error) bool { return target == ErrInvalid }
 
 func (e *invalidError) Unwrap() error { return e.err }
 
-// GRPCStatus is Internal: it is the service that asked wrongly, and not its caller.
-func (e *invalidError) GRPCStatus() *status.Status {
-	return status.New(codes.Internal, "headgate: invalid flow")
+// LogValue has the key of the label that is wrong, where one is.
+func (e *invalidError) LogValue() slog.Value {
+	attrs := []slog.Attr{slog.String("control_point", fmt.Sprintf("%.40s", e.controlPoint)), slog.String("problem", e.err.Error())}
+	if label, ok := errors.AsType[interface {
+		error
+		LabelKey() string
+	}](e.err); ok {
+		attrs = append(attrs, slog.String("label_key", label.LabelKey()))
+	}
+	return slog.GroupValue(attrs...)
 }
 
-// callError is why a call failed that is not a check. The agent's status is not unwrapped, see UnreachableError.
+// GRPCStatus is Internal: it is the service that asked wrongly, and not its caller.
+func (e *invalidError) GRPCStatus() *status.Status { return status.New(codes.Internal, e.Error()) }
+
+// The kinds of calls, as errors name them.
+const (
+	opStart  = "start"
+	opEnd    = "end"
+	opReady  = "agent not ready"
+	opClose  = "close client"
+	opFind   = "cache lookup"
+	opStore  = "cache store"
+	opDelete = "cache delete"
+)
+
+// ownError is an error in words of this package, which the text of a callError shows.
+type ownError string
+
+func (e ownError) Error() string { return string(e) }
+
+// callError is why a call failed that is not a check. Its text does not show the cause, which may have the agent's words
+// or name an address. The cause is not unwrapped, see UnreachableError.
 type callError struct {
 	op           string
 	controlPoint string
-	err          error
+	cause        error
 	match        error // nil: nothing
 }
 
@@ -247,7 +336,7 @@ func (c *Client) callError(ctx context.Context, op, controlPoint string, err err
 	if err == nil {
 		return nil
 	}
-	e := &callError{op: op, controlPoint: controlPoint, err: err}
+	e := &callError{op: op, controlPoint: controlPoint, cause: err}
 	switch code := status.Code(err); {
 	case c.closed.Load(), errors.Is(err, seam.ErrClosed):
 		e.match = ErrClosed
@@ -260,14 +349,55 @@ func (c *Client) callError(ctx context.Context, op, controlPoint string, err err
 }
 
 func (e *callError) Error() string {
-	text := e.err.Error()
-	if s, ok := status.FromError(e.err); ok {
-		text = s.Message()
-	}
 	if e.controlPoint == "" {
-		return fmt.Sprintf("headgate: %s: %s", e.op, text)
+		return fmt.Sprintf("headgate: %s: %s", e.op, e.text())
 	}
-	return fmt.Sprintf("headgate: %s %q: %s", e.op, e.controlPoint, text)
+	return fmt.Sprintf("headgate: %s %q: %s", e.op, e.controlPoint, e.text())
 }
 
+// text is what may be said of the cause.
+func (e *callError) text() string {
+	own, isOwn := errors.AsType[ownError](e.cause)
+	switch {
+	case isOwn:
+		return own.Error()
+	case e.match == nil:
+		return "the agent reports an error"
+	case e.match == ErrInvalid:
+		return e.cause.Error()
+	case e.match == ErrClosed:
+		return "client closed"
+	case e.match == ErrUnreachable:
+		return "agent unreachable"
+	default:
+		return canceled.Text(e.match)
+	}
+}
+
+func (e *callError) Format(s fmt.State, verb rune) { format(s, verb, e) }
+
 func (e *callError) Is(target error) bool { return e.match != nil && errors.Is(e.match, target) }
+
+// Cause is the agent's error, or that of the connection.
+func (e *callError) Cause() error { return e.cause }
+
+func (e *callError) Timeout() bool { return deadline.In(e.match) || timedOut(e.cause) }
+
+func (e *callError) Temporary() bool { return e.Timeout() }
+
+// LogValue has the cause.
+func (e *callError) LogValue() slog.Value {
+	attrs := []slog.Attr{slog.String("op", e.op)}
+	if e.controlPoint != "" {
+		attrs = append(attrs, slog.String("control_point", e.controlPoint))
+	}
+	return slog.GroupValue(append(attrs, slog.Any("cause", e.cause))...)
+}
+
+// timedOut reports whether err has a deadline that passed, or the gRPC status of one.
+func timedOut(err error) bool { return deadline.In(err) || status.Code(err) == codes.DeadlineExceeded }
+
+// format prints an error's text for every verb, so that none prints its fields.
+func format(s fmt.State, verb rune, err error) {
+	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), err.Error())
+}

@@ -325,7 +325,7 @@ func ExampleRejectedError() {
 
 	_, err := checkout(context.Background())
 	if rejected, ok := errors.AsType[*flowctl.RejectedError](err); ok {
-		fmt.Println(rejected.ControlPoint, "is", rejected.Reason, "by", rejected.Policy, rejected.Component)
+		fmt.Println(rejected.ControlPoint, "is", rejected.Reason, "by", rejected.Policy(), rejected.Component())
 	}
 	// Output:
 	// 200 false
@@ -442,7 +442,7 @@ func ExampleWithLogger() {
 	}
 	fmt.Print(lines.String())
 	// Output:
-	// level=WARN msg="headgate: a flow cannot be asked about" error="headgate: start \"\": invalid: control point is empty" unlogged_before=0
+	// level=WARN msg="headgate: a flow cannot be asked about" error.control_point="" error.problem="control point is empty" unlogged_before=0
 }
 
 // The application's own traces get a span for each flow, its metrics a count of decisions.

@@ -104,23 +104,24 @@ func (f *Flow) ShouldRun() bool { return f.run }
 func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == Rejected }
 
 // Err is nil for an accepted flow, and else says why it was not: a [*RejectedError], an [*UnreachableError], an error
-// that matches the context's, or one that matches [ErrInvalid]. A flow that runs all the same has an error too.
+// that matches the context's, or one that matches [ErrInvalid]. It is the same value each time. A flow that runs all the
+// same has an error too.
 func (f *Flow) Err() error {
-	if f.decision != Rejected {
-		return f.verdict.Err()
+	if err := f.verdict.Err(); err != nil || f.decision != Rejected {
+		return err
 	}
 	r := f.verdict.Rejection()
 	e := &RejectedError{
 		ControlPoint: f.req.ControlPoint,
 		Reason:       RejectReason(r.Reason),
 		HTTPStatus:   f.deniedStatus(),
-		Wait:         r.RetryAfter,
-		cause:        r.Cause,
+		cause:        RejectCause(r.Cause),
+		retryAfter:   r.RetryAfter,
 	}
 	if by := r.By; by != nil {
-		e.Policy, e.Component, e.LabelKey = by.Policy, by.ID, by.LabelKey
+		e.policy, e.component, e.labelKey = by.Policy, by.ID, by.LabelKey
 	}
-	return e
+	return f.verdict.Fail(e)
 }
 
 // RejectReason is why the agent rejected the flow; ReasonNone when it did not.
@@ -356,7 +357,7 @@ func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
 
 func (f *Flow) cacheAnswer(a seam.CacheAnswer) ([]byte, bool, error) {
 	if a.Err != nil {
-		return nil, false, fmt.Errorf("headgate: cache lookup %q: %w", f.req.ControlPoint, a.Err)
+		return nil, false, &callError{op: opFind, controlPoint: f.req.ControlPoint, cause: a.Err}
 	}
 	return a.Value, a.Hit, nil
 }
@@ -391,30 +392,28 @@ func (f *Flow) resultKey() seam.CacheKey {
 }
 
 func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
-	const op = "cache store"
 	switch {
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &callError{op, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
+		return &callError{opStore, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
 	case ttl < 0:
-		return &callError{op, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
+		return &callError{opStore, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
 	}
 	if err := seam.CheckCacheKeys(key.Key); err != nil {
-		return &callError{op, f.req.ControlPoint, err, ErrInvalid}
+		return &callError{opStore, f.req.ControlPoint, err, ErrInvalid}
 	}
-	return f.client.callError(ctx, op, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
+	return f.client.callError(ctx, opStore, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
 }
 
 func (f *Flow) remove(ctx context.Context, key seam.CacheKey) error {
-	const op = "cache delete"
 	switch {
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &callError{op, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
+		return &callError{opDelete, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
 	}
-	return f.client.callError(ctx, op, f.req.ControlPoint, f.client.agent.Delete(ctx, key))
+	return f.client.callError(ctx, opDelete, f.req.ControlPoint, f.client.agent.Delete(ctx, key))
 }
 
 var (

@@ -251,7 +251,7 @@ func TestCacheErrorsAreNotMisses(t *testing.T) {
 		params := flowctl.Params{ResultCacheKey: "r", GlobalCacheKeys: []string{"g"}}
 
 		flow := client.Start(t.Context(), "point", params)
-		if _, ok, err := flow.ResultCache(); ok || err == nil || !strings.Contains(err.Error(), "cache is not ready") {
+		if _, ok, err := flow.ResultCache(); ok || !strings.Contains(fmt.Sprint(causeOf(err)), "cache is not ready") {
 			t.Errorf("ResultCache() = %v, %v want the agent's error", ok, err)
 		}
 		if _, ok, err := flow.GlobalCache("g"); ok || err == nil {
@@ -704,6 +704,17 @@ func TestInvalid(t *testing.T) {
 	}
 }
 
+// causeOf is what an error's method Cause gives; nil when it has none.
+func causeOf(err error) error {
+	if e, ok := errors.AsType[interface {
+		error
+		Cause() error
+	}](err); ok {
+		return e.Cause()
+	}
+	return nil
+}
+
 func TestRejectedError(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -734,8 +745,8 @@ func TestRejectedError(t *testing.T) {
 				if rejected.HTTPStatus != tt.status || flow.HTTPStatus() != tt.status {
 					t.Errorf("HTTP status = %d, %d want %d", rejected.HTTPStatus, flow.HTTPStatus(), tt.status)
 				}
-				if rejected.ControlPoint != "point" || rejected.Policy != "flowtest" || rejected.Component != "root.1" {
-					t.Errorf("error = %+v", rejected)
+				if rejected.ControlPoint != "point" || rejected.Policy() != "flowtest" || rejected.Component() != "root.1" {
+					t.Errorf("%v by %s/%s", rejected, rejected.Policy(), rejected.Component())
 				}
 				wait := max(tt.answer.RetryAfter, 0)
 				if rejected.RetryAfter() != wait || flow.RetryAfter() != wait {

@@ -43,7 +43,7 @@ const (
 
 var (
 	errGateOpen = errors.New("it did not answer lately, and is asked again once in a while")
-	errNotEnded = fmt.Errorf("the agent is left to take the slots back: %w", errGateOpen)
+	errNotEnded = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errGateOpen)
 )
 
 // A gate is a Gate at work. The zero value lets everything through.

@@ -512,7 +512,7 @@ func (r *remote) callCache(ctx context.Context, method string, req, m proto.Mess
 	return nil
 }
 
-var errCacheSilence = errors.New("the agent does not say what became of the entry")
+const errCacheSilence = ownError("the agent does not say what became of the entry")
 
 // cacheStatus is the error in what the agent says of one entry. An agent that says nothing has done nothing, although
 // success is the wire's zero.
@@ -541,10 +541,10 @@ func (r *remote) Ready(ctx context.Context) error {
 	case err == nil:
 		r.answered()
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
-		return fmt.Errorf("it refuses the API key: %w", err)
+		return fmt.Errorf("%w: %w", ownError("it refuses the API key"), err)
 	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
 		// So say servers in Go, as agents are. Of one that lacks just this method nothing follows for checks.
-		return fmt.Errorf("it does not speak the protocol: %w", err)
+		return fmt.Errorf("%w: %w", ownError("it does not speak the protocol"), err)
 	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.Canceled:
 		return err
 	}

@@ -197,7 +197,7 @@ func (x *exporter) flush(ctx context.Context) error {
 		x.mu.Unlock()
 	}
 	if lost > 0 {
-		return fmt.Errorf("telemetry of %d flows was not sent: %w", lost, failed)
+		return fmt.Errorf("%w: %w", ownError(fmt.Sprintf("telemetry of %d flows was not sent", lost)), failed)
 	}
 	return nil
 }

@@ -291,7 +291,7 @@ func ExampleTransport_retryAfter() {
 	for range 2 {
 		resp, err := rates.Get(api.URL)
 		if paused, ok := errors.AsType[*httpguard.PausedError](err); ok {
-			fmt.Println("not again in the next", paused.Wait.Round(time.Second))
+			fmt.Println("not again in the next", paused.RetryAfter().Round(time.Second))
 			continue
 		}
 		if err != nil {

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/status"
+
 	"github.com/headgate-go/headgate/flowctl"
 )
 
@@ -19,18 +21,30 @@ const (
 
 // A PausedError is the error of a request that a [Transport] did not send, because the upstream has asked for a pause.
 // It matches flowctl.ErrRejected, and errors.AsType finds a *flowctl.RejectedError in it: its HTTPStatus is what the
-// upstream answered, and Wait what is left of the pause.
+// upstream answered, and its RetryAfter what is left of the pause.
 type PausedError struct {
 	flowctl.RejectedError
 
-	// Host is the host and port of the upstream, as in the request's URL.
+	// Host is the host and port of the upstream, as in the request's URL. The error's text does not show it.
 	Host string
 }
 
 // Error names the control point and what is left of the pause.
 func (e *PausedError) Error() string {
 	return fmt.Sprintf("headgate: start %q: paused by the upstream, retry after %s",
-		e.ControlPoint, max(e.Wait.Round(time.Millisecond), time.Millisecond))
+		e.ControlPoint, max(e.RetryAfter().Round(time.Millisecond), time.Millisecond))
+}
+
+// Format prints what Error gives, whatever the verb.
+func (e *PausedError) Format(s fmt.State, verb rune) {
+	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), e.Error())
+}
+
+// GRPCStatus is that of the rejection, with the text of Error.
+func (e *PausedError) GRPCStatus() *status.Status {
+	p := e.RejectedError.GRPCStatus().Proto()
+	p.Message = e.Error()
+	return status.FromProto(p)
 }
 
 // Unwrap gives the *flowctl.RejectedError.
@@ -63,10 +77,8 @@ func (p *pauses) check(at place) error {
 		delete(p.at, at)
 		return nil
 	}
-	return &PausedError{
-		RejectedError: flowctl.RejectedError{ControlPoint: at.controlPoint, HTTPStatus: found.status, Wait: wait},
-		Host:          at.host,
-	}
+	rejected := &flowctl.RejectedError{ControlPoint: at.controlPoint, HTTPStatus: found.status}
+	return &PausedError{RejectedError: *rejected.WithRetryAfter(wait), Host: at.host}
 }
 
 // heed begins a pause, or makes one longer, where the response asks for it.

@@ -818,7 +818,7 @@ func TestTransportInClient(t *testing.T) {
 	if _, inURL := errors.AsType[*url.Error](err); !inURL || !ok || !errors.Is(err, flowctl.ErrRejected) {
 		t.Fatalf("Post = %v, want an *url.Error with a rejection", err)
 	}
-	if wait, ok := fallback.RetryAfter(err); !ok || wait != rejected.Wait {
+	if wait, ok := fallback.RetryAfter(err); !ok || wait != rejected.RetryAfter() {
 		t.Errorf("RetryAfter = %v, %v", wait, ok)
 	}
 }

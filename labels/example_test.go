@@ -22,7 +22,7 @@ func ExampleWith() {
 	fmt.Println(err)
 	// Output:
 	// map[tier:gold user_id:42] <nil>
-	// label "region": no value
+	// label: no value
 }
 
 func ExampleWithTransport() {
@@ -79,7 +79,7 @@ func ExampleFromBaggage() {
 func ExampleCheck() {
 	fmt.Println(labels.Check(map[string]string{"user_id": "42", "": "nobody"}))
 	// Output:
-	// label "": empty key
+	// label: empty key
 }
 
 // What a peer sent is made to fit before it becomes a flow's own label. Else the flow would be Invalid.

@@ -30,6 +30,7 @@ package labels
 
 import (
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -44,8 +45,9 @@ const (
 )
 
 // Check returns what is wrong with labels that the application sets: nil when nothing is. Otherwise it is that they are
-// too many, or the problem of the smallest bad key. The error shows that key, cut short when it is long, and never a
-// value. Labels in order cost no allocation.
+// too many, or the problem of the smallest bad key. The error's text shows neither keys nor values, for it may reach
+// strangers. Its method LabelKey() string gives that key, cut short when it is long, and so does log/slog. Labels in order
+// cost no allocation.
 func Check(m map[string]string) error {
 	if len(m) > MaxLabels {
 		return fmt.Errorf("%d labels are more than %d", len(m), MaxLabels)
@@ -79,12 +81,33 @@ func checkLabel(key, value string) error {
 	return nil
 }
 
+// keyError is what is wrong with the label of a key.
+type keyError struct {
+	key     string
+	problem string
+}
+
 func labelError(key, problem string) error {
 	const shown = 64 // bytes of a key; enough to find it, and a log line stays a line
 	if short := cut(key, shown); short != key {
-		return fmt.Errorf("label %q…: %s", short, problem)
+		key = short + "…"
 	}
-	return fmt.Errorf("label %q: %s", key, problem)
+	return &keyError{key, problem}
+}
+
+func (e *keyError) Error() string { return "label: " + e.problem }
+
+// LabelKey is the key, cut short when it is long.
+func (e *keyError) LabelKey() string { return e.key }
+
+// Format keeps the key out of what is printed, whatever the verb.
+func (e *keyError) Format(s fmt.State, verb rune) {
+	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), e.Error())
+}
+
+// LogValue has the key.
+func (e *keyError) LogValue() slog.Value {
+	return slog.GroupValue(slog.String("problem", e.problem), slog.String("label_key", e.key))
 }
 
 // Repair makes labels that a peer controls fit the limits, in place: it drops those with a bad key, replaces what is

@@ -3,8 +3,10 @@ package labels_test
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -397,7 +399,7 @@ func TestRequestLabeler(t *testing.T) {
 			name:      "a problem",
 			ctx:       labels.With(t.Context(), "", ""),
 			transport: get,
-			err:       `label "": empty key`,
+			err:       `label: empty key`,
 		},
 		{
 			name:      "labels of a peer",
@@ -440,34 +442,53 @@ func TestCheck(t *testing.T) {
 		name   string
 		labels set
 		want   string // "" is no error
+		key    string
 	}{
 		{name: "nil"},
 		{name: "at the limits", labels: set{longKey: strings.Repeat("v", labels.MaxValueLen), "empty": ""}},
 		{name: "as many as may be", labels: numbered(labels.MaxLabels)},
 		{name: "too many", labels: numbered(labels.MaxLabels + 1), want: "65 labels are more than 64"},
-		{name: "empty key", labels: set{"": "secret"}, want: `label "": empty key`},
+		{name: "empty key", labels: set{"": "secret"}, want: `label: empty key`},
 		{
 			name:   "long key",
 			labels: set{longKey + "k": "secret"},
-			want:   `label "` + longKey[:64] + `"…: key longer than 255 bytes`,
+			want:   `label: key longer than 255 bytes`,
+			key:    longKey[:64] + "…",
 		},
 		{
 			name:   "long value",
 			labels: set{"user_id": strings.Repeat("secret", 1000)},
-			want:   `label "user_id": value longer than 4096 bytes`,
+			want:   `label: value longer than 4096 bytes`,
+			key:    "user_id",
 		},
-		{name: "key not UTF-8", labels: set{"k\xff": "secret"}, want: `label "k\xff": key is not valid UTF-8`},
-		{name: "value not UTF-8", labels: set{"k": "secret\xff"}, want: `label "k": value is not valid UTF-8`},
+		{name: "key not UTF-8", labels: set{"k\xff": "secret"}, want: `label: key is not valid UTF-8`, key: "k\xff"},
+		{name: "value not UTF-8", labels: set{"k": "secret\xff"}, want: `label: value is not valid UTF-8`, key: "k"},
 		{
 			name:   "the smallest of several bad keys",
 			labels: set{"d": "\xff", "b": "\xff", "a": "fine", "c": "\xff"},
-			want:   `label "b": value is not valid UTF-8`,
+			want:   `label: value is not valid UTF-8`,
+			key:    "b",
 		},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := message(labels.Check(tt.labels)); got != tt.want {
+			err := labels.Check(tt.labels)
+			if got := message(err); got != tt.want {
 				t.Errorf("Check = %q want %q", got, tt.want)
+			}
+			var key string
+			if keyed, ok := errors.AsType[interface {
+				error
+				LabelKey() string
+			}](err); ok {
+				key = keyed.LabelKey()
+			}
+			if key != tt.key {
+				t.Errorf("LabelKey = %q want %q", key, tt.key)
+			}
+			logged := slog.AnyValue(err).Resolve().String()
+			if strings.Contains(logged, "secret") || tt.key != "" && !strings.Contains(logged, "label_key="+tt.key) {
+				t.Errorf("logged as %q want the key %q, and no value", logged, tt.key)
 			}
 		})
 	}
@@ -486,12 +507,12 @@ func TestWithRemembersTheFirstProblem(t *testing.T) {
 		{
 			name: "bad label",
 			ctx:  labels.With(t.Context(), "good", "1", "", "secret"),
-			want: `label "": empty key`,
+			want: `label: empty key`,
 		},
 		{
 			name: "key without a value",
 			ctx:  labels.With(t.Context(), "good", "1", "tier"),
-			want: `label "tier": no value`,
+			want: `label: no value`,
 		},
 		{
 			name: "too many in all",
@@ -501,17 +522,17 @@ func TestWithRemembersTheFirstProblem(t *testing.T) {
 		{
 			name: "a later label does not mend it",
 			ctx:  labels.With(labels.With(t.Context(), "tier", "\xff"), "tier", "free", "good", "1"),
-			want: `label "tier": value is not valid UTF-8`,
+			want: `label: value is not valid UTF-8`,
 		},
 		{
 			name: "nor does a later problem replace it",
 			ctx:  labels.With(labels.With(t.Context(), "tier", "\xff"), "", "", "good", "1"),
-			want: `label "tier": value is not valid UTF-8`,
+			want: `label: value is not valid UTF-8`,
 		},
 		{
 			name: "transport keeps it",
 			ctx:  labels.WithTransport(labels.With(t.Context(), "good", "1", "tier"), set{"a": "1"}),
-			want: `label "tier": no value`,
+			want: `label: no value`,
 		},
 	}
 	for _, tt := range tests {

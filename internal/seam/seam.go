@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -258,16 +259,17 @@ const (
 	ReasonNoMatchingRamp
 )
 
-// Cause is what came between a flow and its tokens. It is the engine's own: the wire has reasons only.
+// Cause is what came between a flow and its tokens. Only agents of Headgate tell it.
 type Cause uint8
 
-// The causes.
+// The causes, numbered as on the wire.
 const (
 	CauseNone      Cause = iota // none but the reason
 	CauseLate                   // too little time was left for the answer to be heard
 	CauseQueueFull              // as many wait as may
 	CauseLongQueue              // the wait would have been longer than the flow had time
 	CauseTimeout                // it waited for as long as it could
+	CauseClosed                 // the engine was closed while the flow waited
 	Causes                      // how many there are
 )
 
@@ -282,6 +284,8 @@ func (c Cause) String() string {
 		return "queue too long to wait"
 	case CauseTimeout:
 		return "waited in vain"
+	case CauseClosed:
+		return "closed"
 	default:
 		return ""
 	}
@@ -296,7 +300,7 @@ type Verdict struct {
 
 // Extra holds the parts of a verdict that flows in a hurry do without.
 type Extra struct {
-	err       error // why there is no verdict
+	err       atomic.Pointer[error] // why the flow was not accepted
 	rejection Rejection
 
 	Decisions []LimiterDecision // after the first
@@ -336,15 +340,24 @@ func (v *Verdict) Reject(r Rejection) {
 	v.More().rejection = r
 }
 
-// Fail notes why there is no verdict. It is the client's: an agent returns its error.
-func (v *Verdict) Fail(err error) { v.More().err = err }
+// Fail notes the flow's error, unless one is noted already, and returns the noted one. It is the client's: an agent
+// returns its error. For a verdict that is a rejection it is safe for concurrent use.
+func (v *Verdict) Fail(err error) error {
+	if x := v.More(); !x.err.CompareAndSwap(nil, &err) {
+		return *x.err.Load()
+	}
+	return err
+}
 
-// Err is why there is no verdict; nil when there is one.
+// Err is the flow's error that was noted; nil when none was.
 func (v *Verdict) Err() error {
 	if v.Extra == nil {
 		return nil
 	}
-	return v.Extra.err
+	if err := v.Extra.err.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 // Rejected says whether the flow was rejected.

@@ -71,6 +71,7 @@ func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
 		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
 		m.RejectReason = checkv1.CheckResponse_RejectReason(r.Reason)
 		m.DeniedResponseStatusCode = deniedStatus(r)
+		m.Cause = checkv1.CheckResponse_Cause(r.Cause)
 		if r.RetryAfter > 0 {
 			m.WaitTime = durationpb.New(r.RetryAfter)
 		}
@@ -233,6 +234,9 @@ func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
 			r.Reason = seam.Reason(reason)
 		}
+		if cause := m.GetCause(); cause > 0 && cause < checkv1.CheckResponse_Cause(seam.Causes) {
+			r.Cause = seam.Cause(cause)
+		}
 		if s := m.GetDeniedResponseStatusCode(); s > 0 && s <= 599 {
 			r.Status = int16(s)
 		}
@@ -374,6 +378,7 @@ func WithoutValues(m *checkv1.CheckResponse) *checkv1.CheckResponse {
 		DeniedResponseStatusCode: m.GetDeniedResponseStatusCode(),
 		CacheLookupResponse:      lean,
 		ExpectEnd:                m.GetExpectEnd(),
+		Cause:                    m.GetCause(),
 	}
 }
 
