@@ -8,8 +8,8 @@
 // A call whose flow does not run is neither served nor sent. Its error is the flow's own: errors.Is and errors.As find
 // flowctl.ErrRejected and the rest in it, and to gRPC it is a status. That of a rejection is ResourceExhausted,
 // Unavailable, PermissionDenied and so on by the policy or the reason, never OK, with a RetryInfo where it is known when
-// a retry can succeed; a flow that nobody answered is Unavailable, one that is Invalid is Internal, and one whose caller
-// gave up has the code of the caller's context.
+// a retry can succeed; a flow that nobody answered is Unavailable, one that is Invalid is Internal, and one whose context
+// ended first is Canceled or DeadlineExceeded. The status has the error's text, which names no policy and no label.
 //
 // Interceptors recover nothing, and are safe for concurrent use. A nil client is flow control switched off.
 //

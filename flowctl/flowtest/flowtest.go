@@ -44,7 +44,8 @@ type Answer struct {
 	// Reason rejects a check, unless it is ReasonNone.
 	Reason flowctl.RejectReason
 
-	// HTTPStatus and RetryAfter go with a rejection; zero sends none.
+	// Cause, HTTPStatus and RetryAfter go with a rejection; zero sends none.
+	Cause      flowctl.RejectCause
 	HTTPStatus int
 	RetryAfter time.Duration
 
@@ -398,6 +399,7 @@ func (a *Agent) answer(req *checkv1.CheckRequest, n Answer, start time.Time) *ch
 	if n.Reason != flowctl.ReasonNone {
 		m.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
 		m.RejectReason = checkv1.CheckResponse_RejectReason(n.Reason)
+		m.Cause = checkv1.CheckResponse_Cause(n.Cause)
 		m.DeniedResponseStatusCode = checkv1.StatusCode(n.HTTPStatus)
 		if n.RetryAfter != 0 {
 			m.WaitTime = durationpb.New(n.RetryAfter)

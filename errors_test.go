@@ -1,0 +1,435 @@
+package headgate_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/agent"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/grpcguard"
+	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/labels"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// Names of policies, components and label keys, agents' words, addresses and causes have "sesame" in them: logs may show
+// them, and the text of errors may not. Labels' values, cache keys and payloads have "tahini": nothing may show them.
+const (
+	sesame = "sesame"
+	tahini = "tahini"
+)
+
+var errSesame = errors.New(sesame + ": 10.0.0.1:8080")
+
+// A failure makes an error that a package of ours returns.
+type failure struct {
+	name     string
+	make     func(t *testing.T) error
+	deadline bool     // one that passed is in it
+	logs     []string // what the program's own log shows
+}
+
+// sesameLimits is an engine that lets nobody through at point.
+func sesameLimits(t *testing.T) *engine.Engine {
+	limits, err := engine.New([]policy.Policy{{Name: sesame + "-policy", Components: []policy.Component{
+		policy.RateLimiter{ID: sesame + "-component", Selectors: policy.At(point), Interval: time.Hour, LimitBy: sesame + "_key"},
+	}}}, engine.WithCacheBounds(10, 100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = limits.Close() })
+	return limits
+}
+
+func embed(t *testing.T, limits *engine.Engine) *flowctl.Client {
+	client, err := flowctl.New(limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// limitedClients are those of agents that reject flows with sesameParams.
+var limitedClients = map[string]func(t *testing.T) *flowctl.Client{
+	"embedded": func(t *testing.T) *flowctl.Client { return embed(t, sesameLimits(t)) },
+	"served": func(t *testing.T) *flowctl.Client {
+		server := grpc.NewServer(agent.ServerOptions()...)
+		agent.Register(server, sesameLimits(t))
+		client := dial(t, server, flowctl.WithCheckTimeout(time.Second))
+		t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
+		return client
+	},
+	"remote": func(t *testing.T) *flowctl.Client {
+		agent := flowtest.NewAgent(t)
+		agent.AnswerAt(point, flowtest.Answer{Response: &checkv1.CheckResponse{
+			DecisionType: checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+			RejectReason: checkv1.CheckResponse_REJECT_REASON_RATE_LIMITED,
+			LimiterDecisions: []*checkv1.LimiterDecision{{
+				PolicyName: sesame + "-policy", ComponentId: sesame + "-component", Dropped: true,
+				Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
+					Label: sesame + "_key:" + tahini,
+				}},
+			}},
+		}})
+		return agent.Client()
+	},
+}
+
+var sesameParams = flowctl.Params{Labels: map[string]string{sesame + "_key": tahini}, OnUnreachable: flowctl.FailClosed}
+
+func sesameFlow(ctx context.Context, client *flowctl.Client, params flowctl.Params) error {
+	flow := client.Start(ctx, point, params)
+	defer func() { _, _ = flow.End(ctx) }()
+	return flow.Err()
+}
+
+// scriptedAgent is a client of an agent that answers checks like this.
+func scriptedAgent(t *testing.T, answer flowtest.Answer, opts ...flowctl.Option) (*flowtest.Agent, *flowctl.Client) {
+	agent := flowtest.NewAgent(t)
+	agent.Answer(answer)
+	return agent, agent.Client(opts...)
+}
+
+func within(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeoutCause(t.Context(), d, errSesame)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func canceledBySesame(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errSesame)
+	return ctx
+}
+
+// failures are the errors of every package, over every agent that makes a difference to them.
+func failures() []failure {
+	var all []failure
+	for name, client := range limitedClients {
+		rejection := []string{"control_point=checkout", "reason=rate limited", "policy=sesame-policy", "component=sesame-component", "label_key=sesame_key", "status=429"}
+		all = append(all,
+			failure{"rejected, " + name, func(t *testing.T) error { return sesameFlow(t.Context(), client(t), sesameParams) }, false, rejection},
+			failure{"canceled, " + name, func(t *testing.T) error { return sesameFlow(canceledBySesame(t), client(t), sesameParams) }, false, nil},
+			failure{"expired, " + name, func(t *testing.T) error { return sesameFlow(within(t, -1), client(t), sesameParams) }, true, nil},
+			failure{"closed, " + name, func(t *testing.T) error {
+				c := client(t)
+				_ = c.Close(t.Context())
+				return sesameFlow(t.Context(), c, sesameParams)
+			}, false, []string{"control_point=checkout", "cause=closed"}},
+			failure{"invalid label, " + name, func(t *testing.T) error {
+				return sesameFlow(t.Context(), client(t), flowctl.Params{Labels: map[string]string{sesame: tahini + "\xff"}})
+			}, false, []string{"control_point=checkout", "problem=label: value is not valid UTF-8", "label_key=sesame"}},
+			failure{"invalid cache key, " + name, func(t *testing.T) error {
+				return sesameFlow(t.Context(), client(t), flowctl.Params{ResultCacheKey: strings.Repeat(tahini, 100)})
+			}, false, nil},
+			failure{"Guard, " + name, func(t *testing.T) error {
+				_, err := headgate.Guard(client(t), point, sesameParams, work, nil)(t.Context())
+				return err
+			}, false, rejection},
+			failure{"Retry, " + name, func(t *testing.T) error {
+				_, err := headgate.Retry(client(t), point, sesameParams, work, nil, headgate.RetryPolicy{})(t.Context())
+				return err
+			}, false, rejection},
+			failure{"fallback.Error, " + name, func(t *testing.T) error {
+				_, err := headgate.Guard(client(t), point, sesameParams, work, fallback.Error[int](errors.New("busy")))(t.Context())
+				return err
+			}, false, nil},
+			failure{"Transport, " + name, func(t *testing.T) error {
+				return roundTrip(t.Context(), httpguard.NewTransport(client(t), point, answering(http.StatusOK), httpguard.WithParams(
+					func(*http.Request) flowctl.Params { return sesameParams })))
+			}, false, rejection},
+			failure{"Transport expired, " + name, func(t *testing.T) error {
+				return roundTrip(within(t, -1), httpguard.NewTransport(client(t), point, answering(http.StatusOK)))
+			}, true, nil},
+			failure{"client interceptor, " + name, func(t *testing.T) error {
+				return interceptor(t, client(t))(t.Context(), "/s/m", nil, nil, nil, nil)
+			}, false, rejection},
+			failure{"cache without a key, " + name, func(t *testing.T) error {
+				return client(t).Start(t.Context(), "other", flowctl.Params{}).SetResultCache(t.Context(), []byte(tahini), 0)
+			}, false, nil},
+			failure{"Cached gives up, " + name, func(t *testing.T) error {
+				_, err := headgate.Cached(client(t), "other", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+					<-ctx.Done()
+					return 0, ctx.Err()
+				}, nil, nil)(within(t, time.Second))
+				return err
+			}, true, nil},
+		)
+	}
+	store := func(ctx context.Context, client *flowctl.Client) error {
+		return client.Start(context.WithoutCancel(ctx), "other", flowctl.Params{}).SetGlobalCache(ctx, tahini, []byte(strings.Repeat(tahini, 100)), 0)
+	}
+	failed := flowtest.Answer{Fail: status.Error(codes.ResourceExhausted, errSesame.Error())}
+	return append(
+		all,
+		failure{"unreachable by the agent's words", func(t *testing.T) error {
+			_, client := scriptedAgent(t, failed)
+			return sesameFlow(t.Context(), client, sesameParams)
+		}, false, []string{"control_point=checkout", "cause=rpc error", errSesame.Error()}},
+		failure{"unreachable by an address", func(t *testing.T) error { return sesameFlow(t.Context(), noAgent(t), sesameParams) },
+			false, []string{errSesame.Error()}},
+		failure{"unreachable in time", func(t *testing.T) error {
+			_, client := scriptedAgent(t, flowtest.Answer{Hang: true})
+			return sesameFlow(t.Context(), client, sesameParams)
+		}, true, []string{"DeadlineExceeded"}},
+		failure{"canceled while it waits", func(t *testing.T) error {
+			_, client := scriptedAgent(t, flowtest.Answer{Hang: true})
+			return sesameFlow(within(t, time.Millisecond), client, sesameParams)
+		}, true, nil},
+		failure{"End refused", func(t *testing.T) error {
+			agent, client := scriptedAgent(t, flowtest.Answer{Slots: 1})
+			agent.AnswerEnds(failed)
+			_, err := client.Start(t.Context(), point, sesameParams).End(t.Context())
+			return err
+		}, false, []string{"op=end", "control_point=checkout", errSesame.Error()}},
+		failure{"End in time", func(t *testing.T) error {
+			agent, client := scriptedAgent(t, flowtest.Answer{Slots: 1})
+			agent.AnswerEnds(flowtest.Answer{Hang: true})
+			_, err := client.Start(t.Context(), point, sesameParams).End(t.Context())
+			return err
+		}, true, nil},
+		failure{"cache lookup", func(t *testing.T) error {
+			_, client := scriptedAgent(t, flowtest.Answer{Response: &checkv1.CheckResponse{CacheLookupResponse: &checkv1.CacheLookupResponse{
+				ResultCacheResponse: &checkv1.KeyLookupResponse{OperationStatus: checkv1.CacheOperationStatus_ERROR, Error: errSesame.Error()},
+			}}})
+			_, _, err := client.Start(t.Context(), point, flowctl.Params{ResultCacheKey: tahini}).ResultCache()
+			return err
+		}, false, []string{"op=cache lookup", errSesame.Error()}},
+		failure{"cache store, embedded", func(t *testing.T) error { return store(t.Context(), limitedClients["embedded"](t)) }, false, []string{"op=cache store"}},
+		failure{"cache store, served", func(t *testing.T) error { return store(t.Context(), limitedClients["served"](t)) }, false, []string{"op=cache store"}},
+		failure{"cache store, nobody", func(t *testing.T) error { return store(t.Context(), noAgent(t)) }, false, []string{errSesame.Error()}},
+		failure{"cache store, expired", func(t *testing.T) error { return store(within(t, -1), noAgent(t)) }, true, nil},
+		failure{"Ready, nobody", func(t *testing.T) error { return noAgent(t).Ready(within(t, time.Minute)) }, true, []string{"op=agent not ready", errSesame.Error()}},
+		failure{"Ready, closed", func(t *testing.T) error {
+			client := noAgent(t)
+			_ = client.Close(t.Context())
+			return client.Ready(t.Context())
+		}, false, nil},
+		failure{"Close", func(t *testing.T) error {
+			agent, client := scriptedAgent(t, flowtest.Answer{})
+			agent.AnswerSpans(failed)
+			_ = sesameFlow(t.Context(), client, sesameParams)
+			return client.Close(t.Context())
+		}, false, []string{"op=close client", errSesame.Error()}},
+		failure{"Close in time", func(t *testing.T) error {
+			agent, client := scriptedAgent(t, flowtest.Answer{})
+			agent.AnswerSpans(flowtest.Answer{Hang: true})
+			_ = sesameFlow(t.Context(), client, sesameParams)
+			return client.Close(within(t, time.Second))
+		}, true, nil},
+		failure{"fallback.First, expired", func(t *testing.T) error {
+			late := func(context.Context, error) (int, error) { return 0, fmt.Errorf("replica: %w", context.DeadlineExceeded) }
+			_, err := headgate.Guard(limitedClients["embedded"](t), point, sesameParams, work, fallback.First(late))(t.Context())
+			return err
+		}, true, nil},
+		failure{"fallback.First, canceled", func(t *testing.T) error {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			gone := func(context.Context, error) (int, error) {
+				cancel(status.Error(codes.Internal, errSesame.Error()))
+				return 0, errors.New("replica down")
+			}
+			_, err := headgate.Guard(limitedClients["embedded"](t), point, sesameParams, work, fallback.First(gone, gone))(ctx)
+			return err
+		}, false, nil},
+		failure{"paused", func(t *testing.T) error {
+			transport := httpguard.NewTransport(nil, point, answering(http.StatusTooManyRequests))
+			_ = roundTrip(t.Context(), transport)
+			return roundTrip(t.Context(), transport)
+		}, false, []string{"control_point=checkout", "status=429", "retry_after=10s"}},
+		failure{"labels.Check", func(*testing.T) error { return labels.Check(map[string]string{sesame: tahini + "\xff"}) }, false, []string{"label_key=sesame"}},
+	)
+}
+
+// noAgent is a client whose connection fails at an address.
+func noAgent(t *testing.T) *flowctl.Client {
+	client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(), flowctl.WithDialOptions(
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return nil, errSesame })))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
+	return client
+}
+
+type answering int
+
+func (a answering) RoundTrip(r *http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: int(a), Header: http.Header{"Retry-After": {"10"}}, Body: http.NoBody, Request: r}, nil
+}
+
+// roundTrip gives the transport's own error, which http.Client would put into an *url.Error.
+func roundTrip(ctx context.Context, transport http.RoundTripper) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://upstream.example/", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := transport.RoundTrip(r)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+func interceptor(t *testing.T, client *flowctl.Client) grpc.UnaryClientInterceptor {
+	t.Helper()
+	return grpcguard.UnaryClientInterceptor(client, point, grpcguard.WithParams(
+		func(context.Context, grpcguard.Call) flowctl.Params { return sesameParams }))
+}
+
+// health is a service that returns the error.
+type health struct {
+	healthpb.UnimplementedHealthServer
+	err error
+}
+
+func (h health) Check(context.Context, *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
+	return nil, h.err
+}
+
+// told is what a peer across the network learns of the error of a handler.
+func told(t *testing.T, err error) *status.Status {
+	t.Helper()
+	listener := bufconn.Listen(1 << 20)
+	server := grpc.NewServer()
+	healthpb.RegisterHealthServer(server, health{err: err})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	defer func() {
+		server.Stop()
+		<-served
+	}()
+	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
+	if dialErr != nil {
+		t.Fatal(dialErr)
+	}
+	defer func() { _ = conn.Close() }()
+	_, got := healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
+	return status.Convert(got)
+}
+
+func overFailures(t *testing.T, f func(t *testing.T, of failure, err error)) {
+	for _, of := range failures() {
+		t.Run(of.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				err := of.make(t)
+				if err == nil {
+					t.Fatal("there is no error")
+				}
+				f(t, of, err)
+			})
+		})
+	}
+}
+
+// However an error is printed, encoded or returned from a gRPC handler, its text tells a stranger nothing, and a wrapped
+// error has the code of the bare one.
+func TestErrorsTellStrangersNothing(t *testing.T) {
+	overFailures(t, func(t *testing.T, _ failure, err error) {
+		var texts []string
+		wrapped := fmt.Errorf("charge the card: %w", err)
+		for _, e := range []error{err, wrapped, errors.Join(wrapped, errors.New("other"))} {
+			for _, verb := range []string{"%v", "%s", "%q", "%+v", "%#v", "%d"} {
+				texts = append(texts, fmt.Sprintf(verb, e))
+			}
+			encoded, jsonErr := json.Marshal(e)
+			if jsonErr != nil {
+				t.Fatal(jsonErr)
+			}
+			peer := told(t, e)
+			texts = append(texts, string(encoded), peer.Proto().String(), status.Convert(e).Proto().String())
+			if bare := told(t, err); peer.Code() != bare.Code() || len(peer.Details()) != len(bare.Details()) {
+				t.Errorf("a peer is told %v of %q, and %v of the bare error", peer, e, bare)
+			}
+		}
+		if bare := told(t, err).Message(); bare != err.Error() {
+			t.Errorf("a peer is told %q of the bare error, whose text is %q", bare, err)
+		}
+		for _, text := range texts {
+			if strings.Contains(text, sesame) || strings.Contains(text, tahini) {
+				t.Errorf("%s", text)
+			}
+		}
+	})
+}
+
+// Errors with a deadline in them are timeouts to net and net/http, and others are not.
+func TestErrorsOfDeadlinesAreTimeouts(t *testing.T) {
+	overFailures(t, func(t *testing.T, of failure, err error) {
+		for _, e := range []error{err, fmt.Errorf("wrapped: %w", err)} {
+			asked, ok := errors.AsType[net.Error](e)
+			if got := ok && asked.Timeout(); got != of.deadline {
+				t.Errorf("net.Error.Timeout() of %q = %v want %v", e, got, of.deadline)
+			}
+		}
+		if got := (&url.Error{Op: "Get", URL: "/", Err: err}).Timeout(); got != of.deadline {
+			t.Errorf("url.Error.Timeout() of %q = %v want %v", err, got, of.deadline)
+		}
+		if errors.Is(err, context.DeadlineExceeded) && !of.deadline {
+			t.Errorf("%q matches a deadline", err)
+		}
+	})
+}
+
+// The program's own log shows what the text leaves out, and never a label's value.
+func TestErrorsInLogs(t *testing.T) {
+	overFailures(t, func(t *testing.T, of failure, err error) {
+		logged := slog.AnyValue(err).Resolve().String()
+		for _, want := range of.logs {
+			if !strings.Contains(logged, want) {
+				t.Errorf("logged as %q want %q in it", logged, want)
+			}
+		}
+		var out bytes.Buffer
+		slog.New(slog.NewTextHandler(&out, nil)).Error("failed", "error", err)
+		slog.New(slog.NewJSONHandler(&out, nil)).Error("failed", "error", err)
+		if strings.Contains(out.String(), tahini) {
+			t.Errorf("the log has %q", out.String())
+		}
+	})
+}
+
+// http.Client asks the transport's error itself.
+func TestTransportDeadlineIsATimeout(t *testing.T) {
+	for name, client := range limitedClients {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, err := http.NewRequestWithContext(within(t, -1), http.MethodGet, "https://upstream.example/", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := (&http.Client{Transport: httpguard.NewTransport(client(t), point, answering(http.StatusOK))}).Do(r)
+				if err == nil {
+					_ = resp.Body.Close()
+				}
+				byURL, ok := errors.AsType[*url.Error](err)
+				if !ok || !byURL.Timeout() {
+					t.Errorf("%v is no timeout", err)
+				}
+			})
+		})
+	}
+}
