@@ -241,7 +241,9 @@ func failures() []failure {
 			return client.Close(within(t, time.Second))
 		}, true, nil},
 		failure{"fallback.First, expired", func(t *testing.T) error {
-			late := func(context.Context, error) (int, error) { return 0, fmt.Errorf("replica: %w", context.DeadlineExceeded) }
+			late := func(context.Context, error) (int, error) {
+				return 0, fmt.Errorf("replica: %w", context.DeadlineExceeded)
+			}
 			_, err := headgate.Guard(limitedClients["embedded"](t), point, sesameParams, work, fallback.First(late))(t.Context())
 			return err
 		}, true, nil},
