@@ -35,6 +35,8 @@ import (
 	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/headgate-go/headgate/internal/credential"
 )
 
 // What a flow may carry. Keys are not empty; keys and values are valid UTF-8.
@@ -153,17 +155,4 @@ const (
 // IsCredential reports whether a header, metadata key or baggage member of that name carries credentials, and so never
 // becomes a label. The name may come in any case, and as the label that a header becomes; "_" counts as "-", for some
 // servers and proxies take the two for one.
-func IsCredential(name string) bool {
-	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
-	switch strings.ReplaceAll(name, "_", "-") {
-	case "authorization", "proxy-authorization", "x-forwarded-authorization", "x-original-authorization",
-		"cookie", "set-cookie",
-		"api-key", "apikey", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key",
-		"x-auth-token", "x-session-token", "x-access-token", "x-forwarded-access-token", "x-amz-security-token",
-		"x-vault-token", "x-gitlab-token", "private-token",
-		"x-csrf-token", "x-csrftoken", "x-xsrf-token",
-		"x-goog-iap-jwt-assertion", "cf-access-jwt-assertion":
-		return true
-	}
-	return false
-}
+func IsCredential(name string) bool { return credential.Named(name) }

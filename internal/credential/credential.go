@@ -1,0 +1,28 @@
+// Package credential knows the headers that carry credentials.
+package credential
+
+import "strings"
+
+// headerPrefix is what the label of a header begins with.
+const headerPrefix = "http.request.header."
+
+// Named reports whether a header, metadata key or baggage member of that name carries credentials. The name may come in
+// any case, and as the label that a header becomes. "_" counts as "-", because some servers and proxies take the two for
+// one.
+func Named(name string) bool {
+	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
+	switch strings.ReplaceAll(name, "_", "-") {
+	case "authorization", "proxy-authorization", "x-forwarded-authorization", "x-original-authorization",
+		"cookie", "set-cookie",
+		"api-key", "apikey", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key",
+		"x-auth-token", "x-session-token", "x-access-token", "x-forwarded-access-token", "x-amz-security-token",
+		"x-vault-token", "x-gitlab-token", "private-token",
+		"x-csrf-token", "x-csrftoken", "x-xsrf-token",
+		"x-goog-iap-jwt-assertion", "cf-access-jwt-assertion":
+		return true
+	}
+	return false
+}
+
+// HeaderLabel reports whether the label is that of a header which carries credentials.
+func HeaderLabel(key string) bool { return strings.HasPrefix(key, headerPrefix) && Named(key) }
