@@ -9,8 +9,11 @@
 // An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and what the baggage header
 // says overrides them.
 //
-// Requests are bounded like flows are in a client: what a client of this module would call invalid is InvalidArgument
-// here, with what is wrong. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
+// An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
+// beyond the size of a message. Whatever labels it has, the engine sees them all and whole. The answer is bounded instead:
+// of more than 64 labels it reports those that policies name, and headers last; of a value its first 4096
+// bytes. Cache keys that are empty, longer than 255 bytes or beyond the 1024th look up nothing, and the answer tells so by
+// key; all cached values of an answer have 3 MiB at the most. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
 // queues; one that comes with less than 10 ms left is rejected by the limiters and schedulers that it meets, because an
 // answer that its client does not hear would cost it tokens and slots all the same. Answers are as compressed as the
 // questions: gzip, or not.
@@ -18,9 +21,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
-	"maps"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -37,13 +37,12 @@ import (
 	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
-	"github.com/headgate-go/headgate/labels"
 )
 
 // The bounds of a request.
 const (
 	margin   = 10 * time.Millisecond // what an answer needs to arrive
-	maxSlots = 256
+	maxSlots = 1 << 14               // that one call gives back
 )
 
 // A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
@@ -57,8 +56,8 @@ type Server struct {
 // engine remains the caller's to close, after s has stopped.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
-	checkv1.RegisterFlowControlServiceServer(s, service{server: srv})
-	checkhttpv1.RegisterFlowControlServiceHTTPServer(s, service{server: srv})
+	s.RegisterService(lenient(checkv1.FlowControlService_ServiceDesc), service{server: srv})
+	s.RegisterService(lenient(checkhttpv1.FlowControlServiceHTTP_ServiceDesc), service{server: srv})
 	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
 	return srv
 }
@@ -93,28 +92,27 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 		ControlPoint: m.GetControlPoint(),
 		Labels:       seam.Labels{Params: m.GetLabels(), Base: base},
 	}
-	if err := labels.Check(req.Labels.Params); err != nil {
-		return nil, invalid(err)
-	}
+	var refused refusal
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
-		base.Looks, base.Lookup = true, seam.Lookup{Result: lookup.GetResultCacheKey(), Global: lookup.GetGlobalCacheKeys()}
-		if err := seam.CheckCacheKeys(base.Lookup.Result, base.Lookup.Global...); err != nil {
-			return nil, invalid(err)
-		}
+		base.Looks = true
+		base.Lookup, refused = lookupOf(m.GetControlPoint(), lookup)
 	}
 	response, err := s.decide(ctx, &req)
 	if err != nil {
 		return nil, err
 	}
 	response.ExpectEnd = m.GetExpectEnd()
+	if found := response.GetCacheLookupResponse(); found != nil {
+		refused.fill(found)
+	}
 	return response, nil
 }
 
 // decide asks the engine about what a client wants to know. The request has a base of its own.
 func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckResponse, error) {
-	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
-		return nil, invalid(err)
+	if req.ControlPoint == "" {
+		return nil, invalid(seam.CheckControlPoint(""))
 	}
 	if deadline, ok := ctx.Deadline(); ok {
 		req.Labels.Base.Late = time.Until(deadline) < margin
@@ -129,19 +127,18 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 		s.server.engine.Revert(&v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	response := wire.Response(req, &v)
+	response := wire.Answer(req, &v, s.server.engine.NamedLabels())
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
 	return response, nil
 }
 
+// FlowEnd gives back slots. Of more than anybody can hold by one flow it looks at the first.
 func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
-	if n := len(m.GetInflightRequests()); n > maxSlots {
-		return nil, invalid(fmt.Errorf("%d in-flight requests are more than %d", n, maxSlots))
-	}
-	response := new(checkv1.FlowEndResponse)
-	for _, ref := range m.GetInflightRequests() {
-		known, returned := s.server.engine.EndSlot(
-			ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
+	refs := m.GetInflightRequests()
+	refs = refs[:min(len(refs), maxSlots)]
+	response := &checkv1.FlowEndResponse{TokenReturnStatuses: make([]*checkv1.TokenReturnStatus, 0, len(refs))}
+	for _, ref := range refs {
+		known, returned := s.server.end(ref)
 		one := &checkv1.TokenReturnStatus{InflightRequestRef: ref, Returned: returned}
 		if !known {
 			one.Error = "flow ender not found for limiter id"
@@ -151,82 +148,10 @@ func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1
 	return response, nil
 }
 
-func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
-	if err := seam.CheckCacheKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()...); err != nil {
-		return nil, invalid(err)
-	}
-	response := new(checkv1.CacheLookupResponse)
-	if key := m.GetResultCacheKey(); key != "" {
-		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
-			return nil, invalid(err)
-		}
-		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key}))
-	}
-	for _, key := range m.GetGlobalCacheKeys() {
-		if response.GlobalCacheResponses == nil {
-			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(m.GetGlobalCacheKeys()))
-		}
-		response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{Key: key, Global: true}))
-	}
-	return response, nil
-}
-
-func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
-	store := func(key seam.CacheKey, e *checkv1.CacheEntry) *checkv1.KeyUpsertResponse {
-		// A time to live that is none is the default, as one that is not there.
-		err := s.server.engine.Store(ctx, key, e.GetValue(), max(e.GetTtl().AsDuration(), 0))
-		operation, text := outcome(err)
-		return &checkv1.KeyUpsertResponse{OperationStatus: operation, Error: text}
-	}
-	if err := seam.CheckCacheKeys(m.GetResultCacheEntry().GetKey(), slices.Collect(maps.Keys(m.GetGlobalCacheEntries()))...); err != nil {
-		return nil, invalid(err)
-	}
-	response := new(checkv1.CacheUpsertResponse)
-	if e := m.GetResultCacheEntry(); e.GetKey() != "" {
-		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
-			return nil, invalid(err)
-		}
-		response.ResultCacheResponse = store(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: e.GetKey()}, e)
-	}
-	for key, e := range m.GetGlobalCacheEntries() {
-		if response.GlobalCacheResponses == nil {
-			response.GlobalCacheResponses = make(map[string]*checkv1.KeyUpsertResponse, len(m.GetGlobalCacheEntries()))
-		}
-		response.GlobalCacheResponses[key] = store(seam.CacheKey{Key: key, Global: true}, e)
-	}
-	return response, nil
-}
-
-func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {
-	remove := func(key seam.CacheKey) *checkv1.KeyDeleteResponse {
-		operation, text := outcome(s.server.engine.Delete(ctx, key))
-		return &checkv1.KeyDeleteResponse{OperationStatus: operation, Error: text}
-	}
-	if err := seam.CheckCacheKeys(m.GetResultCacheKey(), m.GetGlobalCacheKeys()...); err != nil {
-		return nil, invalid(err)
-	}
-	response := new(checkv1.CacheDeleteResponse)
-	if key := m.GetResultCacheKey(); key != "" {
-		if err := seam.CheckControlPoint(m.GetControlPoint()); err != nil {
-			return nil, invalid(err)
-		}
-		response.ResultCacheResponse = remove(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
-	}
-	for _, key := range m.GetGlobalCacheKeys() {
-		if response.GlobalCacheResponses == nil {
-			response.GlobalCacheResponses = make(map[string]*checkv1.KeyDeleteResponse, len(m.GetGlobalCacheKeys()))
-		}
-		response.GlobalCacheResponses[key] = remove(seam.CacheKey{Key: key, Global: true})
-	}
-	return response, nil
-}
-
-// outcome is what became of one cache entry, for the wire.
-func outcome(err error) (checkv1.CacheOperationStatus, string) {
-	if err != nil {
-		return checkv1.CacheOperationStatus_ERROR, err.Error()
-	}
-	return checkv1.CacheOperationStatus_SUCCESS, ""
+// end gives back one slot. It reports whether the engine knows the limiter, and whether the slot was still taken.
+func (s *Server) end(ref *checkv1.InflightRequestRef) (known, returned bool) {
+	return s.engine.EndSlot(
+		ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
 }
 
 func invalid(err error) error { return status.Error(codes.InvalidArgument, err.Error()) }

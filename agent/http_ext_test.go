@@ -57,7 +57,7 @@ func TestCheckHTTPLabels(t *testing.T) {
 				Headers: map[string]string{"x-tenant": "acme", ":authority": "shop.example", "authorization": "secret", "X-API-Key": "secret"},
 			},
 			want: map[string]string{
-				"http.method": "POST", "http.target": "/a%20b", "http.host": "shop.example:8443", "http.scheme": "https", "http.flavor": "2.0",
+				"http.method": "POST", "http.target": "/a%20b?token=secret", "http.host": "shop.example:8443", "http.scheme": "https", "http.flavor": "2.0",
 			},
 			more: "http.request.header.x_tenant http.request_content_length",
 		},
@@ -69,12 +69,12 @@ func TestCheckHTTPLabels(t *testing.T) {
 		{
 			name:    "an absolute target",
 			request: &request{Method: "GET", Path: "http://shop.example/a?token=secret", Protocol: "HTTP/3", Scheme: "http", Size: -1},
-			want:    map[string]string{"http.method": "GET", "http.target": "/a", "http.host": "shop.example", "http.scheme": "http", "http.flavor": "3.0"},
+			want:    map[string]string{"http.method": "GET", "http.target": "http://shop.example/a?token=secret", "http.scheme": "http", "http.flavor": "3.0"},
 		},
 		{
 			name:    "a target that is none",
 			request: &request{Method: "GET", Path: "%", Size: -1},
-			want:    map[string]string{"http.method": "GET"},
+			want:    map[string]string{"http.method": "GET", "http.target": "%"},
 		},
 		{
 			name: "baggage goes before",
@@ -204,11 +204,12 @@ func TestCheckHTTPAnswer(t *testing.T) {
 	})
 }
 
+// Only a request that says nothing of where it is from is refused.
 func TestCheckHTTPInvalidArgument(t *testing.T) {
 	stub := serve(t, nil).stubHTTP(t)
-	for name, point := range map[string]string{"no control point": "", "long control point": strings.Repeat("p", 256)} {
-		if _, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: point}); status.Code(err) != codes.InvalidArgument {
-			t.Errorf("%s: error = %v want InvalidArgument", name, err)
+	for point, want := range map[string]codes.Code{"": codes.InvalidArgument, strings.Repeat("p", 256): codes.OK} {
+		if _, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: point}); status.Code(err) != want {
+			t.Errorf("control point of %d bytes: error = %v want %v", len(point), err, want)
 		}
 	}
 }
@@ -287,7 +288,7 @@ func TestCheckHTTPDecidesAsCheck(t *testing.T) {
 	}
 }
 
-// Whatever a client sends, it gets an answer or an error that is its own fault, and holds nothing when it has ended.
+// Whatever a client sends, it gets an answer, unless it names no control point, and holds nothing when it has ended.
 func FuzzCheckHTTP(f *testing.F) {
 	type request = checkhttpv1.CheckHTTPRequest_HttpRequest
 	for _, m := range []*checkhttpv1.CheckHTTPRequest{
@@ -328,7 +329,7 @@ func FuzzCheckHTTP(f *testing.F) {
 		}
 		m, err := service.CheckHTTP(t.Context(), req)
 		if err != nil {
-			if code := status.Code(err); code != codes.InvalidArgument {
+			if req.GetControlPoint() != "" || status.Code(err) != codes.InvalidArgument {
 				t.Fatalf("CheckHTTP() = %v", err)
 			}
 			return

@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"bytes"
 	"encoding/base64"
+	"math"
 	"strings"
 	"time"
 
@@ -11,33 +13,57 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// read tells the engine how long the flow took that the span is about.
+// read tells the engine how long the flow took that the span is about, and ends it if its client said that it would not:
+// then the span is all that comes when the flow ends. A slot is freed by its name in the check's answer, which only the
+// client has that was given it, and once.
 func (s *Server) read(span []byte) {
-	if !s.engine.Measures("") {
+	measured := s.engine.Measures("")
+	r := reportOf(span)
+	if r.check == nil || !measured && expectsEnd(r.check) {
 		return
 	}
-	if check, latency, waited, ok := ranFor(span); ok {
-		if m := readCheck(check, s.engine.Measures); m != nil && worked(m) {
-			if waited {
-				latency = max(latency-checked(m), 0)
-			}
-			s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
+	m := readCheck(r.check, func(controlPoint string, expectEnd bool) bool {
+		return !expectEnd || measured && r.ok && s.engine.Measures(controlPoint)
+	})
+	if m == nil {
+		return
+	}
+	if !m.GetExpectEnd() {
+		for _, ref := range wire.Held(m) {
+			s.end(ref)
 		}
+	}
+	if measured && r.ok && worked(m) {
+		latency := r.latency
+		if r.waited {
+			latency = max(latency-checked(m), 0)
+		}
+		s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
 	}
 }
 
-// checkControlPoint is the number of a field of CheckResponse.
-const checkControlPoint protowire.Number = 5
+// Numbers of fields of CheckResponse.
+const (
+	checkControlPoint protowire.Number = 5
+	checkExpectEnd    protowire.Number = 16
+)
 
 // longest is beyond what a flow takes: clocks are wrong then.
 const longest = 24 * time.Hour
 
-// ranFor gives the answer to the flow's check, as the span has it, and how long the flow's work took. It is not ok where
-// the flow did not run, or not end well. Waited says that the time is that of the check too: one SDK has the work start
-// with the flow.
-func ranFor(span []byte) (check []byte, latency time.Duration, waited, ok bool) {
+// A report is what a span tells of a flow.
+type report struct {
+	check   []byte        // the answer to the flow's check; nil for none
+	latency time.Duration // how long its work took
+	waited  bool          // the latency has the check's time in it: one SDK has the work start with the flow
+	ok      bool          // the flow ran and ended well, and the times make sense
+}
+
+func reportOf(span []byte) report {
+	var check []byte
 	var start, begin, end int64
 	good := false
 	walk(span, func(field protowire.Number, attribute []byte, _ uint64) {
@@ -67,19 +93,28 @@ func ranFor(span []byte) (check []byte, latency time.Duration, waited, ok bool) 
 		case "aperture.workload_start_timestamp":
 			begin = number
 		case "aperture.workload_start_timestamp_ms":
-			begin = number * int64(time.Millisecond)
+			begin = ofMillis(number)
 		case "aperture.flow_end_timestamp":
 			end = number
 		case "aperture.flow_end_timestamp_ms":
-			end = number * int64(time.Millisecond)
+			end = ofMillis(number)
 		case "aperture.flow.status":
 			good = strings.EqualFold(string(text), "OK") // one SDK has it in small letters
 		case "aperture.check_response":
 			check = text
 		}
 	})
-	latency = time.Duration(end - begin)
-	return check, latency, begin == start, good && check != nil && begin != 0 && latency >= 0 && latency <= longest
+	r := report{check: check, latency: time.Duration(end - begin), waited: begin == start}
+	r.ok = good && check != nil && begin > 0 && end >= begin && r.latency <= longest
+	return r
+}
+
+// ofMillis is a time in nanoseconds; 0, which is none, where it has no room for it.
+func ofMillis(n int64) int64 {
+	if n <= 0 || n > math.MaxInt64/int64(time.Millisecond) {
+		return 0
+	}
+	return n * int64(time.Millisecond)
 }
 
 // walk calls visit with each field of the message, up to where it is malformed: with its bytes, or its number.
@@ -108,26 +143,49 @@ func walk(message []byte, visit func(field protowire.Number, data []byte, number
 	}
 }
 
-// readCheck reads an answer in either of its forms, if it is about a control point that is wanted; nil if not.
-func readCheck(text []byte, wanted func(controlPoint string) bool) *checkv1.CheckResponse {
+// expectsEnd reports whether an answer says that its client ends the flow itself, as most do, without decoding the rest
+// of it where that is easy.
+func expectsEnd(text []byte) bool {
+	if len(text) > 0 && text[0] == '{' {
+		for _, name := range []string{`"expectEnd"`, `"expect_end"`} {
+			if _, after, ok := bytes.Cut(text, []byte(name)); ok {
+				return bytes.HasPrefix(bytes.TrimLeft(after, ": \t\r\n"), []byte("true"))
+			}
+		}
+		return false
+	}
+	data, err := base64.StdEncoding.AppendDecode(nil, text)
+	if err != nil {
+		return true // nothing can be read from it
+	}
+	_, expects := glance(data)
+	return expects
+}
+
+// glance reads what is of interest of every answer.
+func glance(check []byte) (controlPoint string, expectEnd bool) {
+	walk(check, func(field protowire.Number, value []byte, number uint64) {
+		switch field {
+		case checkControlPoint:
+			controlPoint = string(value)
+		case checkExpectEnd:
+			expectEnd = number != 0
+		}
+	})
+	return controlPoint, expectEnd
+}
+
+// readCheck reads an answer in either of its forms, if it is wanted; nil if not.
+func readCheck(text []byte, wanted func(controlPoint string, expectEnd bool) bool) *checkv1.CheckResponse {
 	m := new(checkv1.CheckResponse)
 	if len(text) > 0 && text[0] == '{' {
-		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, m) != nil || !wanted(m.GetControlPoint()) {
+		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, m) != nil || !wanted(m.GetControlPoint(), m.GetExpectEnd()) {
 			return nil
 		}
 		return m
 	}
 	data, err := base64.StdEncoding.AppendDecode(nil, text)
-	if err != nil {
-		return nil
-	}
-	found := false
-	walk(data, func(field protowire.Number, value []byte, _ uint64) {
-		if field == checkControlPoint {
-			found = wanted(string(value))
-		}
-	})
-	if !found || proto.Unmarshal(data, m) != nil {
+	if err != nil || !wanted(glance(data)) || proto.Unmarshal(data, m) != nil {
 		return nil
 	}
 	return m

@@ -57,14 +57,25 @@ func (c *cache) weight(k cacheKey, value []byte) uint32 {
 	return max(uint32(min((n+c.unit-1)/c.unit, math.MaxUint32)), c.floor)
 }
 
-var errNoCacheKey = errors.New("cache key is empty")
+var (
+	errNoCacheKey = errors.New("cache key cannot be empty") // in the words of other agents
+	errNoRoom     = errors.New("the cached values are larger than an answer may be")
+)
 
-// lookup copies the value, so that nobody can change what the next flow finds.
-func (c *cache) lookup(k cacheKey) seam.CacheAnswer {
+// lookup copies the value, so that nobody can change what the next flow finds. The value takes its bytes from the room
+// that an answer has; nil is room for any.
+func (c *cache) lookup(k cacheKey, room *int) seam.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {
 		c.misses.Add(1)
 		return seam.CacheAnswer{}
+	}
+	if room != nil {
+		if len(v.value) > *room {
+			c.misses.Add(1)
+			return seam.CacheAnswer{Err: errNoRoom}
+		}
+		*room -= len(v.value)
 	}
 	c.hits.Add(1)
 	return seam.CacheAnswer{Value: bytes.Clone(v.value), Hit: true}

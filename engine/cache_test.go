@@ -30,7 +30,7 @@ func TestCacheTTL(t *testing.T) {
 		} {
 			<-time.After(time.Until(begin.Add(tt.at)))
 			for _, key := range []string{"minute", "default", "year"} {
-				if got := c.lookup(cacheKey{"point", key}).Hit; got != tt.want[key] {
+				if got := c.lookup(cacheKey{"point", key}, nil).Hit; got != tt.want[key] {
 					t.Errorf("%s after %v: hit = %v want %v", key, tt.at, got, tt.want[key])
 				}
 			}

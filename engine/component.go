@@ -49,6 +49,7 @@ type keyed[S any] struct {
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
+	namer       namer         // of buckets
 
 	table  *table[S] // nil without a label
 	single *entry[S] // the state of all flows, without a label
@@ -58,7 +59,7 @@ type keyed[S any] struct {
 func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: e.namer(c.LabelKey)}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -88,7 +89,7 @@ func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
 	}
 	value, ok := labels.Lookup(k.component.LabelKey)
 	if ok {
-		d.Scope, d.Label = seam.ScopeLabel, value
+		d.Scope, d.Label = seam.ScopeLabel, k.namer.name(value)
 	}
 	return ok
 }

@@ -46,6 +46,7 @@ package engine
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -69,6 +70,7 @@ type Engine struct {
 	logger       *slog.Logger
 
 	epoch   time.Time
+	secret  [32]byte                  // that hides credentials in the names of buckets
 	signals map[string]func() float64 // of the host, by name
 
 	rules     atomic.Pointer[rules] // in force
@@ -109,6 +111,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		done:         make(chan struct{}),
 		elsewhere:    point{counts: new(counts)},
 	}
+	_, _ = rand.Read(e.secret[:]) // it does not fail
 	var errs []error
 	for _, o := range opts {
 		if o != nil {
@@ -151,8 +154,9 @@ func (e *Engine) Close() error {
 	return nil
 }
 
-// Warnings lists what the files of the policies in force say and the engine has no use for, one "file:line:column: field:
-// …" each.
+// Warnings lists what the policies in force say and what has no effect, the most important first: labels that do not
+// arrive, those that components limit by before those that they read for less, and then what the policies' files say and
+// the engine has no use for, one "file:line:column: field: …" each.
 func (e *Engine) Warnings() []string { return slices.Clone(e.rules.Load().warnings) }
 
 // ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire. Package
@@ -179,7 +183,7 @@ func (e *Engine) ServiceWarnings() []string {
 func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
 	x, asked := v.More(), req.Lookup()
 	if asked.Result != "" {
-		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result})
+		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
 		p.looked(&x.Result)
 	}
 	for _, key := range asked.Global {
@@ -189,7 +193,7 @@ func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
 		if x.Global == nil {
 			x.Global = make(map[string]seam.CacheAnswer, len(asked.Global))
 		}
-		x.Global[key] = e.globals.lookup(cacheKey{key: key})
+		x.Global[key] = e.globals.lookup(cacheKey{key: key}, asked.Room)
 	}
 }
 
@@ -275,17 +279,18 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 	return len(holders) > 0, false
 }
 
-// Lookup finds a value in a cache. Package agent calls it; flows look up with their check.
-func (e *Engine) Lookup(key seam.CacheKey) seam.CacheAnswer {
+// Lookup finds a value in a cache, as long as there is room for it in the answer, which it takes; nil is room for any.
+// Package agent calls it; flows look up with their check.
+func (e *Engine) Lookup(key seam.CacheKey, room *int) seam.CacheAnswer {
 	switch c, k := e.cache(key); {
 	case e.closed.Load():
 		return seam.CacheAnswer{Err: seam.ErrClosed}
 	case key.Key == "":
 		return seam.CacheAnswer{Err: errNoCacheKey}
 	case key.Global:
-		return c.lookup(k)
+		return c.lookup(k, room)
 	default:
-		a := c.lookup(k)
+		a := c.lookup(k, room)
 		e.point(key.ControlPoint).looked(&a)
 		return a
 	}

@@ -90,7 +90,7 @@ func (k *keyed[S]) met(value string, now int64) *entry[S] {
 		k.single.mu.Lock()
 		return k.single
 	}
-	return k.table.lockMet(value, now)
+	return k.table.lockMet(k.namer.name(value), now)
 }
 
 func (l *limiter[S]) usage(value string, now int64) Usage {

@@ -18,6 +18,8 @@ type rules struct {
 	parts    []*part // in the order of the policies
 	points   map[string]*point
 	gauges   map[string][]gauge // by control point
+	named    map[string]bool    // labels that policies read; see [Engine.NamedLabels]
+	missing  []missing
 	warnings []string
 }
 
@@ -127,7 +129,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 	for _, p := range e.rules.Load().parts {
 		kept[p.named] = p
 	}
-	r := &rules{points: make(map[string]*point), gauges: make(map[string][]gauge)}
+	r := &rules{points: make(map[string]*point), gauges: make(map[string][]gauge), named: make(map[string]bool)}
 	var errs []error
 	names := make(map[string]bool)
 	for _, p := range policies {
@@ -137,6 +139,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 		names[p.Name] = true
 		errs = append(errs, e.add(r, p, kept))
 	}
+	r.warnings = append(ofMissing(r.missing), r.warnings...)
 	return r, errors.Join(errs...)
 }
 
@@ -163,6 +166,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
 		r.parts = append(r.parts, built)
+		r.name(built.identity(), c)
 		for at, gauges := range built.gauges {
 			r.gauges[at] = append(r.gauges[at], gauges...)
 		}

@@ -16,6 +16,7 @@ type sampler struct {
 	pass       []string // values of the label that are always accepted
 	dryRun     bool
 	counts     *counts
+	namer      namer
 
 	engine *Engine
 	ramp   *ramp // that the percentage moves along; nil where it does not move
@@ -33,6 +34,7 @@ func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
 		pass:       slices.Clone(p.PassThroughValues),
 		dryRun:     p.DryRun,
 		counts:     new(counts),
+		namer:      e.namer(p.SessionLabel),
 		engine:     e,
 	}
 	s.component.Limiter = s
@@ -67,6 +69,9 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 		in = sampled(d.Label, percentage)
 	}
 	d.Dropped, d.DryRun = !in && !s.dryRun, !in && s.dryRun
+	if d.Label != "" {
+		d.Label = s.namer.name(d.Label)
+	}
 	s.counts.decision(d)
 }
 

@@ -101,8 +101,12 @@ func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority flo
 	if s.passThrough {
 		return s.workloads.others.label, s.workloads.others.priority
 	}
-	c := s.workloads.claim(s.workloads.of(labels), labels)
-	return c.workload, c.priority
+	of := s.workloads.of(labels)
+	c := s.workloads.claim(of, labels)
+	if c.workload == of.label {
+		return c.workload, c.priority
+	}
+	return s.engine.namer(s.workloads.workloadLabel).name(c.workload), c.priority
 }
 
 func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {

@@ -346,9 +346,9 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 	case n.HTTPResponse != nil:
 		return n.HTTPResponse, nil
 	case n.Response != nil:
-		return wire.HTTPResponse(proto.CloneOf(n.Response), carried), nil
+		return wire.HTTPResponse(proto.CloneOf(n.Response), carried, nil), nil
 	default:
-		return wire.HTTPResponse(a.answer(same, n, start), carried), nil
+		return wire.HTTPResponse(a.answer(same, n, start), carried, nil), nil
 	}
 }
 

@@ -5,6 +5,8 @@ package seam
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -230,6 +232,10 @@ type HTTPRequest struct {
 type Lookup struct {
 	Result string   // "" looks up none
 	Global []string // empty ones are skipped
+
+	// Room is how many bytes of values the answer has room for, and is counted down; nil is room for any. The result's
+	// value goes first. A value that does not fit is a miss.
+	Room *int
 }
 
 // CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control
@@ -513,3 +519,18 @@ type Runs struct {
 
 // RunsKey is for the [Runs] of a flow's client, in the flow's context.
 type RunsKey struct{}
+
+// ShortValue is the value of a label if it has at most so many bytes, and otherwise a name of that length for it: its
+// beginning and 128 bits of its SHA-256. At least 48 bytes are room for one.
+func ShortValue(value string, most int) string {
+	if len(value) <= most {
+		return value
+	}
+	sum := sha256.Sum256([]byte(value))
+	code := "#" + hex.EncodeToString(sum[:16])
+	n := most - len(code)
+	for n > 0 && !utf8.RuneStart(value[n]) {
+		n--
+	}
+	return value[:n] + code
+}

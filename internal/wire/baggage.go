@@ -5,8 +5,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-
-	"go.opentelemetry.io/otel/baggage"
 )
 
 // HeaderBaggage is the header by which CheckHTTP carries labels, as requests have it.
@@ -35,16 +33,25 @@ func escapeKey(key string) string {
 	return strings.NewReplacer("=", "%3D", ":", "%3A", "@", "%40").Replace(url.PathEscape(key))
 }
 
-// ReadBaggage is the labels of a W3C baggage header. Members that are none are left out.
+// ReadBaggage is the labels of a W3C baggage header, of any length and with any number of members: who adds members must
+// not hide those of others. Members that are none are left out. Of several with one key the last one counts.
 func ReadBaggage(header string) map[string]string {
-	bag, _ := baggage.Parse(header) // what is good of it
-	labels := make(map[string]string, bag.Len())
-	for _, m := range bag.Members() {
-		key, err := url.PathUnescape(m.Key())
-		if err != nil {
-			key = m.Key()
+	labels := make(map[string]string)
+	for member := range strings.SplitSeq(header, ",") {
+		member, _, _ = strings.Cut(member, ";") // properties
+		key, value, ok := strings.Cut(member, "=")
+		key, value = strings.Trim(key, " \t"), strings.Trim(value, " \t")
+		if !ok || key == "" {
+			continue
 		}
-		labels[key] = m.Value()
+		if plain, err := url.PathUnescape(key); err == nil {
+			key = plain
+		}
+		plain, err := url.PathUnescape(value)
+		if err != nil {
+			continue
+		}
+		labels[strings.ToValidUTF8(key, "\uFFFD")] = strings.ToValidUTF8(plain, "\uFFFD")
 	}
 	return labels
 }

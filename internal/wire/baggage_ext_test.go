@@ -50,7 +50,9 @@ func TestReadBaggage(t *testing.T) {
 		{"properties and spaces", " a = 1 ;p=q , b=2", map[string]string{"a": "1", "b": "2"}},
 		{"bad members", "a=1,=2,b,c=%zz,d=4", map[string]string{"a": "1", "d": "4"}},
 		{"a key that only looks escaped", "50%=1", map[string]string{"50%": "1"}},
-		{"too long", "a=" + strings.Repeat("x", wire.MaxBaggage), nil},
+		{"longer than others read", "a=1,b=" + strings.Repeat("x", wire.MaxBaggage), map[string]string{"a": "1", "b": strings.Repeat("x", wire.MaxBaggage)}},
+		{"more members than others read", strings.Repeat("a=1,", 300) + "b=2", map[string]string{"a": "1", "b": "2"}},
+		{"not UTF-8", "a=%ff", map[string]string{"a": "\uFFFD"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := wire.ReadBaggage(tt.header); !maps.Equal(got, tt.want) {

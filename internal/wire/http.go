@@ -62,20 +62,21 @@ func socket(a netip.AddrPort) *checkhttpv1.SocketAddress {
 }
 
 // HTTPResponse is the answer to CheckHTTP that tells of a check response, which becomes part of it. The request was
-// accepted with this baggage header.
-func HTTPResponse(c *checkv1.CheckResponse, baggage string) *checkhttpv1.CheckHTTPResponse {
+// accepted with this baggage header, which goes back unless it is longer than others read. Telemetry has no labels of
+// headers, except those that are wanted in it.
+func HTTPResponse(c *checkv1.CheckResponse, baggage string, wanted map[string]bool) *checkhttpv1.CheckHTTPResponse {
 	if c.GetTelemetryFlowLabels() == nil {
 		c.TelemetryFlowLabels = make(map[string]string)
 	}
 	maps.DeleteFunc(c.GetTelemetryFlowLabels(), func(key, _ string) bool {
-		return key == lengthLabel || strings.HasPrefix(key, headerLabels)
+		return (key == lengthLabel || strings.HasPrefix(key, headerLabels)) && !wanted[key]
 	})
 	c.TelemetryFlowLabels[typeLabel] = typeHTTP
 
 	m := &checkhttpv1.CheckHTTPResponse{CheckResponse: c}
 	if c.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
 		ok := new(checkhttpv1.OkHttpResponse)
-		if baggage != "" {
+		if baggage != "" && len(baggage) <= MaxBaggage {
 			ok.Headers = map[string]string{HeaderBaggage: baggage}
 		}
 		m.Status = &rpcstatus.Status{Code: int32(codes.OK)}

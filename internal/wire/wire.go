@@ -44,7 +44,11 @@ func Request(req *seam.Request) *checkv1.CheckRequest {
 
 // Response is the message that tells of a verdict, with whose cached values it shares its own.
 func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
-	labels := req.Labels.Merged()
+	return response(req, v, req.Labels.Merged())
+}
+
+// response is Response that reports the labels.
+func response(req *seam.Request, v *seam.Verdict, labels map[string]string) *checkv1.CheckResponse {
 	telemetry := make(map[string]string, len(labels)+1)
 	maps.Copy(telemetry, labels)
 	telemetry[typeLabel] = typeFeature
@@ -116,6 +120,7 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		PolicyHash:               c.Hash,
 		ComponentId:              c.ID,
 		Dropped:                  d.Dropped,
+		DryRun:                   d.DryRun,
 		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
 	}
 	if d.Wait() > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there

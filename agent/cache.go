@@ -1,0 +1,200 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// Cache keys that are not looked up are answered one by one, so that neither a check nor the other keys suffer. Answers
+// are bounded: SDKs refuse those of more than 4 MiB.
+const (
+	maxCacheKeys   = 1024    // global keys of one call
+	maxCacheValues = 3 << 20 // bytes of all values of an answer, and of one that is stored
+	maxRefused     = 1 << 16 // bytes of the keys and errors that tell of refused keys
+)
+
+var (
+	errNoControlPoint = errors.New("cache control_point cannot be empty") // in the words of other agents
+	errNoCacheKey     = errors.New("cache key cannot be empty")           // also theirs
+)
+
+// checkResultKey tells what is wrong with the key of a result; nil when nothing is.
+func checkResultKey(controlPoint, key string) error {
+	if controlPoint == "" {
+		return errNoControlPoint
+	}
+	return cmp.Or(seam.CheckControlPoint(controlPoint), seam.CheckCacheKeys(key))
+}
+
+// checkGlobalKey tells what is wrong with the i-th global key of a call; nil when nothing is.
+func checkGlobalKey(i int, key string) error {
+	switch {
+	case key == "":
+		return errNoCacheKey
+	case i >= maxCacheKeys:
+		return fmt.Errorf("there are more than %d cache keys", maxCacheKeys)
+	default:
+		return seam.CheckCacheKeys(key)
+	}
+}
+
+// A refusal collects what is answered about keys that are not looked up.
+type refusal struct {
+	result error
+	global map[string]error
+	size   int
+}
+
+// refuse notes the key unless there is no room for more in the answer. SDKs read a key that the answer lacks as a miss
+// with an error.
+func (r *refusal) refuse(key string, err error) {
+	if _, ok := r.global[key]; ok {
+		return
+	}
+	if r.size += len(key) + len(err.Error()) + 16; r.size > maxRefused {
+		return
+	}
+	if r.global == nil {
+		r.global = make(map[string]error)
+	}
+	r.global[key] = err
+}
+
+// lookupOf is what of a lookup the engine is asked for, and what it is not.
+func lookupOf(controlPoint string, m *checkv1.CacheLookupRequest) (seam.Lookup, refusal) {
+	room := maxCacheValues
+	asked, refused := seam.Lookup{Room: &room}, refusal{}
+	if key := m.GetResultCacheKey(); key != "" {
+		if refused.result = checkResultKey(controlPoint, key); refused.result == nil {
+			asked.Result = key
+		}
+	}
+	for i, key := range m.GetGlobalCacheKeys() {
+		if err := checkGlobalKey(i, key); err != nil {
+			refused.refuse(key, err)
+		} else {
+			asked.Global = append(asked.Global, key)
+		}
+	}
+	return asked, refused
+}
+
+// fill adds what was refused to the answer.
+func (r *refusal) fill(m *checkv1.CacheLookupResponse) {
+	if r.result != nil {
+		m.ResultCacheResponse = wire.KeyLookup(seam.CacheAnswer{Err: r.result})
+	}
+	for key, err := range r.global {
+		if m.GlobalCacheResponses == nil {
+			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(r.global))
+		}
+		m.GlobalCacheResponses[key] = wire.KeyLookup(seam.CacheAnswer{Err: err})
+	}
+}
+
+func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
+	asked, refused := lookupOf(m.GetControlPoint(), m)
+	response := new(checkv1.CacheLookupResponse)
+	if asked.Result != "" {
+		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
+	}
+	for _, key := range asked.Global {
+		if response.GlobalCacheResponses == nil {
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
+		}
+		if _, again := response.GlobalCacheResponses[key]; !again {
+			response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{Key: key, Global: true}, asked.Room))
+		}
+	}
+	refused.fill(response)
+	return response, nil
+}
+
+func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
+	store := func(key seam.CacheKey, e *checkv1.CacheEntry) error {
+		if n := len(e.GetValue()); n > maxCacheValues {
+			return fmt.Errorf("cache entry of %d bytes is larger than %d", n, maxCacheValues)
+		}
+		return s.server.engine.Store(ctx, key, e.GetValue(), ttlOf(e))
+	}
+	told := func(err error) *checkv1.KeyUpsertResponse {
+		operation, text := outcome(err)
+		return &checkv1.KeyUpsertResponse{OperationStatus: operation, Error: text}
+	}
+	response := new(checkv1.CacheUpsertResponse)
+	if e := m.GetResultCacheEntry(); e.GetKey() != "" {
+		err := checkResultKey(m.GetControlPoint(), e.GetKey())
+		if err == nil {
+			err = store(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: e.GetKey()}, e)
+		}
+		response.ResultCacheResponse = told(err)
+	}
+	var refused refusal
+	response.GlobalCacheResponses = make(map[string]*checkv1.KeyUpsertResponse)
+	i := 0
+	for key, e := range m.GetGlobalCacheEntries() {
+		if err := checkGlobalKey(i, key); err != nil {
+			refused.refuse(key, err)
+			continue
+		}
+		i++
+		response.GlobalCacheResponses[key] = told(store(seam.CacheKey{Key: key, Global: true}, e))
+	}
+	for key, err := range refused.global {
+		response.GlobalCacheResponses[key] = told(err)
+	}
+	return response, nil
+}
+
+// ttlOf is an entry's time to live. One that is none, or that is absurd, is the default, like one that is not there.
+func ttlOf(e *checkv1.CacheEntry) time.Duration {
+	if e.GetTtl().CheckValid() != nil {
+		return 0
+	}
+	return max(e.GetTtl().AsDuration(), 0)
+}
+
+func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {
+	told := func(err error) *checkv1.KeyDeleteResponse {
+		operation, text := outcome(err)
+		return &checkv1.KeyDeleteResponse{OperationStatus: operation, Error: text}
+	}
+	response := new(checkv1.CacheDeleteResponse)
+	if key := m.GetResultCacheKey(); key != "" {
+		err := checkResultKey(m.GetControlPoint(), key)
+		if err == nil {
+			err = s.server.engine.Delete(ctx, seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
+		}
+		response.ResultCacheResponse = told(err)
+	}
+	var refused refusal
+	response.GlobalCacheResponses = make(map[string]*checkv1.KeyDeleteResponse)
+	for i, key := range m.GetGlobalCacheKeys() {
+		if err := checkGlobalKey(i, key); err != nil {
+			refused.refuse(key, err)
+			continue
+		}
+		response.GlobalCacheResponses[key] = told(s.server.engine.Delete(ctx, seam.CacheKey{Key: key, Global: true}))
+	}
+	for key, err := range refused.global {
+		if _, done := response.GlobalCacheResponses[key]; !done {
+			response.GlobalCacheResponses[key] = told(err)
+		}
+	}
+	return response, nil
+}
+
+// outcome is what became of one cache entry, for the wire.
+func outcome(err error) (checkv1.CacheOperationStatus, string) {
+	if err != nil {
+		return checkv1.CacheOperationStatus_ERROR, err.Error()
+	}
+	return checkv1.CacheOperationStatus_SUCCESS, ""
+}

@@ -1,0 +1,202 @@
+package engine
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/headgate-go/headgate/internal/credential"
+	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A role is what a component reads a label for. The smaller one matters more when the label does not arrive.
+type role int
+
+const (
+	limitsBy    role = iota // it has a bucket for each value: flows without the label pass
+	samplesBy               // flows without it are sampled by chance
+	costsBy                 // the flow says what it costs
+	selectsBy               // the component acts on flows by it
+	schedulesBy             // workloads, priorities and fairness
+	measuresBy              // latencies are told apart by it
+)
+
+func (r role) String() string {
+	switch r {
+	case limitsBy:
+		return "limits by"
+	case samplesBy:
+		return "samples by"
+	case costsBy:
+		return "takes the cost from"
+	case selectsBy:
+		return "selects by"
+	case schedulesBy:
+		return "schedules by"
+	default:
+		return "measures latencies by"
+	}
+}
+
+// NamedLabels returns the keys of the labels that the policies in force read. A key is true where measured latencies are
+// told apart by the label, so that telemetry must bring it back. Nobody may change the map. Package agent calls it.
+func (e *Engine) NamedLabels() map[string]bool { return e.rules.Load().named }
+
+// name adds the labels that a component reads, and warns of those that no source of labels has.
+func (r *rules) name(id *seam.Component, c policy.Component) {
+	roles := make(map[string]role)
+	readsOf(c, func(of role, key string) {
+		if key == "" {
+			return
+		}
+		r.named[key] = r.named[key] || of == measuresBy
+		if known, ok := roles[key]; !ok || of < known {
+			roles[key] = of
+		}
+	})
+	for key, of := range roles {
+		if why := neverComes(key); why != "" {
+			r.missing = append(r.missing, missing{of, fmt.Sprintf("policy %q: component %q %v the label %q: %s", id.Policy, id.ID, of, key, why)})
+		}
+	}
+}
+
+// missing is a warning of a label that does not arrive.
+type missing struct {
+	role role
+	text string
+}
+
+// ofMissing is the warnings of labels that do not arrive, those that matter most first.
+func ofMissing(list []missing) []string {
+	slices.SortFunc(list, func(a, b missing) int { return cmp.Or(cmp.Compare(a.role, b.role), strings.Compare(a.text, b.text)) })
+	texts := make([]string, len(list))
+	for i, m := range list {
+		texts[i] = m.text
+	}
+	return texts
+}
+
+const headerPrefix = "http.request.header."
+
+// neverComes tells why no source of labels has the key, other than an application that sets the label itself; "" if one
+// may have it.
+func neverComes(key string) string {
+	if name, ok := strings.CutPrefix(key, headerPrefix); ok {
+		right := strings.ReplaceAll(strings.ToLower(name), "-", "_")
+		switch {
+		case name == "" || name[0] == ':':
+			return "no header has this label"
+		case right == "baggage":
+			return "the members of this header become labels, and not the header"
+		case name != right:
+			return fmt.Sprintf("the label of a header is in lower case and has _ for -: it is %q", headerPrefix+right)
+		case credential.Named(name):
+			return "Headgate's clients make no label of this header, because it carries credentials: it arrives where the " +
+				"application sets the label itself, and where a proxy asks about the request by CheckHTTP"
+		}
+		return ""
+	}
+	lower := strings.ToLower(key)
+	if credential.Named(key) && (strings.Contains(key, "-") || lower == "authorization" || lower == "cookie") {
+		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
+			"arrives where the application sets the label itself"
+	}
+	return ""
+}
+
+// readsOf calls read with each label that the component reads.
+func readsOf(c policy.Component, read func(role, string)) {
+	selectors := func(of role, list []policy.Selector) {
+		for _, s := range list {
+			matcherReads(s.Labels, func(key string) { read(of, key) })
+		}
+	}
+	schedule := func(s policy.Scheduler, workloads role) {
+		read(costsBy, s.TokensLabel)
+		for _, key := range []string{s.PriorityLabel, s.WorkloadLabel, s.FairnessLabel} {
+			read(schedulesBy, key)
+		}
+		for _, w := range s.Workloads {
+			matcherReads(w.Labels, func(key string) {
+				read(schedulesBy, key)
+				read(workloads, key)
+			})
+		}
+	}
+	load := func(list []policy.Selector, s policy.Scheduler, byLatency bool, signals ...policy.Signal) {
+		selectors(selectsBy, list)
+		workloads := schedulesBy
+		if byLatency {
+			workloads = measuresBy
+			selectors(measuresBy, list)
+		}
+		schedule(s, workloads)
+		for _, signal := range signals {
+			if m, ok := signal.(policy.MeanLatency); ok {
+				selectors(measuresBy, m.Selectors)
+			}
+		}
+	}
+	switch c := c.(type) {
+	case policy.RateLimiter:
+		read(limitsBy, c.LimitBy)
+		read(costsBy, c.TokensLabel)
+		selectors(selectsBy, c.Selectors)
+	case policy.ConcurrencyLimiter:
+		read(limitsBy, c.LimitBy)
+		read(costsBy, c.TokensLabel)
+		selectors(selectsBy, c.Selectors)
+	case policy.QuotaScheduler:
+		read(limitsBy, c.LimitBy)
+		selectors(selectsBy, c.Selectors)
+		schedule(c.Scheduler, schedulesBy)
+	case policy.ConcurrencyScheduler:
+		read(limitsBy, c.LimitBy)
+		selectors(selectsBy, c.Selectors)
+		schedule(c.Scheduler, schedulesBy)
+	case policy.LoadScheduler:
+		load(c.Selectors, c.Scheduler, c.WorkloadLatencyTokens, c.LoadMultiplier)
+	case policy.AIMDLoadScheduler:
+		load(c.Selectors, c.Scheduler, c.WorkloadLatencyTokens, c.Signal, c.Setpoint, c.OverloadConfirmation)
+	case policy.Sampler:
+		read(samplesBy, c.SessionLabel)
+		selectors(selectsBy, c.Selectors)
+	case policy.LoadRamp:
+		read(samplesBy, c.SessionLabel)
+		selectors(selectsBy, c.Selectors)
+	}
+}
+
+func matcherReads(m policy.LabelMatcher, read func(string)) {
+	for key := range m.Equal {
+		read(key)
+	}
+	for _, r := range m.Require {
+		read(r.Key)
+	}
+	expressionReads(m.Expression, read)
+}
+
+func expressionReads(e policy.Expression, read func(string)) {
+	switch e := e.(type) {
+	case policy.Not:
+		expressionReads(e.Of, read)
+	case policy.All:
+		for _, of := range e {
+			expressionReads(of, read)
+		}
+	case policy.Any:
+		for _, of := range e {
+			expressionReads(of, read)
+		}
+	case policy.LabelExists:
+		read(string(e))
+	case policy.LabelEquals:
+		read(e.Label)
+	case policy.LabelMatches:
+		read(e.Label)
+	}
+}
