@@ -71,8 +71,9 @@ func ServerOptions() []grpc.ServerOption {
 	}
 }
 
-// Warnings lists what the engine's policies say and a server has no use for: a selector that names a service picks no
-// flow of a client's, because the protocol has no place for the client's service.
+// Warnings lists what the engine's policies say and a server has no use for, the most important first: a selector that
+// names a service picks no flow of a client's, because the protocol has no place for the client's service. They matter
+// more than the engine's own.
 func (s *Server) Warnings() []string { return s.engine.ServiceWarnings() }
 
 // Spans is how many records of flows clients have sent so far. They are accepted from every SDK, and looked at where a

@@ -348,11 +348,12 @@ func TestWarnings(t *testing.T) {
 	}
 	s := serve(t, []policy.Policy{
 		{Name: "fine", Components: []policy.Component{limiter("", "any")}},
-		{Name: "p", Components: []policy.Component{limiter("any"), limiter("any", "shop")}},
+		{Name: "p", Components: []policy.Component{limiter("any"), limiter("any", "shop"), limiter("bar")}},
 	})
 	got := s.server.Warnings()
-	if len(got) != 1 || !strings.HasPrefix(got[0], `policy "p": component "root.1": control point "point": `) || !strings.Contains(got[0], `"shop"`) {
-		t.Errorf("Warnings() = %q want one, of the shop's", got)
+	if len(got) != 2 || !strings.HasPrefix(got[1], `policy "p": component "root.1": control point "point": `) || !strings.Contains(got[1], `"shop"`) ||
+		!strings.HasPrefix(got[0], `policy "p": component "root.2": control point "point": `) || !strings.Contains(got[0], `"bar"`) {
+		t.Errorf("Warnings() = %q want those of the bar's, which never acts, and of the shop's", got)
 	}
 }
 

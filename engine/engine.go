@@ -159,24 +159,31 @@ func (e *Engine) Close() error {
 // the engine has no use for, one "file:line:column: field: …" each.
 func (e *Engine) Warnings() []string { return slices.Clone(e.rules.Load().warnings) }
 
-// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire. Package
-// agent calls it.
+// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
+// those of components that no other selector picks a flow for. Package agent calls it.
 func (e *Engine) ServiceWarnings() []string {
-	var warnings []string
+	var never, warnings []string
 	points := e.rules.Load().points
 	for _, at := range slices.Sorted(maps.Keys(points)) {
 		for _, members := range points[at].stages {
 			for _, m := range members {
+				acts := slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" })
 				for _, s := range m.selectors {
-					if s.service != "" {
-						warnings = append(warnings, fmt.Sprintf("policy %q: component %q: control point %q: the selector picks nothing: "+
-							"flows from the network have no service, and it wants %q", m.id.Policy, m.id.ID, at, s.service))
+					if s.service == "" {
+						continue
+					}
+					warning := fmt.Sprintf("policy %q: component %q: control point %q: the selector picks nothing: "+
+						"flows from the network have no service, and it wants %q", m.id.Policy, m.id.ID, at, s.service)
+					if acts {
+						warnings = append(warnings, warning)
+					} else {
+						never = append(never, warning+", as all its selectors there do")
 					}
 				}
 			}
 		}
 	}
-	return warnings
+	return append(never, warnings...)
 }
 
 // lookup fills the cache part of the verdict.

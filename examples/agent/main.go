@@ -8,7 +8,8 @@
 //
 // Compare what bob is told with what he is told when quickstart runs alone: the two of him have one limit.
 //
-// A hangup signal (kill -HUP) has it read the policies again.
+// A hangup signal (kill -HUP) has it read the policies again. It serves gRPC's health service, by which a balancer learns
+// that it serves, or that it has begun to stop, and gRPC's reflection, by which tools such as grpcurl find its methods.
 //
 // It listens on this machine only, in plaintext. To serve others give gRPC credentials, and see who may ask.
 package main
@@ -28,6 +29,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
@@ -72,8 +76,12 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 
 	server := grpc.NewServer(agent.ServerOptions()...)
 	served := agent.Register(server, limits)
+	healthy := health.NewServer() // SERVING from the start: the policies are in force
+	healthv1.RegisterHealthServer(server, healthy)
+	reflection.Register(server)
 	warn(stderr, limits, served)
 	stopped := context.AfterFunc(ctx, func() {
+		healthy.Shutdown() // NOT_SERVING, so that balancers send no more checks here
 		// Clients that wait for an answer get it, but one that just holds its connection is not waited for.
 		late := time.AfterFunc(3*time.Second, server.Stop)
 		defer late.Stop()
@@ -107,9 +115,9 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	return nil
 }
 
-// warn tells what is in the policies in force and comes to nothing.
+// warn tells what is in the policies in force and has no effect, the most important first.
 func warn(stderr io.Writer, limits *engine.Engine, served *agent.Server) {
-	for _, warning := range slices.Concat(limits.Warnings(), served.Warnings()) {
+	for _, warning := range slices.Concat(served.Warnings(), limits.Warnings()) {
 		fmt.Fprintln(stderr, "warning:", warning)
 	}
 }

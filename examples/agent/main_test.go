@@ -9,12 +9,17 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	"github.com/headgate-go/headgate/flowctl"
 )
@@ -51,6 +56,22 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	health, err := healthv1.NewHealthClient(conn).Watch(t.Context(), &healthv1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := health.Recv(); m.GetStatus() != healthv1.HealthCheckResponse_SERVING {
+		t.Errorf("health = %v, %v want SERVING", m, err)
+	}
+	if names := reflected(t, conn); !slices.Contains(names, "aperture.flowcontrol.check.v1.FlowControlService") {
+		t.Errorf("reflection lists %q", names)
+	}
+
 	params := flowctl.Params{
 		Labels:       map[string]string{"user_id": "carol"},
 		CheckTimeout: 10 * time.Second,
@@ -78,6 +99,10 @@ func TestRun(t *testing.T) {
 	}
 
 	cancel()
+	if m, err := health.Recv(); m.GetStatus() != healthv1.HealthCheckResponse_NOT_SERVING {
+		t.Errorf("health = %v, %v want NOT_SERVING as it stops", m, err)
+	}
+	_ = conn.Close() // it waits for nobody who only watches
 	rest, err := io.ReadAll(out)
 	if err != nil || !strings.Contains(string(rest), "clients reported 2 flows") {
 		t.Errorf("last words = %q, %v", rest, err)
@@ -88,6 +113,28 @@ func TestRun(t *testing.T) {
 	if !strings.Contains(stderr.String(), `warning: policy "policy": component "root.0"`) {
 		t.Errorf("no warning of a selector that picks nothing: %q", &stderr)
 	}
+}
+
+// reflected is the services that reflection lists.
+func reflected(t *testing.T, conn *grpc.ClientConn) (names []string) {
+	t.Helper()
+	stream, err := reflectionv1.NewServerReflectionClient(conn).ServerReflectionInfo(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&reflectionv1.ServerReflectionRequest{
+		MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range m.GetListServicesResponse().GetService() {
+		names = append(names, s.GetName())
+	}
+	return names
 }
 
 // Policies that are right come into force, and others do not.

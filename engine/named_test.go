@@ -1,0 +1,197 @@
+package engine_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// matching names a label in each way that a matcher can.
+func matching(prefix string) policy.LabelMatcher {
+	return policy.LabelMatcher{
+		Equal:   map[string]string{prefix + "equal": "1"},
+		Require: []policy.Requirement{{Key: prefix + "require", Operator: policy.Exists}},
+		Expression: policy.Any{
+			policy.Not{Of: policy.LabelExists(prefix + "exists")},
+			policy.All{policy.LabelEquals{Label: prefix + "equals", Value: "1"}, policy.LabelMatches{Label: prefix + "matches", Regex: "1"}},
+		},
+	}
+}
+
+func TestNamedLabels(t *testing.T) {
+	const measured = true
+	selectors := func(prefix string) []policy.Selector {
+		return []policy.Selector{{ControlPoint: "point"}, {ControlPoint: "point", Labels: matching(prefix)}}
+	}
+	scheduler := policy.Scheduler{
+		TokensLabel: "tokens", PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "fairness",
+		Workloads: []policy.Workload{{Name: "w", Labels: matching("w-")}},
+	}
+	named := func(prefixes ...string) map[string]bool {
+		m := make(map[string]bool)
+		for _, p := range prefixes {
+			for _, of := range []string{"equal", "require", "exists", "equals", "matches"} {
+				m[p+of] = false
+			}
+		}
+		return m
+	}
+	with := func(m map[string]bool, keys ...string) map[string]bool {
+		for _, key := range keys {
+			m[key] = false
+		}
+		return m
+	}
+	scheduled := []string{"tokens", "priority", "workload", "fairness"}
+	latencies := func(m map[string]bool, prefixes ...string) map[string]bool {
+		for key := range m {
+			m[key] = slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(key, p) })
+		}
+		return m
+	}
+	for name, tt := range map[string]struct {
+		component policy.Component
+		want      map[string]bool
+	}{
+		"rate limiter": {
+			policy.RateLimiter{Selectors: selectors("s-"), Interval: time.Second, LimitBy: "by", TokensLabel: "tokens"},
+			with(named("s-"), "by", "tokens"),
+		},
+		"concurrency limiter": {
+			policy.ConcurrencyLimiter{Selectors: selectors("s-"), MaxInflight: time.Second, LimitBy: "by", TokensLabel: "tokens"},
+			with(named("s-"), "by", "tokens"),
+		},
+		"quota scheduler": {
+			policy.QuotaScheduler{Selectors: selectors("s-"), Interval: time.Second, LimitBy: "by", Scheduler: scheduler},
+			with(with(named("s-", "w-"), scheduled...), "by"),
+		},
+		"concurrency scheduler": {
+			policy.ConcurrencyScheduler{Selectors: selectors("s-"), MaxInflight: time.Second, LimitBy: "by", Scheduler: scheduler},
+			with(with(named("s-", "w-"), scheduled...), "by"),
+		},
+		"load scheduler": {
+			policy.LoadScheduler{
+				Selectors: selectors("s-"), Scheduler: scheduler,
+				LoadMultiplier: policy.MeanLatency{Selectors: selectors("m-"), Over: time.Minute},
+			},
+			latencies(with(named("s-", "w-", "m-"), scheduled...), "m-"),
+		},
+		"load scheduler by latency": {
+			policy.LoadScheduler{Selectors: selectors("s-"), Scheduler: scheduler, LoadMultiplier: policy.Constant(1), WorkloadLatencyTokens: measured},
+			latencies(with(named("s-", "w-"), scheduled...), "s-", "w-"),
+		},
+		"AIMD load scheduler": {
+			policy.AIMDLoadScheduler{
+				Selectors: selectors("s-"), Scheduler: scheduler, Gradient: policy.Gradient{Slope: -1},
+				Signal: policy.MeanLatency{Selectors: selectors("m-"), Over: time.Minute}, Setpoint: policy.MeanLatency{Selectors: selectors("n-"), Over: time.Hour},
+			},
+			latencies(with(named("s-", "w-", "m-", "n-"), scheduled...), "m-", "n-"),
+		},
+		"sampler":   {policy.Sampler{Selectors: selectors("s-"), SessionLabel: "session"}, with(named("s-"), "session")},
+		"load ramp": {policy.LoadRamp{Selectors: selectors("s-"), SessionLabel: "session", Steps: []policy.RampStep{{Target: 1}}}, with(named("s-"), "session")},
+		"nothing":   {policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second}, map[string]bool{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{tt.component}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer e.Close()
+			if diff := cmp.Diff(tt.want, e.NamedLabels()); diff != "" {
+				t.Errorf("NamedLabels() (-want +got):\n%s", diff)
+			}
+			if err := e.Apply(nil); err != nil || len(e.NamedLabels()) != 0 {
+				t.Errorf("NamedLabels() = %v, %v after policies have gone", e.NamedLabels(), err)
+			}
+		})
+	}
+}
+
+// Labels that do not arrive are warned about, what limits by them first, and before what files say.
+func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
+	limiter := func(by string) policy.Component {
+		return policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: by}
+	}
+	for key, want := range map[string]string{
+		"user_id": "", "api_key": "", "http.target": "", "http.request.header.x_user": "",
+		"http.request.header.x-user":        `it is "http.request.header.x_user"`,
+		"http.request.header.X_User":        `it is "http.request.header.x_user"`,
+		"http.request.header.:authority":    "no header has this label",
+		"http.request.header.":              "no header has this label",
+		"http.request.header.baggage":       "the members of this header",
+		"http.request.header.x_api_key":     "carries credentials",
+		"http.request.header.authorization": "carries credentials",
+		"x-api-key":                         "carries credentials",
+		"Authorization":                     "carries credentials",
+	} {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{limiter(key)}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := e.Warnings()
+		_ = e.Close()
+		if want == "" && len(got) != 0 || want != "" && (len(got) != 1 || !strings.Contains(got[0], want) ||
+			!strings.HasPrefix(got[0], `policy "p": component "root.0" limits by the label "`+key+`": `)) {
+			t.Errorf("%q: Warnings() = %q want %q", key, got, want)
+		}
+	}
+
+	const header = "http.request.header.X-"
+	e, err := engine.New([]policy.Policy{
+		{Name: "a", Warnings: []string{"file"}, Components: []policy.Component{policy.ConcurrencyScheduler{
+			Selectors:   []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Equal: map[string]string{header + "C": ""}}}},
+			MaxInflight: time.Second, Scheduler: policy.Scheduler{TokensLabel: header + "B", FairnessLabel: header + "D"},
+		}}},
+		{Name: "b", Components: []policy.Component{limiter(header + "A")}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	var order []string
+	for _, w := range e.Warnings() {
+		_, key, _ := strings.Cut(w, header)
+		key, _, _ = strings.Cut(key, `"`)
+		order = append(order, key)
+	}
+	if !slices.Equal(order, []string{"A", "B", "C", "D", ""}) {
+		t.Errorf("Warnings() = %q", e.Warnings())
+	}
+}
+
+// A header that carries credentials limits, and is in nothing that the engine tells. Peek and Reset take it as it is.
+func TestCredentialsAreHidden(t *testing.T) {
+	const key, secret = "http.request.header.x_api_key", "sesame"
+	at := policy.At("point")
+	e, client := reloadable(t, []policy.Component{
+		policy.ConcurrencyLimiter{ID: "slots", Selectors: at, Max: 1, MaxInflight: time.Hour, LimitBy: key},
+		policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: time.Hour, Scheduler: policy.Scheduler{WorkloadLabel: key}},
+		policy.Sampler{Selectors: at, AcceptPercentage: 0, SessionLabel: key, PassThroughValues: []string{secret}},
+	})
+	params := flowctl.Params{Labels: map[string]string{key: secret}}
+	first, second := client.Start(t.Context(), "point", params), client.Start(t.Context(), "point", params)
+	if !first.ShouldRun() || second.ShouldRun() {
+		t.Fatalf("%v, %v want one flow", first, second)
+	}
+	for _, d := range first.CheckResponse().GetLimiterDecisions() {
+		if strings.Contains(d.String(), secret) {
+			t.Errorf("a decision tells the key: %v", d)
+		}
+	}
+	if u, err := e.Peek("test", "slots", secret); err != nil || u.InFlight != 1 {
+		t.Errorf("Peek() = %+v, %v", u, err)
+	}
+	if got, err := first.End(t.Context()); err != nil || got.Returned != 2 {
+		t.Errorf("End() = %+v, %v", got, err)
+	}
+	if u, err := e.Peek("test", "slots", secret); err != nil || u.InFlight != 0 {
+		t.Errorf("Peek() = %+v, %v", u, err)
+	}
+}
