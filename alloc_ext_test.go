@@ -66,7 +66,7 @@ func work(context.Context) (int, error) { return 42, nil }
 // calls are the ways to guard a function, each with one flow to a call.
 func calls(client *flowctl.Client) map[string]func(context.Context) error {
 	guard := headgate.Guard(client, point, userParams, work, nil)
-	retry := headgate.Retry(client, point, userParams, work, nil, headgate.RetryPolicy{})
+	retry := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), point, userParams, work, nil)
 	guardFunc := headgate.GuardFunc(client, point,
 		func(_ context.Context, p flowctl.Params) flowctl.Params { return p },
 		func(ctx context.Context, _ flowctl.Params) (int, error) { return work(ctx) }, nil)

@@ -149,8 +149,8 @@ func failures() []failure {
 				_, err := headgate.Guard(client(t), point, sesameParams, work, nil)(t.Context())
 				return err
 			}, false, rejection},
-			failure{"Retry, " + name, func(t *testing.T) error {
-				_, err := headgate.Retry(client(t), point, sesameParams, work, nil, headgate.RetryPolicy{})(t.Context())
+			failure{"Retrying, " + name, func(t *testing.T) error {
+				_, err := headgate.Guard(headgate.Retrying(client(t), headgate.RetryPolicy{}), point, sesameParams, work, nil)(t.Context())
 				return err
 			}, false, rejection},
 			failure{"fallback.Error, " + name, func(t *testing.T) error {
@@ -171,10 +171,10 @@ func failures() []failure {
 				return client(t).Start(t.Context(), "other", flowctl.Params{}).SetResultCache(t.Context(), []byte(tahini), 0)
 			}, false, nil},
 			failure{"Cached gives up, " + name, func(t *testing.T) error {
-				_, err := headgate.Cached(client(t), "other", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+				_, err := headgate.Cached(client(t), "other", flowctl.Params{}, func(ctx context.Context) (int, error) {
 					<-ctx.Done()
 					return 0, ctx.Err()
-				}, nil, nil)(within(t, time.Second))
+				}, nil, headgate.CachePolicy[int]{})(within(t, time.Second))
 				return err
 			}, true, nil},
 		)

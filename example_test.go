@@ -245,11 +245,11 @@ func ExampleCached() {
 	defer done()
 
 	runs := 0
-	report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"}, time.Hour,
+	report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"},
 		func(context.Context) (string, error) {
 			runs++
 			return "the report for May", nil
-		}, nil, nil) // no fallback, and values as JSON
+		}, nil, headgate.CachePolicy[string]{TTL: time.Hour}) // no fallback, and values as JSON
 	text, err := report(context.Background())
 	fmt.Println(text, err, runs)
 	// Output: the report for May <nil> 1
@@ -268,8 +268,8 @@ func ExampleCached_keys() {
 	}
 
 	reportFor := func(ctx context.Context, month string) (string, error) {
-		report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month}, time.Hour,
-			func(context.Context) (string, error) { return render(month) }, nil, nil)
+		report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month},
+			func(context.Context) (string, error) { return render(month) }, nil, headgate.CachePolicy[string]{TTL: time.Hour})
 		return report(ctx)
 	}
 
@@ -295,8 +295,9 @@ func ExampleCached_stale() {
 	const ttl = 10 * time.Millisecond
 	render := func(context.Context) (string, error) { return "the report for May", nil }
 
-	report := headgate.Cached(client, "report", flowctl.Params{}, ttl, render,
-		fallback.First(fallback.Stale[string](5*time.Minute), fallback.Value("no report right now")), nil)
+	report := headgate.Cached(client, "report", flowctl.Params{}, render,
+		fallback.First(fallback.Stale[string](5*time.Minute), fallback.Value("no report right now")),
+		headgate.CachePolicy[string]{TTL: ttl})
 
 	fmt.Println(report(ctx)) // rendered
 	<-time.After(2 * ttl)
@@ -307,7 +308,7 @@ func ExampleCached_stale() {
 }
 
 // A call that comes too early waits until it may run, as long as its caller has time.
-func ExampleRetry() {
+func ExampleRetrying() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: 20 * time.Millisecond,
 	})
@@ -315,7 +316,7 @@ func ExampleRetry() {
 
 	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
 
-	quote := headgate.Retry(client, "quote", flowctl.Params{}, fetch, nil, headgate.RetryPolicy{})
+	quote := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), "quote", flowctl.Params{}, fetch, nil)
 
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -329,14 +330,14 @@ func ExampleRetry() {
 }
 
 // A call that would have to wait longer than its caller does, does not wait at all.
-func ExampleRetry_deadline() {
+func ExampleRetrying_deadline() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("quote"), Capacity: 1, Fill: 1, Interval: time.Hour,
 	})
 	defer done()
 
 	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
-	quote := headgate.Retry(client, "quote", flowctl.Params{}, fetch, fallback.Value("no quote right now"), headgate.RetryPolicy{})
+	quote := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), "quote", flowctl.Params{}, fetch, fallback.Value("no quote right now"))
 
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -358,7 +359,7 @@ func ExampleRetryPolicy() {
 	read := func(context.Context) (int64, error) { return rows.Add(1), nil }
 
 	patient := headgate.RetryPolicy{Attempts: -1, Budget: -1, MaxWait: time.Minute}
-	row := headgate.Retry(client, "import", flowctl.Params{}, read, nil, patient)
+	row := headgate.Guard(headgate.Retrying(client, patient), "import", flowctl.Params{}, read, nil)
 
 	var workers sync.WaitGroup
 	for range 4 {

@@ -159,9 +159,9 @@ func TestA29NoLogPerFlow(t *testing.T) {
 				for _, form := range forms {
 					for _, failure := range []error{nil, errWork} {
 						_, _ = form.call(t.Context(), agent.client, point, flowctl.Params{}, func(context.Context) (int, error) { return 0, failure }, nil)
+						synctest.Wait() // until what is to be cached is
 					}
 				}
-				synctest.Wait() // until what is to be cached is
 				if ends := agent.ends(); len(ends) != 2*len(forms) {
 					t.Errorf("%d flows want two of each form", len(ends))
 				}

@@ -30,17 +30,24 @@ func Guard[T any](client Starter, controlPoint string, params flowctl.Params,
 ) func(context.Context) (T, error) {
 	client, params = starter(client), params.Clone()
 	return func(ctx context.Context) (T, error) {
-		flow := client.Start(ctx, controlPoint, params)
-		if !flow.ShouldRun() {
-			end(ctx, flow)
-			if onReject == nil || !offersFallback(flow) {
-				var zero T
-				return zero, flow.Err()
-			}
-			return onReject(ctx, flow.Err())
-		}
+		return guarded(ctx, client, controlPoint, params, fn, onReject)
+	}
+}
+
+// guarded is one call of a guarded function.
+func guarded[T any](ctx context.Context, client Starter, controlPoint string, params flowctl.Params,
+	fn func(context.Context) (T, error), onReject func(context.Context, error) (T, error),
+) (T, error) {
+	flow := client.Start(ctx, controlPoint, params)
+	if flow.ShouldRun() {
 		return run(ctx, flow, fn)
 	}
+	end(ctx, flow)
+	if onReject == nil || !offersFallback(flow.Decision()) {
+		var zero T
+		return zero, flow.Err()
+	}
+	return onReject(ctx, flow.Err())
 }
 
 // GuardFunc is [Guard] for a function with an argument, from which params makes the flow's parameters: whose request it
@@ -56,16 +63,11 @@ func GuardFunc[A, T any](client Starter, controlPoint string, params func(contex
 		if params != nil {
 			p = params(ctx, arg)
 		}
-		flow := client.Start(ctx, controlPoint, p)
-		if !flow.ShouldRun() {
-			end(ctx, flow)
-			if onReject == nil || !offersFallback(flow) {
-				var zero T
-				return zero, flow.Err()
-			}
-			return onReject(ctx, arg, flow.Err())
+		var reject func(context.Context, error) (T, error)
+		if onReject != nil {
+			reject = func(ctx context.Context, err error) (T, error) { return onReject(ctx, arg, err) }
 		}
-		return run(ctx, flow, func(ctx context.Context) (T, error) { return fn(ctx, arg) })
+		return guarded(ctx, client, controlPoint, p, func(ctx context.Context) (T, error) { return fn(ctx, arg) }, reject)
 	}
 }
 
@@ -113,12 +115,8 @@ func end(ctx context.Context, flow *flowctl.Flow) {
 	_, _ = flow.End(ctx)
 }
 
-// offersFallback says whether the flow does not run for the load's sake, so that something else may be returned.
-func offersFallback(flow *flowctl.Flow) bool {
-	switch flow.Decision() {
-	case flowctl.Rejected, flowctl.Unreachable:
-		return true
-	default:
-		return false
-	}
+// offersFallback reports whether a flow that does not run was kept from it by the load, so that something else may be
+// returned.
+func offersFallback(decision flowctl.Decision) bool {
+	return decision == flowctl.Rejected || decision == flowctl.Unreachable
 }

@@ -199,7 +199,7 @@ func (e *engines) guard(controlPoint string) func() func() error {
 
 // cached finds its result in the cache, each time but the first.
 func (e *engines) cached() func() error {
-	report := headgate.Cached(e.client, nothing, flowctl.Params{ResultCacheKey: "report"}, time.Hour, workContext, nil, nil)
+	report := headgate.Cached(e.client, nothing, flowctl.Params{ResultCacheKey: "report"}, workContext, nil, headgate.CachePolicy[int]{TTL: time.Hour})
 	return func() error { _, err := report(e.ctx); return err }
 }
 

@@ -42,6 +42,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/headgate-go/headgate/internal/flight"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -66,8 +67,9 @@ type Client struct {
 	endLog       limitedLog
 	silenceLog   limitedLog
 	invalidLog   limitedLog
+	unstoredLog  limitedLog
 	closed       atomic.Bool
-	runs         seam.Runs // of package headgate's cached functions
+	runs         flight.Runs // of package headgate's cached functions
 }
 
 // New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.
@@ -91,6 +93,7 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 		dryRun:       cfg.dryRun,
 		logger:       cfg.logger,
 	}
+	c.runs.Unstored = c.unstored
 	if len(cfg.base.Defaults) > 0 || cfg.base.Service != "" {
 		c.base = &cfg.base
 	}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/flight"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
@@ -181,11 +182,8 @@ func (c *flowContext) Value(key any) any {
 	switch key {
 	case flowKey{}:
 		return (*Flow)(c)
-	case seam.RunsKey{}:
-		if c.client == nil { // and not the runs of a flow around this one
-			return nil
-		}
-		return &c.client.runs
+	case flight.ShortOfTime{}:
+		return (*Flow)(c).shortOfTime()
 	default:
 		return c.parent.Value(key)
 	}

@@ -58,7 +58,7 @@ func run(ctx context.Context, out io.Writer) error {
 	defer client.Close(context.WithoutCancel(ctx))
 
 	var runs atomic.Int64
-	report := headgate.Cached(client, "report", flowctl.Params{}, ttl,
+	report := headgate.Cached(client, "report", flowctl.Params{},
 		func(ctx context.Context) (string, error) {
 			n := runs.Add(1)
 			select { // it takes so long to make
@@ -67,7 +67,7 @@ func run(ctx context.Context, out io.Writer) error {
 			case <-ctx.Done():
 				return "", ctx.Err()
 			}
-		}, fallback.Stale[string](time.Hour), nil) // nil: as JSON
+		}, fallback.Stale[string](time.Hour), headgate.CachePolicy[string]{TTL: ttl}) // nil: as JSON
 
 	fmt.Fprintf(out, "%-30s%8s%10s  %s\n", "callers", "runs", "took", "got")
 	for _, round := range []string{"20 at once", "20 more", "20 after it has expired", "20, and 5 may"} {

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -509,16 +508,6 @@ type Returns struct {
 	Held     int // what the flow held
 	Returned int // what was still the flow's when it ended
 }
-
-// Runs are what calls with one client have under way whose result is for each other: package headgate's, by key. The zero
-// value is ready.
-type Runs struct {
-	Mu  sync.Mutex
-	All map[any]any
-}
-
-// RunsKey is for the [Runs] of a flow's client, in the flow's context.
-type RunsKey struct{}
 
 // ShortValue is the value of a label if it has at most so many bytes, and otherwise a name of that length for it: its
 // beginning and 128 bits of its SHA-256. At least 48 bytes are room for one.

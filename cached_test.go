@@ -46,11 +46,11 @@ type report struct{ Title string }
 func TestCached(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
-		cached := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"}, time.Minute,
+		cached := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"},
 			func(context.Context) (report, error) {
 				runs++
 				return report{fmt.Sprint("May, run ", runs)}, nil
-			}, nil, nil)
+			}, nil, headgate.CachePolicy[report]{TTL: time.Minute})
 		for range 3 {
 			if got, err := cached(t.Context()); err != nil || got.Title != "May, run 1" {
 				t.Errorf("cached() = %v, %v want the first run's", got, err)
@@ -67,10 +67,10 @@ func TestCachedTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { // the scripted agent's entries never expire
 		client := engineClient(t)
 		runs := 0
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 			runs++
 			return runs, nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		for _, want := range []int{1, 1, 2, 2} {
 			if got, err := cached(t.Context()); got != want || err != nil {
 				t.Errorf("cached() = %d, %v want %d", got, err, want)
@@ -80,17 +80,17 @@ func TestCachedTTL(t *testing.T) {
 	})
 }
 
-// A thousand callers at once: one run, a thousand flows.
+// A thousand callers at once: one run, which is one flow.
 func TestCachedStampede(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		starts := &starter{client: client}
-		cached := headgate.Cached(starts, "report", flowctl.Params{CheckTimeout: -1}, time.Minute,
+		cached := headgate.Cached(starts, "report", flowctl.Params{CheckTimeout: -1},
 			func(context.Context) (string, error) {
 				runs.Add(1)
 				<-time.After(time.Second)
 				return "report", nil
-			}, nil, nil)
+			}, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		var wg sync.WaitGroup
 		for range 1000 {
 			wg.Go(func() {
@@ -100,8 +100,8 @@ func TestCachedStampede(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if runs.Load() != 1 || len(starts.flows) != 1000 {
-			t.Errorf("%d runs, %d flows want 1, 1000", runs.Load(), len(starts.flows))
+		if runs.Load() != 1 || len(starts.flows) != 1 {
+			t.Errorf("%d runs, %d flows want 1, 1", runs.Load(), len(starts.flows))
 		}
 		for _, f := range starts.flows {
 			if _, err := f.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
@@ -120,7 +120,7 @@ func TestCachedSharesByKey(t *testing.T) {
 			return runs.Add(1), nil
 		}
 		other := flowtest.NewAgent(t).Client()
-		elsewhere := headgate.Cached(other, "report", flowctl.Params{}, time.Minute, run, nil, nil)
+		elsewhere := headgate.Cached(other, "report", flowctl.Params{}, run, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 		text := func(ctx context.Context) (string, error) {
 			n, err := run(ctx)
 			return strconv.FormatInt(n, 10), err
@@ -136,12 +136,12 @@ func TestCachedSharesByKey(t *testing.T) {
 		for range 10 {
 			for _, params := range []flowctl.Params{{}, {ResultCacheKey: "april"}} { // two runs
 				call(func() error {
-					_, err := headgate.Cached(client, "report", params, time.Minute, run, nil, nil)(t.Context())
+					_, err := headgate.Cached(client, "report", params, run, nil, headgate.CachePolicy[int64]{TTL: time.Minute})(t.Context())
 					return err
 				})
 			}
 			call(func() error { // one, of another type
-				_, err := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, text, nil, nil)(t.Context())
+				_, err := headgate.Cached(client, "report", flowctl.Params{}, text, nil, headgate.CachePolicy[string]{TTL: time.Minute})(t.Context())
 				return err
 			})
 			call(func() error { // one, with another client
@@ -154,7 +154,7 @@ func TestCachedSharesByKey(t *testing.T) {
 			t.Errorf("%d runs want 4", runs.Load())
 		}
 		synctest.Wait() // until it is stored
-		april := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "april"}, time.Minute, run, nil, nil)
+		april := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "april"}, run, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 		if _, err := april(t.Context()); err != nil || runs.Load() != 4 {
 			t.Errorf("%d runs, error %v want what was stored", runs.Load(), err)
 		}
@@ -168,10 +168,10 @@ func TestCachedSharesWithoutAClient(t *testing.T) {
 		var none *flowctl.Client
 		var wg sync.WaitGroup
 		for range 2 {
-			cached := headgate.Cached(none, "report", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
+			cached := headgate.Cached(none, "report", flowctl.Params{}, func(context.Context) (int64, error) {
 				<-time.After(time.Second)
 				return runs.Add(1), nil
-			}, nil, nil)
+			}, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 			for range 5 {
 				wg.Go(func() { _, _ = cached(t.Context()) })
 			}
@@ -187,7 +187,7 @@ func TestCachedSharesWithoutAClient(t *testing.T) {
 func TestCachedWithinItself(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		cached := func(key string, fn func(context.Context) (string, error)) func(context.Context) (string, error) {
-			return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key}, time.Minute, fn, nil, nil)
+			return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key}, fn, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		}
 		inner := cached("a", func(context.Context) (string, error) { return "inner", nil })
 		middle := cached("b", inner)
@@ -206,7 +206,7 @@ func TestCachedThatAskForEachOther(t *testing.T) {
 		other := map[string]string{"user": "org", "org": "user"}
 		found := make(map[string]func(ctx context.Context) (string, error))
 		for key := range other {
-			found[key] = headgate.Cached(clients[key], "directory", flowctl.Params{ResultCacheKey: key}, time.Minute,
+			found[key] = headgate.Cached(clients[key], "directory", flowctl.Params{ResultCacheKey: key},
 				func(ctx context.Context) (string, error) {
 					<-time.After(time.Second) // in which the other begins too
 					if ctx.Value(depth{}) != nil {
@@ -214,7 +214,7 @@ func TestCachedThatAskForEachOther(t *testing.T) {
 					}
 					of, err := found[other[key]](context.WithValue(ctx, depth{}, true))
 					return key + " of " + of, err
-				}, nil, nil)
+				}, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
@@ -246,18 +246,18 @@ func TestCachedThatAskForEachOther(t *testing.T) {
 func TestCachedFansOut(t *testing.T) {
 	fanOut := func(t *testing.T, outer, inner *flowctl.Client) {
 		var runs atomic.Int64
-		one := headgate.Cached(inner, "part", flowctl.Params{}, time.Minute, func(context.Context) (int64, error) {
+		one := headgate.Cached(inner, "part", flowctl.Params{}, func(context.Context) (int64, error) {
 			<-time.After(time.Second)
 			return runs.Add(1), nil
-		}, nil, nil)
-		all := headgate.Cached(outer, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int64, error) {
+		}, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
+		all := headgate.Cached(outer, "report", flowctl.Params{}, func(ctx context.Context) (int64, error) {
 			var wg sync.WaitGroup
 			for range 10 {
 				wg.Go(func() { _, _ = one(ctx) })
 			}
 			wg.Wait()
 			return runs.Load(), nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 		if got, err := all(t.Context()); err != nil || got != 1 {
 			t.Errorf("%d runs, error %v want one of ten calls at the same time", got, err)
 		}
@@ -283,10 +283,10 @@ func TestCachedInTwoTiers(t *testing.T) {
 	overBoth(t, func(t *testing.T, far *flowctl.Client) {
 		near := flowtest.NewAgent(t).Client()
 		var runs atomic.Int64
-		inner := headgate.Cached(far, "report", flowctl.Params{}, time.Hour, func(context.Context) (int64, error) {
+		inner := headgate.Cached(far, "report", flowctl.Params{}, func(context.Context) (int64, error) {
 			return runs.Add(1), nil
-		}, nil, nil)
-		outer := headgate.Cached(near, "report", flowctl.Params{}, time.Minute, inner, nil, nil)
+		}, nil, headgate.CachePolicy[int64]{TTL: time.Hour})
+		outer := headgate.Cached(near, "report", flowctl.Params{}, inner, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 		for range 2 {
 			if got, err := outer(t.Context()); err != nil || got != 1 {
 				t.Errorf("cached() = %v, %v want the first run's", got, err)
@@ -302,13 +302,13 @@ func TestCachedAfterItsRun(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		var left context.Context
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int64, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (int64, error) {
 			<-time.After(time.Second)
 			if runs.Add(1) == 1 {
 				left = context.WithoutCancel(ctx)
 			}
 			return runs.Load(), nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int64]{TTL: time.Minute})
 		_, _ = cached(t.Context())
 		synctest.Wait() // until it is stored
 		forgetReport(t, client)
@@ -341,10 +341,10 @@ func TestCachedEndedRunsAreNotJoined(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			runs := 0
-			cached := headgate.Cached(tt.client, "report", flowctl.Params{}, tt.ttl, func(context.Context) (int, error) {
+			cached := headgate.Cached(tt.client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 				runs++
 				return runs, tt.end()
-			}, nil, nil)
+			}, nil, headgate.CachePolicy[int]{TTL: tt.ttl})
 			for i := range 1000 {
 				func() {
 					defer func() {
@@ -370,13 +370,13 @@ func TestCachedForgetsExpiryOfBefore(t *testing.T) {
 			<-time.After(time.Second)
 			return "made", nil
 		}
-		stale := headgate.Cached(client, "report", closed, 10*time.Hour, run, fallback.Stale[string](time.Minute), nil)
+		stale := headgate.Cached(client, "report", closed, run, fallback.Stale[string](time.Minute), headgate.CachePolicy[string]{TTL: 10 * time.Hour})
 		if _, err := stale(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait() // until it is stored, for ten hours
 		forgetReport(t, client)
-		unstored := headgate.Cached(client, "report", closed, -1, run, nil, nil)
+		unstored := headgate.Cached(client, "report", closed, run, nil, headgate.CachePolicy[string]{TTL: -1})
 		go func() { _, _ = unstored(t.Context()) }()
 		synctest.Wait()
 		if _, err := stale(t.Context()); err != nil { // which waits for the other's run
@@ -399,15 +399,15 @@ func TestCachedKeepsWhatOthersMade(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		const ttl = time.Minute
 		begun, ended := make(chan struct{}), make(chan struct{})
-		first := headgate.Cached(client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) {
+		first := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (string, error) {
 			close(begun)
 			<-time.After(time.Second)
 			return "made", nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[string]{TTL: ttl})
 		closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
-		second := headgate.Cached(client, "report", closed, ttl, func(context.Context) (string, error) {
+		second := headgate.Cached(client, "report", closed, func(context.Context) (string, error) {
 			return "", errors.New("not this one")
-		}, fallback.Stale[string](time.Hour), nil)
+		}, fallback.Stale[string](time.Hour), headgate.CachePolicy[string]{TTL: ttl})
 		go func() {
 			defer close(ended)
 			_, _ = first(t.Context())
@@ -434,14 +434,14 @@ func TestCachedKeepsWhatOthersMade(t *testing.T) {
 func TestCachedLeaderGivesUp(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		gone := errors.New("gone")
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (string, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (string, error) {
 			select {
 			case <-ctx.Done():
 				return "", ctx.Err()
 			case <-time.After(time.Second):
 				return "report", nil
 			}
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		ctx, cancel := context.WithCancelCause(t.Context())
 		led := make(chan error)
 		go func() {
@@ -469,14 +469,14 @@ func TestCachedLeaderGivesUp(t *testing.T) {
 func TestCachedAllGiveUp(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		var runs, canceled atomic.Int64
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (string, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (string, error) {
 			if runs.Add(1) > 1 {
 				return "report", nil
 			}
 			<-ctx.Done()
 			canceled.Add(1)
 			return "", ctx.Err()
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		var wg sync.WaitGroup
@@ -504,11 +504,11 @@ func TestCachedPanic(t *testing.T) {
 		for _, leaves := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, leader leaves %v", name, leaves), func(t *testing.T) {
 				overBoth(t, func(t *testing.T, client *flowctl.Client) {
-					cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+					cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 						<-time.After(time.Second)
 						end()
 						return 0, nil
-					}, nil, nil)
+					}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 					const callers = 5
 					results := make([]result, callers)
 					ctx, cancel := context.WithCancel(t.Context())
@@ -563,11 +563,11 @@ func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
 	for range 10 {
 		overBoth(t, func(t *testing.T, client *flowctl.Client) {
 			ctx, cancel := context.WithCancel(t.Context())
-			cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+			cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 				<-time.After(time.Second)
 				cancel()
 				panic(errWork)
-			}, nil, nil)
+			}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 			var leader, follower result
 			var wg sync.WaitGroup
 			wg.Go(func() { observe(&leader, func() (int, error) { return cached(ctx) }) })
@@ -590,13 +590,13 @@ func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
 func TestCachedGoexitAfterAllGaveUp(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (int, error) {
 			if runs++; runs == 1 {
 				<-ctx.Done()
 				runtime.Goexit()
 			}
 			return runs, nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if got, err := cached(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -614,20 +614,20 @@ func TestCachedPanicEndsTheProgram(t *testing.T) {
 	const variable = "HEADGATE_TEST_PANIC" // what is this test in the program that ends
 	tests := map[string]func(ctx context.Context, fail func()){
 		"unrecovered": func(ctx context.Context, fail func()) {
-			_, _ = headgate.Cached(nil, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+			_, _ = headgate.Cached(nil, "report", flowctl.Params{}, func(context.Context) (int, error) {
 				fail()
 				return 0, nil
-			}, nil, nil)(ctx)
+			}, nil, headgate.CachePolicy[int]{TTL: time.Minute})(ctx)
 		},
 		"all have given up": func(ctx context.Context, fail func()) {
 			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			defer cancel()
-			_, err := headgate.Cached(nil, "report", flowctl.Params{}, time.Minute, func(ctx context.Context) (int, error) {
+			_, err := headgate.Cached(nil, "report", flowctl.Params{}, func(ctx context.Context) (int, error) {
 				<-ctx.Done()
 				<-time.After(time.Second)
 				fail()
 				return 0, nil
-			}, nil, nil)(ctx)
+			}, nil, headgate.CachePolicy[int]{TTL: time.Minute})(ctx)
 			fmt.Println("gave up:", err)
 			<-time.After(time.Hour)
 		},
@@ -666,10 +666,10 @@ func failHere() { panic(errWork) }
 func TestCachedErrorsAreNotStored(t *testing.T) {
 	overBoth(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 			runs++
 			return runs, errWork
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		for want := 1; want <= 2; want++ {
 			if got, err := cached(t.Context()); got != want || err != errWork { //nolint:errorlint // it must come back unchanged
 				t.Errorf("cached() = %d, %v want %d and the run's error", got, err, want)
@@ -684,8 +684,8 @@ func TestCachedUndecodable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		agent.SetResult("report", "report", []byte("not JSON"))
-		cached := headgate.Cached(agent.Client(), "report", flowctl.Params{}, time.Minute,
-			func(context.Context) (int, error) { return 42, nil }, nil, nil)
+		cached := headgate.Cached(agent.Client(), "report", flowctl.Params{},
+			func(context.Context) (int, error) { return 42, nil }, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		if got, err := cached(t.Context()); got != 42 || err != nil {
 			t.Errorf("cached() = %d, %v want 42", got, err)
 		}
@@ -720,8 +720,8 @@ func TestCachedCodec(t *testing.T) {
 		client := agent.Client()
 		call := func(key string, n int) (got result) {
 			observe(&got, func() (int, error) {
-				return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key}, time.Minute,
-					func(context.Context) (int, error) { return n, nil }, nil, hex{})(t.Context())
+				return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key},
+					func(context.Context) (int, error) { return n, nil }, nil, headgate.CachePolicy[int]{TTL: time.Minute, Codec: hex{}})(t.Context())
 			})
 			synctest.Wait()
 			return got
@@ -757,17 +757,17 @@ func TestCachedAgentDown(t *testing.T) {
 			runs++
 			return runs, nil
 		}
-		open := headgate.Cached(agent.Client(), "report", flowctl.Params{}, time.Minute, fn, nil, nil)
+		open := headgate.Cached(agent.Client(), "report", flowctl.Params{}, fn, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		for want := 1; want <= 2; want++ {
 			if got, err := open(t.Context()); got != want || err != nil {
 				t.Errorf("cached() = %d, %v want %d", got, err, want)
 			}
 		}
 		var off *flowctl.Client
-		if got, err := headgate.Cached(off, "report", flowctl.Params{}, time.Minute, fn, nil, nil)(t.Context()); got != 3 || err != nil {
+		if got, err := headgate.Cached(off, "report", flowctl.Params{}, fn, nil, headgate.CachePolicy[int]{TTL: time.Minute})(t.Context()); got != 3 || err != nil {
 			t.Errorf("cached() without a client = %d, %v", got, err)
 		}
-		shut := headgate.Cached(agent.Client(), "report", flowctl.Params{OnUnreachable: flowctl.FailClosed}, time.Minute, fn, fallback.Value(-1), nil)
+		shut := headgate.Cached(agent.Client(), "report", flowctl.Params{OnUnreachable: flowctl.FailClosed}, fn, fallback.Value(-1), headgate.CachePolicy[int]{TTL: time.Minute})
 		if got, err := shut(t.Context()); got != -1 || err != nil {
 			t.Errorf("cached() closed = %d, %v want the fallback", got, err)
 		}
@@ -829,14 +829,14 @@ func TestCachedBrokenCache(t *testing.T) {
 	for _, tt := range tests {
 		check := func(t *testing.T, client *flowctl.Client) {
 			runs := 0
-			cached := headgate.Cached(client, "report", flowctl.Params{}, ttl, func(ctx context.Context) (string, error) {
+			cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (string, error) {
 				runs++
 				flow, _ := flowctl.FromContext(ctx)
 				if _, hit, err := flow.ResultCache(); hit || (err != nil) != (tt.name == "lookup") {
 					t.Errorf("ResultCache() = %v, %v", hit, err)
 				}
 				return fmt.Sprint("run ", runs), nil
-			}, fallback.Value("fallback"), nil)
+			}, fallback.Value("fallback"), headgate.CachePolicy[string]{TTL: ttl})
 			for _, want := range []string{"run 1", "run 2"} {
 				if got, err := cached(t.Context()); got != want || err != nil {
 					t.Errorf("cached() = %q, %v want %q", got, err, want)
@@ -887,10 +887,10 @@ func TestCachedStoreHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		client := agent.Client()
-		cached := headgate.Cached(client, "report", flowctl.Params{}, time.Minute, func(context.Context) (int, error) {
+		cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 			agent.Freeze() // after the check
 			return 42, nil
-		}, nil, nil)
+		}, nil, headgate.CachePolicy[int]{TTL: time.Minute})
 		begin := time.Now()
 		if got, err := cached(t.Context()); got != 42 || err != nil {
 			t.Errorf("cached() = %d, %v", got, err)
@@ -1069,12 +1069,12 @@ func TestCachedStale(t *testing.T) {
 				if tt.closed {
 					params.OnUnreachable = flowctl.FailClosed
 				}
-				cached := headgate.Cached(side.client, "report", params, ttl, func(context.Context) (string, error) {
+				cached := headgate.Cached(side.client, "report", params, func(context.Context) (string, error) {
 					if now.run == "" {
 						return "", errWork
 					}
 					return now.run, nil
-				}, fallback.Stale[string](grace), nil)
+				}, fallback.Stale[string](grace), headgate.CachePolicy[string]{TTL: ttl})
 				for i, step := range tt.steps {
 					<-time.After(step.after)
 					if step.forget {
@@ -1103,9 +1103,8 @@ func TestCachedStale(t *testing.T) {
 func TestCachedStaleNested(t *testing.T) {
 	overStaleSides(t, func(t *testing.T, side staleSide) {
 		stale := fallback.Stale[string](time.Hour)
-		inner := headgate.Cached(side.client, "inner", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "inner", nil }, stale, nil)
-		outer := headgate.Cached(side.client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "outer", nil },
-			fallback.First(fallback.Call(inner), stale), nil)
+		inner := headgate.Cached(side.client, "inner", flowctl.Params{}, func(context.Context) (string, error) { return "inner", nil }, stale, headgate.CachePolicy[string]{TTL: ttl})
+		outer := headgate.Cached(side.client, "report", flowctl.Params{}, func(context.Context) (string, error) { return "outer", nil }, fallback.First(fallback.Call(inner), stale), headgate.CachePolicy[string]{TTL: ttl})
 		if got, err := outer(t.Context()); got != "outer" || err != nil {
 			t.Errorf("outer() = %q, %v", got, err)
 		}
@@ -1124,8 +1123,7 @@ func TestCachedStaleNested(t *testing.T) {
 func TestCachedStaleDefaultTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
-		cached := headgate.Cached(agent.Client(), "report", flowctl.Params{}, 0, func(context.Context) (string, error) { return "report", nil },
-			fallback.Stale[string](time.Second), nil)
+		cached := headgate.Cached(agent.Client(), "report", flowctl.Params{}, func(context.Context) (string, error) { return "report", nil }, fallback.Stale[string](time.Second), headgate.CachePolicy[string]{})
 		_, _ = cached(t.Context())
 		synctest.Wait()
 		agent.Answer(rejected(0))
@@ -1140,11 +1138,14 @@ func TestCachedStaleDefaultTTL(t *testing.T) {
 	})
 }
 
-// A slow hit does not bring back what a newer run has replaced.
+// A slow hit does not bring back what a newer run has replaced. That run is one from within another run, because any
+// other call would wait for the hit.
 func TestCachedStaleSlowDecode(t *testing.T) {
 	overStaleSides(t, func(t *testing.T, side staleSide) {
-		cached := headgate.Cached(side.client, "report", flowctl.Params{}, ttl, func(context.Context) (string, error) { return "new", nil },
-			fallback.Stale[string](time.Second), slow{})
+		cached := headgate.Cached(side.client, "report", flowctl.Params{},
+			func(context.Context) (string, error) { return "new", nil },
+			fallback.Stale[string](time.Second), headgate.CachePolicy[string]{TTL: ttl, Codec: slow{}, Exact: true})
+		within := headgate.Cached(side.client, "outer", flowctl.Params{}, cached, nil, headgate.CachePolicy[string]{TTL: -1})
 		side.found("old")
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -1155,7 +1156,7 @@ func TestCachedStaleSlowDecode(t *testing.T) {
 		synctest.Wait() // it is being decoded
 		side.forget()
 		<-time.After(time.Millisecond)
-		if got, err := cached(t.Context()); got != "new" || err != nil {
+		if got, err := within(t.Context()); got != "new" || err != nil {
 			t.Errorf("cached() = %q, %v want the run's", got, err)
 		}
 		wg.Wait()
@@ -1190,9 +1191,8 @@ func TestCachedStaleConcurrently(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cached := headgate.Cached(client, "report", flowctl.Params{}, 10*time.Millisecond,
-			func(context.Context) (string, error) { return "report", nil },
-			fallback.Stale[string](time.Second), nil)
+		cached := headgate.Cached(client, "report", flowctl.Params{},
+			func(context.Context) (string, error) { return "report", nil }, fallback.Stale[string](time.Second), headgate.CachePolicy[string]{TTL: 10 * time.Millisecond})
 		if _, err := cached(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -138,7 +138,7 @@ func exactly(p headgate.RetryPolicy) headgate.RetryPolicy {
 	return p
 }
 
-func TestRetryAttempts(t *testing.T) {
+func TestRetryingAttempts(t *testing.T) {
 	closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
 	tests := []struct {
 		name    string
@@ -228,7 +228,7 @@ func TestRetryAttempts(t *testing.T) {
 			overScripts(t, tt.answers, func(t *testing.T, agent script) {
 				starts := &starter{client: agent.client}
 				ran, fellBack := 0, 0
-				retry := headgate.Retry(starts, point, tt.params, func(ctx context.Context) (int, error) {
+				retry := headgate.Guard(headgate.Retrying(starts, exactly(tt.policy)), point, tt.params, func(ctx context.Context) (int, error) {
 					ran++
 					if flow, ok := flowctl.FromContext(ctx); !ok || flow != starts.flows[len(starts.flows)-1] {
 						t.Error("fn's context lacks the last flow")
@@ -244,7 +244,7 @@ func TestRetryAttempts(t *testing.T) {
 						t.Errorf("onReject was told to wait %v want %v", wait, tt.wait)
 					}
 					return 42, nil
-				}, exactly(tt.policy))
+				})
 				began := time.Now()
 				if got, err := retry(t.Context()); got != 42 || err != nil {
 					t.Errorf("retry() = %d, %v want 42", got, err)
@@ -278,9 +278,9 @@ func allEnded(t *testing.T, starts *starter) {
 }
 
 // A call that comes too early is let in as soon as there is room, and not a moment before.
-func TestRetryWaitsForTheLimit(t *testing.T) {
+func TestRetryingWaitsForTheLimit(t *testing.T) {
 	overLimits(t, func(t *testing.T, client *flowctl.Client) {
-		retry := headgate.Retry(client, point, flowctl.Params{}, work, nil, exactly(headgate.RetryPolicy{Attempts: 2}))
+		retry := headgate.Guard(headgate.Retrying(client, exactly(headgate.RetryPolicy{Attempts: 2})), point, flowctl.Params{}, work, nil)
 		began := time.Now()
 		for range 5 {
 			if got, err := retry(t.Context()); got != 42 || err != nil {
@@ -294,13 +294,13 @@ func TestRetryWaitsForTheLimit(t *testing.T) {
 }
 
 // An agent that takes its time to end a flow does not make the wait longer.
-func TestRetrySlowEnd(t *testing.T) {
+func TestRetryingSlowEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		agent.Answer(flowtest.Answer{Reason: flowctl.ReasonRateLimited, RetryAfter: time.Second, Slots: 1}, accepted)
 		agent.AnswerEnds(flowtest.Answer{Delay: 900 * time.Millisecond}, accepted)
 		began := time.Now()
-		got, err := headgate.Retry(agent.Client(), point, flowctl.Params{}, work, nil, exactly(headgate.RetryPolicy{}))(t.Context())
+		got, err := headgate.Guard(headgate.Retrying(agent.Client(), exactly(headgate.RetryPolicy{})), point, flowctl.Params{}, work, nil)(t.Context())
 		if took := time.Since(began); got != 42 || err != nil || took != time.Second {
 			t.Errorf("retry() = %d, %v after %v want 42 after 1s", got, err, took)
 		}
@@ -310,19 +310,19 @@ func TestRetrySlowEnd(t *testing.T) {
 	})
 }
 
-func TestRetryWithoutClient(t *testing.T) {
+func TestRetryingWithoutClient(t *testing.T) {
 	var off *flowctl.Client
 	for name, client := range map[string]headgate.Starter{"nil": nil, "nil client": off} {
-		if got, err := headgate.Retry(client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{})(t.Context()); got != 42 || err != nil {
+		if got, err := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), point, flowctl.Params{}, work, nil)(t.Context()); got != 42 || err != nil {
 			t.Errorf("%s: retry() = %d, %v want 42", name, got, err)
 		}
 	}
 }
 
 // Without a fallback the caller gets the last rejection.
-func TestRetryRejection(t *testing.T) {
+func TestRetryingRejection(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second)}, func(t *testing.T, agent script) {
-		got, err := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: 2})(t.Context())
+		got, err := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2}), point, flowctl.Params{}, work, nil)(t.Context())
 		rejection, ok := errors.AsType[*flowctl.RejectedError](err)
 		if got != 0 || !ok || rejection.ControlPoint != point || rejection.RetryAfter() != 2*time.Second {
 			t.Errorf("retry() = %d, %v want the second rejection", got, err)
@@ -330,7 +330,7 @@ func TestRetryRejection(t *testing.T) {
 	})
 }
 
-func TestRetryJitter(t *testing.T) {
+func TestRetryingJitter(t *testing.T) {
 	const after, calls = time.Second, 200
 	tests := []struct {
 		name     string
@@ -346,8 +346,7 @@ func TestRetryJitter(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
-				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, fallback.Value(0),
-					headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1})
+				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1}), point, flowctl.Params{}, work, fallback.Value(0))
 				shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
 				for range calls {
 					began := time.Now()
@@ -368,13 +367,13 @@ func TestRetryJitter(t *testing.T) {
 }
 
 // A wait that is too long for the clock is no wait at all, but for ever.
-func TestRetryForever(t *testing.T) {
+func TestRetryingForever(t *testing.T) {
 	for _, after := range []time.Duration{math.MaxInt64, math.MaxInt64 / 2} {
 		for _, jitter := range []float64{0, 10, math.MaxFloat64} {
 			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
 				ctx, cancel := context.WithCancel(t.Context())
 				time.AfterFunc(time.Minute, cancel)
-				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Jitter: jitter})
+				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Jitter: jitter}), point, flowctl.Params{}, work, nil)
 				if _, err := retry(ctx); !errors.Is(err, context.Canceled) {
 					t.Errorf("retry() = %v", err)
 				}
@@ -386,7 +385,7 @@ func TestRetryForever(t *testing.T) {
 	}
 }
 
-func TestRetryDeadline(t *testing.T) {
+func TestRetryingDeadline(t *testing.T) {
 	tests := []struct {
 		name     string
 		deadline time.Duration
@@ -398,7 +397,7 @@ func TestRetryDeadline(t *testing.T) {
 		{name: "at the end of the wait", deadline: 3 * time.Second, jitter: -1, flows: 1},
 		{name: "after the wait", deadline: 3*time.Second + 1, jitter: -1, flows: 2},
 		{name: "after the longest wait", deadline: 6*time.Second + 1, jitter: 1, flows: 2},
-		{name: "jitter counts", deadline: 3*time.Second + 1, jitter: 1e6, flows: 1}, // but for one in 10^15 runs
+		{name: "after the wait, whatever the jitter", deadline: 3*time.Second + 1, jitter: 1e6, flows: 2},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -406,7 +405,7 @@ func TestRetryDeadline(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
 				defer cancel()
 				began := time.Now()
-				_, err := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Jitter: tt.jitter})(ctx)
+				_, err := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Jitter: tt.jitter}), point, flowctl.Params{}, work, nil)(ctx)
 				took := time.Since(began)
 				if agent.checks() != tt.flows {
 					t.Errorf("%d checks want %d", agent.checks(), tt.flows)
@@ -423,7 +422,7 @@ func TestRetryDeadline(t *testing.T) {
 }
 
 // A caller who goes during the wait gets the error of its context, at once and not that of the flow.
-func TestRetryCanceled(t *testing.T) {
+func TestRetryingCanceled(t *testing.T) {
 	tests := []struct {
 		name  string
 		cause error
@@ -436,13 +435,13 @@ func TestRetryCanceled(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			overScripts(t, []flowtest.Answer{rejected(time.Minute)}, func(t *testing.T, agent script) {
 				starts := &starter{client: agent.client}
-				retry := headgate.Retry(starts, point, flowctl.Params{}, func(context.Context) (int, error) {
+				retry := headgate.Guard(headgate.Retrying(starts, headgate.RetryPolicy{}), point, flowctl.Params{}, func(context.Context) (int, error) {
 					t.Error("fn ran")
 					return 0, nil
 				}, func(context.Context, error) (int, error) {
 					t.Error("onReject was called")
 					return 0, nil
-				}, headgate.RetryPolicy{})
+				})
 				ctx, cancel := context.WithCancelCause(t.Context())
 				time.AfterFunc(time.Second, func() {
 					allEnded(t, starts) // before the wait, not after it
@@ -466,9 +465,9 @@ func TestRetryCanceled(t *testing.T) {
 }
 
 // A retry that was not made is not paid for.
-func TestRetryCanceledBudget(t *testing.T) {
+func TestRetryingCanceledBudget(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1, Budget: math.SmallestNonzeroFloat64})
+		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1, Budget: math.SmallestNonzeroFloat64}), point, flowctl.Params{}, work, nil)
 		for range 100 {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Millisecond, cancel)
@@ -483,7 +482,7 @@ func TestRetryCanceledBudget(t *testing.T) {
 }
 
 // What fn does on a later try is as with Guard: the flow is ended, once, and nothing is retried or recovered.
-func TestRetrySecondTry(t *testing.T) {
+func TestRetryingSecondTry(t *testing.T) {
 	nested := (&flowctl.RejectedError{ControlPoint: innerPoint}).WithRetryAfter(time.Second)
 	tests := append([]outcome{
 		{name: "a rejection", do: func() (int, error) { return 42, nested }, err: nested, status: flowctl.StatusError},
@@ -495,10 +494,10 @@ func TestRetrySecondTry(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			overScripts(t, []flowtest.Answer{rejected(time.Second), accepted}, func(t *testing.T, agent script) {
 				ran := 0
-				retry := headgate.Retry(agent.client, point, flowctl.Params{}, func(context.Context) (int, error) {
+				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{}), point, flowctl.Params{}, func(context.Context) (int, error) {
 					ran++
 					return o.do()
-				}, fallback.Value(-1), headgate.RetryPolicy{})
+				}, fallback.Value(-1))
 				var got result
 				done := make(chan struct{})
 				go func() {
@@ -521,14 +520,14 @@ func TestRetrySecondTry(t *testing.T) {
 }
 
 // A flow that fn itself starts, and that is rejected, is no reason to run fn again.
-func TestRetryNested(t *testing.T) {
+func TestRetryingNested(t *testing.T) {
 	overLimits(t, func(t *testing.T, client *flowctl.Client) {
 		inner := headgate.Guard(client, point, flowctl.Params{}, work, nil)
 		ran := 0
-		outer := headgate.Retry(client, "outer", flowctl.Params{}, func(ctx context.Context) (int, error) {
+		outer := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), "outer", flowctl.Params{}, func(ctx context.Context) (int, error) {
 			ran++
 			return inner(ctx)
-		}, fallback.Value(-1), headgate.RetryPolicy{})
+		}, fallback.Value(-1))
 		if got, err := outer(t.Context()); got != 42 || err != nil {
 			t.Fatalf("outer() = %d, %v want 42", got, err)
 		}
@@ -543,9 +542,9 @@ func TestRetryNested(t *testing.T) {
 }
 
 // A thousand callers who are all rejected must not become three thousand.
-func TestRetryFlood(t *testing.T) {
+func TestRetryingFlood(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Retry(agent.client, point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1), headgate.RetryPolicy{})
+		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1))
 		var wg sync.WaitGroup
 		for range 1000 {
 			wg.Go(func() {
@@ -563,10 +562,10 @@ func TestRetryFlood(t *testing.T) {
 }
 
 // The same against a limit that lets some of them in.
-func TestRetryFloodOfALimit(t *testing.T) {
+func TestRetryingFloodOfALimit(t *testing.T) {
 	overLimits(t, func(t *testing.T, client *flowctl.Client) {
 		starts := &starter{client: client}
-		retry := headgate.Retry(starts, point, flowctl.Params{CheckTimeout: -1}, work, nil, headgate.RetryPolicy{})
+		retry := headgate.Guard(headgate.Retrying(starts, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, nil)
 		var good atomic.Int64
 		var wg sync.WaitGroup
 		for range 1000 {
@@ -590,7 +589,7 @@ func TestRetryFloodOfALimit(t *testing.T) {
 	})
 }
 
-func TestRetryBudget(t *testing.T) {
+func TestRetryingBudget(t *testing.T) {
 	tests := []struct {
 		name    string
 		budget  float64
@@ -613,7 +612,7 @@ func TestRetryBudget(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			answers := append(slices.Repeat([]flowtest.Answer{accepted}, tt.calm), rejected(time.Second))
 			overScripts(t, answers, func(t *testing.T, agent script) {
-				retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget})
+				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget}), point, flowctl.Params{}, work, nil)
 				for range tt.calm + tt.calls {
 					_, _ = retry(t.Context())
 				}
@@ -626,9 +625,9 @@ func TestRetryBudget(t *testing.T) {
 }
 
 // However much a call adds, there is no more than the most.
-func TestRetryBudgetIsFull(t *testing.T) {
+func TestRetryingBudgetIsFull(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1, Budget: math.Inf(1)})
+		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1, Budget: math.Inf(1)}), point, flowctl.Params{}, work, nil)
 		for range 2 {
 			before := agent.checks()
 			_, _ = retry(t.Context())
@@ -640,10 +639,10 @@ func TestRetryBudgetIsFull(t *testing.T) {
 }
 
 // What is spent comes back with the calls, and not with time.
-func TestRetryBudgetRecovers(t *testing.T) {
+func TestRetryingBudgetRecovers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
-		retry := headgate.Retry(agent.Client(), point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1})
+		retry := headgate.Guard(headgate.Retrying(agent.Client(), headgate.RetryPolicy{Attempts: -1}), point, flowctl.Params{}, work, nil)
 		retries := func(answer flowtest.Answer, calls int) int {
 			agent.Answer(answer)
 			before := len(agent.Checks())
@@ -667,11 +666,11 @@ func TestRetryBudgetRecovers(t *testing.T) {
 }
 
 // Each function has a budget of its own.
-func TestRetryBudgetsAreApart(t *testing.T) {
+func TestRetryingBudgetsAreApart(t *testing.T) {
 	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
 		for range 3 {
 			before := agent.checks()
-			_, _ = headgate.Retry(agent.client, point, flowctl.Params{}, work, nil, headgate.RetryPolicy{Attempts: -1})(t.Context())
+			_, _ = headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1}), point, flowctl.Params{}, work, nil)(t.Context())
 			if retries := agent.checks() - before - 1; retries != 10 {
 				t.Errorf("%d retries want 10", retries)
 			}
@@ -680,13 +679,13 @@ func TestRetryBudgetsAreApart(t *testing.T) {
 }
 
 // One function for many callers, some of whom go while they wait.
-func TestRetryConcurrently(t *testing.T) {
+func TestRetryingConcurrently(t *testing.T) {
 	overLimits(t, func(t *testing.T, client *flowctl.Client) {
 		starts := &starter{client: client}
 		var running atomic.Int64
-		retry := headgate.Retry(starts, point, flowctl.Params{CheckTimeout: -1}, func(context.Context) (int, error) {
+		retry := headgate.Guard(headgate.Retrying(starts, headgate.RetryPolicy{Attempts: -1, Budget: -1}), point, flowctl.Params{CheckTimeout: -1}, func(context.Context) (int, error) {
 			return int(running.Add(1)), nil
-		}, nil, headgate.RetryPolicy{Attempts: -1, Budget: -1})
+		}, nil)
 		var wg sync.WaitGroup
 		var good, gone atomic.Int64
 		for i := range 100 {

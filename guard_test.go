@@ -148,17 +148,26 @@ var forms = []form{
 		},
 	},
 	{
-		name: "Retry",
+		name: "Retrying",
 		call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
-			return headgate.Retry(client, point, params, fn, onReject, headgate.RetryPolicy{})(ctx)
+			return headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), point, params, fn, onReject)(ctx)
 		},
 	},
 	{
 		name:     "Cached",
 		detached: true,
 		call: func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
-			return headgate.Cached(client, point, params, time.Minute, fn, onReject, nil)(ctx)
+			return headgate.Cached(client, point, params, fn, onReject, headgate.CachePolicy[int]{TTL: time.Minute})(ctx)
 		},
+	},
+	{
+		name:     "CachedFunc",
+		detached: true,
+		call:     cachedFunc("key"),
+	},
+	{
+		name: "CachedFunc without a key",
+		call: cachedFunc(""),
 	},
 	{
 		name:       "Do",
@@ -189,6 +198,25 @@ var forms = []form{
 			return fn(flow.Context())
 		},
 	},
+}
+
+// cachedFunc is the form that CachedFunc is with a key.
+func cachedFunc(key string) func(context.Context, headgate.Starter, string, flowctl.Params, func(context.Context) (int, error), fallback.Func[int]) (int, error) {
+	return func(ctx context.Context, client headgate.Starter, point string, params flowctl.Params, fn func(context.Context) (int, error), onReject fallback.Func[int]) (int, error) {
+		return headgate.CachedFunc(client, point,
+			func(_ context.Context, arg string) flowctl.Params {
+				params := params
+				params.ResultCacheKey = arg
+				return params
+			},
+			func(ctx context.Context, arg string) (int, error) {
+				if arg != key {
+					return 0, fmt.Errorf("fn got %q", arg)
+				}
+				return fn(ctx)
+			},
+			fallback.For[string](onReject), headgate.CachePolicy[int]{TTL: time.Minute})(ctx, key)
+	}
 }
 
 // starter keeps the flows that a client starts.
@@ -308,8 +336,13 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 			t.Errorf("Close() = %v", err)
 		}
 		var v seam.Verdict
-		if err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); err == nil && v.Rejected() != s.rejects {
-			t.Error("the slot was not given back")
+		switch err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); {
+		case s.silent: // it was closed
+			if !errors.Is(err, seam.ErrClosed) {
+				t.Errorf("a check of the closed engine = %v want %v", err, seam.ErrClosed)
+			}
+		case err != nil || v.Rejected() != s.rejects:
+			t.Errorf("a check after all flows have ended: rejected %v, %v want %v", v.Rejected(), err, s.rejects)
 		}
 		mu.Lock()
 		defer mu.Unlock()
