@@ -43,6 +43,12 @@ func components() map[string]policy.Component {
 // engineClient is a client of an engine with the components; with none it accepts every flow.
 func engineClient(tb testing.TB, c ...policy.Component) *flowctl.Client {
 	tb.Helper()
+	return engineClientWith(tb, nil, c...)
+}
+
+// engineClientWith is engineClient with an option of the client's, unless that is nil.
+func engineClientWith(tb testing.TB, option flowctl.Option, c ...policy.Component) *flowctl.Client {
+	tb.Helper()
 	var policies []policy.Policy
 	if len(c) > 0 {
 		policies = []policy.Policy{{Name: "test", Components: c}}
@@ -52,7 +58,11 @@ func engineClient(tb testing.TB, c ...policy.Component) *flowctl.Client {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = e.Close() })
-	client, err := flowctl.New(e)
+	var opts []flowctl.Option
+	if option != nil {
+		opts = append(opts, option)
+	}
+	client, err := flowctl.New(e, opts...)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -19,7 +19,8 @@ type Codec[T any] interface {
 // jsonCodec is the codec that nil stands for.
 type jsonCodec[T any] struct{}
 
-func (jsonCodec[T]) Encode(v T) ([]byte, error) { return json.Marshal(v) }
+// Encode has MarshalJSON called too where it is a method of *T.
+func (jsonCodec[T]) Encode(v T) ([]byte, error) { return json.Marshal(&v) }
 
 func (jsonCodec[T]) Decode(data []byte) (v T, err error) {
 	err = json.Unmarshal(data, &v)
@@ -136,8 +137,8 @@ func (c *comparison) elements(made, back reflect.Value) string {
 	return ""
 }
 
-// behind compares what two pointers, slices or maps refer to. Two that were met before differ nowhere that is not found
-// anyway.
+// behind compares what two pointers, slices or maps refer to, unless that is the same. Two that were met before need no
+// second look: where they differ is found by the first.
 func (c *comparison) behind(made, back reflect.Value) string {
 	if made.IsNil() || back.IsNil() {
 		if made.IsNil() == back.IsNil() {
@@ -151,7 +152,7 @@ func (c *comparison) behind(made, back reflect.Value) string {
 			return made.Type().String() + " has another length"
 		}
 	}
-	if c.seen[v] {
+	if v.made == v.back || c.seen[v] {
 		return ""
 	}
 	if c.seen == nil {

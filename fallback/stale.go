@@ -2,36 +2,71 @@ package fallback
 
 import (
 	"context"
+	"fmt"
+	"reflect"
 	"time"
 )
 
 // Stale returns a Func that gives the last result of a guard that keeps its results, such as headgate.Cached, while that
 // has not expired, and for a grace period after it has: what HTTP knows as stale-if-error (RFC 5861). When there is none,
 // or it is too old, it returns the zero value and the flow's error. A grace of zero or less gives only results that have
-// not expired. Results are shared, not copied: nobody may change what they point to. T has to be written:
-// Stale[string](time.Minute).
+// not expired. Results are shared, not copied: none of their callers may change what they point to.
+//
+// T has to be written, and must be the very type of the guard's results: Stale[string](time.Minute). Where the guard keeps
+// results of another type, the error says so, and matches the flow's error.
 //
 // The function of a guard that keeps nothing can be watched by a [LastGood] instead.
 func Stale[T any](grace time.Duration) Func[T] {
 	grace = max(grace, 0)
 	return func(ctx context.Context, err error) (T, error) {
-		last, ok := ctx.Value(lastKey[T]{}).(last[T])
-		if !ok || time.Since(last.expires) >= grace { // as the zero time is, whatever the grace
-			var zero T
-			return zero, err
+		kept, ok := ctx.Value(lastKey[T]{}).(last[T])
+		if ok && time.Since(kept.expires) < grace { // which the zero time never is
+			return kept.value, nil
 		}
-		return last.value, nil
+		var zero T
+		if other, mismatch := ctx.Value(lastType{}).(reflect.Type); !ok && mismatch {
+			return zero, &failure{errs: []error{
+				fmt.Errorf("fallback: Stale[%s] finds no result: the guard keeps results of type %s", reflect.TypeFor[T](), other), err,
+			}}
+		}
+		return zero, err
 	}
 }
 
 // WithLast returns a context in which [Stale] finds v, a result that expires or has expired at the given time. A guard
-// that keeps results calls its fallback with it. The zero time says that there is no result, not even one that a context
-// further out has.
+// that keeps results calls its fallback with it. T is the type of the guard's results, which has to be written where v
+// is an untyped constant: WithLast[int64](ctx, 42, expires). The zero time means that there is no result, not even one
+// that a context further out has.
 func WithLast[T any](ctx context.Context, v T, expires time.Time) context.Context {
-	return context.WithValue(ctx, lastKey[T]{}, last[T]{v, expires})
+	return &lastContext[T]{ctx, last[T]{v, expires}}
 }
 
-type lastKey[T any] struct{}
+// lastContext is a context with a result, and its type for a Stale of another.
+type lastContext[T any] struct {
+	context.Context
+	last last[T]
+}
+
+func (c *lastContext[T]) Value(key any) any {
+	switch key.(type) {
+	case lastKey[T]:
+		return c.last
+	case lastType:
+		return reflect.TypeFor[T]()
+	default:
+		return c.Context.Value(key)
+	}
+}
+
+// String names the context for those that print contexts, without the result.
+func (c *lastContext[T]) String() string {
+	return fmt.Sprintf("fallback.WithLast[%s]", reflect.TypeFor[T]())
+}
+
+type (
+	lastKey[T any] struct{}
+	lastType       struct{}
+)
 
 type last[T any] struct {
 	value   T

@@ -3,7 +3,9 @@ package fallback_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,3 +63,36 @@ func expectStale(ctx context.Context, t *testing.T, stale fallback.Func[string],
 		t.Errorf("Stale = %q, %v want the flow's error", got, err)
 	}
 }
+
+// A result of another type is no result, and the error says so.
+func TestStaleOfAnotherType(t *testing.T) {
+	expires := time.Now().Add(time.Hour)
+	kept := fallback.WithLast(t.Context(), 42, expires) // an int
+	for name, ctx := range map[string]context.Context{
+		"kept": kept, "kept further out": context.WithValue(kept, lastGoodKey{}, 1),
+		"none yet": fallback.WithLast(t.Context(), 0, time.Time{}),
+	} {
+		got, err := fallback.Stale[int64](time.Minute)(ctx, errRejected)
+		if got != 0 || !errors.Is(err, errRejected) {
+			t.Errorf("%s: Stale[int64] = %d, %v want the flow's error", name, got, err)
+		}
+		if text := err.Error(); !strings.Contains(text, "int64") || !strings.Contains(text, "type int") || strings.Contains(text, "42") {
+			t.Errorf("%s: the error is %q want it to name both types, and not the value", name, text)
+		}
+	}
+	if got, err := fallback.Stale[int](time.Minute)(kept, errRejected); got != 42 || err != nil {
+		t.Errorf("Stale[int] = %d, %v want 42", got, err)
+	}
+	ctx := fallback.WithLast[int64](kept, 43, expires)
+	if got, err := fallback.Stale[int64](time.Minute)(ctx, errRejected); got != 43 || err != nil {
+		t.Errorf("Stale[int64] = %d, %v want 43", got, err)
+	}
+	if got, err := fallback.Stale[int](time.Minute)(ctx, errRejected); got != 42 || err != nil {
+		t.Errorf("Stale[int] = %d, %v want 42, which is further out", got, err)
+	}
+	if text := fmt.Sprint(kept); strings.Contains(text, "42") {
+		t.Errorf("the context prints as %s, with the result", text)
+	}
+}
+
+type lastGoodKey struct{}

@@ -1,0 +1,477 @@
+package headgate_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/gob"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/big"
+	"net/netip"
+	"net/url"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+)
+
+// runsOfTwoCalls calls a cached function that makes v, twice, and gives back how often that ran and what the second call
+// returned.
+func runsOfTwoCalls[T any](t *testing.T, client *flowctl.Client, v T, policy headgate.CachePolicy[T]) (runs int, found T) {
+	t.Helper()
+	cached := headgate.Cached(client, "value", flowctl.Params{}, func(context.Context) (T, error) {
+		runs++
+		return v, nil
+	}, nil, policy)
+	for range 2 {
+		var err error
+		if found, err = cached(t.Context()); err != nil {
+			t.Error(err)
+		}
+		synctest.Wait() // until it is stored
+	}
+	return runs, found
+}
+
+// A row is a value, and whether it is stored.
+type row struct {
+	name   string
+	stored bool
+	run    func(t *testing.T, client *flowctl.Client) (runs int)
+}
+
+// value is a row of a value that is stored as JSON or not.
+func value[T any](name string, stored bool, v T) row {
+	return row{name, stored, func(t *testing.T, client *flowctl.Client) int {
+		runs, found := runsOfTwoCalls(t, client, v, headgate.CachePolicy[T]{TTL: time.Minute})
+		printed := fmt.Sprintf("%#v", v)
+		if !strings.Contains(printed, "0x") && !strings.Contains(printed, "time.Date") && fmt.Sprintf("%#v", found) != printed {
+			t.Errorf("made %s, found %#v", printed, found)
+		}
+		if at, ok := any(v).(time.Time); ok && !at.Equal(any(found).(time.Time)) {
+			t.Errorf("made %v, found %v", v, found)
+		}
+		return runs
+	}}
+}
+
+type (
+	price struct {
+		Currency string
+		cents    int
+	}
+	record struct {
+		At    time.Time
+		Items []string `json:"items,omitempty"`
+		Next  *record
+		Extra any               `json:"extra"`
+		Tags  map[string]string `json:"tags"`
+		Call  func()            `json:"-"`
+	}
+	oneWay struct{ N int } // which JSON encodes, and does not decode
+	secret struct {
+		at time.Time
+		n  int
+	}
+	badText string
+)
+
+func (o oneWay) MarshalJSON() ([]byte, error) { return fmt.Appendf(nil, `"number %d"`, o.N), nil }
+
+// secret encodes its fields, though they are not exported.
+func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal([]any{s.at, s.n}) }
+
+func (s *secret) UnmarshalJSON(data []byte) error {
+	return json.Unmarshal(data, &[]any{&s.at, &s.n})
+}
+
+// badText hides what it is: decoding gives another value, without an error.
+func (b badText) MarshalText() ([]byte, error) { return []byte(strings.ToUpper(string(b))), nil }
+
+func (b *badText) UnmarshalText(text []byte) error { *b = badText(text); return nil }
+
+// A value is stored if decoding gives it back, and else made anew for each call.
+func TestCodecValues(t *testing.T) {
+	now := time.Now()
+	utc := time.Date(2026, 11, 29, 12, 0, 0, 1, time.UTC)
+	rows := []row{
+		value("text", true, "Grüße"),
+		value("bytes that are no UTF-8", false, "\x1f\x8b\x08\x00\xff"),
+		value("bytes", true, []byte("\x1f\x8b\x08\x00\xff")),
+		value("bytes in an array", true, [3]byte{1, 2, 255}),
+		value("JSON", true, json.RawMessage(`{"a":1}`)),
+		value("JSON with spaces", false, json.RawMessage(`{"a": 1}`)),
+		value("keys that are no UTF-8", false, map[string]int{"caf\xe9": 1, "caf\xe8": 2}),
+		value("an unexported field", false, price{"EUR", 995}),
+		value("an unexported field that is zero", true, price{Currency: "EUR"}),
+		value("unexported fields with methods", true, secret{utc, 42}),
+		value("a pointer", true, &price{Currency: "EUR"}),
+		value("a pointer to less", false, &price{"EUR", 995}),
+		value("nil pointer", true, (*price)(nil)),
+		value("an int in an any", false, any(int64(9007199254740993))),
+		value("a float in an any", true, any(1.5)),
+		value("text in an any", true, any("text")),
+		value("nil in an any", true, any(nil)),
+		value("a struct in an any", false, any(price{Currency: "EUR"})),
+		value("a list in an any", true, any([]any{"a", 1.0, nil, map[string]any{"b": true}})),
+		value("a list with an int in an any", false, any([]any{"a", 1})),
+		value("a large int", true, int64(9007199254740993)),
+		value("the least int", true, int64(math.MinInt64)),
+		value("the largest uint", true, uint64(math.MaxUint64)),
+		value("a float", true, 0.1),
+		value("the least float", true, math.SmallestNonzeroFloat64),
+		value("a float32", true, float32(0.1)),
+		value("minus zero", true, math.Copysign(0, -1)),
+		value("NaN", false, math.NaN()),
+		value("infinity", false, math.Inf(1)),
+		value("a time", true, utc),
+		value("a time with a monotonic reading", true, now),
+		value("a time elsewhere", true, utc.In(time.FixedZone("there", 3600))),
+		value("a time with odd seconds of offset", false, utc.In(time.FixedZone("then", 3601))),
+		value("a time after JSON's", false, utc.AddDate(9000, 0, 0)),
+		value("a time in a struct", true, record{At: now}),
+		value("times in lists and maps", true, map[string][]time.Time{"a": {now}}),
+		value("a time behind a pointer", true, &now),
+		value("a nil slice", true, []string(nil)),
+		value("an empty slice", true, []string{}),
+		value("an empty slice that is left out", false, record{Items: []string{}}),
+		value("a nil map", true, record{}),
+		value("an empty map", true, record{Tags: map[string]string{}}),
+		value("a list of records", true, []record{{Next: &record{Items: []string{"a"}}}}),
+		value("a list of records, one with less", false, []record{{Next: &record{Extra: 1}}}),
+		value("a field that is left out", false, record{Call: func() {}}),
+		value("a function", false, func() {}),
+		value("no function", false, (func())(nil)),
+		value("a channel", false, make(chan int)),
+		value("MarshalJSON alone", false, oneWay{42}),
+		value("other text", false, badText("lower")),
+		value("the same text", true, badText("UPPER")),
+		value("a map by number", true, map[int]string{1: "a"}),
+		value("a big number", true, *big.NewInt(42)),
+		value("an address", true, netip.MustParseAddr("fe80::1%eth0")),
+		value("a URL", true, url.URL{Scheme: "https", Host: "example.com"}),
+		value("a URL with a user", false, url.URL{Scheme: "https", Host: "example.com", User: url.User("u")}),
+		value("a duration", true, time.Second),
+		value("a complex number", false, complex(1, 2)),
+		value("an error in an any", false, any(errors.New("text"))),
+		value("nothing", true, struct{}{}),
+		value("a loop", false, loop()),
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+				want := 2
+				if r.stored {
+					want = 1
+				}
+				if runs := r.run(t, client); runs != want {
+					t.Errorf("%d runs for two calls want %d", runs, want)
+				}
+			})
+		})
+	}
+}
+
+// loop is a list that never ends.
+func loop() *record {
+	r := &record{}
+	r.Next = r
+	return r
+}
+
+// gobCodec gives back loops of nothing, and NaN.
+type gobCodec[T any] struct{}
+
+func (gobCodec[T]) Encode(v T) ([]byte, error) {
+	var b bytes.Buffer
+	err := gob.NewEncoder(&b).Encode(&v)
+	return b.Bytes(), err
+}
+
+func (gobCodec[T]) Decode(data []byte) (v T, err error) {
+	err = gob.NewDecoder(bytes.NewReader(data)).Decode(&v)
+	return v, err
+}
+
+// memory is a codec that gives back the very value.
+type memory[T any] struct{ v *T }
+
+func (m memory[T]) Encode(v T) ([]byte, error) { *m.v = v; return []byte{1}, nil }
+func (m memory[T]) Decode([]byte) (T, error)   { return *m.v, nil }
+
+// untidy is a codec that writes over what it decodes.
+type untidy struct{}
+
+func (untidy) Encode(v string) ([]byte, error) { return []byte(v), nil }
+
+func (untidy) Decode(data []byte) (string, error) {
+	v := string(data)
+	clear(data)
+	return v, nil
+}
+
+// What other codecs give back is stored too, and of what is exact nothing is compared.
+func TestCodecExact(t *testing.T) {
+	channel := make(chan int)
+	rows := []row{
+		{"NaN with gob", true, func(t *testing.T, client *flowctl.Client) int {
+			runs, _ := runsOfTwoCalls(t, client, math.NaN(), headgate.CachePolicy[float64]{Codec: gobCodec[float64]{}})
+			return runs
+		}},
+		{"complex NaN with gob", true, func(t *testing.T, client *flowctl.Client) int {
+			runs, _ := runsOfTwoCalls(t, client, complex(math.NaN(), 1), headgate.CachePolicy[complex128]{Codec: gobCodec[complex128]{}})
+			return runs
+		}},
+		{"an empty slice with gob", false, func(t *testing.T, client *flowctl.Client) int {
+			runs, _ := runsOfTwoCalls(t, client, record{Items: []string{}}, headgate.CachePolicy[record]{Codec: gobCodec[record]{}})
+			return runs
+		}},
+		{"an empty slice with gob, exact as it is", true, func(t *testing.T, client *flowctl.Client) int {
+			runs, _ := runsOfTwoCalls(t, client, price{"EUR", 995}, headgate.CachePolicy[price]{Codec: gobCodec[price]{}, Exact: true})
+			return runs
+		}},
+		{"JSON, exact by the function's word", true, func(t *testing.T, client *flowctl.Client) int {
+			runs, found := runsOfTwoCalls(t, client, price{"EUR", 995}, headgate.CachePolicy[price]{Exact: true})
+			if found.cents != 0 {
+				t.Error("the test's value is no example")
+			}
+			return runs
+		}},
+		{"a loop and a channel, the very same", true, func(t *testing.T, client *flowctl.Client) int {
+			r := loop()
+			r.Extra = channel
+			var kept *record
+			runs, _ := runsOfTwoCalls(t, client, r, headgate.CachePolicy[*record]{Codec: memory[*record]{&kept}})
+			return runs
+		}},
+		{"two loops that are alike", true, func(t *testing.T, client *flowctl.Client) int {
+			one, other := loop(), loop()
+			runs, _ := runsOfTwoCalls(t, client, one, headgate.CachePolicy[*record]{Codec: constant[*record]{other}})
+			return runs
+		}},
+		{"two loops that differ", false, func(t *testing.T, client *flowctl.Client) int {
+			one, other := loop(), loop()
+			other.Tags = map[string]string{"a": "b"}
+			runs, _ := runsOfTwoCalls(t, client, one, headgate.CachePolicy[*record]{Codec: constant[*record]{other}})
+			return runs
+		}},
+		{"a codec that writes over its data", true, func(t *testing.T, client *flowctl.Client) int {
+			runs, found := runsOfTwoCalls(t, client, "text", headgate.CachePolicy[string]{Codec: untidy{}})
+			if found != "text" {
+				t.Errorf("found %q", found)
+			}
+			return runs
+		}},
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+				want := 2
+				if r.stored {
+					want = 1
+				}
+				if runs := r.run(t, client); runs != want {
+					t.Errorf("%d runs for two calls want %d", runs, want)
+				}
+			})
+		})
+	}
+}
+
+// constant is a codec that decodes one value.
+type constant[T any] struct{ v T }
+
+func (constant[T]) Encode(T) ([]byte, error)   { return []byte{1}, nil }
+func (c constant[T]) Decode([]byte) (T, error) { return c.v, nil }
+
+// The comparison is at least as strict as reflect.DeepEqual where neither times nor NaN are.
+func TestCodecIsAsStrictAsDeepEqual(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := engineClient(t)
+		f := func() {}
+		ch := make(chan int)
+		n := 1
+		values := []any{
+			nil, 1, int64(1), uint8(1), 1.5, "a", []byte("a"), []byte{}, []byte(nil), []int{1}, []int{1, 2}, []int(nil), []int{},
+			[1]int{1}, [1]any{nil}, map[string]int{"a": 1}, map[string]int{"b": 1}, map[string]int{"a": 2}, map[string]int(nil),
+			map[string]int{}, price{"EUR", 1}, price{"EUR", 2}, &price{"EUR", 1}, (*price)(nil), f, (func())(nil), ch, make(chan int),
+			true, false, &n, []any{1, "a"}, []any{1, []any{2}}, complex(1, 2), uintptr(1), reflect.TypeFor[int](), math.Inf(1),
+		}
+		for _, made := range values {
+			for _, back := range values {
+				key := fmt.Sprintf("%p", &back)
+				runs := 0
+				cached := headgate.Cached(client, "value", flowctl.Params{ResultCacheKey: key}, func(context.Context) (any, error) {
+					runs++
+					return made, nil
+				}, nil, headgate.CachePolicy[any]{TTL: time.Second, Codec: constant[any]{back}})
+				for range 2 {
+					_, _ = cached(t.Context())
+					synctest.Wait()
+				}
+				if stored := runs == 1; stored != reflect.DeepEqual(made, back) {
+					t.Errorf("%#v for %#v: stored %v", back, made, stored)
+				}
+				<-time.After(2 * time.Second) // until it has expired
+			}
+		}
+	})
+}
+
+// broken is a codec that ends otherwise than by returning, in one of its methods.
+type broken struct {
+	encode, decode func()
+	decodes        *atomic.Int64
+}
+
+func (b broken) Encode(n int) ([]byte, error) {
+	if b.encode != nil {
+		b.encode()
+	}
+	return fmt.Append(nil, n), nil
+}
+
+func (b broken) Decode([]byte) (int, error) {
+	b.decodes.Add(1)
+	if b.decode != nil {
+		b.decode()
+	}
+	return 42, nil
+}
+
+// A codec that panics when a result is encoded, or decoded to compare it, is like a function that does.
+func TestCodecPanics(t *testing.T) {
+	for name, end := range map[string]func(){"panic": func() { panic(errWork) }, "Goexit": runtime.Goexit} {
+		for _, method := range []string{"Encode", "Decode"} {
+			t.Run(name+" in "+method, func(t *testing.T) {
+				overBoth(t, func(t *testing.T, client *flowctl.Client) {
+					codec := broken{decodes: new(atomic.Int64)}
+					if method == "Encode" {
+						codec.encode = end
+					} else {
+						codec.decode = end
+					}
+					starts := &starter{client: client}
+					cached := headgate.Cached(starts, "value", flowctl.Params{}, func(context.Context) (int, error) {
+						<-time.After(time.Second)
+						return 42, nil
+					}, nil, headgate.CachePolicy[int]{Codec: codec})
+					var results [3]result
+					done := make(chan struct{})
+					for i := range results {
+						go func() {
+							defer func() { done <- struct{}{} }()
+							observe(&results[i], func() (int, error) { return cached(t.Context()) })
+						}()
+						synctest.Wait() // the first leads
+					}
+					for range results {
+						<-done
+					}
+					if name == "panic" && results[0].recovered != any(errWork) || name == "Goexit" && !results[0].exited {
+						t.Errorf("the first call got %+v", results[0])
+					}
+					for _, r := range results[1:] {
+						if r.err == nil || !strings.Contains(r.err.Error(), "did not return") {
+							t.Errorf("another call got %+v want an error", r)
+						}
+					}
+					allEnded(t, starts)
+				})
+			})
+		}
+	}
+}
+
+// What is not stored is logged, once a minute at the most, and by type: nothing of the value is.
+func TestCodecLogsWhatIsNotStored(t *testing.T) {
+	const payload = "payload"
+	tests := map[string]struct {
+		call func(ctx context.Context, client *flowctl.Client) error
+		want string
+	}{
+		"not given back": {func(ctx context.Context, client *flowctl.Client) error {
+			_, err := headgate.Cached(client, "value", flowctl.Params{}, func(context.Context) ([]price, error) {
+				return []price{{payload, 995}}, nil
+			}, nil, headgate.CachePolicy[[]price]{})(ctx)
+			return err
+		}, "cents: int has another value"},
+		"not encoded": {func(ctx context.Context, client *flowctl.Client) error {
+			_, err := headgate.Cached(client, "value", flowctl.Params{}, func(context.Context) (any, error) {
+				return map[string]any{payload: func() {}}, nil
+			}, nil, headgate.CachePolicy[any]{})(ctx)
+			return err
+		}, "it holds a func()"},
+		"not decoded": {func(ctx context.Context, client *flowctl.Client) error {
+			_, err := headgate.Cached(client, "value", flowctl.Params{}, func(context.Context) (oneWay, error) {
+				return oneWay{995}, nil
+			}, nil, headgate.CachePolicy[oneWay]{})(ctx)
+			return err
+		}, "oneWay cannot be decoded again"},
+	}
+	for name, tt := range tests {
+		for _, side := range []string{"remote", "embedded"} {
+			t.Run(name+"/"+side, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var log bytes.Buffer
+					option := flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil)))
+					var client *flowctl.Client
+					if side == "remote" {
+						client = flowtest.NewAgent(t).Client(option)
+					} else {
+						client = engineClientWith(t, option)
+					}
+					for range 10 {
+						if err := tt.call(t.Context(), client); err != nil {
+							t.Error(err)
+						}
+					}
+					if n := strings.Count(log.String(), "\n"); n != 1 {
+						t.Errorf("%d lines want 1:\n%s", n, &log)
+					}
+					for _, want := range []string{"level=WARN", `"headgate: a result was not stored in the cache"`, "control_point=value", tt.want} {
+						if !strings.Contains(log.String(), want) {
+							t.Errorf("the log lacks %q:\n%s", want, &log)
+						}
+					}
+					<-time.After(time.Minute)
+					if err := tt.call(t.Context(), client); err != nil {
+						t.Error(err)
+					}
+					if !strings.Contains(log.String(), "unlogged_before=9") {
+						t.Errorf("a minute later the log does not say how many were not logged:\n%s", &log)
+					}
+					if strings.Contains(log.String(), payload) || strings.Contains(log.String(), "995") {
+						t.Errorf("the log has something of the value:\n%s", &log)
+					}
+				})
+			})
+		}
+	}
+}
+
+// What is not stored is kept for the fallback all the same.
+func TestCodecKeepsWhatIsNotStored(t *testing.T) {
+	overStaleSides(t, func(t *testing.T, side staleSide) {
+		cached := headgate.Cached(side.client, "report", flowctl.Params{}, func(context.Context) (price, error) {
+			return price{"EUR", 995}, nil
+		}, fallback.Stale[price](time.Minute), headgate.CachePolicy[price]{})
+		_, _ = cached(t.Context())
+		synctest.Wait()
+		side.answer(rejected(0))
+		if got, err := cached(t.Context()); got != (price{"EUR", 995}) || err != nil {
+			t.Errorf("cached() = %v, %v want what was made last", got, err)
+		}
+	})
+}
