@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"math"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -21,6 +23,8 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/grpcguard"
+	"github.com/headgate-go/headgate/httpguard"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -710,5 +714,116 @@ func TestRetryingConcurrently(t *testing.T) {
 			t.Errorf("%d were let in, %d ran, %d went", good.Load(), running.Load(), gone.Load())
 		}
 		allEnded(t, starts)
+	})
+}
+
+// A retry that can come before the deadline does, however long the jitter could be, and leaves time for an answer.
+func TestRetryingJitterFitsTheDeadline(t *testing.T) {
+	tests := []struct {
+		name     string
+		after    time.Duration
+		deadline time.Duration
+		policy   headgate.RetryPolicy
+		retries  bool
+		most     time.Duration // of waiting
+	}{
+		{name: "little more", after: time.Second, deadline: 1050 * time.Millisecond, retries: true, most: 1025 * time.Millisecond},
+		{name: "hardly more", after: time.Second, deadline: 1010 * time.Millisecond, retries: true, most: time.Second},
+		{name: "a nanosecond more", after: time.Second, deadline: time.Second + 1, retries: true, most: time.Second},
+		{name: "as much", after: time.Second, deadline: time.Second},
+		{name: "less", after: time.Second, deadline: time.Second - 1},
+		{name: "much more", after: time.Second, deadline: time.Minute, retries: true, most: 1200 * time.Millisecond},
+		{name: "double", after: time.Second, deadline: 1050 * time.Millisecond, policy: headgate.RetryPolicy{Jitter: 1}, retries: true, most: 1025 * time.Millisecond},
+		{name: "endless", after: time.Second, deadline: 1050 * time.Millisecond, policy: headgate.RetryPolicy{Jitter: math.Inf(1)}, retries: true, most: 1025 * time.Millisecond},
+		{name: "the longest wait", after: time.Second, deadline: time.Minute, policy: headgate.RetryPolicy{MaxWait: time.Second, Jitter: 1}, retries: true, most: 2 * time.Second},
+		{name: "the longest wait, and little more", after: time.Second, deadline: 1050 * time.Millisecond, policy: headgate.RetryPolicy{MaxWait: time.Second}, retries: true, most: 1025 * time.Millisecond},
+		{name: "longer than the longest wait", after: time.Second + 1, deadline: time.Minute, policy: headgate.RetryPolicy{MaxWait: time.Second}},
+		{name: "less than the shortest wait", after: time.Microsecond, deadline: 500 * time.Microsecond, retries: true, most: 251 * time.Microsecond},
+		{name: "less than the shortest wait, as much", after: time.Microsecond, deadline: time.Microsecond},
+		{name: "the shortest wait, as much", after: time.Microsecond, deadline: time.Millisecond, retries: true, most: 501 * time.Microsecond},
+		{name: "less than the shortest wait, much more", after: time.Microsecond, deadline: time.Minute, retries: true, most: 1200 * time.Microsecond},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			overScripts(t, []flowtest.Answer{rejected(tt.after)}, func(t *testing.T, agent script) {
+				policy := tt.policy
+				policy.Attempts, policy.Budget = 2, -1
+				client := headgate.Retrying(agent.client, policy)
+				for range 25 {
+					before, began := agent.checks(), time.Now()
+					ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
+					_, err := headgate.Guard(client, point, flowctl.Params{}, work, nil)(ctx)
+					cancel()
+					took, retries := time.Since(began), agent.checks()-before == 2
+					if retries != tt.retries || took > tt.most || tt.retries && took < tt.after || !errors.Is(err, flowctl.ErrRejected) {
+						t.Fatalf("retried %v after %v, %v want %v after at most %v", retries, took, err, tt.retries, tt.most)
+					}
+				}
+			})
+		})
+	}
+}
+
+// A limit that lets a call in after a second does so for a caller that has a little more, each time.
+func TestRetryingMeetsTheDeadline(t *testing.T) {
+	overLimits(t, func(t *testing.T, client *flowctl.Client) {
+		call := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{Budget: -1}), point, flowctl.Params{}, work, nil)
+		if _, err := call(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 50 {
+			ctx, cancel := context.WithTimeout(t.Context(), 1050*time.Millisecond)
+			if _, err := call(ctx); err != nil {
+				t.Fatalf("call %d: %v", i, err)
+			}
+			cancel()
+		}
+	})
+}
+
+// Whatever takes a Starter retries by one budget.
+func TestRetryingIsForAll(t *testing.T) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+		client := headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Budget: math.SmallestNonzeroFloat64})
+		guard := httpguard.Middleware(client, point)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("served") }))
+		unary := grpcguard.UnaryServerInterceptor(client, point)
+		calls := map[string]func(){
+			"Guard": func() { _, _ = headgate.Guard(client, point, flowctl.Params{}, work, nil)(t.Context()) },
+			"GuardFunc": func() {
+				_, _ = headgate.GuardFunc(client, point, nil, func(context.Context, int) (int, error) { return 0, nil }, nil)(t.Context(), 1)
+			},
+			"Do": func() {
+				_ = headgate.Do(t.Context(), client, point, flowctl.Params{}, func(context.Context, *flowctl.Flow) error { return nil })
+			},
+			"Cached": func() {
+				_, _ = headgate.Cached(client, point, flowctl.Params{}, work, nil, headgate.CachePolicy[int]{})(t.Context())
+			},
+			"CachedFunc": func() {
+				_, _ = headgate.CachedFunc(client, point, byArg, func(context.Context, string) (int, error) { return 0, nil },
+					nil, headgate.CachePolicy[int]{})(t.Context(), "key")
+			},
+			"httpguard": func() {
+				guard.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody))
+			},
+			"grpcguard": func() {
+				_, _ = unary(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/service/method"},
+					func(context.Context, any) (any, error) { return nil, errors.New("served") })
+			},
+		}
+		for name, call := range calls {
+			before := agent.checks()
+			call()
+			if got := agent.checks() - before; got != 2 {
+				t.Errorf("%s started %d flows want 2", name, got)
+			}
+		}
+		for range 10 - len(calls) {
+			calls["Guard"]()
+		}
+		before := agent.checks()
+		calls["Do"]()
+		if got := agent.checks() - before; got != 1 {
+			t.Errorf("%d flows with a budget that all have spent want 1", got)
+		}
 	})
 }
