@@ -10,12 +10,13 @@
 //
 //   - [Guard] wraps a function without arguments, [GuardFunc] one with an argument that says what the flow is about.
 //   - [Do] runs a block as one flow, and hands it the flow.
-//   - [Cached] is Guard for a function whose result can be used again, by the agent's cache.
-//   - [Retry] is Guard for calls that can wait until there is room.
+//   - [Cached] is Guard for a function whose result can be used again, by the agent's cache. [CachedFunc] is the same for
+//     a function with an argument. Calls that look for one result at the same time share one run, which is one flow.
+//   - [Retrying] makes a client wait and ask again when a flow is rejected, for all of these and for the adaptors.
 //   - flowctl's Start and EndWith are for code that cannot be a closure.
 //
 // All of them promise the same: a flow that should not run does not; a flow that was started is ended, exactly once, on
 // return, error, panic and runtime.Goexit alike; no panic is lost; and the function's own result and error come back as
-// they are. Nothing is recovered either, but for a panic of a function that calls of Cached share: that goes on in one of
+// they are. Nothing is recovered either, except a panic of a function that calls of Cached share: that goes on in one of
 // the calls.
 package headgate

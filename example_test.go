@@ -255,33 +255,61 @@ func ExampleCached() {
 	// Output: the report for May <nil> 1
 }
 
-// Each result has a key of its own. Calls that look for the same one share a run, also of functions made for each call.
-func ExampleCached_keys() {
+// Each result has a key of its own, here the argument. Calls that look for the same one share a run.
+func ExampleCachedFunc() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("report"), Capacity: 100, Fill: 100, Interval: time.Minute,
 	})
 	defer done()
 
-	render := func(month string) (string, error) {
+	render := func(_ context.Context, month string) (string, error) {
 		fmt.Println("rendering", month)
 		return "the report for " + month, nil
 	}
 
-	reportFor := func(ctx context.Context, month string) (string, error) {
-		report := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: month},
-			func(context.Context) (string, error) { return render(month) }, nil, headgate.CachePolicy[string]{TTL: time.Hour})
-		return report(ctx)
-	}
+	report := headgate.CachedFunc(client, "report",
+		func(_ context.Context, month string) flowctl.Params {
+			return flowctl.Params{ResultCacheKey: month}
+		},
+		render, nil, headgate.CachePolicy[string]{TTL: time.Hour})
 
-	fmt.Println(reportFor(context.Background(), "May"))
-	fmt.Println(reportFor(context.Background(), "April"))
-	fmt.Println(reportFor(context.Background(), "May"))
+	ctx := context.Background()
+	fmt.Println(report(ctx, "May"))
+	fmt.Println(report(ctx, "April"))
+	fmt.Println(report(ctx, "May"))
 	// Output:
 	// rendering May
 	// the report for May <nil>
 	// rendering April
 	// the report for April <nil>
 	// the report for May <nil>
+}
+
+// Callers share one run, and it is one flow: a limit of one lets all of them in.
+func ExampleCached_shared() {
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("model"), Capacity: 1, Fill: 1, Interval: time.Hour,
+	})
+	defer done()
+
+	answers := headgate.Cached(client, "model", flowctl.Params{ResultCacheKey: "the same prompt"},
+		func(context.Context) (string, error) {
+			<-time.After(100 * time.Millisecond)
+			return "answer", nil
+		}, nil, headgate.CachePolicy[string]{})
+
+	var callers sync.WaitGroup
+	var answered atomic.Int64
+	for range 50 {
+		callers.Go(func() {
+			if _, err := answers(context.Background()); err == nil {
+				answered.Add(1)
+			}
+		})
+	}
+	callers.Wait()
+	fmt.Println(answered.Load(), "answered")
+	// Output: 50 answered
 }
 
 // Rejected callers get the last report, also when that has expired some minutes ago, and else a plain answer.
@@ -316,7 +344,8 @@ func ExampleRetrying() {
 
 	fetch := func(context.Context) (string, error) { return "HDGT 42.00", nil }
 
-	quote := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), "quote", flowctl.Params{}, fetch, nil)
+	patient := headgate.Retrying(client, headgate.RetryPolicy{})
+	quote := headgate.Guard(patient, "quote", flowctl.Params{}, fetch, nil)
 
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -358,8 +387,8 @@ func ExampleRetryPolicy() {
 	var rows atomic.Int64
 	read := func(context.Context) (int64, error) { return rows.Add(1), nil }
 
-	patient := headgate.RetryPolicy{Attempts: -1, Budget: -1, MaxWait: time.Minute}
-	row := headgate.Guard(headgate.Retrying(client, patient), "import", flowctl.Params{}, read, nil)
+	patient := headgate.Retrying(client, headgate.RetryPolicy{Attempts: -1, Budget: -1, MaxWait: time.Minute})
+	row := headgate.Guard(patient, "import", flowctl.Params{}, read, nil)
 
 	var workers sync.WaitGroup
 	for range 4 {
