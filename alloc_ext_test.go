@@ -7,6 +7,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/policy"
@@ -76,7 +77,7 @@ func work(context.Context) (int, error) { return 42, nil }
 // calls are the ways to guard a function, each with one flow to a call.
 func calls(client *flowctl.Client) map[string]func(context.Context) error {
 	guard := headgate.Guard(client, point, userParams, work, nil)
-	retry := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), point, userParams, work, nil)
+	retrying := headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{}), point, userParams, work, nil)
 	guardFunc := headgate.GuardFunc(client, point,
 		func(_ context.Context, p flowctl.Params) flowctl.Params { return p },
 		func(ctx context.Context, _ flowctl.Params) (int, error) { return work(ctx) }, nil)
@@ -85,8 +86,8 @@ func calls(client *flowctl.Client) map[string]func(context.Context) error {
 			_, err := guard(ctx)
 			return err
 		},
-		"Retry": func(ctx context.Context) error {
-			_, err := retry(ctx)
+		"Retrying": func(ctx context.Context) error {
+			_, err := retrying(ctx)
 			return err
 		},
 		"GuardFunc": func(ctx context.Context) error {
@@ -150,6 +151,35 @@ func TestAllocationsByParams(t *testing.T) {
 			}
 		}); got != row.want {
 			t.Errorf("%s: %v allocations a call want %v", name, got, row.want)
+		}
+	}
+}
+
+// one is a codec that allocates nothing.
+type one struct{}
+
+func (one) Encode(int) ([]byte, error) { return []byte{1}, nil }
+func (one) Decode([]byte) (int, error) { return 1, nil }
+
+// A hit costs what a flow with a lookup does, and the run that others may share.
+func TestAllocationsOfAHit(t *testing.T) {
+	client := keyedClient(t)
+	for name, onReject := range map[string]fallback.Func[int]{"keeps nothing": nil, "keeps the last result": fallback.Value(1)} {
+		runs := 0
+		cached := headgate.Cached(client, point, userParams, func(context.Context) (int, error) { runs++; return 1, nil },
+			onReject, headgate.CachePolicy[int]{Codec: one{}})
+		for runs = 0; runs != 1; { // until it is stored
+			runs = 1
+			if _, err := cached(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := testing.AllocsPerRun(1000, func() {
+			if _, err := cached(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}); got != 5 {
+			t.Errorf("%s: %v allocations a call want 5", name, got)
 		}
 	}
 }

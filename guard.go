@@ -94,6 +94,12 @@ func starter(client Starter) Starter {
 	return client
 }
 
+// isOff reports whether the Starter lets all flows run, and asks nobody.
+func isOff(client Starter) bool {
+	c, ok := client.(*flowctl.Client)
+	return ok && c == nil
+}
+
 // run calls fn and ends the flow, whatever becomes of fn. It does not recover: a panic keeps its value and its stack,
 // and Goexit goes on.
 func run[T any](ctx context.Context, flow *flowctl.Flow, fn func(context.Context) (T, error)) (T, error) {

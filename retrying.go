@@ -50,8 +50,12 @@ type RetryPolicy struct {
 // Each flow is ended before the wait for the next. When the context ends during a wait, the flow that is returned is
 // Canceled: onReject is not called, and the error matches the context's and its cause.
 func Retrying(client Starter, policy RetryPolicy) Starter {
+	client = starter(client)
+	if isOff(client) {
+		return client
+	}
 	r := &retrier{
-		client:   starter(client),
+		client:   client,
 		attempts: policy.Attempts,
 		maxWait:  policy.MaxWait,
 		jitter:   share(policy.Jitter, defaultJitter),
