@@ -88,7 +88,7 @@ type service struct {
 }
 
 func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	base := &seam.Base{RampMode: m.GetRampMode()}
+	base := &seam.Base{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels:       seam.Labels{Params: m.GetLabels(), Base: base},
@@ -125,7 +125,7 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 	}
 	if ctx.Err() != nil {
 		// The client never hears of it.
-		s.server.engine.Revert(&v)
+		s.server.engine.Revert(req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	response := wire.Answer(req, &v, s.server.engine.NamedLabels())

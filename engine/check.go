@@ -9,7 +9,7 @@ import (
 )
 
 // A stage is a step of a check. Its components all say what they think of a flow; when one of them drops it, the stages
-// after it are not asked.
+// after it are not asked. A flow in dry run passes every stage, as if all components were in dry run.
 type stage int
 
 // The stages, in the order of an Aperture agent.
@@ -132,8 +132,10 @@ func (p *point) count(req *seam.Request, v *seam.Verdict) {
 	count(p.counts, req, what)
 }
 
-// decide asks the stages of the flow's control point. After an error the flow may hold something.
+// decide asks the stages of the flow's control point. After an error the flow may hold something, and in a dry run after a
+// rejection too, for then it runs: it goes on to the stages and to the cache that it would not have come to.
 func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *int64, v *seam.Verdict) error {
+	dry := req.DryRun()
 	for s := range stages {
 		if s == tokens && req.Lookup() != nil {
 			if e.lookup(p, req, v); v.Extra.Result.Hit {
@@ -141,18 +143,22 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 			}
 		}
 		if len(p.stages[s]) > 0 {
+			from := v.Len()
 			dropped, err := e.ask(ctx, p.stages[s], req, now, v)
 			if err != nil {
 				return err
 			}
-			if dropped {
+			if dropped && !dry {
 				undo(v, *now)
-				reject(v, s.reason(req))
-				break
+			}
+			if dropped {
+				reject(v, from, s.reason(req))
 			}
 		}
 		if s == ramps && req.RampMode() && v.Len() == 0 {
 			v.Reject(seam.Rejection{Reason: seam.ReasonNoMatchingRamp})
+		}
+		if v.Rejected() && !dry {
 			break
 		}
 	}
@@ -161,26 +167,28 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 
 // ask asks the members of a stage, all of them: a client is told about each. They are asked one after the other, in an
 // order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
-// the flow, it waits for none. The time goes on while it waits.
+// the flow, it waits for none, and in a dry run neither. The time goes on while it waits. Dropped reports what components in
+// force decided, in a flow's dry run too; a component in dry run drops no flow.
 func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, now *int64, v *seam.Verdict) (dropped bool, err error) {
-	late := req.Late()
+	late, dry := req.Late(), req.DryRun()
 	for i := range members {
 		m := &members[i]
 		if !m.selectors.selects(&req.Labels) {
 			continue
 		}
 		d := v.Add(m.id)
+		d.DryRun = dry || m.id.DryRun
 		switch {
 		case late:
 			m.refuse(req, d)
-		case m.waits == nil || dropped:
+		case m.waits == nil || dropped || d.DryRun:
 			m.decide(req, *now, d)
 		default:
 			if *now, err = m.waits.admit(ctx, req, v.Start-e.epoch.UnixNano(), *now, d); err != nil {
 				return dropped, err
 			}
 		}
-		dropped = dropped || d.Dropped
+		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
 	return dropped, nil
 }
@@ -196,14 +204,14 @@ func undo(v *seam.Verdict, now int64) {
 	}
 }
 
-// reject turns the verdict into a rejection by the decisions that dropped the flow: the longest wait counts, then the
-// order.
-func reject(v *seam.Verdict, reason seam.Reason) {
+// reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
+// then the order. The first stage counts, of those that a flow in dry run is dropped by.
+func reject(v *seam.Verdict, from int, reason seam.Reason) {
 	var by *seam.LimiterDecision
 	hopeless := false
-	for i := range v.Len() {
+	for i := from; i < v.Len(); i++ {
 		d := v.At(i)
-		if !d.Dropped {
+		if !d.Dropped || d.Component.DryRun {
 			continue
 		}
 		if d.Wait() == never || d.Wait() >= century/2 { // which is about where waits are cut off
@@ -213,6 +221,9 @@ func reject(v *seam.Verdict, reason seam.Reason) {
 		if by == nil || d.Wait() > by.Wait() {
 			by = d
 		}
+	}
+	if v.Rejected() {
+		return
 	}
 	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless {

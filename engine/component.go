@@ -11,7 +11,8 @@ import (
 
 // A component is one of a policy's at work.
 type component interface {
-	// decide fills the decision, which names the component already. It takes what it admits, and waits for nothing.
+	// decide fills the decision, which names the component already, and knows of dry runs. It takes what it admits, and
+	// waits for nothing. In a dry run it decides the same: the caller lets the flow pass.
 	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
 
 	// refuse fills the decision without asking: the flow is dropped, if the component would have had a say.
@@ -45,7 +46,6 @@ type component interface {
 type keyed[S any] struct {
 	component   seam.Component
 	passThrough bool
-	dryRun      bool
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
@@ -174,9 +174,7 @@ func (k *keyed[S]) overflow() uint64 {
 func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
 	d.Consumed = 0
 	d.Cause = cause
-	if d.DryRun = k.dryRun; !k.dryRun {
-		d.Drop(time.Duration(wait))
-	}
+	d.Drop(time.Duration(wait))
 }
 
 // tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.

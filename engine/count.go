@@ -57,12 +57,12 @@ func addFloat[T any](c *counts, of *T, what int, n float64) {
 // decision counts a decision.
 func (c *counts) decision(d *seam.LimiterDecision) {
 	at := cell(c, d)
-	if d.Dropped {
+	if !d.Passed() {
 		at[decisionsDropped].Add(1)
 		return
 	}
 	at[decisionsAccepted].Add(1)
-	if d.DryRun {
+	if d.Dropped {
 		at[decisionsDry].Add(1)
 	}
 	if d.Scope == seam.ScopeNone {

@@ -257,8 +257,8 @@ func (e *Engine) Observe(controlPoint string, labels map[string]string, latency 
 
 // Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict.
 // Package agent calls it.
-func (e *Engine) Revert(v *seam.Verdict) {
-	if !v.Rejected() { // a rejected flow holds nothing
+func (e *Engine) Revert(req *seam.Request, v *seam.Verdict) {
+	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
 		undo(v, e.now())
 	}
 }

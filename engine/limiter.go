@@ -25,13 +25,13 @@ func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) component
 		step:     p.StepFill,
 		delay:    p.DelayInitialFill,
 	})
-	l.tokensLabel, l.passThrough, l.dryRun = p.TokensLabel, p.PassThrough, p.DryRun
+	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
 	return l
 }
 
 func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c seam.Component) component {
 	l := newLimiter(e, c, p.MaxIdle, &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)})
-	l.tokensLabel, l.passThrough, l.dryRun = p.TokensLabel, p.PassThrough, p.DryRun
+	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
 	return l
 }
 

@@ -56,11 +56,7 @@ func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c sea
 	of.controls = append(of.controls, func(now int64) {
 		is, should, confirmed := signal(now), setpoint(now), confirmation(now) != 0
 		steer(s, func(l *load, now int64) float64 {
-			admitted := l.admitted(now)
-			if s.dryRun { // whatever it decides
-				admitted = 1
-			}
-			return controller.step(is, should, confirmed, admitted)
+			return controller.step(is, should, confirmed, l.admitted(now))
 		})
 	})
 	return s, nil
@@ -73,7 +69,7 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.gave, s.share, s.dryRun = rule.meet, rule.gave, (*load).share, p.DryRun
+	s.meet, s.gave, s.share, s.component.DryRun = rule.meet, rule.gave, (*load).share, p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}

@@ -126,7 +126,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.samplers, "sampler_counter_total", "Flows that met a sampler or a load ramp."},
 		{&m.workloads, "workload_requests_total", "Flows that met a scheduler, by workload."},
 		{&m.rejections, "workload_rejections_total", "Flows that did not wait in a scheduler, or did in vain, by the cause."},
-		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components in dry run would have dropped."},
+		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components would have dropped without a dry run."},
 		{&m.unlimited, "limiter_unlimited_total", "Flows that a limiter or scheduler had nothing to limit by."},
 		{&m.refunds, "limiter_refunds_total", "Flows that gave back what a limiter or scheduler had given them, and did not run."},
 		{&m.overflows, "limiter_overflows_total", "Decisions by the bucket that values beyond the cap share."},

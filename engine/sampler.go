@@ -14,7 +14,6 @@ type sampler struct {
 	component  seam.Component
 	percentage func(now int64) float64
 	pass       []string // values of the label that are always accepted
-	dryRun     bool
 	counts     *counts
 	namer      namer
 
@@ -27,12 +26,11 @@ func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
 	if p.RampMode {
 		c.Kind = seam.KindRampSampler
 	}
-	c.LabelKey, c.DeniedStatus = p.SessionLabel, p.DeniedStatus
+	c.LabelKey, c.DeniedStatus, c.DryRun = p.SessionLabel, p.DeniedStatus, p.DryRun
 	s := &sampler{
 		component:  c,
 		percentage: func(int64) float64 { return p.AcceptPercentage },
 		pass:       slices.Clone(p.PassThroughValues),
-		dryRun:     p.DryRun,
 		counts:     new(counts),
 		namer:      e.namer(p.SessionLabel),
 		engine:     e,
@@ -68,7 +66,7 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 	default:
 		in = sampled(d.Label, percentage)
 	}
-	d.Dropped, d.DryRun = !in && !s.dryRun, !in && s.dryRun
+	d.Dropped = !in
 	if d.Label != "" {
 		d.Label = s.namer.name(d.Label)
 	}

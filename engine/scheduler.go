@@ -50,7 +50,7 @@ func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c seam.Component) (co
 	if err != nil {
 		return nil, err
 	}
-	s.passThrough, s.dryRun = p.PassThrough, p.DryRun
+	s.passThrough, s.component.DryRun = p.PassThrough, p.DryRun
 	return s, nil
 }
 
@@ -60,7 +60,7 @@ func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c seam.Co
 	if err != nil {
 		return nil, err
 	}
-	s.passThrough, s.dryRun = p.PassThrough, p.DryRun
+	s.passThrough, s.component.DryRun = p.PassThrough, p.DryRun
 	return s, nil
 }
 
@@ -164,12 +164,15 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	if s.meet != nil {
 		s.meet(&l.tokens, now, d.Consumed, price)
 	}
+	if s.gave != nil && d.DryRun { // it is let in, whatever is decided
+		s.gave(&l.tokens, now, d.Consumed, price)
+	}
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
 	}
 	if !l.waiting() || d.Consumed == 0 {
 		if got := s.source.draw(&l.tokens, now, d.Consumed); got.ok {
-			if s.gave != nil {
+			if s.gave != nil && !d.DryRun {
 				s.gave(&l.tokens, now, d.Consumed, price)
 			}
 			got.fill(d)
@@ -320,10 +323,10 @@ func (s *scheduler[S]) ring(e *entry[line[S]]) {
 func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDecision) {
 	of.counts.decision(d)
 	switch {
-	case d.Dropped:
+	case !d.Passed():
 		of.drops[d.Cause].Add(1)
 		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
-	case d.DryRun:
+	case d.Dropped:
 		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
 	default:
 		addFloat(of.counts, d, tokensAccepted, min(d.Consumed, maxCost))
@@ -336,7 +339,7 @@ const forever time.Duration = math.MaxInt64
 // patience is how long a flow of the workload may wait that has asked for so long already: until it needs its answer,
 // less what that takes to arrive.
 func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *workload, asked int64) time.Duration {
-	if s.dryRun || of.timeout < 0 {
+	if of.timeout < 0 {
 		return 0
 	}
 	wait := forever

@@ -266,7 +266,7 @@ func TestUnusedSlots(t *testing.T) {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Millisecond)
-		e.Revert(&v)
+		e.Revert(req, &v)
 		f := &e.rules.Load().parts[0].component.(*scheduler[inflight]).single.state.tokens
 		if f.count != 0 || f.hold != float64(time.Second) {
 			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))

@@ -21,7 +21,7 @@
 //	Canceled     the caller's context ended first   no                                         matches ctx.Err() and context.Cause(ctx)
 //	Invalid      the agent could not be asked       no                                         ErrInvalid
 //
-// With [WithDryRun] every flow runs.
+// With [WithDryRun] every flow runs, and with a nil client. The decision of a dry run is what it would have been.
 //
 // A check that timed out, or whose caller gave up, may have been admitted by the agent all the same; what it took there
 // comes back when the agent's own limit on the age of flows has passed.
@@ -94,7 +94,8 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 		logger:       cfg.logger,
 	}
 	c.runs.Unstored = c.unstored
-	if len(cfg.base.Defaults) > 0 || cfg.base.Service != "" {
+	cfg.base.DryRun = cfg.dryRun
+	if len(cfg.base.Defaults) > 0 || cfg.base.Service != "" || cfg.base.DryRun {
 		c.base = &cfg.base
 	}
 	var err error
@@ -205,6 +206,8 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 		req.Timeout = params.CheckTimeout
 	case params.CheckTimeout == 0 && c.checkTimeout > 0:
 		req.Timeout = c.checkTimeout
+	case c.dryRun: // an agent that does not know of dry runs would hold the flow for as long as it likes
+		req.Timeout = defaultCheckTimeout
 	}
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
 	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
@@ -218,7 +221,7 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 	}
 	own.RampMode = params.RampMode
 	if c.base != nil {
-		own.Defaults, own.Service = c.base.Defaults, c.base.Service
+		own.Defaults, own.Service, own.DryRun = c.base.Defaults, c.base.Service, c.base.DryRun
 	}
 	if params.HTTP != nil && c.remote != nil {
 		return c.describe(ctx, &req.Labels, params.HTTP)

@@ -325,12 +325,13 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 }
 
 // ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err
-// says what went wrong where it was no plain miss.
+// says what went wrong where it was no plain miss. A flow that does not run has found nothing, and err is the flow's. In
+// a dry run a rejected flow has found what there is.
 func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 	if asked := f.req.Lookup(); asked == nil || asked.Result == "" {
 		return nil, false, nil
 	}
-	if err := f.Err(); err != nil {
+	if err := f.unanswered(); err != nil {
 		return nil, false, err
 	}
 	if f.verdict.Extra == nil {
@@ -344,13 +345,22 @@ func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
 	if f.req.Lookup() == nil {
 		return nil, false, nil
 	}
-	if err := f.Err(); err != nil {
+	if err := f.unanswered(); err != nil {
 		return nil, false, err
 	}
 	if f.verdict.Extra == nil {
 		return nil, false, nil
 	}
 	return f.cacheAnswer(f.verdict.Extra.Global[key])
+}
+
+// unanswered is why the check did not look into the caches; nil when it did. For a flow that is rejected in a dry run it
+// did.
+func (f *Flow) unanswered() error {
+	if f.decision == Rejected && f.run {
+		return nil
+	}
+	return f.Err()
 }
 
 func (f *Flow) cacheAnswer(a seam.CacheAnswer) ([]byte, bool, error) {

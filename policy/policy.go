@@ -81,7 +81,8 @@ type RateLimiter struct {
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
-	// DryRun decides and counts, but never rejects.
+	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
+	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
 	DryRun bool
 }
 
@@ -121,7 +122,8 @@ type ConcurrencyLimiter struct {
 	// PassThrough accepts every flow and takes no slots.
 	PassThrough bool
 
-	// DryRun decides and counts, but never rejects.
+	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
+	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
 	DryRun bool
 }
 

@@ -29,7 +29,7 @@ type Sampler struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
-	// DryRun decides and counts, but never rejects; in ramp mode it accepts all that it selects.
+	// DryRun decides and counts, but drops no flow: in ramp mode it accepts all that it selects.
 	DryRun bool
 }
 
@@ -57,7 +57,7 @@ type LoadRamp struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
-	// DryRun decides and counts, but never rejects: flows in ramp mode are all accepted.
+	// DryRun decides and counts, but drops no flow: flows in ramp mode are all accepted.
 	DryRun bool
 }
 

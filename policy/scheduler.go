@@ -33,7 +33,8 @@ type QuotaScheduler struct {
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
-	// DryRun decides and counts, but never rejects, and nobody waits.
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
 	DryRun bool
 }
 
@@ -70,7 +71,8 @@ type ConcurrencyScheduler struct {
 	// PassThrough accepts every flow and takes no slots.
 	PassThrough bool
 
-	// DryRun decides and counts, but never rejects, and nobody waits.
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
 	DryRun bool
 }
 
@@ -98,7 +100,8 @@ type LoadScheduler struct {
 	// Scheduler says who goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
-	// DryRun decides and counts, but never rejects, and nobody waits.
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
 	DryRun bool
 }
 
@@ -136,7 +139,8 @@ type AIMDLoadScheduler struct {
 	// Scheduler says who goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
-	// DryRun decides and counts, but never rejects, and nobody waits.
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
 	DryRun bool
 }
 

@@ -71,6 +71,10 @@ func (r *Request) RampMode() bool { return r.Labels.Base != nil && r.Labels.Base
 // give back.
 func (r *Request) Late() bool { return r.Labels.Base != nil && r.Labels.Base.Late }
 
+// DryRun reports whether the flow runs whatever the answer: no component has it wait, and it keeps what components give
+// it although others drop it.
+func (r *Request) DryRun() bool { return r.Labels.Base != nil && r.Labels.Base.DryRun }
+
 // maxControlPoint is the longest control point, in bytes.
 const maxControlPoint = 255
 
@@ -145,8 +149,8 @@ type Base struct {
 	Service string
 
 	// For the request's methods of these names; the lookup if Looks.
-	Lookup                Lookup
-	Looks, RampMode, Late bool
+	Lookup                        Lookup
+	Looks, RampMode, Late, DryRun bool
 }
 
 // Lookup finds a label; the layer with the highest precedence wins.
@@ -438,6 +442,9 @@ type Component struct {
 	// Capacity is the most tokens that a bucket holds, or the slots that there are.
 	Capacity float64
 
+	// DryRun marks a component in dry run: flows that it drops pass.
+	DryRun bool
+
 	// Workload says which workload of a scheduler a flow belongs to, and its priority there; nil for limiters. Decisions
 	// leave it out because hardly anybody asks.
 	Workload func(*Labels) (label string, priority float64)
@@ -460,16 +467,21 @@ type LimiterDecision struct {
 	// held is the slot of a flow that was not dropped, and the wait of one that was: none has both.
 	held uint64
 
-	Scope   Scope
-	Cause   Cause
+	Scope Scope
+	Cause Cause
+
+	// Dropped marks a decision that drops the flow, or would without a dry run.
 	Dropped bool
 
 	// Spilled says that the label's value had no bucket of its own, and the one that all such values share decided.
 	Spilled bool
 
-	// DryRun marks a decision that would have dropped the flow, had the component been for real.
+	// DryRun marks a decision in a dry run, the component's or the request's: the flow passes if it is dropped too.
 	DryRun bool
 }
+
+// Passed reports whether the component let the flow pass, be it by a dry run.
+func (d *LimiterDecision) Passed() bool { return !d.Dropped || d.DryRun }
 
 // Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped.
 func (d *LimiterDecision) Hold(slot uint64) { d.held = slot }

@@ -51,6 +51,7 @@ func HTTPRequest(req *seam.Request) *checkhttpv1.CheckHTTPRequest {
 		ControlPoint: req.ControlPoint,
 		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
+		DryRun:       req.DryRun(),
 	}
 }
 

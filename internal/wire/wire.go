@@ -31,15 +31,22 @@ func Request(req *seam.Request) *checkv1.CheckRequest {
 		Labels:       req.Labels.Merged(),
 		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
+		DryRun:       req.DryRun(),
 	}
-	if asked := req.Lookup(); asked != nil {
-		m.CacheLookupRequest = &checkv1.CacheLookupRequest{
-			ControlPoint:    req.ControlPoint,
-			ResultCacheKey:  asked.Result,
-			GlobalCacheKeys: asked.Global,
-		}
+	if req.Lookup() != nil {
+		m.CacheLookupRequest = Lookup(req)
 	}
 	return m
+}
+
+// Lookup is the message that asks for the request's cache entries.
+func Lookup(req *seam.Request) *checkv1.CacheLookupRequest {
+	asked := req.Lookup()
+	return &checkv1.CacheLookupRequest{
+		ControlPoint:    req.ControlPoint,
+		ResultCacheKey:  asked.Result,
+		GlobalCacheKeys: asked.Global,
+	}
 }
 
 // Response is the message that tells of a verdict, with whose cached values it shares its own.
@@ -79,7 +86,9 @@ func response(req *seam.Request, v *seam.Verdict, labels map[string]string) *che
 		if r.RetryAfter > 0 {
 			m.WaitTime = durationpb.New(r.RetryAfter)
 		}
-		return m
+		if !req.DryRun() {
+			return m
+		}
 	}
 	if asked := req.Lookup(); asked != nil && v.Extra != nil {
 		m.CacheLookupResponse = cacheLookup(asked, v.Extra)
@@ -120,11 +129,15 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		PolicyHash:               c.Hash,
 		ComponentId:              c.ID,
 		Dropped:                  d.Dropped,
-		DryRun:                   d.DryRun,
 		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
+		DryRun:                   c.DryRun,
 	}
-	if d.Wait() > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
-		m.WaitTime = durationpb.New(d.Wait())
+	wait := d.Wait()
+	if c.DryRun { // then nothing has to be waited for
+		wait = 0
+	}
+	if wait > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
+		m.WaitTime = durationpb.New(wait)
 	}
 	if d.Scope == seam.ScopeNone {
 		m.Reason = checkv1.LimiterDecision_LIMITER_REASON_KEY_NOT_FOUND
@@ -232,7 +245,8 @@ func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
 }
 
 // Read fills the verdict from an agent's answer to req. Whatever the answer holds, there is a verdict: a decision other
-// than ACCEPTED is a rejection, as all clients of the protocol have it.
+// than ACCEPTED is a rejection, as all clients of the protocol have it. What the caches had is read with a rejection too
+// where the flow runs all the same.
 func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
 		r := seam.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
@@ -246,13 +260,18 @@ func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 			r.Status = int16(s)
 		}
 		v.Reject(r)
-		return
+		if !req.DryRun() {
+			return
+		}
 	}
-	asked := req.Lookup()
-	if asked == nil {
-		return
+	if req.Lookup() != nil {
+		ReadLookup(req, m.GetCacheLookupResponse(), v)
 	}
-	x, found := v.More(), m.GetCacheLookupResponse()
+}
+
+// ReadLookup fills the verdict with what an agent found of the request's lookup.
+func ReadLookup(req *seam.Request, found *checkv1.CacheLookupResponse, v *seam.Verdict) {
+	x, asked := v.More(), req.Lookup()
 	// Only what was asked for is read: an answer that is not there would read as a hit, which is the wire's zero.
 	if asked.Result != "" {
 		x.Result = cacheAnswer(found.GetResultCacheResponse())
@@ -268,7 +287,7 @@ func rejectedBy(m *checkv1.CheckResponse) *seam.Component {
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
 	for _, d := range m.GetLimiterDecisions() {
-		if wait := max(d.GetWaitTime().AsDuration(), 0); d.GetDropped() && wait > longest {
+		if wait := max(d.GetWaitTime().AsDuration(), 0); d.GetDropped() && !d.GetDryRun() && wait > longest {
 			by, longest = d, wait
 		}
 	}

@@ -1,0 +1,235 @@
+package engine_test
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// dryRunClients make a client of the engine that is in dry run, and one that is not.
+func dryRunClients(t *testing.T, components ...policy.Component) (e *engine.Engine, dry, real *flowctl.Client) {
+	t.Helper()
+	e, real = reloadable(t, components)
+	dry, err := flowctl.New(e, flowctl.WithDryRun())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e, dry, real
+}
+
+// To a component it is the same whether it is in dry run or the client: what it takes, what it counts, and what comes
+// back.
+func TestDryRunIsOneMechanism(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		of   func(dry bool) policy.Component
+	}{
+		{"rate limiter", func(dry bool) policy.Component {
+			return policy.RateLimiter{
+				Selectors: policy.At("point"), Capacity: 3, Fill: 1, Interval: time.Second, LimitBy: "user", TokensLabel: "tokens", DryRun: dry,
+			}
+		}},
+		{"concurrency limiter", func(dry bool) policy.Component {
+			return policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 2, MaxInflight: 4 * time.Second, TokensLabel: "tokens", DryRun: dry}
+		}},
+		{"quota scheduler", func(dry bool) policy.Component {
+			return policy.QuotaScheduler{
+				Selectors: policy.At("point"), Capacity: 3, Fill: 1, Interval: time.Second, LimitBy: "user",
+				Scheduler: policy.Scheduler{TokensLabel: "tokens"}, DryRun: dry,
+			}
+		}},
+		{"concurrency scheduler", func(dry bool) policy.Component {
+			return policy.ConcurrencyScheduler{
+				Selectors: policy.At("point"), Max: 2, MaxInflight: 4 * time.Second, Scheduler: policy.Scheduler{TokensLabel: "tokens"}, DryRun: dry,
+			}
+		}},
+		{"load scheduler", func(dry bool) policy.Component {
+			return policy.LoadScheduler{
+				Selectors: policy.At("point"), LoadMultiplier: policy.Constant(0.5), Scheduler: policy.Scheduler{TokensLabel: "tokens"}, DryRun: dry,
+			}
+		}},
+		{"AIMD load scheduler", func(dry bool) policy.Component {
+			return policy.AIMDLoadScheduler{Selectors: policy.At("point"), Signal: policy.Constant(2), Setpoint: policy.Constant(1), DryRun: dry}
+		}},
+		{"sampler", func(dry bool) policy.Component {
+			return policy.Sampler{Selectors: policy.At("point"), AcceptPercentage: 50, SessionLabel: "user", DryRun: dry}
+		}},
+		{"ramp", func(dry bool) policy.Component {
+			return policy.LoadRamp{
+				Selectors: policy.At("point"), SessionLabel: "user", Start: true, DryRun: dry,
+				Steps: []policy.RampStep{{Target: 0}, {Target: 100, Duration: time.Minute}},
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			// Flows of two users, some of which overlap, and a minute's worth, for schedulers that learn.
+			run := func(t *testing.T, component policy.Component, opts ...flowctl.Option) (stats []engine.ComponentStats, held int) {
+				e, _ := reloadable(t, []policy.Component{component})
+				c, err := flowctl.New(e, opts...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var flows []*flowctl.Flow
+				for i := range 120 {
+					labels := map[string]string{"user": string(rune('a' + i%7)), "tokens": []string{"1", "0", "2", "9"}[i%4]}
+					begin := time.Now()
+					flow := c.Start(t.Context(), "point", flowctl.Params{Labels: labels, CheckTimeout: time.Minute})
+					if took := time.Since(begin); !flow.ShouldRun() || took != 0 {
+						t.Fatalf("flow %d: %v after %v want it to run at once", i, flow, took)
+					}
+					if flows = append(flows, flow); len(flows) == 5 {
+						for _, f := range flows {
+							held += end(f).Held
+						}
+						flows = nil
+					}
+					<-time.After(500 * time.Millisecond)
+				}
+				return e.Stats().Components, held
+			}
+			synctest.Test(t, func(t *testing.T) {
+				want, wantHeld := run(t, tt.of(true))
+				if want[0].DryRunDrops == 0 || want[0].Dropped != 0 {
+					t.Fatalf("DryRunDrops, Dropped = %d, %d want some, and none", want[0].DryRunDrops, want[0].Dropped)
+				}
+				got, held := run(t, tt.of(false), flowctl.WithDryRun())
+				if diff := cmp.Diff(want, got, withoutHash); diff != "" || held != wantHeld {
+					t.Errorf("with %d slots want %d (-component's dry run +client's):\n%s", held, wantHeld, diff)
+				}
+			})
+		})
+	}
+}
+
+// A flow in dry run does not wait behind flows that do, nor takes their turn. A slot that it takes is one.
+func TestDryRunBesideFlowsThatWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, dry, real := dryRunClients(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		params := flowctl.Params{CheckTimeout: time.Minute}
+		first := dry.Start(t.Context(), "point", params)
+		if first.Decision() != flowctl.Accepted {
+			t.Fatalf("the first is %v", first)
+		}
+		begin := time.Now()
+		served := make(chan *flowctl.Flow)
+		go func() { served <- real.Start(t.Context(), "point", params) }()
+		synctest.Wait()
+		for range 3 {
+			flow := dry.Start(t.Context(), "point", params)
+			if took := time.Since(begin); flow.Decision() != flowctl.Rejected || took != 0 {
+				t.Errorf("a flow in dry run is %v after %v want rejected at once", flow, took)
+			}
+			if r := end(flow); r.Held != 0 {
+				t.Errorf("it held %d slots", r.Held)
+			}
+		}
+		<-time.After(time.Second)
+		if r := end(first); r.Held != 1 || r.Returned != 1 {
+			t.Errorf("the first gave back %+v", r)
+		}
+		flow := <-served
+		if took := time.Since(begin); flow.Decision() != flowctl.Accepted || took != time.Second {
+			t.Errorf("the flow that waits is %v after %v want accepted after a second", flow, took)
+		}
+		end(flow)
+	})
+}
+
+// A flow that is rejected in a dry run runs: it keeps what other components gave it for as long.
+func TestDryRunKeepsWhatOthersGave(t *testing.T) {
+	_, dry, real := dryRunClients(
+		t,
+		policy.ConcurrencyLimiter{ID: "slots", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour},
+		policy.RateLimiter{ID: "rate", Selectors: policy.At("point"), Interval: time.Hour, LimitBy: "user"},
+	)
+	flow := dry.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "a"}})
+	if flow.Decision() != flowctl.Rejected || !flow.ShouldRun() {
+		t.Fatalf("%v, runs: %v want rejected, and to run", flow, flow.ShouldRun())
+	}
+	if other := real.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Rejected {
+		t.Errorf("while it runs another is %v want rejected", other)
+	}
+	if r := end(flow); r.Held != 1 || r.Returned != 1 {
+		t.Errorf("it gave back %+v want the slot", r)
+	}
+	if other := real.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Accepted {
+		t.Errorf("after it has run another is %v want accepted", other)
+	}
+}
+
+// The rejection of a dry run is the one that the flow would have had: by the first stage that drops it, and not by a
+// component that is in dry run itself.
+func TestDryRunRejection(t *testing.T) {
+	none := func(id string, limit policy.RateLimiter) policy.RateLimiter {
+		limit.ID, limit.Selectors, limit.Interval = id, policy.At("point"), time.Minute
+		return limit
+	}
+	sampler := policy.Sampler{ID: "sampler", Selectors: policy.At("point"), DeniedStatus: 418}
+	drySampler := sampler
+	drySampler.DryRun = true
+	for _, tt := range []struct {
+		name       string
+		components []policy.Component
+		params     flowctl.Params
+		want       flowctl.RejectedError
+	}{
+		{
+			"stages", []policy.Component{none("rate", policy.RateLimiter{}), sampler},
+			flowctl.Params{},
+			flowctl.RejectedError{Component: "sampler", Reason: flowctl.ReasonNotSampled, HTTPStatus: 418},
+		},
+		{
+			"beside a component in dry run", []policy.Component{none("rate", policy.RateLimiter{DeniedStatus: 503}), drySampler},
+			flowctl.Params{},
+			flowctl.RejectedError{Component: "rate", Reason: flowctl.ReasonRateLimited, HTTPStatus: 503},
+		},
+		{
+			"in one stage", []policy.Component{
+				none("dry", policy.RateLimiter{DryRun: true}), none("first", policy.RateLimiter{}), none("second", policy.RateLimiter{}),
+			},
+			flowctl.Params{},
+			flowctl.RejectedError{Component: "first", Reason: flowctl.ReasonRateLimited, HTTPStatus: 429},
+		},
+		{
+			"no ramp", []policy.Component{none("rate", policy.RateLimiter{})},
+			flowctl.Params{RampMode: true},
+			flowctl.RejectedError{Reason: flowctl.ReasonNoMatchingRamp, HTTPStatus: 403},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e, dry, real := dryRunClients(t, tt.components...)
+			flow := dry.Start(t.Context(), "point", tt.params)
+			defer end(flow)
+			inForce := real.Start(t.Context(), "point", tt.params)
+			defer end(inForce)
+			for _, f := range []*flowctl.Flow{flow, inForce} {
+				got, ok := f.Err().(*flowctl.RejectedError)
+				if !ok || got.Component != tt.want.Component || got.Reason != tt.want.Reason || got.HTTPStatus != tt.want.HTTPStatus {
+					t.Errorf("Err() = %+v want %+v", f.Err(), tt.want)
+				}
+			}
+			if flow.RetryAfter() != inForce.RetryAfter() {
+				t.Errorf("RetryAfter() = %v want %v, as in force", flow.RetryAfter(), inForce.RetryAfter())
+			}
+			for _, c := range e.Stats().Components {
+				if c.DryRunDrops == 0 {
+					t.Errorf("component %s has not counted the flow in dry run: %+v", c.ID, c)
+				}
+			}
+		})
+	}
+	t.Run("a component in dry run alone", func(t *testing.T) {
+		_, dry, _ := dryRunClients(t, drySampler)
+		flow := dry.Start(t.Context(), "point", flowctl.Params{})
+		defer end(flow)
+		if flow.Decision() != flowctl.Accepted {
+			t.Errorf("%v want accepted, as without the client's dry run", flow)
+		}
+	})
+}
