@@ -392,7 +392,7 @@ func TestLateCheck(t *testing.T) {
 	})
 }
 
-// What the engine counts is the same for clients near and far, dry runs too, which the wire does not tell of.
+// What the engine counts is the same for clients near and far, dry runs too.
 func TestStats(t *testing.T) {
 	overBoth(t, []policy.Policy{{Name: "p", Components: []policy.Component{
 		policy.RateLimiter{ID: "users", Selectors: policy.At("point"), Capacity: 2, Interval: time.Hour, LimitBy: "user_id"},

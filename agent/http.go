@@ -20,7 +20,7 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
 			Params: carried,
-			Base:   &seam.Base{Transport: requestLabels(m.GetRequest(), named), RampMode: m.GetRampMode()},
+			Base:   &seam.Base{Transport: requestLabels(m.GetRequest(), named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
 		},
 	}
 	response, err := s.decide(ctx, &req)

@@ -36,7 +36,7 @@ func (s *Server) read(span []byte) {
 			s.end(ref)
 		}
 	}
-	if measured && r.ok && worked(m) {
+	if measured && r.ok && worked(m, r.dryRun) {
 		latency := r.latency
 		if r.waited {
 			latency = max(latency-checked(m), 0)
@@ -60,12 +60,13 @@ type report struct {
 	latency time.Duration // how long its work took
 	waited  bool          // the latency has the check's time in it: one SDK has the work start with the flow
 	ok      bool          // the flow ran and ended well, and the times make sense
+	dryRun  bool          // the flow ran whatever was decided
 }
 
 func reportOf(span []byte) report {
 	var check []byte
 	var start, begin, end int64
-	good := false
+	good, dryRun := false, false
 	walk(span, func(field protowire.Number, attribute []byte, _ uint64) {
 		if field != collector.SpanAttribute {
 			return
@@ -102,9 +103,11 @@ func reportOf(span []byte) report {
 			good = strings.EqualFold(string(text), "OK") // one SDK has it in small letters
 		case "aperture.check_response":
 			check = text
+		case collector.DryRun:
+			dryRun = string(text) == "true"
 		}
 	})
-	r := report{check: check, latency: time.Duration(end - begin), waited: begin == start}
+	r := report{check: check, latency: time.Duration(end - begin), waited: begin == start, dryRun: dryRun}
 	r.ok = good && check != nil && begin > 0 && end >= begin && r.latency <= longest
 	return r
 }
@@ -199,10 +202,10 @@ func checked(m *checkv1.CheckResponse) time.Duration {
 	return min(max(m.GetEnd().AsTime().Sub(m.GetStart().AsTime()), 0), longest)
 }
 
-// worked says whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, and
-// not if its result was in the cache.
-func worked(m *checkv1.CheckResponse) bool {
-	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
+// worked says whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, unless
+// its client was in dry run, and not if its result was in the cache.
+func worked(m *checkv1.CheckResponse, dryRun bool) bool {
+	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED && !dryRun {
 		return false
 	}
 	r := m.GetCacheLookupResponse().GetResultCacheResponse()

@@ -27,6 +27,7 @@ import (
 type report struct {
 	answer     *checkv1.CheckResponse
 	json       bool
+	dryRun     bool
 	check      string // instead of the answer
 	status     string
 	start      int64 // of the flow; 0: not told
@@ -55,6 +56,9 @@ func (r report) span() *tracev1.Span {
 		text("aperture.flow.status", r.status),
 		text("aperture.check_response", check),
 	}}
+	if r.dryRun {
+		span.Attributes = append(span.Attributes, text("headgate.dry_run", "true"))
+	}
 	if r.start != 0 {
 		span.Attributes = append(span.Attributes, number("aperture.flow_start_timestamp"+r.unit, r.start))
 	}
@@ -90,6 +94,9 @@ func TestLatencies(t *testing.T) {
 		{"the work starts with the flow, and waits a second", report{answer: waited, status: "OK", start: second, begin: second, end: 2*second + 90*ms}, 0.6},
 		{"the work starts after the wait", report{answer: waited, status: "OK", start: second, begin: 2 * second, end: 2*second + 90*ms}, 0.6},
 		{"rejected", report{answer: rejected, status: "OK", begin: second, end: second + 90*ms}, 0.3},
+		{"rejected in a dry run", report{answer: rejected, dryRun: true, status: "OK", begin: second, end: second + 90*ms}, 0.6},
+		{"a hit in a dry run", report{answer: hit, dryRun: true, status: "OK", begin: second, end: second + 90*ms}, 0.3},
+		{"failed in a dry run", report{answer: rejected, dryRun: true, status: "Error", begin: second, end: second + 90*ms}, 0.3},
 		{"failed", report{answer: read, status: "Error", begin: second, end: second + 90*ms}, 0.3},
 		{"ended before it began", report{answer: read, status: "OK", begin: second, end: second - 90*ms}, 0.3},
 		{"took for ever", report{answer: read, status: "OK", begin: second, end: 1 << 60}, 0.3},

@@ -177,29 +177,30 @@ func TestDryRunRejection(t *testing.T) {
 		name       string
 		components []policy.Component
 		params     flowctl.Params
+		by         string
 		want       flowctl.RejectedError
 	}{
 		{
 			"stages", []policy.Component{none("rate", policy.RateLimiter{}), sampler},
 			flowctl.Params{},
-			flowctl.RejectedError{Component: "sampler", Reason: flowctl.ReasonNotSampled, HTTPStatus: 418},
+			"sampler", flowctl.RejectedError{Reason: flowctl.ReasonNotSampled, HTTPStatus: 418},
 		},
 		{
 			"beside a component in dry run", []policy.Component{none("rate", policy.RateLimiter{DeniedStatus: 503}), drySampler},
 			flowctl.Params{},
-			flowctl.RejectedError{Component: "rate", Reason: flowctl.ReasonRateLimited, HTTPStatus: 503},
+			"rate", flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 503},
 		},
 		{
 			"in one stage", []policy.Component{
 				none("dry", policy.RateLimiter{DryRun: true}), none("first", policy.RateLimiter{}), none("second", policy.RateLimiter{}),
 			},
 			flowctl.Params{},
-			flowctl.RejectedError{Component: "first", Reason: flowctl.ReasonRateLimited, HTTPStatus: 429},
+			"first", flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 429},
 		},
 		{
 			"no ramp", []policy.Component{none("rate", policy.RateLimiter{})},
 			flowctl.Params{RampMode: true},
-			flowctl.RejectedError{Reason: flowctl.ReasonNoMatchingRamp, HTTPStatus: 403},
+			"", flowctl.RejectedError{Reason: flowctl.ReasonNoMatchingRamp, HTTPStatus: 403},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -210,8 +211,8 @@ func TestDryRunRejection(t *testing.T) {
 			defer end(inForce)
 			for _, f := range []*flowctl.Flow{flow, inForce} {
 				got, ok := f.Err().(*flowctl.RejectedError)
-				if !ok || got.Component != tt.want.Component || got.Reason != tt.want.Reason || got.HTTPStatus != tt.want.HTTPStatus {
-					t.Errorf("Err() = %+v want %+v", f.Err(), tt.want)
+				if !ok || got.Component() != tt.by || got.Reason != tt.want.Reason || got.HTTPStatus != tt.want.HTTPStatus {
+					t.Errorf("Err() = %v by %q want %v by %q", f.Err(), got.Component(), &tt.want, tt.by)
 				}
 			}
 			if flow.RetryAfter() != inForce.RetryAfter() {

@@ -298,7 +298,19 @@ func WithService(name string) Option {
 }
 
 // WithDryRun asks the agent about every flow and counts its decisions, but runs them all: to see what policies would
-// do before they do it.
+// do before they do it. The flow's Decision, Err and RetryAfter are what they would have been, for logs and metrics;
+// ShouldRun and HTTPStatus are those of a flow that runs.
+//
+// An engine, in this process or behind package agent, decides as if each of its components were in dry run (see the
+// DryRun of package policy's components): no flow waits in a queue, and one that would have to wait counts as rejected. A
+// flow that some components would have dropped keeps what the others gave it until it ends. Caches are looked up for
+// every flow, and store what they are given. An engine counts what its components would have dropped in
+// flowcontrol_dry_run_drops_total.
+//
+// Start waits for the answer, because it brings the decision and what the caches have. Over the network that is for the
+// check timeout at the most; where Params and [WithCheckTimeout] set no limit it is 200 ms in a dry run. Other agents
+// than Headgate's do not know of dry runs, and hold flows in their queues for as long: set a short check timeout for
+// these. What they have in their caches for a flow that they reject is asked for by a second call.
 func WithDryRun() Option {
 	return option{"WithDryRun", false, func(c *config) error {
 		c.dryRun = true

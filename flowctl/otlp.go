@@ -61,7 +61,7 @@ func (x *batch) wrap() []byte {
 }
 
 // spanBytes is what a span has at the most besides the answer to its check.
-const spanBytes = 352
+const spanBytes = 384
 
 // appendSpan appends the span of one record, as protocol.md's telemetry says.
 func appendSpan(b []byte, r *record) []byte {
@@ -88,6 +88,9 @@ func appendSpan(b []byte, r *record) []byte {
 	b = appendNumber(b, collector.SpanAttribute, "aperture.workload_start_timestamp", r.workload)
 	b = appendNumber(b, collector.SpanAttribute, "aperture.flow_end_timestamp", r.end)
 	b = appendText(b, collector.SpanAttribute, "aperture.flow.status", st.String())
+	if r.dryRun {
+		b = appendText(b, collector.SpanAttribute, collector.DryRun, "true")
+	}
 	b = appendTextHead(b, collector.SpanAttribute, "aperture.check_response", base64.StdEncoding.EncodedLen(len(r.check)))
 	return base64.StdEncoding.AppendEncode(b, r.check)
 }

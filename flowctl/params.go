@@ -19,9 +19,10 @@ type Params struct {
 	Labels map[string]string
 
 	// CheckTimeout is how long the agent may take to answer, and so also the longest that the flow waits in a queue.
-	// Zero means the client's; a negative one sets no limit but the context's. It should be well below the deadlines
-	// of callers: a flow whose caller's time is up first is Canceled, and does not fail open. Across the network it
-	// should be well above 10 ms, with less of which left an agent rejects what limiters have a say in.
+	// Zero means the client's; a negative one sets no limit but the context's, except in a client's dry run. It should
+	// be well below the deadlines of callers: a flow whose caller's time is up first is Canceled, and does not fail
+	// open. Across the network it should be well above 10 ms, with less of which left an agent rejects what limiters
+	// have a say in.
 	CheckTimeout time.Duration
 
 	// RampMode asks for flows that are new to the system to run only when a ramp of the policies lets them: a

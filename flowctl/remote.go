@@ -139,6 +139,7 @@ type remote struct {
 	refusals limitedLog
 	gateLog  limitedLog
 	shown    metric.Registration // of the gate; nil where nobody wants to see it
+	dryDrops metric.Int64Counter // nil where nobody wants to see it
 	backLog  limitedLog
 	exporter *exporter // nil: no telemetry
 }
@@ -212,12 +213,16 @@ func (r *remote) start(cfg *config) {
 	}
 }
 
-// Instrument shows whether the gate is open. The client calls it, once.
+// Instrument shows whether the gate is open, and counts what dry runs let pass. The client calls it, once.
 func (r *remote) Instrument(provider metric.MeterProvider) error {
 	meter := provider.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
 	open, err := meter.Int64ObservableGauge("flowcontrol_gate_open",
 		metric.WithDescription("1 while the gate is open, for the agent does not answer, and 0 else."))
 	if err != nil {
+		return err
+	}
+	if r.dryDrops, err = meter.Int64Counter("flowcontrol_dry_run_drops_total",
+		metric.WithDescription("Flows that components would have dropped without a dry run.")); err != nil {
 		return err
 	}
 	at := metric.WithAttributes(attribute.String("server_address", r.address))
@@ -378,7 +383,41 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	} else {
 		wire.Read(req, &c.response, v)
 	}
+	if req.DryRun() && v.Rejected() && req.Lookup() != nil && c.answer().GetCacheLookupResponse() == nil {
+		r.lookUp(call, req, v)
+		c.returned = time.Now()
+	}
+	if r.dryDrops != nil {
+		r.countDryRuns(ctx, req, c.answer())
+	}
 	return nil
+}
+
+// lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
+func (r *remote) lookUp(ctx context.Context, req *seam.Request, v *seam.Verdict) {
+	m := new(checkv1.CacheLookupResponse)
+	if err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, r.calls...); err != nil {
+		v.More().Result.Err = err
+		v.More().Global = make(map[string]seam.CacheAnswer)
+		for _, key := range req.Lookup().Global {
+			v.More().Global[key] = seam.CacheAnswer{Err: err}
+		}
+		return
+	}
+	wire.ReadLookup(req, m, v)
+}
+
+// countDryRuns counts the components that would have dropped the flow, had they been in force for it.
+func (r *remote) countDryRuns(ctx context.Context, req *seam.Request, m *checkv1.CheckResponse) {
+	for _, d := range m.GetLimiterDecisions() {
+		if d.GetDropped() && (d.GetDryRun() || req.DryRun()) {
+			r.dryDrops.Add(ctx, 1, metric.WithAttributes(
+				attribute.String("policy_name", d.GetPolicyName()),
+				attribute.String("policy_hash", d.GetPolicyHash()),
+				attribute.String("component_id", d.GetComponentId()),
+			))
+		}
+	}
 }
 
 // catchUp notes what has come from the agent while nobody looked.
@@ -424,7 +463,7 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 		return seam.Returns{}, nil
 	}
 	if r.exporter != nil {
-		r.exporter.record(c, failed)
+		r.exporter.record(c, failed, req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())
 	if len(refs) == 0 {

@@ -57,6 +57,7 @@ type record struct {
 	start, workload, end int64 // Unix nanoseconds
 	check                []byte
 	failed               bool
+	dryRun               bool // the flow ran although the answer is a rejection
 }
 
 func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger *slog.Logger, answered func()) *exporter {
@@ -73,7 +74,7 @@ func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger 
 }
 
 // record takes down a flow that ends now.
-func (x *exporter) record(c *check, failed bool) {
+func (x *exporter) record(c *check, failed, dryRun bool) {
 	check, err := c.record()
 	start := c.start.UnixNano()
 	r := record{
@@ -82,6 +83,7 @@ func (x *exporter) record(c *check, failed bool) {
 		end:      start + int64(time.Since(c.start)),
 		check:    check,
 		failed:   failed,
+		dryRun:   dryRun,
 	}
 	size := base64.StdEncoding.EncodedLen(len(check)) + spanBytes
 	x.mu.Lock()

@@ -39,7 +39,7 @@ func TestRecordsAreBounded(t *testing.T) {
 				}()
 				c := &check{remote: new(remote), raw: make([]byte, tt.bytes), response: checkv1.CheckResponse{}}
 				for range tt.flows {
-					x.record(c, false)
+					x.record(c, false, false)
 				}
 				x.mu.Lock()
 				defer x.mu.Unlock()

@@ -338,6 +338,7 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 		Labels:       wire.ReadBaggage(carried),
 		RampMode:     req.GetRampMode(),
 		ExpectEnd:    req.GetExpectEnd(),
+		DryRun:       req.GetDryRun(),
 	}
 	n, err := a.asked(ctx, Check{Request: proto.CloneOf(same), HTTP: proto.CloneOf(req)})
 	switch {

@@ -15,6 +15,10 @@ import (
 // Export is the full name of the service's one method.
 const Export = "/" + service + "/" + method
 
+// DryRun is the attribute of a flow that ran although its check was rejected, because its client is in dry run. It is
+// Headgate's own; its value is "true".
+const DryRun = "headgate.dry_run"
+
 const (
 	service = "opentelemetry.proto.collector.trace.v1.TraceService"
 	method  = "Export"
