@@ -43,8 +43,16 @@ func (d *decoder) values(top value, p *Policy) {
 	d.text(f.get("uri"))
 	d.dynamicConfig(f.get("dynamicConfig"))
 
+	d.shape = func(d *decoder) {
+		top := d.fields(value{}, "blueprint uri policy dynamicConfig", "")
+		policy := d.fields(top.get("policy"), "policy_name components resources "+b.keys, b.unused)
+		d.resources(policy.get("resources"))
+		b.read(d, policy)
+		d.learnCircuit(policy.get("components"))
+	}
 	policy := d.fields(f.get("policy"), "policy_name components resources "+b.keys, b.unused)
-	p.Name = d.text(d.fill(policy, "name", "policy_name"))
+	d.name = d.fill(policy, "name", "policy_name")
+	p.Name = d.text(d.name)
 	d.resources(policy.get("resources"))
 	first := policy
 	first.field = "components[0]"
@@ -56,7 +64,7 @@ func (d *decoder) values(top value, p *Policy) {
 func block(name string) func(d *decoder, policy value) Component {
 	return func(d *decoder, policy value) Component {
 		v := d.need(policy.get(name))
-		d.sources[v.field] = v
+		d.note(v.field, v)
 		return kinds[name].read(d, d.inValues(v, kinds[name]))
 	}
 }
@@ -69,7 +77,7 @@ func (d *decoder) loadRamping(policy value) Component {
 	d.refuse(policy.get("kubelet_metrics"), mapping, "drivers of load ramps")
 
 	v := d.need(policy.get("load_ramp"))
-	d.sources[v.field] = v
+	d.note(v.field, v)
 	f := d.fields(v, "sampler steps dry_run", "")
 	r := d.ramp(f)
 	r.ID = blueprintID
@@ -84,7 +92,7 @@ func (d *decoder) loadRamping(policy value) Component {
 
 func (d *decoder) averageLatency(policy value) Component {
 	v := d.need(policy.get("load_scheduling_core"))
-	d.sources[v.field] = v
+	d.note(v.field, v)
 	core := d.fields(v, "aimd_load_scheduler overload_confirmations kubelet_overload_confirmations dry_run", "")
 	d.refuse(core.get("overload_confirmations"), sequence, "overload confirmations")
 	d.refuse(core.get("kubelet_overload_confirmations"), mapping, "overload confirmations")

@@ -54,7 +54,7 @@ func TestBlueprintErrors(t *testing.T) {
 			"block of another blueprint", values,
 			[]string{"rate_limiter", "quota_scheduler"},
 			"limits.yaml:2:1: policy.rate_limiter: is required\n" +
-				"limits.yaml:4:3: policy.quota_scheduler: unknown key",
+				"limits.yaml:4:3: policy.quota_scheduler: unknown key; it belongs in flow_control",
 		},
 		{"no name", values, []string{"policy_name: per-tenant", "components: []"}, "limits.yaml:2:1: policy.policy_name: is required"},
 		{"unknown key", values, []string{"policy_name", "name: x\n  policy_name"}, "limits.yaml:3:3: policy.name: unknown key"},
@@ -110,7 +110,7 @@ func TestBlueprintErrors(t *testing.T) {
 			"setting", ramping,
 			[]string{"policy:", "dynamicConfig: {start: 1, reset: x}\npolicy:"},
 			"limits.yaml:2:24: dynamicConfig.start: want a boolean, have a number\n" +
-				"limits.yaml:2:34: dynamicConfig.reset: want a boolean, have a string",
+				"limits.yaml:2:34: dynamicConfig.reset: want a boolean, have a string; write true or false",
 		},
 		{
 			"overload confirmations", latency,

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -20,11 +21,20 @@ const (
 		"pid_controller polynomial_range_function pulse_generator query signal_generator sma switcher unary_operator"
 )
 
+// circuitKeys are those of a component of a circuit.
+const circuitKeys = "flow_control variable bool_variable nested_circuit " + signalComponents
+
+// deciderKeys returns those of flow_control.
+func deciderKeys() string {
+	return strings.Join(slices.Sorted(maps.Keys(kinds)), " ") + " " + laterKinds
+}
+
 // spec reads a policy without its name: the top of a plain file, or the spec of a resource.
 func (d *decoder) spec(v value) []Component {
 	f := d.fields(v, "circuit resources", "")
 	d.resources(f.get("resources"))
 	circuit := d.fields(f.get("circuit"), "components", "evaluation_interval")
+	d.learnCircuit(circuit.get("components"))
 	components := d.circuit(d.fill(circuit, "components", "components"), nil)
 	d.unusedMeters()
 	return components
@@ -54,12 +64,15 @@ func (d *decoder) unusedMeters() {
 
 // circuit appends the components of a circuit that decide about flows.
 func (d *decoder) circuit(v value, components []Component) []Component {
+	if d.learned != nil {
+		return nil
+	}
 	// A component may use signals that later components define: those first.
 	first := len(components) // the circuit's place among the components of the policy
 	items := d.items(v)
 	deciders := make([]value, len(items))
 	for i, item := range items {
-		kind, v := d.one(item, "flow_control variable bool_variable nested_circuit "+signalComponents)
+		kind, v := d.one(item, circuitKeys)
 		switch kind {
 		case "": // d.one has told why
 		case "flow_control":
@@ -74,16 +87,18 @@ func (d *decoder) circuit(v value, components []Component) []Component {
 			d.outputs(v.node)
 		}
 	}
-	known := strings.Join(slices.Sorted(maps.Keys(kinds)), " ") + " " + laterKinds
+	known := deciderKeys()
 	for i, decider := range deciders {
-		if decider.path == "" {
+		if decider.up == nil {
 			continue
 		}
 		name, v := d.one(decider, known)
 		if kind, ok := kinds[name]; ok {
-			v.field = fmt.Sprintf("components[%d]", len(components))
-			d.sources[v.field] = v
-			components = append(components, kind.read(d, d.inCircuit(v, kind, fmt.Sprintf("root.%d", first+i))))
+			if d.sources != nil {
+				v.field = fmt.Sprintf("components[%d]", len(components))
+				d.note(v.field, v)
+			}
+			components = append(components, kind.read(d, d.inCircuit(v, kind, "root."+strconv.Itoa(first+i))))
 		} else if name != "" {
 			d.errorf(v, "%s is not supported yet", name)
 		}
@@ -127,6 +142,7 @@ func (d *decoder) refuse(v value, want kind, what string) {
 // port reads an input port: the constant that it is connected to. One that nothing is connected to is 0.
 func (d *decoder) port(v value) float64 {
 	if v.node == nil {
+		d.noPort(v)
 		return 0
 	}
 	switch kind, from := d.one(v, "constant_signal signal_name"); kind {
@@ -143,17 +159,26 @@ func (d *decoder) port(v value) float64 {
 	return 0
 }
 
+// noPort has the keys of an input port learned.
+func (d *decoder) noPort(v value) {
+	if d.learned != nil {
+		d.one(v, "constant_signal signal_name")
+		d.constant(v.get("constant_signal"))
+	}
+}
+
 // signal reads an input port that may be connected to more than constants: to a flux meter, by its name, or to a signal
 // that no component defines, which the host will provide. One that nothing is connected to is nil.
 func (d *decoder) signal(v value) Signal {
 	if v.node == nil {
+		d.noPort(v)
 		return nil
 	}
 	switch kind, from := d.one(v, "constant_signal signal_name"); kind {
 	case "constant_signal":
 		return Constant(d.constant(from))
 	case "signal_name":
-		d.sources[v.field] = from
+		d.note(v.field, from)
 		name := d.text(from)
 		if constant, ok := d.signals[name]; ok {
 			return Constant(constant)
@@ -261,7 +286,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 			m.Equal[e.key] = d.text(label)
 			if impossible(e.key) != "" { // only then: cut to fit an error, other names may look the same
 				label.line, label.column = e.line, e.column
-				d.sources[equal(labels.field, e.key)] = label
+				d.note(equal(labels.field, e.key), label)
 			}
 		}
 	}
@@ -280,7 +305,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 			Values:   d.texts(d.fill(r, "Values", "values")),
 		})
 	}
-	if e := d.fill(f, "Expression", "expression"); e.node != nil {
+	if e := d.fill(f, "Expression", "expression"); e.node != nil || d.learned != nil {
 		m.Expression = d.expression(e)
 	}
 	return m
@@ -291,14 +316,14 @@ func (d *decoder) expression(v value) Expression {
 	switch kind {
 	case "not":
 		part.field = child(v.field, "Of")
-		d.sources[part.field] = part
+		d.note(part.field, part)
 		return Not{Of: d.expression(part)}
 	case "all":
 		return All(d.expressions(part))
 	case "any":
 		return Any(d.expressions(part))
 	case "label_exists":
-		d.sources[v.field] = part
+		d.note(v.field, part)
 		return LabelExists(d.text(part))
 	case "label_equals":
 		f := d.fields(part, "label value", "")

@@ -284,7 +284,7 @@ func TestComponentErrors(t *testing.T) {
 			"limits.yaml:9:70: " + at + `quota_scheduler.scheduler.workloads[0].parameters.prioritty: unknown key; did you mean "priority"?`},
 		{"parameters of another kind", quota, []string{"rate_limiter", "concurrency_limiter"}, "" +
 			"limits.yaml:4:9: " + at + "quota_scheduler.rate_limiter.interval: is required\n" +
-			"limits.yaml:7:11: " + at + "quota_scheduler.concurrency_limiter: unknown key"},
+			"limits.yaml:7:11: " + at + "quota_scheduler.concurrency_limiter: unknown key; it belongs in flow_control or concurrency_scheduler"},
 		{
 			"workload without a matcher", quota,
 			[]string{"{label_matcher: {}}", "{name: x}"},

@@ -3,7 +3,6 @@ package policy
 import (
 	"fmt"
 	"math"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,21 +11,42 @@ import (
 // A value is a place in a file: what stands there, or that nothing does.
 type value struct {
 	*node               // nil if nothing, or null, stands there
+	here         *value // itself, for up
 	up           *value // what it is part of; nil at the top
 	line, column int    // where to look for it
-	path         string // of keys, as errors show it
-	field        string // of Go fields: which part of the Policy it fills
+	key          string // in the mapping that up is,
+	index        int    // or in the sequence that it is if there is no key
+	named        bool   // there is a key
+	field        string // of Go fields: which part of the Policy it fills; only where sources are noted
 }
 
-// A decoder reads one document of a file into a Policy. It notes what is wrong and reads on, so that all of it is told
-// at once; what it returns is good only if there are no errors.
+// path returns the path of keys to v, as errors show it.
+func (v value) path() string {
+	switch {
+	case v.up == nil:
+		return ""
+	case v.named:
+		return child(v.up.path(), v.key)
+	default:
+		return v.up.path() + "[" + strconv.Itoa(v.index) + "]"
+	}
+}
+
+// A decoder reads one document of a file into a Policy. What it returns is good only if there are no errors. Most files
+// have none, so a first decoder only tells whether there are any. A second one, with sources, notes what is wrong and
+// reads on, so that all of it is told at once.
 type decoder struct {
 	file     string
 	errs     []*Error
 	warnings []string
 	failed   map[string]bool    // what errs are about, by path
 	warned   map[string]bool    // what is in warnings
-	sources  map[string]value   // what fills each Go field
+	invalid  bool               // there is an error
+	sources  map[string]value   // what fills each Go field; nil in a decoder that only tells whether there is an error
+	learned  map[string]string  // keys of each mapping, by path; nil but in a decoder that reads nothing
+	shape    func(*decoder)     // reads nothing in the document's shape
+	homes    map[string]string  // what shape has had another decoder learn
+	name     value              // the policy's
 	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
 	signals  map[string]float64 // the constant ones, by name
@@ -40,7 +60,6 @@ func newDecoder(file string) *decoder {
 		file:     file,
 		failed:   map[string]bool{},
 		warned:   map[string]bool{},
-		sources:  map[string]value{},
 		used:     map[string]bool{},
 		signals:  map[string]float64{},
 		computed: map[string]bool{},
@@ -51,29 +70,46 @@ func newDecoder(file string) *decoder {
 // errorf notes what is wrong with v, unless something was wrong with it or with what it is part of before: that would
 // be an echo.
 func (d *decoder) errorf(v value, format string, args ...any) {
-	for at := &v; at != nil && at.path != ""; at = at.up {
-		if d.failed[at.path] {
+	d.invalid = true
+	if d.sources == nil {
+		return
+	}
+	for at := &v; at != nil && at.up != nil; at = at.up {
+		if d.failed[at.path()] {
 			return
 		}
 	}
-	d.failed[v.path] = true
-	d.errs = append(d.errs, &Error{
-		File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: fmt.Sprintf(format, args...),
-	})
+	path := v.path()
+	d.failed[path] = true
+	if len(d.errs) < mostErrors {
+		d.errs = append(d.errs, &Error{
+			File: d.file, Line: v.line, Column: v.column, Field: path, Message: fmt.Sprintf(format, args...),
+		})
+	}
 }
 
 // unused notes, once, that the file says something that is of no use here.
 func (d *decoder) unused(v value, why string) {
-	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path, Message: "not used" + why}
+	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path(), Message: "not used" + why}
 	if warning := e.Error(); !d.warned[warning] {
 		d.warned[warning] = true
 		d.warnings = append(d.warnings, warning)
 	}
 }
 
+// note notes that v fills the Go field.
+func (d *decoder) note(field string, v value) {
+	if d.sources != nil {
+		d.sources[field] = v
+	}
+}
+
 // missing returns the value of a key that a mapping v lacks.
 func (v value) missing(key string) value {
-	return value{up: &v, line: v.line, column: v.column, path: child(v.path, key), field: v.field}
+	if v.here == nil {
+		v.here = &v
+	}
+	return value{up: v.here, line: v.line, column: v.column, key: key, named: true, field: v.field}
 }
 
 // part returns the value of an entry of a mapping v.
@@ -96,11 +132,13 @@ func (d *decoder) is(v value, want kind) bool {
 	}
 	hint := ""
 	switch {
+	case want == boolean && v.kind == text && (v.text == "true" || v.text == "false"),
+		want == number && v.kind == text && isNumber(v.text):
+		hint = "; write it without quotes"
+	case want == boolean && v.kind == text:
+		hint = "; write true or false"
 	case want == text && v.kind != sequence && v.kind != mapping:
 		hint = "; quote it"
-	case want == number && v.kind == text && isNumber(v.text),
-		want == boolean && v.kind == text && (v.text == "true" || v.text == "false"):
-		hint = "; write it without quotes"
 	}
 	d.errorf(v, "want %s, have %s%s", want, v.kind, hint)
 	return false
@@ -115,19 +153,24 @@ func isNumber(text string) bool {
 // fields returns a mapping, or no value instead of anything else. It may have the keys in read and, with a warning,
 // those in skip: keys that Aperture's format has and Headgate has no use for. Both are separated by spaces.
 func (d *decoder) fields(v value, read, skip string) value {
+	if d.learned != nil {
+		d.learned[v.path()] = read + " " + skip
+	}
+	here := v
+	v.here = &here
 	if !d.is(v, mapping) {
 		v.node = nil
 		return v
 	}
-	known, skipped := strings.Fields(read), strings.Fields(skip)
 	for _, e := range v.entries {
+		if has(read, e.key) {
+			continue
+		}
 		key := v.part(e)
 		key.line, key.column = e.line, e.column
-		switch {
-		case slices.Contains(known, e.key):
-		case !slices.Contains(skipped, e.key):
-			d.errorf(key, "unknown key%s", suggest(e.key, append(known, skipped...)))
-		case key.node != nil:
+		if !has(skip, e.key) {
+			d.unknown(key, read+" "+skip)
+		} else if key.node != nil {
 			d.unused(key, "")
 		}
 	}
@@ -137,10 +180,8 @@ func (d *decoder) fields(v value, read, skip string) value {
 // get returns the value of a key of what fields returned.
 func (v value) get(key string) value {
 	if v.node != nil {
-		for _, e := range v.entries {
-			if e.key == key {
-				return v.part(e)
-			}
+		if e, ok := v.find(key); ok {
+			return v.part(e)
 		}
 	}
 	return v.missing(key)
@@ -149,9 +190,21 @@ func (v value) get(key string) value {
 // fill returns the value of the key as get does, and notes that it fills the Go field.
 func (d *decoder) fill(v value, field, key string) value {
 	p := v.get(key)
-	p.field = child(v.field, field)
-	d.sources[p.field] = p
+	if d.sources != nil {
+		p.field = child(v.field, field)
+		d.note(p.field, p)
+	}
 	return p
+}
+
+// has reports whether a key is one of those that keys separates by spaces.
+func has(keys, key string) bool {
+	for known := range strings.SplitSeq(keys, " ") {
+		if known == key && key != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // child adds a key to a path.
@@ -176,11 +229,10 @@ func (d *decoder) one(v value, names string) (key string, chosen value) {
 		d.errorf(v, "is required")
 		return "", value{}
 	}
-	known := strings.Fields(names)
 	var have []string
 	unknown := false
 	for _, e := range f.entries {
-		if part := f.part(e); !slices.Contains(known, e.key) {
+		if part := f.part(e); !has(names, e.key) {
 			unknown = true
 		} else if part.node != nil {
 			have, key, chosen = append(have, e.key), e.key, part
@@ -192,26 +244,32 @@ func (d *decoder) one(v value, names string) (key string, chosen value) {
 	case len(have) > 1:
 		d.errorf(v, "has %s; want one of them", clip(strings.Join(have, " and "), 100))
 	case unknown:
-		d.failed[v.path] = true // fields has told
+		d.failed[v.path()] = true // fields has told
 	default:
-		d.errorf(v, "wants one of %s", clip(strings.Join(known, ", "), 100))
+		d.errorf(v, "wants one of %s", clip(strings.ReplaceAll(names, " ", ", "), 100))
 	}
 	return "", value{}
 }
 
 // items returns the values of a sequence.
 func (d *decoder) items(v value) []value {
+	if d.learned != nil {
+		return []value{{up: &v}}
+	}
 	if !d.is(v, sequence) {
 		return nil
 	}
 	items := make([]value, len(v.node.items))
 	for i, n := range v.node.items {
-		index := fmt.Sprintf("[%d]", i)
-		item := value{up: &v, line: n.line, column: n.column, path: v.path + index, field: v.field + index}
+		item := value{up: &v, line: n.line, column: n.column, index: i}
 		if n.kind != null {
 			item.node = n
 		}
-		items[i], d.sources[item.field] = item, item
+		if d.sources != nil {
+			item.field = v.field + "[" + strconv.Itoa(i) + "]"
+			d.note(item.field, item)
+		}
+		items[i] = item
 	}
 	return items
 }
@@ -262,7 +320,7 @@ func (d *decoder) boolean(v value, absent bool) bool {
 	if !d.is(v, boolean) {
 		return absent
 	}
-	return v.truth
+	return v.number != 0
 }
 
 func (d *decoder) duration(v value) time.Duration {

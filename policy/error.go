@@ -16,8 +16,7 @@ type Error struct {
 	File string
 
 	// Line and Column, counted in characters from 1, are where in the file the problem is. Zero for a policy written
-	// in Go, and for a directory. Column is off by some characters behind a tab, and for unquoted text with space
-	// behind it; unquoted text of several lines may be reported at any of them.
+	// in Go, and for a directory.
 	Line, Column int
 
 	// Field is the path of what is wrong: the file's keys, as in
@@ -45,15 +44,22 @@ func (e *Error) Error() string {
 	return message
 }
 
+// mostErrors are those of a file after which no more are looked for.
+const mostErrors = 200
+
 // join returns nil, the only error, or all of them as one: the first 20, for a file of the wrong kind has thousands, and
-// nobody reads them.
+// no reader wants them.
 func join(errs []error) error {
 	const most = 20
 	if len(errs) == 1 {
 		return errs[0]
 	}
 	if more := len(errs) - most; more > 0 {
-		errs = append(errs[:most:most], fmt.Errorf("and %d more", more))
+		least := ""
+		if len(errs) >= mostErrors {
+			least = "at least "
+		}
+		errs = append(errs[:most:most], fmt.Errorf("and %s%d more", least, more))
 	}
 	return errors.Join(errs...)
 }
@@ -73,14 +79,20 @@ func clip(s string, n int) string {
 	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
-// printable replaces what could forge or hide parts of a line.
+// printable escapes what could forge or hide parts of a line.
 func printable(s string) string {
-	return strings.Map(func(r rune) rune {
+	if strings.IndexFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) < 0 {
+		return s
+	}
+	var b strings.Builder
+	for _, r := range s {
 		if strconv.IsPrint(r) {
-			return r
+			b.WriteRune(r)
+		} else {
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
 		}
-		return '\uFFFD'
-	}, s)
+	}
+	return b.String()
 }
 
 // quote quotes the beginning of a value for a message.

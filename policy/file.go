@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -117,21 +118,33 @@ func (l *loader) parse(file string, data []byte) {
 	if strings.Trim(plain, `./\`) == "" {
 		plain = "" // the file's name is an extension at most
 	}
+	unfinished := bytes.Contains(data, []byte(placeholder))
 	for _, doc := range docs {
 		d := newDecoder(file)
 		p := d.policy(doc, plain)
-		name := d.sources["name"]
+		if len(errs) >= mostErrors {
+			break
+		}
+		if d.invalid || unfinished {
+			d = newDecoder(file)
+			d.sources = map[string]value{}
+			d.placeholders(value{node: doc, line: doc.line, column: doc.column})
+			p = d.policy(doc, plain)
+		}
 		if place, taken := l.places[p.Name]; taken {
 			hint := ""
-			if name.path == "" {
+			if d.name.up == nil {
 				hint = "; a plain policy has the name of its file"
 			}
-			d.errorf(name, "policy %s is at %s already%s", quote(p.Name), place, hint)
+			d.errs = append(d.errs, &Error{
+				File: file, Line: d.name.line, Column: d.name.column, Field: d.name.path(),
+				Message: fmt.Sprintf("policy %s is at %s already%s", quote(p.Name), place, hint),
+			})
 		} else if p.Name != "" {
 			if l.places == nil {
 				l.places = map[string]string{}
 			}
-			l.places[p.Name] = fmt.Sprintf("%s:%d:%d", file, name.line, name.column)
+			l.places[p.Name] = fmt.Sprintf("%s:%d:%d", file, d.name.line, d.name.column)
 		}
 		l.policies = append(l.policies, p)
 		errs = append(errs, d.errs...)
@@ -142,38 +155,79 @@ func (l *loader) parse(file string, data []byte) {
 	}
 }
 
+// placeholder is what Aperture's blueprints have for a value that their user is to fill in.
+const placeholder = "__REQUIRED_FIELD__"
+
+// placeholders reports the keys and values of a document that are to be filled in, whether they are read or not.
+func (d *decoder) placeholders(v value) {
+	switch {
+	case v.node == nil:
+	case v.kind == text && strings.Contains(v.text, placeholder):
+		d.errorf(v, "%s is to be replaced by a value", placeholder)
+	case v.kind == sequence:
+		for _, item := range d.items(v) {
+			d.placeholders(item)
+		}
+	case v.kind == mapping:
+		for _, e := range v.entries {
+			part := v.part(e)
+			if strings.Contains(e.key, placeholder) {
+				part.line, part.column = e.line, e.column
+				d.errorf(part, "%s is to be replaced by a key", placeholder)
+				continue
+			}
+			d.placeholders(part)
+		}
+	}
+}
+
 // policy reads a document; a plain policy gets the name.
 func (d *decoder) policy(doc *node, plain string) Policy {
 	known := *doc
+	known.index = nil
 	known.entries = slices.DeleteFunc(slices.Clone(doc.entries), func(e entry) bool { return strings.HasPrefix(e.key, "x-") })
 	top := value{node: &known, line: doc.line, column: doc.column}
+	has := func(keys ...string) bool {
+		return slices.ContainsFunc(keys, func(key string) bool { _, ok := doc.find(key); return ok })
+	}
 	var p Policy
 	switch {
 	case doc.kind != mapping:
 		d.errorf(top, "want a policy, have %s", doc.kind)
 		return p
-	case has(doc, "blueprint"):
+	case has("blueprint"):
 		d.values(top, &p)
-	case has(doc, "apiVersion", "kind", "metadata", "spec"):
-		f := d.fields(top, "apiVersion kind metadata spec dynamicConfig", "status")
-		d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")
-		d.want(f.get("kind"), "Policy")
-		p.Name = d.text(d.fill(d.fields(f.get("metadata"), "name", metadataUnused), "name", "name"))
-		d.dynamicConfig(f.get("dynamicConfig"))
-		p.Components = d.spec(f.get("spec"))
+	case has("apiVersion", "kind", "metadata", "spec"):
+		d.shape = func(d *decoder) { d.resource(value{}) }
+		p = d.resource(top)
 	case plain == "":
 		d.errorf(top, "a plain policy has the name of its file, and %s has none", quote(d.file))
 		return p
 	default:
-		p.Name = plain
-		d.sources["name"] = top
-		p.Components = d.spec(top)
+		d.shape = func(d *decoder) { d.spec(value{}) }
+		d.name = top
+		d.note("name", top)
+		p.Name, p.Components = plain, d.spec(top)
 	}
 	d.unusedSettings()
-	if len(p.Components) > 0 || len(d.errs) == 0 {
+	if d.sources == nil {
+		p.check(func(string, string, ...any) { d.invalid = true })
+	} else if len(p.Components) > 0 || len(d.errs) == 0 {
 		p.check(d.recheck)
 	}
 	p.Warnings = d.warnings
+	return p
+}
+
+// resource reads a document in the shape of a Kubernetes resource.
+func (d *decoder) resource(top value) Policy {
+	f := d.fields(top, "apiVersion kind metadata spec dynamicConfig", "status")
+	d.want(f.get("apiVersion"), "fluxninja.com/v1alpha1")
+	d.want(f.get("kind"), "Policy")
+	d.name = d.fill(d.fields(f.get("metadata"), "name", metadataUnused), "name", "name")
+	p := Policy{Name: d.text(d.name)}
+	d.dynamicConfig(f.get("dynamicConfig"))
+	p.Components = d.spec(f.get("spec"))
 	return p
 }
 
@@ -200,9 +254,4 @@ func (d *decoder) want(v value, only string) {
 	} else if have := d.text(v); have != only {
 		d.errorf(v, "want %s, have %s", only, quote(have))
 	}
-}
-
-// has reports whether a mapping has one of the keys.
-func has(n *node, keys ...string) bool {
-	return slices.ContainsFunc(n.entries, func(e entry) bool { return slices.Contains(keys, e.key) })
 }

@@ -224,7 +224,7 @@ func TestLoadReportsEveryPath(t *testing.T) {
 	want := []string{
 		"stat " + in("none") + ": no such file or directory",
 		in("b.yaml") + `:3:18: metadata.name: policy "a" is at ` + in("a.yaml") + ":1:1 already",
-		in("c.yaml") + ":1:1: bad YAML: could not find flow mapping end token '}'",
+		in("c.yaml") + ":1:2: bad YAML: want a value, have the end of the file; is a bracket not closed?",
 		in("d.yaml") + ":1:1: holds no policy",
 		"open " + in("e.yaml") + ": no such file or directory",
 		in("a.yaml") + `:1:1: policy "a" is at ` + in("a.yaml") + ":1:1 already; a plain policy has the name of its file",
@@ -286,7 +286,7 @@ func TestParseShapes(t *testing.T) {
 func TestParseErrors(t *testing.T) {
 	const (
 		request = "            interval: 1s\n"
-		colon   = "colon in unquoted text; is a comma missing? If not, quote the text"
+		comma   = `bad YAML: want "," or "}", have ":"; is a comma missing?`
 	)
 	for _, tt := range []struct {
 		name string
@@ -490,31 +490,28 @@ func TestParseErrors(t *testing.T) {
 		{
 			"syntax",
 			[]string{"[{control_point: checkout}]", "[{control_point: checkout}"},
-			"limits.yaml:6:11: bad YAML: ',' or ']' must be specified",
+			`limits.yaml:6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`,
 		},
 		{
 			"missing comma in a selector",
 			[]string{"{control_point: checkout}", "{control_point: checkout service: shop}"},
-			"limits.yaml:5:39: " + colon,
+			"limits.yaml:5:55: " + comma,
 		},
-		{"missing comma among parameters", []string{"interval: 1s", "{interval: 1s, limit_by_label_key: tenant delay_initial_fill: true}"}, "limits.yaml:10:48: " + colon},
-		{"missing comma between lines", []string{"checkout}", "checkout\n            service: shop}"}, "limits.yaml:6:13: bad YAML: ',' or '}' must be specified"},
-		{"missing comma before nothing", []string{"checkout}", "checkout service:}"}, "limits.yaml:5:39: " + colon},
-		{"colon in a key", []string{"checkout}", "a, label_matcher: {match_labels: {k8s:app: shop}}}"}, "limits.yaml:5:77: " + colon},
+		{"missing comma among parameters", []string{"interval: 1s", "{interval: 1s, limit_by_label_key: tenant delay_initial_fill: true}"}, "limits.yaml:10:73: " + comma},
+		{"missing comma between lines", []string{"checkout}", "checkout\n            service: shop}"}, "limits.yaml:6:20: " + comma},
+		{"missing comma before nothing", []string{"checkout}", "checkout service:}"}, "limits.yaml:5:55: " + comma},
+		{"tab in a key", []string{"circuit:", "ci\trcuit:"}, `limits.yaml:1:1: ["ci\trcuit"]: unknown key; did you mean "circuit"?`},
 		{
-			"tab in text",
-			[]string{"checkout}", "a, label_matcher: {expression: {label_matches: {label: l, regex: foo\tbar}}}}"},
-			`limits.yaml:5:104: tab in text; write \t in double quotes`,
+			"tab in a number",
+			[]string{"10", "1\t0"},
+			"limits.yaml:7:56: " + limiter + ".in_ports.bucket_capacity.constant_signal.value: want a number, have a string",
 		},
-		{"tab in a key", []string{"circuit:", "ci\trcuit:"}, `limits.yaml:1:1: tab in text; write \t in double quotes`},
-		{"tab in double quotes", []string{"checkout", "\"check\tout\""}, `limits.yaml:5:39: tab in text; write \t in double quotes`},
-		{"tab in a number", []string{"10", "1\t0"}, `limits.yaml:7:56: tab in text; write \t in double quotes`},
 		{
 			"bracket that is not closed",
 			[]string{"[{control_point: checkout}]", "[{control_point: checkout}", request, request + "    - flow_control: {}\n"},
-			"limits.yaml:6:11: bad YAML: ',' or ']' must be specified",
+			`limits.yaml:6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`,
 		},
-		{"missing comma before a blank line", []string{"checkout}", "checkout service:\n\n            shop}"}, "limits.yaml:5:39: " + colon},
+		{"missing comma before a blank line", []string{"checkout}", "checkout service:\n\n            shop}"}, "limits.yaml:5:55: " + comma},
 		{
 			"label names with dots",
 			[]string{"checkout}", "a, label_matcher: {match_labels: {app: 1, app.version: 2, app.name: 3}}}"},
@@ -524,8 +521,8 @@ func TestParseErrors(t *testing.T) {
 		},
 		{
 			"keys that forge lines",
-			[]string{"circuit:", "\"a\\nb: \\e[2J\": 1\n\ufeffz: 1\n'': 1\ncircuit:"},
-			`limits.yaml:1:1: ["a\nb: \x1b[2J"]: unknown key` + "\n" + `limits.yaml:2:1: ["\ufeffz"]: unknown key` + "\n" + `limits.yaml:3:1: [""]: unknown key`,
+			[]string{"circuit:", "\"a\\nb: \\e[2J\": 1\n\u200bz: 1\n'': 1\ncircuit:"},
+			`limits.yaml:1:1: ["a\nb: \x1b[2J"]: unknown key` + "\n" + `limits.yaml:2:1: ["\u200bz"]: unknown key` + "\n" + `limits.yaml:3:1: [""]: unknown key`,
 		},
 		{
 			"extension below the top",
@@ -535,7 +532,7 @@ func TestParseErrors(t *testing.T) {
 		{"tag", []string{"1s", "!!str 1s"}, "limits.yaml:10:23: YAML tags are not supported"},
 		{"directive", []string{"circuit:", "%YAML 1.2\n---\ncircuit:"}, "limits.yaml:1:1: YAML directives are not supported"},
 		{"unknown alias", []string{"1s", "*second"}, `limits.yaml:10:23: unknown alias "second"`},
-		{"alias as a key", []string{"circuit:", "a: &x b\n*x : 1\ncircuit:"}, "limits.yaml:2:1: want a plain key, have Alias"},
+		{"alias as a key", []string{"circuit:", "a: &x b\n*x : 1\ncircuit:"}, "limits.yaml:2:1: want a plain key, have an alias"},
 		{"merge of a number", []string{"{value: 5}", "{<<: 5}"}, "limits.yaml:8:49: want a mapping to merge, have a number"},
 		{
 			"null among strings",
@@ -820,60 +817,68 @@ func TestHostile(t *testing.T) {
 		}
 		return b.String()
 	}
-	settings := "circuit:\n  components:\n"
-	for i := range 500 {
-		settings += fmt.Sprintf("  - bool_variable: {config_key: k%d, out_ports: {output: {signal_name: s%[1]d}}}\n", i)
+	const many = 20_000
+	repeat := func(format string) string {
+		var b strings.Builder
+		for i := range many {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
 	}
-	settings = "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata: {name: x}\nspec:\n  " + strings.ReplaceAll(settings, "\n", "\n  ") + "\ndynamicConfig:\n"
-	for i := range 500 {
-		settings += fmt.Sprintf("  k%d: true\n", i)
-	}
-	meters := "resources:\n  flow_control:\n    flux_meters:\n"
-	for i := range 400 {
-		meters += fmt.Sprintf("      m%d: {selectors: []}\n", i)
-	}
-	meters += "circuit:\n  components:\n"
-	for i := range 400 {
-		meters += fmt.Sprintf("  - flow_control: {load_scheduler: {in_ports: {load_multiplier: {signal_name: m%d}}}}\n", i)
-	}
+	settings := "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata: {name: x}\nspec:\n  circuit:\n    components:\n" +
+		repeat("    - bool_variable: {config_key: k%d, out_ports: {output: {signal_name: s%[1]d}}}\n") + "dynamicConfig:\n" + repeat("  k%d: true\n")
+	meters := "resources:\n  flow_control:\n    flux_meters:\n" + repeat("      m%d: {selectors: []}\n") + "circuit:\n  components:\n" +
+		repeat("  - flow_control: {load_scheduler: {in_ports: {load_multiplier: {signal_name: m%d}}}}\n")
 	indented := ""
 	for i := range 100 {
 		indented += strings.Repeat(" ", i) + "a:\n"
 	}
+	chain := "x: &a0 [x]\n"
+	for i := range 100 {
+		chain += fmt.Sprintf("x%d: &a%d [*a%d]\n", i, i+1, i)
+	}
 	for _, tt := range []struct{ name, data, want string }{
-		{"aliases of aliases", bomb, "aliases stand for more than 20000 values"},
-		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 100<<10) + "'\nb: [" + strings.Repeat("*a, ", 20) + "]", "aliases stand for more than 20000 values"},
-		{"aliases of workloads", schedulers(100, 50, "x"), "aliases stand for more than 20000 values"},
-		{"alias of itself", "a: &a [*a]", `unknown alias "a"`},
-		{"10 MB", strings.Repeat("a: b\n", 2<<20), "larger than 1 MiB; split it"},
+		{"aliases of aliases", bomb, "aliases stand for more than 32 MiB"},
+		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 1<<20) + "'\nb: [" + strings.Repeat("*a, ", 30) + "]", "aliases stand for more than 32 MiB"},
+		{"aliases of workloads", schedulers(4000, 200, "x"), "aliases stand for more than 32 MiB"},
+		{"merges of merges", "a: &a {<<: [" + strings.Repeat("{b: c}, ", 1000) + "]}\nb: [" + strings.Repeat("*a, ", 10_000) + "]", "aliases stand for more than 32 MiB"},
+		{"alias of itself", "a: &a [*a]", `alias "a" stands within what it stands for`},
+		{"alias of itself in a merge", "a: &a {<<: *a}", `alias "a" stands within what it stands for`},
+		{"aliases in aliases", chain, "nested more than 64 levels deep"},
+		{"17 MiB", strings.Repeat("a: b\n", 17<<20/5), "larger than 16 MiB; split it"},
 		{"flow sequences", strings.Repeat("[", 10_000), "nested more than 64 levels deep"},
 		{"flow mappings", strings.Repeat("{a: ", 2_000), "nested more than 64 levels deep"},
 		{"block mappings", indented, "nested more than 64 levels deep"},
 		{"block sequences", strings.Repeat("- ", 5_000), "nested more than 64 levels deep"},
-		{"many keys", strings.Repeat("a:\n", 30_000), "more than 20000 YAML tokens"},
-		{"run of <", strings.Repeat("<", 200<<10), `more than 64 "<" in a row`},
-		{"tabs", `a: "` + strings.Repeat("\t", 200<<10), "more than 64 tabs in a line"},
-		{"block sequences in flow", "[" + strings.Repeat("- ", 10_000), "nested more than 64 levels deep"},
-		{"blank lines", "a: |\n b" + strings.Repeat("\n", 200<<10), "more than 200 blank lines"},
-		{"long key", strings.Repeat("k", 300) + ": 1", "key longer than 256 bytes"},
-		{"binary", "\x7fELF\xff", "is not UTF-8"},
-		{"tags", strings.Repeat("!a\n", 10_000), "YAML tags are not supported"},
+		{"keys in keys", strings.Repeat("? ", 5_000), "nested more than 64 levels deep"},
+		{"many keys", strings.Repeat("a:\n", 30_000), `duplicate key "a", first at line 1`},
+		{"list that may be a key", "a: [[" + strings.Repeat("x,", 1<<20) + "]]", "x.yaml:1:5: bad YAML: more than 300000 commas"},
+		{"list in a list", "a:\n- [" + strings.Repeat("x,", 1<<20) + "]", "x.yaml:2:3: bad YAML: more than 300000 commas"},
+		{"unclosed brackets", strings.Repeat("[", 60) + strings.Repeat("a: ", 1<<20), "x.yaml:1:2: bad YAML: more than 300000 commas"},
+		{"block sequences in flow", "a: [" + strings.Repeat("- ", 1<<20), `want a value, have "-"`},
+		{"unclosed quote", `a: "` + strings.Repeat("\t", 1<<20), "x.yaml:1:4: bad YAML: the quote that closes this text is missing"},
+		{"binary", "\x7fELF\xff", "x.yaml:1:5: is not UTF-8"},
+		{"tags", strings.Repeat("- !a\n", 10_000), "YAML tags are not supported"},
+		{"broken documents", strings.Repeat("---\n}\n", 100_000), `x.yaml:2:1: bad YAML: want a value, have "}"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := policy.Parse("x.yaml", []byte(tt.data))
+			_, err := soon(t, func() ([]policy.Policy, error) { return policy.Parse("x.yaml", []byte(tt.data)) })
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Parse = %v, want %s", err, tt.want)
+				t.Errorf("Parse = %.300v, want %s", err, tt.want)
 			}
 		})
 	}
 
-	// What is just within the bounds must not take long either. Well beyond them these take minutes.
-	const size = 1000 << 10
+	// What is within the bounds must not take long either.
+	const size = 1 << 20
 	for _, tt := range []struct{ name, data string }{
-		{"many keys", strings.Repeat("k:\n", 9_999)},
-		{"blank lines", "a: |\n b" + strings.Repeat("c", size) + strings.Repeat("\n", 190) + " c\n"},
-		{"run of <", strings.Repeat(strings.Repeat("<", 64)+" ", size/65)},
-		{"tabs", `a: "` + strings.Repeat("\t", 64) + strings.Repeat("b", size) + `"`},
+		{"many keys", strings.Repeat("k:\n", 100_000)},
+		{"blank lines", "a: |\n b" + strings.Repeat("\n", size) + " c\n"},
+		{"run of <", strings.Repeat("<", size)},
+		{"tabs", `a: "` + strings.Repeat("\t", size) + `"`},
+		{"comments", strings.Repeat("a: # b\n\n # c\n\n", size/16)},
+		{"anchors", strings.Repeat("- &a b\n", size/8)},
+		{"documents", strings.Repeat("a: b\n---\n", size/8)},
 		{"long line", strings.Repeat("a ", size/2)},
 		{"aliases of long text", "x-a: &a '" + strings.Repeat("a|b", size/12) + "'\ncircuit: {components: [{flow_control: {rate_limiter: {selectors: [" +
 			strings.Repeat("{label_matcher: {expression: {label_matches: {label: l, regex: *a}}}}, ", 2) + "]}}}]}"},
@@ -883,7 +888,7 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run("within bounds: "+tt.name, func(t *testing.T) {
 			_, err := soon(t, func() ([]policy.Policy, error) { return policy.Parse("x.yaml", []byte(tt.data)) })
-			if err == nil || strings.Contains(err.Error(), "more than") {
+			if err == nil || strings.Contains(err.Error(), " more than ") {
 				t.Errorf("Parse = %.300v, want another error than that it is too much", err)
 			}
 		})
@@ -966,7 +971,7 @@ func TestLoadEndlessFile(t *testing.T) {
 		t.Skip(err)
 	}
 	_, err := soon(t, func() ([]policy.Policy, error) { return policy.Load(file) })
-	if want := file + ":1:1: is larger than 1 MiB; split it into several policies"; err == nil || err.Error() != want {
+	if want := file + ":1:1: is larger than 16 MiB; split it into several files"; err == nil || err.Error() != want {
 		t.Errorf("Load = %v, want %s", err, want)
 	}
 }
@@ -981,12 +986,5 @@ func TestParseWithoutName(t *testing.T) {
 		if _, err := policy.Parse(name, []byte(resource("x"))); err != nil {
 			t.Errorf("Parse(%q) of a resource = %v", name, err)
 		}
-	}
-}
-
-func TestTabIndentation(t *testing.T) {
-	_, err := policy.Parse("limits.yaml", []byte("circuit:\n\tcomponents: []\n"))
-	if err == nil || !strings.HasPrefix(err.Error(), "limits.yaml:2:1: bad YAML: ") || !strings.HasSuffix(err.Error(), "indent with spaces") {
-		t.Errorf("Parse() = %v want a hint to indent with spaces", err)
 	}
 }

@@ -28,9 +28,15 @@ func (p Policy) Validate() error {
 type report func(field, format string, args ...any)
 
 // sub returns the report for the fields of a field.
-func (r report) sub(format string, args ...any) report {
-	prefix := fmt.Sprintf(format, args...)
+func (r report) sub(prefix string) report {
 	return func(field, format string, args ...any) { r(prefix+field, format, args...) }
+}
+
+// at returns the report for an element of a field, and for its fields.
+func (r report) at(prefix string, index int) report {
+	return func(field, format string, args ...any) {
+		r(prefix+"["+strconv.Itoa(index)+"]"+field, format, args...)
+	}
 }
 
 // check holds the rules, for files as for policies written in Go.
@@ -43,7 +49,7 @@ func (p Policy) check(wrong report) {
 	}
 	ids := map[string]int{}
 	for i, c := range p.Components {
-		wrong := wrong.sub("components[%d]", i)
+		wrong := wrong.at("components", i)
 		switch c.(type) {
 		case RateLimiter, ConcurrencyLimiter, QuotaScheduler, ConcurrencyScheduler, LoadScheduler, AIMDLoadScheduler, Sampler, LoadRamp:
 			c.check(wrong)
@@ -145,7 +151,7 @@ func (r LoadRamp) check(wrong report) {
 		wrong(".Steps", "needs at least one step")
 	}
 	for i, step := range r.Steps {
-		wrong := wrong.sub(".Steps[%d]", i)
+		wrong := wrong.at(".Steps", i)
 		checkPercentage(wrong.sub(".Target"), step.Target)
 		checkNotNegative(wrong.sub(".Duration"), step.Duration)
 	}
@@ -156,7 +162,7 @@ func (r LoadRamp) check(wrong report) {
 func (s Scheduler) check(wrong report) {
 	names := map[string]int{}
 	for i, w := range s.Workloads {
-		wrong := wrong.sub(".Workloads[%d]", i)
+		wrong := wrong.at(".Workloads", i)
 		w.Labels.check(wrong.sub(".Labels"))
 		w.WorkloadParameters.check(wrong)
 		if w.Name == "" {
@@ -287,7 +293,7 @@ func checkSelectors(wrong report, selectors []Selector) {
 		wrong("", "needs at least one selector")
 	}
 	for i, s := range selectors {
-		wrong := wrong.sub("[%d]", i)
+		wrong := wrong.at("", i)
 		checkRequired(wrong.sub(".ControlPoint"), s.ControlPoint)
 		s.Labels.check(wrong.sub(".Labels"))
 	}
@@ -303,7 +309,7 @@ func (m LabelMatcher) check(wrong report) {
 		}
 	}
 	for i, r := range m.Require {
-		r.check(wrong.sub(".Require[%d]", i))
+		r.check(wrong.at(".Require", i))
 	}
 	if m.Expression != nil {
 		checkExpression(wrong.sub(".Expression"), m.Expression)
@@ -339,11 +345,11 @@ func checkExpression(wrong report, e Expression) {
 		checkExpression(wrong.sub(".Of"), e.Of)
 	case All:
 		for i, part := range e {
-			checkExpression(wrong.sub("[%d]", i), part)
+			checkExpression(wrong.at("", i), part)
 		}
 	case Any:
 		for i, part := range e {
-			checkExpression(wrong.sub("[%d]", i), part)
+			checkExpression(wrong.at("", i), part)
 		}
 	case LabelExists:
 		checkRequired(wrong, string(e))

@@ -3,28 +3,23 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
-	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/lexer"
-	"github.com/goccy/go-yaml/parser"
-	"github.com/goccy/go-yaml/token"
+	"go.yaml.in/yaml/v4"
 )
 
-// Bounds of what is read. Each is on something that the YAML library takes quadratic time or memory in, or that its
-// stack grows with; what fits takes about a second at worst. There is room for 250 limiters, and for a limiter that
-// lists 9,000 tenants.
+// Bounds of what is read.
 const (
-	maxSize   = 1 << 20 // bytes of a file
-	maxBlank  = 200     // line breaks in a row
-	maxTabs   = 64      // tabs in a line
-	maxLess   = 64      // "<" in a row
-	maxTokens = 20_000  // tokens of a file, and values of a document once its aliases are expanded
-	textValue = 128     // bytes of text that count for another of these values, where an alias stands for it
-	maxDepth  = 64      // mappings and sequences in each other
-	maxKey    = 256     // bytes of a key
+	maxSize  = 16 << 20 // bytes of a file
+	maxAlias = 32 << 20 // bytes that its aliases stand for, 32 more for each value
+	maxDepth = 64       // mappings and sequences in each other; errors have paths as long as that
+	maxFlow  = 300_000  // indicators in a list or mapping in brackets; see checkFlow
 )
 
 // kind is what a node is; it reads as in "want a string, have a number".
@@ -44,11 +39,11 @@ type node struct {
 	kind         kind
 	line, column int
 	text         string  // of text
-	number       float64 // of number
-	truth        bool    // of boolean
+	number       float64 // of number; of boolean, 1 for true
 	items        []*node // of sequence
 	entries      []entry // of mapping, in the file's order; keys are unique
-	size         int     // values in it and below, aliases expanded, and what long text counts for
+	index        map[string]int
+	size, height int // bytes and levels of it and below, aliases expanded
 }
 
 type entry struct {
@@ -57,344 +52,621 @@ type entry struct {
 	value        *node
 }
 
+// find returns the entry of a key.
+func (n *node) find(key string) (entry, bool) {
+	if n.index != nil {
+		i, ok := n.index[key]
+		if !ok {
+			return entry{}, false
+		}
+		return n.entries[i], true
+	}
+	for _, e := range n.entries {
+		if e.key == key {
+			return e, true
+		}
+	}
+	return entry{}, false
+}
+
+// A yamlReader reads the documents of a file.
+type yamlReader struct {
+	file    string
+	text    string
+	lines   []int        // offsets in text
+	opened  string       // text with "--- " before documents in brackets; see openFlows
+	shifted []int        // lines that it lengthens
+	errs    []*Error
+	left    int // bytes that aliases may still stand for
+}
+
 // readYAML returns the documents of a file that are not empty and not broken.
 func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
-	fail := func(line, column int, message string) {
-		errs = append(errs, &Error{File: file, Line: max(line, 1), Column: max(column, 1), Message: printable(clip(message, 200))})
+	r := &yamlReader{file: file, text: strings.TrimPrefix(string(data), "\ufeff"), left: maxAlias}
+	if problem, at := checkSource(r.text); problem != "" {
+		r.fail(r.position(at), problem)
+		return nil, r.errs
 	}
-	source := strings.TrimPrefix(string(data), "\ufeff")
-	if line, column, problem := checkSource(source); problem != "" {
-		fail(line, column, problem)
-		return nil, errs
+	r.lines = lines(r.text)
+	if at := checkFlow(r.text); at >= 0 {
+		r.fail(r.position(at), fmt.Sprintf("bad YAML: more than %d commas, colons and the like in these brackets; "+
+			`write each item in a line of its own, after "- "`, maxFlow))
+		return nil, r.errs
 	}
-	var tokens token.Tokens
-	if err := safely(func() error { tokens = lexer.Tokenize(source); return nil }); err != nil {
-		fail(1, 1, err.Error())
-		return nil, errs
+	r.openFlows()
+	for first := 0; first < len(r.lines) && len(r.errs) < mostErrors; {
+		var next int
+		docs, next = r.documents(docs, first)
+		first = next
 	}
-	if len(tokens) > maxTokens {
-		fail(1, 1, fmt.Sprintf("holds more than %d YAML tokens; split it into several policies", maxTokens))
-		return nil, errs
-	}
-	for _, part := range split(tokens) {
-		if at, problem := checkTokens(part); problem != "" {
-			fail(at.Position.Line, at.Position.Column, problem)
-			continue
+	return docs, r.errs
+}
+
+// documents appends the documents that begin at a line or behind it, up to one that is broken. It returns the line at
+// which the document behind that one begins.
+func (r *yamlReader) documents(docs []*node, first int) (read []*node, next int) {
+	longer, _ := slices.BinarySearch(r.shifted, first+1)
+	source := r.opened[r.lines[first]+longer*len(openingFlow):]
+	loader, err := yaml.NewLoader(strings.NewReader(source), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
+	for err == nil {
+		var n yaml.Node
+		if err = loader.Load(&n); err != nil {
+			break
 		}
-		if at, problem := checkText(part); problem != "" {
-			fail(at.Position.Line, at.Position.Column, problem)
-			continue
-		}
-		var parsed *ast.File
-		err := safely(func() (err error) {
-			parsed, err = parser.Parse(part, 0, parser.AllowDuplicateMapKey()) // the converter finds those
-			return err
-		})
-		if err != nil {
-			at, message := part[0], "bad YAML"
-			// This is the library's yaml.Error, without linking its decoder. What Error returns is a page of source.
-			var where interface {
-				GetToken() *token.Token
-				GetMessage() string
+		switch n.Kind {
+		case yaml.StreamNode:
+			if n.Stream.Version != nil || n.Stream.TagDirectives != nil {
+				err = errDirective(n.Line)
 			}
-			if errors.As(err, &where) {
-				message += ": " + where.GetMessage()
-				if strings.Contains(message, "'\t'") {
-					message += "; indent with spaces"
-				}
-				if tk := where.GetToken(); tk != nil && tk.Position != nil {
-					at = tk
-				}
+		case yaml.DocumentNode:
+			c := converter{r: r, base: first, anchors: map[*yaml.Node]*node{}}
+			if doc := c.node(n.Content[0], 0); !c.failed && doc.kind != null {
+				docs = append(docs, doc)
 			}
-			fail(at.Position.Line, at.Position.Column, message)
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return docs, len(r.lines)
+	}
+	at := r.broken(err, first)
+	for next = max(first, at-1) + 1; next < len(r.lines) && !strings.HasPrefix(r.text[r.lines[next]:], "---"); next++ {
+	}
+	return docs, next
+}
+
+// depthLimit has the library refuse what is nested deeper than maxDepth.
+type depthLimit struct{}
+
+const tooDeep = "is nested more than 64 levels deep" // maxDepth
+
+func (depthLimit) CheckDepth(depth int, _ *yaml.DepthContext) error {
+	if depth > maxDepth {
+		return errors.New(tooDeep)
+	}
+	return nil
+}
+
+// CheckAlias is not called: documents are read as nodes, in which aliases stay what they are.
+func (depthLimit) CheckAlias(_, _ int) error { return nil }
+
+// errDirective is the line of a document whose directives the library understands.
+type errDirective int
+
+func (errDirective) Error() string { return "" }
+
+// broken notes the error that keeps the library from reading on, and returns its line.
+func (r *yamlReader) broken(err error, first int) int {
+	var e *yaml.LoadError
+	var directive errDirective
+	switch {
+	case errors.As(err, &directive):
+		at := r.mark(yaml.Mark{Line: int(directive), Column: 1}, first)
+		r.fail(at, directivesUnsupported)
+		return at.line
+	case !errors.As(err, &e):
+		at := position{first + 1, 1}
+		r.fail(at, "bad YAML: "+err.Error())
+		return len(r.lines)
+	}
+	at, opened := r.mark(e.Mark, first), r.mark(e.ContextMark, first)
+	rest := r.rest(at)
+	if tab := strings.IndexByte(indentation(r.line(at.line)), '\t'); tab >= 0 && e.Message != tooDeep {
+		r.fail(position{at.line, tab + 1}, "bad YAML: tab in the indentation; indent with spaces")
+		return at.line
+	}
+	have := "the end of the file"
+	if rest != "" {
+		c, _ := utf8.DecodeRuneInString(rest)
+		have = strconv.Quote(string(c))
+		if c == '\n' || c == '\r' {
+			have = "the end of the line"
+		}
+	}
+	message := "bad YAML: "
+	switch m := e.Message; {
+	case m == tooDeep:
+		message = tooDeep
+	case strings.HasPrefix(m, "did not find expected ',' or "):
+		bracket := strings.Trim(strings.TrimPrefix(m, "did not find expected ',' or "), "'")
+		if rest == "" {
+			at, message = opened, message+fmt.Sprintf("%q that closes this bracket is missing", bracket)
+			break
+		}
+		message += fmt.Sprintf(`want "," or %q, have %s`, bracket, have)
+		if rest[0] == ':' {
+			message += "; is a comma missing?"
+		} else if opened.line != at.line {
+			message += fmt.Sprintf("; the bracket to close is in line %d", opened.line)
+		}
+	case strings.HasPrefix(m, "mapping values are not allowed"):
+		message += "a colon is not allowed here; quote the text if it is part of one, otherwise look at the indentation"
+	case m == "found character that cannot start any token" && strings.HasPrefix(rest, "\t"):
+		message += "tab before a value or a key; use spaces"
+	case m == "found character that cannot start any token":
+		message += fmt.Sprintf("text cannot begin with %s; quote it", have)
+	case strings.HasPrefix(m, "could not find expected ':'"):
+		at, message = opened, message+"a line that is no \"key: value\"; is a colon or a space behind it missing?"
+	case m == "did not find expected key":
+		message += fmt.Sprintf("want a key, have %s; look at the quotes and the indentation", have)
+	case m == "did not find expected '-' indicator":
+		message += fmt.Sprintf(`want "- " as in the items before, have %s; look at the indentation`, have)
+	case m == "block sequence entries are not allowed in this context":
+		message += `a list that begins with "- " needs a line of its own`
+	case m == "did not find expected node content":
+		message += fmt.Sprintf("want a value, have %s", have)
+		if rest == "" {
+			message += "; is a bracket not closed?"
+		}
+	case m == "found unexpected end of stream" && e.ContextMsg == "while scanning a quoted scalar":
+		at, message = opened, message+"the quote that closes this text is missing"
+	case m == "found unknown escape character":
+		message += `unknown escape in double quotes; write \\ for a backslash, or use single quotes`
+	case strings.HasPrefix(m, "unknown anchor '"):
+		message = "unknown alias " + quote(strings.TrimSuffix(strings.TrimPrefix(m, "unknown anchor '"), "' referenced"))
+	case e.ContextMsg == "while scanning a directive", e.ContextMsg == "while scanning a %YAML directive",
+		e.ContextMsg == "while scanning a %TAG directive", m == "found incompatible YAML document":
+		message = directivesUnsupported
+	case m == "did not find expected <document start>":
+		message += fmt.Sprintf("want the end of the document, have %s", have)
+	default:
+		message += m
+		if e.ContextMsg != "" {
+			message += " " + e.ContextMsg
+		}
+	}
+	r.fail(at, message)
+	return max(r.mark(e.Mark, first).line, at.line)
+}
+
+const directivesUnsupported = "YAML directives are not supported"
+
+func indentation(line string) string { return line[:len(line)-len(strings.TrimLeft(line, " \t"))] }
+
+// position is a line and a column, both from 1.
+type position struct{ line, column int }
+
+// fail notes what is wrong at a position.
+func (r *yamlReader) fail(at position, message string) {
+	if len(r.errs) >= mostErrors {
+		return
+	}
+	r.errs = append(r.errs, &Error{File: r.file, Line: max(at.line, 1), Column: max(at.column, 1), Message: printable(clip(message, 200))})
+}
+
+// lines returns the offsets at which lines begin.
+func lines(text string) []int {
+	offsets := []int{0}
+	for i := 0; i < len(text); i++ {
+		if text[i] == '\n' || text[i] == '\r' && !strings.HasPrefix(text[i+1:], "\n") {
+			offsets = append(offsets, i+1)
+		}
+	}
+	return offsets
+}
+
+// position returns where an offset is.
+func (r *yamlReader) position(offset int) position {
+	begins := lines(r.text[:offset])
+	line := len(begins)
+	return position{line, utf8.RuneCountInString(r.text[begins[line-1]:offset]) + 1}
+}
+
+// mark returns where the library says that something is.
+func (r *yamlReader) mark(m yaml.Mark, first int) position {
+	return r.place(m.Line, m.Column, first)
+}
+
+// place returns a line and a column of what openFlows has returned as they are in the file.
+func (r *yamlReader) place(line, column, first int) position {
+	at := position{line + first, column}
+	if at.line > len(r.lines) { // the library ends the last line
+		at.line = len(r.lines)
+		at.column = utf8.RuneCountInString(r.line(at.line)) + 1
+		return at
+	}
+	if _, longer := slices.BinarySearch(r.shifted, at.line); longer {
+		at.column = max(at.column-len(openingFlow), 1)
+	}
+	return at
+}
+
+// line returns a line, with its end.
+func (r *yamlReader) line(n int) string {
+	if n < 1 || n > len(r.lines) {
+		return ""
+	}
+	if n == len(r.lines) {
+		return r.text[r.lines[n-1]:]
+	}
+	return r.text[r.lines[n-1]:r.lines[n]]
+}
+
+// rest returns what stands in a line from a position on; nothing at the end of the file.
+func (r *yamlReader) rest(at position) string {
+	line := r.line(at.line)
+	for range at.column - 1 {
+		_, size := utf8.DecodeRuneInString(line)
+		line = line[size:]
+	}
+	if line == "" && at.line < len(r.lines) {
+		return "\n"
+	}
+	return line
+}
+
+// checkSource returns what keeps text from being read, and at which offset.
+func checkSource(source string) (problem string, at int) {
+	switch {
+	case len(source) > maxSize:
+		return fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20), 0
+	case strings.HasPrefix(source, "\xff\xfe"), strings.HasPrefix(source, "\xfe\xff"):
+		return "is UTF-16; save it as UTF-8", 0
+	case !utf8.ValidString(source):
+		return "is not UTF-8", validUTF8(source)
+	}
+	for i, r := range source {
+		switch {
+		case ' ' <= r && r <= '~', r == '\n', r == '\r', r == '\t':
+		case r == 0:
+			return "holds a zero byte; is it text, saved as UTF-8?", i
+		case r == 0x85, r == 0x2028, r == 0x2029:
+			// YAML 1.1 takes these for line ends, YAML 1.2 for text, and editors show either.
+			return fmt.Sprintf(`holds U+%04X, which may be a line end or text; write it as \u%04x in double quotes`, r, r), i
+		case r == '\ufeff':
+			return `holds a byte order mark that is not at its beginning; remove it, or write it as \ufeff in double quotes`, i
+		case r < 0xa0, r == 0xfffe, r == 0xffff:
+			return fmt.Sprintf(`holds the control character U+%04X; write it as \u%04x in double quotes`, r, r), i
+		}
+	}
+	return "", 0
+}
+
+// validUTF8 returns how many bytes there are before the first that is no UTF-8.
+func validUTF8(source string) int {
+	for i, r := range source {
+		if r == utf8.RuneError && !strings.HasPrefix(source[i:], "\uFFFD") {
+			return i
+		}
+	}
+	return len(source)
+}
+
+// openingFlow is what openFlows adds.
+const openingFlow = "--- "
+
+// openFlows puts "--- " before each document that is a list or mapping in brackets, as JSON is. Without it, such a
+// document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s and
+// 3.4 GB, and take 1.2 s and 0.5 GB.
+func (r *yamlReader) openFlows() {
+	var b strings.Builder
+	written, start := 0, true // start: the document has not begun
+	for i, begins := range r.lines {
+		if rest := r.text[begins:]; strings.HasPrefix(rest, "---") || strings.HasPrefix(rest, "...") {
+			behind := strings.TrimSpace(r.line(i + 1)[3:])
+			start = behind == "" || behind[0] == '#'
 			continue
 		}
-		for _, doc := range parsed.Docs {
-			if doc.Body == nil {
+		if !start {
+			continue
+		}
+		line := strings.TrimSpace(r.line(i + 1))
+		if line == "" || line[0] == '#' || line[0] == '%' {
+			continue
+		}
+		start = false
+		if line[0] == '{' || line[0] == '[' {
+			b.WriteString(r.text[written:begins])
+			b.WriteString(openingFlow)
+			written = begins
+			r.shifted = append(r.shifted, i+1)
+		}
+	}
+	b.WriteString(r.text[written:])
+	r.opened = b.String()
+}
+
+// checkFlow returns the offset of a list or mapping in brackets that has more than maxFlow indicators and stands where
+// a key may stand, or -1. The library keeps all tokens of one until it ends, 150 bytes for each and more, and takes
+// quadratic time in them. It reads block scalars as if they were YAML, which matters only if one has a line that begins
+// with a bracket that the next 300,000 indicators do not close.
+func checkFlow(source string) (offset int) {
+	if len(source) <= maxFlow {
+		return -1
+	}
+	type bracket struct {
+		offset, indicators int
+		key                bool // may be a key, or is in what may be
+	}
+	var open []bracket
+	indicators := 0
+	token, value := true, true // what comes next may begin a token, and cannot be a key
+	begun := false             // a document has: openFlows sees to one that is in brackets
+	for i := 0; i < len(source); i++ {
+		c := source[i]
+		switch c {
+		case '\n', '\r':
+			token = true
+			if strings.HasPrefix(source[i+1:], "---") {
+				open, begun = nil, false
+				i += 3
+			}
+			if len(open) == 0 {
+				value = !begun
+			}
+			continue
+		case ' ', '\t':
+			if i > 0 && strings.IndexByte(":-?", source[i-1]) >= 0 {
+				token = true
+			}
+			continue
+		case '#':
+			if i > 0 && strings.IndexByte(" \t\n\r", source[i-1]) >= 0 {
+				for i+1 < len(source) && source[i+1] != '\n' && source[i+1] != '\r' {
+					i++
+				}
 				continue
 			}
-			c := converter{fail: fail, anchors: map[string]*node{}, left: maxTokens}
-			if n := c.node(doc.Body); !c.failed && n.kind != null {
-				docs = append(docs, n)
+		case '"', '\'':
+			if token {
+				for i++; i < len(source) && source[i] != c; i++ {
+					if c == '"' && source[i] == '\\' {
+						i++
+					}
+				}
+			}
+		case '[', '{':
+			if token || len(open) > 0 {
+				within := len(open) > 0 && open[len(open)-1].key
+				open = append(open, bracket{i, indicators, within || !value})
+				token, value, begun = true, false, true
+				continue
+			}
+		case ']', '}':
+			if len(open) > 0 {
+				open = open[:len(open)-1]
 			}
 		}
-	}
-	return docs, errs
-}
-
-// safely turns a panic of the YAML library into an error. Fuzzing finds none in the version that we use, but releases
-// before and after it have had some on broken input (goccy/go-yaml issues 479, 718, 890), and a file must not end a
-// process that reads it again while it runs.
-func safely(call func() error) (err error) {
-	defer func() {
-		if recover() != nil {
-			err = errors.New("bad YAML")
-		}
-	}()
-	return call()
-}
-
-// checkSource refuses text that would take the lexer too long, or that is none.
-func checkSource(source string) (line, column int, problem string) {
-	if len(source) > maxSize {
-		return 1, 1, fmt.Sprintf("is larger than %d MiB; split it into several policies", maxSize>>20)
-	}
-	line = 1
-	blank, tabs, less := 0, 0, 0
-	for i, r := range source {
-		column++
-		if r != '<' {
-			less = 0
-		}
-		switch r {
-		case '\uFFFD':
-			if !strings.HasPrefix(source[i:], "\uFFFD") {
-				return line, column, "is not UTF-8"
+		begun = true
+		if len(open) > 0 {
+			if strings.IndexByte(",:-?&*!\"'", c) >= 0 {
+				indicators++
 			}
-			blank = 0
-		case '\n', '\r':
-			blank, tabs = blank+1, 0
-		case '\t':
-			tabs++
-		case ' ':
-		case '<':
-			less++
-			blank = 0
-		default:
-			blank = 0
-		}
-		switch {
-		case blank > maxBlank:
-			return line, column, fmt.Sprintf("has more than %d blank lines in a row; remove some", maxBlank)
-		case tabs > maxTabs:
-			return line, column, fmt.Sprintf(`has more than %d tabs in a line; use spaces, or \t in double quotes`, maxTabs)
-		case less > maxLess:
-			return line, column, fmt.Sprintf(`has more than %d "<" in a row; remove some`, maxLess)
-		}
-		if r == '\n' {
-			line, column = line+1, 0
-		}
-	}
-	return 0, 0, ""
-}
-
-// split cuts tokens into documents. The parser does it too, but drops what follows an empty document and mixes up the
-// tokens around "...".
-func split(tokens token.Tokens) []token.Tokens {
-	var docs []token.Tokens
-	start := 0
-	for i := 0; i <= len(tokens); i++ {
-		if i < len(tokens) && tokens[i].Type != token.DocumentHeaderType && tokens[i].Type != token.DocumentEndType {
-			continue
-		}
-		if i > start {
-			docs = append(docs, tokens[start:i:i])
-		}
-		start = i + 1
-	}
-	return docs
-}
-
-// checkTokens refuses a document that would take the parser too long, and YAML that policies have no use for.
-func checkTokens(tokens token.Tokens) (at *token.Token, problem string) {
-	flow, dashes := 0, 0 // brackets around the token, and entries of block sequences in a row within them
-	var columns []int    // of the block collections around the token, outermost first; a lower bound of their number
-	block := func(column int) {
-		for len(columns) > 0 && columns[len(columns)-1] > column {
-			columns = columns[:len(columns)-1]
-		}
-		if len(columns) == 0 || columns[len(columns)-1] < column {
-			columns = append(columns, column)
-		}
-	}
-	for i, tk := range tokens {
-		if tk.Type != token.SequenceEntryType {
-			dashes = 0
-		}
-		switch tk.Type {
-		case token.TagType:
-			return tk, "YAML tags are not supported"
-		case token.DirectiveType:
-			return tk, "YAML directives are not supported"
-		case token.MappingKeyType:
-			return tk, `YAML keys introduced by "?" are not supported`
-		case token.MappingStartType, token.SequenceStartType:
-			flow++
-		case token.MappingEndType, token.SequenceEndType:
-			flow = max(flow-1, 0)
-		case token.SequenceEntryType:
-			if flow == 0 {
-				block(tk.Position.Column)
-			} else {
-				dashes++
-			}
-		case token.MappingValueType:
-			key := tokens[max(i-1, 0)]
-			if len(key.Value) > maxKey {
-				return key, fmt.Sprintf("has a key longer than %d bytes", maxKey)
-			}
-			if flow == 0 {
-				block(key.Position.Column)
+			first := slices.IndexFunc(open, func(b bracket) bool { return b.key })
+			if first >= 0 && indicators-open[first].indicators > maxFlow {
+				return open[first].offset
 			}
 		}
-		if len(columns)+flow+dashes > maxDepth {
-			return tk, fmt.Sprintf("is nested more than %d levels deep", maxDepth)
-		}
+		value = c == ':'
+		token = len(open) > 0 && strings.IndexByte(",:", c) >= 0 || strings.IndexByte("-?:", c) >= 0 && token && len(open) == 0
 	}
-	return nil, ""
+	return -1
 }
 
-// checkText refuses text that the lexer reads as something else than it says. The lexer takes a colon behind a missing
-// comma for text, drops tabs that are not quoted, and for each tab between double quotes drops a character behind them.
-func checkText(tokens token.Tokens) (at *token.Token, problem string) {
-	block := false // the next text is that of a block scalar
-	for _, tk := range tokens {
-		plain := tk.CharacterType == token.CharacterTypeMiscellaneous && !block
-		switch {
-		case tk.Type == token.InvalidType: // the parser tells why, and what follows is garbled
-			return nil, ""
-		case (plain || tk.Type == token.DoubleQuoteType) && strings.Contains(strings.TrimSpace(tk.Origin), "\t"):
-			return tk, `tab in text; write \t in double quotes`
-		case plain && strings.Contains(strings.ReplaceAll(tk.Value, "\n", " ")+" ", ": "):
-			return tk, "colon in unquoted text; is a comma missing? If not, quote the text"
-		}
-		if tk.Type != token.CommentType {
-			block = tk.Type == token.LiteralType || tk.Type == token.FoldedType
-		}
-	}
-	return nil, ""
-}
-
-// A converter turns the library's syntax tree of a document into nodes.
+// A converter turns the library's nodes of a document into ours.
 type converter struct {
-	fail    func(line, column int, message string)
+	r       *yamlReader
+	base    int // lines before what the library has read
 	failed  bool
-	anchors map[string]*node
-	left    int // values that may still be made
+	anchors map[*yaml.Node]*node
 }
 
-func (c *converter) node(in ast.Node) *node {
-	pos := in.GetToken().Position
-	n := &node{line: pos.Line, column: pos.Column, size: 1}
-	switch in := in.(type) {
-	case *ast.NullNode:
-		n.kind = null
-	case *ast.BoolNode:
-		n.kind, n.truth = boolean, in.Value
-	case *ast.IntegerNode:
-		n.kind = number
-		switch i := in.Value.(type) {
-		case int64:
-			n.number = float64(i)
-		case uint64:
-			n.number = float64(i)
-		}
-	case *ast.FloatNode:
-		n.kind, n.number = number, in.Value
-	case *ast.InfinityNode:
-		n.kind, n.number = number, in.Value
-	case *ast.NanNode:
-		n.kind, n.number = number, math.NaN()
-	case *ast.StringNode:
-		n.kind, n.text = text, in.Value
-		// The library takes 1e3 and numbers beyond 64 bits for strings.
-		if in.Token.Type == token.StringType && in.Value != "" && strings.ContainsRune("+-.0123456789", rune(in.Value[0])) {
-			if f, err := strconv.ParseFloat(in.Value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
-				n.kind, n.number = number, f
-			}
-		}
-	case *ast.LiteralNode:
-		n.kind, n.text = text, in.Value.Value
-	case *ast.SequenceNode:
-		n.kind = sequence
-		for _, value := range in.Values {
-			item := c.node(value)
-			n.items = append(n.items, item)
-			n.size += item.size
-		}
-	case *ast.MappingNode:
-		c.mapping(n, in)
-	case *ast.AnchorNode:
-		value := c.node(in.Value)
-		c.anchors[in.Name.GetToken().Value] = value
-		return value
-	case *ast.AliasNode:
-		name := in.Value.GetToken().Value
-		target, ok := c.anchors[name]
-		if !ok {
-			c.failf(pos, "unknown alias %s", quote(name))
-			return n
-		}
-		return c.spend(target, pos)
-	default:
-		c.failf(pos, "%s is not supported here", in.Type())
+func (c *converter) node(in *yaml.Node, depth int) *node {
+	at := c.r.place(in.Line, in.Column, c.base)
+	n := &node{line: at.line, column: at.column, size: 32 + len(in.Value), height: 1}
+	if in.Style&yaml.TaggedStyle != 0 || in.Tag == "!" {
+		c.failf(at, "YAML tags are not supported")
 	}
-	n.size += len(n.text) / textValue // for what an alias multiplies is work too: a regular expression to compile
-	c.left--
+	switch in.Kind {
+	case yaml.AliasNode:
+		return c.alias(in, at, depth)
+	case yaml.SequenceNode:
+		n.kind = sequence
+		n.items = make([]*node, len(in.Content))
+		for i, value := range in.Content {
+			n.items[i] = c.node(value, depth+1)
+			n.hold(n.items[i])
+		}
+	case yaml.MappingNode:
+		c.mapping(n, in, depth)
+	default:
+		c.scalar(n, in)
+	}
+	if in.Anchor != "" {
+		c.anchors[in] = n
+	}
 	return n
 }
 
-// spend takes an alias's target from what is left, so that a few lines of aliases of aliases cannot stand for more
-// values than memory or patience holds.
-func (c *converter) spend(target *node, pos *token.Position) *node {
-	if c.left >= 0 && c.left < target.size {
-		c.failf(pos, "aliases stand for more than %d values", maxTokens)
+// hold notes a part of a node.
+func (n *node) hold(part *node) {
+	n.size += part.size
+	n.height = max(n.height, part.height+1)
+}
+
+// alias returns what an alias stands for, unless that is too much: a few lines of aliases of aliases can stand for more
+// than memory or patience holds.
+func (c *converter) alias(in *yaml.Node, at position, depth int) *node {
+	none := &node{kind: null, line: at.line, column: at.column, size: 32, height: 1}
+	target, ok := c.anchors[in.Alias]
+	switch {
+	case !ok:
+		c.failf(at, "alias %s stands within what it stands for", quote(in.Value))
+		return none
+	case depth+target.height > maxDepth:
+		c.failf(at, tooDeep)
+		return none
+	case c.r.left >= 0 && c.r.left < target.size:
+		c.failf(at, "aliases stand for more than %d MiB", maxAlias>>20)
 	}
-	if c.left -= target.size; c.left < 0 {
-		return &node{kind: null, size: 1}
+	if c.r.left -= target.size; c.r.left < 0 {
+		return none
 	}
 	return target
 }
 
-func (c *converter) mapping(n *node, in *ast.MappingNode) {
-	n.kind = mapping
-	index := map[string]int{}
-	var merged []*node
-	for i, pair := range in.Values {
-		tk := pair.Key.GetToken()
-		if i == 0 && !in.IsFlowStyle {
-			n.line, n.column = tk.Position.Line, tk.Position.Column // the library says where the colon is
+var (
+	decimal = regexp.MustCompile(`^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?$`)
+	based   = regexp.MustCompile(`^[-+]?0(?:x[0-9a-fA-F_]+|o[0-7_]+|b[01_]+)$`)
+	octal   = regexp.MustCompile(`^[-+]?0[0-9_]+$`)
+)
+
+// scalar reads unquoted text as YAML 1.2 does, and numbers as YAML 1.1 does too; where the two differ about a number, it
+// is an error. The library's own tags are those of YAML 1.1 in part: 010 is 8, and 1e999 is text.
+func (c *converter) scalar(n *node, in *yaml.Node) {
+	n.kind, n.text = text, in.Value
+	if in.Style&^yaml.TaggedStyle != 0 {
+		return
+	}
+	switch in.Value {
+	case "", "~", "null", "Null", "NULL":
+		n.kind = null
+	case "true", "True", "TRUE":
+		n.kind, n.number = boolean, 1
+	case "false", "False", "FALSE":
+		n.kind = boolean
+	case ".nan", ".NaN", ".NAN":
+		n.kind, n.number = number, math.NaN()
+	case ".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF":
+		n.kind, n.number = number, math.Inf(1)
+	case "-.inf", "-.Inf", "-.INF":
+		n.kind, n.number = number, math.Inf(-1)
+	default:
+		if strings.IndexByte("+-.0123456789", in.Value[0]) < 0 {
+			break
 		}
-		value := c.node(pair.Value)
-		n.size += value.size
-		switch key := pair.Key.(type) {
-		case *ast.MergeKeyNode:
+		digits := strings.ReplaceAll(in.Value, "_", "")
+		switch {
+		case octal.MatchString(in.Value) && strings.Trim(digits, "+-0") != "":
+			c.failf(position{n.line, n.column}, "%s is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it",
+				quote(in.Value))
+			n.kind, n.number = number, 1
+		case decimal.MatchString(in.Value):
+			n.kind = number
+			n.number, _ = strconv.ParseFloat(digits, 64) // infinite, or 0, if it is out of range
+		case based.MatchString(in.Value):
+			if i, err := strconv.ParseInt(digits, 0, 64); err == nil {
+				n.kind, n.number = number, float64(i)
+			}
+		}
+	}
+	c.misplacedItem(n, in.Value)
+}
+
+// misplacedItem refuses unquoted text of several lines of which one begins with "- ": an item of a list that is
+// indented too far belongs to the item before it.
+func (c *converter) misplacedItem(n *node, value string) {
+	if n.kind != text || !strings.Contains(value, " - ") {
+		return
+	}
+	lines := 0
+	for line := n.line; ; line++ {
+		have := strings.TrimSpace(c.r.line(line))
+		if line == n.line {
+			have = strings.TrimSpace(c.r.rest(position{n.line, n.column}))
+		} else if strings.HasPrefix(have, "- ") {
+			c.failf(position{line, 1 + len(indentation(c.r.line(line)))},
+				`"- " continues the text of line %d; is it indented too far? If not, quote the text`, n.line)
+			return
+		}
+		if lines += len(have) + 1; lines > len(value) || line >= len(c.r.lines) {
+			return
+		}
+	}
+}
+
+func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
+	n.kind = mapping
+	n.entries = make([]entry, 0, len(in.Content)/2)
+	if in.Style&yaml.FlowStyle == 0 && len(in.Content) > 0 {
+		at := c.r.place(in.Content[0].Line, in.Content[0].Column, c.base)
+		n.line, n.column = at.line, at.column // not where an anchor is
+	}
+	var merged []*node
+	for i := 0; i+1 < len(in.Content); i += 2 {
+		name := in.Content[i]
+		at := c.r.place(name.Line, name.Column, c.base)
+		key := c.node(name, depth+1)
+		value := c.node(in.Content[i+1], depth+1)
+		n.hold(value)
+		switch {
+		case name.Kind == yaml.AliasNode:
+			c.failf(at, "want a plain key, have an alias")
+			continue
+		case key.kind != text:
+			hint := ""
+			if name.Kind == yaml.ScalarNode && name.Value != "" {
+				hint = "; quote it"
+			}
+			c.failf(at, "want a string for a key, have %s%s", key.kind, hint)
+			continue
+		case name.Value == "<<" && name.Style == 0:
 			if value.kind == sequence {
 				merged = append(merged, value.items...)
 			} else {
 				merged = append(merged, value)
 			}
 			continue
-		case *ast.StringNode, *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.NullNode:
-			if first, ok := index[tk.Value]; ok {
-				// The rest of the document still makes sense, so this does not fail it.
-				c.fail(tk.Position.Line, tk.Position.Column,
-					fmt.Sprintf("duplicate key %s, first at line %d", quote(tk.Value), n.entries[first].line))
-				continue
-			}
-		default:
-			c.failf(tk.Position, "want a plain key, have %s", key.Type())
+		}
+		if first, ok := n.find(key.text); ok {
+			// The rest of the document still makes sense, so this does not fail it.
+			c.r.fail(at, fmt.Sprintf("duplicate key %s, first at line %d", quote(key.text), first.line))
 			continue
 		}
-		index[tk.Value] = len(n.entries)
-		n.entries = append(n.entries, entry{key: tk.Value, line: tk.Position.Line, column: tk.Position.Column, value: value})
+		n.add(entry{key: key.text, line: at.line, column: at.column, value: value})
 	}
 	// The mapping's own keys win over merged ones, and earlier merged mappings over later ones.
 	for _, from := range merged {
 		if from.kind != mapping {
-			c.failf(&token.Position{Line: from.line, Column: from.column}, "want a mapping to merge, have %s", from.kind)
+			c.failf(position{from.line, from.column}, "want a mapping to merge, have %s", from.kind)
 			continue
 		}
+		if c.r.left -= len(from.entries); c.r.left < 0 {
+			continue // alias has told
+		}
 		for _, e := range from.entries {
-			if _, ok := index[e.key]; !ok {
-				index[e.key] = len(n.entries)
-				n.entries = append(n.entries, e)
+			if _, ok := n.find(e.key); !ok {
+				n.add(e)
 			}
 		}
 	}
 }
 
-func (c *converter) failf(pos *token.Position, format string, args ...any) {
+// add appends an entry.
+func (n *node) add(e entry) {
+	const few = 16 // that are as soon looked through as looked up
+	n.entries = append(n.entries, e)
+	switch {
+	case n.index != nil:
+		n.index[e.key] = len(n.entries) - 1
+	case len(n.entries) > few:
+		n.index = make(map[string]int, 2*few)
+		for i, e := range n.entries {
+			n.index[e.key] = i
+		}
+	}
+}
+
+func (c *converter) failf(at position, format string, args ...any) {
 	c.failed = true
-	c.fail(pos.Line, pos.Column, fmt.Sprintf(format, args...))
+	c.r.fail(at, fmt.Sprintf(format, args...))
 }

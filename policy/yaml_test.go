@@ -1,0 +1,286 @@
+package policy_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headgate-go/headgate/policy"
+)
+
+// TestUnbalancedBrackets tells that a bracket or brace which opens or closes nothing is no text: it would be part of a
+// control point or a label that no flow has, and the limit would be missing.
+func TestUnbalancedBrackets(t *testing.T) {
+	const selectors, parameters = "[{control_point: checkout}]", "interval: 1s"
+	for _, tt := range []struct {
+		name, old, new, want string
+	}{
+		{"a brace is missing", selectors, "[control_point: checkout}]", `5:46: bad YAML: want "," or "]", have "}"`},
+		{"a bracket for a brace", selectors, "\n            - {control_point: checkout]}", `6:39: bad YAML: want "," or "}", have "]"`},
+		{"a bracket too many among parameters", parameters, "{interval: 1s, limit_by_label_key: user]}", `10:52: bad YAML: want "," or "}", have "]"`},
+		{"a brace too many", selectors, "[{control_point: checkout}}]", `5:48: bad YAML: want "," or "]", have "}"`},
+		{"a bracket too many", selectors, selectors + "]", `5:49: bad YAML: want a key, have "]"`},
+		{"only a closing bracket", selectors, "]", `5:22: bad YAML: want a value, have "]"`},
+		{"brackets that cross", selectors, "[{control_point: checkout]}", `5:47: bad YAML: want "," or "}", have "]"`},
+		{"a bracket is not closed", selectors, "[{control_point: checkout}", `6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`},
+		{"a brace is not closed at the end of the file", parameters, "{interval: 1s", `10:13: bad YAML: "}" that closes this bracket is missing`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := policy.Parse("limits.yaml", []byte(edit(t, tt.old, tt.new)))
+			if err == nil || !strings.HasPrefix(err.Error(), "limits.yaml:"+tt.want) {
+				t.Errorf("Parse = %v, want limits.yaml:%s", err, tt.want)
+			}
+		})
+	}
+}
+
+// plan returns the value of the label that a rate limiter of base matches, as the file writes it.
+func plan(t *testing.T, file func(string) string, written string) (string, error) {
+	t.Helper()
+	policies, err := policy.Parse("limits.yaml", []byte(file(edit(t, "[{control_point: checkout}]",
+		"\n            - control_point: checkout\n              label_matcher:\n                match_labels:\n                  plan: "+written))))
+	if err != nil {
+		return "", err
+	}
+	return policies[0].Components[0].(policy.RateLimiter).Selectors[0].Labels.Equal["plan"], nil
+}
+
+func TestTextOfSeveralLines(t *testing.T) {
+	const indent = "\n                    "
+	same := func(s string) string { return s }
+	for _, tt := range []struct{ name, written, want string }{
+		{"double quotes", `"gold` + indent + `plus"`, "gold plus"},
+		{"single quotes", "'gold" + indent + "plus'", "gold plus"},
+		{"blank line in quotes", "\"gold\n" + indent + `plus"`, "gold\nplus"},
+		{"unquoted", "gold" + indent + "plus", "gold plus"},
+		{"folded", ">-" + indent + "gold" + indent + "plus", "gold plus"},
+		{"folded with a blank line", ">-" + indent + "gold\n" + indent + "plus", "gold\nplus"},
+		{"literal", "|-" + indent + "gold" + indent + "plus", "gold\nplus"},
+		{"folded, of one character", ">-" + indent + "gold" + indent + "B", "gold B"},
+		{"dash in quotes", "\"gold" + indent + "- plus\"", "gold - plus"},
+		{"dash in the first line", "gold - plus" + indent + "more", "gold - plus more"},
+	} {
+		for ends, file := range map[string]func(string) string{
+			"Unix":    same,
+			"Windows": func(s string) string { return strings.ReplaceAll(s, "\n", "\r\n") },
+			"old Mac": func(s string) string { return strings.ReplaceAll(s, "\n", "\r") },
+		} {
+			if got, err := plan(t, file, tt.written); err != nil || got != tt.want {
+				t.Errorf("%s, with %s line ends: %q, %v, want %q", tt.name, ends, got, err, tt.want)
+			}
+		}
+	}
+
+	// The same where the text ends with the file, without a line end.
+	for _, style := range []string{">-", "|-"} {
+		const tail = "\n            interval:"
+		file := strings.Replace(base, tail+" 1s\n", tail+" "+style+"\n              1s", 1)
+		if _, err := policy.Parse("limits.yaml", []byte(file)); err != nil {
+			t.Errorf("%s at the end of the file: %v", style, err)
+		}
+	}
+}
+
+// TestScalars tells what unquoted text is. What readers of YAML 1.1 and 1.2 take for different values is an error, or
+// text where that is what it looks like.
+func TestScalars(t *testing.T) {
+	const isText, octal = "", "is octal to some readers of YAML and decimal to others"
+	for _, tt := range []struct {
+		written string
+		number  string // what it is for an amount, or part of the error
+		text    string // of the error as a label's value; none if it is text
+	}{
+		{"10", "10", "have a number; quote it"},
+		{"+10", "10", "have a number; quote it"},
+		{"0x10", "16", "have a number; quote it"},
+		{"0o10", "8", "have a number; quote it"},
+		{"0b10", "2", "have a number; quote it"},
+		{"010", octal, octal},
+		{"-08", octal, octal},
+		{"00", "0", "have a number; quote it"},
+		{"007.5", "7.5", "have a number; quote it"},
+		{"1_000", "1000", "have a number; quote it"},
+		{"1e3", "1000", "have a number; quote it"},
+		{"1.5E+1", "15", "have a number; quote it"},
+		{".5", "0.5", "have a number; quote it"},
+		{"5.", "5", "have a number; quote it"},
+		{"-0", "-0", "have a number; quote it"},
+		{".inf", "is +Inf", "have a number; quote it"},
+		{"-.INF", "is -Inf", "have a number; quote it"},
+		{".nan", "is NaN", "have a number; quote it"},
+		{"1e999", "is +Inf", "have a number; quote it"},
+		{"inf", "have a string", isText},
+		{"+inf", "have a string", isText},
+		{"NaN", "have a string", isText},
+		{"0x1p4", "have a string", isText},
+		{"0x", "have a string", isText},
+		{"1e", "have a string", isText},
+		{"1,000", "have a string", isText},
+		{"1:30", "have a string", isText},
+		{"1e3s", "have a string", isText},
+		{"1.2.3", "have a string", isText},
+		{"2020-01-01", "have a string", isText},
+		{"2020-01-01T00:00:00Z", "have a string", isText},
+		{"true", "have a boolean", "have a boolean; quote it"},
+		{"FALSE", "have a boolean", "have a boolean; quote it"},
+		{"yes", "have a string", isText},
+		{"No", "have a string", isText},
+		{"on", "have a string", isText},
+		{"off", "have a string", isText},
+		{"y", "have a string", isText},
+		{"tRUE", "have a string", isText},
+		{"~", "wants one of", "have nothing"},
+		{"null", "wants one of", "have nothing"},
+		{"Null", "wants one of", "have nothing"},
+		{"nil", "have a string", isText},
+		{"", "wants one of", "have nothing"},
+		{"<<", "have a string", isText},
+		{"=", "have a string", isText},
+		{"a\tb", "have a string", isText},
+		{"org:acme", "have a string", isText},
+		{"http://a/b#c", "have a string", isText},
+		{"!!int 5", "tags are not supported", "tags are not supported"},
+		{"! 5", "tags are not supported", "tags are not supported"},
+		{"@a", `text cannot begin with "@"; quote it`, `text cannot begin with "@"; quote it`},
+		{"`a`", "text cannot begin with \"`\"; quote it", "text cannot begin with \"`\"; quote it"},
+		{"%a", `text cannot begin with "%"; quote it`, `text cannot begin with "%"; quote it`},
+	} {
+		got, err := plan(t, func(s string) string { return s }, tt.written)
+		switch {
+		case tt.text == isText && (err != nil || got != tt.written):
+			t.Errorf("as text, %q = %q, %v", tt.written, got, err)
+		case tt.text != isText && (err == nil || !strings.Contains(err.Error(), tt.text)):
+			t.Errorf("as text, %q = %q, %v, want the error %s", tt.written, got, err, tt.text)
+		}
+		policies, err := policy.Parse("limits.yaml", []byte(edit(t, "{constant_signal: {value: 10}}", "\n              constant_signal:\n                value: "+tt.written)))
+		if err == nil {
+			err = fmt.Errorf("%v", policies[0].Components[0].(policy.RateLimiter).Capacity)
+		}
+		if !strings.Contains(err.Error(), tt.number) || err.Error() != tt.number && !strings.HasPrefix(err.Error(), "limits.yaml:") {
+			t.Errorf("as a number, %q = %v, want %s", tt.written, err, tt.number)
+		}
+	}
+	for _, boolean := range []string{"yes", "off", "y"} {
+		_, err := policy.Parse("limits.yaml", []byte(edit(t, "interval: 1s", "{interval: 1s, continuous_fill: "+boolean+"}")))
+		if err == nil || !strings.HasSuffix(err.Error(), "want a boolean, have a string; write true or false") {
+			t.Errorf("as a boolean, %s = %v", boolean, err)
+		}
+	}
+	for _, duration := range []string{"1e3s", "1:30", "1_000s", "1d", "P1D", "2020-01-01"} {
+		_, err := policy.Parse("limits.yaml", []byte(edit(t, "1s", duration)))
+		if err == nil || !strings.Contains(err.Error(), `bad duration "`+duration+`"`) {
+			t.Errorf("as a duration, %s = %v", duration, err)
+		}
+	}
+}
+
+func TestParseYAML(t *testing.T) {
+	labels := func(yaml string) string { return edit(t, "checkout}", "checkout, label_matcher: {match_labels: "+yaml+"}}") }
+	list := func(yaml string) string {
+		return edit(t, "checkout}", "checkout, label_matcher: {match_list: [{key: tenant, operator: In, values: "+yaml+"}]}}")
+	}
+	for _, tt := range []struct{ name, data, want string }{ // want: part of the error, or nothing
+		{"colons in a list in braces", list("[org:acme, org:globex]"), ""},
+		{"colon in a key", labels("{k8s:app: shop}"), ""},
+		{"number for a key", labels("{404: a}"), "5:80: want a string for a key, have a number; quote it"},
+		{"number for a key in quotes", labels(`{"404": a}`), ""},
+		{"boolean for a key", labels("{true: a}"), "5:80: want a string for a key, have a boolean; quote it"},
+		{"null for a key", labels("{~: a}"), "5:80: want a string for a key, have nothing; quote it"},
+		{"sequence for a key", labels("{[a]: a}"), "5:80: want a string for a key, have a sequence"},
+		{"key with a question mark", labels("{? a : b}"), ""},
+		{"item that is indented too far", edit(t, "[{control_point: checkout}]", "\n            - control_point: checkout\n"+
+			"              label_matcher:\n                match_list:\n                  - key: tenant\n                    operator: In\n"+
+			"                    values:\n                      - acme\n                        - globex"), `13:25: "- " continues the text of line 12; is it indented too far?`},
+		{"colon that is indented too far", edit(t, "            fill_amount", "              fill_amount"), "8:15: bad YAML: want a key"},
+		{"tab for indentation", "circuit:\n\tcomponents: []\n", "2:1: bad YAML: tab in the indentation; indent with spaces"},
+		{"tab after spaces", edit(t, "            interval", "          \tinterval"), "10:11: bad YAML: tab in the indentation; indent with spaces"},
+		{"tab below a key of blueprint values", "blueprint: rate-limiting/base\npolicy:\n\tpolicy_name: a\n", "3:1: bad YAML: tab in the indentation; indent with spaces"},
+		{"tab in a regular expression that is wrong", edit(t, "checkout}", "a, label_matcher: {expression: {label_matches: {label: l, regex: \"(\\t\"}}}}"), "missing closing ): `(\\t`"},
+		{"no colon", edit(t, "circuit:", "x-a\ncircuit:"), "2:8: bad YAML: a colon is not allowed here"},
+		{"no space behind a colon", edit(t, "interval: 1s", "interval:1s"), "parameters: want a mapping, have a string"},
+		{"quote that is not closed", edit(t, "checkout}", "'checkout}"), "5:39: bad YAML: the quote that closes this text is missing"},
+		{"unknown escape", edit(t, "checkout}", `"\d"}`), `5:40: bad YAML: unknown escape in double quotes; write \\ for a backslash`},
+		{"text behind quotes", edit(t, "1s", "'1s' 2s"), `10:28: bad YAML: want a key, have "2"`},
+		{"list in the line of its key", edit(t, "[{control_point: checkout}]", "- {}"), `5:22: bad YAML: a list that begins with "- " needs a line of its own`},
+		{"two keys in a line", edit(t, "interval: 1s", "interval: 1s: x"), "10:25: bad YAML: a colon is not allowed here"},
+		{"tag directive", "%TAG ! x\n---\n" + base, "1:1: YAML directives are not supported"},
+		{"unknown directive", "%FOO\n---\n" + base, "YAML directives are not supported"},
+		{"older version", "%YAML 1.1\n---\n" + base, "1:1: YAML directives are not supported"},
+		{"zero byte", edit(t, "checkout", "check\x00out"), "5:44: holds a zero byte"},
+		{"control character", edit(t, "checkout", "check\x07out"), `5:44: holds the control character U+0007; write it as \u0007 in double quotes`},
+		{"not UTF-8", edit(t, "checkout", "\u00fc\xffout"), "5:40: is not UTF-8"},
+		{"UTF-16", "\xff\xfea\x00:\x00", "1:1: is UTF-16; save it as UTF-8"},
+		{"UTF-16, the other end first", "\xfe\xff\x00a\x00:", "1:1: is UTF-16; save it as UTF-8"},
+		{"UTF-16 without a mark", "a\x00:\x00", "1:2: holds a zero byte; is it text, saved as UTF-8?"},
+		{"line separator", edit(t, "checkout", "check\u2028out"), "5:44: holds U+2028, which may be a line end or text"},
+		{"line separator in a comment", "# a\u2028b: c\n" + base, "1:4: holds U+2028, which may be a line end or text"},
+		{"next line", edit(t, "checkout", "check\u0085out"), "5:44: holds U+0085, which may be a line end or text"},
+		{"byte order mark of a second file", base + "---\n\ufeff" + base, "12:1: holds a byte order mark that is not at its beginning"},
+		{"errors of several documents", resource("a]") + "\n---\n" + resource("b]") + "\n", "\nlimits.yaml:19:19: bad YAML: "},
+		{"JSON with a slip", `{"circuit": {"components": [}}`, `1:29: bad YAML: want a value, have "}"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := policy.Parse("limits.yaml", []byte(tt.data))
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("Parse = %v, want %q", err, tt.want)
+			}
+			if err != nil && strings.ContainsAny(err.Error(), "\uFFFD\t") {
+				t.Errorf("the error hides a character: %q", err)
+			}
+		})
+	}
+}
+
+func TestMisplacedKeys(t *testing.T) {
+	for _, tt := range []struct{ name, data, want string }{
+		{"port among parameters", edit(t, "interval: 1s", "{interval: 1s, bucket_capacity: 1}"), limiter + ".parameters.bucket_capacity: unknown key; it belongs in rate_limiter.in_ports"},
+		{"port among parameters, in another style", edit(t, "interval: 1s", "{interval: 1s, bucketCapacity: 1}"), `bucketCapacity: unknown key; did you mean "bucket_capacity", which belongs in rate_limiter.in_ports?`},
+		{"parameter above", edit(t, "          parameters:", "          interval: 1s\n          parameters:"), limiter + ".interval: unknown key; it belongs in rate_limiter.parameters"},
+		{"parameter below", edit(t, "interval: 1s", "{interval: 1s, selectors: []}"), "parameters.selectors: unknown key; it belongs in rate_limiter"},
+		{"parameter of requests", edit(t, "interval: 1s", "{interval: 1s, tokens_label_key: a}"), "it belongs in rate_limiter.request_parameters"},
+		{"control point of a limiter", edit(t, "          parameters:", "          control_point: a\n          parameters:"), limiter + ".control_point: unknown key; it belongs in rate_limiter.selectors[]"},
+		{"labels of a selector", edit(t, "checkout}", "checkout, match_labels: {}}"), "match_labels: unknown key; it belongs in rate_limiter.selectors[].label_matcher"},
+		{"parameter of another kind", edit(t, "interval: 1s", "{interval: 1s, max_inflight_duration: 1s}"), "max_inflight_duration: unknown key; it belongs in concurrency_limiter.parameters"},
+		{"block of another kind", edit(t, "          parameters:", "          scheduler: {}\n          parameters:"), "scheduler: unknown key; it belongs in concurrency_scheduler or quota_scheduler"},
+		{"value of a port", edit(t, "{constant_signal: {value: 10}}", "{value: 10}"), "value: unknown key; it belongs in rate_limiter.in_ports.bucket_capacity.constant_signal"},
+		{"limiter beside flow_control", "circuit: {components: [{rate_limiter: {}}]}", "circuit.components[0].rate_limiter: unknown key; it belongs in flow_control"},
+		{"components at the top", "components: []\n" + base, "components: unknown key; it belongs in circuit"},
+		{"circuit beside spec", resource("x") + "\ncircuit: {}", "circuit: unknown key; it belongs in spec"},
+		{"port of a circuit in a blueprint", strings.Replace(values, "    selectors", "    limit_by_label_key: a\n    selectors", 1), "policy.rate_limiter.limit_by_label_key: unknown key; it belongs in policy.rate_limiter.parameters"},
+		{"shape that is misspelt", "blueprnt: rate-limiting\npolicy: {}\n", `blueprnt: unknown key; did you mean "blueprint"?`},
+		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, continous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.continous_fill: unknown key; did you mean "continuous_fill"?`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := policy.Parse("limits.yaml", []byte(tt.data))
+			if err == nil || !strings.Contains(err.Error()+"\n", tt.want) {
+				t.Errorf("Parse = %v, want %s", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestPlaceholders(t *testing.T) {
+	const want = ": __REQUIRED_FIELD__ is to be replaced by a "
+	resourceX := resource("x")
+	for _, tt := range []struct{ name, data, want string }{
+		{"control point", edit(t, "checkout", "__REQUIRED_FIELD__"), "limits.yaml:5:39: " + limiter + ".selectors[0].control_point" + want + "value"},
+		{"policy name", strings.Replace(resourceX, "name: x", "name: __REQUIRED_FIELD__", 1), "limits.yaml:3:18: metadata.name" + want + "value"},
+		{"policy name of a blueprint", strings.Replace(values, "per-tenant", "__REQUIRED_FIELD__", 1), "limits.yaml:3:16: policy.policy_name" + want + "value"},
+		{"number", edit(t, "10", "__REQUIRED_FIELD__"), "limits.yaml:7:56: " + limiter + ".in_ports.bucket_capacity.constant_signal.value" + want + "value"},
+		{"duration", edit(t, "1s", "__REQUIRED_FIELD__"), "limits.yaml:10:23: " + limiter + ".parameters.interval" + want + "value"},
+		{"mapping", edit(t, "{constant_signal: {value: 10}}", "__REQUIRED_FIELD__"), "limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity" + want + "value"},
+		{"list", edit(t, "[{control_point: checkout}]", "[__REQUIRED_FIELD__]"), "limits.yaml:5:23: " + limiter + ".selectors[0]" + want + "value"},
+		{"label", edit(t, "checkout}", "a, label_matcher: {match_labels: {__REQUIRED_FIELD__: a}}}"), "limits.yaml:5:73: " + limiter + ".selectors[0].label_matcher.match_labels.__REQUIRED_FIELD__" + want + "key"},
+		{"part of a text", edit(t, "checkout", "a-__REQUIRED_FIELD__"), "limits.yaml:5:39: " + limiter + ".selectors[0].control_point" + want + "value"},
+		{"what is not used", strings.Replace(resourceX, "name: x", "name: x, namespace: __REQUIRED_FIELD__", 1), "limits.yaml:3:32: metadata.namespace" + want + "value"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := policy.Parse("limits.yaml", []byte(tt.data))
+			if diff := cmp.Diff(tt.want, fmt.Sprint(err)); diff != "" {
+				t.Errorf("Parse (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
