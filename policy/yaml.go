@@ -468,6 +468,7 @@ type converter struct {
 	base    int // lines before what the library has read
 	failed  bool
 	anchors map[*yaml.Node]*node
+	indent  int // spaces before what is in the mapping, of those in lines of their own
 }
 
 func (c *converter) node(in *yaml.Node, depth int) *node {
@@ -569,26 +570,32 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 			}
 		}
 	}
-	c.misplacedItem(n, in.Value)
+	c.severalLines(n, in.Value)
 }
 
-// misplacedItem refuses unquoted text of several lines of which one begins with "- ": an item of a list that is
-// indented too far belongs to the item before it.
-func (c *converter) misplacedItem(n *node, value string) {
-	if n.kind != text || !strings.Contains(value, " - ") {
+// severalLines refuses unquoted text of several lines that is hardly meant as such: a line that begins with "- " is an
+// item of a list, indented too far, and one that is indented less than what it is part of has been broken by accident.
+func (c *converter) severalLines(n *node, value string) {
+	if n.kind != text || !strings.Contains(value, " ") && !strings.Contains(value, "\n") {
 		return
 	}
-	lines := 0
-	for line := n.line; ; line++ {
-		have := strings.TrimSpace(c.r.line(line))
-		if line == n.line {
-			have = strings.TrimSpace(c.r.rest(position{n.line, n.column}))
-		} else if strings.HasPrefix(have, "- ") {
-			c.failf(position{line, 1 + len(indentation(c.r.line(line)))},
-				`"- " continues the text of line %d; is it indented too far? If not, quote the text`, n.line)
+	rest := c.r.rest(position{n.line, n.column})
+	if strings.HasPrefix(rest, value) {
+		return
+	}
+	// Each line is part of the value, without the space around it.
+	for line, read := n.line+1, len(strings.TrimSpace(rest)); read < len(value) && line <= len(c.r.lines); line++ {
+		have := c.r.line(line)
+		indent := len(indentation(have))
+		have = strings.TrimSpace(have)
+		read += len(have) + 1
+		switch {
+		case have == "":
+		case strings.HasPrefix(have, "- "):
+			c.failf(position{line, indent + 1}, `"- " continues the text of line %d; is it indented too far? If not, quote the text`, n.line)
 			return
-		}
-		if lines += len(have) + 1; lines > len(value) || line >= len(c.r.lines) {
+		case indent < c.indent:
+			c.failf(position{line, indent + 1}, "continues the text of line %d and is indented less; put the text in one line, or quote it", n.line)
 			return
 		}
 	}
@@ -600,6 +607,8 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 	if in.Style&yaml.FlowStyle == 0 && len(in.Content) > 0 {
 		at := c.r.place(in.Content[0].Line, in.Content[0].Column, c.base)
 		n.line, n.column = at.line, at.column // not where an anchor is
+		defer func(indent int) { c.indent = indent }(c.indent)
+		c.indent = at.column
 	}
 	var merged []*node
 	for i := 0; i+1 < len(in.Content); i += 2 {

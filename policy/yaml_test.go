@@ -193,6 +193,8 @@ func TestParseYAML(t *testing.T) {
 		{"item that is indented too far", edit(t, "[{control_point: checkout}]", "\n            - control_point: checkout\n"+
 			"              label_matcher:\n                match_list:\n                  - key: tenant\n                    operator: In\n"+
 			"                    values:\n                      - acme\n                        - globex"), `13:25: "- " continues the text of line 12; is it indented too far?`},
+		{"text that is broken by accident", edit(t, "checkout}", "check\nout}"), "6:1: continues the text of line 5 and is indented less"},
+		{"text that is broken by accident, a little indented", edit(t, "checkout}", "check\n  out}"), "6:3: continues the text of line 5 and is indented less"},
 		{"colon that is indented too far", edit(t, "            fill_amount", "              fill_amount"), "8:15: bad YAML: want a key"},
 		{"tab for indentation", "circuit:\n\tcomponents: []\n", "2:1: bad YAML: tab in the indentation; indent with spaces"},
 		{"tab after spaces", edit(t, "            interval", "          \tinterval"), "10:11: bad YAML: tab in the indentation; indent with spaces"},
