@@ -47,7 +47,8 @@ func Load(paths ...string) ([]Policy, error) {
 //
 // Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, and for those at
 // the top of a document that begin with "x-": they are a place for anchors, and otherwise ignored. Keys that it has and
-// that are of no use here end up in [Policy.Warnings].
+// that are of no use here end up in [Policy.Warnings]. A key or value that Aperture's blueprints have left to be filled in,
+// __REQUIRED_FIELD__, is an error.
 //
 // The components of flow_control that this package has a type for are read, and adaptive_load_scheduler, which is an
 // [AIMDLoadScheduler] by an old name; others are errors. An input port is connected to a constant or to the signal of a

@@ -30,6 +30,8 @@ func FuzzParse(f *testing.F) {
 		"resources: {flow_control: {flux_meters: {a: &a {selectors: [*a]}}}}\ncircuit: {components: [{flow_control: {load_scheduler: {in_ports: {load_multiplier: {signal_name: a}}}}}]}",
 		"circuit: {components: [{flow_control: {quota_scheduler: {scheduler: {workloads: [{name: '1'}, {name: default}, ~]}}}}, {query: {out_ports: {x: {signal_name: 1}}}}]}",
 		"a: |+\n\n b\n", "? a\n: b\n", "{a: b c: d, \"e\": [f\tg]}", "x-a: &a {k.l: 1}\n\"b\\n\": *a\n", "!!str a: !x\n", "%YAML 1.2\n---\n", "\xff\xfe", "{a, b: , [c]: d}", "- - -\n -", "a: 'b\n\n",
+		"{\"circuit\": {}}\n---\n# c\n[a: b]\n...\n%YAML 1.2\n", "a: &a {<<: [*a]}\nb: 010\n", "a: b\n  - c\n", "a: {b: c\nd}\r\ne: \"\\q\"\r}\n---\n]\n",
+		"circuit: {components: [{flow_control: {rate_limiter: {in_ports: {interval: __REQUIRED_FIELD__}, parametrs: {}}}}]}",
 	} {
 		f.Add([]byte(seed))
 	}

@@ -73,9 +73,9 @@ func (n *node) find(key string) (entry, bool) {
 type yamlReader struct {
 	file    string
 	text    string
-	lines   []int        // offsets in text
-	opened  string       // text with "--- " before documents in brackets; see openFlows
-	shifted []int        // lines that it lengthens
+	lines   []int  // offsets in text
+	opened  string // text with "--- " before documents in brackets; see openFlows
+	shifted []int  // lines that it lengthens
 	errs    []*Error
 	left    int // bytes that aliases may still stand for
 }
@@ -250,7 +250,7 @@ func (r *yamlReader) fail(at position, message string) {
 	if len(r.errs) >= mostErrors {
 		return
 	}
-	r.errs = append(r.errs, &Error{File: r.file, Line: max(at.line, 1), Column: max(at.column, 1), Message: printable(clip(message, 200))})
+	r.errs = append(r.errs, &Error{File: r.file, Line: max(at.line, 1), Column: max(at.column, 1), Message: clip(printable(clip(message, 200)), 250)})
 }
 
 // lines returns the offsets at which lines begin.

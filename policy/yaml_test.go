@@ -177,7 +177,9 @@ func TestScalars(t *testing.T) {
 }
 
 func TestParseYAML(t *testing.T) {
-	labels := func(yaml string) string { return edit(t, "checkout}", "checkout, label_matcher: {match_labels: "+yaml+"}}") }
+	labels := func(yaml string) string {
+		return edit(t, "checkout}", "checkout, label_matcher: {match_labels: "+yaml+"}}")
+	}
 	list := func(yaml string) string {
 		return edit(t, "checkout}", "checkout, label_matcher: {match_list: [{key: tenant, operator: In, values: "+yaml+"}]}}")
 	}
