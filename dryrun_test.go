@@ -160,8 +160,8 @@ var guarded = []struct {
 			func(context.Context, int, error) (int, error) { return 0, errFellBack })
 		return func(ctx context.Context) error { _, err := f(ctx, 1); return err }
 	}},
-	{"Retry", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
-		return onlyError(headgate.Retry(client, point, params, worker(work), fellBack, headgate.RetryPolicy{Attempts: -1, Budget: -1}))
+	{"Retrying", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
+		return onlyError(headgate.Guard(headgate.Retrying(client, headgate.RetryPolicy{Attempts: -1, Budget: -1}), point, params, worker(work), fellBack))
 	}},
 	{"Cached", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
 		calls := 0
@@ -172,7 +172,7 @@ var guarded = []struct {
 			params := params
 			params.ResultCacheKey = "call " + strconv.Itoa(calls)
 			mu.Unlock()
-			return onlyError(headgate.Cached(client, point, params, time.Hour, worker(work), fellBack, nil))(ctx)
+			return onlyError(headgate.Cached(client, point, params, worker(work), fellBack, headgate.CachePolicy[int]{TTL: time.Hour}))(ctx)
 		}
 	}},
 	{"unary server", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
@@ -329,9 +329,9 @@ func TestDryRunCaches(t *testing.T) {
 	const calls = 100
 	overDryRuns(t, func(t *testing.T, client *flowctl.Client, params flowctl.Params, s switchedOff) {
 		runs := 0
-		report := headgate.Cached(client, point, params, time.Hour,
+		report := headgate.Cached(client, point, params,
 			func(context.Context) (string, error) { runs++; return "report", nil },
-			func(context.Context, error) (string, error) { return "", errFellBack }, nil)
+			func(context.Context, error) (string, error) { return "", errFellBack }, headgate.CachePolicy[string]{TTL: time.Hour})
 		begin := time.Now()
 		for range calls {
 			if got, err := report(t.Context()); got != "report" || err != nil {
