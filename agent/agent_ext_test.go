@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
@@ -116,11 +119,39 @@ func TestVectors(t *testing.T) {
 			return serve(t, policies).stub(t)
 		})
 	})
+	t.Run("stub with baggage", func(t *testing.T) {
+		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+			return carrying{serve(t, policies).stub(t)}
+		})
+	})
 	t.Run("client", func(t *testing.T) {
 		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
 			return vectors.Stub(serve(t, policies).client(t))
 		})
 	})
+}
+
+// A carrying client merges 200 labels into each check, as SDKs do with baggage, and leaves them out of what it is told.
+type carrying struct {
+	checkv1.FlowControlServiceClient
+}
+
+func (c carrying) Check(ctx context.Context, in *checkv1.CheckRequest, opts ...grpc.CallOption) (*checkv1.CheckResponse, error) {
+	in = proto.CloneOf(in)
+	if in.Labels == nil {
+		in.Labels = make(map[string]string)
+	}
+	for i := range 200 {
+		in.Labels[fmt.Sprintf("~%03d", i)] = strings.Repeat("v", 5000)
+	}
+	m, err := c.FlowControlServiceClient.Check(ctx, in, opts...)
+	if err != nil {
+		return nil, err
+	}
+	carried := func(key string) bool { return strings.HasPrefix(key, "~") }
+	m.FlowLabelKeys = slices.DeleteFunc(m.FlowLabelKeys, carried)
+	maps.DeleteFunc(m.TelemetryFlowLabels, func(key, _ string) bool { return carried(key) })
+	return m, nil
 }
 
 func slots(limit float64) []policy.Policy {

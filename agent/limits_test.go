@@ -322,6 +322,23 @@ func TestCredentialsAreNotReported(t *testing.T) {
 	}
 }
 
+// Telemetry brings back the labels by which latencies are told apart, headers too, and no other headers.
+func TestTelemetryHasMeasuredHeaders(t *testing.T) {
+	stub := serve(t, []policy.Policy{{Name: "load", Components: []policy.Component{policy.LoadScheduler{
+		Selectors: policy.At("db"),
+		LoadMultiplier: policy.MeanLatency{Over: time.Minute, Selectors: []policy.Selector{{
+			ControlPoint: "web", Labels: policy.LabelMatcher{Equal: map[string]string{"http.request.header.x_kind": "read"}},
+		}}},
+	}}}}).stubHTTP(t)
+	m, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: "web", Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{
+		Headers: map[string]string{"x-kind": "read", "x-other": "1"},
+	}})
+	got := m.GetCheckResponse().GetTelemetryFlowLabels()
+	if err != nil || got["http.request.header.x_kind"] != "read" || got["http.request.header.x_other"] != "" {
+		t.Errorf("telemetry labels = %v, %v", got, err)
+	}
+}
+
 // http.target is the path as it was sent.
 func TestCheckHTTPTarget(t *testing.T) {
 	stub := serve(t, nil).stubHTTP(t)
