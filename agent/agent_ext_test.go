@@ -149,8 +149,8 @@ func (c carrying) Check(ctx context.Context, in *checkv1.CheckRequest, opts ...g
 		return nil, err
 	}
 	carried := func(key string) bool { return strings.HasPrefix(key, "~") }
-	m.FlowLabelKeys = slices.DeleteFunc(m.FlowLabelKeys, carried)
-	maps.DeleteFunc(m.TelemetryFlowLabels, func(key, _ string) bool { return carried(key) })
+	m.FlowLabelKeys = slices.DeleteFunc(m.GetFlowLabelKeys(), carried)
+	maps.DeleteFunc(m.GetTelemetryFlowLabels(), func(key, _ string) bool { return carried(key) })
 	return m, nil
 }
 

@@ -109,7 +109,7 @@ func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (
 		if response.GlobalCacheResponses == nil {
 			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
 		}
-		if _, again := response.GlobalCacheResponses[key]; !again {
+		if _, again := response.GetGlobalCacheResponses()[key]; !again {
 			response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{Key: key, Global: true}, asked.Room))
 		}
 	}
@@ -184,7 +184,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 		response.GlobalCacheResponses[key] = told(s.server.engine.Delete(ctx, seam.CacheKey{Key: key, Global: true}))
 	}
 	for key, err := range refused.global {
-		if _, done := response.GlobalCacheResponses[key]; !done {
+		if _, done := response.GetGlobalCacheResponses()[key]; !done {
 			response.GlobalCacheResponses[key] = told(err)
 		}
 	}

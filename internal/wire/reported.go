@@ -27,7 +27,7 @@ func Answer(req *seam.Request, v *seam.Verdict, named map[string]bool) *checkv1.
 	m := response(req, v, reported(all, named))
 	for key := range m.GetTelemetryFlowLabels() {
 		if credential.HeaderLabel(key) {
-			delete(m.TelemetryFlowLabels, key)
+			delete(m.GetTelemetryFlowLabels(), key)
 		}
 	}
 	m.ControlPoint = cut(req.ControlPoint, maxReportedPoint)
