@@ -234,7 +234,7 @@ func TestOperatingNames(t *testing.T) {
 	// The last five are OpenTelemetry's.
 	calls := []string{"warn", "log", "Warn", "Int64Counter", "Int64ObservableGauge", "String", "Bool", "AddEvent"}
 	found := 0
-	for _, file := range []string{"flowctl/client.go", "flowctl/remote.go", "flowctl/telemetry.go", "flowctl/observe.go", "engine/engine.go"} {
+	for _, file := range []string{"flowctl/client.go", "flowctl/remote.go", "flowctl/telemetry.go", "flowctl/observe.go", "flowctl/pauses.go", "engine/engine.go"} {
 		ast.Inspect(parse(t, file), func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
 			if !ok {

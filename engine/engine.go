@@ -94,7 +94,10 @@ type Engine struct {
 	running sync.WaitGroup // the sweeper and the controller
 }
 
-var _ seam.Agent = (*Engine)(nil)
+var (
+	_ seam.Agent    = (*Engine)(nil)
+	_ seam.Reverter = (*Engine)(nil)
+)
 
 // New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
 // keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
@@ -255,8 +258,8 @@ func (e *Engine) Observe(controlPoint string, labels map[string]string, latency 
 	e.tell(e.rules.Load().gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
 }
 
-// Revert takes back all that Check gave a flow, tokens and slots, instead of End: nobody will hear of the verdict.
-// Package agent calls it.
+// Revert takes back all that Check gave a flow, tokens and slots, instead of End: the flow does not run. Clients of package
+// flowctl call it, and package agent for flows whose client has gone.
 func (e *Engine) Revert(req *seam.Request, v *seam.Verdict) {
 	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
 		undo(v, e.now())

@@ -68,6 +68,8 @@ type Client struct {
 	silenceLog   limitedLog
 	invalidLog   limitedLog
 	unstoredLog  limitedLog
+	pauseLog     limitedLog
+	pausedLog    limitedLog
 	closed       atomic.Bool
 	runs         flight.Runs // of package headgate's cached functions
 }
@@ -278,6 +280,12 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	}
 	if !f.Success() {
 		return EndResponse{}, nil
+	}
+	if f.course.unused() {
+		if r, ok := c.agent.(seam.Reverter); ok {
+			r.Revert(&f.req, &f.verdict)
+			return EndResponse{}, nil
+		}
 	}
 	r, err := c.agent.End(ctx, &f.req, &f.verdict, s == StatusError)
 	if err != nil {

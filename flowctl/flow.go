@@ -131,8 +131,10 @@ func (f *Flow) RejectReason() RejectReason { return RejectReason(f.verdict.Rejec
 // RetryAfter is how long until a retry of a rejected flow can succeed; 0 when that is not known, or never.
 func (f *Flow) RetryAfter() time.Duration { return f.verdict.Rejection().RetryAfter }
 
-// HTTPStatus is what to answer a request with: 200 when the flow runs, and else a status within 400 to 599, for a
-// rejection the policy's or one by its reason.
+// HTTPStatus is what to answer a request with: 200 when the flow runs, and else a status within 400 to 599. That of a
+// rejection is the policy's, or one by its reason. That of a Canceled flow is 408 if its context was canceled, as when the
+// client has left. It is 503 if the context's deadline has passed, or if the context was canceled with a cause other than
+// context.Canceled: then the service itself gave up.
 func (f *Flow) HTTPStatus() int {
 	switch {
 	case f.run:
@@ -141,11 +143,20 @@ func (f *Flow) HTTPStatus() int {
 		return f.deniedStatus()
 	case f.decision == Unreachable:
 		return http.StatusServiceUnavailable
+	case f.decision == Canceled && f.callerLeft():
+		return http.StatusRequestTimeout // which no caller reads
 	case f.decision == Canceled:
-		return http.StatusRequestTimeout
+		return http.StatusServiceUnavailable
 	default:
 		return http.StatusInternalServerError
 	}
+}
+
+// callerLeft reports whether a Canceled flow's context was canceled without a cause, as servers do when a client has left. A
+// deadline that has passed, and a cause, are the service's own.
+func (f *Flow) callerLeft() bool {
+	cause := context.Cause(f.parent)
+	return errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded)
 }
 
 func (f *Flow) deniedStatus() int {
@@ -184,6 +195,15 @@ func (c *flowContext) Value(key any) any {
 		return (*Flow)(c)
 	case flight.ShortOfTime{}:
 		return (*Flow)(c).shortOfTime()
+	case seam.DryRunKey{}:
+		return c.client == nil || c.client.dryRun
+	case seam.PausesKey{}:
+		if c.client == nil {
+			return nil
+		}
+		return (*pauses)(c.client)
+	case seam.UnusedKey{}:
+		return (*unusedFlow)(c)
 	default:
 		return c.parent.Value(key)
 	}
@@ -195,12 +215,24 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 	return f, ok
 }
 
-// course is what a flow has come to since it was decided: whether it has ended, and the statuses that SetStatus was told
-// and SetError came to. It is one word because a flow has room for no more.
+// unusedFlow is a flow as something that can end without having run.
+type unusedFlow Flow
+
+// EndUnused ends the flow as an error.
+func (u *unusedFlow) EndUnused(ctx context.Context) {
+	f := (*Flow)(u)
+	f.SetStatus(StatusError)
+	f.course.bits.Or(courseUnused)
+	_, _ = f.End(ctx) // the client logs the error
+}
+
+// course is what a flow has come to since it was decided: whether it has ended, whether it did not run although it was let
+// in, and the statuses that SetStatus was told and SetError came to. It is one word because a flow has room for no more.
 type course struct{ bits atomic.Uint32 }
 
 const (
 	courseEnded   = 1 << 16
+	courseUnused  = 1 << 17
 	courseSet     = 8 // how far the status is shifted
 	courseDerived = 0
 	courseStatus  = 1<<8 - 1
@@ -210,6 +242,8 @@ const (
 func (c *course) end() bool { return c.bits.Or(courseEnded)&courseEnded == 0 }
 
 func (c *course) ended() bool { return c.bits.Load()&courseEnded != 0 }
+
+func (c *course) unused() bool { return c.bits.Load()&courseUnused != 0 }
 
 // status is the one that was put at the shift.
 func (c *course) status(shift int) Status { return Status(c.bits.Load() >> shift & courseStatus) }

@@ -15,10 +15,12 @@ import (
 
 const scope = "github.com/headgate-go/headgate/flowctl"
 
-// An observer shows flows to the application: a span each, and a count of decisions.
+// An observer shows flows to the application: a span each, and a count of decisions. It counts the pauses of Transports
+// too.
 type observer struct {
-	tracer    trace.Tracer
-	decisions metric.Int64Counter
+	tracer trace.Tracer
+
+	decisions, pauses, paused metric.Int64Counter // nil without a meter
 
 	// Sets of attributes are dear to make, and there are few: control points times outcomes.
 	sets  sync.Map // outcome → metric.AddOption
@@ -30,7 +32,7 @@ const maxOutcomes = 4096
 
 type outcome struct {
 	controlPoint string
-	decision     Decision
+	decision     Decision // 0: of a pause, which is about no flow
 	reason       RejectReason
 }
 
@@ -47,6 +49,14 @@ func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*ob
 		var err error
 		if o.decisions, err = meter.Int64Counter("flowcontrol_decisions_total", metric.WithUnit("{flow}"),
 			metric.WithDescription("Flows by what was decided about them.")); err != nil {
+			return nil, err
+		}
+		if o.pauses, err = meter.Int64Counter("flowcontrol_pauses_total", metric.WithUnit("{pause}"),
+			metric.WithDescription("Pauses that upstreams asked for, by Retry-After.")); err != nil {
+			return nil, err
+		}
+		if o.paused, err = meter.Int64Counter("flowcontrol_paused_requests_total", metric.WithUnit("{request}"),
+			metric.WithDescription("Requests that were not sent because of a pause.")); err != nil {
 			return nil, err
 		}
 	}
@@ -114,9 +124,9 @@ func (o *observer) set(key outcome) metric.AddOption {
 			return add
 		}
 	}
-	attrs := []attribute.KeyValue{
-		attribute.String("control_point", key.controlPoint),
-		attribute.String("decision_type", key.decision.String()),
+	attrs := []attribute.KeyValue{attribute.String("control_point", key.controlPoint)}
+	if key.decision != 0 {
+		attrs = append(attrs, attribute.String("decision_type", key.decision.String()))
 	}
 	if key.decision == Rejected {
 		attrs = append(attrs, attribute.String("reject_reason", key.reason.String()))

@@ -340,7 +340,7 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 }
 
 // WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
-// reason, and shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and
+// reason, and the pauses of package httpguard's Transports. It shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and
 // all that an engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {

@@ -46,6 +46,11 @@ type Agent interface {
 	Instrument(provider metric.MeterProvider) error
 }
 
+// A Reverter is an agent that can take back all that Check gave a flow, tokens and slots. Revert takes the place of End.
+type Reverter interface {
+	Revert(req *Request, v *Verdict)
+}
+
 // A Request is what a flow asks.
 type Request struct {
 	ControlPoint string
@@ -534,4 +539,29 @@ func ShortValue(value string, most int) string {
 		n--
 	}
 	return value[:n] + code
+}
+
+// DryRunKey is for a bool in a flow's context. It is true when no limit is in force for the flow: its client is nil or in
+// dry run.
+type DryRunKey struct{}
+
+// PausesKey is for the [Pauses] of a flow's client, in the flow's context. A nil client has none.
+type PausesKey struct{}
+
+// Pauses shows, for a client, the pauses of package httpguard's Transports. It is safe for concurrent use.
+type Pauses interface {
+	// Began notes that an upstream asked for a pause of the given length, at a control point and with an HTTP status.
+	Began(ctx context.Context, controlPoint string, status int, pause time.Duration)
+
+	// Refused notes that a request was not sent because of a pause, which has the given time left.
+	Refused(ctx context.Context, controlPoint string, left time.Duration)
+}
+
+// UnusedKey is for the [Unused] of a flow, in the flow's context.
+type UnusedKey struct{}
+
+// Unused ends a flow that was let in and did not run after all. EndUnused is the flow's End, and gives back what the flow
+// was given, tokens too, as far as the agent can be told.
+type Unused interface {
+	EndUnused(ctx context.Context)
 }
