@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/cleanpath"
 )
 
 // An Option configures an interceptor. Of several of a kind the last one counts, unless its comment says otherwise. Nil
@@ -60,7 +61,8 @@ func WithSkip(fn func(ctx context.Context, call Call) bool) Option {
 }
 
 // WithSkipMethods is [WithSkip] for calls whose full method is one of these, or, for one that ends in "*", begins with
-// what is before that: "/shop.v1.Orders/Get", "/shop.v1.Orders/*". The first "/" may be left out.
+// what is before that: "/shop.v1.Orders/Get", "/shop.v1.Orders/*". The first "/" may be left out. What a "*" stands for is
+// never more than names: a call of "/shop.v1.Orders/../Payments/Get", which a proxy's peer can make up, is not skipped.
 func WithSkipMethods(methods ...string) Option {
 	names := make([]string, len(methods))
 	for i, method := range methods {
@@ -70,7 +72,7 @@ func WithSkipMethods(methods ...string) Option {
 		called := strings.TrimPrefix(call.FullMethod, "/")
 		for _, name := range names {
 			prefix, isPrefix := strings.CutSuffix(name, "*")
-			if called == name || isPrefix && strings.HasPrefix(called, prefix) {
+			if called == name || isPrefix && strings.HasPrefix(called, prefix) && plain(called) {
 				return true
 			}
 		}
@@ -81,4 +83,9 @@ func WithSkipMethods(methods ...string) Option {
 // WithoutDefaultSkips makes calls of the health and the reflection service flows like all others.
 func WithoutDefaultSkips() Option {
 	return option(func(g *guard) { g.noDefaults = true })
+}
+
+// plain reports whether a full method, without its first slash, is a service and a method and nothing else to any reader.
+func plain(called string) bool {
+	return strings.Count(called, "/") == 1 && cleanpath.Is("/"+called) && !strings.HasSuffix(called, "/")
 }

@@ -1,0 +1,46 @@
+// Package cleanpath tells paths that can be read in one way only from those that another reader may take for another path.
+// What decides by a path that a peer sent, and passes the request on, needs the difference.
+package cleanpath
+
+import "unicode/utf8"
+
+// Is reports whether the path, of an HTTP request or a gRPC method, is clean after one percent-decoding:
+//
+//   - it begins with a slash, and no segment but the last is empty,
+//   - no segment ends with a dot or a space, which some file systems drop,
+//   - it has no backslash, semicolon, question mark, number sign, percent sign or control character: readers make slashes of
+//     them, cut the path there or decode it once more,
+//   - it is valid UTF-8, and has nothing that Unicode compatibility turns into a dot, slash, backslash or one of those.
+func Is(path string) bool {
+	if path == "" || path[0] != '/' || !utf8.ValidString(path) {
+		return false
+	}
+	before := '/'
+	for _, r := range path[1:] {
+		switch {
+		case special(r), r == '/' && (before == '/' || dropped(before)):
+			return false
+		}
+		before = r
+	}
+	return !dropped(before)
+}
+
+// dropped reports whether some readers drop the rune at the end of a segment.
+func dropped(r rune) bool { return r == '.' || r == ' ' || r == '\u00a0' || r == '\u3000' }
+
+// special reports whether some readers take the rune for more than a part of a name.
+func special(r rune) bool {
+	switch r {
+	case '\\', ';', '?', '#', '%', 0x7f,
+		'\u037e',                               // Greek question mark, a semicolon
+		'\u2024', '\u2025', '\u2026', '\u2047', // one to three dots, and question marks
+		'\u2048', '\u2049',
+		'\u2044', '\u2215', // slashes by the tables of some code pages
+		'\u2100', '\u2101', '\u2105', '\u2106', // letters with a slash
+		'\ufe14', '\ufe16', '\ufe19', '\ufe52', '\ufe54', '\ufe56', '\ufe5f', '\ufe68', '\ufe6a', // small forms, and vertical ones
+		'\uff03', '\uff05', '\uff0e', '\uff0f', '\uff1b', '\uff1f', '\uff3c': // full-width forms
+		return true
+	}
+	return r < ' ' || r >= 0x80 && r < 0xa0
+}
