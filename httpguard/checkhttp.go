@@ -55,7 +55,7 @@ func (g *guard) describe(r *http.Request) *flowctl.HTTPRequest {
 // request comes here too, and what the agent says then is for its answer.
 func (w *response) obey() {
 	if answer, ok := w.flow.HTTPAnswer(); ok && w.flow.Decision() == flowctl.Accepted && len(answer.Header) > 0 {
-		w.request.Header = w.request.Header.Clone()
+		w.request.Header, w.obeyed = w.request.Header.Clone(), true
 		setHeaders(w.request.Header, answer.Header)
 		// The agent's word on labels is for the flows within the handler too.
 		if bag, _ := baggage.Parse(w.request.Header.Get("Baggage")); bag.Len() > 0 {

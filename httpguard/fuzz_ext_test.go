@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/httpguard"
@@ -85,7 +86,7 @@ func FuzzRetryAfter(f *testing.F) {
 		if err == nil {
 			return
 		}
-		if wait := retryAfter(t, err); status != 429 && status != 503 || wait <= 0 || wait.Hours() > 1 {
+		if wait := retryAfter(t, err); status != 429 && status != 503 || wait <= 0 || wait > time.Minute {
 			t.Errorf("paused for %v after %d", wait, status)
 		}
 	})

@@ -32,6 +32,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -133,6 +134,13 @@ func (s started) failure(status int) error {
 
 // end drops the error: the client has logged it, and it is none of the request's.
 func end(ctx context.Context, flow *flowctl.Flow) { _, _ = flow.End(ctx) }
+
+// endUnused ends a flow that was let in, and whose request is not sent after all.
+func endUnused(ctx context.Context, flow *flowctl.Flow) {
+	if unused, ok := flow.Context().Value(seam.UnusedKey{}).(seam.Unused); ok {
+		unused.EndUnused(ctx)
+	}
+}
 
 // withBaggage gives ctx the baggage that the request brought, unless the application has seen to that.
 func withBaggage(ctx context.Context, r *http.Request) context.Context {

@@ -5,16 +5,23 @@ import (
 	"errors"
 	"io"
 	"mime/multipart"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"reflect"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/status"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -150,5 +157,101 @@ func TestTransportOfAReverseProxy(t *testing.T) {
 	_ = resp.Body.Close()
 	if got["http.target"] != "/new" || got["http.scheme"] != "http" {
 		t.Errorf("http.target = %q, http.scheme = %q want /new, http", got["http.target"], got["http.scheme"])
+	}
+}
+
+// What routing and parsing behind the guard put into a request, middleware around it sees as without the guard.
+func TestMiddlewareHandsBackWhatRoutingFound(t *testing.T) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /orders/{id}/{rest...}", func(_ http.ResponseWriter, r *http.Request) {
+		r.SetPathValue("set", "by the handler")
+		_ = r.ParseForm()
+	})
+	mux.HandleFunc("POST /upload/{id}", func(_ http.ResponseWriter, r *http.Request) { _ = r.ParseMultipartForm(1 << 20) })
+	mux.HandleFunc("POST /panics/{id}", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	mux.HandleFunc("/{$}", func(http.ResponseWriter, *http.Request) {})
+	client := newEngine(t)
+	rejecting := newEngine(t, policy.Sampler{Selectors: policy.At(point)})
+	guard := httpguard.Middleware(client, point)
+	type seen struct {
+		Pattern, ID, Rest, Set string
+		Form, PostForm         url.Values
+		Files                  map[string][]string
+	}
+	see := func(h http.Handler, target string) seen {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, target, bytes.NewReader([]byte("a=1")))
+		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		if target == "/upload/7" {
+			var body bytes.Buffer
+			form := multipart.NewWriter(&body)
+			_ = form.SetBoundary("boundary")
+			_ = form.WriteField("b", "2")
+			_ = form.Close()
+			r.Body = io.NopCloser(&body)
+			r.Header.Set("Content-Type", form.FormDataContentType())
+		}
+		r.SetPathValue("set", "before")
+		ctx := r.Context()
+		serve(h, httptest.NewRecorder(), r)
+		if r.Context() != ctx {
+			t.Errorf("%s: the context was handed back", target)
+		}
+		got := seen{Pattern: r.Pattern, ID: r.PathValue("id"), Rest: r.PathValue("rest"), Set: r.PathValue("set"), Form: r.Form, PostForm: r.PostForm}
+		if r.MultipartForm != nil {
+			got.Files = r.MultipartForm.Value
+		}
+		return got
+	}
+	for _, target := range []string{"/orders/7/a/b?q=2", "/upload/7", "/panics/7", "/", "/unknown"} {
+		bare := see(mux, target)
+		if target == "/orders/7/a/b?q=2" && (bare.ID != "7" || bare.Rest != "a/b" || bare.Set != "by the handler" || bare.PostForm.Get("a") != "1") {
+			t.Fatalf("the bare mux: %+v", bare)
+		}
+		for name, h := range map[string]http.Handler{
+			"guarded": guard(mux), "guarded twice": guard(guard(mux)), "off": httpguard.Middleware(nil, point)(mux),
+			"by CheckHTTP": httpguard.Middleware(client, point, httpguard.WithCheckHTTP())(mux),
+		} {
+			if got := see(h, target); !reflect.DeepEqual(got, bare) {
+				t.Errorf("%s, %s: got %+v want %+v", target, name, got, bare)
+			}
+		}
+		if got := see(httpguard.Middleware(rejecting, point)(mux), target); got.Pattern != "" || got.Set != "before" {
+			t.Errorf("%s, rejected: got %+v want nothing that routing found", target, got)
+		}
+	}
+}
+
+// Headers that an agent adds for the handler do not get out, and trailers that net/http finds later are not lost.
+func TestMiddlewareHandsBackNoHeaders(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	agent.Answer(flowtest.Answer{HTTPResponse: &checkhttpv1.CheckHTTPResponse{
+		Status: &status.Status{}, CheckResponse: new(checkv1.CheckResponse),
+		HttpResponse: &checkhttpv1.CheckHTTPResponse_OkResponse{OkResponse: &checkhttpv1.OkHttpResponse{
+			Headers: map[string]string{"x-added": "by the agent"},
+		}},
+	}})
+	trailer := make(chan http.Header, 1)
+	guarded := httpguard.Middleware(agent.Client(), point, httpguard.WithCheckHTTP())(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("X-Added") == "" {
+			t.Error("the handler does not see the agent's header")
+		}
+		_, _ = io.Copy(io.Discard, r.Body)
+	}))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		guarded.ServeHTTP(w, r)
+		if r.Header.Get("X-Added") != "" {
+			t.Error("the agent's header got out")
+		}
+		trailer <- r.Trailer
+	}))
+	defer server.Close()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1\r\na\r\n0\r\nChecksum: 7\r\n\r\n")
+	if got := (<-trailer).Get("Checksum"); got != "7" {
+		t.Errorf("the trailer is %q want 7", got)
 	}
 }

@@ -22,8 +22,12 @@ import (
 //
 // A request whose flow does not run is answered by [WithOnReject]: by default with the status of the policy or of the
 // reason, 429, 503 or 403; with 503 when nobody answered and the flow fails closed; with 500 when the flow is Invalid,
-// which means that the control point or the labels of the Params cannot be; and with 408, which nobody reads, when the
-// client has left before the agent answered.
+// which means that the control point or the labels of the Params cannot be. If the request's context ends before the agent
+// answers, the status is 503 when a deadline of the service's own has passed, and 408 when the client has left, which does not
+// read it.
+//
+// When the handler has returned, the caller's request has what the handler's has: the pattern and the path values that a mux
+// found, for middleware that logs them, and parsed forms. It keeps its context.
 //
 // The ResponseWriter that the handler gets supports what the one below it does. Type assertions find an http.Flusher,
 // http.Hijacker and http.Pusher where there is one, and an http.ResponseController finds all else. An io.ReaderFrom, an

@@ -2,11 +2,14 @@ package httpguard
 
 import (
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/cleanpath"
 )
 
 // An Option configures a [Middleware] or a [Transport]. Of several of a kind the last one counts, unless its comment
@@ -63,9 +66,11 @@ func WithHeaders(names ...string) Option {
 	return option(func(g *guard) { g.headers = append(g.headers, names...) })
 }
 
-// WithSkip passes requests on without a flow, for which fn says so. It goes together with [WithSkipPaths] and
-// [WithSkipPatterns]: one that says so is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips
-// nothing.
+// WithSkip passes requests on without a flow if fn returns true. It goes together with [WithSkipPaths] and
+// [WithSkipPatterns]: one match is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips nothing.
+//
+// Callers choose the path of a request. Where fn looks at it, what handles the request must read it in the same way. Prefer
+// the other two, which skip no path that can be read in two ways.
 func WithSkip(fn func(*http.Request) bool) Option {
 	return option(func(g *guard) {
 		if fn != nil {
@@ -75,16 +80,22 @@ func WithSkip(fn func(*http.Request) bool) Option {
 }
 
 // WithSkipPaths is [WithSkip] for requests whose URL.Path is one of these.
+//
+// A path that could be read as another one is never skipped, whatever is listed: a backend may resolve /health/../orders. So
+// a path is skipped only if it is clean. It begins with a slash, and has no empty segment but the last. No segment ends with
+// a dot or a space. It has no backslash, semicolon, question mark, number sign or percent sign, no control character, nothing
+// that Unicode compatibility turns into a dot, slash, backslash or semicolon, and is valid UTF-8. Dots and slashes in it were
+// not sent as %2E and %2F.
 func WithSkipPaths(paths ...string) Option {
 	set := make(map[string]bool, len(paths))
 	for _, path := range paths {
 		set[path] = true
 	}
-	return WithSkip(func(r *http.Request) bool { return r.URL != nil && set[r.URL.Path] })
+	return WithSkip(func(r *http.Request) bool { return r.URL != nil && set[r.URL.Path] && clean(r.URL) })
 }
 
 // WithSkipPatterns is [WithSkip] for requests whose URL.Path one of the patterns matches, from its first byte to its
-// last. Nil patterns match nothing.
+// last. A path that is not clean is never skipped, see [WithSkipPaths]. Nil patterns match nothing.
 func WithSkipPatterns(patterns ...*regexp.Regexp) Option {
 	var longest []*regexp.Regexp
 	for _, pattern := range patterns {
@@ -100,11 +111,23 @@ func WithSkipPatterns(patterns ...*regexp.Regexp) Option {
 		}
 		for _, pattern := range longest {
 			if at := pattern.FindStringIndex(r.URL.Path); at != nil && at[0] == 0 && at[1] == len(r.URL.Path) {
-				return true
+				return clean(r.URL)
 			}
 		}
 		return false
 	})
+}
+
+// clean reports whether a URL's path can be read in one way only.
+func clean(u *url.URL) bool {
+	if u.Opaque != "" || !cleanpath.Is(u.Path) {
+		return false
+	}
+	if u.RawPath == "" {
+		return true
+	}
+	sent := strings.ToLower(u.RawPath)
+	return u.EscapedPath() == u.RawPath && !strings.Contains(sent, "%2e") && !strings.Contains(sent, "%2f")
 }
 
 // WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], [PlainText] or a
@@ -122,17 +145,24 @@ func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.
 }
 
 // WithRateLimitHeaders tells in every response what is left, in the RateLimit and RateLimit-Policy header fields of
-// draft-ietf-httpapi-ratelimit-headers-11: for each limiter that the request met, how many tokens or slots its bucket
-// holds and how many are free, the slot of the request itself counted as free, and when a rejected request can be sent
-// again. The names are those of the policies and
-// their components, so that clients see how the limits are made; what a limiter's window is they do not see, for an
-// agent does not tell. By default there are no such fields. They cost several times what the flow costs.
+// draft-ietf-httpapi-ratelimit-headers-11. They cover each rate or concurrency limiter and each quota or concurrency scheduler
+// that the request met. For each, they tell how many tokens or slots its bucket holds and how many are free, and when a rejected
+// request can be sent again. The slot of the request itself counts as free. Of a quota scheduler that rejects, agents do not
+// tell how many tokens there are: then RateLimit-Policy leaves it out. Load schedulers are not covered, since what they let in
+// changes with the load.
+//
+// Limits that are not in force are not told of: a dry run has no such fields, and those of a limiter in dry run are left
+// out where the agent is Headgate's.
+//
+// The names are those of the policies and their components, so that clients see how the limits are made. They do not see
+// how long a limiter's window is: an agent does not tell. By default there are no such fields. They cost several times what the
+// flow costs.
 func WithRateLimitHeaders() MiddlewareOption {
 	return middlewareOption(func(g *guard) { g.rateLimit = true })
 }
 
-// WithMaxPause sets the longest pause that a Retry-After of the upstream can cause. By default it is an hour; zero or
-// less turns pauses off. See [Transport].
+// WithMaxPause sets the longest pause that a Retry-After of the upstream can cause. By default it is a minute: one bad replica
+// of an upstream must not keep requests from all others for long. Zero or less turns pauses off. See [Transport].
 func WithMaxPause(d time.Duration) TransportOption {
 	return transportOption(func(g *guard) { g.maxPause = d })
 }

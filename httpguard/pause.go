@@ -1,21 +1,25 @@
 package httpguard
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
 	"net/http"
+	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 const (
-	defaultMaxPause = time.Hour
+	defaultMaxPause = time.Minute
 	maxPauses       = 1024
 )
 
@@ -27,6 +31,11 @@ type PausedError struct {
 
 	// Host is the host and port of the upstream, as in the request's URL. The error's text does not show it.
 	Host string
+}
+
+func newPausedError(controlPoint, host string, status int, left time.Duration) *PausedError {
+	rejected := &flowctl.RejectedError{ControlPoint: controlPoint, HTTPStatus: status}
+	return &PausedError{RejectedError: *rejected.WithRetryAfter(left), Host: host}
 }
 
 // Error names the control point and what is left of the pause.
@@ -51,11 +60,24 @@ func (e *PausedError) GRPCStatus() *status.Status {
 func (e *PausedError) Unwrap() error { return &e.RejectedError }
 
 // A place is what a pause holds for.
-type place struct{ controlPoint, host string }
+type place struct {
+	controlPoint string
+	upstream     upstream
+}
+
+func placeOf(controlPoint string, u *url.URL) place {
+	return place{controlPoint, upstreamOf(u)}
+}
+
+// clone has the place keep no more of a request than the place's own text.
+func (p place) clone() place {
+	return place{strings.Clone(p.controlPoint), upstream{strings.Clone(p.upstream.host), strings.Clone(p.upstream.port)}}
+}
 
 type pause struct {
 	until  time.Time
 	status int
+	seen   seam.Pauses // of the client whose flow met it; nil: of none
 }
 
 // pauses are those that upstreams asked for. The zero value has none.
@@ -65,24 +87,43 @@ type pauses struct {
 }
 
 // check gives the error of a request during a pause.
-func (p *pauses) check(at place) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	found, ok := p.at[at]
-	if !ok {
+func (p *pauses) check(r *http.Request, controlPoint string) error {
+	found, left := p.find(r, controlPoint)
+	if left <= 0 {
 		return nil
 	}
-	wait := time.Until(found.until)
-	if wait <= 0 {
-		delete(p.at, at)
-		return nil
+	if found.seen != nil {
+		found.seen.Refused(r.Context(), controlPoint, left)
 	}
-	rejected := &flowctl.RejectedError{ControlPoint: at.controlPoint, HTTPStatus: found.status}
-	return &PausedError{RejectedError: *rejected.WithRetryAfter(wait), Host: at.host}
+	host := ""
+	if r.URL != nil {
+		host = r.URL.Host
+	}
+	return newPausedError(controlPoint, host, found.status, left)
 }
 
-// heed begins a pause, or makes one longer, where the response asks for it.
-func (p *pauses) heed(at place, resp *http.Response, longest time.Duration) {
+// find gives the pause that holds for a request, and what is left of it; zero or less where there is none.
+func (p *pauses) find(r *http.Request, controlPoint string) (pause, time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.at) == 0 {
+		return pause{}, 0
+	}
+	at := placeOf(controlPoint, r.URL)
+	found, ok := p.at[at]
+	if !ok {
+		return pause{}, 0
+	}
+	left := time.Until(found.until)
+	if left <= 0 {
+		delete(p.at, at)
+	}
+	return found, left
+}
+
+// heed begins a pause, or makes one longer, where the response to a flow's request asks for it. A flow for which no limit
+// is in force begins none.
+func (p *pauses) heed(flow context.Context, r *http.Request, controlPoint string, resp *http.Response, longest time.Duration) {
 	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
 		return
 	}
@@ -91,15 +132,28 @@ func (p *pauses) heed(at place, resp *http.Response, longest time.Duration) {
 	if wait <= 0 {
 		return
 	}
+	if dry, _ := flow.Value(seam.DryRunKey{}).(bool); dry {
+		return
+	}
+	asked := pause{until: now.Add(wait), status: resp.StatusCode}
+	asked.seen, _ = flow.Value(seam.PausesKey{}).(seam.Pauses)
+	if p.begin(placeOf(controlPoint, r.URL), asked) && asked.seen != nil {
+		asked.seen.Began(flow, controlPoint, asked.status, wait)
+	}
+}
+
+// begin reports whether the pause holds. One that ends later goes before it.
+func (p *pauses) begin(at place, asked pause) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	asked := pause{now.Add(wait), resp.StatusCode}
 	if found, ok := p.at[at]; ok && found.until.After(asked.until) {
-		return
+		return false
 	} else if !ok {
 		p.makeRoom()
+		at = at.clone()
 	}
 	p.at[at] = asked
+	return true
 }
 
 // makeRoom lets the pause go that ends first, or has ended, where there are too many for another one.

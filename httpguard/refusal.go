@@ -9,7 +9,9 @@ import (
 	"strings"
 	"time"
 
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // Problem answers a request whose flow does not run with flow.HTTPStatus and problem details, RFC 9457:
@@ -49,6 +51,9 @@ func detail(flow *flowctl.Flow) string {
 	case flowctl.Unreachable:
 		return "nobody can say whether the request may run"
 	case flowctl.Canceled:
+		if flow.HTTPStatus() == http.StatusServiceUnavailable {
+			return "the service ran out of time"
+		}
 		return "the request was canceled"
 	default: // the service's own mistake
 		return ""
@@ -70,21 +75,21 @@ func wholeSeconds(d time.Duration) int64 {
 	return seconds
 }
 
-// setRateLimit tells of the limiters that the flow met. An agent does not say how long their windows are.
+// setRateLimit tells of the limits in force that the flow met. An agent does not tell how long their windows are.
 func setRateLimit(h http.Header, flow *flowctl.Flow) {
+	if dry, _ := flow.Context().Value(seam.DryRunKey{}).(bool); dry {
+		return
+	}
 	var limits, policies []string
 	for _, d := range flow.CheckResponse().GetLimiterDecisions() {
-		tokens, unit := d.GetRateLimiterInfo().GetTokensInfo(), ""
-		if tokens == nil {
-			tokens, unit = d.GetConcurrencyLimiterInfo().GetTokensInfo(), `;qu="concurrent-requests"`
-		}
+		tokens, slots := counted(d)
 		name, ok := quoted(d.GetPolicyName() + "/" + d.GetComponentId())
 		met := tokens != nil && d.GetReason() == 0 // else the flow has no label to limit it by
-		if !ok || !met {
+		if !ok || !met || d.GetDryRun() {
 			continue
 		}
 		left := tokens.GetRemaining()
-		if unit == "" && !d.GetDropped() && flow.Decision() == flowctl.Rejected { // by another, and so it gave back what it took
+		if !slots && !d.GetDropped() && flow.Decision() == flowctl.Rejected { // by another, and so it gave back what it took
 			left += tokens.GetConsumed()
 		}
 		limit := name + ";r=" + integer(left)
@@ -92,11 +97,36 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 			limit += ";t=" + strconv.FormatInt(wholeSeconds(wait), 10)
 		}
 		limits = append(limits, limit)
-		policies = append(policies, name+";q="+integer(tokens.GetRemaining()+tokens.GetCurrent())+unit)
+		capacity := tokens.GetRemaining() + tokens.GetCurrent()
+		switch {
+		case slots:
+			policies = append(policies, name+";q="+integer(capacity)+`;qu="concurrent-requests"`)
+		case capacity != 0: // agents leave it out where a quota scheduler rejects
+			policies = append(policies, name+";q="+integer(capacity))
+		}
 	}
 	if len(limits) > 0 {
 		h.Set("RateLimit", strings.Join(limits, ", "))
+	}
+	if len(policies) > 0 {
 		h.Set("RateLimit-Policy", strings.Join(policies, ", "))
+	}
+}
+
+// counted gives the tokens of a limiter or scheduler whose capacity callers can plan by, and whether they are slots. A
+// sampler has none. What a load scheduler lets in changes with the load.
+func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_TokensInfo, slots bool) {
+	switch info := d.GetDetails().(type) {
+	case *checkv1.LimiterDecision_RateLimiterInfo_:
+		return info.RateLimiterInfo.GetTokensInfo(), false
+	case *checkv1.LimiterDecision_QuotaSchedulerInfo_:
+		return info.QuotaSchedulerInfo.GetTokensInfo(), false
+	case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+		return info.ConcurrencyLimiterInfo.GetTokensInfo(), true
+	case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+		return info.ConcurrencySchedulerInfo.GetTokensInfo(), true
+	default:
+		return nil, false
 	}
 }
 
@@ -115,7 +145,7 @@ func integer(f float64) string {
 	const most = 999_999_999_999_999
 	switch f = math.Floor(f); {
 	case f >= most:
-		return strconv.Itoa(most)
+		return strconv.FormatInt(most, 10)
 	case f > 0:
 		return strconv.FormatInt(int64(f), 10)
 	default: // also what is not a number

@@ -14,6 +14,7 @@ type response struct {
 	http.ResponseWriter
 	request http.Request
 	flow    started
+	obeyed  bool  // the request's headers are the agent's
 	decided bool  // the final status is known, or there will be none
 	err     error // what the flow is told about it
 }
@@ -21,13 +22,18 @@ type response struct {
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// handBack gives the request that came what the handler made of its own: a form whose files the server removes, and the
-// pattern that a mux matched, for those who log it.
+// handBack has the request that came look as if the handler had got it, and not a copy. Middleware around this one sees
+// the pattern and the path values that a mux found, to log them, and the server the form whose files it removes. The context
+// stays, and so do the headers where the agent's are for the handler alone.
 func (w *response) handBack(r *http.Request) {
-	if r.MultipartForm == nil {
-		r.MultipartForm = w.request.MultipartForm
+	header, trailer := r.Header, r.Trailer
+	*r = *w.request.WithContext(r.Context())
+	if w.obeyed {
+		r.Header = header
 	}
-	r.Pattern = w.request.Pattern
+	if r.Trailer == nil { // net/http sets trailers that were not announced in the request that came
+		r.Trailer = trailer
+	}
 }
 
 // decide notes the response's status. The first final one counts.

@@ -30,11 +30,17 @@ import (
 //
 // # Retry-After
 //
-// When an upstream answers 429 or 503 with a Retry-After, requests for the same host at the same control point are not
-// sent before that time: they fail at once with a [PausedError], start no flow and take nothing from a limit. Those
-// whose flow waits in a queue then fail when its turn comes.
-// [WithMaxPause] bounds how long that may be, or turns it off. A Transport remembers 1024 such pauses; of more, those
-// that end first give way.
+// When an upstream answers 429 or 503 with a Retry-After, requests for the same host and port at the same control point are
+// not sent before that time, however they spell the host. They fail at once with a [PausedError], start no flow and take
+// nothing from a limit.
+//
+// If a flow waits in a queue when the pause begins, its request fails when its turn comes. What the flow was given goes back:
+// tokens and slots of an engine in this process, and slots of a remote agent. Tokens of a remote agent do not, because the
+// protocol has no message for it.
+//
+// A pause lasts a minute at the most; [WithMaxPause] makes that more or less, or turns pauses off. A Transport remembers 1024
+// pauses; of more, those that end first give way. If the client is nil or in dry run, there are no pauses. The client counts
+// pauses by its meter provider, and logs them.
 type Transport struct {
 	guard  *guard
 	base   http.RoundTripper
@@ -73,32 +79,28 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.guard.skip(r) {
 		return t.base.RoundTrip(r)
 	}
-	at := place{controlPoint: t.guard.at(r)}
-	if r.URL != nil {
-		at.host = r.URL.Host
-	}
-	if err := t.pauses.check(at); err != nil {
+	controlPoint := t.guard.at(r)
+	if err := t.pauses.check(r, controlPoint); err != nil {
 		closeBody(r)
 		return nil, err
 	}
-	flow := t.guard.start(r.Context(), at.controlPoint, outgoing(r))
-	var err error
-	if flow.ShouldRun() {
-		err = t.pauses.check(at) // one may have begun while the flow waited
-	} else {
-		err = flow.Err()
-	}
-	if err != nil {
-		flow.SetStatus(flowctl.StatusError)
+	flow := t.guard.start(r.Context(), controlPoint, outgoing(r))
+	if !flow.ShouldRun() {
+		err := flow.Err()
 		end(r.Context(), flow.Flow)
 		closeBody(r)
 		return nil, err
 	}
-	return t.send(r, flow, at)
+	if err := t.pauses.check(r, controlPoint); err != nil { // it began while the flow waited
+		endUnused(r.Context(), flow.Flow)
+		closeBody(r)
+		return nil, err
+	}
+	return t.send(r, flow, controlPoint)
 }
 
 // send sends a request whose flow runs, and leaves the flow's end to the response's body where there is one.
-func (t *Transport) send(r *http.Request, flow started, at place) (*http.Response, error) {
+func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*http.Response, error) {
 	trip := &trip{ctx: r.Context(), flow: flow.Flow}
 	returned := false
 	defer func() {
@@ -117,7 +119,7 @@ func (t *Transport) send(r *http.Request, flow started, at place) (*http.Respons
 		}
 		return resp, err
 	}
-	t.pauses.heed(at, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
+	t.pauses.heed(flow.Context(), r, controlPoint, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
 	trip.failure = flow.failure(resp.StatusCode)
 	body, both := resp.Body.(io.ReadWriteCloser)
 	switch {

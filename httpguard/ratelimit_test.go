@@ -1,0 +1,173 @@
+package httpguard_test
+
+import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// told is what a response tells of limits.
+type told struct {
+	Status        int
+	Limit, Policy string
+}
+
+func tell(t *testing.T, client *flowctl.Client, opts ...httpguard.MiddlewareOption) told {
+	t.Helper()
+	h := httpguard.Middleware(client, point, append(opts, httpguard.WithRateLimitHeaders())...)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody))
+	return told{w.Code, w.Header().Get("RateLimit"), w.Header().Get("RateLimit-Policy")}
+}
+
+// The fields tell of each kind of limit, before it rejects and then.
+func TestRateLimitHeadersOfEachKind(t *testing.T) {
+	at := policy.At(point)
+	const slots = `;qu="concurrent-requests"`
+	for _, tt := range []struct {
+		name       string
+		components []policy.Component
+		hold       bool // a flow holds a slot while others come
+		want       []told
+	}{
+		{
+			name:       "rate limiter",
+			components: []policy.Component{policy.RateLimiter{ID: "a", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Minute}},
+			want: []told{
+				{200, `"limits/a";r=1`, `"limits/a";q=2`},
+				{200, `"limits/a";r=0`, `"limits/a";q=2`},
+				{429, `"limits/a";r=0;t=60`, `"limits/a";q=2`},
+			},
+		},
+		{
+			name:       "quota scheduler",
+			components: []policy.Component{policy.QuotaScheduler{ID: "a", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Minute}},
+			want: []told{
+				{200, `"limits/a";r=1`, `"limits/a";q=2`},
+				{200, `"limits/a";r=0`, `"limits/a";q=2`},
+				{503, `"limits/a";r=0;t=60`, ``},
+			},
+		},
+		{
+			name: "a quota scheduler rejects what a limiter let in",
+			components: []policy.Component{
+				policy.QuotaScheduler{ID: "a", Selectors: at, Capacity: 1, Fill: 1, Interval: time.Minute},
+				policy.RateLimiter{ID: "b", Selectors: at, Capacity: 100, Fill: 1, Interval: time.Hour},
+			},
+			want: []told{
+				{200, `"limits/b";r=99, "limits/a";r=0`, `"limits/b";q=100, "limits/a";q=1`},
+				{503, `"limits/b";r=99, "limits/a";r=0;t=60`, `"limits/b";q=100`},
+			},
+		},
+		{
+			name:       "concurrency limiter",
+			components: []policy.Component{policy.ConcurrencyLimiter{ID: "a", Selectors: at, Max: 1, MaxInflight: time.Minute}},
+			want:       []told{{200, `"limits/a";r=1`, `"limits/a";q=1` + slots}, {200, `"limits/a";r=1`, `"limits/a";q=1` + slots}},
+		},
+		{
+			name:       "concurrency limiter, taken",
+			components: []policy.Component{policy.ConcurrencyLimiter{ID: "a", Selectors: at, Max: 1, MaxInflight: time.Minute}},
+			hold:       true,
+			want:       []told{{429, `"limits/a";r=0`, `"limits/a";q=1` + slots}},
+		},
+		{
+			name:       "concurrency scheduler",
+			components: []policy.Component{policy.ConcurrencyScheduler{ID: "a", Selectors: at, Max: 3, MaxInflight: time.Minute}},
+			want:       []told{{200, `"limits/a";r=3`, `"limits/a";q=3` + slots}},
+		},
+		{
+			name:       "concurrency scheduler, taken",
+			components: []policy.Component{policy.ConcurrencyScheduler{ID: "a", Selectors: at, Max: 1, MaxInflight: time.Minute}},
+			hold:       true,
+			want:       []told{{503, `"limits/a";r=0`, `"limits/a";q=1` + slots}},
+		},
+		{
+			name:       "sampler and load scheduler",
+			components: []policy.Component{policy.Sampler{Selectors: at, AcceptPercentage: 100}, policy.LoadScheduler{Selectors: at, LoadMultiplier: policy.Constant(1)}},
+			want:       []told{{200, ``, ``}},
+		},
+		{
+			name: "without their label, or letting all pass",
+			components: []policy.Component{
+				policy.QuotaScheduler{Selectors: at, Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "absent"},
+				policy.ConcurrencyScheduler{Selectors: at, Max: 1, MaxInflight: time.Minute, PassThrough: true},
+			},
+			want: []told{{200, ``, ``}, {200, ``, ``}},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			overEngines(t, tt.components, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+				if tt.hold {
+					flow := client.Start(t.Context(), point, flowctl.Params{})
+					defer flow.End(t.Context())
+				}
+				for i, want := range tt.want {
+					if diff := cmp.Diff(want, tell(t, client)); diff != "" {
+						t.Errorf("request %d (-want +got):\n%s", i, diff)
+					}
+				}
+			})
+		})
+	}
+}
+
+// Nobody is told of a limit that is not in force: neither that tokens are left, nor that there are none.
+func TestRateLimitHeadersOfDryRuns(t *testing.T) {
+	at := policy.At(point)
+	for name, limit := range map[string]func(dry bool) policy.Component{
+		"rate limiter": func(dry bool) policy.Component {
+			return policy.RateLimiter{ID: "a", Selectors: at, Capacity: 1, Fill: 1, Interval: time.Minute, DryRun: dry}
+		},
+		"concurrency limiter": func(dry bool) policy.Component {
+			return policy.ConcurrencyLimiter{ID: "a", Selectors: at, Max: 1, MaxInflight: time.Minute, DryRun: dry}
+		},
+		"quota scheduler": func(dry bool) policy.Component {
+			return policy.QuotaScheduler{ID: "a", Selectors: at, Capacity: 1, Fill: 1, Interval: time.Minute, DryRun: dry}
+		},
+		"concurrency scheduler": func(dry bool) policy.Component {
+			return policy.ConcurrencyScheduler{ID: "a", Selectors: at, Max: 1, MaxInflight: time.Minute, DryRun: dry}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			// A slot is held, so that of each kind there is one that is free, and then none.
+			silent := func(t *testing.T, want told, client *flowctl.Client) {
+				t.Helper()
+				for i := range 3 {
+					if diff := cmp.Diff(want, tell(t, client)); diff != "" {
+						t.Errorf("request %d (-want +got):\n%s", i, diff)
+					}
+					flow := client.Start(t.Context(), point, flowctl.Params{})
+					defer flow.End(t.Context())
+				}
+			}
+			t.Run("client's", func(t *testing.T) {
+				overEngines(t, []policy.Component{limit(false)}, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+					silent(t, told{Status: 200}, client)
+				}, flowctl.WithDryRun())
+			})
+			t.Run("component's", func(t *testing.T) {
+				overEngines(t, []policy.Component{limit(true)}, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+					silent(t, told{Status: 200}, client)
+				})
+			})
+			t.Run("component's, beside one in force", func(t *testing.T) {
+				force := policy.RateLimiter{ID: "force", Selectors: at, Capacity: 1e9, Fill: 1e9, Interval: 1}
+				overEngines(t, []policy.Component{limit(true), force}, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+					for i := range 3 {
+						if got := tell(t, client); got.Limit != fmt.Sprint(`"limits/force";r=`, 999999999-i) || got.Policy != `"limits/force";q=1000000000` {
+							t.Errorf("got %+v", got)
+						}
+					}
+				})
+			})
+		})
+	}
+}
