@@ -41,7 +41,7 @@ func (e *engines) adaptorRows() []*row {
 		}},
 		{name: bareHTTP, call: e.request(handler)},
 		{name: failsafe, call: e.request(failsafehttp.NewHandler(handler,
-			ratelimiter.NewBurstyBuilder[*http.Response](1<<40, time.Second).Build()))}, //nolint:bodyclose // no response: the type of what it limits
+			ratelimiter.NewBurstyBuilder[*http.Response](1<<30, time.Second).Build()))}, //nolint:bodyclose // no response: the type of what it limits
 		{name: "gRPC interceptor on the engine", call: e.intercepted(intercept), targets: []target{
 			{moreAllocs, bareGRPC, 6, false},
 		}},

@@ -147,7 +147,7 @@ func (e *engines) rows() []*row {
 		{name: "Guard, one sampler", call: e.guard(sampled), targets: []target{{inTime, keyedLimiter, 0, true}}},
 		{name: "Cached, a hit", call: e.cached},
 		{name: "failsafe-go rate limiter", call: func() func() error {
-			limited := failsafe.With[int](ratelimiter.NewBurstyBuilder[int](1<<40, time.Second).Build())
+			limited := failsafe.With[int](ratelimiter.NewBurstyBuilder[int](1<<30, time.Second).Build())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
 		{name: "failsafe-go bulkhead", call: func() func() error {
