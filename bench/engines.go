@@ -167,7 +167,7 @@ func (e *engines) rows() []*row {
 			return func() error { _, err := breaker.Execute(work); return err }
 		}},
 		{name: "x/time/rate, Allow and the call", call: func() func() error {
-			limiter := rate.NewLimiter(1e12, 1e12)
+			limiter := rate.NewLimiter(1e9, 1e9)
 			return func() error {
 				if !limiter.Allow() {
 					return flowctl.ErrRejected
