@@ -32,17 +32,39 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
+	ctx   context.Context // of the call
 	codec grpc.ForceCodecV2CallOption
+	limit grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
 	room  [6]grpc.CallOption
 }
 
 // ask asks the agent.
 func (c *check) ask(ctx context.Context, req *seam.Request) error {
+	c.ctx = ctx
+	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {
-		return c.remote.conn.Invoke(ctx, checkv1.FlowControlService_Check_FullMethodName, wire.Request(req), &c.response, c.options()...)
+		m := wire.Request(req)
+		if req.Lookup() == nil {
+			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // which telemetry wants to see, keys twice
+		}
+		return clipError(c.remote.conn.Invoke(ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
 	}
+	m := wire.HTTPRequest(req)
 	c.http = new(checkhttpv1.CheckHTTPResponse)
-	return c.remote.conn.Invoke(ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, wire.HTTPRequest(req), c.http, c.options()...)
+	// The answer has its check response once more, in base64, and the labels in a header.
+	c.limit.MaxRecvMsgSize = maxAnswer + 5*textSize(m.GetRequest().GetHeaders())
+	err := c.remote.conn.Invoke(ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
+	clipDenied(c.http)
+	return clipError(err)
+}
+
+// textSize is about how many bytes an encoded map has.
+func textSize(m map[string]string) int {
+	n := 0
+	for key, value := range m {
+		n += len(key) + len(value) + 12
+	}
+	return n
 }
 
 // answer is what the agent decided, when it has answered.
@@ -56,9 +78,10 @@ func (c *check) answer() *checkv1.CheckResponse {
 // options are those of the call. It is made once.
 func (c *check) options() []grpc.CallOption {
 	opts := append(c.room[:0], c.remote.calls...)
-	if c.remote.exporter != nil && c.http == nil {
-		c.codec.CodecV2 = c
-		opts = append(opts, &c.codec)
+	c.codec.CodecV2 = c
+	opts = append(opts, &c.codec)
+	if c.limit.MaxRecvMsgSize > 0 {
+		opts = append(opts, &c.limit)
 	}
 	if c.remote.dialled == nil {
 		opts = append(opts, grpc.Header(&c.header), grpc.Trailer(&c.trailer))
@@ -79,14 +102,17 @@ func (c *check) record() ([]byte, error) {
 	return proto.Marshal(wire.WithoutValues(c.answer()))
 }
 
-// The check is the call's codec: gRPC's own for Protocol Buffers, which remembers the bytes of the answer.
+// The check is the call's codec: gRPC's own for Protocol Buffers, which bounds the answer, and remembers its bytes where
+// telemetry wants them.
 var _ encoding.CodecV2 = (*check)(nil)
 
 func (c *check) Marshal(v any) (mem.BufferSlice, error) { return c.remote.codec.Marshal(v) }
 
 func (c *check) Unmarshal(data mem.BufferSlice, v any) error {
-	c.raw = data.Materialize()
-	return c.remote.codec.Unmarshal(data, v)
+	if c.remote.exporter != nil && c.http == nil && c.limit.MaxRecvMsgSize > 0 {
+		c.raw = data.Materialize()
+	}
+	return c.remote.decode(c.ctx, data, v)
 }
 
 func (c *check) Name() string { return c.remote.codec.Name() }

@@ -110,7 +110,7 @@ func TestA4SlotsComeBackWithoutTelemetry(t *testing.T) {
 			TelemetryFlowLabels: map[string]string{"large": strings.Repeat("v", 4<<20)}, // more than a batch of telemetry holds
 		}})
 		client := agent.Client(flowctl.WithCheckTimeout(time.Minute))
-		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		flow := client.Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "r"}) // whose answer may be large
 		if got, err := flow.End(t.Context()); err != nil || got.Held != 1 {
 			t.Errorf("End() = %+v, %v", got, err)
 		}

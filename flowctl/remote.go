@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -128,9 +129,12 @@ func envBool(name string) (bool, error) {
 // remote is an agent across the network.
 type remote struct {
 	conn     grpc.ClientConnInterface
-	dialled  *grpc.ClientConn // conn, when it is ours to close
-	calls    []grpc.CallOption
+	dialled  *grpc.ClientConn  // conn, when it is ours to close
+	links    *connections      // those of dialled; nil: they are another's
+	calls    []grpc.CallOption // of every call
+	bounded  []grpc.CallOption // of calls that are no checks
 	codec    encoding.CodecV2
+	decoding atomic.Int64  // bytes of large answers that are being decoded
 	timeout  time.Duration // of calls that no check timeout bounds
 	gate     *gate
 	address  string         // where it is no more than host:port: other targets may hold secrets
@@ -150,7 +154,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 	r := &remote{
 		conn:     cfg.conn,
 		timeout:  cfg.endTimeout,
-		codec:    encoding.GetCodecV2(protocodec.Name),
+		codec:    boundedCodec{encoding.GetCodecV2(protocodec.Name)},
 		received: new(atomic.Uint64),
 		logger:   cfg.logger,
 	}
@@ -182,12 +186,14 @@ func newRemote(address string, cfg *config) (*remote, error) {
 				return nil, err
 			}
 		}
+		r.links = newConnections(r.received)
 		opts := append([]grpc.DialOption{
-			grpc.WithTransportCredentials(&countingCredentials{creds, r.received}),
+			grpc.WithTransportCredentials(&trackedCredentials{creds, r.links}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
 			grpc.WithConnectParams(connectParams(r.gate)),
 			grpc.WithUserAgent("headgate-go/" + seam.Version),
-			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
+			grpc.WithMaxHeaderListSize(maxHeaderList),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxCachedAnswer)),
 		}, cfg.dialOptions...)
 		conn, err := grpc.NewClient(address, opts...)
 		if err != nil {
@@ -203,13 +209,19 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			plaintext: plaintextKey,
 		}))
 	}
+	r.bounded = append(slices.Clone(r.calls), grpc.ForceCodecV2(r.codec), grpc.MaxCallRecvMsgSize(maxAnswer))
 	return r, nil
+}
+
+// invoke makes a call that is no check.
+func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error {
+	return clipError(r.conn.Invoke(ctx, method, req, m, append(r.bounded[:len(r.bounded):len(r.bounded)], opts...)...))
 }
 
 // start runs what the remote has in the background.
 func (r *remote) start(cfg *config) {
 	if !cfg.noTelemetry {
-		r.exporter = newExporter(r.conn, r.calls, cfg.logger, r.answered)
+		r.exporter = newExporter(r.invoke, cfg.logger, r.answered)
 	}
 }
 
@@ -259,9 +271,6 @@ func connectParams(g *gate) grpc.ConnectParams {
 	pauses.BaseDelay = min(pauses.BaseDelay, pauses.MaxDelay)
 	return grpc.ConnectParams{Backoff: pauses, MinConnectTimeout: 20 * time.Second}
 }
-
-// maxAnswer bounds what an agent may answer, in bytes: a check brings all the cached values that it asked for.
-const maxAnswer = 16 << 20
 
 // checkAddress says whether the address is one: host:port, or a target with a scheme that gRPC knows. One that it does
 // not know it would take for a host's name, and never find it. The errors do not say the address: there are secrets in
@@ -322,38 +331,6 @@ func (k *keyCredentials) GetRequestMetadata(context.Context, ...string) (map[str
 }
 
 func (k *keyCredentials) RequireTransportSecurity() bool { return !k.plaintext }
-
-// countingCredentials count what is read from the connection. They sit below gRPC because an answer that comes after
-// its check has timed out is seen nowhere above, and above the dialer because that may be the application's.
-type countingCredentials struct {
-	credentials.TransportCredentials
-	received *atomic.Uint64
-}
-
-func (c *countingCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	conn, info, err := c.TransportCredentials.ClientHandshake(ctx, authority, raw)
-	if err != nil {
-		return nil, nil, err
-	}
-	return &countingConn{conn, c.received}, info, nil
-}
-
-func (c *countingCredentials) Clone() credentials.TransportCredentials {
-	return &countingCredentials{c.TransportCredentials.Clone(), c.received}
-}
-
-type countingConn struct {
-	net.Conn
-	received *atomic.Uint64
-}
-
-func (c *countingConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if n > 0 {
-		c.received.Add(1)
-	}
-	return n, err
-}
 
 // Check asks the agent.
 func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
@@ -440,6 +417,8 @@ func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 	switch {
 	case c.heard(received):
 		r.answered()
+	case r.links != nil && r.links.stirred(c.start):
+		// There is a connection, and nothing is known of it. That speaks neither against the agent nor for it.
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
 		if r.gate.failed(c.returned, received) {
@@ -477,8 +456,8 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
 	m := new(checkv1.FlowEndResponse)
-	err := r.conn.Invoke(call, checkv1.FlowControlService_FlowEnd_FullMethodName,
-		&checkv1.FlowEndRequest{ControlPoint: req.ControlPoint, InflightRequests: refs}, m, r.calls...)
+	err := r.invoke(call, checkv1.FlowControlService_FlowEnd_FullMethodName,
+		&checkv1.FlowEndRequest{ControlPoint: req.ControlPoint, InflightRequests: refs}, m)
 	if err != nil {
 		return returns, err
 	}
@@ -544,7 +523,7 @@ func (r *remote) callCache(ctx context.Context, method string, req, m proto.Mess
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
-	if err := r.conn.Invoke(ctx, method, req, m, r.calls...); err != nil {
+	if err := r.invoke(ctx, method, req, m); err != nil {
 		return err
 	}
 	r.answered()
@@ -573,9 +552,8 @@ func cacheStatus[M interface {
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {
-	calls := append([]grpc.CallOption{grpc.WaitForReady(true)}, r.calls...)
-	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
-		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), calls...)
+	err := r.invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
+		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), grpc.WaitForReady(true))
 	switch code := status.Code(err); {
 	case err == nil:
 		r.answered()
@@ -590,13 +568,34 @@ func (r *remote) Ready(ctx context.Context) error {
 	return nil
 }
 
-// close sends what telemetry there is until ctx ends, and closes the connection that is ours.
+// closeGrace is how long the connection has to close, when ctx has ended already.
+const closeGrace = 10 * time.Millisecond
+
+// close sends what telemetry there is until ctx ends, and closes the connection that is ours. gRPC takes seconds for that
+// where the agent reads nothing: when ctx ends they are left to a goroutine, and the connection is cut, which ends it.
 func (r *remote) close(ctx context.Context) error {
 	var flushed error
 	if r.exporter != nil {
 		flushed = r.exporter.close(ctx)
 	}
-	return errors.Join(flushed, r.release())
+	released := make(chan error, 1)
+	go func() { released <- r.release() }()
+	select {
+	case err := <-released:
+		return errors.Join(flushed, err)
+	case <-ctx.Done():
+	}
+	grace := time.NewTimer(closeGrace)
+	defer grace.Stop()
+	select {
+	case err := <-released:
+		return errors.Join(flushed, err)
+	case <-grace.C:
+		if r.links != nil {
+			r.links.abandon()
+		}
+		return errors.Join(flushed, fmt.Errorf("the connection was cut: %w", ctx.Err()))
+	}
 }
 
 // release gives up what the remote has outside of itself.

@@ -30,8 +30,7 @@ const (
 // blocks: what does not fit is dropped and counted. Flows are encoded here rather than handed to an OpenTelemetry SDK
 // because the agent needs all of them, whatever the application samples.
 type exporter struct {
-	conn     grpc.ClientConnInterface
-	calls    []grpc.CallOption
+	invoke   invoker
 	logger   *slog.Logger
 	answered func()
 
@@ -60,12 +59,15 @@ type record struct {
 	dryRun               bool // the flow ran although the answer is a rejection
 }
 
-func newExporter(conn grpc.ClientConnInterface, calls []grpc.CallOption, logger *slog.Logger, answered func()) *exporter {
+// An invoker makes a call to the agent.
+type invoker func(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error
+
+func newExporter(invoke invoker, logger *slog.Logger, answered func()) *exporter {
 	// A background context, because no caller's lives as long as the exporter, which sends for all of them. Close
 	// cancels it, so that no export outlasts the client.
 	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // the exporter outlives every call; close cancels it
 	x := &exporter{
-		conn: conn, calls: calls, logger: logger, answered: answered,
+		invoke: invoke, logger: logger, answered: answered,
 		wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
 		stop: make(chan struct{}), idle: make(chan struct{}), cancel: cancel,
 	}
@@ -210,7 +212,7 @@ func (x *exporter) send(ctx context.Context, message []byte) error {
 	// Fields that a message does not know are sent as they are, and of the answer nothing is read.
 	req := new(emptypb.Empty)
 	req.ProtoReflect().SetUnknown(message)
-	err := x.conn.Invoke(ctx, collector.Export, req, new(emptypb.Empty), x.calls...)
+	err := x.invoke(ctx, collector.Export, req, new(emptypb.Empty))
 	if err == nil {
 		x.answered()
 	}

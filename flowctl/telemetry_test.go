@@ -31,7 +31,7 @@ func TestRecordsAreBounded(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				x := newExporter(silent{}, nil, slog.New(slog.DiscardHandler), func() {})
+				x := newExporter(silent{}.Invoke, slog.New(slog.DiscardHandler), func() {})
 				defer func() {
 					ctx, cancel := context.WithCancel(t.Context())
 					cancel()

@@ -294,7 +294,9 @@ func rejectedBy(m *checkv1.CheckResponse) *seam.Component {
 	if by == nil {
 		return nil
 	}
-	return &seam.Component{Policy: by.GetPolicyName(), Hash: by.GetPolicyHash(), ID: by.GetComponentId(), LabelKey: labelKey(by)}
+	return &seam.Component{ // for errors: what ends the flow has its names from the answer
+		Policy: Clip(by.GetPolicyName()), Hash: Clip(by.GetPolicyHash()), ID: Clip(by.GetComponentId()), LabelKey: Clip(labelKey(by)),
+	}
 }
 
 // labelKey is the key of the label that the decision names as "key:value". The value may hold colons, the keys in use
@@ -335,7 +337,7 @@ func CacheError(text string) error {
 	if text == "" {
 		return errors.New("the agent reports an error")
 	}
-	return fmt.Errorf("the agent reports: %s", text)
+	return fmt.Errorf("the agent reports: %s", Clip(text))
 }
 
 // Held gives references to the slots that the answer says the flow holds, also where it was rejected: a stage before

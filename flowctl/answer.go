@@ -1,0 +1,158 @@
+package flowctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// The bounds of what an agent may answer. They hold before anything is decoded.
+const (
+	maxAnswer       = 256 << 10 // bytes, besides what the answer repeats of the question
+	maxCachedAnswer = 16 << 20  // bytes, where the question asks for cached values
+	maxElements     = 4096      // messages, entries and elements of lists: an empty one has 2 bytes on the wire and 100 in memory
+	maxNesting      = 64
+
+	// The bytes of large answers that may be decoded at a time. An answer beyond them fails instead of waiting: it would
+	// wait in memory, and past the deadline of its check.
+	maxDecoding = 48 << 20
+	largeAnswer = 1 << 20
+)
+
+var (
+	errElements = fmt.Errorf("the answer has more than %d elements", maxElements)
+	errNesting  = fmt.Errorf("the answer is nested more than %d deep", maxNesting)
+	errDecoding = errors.New("too many large answers came at the same time")
+	errLate     = errors.New("the answer came too late to be decoded")
+)
+
+// boundedCodec is gRPC's codec for Protocol Buffers, for answers that are looked at before they are decoded.
+type boundedCodec struct {
+	encoding.CodecV2
+}
+
+func (c boundedCodec) Unmarshal(data mem.BufferSlice, v any) error {
+	if err := checkBounds(data, v); err != nil {
+		return err
+	}
+	return c.CodecV2.Unmarshal(data, v)
+}
+
+// decode is how the remote's checks are decoded: the answers may be large. It fails if ctx has ended.
+func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any) error {
+	if size := int64(data.Len()); size >= largeAnswer {
+		defer r.decoding.Add(-size)
+		if r.decoding.Add(size) > maxDecoding {
+			return errDecoding
+		}
+		if ctx.Err() != nil {
+			return errLate
+		}
+	}
+	return r.codec.Unmarshal(data, v)
+}
+
+// checkBounds reports whether an answer has more elements than any agent has reason to send. The answers to most
+// questions are too small for that, and are not looked at.
+func checkBounds(data mem.BufferSlice, v any) error {
+	m, ok := v.(proto.Message)
+	if !ok || data.Len() < 2*maxElements {
+		return nil
+	}
+	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer buf.Free()
+	n := 0
+	return countElements(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting, &n)
+}
+
+// countElements adds the elements of an encoded message to n. What is malformed is left to the decoder.
+func countElements(desc protoreflect.MessageDescriptor, data []byte, depth int, n *int) error {
+	if depth == 0 {
+		return errNesting
+	}
+	fields := desc.Fields()
+	for len(data) > 0 {
+		number, kind, size := protowire.ConsumeTag(data)
+		if size < 0 {
+			return nil
+		}
+		data = data[size:]
+		if size = protowire.ConsumeFieldValue(number, kind, data); size < 0 {
+			return nil
+		}
+		field := data[:size]
+		data = data[size:]
+		known := fields.ByNumber(number)
+		if known == nil {
+			continue
+		}
+		if known.Message() != nil || known.IsList() {
+			*n++
+		}
+		if kind == protowire.BytesType {
+			inner, _ := protowire.ConsumeBytes(field)
+			switch {
+			case known.Message() != nil:
+				if err := countElements(known.Message(), inner, depth-1, n); err != nil {
+					return err
+				}
+			case known.IsList() && known.Kind() != protoreflect.StringKind && known.Kind() != protoreflect.BytesKind:
+				*n += len(inner) // a packed list
+			}
+		}
+		if *n > maxElements {
+			return errElements
+		}
+	}
+	return nil
+}
+
+// clipError bounds the text of an error that came with an answer, or about a connection. An error that is clipped keeps
+// its code, and nothing else that the peer chose.
+func clipError(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	if s, ok := status.FromError(err); ok {
+		if s.Code() == codes.Internal && strings.HasSuffix(s.Message(), refusedFormat) {
+			return status.Error(codes.Internal, "the answer is compressed, and the client had not asked for that")
+		}
+		if len(text) <= wire.MaxText && proto.Size(s.Proto()) <= 2*wire.MaxText {
+			return err
+		}
+		return status.Error(s.Code(), wire.Clip(s.Message()))
+	}
+	if len(text) <= wire.MaxText {
+		return err
+	}
+	return errors.New(wire.Clip(text))
+}
+
+// clipDenied bounds what a denied request is answered with.
+func clipDenied(m *checkhttpv1.CheckHTTPResponse) {
+	denied := m.GetDeniedResponse()
+	if denied == nil {
+		return
+	}
+	denied.Body = wire.Clip(denied.GetBody())
+	for name, value := range denied.GetHeaders() {
+		if len(name) > wire.MaxText {
+			delete(denied.GetHeaders(), name)
+		} else {
+			denied.Headers[name] = wire.Clip(value)
+		}
+	}
+}

@@ -1,0 +1,428 @@
+package flowctl
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+)
+
+// The bounds of connections that are dialled.
+const (
+	connectEvery = 500 * time.Millisecond // on average, to one address
+	connectBurst = 3
+
+	maxHeaderList = 64 << 10 // bytes of a header or trailer
+	maxUnderWay   = 48 << 20 // bytes of answers that have not come whole
+
+	// A connection is one of a server that lives when it has brought an answer, or has lasted for so long.
+	provingAge = time.Second
+
+	// What frames cost that nobody asked for: one each, and one for each KiB. What the client sends pays for what it
+	// makes the agent send, and the rest comes by time.
+	frameCredit    = 8192
+	frameCreditMax = 65536
+	framesPerCall  = 8 // headers, data, trailers, window updates and pings
+	framesPerFrame = 4
+	framesEvery    = time.Second / 4096
+	smallData      = 256 // DATA frames of fewer bytes cost as others do, also in an answer
+)
+
+var (
+	errFlood    = errors.New("the agent floods the connection with frames")
+	errUnderWay = errors.New("too many large answers are under way")
+)
+
+// connections are those of a remote that dials. They sit between the transport's security and HTTP/2, because three things
+// are seen nowhere above: an answer that comes after its check has timed out, a connection that ends without any answer,
+// and an answer that is compressed although nobody asked for that. They sit above the dialer because that may be the
+// application's, and because a dialer of its own would keep gRPC from using a proxy.
+type connections struct {
+	epoch    time.Time
+	received *atomic.Uint64 // counts reads on connections that have proved themselves
+	underWay atomic.Int64   // bytes of answers that have not come whole
+
+	mu   sync.Mutex
+	open map[*connection]struct{}
+	next map[string]time.Duration // by address: when the connections so far would all have had their turn
+}
+
+func newConnections(received *atomic.Uint64) *connections {
+	return &connections{
+		epoch: time.Now(), received: received,
+		open: make(map[*connection]struct{}), next: make(map[string]time.Duration),
+	}
+}
+
+// await has connections to an address follow each other with pauses. gRPC pauses after attempts that fail, and to gRPC
+// none has failed when the server has said a word of HTTP/2.
+func (cs *connections) await(ctx context.Context, address string) error {
+	now := time.Since(cs.epoch)
+	cs.mu.Lock()
+	if len(cs.next) > 64 {
+		for a, next := range cs.next {
+			if next <= now {
+				delete(cs.next, a)
+			}
+		}
+	}
+	next := max(cs.next[address], now) + connectEvery
+	cs.next[address] = next
+	cs.mu.Unlock()
+	wait := next - connectBurst*connectEvery - now
+	if wait <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// stirred reports whether a connection brought anything since then that is not known to be an agent's: it is open, and
+// has not proved itself.
+func (cs *connections) stirred(since time.Time) bool {
+	t := int64(since.Sub(cs.epoch))
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for c := range cs.open {
+		if !c.gone.Load() && !c.proved.Load() && c.last.Load() >= t {
+			return true
+		}
+	}
+	return false
+}
+
+// abandon closes all connections at once.
+func (cs *connections) abandon() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for c := range cs.open {
+		_ = c.raw.Close()
+	}
+}
+
+// trackedCredentials make connections of what is dialled.
+type trackedCredentials struct {
+	credentials.TransportCredentials
+	connections *connections
+}
+
+func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	address := ""
+	if a := raw.RemoteAddr(); a != nil {
+		address = a.String()
+	}
+	if err := t.connections.await(ctx, address); err != nil {
+		return nil, nil, err
+	}
+	conn, info, err := t.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	cs := t.connections
+	now := time.Since(cs.epoch)
+	c := &connection{
+		Conn: conn, raw: raw, connections: cs, began: now, credited: now,
+		streams: make(map[uint32]stream), credit: frameCredit, out: frames{skip: prefaceBytes},
+	}
+	cs.mu.Lock()
+	cs.open[c] = struct{}{}
+	cs.mu.Unlock()
+	return c, info, nil
+}
+
+func (t *trackedCredentials) Clone() credentials.TransportCredentials {
+	return &trackedCredentials{t.TransportCredentials.Clone(), t.connections}
+}
+
+// A connection follows the frames that it carries.
+type connection struct {
+	net.Conn
+	raw         net.Conn // below the transport's security
+	connections *connections
+	began       time.Duration // since the connections' epoch
+
+	last   atomic.Int64 // when anything was read, since the epoch
+	proved atomic.Bool
+	gone   atomic.Bool // it ends, or has
+
+	in  frames // of the reader
+	out frames // of the writer
+
+	mu       sync.Mutex
+	streams  map[uint32]stream // those that are open
+	newest   uint32            // the stream that was opened last
+	credit   int
+	credited time.Duration // until when credit has come by time
+	underWay int64
+}
+
+// A stream is a call.
+type stream struct {
+	asked    bool    // the first byte of the question has been seen
+	compress bool    // it said that the question is compressed: so may the answer be
+	have     uint8   // bytes of the answer's prefix
+	prefix   [5]byte // compressed or not, and length
+	rest     uint32  // bytes of the answer to come
+	underWay uint32  // bytes that have come of it, until it is whole
+}
+
+func (c *connection) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		now := time.Since(c.connections.epoch)
+		c.last.Store(int64(now))
+		if refused := c.arrived(p[:n], now); refused != nil {
+			c.gone.Store(true)
+			return 0, refused
+		}
+		if !c.proved.Load() && now-c.began >= provingAge {
+			c.proved.Store(true)
+		}
+		if c.proved.Load() {
+			c.connections.received.Add(1)
+		}
+	}
+	if err != nil {
+		c.gone.Store(true)
+	}
+	return n, err
+}
+
+func (c *connection) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	c.out.each(p, c.sends, c.sendsData)
+	c.mu.Unlock()
+	return c.Conn.Write(p)
+}
+
+func (c *connection) Close() error {
+	c.gone.Store(true)
+	c.mu.Lock()
+	c.connections.underWay.Add(-c.underWay)
+	c.underWay = 0
+	clear(c.streams)
+	c.mu.Unlock()
+	c.connections.mu.Lock()
+	delete(c.connections.open, c)
+	c.connections.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// The types and flags of HTTP/2 frames that are looked at.
+const (
+	frameData      = 0
+	frameHeaders   = 1
+	frameRSTStream = 3
+	frameGoAway    = 7
+
+	flagEndStream = 1
+	flagPadded    = 8
+
+	frameHeaderBytes = 9
+	prefaceBytes     = 24
+)
+
+// frames finds the frames in a sequence of bytes that comes in pieces.
+type frames struct {
+	frame  frame
+	have   int // bytes of the next header
+	skip   int // bytes that are not looked at, before all else
+	padded bool
+	data   int // bytes of a DATA frame to come
+	tail   int // bytes of its padding
+	bytes  [frameHeaderBytes]byte
+}
+
+type frame struct {
+	length int
+	kind   byte
+	flags  byte
+	stream uint32
+}
+
+// each calls begin with each frame that begins in p, and data with the pieces of DATA frames that are not padding.
+func (f *frames) each(p []byte, begin func(frame), data func(f frame, p []byte, end bool)) {
+	for len(p) > 0 {
+		switch {
+		case f.skip > 0:
+			n := min(f.skip, len(p))
+			f.skip -= n
+			p = p[n:]
+		case f.padded:
+			f.padded = false
+			f.tail = min(int(p[0]), f.data)
+			f.data -= f.tail
+			p = p[1:]
+			if f.data == 0 {
+				f.skip, f.tail = f.tail, 0
+				data(f.frame, nil, true)
+			}
+		case f.data > 0:
+			n := min(f.data, len(p))
+			f.data -= n
+			if f.data == 0 {
+				f.skip, f.tail = f.tail, 0
+			}
+			data(f.frame, p[:n], f.data == 0)
+			p = p[n:]
+		default:
+			n := copy(f.bytes[f.have:], p)
+			f.have += n
+			p = p[n:]
+			if f.have < frameHeaderBytes {
+				return
+			}
+			f.have = 0
+			f.frame = frame{
+				length: int(f.bytes[0])<<16 | int(f.bytes[1])<<8 | int(f.bytes[2]),
+				kind:   f.bytes[3],
+				flags:  f.bytes[4],
+				stream: binary.BigEndian.Uint32(f.bytes[5:]) &^ (1 << 31),
+			}
+			begin(f.frame)
+			switch length := f.frame.length; {
+			case f.frame.kind != frameData:
+				f.skip = length
+			case length == 0:
+				data(f.frame, nil, true)
+			case f.frame.flags&flagPadded != 0:
+				f.padded, f.data = true, length-1
+			default:
+				f.data = length
+			}
+		}
+	}
+}
+
+// sends notes a frame that the client sends.
+func (c *connection) sends(f frame) {
+	switch f.kind {
+	case frameHeaders:
+		c.streams[f.stream] = stream{}
+		c.newest = max(c.newest, f.stream)
+		c.earn(framesPerCall)
+	case frameRSTStream:
+		c.ended(f.stream)
+		c.earn(framesPerCall)
+	case frameData:
+		c.earn(framesPerFrame)
+	}
+}
+
+func (c *connection) sendsData(f frame, p []byte, _ bool) {
+	if s, ok := c.streams[f.stream]; ok && !s.asked && len(p) > 0 {
+		s.asked, s.compress = true, p[0] != 0
+		c.streams[f.stream] = s
+	}
+}
+
+func (c *connection) earn(n int) { c.credit = min(c.credit+n, frameCreditMax) }
+
+// ended forgets a stream.
+func (c *connection) ended(id uint32) {
+	if s, ok := c.streams[id]; ok {
+		c.carry(-int64(s.underWay))
+		delete(c.streams, id)
+	}
+}
+
+// carry counts bytes of answers that have not come whole.
+func (c *connection) carry(n int64) {
+	c.underWay += n
+	c.connections.underWay.Add(n)
+}
+
+// arrived follows what the agent sent. The error is why the connection is not to be read any more.
+func (c *connection) arrived(p []byte, now time.Duration) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.in.each(p, c.receives, c.receivesData)
+	if c.credit < 0 {
+		earned := min((now-c.credited)/framesEvery, frameCreditMax)
+		c.earn(int(earned))
+		c.credited = now
+		if c.credit < 0 {
+			return errFlood
+		}
+	}
+	if c.connections.underWay.Load() > maxUnderWay && c.underWay > 0 {
+		return errUnderWay
+	}
+	return nil
+}
+
+// receives notes a frame that the agent sends.
+func (c *connection) receives(f frame) {
+	_, known := c.streams[f.stream]
+	if f.kind != frameData || !known || f.length < smallData {
+		c.credit -= 1 + f.length>>10
+	}
+	switch f.kind {
+	case frameGoAway:
+		if !c.proved.Load() {
+			c.gone.Store(true)
+		}
+	case frameData, frameHeaders, frameRSTStream:
+		if f.stream > 0 && f.stream <= c.newest { // also one that is over: an answer may come late
+			c.proved.Store(true)
+		}
+		if f.kind == frameRSTStream || f.kind == frameHeaders && f.flags&flagEndStream != 0 {
+			c.ended(f.stream)
+		}
+	}
+}
+
+// The first byte of a message says whether it is compressed. gRPC decompresses whatever the process has a compressor for,
+// and offers that to the agent; its option against that has no effect (grpc-go 1.85). A value of the byte that gRPC does
+// not know has it refuse the message, and nothing else on the connection.
+const (
+	formatPlain   = 0
+	formatRefused = 255
+	refusedFormat = "unexpected payload format 255" // how gRPC's error then ends
+)
+
+// receivesData follows the messages in what the agent sends, of which an answer should be the only one.
+func (c *connection) receivesData(f frame, p []byte, end bool) {
+	s, known := c.streams[f.stream]
+	if !known {
+		return
+	}
+	for len(p) > 0 {
+		if s.rest > 0 {
+			n := uint32(min(uint64(s.rest), uint64(len(p))))
+			s.rest -= n
+			s.underWay += n
+			c.carry(int64(n))
+			if s.rest == 0 {
+				c.carry(-int64(s.underWay))
+				s.underWay = 0
+			}
+			p = p[n:]
+			continue
+		}
+		if s.have == 0 && p[0] != formatPlain && !s.compress {
+			p[0] = formatRefused
+		}
+		n := copy(s.prefix[s.have:], p)
+		s.have += uint8(n)
+		p = p[n:]
+		if s.have == uint8(len(s.prefix)) {
+			s.have, s.rest = 0, binary.BigEndian.Uint32(s.prefix[1:])
+		}
+	}
+	c.streams[f.stream] = s
+	if end && f.flags&flagEndStream != 0 {
+		c.ended(f.stream)
+	}
+}
