@@ -23,11 +23,11 @@ const (
 	// A connection is one of a server that lives when it has brought an answer, or has lasted for so long.
 	provingAge = time.Second
 
-	// What frames cost that nobody asked for: one each, and one for each KiB. What the client sends pays for what it
-	// makes the agent send, and the rest comes by time.
+	// What frames cost: one each, and one for each KiB, or for each 32 bytes of headers, which expand. Data of an answer
+	// are free. What the client sends pays for what it makes the agent send, and the rest comes by time.
 	frameCredit    = 8192
 	frameCreditMax = 65536
-	framesPerCall  = 8 // headers, data, trailers, window updates and pings
+	framesPerCall  = 32 // headers, data, trailers, window updates and pings
 	framesPerFrame = 4
 	framesEvery    = time.Second / 4096
 	smallData      = 256 // DATA frames of fewer bytes cost as others do, also in an answer
@@ -221,10 +221,11 @@ func (c *connection) Close() error {
 
 // The types and flags of HTTP/2 frames that are looked at.
 const (
-	frameData      = 0
-	frameHeaders   = 1
-	frameRSTStream = 3
-	frameGoAway    = 7
+	frameData         = 0
+	frameHeaders      = 1
+	frameRSTStream    = 3
+	frameGoAway       = 7
+	frameContinuation = 9
 
 	flagEndStream = 1
 	flagPadded    = 8
@@ -365,7 +366,10 @@ func (c *connection) arrived(p []byte, now time.Duration) error {
 // receives notes a frame that the agent sends.
 func (c *connection) receives(f frame) {
 	_, known := c.streams[f.stream]
-	if f.kind != frameData || !known || f.length < smallData {
+	switch {
+	case f.kind == frameHeaders || f.kind == frameContinuation:
+		c.credit -= 1 + f.length>>5
+	case f.kind != frameData || !known || f.length < smallData:
 		c.credit -= 1 + f.length>>10
 	}
 	switch f.kind {

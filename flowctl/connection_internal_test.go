@@ -1,0 +1,265 @@
+package flowctl
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func encodeFrame(kind, flags byte, stream uint32, payload ...byte) []byte {
+	n := len(payload)
+	f := []byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags}
+	return append(binary.BigEndian.AppendUint32(f, stream), payload...)
+}
+
+// However the bytes come in pieces, the frames and their data are the same.
+func TestFrames(t *testing.T) {
+	all := slices.Concat(
+		[]byte("pre"),
+		encodeFrame(frameSettingsKind, 0, 0, 1, 2, 3, 4, 5, 6),
+		encodeFrame(frameData, 0, 1, 'a', 'b', 'c'),
+		encodeFrame(frameData, flagEndStream, 1),
+		encodeFrame(frameData, flagPadded, 3, 2, 'd', 'e', 0, 0),
+		encodeFrame(frameData, flagPadded, 3, 3, 0, 0, 0),
+		encodeFrame(frameData, flagPadded, 3, 9, 'x'), // more padding than there is room for
+		encodeFrame(frameHeaders, flagEndStream, 1<<31|5, 'h'),
+		encodeFrame(frameData, 0, 7, bytes.Repeat([]byte{'z'}, 300)...),
+	)
+	want := []string{
+		"4 0 0", "0 0 1", "data 1 abc end", "0 1 1", "data 1  end", "0 8 3", "data 3 de end", "0 8 3", "data 3  end", "0 8 3", "data 3  end",
+		"1 1 5", "0 0 7", "data 7 " + string(bytes.Repeat([]byte{'z'}, 300)) + " end",
+	}
+	for piece := 1; piece <= len(all); piece++ {
+		f := frames{skip: 3}
+		var got []string
+		var data []byte
+		for part := range slices.Chunk(all, piece) {
+			f.each(part, func(f frame) {
+				got = append(got, fmt.Sprintf("%d %d %d", f.kind, f.flags, f.stream))
+			}, func(f frame, p []byte, end bool) {
+				data = append(data, p...)
+				if end {
+					got = append(got, fmt.Sprintf("data %d %s end", f.stream, data))
+					data = nil
+				}
+			})
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("in pieces of %d bytes: %q want %q", piece, got, want)
+		}
+	}
+}
+
+const frameSettingsKind = 4
+
+// follow is a connection on which the client has said what it says, and reads what the agent says, in pieces.
+func follow(t *testing.T, said, answered []byte, piece int) (*connection, []byte, error) {
+	t.Helper()
+	near, far := net.Pipe()
+	t.Cleanup(func() { _ = near.Close() })
+	cs := newConnections(new(atomic.Uint64))
+	c := &connection{Conn: near, raw: near, connections: cs, streams: make(map[uint32]stream), credit: frameCredit}
+	cs.open[c] = struct{}{}
+	go func() {
+		defer far.Close()
+		if _, err := io.ReadFull(far, make([]byte, len(said))); err != nil {
+			return
+		}
+		for part := range slices.Chunk(answered, piece) {
+			if _, err := far.Write(part); err != nil {
+				return
+			}
+		}
+	}()
+	if _, err := c.Write(said); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(c)
+	return c, got, err
+}
+
+// A compressed answer is refused, unless the question was compressed, and however it comes.
+func TestCompressedAnswersAreRefused(t *testing.T) {
+	question := func(compressed byte) []byte {
+		return slices.Concat(encodeFrame(frameHeaders, 4, 1, 'h'), encodeFrame(frameData, flagEndStream, 1, compressed, 0, 0, 0, 1, 'q'))
+	}
+	plain := []byte{0, 0, 0, 0, 1, 'a'}
+	zipped := []byte{1, 0, 0, 0, 1, 'a'}
+	for _, tt := range []struct {
+		name     string
+		said     []byte
+		answered []byte
+		want     byte // of the last message
+	}{
+		{"plain", question(0), encodeFrame(frameData, 0, 1, plain...), formatPlain},
+		{"compressed", question(0), encodeFrame(frameData, 0, 1, zipped...), formatRefused},
+		{"asked for", question(1), encodeFrame(frameData, 0, 1, zipped...), 1},
+		{"the second message", question(0), encodeFrame(frameData, 0, 1, append(plain, zipped...)...), formatRefused},
+		{"behind padding", question(0), slices.Concat(encodeFrame(frameData, flagPadded, 1, 3, 0, 0, 0), encodeFrame(frameData, 0, 1, zipped...)), formatRefused},
+		{"with the end of the stream", question(0), encodeFrame(frameData, flagEndStream, 1, zipped...), formatRefused},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for piece := 1; piece <= len(tt.answered); piece++ {
+				_, got, err := follow(t, tt.said, tt.answered, piece)
+				if err != nil || len(got) != len(tt.answered) {
+					t.Fatalf("in pieces of %d bytes: %q, %v", piece, got, err)
+				}
+				if format := got[len(got)-len(zipped)]; format != tt.want {
+					t.Errorf("in pieces of %d bytes: format %d want %d", piece, format, tt.want)
+				}
+			}
+		})
+	}
+}
+
+// What of large answers has come is counted until they are whole or over.
+func TestAnswersUnderWay(t *testing.T) {
+	asked := slices.Concat(encodeFrame(frameHeaders, 4, 1, 'h'), encodeFrame(frameHeaders, 4, 3, 'h'))
+	begun := encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 3, 'a', 'b')
+	for _, tt := range []struct {
+		name     string
+		said     []byte
+		answered []byte
+		want     int64
+	}{
+		{"begun", asked, begun, 2},
+		{"whole", asked, append(slices.Clone(begun), encodeFrame(frameData, 0, 1, 'c')...), 0},
+		{"reset by the agent", asked, append(slices.Clone(begun), encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0)...), 0},
+		{"ended by trailers", asked, append(slices.Clone(begun), encodeFrame(frameHeaders, flagEndStream, 1, 't')...), 0},
+		{"ended by data", asked, encodeFrame(frameData, flagEndStream, 1, 0, 0, 0, 0, 3, 'a', 'b'), 0},
+		{"of two", asked, append(slices.Clone(begun), encodeFrame(frameData, 0, 3, 0, 0, 0, 0, 3, 'a')...), 3},
+		{"not asked for", asked, encodeFrame(frameData, 0, 5, 0, 0, 0, 0, 3, 'a', 'b'), 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, _, err := follow(t, tt.said, tt.answered, 4)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := c.connections.underWay.Load(); got != tt.want {
+				t.Errorf("%d bytes are under way want %d", got, tt.want)
+			}
+			_ = c.Close()
+			if got := c.connections.underWay.Load(); got != 0 {
+				t.Errorf("%d bytes are under way after the end", got)
+			}
+		})
+	}
+	cs := newConnections(new(atomic.Uint64))
+	cs.underWay.Store(maxUnderWay)
+	c := &connection{connections: cs, streams: map[uint32]stream{1: {}, 3: {}}, credit: frameCredit}
+	if err := c.arrived(encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a'), 0); err != nil {
+		t.Errorf("an answer that comes whole, beside much that has not: %v", err)
+	}
+	if err := c.arrived(begun, 0); err != errUnderWay {
+		t.Errorf("a byte too much is under way: %v want %v", err, errUnderWay)
+	}
+}
+
+// Frames that nobody asked for end the connection, and those of many answers do not.
+func TestFloods(t *testing.T) {
+	ping := encodeFrame(6, 0, 0, make([]byte, 8)...)
+	headers := encodeFrame(frameHeaders, flagEndStream, 1, make([]byte, 200)...)
+	ask := encodeFrame(frameHeaders, 4, 1, 'h')
+	for _, tt := range []struct {
+		name           string
+		said, answered []byte
+		want           error
+	}{
+		{"pings", ask, bytes.Repeat(ping, 2*frameCredit), errFlood},
+		{"some pings", ask, bytes.Repeat(ping, frameCredit/2), nil},
+		{"headers", ask, bytes.Repeat(headers, 2*frameCredit), errFlood},
+		{"empty data", ask, bytes.Repeat(encodeFrame(frameData, 0, 1), 2*frameCredit), errFlood},
+		{"data that nobody asked for", ask, bytes.Repeat(encodeFrame(frameData, 0, 3, make([]byte, 16384)...), frameCredit/16), errFlood},
+		{"answers with pings", bytes.Repeat(ask, frameCredit), bytes.Repeat(append(slices.Clone(headers), ping...), frameCredit), nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				if _, _, err := follow(t, tt.said, tt.answered, 1<<15); err != tt.want {
+					t.Errorf("%v want %v", err, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// What a connection brings counts for the gate when there was an answer, or when it lasts.
+func TestConnectionsProveThemselves(t *testing.T) {
+	settings := encodeFrame(frameSettingsKind, 0, 0)
+	ask := encodeFrame(frameHeaders, 4, 1, 'h')
+	for _, tt := range []struct {
+		name     string
+		frames   []byte
+		age      time.Duration
+		stirred  bool
+		received uint64
+	}{
+		{"settings", settings, 0, true, 0},
+		{"an answer", encodeFrame(frameHeaders, flagEndStream, 1, 'h'), 0, false, 1},
+		{"a reset", encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0), 0, false, 1},
+		{"an answer to nothing", encodeFrame(frameHeaders, flagEndStream, 3, 'h'), 0, true, 0},
+		{"goes away", append(slices.Clone(settings), encodeFrame(frameGoAway, 0, 0, make([]byte, 8)...)...), 0, false, 0},
+		{"old", settings, time.Second, false, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				near, far := net.Pipe()
+				defer near.Close()
+				defer far.Close()
+				cs := newConnections(new(atomic.Uint64))
+				c := &connection{Conn: near, raw: near, connections: cs, streams: make(map[uint32]stream), credit: frameCredit}
+				cs.open[c] = struct{}{}
+				go func() {
+					_, _ = far.Read(make([]byte, 100))
+					<-time.After(tt.age)
+					_, _ = far.Write(tt.frames)
+				}()
+				_, _ = c.Write(ask)
+				begin := time.Now()
+				if _, err := c.Read(make([]byte, 100)); err != nil {
+					t.Fatal(err)
+				}
+				if got := cs.stirred(begin); got != tt.stirred {
+					t.Errorf("stirred() = %v want %v", got, tt.stirred)
+				}
+				if got := cs.received.Load(); got != tt.received {
+					t.Errorf("%d reads count want %d", got, tt.received)
+				}
+				_ = c.Close()
+				if cs.stirred(begin) {
+					t.Error("stirred() although the connection has ended")
+				}
+			})
+		})
+	}
+}
+
+// Connections to an address follow each other with pauses, after some that need none.
+func TestConnectionsHavePauses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cs := newConnections(new(atomic.Uint64))
+		begin := time.Now()
+		for i, want := range []time.Duration{0, 0, 0, connectEvery, 2 * connectEvery} {
+			if err := cs.await(t.Context(), "a"); err != nil || time.Since(begin) != want {
+				t.Errorf("connection %d after %v, %v want %v", i, time.Since(begin), err, want)
+			}
+		}
+		begin = time.Now()
+		for i := range 100 {
+			if err := cs.await(t.Context(), fmt.Sprint(i)); err != nil || time.Since(begin) != 0 {
+				t.Errorf("the first connection to another address after %v, %v", time.Since(begin), err)
+			}
+		}
+		<-time.After(time.Minute)
+		_ = cs.await(t.Context(), "b")
+		if n := len(cs.next); n != 1 {
+			t.Errorf("%d addresses are remembered want that of now", n)
+		}
+	})
+}

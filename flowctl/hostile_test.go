@@ -1,0 +1,330 @@
+package flowctl_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/gzip" // as a process that imports package agent has it
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/testing/hostile"
+)
+
+func dialHostile(t *testing.T, a hostile.Agent, opts ...flowctl.Option) (*flowctl.Client, *hostile.Server) {
+	t.Helper()
+	s := hostile.Serve(t, a)
+	client, err := flowctl.Dial(s.Address, append([]flowctl.Option{flowctl.WithInsecure()}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Second)
+		defer cancel()
+		_ = client.Close(ctx)
+	})
+	return client, s
+}
+
+// Whatever an agent does to the connection or answers: flows are decided, and a client closes when its context ends. What
+// it costs is measured by the suite of attacks.
+func TestHostileAgents(t *testing.T) {
+	for _, a := range hostile.Agents() {
+		t.Run(a.Name, func(t *testing.T) {
+			t.Parallel()
+			client, _ := dialHostile(t, a, flowctl.WithCheckTimeout(20*time.Millisecond))
+			for _, params := range []flowctl.Params{
+				{},
+				{ResultCacheKey: "r"},
+				{HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/", Source: netip.MustParseAddrPort("192.0.2.1:1")}},
+			} {
+				var flows sync.WaitGroup
+				for range 4 {
+					flows.Go(func() {
+						flow := client.Start(t.Context(), "point", params)
+						switch flow.Decision() {
+						case flowctl.Unreachable, flowctl.Accepted, flowctl.Rejected:
+						default:
+							t.Errorf("%v, %v", flow, flow.Err())
+						}
+						if err := flow.Err(); err != nil && len(err.Error()) > 2048 {
+							t.Errorf("an error of %d bytes: %.100s…", len(err.Error()), err)
+						}
+						_, _ = flow.End(t.Context())
+					})
+				}
+				flows.Wait()
+			}
+		})
+	}
+}
+
+func agentNamed(t *testing.T, name string) hostile.Agent {
+	t.Helper()
+	for _, a := range hostile.Agents() {
+		if a.Name == name {
+			return a
+		}
+	}
+	t.Fatalf("there is no agent that %s", name)
+	return hostile.Agent{}
+}
+
+// An agent that took the connection and reads nothing more kept Close for five seconds, whatever its context.
+func TestCloseOfAnAgentThatReadsNothing(t *testing.T) {
+	a := agentNamed(t, "reads nothing after the settings")
+	for _, tt := range []struct {
+		name    string
+		timeout time.Duration
+		want    time.Duration
+	}{
+		{"in time", 100 * time.Millisecond, 110 * time.Millisecond}, // with what is allowed for closing
+		{"at once", 0, 10 * time.Millisecond},
+		{"the time is enough", time.Minute, 15 * time.Second}, // gRPC's own limit, and that of telemetry
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithDialOptions(
+					grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+						near, far := net.Pipe()
+						go func() {
+							defer far.Close()
+							a.Serve(t.Context(), far)
+						}()
+						return near, nil
+					})))
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+				ctx, cancel := context.WithTimeout(t.Context(), tt.timeout)
+				defer cancel()
+				begin := time.Now()
+				if err := client.Close(ctx); !errors.Is(err, ctx.Err()) {
+					t.Errorf("Close() = %v want %v", err, ctx.Err())
+				}
+				if took := time.Since(begin); took > tt.want {
+					t.Errorf("Close() took %v want at most %v", took, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// An agent, or a proxy before it, that accepted connections and ended them had the client open thousands a second, and
+// the gate stayed closed.
+func TestConnectionsAreSpaced(t *testing.T) {
+	for _, a := range hostile.Agents() {
+		if !strings.HasPrefix(a.Name, "goes away") && a.Name != "accepts and closes" && a.Name != "resets after the settings" && a.Name != "speaks HTTP/1" {
+			continue
+		}
+		t.Run(a.Name, func(t *testing.T) {
+			t.Parallel()
+			var log lockedBuffer
+			client, server := dialHostile(t, a, flowctl.WithCheckTimeout(50*time.Millisecond), flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+			begin := time.Now()
+			silent := func() bool { return strings.Contains(log.String(), "the agent does not answer") }
+			answers := a.Name == "goes away with each answer"
+			for time.Since(begin) < time.Second || !answers && !silent() && time.Since(begin) < 10*time.Second {
+				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+				time.Sleep(time.Millisecond)
+			}
+			if !answers && !silent() {
+				t.Errorf("the gate stayed closed:\n%s", log.String())
+			}
+			if n, most := server.Connections(), 4+int64(3*time.Since(begin)/time.Second); n > most {
+				t.Errorf("%d connections in %v want at most %d", n, time.Since(begin), most)
+			}
+		})
+	}
+}
+
+// A connection that brings nothing but connections' own frames is ended.
+func TestFloodedConnectionsEnd(t *testing.T) {
+	for _, a := range hostile.Agents() {
+		if !strings.HasPrefix(a.Name, "floods") {
+			continue
+		}
+		t.Run(a.Name, func(t *testing.T) {
+			client, server := dialHostile(t, a, flowctl.WithCheckTimeout(50*time.Millisecond))
+			for begin := time.Now(); server.Connections() < 2; {
+				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
+				time.Sleep(time.Millisecond)
+				if time.Since(begin) > 30*time.Second {
+					t.Fatal("the connection goes on")
+				}
+			}
+		})
+	}
+}
+
+// An answer that was small on the wire had hundreds of megabytes in memory, and was decoded after its check's time.
+func TestAnswersAreBounded(t *testing.T) {
+	decisions := func(n int) []byte { return bytes.Repeat([]byte{0x62, 0}, n) }
+	encoded := func(m proto.Message) []byte {
+		data, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	labelled := func(values int) proto.Message {
+		return &checkv1.CheckResponse{TelemetryFlowLabels: map[string]string{"large": strings.Repeat("v", values)}}
+	}
+	for _, tt := range []struct {
+		name   string
+		agent  hostile.Agent
+		params flowctl.Params
+		want   flowctl.Decision
+		why    string
+	}{
+		{name: "as many elements as may be", agent: hostile.Answering(decisions(4096)), want: flowctl.Accepted},
+		{name: "one more", agent: hostile.Answering(decisions(4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "as many to a check of caches", agent: hostile.Answering(decisions(1 << 20)), params: flowctl.Params{ResultCacheKey: "r"}, want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "many entries", agent: hostile.Answering(bytes.Repeat([]byte{0x3a, 0}, 4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "200 KiB", agent: hostile.Answering(encoded(labelled(200 << 10))), want: flowctl.Accepted},
+		{name: "300 KiB", agent: hostile.Answering(encoded(labelled(300 << 10))), want: flowctl.Unreachable, why: "larger than max"},
+		{
+			name: "300 KiB that repeat the question", agent: hostile.Answering(encoded(labelled(300 << 10))),
+			params: flowctl.Params{Labels: map[string]string{
+				"1": strings.Repeat("v", 4096), "2": strings.Repeat("v", 4096), "3": strings.Repeat("v", 4096),
+				"4": strings.Repeat("v", 4096), "5": strings.Repeat("v", 4096), "6": strings.Repeat("v", 4096),
+			}}, want: flowctl.Accepted,
+		},
+		{name: "300 KiB to a check of caches", agent: hostile.Answering(encoded(labelled(300 << 10))), params: flowctl.Params{ResultCacheKey: "r"}, want: flowctl.Accepted},
+		{name: "17 MiB to a check of caches", agent: hostile.Answering(make([]byte, 17<<20)), params: flowctl.Params{ResultCacheKey: "r"}, want: flowctl.Unreachable, why: "larger than max"},
+		{name: "gzip that was not asked for", agent: hostile.Gzipped(encoded(labelled(10))), want: flowctl.Unreachable, why: "had not asked for that"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			client, _ := dialHostile(t, tt.agent, flowctl.WithCheckTimeout(time.Minute))
+			flow := client.Start(t.Context(), "point", tt.params)
+			if flow.Decision() != tt.want || tt.why != "" && !strings.Contains(flow.Err().Error(), tt.why) {
+				t.Errorf("%v, %v want %v for %q", flow, flow.Err(), tt.want, tt.why)
+			}
+		})
+	}
+}
+
+// The decision of an agent is small in memory, however it is encoded.
+func TestBombsCostLittle(t *testing.T) {
+	bomb := hostile.Gzipped(bytes.Repeat([]byte{0x62, 0}, 8<<20-64))
+	client, _ := dialHostile(t, bomb, flowctl.WithCheckTimeout(time.Minute))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range 8 {
+		_, _ = client.Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "r"}).End(t.Context())
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 32<<20 {
+		t.Errorf("8 answers took %d MiB", n>>20)
+	}
+}
+
+// A client that compresses its questions takes answers that are compressed.
+func TestCompressionThatWasAskedFor(t *testing.T) {
+	if encoding.GetCompressor("gzip") == nil {
+		t.Fatal("there is no compressor")
+	}
+	agent := flowtest.NewAgent(t) // which answers as it is asked
+	agent.Answer(flowtest.Answer{Reason: flowctl.ReasonRateLimited})
+	client := agent.Client(flowctl.WithCheckTimeout(time.Minute), flowctl.WithDialOptions(grpc.WithDefaultCallOptions(grpc.UseCompressor("gzip"))))
+	if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Rejected {
+		t.Errorf("%v, %v want rejected", flow, flow.Err())
+	}
+}
+
+// A peer's text is kept up to a length, wherever it is kept.
+func TestTextsOfPeersAreClipped(t *testing.T) {
+	const most = 1<<10 + 200 // and what we say
+	long := strings.Repeat("ä", 10<<10)
+	short := func(what string, err error) {
+		t.Helper()
+		if err == nil {
+			t.Errorf("%s: no error", what)
+			return
+		}
+		if text := err.Error(); len(text) > most || !utf8.ValidString(text) || !strings.Contains(text, "ää") {
+			t.Errorf("%s: %d bytes, %.80q…", what, len(text), text)
+		}
+	}
+	t.Run("statuses", func(t *testing.T) {
+		var log lockedBuffer
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Slots: 1}, flowtest.Answer{Fail: status.Error(codes.Unavailable, long)})
+		agent.AnswerEnds(flowtest.Answer{Fail: status.Error(codes.Internal, long)})
+		agent.AnswerSpans(flowtest.Answer{Fail: status.Error(codes.Internal, long)})
+		client := agent.Client(flowctl.WithCheckTimeout(time.Minute), flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		_, err := flow.End(t.Context())
+		short("End", err)
+		short("Start", client.Start(t.Context(), "point", flowctl.Params{}).Err())
+		short("Close", client.Close(t.Context()))
+		for _, line := range strings.Split(log.String(), "\n") {
+			if len(line) > most+200 {
+				t.Errorf("log: %d bytes, %.80q…", len(line), line)
+			}
+		}
+	})
+	t.Run("a status of a mebibyte", func(t *testing.T) {
+		client, _ := dialHostile(t, hostile.Text("16", strings.Repeat("ä", 1<<19)), flowctl.WithCheckTimeout(time.Minute))
+		if text := client.Start(t.Context(), "point", flowctl.Params{}).Err().Error(); len(text) > most {
+			t.Errorf("%d bytes, %.80q…", len(text), text)
+		}
+	})
+	t.Run("Ready", func(t *testing.T) {
+		client, _ := dialHostile(t, hostile.Text("16", long))
+		short("Ready", client.Ready(t.Context()))
+	})
+	t.Run("caches", func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Response: &checkv1.CheckResponse{CacheLookupResponse: &checkv1.CacheLookupResponse{
+			ResultCacheResponse: &checkv1.KeyLookupResponse{OperationStatus: checkv1.CacheOperationStatus_ERROR, Error: long},
+		}}})
+		_, _, err := agent.Client(flowctl.WithCheckTimeout(time.Minute)).Start(t.Context(), "point", flowctl.Params{ResultCacheKey: "r"}).ResultCache()
+		short("ResultCache", err)
+	})
+	t.Run("names", func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{Response: &checkv1.CheckResponse{
+			DecisionType: checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+			LimiterDecisions: []*checkv1.LimiterDecision{{
+				PolicyName: long, ComponentId: "c", Dropped: true,
+			}},
+		}})
+		short("Start", agent.Client(flowctl.WithCheckTimeout(time.Minute)).Start(t.Context(), "point", flowctl.Params{}).Err())
+	})
+	t.Run("denied requests", func(t *testing.T) {
+		agent := flowtest.NewAgent(t)
+		agent.Answer(flowtest.Answer{HTTPResponse: &checkhttpv1.CheckHTTPResponse{
+			Status: &rpcstatus.Status{Code: int32(codes.Unavailable)},
+			HttpResponse: &checkhttpv1.CheckHTTPResponse_DeniedResponse{DeniedResponse: &checkhttpv1.DeniedHttpResponse{
+				Headers: map[string]string{"reason": long, long: "x"}, Body: long,
+			}},
+		}})
+		flow := agent.Client(flowctl.WithCheckTimeout(time.Minute)).Start(t.Context(), "point", flowctl.Params{HTTP: &flowctl.HTTPRequest{Method: "GET"}})
+		answer, ok := flow.HTTPAnswer()
+		if !ok || len(answer.Body) > 1<<10 || len(answer.Header["reason"]) > 1<<10 || len(answer.Header) != 1 || !utf8.ValidString(answer.Body) {
+			t.Errorf("a body of %d bytes, %d headers, one of %d bytes", len(answer.Body), len(answer.Header), len(answer.Header["reason"]))
+		}
+	})
+}

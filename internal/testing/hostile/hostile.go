@@ -1,0 +1,500 @@
+// Package hostile has agents that a client must survive: they are broken, or they mean harm. Each is one way of treating
+// a connection. They listen on loopback only.
+package hostile
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// An Agent is a way of treating connections.
+type Agent struct {
+	Name string
+
+	// Serve treats one connection, until ctx ends or the connection does. Its caller closes the connection.
+	Serve func(ctx context.Context, conn net.Conn)
+}
+
+// A Server is an agent at work.
+type Server struct {
+	Address     string
+	connections atomic.Int64
+}
+
+// Connections counts the connections so far.
+func (s *Server) Connections() int64 { return s.connections.Load() }
+
+// Serve starts an agent, which ends with the test.
+func Serve(t testing.TB, a Agent) *Server {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{Address: l.Addr().String()}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			s.connections.Add(1)
+			running.Go(func() {
+				stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+				defer stop()
+				a.Serve(ctx, conn)
+				_ = conn.Close()
+			})
+		}
+	})
+	t.Cleanup(func() {
+		cancel()
+		_ = l.Close()
+		running.Wait()
+	})
+	return s
+}
+
+// Agents are all of them.
+func Agents() []Agent {
+	agents := []Agent{
+		{"accepts and closes", func(context.Context, net.Conn) {}},
+		{"accepts and is silent", func(ctx context.Context, _ net.Conn) { <-ctx.Done() }},
+		{"reads nothing after the settings", func(ctx context.Context, conn net.Conn) {
+			if begin(conn, setting(settingInitialWindow, 1<<30)) != nil {
+				return
+			}
+			if _, _, _, err := read(conn); err != nil { // so that the client gets to know the settings where nothing is buffered
+				return
+			}
+			if write(conn, frameWindowUpdate, 0, 0, number(1<<30)) == nil {
+				<-ctx.Done()
+			}
+		}},
+		{"speaks HTTP/1", func(_ context.Context, conn net.Conn) {
+			_, _ = conn.Read(make([]byte, 1024))
+			_, _ = io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+		}},
+		{"speaks TLS", func(_ context.Context, conn net.Conn) {
+			_, _ = conn.Read(make([]byte, 1024))
+			_, _ = conn.Write([]byte("\x15\x03\x03\x00\x02\x02\x32"))
+		}},
+		{"sends garbage", func(_ context.Context, conn net.Conn) {
+			_, _ = conn.Write(bytes.Repeat([]byte{0xff, 0x00, 0x13}, 10_000))
+		}},
+		{"resets after the settings", func(_ context.Context, conn net.Conn) {
+			if begin(conn) == nil {
+				abort(conn)
+			}
+		}},
+		{"goes away at once", func(_ context.Context, conn net.Conn) {
+			if begin(conn) == nil {
+				_ = goAway(conn, 0)
+			}
+		}},
+		{"goes away soon", func(ctx context.Context, conn net.Conn) {
+			if begin(conn) == nil {
+				pause(ctx, 100*time.Millisecond)
+				_ = goAway(conn, 0)
+			}
+		}},
+		{"goes away with each answer", func(_ context.Context, conn net.Conn) {
+			_ = begin(conn)
+			_ = each(conn, func(stream uint32) error {
+				if err := answer(conn, stream, nil, ""); err != nil {
+					return err
+				}
+				return errors.Join(goAway(conn, stream), io.EOF)
+			})
+		}},
+		{"goes away with each question", func(_ context.Context, conn net.Conn) {
+			_ = begin(conn)
+			_ = each(conn, func(uint32) error { return errors.Join(goAway(conn, 0), io.EOF) })
+		}},
+		{"allows no streams", func(ctx context.Context, conn net.Conn) {
+			if begin(conn, setting(settingMaxStreams, 0)) == nil {
+				_, _ = io.Copy(io.Discard, conn)
+			}
+		}},
+		{"opens no window", func(ctx context.Context, conn net.Conn) {
+			if begin(conn, setting(settingInitialWindow, 0)) == nil {
+				_, _ = io.Copy(io.Discard, conn)
+			}
+		}},
+		flood("floods settings", frame(frameSettings, 0, 0, setting(settingInitialWindow, 1<<16))),
+		flood("floods pings", frame(framePing, 0, 0, make([]byte, 8))),
+		flood("floods window updates", frame(frameWindowUpdate, 0, 1, number(1))),
+		flood("floods resets", frame(frameRSTStream, 0, 1, number(0))),
+		flood("floods empty data", frame(frameData, 0, 1, nil)),
+		flood("floods data", frame(frameData, 0, 1, make([]byte, 16<<10))),
+		flood("floods headers", frame(frameHeaders, flagEndHeaders, 1, bytes.Repeat([]byte{0x88}, 8<<10))),
+		flood("floods unknown frames", frame(0xee, 0, 0, nil)),
+		streams("answers with huge headers", func(w io.Writer, stream uint32) error {
+			return headers(w, stream, 0, manyFields(4<<20))
+		}),
+		streams("answers with huge trailers", func(w io.Writer, stream uint32) error {
+			if err := headers(w, stream, 0, field(":status", "200")+field("content-type", "application/grpc")); err != nil {
+				return err
+			}
+			return headers(w, stream, flagEndStream, manyFields(4<<20))
+		}),
+		streams("answers with a status of a mebibyte", func(w io.Writer, stream uint32) error {
+			return status(w, stream, "14", strings.Repeat("x", 1<<20))
+		}),
+		streams("answers with a status of 40 KiB", func(w io.Writer, stream uint32) error {
+			return status(w, stream, "14", strings.Repeat("ä", 20<<10))
+		}),
+		streams("answers and never ends", func(w io.Writer, stream uint32) error {
+			if err := headers(w, stream, 0, field(":status", "200")+field("content-type", "application/grpc")); err != nil {
+				return err
+			}
+			return write(w, frameData, 0, stream, []byte{0, 0x7f, 0xff, 0xff, 0xff})
+		}),
+		streams("resets each question", func(w io.Writer, stream uint32) error {
+			return write(w, frameRSTStream, 0, stream, number(7))
+		}),
+	}
+	for _, b := range bombs() {
+		message := sync.OnceValue(b.message)
+		zipped := sync.OnceValue(func() []byte { return zip(message()) })
+		agents = append(agents, serve("answers "+b.name, message),
+			streams("answers "+b.name+", gzipped", func(w io.Writer, stream uint32) error { return answer(w, stream, zipped(), "gzip") }))
+	}
+	return agents
+}
+
+// Text is an agent that refuses with a status of this code and text.
+func Text(code, text string) Agent {
+	return streams("refuses", func(w io.Writer, stream uint32) error { return status(w, stream, code, text) })
+}
+
+// Gzipped is an agent that answers with a message that it compresses, whoever asks.
+func Gzipped(message []byte) Agent {
+	zipped := zip(message)
+	return streams("compresses", func(w io.Writer, stream uint32) error { return answer(w, stream, zipped, "gzip") })
+}
+
+// Answering is an agent that answers every question with the same bytes.
+func Answering(message []byte) Agent {
+	return serve("answers", func() []byte { return message })
+}
+
+// A bomb is a message that is small on the wire, or as large as a client may take, and larger in memory.
+type bomb struct {
+	name    string
+	message func() []byte
+}
+
+// bombs are for Check, CheckHTTP and FlowEnd. Each is tried on all of them.
+func bombs() []bomb {
+	const small, large = 250 << 10, 16<<20 - 64
+	entry := func(n protowire.Number, inner []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(nil, n, protowire.BytesType), inner)
+	}
+	fill := func(size int, element []byte) []byte { return bytes.Repeat(element, size/len(element)) }
+	labels := func(size int) (m []byte) { // of CheckResponse
+		for n := uint32(0); len(m) < size-16; n++ {
+			m = append(m, entry(7, entry(1, []byte(strconv.FormatUint(uint64(n), 36))))...)
+		}
+		return m
+	}
+	metadata := func(value []byte) []byte { // of CheckHTTPResponse
+		return entry(4, entry(1, append(entry(1, []byte("k")), entry(2, value)...)))
+	}
+	return []bomb{
+		{"250 KiB of decisions", func() []byte { return fill(small, entry(12, nil)) }},
+		{"16 MiB of decisions", func() []byte { return fill(large, entry(12, nil)) }},
+		{"250 KiB of decisions to HTTP", func() []byte { return entry(5, fill(small, entry(12, nil))) }},
+		{"250 KiB of labels", func() []byte { return labels(small) }},
+		{"16 MiB of labels", func() []byte { return labels(large) }},
+		{"250 KiB of returned slots", func() []byte { return fill(small, entry(1, nil)) }},
+		{"250 KiB of metadata", func() []byte { return metadata(entry(6, fill(small, entry(1, nil)))) }},
+		{"nested metadata", func() []byte {
+			var nested []byte
+			for range 4000 {
+				nested = entry(6, entry(1, nested)) // of google.protobuf.Value a list, and of that a value
+			}
+			return metadata(nested)
+		}},
+		{"a value of 15 MiB", func() []byte { return entry(15, entry(1, entry(1, make([]byte, 15<<20)))) }},
+		{"unknown fields", func() []byte { return fill(small, []byte{0xf8, 0x7f, 0}) }},
+	}
+}
+
+// raw is a codec of messages that are encoded.
+type raw struct{}
+
+func (raw) Marshal(v any) ([]byte, error) {
+	b, _ := v.([]byte)
+	return b, nil
+}
+func (raw) Unmarshal([]byte, any) error { return nil }
+func (raw) Name() string                { return "proto" }
+
+// serve is an agent that keeps to HTTP/2 and gRPC, and answers every question with the same bytes.
+func serve(name string, message func() []byte) Agent {
+	return Agent{name, func(_ context.Context, conn net.Conn) {
+		s := grpc.NewServer(grpc.ForceServerCodec(raw{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+			var question []byte
+			if err := stream.RecvMsg(&question); err != nil {
+				return err
+			}
+			return stream.SendMsg(message())
+		}))
+		defer s.Stop()
+		l := &single{conn: make(chan net.Conn, 1), closed: make(chan struct{})}
+		l.conn <- &watched{Conn: conn, l: l}
+		_ = s.Serve(l)
+	}}
+}
+
+// single listens for one connection, and until that is closed.
+type single struct {
+	conn   chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *single) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conn:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *single) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *single) Addr() net.Addr { return &net.TCPAddr{} }
+
+type watched struct {
+	net.Conn
+	l *single
+}
+
+func (w *watched) Close() error { return errors.Join(w.Conn.Close(), w.l.Close()) }
+
+// flood is an agent that sends the same frame as fast as it can, once it has been asked something.
+func flood(name string, f []byte) Agent {
+	many := bytes.Repeat(f, max(1, 64<<10/len(f)))
+	return Agent{name, func(_ context.Context, conn net.Conn) {
+		_ = begin(conn)
+		_ = each(conn, func(uint32) error { return io.EOF })
+		go func() { _, _ = io.Copy(io.Discard, conn) }() // ends with the connection, which the caller closes
+		for {
+			if _, err := conn.Write(many); err != nil {
+				return
+			}
+		}
+	}}
+}
+
+// streams is an agent that treats each question alone.
+func streams(name string, respond func(w io.Writer, stream uint32) error) Agent {
+	return Agent{name, func(_ context.Context, conn net.Conn) {
+		if begin(conn) != nil {
+			return
+		}
+		_ = each(conn, func(stream uint32) error { return respond(conn, stream) })
+	}}
+}
+
+// HTTP/2, as far as it takes.
+const (
+	frameData         = 0
+	frameHeaders      = 1
+	frameRSTStream    = 3
+	frameSettings     = 4
+	framePing         = 6
+	frameGoAway       = 7
+	frameWindowUpdate = 8
+	frameContinuation = 9
+
+	flagAck        = 1
+	flagEndStream  = 1
+	flagEndHeaders = 4
+
+	settingMaxStreams    = 3
+	settingInitialWindow = 4
+
+	preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+)
+
+func number(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+
+func setting(id uint16, value uint32) []byte {
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint16(nil, id), value)
+}
+
+func frame(kind, flags byte, stream uint32, payload []byte) []byte {
+	n := len(payload)
+	f := []byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags}
+	return append(binary.BigEndian.AppendUint32(f, stream), payload...)
+}
+
+func write(w io.Writer, kind, flags byte, stream uint32, payload []byte) error {
+	_, err := w.Write(frame(kind, flags, stream, payload))
+	return err
+}
+
+// read reads a frame.
+func read(conn net.Conn) (head [9]byte, stream uint32, payload []byte, err error) {
+	if _, err := io.ReadFull(conn, head[:]); err != nil {
+		return head, 0, nil, err
+	}
+	payload = make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
+	_, err = io.ReadFull(conn, payload)
+	return head, binary.BigEndian.Uint32(head[5:]), payload, err
+}
+
+// begin reads the client's preface, and sends settings.
+func begin(conn net.Conn, settings ...[]byte) error {
+	if _, err := io.ReadFull(conn, make([]byte, len(preface))); err != nil {
+		return err
+	}
+	return write(conn, frameSettings, 0, 0, bytes.Join(settings, nil))
+}
+
+func goAway(w io.Writer, last uint32) error {
+	return write(w, frameGoAway, 0, 0, append(number(last), number(0)...))
+}
+
+// abort has the connection end with a reset.
+func abort(conn net.Conn) {
+	if c, ok := conn.(*net.TCPConn); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = conn.Close()
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// each calls f with each stream whose question has come whole, and does what keeps a connection going: acknowledgements,
+// and windows for the client.
+func each(conn net.Conn, f func(stream uint32) error) error {
+	for {
+		head, stream, payload, err := read(conn)
+		if err != nil {
+			return err
+		}
+		kind, flags := head[3], head[4]
+		switch {
+		case kind == frameSettings && flags&flagAck == 0:
+			err = write(conn, frameSettings, flagAck, 0, nil)
+		case kind == framePing && flags&flagAck == 0:
+			err = write(conn, framePing, flagAck, 0, payload)
+		case kind == frameData:
+			if len(payload) > 0 {
+				err = write(conn, frameWindowUpdate, 0, 0, number(uint32(len(payload))))
+			}
+			if flags&flagEndStream != 0 {
+				err = errors.Join(err, f(stream))
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// field is a header field, a literal that is not indexed.
+func field(name, value string) string {
+	return "\x00" + length(len(name)) + name + length(len(value)) + value
+}
+
+// length is an HPACK integer with a prefix of seven bits.
+func length(n int) string {
+	if n < 127 {
+		return string([]byte{byte(n)})
+	}
+	b := []byte{127}
+	for n -= 127; n >= 128; n /= 128 {
+		b = append(b, byte(n%128)|128)
+	}
+	return string(append(b, byte(n)))
+}
+
+// manyFields are header fields of so many bytes.
+func manyFields(size int) string {
+	one := field("x-filler", strings.Repeat("v", 1000))
+	return field(":status", "200") + field("content-type", "application/grpc") + strings.Repeat(one, size/len(one))
+}
+
+// headers sends a header block, in as many frames as it takes.
+func headers(w io.Writer, stream uint32, flags byte, block string) error {
+	kind := byte(frameHeaders)
+	for {
+		part := block[:min(len(block), 16<<10)]
+		block = block[len(part):]
+		if block == "" {
+			flags |= flagEndHeaders
+		}
+		if err := write(w, kind, flags, stream, []byte(part)); err != nil || block == "" {
+			return err
+		}
+		kind, flags = frameContinuation, 0
+	}
+}
+
+// status ends a stream with trailers alone.
+func status(w io.Writer, stream uint32, code, text string) error {
+	return headers(w, stream, flagEndStream, field(":status", "200")+field("content-type", "application/grpc")+
+		field("grpc-status", code)+field("grpc-message", text))
+}
+
+// answer sends a message, which is encoded and compressed, and a good end. It heeds no window.
+func answer(w io.Writer, stream uint32, message []byte, encoding string) error {
+	fields := field(":status", "200") + field("content-type", "application/grpc")
+	compressed := byte(0)
+	if encoding != "" {
+		fields += field("grpc-encoding", encoding)
+		compressed = 1
+	}
+	if err := headers(w, stream, 0, fields); err != nil {
+		return err
+	}
+	data := append(append([]byte{compressed}, number(uint32(len(message)))...), message...)
+	for len(data) > 0 {
+		part := data[:min(len(data), 16<<10)]
+		data = data[len(part):]
+		if err := write(w, frameData, 0, stream, part); err != nil {
+			return err
+		}
+	}
+	return headers(w, stream, flagEndStream, field("grpc-status", "0"))
+}
+
+func zip(message []byte) []byte {
+	var b bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&b, gzip.BestSpeed)
+	_, _ = w.Write(message) // a buffer takes everything
+	_ = w.Close()
+	return b.Bytes()
+}
