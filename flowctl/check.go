@@ -109,10 +109,11 @@ var _ encoding.CodecV2 = (*check)(nil)
 func (c *check) Marshal(v any) (mem.BufferSlice, error) { return c.remote.codec.Marshal(v) }
 
 func (c *check) Unmarshal(data mem.BufferSlice, v any) error {
-	if c.remote.exporter != nil && c.http == nil && c.limit.MaxRecvMsgSize > 0 {
+	err := c.remote.decode(c.ctx, data, v)
+	if err == nil && c.remote.exporter != nil && c.http == nil && c.limit.MaxRecvMsgSize > 0 {
 		c.raw = data.Materialize()
 	}
-	return c.remote.decode(c.ctx, data, v)
+	return err
 }
 
 func (c *check) Name() string { return c.remote.codec.Name() }

@@ -23,11 +23,11 @@ const (
 	// A connection is one of a server that lives when it has brought an answer, or has lasted for so long.
 	provingAge = time.Second
 
-	// What frames cost: one each, and one for each KiB, or for each 32 bytes of headers, which expand. Data of an answer
+	// What frames cost: one each, and one for each KiB, or for each 8 bytes of headers, which expand. Data of an answer
 	// are free. What the client sends pays for what it makes the agent send, and the rest comes by time.
 	frameCredit    = 8192
 	frameCreditMax = 65536
-	framesPerCall  = 32 // headers, data, trailers, window updates and pings
+	framesPerCall  = 64 // headers, data, trailers, window updates and pings
 	framesPerFrame = 4
 	framesEvery    = time.Second / 4096
 	smallData      = 256 // DATA frames of fewer bytes cost as others do, also in an answer
@@ -368,7 +368,7 @@ func (c *connection) receives(f frame) {
 	_, known := c.streams[f.stream]
 	switch {
 	case f.kind == frameHeaders || f.kind == frameContinuation:
-		c.credit -= 1 + f.length>>5
+		c.credit -= 1 + f.length>>3
 	case f.kind != frameData || !known || f.length < smallData:
 		c.credit -= 1 + f.length>>10
 	}

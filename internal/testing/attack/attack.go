@@ -1,0 +1,65 @@
+// Package attack is a suite of attacks on an agent, guarded servers and clients. Run it with make attack.
+//
+// A victim runs in a process of its own, a build of ./victim without the race detector, so that its memory can be
+// measured: the suite watches the process's peak, VmHWM in /proc, and sets GOMEMLIMIT. All traffic stays on loopback. The
+// suite runs on Linux only.
+//
+// Times are those of a machine that may have other work. A process beside the victim measures for how long the machine
+// lets work wait, and the bounds of times are longer by some of that.
+//
+// # Adding an attack on a server
+//
+// Write a function of type assault in server_test.go, and add a row to the table in TestServers. The function gets the
+// victim's address, and attacks until its context ends; what it opens it closes before it returns. It is bounded in
+// count: so many connections, and so many calls under way, as constants say. The row names the victim, which is an agent,
+// a guarded HTTP server or a guarded gRPC server, and its bounds:
+//
+//   - memory: the peak of the victim's memory.
+//   - slower: how many times longer than before the innocent client's calls may take while the attack lasts, at the 99th
+//     percentile. Times below a floor are not looked at, because they are the machine's.
+//   - unanswered: the share of the innocent client's calls that may fail meanwhile.
+//
+// The runner measures the innocent client before the attack, during it, and after it. Within 5 s after the attack the
+// client's calls must take as long as before, and the victim must have the goroutines that it had. A victim takes
+// arguments of its own by the row's args: -policies names a policy file for the victim's engine, for example.
+//
+// # Adding an attack on a client
+//
+// Add an agent to package hostile. TestClients runs a client with 64 flows against each of them, with the bounds that
+// hold for all: memory, the latest that Start returns, connections a second, and processor time.
+package attack
+
+import "time"
+
+// Stats is what a server that is a victim tells of itself.
+type Stats struct {
+	Address    string `json:"address"`
+	Goroutines int    `json:"goroutines"`
+
+	// Starved is by how much a piece of work has outlasted itself at the most since the last Stats, in a process that
+	// only measures that.
+	Starved time.Duration `json:"starved"`
+}
+
+// Report is what a client that is a victim has seen.
+type Report struct {
+	Flows     int            `json:"flows"`
+	Decisions map[string]int `json:"decisions"`
+
+	// Late is the longest time by which a Start outlasted its check timeout; negative when none did.
+	Late time.Duration `json:"late"`
+
+	// LongestError is the number of bytes of the longest error.
+	LongestError int `json:"longest_error"`
+
+	// Close is how long Close took with a context of CloseTimeout, and Goroutines how many are left 6 s later at the
+	// most.
+	Close      time.Duration `json:"close"`
+	Goroutines int           `json:"goroutines"`
+}
+
+// What a client that is a victim works with.
+const (
+	CheckTimeout = 200 * time.Millisecond
+	CloseTimeout = 200 * time.Millisecond
+)

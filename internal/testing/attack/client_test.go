@@ -1,0 +1,71 @@
+//go:build linux
+
+package attack_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/testing/attack"
+	"github.com/headgate-go/headgate/internal/testing/hostile"
+)
+
+// The bounds of a client with 64 flows, whatever its agent does.
+const (
+	clientMemory      = 256 // MiB
+	clientLate        = 50 * time.Millisecond
+	clientConnections = 5   // a second
+	clientProcessor   = 0.1 // of a core, where connections end or are flooded
+	clientError       = 2 << 10
+	clientClose       = attack.CloseTimeout + 50*time.Millisecond
+)
+
+func TestClients(t *testing.T) {
+	length := length(t)
+	program := build(t)
+	machine := start(t, program, "machine")
+	defer machine.stop(t)
+	machine.read(t, new(attack.Stats))
+	for _, a := range hostile.Agents() {
+		t.Run(a.Name, func(t *testing.T) {
+			server := hostile.Serve(t, a)
+			machine.stats(t)
+			begin := time.Now()
+			v := start(t, program, "-address", server.Address, "-for", length.String(), "client")
+			var r attack.Report
+			v.read(t, &r)
+			took := time.Since(begin)
+			peak, connections := v.peak(t), float64(server.Connections())/length.Seconds()
+			processor := v.stop(t).Seconds() / took.Seconds()
+			slack := starvations * machine.stats(t).Starved
+			t.Logf("%d flows, %v; peak %d MiB, Start at most %v after its timeout, %.1f connections/s, %.0f %% of a core, Close %v; slack %v",
+				r.Flows, r.Decisions, peak, r.Late.Round(time.Millisecond), connections, 100*processor,
+				r.Close.Round(time.Millisecond), slack.Round(time.Millisecond))
+			if peak > clientMemory {
+				t.Errorf("peak %d MiB want at most %d", peak, clientMemory)
+			}
+			if r.Late > clientLate+slack {
+				t.Errorf("a Start outlasted its timeout by %v want at most %v", r.Late, clientLate+slack)
+			}
+			if connections > clientConnections {
+				t.Errorf("%.1f connections a second want at most %d", connections, clientConnections)
+			}
+			if processor > clientProcessor && !strings.HasPrefix(a.Name, "answers") {
+				t.Errorf("%.0f %% of a core want at most %.0f %%", 100*processor, 100*clientProcessor)
+			}
+			if r.LongestError > clientError {
+				t.Errorf("an error has %d bytes want at most %d", r.LongestError, clientError)
+			}
+			if r.Close > clientClose+slack {
+				t.Errorf("Close took %v want at most %v", r.Close, clientClose+slack)
+			}
+			if r.Goroutines > 0 {
+				t.Errorf("%d goroutines are left", r.Goroutines)
+			}
+			if n := r.Decisions["canceled"] + r.Decisions["invalid"]; n > 0 {
+				t.Errorf("%d flows were canceled or invalid", n)
+			}
+		})
+	}
+}

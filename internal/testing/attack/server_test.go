@@ -1,0 +1,265 @@
+//go:build linux
+
+package attack_test
+
+import (
+	"context"
+	"crypto/rand"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/attack"
+)
+
+// An assault attacks the server at the address until ctx ends. It closes what it has opened before it returns.
+type assault func(ctx context.Context, t *testing.T, address string)
+
+// The bounds of a server under attack.
+type bounds struct {
+	memory     int     // MiB, at the peak
+	slower     float64 // times the innocent client's calls may take as long as before, at the 99th percentile
+	unanswered float64 // the share of the innocent client's calls that may fail
+}
+
+// standard are the bounds for what a peer with a key may do.
+var standard = bounds{memory: 1024, slower: 10, unanswered: 0.02}
+
+const (
+	floor    = 20 * time.Millisecond // times below are the machine's
+	recovery = 5 * time.Second       // after an attack
+)
+
+func TestServers(t *testing.T) {
+	length := length(t)
+	program := build(t)
+	machine := start(t, program, "machine")
+	defer machine.stop(t)
+	machine.read(t, new(attack.Stats))
+	for _, tt := range []struct {
+		name   string
+		victim string   // agent, http or grpc
+		args   []string // of the victim, before its name
+		attack assault
+		bounds bounds
+	}{
+		{"garbage", "agent", nil, garbage, standard},
+		{"garbage", "http", nil, garbage, standard},
+		{"garbage", "grpc", nil, garbage, standard},
+		{"idle connections", "agent", nil, idle, standard},
+		{"idle connections", "http", nil, idle, standard},
+		{"idle connections", "grpc", nil, idle, standard},
+	} {
+		t.Run(tt.victim+" "+tt.name, func(t *testing.T) {
+			v := start(t, program, append(slices.Clone(tt.args), tt.victim)...)
+			var first attack.Stats
+			v.read(t, &first)
+			call, done := innocent(t, tt.victim, first.Address)
+			machine.stats(t)
+
+			before := measure(t.Context(), call, min(length, 2*time.Second))
+			goroutines := v.stats(t).Goroutines
+			ctx, cancel := context.WithTimeout(t.Context(), length)
+			defer cancel()
+			var attacking sync.WaitGroup
+			attacking.Go(func() { tt.attack(ctx, t, first.Address) })
+			during := measure(ctx, call, length)
+			attacking.Wait()
+			slack := starvations * machine.stats(t).Starved
+
+			// The innocent client's calls, and the goroutines, are as before soon.
+			var after calls
+			var left int
+			for end := time.Now().Add(recovery); ; {
+				after, left = measure(t.Context(), call, 500*time.Millisecond), v.stats(t).Goroutines
+				slow := after.p99() > max(2*before.p99(), floor)+slack || after.failed > 0
+				if !slow && left <= goroutines {
+					break
+				}
+				if time.Now().After(end) {
+					t.Errorf("%v after the attack: calls take %v (before: %v), %d fail; %d goroutines (before: %d)",
+						recovery, after.p99(), before.p99(), after.failed, left, goroutines)
+					break
+				}
+			}
+			peak := v.peak(t)
+			t.Logf("peak %d MiB; an innocent client: p99 %v before, %v while it lasts, %v after; %.1f %% of %d calls failed; goroutines %d before, %d after; slack %v",
+				peak, before.p99(), during.p99(), after.p99(), 100*during.share(), len(during.took)+during.failed, goroutines, left, slack)
+			if peak > tt.bounds.memory {
+				t.Errorf("peak %d MiB want at most %d", peak, tt.bounds.memory)
+			}
+			if most := max(time.Duration(tt.bounds.slower*float64(before.p99())), floor) + slack; during.p99() > most {
+				t.Errorf("calls take %v at the 99th percentile, %v before, want at most %v", during.p99(), before.p99(), most)
+			}
+			if during.share() > tt.bounds.unanswered {
+				t.Errorf("%.1f %% of the calls failed want at most %.1f %%", 100*during.share(), 100*tt.bounds.unanswered)
+			}
+			if len(before.took) == 0 || len(during.took) == 0 {
+				t.Error("the innocent client was not answered at all")
+			}
+			done()
+			v.stop(t)
+		})
+	}
+}
+
+// calls are an innocent client's.
+type calls struct {
+	took   []time.Duration // in order, of those that were answered
+	failed int
+}
+
+func (c calls) p99() time.Duration {
+	if len(c.took) == 0 {
+		return 0
+	}
+	return c.took[len(c.took)*99/100]
+}
+
+func (c calls) share() float64 {
+	if c.failed == 0 {
+		return 0
+	}
+	return float64(c.failed) / float64(c.failed+len(c.took))
+}
+
+// measure makes calls for a time, four at once with pauses between.
+func measure(ctx context.Context, call func(ctx context.Context) error, length time.Duration) calls {
+	var c calls
+	var mu sync.Mutex
+	var working sync.WaitGroup
+	end := time.Now().Add(length)
+	for range 4 {
+		working.Go(func() {
+			for time.Now().Before(end) && ctx.Err() == nil {
+				begin := time.Now()
+				err := call(context.WithoutCancel(ctx))
+				took := time.Since(begin)
+				mu.Lock()
+				if err != nil {
+					c.failed++
+				} else {
+					c.took = append(c.took, took)
+				}
+				mu.Unlock()
+				<-time.After(5 * time.Millisecond)
+			}
+		})
+	}
+	working.Wait()
+	slices.Sort(c.took)
+	return c
+}
+
+// innocent is a client that does what a victim is for, and has connected.
+func innocent(t *testing.T, victim, address string) (call func(ctx context.Context) error, done func()) {
+	t.Helper()
+	const patience = 2 * time.Second // of a call
+	switch victim {
+	case "agent":
+		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(patience))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := client.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return func(ctx context.Context) error {
+			flow := client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"innocent": "yes"}})
+			_, err := flow.End(ctx)
+			if flow.Decision() != flowctl.Accepted {
+				err = flow.Err()
+			}
+			return err
+		}, func() { _ = client.Close(t.Context()) }
+	case "http":
+		transport := new(http.Transport)
+		client := &http.Client{Transport: transport, Timeout: patience}
+		return func(ctx context.Context) error {
+			r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/", nil)
+			if err != nil {
+				return err
+			}
+			response, err := client.Do(r)
+			if err != nil {
+				return err
+			}
+			return response.Body.Close()
+		}, transport.CloseIdleConnections
+	default:
+		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		client := healthv1.NewHealthClient(conn)
+		return func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, patience)
+			defer cancel()
+			_, err := client.Check(ctx, new(healthv1.HealthCheckRequest))
+			return err
+		}, func() { _ = conn.Close() }
+	}
+}
+
+// attackers is how many connections an attack has at a time.
+const attackers = 64
+
+// together runs one for each connection, until ctx ends.
+func together(ctx context.Context, one func()) {
+	var working sync.WaitGroup
+	for range attackers {
+		working.Go(func() {
+			for ctx.Err() == nil {
+				one()
+			}
+		})
+	}
+	working.Wait()
+}
+
+// dial connects; nil when ctx has ended, or the server takes no connection.
+func dial(ctx context.Context, address string) net.Conn {
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil
+	}
+	return conn
+}
+
+// garbage sends bytes that mean nothing, over connections that follow each other.
+func garbage(ctx context.Context, _ *testing.T, address string) {
+	together(ctx, func() {
+		conn := dial(ctx, address)
+		if conn == nil {
+			return
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(100 * time.Millisecond))
+		_, _ = conn.Write([]byte(rand.Text() + rand.Text()))
+		_, _ = conn.Read(make([]byte, 1024))
+		<-time.After(10 * time.Millisecond)
+	})
+}
+
+// idle opens connections, says nothing, and keeps them.
+func idle(ctx context.Context, _ *testing.T, address string) {
+	const most = 1000
+	var open []net.Conn
+	for range most {
+		if conn := dial(ctx, address); conn != nil {
+			open = append(open, conn)
+		}
+	}
+	<-ctx.Done()
+	for _, conn := range open {
+		_ = conn.Close()
+	}
+}
