@@ -20,12 +20,13 @@ MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
+# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make attack ATTACK=3s`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
 RACE ?= -race
 TESTFLAGS ?=
 PACKAGES32 ?= ./...
 FUZZTIME ?= 20s
 SOAK ?= 10m
+ATTACK ?= 20s
 BENCHFLAGS ?=
 LOAD ?= 10
 
@@ -127,6 +128,11 @@ endef
 .PHONY: soak
 soak: ## Keep an agent busy for SOAK that is killed again and again
 	HEADGATE_SOAK='$(SOAK)' go test $(RACE) -run '^TestSoak$$' -timeout 0 -v ./agent
+
+# Each attack lasts for ATTACK. The victims are processes of their own, without the race detector.
+.PHONY: attack
+attack: ## Attack agents, guarded servers and clients, and measure what it costs them
+	HEADGATE_ATTACK='$(ATTACK)' go test -timeout 0 -count=1 -v ./internal/testing/attack
 
 .PHONY: bench
 bench: ## Measure Headgate beside its peers, in one run

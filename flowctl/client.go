@@ -312,7 +312,8 @@ func (c *Client) Ready(ctx context.Context) error {
 }
 
 // Close has flows from now on be Unreachable, sends what telemetry there is until ctx ends, and closes the connection
-// if Dial opened it. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given
+// if Dial opened it. When ctx ends it cuts the connection and returns, with an error that matches the context's, if the
+// agent has kept it until then. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given
 // back afterwards. A second Close does nothing.
 func (c *Client) Close(ctx context.Context) error {
 	if c == nil || c.closed.Swap(true) || c.remote == nil {

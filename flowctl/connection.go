@@ -23,8 +23,9 @@ const (
 	// A connection is one of a server that lives when it has brought an answer, or has lasted for so long.
 	provingAge = time.Second
 
-	// What frames cost: one each, and one for each KiB, or for each 8 bytes of headers, which expand. Data of an answer
-	// are free. What the client sends pays for what it makes the agent send, and the rest comes by time.
+	// What frames cost: one each, and one for each KiB. Headers expand, and so cost one for each 32 bytes, and more where
+	// no answer has any. Data of an answer are free. What the client sends pays for what it makes the agent send, and the
+	// rest comes by time.
 	frameCredit    = 8192
 	frameCreditMax = 65536
 	framesPerCall  = 64 // headers, data, trailers, window updates and pings
@@ -163,6 +164,7 @@ type connection struct {
 	streams  map[uint32]stream // those that are open
 	newest   uint32            // the stream that was opened last
 	credit   int
+	shift    uint8 // by which the bytes of headers cost less
 	credited time.Duration // until when credit has come by time
 	underWay int64
 }
@@ -171,6 +173,7 @@ type connection struct {
 type stream struct {
 	asked    bool    // the first byte of the question has been seen
 	compress bool    // it said that the question is compressed: so may the answer be
+	blocks   uint8   // of headers that have come: an answer has two
 	have     uint8   // bytes of the answer's prefix
 	prefix   [5]byte // compressed or not, and length
 	rest     uint32  // bytes of the answer to come
@@ -367,8 +370,16 @@ func (c *connection) arrived(p []byte, now time.Duration) error {
 func (c *connection) receives(f frame) {
 	_, known := c.streams[f.stream]
 	switch {
-	case f.kind == frameHeaders || f.kind == frameContinuation:
-		c.credit -= 1 + f.length>>3
+	case f.kind == frameHeaders:
+		c.shift = 3
+		if s, open := c.streams[f.stream]; open && s.blocks < 2 {
+			s.blocks++
+			c.streams[f.stream] = s
+			c.shift = 5
+		}
+		c.credit -= 1 + f.length>>c.shift
+	case f.kind == frameContinuation:
+		c.credit -= 1 + f.length>>c.shift
 	case f.kind != frameData || !known || f.length < smallData:
 		c.credit -= 1 + f.length>>10
 	}

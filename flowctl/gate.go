@@ -17,6 +17,9 @@ import (
 // let everything in. So the gate is about processes, machines and networks that are gone or frozen; while an agent's
 // server lives, its flows take their check timeout at the most, each.
 //
+// A new connection counts for the agent when it has brought an answer, or has lasted for a second. One that ends before
+// that has brought nothing: a proxy that accepts connections and ends them is no agent.
+//
 // On a connection that [WithConn] brought only what a check itself is answered in time is seen to come: answers that are
 // all too late open the gate there. Set Failures to a negative number where that is worse than waiting for the dead.
 //

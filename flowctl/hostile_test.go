@@ -264,7 +264,7 @@ func TestTextsOfPeersAreClipped(t *testing.T) {
 			return
 		}
 		if text := err.Error(); len(text) > most || !utf8.ValidString(text) || !strings.Contains(text, "ää") {
-			t.Errorf("%s: %d bytes, %.80q…", what, len(text), text)
+			t.Errorf("%s: %d bytes, %.300q…", what, len(text), text)
 		}
 	}
 	t.Run("statuses", func(t *testing.T) {

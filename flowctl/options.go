@@ -175,7 +175,9 @@ func WithKeepalive(p keepalive.ClientParameters) Option {
 
 // WithDialOptions adds options of gRPC's own for the connection. They come after those of this package, and repeated
 // use adds more. Transport credentials among them are an error, for they would keep the [Gate] from seeing late answers,
-// and an API key from knowing how it travels: they have options here, [WithTransportCredentials] and others.
+// and an API key from knowing how it travels: they have options here, [WithTransportCredentials] and others. An agent's
+// compressed answer is refused unless the question was compressed, for example by grpc.UseCompressor among the default
+// call options.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	opts = slices.Clone(opts)
 	return option{"WithDialOptions", true, func(c *config) error {

@@ -38,7 +38,7 @@ func TestClients(t *testing.T) {
 			took := time.Since(begin)
 			peak, connections := v.peak(t), float64(server.Connections())/length.Seconds()
 			processor := v.stop(t).Seconds() / took.Seconds()
-			slack := starvations * machine.stats(t).Starved
+			slack := starvationsMixed * max(0, machine.stats(t).Starved-quiet)
 			t.Logf("%d flows, %v; peak %d MiB, Start at most %v after its timeout, %.1f connections/s, %.0f %% of a core, Close %v; slack %v",
 				r.Flows, r.Decisions, peak, r.Late.Round(time.Millisecond), connections, 100*processor,
 				r.Close.Round(time.Millisecond), slack.Round(time.Millisecond))

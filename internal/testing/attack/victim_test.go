@@ -53,8 +53,13 @@ type victim struct {
 	out *bufio.Scanner
 }
 
-// starvations is how often the machine may let a call wait: to send, to receive, and to go on.
-const starvations = 3
+// How often the machine may let a call wait, by the longest that it lets work wait: to send, to receive and to go on; and
+// where 64 flows get their answers at once, each time that the client's turn on a processor ends before it has read them.
+const (
+	starvations      = 3
+	starvationsMixed = 40
+	quiet            = 5 * time.Millisecond // on a machine that has no other work
+)
 
 // memoryLimit is the victim's GOMEMLIMIT, in MiB: at it the garbage collector works harder, and nothing else happens.
 const memoryLimit = 512
