@@ -164,7 +164,7 @@ type connection struct {
 	streams  map[uint32]stream // those that are open
 	newest   uint32            // the stream that was opened last
 	credit   int
-	shift    uint8 // by which the bytes of headers cost less
+	shift    uint8         // by which the bytes of headers cost less
 	credited time.Duration // until when credit has come by time
 	underWay int64
 }

@@ -3,6 +3,7 @@ package flowctl
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -157,7 +158,7 @@ func TestAnswersUnderWay(t *testing.T) {
 	if err := c.arrived(encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a'), 0); err != nil {
 		t.Errorf("an answer that comes whole, beside much that has not: %v", err)
 	}
-	if err := c.arrived(begun, 0); err != errUnderWay {
+	if err := c.arrived(begun, 0); !errors.Is(err, errUnderWay) {
 		t.Errorf("a byte too much is under way: %v want %v", err, errUnderWay)
 	}
 }
@@ -181,7 +182,7 @@ func TestFloods(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				if _, _, err := follow(t, tt.said, tt.answered, 1<<15); err != tt.want {
+				if _, _, err := follow(t, tt.said, tt.answered, 1<<15); !errors.Is(err, tt.want) {
 					t.Errorf("%v want %v", err, tt.want)
 				}
 			})

@@ -279,7 +279,7 @@ func TestTextsOfPeersAreClipped(t *testing.T) {
 		short("End", err)
 		short("Start", client.Start(t.Context(), "point", flowctl.Params{}).Err())
 		short("Close", client.Close(t.Context()))
-		for _, line := range strings.Split(log.String(), "\n") {
+		for line := range strings.SplitSeq(log.String(), "\n") {
 			if len(line) > most+200 {
 				t.Errorf("log: %d bytes, %.80q…", len(line), line)
 			}

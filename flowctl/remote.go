@@ -215,7 +215,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 
 // invoke makes a call that is no check.
 func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error {
-	return clipError(r.conn.Invoke(ctx, method, req, m, append(r.bounded[:len(r.bounded):len(r.bounded)], opts...)...))
+	return clipError(r.conn.Invoke(ctx, method, req, m, append(slices.Clip(r.bounded), opts...)...))
 }
 
 // start runs what the remote has in the background.
