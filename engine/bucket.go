@@ -91,6 +91,8 @@ func (r *bucketRule) draw(b *bucket, now int64, tokens float64) draw {
 
 func (r *bucketRule) cost(tokens float64) float64 { return min(tokens, maxCost) }
 
+func (r *bucketRule) timed() bool { return true }
+
 // giveBack undoes a take.
 func (r *bucketRule) giveBack(b *bucket, _ int64, tokens float64, _ uint64, _ bool) bool {
 	b.tokens = min(b.tokens+tokens, r.capacity)

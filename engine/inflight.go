@@ -76,6 +76,9 @@ func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
 // cost counts a flow that wants all that there is, or more, as all.
 func (r *slotRule) cost(tokens float64) float64 { return min(tokens, r.limit, maxCost) }
 
+// timed reports false: slots come back when flows end.
+func (r *slotRule) timed() bool { return false }
+
 // giveBack takes a slot back, unless it has been already.
 func (r *slotRule) giveBack(f *inflight, now int64, _ float64, id uint64, unused bool) bool {
 	r.reclaim(f, now)

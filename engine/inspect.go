@@ -124,6 +124,7 @@ func (s *scheduler[S]) reset(value string, now int64) {
 	defer e.mu.Unlock()
 	s.source.fresh(&e.state.tokens, now)
 	if e.state.waiting() {
+		e.state.queue.version++
 		s.serve(e, now)
 	}
 }

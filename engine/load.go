@@ -185,6 +185,9 @@ func (loadRule) gave(l *load, now int64, tokens float64, price *latencyCost) {
 
 func (loadRule) cost(tokens float64) float64 { return min(tokens, maxCost) }
 
+// timed reports true. The rate is set anew from time to time, and taken here as it is.
+func (loadRule) timed() bool { return true }
+
 // until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
 func (l *load) until(tokens float64) int64 {
 	if l.rate == 0 {

@@ -97,6 +97,7 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))
 	if waiting {
+		l.queue.version++
 		s.serve(e, now)
 	}
 }

@@ -32,6 +32,11 @@ type queue struct {
 	alarm *time.Timer // rings then
 	rings int64       // when the alarm does; 0 when it does not
 	ring  func()      // what it does then
+
+	mortal     int    // the waiters that give up at a time which is known
+	version    uint64 // of all that decides when which flow is served
+	outlooks   map[outlookKey]outlook
+	outlooksOf uint64 // the version that they are of
 }
 
 // A claim says for whom a flow waits. Flows of one workload with two priorities are two workloads.
@@ -68,6 +73,7 @@ type waiter struct {
 	price      *latencyCost  // of the tokens, where it changes; nil where it does not
 	ready      chan struct{} // closed when the waiter has been served
 	served     bool
+	until      int64   // when it gives up; immortal where it does not
 	slot       uint64  // of one that has been served,
 	left       float64 // and what was left then
 	number     uint64
@@ -103,6 +109,7 @@ func (q *queue) setAlarm(now func() int64) {
 
 // reprice counts those who wait for what they cost now.
 func (q *queue) reprice(cost func(tokens float64) float64) {
+	q.version++
 	all := append(slices.Collect(maps.Values(q.shares)), &q.root)
 	for _, s := range all {
 		s.backlog, s.smallest, s.largest = 0, math.Inf(1), 0
@@ -143,6 +150,10 @@ func (q *queue) push(w *waiter, c claim) {
 	q.root.smallest, q.root.largest = min(q.root.smallest, w.cost), max(q.root.largest, w.cost)
 	q.count++
 	q.len++
+	q.version++
+	if w.until < immortal {
+		q.mortal++
+	}
 	w.number = q.count
 	workload := q.share(c.ofWorkload(), &q.root, c.priority)
 	s := q.share(c, workload, 1)
@@ -211,6 +222,10 @@ func (q *queue) remove(w *waiter) {
 		at.backlog -= w.cost
 	}
 	q.len--
+	q.version++
+	if w.until < immortal {
+		q.mortal--
+	}
 	q.settle(s)
 }
 

@@ -28,7 +28,7 @@ func claims(priorities []float64, values int) []claim {
 }
 
 func push(q *queue, c claim, tokens float64) *waiter {
-	w := &waiter{tokens: tokens, cost: tokens}
+	w := &waiter{tokens: tokens, cost: tokens, until: immortal}
 	q.push(w, c)
 	return w
 }
@@ -124,7 +124,7 @@ func TestQueueExtremes(t *testing.T) {
 			q := newQueue(new(atomic.Int64), nil)
 			extreme := w.claim(&of, &seam.Labels{Params: map[string]string{"priority": priority}})
 			for range 2 { // one is served, and one goes on to wait
-				q.push(&waiter{cost: loadRule{}.cost(tokens)}, extreme)
+				q.push(&waiter{cost: loadRule{}.cost(tokens), until: immortal}, extreme)
 			}
 			q.pop()
 			all := claims([]float64{1, 1}, 1)
@@ -465,7 +465,7 @@ func TestQueueReprice(t *testing.T) {
 		prices := []*latencyCost{{unknown: 1}, {unknown: 5}, nil}
 		q, all := newQueue(new(atomic.Int64), nil), claims([]float64{1, 3, 64}, 3)
 		for range rapid.IntRange(1, 40).Draw(t, "waiting") {
-			w := &waiter{tokens: 2, cost: 2, price: rapid.SampledFrom(prices).Draw(t, "price")}
+			w := &waiter{tokens: 2, cost: 2, until: immortal, price: rapid.SampledFrom(prices).Draw(t, "price")}
 			if w.price != nil {
 				w.tokens = w.price.tokens()
 				w.cost = w.tokens

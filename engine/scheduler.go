@@ -184,20 +184,31 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
 	d.Remaining = s.source.usage(&l.tokens, now).Remaining
 	switch {
-	case likely == never, t.patience == 0 && (!l.waiting() || least > 0):
+	case likely == never:
 		s.drop(d, seam.CauseNone, likely)
 		return t
-	case least > int64(t.patience):
-		s.drop(d, seam.CauseLongQueue, likely)
+	case t.patience == 0 && (!l.waiting() || least > 0):
+		s.drop(d, seam.CauseNone, s.estimate(l, now, t.claim, cost, d.Consumed))
 		return t
-	case !s.takeRoom():
-		s.drop(d, seam.CauseQueueFull, likely)
+	}
+	until := immortal
+	if t.patience < forever {
+		until = now + int64(t.patience)
+	}
+	if least > int64(t.patience) {
+		if least, likely = s.reconsider(l, now, until, t.claim, cost, d.Consumed, least, likely); least > int64(t.patience) {
+			s.drop(d, seam.CauseLongQueue, likely)
+			return t
+		}
+	}
+	if !s.takeRoom() {
+		s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
 		return t
 	}
 	if l.queue == nil {
 		l.queue = newQueue(&s.room, func() { s.ring(e) })
 	}
-	w := &waiter{tokens: d.Consumed, cost: cost, price: price}
+	w := &waiter{tokens: d.Consumed, cost: cost, price: price, until: until}
 	l.queue.push(w, t.claim)
 	s.serve(e, now) // it may be the first, and need less than who was
 	switch {
@@ -252,6 +263,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		return now, nil
 	case t.served:
 		s.source.giveBack(&l.tokens, now, t.tokens, t.slot, true)
+		l.queue.version++
 	default:
 		l.queue.remove(t.waiter)
 	}
@@ -263,8 +275,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		s.drop(d, seam.CauseTimeout, 0)
 		return now, gone
 	}
-	_, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, t.cost), t.tokens)
-	s.drop(d, seam.CauseTimeout, likely)
+	s.drop(d, seam.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))
 	if retired {
 		return now, errRetired
 	}
@@ -375,6 +386,7 @@ func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool)
 		}
 		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
+			e.state.queue.version++
 			s.serve(e, now)
 		}
 		return ok

@@ -75,6 +75,8 @@ func causeOf(flow *flowctl.Flow) flowctl.RejectCause {
 	}
 	return rejected.Cause()
 }
+// anyRetry leaves open when to come back.
+const anyRetry = -1
 
 // visits makes the flows come, in a bubble.
 func visits(t *testing.T, c *flowctl.Client, all []visit) {
@@ -102,7 +104,7 @@ func visits(t *testing.T, c *flowctl.Client, all []visit) {
 				t.Errorf("flow %d: %v", i, flow.Err())
 			case flow.ShouldRun() && (v.in < 0 || !near(at, v.in)):
 				t.Errorf("flow %d was admitted at %v want %v, or else rejected at %v", i, at, v.in, v.out)
-			case !flow.ShouldRun() && (v.in >= 0 || !near(at, v.out) || !near(flow.RetryAfter(), v.retry)):
+			case !flow.ShouldRun() && (v.in >= 0 || !near(at, v.out) || v.retry != anyRetry && !near(flow.RetryAfter(), v.retry)):
 				t.Errorf("flow %d was rejected at %v, to retry after %v want %v, %v, or else admitted at %v", i, at, flow.RetryAfter(), v.out, v.retry, v.in)
 			case !flow.ShouldRun() && causeOf(flow) != v.cause:
 				t.Errorf("flow %d: %v: %v want %v", i, flow.Err(), causeOf(flow), v.cause)
@@ -271,10 +273,20 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{hold: s},
 			{in: s, hold: s},
 			{in: s, hold: s},
-			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: s, cause: flowctl.CauseTimeout},
-			{at: 1150 * ms, timeout: 300 * ms, in: never, out: 1440 * ms, retry: s / 2, cause: flowctl.CauseTimeout},
+			{at: 1100 * ms, timeout: 2 * s, in: 2 * s, hold: s},
+			{at: 1150 * ms, timeout: 2 * s, in: 2 * s, hold: s},
 			{at: 1200 * ms, timeout: 300 * ms, in: never, out: 1200 * ms, retry: 1500 * ms, cause: flowctl.CauseQueueTooLong},
-			{at: 1450 * ms, timeout: 800 * ms, in: 2 * s},
+			{at: 1450 * ms, timeout: 800 * ms, in: never, out: 1450 * ms, retry: 1500 * ms, cause: flowctl.CauseQueueTooLong},
+			{at: 1500 * ms, timeout: 2 * s, in: 3 * s},
+		}},
+		{"a deadline after those of the flows before it, which may give up before a slot comes", nil, []visit{
+			{hold: s},
+			{hold: s},
+			{in: s, hold: s},
+			{in: s, hold: 450 * ms},
+			{at: 1100 * ms, timeout: 300 * ms, in: never, out: 1390 * ms, retry: 1500 * ms, cause: flowctl.CauseTimeout},
+			{at: 1150 * ms, timeout: 300 * ms, in: never, out: 1440 * ms, retry: s, cause: flowctl.CauseTimeout},
+			{at: 1200 * ms, timeout: 300 * ms, in: 1450 * ms},
 		}},
 		{"slots that are taken back are handed over", func(c *policy.ConcurrencyScheduler) { c.MaxInflight = s }, []visit{
 			{hold: s / 2}, {hold: 5 * s}, {in: s / 2, hold: 5 * s}, {in: s, hold: 5 * s}, {in: 1500 * ms}, {at: 2 * s, in: 2 * s},

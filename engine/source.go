@@ -27,6 +27,9 @@ type source[S any] interface {
 	// and likely, where zero is not known. It is never where so many tokens will never be there. It is asked where a
 	// draw would fail, or where others wait.
 	forecast(state *S, now int64, ahead backlog, tokens float64) (least, likely int64)
+
+	// timed reports whether tokens come by themselves: then draws from a copy of the state tell the future.
+	timed() bool
 }
 
 // A draw is what came of asking a source for tokens.
