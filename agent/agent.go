@@ -53,7 +53,8 @@ type Server struct {
 }
 
 // Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
-// engine remains the caller's to close, after s has stopped.
+// engine remains the caller's to close. Closing it rejects the checks that wait, which lets a graceful stop of s end; a
+// check that comes later is answered with the status Unavailable. So begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
 	s.RegisterService(lenient(checkv1.FlowControlService_ServiceDesc), service{server: srv})

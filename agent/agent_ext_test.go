@@ -518,24 +518,6 @@ func TestWaitOfACallerWhoGoes(t *testing.T) {
 	})
 }
 
-// An engine that is closed tells those who wait that nobody answers.
-func TestCloseWhileWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := serve(t, scheduler())
-		c := s.client(t)
-		c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute})
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute}); flow.Decision() != flowctl.Unreachable || !errors.Is(flow.Err(), flowctl.ErrUnreachable) {
-				t.Errorf("%v, %v want it unreachable", flow, flow.Err())
-			}
-		})
-		synctest.Wait()
-		_ = s.engine.Close()
-		wg.Wait()
-	})
-}
-
 // registrar takes the services that are registered.
 type registrar func(impl any)
 

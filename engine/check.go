@@ -69,8 +69,8 @@ type member struct {
 // An admitter is a component that may have a flow wait.
 type admitter interface {
 	// admit is decide for a flow that waits, if it must, for as long as it can, which began to ask at start. It gives the
-	// time then. An error means that it did not decide, because the flow's caller has gone, the engine was closed, or,
-	// errRetired, the component is no longer in force.
+	// time then. An error means that it did not decide, because the flow's caller has gone or, errRetired, the component
+	// is no longer in force.
 	admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error)
 }
 
@@ -85,7 +85,8 @@ func (p *point) add(c component, s selector) {
 }
 
 // Check decides about a flow. Clients of package flowctl call it. It waits where a scheduler has the flow wait; then an
-// error is that of ctx, or seam.ErrClosed.
+// error is that of ctx. If the engine is closed meanwhile, the flow is rejected. If it was closed before, the error is
+// seam.ErrClosed.
 func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
 	if e.closed.Load() {
 		return seam.ErrClosed
@@ -205,10 +206,11 @@ func undo(v *seam.Verdict, now int64) {
 }
 
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
-// then the order. The first stage counts, of those that a flow in dry run is dropped by.
+// then the order. The first stage counts, of those that a flow in dry run is dropped by. If the engine was closed while the
+// flow waited, that counts before all: a flow that came back would not be limited any more.
 func reject(v *seam.Verdict, from int, reason seam.Reason) {
 	var by *seam.LimiterDecision
-	hopeless := false
+	hopeless, closed := false, false
 	for i := from; i < v.Len(); i++ {
 		d := v.At(i)
 		if !d.Dropped || d.Component.DryRun {
@@ -218,6 +220,10 @@ func reject(v *seam.Verdict, from int, reason seam.Reason) {
 			d.Drop(0)
 			hopeless = true
 		}
+		if d.Cause == seam.CauseClosed {
+			by, closed = d, true
+			break
+		}
 		if by == nil || d.Wait() > by.Wait() {
 			by = d
 		}
@@ -226,7 +232,7 @@ func reject(v *seam.Verdict, from int, reason seam.Reason) {
 		return
 	}
 	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
-	if !hopeless {
+	if !hopeless && !closed {
 		r.RetryAfter = by.Wait()
 	}
 	v.Reject(r)

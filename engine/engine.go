@@ -141,8 +141,9 @@ func Load(path string, opts ...Option) (*Engine, error) {
 	return New(policies, opts...)
 }
 
-// Close stops the engine's goroutines. Clients that ask it from now on find it unreachable, and so do flows that wait;
-// flows in flight still give back what they hold. A second Close does nothing. The error is always nil.
+// Close stops the engine's goroutines. Flows that wait in a queue are rejected, so that none of them runs because of a
+// shutdown. Flows that start from now on are Unreachable: they run, unless they fail closed. Flows in flight still give
+// back what they hold. A second Close does nothing. The error is always nil.
 func (e *Engine) Close() error {
 	e.applying.Lock() // no goroutine begins after it
 	again := e.closed.Swap(true)

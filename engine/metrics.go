@@ -262,7 +262,7 @@ func (m *metrics) observeComponent(o metric.Observer, s *ComponentStats) {
 			for _, c := range []struct {
 				cause seam.Cause
 				n     uint64
-			}{{seam.CauseQueueFull, w.QueueFull}, {seam.CauseLongQueue, w.QueueTooLong}, {seam.CauseTimeout, w.TimedOut}} {
+			}{{seam.CauseQueueFull, w.QueueFull}, {seam.CauseLongQueue, w.QueueTooLong}, {seam.CauseTimeout, w.TimedOut}, {seam.CauseClosed, w.Closed}} {
 				o.ObserveInt64(m.rejections, int64(c.n), metric.WithAttributes(append(slices.Clone(named), index,
 					attribute.String("cause", c.cause.String()))...))
 			}

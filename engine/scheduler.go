@@ -115,8 +115,7 @@ func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecis
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
-// was decided. An error means that it was not, because the flow's caller has gone, the engine was closed or the
-// scheduler retired.
+// was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
 	decided := now
@@ -268,12 +267,13 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		l.queue.remove(t.waiter)
 	}
 	s.serve(e, now)
-	if gone == nil && s.engine.closed.Load() {
-		gone = seam.ErrClosed
-	}
-	if gone != nil { // nobody is told when to retry
+	switch {
+	case gone != nil: // no caller hears when to retry
 		s.drop(d, seam.CauseTimeout, 0)
 		return now, gone
+	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
+		s.drop(d, seam.CauseClosed, 0)
+		return now, nil
 	}
 	s.drop(d, seam.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))
 	if retired {
@@ -298,10 +298,14 @@ func (s *scheduler[S]) catchUp(e *entry[line[S]], now int64) {
 	}
 }
 
-// hand hands what there is at a time to those who are first, and notes when the next is due.
+// hand hands what there is at a time to those who are first, and notes when the next is due. Once the engine is closed it
+// serves none: no flow may run because the others were rejected.
 func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 	q := e.state.queue
 	q.due = 0
+	if s.engine.closed.Load() {
+		return
+	}
 	for w := q.first(); w != nil; w = q.first() {
 		got := s.source.draw(&e.state.tokens, at, w.tokens)
 		if !got.ok {

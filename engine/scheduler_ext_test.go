@@ -75,6 +75,7 @@ func causeOf(flow *flowctl.Flow) flowctl.RejectCause {
 	}
 	return rejected.Cause()
 }
+
 // anyRetry leaves open when to come back.
 const anyRetry = -1
 
@@ -473,43 +474,6 @@ func TestKeyFloodQueue(t *testing.T) {
 			{labels: "key=d", in: 2 * time.Second},
 			{labels: "key=a", in: 9 * time.Second},
 		})
-	})
-}
-
-func TestCloseWhileWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{concurrency(nil), quota(nil)}}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := flowctl.New(e)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var flows []*flowctl.Flow
-		var mu sync.Mutex
-		var wg sync.WaitGroup
-		for range 10 {
-			wg.Go(func() {
-				flow := c.Start(t.Context(), "point", flowctl.Params{CheckTimeout: never})
-				mu.Lock()
-				flows = append(flows, flow)
-				mu.Unlock()
-			})
-		}
-		synctest.Wait()
-		e.Close()
-		wg.Wait()
-		unreachable := 0
-		for _, flow := range flows {
-			if flow.Decision() == flowctl.Unreachable && errors.Is(flow.Err(), flowctl.ErrClosed) {
-				unreachable++
-			}
-			end(flow)
-		}
-		if unreachable != 8 {
-			t.Errorf("%d of 10 flows were unreachable want the 8 that waited", unreachable)
-		}
 	})
 }
 

@@ -85,8 +85,9 @@ type WorkloadStats struct {
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
 	// Of those that were dropped, QueueFull counts the flows that found as many waiting as may, QueueTooLong those that
-	// would have had to wait for longer than they could, and TimedOut those that waited in vain.
-	QueueFull, QueueTooLong, TimedOut uint64
+	// would have had to wait for longer than they could, TimedOut those that waited in vain, and Closed those that waited
+	// when the engine was closed.
+	QueueFull, QueueTooLong, TimedOut, Closed uint64
 
 	// AcceptedTokens are those that flows came for which passed, and RejectedTokens those of the others.
 	AcceptedTokens, RejectedTokens float64
@@ -233,6 +234,7 @@ func (w *workload) stats() WorkloadStats {
 		QueueFull:      w.drops[seam.CauseQueueFull].Load(),
 		QueueTooLong:   w.drops[seam.CauseLongQueue].Load(),
 		TimedOut:       w.drops[seam.CauseTimeout].Load(),
+		Closed:         w.drops[seam.CauseClosed].Load(),
 		AcceptedTokens: w.counts.sumFloat(tokensAccepted),
 		RejectedTokens: w.counts.sumFloat(tokensRejected),
 		Waits:          w.waits.count.Load(),

@@ -82,7 +82,10 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	warn(stderr, limits, served)
 	stopped := context.AfterFunc(ctx, func() {
 		healthy.Shutdown() // NOT_SERVING, so that balancers send no more checks here
-		// Clients that wait for an answer get it, but one that just holds its connection is not waited for.
+		// Checks under way get their answers. Those that wait in queues are rejected after 2 s, and a client that just
+		// holds its connection loses it after 3 s.
+		reject := time.AfterFunc(2*time.Second, func() { _ = limits.Close() })
+		defer reject.Stop()
 		late := time.AfterFunc(3*time.Second, server.Stop)
 		defer late.Stop()
 		server.GracefulStop()

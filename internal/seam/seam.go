@@ -299,7 +299,7 @@ func (c Cause) String() string {
 	case CauseTimeout:
 		return "waited in vain"
 	case CauseClosed:
-		return "closed"
+		return "engine closed"
 	default:
 		return ""
 	}
