@@ -66,10 +66,10 @@ func TestCloseRejectsWaitingFlows(t *testing.T) {
 				var wg sync.WaitGroup
 				for _, tokens := range tt.tokens {
 					wg.Go(func() {
-						_, err := headgate.Retry(client, "point", params(tokens),
-							func(context.Context) (int, error) { t.Errorf("a flow ran after %v", time.Since(begin)); return 0, nil }, nil, retry)(t.Context())
+						_, err := headgate.Guard(headgate.Retrying(client, retry), "point", params(tokens),
+							func(context.Context) (int, error) { t.Errorf("a flow ran after %v", time.Since(begin)); return 0, nil }, nil)(t.Context())
 						var rejected *flowctl.RejectedError
-						if !errors.As(err, &rejected) || rejected.Reason != flowctl.ReasonNoTokens || rejected.Wait != 0 {
+						if !errors.As(err, &rejected) || rejected.Reason != flowctl.ReasonNoTokens || rejected.RetryAfter() != 0 {
 							t.Errorf("error = %v want a rejection for want of tokens, without a time to retry", err)
 						}
 					})

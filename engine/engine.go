@@ -85,6 +85,8 @@ type Engine struct {
 
 	instruments instruments
 
+	checkTimeout atomic.Int64 // the shortest of a client, in nanoseconds; 0 while none is known
+
 	applying             sync.Mutex // held by Apply, and by Close as it begins
 	sweeping, controlled bool       // the goroutines run; guarded by applying
 
@@ -157,11 +159,6 @@ func (e *Engine) Close() error {
 	}
 	return nil
 }
-
-// Warnings lists what the policies in force say and what has no effect, the most important first: labels that do not
-// arrive, those that components limit by before those that they read for less, and then what the policies' files say and
-// the engine has no use for, one "file:line:column: field: …" each.
-func (e *Engine) Warnings() []string { return slices.Clone(e.rules.Load().warnings) }
 
 // ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
 // those of components that no other selector picks a flow for. Package agent calls it.

@@ -3,7 +3,6 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/headgate-go/headgate/internal/credential"
@@ -58,7 +57,7 @@ func (r *rules) name(id *seam.Component, c policy.Component) {
 	})
 	for key, of := range roles {
 		if why := neverComes(key); why != "" {
-			r.missing = append(r.missing, missing{of, fmt.Sprintf("policy %q: component %q %v the label %q: %s", id.Policy, id.ID, of, key, why)})
+			r.warnings.missing = append(r.warnings.missing, missing{of, fmt.Sprintf("policy %q: component %q %v the label %q: %s", id.Policy, id.ID, of, key, why)})
 		}
 	}
 }
@@ -69,14 +68,9 @@ type missing struct {
 	text string
 }
 
-// ofMissing is the warnings of labels that do not arrive, those that matter most first.
-func ofMissing(list []missing) []string {
-	slices.SortFunc(list, func(a, b missing) int { return cmp.Or(cmp.Compare(a.role, b.role), strings.Compare(a.text, b.text)) })
-	texts := make([]string, len(list))
-	for i, m := range list {
-		texts[i] = m.text
-	}
-	return texts
+// compare puts those first that matter most.
+func (m missing) compare(other missing) int {
+	return cmp.Or(cmp.Compare(m.role, other.role), strings.Compare(m.text, other.text))
 }
 
 const headerPrefix = "http.request.header."

@@ -19,8 +19,7 @@ type rules struct {
 	points   map[string]*point
 	gauges   map[string][]gauge // by control point
 	named    map[string]bool    // labels that policies read; see [Engine.NamedLabels]
-	missing  []missing
-	warnings []string
+	warnings warnings
 }
 
 // A part is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
@@ -79,6 +78,7 @@ func (e *Engine) install(next *rules) {
 	}
 	e.mu.Unlock()
 	e.rules.Store(next)
+	e.warn(e.Warnings())
 	// From here on, nobody who is sent away by a retired component comes back to it.
 	for _, p := range old.parts {
 		if slices.Contains(next.parts, p) {
@@ -139,7 +139,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 		names[p.Name] = true
 		errs = append(errs, e.add(r, p, kept))
 	}
-	r.warnings = append(ofMissing(r.missing), r.warnings...)
+	slices.SortFunc(r.warnings.missing, missing.compare)
 	return r, errors.Join(errs...)
 }
 
@@ -148,7 +148,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 	if err := p.Validate(); err != nil {
 		return err
 	}
-	r.warnings = append(r.warnings, p.Warnings...)
+	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, c := range p.Components {
 		sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, c))
 		id := seam.Component{Policy: p.Name, Hash: hex.EncodeToString(sum[:16]), ID: fmt.Sprintf("root.%d", i)}
@@ -165,6 +165,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
+		r.warnings.look(p.Name, built.named.id, c)
 		r.parts = append(r.parts, built)
 		r.name(built.identity(), c)
 		for at, gauges := range built.gauges {

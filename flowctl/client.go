@@ -109,6 +109,7 @@ func newClient(agent seam.Agent, cfg *config) (*Client, error) {
 			return nil, fmt.Errorf("headgate: new client: %w", err)
 		}
 	}
+	agent.Expect(cfg.checkTimeout)
 	return c, nil
 }
 

@@ -550,6 +550,9 @@ func cacheStatus[M interface {
 	}
 }
 
+// Expect does nothing: the protocol has no place for it, and each check has its deadline.
+func (r *remote) Expect(time.Duration) {}
+
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {
 	err := r.invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,

@@ -41,6 +41,10 @@ type Agent interface {
 	// Ready waits until the agent can be asked, or ctx ends.
 	Ready(ctx context.Context) error
 
+	// Expect tells the agent how long the checks of a client may take; 0 or less is no limit. A check may still ask for
+	// another time.
+	Expect(timeout time.Duration)
+
 	// Instrument shows what the agent knows of itself by the provider, until it is closed. Another call with the same
 	// provider does nothing.
 	Instrument(provider metric.MeterProvider) error

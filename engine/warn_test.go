@@ -1,0 +1,258 @@
+package engine_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// Limits that admit no flow, or none for ever after some, are warned about, and others are not. What is warned about is
+// tried: no flow passes, or none after the first.
+func TestWarningsOfImpossibleLimits(t *testing.T) {
+	at := policy.At("point")
+	heavy := policy.Workload{
+		Name: "heavy", Labels: policy.LabelMatcher{Equal: map[string]string{"job": "heavy"}},
+		WorkloadParameters: policy.WorkloadParameters{Tokens: 9},
+	}
+	rate := func(capacity, fill float64, f func(*policy.RateLimiter)) policy.Component {
+		l := policy.RateLimiter{ID: "x", Selectors: at, Capacity: capacity, Fill: fill, Interval: time.Second}
+		if f != nil {
+			f(&l)
+		}
+		return l
+	}
+	quota := func(capacity, fill float64, f func(*policy.Scheduler)) policy.Component {
+		q := policy.QuotaScheduler{ID: "x", Selectors: at, Capacity: capacity, Fill: fill, Interval: time.Second}
+		if f != nil {
+			f(&q.Scheduler)
+		}
+		return q
+	}
+	slots := func(limit float64) policy.Component {
+		return policy.ConcurrencyLimiter{ID: "x", Selectors: at, Max: limit, MaxInflight: time.Hour}
+	}
+	slotQueue := func(limit float64, w ...policy.Workload) policy.Component {
+		return policy.ConcurrencyScheduler{ID: "x", Selectors: at, Max: limit, MaxInflight: time.Hour, Scheduler: policy.Scheduler{Workloads: w}}
+	}
+	for _, tt := range []struct {
+		name   string
+		c      policy.Component
+		labels string
+		want   string // of the warning
+		admits int    // flows, of two in two minutes
+	}{
+		{"a bucket below the cost", rate(0.5, 0.5, nil), "", "it takes 1 tokens, and the bucket holds 0.5", 0},
+		{"a bucket below the cost, with a label for it", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.TokensLabel = "tokens" }), "tokens=0.5", "", 2},
+		{"a bucket below the cost that lets all pass", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.PassThrough = true }), "", "", 2},
+		{"a bucket that does not refill", rate(1, 0, nil), "", "never refills", 1},
+		{"a bucket that refills in many centuries", rate(1, 1e-12, nil), "", "never refills", 1},
+		{"a bucket that refills once a minute", rate(1, 1.0/60, nil), "", "", 2},
+		{"a limit of 0, which refuses", rate(0, 0, nil), "", "", 0},
+		{"a limit of 0 that refills", rate(0, 1, nil), "", "", 0},
+		{"a limit of 0 with a queue", quota(0, 0, nil), "", "", 0},
+		{"a quota below the cost", quota(0.5, 1, nil), "", `workload "default": no flow is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
+		{"a quota below the cost, with a label for it", quota(0.5, 1, func(s *policy.Scheduler) { s.TokensLabel = "tokens" }), "tokens=0.5", "", 2},
+		{"a quota that does not refill", quota(1, 0, nil), "", "never refills", 1},
+		{"a workload that costs more than the quota", quota(8, 1, func(s *policy.Scheduler) { s.Workloads = []policy.Workload{heavy} }), "job=heavy", `workload "heavy": no flow is ever admitted: it takes 9 tokens, and the bucket holds 8`, 0},
+		{"the same with a label for it", quota(8, 1, func(s *policy.Scheduler) { s.Workloads, s.TokensLabel = []policy.Workload{heavy}, "tokens" }), "job=heavy", `workload "heavy"`, 0},
+		{"a workload that costs nothing", quota(0.5, 1, func(s *policy.Scheduler) { s.Default.Tokens = policy.NoTokens }), "", "", 2},
+		{"half a slot, which admits one flow at a time", slots(0.5), "", "", 2},
+		{"no slot, which refuses", slots(0), "", "", 0},
+		{"half a slot with a queue", slotQueue(0.5), "", "", 2},
+		{"a workload that costs more than there are slots", slotQueue(2, heavy), "job=heavy", "", 2},
+		{"a sampler of nothing, which refuses", policy.Sampler{ID: "x", Selectors: at}, "", "", 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{tt.c}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				client, err := flowctl.New(e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := strings.Join(e.Warnings(), "; ")
+				if (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) || got != "" && !strings.HasPrefix(got, `policy "p": component "x": `) {
+					t.Errorf("Warnings() = %q want %q", got, tt.want)
+				}
+				admitted := 0
+				for range 2 {
+					flow := client.Start(t.Context(), "point", flowctl.Params{Labels: labelled(tt.labels)})
+					if flow.ShouldRun() {
+						admitted++
+					}
+					end(flow)
+					<-time.After(time.Minute)
+				}
+				if admitted != tt.admits {
+					t.Errorf("%d of 2 flows were admitted want %d", admitted, tt.admits)
+				}
+			})
+		})
+	}
+}
+
+// A queue timeout that a client's check timeout cuts short is reported, by the warnings and in the log, whichever came
+// first: the policies or the client.
+func TestWarningsOfQueueTimeouts(t *testing.T) {
+	const ms = time.Millisecond
+	scheduled := func(s policy.Scheduler) []policy.Policy {
+		return []policy.Policy{{Name: "p", Components: []policy.Component{
+			policy.QuotaScheduler{ID: "x", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second, Scheduler: s},
+		}}}
+	}
+	timeouts := func(d, gold time.Duration) policy.Scheduler {
+		return policy.Scheduler{
+			Default: policy.WorkloadParameters{QueueTimeout: d},
+			Workloads: []policy.Workload{{
+				Name: "gold", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
+				WorkloadParameters: policy.WorkloadParameters{QueueTimeout: gold},
+			}},
+		}
+	}
+	warning := func(workload string, timeout, check, allowed time.Duration) string {
+		return fmt.Sprintf(`policy "p": component "x": workload %q: queue timeout of %v: a client's check timeout of %v lets flows wait for %v, `+
+			"unless Params.CheckTimeout says more", workload, timeout, check, allowed)
+	}
+	for _, tt := range []struct {
+		name     string
+		policies []policy.Policy
+		checks   []time.Duration // of clients; 0: the default
+		want     []string
+	}{
+		{"none", scheduled(policy.Scheduler{}), []time.Duration{0}, nil},
+		{"no queue", scheduled(timeouts(policy.NoQueue, policy.NoQueue)), []time.Duration{0}, nil},
+		{"short", scheduled(timeouts(200*ms, 100*ms)), []time.Duration{0}, nil},
+		{"no client", scheduled(timeouts(5*time.Second, 0)), nil, nil},
+		{"the default", scheduled(timeouts(5*time.Second, 0)), []time.Duration{0}, []string{warning("default", 5*time.Second, 200*ms, 190*ms)}},
+		{"a workload's", scheduled(timeouts(0, time.Second)), []time.Duration{0}, []string{warning("gold", time.Second, 200*ms, 190*ms)}},
+		{"clients that wait as long as it takes", scheduled(timeouts(time.Second, 0)), []time.Duration{-1, time.Minute}, nil},
+		{"the shortest of clients", scheduled(timeouts(time.Second, 2*time.Second)), []time.Duration{-1, time.Minute, 700 * ms, 800 * ms}, []string{
+			warning("gold", 2*time.Second, 700*ms, 690*ms), warning("default", time.Second, 700*ms, 690*ms),
+		}},
+		{"a margin", scheduled(policy.Scheduler{Margin: 300 * ms}), []time.Duration{0}, []string{
+			`policy "p": component "x": no flow waits: the margin of 300ms leaves none of a client's check timeout of 200ms`,
+		}},
+		{"a margin without a queue", scheduled(policy.Scheduler{Margin: 300 * ms, Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}}), []time.Duration{0}, nil},
+		{"a dry run, in which no flow waits", []policy.Policy{{Name: "p", Components: []policy.Component{
+			concurrency(func(c *policy.ConcurrencyScheduler) { c.DryRun, c.Scheduler.Default.QueueTimeout = true, time.Second }),
+		}}}, []time.Duration{0}, nil},
+		{"a load scheduler", []policy.Policy{{Name: "p", Components: []policy.Component{policy.LoadScheduler{
+			ID: "x", Selectors: policy.At("point"), LoadMultiplier: policy.Constant(1), Scheduler: timeouts(5*time.Second, 0),
+		}}}}, []time.Duration{0}, []string{warning("default", 5*time.Second, 200*ms, 190*ms)}},
+	} {
+		for _, applied := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/applied=%v", tt.name, applied), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var log bytes.Buffer
+					first := tt.policies
+					if applied {
+						first = nil
+					}
+					e, err := engine.New(first, engine.WithLogger(slog.New(slog.NewJSONHandler(&log, nil))))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer e.Close()
+					for _, d := range tt.checks {
+						if _, err := flowctl.New(e, flowctl.WithCheckTimeout(d)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if applied {
+						if err := e.Apply(tt.policies); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if diff := cmp.Diff(tt.want, e.Warnings()); diff != "" {
+						t.Errorf("Warnings() (-want +got):\n%s", diff)
+					}
+					if got := strings.Count(log.String(), "level"); got != len(tt.want) {
+						t.Errorf("%d lines are in the log want %d:\n%s", got, len(tt.want), log.String())
+					}
+				})
+			})
+		}
+	}
+}
+
+// A policy file whose queue timeout is longer than the default check timeout, as an operator would write it.
+func TestQueueTimeoutOfAFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		policies, err := policy.Parse("q.yaml", []byte(`
+blueprint: quota-scheduling/base
+policy:
+  policy_name: q
+  quota_scheduler:
+    bucket_capacity: 1
+    fill_amount: 1
+    rate_limiter: {interval: 1s}
+    scheduler: {default_workload_parameters: {queue_timeout: 5s}}
+    selectors: [{control_point: x}]
+`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := engine.New(policies)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		for _, tt := range []struct {
+			timeout time.Duration
+			warned  bool
+		}{{6 * time.Second, false}, {0, true}} {
+			client, err := flowctl.New(e, flowctl.WithCheckTimeout(tt.timeout))
+			if err != nil {
+				t.Fatal(err)
+			}
+			warned := slices.ContainsFunc(e.Warnings(), func(w string) bool { return strings.Contains(w, "queue timeout of 5s") })
+			if warned != tt.warned {
+				t.Errorf("check timeout %v: Warnings() = %q", tt.timeout, e.Warnings())
+			}
+			for i := range 2 {
+				flow := client.Start(t.Context(), "x", flowctl.Params{})
+				if waits := !tt.warned; flow.ShouldRun() != (waits || i == 0) {
+					t.Errorf("check timeout %v: flow %d: %v", tt.timeout, i, flow.Err())
+				}
+				end(flow)
+			}
+			<-time.After(time.Minute)
+		}
+	})
+}
+
+// A bucket of half a token refuses all flows that cost one, and the engine says so.
+func TestCapacityBelowOne(t *testing.T) {
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+		policy.RateLimiter{Selectors: policy.At("x"), Capacity: 0.5, Fill: 0.5, Interval: time.Second}, // "one in two seconds"
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	client, err := flowctl.New(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := false
+	_ = headgate.Do(t.Context(), client, "x", flowctl.Params{}, func(context.Context, *flowctl.Flow) error { ran = true; return nil })
+	if !ran && len(e.Warnings()) == 0 {
+		t.Error("no flow will ever run, and nothing tells of it")
+	}
+}
