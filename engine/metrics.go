@@ -40,7 +40,7 @@ func (e *Engine) Instrument(provider metric.MeterProvider) error {
 		return fmt.Errorf("headgate: engine: instrument: %w", err)
 	}
 	registration, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-		m.observe(o, e.Stats())
+		m.observe(i.named(o), e.Stats())
 		return nil
 	}, m.all...)
 	if err != nil {
@@ -59,6 +59,7 @@ func (e *Engine) Instrument(provider metric.MeterProvider) error {
 
 // instruments are where an engine is shown. The zero value is nowhere.
 type instruments struct {
+	name  string // of the engine; "" for none
 	waits atomic.Pointer[[]metric.Float64Histogram]
 
 	mu            sync.Mutex
@@ -72,10 +73,39 @@ func (i *instruments) waited(ctx context.Context, c *seam.Component, of *workloa
 	if waits == nil {
 		return
 	}
-	set := metric.WithAttributes(append(names(c.Policy, c.Hash, c.ID), attribute.String("workload_index", of.label))...)
+	set := metric.WithAttributes(append(append(names(c.Policy, c.Hash, c.ID), attribute.String("workload_index", of.label)), i.attributes()...)...)
 	for _, w := range *waits {
 		w.Record(ctx, float64(ns)/float64(time.Millisecond), set)
 	}
+}
+
+// attributes are those of all the engine's metrics.
+func (i *instruments) attributes() []attribute.KeyValue {
+	if i.name == "" {
+		return nil
+	}
+	return []attribute.KeyValue{attribute.String("engine", i.name)}
+}
+
+// A namedObserver gives all that is observed the engine's name.
+type namedObserver struct {
+	metric.Observer
+	name metric.MeasurementOption
+}
+
+func (i *instruments) named(o metric.Observer) metric.Observer {
+	if i.name == "" {
+		return o
+	}
+	return namedObserver{o, metric.WithAttributes(i.attributes()...)}
+}
+
+func (o namedObserver) ObserveInt64(of metric.Int64Observable, n int64, opts ...metric.ObserveOption) {
+	o.Observer.ObserveInt64(of, n, append(opts, o.name)...)
+}
+
+func (o namedObserver) ObserveFloat64(of metric.Float64Observable, n float64, opts ...metric.ObserveOption) {
+	o.Observer.ObserveFloat64(of, n, append(opts, o.name)...)
 }
 
 // close leaves the providers. What they ask meanwhile is answered.
@@ -166,8 +196,8 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		to         *metric.Float64ObservableGauge
 		name, what string
 	}{
-		{&m.capacity, "token_bucket_capacity_total", "Tokens or slots that there are at the most."},
-		{&m.available, "token_bucket_available_tokens_total", "Tokens or slots that are free."},
+		{&m.capacity, "token_bucket_capacity", "Tokens or slots that there are at the most."},
+		{&m.available, "token_bucket_available_tokens", "Tokens or slots that are free."},
 		{&m.fillRate, "token_bucket_fill_rate", "Tokens that a load scheduler lets in each second."},
 		{&m.multiplier, "token_bucket_lm_ratio", "The share of its load that a load scheduler lets in."},
 		{&m.percentage, "sampler_accept_percentage", "The share of flows that a sampler or load ramp accepts."},

@@ -36,6 +36,15 @@ func WithKeyCap(keys int) Option {
 	})
 }
 
+// WithName names the engine in its metrics, by the attribute "engine". Give engines names that show themselves by one meter
+// provider, or their numbers become one. By default the engine has no name, and its metrics no such attribute.
+func WithName(name string) Option {
+	return option(func(e *Engine) error {
+		e.instruments.name = name
+		return nil
+	})
+}
+
 // WithCacheBounds bounds the result cache and the global cache: at most so many entries, and so many bytes of keys and
 // values, in each of the two. The least useful entries make room for new ones. The defaults are [DefaultCacheEntries]
 // and [DefaultCacheBytes].

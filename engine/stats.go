@@ -10,7 +10,8 @@ import (
 )
 
 // Stats are what an engine has decided since it was made, and what there is now. Counters count up for as long as the
-// policies in force have the same component, or name the control point: see [Engine.Apply].
+// policies in force have the same component, or name the control point: see [Engine.Apply]. They encode as JSON, where an
+// unlimited number is null.
 type Stats struct {
 	// ControlPoints are those that a policy names, in alphabetical order. One without a name comes before them: it is all
 	// the control points that no policy names.
