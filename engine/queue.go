@@ -64,6 +64,10 @@ type share struct {
 	below shareHeap // the shares of a workload, and the workloads of the root
 
 	first, last *waiter // of a share that has none below
+
+	size  int       // how many wait
+	place int       // in the parent's crowd
+	crowd crowdHeap // the same shares as below, by size
 }
 
 // A waiter is a flow that waits. All but its ready channel is guarded by the lock of the queue's entry.
@@ -73,6 +77,8 @@ type waiter struct {
 	price      *latencyCost  // of the tokens, where it changes; nil where it does not
 	ready      chan struct{} // closed when the waiter has been served
 	served     bool
+	placed     bool    // it takes room
+	evicted    bool    // another flow has its place
 	until      int64   // when it gives up; immortal where it does not
 	slot       uint64  // of one that has been served,
 	left       float64 // and what was left then
@@ -164,6 +170,7 @@ func (q *queue) push(w *waiter, c claim) {
 	}
 	s.last, w.share = w, s
 	for ; s.parent != nil; s = s.parent {
+		s.grow(1)
 		if s.backlog == 0 {
 			s.smallest, s.largest = w.cost, w.cost
 		}
@@ -205,7 +212,9 @@ func (s *share) rebase() {
 
 // remove takes a waiter out, which nothing is charged for. Every waiter leaves by it, and leaves room.
 func (q *queue) remove(w *waiter) {
-	q.room.Add(1)
+	if w.placed {
+		q.room.Add(1)
+	}
 	s := w.share
 	if w.prev == nil {
 		s.first = w.next
@@ -220,6 +229,7 @@ func (q *queue) remove(w *waiter) {
 	w.prev, w.next, w.share = nil, nil, nil
 	for at := s; at.parent != nil; at = at.parent {
 		at.backlog -= w.cost
+		at.grow(-1)
 	}
 	q.len--
 	q.version++
@@ -248,7 +258,7 @@ func (q *queue) settle(s *share) {
 	if q.len == 0 {
 		q.root.clock = 0
 		if q.count > 1000 { // what so many took is not kept for a few
-			q.root.below, q.shares = nil, make(map[claim]*share)
+			q.root.below, q.root.crowd, q.shares = nil, nil, make(map[claim]*share)
 		}
 		q.count = 0
 	}
@@ -258,7 +268,7 @@ func (q *queue) settle(s *share) {
 func (q *queue) share(c claim, parent *share, weight float64) *share {
 	s := q.shares[c]
 	if s == nil {
-		s = &share{claim: c, parent: parent, weight: weight, start: parent.clock, index: -1}
+		s = &share{claim: c, parent: parent, weight: weight, start: parent.clock, index: -1, place: -1}
 		q.shares[c] = s
 	}
 	return s
@@ -336,6 +346,74 @@ func (s *share) served(clock float64) (least, likely float64) {
 		least = tokens - s.largest
 	}
 	return min(max(least, first), s.backlog), min(max(tokens, first), s.backlog)
+}
+
+// grow changes how many wait in the share.
+func (s *share) grow(by int) {
+	s.size += by
+	switch {
+	case s.size == 0:
+		heap.Remove(&s.parent.crowd, s.place)
+	case s.place < 0:
+		heap.Push(&s.parent.crowd, s)
+	default:
+		heap.Fix(&s.parent.crowd, s.place)
+	}
+}
+
+// evictable is the waiter that gives up its place for one of the claim when there is no room: the newest of the largest
+// share of the largest workload. It is nil where the share of the claim would be the largest itself, or as large.
+func (q *queue) evictable(c claim) *waiter {
+	if len(q.root.crowd) == 0 {
+		return nil
+	}
+	size := func(c claim) int {
+		if s := q.shares[c]; s != nil {
+			return s.size
+		}
+		return 0
+	}
+	if largest := q.root.crowd[0]; size(c.ofWorkload())+1 < largest.size {
+		return largest.crowd[0].last
+	}
+	own := q.shares[c.ofWorkload()]
+	if own == nil || own.crowd[0].size <= size(c)+1 {
+		return nil
+	}
+	return own.crowd[0].last
+}
+
+// crowdHeap is a [heap.Interface] of shares, the largest first, and of equals the one with the newest waiter.
+type crowdHeap []*share
+
+func (h crowdHeap) Len() int { return len(h) }
+
+func (h crowdHeap) Less(i, j int) bool {
+	a, b := h[i], h[j]
+	if a.size != b.size || a.last == nil || b.last == nil {
+		return a.size > b.size
+	}
+	return a.last.number > b.last.number
+}
+
+func (h crowdHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].place, h[j].place = i, j
+}
+
+// Push is for the heap's own use, as Pop is.
+func (h *crowdHeap) Push(x any) {
+	s := x.(*share)
+	s.place = len(*h)
+	*h = append(*h, s)
+}
+
+func (h *crowdHeap) Pop() any {
+	last := len(*h) - 1
+	s := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return s
 }
 
 // shareHeap is a [heap.Interface] of shares by finish, and of equals by who came first.

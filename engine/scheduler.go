@@ -200,14 +200,16 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 			return t
 		}
 	}
-	if !s.takeRoom() {
+	// A flow that does not wait stands in the queue for a moment only, and needs no room.
+	placed := t.patience > 0
+	if placed && !s.takeRoom() && !evict(l.queue, t.claim) {
 		s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
 		return t
 	}
 	if l.queue == nil {
 		l.queue = newQueue(&s.room, func() { s.ring(e) })
 	}
-	w := &waiter{tokens: d.Consumed, cost: cost, price: price, until: until}
+	w := &waiter{tokens: d.Consumed, cost: cost, price: price, until: until, placed: placed}
 	l.queue.push(w, t.claim)
 	s.serve(e, now) // it may be the first, and need less than who was
 	switch {
@@ -230,6 +232,22 @@ func (s *scheduler[S]) takeRoom() bool {
 		s.room.Add(1)
 		return false
 	}
+	return true
+}
+
+// evict makes room for a flow of the claim where there is none: the newest flow of the largest share leaves the queue of
+// the same key. It reports whether the flow has that room now.
+func evict(q *queue, c claim) bool {
+	if q == nil {
+		return false
+	}
+	w := q.evictable(c)
+	if w == nil {
+		return false
+	}
+	w.placed, w.evicted = false, true // its room goes to the flow
+	q.remove(w)
+	close(w.ready)
 	return true
 }
 
@@ -263,7 +281,7 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 	case t.served:
 		s.source.giveBack(&l.tokens, now, t.tokens, t.slot, true)
 		l.queue.version++
-	default:
+	case !t.evicted:
 		l.queue.remove(t.waiter)
 	}
 	s.serve(e, now)
@@ -273,6 +291,9 @@ func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDec
 		return now, gone
 	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
 		s.drop(d, seam.CauseClosed, 0)
+		return now, nil
+	case t.evicted:
+		s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, t.cost, t.tokens))
 		return now, nil
 	}
 	s.drop(d, seam.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))

@@ -85,7 +85,7 @@ type WorkloadStats struct {
 
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
-	// Of those that were dropped, QueueFull counts the flows that found as many waiting as may, QueueTooLong those that
+	// Of those that were dropped, QueueFull counts the flows for which there was no room, or that made room for others, QueueTooLong those that
 	// would have had to wait for longer than they could, TimedOut those that waited in vain, and Closed those that waited
 	// when the engine was closed.
 	QueueFull, QueueTooLong, TimedOut, Closed uint64

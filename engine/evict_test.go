@@ -1,0 +1,140 @@
+package engine_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// When a queue is full, the newest flow of the largest share makes room.
+func TestFullQueueMakesRoom(t *testing.T) {
+	const s, ms = time.Second, time.Millisecond
+	set := func(c *policy.ConcurrencyScheduler) {
+		c.Max, c.Scheduler = 1, byLabels
+		c.Scheduler.MaxQueue = 3
+	}
+	full := func(at time.Duration) visit {
+		return visit{out: at, in: never, retry: anyRetry, says: "queue full"}
+	}
+	of := func(v visit, labels string) visit {
+		v.labels = labels
+		return v
+	}
+	for _, tt := range []struct {
+		name   string
+		visits []visit
+	}{
+		{"of one user, for another", []visit{
+			{hold: s},
+			{labels: "user=a", in: s},
+			{labels: "user=a", in: s},
+			of(full(100*ms), "user=a"), // when b comes
+			of(full(0), "user=a"),
+			{at: 100 * ms, labels: "user=b", in: s},
+			{at: 200 * ms, labels: "user=b", in: never, out: 200 * ms, retry: anyRetry, says: "queue full"}, // two and two would be four
+		}},
+		{"of one workload, for another", []visit{
+			{hold: s},
+			{labels: "workload=a user=1", in: s},
+			{labels: "workload=a user=2", in: s},
+			of(full(100*ms), "workload=a user=3"),
+			{at: 100 * ms, labels: "workload=b", in: s},
+		}},
+		{"not for a flow that does not wait", []visit{
+			{hold: s},
+			{in: s},
+			{in: s},
+			{in: s},
+			{at: 100 * ms, labels: "user=b", timeout: 5 * ms, in: never, out: 100 * ms, retry: anyRetry, says: "no tokens by"},
+		}},
+		{"as many shares as there is room", []visit{
+			{hold: s},
+			{labels: "user=a", in: s},
+			{labels: "user=b", in: s},
+			{labels: "user=c", in: s},
+			of(full(0), "user=d"),
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				visits(t, open(t, []policy.Component{concurrency(set)}), tt.visits)
+			})
+		})
+	}
+}
+
+// A tenant with more callers than a queue has room for leaves the other one its half. One that makes up a value for each
+// flow leaves another workload its half.
+func TestFullQueueIsShared(t *testing.T) {
+	const room, took, last = 100, 20 * time.Millisecond, 4 * time.Second
+	gold := policy.Workload{Name: "gold", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}}}
+	for _, tt := range []struct {
+		name    string
+		callers int
+		made    bool   // up, a value for each flow
+		labels  string // of the other tenant's
+		least   float64
+	}{
+		{"fewer callers than room", 90, false, "tenant=1", 0.45},
+		{"more callers than room", 400, false, "tenant=1", 0.45},
+		{"another workload", 400, false, "tenant=1 tier=gold", 0.45},
+		{"made-up values, and another workload", 400, true, "tenant=1 tier=gold", 0.45},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.ConcurrencyScheduler{
+					Selectors: policy.At("point"), Max: 4, MaxInflight: time.Hour,
+					Scheduler: policy.Scheduler{FairnessLabel: "tenant", MaxQueue: room, Workloads: []policy.Workload{gold}},
+				}}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				client, err := flowctl.New(e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var ran [2]atomic.Int64
+				var made atomic.Int64
+				until := time.Now().Add(last)
+				var wg sync.WaitGroup
+				one := func(tenant int, text string) {
+					for time.Now().Before(until) {
+						labels := labelled(text)
+						if tenant == 0 && tt.made {
+							labels["tenant"] = fmt.Sprint("made up ", made.Add(1))
+						}
+						flow := client.Start(context.Background(), "point", flowctl.Params{Labels: labels, CheckTimeout: 2 * time.Second})
+						if flow.ShouldRun() {
+							ran[tenant].Add(1)
+						}
+						<-time.After(took + time.Duration(rand.IntN(1000))*time.Microsecond)
+						end(flow)
+					}
+				}
+				for range tt.callers {
+					wg.Go(func() { one(0, "tenant=0") })
+				}
+				<-time.After(200 * time.Millisecond)
+				for range 8 {
+					wg.Go(func() { one(1, tt.labels) })
+				}
+				wg.Wait()
+				a, b := ran[0].Load(), ran[1].Load()
+				t.Logf("%d flows of the tenant with %d callers ran, and %d of the one with 8", a, tt.callers, b)
+				if share := float64(b) / float64(a+b); share < tt.least-0.05 { // for the time that it came later
+					t.Errorf("the tenant with 8 callers had %.0f %% want %.0f %%", 100*share, 100*tt.least)
+				}
+			})
+		})
+	}
+}
