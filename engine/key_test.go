@@ -1,0 +1,100 @@
+package engine_test
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// Long values of a limiter's label are kept apart by all of their bytes, and Peek, Reset and End find them by the value.
+func TestLongKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+			policy.RateLimiter{ID: "rate", Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, LimitBy: "user"},
+			policy.ConcurrencyLimiter{ID: "slots", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "user"},
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		client, err := flowctl.New(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		long := strings.Repeat("x", 4000)
+		sum := sha256.Sum256([]byte(long + "a"))
+		for _, value := range []string{
+			long + "a", long + "b", long, long[:255], long[:256], long[:257], long[:241] + string(sum[:16]), long[:240] + string(sum[:16]),
+		} {
+			params := flowctl.Params{Labels: map[string]string{"user": value}}
+			if len(value) < 4000 && !isUTF8(value) {
+				continue
+			}
+			flow := client.Start(t.Context(), "point", params)
+			if !flow.ShouldRun() {
+				t.Errorf("a value of %d bytes: %v want a bucket of its own", len(value), flow.Err())
+			}
+			for component, remaining := range map[string]float64{"rate": 0, "slots": 0} {
+				if u, err := e.Peek("p", component, value); err != nil || u.Remaining != remaining {
+					t.Errorf("a value of %d bytes: Peek(%s) = %+v, %v", len(value), component, u, err)
+				}
+			}
+			if r := end(flow); r.Returned != 1 {
+				t.Errorf("a value of %d bytes: end = %+v want the slot back", len(value), r)
+			}
+			if again := client.Start(t.Context(), "point", params); again.ShouldRun() {
+				t.Errorf("a value of %d bytes has a second token", len(value))
+			}
+			if err := e.Reset("p", "rate", value); err != nil {
+				t.Error(err)
+			}
+			again := client.Start(t.Context(), "point", params)
+			if !again.ShouldRun() {
+				t.Errorf("a value of %d bytes has no token after a reset", len(value))
+			}
+			end(again)
+		}
+	})
+}
+
+func isUTF8(s string) bool { return strings.ToValidUTF8(s, "") == s }
+
+// A flood of long values takes at the most 512 bytes each, which is 512 MiB at the default cap.
+func TestLongKeysAreBounded(t *testing.T) {
+	const keys, each = 1 << 14, 512
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+		policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, LimitBy: "user"},
+	}}}, engine.WithKeyCap(keys))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	client, err := flowctl.New(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, long := heap(), strings.Repeat("x", 4000)
+	for i := range keys {
+		end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": fmt.Sprint(long, i)}}))
+	}
+	got := int64(heap()-before) / keys
+	t.Logf("%d bytes a key", got)
+	if n := e.Stats().Components[0].Keys; n != keys || got > each || got < 100 {
+		t.Errorf("%d keys take %d bytes each want %d, up to %d", n, got, keys, each)
+	}
+	runtime.KeepAlive(e)
+}
