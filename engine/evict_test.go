@@ -23,7 +23,7 @@ func TestFullQueueMakesRoom(t *testing.T) {
 		c.Scheduler.MaxQueue = 3
 	}
 	full := func(at time.Duration) visit {
-		return visit{out: at, in: never, retry: anyRetry, says: "queue full"}
+		return visit{out: at, in: never, retry: anyRetry, cause: flowctl.CauseQueueFull}
 	}
 	of := func(v visit, labels string) visit {
 		v.labels = labels
@@ -40,7 +40,7 @@ func TestFullQueueMakesRoom(t *testing.T) {
 			of(full(100*ms), "user=a"), // when b comes
 			of(full(0), "user=a"),
 			{at: 100 * ms, labels: "user=b", in: s},
-			{at: 200 * ms, labels: "user=b", in: never, out: 200 * ms, retry: anyRetry, says: "queue full"}, // two and two would be four
+			{at: 200 * ms, labels: "user=b", in: never, out: 200 * ms, retry: anyRetry, cause: flowctl.CauseQueueFull}, // two and two would be four
 		}},
 		{"of one workload, for another", []visit{
 			{hold: s},
@@ -54,7 +54,7 @@ func TestFullQueueMakesRoom(t *testing.T) {
 			{in: s},
 			{in: s},
 			{in: s},
-			{at: 100 * ms, labels: "user=b", timeout: 5 * ms, in: never, out: 100 * ms, retry: anyRetry, says: "no tokens by"},
+			{at: 100 * ms, labels: "user=b", timeout: 5 * ms, in: never, out: 100 * ms, retry: anyRetry},
 		}},
 		{"as many shares as there is room", []visit{
 			{hold: s},

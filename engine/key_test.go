@@ -1,7 +1,6 @@
 package engine_test
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"runtime"
 	"strings"
@@ -30,14 +29,8 @@ func TestLongKeys(t *testing.T) {
 			t.Fatal(err)
 		}
 		long := strings.Repeat("x", 4000)
-		sum := sha256.Sum256([]byte(long + "a"))
-		for _, value := range []string{
-			long + "a", long + "b", long, long[:255], long[:256], long[:257], long[:241] + string(sum[:16]), long[:240] + string(sum[:16]),
-		} {
+		for _, value := range []string{long + "a", long + "b", long, long[:255], long[:256], long[:257]} {
 			params := flowctl.Params{Labels: map[string]string{"user": value}}
-			if len(value) < 4000 && !isUTF8(value) {
-				continue
-			}
 			flow := client.Start(t.Context(), "point", params)
 			if !flow.ShouldRun() {
 				t.Errorf("a value of %d bytes: %v want a bucket of its own", len(value), flow.Err())
@@ -64,8 +57,6 @@ func TestLongKeys(t *testing.T) {
 		}
 	})
 }
-
-func isUTF8(s string) bool { return strings.ToValidUTF8(s, "") == s }
 
 // A flood of long values takes at the most 512 bytes each, which is 512 MiB at the default cap.
 func TestLongKeysAreBounded(t *testing.T) {

@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"crypto/sha256"
 	"hash/maphash"
 	"math/bits"
 	"strings"
@@ -81,7 +80,6 @@ func newTable[S any](limit int, fresh func(*S, int64), forgettable func(*S, int6
 // lock returns the key's entry, locked; the caller unlocks it. A key that is not known yet gets an entry, or the spill
 // entry when the table is full.
 func (t *table[S]) lock(key string, now int64) *entry[S] {
-	key = bounded(key)
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
@@ -103,7 +101,6 @@ func (t *table[S]) lock(key string, now int64) *entry[S] {
 
 // lockKnown is lock for a key that need not be there: it returns nil for unknown ones.
 func (t *table[S]) lockKnown(key string) *entry[S] {
-	key = bounded(key)
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
@@ -122,7 +119,6 @@ func (t *table[S]) lockKnown(key string) *entry[S] {
 // lockMet is lock for a look at the entry: a key that is not known gets none, but a new one that is in no table, or the
 // spill entry when the table is full.
 func (t *table[S]) lockMet(key string, now int64) *entry[S] {
-	key = bounded(key)
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
@@ -140,20 +136,6 @@ func (t *table[S]) lockMet(key string, now int64) *entry[S] {
 		}
 		e.mu.Unlock()
 	}
-}
-
-// longestKey is the longest value that a table keeps as it is. Of a longer one it keeps the beginning and 128 bits of a
-// SHA-256, so that a flood of long values takes no more memory than one of values of this length.
-const longestKey = 256
-
-// bounded is the key of a value. Those of long values are a byte longer than any other, so that no short value has one.
-func bounded(value string) string {
-	if len(value) <= longestKey {
-		return value
-	}
-	sum := sha256.Sum256([]byte(value))
-	const bits128 = 16
-	return value[:longestKey+1-bits128] + string(sum[:bits128])
 }
 
 // second is a time as entries keep it. It is early by a second at the most, which is no matter: what is forgotten when it
