@@ -51,7 +51,8 @@ func TestClients(t *testing.T) {
 			if connections > clientConnections {
 				t.Errorf("%.1f connections a second want at most %d", connections, clientConnections)
 			}
-			if processor > clientProcessor && !strings.HasPrefix(a.Name, "answers") {
+			busy := strings.HasPrefix(a.Name, "answers") || a.Name == "resets each question" // each flow is answered, at once
+			if processor > clientProcessor && !busy {
 				t.Errorf("%.0f %% of a core want at most %.0f %%", 100*processor, 100*clientProcessor)
 			}
 			if r.LongestError > clientError {
