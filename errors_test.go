@@ -257,10 +257,10 @@ func failures() []failure {
 			return err
 		}, false, nil},
 		failure{"paused", func(t *testing.T) error {
-			transport := httpguard.NewTransport(nil, point, answering(http.StatusTooManyRequests))
+			transport := httpguard.NewTransport(limitedClients["embedded"](t), "other", answering(http.StatusTooManyRequests))
 			_ = roundTrip(t.Context(), transport)
 			return roundTrip(t.Context(), transport)
-		}, false, []string{"control_point=checkout", "status=429", "retry_after=10s"}},
+		}, false, []string{"control_point=other", "status=429", "retry_after=10s"}},
 		failure{"labels.Check", func(*testing.T) error { return labels.Check(map[string]string{sesame: tahini + "\xff"}) }, false, []string{"label_key=sesame"}},
 	)
 }

@@ -118,9 +118,9 @@ func TestCloseIsTheCause(t *testing.T) {
 		client.Start(t.Context(), "point", flowctl.Params{})
 		time.AfterFunc(time.Second, func() { _ = e.Close() })
 		flow := client.Start(t.Context(), "point", flowctl.Params{CheckTimeout: time.Minute})
-		const want = `headgate: start "point": rejected: no tokens (engine closed) by p/slots`
-		if err := flow.Err(); err == nil || err.Error() != want {
-			t.Errorf("error = %v want %s", err, want)
+		rejected, ok := errors.AsType[*flowctl.RejectedError](flow.Err())
+		if !ok || rejected.Cause() != flowctl.CauseClosed || rejected.Component() != "slots" {
+			t.Errorf("error = %v want a rejection by the component, caused by the close", flow.Err())
 		}
 	})
 }

@@ -115,5 +115,5 @@ func ExampleServerOptions() {
 	}
 	// Output:
 	// <nil>
-	// headgate: agent not ready: it refuses the API key: rpc error: code = Unauthenticated desc = wrong API key
+	// headgate: agent not ready: it refuses the API key
 }

@@ -583,9 +583,9 @@ func TestDryRunsAreToldOverTheWire(t *testing.T) {
 	if err != nil || m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
 		t.Fatalf("Check() = %v, %v", m, err)
 	}
-	for i, want := range []bool{true, false} {
-		if d := m.GetLimiterDecisions()[i]; d.GetDryRun() != want || d.GetDropped() {
-			t.Errorf("decision %d = %v want a dry run's drop: %v", i, d, want)
+	for i, dropped := range []bool{true, false} {
+		if d := m.GetLimiterDecisions()[i]; !d.GetDryRun() || d.GetDropped() != dropped {
+			t.Errorf("decision %d = %v want a dry run that drops: %v", i, d, dropped)
 		}
 	}
 }
