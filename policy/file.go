@@ -93,7 +93,12 @@ func read(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxSize+1))
+	var data bytes.Buffer
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+		data.Grow(int(min(info.Size(), maxSize)) + bytes.MinRead) // so that the buffer does not grow by doubling
+	}
+	_, err = data.ReadFrom(io.LimitReader(f, maxSize+1))
+	return data.Bytes(), err
 }
 
 // A loader gathers the policies of files.
