@@ -3,6 +3,9 @@ package headgate_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"sync"
 	"testing"
@@ -17,6 +20,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
+	"github.com/headgate-go/headgate/httpguard"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -215,7 +219,41 @@ var guarded = []struct {
 			return err
 		}
 	}},
+	{"middleware", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
+		handler := httpguard.Middleware(client, point, httpguard.WithRateLimitHeaders(),
+			httpguard.WithParams(func(*http.Request) flowctl.Params { return params }))(http.HandlerFunc(
+			func(http.ResponseWriter, *http.Request) { work() }))
+		return func(ctx context.Context) error {
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", http.NoBody).WithContext(ctx))
+			if w.Code != http.StatusOK || w.Header().Get("RateLimit") != "" || w.Header().Get("Retry-After") != "" {
+				return fmt.Errorf("answered %d with %v", w.Code, w.Header())
+			}
+			return nil
+		}
+	}},
+	{"transport", func(client headgate.Starter, params flowctl.Params, work func()) func(context.Context) error {
+		transport := httpguard.NewTransport(client, point, roundTrips(func(r *http.Request) (*http.Response, error) {
+			work()
+			return &http.Response{StatusCode: http.StatusOK, Body: http.NoBody, Request: r}, nil
+		}), httpguard.WithParams(func(*http.Request) flowctl.Params { return params }))
+		return func(ctx context.Context) error {
+			r, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://api.example/", http.NoBody)
+			if err != nil {
+				return err
+			}
+			resp, err := transport.RoundTrip(r)
+			if err != nil {
+				return err
+			}
+			return resp.Body.Close()
+		}
+	}},
 }
+
+type roundTrips func(*http.Request) (*http.Response, error)
+
+func (f roundTrips) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 func worker(work func()) func(context.Context) (int, error) {
 	return func(context.Context) (int, error) { work(); return 0, nil }

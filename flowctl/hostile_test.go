@@ -218,8 +218,8 @@ func TestAnswersAreBounded(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			client, _ := dialHostile(t, tt.agent, flowctl.WithCheckTimeout(time.Minute))
 			flow := client.Start(t.Context(), "point", tt.params)
-			if flow.Decision() != tt.want || tt.why != "" && !strings.Contains(flow.Err().Error(), tt.why) {
-				t.Errorf("%v, %v want %v for %q", flow, flow.Err(), tt.want, tt.why)
+			if flow.Decision() != tt.want || tt.why != "" && !strings.Contains(inFull(flow.Err()), tt.why) {
+				t.Errorf("%v, %s want %v for %q", flow, inFull(flow.Err()), tt.want, tt.why)
 			}
 		})
 	}
@@ -253,6 +253,24 @@ func TestCompressionThatWasAskedFor(t *testing.T) {
 	}
 }
 
+// inFull is the text of an error with what it has for the program's own logs; "" for nil.
+func inFull(err error) string {
+	if err == nil {
+		return ""
+	}
+	text := err.Error()
+	if c, ok := errors.AsType[interface {
+		error
+		Cause() error
+	}](err); ok {
+		text += ": " + c.Cause().Error()
+	}
+	if r, ok := errors.AsType[*flowctl.RejectedError](err); ok {
+		text += ": " + r.Policy()
+	}
+	return text
+}
+
 // A peer's text is kept up to a length, wherever it is kept.
 func TestTextsOfPeersAreClipped(t *testing.T) {
 	const most = 1<<10 + 200 // and what we say
@@ -263,7 +281,7 @@ func TestTextsOfPeersAreClipped(t *testing.T) {
 			t.Errorf("%s: no error", what)
 			return
 		}
-		if text := err.Error(); len(text) > most || !utf8.ValidString(text) || !strings.Contains(text, "ää") {
+		if text := inFull(err); len(text) > most || !utf8.ValidString(text) || !strings.Contains(text, "ää") {
 			t.Errorf("%s: %d bytes, %.300q…", what, len(text), text)
 		}
 	}
@@ -287,7 +305,7 @@ func TestTextsOfPeersAreClipped(t *testing.T) {
 	})
 	t.Run("a status of a mebibyte", func(t *testing.T) {
 		client, _ := dialHostile(t, hostile.Text("16", strings.Repeat("ä", 1<<19)), flowctl.WithCheckTimeout(time.Minute))
-		if text := client.Start(t.Context(), "point", flowctl.Params{}).Err().Error(); len(text) > most {
+		if text := inFull(client.Start(t.Context(), "point", flowctl.Params{}).Err()); len(text) > most {
 			t.Errorf("%d bytes, %.80q…", len(text), text)
 		}
 	})

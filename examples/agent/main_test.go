@@ -144,7 +144,7 @@ func TestRunReloads(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "policy.yaml")
 	write := func(limit string) {
 		text := `circuit: {components: [{flow_control: {rate_limiter: {selectors: [{control_point: recommend}], parameters: {interval: 1h},
-  in_ports: {bucket_capacity: {constant_signal: {value: ` + limit + `}}, fill_amount: {constant_signal: {value: 0}}}}}}]}`
+  in_ports: {bucket_capacity: {constant_signal: {value: ` + limit + `}}, fill_amount: {constant_signal: {value: 1}}}}}}]}`
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
