@@ -86,7 +86,7 @@ func TestFaultyPolicyFiles(t *testing.T) {
 			if !strings.Contains(err.Error(), tt.want) || len(err.Error()) > 1000 {
 				t.Errorf("Load() = %v\nwant %s", err, tt.want)
 			}
-			if took := after.TotalAlloc - before.TotalAlloc; took > 40<<20 {
+			if took := after.TotalAlloc - before.TotalAlloc; took > 64<<20 {
 				t.Errorf("Load() took %d MiB", took>>20)
 			}
 		})
