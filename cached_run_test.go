@@ -505,13 +505,13 @@ func TestCachedTimeout(t *testing.T) {
 			if !errors.As(err, &timeout) || !timeout.Timeout() || !errors.Is(err, context.DeadlineExceeded) || cause != nil && !errors.Is(err, cause) {
 				t.Errorf("%s: %v want an error that says that it is a timeout", name, err)
 			}
-			if top, ok := err.(interface{ Timeout() bool }); !ok || !top.Timeout() { //nolint:errorlint // net/http asks the error itself
+			if top, ok := err.(interface{ Timeout() bool }); !ok || !top.Timeout() {
 				t.Errorf("%s: %T does not say that it is a timeout", name, err)
 			}
 			ctx, stop := context.WithCancelCause(t.Context())
 			time.AfterFunc(time.Second, func() { stop(cause) })
 			_, err = hangs(ctx)
-			if top, ok := err.(interface{ Timeout() bool }); !ok || top.Timeout() != errors.Is(err, context.DeadlineExceeded) { //nolint:errorlint // the same
+			if top, ok := err.(interface{ Timeout() bool }); !ok || top.Timeout() != errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%s, canceled: Timeout() of %v is not what the error wraps", name, err)
 			}
 		}

@@ -79,7 +79,7 @@ func (c *comparison) values(made, back reflect.Value) string {
 		return fmt.Sprintf("%s became %s", made.Type(), back.Type())
 	}
 	same := false
-	switch made.Kind() {
+	switch made.Kind() { //nolint:exhaustive // both are valid, or the function has returned
 	case reflect.Bool:
 		same = made.Bool() == back.Bool()
 	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64:
@@ -159,7 +159,7 @@ func (c *comparison) behind(made, back reflect.Value) string {
 		c.seen = make(map[visit]bool)
 	}
 	c.seen[v] = true
-	switch made.Kind() {
+	switch made.Kind() { //nolint:exhaustive // both are valid, or the function has returned
 	case reflect.Pointer:
 		return c.values(made.Elem(), back.Elem())
 	case reflect.Map:

@@ -303,10 +303,27 @@ func TestCodecIsAsStrictAsDeepEqual(t *testing.T) {
 		ch := make(chan int)
 		n := 1
 		values := []any{
-			nil, 1, int64(1), uint8(1), 1.5, "a", []byte("a"), []byte{}, []byte(nil), []int{1}, []int{1, 2}, []int(nil), []int{},
-			[1]int{1}, [1]any{nil}, map[string]int{"a": 1}, map[string]int{"b": 1}, map[string]int{"a": 2}, map[string]int(nil),
-			map[string]int{}, price{"EUR", 1}, price{"EUR", 2}, &price{"EUR", 1}, (*price)(nil), f, (func())(nil), ch, make(chan int),
-			true, false, &n, []any{1, "a"}, []any{1, []any{2}}, complex(1, 2), uintptr(1), reflect.TypeFor[int](), math.Inf(1),
+			nil, 1, int64(1), uint8(1), 1.5, "a", []byte("a"),
+			[]byte{},
+			[]byte(nil),
+			[]int{1},
+			[]int{1, 2},
+			[]int(nil),
+			[]int{},
+			[1]int{1},
+			[1]any{nil},
+			map[string]int{"a": 1},
+			map[string]int{"b": 1},
+			map[string]int{"a": 2},
+			map[string]int(nil),
+			map[string]int{},
+			price{"EUR", 1},
+			price{"EUR", 2},
+			&price{"EUR", 1}, (*price)(nil), f, (func())(nil), ch, make(chan int),
+			true, false, &n,
+			[]any{1, "a"},
+			[]any{1, []any{2}},
+			complex(1, 2), uintptr(1), reflect.TypeFor[int](), math.Inf(1),
 		}
 		for _, made := range values {
 			for _, back := range values {

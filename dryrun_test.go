@@ -444,14 +444,18 @@ func TestDryRunWithoutAnAnswer(t *testing.T) {
 		{"canceled", canceled, flowctl.Params{}, flowtest.Answer{Hang: true}, flowctl.Canceled, 0},
 		{"ramp mode", t.Context(), flowctl.Params{RampMode: true}, flowtest.Answer{Fail: errors.New("broken")}, flowctl.Unreachable, 0},
 		{
-			"fails closed", t.Context(), flowctl.Params{OnUnreachable: flowctl.FailClosed},
-			flowtest.Answer{Fail: errors.New("broken")}, flowctl.Unreachable, 0,
+			"fails closed", t.Context(),
+			flowctl.Params{OnUnreachable: flowctl.FailClosed},
+			flowtest.Answer{Fail: errors.New("broken")},
+			flowctl.Unreachable, 0,
 		},
 		{"hangs", t.Context(), flowctl.Params{CheckTimeout: 50 * time.Millisecond}, flowtest.Answer{Hang: true}, flowctl.Unreachable, 50 * time.Millisecond},
 		{"hangs, no timeout", t.Context(), flowctl.Params{CheckTimeout: -1}, flowtest.Answer{Hang: true}, flowctl.Unreachable, 200 * time.Millisecond},
 		{
-			"has a queue, no timeout", t.Context(), flowctl.Params{CheckTimeout: -1},
-			flowtest.Answer{Delay: time.Hour}, flowctl.Unreachable, 200 * time.Millisecond,
+			"has a queue, no timeout", t.Context(),
+			flowctl.Params{CheckTimeout: -1},
+			flowtest.Answer{Delay: time.Hour},
+			flowctl.Unreachable, 200 * time.Millisecond,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

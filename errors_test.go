@@ -189,8 +189,11 @@ func failures() []failure {
 			_, client := scriptedAgent(t, failed)
 			return sesameFlow(t.Context(), client, sesameParams)
 		}, false, []string{"control_point=checkout", "cause=rpc error", errSesame.Error()}},
-		failure{"unreachable by an address", func(t *testing.T) error { return sesameFlow(t.Context(), noAgent(t), sesameParams) },
-			false, []string{errSesame.Error()}},
+		failure{
+			"unreachable by an address", func(t *testing.T) error { return sesameFlow(t.Context(), noAgent(t), sesameParams) },
+			false,
+			[]string{errSesame.Error()},
+		},
 		failure{"unreachable in time", func(t *testing.T) error {
 			_, client := scriptedAgent(t, flowtest.Answer{Hang: true})
 			return sesameFlow(t.Context(), client, sesameParams)
@@ -321,7 +324,7 @@ func told(t *testing.T, err error) *status.Status {
 	go func() { served <- server.Serve(listener) }()
 	defer func() {
 		server.Stop()
-		<-served
+		_ = <-served
 	}()
 	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))

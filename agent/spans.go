@@ -168,7 +168,7 @@ func expectsEnd(text []byte) bool {
 // glance reads what is of interest of every answer.
 func glance(check []byte) (controlPoint string, expectEnd bool) {
 	walk(check, func(field protowire.Number, value []byte, number uint64) {
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, two are of interest
 		case checkControlPoint:
 			controlPoint = string(value)
 		case checkExpectEnd:

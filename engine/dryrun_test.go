@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,14 +14,14 @@ import (
 )
 
 // dryRunClients make a client of the engine that is in dry run, and one that is not.
-func dryRunClients(t *testing.T, components ...policy.Component) (e *engine.Engine, dry, real *flowctl.Client) {
+func dryRunClients(t *testing.T, components ...policy.Component) (e *engine.Engine, dry, forReal *flowctl.Client) {
 	t.Helper()
-	e, real = reloadable(t, components)
+	e, forReal = reloadable(t, components)
 	dry, err := flowctl.New(e, flowctl.WithDryRun())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return e, dry, real
+	return e, dry, forReal
 }
 
 // To a component it is the same whether it is in dry run or the client: what it takes, what it counts, and what comes
@@ -110,7 +111,7 @@ func TestDryRunIsOneMechanism(t *testing.T) {
 // A flow in dry run does not wait behind flows that do, nor takes their turn. A slot that it takes is one.
 func TestDryRunBesideFlowsThatWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, dry, real := dryRunClients(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		_, dry, forReal := dryRunClients(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
 		params := flowctl.Params{CheckTimeout: time.Minute}
 		first := dry.Start(t.Context(), "point", params)
 		if first.Decision() != flowctl.Accepted {
@@ -118,7 +119,7 @@ func TestDryRunBesideFlowsThatWait(t *testing.T) {
 		}
 		begin := time.Now()
 		served := make(chan *flowctl.Flow)
-		go func() { served <- real.Start(t.Context(), "point", params) }()
+		go func() { served <- forReal.Start(t.Context(), "point", params) }()
 		synctest.Wait()
 		for range 3 {
 			flow := dry.Start(t.Context(), "point", params)
@@ -143,7 +144,7 @@ func TestDryRunBesideFlowsThatWait(t *testing.T) {
 
 // A flow that is rejected in a dry run runs: it keeps what other components gave it for as long.
 func TestDryRunKeepsWhatOthersGave(t *testing.T) {
-	_, dry, real := dryRunClients(
+	_, dry, forReal := dryRunClients(
 		t,
 		policy.ConcurrencyLimiter{ID: "slots", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour},
 		policy.RateLimiter{ID: "rate", Selectors: policy.At("point"), Interval: time.Hour, LimitBy: "user"},
@@ -152,13 +153,13 @@ func TestDryRunKeepsWhatOthersGave(t *testing.T) {
 	if flow.Decision() != flowctl.Rejected || !flow.ShouldRun() {
 		t.Fatalf("%v, runs: %v want rejected, and to run", flow, flow.ShouldRun())
 	}
-	if other := real.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Rejected {
+	if other := forReal.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Rejected {
 		t.Errorf("while it runs another is %v want rejected", other)
 	}
 	if r := end(flow); r.Held != 1 || r.Returned != 1 {
 		t.Errorf("it gave back %+v want the slot", r)
 	}
-	if other := real.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Accepted {
+	if other := forReal.Start(t.Context(), "point", flowctl.Params{}); other.Decision() != flowctl.Accepted {
 		t.Errorf("after it has run another is %v want accepted", other)
 	}
 }
@@ -181,36 +182,44 @@ func TestDryRunRejection(t *testing.T) {
 		want       flowctl.RejectedError
 	}{
 		{
-			"stages", []policy.Component{none("rate", policy.RateLimiter{}), sampler},
+			"stages",
+			[]policy.Component{none("rate", policy.RateLimiter{}), sampler},
 			flowctl.Params{},
-			"sampler", flowctl.RejectedError{Reason: flowctl.ReasonNotSampled, HTTPStatus: 418},
+			"sampler",
+			flowctl.RejectedError{Reason: flowctl.ReasonNotSampled, HTTPStatus: 418},
 		},
 		{
-			"beside a component in dry run", []policy.Component{none("rate", policy.RateLimiter{DeniedStatus: 503}), drySampler},
+			"beside a component in dry run",
+			[]policy.Component{none("rate", policy.RateLimiter{DeniedStatus: 503}), drySampler},
 			flowctl.Params{},
-			"rate", flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 503},
+			"rate",
+			flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 503},
 		},
 		{
-			"in one stage", []policy.Component{
+			"in one stage",
+			[]policy.Component{
 				none("dry", policy.RateLimiter{DryRun: true}), none("first", policy.RateLimiter{}), none("second", policy.RateLimiter{}),
 			},
 			flowctl.Params{},
-			"first", flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 429},
+			"first",
+			flowctl.RejectedError{Reason: flowctl.ReasonRateLimited, HTTPStatus: 429},
 		},
 		{
-			"no ramp", []policy.Component{none("rate", policy.RateLimiter{})},
+			"no ramp",
+			[]policy.Component{none("rate", policy.RateLimiter{})},
 			flowctl.Params{RampMode: true},
-			"", flowctl.RejectedError{Reason: flowctl.ReasonNoMatchingRamp, HTTPStatus: 403},
+			"",
+			flowctl.RejectedError{Reason: flowctl.ReasonNoMatchingRamp, HTTPStatus: 403},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			e, dry, real := dryRunClients(t, tt.components...)
+			e, dry, forReal := dryRunClients(t, tt.components...)
 			flow := dry.Start(t.Context(), "point", tt.params)
 			defer end(flow)
-			inForce := real.Start(t.Context(), "point", tt.params)
+			inForce := forReal.Start(t.Context(), "point", tt.params)
 			defer end(inForce)
 			for _, f := range []*flowctl.Flow{flow, inForce} {
-				got, ok := f.Err().(*flowctl.RejectedError)
+				got, ok := errors.AsType[*flowctl.RejectedError](f.Err())
 				if !ok || got.Component() != tt.by || got.Reason != tt.want.Reason || got.HTTPStatus != tt.want.HTTPStatus {
 					t.Errorf("Err() = %v by %q want %v by %q", f.Err(), got.Component(), &tt.want, tt.by)
 				}

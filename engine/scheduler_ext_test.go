@@ -189,7 +189,8 @@ func TestQuotaScheduler(t *testing.T) {
 			{}, {}, {in: never, retry: s}, {at: 999 * ms, in: never, out: 999 * ms, retry: ms}, {at: s, in: s},
 		}},
 		{"a short queue timeout", func(q *policy.QuotaScheduler) { q.Scheduler.Default.QueueTimeout = 1500 * ms }, []visit{
-			{}, {},
+			{},
+			{},
 			{timeout: 10 * s, in: s},
 			{timeout: 10 * s, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},
 			{timeout: s, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},

@@ -363,11 +363,11 @@ func (e *callError) text() string {
 		return own.Error()
 	case e.match == nil:
 		return "the agent reports an error"
-	case e.match == ErrInvalid:
+	case errors.Is(e.match, ErrInvalid):
 		return e.cause.Error()
-	case e.match == ErrClosed:
+	case errors.Is(e.match, ErrClosed):
 		return "client closed"
-	case e.match == ErrUnreachable:
+	case errors.Is(e.match, ErrUnreachable):
 		return "agent unreachable"
 	default:
 		return canceled.Text(e.match)

@@ -73,7 +73,7 @@ func TestErrIsOneValue(t *testing.T) {
 			}
 			wg.Wait()
 			for _, err := range errs {
-				if err != errs[0] || (err == nil) != (tt.want == flowctl.Accepted) {
+				if err != errs[0] || (err == nil) != (tt.want == flowctl.Accepted) { //nolint:errorlint // it is the very same
 					t.Errorf("Err() = %p, %v and %p, %v", errs[0], errs[0], err, err)
 				}
 			}

@@ -59,7 +59,7 @@ func TestWhoEndedTheRequest(t *testing.T) {
 	taken := []policy.Component{policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour}}
 	overEngines(t, taken, func(t *testing.T, _ *engine.Engine, c *flowctl.Client) {
 		holder := c.Start(t.Context(), point, flowctl.Params{})
-		defer holder.End(t.Context())
+		defer func() { _, _ = holder.End(t.Context()) }()
 		h := httpguard.Middleware(c, point, httpguard.WithParams(func(*http.Request) flowctl.Params {
 			return flowctl.Params{CheckTimeout: -1}
 		}))(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("the handler was called") }))

@@ -110,7 +110,7 @@ func TestNoPausesWhereNoLimitIsInForce(t *testing.T) {
 		sent := 0
 		rt := httpguard.NewTransport(client, point, busy(&sent))
 		on := newEngine(t).Start(t.Context(), point, flowctl.Params{})
-		defer on.End(t.Context())
+		defer func() { _, _ = on.End(t.Context()) }()
 		for _, ctx := range []context.Context{t.Context(), on.Context(), t.Context()} {
 			r := httptest.NewRequestWithContext(ctx, http.MethodGet, "https://api.example/", http.NoBody)
 			if _, err := rt.RoundTrip(r); err != nil {

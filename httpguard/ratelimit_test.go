@@ -107,7 +107,7 @@ func TestRateLimitHeadersOfEachKind(t *testing.T) {
 			overEngines(t, tt.components, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 				if tt.hold {
 					flow := client.Start(t.Context(), point, flowctl.Params{})
-					defer flow.End(t.Context())
+					defer func() { _, _ = flow.End(t.Context()) }()
 				}
 				for i, want := range tt.want {
 					if diff := cmp.Diff(want, tell(t, client)); diff != "" {
@@ -145,7 +145,7 @@ func TestRateLimitHeadersOfDryRuns(t *testing.T) {
 						t.Errorf("request %d (-want +got):\n%s", i, diff)
 					}
 					flow := client.Start(t.Context(), point, flowctl.Params{})
-					defer flow.End(t.Context())
+					defer func() { _, _ = flow.End(t.Context()) }()
 				}
 			}
 			t.Run("client's", func(t *testing.T) {

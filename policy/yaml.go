@@ -116,7 +116,7 @@ func (r *yamlReader) documents(docs []*node, first int) (read []*node, next int)
 		switch n.Kind {
 		case yaml.StreamNode:
 			if n.Stream.Version != nil || n.Stream.TagDirectives != nil {
-				err = errDirective(n.Line)
+				err = directiveError(n.Line)
 			}
 		case yaml.DocumentNode:
 			c := converter{r: r, base: first, anchors: map[*yaml.Node]*node{}}
@@ -129,7 +129,9 @@ func (r *yamlReader) documents(docs []*node, first int) (read []*node, next int)
 		return docs, len(r.lines)
 	}
 	at := r.broken(err, first)
-	for next = max(first, at-1) + 1; next < len(r.lines) && !strings.HasPrefix(r.text[r.lines[next]:], "---"); next++ {
+	next = max(first, at-1) + 1
+	for next < len(r.lines) && !strings.HasPrefix(r.text[r.lines[next]:], "---") {
+		next++
 	}
 	return docs, next
 }
@@ -149,15 +151,15 @@ func (depthLimit) CheckDepth(depth int, _ *yaml.DepthContext) error {
 // CheckAlias is not called: documents are read as nodes, in which aliases stay what they are.
 func (depthLimit) CheckAlias(_, _ int) error { return nil }
 
-// errDirective is the line of a document whose directives the library understands.
-type errDirective int
+// directiveError is the line of a document whose directives the library understands.
+type directiveError int
 
-func (errDirective) Error() string { return "" }
+func (directiveError) Error() string { return "" }
 
 // broken notes the error that keeps the library from reading on, and returns its line.
 func (r *yamlReader) broken(err error, first int) int {
 	var e *yaml.LoadError
-	var directive errDirective
+	var directive directiveError
 	switch {
 	case errors.As(err, &directive):
 		at := r.mark(yaml.Mark{Line: int(directive), Column: 1}, first)
@@ -213,7 +215,7 @@ func (r *yamlReader) broken(err error, first int) int {
 	case m == "block sequence entries are not allowed in this context":
 		message += `a list that begins with "- " needs a line of its own`
 	case m == "did not find expected node content":
-		message += fmt.Sprintf("want a value, have %s", have)
+		message += "want a value, have " + have
 		if rest == "" {
 			message += "; is a bracket not closed?"
 		}
@@ -227,7 +229,7 @@ func (r *yamlReader) broken(err error, first int) int {
 		e.ContextMsg == "while scanning a %TAG directive", m == "found incompatible YAML document":
 		message = directivesUnsupported
 	case m == "did not find expected <document start>":
-		message += fmt.Sprintf("want the end of the document, have %s", have)
+		message += "want the end of the document, have " + have
 	default:
 		message += m
 		if e.ContextMsg != "" {

@@ -254,7 +254,7 @@ func TestMisplacedKeys(t *testing.T) {
 		{"circuit beside spec", resource("x") + "\ncircuit: {}", "circuit: unknown key; it belongs in spec"},
 		{"port of a circuit in a blueprint", strings.Replace(values, "    selectors", "    limit_by_label_key: a\n    selectors", 1), "policy.rate_limiter.limit_by_label_key: unknown key; it belongs in policy.rate_limiter.parameters"},
 		{"shape that is misspelt", "blueprnt: rate-limiting\npolicy: {}\n", `blueprnt: unknown key; did you mean "blueprint"?`},
-		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, continous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.continous_fill: unknown key; did you mean "continuous_fill"?`},
+		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, contiuous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.contiuous_fill: unknown key; did you mean "continuous_fill"?`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := policy.Parse("limits.yaml", []byte(tt.data))

@@ -16,7 +16,7 @@ func In(err error) bool {
 
 // timeoutIn asks each error of the tree, where errors.As would take the answer of the first one.
 func timeoutIn(err error) bool {
-	if t, ok := err.(interface{ Timeout() bool }); ok && t.Timeout() { //nolint:errorlint // each error is asked by itself
+	if t, ok := err.(interface{ Timeout() bool }); ok && t.Timeout() {
 		return true
 	}
 	switch w := err.(type) { //nolint:errorlint // this is the walk that errors.As does

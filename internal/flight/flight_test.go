@@ -16,7 +16,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // begin has a run hang until release is called, which ends it with the value.
-func begin(t *testing.T, ctx context.Context, runs *flight.Runs, key string, v int) (inside context.Context, release func()) {
+func begin(ctx context.Context, t *testing.T, runs *flight.Runs, key string, v int) (inside context.Context, release func()) {
 	t.Helper()
 	run, leads := flight.Join[int](ctx, runs, "point", key)
 	if !leads {
@@ -55,10 +55,10 @@ func leads(ctx context.Context, runs *flight.Runs, key string) bool {
 func TestJoin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var runs, others flight.Runs
-		a, endA := begin(t, t.Context(), &runs, "a", 1)
-		b, endB := begin(t, a, &runs, "b", 2)
-		c, endC := begin(t, b, &others, "c", 3) // of another client
-		x, endX := begin(t, t.Context(), &runs, "x", 4)
+		a, endA := begin(t.Context(), t, &runs, "a", 1)
+		b, endB := begin(a, t, &runs, "b", 2)
+		c, endC := begin(b, t, &others, "c", 3) // of another client
+		x, endX := begin(t.Context(), t, &runs, "x", 4)
 		tests := []struct {
 			name  string
 			ctx   context.Context
@@ -88,7 +88,7 @@ func TestJoin(t *testing.T) {
 		}
 
 		// Calls from within a run share the run that it has of its own, and others do not see that.
-		inner, endInner := begin(t, x, &runs, "a", 5)
+		inner, endInner := begin(x, t, &runs, "a", 5)
 		if leads(x, &runs, "a") || !leads(inner, &runs, "a") || !leads(b, &runs, "a") || leads(t.Context(), &runs, "a") {
 			t.Error("the run inside x is not found by the calls in x alone")
 		}
