@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,10 +33,16 @@ func TestCausesTravel(t *testing.T) {
 		{"queue too long", []policy.Policy{{Name: "queue", Components: []policy.Component{policy.QuotaScheduler{
 			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Hour,
 		}}}}, time.Second, flowctl.CauseQueueTooLong},
+		{"label too long", []policy.Policy{{Name: "rate", Components: []policy.Component{policy.RateLimiter{
+			Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{
+				Expression: policy.LabelMatches{Label: "l", Regex: "(?:x?){490}y"},
+			}}},
+			Capacity: 9, Interval: time.Hour,
+		}}}}, time.Second, flowctl.CauseLabelTooLong},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			overBoth(t, tt.policies, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
-				params := flowctl.Params{CheckTimeout: tt.timeout}
+				params := flowctl.Params{CheckTimeout: tt.timeout, Labels: map[string]string{"l": strings.Repeat("x", 300)}}
 				first := client.Start(t.Context(), "point", params)
 				defer func() { _, _ = first.End(t.Context()) }()
 				if tt.want == flowctl.CauseQueueFull {

@@ -12,6 +12,10 @@ import (
 // maxBucketName is the longest value that names its bucket itself, in bytes.
 const maxBucketName = 256
 
+// maxValue is the longest value that a component goes by, in bytes. To hash a longer one would take long: a component that
+// goes by it rejects the flow.
+const maxValue = 64 << 10
+
 // A namer gives the name of the bucket of a label's value. Buckets are kept by it, and it is what a flow is told of its
 // label, over the wire too, where the name finds the bucket again when the flow ends.
 //

@@ -174,14 +174,17 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 	late, dry := req.Late(), req.DryRun()
 	for i := range members {
 		m := &members[i]
-		if !m.selectors.selects(&req.Labels) {
+		selected := m.selectors.selects(&req.Labels)
+		if selected == no {
 			continue
 		}
 		d := v.Add(m.id)
 		d.DryRun = dry || m.id.DryRun
 		switch {
+		case selected == unknown:
+			m.refuse(req, d, seam.CauseLongLabel)
 		case late:
-			m.refuse(req, d)
+			m.refuse(req, d, seam.CauseLate)
 		case m.waits == nil || dropped || d.DryRun:
 			m.decide(req, *now, d)
 		default:

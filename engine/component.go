@@ -15,8 +15,8 @@ type component interface {
 	// waits for nothing. In a dry run it decides the same: the caller lets the flow pass.
 	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
 
-	// refuse fills the decision without asking: the flow is dropped, if the component would have had a say.
-	refuse(req *seam.Request, d *seam.LimiterDecision)
+	// refuse fills the decision without asking: the flow is dropped for the cause, if the component would have had a say.
+	refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause)
 
 	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
 	// or has ended. Unused says that it did not run. False says that there was nothing to take back, or no more.
@@ -78,7 +78,8 @@ func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 
 func (k *keyed[S]) identity() *seam.Component { return &k.component }
 
-// scope notes in d which state decides, and says whether one does: else the flow passes.
+// scope notes in d which state decides, and says whether one does: else the flow passes, or is dropped because its value
+// is too long.
 func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
 	if k.passThrough {
 		return false
@@ -88,10 +89,16 @@ func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
 		return true
 	}
 	value, ok := labels.Lookup(k.component.LabelKey)
-	if ok {
-		d.Scope, d.Label = seam.ScopeLabel, k.namer.name(value)
+	switch {
+	case !ok:
+		return false
+	case len(value) > maxValue:
+		d.Scope = seam.ScopeLabel
+		k.drop(d, seam.CauseLongLabel, 0)
+		return false
 	}
-	return ok
+	d.Scope, d.Label = seam.ScopeLabel, k.namer.name(value)
+	return true
 }
 
 // lock returns the entry that decides, locked.
@@ -194,6 +201,18 @@ func tokensSaid(labels *seam.Labels, label string) (tokens float64, ok bool) {
 	if !ok {
 		return 0, false
 	}
-	tokens, err := strconv.ParseFloat(text, 64)
-	return tokens, err == nil && tokens >= 0 && !math.IsInf(tokens, 1)
+	tokens, ok = number(text)
+	return tokens, ok && tokens >= 0
+}
+
+// maxNumber is the longest text of a number, in bytes: no float64 needs as many digits.
+const maxNumber = 1 << 10
+
+// number reads a finite number that a label says.
+func number(text string) (n float64, ok bool) {
+	if len(text) > maxNumber {
+		return 0, false
+	}
+	n, err := strconv.ParseFloat(text, 64)
+	return n, err == nil && !math.IsInf(n, 0) && !math.IsNaN(n)
 }

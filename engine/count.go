@@ -31,6 +31,7 @@ const (
 	decisionsRefunded // what was accepted and gave back
 	tokensAccepted    // a float64
 	tokensRejected    // a float64
+	decisionsLong     // what was dropped, or would have been, because a label's value is too long
 )
 
 // cell is where to count something about a flow, by part of it. What a processor allocates lies close together, so that
@@ -57,6 +58,9 @@ func addFloat[T any](c *counts, of *T, what int, n float64) {
 // decision counts a decision.
 func (c *counts) decision(d *seam.LimiterDecision) {
 	at := cell(c, d)
+	if d.Cause == seam.CauseLongLabel {
+		at[decisionsLong].Add(1)
+	}
 	if !d.Passed() {
 		at[decisionsDropped].Add(1)
 		return

@@ -86,10 +86,10 @@ func (l *limiter[S]) admitted() uint64 {
 	}
 }
 
-func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
+func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
 	if l.scope(&req.Labels, d) {
-		l.drop(d, seam.CauseLate, 0)
+		l.drop(d, cause, 0)
 	}
 	l.counts.decision(d)
 }

@@ -76,8 +76,8 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 	*rule.priced = s.workloads.measureFrom(e.now())
 	rule.fresh(&s.single.state.tokens, 0) // with the prices
 	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
-		if price := s.workloads.of(labels).latency; price != nil {
-			price.mean.add(now, latency)
+		if of, known := s.workloads.of(labels); known && of.latency != nil {
+			of.latency.mean.add(now, latency)
 		}
 	})
 }

@@ -3,9 +3,9 @@ package engine
 import (
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 
+	"github.com/headgate-go/headgate/internal/pattern"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -17,31 +17,63 @@ type selector struct {
 }
 
 // A condition looks at a flow's labels.
-type condition func(*seam.Labels) bool
+type condition func(*seam.Labels) truth
 
-func (s *selector) selects(labels *seam.Labels) bool {
-	return (s.service == "" || s.service == labels.Service()) && holdAll(s.match, labels)
+// A truth is what is known of a condition. It is unknown where a value is too long to be looked at in time; of several
+// conditions the others may decide (Kleene's logic of three values).
+type truth int8
+
+const (
+	no truth = iota
+	unknown
+	yes
+)
+
+func truthOf(b bool) truth {
+	if b {
+		return yes
+	}
+	return no
+}
+
+func (s *selector) selects(labels *seam.Labels) truth {
+	if s.service != "" && s.service != labels.Service() {
+		return no
+	}
+	return holdAll(s.match, labels)
 }
 
 // selectors act on a flow that one of them selects.
 type selectors []selector
 
-func (s selectors) selects(labels *seam.Labels) bool {
+func (s selectors) selects(labels *seam.Labels) truth {
+	most := no
 	for i := range s {
-		if s[i].selects(labels) {
-			return true
+		if most = max(most, s[i].selects(labels)); most == yes {
+			break
 		}
 	}
-	return false
+	return most
 }
 
-func holdAll(conditions []condition, labels *seam.Labels) bool {
+func holdAll(conditions []condition, labels *seam.Labels) truth {
+	least := yes
 	for _, holds := range conditions {
-		if !holds(labels) {
-			return false
+		if least = min(least, holds(labels)); least == no {
+			break
 		}
 	}
-	return true
+	return least
+}
+
+func holdAny(conditions []condition, labels *seam.Labels) truth {
+	most := no
+	for _, holds := range conditions {
+		if most = max(most, holds(labels)); most == yes {
+			break
+		}
+	}
+	return most
 }
 
 func compileSelector(s policy.Selector) (selector, error) {
@@ -78,10 +110,10 @@ func compileMatcher(m policy.LabelMatcher) ([]condition, error) {
 }
 
 func compileRequirement(r policy.Requirement) (condition, error) {
-	key, values := r.Key, slices.Clone(r.Values)
-	in := func(l *seam.Labels) bool {
+	key, contains := r.Key, oneOf(r.Values)
+	in := func(l *seam.Labels) truth {
 		value, ok := l.Lookup(key)
-		return ok && slices.Contains(values, value)
+		return truthOf(ok && contains(value))
 	}
 	switch r.Operator {
 	case policy.In:
@@ -97,6 +129,30 @@ func compileRequirement(r policy.Requirement) (condition, error) {
 	}
 }
 
+// fewValues is up to how many values a search beats a map.
+const fewValues = 8
+
+// oneOf returns a function that reports whether a value is one of those. What it costs does not grow with how long the
+// value is beyond the longest of them, nor with how many they are.
+func oneOf(values []string) func(string) bool {
+	values = slices.Clone(values)
+	if len(values) <= fewValues {
+		return func(value string) bool { return slices.Contains(values, value) }
+	}
+	set, longest := make(map[string]struct{}, len(values)), 0
+	for _, value := range values {
+		set[value] = struct{}{}
+		longest = max(longest, len(value))
+	}
+	return func(value string) bool {
+		if len(value) > longest {
+			return false
+		}
+		_, ok := set[value]
+		return ok
+	}
+}
+
 func compileExpression(e policy.Expression) (condition, error) {
 	switch e := e.(type) {
 	case policy.Not:
@@ -107,24 +163,29 @@ func compileExpression(e policy.Expression) (condition, error) {
 		return not(of), nil
 	case policy.All:
 		of, err := compileExpressions(e)
-		return func(l *seam.Labels) bool { return holdAll(of, l) }, err
+		return func(l *seam.Labels) truth { return holdAll(of, l) }, err
 	case policy.Any:
 		of, err := compileExpressions(e)
-		return func(l *seam.Labels) bool {
-			return slices.ContainsFunc(of, func(c condition) bool { return c(l) })
-		}, err
+		return func(l *seam.Labels) truth { return holdAny(of, l) }, err
 	case policy.LabelExists:
 		return labelExists(string(e)), nil
 	case policy.LabelEquals:
 		return labelEquals(e.Label, e.Value), nil
 	case policy.LabelMatches:
-		re, err := regexp.Compile(e.Regex)
+		re, err := pattern.Compile(e.Regex)
 		if err != nil {
 			return nil, err
 		}
-		return func(l *seam.Labels) bool {
+		return func(l *seam.Labels) truth {
 			value, ok := l.Lookup(e.Label)
-			return ok && re.MatchString(value)
+			if !ok {
+				return no
+			}
+			matches, ok := re.Match(value)
+			if !ok {
+				return unknown
+			}
+			return truthOf(matches)
 		}, nil
 	default:
 		return nil, fmt.Errorf("unknown expression %T", e)
@@ -143,19 +204,19 @@ func compileExpressions(es []policy.Expression) ([]condition, error) {
 }
 
 func labelExists(key string) condition {
-	return func(l *seam.Labels) bool {
+	return func(l *seam.Labels) truth {
 		_, ok := l.Lookup(key)
-		return ok
+		return truthOf(ok)
 	}
 }
 
 func labelEquals(key, want string) condition {
-	return func(l *seam.Labels) bool {
+	return func(l *seam.Labels) truth {
 		value, ok := l.Lookup(key)
-		return ok && value == want
+		return truthOf(ok && value == want)
 	}
 }
 
 func not(c condition) condition {
-	return func(l *seam.Labels) bool { return !c(l) }
+	return func(l *seam.Labels) truth { return yes - c(l) }
 }

@@ -58,6 +58,11 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 		d.Scope = seam.ScopeLabel
 		d.Label, _ = req.Labels.Lookup(key)
 	}
+	if len(d.Label) > maxValue {
+		d.Label = ""
+		s.refuse(req, d, seam.CauseLongLabel)
+		return
+	}
 	in := slices.Contains(s.pass, d.Label)
 	switch percentage := s.percentage(now); {
 	case in:
@@ -73,9 +78,14 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 	s.counts.decision(d)
 }
 
-// refuse decides as ever: nobody misses what a sampler gave a flow that does not hear of it.
-func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision) {
-	s.decide(req, s.engine.now(), d)
+// refuse decides about a flow that comes too late as about any: a sampler gives it nothing.
+func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
+	if cause == seam.CauseLate {
+		s.decide(req, s.engine.now(), d)
+		return
+	}
+	d.Scope, d.Dropped, d.Cause = seam.ScopeDefault, true, cause
+	s.counts.decision(d)
 }
 
 func (s *sampler) giveBack(int64, *seam.LimiterDecision, bool) bool { return false }

@@ -101,7 +101,7 @@ func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority flo
 	if s.passThrough {
 		return s.workloads.others.label, s.workloads.others.priority
 	}
-	of := s.workloads.of(labels)
+	of, _ := s.workloads.of(labels)
 	c := s.workloads.claim(of, labels)
 	if c.workload == of.label {
 		return c.workload, c.priority
@@ -144,7 +144,7 @@ type ticket[S any] struct {
 // enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may
 // wait, for that takes a look at the clock.
 func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
-	of := s.workloads.of(&req.Labels)
+	of, known := s.workloads.of(&req.Labels)
 	t := ticket[S]{of: of}
 	price := of.latency
 	tokens, said := tokensSaid(&req.Labels, s.workloads.tokensLabel)
@@ -165,6 +165,10 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	}
 	if s.gave != nil && d.DryRun { // it is let in, whatever is decided
 		s.gave(&l.tokens, now, d.Consumed, price)
+	}
+	if !known {
+		s.drop(d, seam.CauseLongLabel, 0)
+		return t
 	}
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
@@ -394,11 +398,11 @@ func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *work
 	return wait
 }
 
-func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision) {
-	of := s.workloads.of(&req.Labels)
+func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
+	of, _ := s.workloads.of(&req.Labels)
 	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
 	if s.scope(&req.Labels, d) {
-		s.drop(d, seam.CauseLate, 0)
+		s.drop(d, cause, 0)
 	}
 	s.count(of, req, d)
 }

@@ -90,10 +90,11 @@ func (p *part) measure(list []policy.Selector, n note) error {
 	return nil
 }
 
-// tell notes the latency of a flow that has just ended well.
+// tell notes the latency of a flow that has just ended well. A flow of which it is not known whether it is selected counts
+// as one that is not: its value is too long to match.
 func (e *Engine) tell(gauges []gauge, labels *seam.Labels, now int64, latency time.Duration) {
 	for i := range gauges {
-		if g := &gauges[i]; g.selectors.selects(labels) {
+		if g := &gauges[i]; g.selectors.selects(labels) == yes {
 			g.note(labels, now, float64(latency)/float64(time.Millisecond))
 		}
 	}

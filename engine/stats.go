@@ -59,6 +59,10 @@ type ComponentStats struct {
 	// what they had got, because another component dropped them or their caller left.
 	DryRunDrops, Unlimited, Refunded uint64
 
+	// LabelTooLong counts the flows that were dropped, or would have been without a dry run, because a label's value is
+	// too long: to match a regular expression, or to go by. They are in Dropped or DryRunDrops too.
+	LabelTooLong uint64
+
 	// Keys is how many values of its label the component keeps apart, and Overflows how many decisions went by the bucket
 	// that values share beyond the cap (see [WithKeyCap]). Both are 0 without a label.
 	Keys      int
@@ -157,6 +161,8 @@ func statsOf(c *seam.Component, n *counts) ComponentStats {
 		DryRunDrops: n.sum(decisionsDry),
 		Unlimited:   n.sum(decisionsFree),
 		Refunded:    n.sum(decisionsRefunded),
+
+		LabelTooLong: n.sum(decisionsLong),
 	}
 }
 
@@ -214,6 +220,7 @@ func (s *scheduler[S]) stats(now int64) ComponentStats {
 		all.Dropped += w.Dropped
 		all.DryRunDrops += w.DryRunDrops
 		all.Unlimited += w.Unlimited
+		all.LabelTooLong += of.counts.sum(decisionsLong)
 		all.Workloads = append(all.Workloads, w)
 	}
 	if s.share != nil {

@@ -3,8 +3,8 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"math"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -63,14 +63,18 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 	}
 }
 
-// of is the first workload that matches.
-func (w *workloads) of(labels *seam.Labels) *workload {
+// of is the first workload that matches. It is not known where a value is too long to match, and no workload before
+// matches: it is the default one then, which the flow must not wait in, for its caller could choose it by that.
+func (w *workloads) of(labels *seam.Labels) (of *workload, known bool) {
 	for i := range w.list {
-		if holdAll(w.list[i].match, labels) {
-			return &w.list[i]
+		switch holdAll(w.list[i].match, labels) {
+		case yes:
+			return &w.list[i], true
+		case unknown:
+			return &w.others, false
 		}
 	}
-	return &w.others
+	return &w.others, true
 }
 
 // all are the workloads, by their numbers.
@@ -95,19 +99,28 @@ func (w *workloads) claim(of *workload, labels *seam.Labels) claim {
 	c := claim{workload: of.label, priority: of.priority}
 	if w.workloadLabel != "" {
 		if text, ok := labels.Lookup(w.workloadLabel); ok {
-			c.workload = text
+			c.workload = shareName(text)
 		}
 	}
 	if w.priorityLabel != "" {
 		if text, ok := labels.Lookup(w.priorityLabel); ok {
-			if p, err := strconv.ParseFloat(text, 64); err == nil && p > 0 && !math.IsInf(p, 1) {
+			if p, ok := number(text); ok && p > 0 {
 				c.priority = p
 			}
 		}
 	}
 	c.priority = min(max(c.priority, minPriority), maxPriority)
 	if w.fairnessLabel != "" {
-		c.fairness, _ = labels.Lookup(w.fairnessLabel)
+		value, _ := labels.Lookup(w.fairnessLabel)
+		c.fairness = shareName(value)
 	}
 	return c
+}
+
+// shareName names the share of a label's value in a queue. Values beyond maxValue that begin alike have one share.
+func shareName(value string) string {
+	if len(value) > maxValue {
+		value = strings.ToValidUTF8(value[:maxBucketName], "")
+	}
+	return seam.ShortValue(value, maxBucketName)
 }

@@ -95,6 +95,7 @@ const (
 	CauseQueueTooLong = RejectCause(seam.CauseLongQueue) // the wait would have been longer than the flow had time
 	CauseTimeout      = RejectCause(seam.CauseTimeout)   // the flow waited for as long as it could
 	CauseClosed       = RejectCause(seam.CauseClosed)    // the engine was closed while the flow waited
+	CauseLabelTooLong = RejectCause(seam.CauseLongLabel) // a label's value is too long for the policy to go by
 )
 
 // String gives the cause in words.

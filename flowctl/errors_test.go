@@ -94,7 +94,8 @@ func TestRejectCause(t *testing.T) {
 		{"queue too long", flowctl.CauseQueueTooLong, flowctl.CauseQueueTooLong},
 		{"timeout", flowctl.CauseTimeout, flowctl.CauseTimeout},
 		{"closed", flowctl.CauseClosed, flowctl.CauseClosed},
-		{"the first unknown one", flowctl.CauseClosed + 1, flowctl.CauseNone},
+		{"label too long", flowctl.CauseLabelTooLong, flowctl.CauseLabelTooLong},
+		{"the first unknown one", flowctl.CauseLabelTooLong + 1, flowctl.CauseNone},
 		{"another unknown one", 200, flowctl.CauseNone},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -436,6 +436,11 @@ func TestParseErrors(t *testing.T) {
 			"limits.yaml:5:110: " + limiter + ".selectors[0].label_matcher.expression.not.label_matches.regex: error parsing regexp: missing closing ): `(a`",
 		},
 		{
+			"regex that takes too long",
+			[]string{"checkout}", "a, label_matcher: {expression: {not: {label_matches: {label: l, regex: 'x{999}'}}}}}"},
+			"limits.yaml:5:110: " + limiter + ".selectors[0].label_matcher.expression.not.label_matches.regex: compiles to 1001 instructions, more than 1000: it would take too long to match",
+		},
+		{
 			"unknown expression",
 			[]string{"checkout}", "a, label_matcher: {expression: {any: {of: [{label_equal: {}}]}}}}"},
 			"limits.yaml:5:83: " + limiter + `.selectors[0].label_matcher.expression.any.of[0].label_equal: unknown key; did you mean "label_equals"?`,

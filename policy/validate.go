@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"regexp"
 	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
+
+	"github.com/headgate-go/headgate/internal/pattern"
 )
 
 // Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position; of
@@ -370,7 +371,7 @@ func checkRegex(wrong report, regex string) {
 		wrong("", "is required")
 		return
 	}
-	if _, err := regexp.Compile(regex); err != nil {
+	if err := pattern.Check(regex); err != nil {
 		wrong("", "%s", printable(clip(err.Error(), 100)))
 	}
 }

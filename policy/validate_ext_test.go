@@ -119,6 +119,11 @@ func TestValidate(t *testing.T) {
 			".Selectors[0].Labels.Expression.Regex: error parsing regexp: invalid nested repetition operator: `**`",
 		},
 		{
+			"regex that takes too long", expression(policy.LabelMatches{Label: "l", Regex: "x{999}"}),
+			".Selectors[0].Labels.Expression.Regex: compiles to 1001 instructions, more than 1000: it would take too long to match",
+		},
+		{"regex that is as large as may be", expression(policy.LabelMatches{Label: "l", Regex: "x{998}"}), ""},
+		{
 			"pointer expression", expression(&policy.Not{}),
 			".Selectors[0].Labels.Expression: is a *policy.Not; want Not, All, Any, LabelExists, LabelEquals or LabelMatches",
 		},

@@ -288,6 +288,7 @@ const (
 	CauseLongQueue              // the wait would have been longer than the flow had time
 	CauseTimeout                // it waited for as long as it could
 	CauseClosed                 // the engine was closed while the flow waited
+	CauseLongLabel              // a label's value is too long for a component to go by
 	Causes                      // how many there are
 )
 
@@ -304,6 +305,8 @@ func (c Cause) String() string {
 		return "waited in vain"
 	case CauseClosed:
 		return "engine closed"
+	case CauseLongLabel:
+		return "label too long"
 	default:
 		return ""
 	}

@@ -357,6 +357,8 @@ const (
 	CheckResponse_CAUSE_TIMEOUT CheckResponse_Cause = 4
 	// The engine was closed, or drained, while the flow waited.
 	CheckResponse_CAUSE_CLOSED CheckResponse_Cause = 5
+	// A label's value is too long for the policies to go by.
+	CheckResponse_CAUSE_LABEL_TOO_LONG CheckResponse_Cause = 6
 )
 
 // Enum value maps for CheckResponse_Cause.
@@ -368,6 +370,7 @@ var (
 		3: "CAUSE_QUEUE_TOO_LONG",
 		4: "CAUSE_TIMEOUT",
 		5: "CAUSE_CLOSED",
+		6: "CAUSE_LABEL_TOO_LONG",
 	}
 	CheckResponse_Cause_value = map[string]int32{
 		"CAUSE_NONE":           0,
@@ -376,6 +379,7 @@ var (
 		"CAUSE_QUEUE_TOO_LONG": 3,
 		"CAUSE_TIMEOUT":        4,
 		"CAUSE_CLOSED":         5,
+		"CAUSE_LABEL_TOO_LONG": 6,
 	}
 )
 
@@ -2585,7 +2589,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\f\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\f\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2607,7 +2611,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"|\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x96\x01\n" +
 	"\x05Cause\x12\x0e\n" +
 	"\n" +
 	"CAUSE_NONE\x10\x00\x12\x0e\n" +
@@ -2616,7 +2620,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x10CAUSE_QUEUE_FULL\x10\x02\x12\x18\n" +
 	"\x14CAUSE_QUEUE_TOO_LONG\x10\x03\x12\x11\n" +
 	"\rCAUSE_TIMEOUT\x10\x04\x12\x10\n" +
-	"\fCAUSE_CLOSED\x10\x05\"\xa6\x01\n" +
+	"\fCAUSE_CLOSED\x10\x05\x12\x18\n" +
+	"\x14CAUSE_LABEL_TOO_LONG\x10\x06\"\xa6\x01\n" +
 	"\fRejectReason\x12\x16\n" +
 	"\x12REJECT_REASON_NONE\x10\x00\x12\x1e\n" +
 	"\x1aREJECT_REASON_RATE_LIMITED\x10\x01\x12\x1b\n" +

@@ -1,0 +1,81 @@
+package pattern_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/pattern"
+)
+
+func TestCheck(t *testing.T) {
+	for _, tt := range []struct{ name, expr, want string }{
+		{"small", "^/api/v[0-9]+/", ""},
+		{"as large as may be", "x{998}", ""},
+		{"too large", "x{999}", "compiles to 1001 instructions, more than 1000"},
+		{"too large by what it nests", "(?:x{0,30}){30}", "more than 1000"},
+		{"too large by many words", "(?:one|two|six){400}", "more than 1000"},
+		{"no expression", "(a", "missing closing )"},
+		{"repeats too often", "x{2000}", "invalid repeat count"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := pattern.Check(tt.expr)
+			if _, compiled := pattern.Compile(tt.expr); (compiled == nil) != (err == nil) {
+				t.Errorf("Compile() = %v, Check() = %v", compiled, err)
+			}
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("Check() = %v want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// However dear an expression is, and however long a value, a match takes less than 5 ms.
+func TestMatchIsBounded(t *testing.T) {
+	const most = 5 * time.Millisecond
+	for _, tt := range []struct{ name, expr, value string }{
+		{"optional", "(?:x?){490}y", "x"},
+		{"few instructions", "(x+x+)+y", "x"},
+		{"counted", "x{900}y", "x"},
+		{"any text between", "(?:.*x){300}y", "x"},
+		{"classes", `\pL{200}\d`, "é"},
+		{"classes without", `(?:[^\pL\pN]?){100}\x{ffff}`, "-"},
+		{"edges of words", `(?:\b\Bx?|\bx?|x?\B){50}$y`, "x"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p, err := pattern.Compile(tt.expr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			value := strings.Repeat(tt.value, p.Longest()/len(tt.value))
+			if _, ok := p.Match(value + "xx"); ok {
+				t.Errorf("a value of %d bytes is matched, want up to %d", len(value)+2, p.Longest())
+			}
+			least := time.Hour // of some: others use the machine as well
+			for range 5 {
+				start := time.Now()
+				if matches, ok := p.Match(value); matches || !ok {
+					t.Fatalf("Match() = %v, %v want no match", matches, ok)
+				}
+				least = min(least, time.Since(start))
+			}
+			t.Logf("%d bytes in %v", len(value), least)
+			if least > most && !raceEnabled {
+				t.Errorf("a value of %d bytes takes %v want less than %v", len(value), least, most)
+			}
+		})
+	}
+}
+
+// Values that clients of this module send, of up to 4 KiB, are matched by expressions of up to 64 instructions.
+func TestUsualValuesAreMatched(t *testing.T) {
+	for _, expr := range []string{"^/api/v[0-9]+/orders", "(?i)bot|crawl|spider|slurp", `^[0-9a-f]{8}-[0-9a-f]{4}`} {
+		p, err := pattern.Compile(expr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Longest() < 4096 {
+			t.Errorf("%s matches values of up to %d bytes want 4096", expr, p.Longest())
+		}
+	}
+}
