@@ -208,6 +208,16 @@ func undo(v *seam.Verdict, now int64) {
 	}
 }
 
+// slotsToCome reports whether the decision was for want of a slot that some flow can have.
+func slotsToCome(d *seam.LimiterDecision) bool {
+	switch d.Component.Kind {
+	case seam.KindConcurrencyLimiter, seam.KindConcurrencyScheduler:
+		return d.Component.Capacity > 0 && d.Cause != seam.CauseLate && d.Cause != seam.CauseLongLabel
+	default:
+		return false
+	}
+}
+
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
 // then the order. The first stage counts, of those that a flow in dry run is dropped by. If the engine was closed while the
 // flow waited, that counts before all: a flow that came back would not be limited any more.
@@ -237,6 +247,7 @@ func reject(v *seam.Verdict, from int, reason seam.Reason) {
 	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless && !closed {
 		r.RetryAfter = by.Wait()
+		r.NoReturns = r.RetryAfter == 0 && slotsToCome(by)
 	}
 	v.Reject(r)
 }

@@ -72,6 +72,62 @@ func TestFullQueueMakesRoom(t *testing.T) {
 	}
 }
 
+// When a queue of one key has all the room, its newest flow makes room for a flow of another key.
+func TestFullQueueMakesRoomForOtherKeys(t *testing.T) {
+	const s, ms = time.Second, time.Millisecond
+	full := func(at time.Duration, labels string) visit {
+		return visit{labels: labels, out: at, in: never, retry: anyRetry, cause: flowctl.CauseQueueFull}
+	}
+	at := func(at time.Duration, v visit) visit {
+		v.at = at
+		return v
+	}
+	for _, tt := range []struct {
+		name   string
+		visits []visit
+	}{
+		{"of the longest queue", []visit{
+			{labels: "key=a", hold: s},
+			{labels: "key=a", in: s},
+			{labels: "key=a", in: s},
+			full(100*ms, "key=a"), // when the second of b comes
+			full(0, "key=a"),
+			at(100*ms, visit{labels: "key=b", hold: s, in: 100 * ms}),
+			at(100*ms, visit{labels: "key=b", in: 1100 * ms}),
+			at(200*ms, full(200*ms, "key=b")), // two and two would be four
+			at(200*ms, full(200*ms, "key=a")),
+		}},
+		{"of the largest share of the longest queue", []visit{
+			{labels: "key=a user=1", hold: s},
+			{labels: "key=a user=1", in: s},
+			full(100*ms, "key=a user=1"),
+			{labels: "key=a user=2", in: s},
+			at(100*ms, visit{labels: "key=b", hold: s, in: 100 * ms}),
+			at(100*ms, visit{labels: "key=b", in: 1100 * ms}),
+		}},
+		{"not for a key that has as many as any", []visit{
+			{labels: "key=a", hold: s},
+			{labels: "key=b", hold: s},
+			{labels: "key=c", hold: s},
+			{labels: "key=d", hold: s},
+			{labels: "key=a", in: s},
+			{labels: "key=b", in: s},
+			{labels: "key=c", in: s},
+			at(100*ms, full(100*ms, "key=d")),
+			at(100*ms, full(100*ms, "key=a")),
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				visits(t, open(t, []policy.Component{concurrency(func(c *policy.ConcurrencyScheduler) {
+					c.Max, c.LimitBy, c.Scheduler = 1, "key", byLabels
+					c.Scheduler.MaxQueue = 3
+				})}), tt.visits)
+			})
+		})
+	}
+}
+
 // A tenant with more callers than a queue has room for leaves the other one its half. One that makes up a value for each
 // flow leaves another workload its half.
 func TestFullQueueIsShared(t *testing.T) {

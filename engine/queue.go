@@ -33,6 +33,11 @@ type queue struct {
 	rings int64       // when the alarm does; 0 when it does not
 	ring  func()      // what it does then
 
+	crowd         *crowd               // of the queues that share the room; nil for the only one
+	shown         int                  // len, as the crowd knows it,
+	before, after *queue               // and its neighbours of the same length there; guarded by the crowd
+	turnOut       func(least int) bool // has the newest flow of the largest share leave its room, if more than least wait
+
 	mortal     int    // the waiters that give up at a time which is known
 	version    uint64 // of all that decides when which flow is served
 	outlooks   map[outlookKey]outlook
@@ -156,6 +161,7 @@ func (q *queue) push(w *waiter, c claim) {
 	q.root.smallest, q.root.largest = min(q.root.smallest, w.cost), max(q.root.largest, w.cost)
 	q.count++
 	q.len++
+	q.crowd.show(q)
 	q.version++
 	if w.until < immortal {
 		q.mortal++
@@ -232,6 +238,7 @@ func (q *queue) remove(w *waiter) {
 		at.grow(-1)
 	}
 	q.len--
+	q.crowd.show(q)
 	q.version++
 	if w.until < immortal {
 		q.mortal--
@@ -373,14 +380,24 @@ func (q *queue) evictable(c claim) *waiter {
 		}
 		return 0
 	}
-	if largest := q.root.crowd[0]; size(c.ofWorkload())+1 < largest.size {
-		return largest.crowd[0].last
+	if size(c.ofWorkload())+1 < q.root.crowd[0].size {
+		return q.newest()
 	}
 	own := q.shares[c.ofWorkload()]
 	if own == nil || own.crowd[0].size <= size(c)+1 {
 		return nil
 	}
 	return own.crowd[0].last
+}
+
+// newest is the newest waiter of the largest share of the largest workload; there must be one.
+func (q *queue) newest() *waiter { return q.root.crowd[0].crowd[0].last }
+
+// evict has a waiter leave without its room, which goes to another flow.
+func (q *queue) evict(w *waiter) {
+	w.placed, w.evicted = false, true
+	q.remove(w)
+	close(w.ready)
 }
 
 // crowdHeap is a [heap.Interface] of shares, the largest first, and of equals the one with the newest waiter.

@@ -30,6 +30,7 @@ type scheduler[S any] struct {
 	margin    time.Duration
 	maxQueue  int64
 	room      atomic.Int64 // of maxQueue, for more flows that wait, over all keys: those may be as many as peers make up
+	crowd     *crowd       // of the queues, where each key has one
 	engine    *Engine
 }
 
@@ -80,13 +81,24 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.fresh(&l.tokens, now) },
 		func(l *line[S], now int64) bool { return !l.waiting() && from.idle(&l.tokens, now) })
+	if s.table != nil {
+		s.crowd = new(crowd)
+	}
 	s.component.Limiter = s
 	s.component.Workload = s.workload
 	return s, nil
 }
 
 // waiting says whether anybody waits.
-func (l *line[S]) waiting() bool { return l.queue != nil && l.queue.len > 0 }
+func (l *line[S]) waiting() bool { return l.waits() > 0 }
+
+// waits is how many flows wait.
+func (l *line[S]) waits() int {
+	if l.queue == nil {
+		return 0
+	}
+	return l.queue.len
+}
 
 // ahead is what the flows cost that go before one of that cost which would wait from now on.
 func (l *line[S]) ahead(c claim, cost float64) backlog {
@@ -157,9 +169,35 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	if !s.scope(&req.Labels, d) {
 		return t
 	}
+	var r reservation
+	for {
+		longest, leave := s.stand(req, now, d, &t, price, known, patience, &r)
+		if longest == nil {
+			break
+		}
+		// Only one entry is locked at a time, so that two flows that look for room do not wait for each other.
+		r = reservation{has: longest.turnOut(leave), own: true}
+	}
+	if r.has {
+		s.room.Add(1)
+	}
+	return t
+}
+
+// A reservation is the room that a flow of another key has left to this one.
+type reservation struct {
+	has bool
+	own bool // no room is to be looked for at other keys any more
+}
+
+// stand is enter, for one who has its bucket. Where there is no room, and another key has a longer queue, it decides
+// nothing, and returns that queue, and how many flows are left to it.
+func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecision, t *ticket[S], price *latencyCost, known bool,
+	patience func(*workload) time.Duration, r *reservation,
+) (longest *queue, leave int) {
 	e := s.lock(d, now)
 	defer e.mu.Unlock()
-	l := &e.state
+	l, of := &e.state, t.of
 	if s.meet != nil {
 		s.meet(&l.tokens, now, d.Consumed, price)
 	}
@@ -168,7 +206,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	}
 	if !known {
 		s.drop(d, seam.CauseLongLabel, 0)
-		return t
+		return nil, 0
 	}
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
@@ -179,7 +217,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 				s.gave(&l.tokens, now, d.Consumed, price)
 			}
 			got.fill(d)
-			return t
+			return nil, 0
 		}
 	}
 	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, patience(of)
@@ -189,10 +227,10 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	switch {
 	case likely == never:
 		s.drop(d, seam.CauseNone, likely)
-		return t
+		return nil, 0
 	case t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, seam.CauseNone, s.estimate(l, now, t.claim, cost, d.Consumed))
-		return t
+		return nil, 0
 	}
 	until := immortal
 	if t.patience < forever {
@@ -201,17 +239,27 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 	if least > int64(t.patience) {
 		if least, likely = s.reconsider(l, now, until, t.claim, cost, d.Consumed, least, likely); least > int64(t.patience) {
 			s.drop(d, seam.CauseLongQueue, likely)
-			return t
+			return nil, 0
 		}
 	}
 	// A flow that does not wait stands in the queue for a moment only, and needs no room.
 	placed := t.patience > 0
-	if placed && !s.takeRoom() && !evict(l.queue, t.claim) {
-		s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
-		return t
+	if placed && !r.has && !s.takeRoom() {
+		if others := l.waits() + 1; !r.own {
+			if longest = s.crowd.longest(others); longest != nil {
+				return longest, others
+			}
+		}
+		if !evict(l.queue, t.claim) {
+			s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
+			return nil, 0
+		}
+	}
+	if placed {
+		r.has = false // it is the flow's
 	}
 	if l.queue == nil {
-		l.queue = newQueue(&s.room, func() { s.ring(e) })
+		l.queue = s.newQueue(e)
 	}
 	w := &waiter{tokens: d.Consumed, cost: cost, price: price, until: until, placed: placed}
 	l.queue.push(w, t.claim)
@@ -227,7 +275,7 @@ func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecisi
 		w.ready = make(chan struct{})
 		t.waiter = w
 	}
-	return t
+	return nil, 0
 }
 
 // takeRoom takes the room of one who waits; false says that there is none. The queue gives it back.
@@ -249,10 +297,26 @@ func evict(q *queue, c claim) bool {
 	if w == nil {
 		return false
 	}
-	w.placed, w.evicted = false, true // its room goes to the flow
-	q.remove(w)
-	close(w.ready)
+	q.evict(w)
 	return true
+}
+
+// newQueue makes the queue of an entry.
+func (s *scheduler[S]) newQueue(e *entry[line[S]]) *queue {
+	q := newQueue(&s.room, func() { s.ring(e) })
+	if q.crowd = s.crowd; q.crowd != nil {
+		q.turnOut = func(least int) bool {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			if q.len <= least {
+				return false
+			}
+			q.evict(q.newest())
+			s.serve(e, s.engine.now()) // another flow may be the first now
+			return true
+		}
+	}
+	return q
 }
 
 // wait waits for the flow to be served, and decides.

@@ -119,6 +119,7 @@ type RejectedError struct {
 
 	cause                       RejectCause
 	retryAfter                  time.Duration
+	noReturns                   bool // so retryAfter is 0
 	policy, component, labelKey string
 }
 
@@ -149,7 +150,9 @@ func (e *RejectedError) Component() string { return e.component }
 // LabelKey is the key of the label that the component limits by; "" when it limits by none, or the agent does not say.
 func (e *RejectedError) LabelKey() string { return e.labelKey }
 
-// RetryAfter is how long until a retry can succeed; 0 when that is not known, or never.
+// RetryAfter is how long until a retry can succeed; 0 when that is not known, or never. A concurrency limiter or scheduler
+// does not know it until a flow has given a slot back: then LogValue has retry_after_unknown, where the engine is in the
+// process.
 func (e *RejectedError) RetryAfter() time.Duration { return e.retryAfter }
 
 // WithRetryAfter returns a copy of the error whose RetryAfter is the given time. It is for programs that make such errors
@@ -161,7 +164,8 @@ func (e *RejectedError) WithRetryAfter(after time.Duration) *RejectedError {
 }
 
 // LogValue is for the program's own logs: a group with the control point, the reason and the status, and those of cause,
-// policy, component, label_key and retry_after that there are. It has no label's value.
+// policy, component, label_key and retry_after that there are. It has no label's value. Where a retry can succeed, and the
+// engine has nothing to tell by when, it has retry_after_unknown, in words.
 func (e *RejectedError) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.String("control_point", e.ControlPoint), slog.String("reason", e.Reason.String())}
 	if e.cause != CauseNone {
@@ -177,6 +181,8 @@ func (e *RejectedError) LogValue() slog.Value {
 	attrs = append(attrs, slog.Int("status", e.HTTPStatus))
 	if e.retryAfter > 0 {
 		attrs = append(attrs, slog.Duration("retry_after", e.retryAfter))
+	} else if e.noReturns {
+		attrs = append(attrs, slog.String("retry_after_unknown", "no flow has given a slot back yet"))
 	}
 	return slog.GroupValue(attrs...)
 }

@@ -118,6 +118,7 @@ func (f *Flow) Err() error {
 		HTTPStatus:   f.deniedStatus(),
 		cause:        RejectCause(r.Cause),
 		retryAfter:   r.RetryAfter,
+		noReturns:    r.NoReturns,
 	}
 	if by := r.By; by != nil {
 		e.policy, e.component, e.labelKey = by.Policy, by.ID, by.LabelKey

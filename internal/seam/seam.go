@@ -351,6 +351,10 @@ type Rejection struct {
 	// RetryAfter is how long until a retry can succeed; 0 when unknown.
 	RetryAfter time.Duration
 
+	// NoReturns tells why RetryAfter is 0: a flow may be admitted, but no slot has come back yet to tell when. It does
+	// not travel.
+	NoReturns bool
+
 	// By is the component that rejected the flow; nil for none in particular.
 	By *Component
 }
