@@ -106,10 +106,12 @@ func (d *decoder) note(field string, v value) {
 
 // missing returns the value of a key that a mapping v lacks.
 func (v value) missing(key string) value {
-	if v.here == nil {
-		v.here = &v
+	here := v.here
+	if here == nil {
+		here = new(value) // &v would have each call allocate
+		*here = v
 	}
-	return value{up: v.here, line: v.line, column: v.column, key: key, named: true, field: v.field}
+	return value{up: here, line: v.line, column: v.column, key: key, named: true, field: v.field}
 }
 
 // part returns the value of an entry of a mapping v.

@@ -95,7 +95,7 @@ func read(path string) ([]byte, error) {
 	defer f.Close()
 	var data bytes.Buffer
 	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
-		data.Grow(int(min(info.Size(), maxSize)) + 2*bytes.MinRead) // so that the buffer does not grow by doubling
+		data.Grow(int(min(info.Size(), maxSize+1)) + bytes.MinRead) // so that the buffer does not grow by doubling
 	}
 	_, err = data.ReadFrom(io.LimitReader(f, maxSize+1))
 	return data.Bytes(), err

@@ -181,8 +181,8 @@ type Scheduler struct {
 
 	// MaxQueue is how many flows may wait at once, for all values of the component's label together, since those may be
 	// made up. When there is no room, the newest flow of the largest share is rejected: of the value of the component's
-	// label with the most flows that wait, its largest workload, and there the largest fairness value. Zero means DefaultMaxQueue. Not negative. Policy files have no key
-	// for it.
+	// label with the most flows that wait, its largest workload, and there the largest fairness value. Zero means
+	// DefaultMaxQueue. Not negative. Policy files have no key for it.
 	MaxQueue int
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.

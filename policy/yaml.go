@@ -82,6 +82,10 @@ type yamlReader struct {
 
 // readYAML returns the documents of a file that are not empty and not broken.
 func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
+	if len(data) > maxSize {
+		message := fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20)
+		return nil, []*Error{{File: file, Line: 1, Column: 1, Message: message}}
+	}
 	r := &yamlReader{file: file, text: strings.TrimPrefix(string(data), "\ufeff"), left: maxAlias}
 	if problem, at := checkSource(r.text); problem != "" {
 		r.fail(r.position(at), problem)
@@ -319,8 +323,6 @@ func (r *yamlReader) rest(at position) string {
 // checkSource returns what keeps text from being read, and at which offset.
 func checkSource(source string) (problem string, at int) {
 	switch {
-	case len(source) > maxSize:
-		return fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20), 0
 	case strings.HasPrefix(source, "\xff\xfe"), strings.HasPrefix(source, "\xfe\xff"):
 		return "is UTF-16; save it as UTF-8", 0
 	case !utf8.ValidString(source):
