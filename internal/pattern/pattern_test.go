@@ -52,7 +52,7 @@ func TestMatchIsBounded(t *testing.T) {
 				t.Errorf("a value of %d bytes is matched, want up to %d", len(value)+2, p.Longest())
 			}
 			least := time.Hour // of some: others use the machine as well
-			for range 5 {
+			for i := 0; i < 3 || i < 50 && least > most/2; i++ {
 				start := time.Now()
 				if matches, ok := p.Match(value); matches || !ok {
 					t.Fatalf("Match() = %v, %v want no match", matches, ok)
