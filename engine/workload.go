@@ -72,6 +72,7 @@ func (w *workloads) of(labels *seam.Labels) (of *workload, known bool) {
 			return &w.list[i], true
 		case unknown:
 			return &w.others, false
+		case no:
 		}
 	}
 	return &w.others, true
