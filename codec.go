@@ -159,7 +159,7 @@ func (c *comparison) behind(made, back reflect.Value) string {
 		c.seen = make(map[visit]bool)
 	}
 	c.seen[v] = true
-	switch made.Kind() { //nolint:exhaustive // both are valid, or the function has returned
+	switch made.Kind() {
 	case reflect.Pointer:
 		return c.values(made.Elem(), back.Elem())
 	case reflect.Map:

@@ -324,7 +324,9 @@ func told(t *testing.T, err error) *status.Status {
 	go func() { served <- server.Serve(listener) }()
 	defer func() {
 		server.Stop()
-		_ = <-served
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
 	}()
 	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
