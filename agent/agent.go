@@ -21,13 +21,13 @@ package agent
 
 import (
 	"context"
+	"net/http"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	_ "google.golang.org/grpc/encoding/gzip" // for clients that compress, as other SDKs can be told to
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -39,17 +39,14 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// The bounds of a request.
-const (
-	margin   = 10 * time.Millisecond // what an answer needs to arrive
-	maxSlots = 1 << 14               // that one call gives back
-)
+const margin = 10 * time.Millisecond // what an answer needs to arrive
 
 // A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
 // its own.
 type Server struct {
 	engine *engine.Engine
 	spans  atomic.Uint64
+	issued issued
 }
 
 // Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
@@ -57,19 +54,21 @@ type Server struct {
 // check that comes later is answered with the status Unavailable. So begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
-	s.RegisterService(lenient(checkv1.FlowControlService_ServiceDesc), service{server: srv})
-	s.RegisterService(lenient(checkhttpv1.FlowControlServiceHTTP_ServiceDesc), service{server: srv})
-	collector.RegisterCounter(s, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
+	bounds := registrar{s, e.NamedLabels}
+	bounds.RegisterService(&checkv1.FlowControlService_ServiceDesc, service{server: srv})
+	bounds.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, service{server: srv})
+	collector.RegisterCounter(bounds, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
 	return srv
 }
 
-// ServerOptions are what a gRPC server for agents should be made with: clients may send pings every 5 s, where gRPC's
-// own default of 5 minutes ends the connections of those SDKs that ping more often, and every check that waits on them.
-func ServerOptions() []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		grpc.WaitForHandlers(true),
-	}
+// A registrar registers services that are bounded.
+type registrar struct {
+	grpc.ServiceRegistrar
+	named func() map[string]bool
+}
+
+func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
+	r.ServiceRegistrar.RegisterService(bounded(*service, r.named), impl)
 }
 
 // Warnings lists what the engine's policies say and a server has no use for, the most important first: a selector that
@@ -98,7 +97,7 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
 		base.Looks = true
-		base.Lookup, refused = lookupOf(m.GetControlPoint(), lookup)
+		base.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
 	}
 	response, err := s.decide(ctx, &req)
 	if err != nil {
@@ -116,6 +115,9 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 	if req.ControlPoint == "" {
 		return nil, invalid(seam.CheckControlPoint(""))
 	}
+	if c := callOf(ctx); c != nil && c.full {
+		return rejection(req.ControlPoint, seam.ReasonNoTokens, http.StatusServiceUnavailable), nil
+	}
 	if deadline, ok := ctx.Deadline(); ok {
 		req.Labels.Base.Late = time.Until(deadline) < margin
 	}
@@ -131,10 +133,25 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 	}
 	response := wire.Answer(req, &v, s.server.engine.NamedLabels())
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
+	if s.server.engine.Measures(req.ControlPoint) {
+		s.server.issued.add(response.GetStart().AsTime())
+	}
 	return response, nil
 }
 
-// FlowEnd gives back slots. Of more than anybody can hold by one flow it looks at the first.
+// rejection is the answer to a check that no policy decides about.
+func rejection(controlPoint string, reason seam.Reason, denied checkv1.StatusCode) *checkv1.CheckResponse {
+	now := timestamppb.Now()
+	return &checkv1.CheckResponse{
+		Start: now, End: now,
+		ControlPoint:             controlPoint,
+		DecisionType:             checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+		RejectReason:             checkv1.CheckResponse_RejectReason(reason),
+		DeniedResponseStatusCode: denied,
+	}
+}
+
+// FlowEnd gives back slots, the first of those that the client names.
 func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
 	refs := m.GetInflightRequests()
 	refs = refs[:min(len(refs), maxSlots)]
@@ -156,7 +173,9 @@ func (s *Server) end(ref *checkv1.InflightRequestRef) (known, returned bool) {
 		ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
 }
 
-func invalid(err error) error { return status.Error(codes.InvalidArgument, err.Error()) }
+func invalid(err error) error { return status.Error(codes.InvalidArgument, wire.Clip(err.Error())) }
 
 // closed is the status for an engine that no longer decides: the client is to go elsewhere.
-func closed(err error) error { return status.Error(codes.Unavailable, "engine: "+err.Error()) }
+func closed(err error) error {
+	return status.Error(codes.Unavailable, wire.Clip("engine: "+err.Error()))
+}

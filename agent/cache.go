@@ -68,9 +68,16 @@ func (r *refusal) refuse(key string, err error) {
 }
 
 // lookupOf is what of a lookup the engine is asked for, and what it is not.
-func lookupOf(controlPoint string, m *checkv1.CacheLookupRequest) (seam.Lookup, refusal) {
-	room := maxCacheValues
-	asked, refused := seam.Lookup{Room: &room}, refusal{}
+func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (seam.Lookup, refusal) {
+	left, c := maxCacheValues, callOf(ctx)
+	room := func(size int) bool {
+		if size > left || !c.borrow(ctx, size) {
+			return false
+		}
+		left -= size
+		return true
+	}
+	asked, refused := seam.Lookup{Room: room}, refusal{}
 	if key := m.GetResultCacheKey(); key != "" {
 		if refused.result = checkResultKey(controlPoint, key); refused.result == nil {
 			asked.Result = key
@@ -99,8 +106,8 @@ func (r *refusal) fill(m *checkv1.CacheLookupResponse) {
 	}
 }
 
-func (s service) CacheLookup(_ context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
-	asked, refused := lookupOf(m.GetControlPoint(), m)
+func (s service) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
+	asked, refused := lookupOf(ctx, m.GetControlPoint(), m)
 	response := new(checkv1.CacheLookupResponse)
 	if asked.Result != "" {
 		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
@@ -194,7 +201,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 // outcome is what became of one cache entry, for the wire.
 func outcome(err error) (checkv1.CacheOperationStatus, string) {
 	if err != nil {
-		return checkv1.CacheOperationStatus_ERROR, err.Error()
+		return checkv1.CacheOperationStatus_ERROR, wire.Clip(err.Error())
 	}
 	return checkv1.CacheOperationStatus_SUCCESS, ""
 }

@@ -11,10 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
@@ -83,17 +80,11 @@ func ExampleServerOptions() {
 	defer limits.Close()
 
 	const key = "open sesame"
-	checkKey := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		keys := metadata.ValueFromIncomingContext(ctx, "x-api-key")
-		if len(keys) != 1 || subtle.ConstantTimeCompare([]byte(keys[0]), []byte(key)) != 1 {
-			return nil, status.Error(codes.Unauthenticated, "wrong API key")
-		}
-		return handler(ctx, req)
+	valid := func(sent string) (name string, ok bool) {
+		return "shop", subtle.ConstantTimeCompare([]byte(sent), []byte(key)) == 1
 	}
-	server := grpc.NewServer(append(agent.ServerOptions(),
+	server := grpc.NewServer(append(agent.ServerOptions(agent.WithKeys(valid)),
 		grpc.Creds(credentials.NewServerTLSFromCert(&certificate)),
-		grpc.UnaryInterceptor(checkKey), // all calls are unary, telemetry included
-		grpc.MaxConcurrentStreams(1000), // calls at once, of each client
 	)...)
 	agent.Register(server, limits)
 

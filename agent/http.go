@@ -14,13 +14,19 @@ import (
 )
 
 func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
-	carried := wire.ReadBaggage(m.GetRequest().GetHeaders()[wire.HeaderBaggage])
 	named := s.server.engine.NamedLabels()
+	chosen, ok := headersOf(m.GetRequest().GetHeaders())
+	if !ok && m.GetControlPoint() != "" {
+		denied := rejection(m.GetControlPoint(), seam.ReasonNone, http.StatusBadRequest)
+		denied.ExpectEnd = m.GetExpectEnd()
+		return wire.HTTPResponse(denied, "", named), nil
+	}
+	carried, baggage := carriedLabels(m.GetRequest().GetHeaders()[wire.HeaderBaggage], named)
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
 			Params: carried,
-			Base:   &seam.Base{Transport: requestLabels(m.GetRequest(), named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+			Base:   &seam.Base{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
 		},
 	}
 	response, err := s.decide(ctx, &req)
@@ -28,14 +34,14 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		return nil, err
 	}
 	response.ExpectEnd = m.GetExpectEnd()
-	return wire.HTTPResponse(response, wire.Baggage(carried), named), nil
+	return wire.HTTPResponse(response, baggage, named), nil
 }
 
 const headerLabel = "http.request.header."
 
 // requestLabels are the labels that a request has by itself. Headers that carry credentials become labels only if a
 // policy names them.
-func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest, named map[string]bool) map[string]string {
+func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest, chosen map[string]string, named map[string]bool) map[string]string {
 	if m == nil {
 		return nil
 	}
@@ -53,7 +59,7 @@ func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest, named map[string
 	if size := m.GetSize(); size >= 0 {
 		set("http.request_content_length", strconv.FormatInt(size, 10))
 	}
-	for label, header := range headersOf(m.GetHeaders()) {
+	for label, header := range chosen {
 		if _, wanted := named[label]; wanted || !labels.IsCredential(header) {
 			derived[label] = m.GetHeaders()[header]
 		}
@@ -71,29 +77,59 @@ func flavor(protocol string) string {
 	}
 }
 
-// headersOf gives the header that each label is made of. A proxy sets x-user, and passes on what else came: neither x_user
-// nor X-User may take the place of what it set, though all three would become one label.
-func headersOf(headers map[string]string) map[string]string {
-	// Smaller is preferred: as HTTP/2 has it, then without "_".
-	rank := func(name string) int {
-		r := 0
-		if name != strings.ToLower(name) {
-			r = 1
-		}
-		if strings.Contains(name, "_") {
-			r += 2
-		}
-		return r
-	}
-	chosen := make(map[string]string, len(headers))
+// headersOf gives the header that each label is made of. A proxy sets x-user, and passes on what else came: nothing may
+// take the place of what it set. So x_user does not count where there is x-user. It is not ok if there are headers of
+// which nobody can tell which one counts: two that differ only by case, or two that only have "_" in different places.
+func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
+	chosen = make(map[string]string, len(headers))
+	var beside map[string]string  // headers with "_"
+	var ambiguous map[string]bool // labels of several such
 	for name := range headers {
-		if strings.EqualFold(name, wire.HeaderBaggage) || strings.HasPrefix(name, ":") || name == "" {
+		if strings.EqualFold(name, wire.HeaderBaggage) {
+			if _, both := headers[wire.HeaderBaggage]; both && name != wire.HeaderBaggage {
+				return nil, false
+			}
+			continue
+		}
+		if strings.HasPrefix(name, ":") || name == "" {
 			continue
 		}
 		label := headerLabel + strings.ReplaceAll(strings.ToLower(name), "-", "_")
-		if other, taken := chosen[label]; !taken || cmp.Or(cmp.Compare(rank(name), rank(other)), cmp.Compare(name, other)) < 0 {
-			chosen[label] = name
+		of := chosen
+		if strings.Contains(name, "_") {
+			if beside == nil {
+				beside, ambiguous = make(map[string]string), make(map[string]bool)
+			}
+			of = beside
 		}
+		if other, taken := of[label]; taken {
+			if strings.EqualFold(name, other) {
+				return nil, false
+			}
+			ambiguous[label] = true // only names with "_" differ in more than case
+		}
+		of[label] = name
 	}
-	return chosen
+	for label, name := range beside {
+		if _, taken := chosen[label]; taken {
+			continue
+		}
+		if ambiguous[label] {
+			return nil, false
+		}
+		chosen[label] = name
+	}
+	return chosen, true
+}
+
+// carriedLabels are the labels that the baggage header carries, and the header to go on with. Of a header that is longer
+// than others read, these are the labels that somebody looks at, and no header.
+func carriedLabels(header string, named map[string]bool) (carried map[string]string, baggage string) {
+	if len(header) <= wire.MaxBaggage {
+		carried = wire.ReadBaggage(header)
+		return carried, wire.Baggage(carried)
+	}
+	labels := picked{named: named}
+	wire.EachBaggage(header, func(key, value string) { labels.add([]byte(key), []byte(value)) })
+	return labels.labels(), ""
 }

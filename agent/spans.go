@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,7 +19,8 @@ import (
 
 // read tells the engine how long the flow took that the span is about, and ends it if its client said that it would not:
 // then the span is all that comes when the flow ends. A slot is freed by its name in the check's answer, which only the
-// client has that was given it, and once.
+// client has that was given it, and once. A latency counts for an answer that was given, once, and is no longer than the
+// time since then.
 func (s *Server) read(span []byte) {
 	measured := s.engine.Measures("")
 	r := reportOf(span)
@@ -36,8 +38,8 @@ func (s *Server) read(span []byte) {
 			s.end(ref)
 		}
 	}
-	if measured && r.ok && worked(m, r.dryRun) {
-		latency := r.latency
+	if start := m.GetStart(); measured && r.ok && worked(m, r.dryRun) && start.IsValid() && s.issued.take(start.AsTime()) {
+		latency := min(r.latency, max(time.Since(start.AsTime()), 0))
 		if r.waited {
 			latency = max(latency-checked(m), 0)
 		}
@@ -47,8 +49,16 @@ func (s *Server) read(span []byte) {
 
 // Numbers of fields of CheckResponse.
 const (
+	checkStart        protowire.Number = 1
+	checkEnd          protowire.Number = 2
 	checkControlPoint protowire.Number = 5
+	checkTelemetry    protowire.Number = 7
+	checkDecisionType protowire.Number = 8
+	checkDecisions    protowire.Number = 12
+	checkLookup       protowire.Number = 15
 	checkExpectEnd    protowire.Number = 16
+
+	lookupResponseResult protowire.Number = 1 // of CacheLookupResponse
 )
 
 // longest is beyond what a flow takes: clocks are wrong then.
@@ -120,12 +130,13 @@ func ofMillis(n int64) int64 {
 	return n * int64(time.Millisecond)
 }
 
-// walk calls visit with each field of the message, up to where it is malformed: with its bytes, or its number.
-func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) {
+// walk calls visit with each field of the message, up to where it is malformed: with its bytes, or its number. It reports
+// whether it is not.
+func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
 	for len(message) > 0 {
 		field, kind, n := protowire.ConsumeTag(message)
 		if n < 0 {
-			return
+			return false
 		}
 		message = message[n:]
 		var data []byte
@@ -139,11 +150,12 @@ func walk(message []byte, visit func(field protowire.Number, data []byte, number
 			n = protowire.ConsumeFieldValue(field, kind, message)
 		}
 		if n < 0 {
-			return
+			return false
 		}
 		visit(field, data, number)
 		message = message[n:]
 	}
+	return true
 }
 
 // expectsEnd reports whether an answer says that its client ends the flow itself, as most do, without decoding the rest
@@ -178,20 +190,67 @@ func glance(check []byte) (controlPoint string, expectEnd bool) {
 	return controlPoint, expectEnd
 }
 
+// maxCheckJSON is how many bytes of JSON are decoded of an answer, in which three bytes can be a large object. In the other
+// form such elements are left out.
+const (
+	maxCheckJSON = 256 << 10
+	maxDecisions = 1 << 10
+	maxTelemetry = 1 << 12 // labels
+)
+
 // readCheck reads an answer in either of its forms, if it is wanted; nil if not.
 func readCheck(text []byte, wanted func(controlPoint string, expectEnd bool) bool) *checkv1.CheckResponse {
 	m := new(checkv1.CheckResponse)
 	if len(text) > 0 && text[0] == '{' {
-		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, m) != nil || !wanted(m.GetControlPoint(), m.GetExpectEnd()) {
+		if len(text) > maxCheckJSON || (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, m) != nil || !wanted(m.GetControlPoint(), m.GetExpectEnd()) {
 			return nil
 		}
 		return m
 	}
 	data, err := base64.StdEncoding.AppendDecode(nil, text)
-	if err != nil || !wanted(glance(data)) || proto.Unmarshal(data, m) != nil {
+	if err != nil || !wanted(glance(data)) {
+		return nil
+	}
+	decisions, labels := 0, 0
+	data, err = filter(data, func(field protowire.Number, _ []byte) bool {
+		switch field {
+		case checkStart, checkEnd, checkControlPoint, checkDecisionType, checkLookup, checkExpectEnd:
+			return true
+		case checkDecisions:
+			decisions++
+			return decisions <= maxDecisions
+		case checkTelemetry:
+			labels++
+			return labels <= maxTelemetry
+		}
+		return false
+	})
+	if err != nil || proto.Unmarshal(withoutValues(data), m) != nil {
 		return nil
 	}
 	return m
+}
+
+// withoutValues is an answer without what it has of the global cache.
+func withoutValues(check []byte) []byte {
+	var lookups [][]byte
+	rest, err := filter(check, func(field protowire.Number, data []byte) bool {
+		if field == checkLookup {
+			lookups = append(lookups, data)
+		}
+		return field != checkLookup
+	})
+	if err != nil || len(lookups) == 0 {
+		return check
+	}
+	for _, lookup := range lookups {
+		result, err := filter(lookup, func(field protowire.Number, _ []byte) bool { return field == lookupResponseResult })
+		if err != nil {
+			return check
+		}
+		rest = protowire.AppendBytes(protowire.AppendTag(slices.Clip(rest), checkLookup, protowire.BytesType), result)
+	}
+	return rest
 }
 
 // checked is how long the check took in the agent, with the time in queues.

@@ -128,7 +128,18 @@ func TestLatencies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{tt.report.span()}}}}}}
+				asked, err := checkv1.NewFlowControlServiceClient(conn).Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "work"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				<-time.After(3 * time.Second)
+				r := tt.report
+				if r.answer != nil {
+					took := r.answer.GetEnd().AsTime().Sub(r.answer.GetStart().AsTime())
+					r.answer = proto.CloneOf(r.answer)
+					r.answer.Start, r.answer.End = asked.GetStart(), timestamppb.New(asked.GetStart().AsTime().Add(took))
+				}
+				data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{r.span()}}}}}}
 				if err := conn.Invoke(t.Context(), collector.Export, data, new(emptypb.Empty)); err != nil {
 					t.Fatal(err)
 				}

@@ -1,60 +1,33 @@
 package agent
 
 import (
-	"context"
-	"slices"
 	"strings"
 	"unicode/utf8"
 
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
-	"google.golang.org/protobuf/runtime/protoiface"
 )
 
-// lenient is the service, except that text in its requests need not be UTF-8. Some SDKs send text as they have it, a lone
-// half of a surrogate pair for example. Go's decoder refuses that, and an SDK takes the error for leave to run the flow.
-func lenient(service grpc.ServiceDesc) *grpc.ServiceDesc {
-	service.Methods = slices.Clone(service.Methods)
-	for i := range service.Methods {
-		handle := service.Methods[i].Handler
-		service.Methods[i].Handler = func(server any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
-			return handle(server, ctx, func(into any) error {
-				if m, ok := into.(proto.Message); ok {
-					return decode(lenientMessage{m})
-				}
-				return decode(into)
-			}, intercept)
-		}
+// Some SDKs send text as they have it, a lone half of a surrogate pair for example. Go's decoder refuses text that is not
+// UTF-8, and an SDK takes the error for leave to run the flow. So text is repaired.
+
+const replacement = "\uFFFD"
+
+// text copies a text of a message, as UTF-8.
+func text(data []byte) string { return strings.ToValidUTF8(string(data), replacement) }
+
+// unmarshal is proto.Unmarshal for messages with any text.
+func unmarshal(data []byte, m proto.Message) error {
+	err := proto.Unmarshal(data, m)
+	if err == nil {
+		return nil
 	}
-	return &service
-}
-
-// A lenientMessage decodes into its message.
-type lenientMessage struct{ proto.Message }
-
-func (m lenientMessage) ProtoReflect() protoreflect.Message {
-	return lenientReflection{m.Message.ProtoReflect()}
-}
-
-type lenientReflection struct{ protoreflect.Message }
-
-func (r lenientReflection) Interface() protoreflect.ProtoMessage {
-	return lenientMessage{r.Message.Interface()}
-}
-
-func (r lenientReflection) ProtoMethods() *protoiface.Methods {
-	return &protoiface.Methods{Unmarshal: func(in protoiface.UnmarshalInput) (protoiface.UnmarshalOutput, error) {
-		m := r.Message.Interface()
-		err := proto.Unmarshal(in.Buf, m)
-		if err != nil {
-			if repaired, ok := repairText(in.Buf, m.ProtoReflect().Descriptor()); ok {
-				err = proto.Unmarshal(repaired, m)
-			}
-		}
-		return protoiface.UnmarshalOutput{Flags: protoiface.UnmarshalInitialized}, err
-	}}
+	repaired, ok := repairText(data, m.ProtoReflect().Descriptor())
+	if !ok {
+		return err
+	}
+	return proto.Unmarshal(repaired, m)
 }
 
 // repairText is the message with its text made UTF-8, as far as the descriptor knows the fields. It is not ok where the
@@ -80,7 +53,7 @@ func repairText(message []byte, d protoreflect.MessageDescriptor) (repaired []by
 					return nil, false
 				}
 			case !utf8.Valid(data):
-				data = []byte(strings.ToValidUTF8(string(data), "\uFFFD"))
+				data = []byte(strings.ToValidUTF8(string(data), replacement))
 			}
 			repaired = protowire.AppendBytes(append(repaired, message[:n]...), data)
 		}

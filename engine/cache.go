@@ -59,26 +59,26 @@ func (c *cache) weight(k cacheKey, value []byte) uint32 {
 
 var (
 	errNoCacheKey = errors.New("cache key cannot be empty") // in the words of other agents
-	errNoRoom     = errors.New("the cached values are larger than an answer may be")
+	errNoRoom     = errors.New("there is no room for the cached value in the answer")
 )
 
-// lookup copies the value, so that nobody can change what the next flow finds. The value takes its bytes from the room
-// that an answer has; nil is room for any.
-func (c *cache) lookup(k cacheKey, room *int) seam.CacheAnswer {
+// lookup copies the value, so that nobody can change what the next flow finds. Where room is not nil, it takes the bytes
+// of the value, which is not copied: its holders do not change it, and many may hold it for long.
+func (c *cache) lookup(k cacheKey, room func(size int) bool) seam.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {
 		c.misses.Add(1)
 		return seam.CacheAnswer{}
 	}
-	if room != nil {
-		if len(v.value) > *room {
-			c.misses.Add(1)
-			return seam.CacheAnswer{Err: errNoRoom}
-		}
-		*room -= len(v.value)
+	value := v.value
+	if room == nil {
+		value = bytes.Clone(value)
+	} else if !room(len(value)) {
+		c.misses.Add(1)
+		return seam.CacheAnswer{Err: errNoRoom}
 	}
 	c.hits.Add(1)
-	return seam.CacheAnswer{Value: bytes.Clone(v.value), Hit: true}
+	return seam.CacheAnswer{Value: value, Hit: true}
 }
 
 func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {

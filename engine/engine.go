@@ -287,9 +287,10 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 	return len(holders) > 0, false
 }
 
-// Lookup finds a value in a cache, as long as there is room for it in the answer, which it takes; nil is room for any.
-// Package agent calls it; flows look up with their check.
-func (e *Engine) Lookup(key seam.CacheKey, room *int) seam.CacheAnswer {
+// Lookup finds a value in a cache. If room is not nil, it takes room for the value's bytes in the answer or reports that
+// there is none, which is a miss, and the value must not be changed. Package agent calls it; flows look up with their
+// check.
+func (e *Engine) Lookup(key seam.CacheKey, room func(size int) bool) seam.CacheAnswer {
 	switch c, k := e.cache(key); {
 	case e.closed.Load():
 		return seam.CacheAnswer{Err: seam.ErrClosed}

@@ -245,9 +245,10 @@ type Lookup struct {
 	Result string   // "" looks up none
 	Global []string // empty ones are skipped
 
-	// Room is how many bytes of values the answer has room for, and is counted down; nil is room for any. The result's
-	// value goes first. A value that does not fit is a miss.
-	Room *int
+	// Room takes room for a value of so many bytes in the answer, and reports whether there was any. The result's value
+	// goes first. A value that does not fit is a miss, and the others are the cache's own, which nobody may change. Nil is
+	// room for any, and the values are copies.
+	Room func(size int) bool
 }
 
 // CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control

@@ -37,6 +37,12 @@ func escapeKey(key string) string {
 // not hide those of others. Members that are none are left out. Of several with one key the last one counts.
 func ReadBaggage(header string) map[string]string {
 	labels := make(map[string]string)
+	EachBaggage(header, func(key, value string) { labels[key] = value })
+	return labels
+}
+
+// EachBaggage calls visit with each label of a header, as [ReadBaggage] reads it.
+func EachBaggage(header string, visit func(key, value string)) {
 	for member := range strings.SplitSeq(header, ",") {
 		member, _, _ = strings.Cut(member, ";") // properties
 		key, value, ok := strings.Cut(member, "=")
@@ -51,9 +57,8 @@ func ReadBaggage(header string) map[string]string {
 		if err != nil {
 			continue
 		}
-		labels[strings.ToValidUTF8(key, "\uFFFD")] = strings.ToValidUTF8(plain, "\uFFFD")
+		visit(strings.ToValidUTF8(key, "\uFFFD"), strings.ToValidUTF8(plain, "\uFFFD"))
 	}
-	return labels
 }
 
 // addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as

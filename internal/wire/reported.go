@@ -30,7 +30,7 @@ func Answer(req *seam.Request, v *seam.Verdict, named map[string]bool) *checkv1.
 			delete(m.GetTelemetryFlowLabels(), key)
 		}
 	}
-	m.ControlPoint = cut(req.ControlPoint, maxReportedPoint)
+	m.ControlPoint = Cut(req.ControlPoint, maxReportedPoint)
 	return m
 }
 
@@ -56,7 +56,7 @@ func reported(all map[string]string, named map[string]bool) map[string]string {
 	kept := make(map[string]string, len(first)+len(rest))
 	room := maxReportedText
 	for _, key := range slices.Concat(first, rest) {
-		value := cut(all[key], maxReportedValue)
+		value := Cut(all[key], maxReportedValue)
 		if room -= len(key) + len(value); room < 0 {
 			break
 		}
@@ -89,8 +89,8 @@ func fits(all map[string]string) bool {
 	return true
 }
 
-// cut returns the longest prefix of s that has at most n bytes and splits no rune.
-func cut(s string, n int) string {
+// Cut returns the longest prefix of s that has at most n bytes and splits no rune.
+func Cut(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}

@@ -1,0 +1,224 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// The bounds of a server, over all its connections.
+const (
+	maxArriving    = 64                    // messages that arrive at a time, of 4 MiB each at the most
+	arrival        = 50 * time.Millisecond // that a message has to arrive while others wait
+	maxHeld        = 64 << 20              // bytes of large requests that are being decided about
+	large          = 64 << 10              // bytes from which a request, or the values of an answer, count
+	maxUnsent      = 64 << 20              // bytes of values in answers that clients have not read
+	maxUnsentByOne = maxUnsent / 4         // of one connection
+)
+
+// A gate bounds what calls have under way together. Its calls are those of one server.
+type gate struct {
+	mu       sync.Mutex
+	arriving []*call // in the order in which they were let in
+	waiting  []*turn // one for each connection that has calls waiting, in the order in which they get their turns
+	timer    *time.Timer
+	held     int
+	unsent   int
+	by       map[any]int // unsent, by connection
+}
+
+// A turn is the calls of one connection that wait to be let in. Connections get turns one after the other, so that those
+// with few calls do not wait for those with many.
+type turn struct {
+	connection any
+	calls      []*call
+}
+
+func newGate() *gate { return &gate{by: make(map[any]int)} }
+
+type callKey struct{}
+
+// A call is one that came through the gate, as long as it lasts. It is the call's context.
+type call struct {
+	context.Context
+	cancel     context.CancelFunc
+	gate       *gate
+	connection any
+
+	// Guarded by the gate's mutex.
+	begin   time.Time     // of the arrival
+	in      chan struct{} // closed when a call that waits is let in; nil for one that need not wait
+	evicted bool
+
+	// The rest is the handler's.
+	kept   int   // bytes that count as held
+	full   bool  // there was no room for them
+	values int   // bytes of cached values in the answer
+	loan   *loan // for these, if they are large
+}
+
+// call makes a context that the gate can end.
+func (g *gate) call(ctx context.Context) context.Context {
+	c := &call{gate: g, connection: connectionOf(ctx)}
+	c.Context, c.cancel = context.WithCancel(ctx)
+	return c
+}
+
+func (c *call) Value(key any) any {
+	if key == (callKey{}) {
+		return c
+	}
+	return c.Context.Value(key)
+}
+
+// callOf returns the call that ctx belongs to; nil for none, on a server without our options.
+func callOf(ctx context.Context) *call {
+	c, _ := ctx.Value(callKey{}).(*call)
+	return c
+}
+
+// enter waits until the call's message may be read.
+func (c *call) enter() error {
+	if c == nil {
+		return nil
+	}
+	g := c.gate
+	g.mu.Lock()
+	if len(g.waiting) == 0 && g.admit(c) {
+		g.mu.Unlock()
+		return nil
+	}
+	c.in = make(chan struct{})
+	i := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.connection == c.connection })
+	if i < 0 {
+		i = len(g.waiting)
+		g.waiting = append(g.waiting, &turn{connection: c.connection})
+	}
+	g.waiting[i].calls = append(g.waiting[i].calls, c)
+	g.next()
+	g.mu.Unlock()
+	select {
+	case <-c.in:
+		return nil
+	case <-c.Done():
+		c.leave()
+		return status.FromContextError(c.Err()).Err()
+	}
+}
+
+// admit lets the call in if there is room, or if there is a call that can make room.
+func (g *gate) admit(c *call) bool {
+	now := time.Now()
+	if len(g.arriving) >= maxArriving {
+		i := g.slowest(now)
+		if i < 0 {
+			return false
+		}
+		g.arriving[i].evicted = true
+		g.arriving[i].cancel()
+		g.arriving = slices.Delete(g.arriving, i, i+1)
+	}
+	c.begin = now
+	g.arriving = append(g.arriving, c)
+	return true
+}
+
+// slowest finds the call that makes room: of the connection with the most that are overdue, the first. It is -1 for none.
+func (g *gate) slowest(now time.Time) int {
+	overdue := make(map[any]int)
+	most, of := 0, -1
+	for i, c := range slices.Backward(g.arriving) {
+		if now.Sub(c.begin) < arrival {
+			continue
+		}
+		overdue[c.connection]++
+		if n := overdue[c.connection]; n >= most {
+			most, of = n, i
+		}
+	}
+	return of
+}
+
+// next lets in the calls that may be let in, and sees to it that the others' time comes.
+func (g *gate) next() {
+	for len(g.waiting) > 0 {
+		t := g.waiting[0]
+		c := t.calls[0]
+		if !g.admit(c) {
+			wait := arrival - time.Since(g.arriving[0].begin)
+			if g.timer == nil {
+				g.timer = time.AfterFunc(wait, func() {
+					g.mu.Lock()
+					defer g.mu.Unlock()
+					g.next()
+				})
+			} else {
+				g.timer.Reset(wait)
+			}
+			return
+		}
+		close(c.in)
+		t.calls = t.calls[1:]
+		g.waiting = g.waiting[1:]
+		if len(t.calls) > 0 {
+			g.waiting = append(g.waiting, t)
+		}
+	}
+}
+
+// leave tells the gate that the message has arrived, or never will. It reports whether the gate ended the call before.
+func (c *call) leave() (evicted bool) {
+	if c == nil {
+		return false
+	}
+	g := c.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if i := slices.Index(g.arriving, c); i >= 0 {
+		g.arriving = slices.Delete(g.arriving, i, i+1)
+		g.next()
+		return false
+	}
+	for i, t := range g.waiting {
+		if j := slices.Index(t.calls, c); j >= 0 {
+			if t.calls = slices.Delete(t.calls, j, j+1); len(t.calls) == 0 {
+				g.waiting = slices.Delete(g.waiting, i, i+1)
+			}
+			break
+		}
+	}
+	return c.evicted
+}
+
+var errEvicted = status.Error(codes.Unavailable, "the message took too long to arrive while others waited")
+
+// hold counts what the request keeps in memory while it is decided about. It reports whether there was room for it.
+func (c *call) hold(size int) bool {
+	if c == nil || size < large {
+		return true
+	}
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	if c.gate.held+size > maxHeld {
+		c.full = true
+		return false
+	}
+	c.gate.held += size
+	c.kept = size
+	return true
+}
+
+// done ends what hold began.
+func (c *call) done() {
+	if c == nil || c.kept == 0 {
+		return
+	}
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	c.gate.held -= c.kept
+	c.kept = 0
+}

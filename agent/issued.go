@@ -1,0 +1,56 @@
+package agent
+
+import (
+	"sync"
+	"time"
+)
+
+// maxIssued is how many answers an agent remembers until their flows are reported. It forgets the oldest first.
+const maxIssued = 1 << 17
+
+// issued is the answers to checks whose flows may be measured, by the times at which they were asked for. A span says
+// what its sender likes: so one counts for an answer that was given, once, and for no longer than since then. Then forged
+// spans say no more than what flows of the sender's own could.
+type issued struct {
+	mu    sync.Mutex
+	times map[int64]uint32 // how many, by Unix nanoseconds
+	order []int64          // a ring, once it is full
+	next  int
+}
+
+func (i *issued) add(start time.Time) {
+	at := start.UnixNano()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.times == nil {
+		i.times = make(map[int64]uint32)
+	}
+	if len(i.order) < maxIssued {
+		i.order = append(i.order, at)
+	} else {
+		i.drop(i.order[i.next])
+		i.order[i.next] = at
+		i.next = (i.next + 1) % maxIssued
+	}
+	i.times[at]++
+}
+
+// take reports whether an answer to a check of that time is remembered, and forgets it.
+func (i *issued) take(start time.Time) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.drop(start.UnixNano())
+}
+
+func (i *issued) drop(at int64) bool {
+	n := i.times[at]
+	switch n {
+	case 0:
+		return false
+	case 1:
+		delete(i.times, at)
+	default:
+		i.times[at] = n - 1
+	}
+	return true
+}

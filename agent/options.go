@@ -1,0 +1,104 @@
+package agent
+
+import (
+	"context"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
+)
+
+// The bounds of a connection.
+const (
+	maxHeaders       = 64 << 10 // bytes of a call's header list
+	maxStreams       = 1000     // calls at once
+	pingsApart       = 5 * time.Second
+	idleFor          = 30 * time.Minute
+	handshakeTimeout = 10 * time.Second
+)
+
+// keyHeader is the metadata that carries the API key.
+const keyHeader = "x-api-key"
+
+// healthService is what balancers ask, which have no key.
+const healthService = "/grpc.health.v1.Health/"
+
+// An Option changes what [ServerOptions] returns.
+type Option func(*options)
+
+type options struct {
+	keys func(key string) (name string, ok bool)
+}
+
+// WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. It holds
+// for all services of the server except gRPC's standard health service, because balancers ask that one without a key. A
+// refused call ends with the status Unauthenticated before its message is read.
+//
+// The function valid reports whether the key is valid, and names its owner. It is called for each call, at the same time
+// for calls of several connections, and the other calls of a connection wait for it: so it must not block. Let it compare
+// in constant time, as crypto/subtle does, or look up a hash of the key in a map: otherwise the time tells how much of a
+// key is right.
+func WithKeys(valid func(key string) (name string, ok bool)) Option {
+	return func(o *options) { o.keys = valid }
+}
+
+// ServerOptions are what a gRPC server for agents should be made with. They bound what a peer can cost the agent; gRPC's
+// own options after these override them:
+//
+//   - Clients may send pings every 5 s. gRPC's own default of 5 minutes ends the connections of those SDKs that ping more
+//     often, and every check that waits on them.
+//   - A connection may have 1000 calls under way, which includes flows that wait in queues. One without a call for
+//     30 minutes ends; a handshake has 10 s.
+//   - A call's metadata may have 64 KiB.
+//   - The messages that arrive at a time have 256 MiB at the most. Beyond that calls wait until they are read, and the
+//     connection that sends the most of them without an end loses the one that takes the longest.
+//   - Cached values that a client does not read have 64 MiB at the most, and 16 MiB for one connection.
+//
+// The options include a codec and a tap handle. A server can have only one tap handle: gRPC panics if it is given another.
+func ServerOptions(opts ...Option) []grpc.ServerOption {
+	var o options
+	for _, opt := range opts {
+		opt(&o)
+	}
+	g := newGate()
+	return []grpc.ServerOption{
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.WaitForHandlers(true),
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
+			if o.keys != nil && !strings.HasPrefix(info.FullMethodName, healthService) {
+				sent := info.Header.Get(keyHeader)
+				if len(sent) != 1 {
+					return ctx, errNoKey
+				}
+				if _, ok := o.keys(sent[0]); !ok {
+					return ctx, errWrongKey
+				}
+			}
+			return g.call(ctx), nil
+		}),
+	}
+}
+
+// Without a status of their own gRPC makes PermissionDenied of a tap handle's errors.
+var (
+	errNoKey    = status.Error(codes.Unauthenticated, "one API key is needed, as metadata "+keyHeader)
+	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
+)
+
+// connectionOf identifies the connection that a call came by.
+func connectionOf(ctx context.Context) any {
+	if p, ok := peer.FromContext(ctx); ok {
+		return p.Addr
+	}
+	return nil
+}

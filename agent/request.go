@@ -1,0 +1,362 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/runtime/protoiface"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// The bounds of messages, besides those of gRPC, which are 4 MiB. A check has no other: its error would let the flow run.
+// Elements are counted before they are decoded: two bytes of a message can become a hundred in memory.
+const (
+	maxSlots        = 1 << 12   // that one FlowEnd gives back
+	maxEndSize      = 256 << 10 // bytes of a FlowEnd
+	maxKeysSize     = 320 << 10 // bytes of a CacheLookup or CacheDelete: as many of the longest keys as are looked up
+	maxKeysRead     = 1 << 12   // global keys that are decoded; the refused ones among them are answered
+	maxEntriesRead  = 1 << 12   // entries of a CacheUpsert that are decoded
+	maxPoint        = 4096      // bytes of a control point; no policy names one that is longer than 255
+	maxOtherLabels  = 64        // labels that no policy names; an answer reports no more
+	maxOtherKey     = 255       // bytes
+	maxOtherValue   = 4096      // bytes
+	maxRequestField = 4096      // bytes of the request's method, host and so on that no policy names
+)
+
+// bounded is the service, for requests that are read as readRequest does, and that pass the gate of ServerOptions.
+func bounded(service grpc.ServiceDesc, named func() map[string]bool) *grpc.ServiceDesc {
+	service.Methods = slices.Clone(service.Methods)
+	for i := range service.Methods {
+		handle := service.Methods[i].Handler
+		service.Methods[i].Handler = func(server any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
+			return through(ctx, decode, func(decode func(any) error) (any, error) {
+				return handle(server, ctx, decode, intercept)
+			}, func(data []byte, m proto.Message) error { return readRequest(data, m, named()) })
+		}
+	}
+	return &service
+}
+
+// through handles a call, whose message is read when the gate lets it. On a server without the gate it is read at once.
+func through(ctx context.Context, decode func(any) error, handle func(decode func(any) error) (any, error), read func([]byte, proto.Message) error) (any, error) {
+	c := callOf(ctx)
+	if err := c.enter(); err != nil {
+		return nil, err
+	}
+	arrived, size := false, 0
+	response, err := handle(func(into any) error {
+		m, ok := into.(proto.Message)
+		if !ok {
+			return decode(into)
+		}
+		var refused error
+		err := decode(message{m, func(data []byte, m proto.Message) error {
+			size = len(data)
+			refused = read(data, m)
+			return refused
+		}})
+		arrived = true
+		if c.leave() {
+			return errEvicted
+		}
+		if _, ok := status.FromError(refused); ok && refused != nil {
+			return refused
+		}
+		if err == nil && size >= large && !c.hold(proto.Size(m)) && !isCheck(m) {
+			return errFull
+		}
+		return err
+	})
+	if !arrived {
+		c.leave()
+	}
+	c.done()
+	if c == nil || c.loan == nil {
+		return response, err
+	}
+	m, ok := response.(proto.Message)
+	if err != nil || !ok {
+		c.loan.pay()
+		return response, err
+	}
+	return lent{m, c.loan}, nil
+}
+
+// isCheck reports whether the message is a check. One that finds no room is answered with a rejection.
+func isCheck(m proto.Message) bool {
+	switch m.(type) {
+	case *checkv1.CheckRequest, *checkhttpv1.CheckHTTPRequest:
+		return true
+	}
+	return false
+}
+
+var errFull = status.Error(codes.ResourceExhausted, "too many large requests are under way")
+
+// A message is what the codec decodes into: it has the bytes read otherwise than protobuf does.
+type message struct {
+	proto.Message
+	read func([]byte, proto.Message) error
+}
+
+func (m message) ProtoReflect() protoreflect.Message {
+	return reflection{m.Message.ProtoReflect(), m.read}
+}
+
+type reflection struct {
+	protoreflect.Message
+	read func([]byte, proto.Message) error
+}
+
+func (r reflection) Interface() protoreflect.ProtoMessage {
+	return message{r.Message.Interface(), r.read}
+}
+
+func (r reflection) ProtoMethods() *protoiface.Methods {
+	return &protoiface.Methods{Unmarshal: func(in protoiface.UnmarshalInput) (protoiface.UnmarshalOutput, error) {
+		return protoiface.UnmarshalOutput{Flags: protoiface.UnmarshalInitialized}, r.read(in.Buf, r.Message.Interface())
+	}}
+}
+
+// readRequest decodes a request. Of a check it decodes what somebody looks at: the labels that policies name, whole, and
+// of the others those that the answer reports.
+func readRequest(data []byte, m proto.Message, named map[string]bool) error {
+	switch m := m.(type) {
+	case *checkv1.CheckRequest:
+		return readCheckRequest(data, m, named)
+	case *checkhttpv1.CheckHTTPRequest:
+		return readCheckHTTPRequest(data, m, named)
+	case *checkv1.FlowEndRequest:
+		return readFew(data, m, 2, maxSlots, maxEndSize)
+	case *checkv1.CacheLookupRequest:
+		return readFew(data, m, 3, maxKeysRead, maxKeysSize)
+	case *checkv1.CacheDeleteRequest:
+		return readFew(data, m, 3, maxKeysRead, maxKeysSize)
+	case *checkv1.CacheUpsertRequest:
+		return readFew(data, m, 3, maxEntriesRead, len(data))
+	default:
+		return unmarshal(data, m)
+	}
+}
+
+var errMalformed = errors.New("malformed message")
+
+// readFew decodes a message, and of the field that repeats no more elements than most.
+func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error {
+	if len(data) > size {
+		return status.Error(codes.ResourceExhausted, fmt.Sprintf("message of %d bytes is larger than %d", len(data), size))
+	}
+	n := 0
+	few, err := filter(data, func(number protowire.Number, _ []byte) bool {
+		if number == repeats {
+			n++
+		}
+		return number != repeats || n <= most
+	})
+	if err != nil {
+		return err
+	}
+	return unmarshal(few, m)
+}
+
+// filter gives the message without the fields that are not kept. It copies only if there are such.
+func filter(message []byte, keep func(number protowire.Number, data []byte) bool) ([]byte, error) {
+	kept, copied := message[:0:0], false
+	for rest := message; len(rest) > 0; {
+		number, kind, n := protowire.ConsumeTag(rest)
+		if n < 0 {
+			return nil, errMalformed
+		}
+		size := protowire.ConsumeFieldValue(number, kind, rest[n:])
+		if size < 0 {
+			return nil, errMalformed
+		}
+		var data []byte
+		if kind == protowire.BytesType {
+			data, _ = protowire.ConsumeBytes(rest[n:])
+		}
+		switch keeps := keep(number, data); {
+		case keeps && copied:
+			kept = append(kept, rest[:n+size]...)
+		case !keeps && !copied:
+			kept, copied = append(kept, message[:len(message)-len(rest)]...), true
+		}
+		rest = rest[n+size:]
+	}
+	if !copied {
+		return message, nil
+	}
+	return kept, nil
+}
+
+// Numbers of fields. Those of both kinds of checks are the same for none but our own.
+const (
+	checkRequestPoint     protowire.Number = 1
+	checkRequestLabels    protowire.Number = 2
+	checkRequestRampMode  protowire.Number = 3
+	checkRequestLookup    protowire.Number = 4
+	checkRequestExpectEnd protowire.Number = 5
+
+	httpRequestRequest   protowire.Number = 3
+	httpRequestPoint     protowire.Number = 4
+	httpRequestRampMode  protowire.Number = 5
+	httpRequestExpectEnd protowire.Number = 6
+
+	requestMethod   protowire.Number = 1
+	requestHeaders  protowire.Number = 2
+	requestPath     protowire.Number = 3
+	requestHost     protowire.Number = 4
+	requestScheme   protowire.Number = 5
+	requestSize     protowire.Number = 6
+	requestProtocol protowire.Number = 7
+
+	requestDryRun protowire.Number = 1001
+
+	lookupPoint  protowire.Number = 1
+	lookupResult protowire.Number = 2
+	lookupGlobal protowire.Number = 3
+)
+
+func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]bool) error {
+	labels := picked{named: named}
+	var lookup *lookupReader
+	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+		switch field {
+		case checkRequestPoint:
+			m.ControlPoint = point(data)
+		case checkRequestLabels:
+			key, value := entryOf(data)
+			labels.add(key, value)
+		case checkRequestRampMode:
+			m.RampMode = n != 0
+		case checkRequestExpectEnd:
+			m.ExpectEnd = n != 0
+		case requestDryRun:
+			m.DryRun = n != 0
+		case checkRequestLookup:
+			if lookup == nil {
+				lookup = &lookupReader{m: new(checkv1.CacheLookupRequest)}
+			}
+			lookup.read(data)
+		}
+	})
+	if !ok || lookup != nil && lookup.malformed {
+		return errMalformed
+	}
+	m.Labels = labels.labels()
+	if lookup != nil {
+		m.CacheLookupRequest = lookup.m
+	}
+	return nil
+}
+
+// A lookupReader reads the lookup of a check, as far as an answer tells of it.
+type lookupReader struct {
+	m         *checkv1.CacheLookupRequest
+	malformed bool
+}
+
+func (l *lookupReader) read(data []byte) {
+	l.malformed = !walk(data, func(field protowire.Number, data []byte, _ uint64) {
+		switch field {
+		case lookupPoint:
+			l.m.ControlPoint = point(data)
+		case lookupResult:
+			l.m.ResultCacheKey = text(data[:min(len(data), maxRefused)])
+		case lookupGlobal:
+			if len(l.m.GlobalCacheKeys) < maxKeysRead && len(data) <= maxRefused {
+				l.m.GlobalCacheKeys = append(l.m.GlobalCacheKeys, text(data))
+			}
+		}
+	}) || l.malformed
+}
+
+// point is a control point. Of one that is too long for any policy the beginning is enough.
+func point(data []byte) string { return text(data[:min(len(data), maxPoint)]) }
+
+// entryOf is an entry of a map from text to text.
+func entryOf(data []byte) (key, value []byte) {
+	walk(data, func(field protowire.Number, data []byte, _ uint64) {
+		switch field {
+		case 1:
+			key = data
+		case 2:
+			value = data
+		}
+	})
+	return key, value
+}
+
+func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named map[string]bool) error {
+	headers := headersRead{named: named}
+	whole := true
+	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+		switch field {
+		case httpRequestRequest:
+			if m.Request == nil {
+				m.Request = new(checkhttpv1.CheckHTTPRequest_HttpRequest)
+			}
+			whole = readHTTPRequest(data, m.Request, &headers) && whole
+		case httpRequestPoint:
+			m.ControlPoint = point(data)
+		case httpRequestRampMode:
+			m.RampMode = n != 0
+		case httpRequestExpectEnd:
+			m.ExpectEnd = n != 0
+		case requestDryRun:
+			m.DryRun = n != 0
+		}
+	})
+	if !ok || !whole {
+		return errMalformed
+	}
+	if m.Request != nil {
+		m.Request.Headers = headers.headers()
+	}
+	return nil
+}
+
+// readHTTPRequest reads all but the body.
+func readHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest_HttpRequest, headers *headersRead) bool {
+	field := func(label string, data []byte) string {
+		if _, ok := headers.named[label]; !ok {
+			data = data[:min(len(data), maxRequestField)]
+		}
+		return text(data)
+	}
+	return walk(data, func(number protowire.Number, data []byte, n uint64) {
+		switch number {
+		case requestMethod:
+			m.Method = field("http.method", data)
+		case requestHeaders:
+			name, value := entryOf(data)
+			headers.add(name, value)
+		case requestPath:
+			m.Path = field("http.target", data)
+		case requestHost:
+			m.Host = field("http.host", data)
+		case requestScheme:
+			m.Scheme = field("http.scheme", data)
+		case requestSize:
+			m.Size = int64(n)
+		case requestProtocol:
+			m.Protocol = field("http.flavor", data)
+		}
+	})
+}
+
+// cutValue is a value that is reported, and no policy looks at.
+func cutValue(data []byte) string {
+	return wire.Cut(text(data[:min(len(data), maxOtherValue+4)]), maxOtherValue)
+}
