@@ -130,6 +130,10 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 		return carried, wire.Baggage(carried)
 	}
 	labels := picked{named: named}
-	wire.EachBaggage(header, func(key, value string) { labels.add([]byte(key), []byte(value)) })
+	wire.EachBaggage(header, func(key, value string) {
+		if !labels.skips(key) {
+			labels.add([]byte(key), []byte(value))
+		}
+	})
 	return labels.labels(), ""
 }

@@ -54,6 +54,16 @@ func (p *picked) add(key, value []byte) {
 	p.insert(pair{key, value})
 }
 
+// skips reports whether the label is none of those, as far as is known by now.
+func (p *picked) skips(key string) bool {
+	if len(p.rest) < maxOtherLabels {
+		return false
+	}
+	_, wanted := p.named[key]
+	last := p.rest[maxOtherLabels-1].key
+	return p.many && !wanted && !strings.HasPrefix(string(last), headerLabel) && key > string(last)
+}
+
 // insert keeps the pair if it is among the first, now that not all can be.
 func (p *picked) insert(one pair) {
 	if len(one.key) == 0 || len(one.key) > maxOtherKey ||
@@ -126,11 +136,14 @@ func (h *headersRead) add(name, value []byte) {
 		name = []byte(text(name))
 	}
 	h.scratch = append(h.scratch[:0], headerLabel...)
-	h.scratch = append(h.scratch, bytes.ToLower(name)...)
-	for i, b := range h.scratch[len(headerLabel):] {
-		if b == '-' {
-			h.scratch[len(headerLabel)+i] = '_'
+	for _, b := range name {
+		switch {
+		case b == '-':
+			b = '_'
+		case b >= 'A' && b <= 'Z':
+			b += 'a' - 'A'
 		}
+		h.scratch = append(h.scratch, b)
 	}
 	group := h.kept[string(h.scratch)]
 	if group == nil {
@@ -162,14 +175,11 @@ func (h *headersRead) add(name, value []byte) {
 
 // place makes a place for the label in scratch, which no policy names, and reports whether it has one.
 func (h *headersRead) place() bool {
+	if len(h.scratch) > maxOtherKey || len(h.order) == maxOtherLabels && string(h.scratch) > h.order[maxOtherLabels-1] {
+		return false
+	}
 	label := string(h.scratch)
-	if len(label) > maxOtherKey {
-		return false
-	}
 	i, _ := slices.BinarySearch(h.order, label)
-	if i == maxOtherLabels {
-		return false
-	}
 	h.order = slices.Insert(h.order, i, label)
 	if len(h.order) > maxOtherLabels {
 		delete(h.kept, h.order[maxOtherLabels])

@@ -63,14 +63,18 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		var refused error
 		err := decode(message{m, func(data []byte, m proto.Message) error {
 			size = len(data)
-			refused = read(data, m)
-			return refused
+			err := read(data, m)
+			if _, ok := status.FromError(err); ok {
+				refused = err // gRPC has a status of its own for what a codec returns
+				return nil
+			}
+			return err
 		}})
 		arrived = true
 		if c.leave() {
 			return errEvicted
 		}
-		if _, ok := status.FromError(refused); ok && refused != nil {
+		if refused != nil {
 			return refused
 		}
 		if err == nil && size >= large && !c.hold(proto.Size(m)) && !isCheck(m) {

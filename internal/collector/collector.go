@@ -50,6 +50,9 @@ func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m
 	}, nil)
 }
 
+// maxRead is how many spans of an export are read. Those that tell of flows take some 300 bytes each, in exports of 4 MiB.
+const maxRead = 1 << 14
+
 // RegisterCounter offers the service on s for an agent that only wants to know how many spans clients export, and may
 // read the bytes of each. It reads no more of them itself than it takes to find them: decoding a span costs some thirty
 // objects, for each flow of every client. A nil read is not called.
@@ -62,7 +65,12 @@ func RegisterCounter(s grpc.ServiceRegistrar, add func(spans int), read func(spa
 		}
 		add(n)
 		if read != nil {
-			_, _ = each(data.ProtoReflect().GetUnknown(), read, ResourceSpans, ScopeSpans, Spans)
+			left := maxRead
+			_, _ = each(data.ProtoReflect().GetUnknown(), func(span []byte) {
+				if left--; left >= 0 {
+					read(span)
+				}
+			}, ResourceSpans, ScopeSpans, Spans)
 		}
 		return nil
 	})

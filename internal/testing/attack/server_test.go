@@ -3,6 +3,8 @@
 package attack_test
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"net"
@@ -33,6 +35,15 @@ type bounds struct {
 // standard are the bounds for what a peer with a key may do.
 var standard = bounds{memory: 1024, slower: 10, unanswered: 0.02}
 
+// keyless are the bounds for what a peer without a key may do: 64 connections, with 1 MiB each.
+var keyless = bounds{memory: 64 + base, slower: 10, unanswered: 0.02}
+
+// base is the memory of a server that is not attacked, in MiB, with the innocent client's.
+const base = 48
+
+// innocentKey is the innocent client's API key, at victims that want one.
+const innocentKey = "innocent"
+
 const (
 	floor    = 20 * time.Millisecond // times below are the machine's
 	recovery = 5 * time.Second       // after an attack
@@ -44,33 +55,78 @@ func TestServers(t *testing.T) {
 	machine := start(t, program, "machine")
 	defer machine.stop(t)
 	machine.read(t, new(attack.Stats))
-	for _, tt := range []struct {
+	type row struct {
 		name   string
 		victim string   // agent, http or grpc
 		args   []string // of the victim, before its name
 		attack assault
 		bounds bounds
-	}{
+	}
+	keyed := []string{"-key", innocentKey}
+	rows := []row{
 		{"garbage", "agent", nil, garbage, standard},
 		{"garbage", "http", nil, garbage, standard},
 		{"garbage", "grpc", nil, garbage, standard},
 		{"idle connections", "agent", nil, idle, standard},
 		{"idle connections", "http", nil, idle, standard},
 		{"idle connections", "grpc", nil, idle, standard},
-	} {
-		t.Run(tt.victim+" "+tt.name, func(t *testing.T) {
-			v := start(t, program, append(slices.Clone(tt.args), tt.victim)...)
+		{"resets", "agent", nil, resets(methodCheck), standard},
+		{"resets", "grpc", nil, resets(methodHealth), standard},
+		{"slow bodies", "agent", nil, slowBodies(methodCheck, methodHTTP), standard},
+		{"slow bodies", "grpc", nil, slowBodies(methodHealth), standard},
+		{"slow headers and bodies", "http", nil, slowHeaders, standard},
+		{"large bodies", "agent", nil, largeBodies(methodCheck), standard},
+		{"large bodies", "grpc", nil, largeBodies(methodHealth), standard},
+		{"header floods", "agent", nil, headerFlood(methodCheck), standard},
+		{"header floods", "grpc", nil, headerFlood(methodHealth), standard},
+		{"header floods", "http", nil, headersOverHTTP, standard},
+		{"metadata", "agent", nil, metadataFlood(methodCheck), standard},
+		{"metadata", "grpc", nil, metadataFlood(methodHealth), standard},
+		{"connections", "agent", nil, connections, standard},
+		{"connections", "grpc", nil, connections, standard},
+		{"connections", "http", nil, connections, standard},
+		{"answers that are not read", "agent", nil, unread, standard},
+		{"zeros", "agent", nil, zeros(methodCheck), standard},
+		{"zeros", "grpc", nil, zeros(methodHealth), standard},
+		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless},
+		{"slow bodies without a key", "agent", keyed, slowBodies(methodCheck), keyless},
+		{"resets without a key", "agent", keyed, resets(methodCheck), keyless},
+		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}},
+	}
+	for name, attack := range bombs() {
+		rows = append(rows, row{name, "agent", nil, attack, standard})
+	}
+	slices.SortStableFunc(rows, func(a, b row) int {
+		return cmp.Or(cmp.Compare(a.victim, b.victim), cmp.Compare(len(a.args), len(b.args)))
+	})
+	// The attacks on one victim follow each other.
+	var v *victim
+	var address string
+	var call func(ctx context.Context) error
+	done := func() {}
+	var before calls
+	var goroutines int
+	for i, tt := range rows {
+		if i == 0 || tt.victim != rows[i-1].victim || len(tt.args) != len(rows[i-1].args) {
+			done()
+			if v != nil {
+				v.stop(t)
+			}
+			v = start(t, program, append(slices.Clone(tt.args), tt.victim)...)
 			var first attack.Stats
 			v.read(t, &first)
-			call, done := innocent(t, tt.victim, first.Address)
+			address = first.Address
+			call, done = innocent(t, tt.victim, address)
 			machine.stats(t)
-
-			before := measure(t.Context(), call, min(length, 2*time.Second))
-			goroutines := v.stats(t).Goroutines
+			before = measure(t.Context(), call, min(length, 2*time.Second))
+			goroutines = v.stats(t).Goroutines
+		}
+		t.Run(tt.victim+" "+tt.name, func(t *testing.T) {
+			machine.stats(t)
 			ctx, cancel := context.WithTimeout(t.Context(), length)
 			defer cancel()
 			var attacking sync.WaitGroup
-			attacking.Go(func() { tt.attack(ctx, t, first.Address) })
+			attacking.Go(func() { tt.attack(ctx, t, address) })
 			during := measure(ctx, call, length)
 			attacking.Wait()
 			slack := starvations * machine.stats(t).Starved
@@ -105,10 +161,10 @@ func TestServers(t *testing.T) {
 			if len(before.took) == 0 || len(during.took) == 0 {
 				t.Error("the innocent client was not answered at all")
 			}
-			done()
-			v.stop(t)
 		})
 	}
+	done()
+	v.stop(t)
 }
 
 // calls are an innocent client's.
@@ -165,7 +221,7 @@ func innocent(t *testing.T, victim, address string) (call func(ctx context.Conte
 	const patience = 2 * time.Second // of a call
 	switch victim {
 	case "agent":
-		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(patience))
+		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithInsecureAPIKey(), flowctl.WithAPIKey(innocentKey), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(patience))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -212,10 +268,10 @@ func innocent(t *testing.T, victim, address string) (call func(ctx context.Conte
 // attackers is how many connections an attack has at a time.
 const attackers = 64
 
-// together runs one for each connection, until ctx ends.
-func together(ctx context.Context, one func()) {
+// together runs one for each of so many connections, until ctx ends.
+func together(ctx context.Context, connections int, one func()) {
 	var working sync.WaitGroup
-	for range attackers {
+	for range connections {
 		working.Go(func() {
 			for ctx.Err() == nil {
 				one()
@@ -236,7 +292,7 @@ func dial(ctx context.Context, address string) net.Conn {
 
 // garbage sends bytes that mean nothing, over connections that follow each other.
 func garbage(ctx context.Context, _ *testing.T, address string) {
-	together(ctx, func() {
+	together(ctx, attackers, func() {
 		conn := dial(ctx, address)
 		if conn == nil {
 			return

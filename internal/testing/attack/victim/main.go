@@ -1,6 +1,6 @@
 // Victim is what package attack attacks: an agent, a guarded HTTP server, a guarded gRPC server, or a client.
 //
-//	victim [-policies FILE] agent|http|grpc
+//	victim [-policies FILE] [-key KEY] agent|http|grpc
 //	victim -address ADDRESS [-flows N] [-for DURATION] client
 //	victim machine
 //
@@ -11,6 +11,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -38,6 +39,7 @@ import (
 
 var (
 	policies = flag.String("policies", "", "the policy file of a server's engine, instead of the built-in policies")
+	key      = flag.String("key", "", "the only API key of an agent; none for an agent that wants none")
 	address  = flag.String("address", "", "the agent's address, for a client")
 	flows    = flag.Int("flows", 64, "how many flows a client has at a time")
 	length   = flag.Duration("for", time.Second, "how long a client starts flows")
@@ -82,7 +84,13 @@ func run(kind string) error {
 	served := make(chan error, 1)
 	switch kind {
 	case "agent":
-		s := grpc.NewServer(agent.ServerOptions()...)
+		var opts []agent.Option
+		if *key != "" {
+			opts = append(opts, agent.WithKeys(func(sent string) (string, bool) {
+				return "innocent", subtle.ConstantTimeCompare([]byte(sent), []byte(*key)) == 1
+			}))
+		}
+		s := grpc.NewServer(agent.ServerOptions(opts...)...)
 		agent.Register(s, e)
 		go func() { served <- s.Serve(l) }()
 		stop = s.Stop
@@ -100,7 +108,9 @@ func run(kind string) error {
 		if err != nil {
 			return err
 		}
-		s := grpc.NewServer(grpc.ChainUnaryInterceptor(grpcguard.UnaryServerInterceptor(client, "point")),
+		s := grpc.NewServer( // as docs/operating.md has servers of strangers
+			grpc.MaxHeaderListSize(64<<10), grpc.MaxConcurrentStreams(1000), grpc.ConnectionTimeout(10*time.Second), grpc.MaxRecvMsgSize(1<<20),
+			grpc.ChainUnaryInterceptor(grpcguard.UnaryServerInterceptor(client, "point")),
 			grpc.ChainStreamInterceptor(grpcguard.StreamServerInterceptor(client, "point")))
 		healthv1.RegisterHealthServer(s, health.NewServer())
 		go func() { served <- s.Serve(l) }()

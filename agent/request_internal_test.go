@@ -1,0 +1,152 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+)
+
+func bytesField(number protowire.Number, data []byte) []byte {
+	return protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), data)
+}
+
+func repeat(element []byte) []byte { return bytes.Repeat(element, (4<<20-64)/len(element)) }
+
+func distinct(number protowire.Number) []byte {
+	var m []byte
+	for i := 0; len(m) < 4<<20-64; i++ {
+		m = append(m, bytesField(number, append(bytesField(1, fmt.Append(nil, "k", i)), bytesField(2, nil)...))...)
+	}
+	return m
+}
+
+// A message of 4 MiB becomes little in memory, whatever it holds many of.
+func TestRequestsAreBoundedInMemory(t *testing.T) {
+	point := bytesField(1, []byte("point"))
+	for _, tt := range []struct {
+		name string
+		data []byte
+		m    proto.Message
+	}{
+		{"empty labels", append(point, repeat([]byte{0x12, 0})...), new(checkv1.CheckRequest)},
+		{"labels", append(point, distinct(2)...), new(checkv1.CheckRequest)},
+		{"one label", append(point, bytesField(2, append(bytesField(1, []byte("k")), bytesField(2, make([]byte, 4<<20-64))...))...), new(checkv1.CheckRequest)},
+		{"a check's empty keys", append(point, bytesField(4, repeat([]byte{0x1a, 0}))...), new(checkv1.CheckRequest)},
+		{"lookups", append(point, repeat([]byte{0x22, 0})...), new(checkv1.CheckRequest)},
+		{"a control point", bytesField(1, make([]byte, 4<<20-64)), new(checkv1.CheckRequest)},
+		{"headers", bytesField(3, distinct(2)), new(checkhttpv1.CheckHTTPRequest)},
+		{"headers' names", bytesField(3, repeat(bytesField(2, bytesField(1, bytes.Repeat([]byte{'n'}, 300))))), new(checkhttpv1.CheckHTTPRequest)},
+		{"a body", bytesField(3, bytesField(8, make([]byte, 4<<20-64))), new(checkhttpv1.CheckHTTPRequest)},
+		{"a path", bytesField(3, bytesField(3, make([]byte, 4<<20-64))), new(checkhttpv1.CheckHTTPRequest)},
+		{"addresses", repeat([]byte{0x0a, 0, 0x12, 0}), new(checkhttpv1.CheckHTTPRequest)},
+		{"slots", repeat([]byte{0x12, 0}), new(checkv1.FlowEndRequest)},
+		{"as many slots as may be", bytes.Repeat([]byte{0x12, 0}, maxEndSize/2), new(checkv1.FlowEndRequest)},
+		{"keys", repeat([]byte{0x1a, 0}), new(checkv1.CacheLookupRequest)},
+		{"as many keys as may be", bytes.Repeat([]byte{0x1a, 0}, maxKeysSize/2), new(checkv1.CacheLookupRequest)},
+		{"deleted keys", repeat([]byte{0x1a, 0}), new(checkv1.CacheDeleteRequest)},
+		{"entries", repeat([]byte{0x1a, 0}), new(checkv1.CacheUpsertRequest)},
+		{"distinct entries", distinct(3), new(checkv1.CacheUpsertRequest)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_ = readRequest(tt.data, tt.m, nil)
+			runtime.ReadMemStats(&after)
+			if n := after.TotalAlloc - before.TotalAlloc; n > 2<<20 {
+				t.Errorf("%d KiB are allocated for a message of %d", n>>10, len(tt.data)>>10)
+			}
+		})
+	}
+}
+
+// What is read by hand is what protobuf reads, where nothing is left out.
+func TestRequestsAreReadAsProtobufReadsThem(t *testing.T) {
+	for _, want := range []proto.Message{
+		new(checkv1.CheckRequest),
+		&checkv1.CheckRequest{
+			ControlPoint: "point", Labels: map[string]string{"a": "1", "": "empty", "b": ""}, RampMode: true, ExpectEnd: true, DryRun: true,
+			CacheLookupRequest: &checkv1.CacheLookupRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g", "", "h"}},
+		},
+		&checkv1.CheckRequest{CacheLookupRequest: new(checkv1.CacheLookupRequest)},
+		&checkhttpv1.CheckHTTPRequest{
+			ControlPoint: "web", RampMode: true, ExpectEnd: true, DryRun: true,
+			Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{
+				Method: "GET", Path: "/", Host: "h", Scheme: "https", Size: -1, Protocol: "HTTP/2",
+				Headers: map[string]string{"x-user": "u", "X-User": "v", "x_user": "w", "baggage": "a=b"},
+			},
+		},
+		&checkv1.FlowEndRequest{ControlPoint: "p", InflightRequests: []*checkv1.InflightRequestRef{{Label: "l", Tokens: 1}, {}}},
+	} {
+		data, err := proto.Marshal(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := want.ProtoReflect().New().Interface()
+		if err := readRequest(data, got, map[string]bool{"b": false}); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, protocmp.Transform(), protocmp.FilterField(new(checkv1.CheckRequest), "labels", cmp.Comparer(func(a, b map[string]string) bool { return fmt.Sprint(a) == fmt.Sprint(b) }))); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		for cut := range data {
+			_ = readRequest(data[:cut], want.ProtoReflect().New().Interface(), nil) // does not panic
+		}
+	}
+}
+
+// Calls with messages that do not end make room for others, and a connection with many of them does not keep others
+// waiting.
+func TestGate(t *testing.T) {
+	g := newGate()
+	var slow []*call
+	for range maxArriving {
+		c := g.call(context.Background()).(*call)
+		c.connection = "slow"
+		if err := c.enter(); err != nil {
+			t.Fatal(err)
+		}
+		slow = append(slow, c)
+	}
+	for i := range 10 {
+		c := g.call(context.Background()).(*call)
+		c.connection = strings.Repeat("x", i)
+		begin := time.Now()
+		if err := c.enter(); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("a call waited for %v", took)
+		}
+		if c.leave() {
+			t.Error("a call was ended that had just begun")
+		}
+	}
+	if !slow[0].leave() || slow[0].Err() == nil {
+		t.Error("the first slow call was not ended")
+	}
+	evicted := 0
+	for _, c := range slow {
+		if c.Err() != nil {
+			evicted++
+		}
+		c.leave()
+	}
+	if evicted != 1 {
+		t.Errorf("%d calls were ended want 1: each of the others found its place free", evicted)
+	}
+	if len(g.arriving)+len(g.waiting) != 0 {
+		t.Errorf("%d calls arrive and %d connections wait want none", len(g.arriving), len(g.waiting))
+	}
+}

@@ -1,0 +1,451 @@
+//go:build linux
+
+package attack_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/collector"
+)
+
+const (
+	flowService   = "/aperture.flowcontrol.check.v1.FlowControlService/"
+	methodCheck   = flowService + "Check"
+	methodHTTP    = checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName
+	methodHealth  = "/grpc.health.v1.Health/Check"
+	largest       = 4<<20 - 1024 // bytes of a message that every agent takes
+	patience      = 2 * time.Second
+	streamsOfPeer = 100                    // of each connection that an attack has
+	pauseOfBombs  = 400 * time.Millisecond // between calls that cost milliseconds each, so that the machine is not what is measured
+)
+
+// bytesCodec sends and receives bytes as they are.
+type bytesCodec struct{}
+
+func (bytesCodec) Marshal(v any) ([]byte, error) { return v.([]byte), nil }
+func (bytesCodec) Unmarshal([]byte, any) error   { return nil }
+func (bytesCodec) Name() string                  { return "proto" }
+
+// field is a field of bytes.
+func field(number protowire.Number, data []byte) []byte {
+	return protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), data)
+}
+
+// manyLabels are distinct entries of a map, as many as a message has room for.
+func manyLabels(number protowire.Number) []byte {
+	var m []byte
+	for i := 0; len(m) < largest-32; i++ {
+		m = append(m, field(number, append(field(1, fmt.Append(nil, "k", i)), field(2, nil)...))...)
+	}
+	return m
+}
+
+// A request is a call's method and message.
+type request struct {
+	method  string
+	message []byte
+}
+
+// flood returns an assault: calls over a few connections, with pauses.
+func flood(pause time.Duration, requests ...request) assault {
+	return func(ctx context.Context, t *testing.T, address string) {
+		const connections, callers = 2, 4
+		var working sync.WaitGroup
+		for range connections {
+			conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			for i := range callers {
+				working.Go(func() {
+					for ; ctx.Err() == nil; i++ {
+						r := requests[i%len(requests)]
+						call, cancel := context.WithTimeout(ctx, patience)
+						_ = conn.Invoke(call, r.method, r.message, new(int), grpc.ForceCodec(bytesCodec{}))
+						cancel()
+						sleep(ctx, pause)
+					}
+				})
+			}
+		}
+		working.Wait()
+	}
+}
+
+// bomb returns an assault: calls whose messages are compressed, once for all of them.
+func bomb(pause time.Duration, requests ...request) assault {
+	for i, r := range requests {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		_, _ = w.Write(r.message)
+		_ = w.Close()
+		requests[i].message = envelope(b.Len(), b.Bytes())
+		requests[i].message[0] = 1
+	}
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, 8, address, func(p *peer) {
+			for i := range streamsOfPeer {
+				r := requests[i%len(requests)]
+				stream, err := p.call(r.method, nil, "grpc-encoding", "gzip")
+				if err != nil || p.data(stream, true, r.message) != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, pause)
+			}
+		})
+	}
+}
+
+// A peer speaks HTTP/2 to a server, one frame at a time. It opens no flow-control windows, so it reads nothing of note.
+type peer struct {
+	conn   net.Conn
+	framer *http2.Framer
+	mu     sync.Mutex // of writes
+	block  bytes.Buffer
+	hpack  *hpack.Encoder
+	next   uint32
+	done   chan struct{}
+}
+
+// greet connects; nil when ctx has ended or the server does not want it.
+func greet(ctx context.Context, address string) *peer {
+	conn := dial(ctx, address)
+	if conn == nil {
+		return nil
+	}
+	p := &peer{conn: conn, framer: http2.NewFramer(conn, conn), next: 1, done: make(chan struct{})}
+	p.hpack = hpack.NewEncoder(&p.block)
+	_ = conn.SetWriteDeadline(time.Now().Add(patience))
+	_, err := conn.Write([]byte(http2.ClientPreface))
+	if err != nil || p.framer.WriteSettings() != nil {
+		_ = conn.Close()
+		return nil
+	}
+	go func() {
+		defer close(p.done)
+		for {
+			f, err := p.framer.ReadFrame()
+			if err != nil {
+				return
+			}
+			p.mu.Lock()
+			switch f := f.(type) {
+			case *http2.SettingsFrame:
+				if !f.IsAck() {
+					_ = p.framer.WriteSettingsAck()
+				}
+			case *http2.PingFrame:
+				if !f.IsAck() {
+					_ = p.framer.WritePing(true, f.Data)
+				}
+			}
+			p.mu.Unlock()
+		}
+	}()
+	return p
+}
+
+func (p *peer) close() {
+	_ = p.conn.Close()
+	<-p.done
+}
+
+// call begins a call, with more after its headers' block, and returns its stream.
+func (p *peer) call(method string, more []byte, pairs ...string) (stream uint32, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+	p.block.Reset()
+	for i, all := 0, append([]string{":method", "POST", ":scheme", "http", ":path", method, ":authority", "x", "content-type", "application/grpc", "te", "trailers"}, pairs...); i < len(all); i += 2 {
+		_ = p.hpack.WriteField(hpack.HeaderField{Name: all[i], Value: all[i+1]})
+	}
+	block := append(bytes.Clone(p.block.Bytes()), more...)
+	stream = p.next
+	p.next += 2
+	for first := true; first || len(block) > 0; first = false {
+		piece := block[:min(len(block), 16384)]
+		block = block[len(piece):]
+		if first {
+			err = p.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: piece, EndHeaders: len(block) == 0})
+		} else {
+			err = p.framer.WriteContinuation(stream, len(block) == 0, piece)
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	return stream, nil
+}
+
+func (p *peer) data(stream uint32, end bool, data []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+	for first := true; first || len(data) > 0; first = false {
+		piece := data[:min(len(data), 16384)]
+		data = data[len(piece):]
+		if err := p.framer.WriteData(stream, end && len(data) == 0, piece); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *peer) reset(stream uint32) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+	return p.framer.WriteRSTStream(stream, http2.ErrCodeCancel)
+}
+
+// envelope is a message as gRPC sends it, with a length that need not be its own.
+func envelope(length int, message []byte) []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(length)), message...)
+}
+
+func marshal(m proto.Message) []byte {
+	data, _ := proto.Marshal(m)
+	return data
+}
+
+// each runs one with each of so many peers at a time, again and again until ctx ends.
+func each(ctx context.Context, peers int, address string, one func(p *peer)) {
+	var working sync.WaitGroup
+	for range peers {
+		working.Go(func() {
+			for ctx.Err() == nil {
+				if p := greet(ctx, address); p != nil {
+					one(p)
+					p.close()
+				}
+				<-time.After(10 * time.Millisecond)
+			}
+		})
+	}
+	working.Wait()
+}
+
+// sleep waits, no longer than ctx lasts.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// resets begins calls and takes them back at once.
+func resets(method string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, 4, address, func(p *peer) {
+			for ctx.Err() == nil {
+				for range 50 {
+					stream, err := p.call(method, nil)
+					if err != nil || p.reset(stream) != nil {
+						return
+					}
+				}
+				sleep(ctx, 20*time.Millisecond)
+			}
+		})
+	}
+}
+
+// slowBodies begins calls with messages that are large and never end. Each piece is as large as the first window.
+func slowBodies(methods ...string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, attackers, address, func(p *peer) {
+			for i := range 16 {
+				stream, err := p.call(methods[i%len(methods)], nil)
+				if err != nil || p.data(stream, false, envelope(largest, make([]byte, 60<<10))) != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, 50*time.Millisecond)
+			}
+			sleep(ctx, time.Second)
+		})
+	}
+}
+
+// largeBodies sends messages that are as large as may be, and hold one label that policies name.
+func largeBodies(method string) assault {
+	label := field(2, append(field(1, []byte("user_id")), field(2, bytes.Repeat([]byte{'u'}, largest-64))...))
+	return flood(pauseOfBombs, request{method, append(field(1, []byte("point")), label...)})
+}
+
+// headerFlood begins calls with as many indexed headers as fit into a frame or 30.
+func headerFlood(method string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		many := bytes.Repeat([]byte{0x80 | 62}, 480_000)
+		each(ctx, 8, address, func(p *peer) {
+			for range streamsOfPeer {
+				if _, err := p.call(method, many, "a", ""); err != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, pauseOfBombs)
+			}
+		})
+	}
+}
+
+// metadataFlood sends as much metadata as is allowed, with calls that do not end.
+func metadataFlood(method string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		var pairs []string
+		for i := range 200 {
+			pairs = append(pairs, fmt.Sprint("x-", i), strings.Repeat("v", 200))
+		}
+		each(ctx, 8, address, func(p *peer) {
+			for range streamsOfPeer {
+				if _, err := p.call(method, nil, pairs...); err != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, 50*time.Millisecond)
+			}
+		})
+	}
+}
+
+// connections opens and closes connections as fast as it can, a few at a time.
+func connections(ctx context.Context, _ *testing.T, address string) {
+	each(ctx, 8, address, func(*peer) { sleep(ctx, 10*time.Millisecond) })
+}
+
+// unread fills the cache, and looks up all of it without reading the answers.
+func unread(ctx context.Context, t *testing.T, address string) {
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer conn.Close()
+	client := checkv1.NewFlowControlServiceClient(conn)
+	var keys []string
+	for i := range 15 {
+		key := fmt.Sprint(i)
+		keys = append(keys, key)
+		_, _ = client.CacheUpsert(ctx, &checkv1.CacheUpsertRequest{GlobalCacheEntries: map[string]*checkv1.CacheEntry{key: {Key: key, Value: make([]byte, 3<<20)}}})
+	}
+	message := marshal(&checkv1.CacheLookupRequest{GlobalCacheKeys: keys})
+	check := marshal(&checkv1.CheckRequest{ControlPoint: "point", CacheLookupRequest: &checkv1.CacheLookupRequest{GlobalCacheKeys: keys}})
+	each(ctx, 16, address, func(p *peer) {
+		for i := range streamsOfPeer {
+			method, message := flowService+"CacheLookup", message
+			if i%2 == 0 {
+				method, message = methodCheck, check
+			}
+			stream, err := p.call(method, nil)
+			if err != nil || p.data(stream, true, envelope(len(message), message)) != nil {
+				return
+			}
+		}
+		sleep(ctx, patience)
+	})
+}
+
+// Bombs, by what they are made of.
+func bombs() map[string]assault {
+	of := func(element []byte) []byte { return bytes.Repeat(element, largest/len(element)) }
+	lookup := func(number protowire.Number) []byte {
+		return append(field(1, []byte("point")), field(4, of([]byte{byte(number<<3 | 2), 0}))...)
+	}
+	headers := append(field(4, []byte("point")), field(3, manyLabels(2))...)
+	baggage := append(field(4, []byte("point")), field(3, field(2, append(field(1, []byte("baggage")), field(2, of([]byte("a=,b=,c=,")))...)))...)
+	span := func(check []byte) []byte {
+		attribute := field(9, append(field(1, []byte("aperture.check_response")), field(2, field(1, check))...))
+		return field(1, field(2, field(2, attribute)))
+	}
+	return map[string]assault{
+		"bombs of checks": bomb(pauseOfBombs, []request{
+			{methodCheck, append(field(1, []byte("point")), of([]byte{0x12, 0})...)},
+			{methodCheck, append(field(1, []byte("point")), manyLabels(2)...)},
+			{methodCheck, lookup(3)},
+			{methodHTTP, headers},
+			{methodHTTP, baggage},
+		}...),
+		"bombs of slots and keys": bomb(pauseOfBombs, []request{
+			{flowService + "FlowEnd", of([]byte{0x12, 0})},
+			{flowService + "CacheLookup", of([]byte{0x1a, 0})},
+			{flowService + "CacheDelete", of([]byte{0x1a, 0})},
+			{flowService + "CacheUpsert", manyLabels(3)},
+		}...),
+		"bombs of spans": bomb(pauseOfBombs, []request{
+			{collector.Export, field(1, field(2, of([]byte{0x12, 0})))},
+			{collector.Export, span([]byte(`{"limiterDecisions":[` + strings.Repeat("{},", largest/4) + `{}]}`))},
+		}...),
+	}
+}
+
+// zeros sends messages that decompress to 64 MiB.
+func zeros(method string) assault {
+	return bomb(pauseOfBombs, request{method, make([]byte, 64<<20)})
+}
+
+// slowHeaders sends an HTTP/1 request's header a few bytes at a time, and slowly sent bodies after whole ones.
+func slowHeaders(ctx context.Context, _ *testing.T, address string) {
+	var working sync.WaitGroup
+	for i := range 4 * attackers {
+		working.Go(func() {
+			for ctx.Err() == nil {
+				conn := dial(ctx, address)
+				if conn == nil {
+					return
+				}
+				request := "GET / HTTP/1.1\r\nHost: x\r\n"
+				if i%2 == 0 {
+					request = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+				}
+				_, err := conn.Write([]byte(request))
+				for ; err == nil && ctx.Err() == nil; sleep(ctx, 100*time.Millisecond) {
+					_, err = conn.Write([]byte("X-A: b\r\n"))
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+	working.Wait()
+}
+
+// headersOverHTTP sends requests with as many headers as a server takes.
+func headersOverHTTP(ctx context.Context, _ *testing.T, address string) {
+	var b strings.Builder
+	b.WriteString("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nBaggage: ")
+	for i := range 10_000 {
+		fmt.Fprintf(&b, "a%d=%d,", i, i)
+	}
+	b.WriteString("\r\n")
+	for i := range 50_000 {
+		fmt.Fprintf(&b, "X-%d: v\r\n", i)
+	}
+	b.WriteString("\r\n")
+	together(ctx, 8, func() {
+		conn := dial(ctx, address)
+		if conn == nil {
+			return
+		}
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		_, _ = conn.Write([]byte(b.String()))
+		_, _ = conn.Read(make([]byte, 1024))
+		_ = conn.Close()
+		sleep(ctx, pauseOfBombs)
+	})
+}
