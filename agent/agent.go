@@ -10,8 +10,8 @@
 // says overrides them.
 //
 // An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
-// beyond the size of a message. Whatever labels it has, the engine sees them all and whole. The answer is bounded instead:
-// of more than 64 labels it reports those that policies name, and headers last; of a value its first 4096
+// beyond the size of a message. The engine sees all labels that policies name, and whole. Of the others it sees as many as
+// the answer reports: of more than 64 labels those that policies name, and headers last; of a value its first 4096
 // bytes. Cache keys that are empty, longer than 255 bytes or beyond the 1024th look up nothing, and the answer tells so by
 // key; all cached values of an answer have 3 MiB at the most. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
 // queues; one that comes with less than 10 ms left is rejected by the limiters and schedulers that it meets, because an

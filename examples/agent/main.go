@@ -11,11 +11,15 @@
 // A hangup signal (kill -HUP) has it read the policies again. It serves gRPC's health service, by which a balancer learns
 // that it serves, or that it has begun to stop, and gRPC's reflection, by which tools such as grpcurl find its methods.
 //
-// It listens on this machine only, in plaintext. To serve others give gRPC credentials, and see who may ask.
+// With -keys it answers only clients that have an API key. They are lines of a file, each a name and a key: what stands on a
+// command line is seen by everybody on the machine.
+//
+// It listens on this machine only, in plaintext. To serve others give gRPC credentials as well.
 package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
@@ -24,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -57,6 +62,7 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	flags.SetOutput(stderr)
 	listen := flags.String("listen", "127.0.0.1:8089", "`address` to serve at")
 	policies := flags.String("policies", "examples/quickstart/policy.yaml", "`file` or directory of policies")
+	keyFile := flags.String("keys", "", "`file` of API keys, in lines of a name and a key; none for an agent that asks for no key")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -74,7 +80,18 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 		return err
 	}
 
-	server := grpc.NewServer(agent.ServerOptions()...)
+	var opts []agent.Option
+	if *keyFile != "" {
+		keys, err := readKeys(*keyFile)
+		if err != nil {
+			return err
+		}
+		opts = append(opts, agent.WithKeys(func(key string) (string, bool) {
+			name, ok := keys[sha256.Sum256([]byte(key))]
+			return name, ok
+		}))
+	}
+	server := grpc.NewServer(agent.ServerOptions(opts...)...)
 	served := agent.Register(server, limits)
 	healthy := health.NewServer() // SERVING from the start: the policies are in force
 	healthv1.RegisterHealthServer(server, healthy)
@@ -116,6 +133,31 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	}
 	fmt.Fprintf(stdout, "clients reported %d flows\n", served.Spans())
 	return nil
+}
+
+// readKeys gives the owners of keys, by the keys' hashes: how long a look-up takes tells nothing of a key then.
+func readKeys(file string) (map[[sha256.Size]byte]string, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	keys := make(map[[sha256.Size]byte]string)
+	n := 0
+	for line := range strings.Lines(string(data)) {
+		n++
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) == 0:
+		case len(fields) != 2:
+			return nil, fmt.Errorf("%s:%d: want a name and a key", file, n)
+		default:
+			keys[sha256.Sum256([]byte(fields[1]))] = fields[0]
+		}
+	}
+	if len(keys) == 0 {
+		return nil, fmt.Errorf("%s: no keys", file)
+	}
+	return keys, nil
 }
 
 // warn tells what is in the policies in force and has no effect, the most important first.

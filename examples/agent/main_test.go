@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"os"
@@ -228,12 +229,44 @@ func TestRunErrors(t *testing.T) {
 		"no such file":  {"-policies", "no-such-file.yaml"},
 		"no such flag":  {"-nonsense"},
 		"an argument":   {"argument"},
+		"no key file":   {"-policies", "../quickstart/policy.yaml", "-listen", "127.0.0.1:0", "-keys", "no-such-file"},
 		"a bad address": {"-policies", "../quickstart/policy.yaml", "-listen", "nowhere"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var stderr bytes.Buffer
 			if err := run(t.Context(), args, nil, io.Discard, &stderr); err == nil {
 				t.Error("run = nil")
+			}
+		})
+	}
+}
+
+func TestReadKeys(t *testing.T) {
+	for _, tt := range []struct {
+		name, text string
+		want       map[string]string // owners by key
+	}{
+		{"two", "shop sesame\n\n  mail\topen \n", map[string]string{"sesame": "shop", "open": "mail"}},
+		{"none", "\n", nil},
+		{"no name", "sesame\n", nil},
+		{"three words", "shop open sesame\n", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "keys")
+			if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			keys, err := readKeys(file)
+			if (err != nil) != (tt.want == nil) || err != nil && strings.Contains(err.Error(), "sesame") {
+				t.Errorf("error = %v", err)
+			}
+			if len(keys) != len(tt.want) {
+				t.Errorf("%d keys want %d", len(keys), len(tt.want))
+			}
+			for key, name := range tt.want {
+				if got := keys[sha256.Sum256([]byte(key))]; got != name {
+					t.Errorf("a key is %q's want %q", got, name)
+				}
 			}
 		})
 	}
