@@ -70,16 +70,6 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 		return fmt.Errorf("what is %q?", flags.Arg(0))
 	}
 
-	limits, err := engine.Load(*policies)
-	if err != nil {
-		return err
-	}
-	defer limits.Close()
-	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
-	if err != nil {
-		return err
-	}
-
 	var opts []agent.Option
 	if *keyFile != "" {
 		keys, err := readKeys(*keyFile)
@@ -91,6 +81,16 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 			return name, ok
 		}))
 	}
+	limits, err := engine.Load(*policies)
+	if err != nil {
+		return err
+	}
+	defer limits.Close()
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
+	if err != nil {
+		return err
+	}
+
 	server := grpc.NewServer(agent.ServerOptions(opts...)...)
 	served := agent.Register(server, limits)
 	healthy := health.NewServer() // SERVING from the start: the policies are in force
