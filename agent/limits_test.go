@@ -52,7 +52,7 @@ func tooMuch() map[string]func(*checkv1.CheckRequest) {
 		"a long value":    func(m *checkv1.CheckRequest) { m.Labels["z"] = long },
 		"a long key":      func(m *checkv1.CheckRequest) { m.Labels[long] = "" },
 		"an empty key":    func(m *checkv1.CheckRequest) { m.Labels[""] = long },
-		"a long user":     func(m *checkv1.CheckRequest) { m.Labels["user_id"] = strings.Repeat("u", 3<<20) },
+		"a long user":     func(m *checkv1.CheckRequest) { m.Labels["user_id"] = strings.Repeat("u", 60<<10) },
 		"a long cost":     func(m *checkv1.CheckRequest) { m.Labels["cost"] = "1." + strings.Repeat("0", 5000) },
 		"a user of 257 B": func(m *checkv1.CheckRequest) { m.Labels["user_id"] = strings.Repeat("ü", 128) + "u" },
 		"bad cache keys": func(m *checkv1.CheckRequest) {
