@@ -16,14 +16,25 @@ import (
 	"testing"
 )
 
-var documents = []string{
-	"README.md", "docs/guide.md", "docs/http.md", "docs/grpc.md", "docs/policies.md", "docs/operating.md", "docs/migrating.md",
-	"docs/design.md", "docs/benchmarks.md", "docs/dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md",
+// documents gives all documents: those in the root and those in docs.
+func documents(t *testing.T) []string {
+	t.Helper()
+	var found []string
+	for _, pattern := range []string{"*.md", "docs/*.md"} {
+		names, err := filepath.Glob(filepath.FromSlash(pattern))
+		if err != nil || len(names) == 0 {
+			t.Fatalf("no documents match %s: %v", pattern, err)
+		}
+		for _, name := range names {
+			found = append(found, filepath.ToSlash(name))
+		}
+	}
+	return found
 }
 
 // TestSnippets keeps the documents' code from going stale: each block of Go is a piece of an Example function or of an
-// example program, each block of YAML a piece of a policy file that one of them loads. Indentation and empty lines do
-// not count.
+// example program, each block of YAML a piece of a policy file that one of them loads. A block of Go that has a package
+// clause is a whole program from there on, so that it can be pasted. Indentation and empty lines do not count.
 func TestSnippets(t *testing.T) {
 	sources := map[string][]string{"go": nil, "yaml": nil}
 	root := os.DirFS(".")
@@ -48,12 +59,15 @@ func TestSnippets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, document := range documents {
+	for _, document := range documents(t) {
 		for _, b := range blocks(t, document) {
 			switch b.lang {
 			case "go", "yaml":
 				if !contained(b.text, sources[b.lang]) {
 					t.Errorf("%s:%d: no example has this piece of %s", document, b.line, b.lang)
+				}
+				if strings.HasPrefix(b.text, "package ") && !endsOne(b.text, sources[b.lang]) {
+					t.Errorf("%s:%d: a part of the program is missing", document, b.line)
 				}
 			case "sh", "text":
 			default:
@@ -70,6 +84,11 @@ func contained(text string, in []string) bool {
 		}
 	}
 	return false
+}
+
+// endsOne reports whether the text is the end of one of the sources.
+func endsOne(text string, sources []string) bool {
+	return slices.ContainsFunc(sources, func(source string) bool { return strings.HasSuffix(source, squeeze(text)) })
 }
 
 // squeeze makes texts comparable that differ in white space only. Lines stay lines.
@@ -132,7 +151,7 @@ var (
 
 // TestLinks checks that what the documents link to is in the repository.
 func TestLinks(t *testing.T) {
-	for _, document := range documents {
+	for _, document := range documents(t) {
 		for _, m := range link.FindAllStringSubmatch(code.ReplaceAllString(read(t, document), ""), -1) {
 			if strings.Contains(m[1], "://") {
 				continue
@@ -145,6 +164,35 @@ func TestLinks(t *testing.T) {
 			if err := resolve(file, anchor); err != nil {
 				t.Errorf("%s: the link %s leads nowhere: %v", document, m[1], err)
 			}
+		}
+	}
+}
+
+// TestReadmeLinks checks that README.md leads to every other document.
+func TestReadmeLinks(t *testing.T) {
+	readme := read(t, "README.md")
+	for _, document := range documents(t) {
+		if document != "README.md" && !strings.Contains(readme, "("+document+")") {
+			t.Errorf("README.md has no link to %s", document)
+		}
+	}
+}
+
+// TestReadmeFigures keeps README.md from quoting other figures than docs/benchmarks.md has.
+func TestReadmeFigures(t *testing.T) {
+	type figures struct{ time, bytes, allocs string }
+	measured := make(map[string]figures)
+	row := regexp.MustCompile(`(?m)^(\S.*?) {2,}(\d+) +\d+ +(\d+) +(\d+)\b`)
+	for _, m := range row.FindAllStringSubmatch(read(t, "docs/benchmarks.md"), -1) {
+		measured[m[1]] = figures{m[2], m[3], m[4]}
+	}
+	quoted := regexp.MustCompile(`(?m)^\| (.+) \| (\d+) \| (\d+) \| (\d+) \|$`).FindAllStringSubmatch(read(t, "README.md"), -1)
+	if len(quoted) == 0 {
+		t.Error("README.md has no figures")
+	}
+	for _, m := range quoted {
+		if got := (figures{m[2], m[3], m[4]}); got != measured[m[1]] {
+			t.Errorf("README.md: %s: %v; docs/benchmarks.md has %v", m[1], got, measured[m[1]])
 		}
 	}
 }
