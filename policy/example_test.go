@@ -118,3 +118,36 @@ func ExampleParse() {
 	// limits.yaml:7:47: circuit.components[0].flow_control.concurrency_limiter.parameters.max_inflight_duration: want a duration such as "1.5s", have a number
 	// first in line 5
 }
+
+// Each of these components is for another kind of limit. A policy has those that a control point needs.
+func ExampleComponent() {
+	components := []policy.Component{
+		policy.RateLimiter{
+			Selectors: policy.At("search"), LimitBy: "user_id",
+			Capacity: 20, Fill: 10, Interval: time.Minute,
+		},
+		policy.ConcurrencyLimiter{
+			Selectors: policy.At("export"), LimitBy: "tenant",
+			Max: 2, MaxInflight: 5 * time.Minute,
+		},
+		policy.QuotaScheduler{
+			Selectors: policy.At("geocode"), Capacity: 100, Fill: 100, Interval: time.Second,
+			Scheduler: policy.Scheduler{PriorityLabel: "priority"},
+		},
+		policy.ConcurrencyScheduler{
+			Selectors: policy.At("query"), Max: 8, MaxInflight: time.Minute,
+			Scheduler: policy.Scheduler{FairnessLabel: "tenant"},
+		},
+		policy.AIMDLoadScheduler{
+			Selectors: policy.At("checkout"),
+			Signal:    policy.Named("in_flight"), Setpoint: policy.Constant(64),
+		},
+		policy.LoadRamp{
+			Selectors: policy.At("new-page"), SessionLabel: "user_id",
+			Steps: []policy.RampStep{{Target: 1}, {Target: 100, Duration: time.Hour}},
+		},
+	}
+	p := policy.Policy{Name: "all-kinds", Components: components}
+	fmt.Println(p.Validate())
+	// Output: <nil>
+}
