@@ -306,3 +306,47 @@ func TestApplyConcurrently(t *testing.T) {
 	peek(t, e, "kept", engine.Usage{Capacity: 4, Remaining: 4})
 	peek(t, e, "new299", engine.Usage{Capacity: 100, Remaining: 100})
 }
+
+// Of many limiters, Apply keeps each that stays the same, and retires each that changes: the last one is looked at.
+func TestApplyManyLimiters(t *testing.T) {
+	const n = 5000
+	all := func(limit float64) []policy.Policy {
+		p := policy.Policy{Name: "many"}
+		for i := range n {
+			p.Components = append(p.Components, policy.ConcurrencyLimiter{
+				Selectors: policy.At(fmt.Sprint("point-", i)), Max: limit, MaxInflight: time.Hour,
+			})
+		}
+		return []policy.Policy{p}
+	}
+	e, err := engine.New(all(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	client, err := flowctl.New(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := fmt.Sprint("point-", n-1)
+	held := client.Start(t.Context(), last, flowctl.Params{})
+	for _, tt := range []struct {
+		limit float64
+		want  flowctl.Decision
+	}{
+		{1, flowctl.Rejected}, // the same limiter, whose slot is taken
+		{2, flowctl.Accepted}, // another
+	} {
+		if err := e.Apply(all(tt.limit)); err != nil {
+			t.Fatal(err)
+		}
+		flow := client.Start(t.Context(), last, flowctl.Params{})
+		if flow.Decision() != tt.want {
+			t.Errorf("after Apply with a limit of %v: %v want %v", tt.limit, flow.Decision(), tt.want)
+		}
+		_, _ = flow.End(t.Context())
+	}
+	if r, err := held.End(t.Context()); err != nil || r.Returned != 1 {
+		t.Errorf("the flow in flight ends with %+v, %v, want its slot returned", r, err)
+	}
+}

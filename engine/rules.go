@@ -70,9 +70,10 @@ func (e *Engine) Apply(policies []policy.Policy) error {
 // install puts the rules into force. The goroutines that they need run from then on.
 func (e *Engine) install(next *rules) {
 	old := e.rules.Load()
+	before, after := setOf(old.parts), setOf(next.parts)
 	e.mu.Lock()
 	for _, p := range next.parts {
-		if p.holds && !slices.Contains(old.parts, p) {
+		if p.holds && !before[p] {
 			e.holders[p.named] = append(slices.Clip(e.holders[p.named]), p.component)
 		}
 	}
@@ -81,7 +82,7 @@ func (e *Engine) install(next *rules) {
 	e.warn(e.Warnings())
 	// From here on, nobody who is sent away by a retired component comes back to it.
 	for _, p := range old.parts {
-		if slices.Contains(next.parts, p) {
+		if after[p] {
 			continue
 		}
 		p.retire()
@@ -100,6 +101,15 @@ func (e *Engine) install(next *rules) {
 		e.controlled = true
 		e.running.Go(e.control)
 	}
+}
+
+// setOf makes a set of parts: a file may have 100,000.
+func setOf(parts []*part) map[*part]bool {
+	set := make(map[*part]bool, len(parts))
+	for _, p := range parts {
+		set[p] = true
+	}
+	return set
 }
 
 // sweepRetired forgets parts of which nobody holds anything, as slots that are held for too long are nobody's, and what

@@ -17,7 +17,7 @@ import (
 // keys flood in, which is when limits matter.
 type table[S any] struct {
 	fresh func(state *S, now int64)
-	// forgettable says whether a fresh state would behave like this one.
+	// forgettable reports whether a fresh state would behave like this one.
 	forgettable func(state *S, now int64) bool
 
 	seed   maphash.Seed
@@ -68,10 +68,12 @@ func newTable[S any](limit int, fresh func(*S, int64), forgettable func(*S, int6
 		shards:      make([]shard[S], shards),
 		cap:         int64(limit),
 	}
+	// Most limiters of a large file have no key yet, and few have many. So the shards begin with the same slot, which stays
+	// empty: the first key of a shard has it rebuilt.
+	slots, tombstone := make([]atomic.Pointer[entry[S]], 1), &entry[S]{gone: true}
 	for i := range t.shards {
-		slots := make([]atomic.Pointer[entry[S]], 8)
 		t.shards[i].slots.Store(&slots)
-		t.shards[i].tombstone = &entry[S]{gone: true}
+		t.shards[i].tombstone = tombstone
 	}
 	fresh(&t.spill.state, 0)
 	return t

@@ -157,3 +157,31 @@ func TestTableMemory(t *testing.T) {
 	runtime.KeepAlive(tab)
 	runtime.KeepAlive(names)
 }
+
+// A file may have 100,000 limiters, and most have few keys: each shard of a table begins to take memory with its first.
+func TestTableIsSmallWithoutKeys(t *testing.T) {
+	var before, after runtime.MemStats
+	tables := make([]*table[int], 100)
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for i := range tables {
+		tables[i] = newTestTable(DefaultKeyCap)
+	}
+	runtime.ReadMemStats(&after)
+	if each := (after.TotalAlloc - before.TotalAlloc) / uint64(len(tables)); each > 10_000 {
+		t.Errorf("a table without keys takes %d bytes, want 10,000 at most", each)
+	}
+	for i := range 1000 {
+		tables[0].update(fmt.Sprint(i), 0, func(n *int) { *n = 1 })
+	}
+	for i := range 1000 {
+		if e := tables[1].lockKnown(fmt.Sprint(i)); e != nil {
+			t.Fatalf("a key of another table is found: %q", e.key)
+		}
+		tables[0].update(fmt.Sprint(i), 0, func(n *int) {
+			if *n != 1 {
+				t.Fatalf("state of %d = %d want 1", i, *n)
+			}
+		})
+	}
+}
