@@ -147,10 +147,7 @@ func (d *decoder) is(v value, want kind) bool {
 }
 
 // isNumber reports whether text would be a number if it were not quoted.
-func isNumber(text string) bool {
-	_, err := strconv.ParseFloat(text, 64)
-	return err == nil
-}
+func isNumber(text string) bool { return decimal.MatchString(text) || based.MatchString(text) }
 
 // fields returns a mapping, or no value instead of anything else. It may have the keys in read and, with a warning,
 // those in skip: keys that Aperture's format has and Headgate has no use for. Both are separated by spaces.

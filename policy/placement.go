@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -36,7 +37,13 @@ func (d *decoder) unknown(key value, own string) {
 	if key.up.up == nil {
 		known = append(known, "blueprint", "policy", "apiVersion", "kind", "metadata", "spec") // of the other shapes
 	}
-	hint := suggest(key.key, known)
+	hint := ""
+	if before, _, ok := strings.Cut(key.key, ":"); ok && before != "" && slices.Contains(known, before) {
+		hint = fmt.Sprintf("; is a space missing behind %q?", before+":")
+	}
+	if hint == "" {
+		hint = suggest(key.key, known)
+	}
 	if hint == "" {
 		hint = d.home(key)
 	}

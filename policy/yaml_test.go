@@ -254,6 +254,7 @@ func TestMisplacedKeys(t *testing.T) {
 		{"circuit beside spec", resource("x") + "\ncircuit: {}", "circuit: unknown key; it belongs in spec"},
 		{"port of a circuit in a blueprint", strings.Replace(values, "    selectors", "    limit_by_label_key: a\n    selectors", 1), "policy.rate_limiter.limit_by_label_key: unknown key; it belongs in policy.rate_limiter.parameters"},
 		{"shape that is misspelt", "blueprnt: rate-limiting\npolicy: {}\n", `blueprnt: unknown key; did you mean "blueprint"?`},
+		{"no space behind a colon", edit(t, "checkout}", "checkout, service:a}"), `selectors[0]["service:a"]: unknown key; is a space missing behind "service:"?`},
 		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, contiuous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.contiuous_fill: unknown key; did you mean "continuous_fill"?`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -286,5 +287,18 @@ func TestPlaceholders(t *testing.T) {
 				t.Errorf("Parse (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A number in quotes is told to be written without, and text that is no number to YAML either way is not.
+func TestHintOfQuotedNumbers(t *testing.T) {
+	for written, want := range map[string]string{
+		`"10"`: "; write it without quotes", `'1.5e3'`: "; write it without quotes", `"0x10"`: "; write it without quotes",
+		"Infinity": "", "NaN": "", `"0x1p4"`: "", "1k": "",
+	} {
+		_, err := policy.Parse("limits.yaml", []byte(edit(t, "{constant_signal: {value: 10}}", "{constant_signal: {value: "+written+"}}")))
+		if err == nil || !strings.HasSuffix(err.Error(), "value: want a number, have a string"+want) {
+			t.Errorf("Parse of %s = %v, want an error that ends with %q", written, err, want)
+		}
 	}
 }
