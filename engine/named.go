@@ -4,17 +4,19 @@ import (
 	"cmp"
 	"fmt"
 	"strings"
+	"unicode"
 
 	"github.com/headgate-go/headgate/internal/credential"
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A role is what a component reads a label for. The smaller one matters more when the label does not arrive.
+// A role is what a component has a name for. The smaller one matters more when no flow has what is named.
 type role int
 
 const (
-	limitsBy    role = iota // it has a bucket for each value: flows without the label pass
+	actsAt      role = iota // no label, but the control point of a selector
+	limitsBy                // it has a bucket for each value: flows without the label pass
 	samplesBy               // flows without it are sampled by chance
 	costsBy                 // the flow says what it costs
 	selectsBy               // the component acts on flows by it
@@ -43,7 +45,7 @@ func (r role) String() string {
 // told apart by the label, so that telemetry must bring it back. Nobody may change the map. Package agent calls it.
 func (e *Engine) NamedLabels() map[string]bool { return e.rules.Load().named }
 
-// name adds the labels that a component reads, and warns of those that no source of labels has.
+// name adds the labels that a component reads, and warns of those that hardly arrive.
 func (r *rules) name(id *seam.Component, c policy.Component) {
 	roles := make(map[string]role)
 	readsOf(c, func(of role, key string) {
@@ -62,7 +64,7 @@ func (r *rules) name(id *seam.Component, c policy.Component) {
 	}
 }
 
-// missing is a warning of a label that does not arrive.
+// missing is a warning of a label that does not arrive, or of a control point that hardly any flow has.
 type missing struct {
 	role role
 	text string
@@ -75,8 +77,8 @@ func (m missing) compare(other missing) int {
 
 const headerPrefix = "http.request.header."
 
-// neverComes tells why no source of labels has the key, other than an application that sets the label itself; "" if one
-// may have it.
+// neverComes tells why no source of labels has the key, other than an application that sets the label itself, or why that
+// hardly does either; "" if one may have it.
 func neverComes(key string) string {
 	if name, ok := strings.CutPrefix(key, headerPrefix); ok {
 		right := strings.ReplaceAll(strings.ToLower(name), "-", "_")
@@ -98,7 +100,57 @@ func neverComes(key string) string {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
+	return oddName(key)
+}
+
+// acts warns of control points that hardly any flow has.
+func (r *rules) acts(id *seam.Component, selectors []policy.Selector) {
+	warned := make(map[string]bool)
+	for _, s := range selectors {
+		if why := oddName(s.ControlPoint); why != "" && !warned[s.ControlPoint] {
+			warned[s.ControlPoint] = true
+			r.warnings.missing = append(r.warnings.missing,
+				missing{actsAt, fmt.Sprintf("policy %q: component %q acts at the control point %q: %s", id.Policy, id.ID, s.ControlPoint, why)})
+		}
+	}
+}
+
+// oddName tells what makes a name of a control point or a label one that programs hardly give; "" if nothing does. Files
+// get such names by accident, and then a limit is missing though the file is well formed: a bracket too many is text at the
+// end of a line, a block of text ends with a line end, and what is copied from a page has spaces that do not look odd.
+func oddName(name string) string {
+	if strings.TrimSpace(name) != name {
+		return "it begins or ends with white space"
+	}
+	if strings.Contains(name, "${") || strings.Contains(name, "{{") {
+		return "it looks like part of a template"
+	}
+	for _, r := range name {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
+			return fmt.Sprintf("it holds %U, which cannot be seen", r)
+		}
+	}
+	if strings.ContainsAny(name, "“”„") || strings.Count(name, `"`)%2 != 0 || !closes(name) {
+		return "it holds a quote or a bracket by accident, as it seems"
+	}
 	return ""
+}
+
+// closes reports whether each bracket in a name has a counterpart.
+func closes(name string) bool {
+	const open, closing = "([{", ")]}"
+	var want []byte
+	for i := range len(name) {
+		if at := strings.IndexByte(open, name[i]); at >= 0 {
+			want = append(want, closing[at])
+		} else if strings.IndexByte(closing, name[i]) >= 0 {
+			if len(want) == 0 || want[len(want)-1] != name[i] {
+				return false
+			}
+			want = want[:len(want)-1]
+		}
+	}
+	return len(want) == 0
 }
 
 // readsOf calls read with each label that the component reads.

@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -163,6 +164,36 @@ func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
 	}
 	if !slices.Equal(order, []string{"A", "B", "C", "D", ""}) {
 		t.Errorf("Warnings() = %q", e.Warnings())
+	}
+}
+
+// Names that files get by accident are warned about, of control points before those of labels: the limit would be missing
+// in silence. Names that programs give are not.
+func TestWarningsOfOddNames(t *testing.T) {
+	const space, template, unseen, bracket = "white space", "part of a template", "cannot be seen", "a quote or a bracket"
+	for name, want := range map[string]string{
+		"search": "", "GET /orders/{id}": "", "/pkg.Service/Method": "", "a b": "", "it's": "", "suche-für-alle": "", "f(x)[0]": "", `a "b"`: "",
+		"search]": bracket, "search}": bracket, "(search": bracket, "[search)": bracket, `search"`: bracket, "“search”": bracket, "}{": bracket,
+		"search\n": space, " search": space, "search\u00a0": space, "search\t": space,
+		"sea\u200brch": unseen, "sea\u00a0rch": unseen, "sea\nrch": unseen, "sea\x00rch": unseen,
+		"${POINT}": template, "{{ .Values.point }}": template,
+	} {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.RateLimiter{
+			Selectors: append(policy.At(name), policy.At(name, "other")...), Capacity: 1, Fill: 1, Interval: time.Second, LimitBy: name,
+		}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := e.Warnings()
+		_ = e.Close()
+		if want == "" && len(got) == 0 {
+			continue
+		}
+		if want == "" || len(got) != 2 || !strings.Contains(got[0], want) || !strings.Contains(got[1], want) ||
+			!strings.HasPrefix(got[0], fmt.Sprintf("policy \"p\": component \"root.0\" acts at the control point %q: it ", name)) ||
+			!strings.HasPrefix(got[1], fmt.Sprintf("policy \"p\": component \"root.0\" limits by the label %q: it ", name)) {
+			t.Errorf("%q: Warnings() = %q want %q of the control point and the label", name, got, want)
+		}
 	}
 }
 

@@ -178,6 +178,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 		r.warnings.look(p.Name, built.named.id, c)
 		r.parts = append(r.parts, built)
 		r.name(built.identity(), c)
+		r.acts(built.identity(), selectors)
 		for at, gauges := range built.gauges {
 			r.gauges[at] = append(r.gauges[at], gauges...)
 		}

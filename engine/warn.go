@@ -13,7 +13,8 @@ import (
 // Warnings lists what the policies in force say that an operator is unlikely to want. The most important come first:
 //
 //   - limits that no flow can ever meet,
-//   - labels that do not arrive, in the order of what components read them for,
+//   - control points with odd names, such as "search]", which hardly any flow has,
+//   - labels that do not arrive, in the order of what components read them for, and labels with odd names among them,
 //   - waits that are longer than a client's check timeout,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
