@@ -2,6 +2,7 @@ package headgate
 
 import (
 	"context"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"sync/atomic"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flight"
+	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.
@@ -47,7 +49,9 @@ type RetryPolicy struct {
 // The budget is shared by all calls with the Starter: make it once, when the program starts, and one for each kind of
 // work. One that is made for each call has a new budget each time, which never runs out.
 //
-// Each flow is ended before the wait for the next. When the context ends during a wait, the flow that is returned is
+// Each flow is ended before the wait for the next. A call that was rejected stays so when the client or its engine is
+// closed during the wait: it does not run because of a shutdown. The flow that was rejected is the last then, and has
+// ended already. When the context ends during a wait, the flow that is returned is
 // Canceled: onReject is not called, and the error matches the context's and its cause.
 func Retrying(client Starter, policy RetryPolicy) Starter {
 	client = starter(client)
@@ -101,8 +105,13 @@ func share(field, zero float64) float64 {
 // Start is the client's, as often as it takes.
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
 	r.budget.deposit()
+	var rejected *flowctl.Flow
 	for attempt := 1; ; attempt++ {
 		flow := r.client.Start(ctx, controlPoint, params)
+		if rejected != nil && flow.ShouldRun() && errors.Is(flow.Err(), flowctl.ErrClosed) {
+			endUnused(ctx, flow)
+			return rejected
+		}
 		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || attempt == r.attempts {
 			return flow
 		}
@@ -114,6 +123,14 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 			r.budget.add(oneRetry)
 			// The next flow is Canceled, and says why as any other does. Nobody is asked about it.
 		}
+		rejected = flow
+	}
+}
+
+// endUnused ends a flow that was to run and does not.
+func endUnused(ctx context.Context, flow *flowctl.Flow) {
+	if unused, ok := flow.Context().Value(seam.UnusedKey{}).(seam.Unused); ok {
+		unused.EndUnused(ctx)
 	}
 }
 

@@ -827,3 +827,59 @@ func TestRetryingIsForAll(t *testing.T) {
 		}
 	})
 }
+
+// Calls that a limit holds back do not run because the engine, or the client, is closed while they wait: they stay rejected,
+// and their fallback is called. A call that begins later is Unreachable, and runs.
+func TestRetryingWhenClosed(t *testing.T) {
+	for _, closes := range []string{"engine", "client"} {
+		for _, on := range []flowctl.UnreachablePolicy{flowctl.FailOpen, flowctl.FailClosed} {
+			synctest.Test(t, func(t *testing.T) {
+				limits, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+					policy.RateLimiter{Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Minute},
+				}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer limits.Close()
+				client, err := flowctl.New(limits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				inner := headgate.Retrying(client, headgate.RetryPolicy{Attempts: 2})
+				var ran, rejected, unreachable atomic.Int32
+				call := headgate.Guard(headgate.Retrying(inner, headgate.RetryPolicy{}), point, flowctl.Params{OnUnreachable: on},
+					func(context.Context) (int, error) { return int(ran.Add(1)), nil },
+					func(_ context.Context, err error) (int, error) {
+						if errors.Is(err, flowctl.ErrRejected) {
+							rejected.Add(1)
+						} else if errors.Is(err, flowctl.ErrClosed) {
+							unreachable.Add(1)
+						}
+						return 0, err
+					})
+				var calls sync.WaitGroup
+				for range 5 {
+					calls.Go(func() { _, _ = call(t.Context()) })
+				}
+				time.Sleep(time.Second)
+				if closes == "engine" {
+					_ = limits.Close()
+				} else {
+					_ = client.Close(t.Context())
+				}
+				calls.Wait()
+				want := [3]int32{1, 4, 0}
+				if on == flowctl.FailClosed {
+					want = [3]int32{1, 0, 4}
+				}
+				if got := [3]int32{ran.Load(), rejected.Load(), unreachable.Load()}; got != want {
+					t.Errorf("%s closed, on unreachable %v: ran, rejected, unreachable = %v want %v", closes, on, got, want)
+				}
+				_, _ = call(t.Context())
+				if ran := ran.Load(); (ran == 2) != (on == flowctl.FailOpen) {
+					t.Errorf("%s closed, on unreachable %v: %d calls ran, the last one after that", closes, on, ran)
+				}
+			})
+		}
+	}
+}
