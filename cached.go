@@ -48,10 +48,10 @@ const defaultLastGood = 256
 //
 // Calls at the same time share one run, which is one flow. A call first looks for a run under its key. If there is one,
 // the call waits for it, and starts no flow of its own: no agent is asked about it, and its labels are not checked. What
-// decides who may have a result must therefore be part of the key. Only its context bounds its wait. If there is none, the call starts the flow of a new
-// run. Calls that come while that flow waits in a queue share what is decided about it. If it does not run, each of them
-// applies its own onReject. One of them asks anew if the flow ended Canceled or Invalid, or if it was rejected because
-// the first call's deadline was too near.
+// decides who may have a result must therefore be part of the key. Only its context bounds its wait. If there is none,
+// the call starts the flow of a new run. Calls that come while that flow waits in a queue share what is decided about it.
+// If it does not run, each of them applies its own onReject. One of them asks anew if the flow ended Canceled or Invalid,
+// or if it was rejected because the first call's deadline was too near.
 //
 // Runs are shared by client, control point, key and T, and not by function: where the key is a request's, the cached
 // function can be made for the request. Whichever function began the run, the others get what it returns. Without a

@@ -116,7 +116,7 @@ func (r *bucketRule) forecast(b *bucket, now int64, ahead backlog, tokens float6
 	return least, max(likely, 1)
 }
 
-// idle says whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.
+// idle reports whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.
 func (r *bucketRule) idle(b *bucket, now int64) bool {
 	r.refill(b, now)
 	return b.tokens >= r.capacity

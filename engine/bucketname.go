@@ -16,8 +16,8 @@ const maxBucketName = 256
 // goes by it rejects the flow.
 const maxValue = 64 << 10
 
-// A namer gives the name of the bucket of a label's value. Buckets are kept by it, and it is what a flow is told of its
-// label, over the wire too, where the name finds the bucket again when the flow ends.
+// A namer gives the name of the bucket of a label's value. Buckets are kept by it, and answers
+// hold it in place of the label's value, over the wire too, where the name finds the bucket again when the flow ends.
 //
 // Most values are their own names. The value of a header that carries credentials is a code of it by the engine's secret,
 // so that nobody who sees an answer, or the memory of an engine, has the credentials. A long one is shortened.

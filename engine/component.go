@@ -26,7 +26,7 @@ type component interface {
 	// only where one did not fit.
 	sweep(now int64, full bool)
 
-	// vacant says whether nobody has anything of it that would be missed.
+	// vacant reports whether nobody has anything of it that would be missed.
 	vacant(now int64) bool
 
 	// retire says that the component is no longer in force: who waits for it is sent away. It is called once.
@@ -78,7 +78,7 @@ func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 
 func (k *keyed[S]) identity() *seam.Component { return &k.component }
 
-// scope notes in d which state decides, and says whether one does: else the flow passes, or is dropped because its value
+// scope notes in d which state decides, and reports whether one does: else the flow passes, or is dropped because its value
 // is too long.
 func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
 	if k.passThrough {
@@ -112,7 +112,7 @@ func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
 	return e
 }
 
-// returned gives something back to the entry that has decided, by a function that says whether it came from there.
+// returned gives something back to the entry that has decided, by a function that reports whether it came from there.
 func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
 	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false

@@ -241,8 +241,8 @@ func (e *Engine) clock(gauges []gauge, req *seam.Request, v *seam.Verdict) {
 	e.tell(gauges, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
 }
 
-// Measures says whether a policy wants to know how long flows of the control point take; for "", whether any does of any
-// flows. Package agent calls it.
+// Measures reports whether a policy wants to know how long flows of the control point take; for "", whether any does of
+// any flows. Package agent calls it.
 func (e *Engine) Measures(controlPoint string) bool {
 	if controlPoint == "" {
 		return len(e.rules.Load().gauges) > 0
@@ -339,7 +339,7 @@ func (e *Engine) cache(key seam.CacheKey) (*cache, cacheKey) {
 	return e.results, cacheKey{key.ControlPoint, key.Key}
 }
 
-// Ready says whether the engine is open. Clients of package flowctl call it.
+// Ready reports whether the engine is open, by an error if it is not. Clients of package flowctl call it.
 func (e *Engine) Ready(context.Context) error {
 	if e.closed.Load() {
 		return seam.ErrClosed

@@ -111,7 +111,7 @@ func (l *load) come(now int64) (tokens, before float64) {
 	return tokens, before
 }
 
-// setPrices has flows cost what is known by now, and says whether that has changed.
+// setPrices has flows cost what is known by now, and reports whether that has changed.
 func (l *load) setPrices(now int64) (changed bool) {
 	for price := range l.prices {
 		changed = price.set(now) || changed
@@ -130,7 +130,7 @@ func (l *load) prices(yield func(*latencyCost) bool) {
 	}
 }
 
-// open says whether everything is let in.
+// open reports whether everything is let in.
 func (l *load) open() bool { return l.learning || !(l.rate <= math.MaxFloat64) }
 
 // share is the share of the load that is let in; +Inf where that is everything.

@@ -130,7 +130,7 @@ func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 	return prices
 }
 
-// set takes the mean of now, and says whether that is another one.
+// set takes the mean of now, and reports whether that is another one.
 func (c *latencyCost) set(now int64) bool {
 	cost := c.mean.at(now)
 	if math.IsNaN(cost) {

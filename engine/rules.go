@@ -114,8 +114,8 @@ func setOf(parts []*part) map[*part]bool {
 
 // sweepRetired forgets parts of which nobody holds anything, as slots that are held for too long are nobody's, and what
 // no flow holds of the others. A flow that was under way when its limiter was retired may take a slot a little later,
-// which is waited for if it does within a minute. One that waits elsewhere for longer ends well, but over the network it
-// is told that nothing came back.
+// which is waited for if it does within a minute. One that waits elsewhere for longer ends well, but the answer
+// over the network is that nothing came back.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()

@@ -95,7 +95,7 @@ func (s *sampler) retire()                                          {}
 func (s *sampler) overflow() uint64                                 { return 0 }
 func (s *sampler) identity() *seam.Component                        { return &s.component }
 
-// sampled says whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
+// sampled reports whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
 // RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and
 // everywhere alike.
 func sampled(value string, percentage float64) bool {
@@ -106,5 +106,5 @@ func sampled(value string, percentage float64) bool {
 	return percentage > 0 && float64(hash)/math.MaxUint32 <= percentage/100
 }
 
-// drawn says whether a flow without a value to go by is among the share.
+// drawn reports whether a flow without a value to go by is among the share.
 func drawn(percentage float64) bool { return 100*rand.Float64() < percentage }

@@ -89,7 +89,7 @@ func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *
 	return s, nil
 }
 
-// waiting says whether anybody waits.
+// waiting reports whether any flow waits.
 func (l *line[S]) waiting() bool { return l.waits() > 0 }
 
 // waits is how many flows wait.

@@ -6,7 +6,7 @@ import "github.com/headgate-go/headgate/internal/seam"
 type source[S any] interface {
 	fresh(state *S, now int64)
 
-	// idle says whether a fresh state would do as well as this one.
+	// idle reports whether a fresh state would do as well as this one.
 	idle(state *S, now int64) bool
 
 	// draw takes tokens, all of them or none.

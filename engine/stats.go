@@ -89,9 +89,9 @@ type WorkloadStats struct {
 
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
-	// Of those that were dropped, QueueFull counts the flows for which there was no room, or that made room for others, QueueTooLong those that
-	// would have had to wait for longer than they could, TimedOut those that waited in vain, and Closed those that waited
-	// when the engine was closed.
+	// Of those that were dropped, QueueFull counts the flows for which there was no room, or that made room for others.
+	// QueueTooLong counts those that would have had to wait for longer than they could, TimedOut those that waited in vain,
+	// and Closed those that waited when the engine was closed.
 	QueueFull, QueueTooLong, TimedOut, Closed uint64
 
 	// AcceptedTokens are those that flows came for which passed, and RejectedTokens those of the others.
