@@ -75,6 +75,9 @@ func TestDirtyPathsAreNotSkipped(t *testing.T) {
 		"GET /static/%ef%bc%8e%ef%bc%8e/orders": true, // full-width dots
 		"GET /static/..%ef%bc%8forders":         true, // and a slash
 		"GET /static/%e2%80%a5/orders":          true, // two dots in one
+		"GET /static/%ef%b8%b0/orders":          true, // the same, for vertical text
+		"GET /static/%e2%92%88":                 true, // a number with a dot
+		"GET /static/..%e2%80%88/orders":        true, // a space that is not ASCII
 		"GET http://a/static/../orders":         true,
 		"GET http://a/static/%2e%2e/orders":     true,
 		"GET http://a":                          true,

@@ -22,6 +22,7 @@ func TestIs(t *testing.T) {
 		"", "a", "*", "//", "//a", "/a//", "/a//b", "/.", "/..", "/./a", "/../a", "/a/.", "/a/..", "/a/../b", "/a.", "/a./b", "/a ", "/a /b",
 		"/a\u00a0", "/a\u3000/b", `/a\b`, "/a;b", "/a?b", "/a#b", "/a%2e", "/a\x00", "/a\tb", "/a\nb", "/a\x7f", "/a\u0085b", "/a\xff", "/\xc0\xae",
 		"/\uff0e\uff0e/a", "/a\uff0fb", "/a\uff3cb", "/a\u2025b", "/a\uff1bb", "/a\u037eb", "/a\u2215b",
+		"/\ufe30/a", "/\u2488", "/a\u249b/b", "/\u33c2/a", "/a\u33c7", "/a\u33d8", "/\U0001f100/a", "/a\u2008", "/a\u205f/b", "/a\u1680",
 	} {
 		if cleanpath.Is(dirty) {
 			t.Errorf("Is(%q) = true want false", dirty)
