@@ -1,6 +1,7 @@
 package flowctl_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"strings"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -104,6 +107,33 @@ func TestDryRunAtOtherAgents(t *testing.T) {
 				t.Errorf("GlobalCache() = %v, %v want what went wrong with the lookup", hit, err)
 			}
 		})
+	})
+	t.Run("what the lookup brings is bounded", func(t *testing.T) {
+		entries := mem.BufferSlice{mem.SliceBuffer(bytes.Repeat([]byte{0x12, 0}, 4097))} // of the map
+		refused := false
+		look := grpc.WithChainUnaryInterceptor(func(ctx context.Context, called string, req, reply any, cc *grpc.ClientConn,
+			invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+		) error {
+			if !strings.HasSuffix(called, "/CacheLookup") {
+				return invoke(ctx, called, req, reply, cc, opts...)
+			}
+			for _, o := range opts {
+				if forced, ok := o.(grpc.ForceCodecV2CallOption); ok {
+					refused = forced.CodecV2.Unmarshal(entries, new(checkv1.CacheLookupResponse)) != nil
+				}
+			}
+			return status.Error(codes.Internal, strings.Repeat("ä", 10<<10))
+		})
+		agent := flowtest.NewAgent(t)
+		agent.Answer(rejected)
+		flow := agent.Client(flowctl.WithDryRun(), flowctl.WithDialOptions(look)).Start(t.Context(), "point", params)
+		defer func() { _, _ = flow.End(t.Context()) }()
+		if _, _, err := flow.ResultCache(); len(inFull(err)) > 2<<10 {
+			t.Errorf("an error of %d bytes: %.100s…", len(inFull(err)), inFull(err))
+		}
+		if !refused {
+			t.Error("4097 entries are decoded")
+		}
 	})
 	t.Run("a component in dry run does not name the rejection", func(t *testing.T) {
 		agent := flowtest.NewAgent(t)

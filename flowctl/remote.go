@@ -373,7 +373,9 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 // lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
 func (r *remote) lookUp(ctx context.Context, req *seam.Request, v *seam.Verdict) {
 	m := new(checkv1.CacheLookupResponse)
-	if err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, r.calls...); err != nil {
+	opts := append(slices.Clip(r.calls), grpc.ForceCodecV2(r.codec))
+	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, opts...)
+	if err = clipError(err); err != nil {
 		v.More().Result.Err = err
 		v.More().Global = make(map[string]seam.CacheAnswer)
 		for _, key := range req.Lookup().Global {
