@@ -54,7 +54,7 @@ func TestFullQueueMakesRoom(t *testing.T) {
 			{in: s},
 			{in: s},
 			{in: s},
-			{at: 100 * ms, labels: "user=b", timeout: 5 * ms, in: never, out: 100 * ms, retry: anyRetry},
+			{at: 100 * ms, labels: "user=b", timeout: 5 * ms, in: never, out: 100 * ms, retry: anyRetry, cause: flowctl.CauseLate},
 		}},
 		{"as many shares as there is room", []visit{
 			{hold: s},

@@ -130,6 +130,9 @@ func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecis
 // was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
+	if d.Dropped && d.Cause == seam.CauseNone && d.Wait() != never && t.of.timeout >= 0 {
+		d.Cause = seam.CauseLate // its workload may wait, and the margin takes all the time that it has
+	}
 	decided := now
 	if t.waiter != nil {
 		var err error

@@ -170,7 +170,7 @@ func TestQuotaScheduler(t *testing.T) {
 			{},
 			{},
 			{timeout: 1009 * ms, in: never, retry: s, cause: flowctl.CauseQueueTooLong},
-			{timeout: 5 * ms, in: never, retry: s},
+			{timeout: 5 * ms, in: never, retry: s, cause: flowctl.CauseLate},
 			{timeout: 1010 * ms, in: s},
 			{timeout: 1010 * ms, in: never, retry: 2 * s, cause: flowctl.CauseQueueTooLong},
 			{at: 500 * ms, timeout: 1510 * ms, in: 2 * s},
@@ -268,7 +268,7 @@ func TestConcurrencyScheduler(t *testing.T) {
 			{labels: "tokens=5", hold: s}, {labels: "tokens=0"}, {labels: "tokens=0.5", in: s, hold: s}, {labels: "tokens=1e300", in: s, hold: s}, {labels: "tokens=1", in: 2 * s},
 		}},
 		{"a deadline", nil, []visit{
-			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, cause: flowctl.CauseTimeout}, {in: s}, {timeout: 5 * ms, in: never},
+			{hold: s}, {hold: s}, {timeout: 500 * ms, in: never, out: 490 * ms, cause: flowctl.CauseTimeout}, {in: s}, {timeout: 5 * ms, in: never, cause: flowctl.CauseLate},
 		}},
 		{"a deadline, once it is known how long flows take", nil, []visit{
 			{hold: s},
