@@ -132,8 +132,10 @@ func failures() []failure {
 		rejection := []string{"control_point=checkout", "reason=rate limited", "policy=sesame-policy", "component=sesame-component", "label_key=sesame_key", "status=429"}
 		all = append(all,
 			failure{"rejected, " + name, func(t *testing.T) error { return sesameFlow(t.Context(), client(t), sesameParams) }, false, rejection},
-			failure{"canceled, " + name, func(t *testing.T) error { return sesameFlow(canceledBySesame(t), client(t), sesameParams) }, false, nil},
-			failure{"expired, " + name, func(t *testing.T) error { return sesameFlow(within(t, -1), client(t), sesameParams) }, true, nil},
+			failure{"canceled, " + name, func(t *testing.T) error { return sesameFlow(canceledBySesame(t), client(t), sesameParams) }, false,
+				[]string{"op=start", "control_point=checkout", "ended=context canceled", "cause=" + errSesame.Error()}},
+			failure{"expired, " + name, func(t *testing.T) error { return sesameFlow(within(t, -1), client(t), sesameParams) }, true,
+				[]string{"op=start", "ended=context deadline exceeded", "cause=" + errSesame.Error()}},
 			failure{"closed, " + name, func(t *testing.T) error {
 				c := client(t)
 				_ = c.Close(t.Context())
@@ -176,7 +178,7 @@ func failures() []failure {
 					return 0, ctx.Err()
 				}, nil, headgate.CachePolicy[int]{})(within(t, time.Second))
 				return err
-			}, true, nil},
+			}, true, []string{"op=cached", "control_point=other", "cause=" + errSesame.Error()}},
 		)
 	}
 	store := func(ctx context.Context, client *flowctl.Client) error {
@@ -263,7 +265,7 @@ func failures() []failure {
 			transport := httpguard.NewTransport(limitedClients["embedded"](t), "other", answering(http.StatusTooManyRequests))
 			_ = roundTrip(t.Context(), transport)
 			return roundTrip(t.Context(), transport)
-		}, false, []string{"control_point=other", "status=429", "retry_after=10s"}},
+		}, false, []string{"control_point=other", "reason=paused by the upstream", "status=429", "retry_after=10s"}},
 		failure{"labels.Check", func(*testing.T) error { return labels.Check(map[string]string{sesame: tahini + "\xff"}) }, false, []string{"label_key=sesame"}},
 	)
 }

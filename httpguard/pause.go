@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"net/http"
 	"net/url"
@@ -54,6 +55,17 @@ func (e *PausedError) GRPCStatus() *status.Status {
 	p := e.RejectedError.GRPCStatus().Proto()
 	p.Message = e.Error()
 	return status.FromProto(p)
+}
+
+// LogValue is for the program's own logs: a group with the control point, the reason, the status and what is left of the
+// pause. It does not have the host, which is the value of a label.
+func (e *PausedError) LogValue() slog.Value {
+	return slog.GroupValue(
+		slog.String("control_point", e.ControlPoint),
+		slog.String("reason", "paused by the upstream"),
+		slog.Int("status", e.HTTPStatus),
+		slog.Duration("retry_after", e.RetryAfter()),
+	)
 }
 
 // Unwrap gives the *flowctl.RejectedError.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -41,6 +42,18 @@ func (e *Error) Error() string {
 // Format prints what Error gives, whatever the verb.
 func (e *Error) Format(s fmt.State, verb rune) {
 	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), e.Error())
+}
+
+// LogValue is for the program's own logs: a group with the operation, the control point and how the context ended, and with
+// the cause if the context was given one.
+func (e *Error) LogValue() slog.Value {
+	attrs := []slog.Attr{
+		slog.String("op", e.op), slog.String("control_point", e.controlPoint), slog.String("ended", Text(e.err)),
+	}
+	if e.cause != nil && e.cause.Error() != e.err.Error() {
+		attrs = append(attrs, slog.Any("cause", e.cause))
+	}
+	return slog.GroupValue(attrs...)
 }
 
 // Unwrap gives the context's error and the cause.
