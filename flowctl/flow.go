@@ -154,10 +154,9 @@ func (f *Flow) HTTPStatus() int {
 }
 
 // callerLeft reports whether a Canceled flow's context was canceled without a cause, as servers do when a client has left. A
-// deadline that has passed, and a cause, are the service's own.
+// deadline that has passed, and a cause, are the service's own, also a cause that matches context.Canceled.
 func (f *Flow) callerLeft() bool {
-	cause := context.Cause(f.parent)
-	return errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded)
+	return errors.Is(f.parent.Err(), context.Canceled) && context.Cause(f.parent) == context.Canceled //nolint:errorlint // see above
 }
 
 func (f *Flow) deniedStatus() int {

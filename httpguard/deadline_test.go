@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -47,6 +48,10 @@ func TestWhoEndedTheRequest(t *testing.T) {
 			return context.WithDeadlineCause(ctx, time.Now().Add(-time.Second), errDraining)
 		}},
 		{name: "canceled for a reason", want: server, detail: "the service ran out of time", ctx: canceled(errDraining)},
+		{name: "deadline with a cause that is a cancellation", want: server, detail: "the service ran out of time", ctx: func(ctx context.Context) (context.Context, context.CancelFunc) {
+			return context.WithDeadlineCause(ctx, time.Now().Add(-time.Second), context.Canceled)
+		}},
+		{name: "canceled for a cancellation elsewhere", want: server, detail: "the service ran out of time", ctx: canceled(fmt.Errorf("replica: %w", context.Canceled))},
 		{name: "canceled for a deadline", want: server, detail: "the service ran out of time", ctx: canceled(context.DeadlineExceeded)},
 		{name: "canceled", want: client, detail: "the request was canceled", ctx: canceled(nil)},
 		{name: "canceled, then too late", want: client, detail: "the request was canceled", ctx: func(ctx context.Context) (context.Context, context.CancelFunc) {
