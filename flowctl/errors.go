@@ -359,7 +359,7 @@ func (e *callError) Error() string {
 	if e.controlPoint == "" {
 		return fmt.Sprintf("headgate: %s: %s", e.op, e.text())
 	}
-	return fmt.Sprintf("headgate: %s %q: %s", e.op, e.controlPoint, e.text())
+	return fmt.Sprintf("headgate: %s %.*q: %s", e.op, seam.MaxControlPoint, e.controlPoint, e.text())
 }
 
 // text is what may be said of the cause.
@@ -396,7 +396,7 @@ func (e *callError) Temporary() bool { return e.Timeout() }
 func (e *callError) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.String("op", e.op)}
 	if e.controlPoint != "" {
-		attrs = append(attrs, slog.String("control_point", e.controlPoint))
+		attrs = append(attrs, slog.String("control_point", fmt.Sprintf("%.*s", seam.MaxControlPoint, e.controlPoint)))
 	}
 	return slog.GroupValue(append(attrs, slog.Any("cause", e.cause))...)
 }

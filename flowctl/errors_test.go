@@ -3,6 +3,8 @@ package flowctl_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -126,5 +128,23 @@ func TestWithRetryAfter(t *testing.T) {
 	}
 	if got := made.WithRetryAfter(-time.Second).RetryAfter(); got != 0 {
 		t.Errorf("RetryAfter() = %v want 0", got)
+	}
+}
+
+// A control point that is too long may come from a peer. No error of its flow repeats all of it.
+func TestErrorsOfLongControlPoints(t *testing.T) {
+	flow := flowtest.NewAgent(t).Client().Start(t.Context(), strings.Repeat("p", 1<<20), flowctl.Params{})
+	_, ended := flow.End(t.Context())
+	_, _, found := flow.ResultCache()
+	for what, err := range map[string]error{
+		"Start":  flow.Err(),
+		"End":    ended,
+		"find":   found,
+		"store":  flow.SetGlobalCache(t.Context(), "", nil, 0),
+		"delete": flow.DeleteResultCache(t.Context()),
+	} {
+		if text := fmt.Sprint(err, slog.AnyValue(err).Resolve()); len(text) > 1024 {
+			t.Errorf("%s: %d bytes, %.60s…", what, len(text), text)
+		}
 	}
 }

@@ -84,16 +84,16 @@ func (r *Request) Late() bool { return r.Labels.Base != nil && r.Labels.Base.Lat
 // it although others drop it.
 func (r *Request) DryRun() bool { return r.Labels.Base != nil && r.Labels.Base.DryRun }
 
-// maxControlPoint is the longest control point, in bytes.
-const maxControlPoint = 255
+// MaxControlPoint is the longest control point, in bytes.
+const MaxControlPoint = 255
 
 // CheckControlPoint says what is wrong with a control point; nil when nothing is. Clients and servers agree on it.
 func CheckControlPoint(controlPoint string) error {
 	switch {
 	case controlPoint == "":
 		return errors.New("control point is empty")
-	case len(controlPoint) > maxControlPoint:
-		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), maxControlPoint)
+	case len(controlPoint) > MaxControlPoint:
+		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), MaxControlPoint)
 	case !utf8.ValidString(controlPoint):
 		return errors.New("control point is not valid UTF-8")
 	default:
