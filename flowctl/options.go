@@ -342,8 +342,9 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 }
 
 // WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
-// reason, and the pauses of package httpguard's Transports. It shows what the agent knows of itself: whether a remote one's gate is open, in flowcontrol_gate_open, and
-// all that an engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
+// reason, and the pauses of package httpguard's Transports. It shows what the agent knows of itself. Of a remote agent, that
+// is whether its gate is open, in flowcontrol_gate_open, and what components in dry run would have dropped. Of an engine, it
+// is all that the engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p
