@@ -605,6 +605,7 @@ func TestNewErrors(t *testing.T) {
 				`policy "three": components[0]: OverloadConfirmation: `, `WithSignal("sure"`,
 			},
 		},
+		{name: "name", opts: []engine.Option{engine.WithName("orders\xff")}, want: []string{"WithName"}},
 		{name: "cache bounds", opts: []engine.Option{engine.WithCacheBounds(10, 5)}, want: []string{"WithCacheBounds(10, 5)"}},
 		{
 			name: "several at once",

@@ -1,8 +1,10 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"unicode/utf8"
 )
 
 // An Option configures an engine. Of several of a kind the last one counts; of signals, of several with the same name.
@@ -37,9 +39,13 @@ func WithKeyCap(keys int) Option {
 }
 
 // WithName names the engine in its metrics, by the attribute "engine". Give engines names that show themselves by one meter
-// provider, or their numbers become one. By default the engine has no name, and its metrics no such attribute.
+// provider, or their numbers become one. A name is valid UTF-8. By default the engine has no name, and its metrics no such
+// attribute.
 func WithName(name string) Option {
 	return option(func(e *Engine) error {
+		if !utf8.ValidString(name) {
+			return errors.New("WithName: the name is not valid UTF-8") // for which exporters drop all that comes with it
+		}
 		e.instruments.name = name
 		return nil
 	})

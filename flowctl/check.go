@@ -89,7 +89,7 @@ func (c *check) options() []grpc.CallOption {
 	return opts
 }
 
-// heard says whether anything came from the agent since the check began, if so much has come by now.
+// heard reports whether anything came from the agent since the check began, if so much has come by now.
 func (c *check) heard(received uint64) bool {
 	return received != c.seen || len(c.header) > 0 || len(c.trailer) > 0
 }

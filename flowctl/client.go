@@ -175,7 +175,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	}
 }
 
-// callerEnded says whether a check failed because the caller's context ended, and not by the check's own timeout. The
+// callerEnded reports whether a check failed because the caller's context ended, and not by the check's own timeout. The
 // deadline's timer may still be about to fire when the answer is in.
 func callerEnded(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {

@@ -398,7 +398,7 @@ func (c *connection) receives(f frame) {
 	}
 }
 
-// The first byte of a message says whether it is compressed. gRPC decompresses whatever the process has a compressor for,
+// The first byte of a message is 0 unless the message is compressed. gRPC decompresses whatever the process has a compressor for,
 // and offers that to the agent; its option against that has no effect (grpc-go 1.85). A value of the byte that gRPC does
 // not know has it refuse the message, and nothing else on the connection.
 const (

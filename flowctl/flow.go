@@ -97,11 +97,11 @@ type EndResponse struct {
 // Decision is what was decided.
 func (f *Flow) Decision() Decision { return f.decision }
 
-// ShouldRun says whether to do the work: when the flow was accepted, and when nobody answered, unless RampMode or
+// ShouldRun reports whether to do the work: when the flow was accepted, and when nobody answered, unless RampMode or
 // FailClosed forbids that. A dry run always runs.
 func (f *Flow) ShouldRun() bool { return f.run }
 
-// Success says whether an agent answered, be it no. Whether to do the work is for [Flow.ShouldRun] to say.
+// Success reports whether an agent answered, also if it said no. [Flow.ShouldRun] reports whether to do the work.
 func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == Rejected }
 
 // Err is nil for an accepted flow, and else says why it was not: a [*RejectedError], an [*UnreachableError], an error
@@ -238,7 +238,7 @@ const (
 	courseStatus  = 1<<8 - 1
 )
 
-// end says whether this is the first end.
+// end reports whether this is the first end.
 func (c *course) end() bool { return c.bits.Or(courseEnded)&courseEnded == 0 }
 
 func (c *course) ended() bool { return c.bits.Load()&courseEnded != 0 }

@@ -9,7 +9,7 @@ import (
 )
 
 // Gate says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting for their
-// timeout, but for one that probes.
+// timeout, except one that probes.
 //
 // Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
 // from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error, an answer that is too late
@@ -26,7 +26,7 @@ import (
 // Other calls do not wait for the dead either: while the gate is open, ends of flows that hold slots and changes of
 // caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself, when their
 // max_inflight_duration has passed. The price is a slot whose flow ends when the agent is there again and the next probe
-// is not yet due: it stays taken as well. Where a probe is overdue because no flow starts, these calls are made as ever.
+// is not yet due: it stays taken as well. Where a probe is overdue because no flow starts, these calls are made.
 type Gate struct {
 	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
 	Failures int
@@ -77,7 +77,7 @@ func newGate(settings Gate, checkTimeout time.Duration) *gate {
 	return g
 }
 
-// admit says whether a check may go to the agent. While the gate is open, one does once in a while, to find out if the
+// admit reports whether a check may go to the agent. While the gate is open, one does once in a while, to find out if the
 // agent is back.
 func (g *gate) admit(now time.Time) bool {
 	if !g.open.Load() {
@@ -87,7 +87,7 @@ func (g *gate) admit(now time.Time) bool {
 	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
 }
 
-// spares says whether a call that is no check is not to be made: it would wait for an agent that is dead, as far as is
+// spares reports whether a call that is no check is not to be made: it would wait for an agent that is dead, as far as is
 // known. Nothing is known any more when a probe is overdue. Such a call takes no probe's turn, and its failure is no
 // evidence: checks decide about the gate.
 func (g *gate) spares(now time.Time) bool {
@@ -105,7 +105,7 @@ func (g *gate) answered() bool {
 	return g.open.Swap(false)
 }
 
-// outdated says whether something has come from the agent since the last failure: an answer that came too late for its
+// outdated reports whether something has come from the agent since the last failure: an answer that came too late for its
 // check is seen by the next.
 func (g *gate) outdated(received uint64) bool {
 	return g.count.Load() != 0 && g.seen.Load() != received

@@ -34,7 +34,7 @@ type HTTPRequest struct {
 
 	// Headers are what the agent may see, by names in lower case, repeated values joined with ",". Those that carry
 	// credentials are never sent, see package labels. Of more than 64 those with the smallest names are: send what
-	// policies need, for else a peer can send so many that others are left out. A header baggage is a peer's word on
+	// policies need, because otherwise a peer can send so many that others are left out. A header baggage is a peer's word on
 	// labels, which counts for clients with [WithBaggage].
 	Headers map[string]string
 
@@ -42,7 +42,7 @@ type HTTPRequest struct {
 	Source, Destination netip.AddrPort
 }
 
-// equal says whether two requests are told of alike.
+// equal reports whether an agent is told the same of two requests.
 func (r *HTTPRequest) equal(q *HTTPRequest) bool {
 	if r == nil || q == nil {
 		return r == q

@@ -143,7 +143,7 @@ func WithAPIKey(key string) Option {
 	}}
 }
 
-// checkAPIKey says whether the key can travel in a header; not what the key is.
+// checkAPIKey tells what keeps the key from travelling in a header. The error does not show the key.
 func checkAPIKey(key string) error {
 	if key == "" {
 		return errors.New("the key is empty")
@@ -189,7 +189,7 @@ func WithDialOptions(opts ...grpc.DialOption) Option {
 	}}
 }
 
-// setCredentials says whether the options bring transport credentials. They cannot be looked into, but gRPC makes no
+// setCredentials reports whether the options bring transport credentials. They cannot be looked into, but gRPC makes no
 // client, connected or not, without any.
 func setCredentials(opts []grpc.DialOption) bool {
 	conn, err := grpc.NewClient("passthrough:///", opts...)

@@ -29,7 +29,7 @@ type Params struct {
 	// flow that no ramp accepts, or that gets no answer, does not run.
 	RampMode bool
 
-	// OnUnreachable says whether the flow runs when nobody answers. Zero is FailOpen: it runs.
+	// OnUnreachable decides whether the flow runs when nobody answers. Zero is FailOpen: it runs.
 	OnUnreachable UnreachablePolicy
 
 	// ResultCacheKey names an entry of the control point's result cache. It is looked up with the check; see
@@ -49,7 +49,7 @@ type Params struct {
 	// Nil: the flow is about no request.
 	HTTP *HTTPRequest
 
-	// IsFailure says whether an error of the function makes the flow's status Error. Nil: every error does, unless
+	// IsFailure reports whether an error of the function makes the flow's status Error. Nil: every error does, unless
 	// it comes from the caller's own cancellation, which is nobody's failure; an expired deadline is one. It is
 	// called before the flow ends and must not block.
 	IsFailure func(error) bool
@@ -75,7 +75,7 @@ func (p Params) Clone() Params {
 	return p
 }
 
-// Equal says whether p and q start flows alike, as far as can be seen: of functions it only sees whether there is one. It
+// Equal reports whether p and q start flows alike, as far as can be seen: of functions it only sees if there is one. It
 // is for tests, and package go-cmp finds it.
 func (p Params) Equal(q Params) bool {
 	return maps.Equal(p.Labels, q.Labels) && p.CheckTimeout == q.CheckTimeout && p.RampMode == q.RampMode &&
@@ -112,7 +112,7 @@ func (p UnreachablePolicy) String() string {
 	}
 }
 
-// looksUp says whether the flow looks up cache entries.
+// looksUp reports whether the flow looks up cache entries.
 func (p *Params) looksUp() (bool, error) {
 	switch {
 	case p.ResultCacheKey == "" && len(p.GlobalCacheKeys) == 0:

@@ -272,7 +272,7 @@ func connectParams(g *gate) grpc.ConnectParams {
 	return grpc.ConnectParams{Backoff: pauses, MinConnectTimeout: 20 * time.Second}
 }
 
-// checkAddress says whether the address is one: host:port, or a target with a scheme that gRPC knows. One that it does
+// checkAddress tells why the address is none. One is host:port, or a target with a scheme that gRPC knows. One that it does
 // not know it would take for a host's name, and never find it. The errors do not say the address: there are secrets in
 // some.
 func checkAddress(address string, cfg *config) error {
@@ -301,7 +301,7 @@ func checkAddress(address string, cfg *config) error {
 	return nil
 }
 
-// isLoopback says whether the target can only be this machine.
+// isLoopback reports whether the target can only be this machine.
 func isLoopback(target string) bool {
 	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {
 		return true
@@ -432,7 +432,7 @@ func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 	}
 }
 
-// refused says whether an agent that answers with the code decides about no flow at all.
+// refused reports whether an agent that answers with the code decides about no flow at all.
 func refused(code codes.Code) bool {
 	return code == codes.Unauthenticated || code == codes.PermissionDenied || code == codes.Unimplemented
 }
@@ -512,7 +512,7 @@ func (r *remote) Delete(ctx context.Context, key seam.CacheKey) error {
 	return cacheStatus(m.GetResultCacheResponse())
 }
 
-// spares says whether a call that is no check is not to be made, for the agent is dead.
+// spares reports whether a call that is no check is not to be made, for the agent is dead.
 func (r *remote) spares() bool {
 	r.catchUp(r.received.Load())
 	return r.gate.spares(time.Now())

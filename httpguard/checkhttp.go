@@ -78,7 +78,7 @@ func refuse(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
 		h.Set("Content-Type", "text/plain; charset=utf-8")
 	}
 	w.WriteHeader(flow.HTTPStatus())
-	_, _ = io.WriteString(w, answer.Body) // who does not wait for the answer does not get it
+	_, _ = io.WriteString(w, answer.Body) // a caller that has left does not get it
 }
 
 // setHeaders leaves out those that are for one connection, or about a body that may be another.

@@ -119,7 +119,7 @@ func TestRateLimitHeadersOfEachKind(t *testing.T) {
 	}
 }
 
-// Nobody is told of a limit that is not in force: neither that tokens are left, nor that there are none.
+// The fields do not have a limit that is not in force: neither that tokens are left, nor that there are none.
 func TestRateLimitHeadersOfDryRuns(t *testing.T) {
 	at := policy.At(point)
 	for name, limit := range map[string]func(dry bool) policy.Component{

@@ -33,7 +33,7 @@ func Problem(w http.ResponseWriter, _ *http.Request, flow *flowctl.Flow) {
 	h.Set("Content-Type", "application/problem+json")
 	h.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(flow.HTTPStatus())
-	_, _ = w.Write(append(body, '\n')) // who does not wait for the answer does not get it
+	_, _ = w.Write(append(body, '\n')) // a caller that has left does not get it
 }
 
 // PlainText answers a request whose flow does not run with flow.HTTPStatus and its text, for [WithOnReject].
@@ -66,7 +66,7 @@ func setRetryAfter(h http.Header, wait time.Duration) {
 	}
 }
 
-// wholeSeconds rounds up: who comes back too early is rejected again.
+// wholeSeconds rounds up, because a request that comes back too early is rejected again.
 func wholeSeconds(d time.Duration) int64 {
 	seconds := int64(d / time.Second)
 	if d%time.Second > 0 {

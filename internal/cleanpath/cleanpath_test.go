@@ -30,8 +30,7 @@ func TestIs(t *testing.T) {
 	}
 }
 
-// Whatever is clean is what path.Clean makes of it, but for a slash at the end, and has no segment that resolves to
-// another.
+// A clean path is what path.Clean makes of it, except for a slash at the end, and has no segment that resolves to another.
 func FuzzIs(f *testing.F) {
 	for _, seed := range []string{"/", "/a/b/", "/a/../b", "//", "/a;b", "/\xff"} {
 		f.Add(seed)
