@@ -132,10 +132,14 @@ func failures() []failure {
 		rejection := []string{"control_point=checkout", "reason=rate limited", "policy=sesame-policy", "component=sesame-component", "label_key=sesame_key", "status=429"}
 		all = append(all,
 			failure{"rejected, " + name, func(t *testing.T) error { return sesameFlow(t.Context(), client(t), sesameParams) }, false, rejection},
-			failure{"canceled, " + name, func(t *testing.T) error { return sesameFlow(canceledBySesame(t), client(t), sesameParams) }, false,
-				[]string{"op=start", "control_point=checkout", "ended=context canceled", "cause=" + errSesame.Error()}},
-			failure{"expired, " + name, func(t *testing.T) error { return sesameFlow(within(t, -1), client(t), sesameParams) }, true,
-				[]string{"op=start", "ended=context deadline exceeded", "cause=" + errSesame.Error()}},
+			failure{
+				"canceled, " + name, func(t *testing.T) error { return sesameFlow(canceledBySesame(t), client(t), sesameParams) }, false,
+				[]string{"op=start", "control_point=checkout", "ended=context canceled", "cause=" + errSesame.Error()},
+			},
+			failure{
+				"expired, " + name, func(t *testing.T) error { return sesameFlow(within(t, -1), client(t), sesameParams) }, true,
+				[]string{"op=start", "ended=context deadline exceeded", "cause=" + errSesame.Error()},
+			},
 			failure{"closed, " + name, func(t *testing.T) error {
 				c := client(t)
 				_ = c.Close(t.Context())
@@ -326,8 +330,8 @@ func told(t *testing.T, err error) *status.Status {
 	go func() { served <- server.Serve(listener) }()
 	defer func() {
 		server.Stop()
-		if err := <-served; err != nil {
-			t.Error(err)
+		if serveErr := <-served; serveErr != nil {
+			t.Error(serveErr)
 		}
 	}()
 	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
