@@ -53,6 +53,7 @@ type decoder struct {
 	computed map[string]bool    // the other signals that a component has for output, by name
 	meters   value              // flux_meters
 	metered  map[string]bool    // those that a port names
+	kept     []value            // to be used by keep
 }
 
 func newDecoder(file string) *decoder {
@@ -149,14 +150,24 @@ func (d *decoder) is(v value, want kind) bool {
 // isNumber reports whether text would be a number if it were not quoted.
 func isNumber(text string) bool { return decimal.MatchString(text) || based.MatchString(text) }
 
+// keep returns a copy of v for others to point to. Copies are allocated in blocks.
+func (d *decoder) keep(v value) *value {
+	if len(d.kept) == 0 {
+		d.kept = make([]value, 32)
+	}
+	kept := &d.kept[0]
+	d.kept = d.kept[1:]
+	*kept = v
+	return kept
+}
+
 // fields returns a mapping, or no value instead of anything else. It may have the keys in read and, with a warning,
 // those in skip: keys that Aperture's format has and Headgate has no use for. Both are separated by spaces.
 func (d *decoder) fields(v value, read, skip string) value {
 	if d.learned != nil {
 		d.learned[v.path()] = read + " " + skip
 	}
-	here := v
-	v.here = &here
+	v.here = d.keep(v)
 	if !d.is(v, mapping) {
 		v.node = nil
 		return v
@@ -228,19 +239,24 @@ func (d *decoder) one(v value, names string) (key string, chosen value) {
 		d.errorf(v, "is required")
 		return "", value{}
 	}
-	var have []string
-	unknown := false
+	known, unknown := 0, false
 	for _, e := range f.entries {
-		if part := f.part(e); !has(names, e.key) {
+		if !has(names, e.key) {
 			unknown = true
-		} else if part.node != nil {
-			have, key, chosen = append(have, e.key), e.key, part
+		} else if e.value.kind != null {
+			known, key, chosen = known+1, e.key, f.part(e)
 		}
 	}
 	switch {
-	case len(have) == 1:
+	case known == 1:
 		return key, chosen
-	case len(have) > 1:
+	case known > 1:
+		var have []string
+		for _, e := range f.entries {
+			if e.value.kind != null && has(names, e.key) {
+				have = append(have, e.key)
+			}
+		}
 		d.errorf(v, "has %s; want one of them", clip(strings.Join(have, " and "), 100))
 	case unknown:
 		d.failed[v.path()] = true // fields has told
@@ -253,14 +269,15 @@ func (d *decoder) one(v value, names string) (key string, chosen value) {
 // items returns the values of a sequence.
 func (d *decoder) items(v value) []value {
 	if d.learned != nil {
-		return []value{{up: &v}}
+		return []value{{up: d.keep(v)}}
 	}
 	if !d.is(v, sequence) {
 		return nil
 	}
+	up := d.keep(v)
 	items := make([]value, len(v.node.items))
 	for i, n := range v.node.items {
-		item := value{up: &v, line: n.line, column: n.column, index: i}
+		item := value{up: up, line: n.line, column: n.column, index: i}
 		if n.kind != null {
 			item.node = n
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -101,10 +102,16 @@ func read(path string) ([]byte, error) {
 	return data.Bytes(), err
 }
 
+// filePosition is a position in a file.
+type filePosition struct {
+	file string
+	position
+}
+
 // A loader gathers the policies of files.
 type loader struct {
 	policies []Policy
-	places   map[string]string // of policies, by name
+	places   map[string]filePosition // of policies, by name
 	errs     []error
 }
 
@@ -115,16 +122,27 @@ func (l *loader) result() ([]Policy, error) {
 	return l.policies, nil
 }
 
+// parse reads a file. It takes a file for good first, which is soon read. Only if that turns out wrong, it reads the file
+// again, from its beginning to its end, and notes what is wrong.
 func (l *loader) parse(file string, data []byte) {
-	docs, errs := readYAML(file, data)
-	if len(docs)+len(errs) == 0 {
-		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
-	}
 	plain := strings.TrimSuffix(filepath.Base(file), filepath.Ext(file))
 	if strings.Trim(plain, `./\`) == "" {
 		plain = "" // the file's name is an extension at most
 	}
 	unfinished := bytes.Contains(data, []byte(placeholder))
+	r, errs := newReader(file, data)
+	if r != nil && !unfinished {
+		if sections, good := r.good(plain); good && l.take(file, sections) {
+			return
+		}
+	}
+	var docs []*node
+	if r != nil {
+		docs, errs = r.all()
+	}
+	if len(docs)+len(errs) == 0 {
+		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
+	}
 	for _, doc := range docs {
 		d := newDecoder(file)
 		p := d.policy(doc, plain)
@@ -137,20 +155,17 @@ func (l *loader) parse(file string, data []byte) {
 			d.placeholders(value{node: doc, line: doc.line, column: doc.column})
 			p = d.policy(doc, plain)
 		}
-		if place, taken := l.places[p.Name]; taken {
+		if first, taken := l.places[p.Name]; taken {
 			hint := ""
 			if d.name.up == nil {
 				hint = "; a plain policy has the name of its file"
 			}
 			d.errs = append(d.errs, &Error{
 				File: file, Line: d.name.line, Column: d.name.column, Field: d.name.path(),
-				Message: fmt.Sprintf("policy %s is at %s already%s", quote(p.Name), place, hint),
+				Message: fmt.Sprintf("policy %s is at %s:%d:%d already%s", quote(p.Name), first.file, first.line, first.column, hint),
 			})
 		} else if p.Name != "" {
-			if l.places == nil {
-				l.places = map[string]string{}
-			}
-			l.places[p.Name] = fmt.Sprintf("%s:%d:%d", file, d.name.line, d.name.column)
+			l.note(p.Name, filePosition{file, position{d.name.line, d.name.column}})
 		}
 		l.policies = append(l.policies, p)
 		errs = append(errs, d.errs...)
@@ -159,6 +174,35 @@ func (l *loader) parse(file string, data []byte) {
 	for _, err := range errs {
 		l.errs = append(l.errs, err)
 	}
+}
+
+// take adds the policies of a good file, unless a name is taken: then it adds none.
+func (l *loader) take(file string, sections []section) bool {
+	places := make(map[string]filePosition)
+	maps.Copy(places, l.places)
+	var policies []Policy
+	for _, s := range sections {
+		for i, p := range s.policies {
+			if _, taken := places[p.Name]; taken {
+				return false
+			}
+			places[p.Name] = filePosition{file, s.names[i]}
+		}
+		policies = append(policies, s.policies...)
+	}
+	if policies == nil {
+		return false
+	}
+	l.places, l.policies = places, append(l.policies, policies...)
+	return true
+}
+
+// note notes where the policy of a name is.
+func (l *loader) note(name string, at filePosition) {
+	if l.places == nil {
+		l.places = map[string]filePosition{}
+	}
+	l.places[name] = at
 }
 
 // placeholder is what Aperture's blueprints have for a value that their user is to fill in.

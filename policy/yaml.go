@@ -76,12 +76,21 @@ type yamlReader struct {
 	lines   []int  // offsets in text
 	opened  string // text with "--- " before documents in brackets; see openFlows
 	shifted []int  // lines that it lengthens
+	placed  placed // what place looked up last
 	errs    []*Error
-	left    int // bytes that aliases may still stand for
+	left    int     // bytes that aliases may still stand for
+	nodes   []node  // to be used; allocated in blocks, as are entries
+	entries []entry // to be used
 }
 
-// readYAML returns the documents of a file that are not empty and not broken.
-func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
+// placed is a line and whether openFlows has lengthened it.
+type placed struct {
+	line   int
+	longer bool
+}
+
+// newReader returns the reader of a file, and nil if it has found what keeps the file from being read.
+func newReader(file string, data []byte) (*yamlReader, []*Error) {
 	if len(data) > maxSize {
 		message := fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20)
 		return nil, []*Error{{File: file, Line: 1, Column: 1, Message: message}}
@@ -98,19 +107,33 @@ func readYAML(file string, data []byte) (docs []*node, errs []*Error) {
 		return nil, r.errs
 	}
 	r.openFlows()
+	return r, nil
+}
+
+// all returns the documents that are not empty and not broken, and what is wrong with the others.
+func (r *yamlReader) all() (docs []*node, errs []*Error) {
 	for first := 0; first < len(r.lines) && len(r.errs) < mostErrors; {
-		var next int
-		docs, next = r.documents(docs, first)
-		first = next
+		err := r.documents(first, len(r.lines), func(doc *node, failed bool) bool {
+			if !failed && doc.kind != null {
+				docs = append(docs, doc)
+			}
+			return true
+		})
+		if err == nil {
+			break
+		}
+		first = max(first, r.broken(err, first)-1) + 1
+		for first < len(r.lines) && !strings.HasPrefix(r.text[r.lines[first]:], "---") {
+			first++
+		}
 	}
 	return docs, r.errs
 }
 
-// documents appends the documents that begin at a line or behind it, up to one that is broken. It returns the line at
-// which the document behind that one begins.
-func (r *yamlReader) documents(docs []*node, first int) (read []*node, next int) {
-	longer, _ := slices.BinarySearch(r.shifted, first+1)
-	source := r.opened[r.lines[first]+longer*len(openingFlow):]
+// documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at one
+// that is broken. Those that failed are not: only what they say makes no sense.
+func (r *yamlReader) documents(first, end int, yield func(doc *node, failed bool) bool) error {
+	source := r.opened[r.offset(first):r.offset(end)]
 	loader, err := yaml.NewLoader(strings.NewReader(source), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
 	for err == nil {
 		var n yaml.Node
@@ -123,21 +146,25 @@ func (r *yamlReader) documents(docs []*node, first int) (read []*node, next int)
 				err = directiveError(n.Line)
 			}
 		case yaml.DocumentNode:
-			c := converter{r: r, base: first, anchors: map[*yaml.Node]*node{}}
-			if doc := c.node(n.Content[0], 0); !c.failed && doc.kind != null {
-				docs = append(docs, doc)
+			c := converter{r: r, base: first}
+			if doc := c.node(n.Content[0], 0); !yield(doc, c.failed) {
+				return nil
 			}
 		}
 	}
 	if errors.Is(err, io.EOF) {
-		return docs, len(r.lines)
+		return nil
 	}
-	at := r.broken(err, first)
-	next = max(first, at-1) + 1
-	for next < len(r.lines) && !strings.HasPrefix(r.text[r.lines[next]:], "---") {
-		next++
+	return err
+}
+
+// offset returns where in what openFlows has returned a line begins, counted from 0.
+func (r *yamlReader) offset(line int) int {
+	if line >= len(r.lines) {
+		return len(r.opened)
 	}
-	return docs, next
+	longer, _ := slices.BinarySearch(r.shifted, line+1)
+	return r.lines[line] + longer*len(openingFlow)
 }
 
 // depthLimit has the library refuse what is nested deeper than maxDepth.
@@ -261,7 +288,7 @@ func (r *yamlReader) fail(at position, message string) {
 
 // lines returns the offsets at which lines begin.
 func lines(text string) []int {
-	offsets := []int{0}
+	offsets := make([]int, 1, 2+strings.Count(text, "\n"))
 	for i := 0; i < len(text); i++ {
 		if text[i] == '\n' || text[i] == '\r' && !strings.HasPrefix(text[i+1:], "\n") {
 			offsets = append(offsets, i+1)
@@ -290,7 +317,11 @@ func (r *yamlReader) place(line, column, first int) position {
 		at.column = utf8.RuneCountInString(r.line(at.line)) + 1
 		return at
 	}
-	if _, longer := slices.BinarySearch(r.shifted, at.line); longer {
+	if at.line != r.placed.line { // most calls are about the line of the call before
+		_, longer := slices.BinarySearch(r.shifted, at.line)
+		r.placed = placed{at.line, longer}
+	}
+	if r.placed.longer {
 		at.column = max(at.column-len(openingFlow), 1)
 	}
 	return at
@@ -331,6 +362,7 @@ func checkSource(source string) (problem string, at int) {
 	for i, r := range source {
 		switch {
 		case ' ' <= r && r <= '~', r == '\n', r == '\r', r == '\t':
+			continue
 		case r == 0:
 			return "holds a zero byte; is it text, saved as UTF-8?", i
 		case r == 0x85, r == 0x2028, r == 0x2029:
@@ -363,6 +395,7 @@ const openingFlow = "--- "
 // 3.4 GB, and take 1.2 s and 0.5 GB.
 func (r *yamlReader) openFlows() {
 	var b strings.Builder
+	b.Grow(len(r.text) + len(openingFlow))
 	written, start := 0, true // start: the document has not begun
 	for i, begins := range r.lines {
 		if rest := r.text[begins:]; strings.HasPrefix(rest, "---") || strings.HasPrefix(rest, "...") {
@@ -452,16 +485,17 @@ func checkFlow(source string) (offset int) {
 		}
 		begun = true
 		if len(open) > 0 {
-			if strings.IndexByte(",:-?&*!\"'", c) >= 0 {
+			switch c {
+			case ',', ':', '-', '?', '&', '*', '!', '"', '\'':
 				indicators++
-			}
-			first := slices.IndexFunc(open, func(b bracket) bool { return b.key })
-			if first >= 0 && indicators-open[first].indicators > maxFlow {
-				return open[first].offset
+				first := slices.IndexFunc(open, func(b bracket) bool { return b.key })
+				if first >= 0 && indicators-open[first].indicators > maxFlow {
+					return open[first].offset
+				}
 			}
 		}
 		value = c == ':'
-		token = len(open) > 0 && strings.IndexByte(",:", c) >= 0 || strings.IndexByte("-?:", c) >= 0 && token && len(open) == 0
+		token = len(open) > 0 && (c == ',' || c == ':') || len(open) == 0 && token && (c == '-' || c == '?' || c == ':')
 	}
 	return -1
 }
@@ -477,10 +511,9 @@ type converter struct {
 
 func (c *converter) node(in *yaml.Node, depth int) *node {
 	at := c.r.place(in.Line, in.Column, c.base)
-	n := &node{line: at.line, column: at.column, size: 32 + len(in.Value), height: 1}
-	if in.Style&yaml.TaggedStyle != 0 || in.Tag == "!" {
-		c.failf(at, "YAML tags are not supported")
-	}
+	n := c.r.node()
+	*n = node{line: at.line, column: at.column, size: 32 + len(in.Value), height: 1}
+	c.untagged(in, at)
 	switch in.Kind {
 	case yaml.AliasNode:
 		return c.alias(in, at, depth)
@@ -497,9 +530,53 @@ func (c *converter) node(in *yaml.Node, depth int) *node {
 		c.scalar(n, in)
 	}
 	if in.Anchor != "" {
+		if c.anchors == nil {
+			c.anchors = map[*yaml.Node]*node{}
+		}
 		c.anchors[in] = n
 	}
 	return n
+}
+
+// atOnce is how many nodes, and entries, are allocated at once.
+const atOnce = 64
+
+// node returns a node that is not in use.
+func (r *yamlReader) node() *node {
+	if len(r.nodes) == 0 {
+		r.nodes = make([]node, atOnce)
+	}
+	n := &r.nodes[0]
+	r.nodes = r.nodes[1:]
+	return n
+}
+
+// room returns an empty slice with room for n entries.
+func (r *yamlReader) room(n int) []entry {
+	if n > len(r.entries) {
+		r.entries = make([]entry, max(n, atOnce))
+	}
+	entries := r.entries[:0:n]
+	r.entries = r.entries[n:]
+	return entries
+}
+
+func (c *converter) untagged(in *yaml.Node, at position) {
+	if in.Style&yaml.TaggedStyle != 0 || in.Tag == "!" {
+		c.failf(at, "YAML tags are not supported")
+	}
+}
+
+// key returns what a key of a mapping is, and its text. Most keys need no node: only what aliases may stand for does.
+func (c *converter) key(in *yaml.Node, at position, depth int) (kind, string) {
+	if in.Kind != yaml.ScalarNode || in.Anchor != "" {
+		n := c.node(in, depth)
+		return n.kind, n.text
+	}
+	n := node{line: at.line, column: at.column}
+	c.untagged(in, at)
+	c.scalar(&n, in)
+	return n.kind, n.text
 }
 
 // hold notes a part of a node.
@@ -561,6 +638,9 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 		}
 		digits := strings.ReplaceAll(in.Value, "_", "")
 		switch {
+		case isInteger(in.Value): // as most numbers are: expressions take longer
+			n.kind = number
+			n.number, _ = strconv.ParseFloat(in.Value, 64)
 		case octal.MatchString(in.Value) && strings.Trim(digits, "+-0") != "":
 			c.failf(position{n.line, n.column}, "%s is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it",
 				quote(in.Value))
@@ -575,6 +655,16 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 		}
 	}
 	c.severalLines(n, in.Value)
+}
+
+// isInteger reports whether s has digits alone, and no 0 before others.
+func isInteger(s string) bool {
+	for i := range len(s) {
+		if s[i] < '0' || s[i] > '9' {
+			return false
+		}
+	}
+	return s != "" && (s[0] != '0' || len(s) == 1)
 }
 
 // severalLines refuses unquoted text of several lines that is hardly meant as such: a line that begins with "- " is an
@@ -607,7 +697,7 @@ func (c *converter) severalLines(n *node, value string) {
 
 func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 	n.kind = mapping
-	n.entries = make([]entry, 0, len(in.Content)/2)
+	n.entries = c.r.room(len(in.Content) / 2)
 	if in.Style&yaml.FlowStyle == 0 && len(in.Content) > 0 {
 		at := c.r.place(in.Content[0].Line, in.Content[0].Column, c.base)
 		n.line, n.column = at.line, at.column // not where an anchor is
@@ -618,19 +708,19 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 	for i := 0; i+1 < len(in.Content); i += 2 {
 		name := in.Content[i]
 		at := c.r.place(name.Line, name.Column, c.base)
-		key := c.node(name, depth+1)
+		kind, key := c.key(name, at, depth+1)
 		value := c.node(in.Content[i+1], depth+1)
 		n.hold(value)
 		switch {
 		case name.Kind == yaml.AliasNode:
 			c.failf(at, "want a plain key, have an alias")
 			continue
-		case key.kind != text:
+		case kind != text:
 			hint := ""
 			if name.Kind == yaml.ScalarNode && name.Value != "" {
 				hint = "; quote it"
 			}
-			c.failf(at, "want a string for a key, have %s%s", key.kind, hint)
+			c.failf(at, "want a string for a key, have %s%s", kind, hint)
 			continue
 		case name.Value == "<<" && name.Style == 0:
 			if value.kind == sequence {
@@ -640,12 +730,12 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 			}
 			continue
 		}
-		if first, ok := n.find(key.text); ok {
+		if first, ok := n.find(key); ok {
 			// The rest of the document still makes sense, so this does not fail it.
-			c.r.fail(at, fmt.Sprintf("duplicate key %s, first at line %d", quote(key.text), first.line))
+			c.r.fail(at, fmt.Sprintf("duplicate key %s, first at line %d", quote(key), first.line))
 			continue
 		}
-		n.add(entry{key: key.text, line: at.line, column: at.column, value: value})
+		n.add(entry{key: key, line: at.line, column: at.column, value: value})
 	}
 	// The mapping's own keys win over merged ones, and earlier merged mappings over later ones.
 	for _, from := range merged {

@@ -1,0 +1,90 @@
+package policy
+
+import (
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+)
+
+// A section is a part of a file that is read on its own, and at once with others: documents from the first line to the
+// one before the end. Nothing in a document depends on what is in another, but for the names of policies, and for what
+// aliases may stand for in the file as a whole.
+type section struct {
+	first, end int
+	policies   []Policy
+	names      []position // where the policies have them
+	aliased    int        // bytes that its aliases stand for
+}
+
+// sectionSize is how many bytes a section has, or a few more for its last document to end.
+const sectionSize = 128 << 10
+
+// sections divides the file.
+func (r *yamlReader) sections() []section {
+	var sections []section
+	first := 0
+	for i, begins := range r.lines {
+		if begins-r.lines[first] >= sectionSize && startsDocument(r.text[begins:]) {
+			sections = append(sections, section{first: first, end: i})
+			first = i
+		}
+	}
+	return append(sections, section{first: first, end: len(r.lines)})
+}
+
+// startsDocument reports whether the line that text begins with starts a document wherever it stands in YAML: in quotes,
+// brackets and block scalars too, which it breaks.
+func startsDocument(text string) bool {
+	behind, found := strings.CutPrefix(text, "---")
+	return found && (behind == "" || strings.IndexByte(" \t\r\n", behind[0]) >= 0)
+}
+
+// good reads the file on all processors. It reports whether it has found nothing wrong: what is wrong, and in which order,
+// is known only to those who read the file from its beginning.
+func (r *yamlReader) good(plain string) ([]section, bool) {
+	sections := r.sections()
+	var taken atomic.Int64
+	var bad atomic.Bool
+	work := func() {
+		for !bad.Load() {
+			i := int(taken.Add(1)) - 1
+			if i >= len(sections) {
+				return
+			}
+			if !sections[i].read(*r, plain) {
+				bad.Store(true)
+			}
+		}
+	}
+	var others sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(sections)) - 1 {
+		others.Go(work)
+	}
+	work()
+	others.Wait()
+	aliased := 0
+	for _, s := range sections {
+		aliased += s.aliased
+	}
+	return sections, !bad.Load() && aliased <= maxAlias
+}
+
+// read reads the policies of the section and reports whether it has found nothing wrong. Each document is decoded as
+// soon as it is read, so that only one is in memory.
+func (s *section) read(r yamlReader, plain string) bool {
+	good := true
+	err := r.documents(s.first, s.end, func(doc *node, failed bool) bool {
+		if failed || len(r.errs) > 0 {
+			good = false
+		} else if doc.kind != null {
+			d := newDecoder(r.file)
+			s.policies = append(s.policies, d.policy(doc, plain))
+			s.names = append(s.names, position{d.name.line, d.name.column})
+			good = !d.invalid
+		}
+		return good
+	})
+	s.aliased = maxAlias - r.left
+	return good && err == nil && r.left >= 0
+}
