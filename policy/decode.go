@@ -53,7 +53,7 @@ type decoder struct {
 	computed map[string]bool    // the other signals that a component has for output, by name
 	meters   value              // flux_meters
 	metered  map[string]bool    // those that a port names
-	kept     []value            // to be used by keep
+	kept     *slab[value]
 }
 
 func newDecoder(file string) *decoder {
@@ -65,6 +65,7 @@ func newDecoder(file string) *decoder {
 		signals:  map[string]float64{},
 		computed: map[string]bool{},
 		metered:  map[string]bool{},
+		kept:     new(slab[value]),
 	}
 }
 
@@ -150,13 +151,9 @@ func (d *decoder) is(v value, want kind) bool {
 // isNumber reports whether text would be a number if it were not quoted.
 func isNumber(text string) bool { return decimal.MatchString(text) || based.MatchString(text) }
 
-// keep returns a copy of v for others to point to. Copies are allocated in blocks.
+// keep returns a copy of v for others to point to.
 func (d *decoder) keep(v value) *value {
-	if len(d.kept) == 0 {
-		d.kept = make([]value, 32)
-	}
-	kept := &d.kept[0]
-	d.kept = d.kept[1:]
+	kept := &d.kept.take(1)[0]
 	*kept = v
 	return kept
 }

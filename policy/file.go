@@ -131,15 +131,20 @@ func (l *loader) parse(file string, data []byte) {
 	}
 	unfinished := bytes.Contains(data, []byte(placeholder))
 	r, errs := newReader(file, data)
-	if r != nil && !unfinished {
-		if sections, good := r.good(plain); good && l.take(file, sections) {
-			return
-		}
-	}
 	var docs []*node
 	if r != nil {
+		if !unfinished {
+			if sections, good := r.good(plain, sectionSize); good && l.take(file, sections) {
+				return
+			}
+		}
 		docs, errs = r.all()
 	}
+	l.inspect(file, plain, docs, errs, unfinished)
+}
+
+// inspect takes the policies of a file's documents, and notes what is wrong with them after what was wrong with the YAML.
+func (l *loader) inspect(file, plain string, docs []*node, errs []*Error, unfinished bool) {
 	if len(docs)+len(errs) == 0 {
 		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
 	}

@@ -17,15 +17,15 @@ type section struct {
 	aliased    int        // bytes that its aliases stand for
 }
 
-// sectionSize is how many bytes a section has, or a few more for its last document to end.
+// sectionSize is how many bytes a section has, and more until its last document ends.
 const sectionSize = 128 << 10
 
-// sections divides the file.
-func (r *yamlReader) sections() []section {
+// sections divides the file into sections of about the size.
+func (r *yamlReader) sections(size int) []section {
 	var sections []section
 	first := 0
 	for i, begins := range r.lines {
-		if begins-r.lines[first] >= sectionSize && startsDocument(r.text[begins:]) {
+		if begins-r.lines[first] >= size && startsDocument(r.text[begins:]) {
 			sections = append(sections, section{first: first, end: i})
 			first = i
 		}
@@ -41,9 +41,9 @@ func startsDocument(text string) bool {
 }
 
 // good reads the file on all processors. It reports whether it has found nothing wrong: what is wrong, and in which order,
-// is known only to those who read the file from its beginning.
-func (r *yamlReader) good(plain string) ([]section, bool) {
-	sections := r.sections()
+// is known only where the file is read from its beginning.
+func (r *yamlReader) good(plain string, size int) ([]section, bool) {
+	sections := r.sections(size)
 	var taken atomic.Int64
 	var bad atomic.Bool
 	work := func() {
@@ -71,18 +71,24 @@ func (r *yamlReader) good(plain string) ([]section, bool) {
 }
 
 // read reads the policies of the section and reports whether it has found nothing wrong. Each document is decoded as
-// soon as it is read, so that only one is in memory.
+// soon as it is read, so that only one is in memory,
+// and in that of the one before.
 func (s *section) read(r yamlReader, plain string) bool {
 	good := true
+	var kept slab[value]
 	err := r.documents(s.first, s.end, func(doc *node, failed bool) bool {
 		if failed || len(r.errs) > 0 {
 			good = false
 		} else if doc.kind != null {
 			d := newDecoder(r.file)
+			d.kept = &kept
 			s.policies = append(s.policies, d.policy(doc, plain))
 			s.names = append(s.names, position{d.name.line, d.name.column})
 			good = !d.invalid
 		}
+		r.nodes.reset()
+		r.entries.reset()
+		kept.reset()
 		return good
 	})
 	s.aliased = maxAlias - r.left

@@ -74,19 +74,18 @@ type yamlReader struct {
 	file    string
 	text    string
 	lines   []int  // offsets in text
-	opened  string // text with "--- " before documents in brackets; see openFlows
-	shifted []int  // lines that it lengthens
+	flows   []int  // lines that begin a document in brackets; see findFlows
 	placed  placed // what place looked up last
 	errs    []*Error
-	left    int     // bytes that aliases may still stand for
-	nodes   []node  // to be used; allocated in blocks, as are entries
-	entries []entry // to be used
+	left    int // bytes that aliases may still stand for
+	nodes   slab[node]
+	entries slab[entry]
 }
 
-// placed is a line and whether openFlows has lengthened it.
+// placed is a line and whether it is one of flows.
 type placed struct {
-	line   int
-	longer bool
+	line int
+	flow bool
 }
 
 // newReader returns the reader of a file, and nil if it has found what keeps the file from being read.
@@ -106,7 +105,7 @@ func newReader(file string, data []byte) (*yamlReader, []*Error) {
 			`write each item in a line of its own, after "- "`, maxFlow))
 		return nil, r.errs
 	}
-	r.openFlows()
+	r.findFlows()
 	return r, nil
 }
 
@@ -133,8 +132,7 @@ func (r *yamlReader) all() (docs []*node, errs []*Error) {
 // documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at one
 // that is broken. Those that failed are not: only what they say makes no sense.
 func (r *yamlReader) documents(first, end int, yield func(doc *node, failed bool) bool) error {
-	source := r.opened[r.offset(first):r.offset(end)]
-	loader, err := yaml.NewLoader(strings.NewReader(source), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
+	loader, err := yaml.NewLoader(strings.NewReader(r.opened(first, end)), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
 	for err == nil {
 		var n yaml.Node
 		if err = loader.Load(&n); err != nil {
@@ -156,15 +154,6 @@ func (r *yamlReader) documents(first, end int, yield func(doc *node, failed bool
 		return nil
 	}
 	return err
-}
-
-// offset returns where in what openFlows has returned a line begins, counted from 0.
-func (r *yamlReader) offset(line int) int {
-	if line >= len(r.lines) {
-		return len(r.opened)
-	}
-	longer, _ := slices.BinarySearch(r.shifted, line+1)
-	return r.lines[line] + longer*len(openingFlow)
 }
 
 // depthLimit has the library refuse what is nested deeper than maxDepth.
@@ -309,7 +298,7 @@ func (r *yamlReader) mark(m yaml.Mark, first int) position {
 	return r.place(m.Line, m.Column, first)
 }
 
-// place returns a line and a column of what openFlows has returned as they are in the file.
+// place returns a line and a column of what opened has returned as they are in the file.
 func (r *yamlReader) place(line, column, first int) position {
 	at := position{line + first, column}
 	if at.line > len(r.lines) { // the library ends the last line
@@ -318,10 +307,10 @@ func (r *yamlReader) place(line, column, first int) position {
 		return at
 	}
 	if at.line != r.placed.line { // most calls are about the line of the call before
-		_, longer := slices.BinarySearch(r.shifted, at.line)
-		r.placed = placed{at.line, longer}
+		_, flow := slices.BinarySearch(r.flows, at.line)
+		r.placed = placed{at.line, flow}
 	}
-	if r.placed.longer {
+	if r.placed.flow {
 		at.column = max(at.column-len(openingFlow), 1)
 	}
 	return at
@@ -387,16 +376,12 @@ func validUTF8(source string) int {
 	return len(source)
 }
 
-// openingFlow is what openFlows adds.
+// openingFlow is what opened adds.
 const openingFlow = "--- "
 
-// openFlows puts "--- " before each document that is a list or mapping in brackets, as JSON is. Without it, such a
-// document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s and
-// 3.4 GB, and take 1.2 s and 0.5 GB.
-func (r *yamlReader) openFlows() {
-	var b strings.Builder
-	b.Grow(len(r.text) + len(openingFlow))
-	written, start := 0, true // start: the document has not begun
+// findFlows notes the lines at which documents begin that are a list or mapping in brackets, as JSON is.
+func (r *yamlReader) findFlows() {
+	start := true // the document has not begun
 	for i, begins := range r.lines {
 		if rest := r.text[begins:]; strings.HasPrefix(rest, "---") || strings.HasPrefix(rest, "...") {
 			behind := strings.TrimSpace(r.line(i + 1)[3:])
@@ -412,14 +397,31 @@ func (r *yamlReader) openFlows() {
 		}
 		start = false
 		if line[0] == '{' || line[0] == '[' {
-			b.WriteString(r.text[written:begins])
-			b.WriteString(openingFlow)
-			written = begins
-			r.shifted = append(r.shifted, i+1)
+			r.flows = append(r.flows, i+1)
 		}
 	}
-	b.WriteString(r.text[written:])
-	r.opened = b.String()
+}
+
+// opened returns the lines from first up to end, counted from 0, with "--- " before those of flows. Without it, such a
+// document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s and
+// 3.4 GB, and take 1.2 s and 0.5 GB.
+func (r *yamlReader) opened(first, end int) string {
+	to := len(r.text)
+	if end < len(r.lines) {
+		to = r.lines[end]
+	}
+	from := r.lines[first]
+	next, _ := slices.BinarySearch(r.flows, first+1)
+	var b strings.Builder
+	b.Grow(to - from + len(openingFlow))
+	for ; next < len(r.flows) && r.flows[next] <= end; next++ {
+		begins := r.lines[r.flows[next]-1]
+		b.WriteString(r.text[from:begins])
+		b.WriteString(openingFlow)
+		from = begins
+	}
+	b.WriteString(r.text[from:to])
+	return b.String()
 }
 
 // checkFlow returns the offset of a list or mapping in brackets that has more than maxFlow indicators and stands where
@@ -437,7 +439,7 @@ func checkFlow(source string) (offset int) {
 	var open []bracket
 	indicators := 0
 	token, value := true, true // what comes next may begin a token, and cannot be a key
-	begun := false             // a document has: openFlows sees to one that is in brackets
+	begun := false             // a document has: findFlows sees to one that is in brackets
 	for i := 0; i < len(source); i++ {
 		c := source[i]
 		switch c {
@@ -511,7 +513,7 @@ type converter struct {
 
 func (c *converter) node(in *yaml.Node, depth int) *node {
 	at := c.r.place(in.Line, in.Column, c.base)
-	n := c.r.node()
+	n := &c.r.nodes.take(1)[0]
 	*n = node{line: at.line, column: at.column, size: 32 + len(in.Value), height: 1}
 	c.untagged(in, at)
 	switch in.Kind {
@@ -536,29 +538,6 @@ func (c *converter) node(in *yaml.Node, depth int) *node {
 		c.anchors[in] = n
 	}
 	return n
-}
-
-// atOnce is how many nodes, and entries, are allocated at once.
-const atOnce = 64
-
-// node returns a node that is not in use.
-func (r *yamlReader) node() *node {
-	if len(r.nodes) == 0 {
-		r.nodes = make([]node, atOnce)
-	}
-	n := &r.nodes[0]
-	r.nodes = r.nodes[1:]
-	return n
-}
-
-// room returns an empty slice with room for n entries.
-func (r *yamlReader) room(n int) []entry {
-	if n > len(r.entries) {
-		r.entries = make([]entry, max(n, atOnce))
-	}
-	entries := r.entries[:0:n]
-	r.entries = r.entries[n:]
-	return entries
 }
 
 func (c *converter) untagged(in *yaml.Node, at position) {
@@ -697,7 +676,7 @@ func (c *converter) severalLines(n *node, value string) {
 
 func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 	n.kind = mapping
-	n.entries = c.r.room(len(in.Content) / 2)
+	n.entries = c.r.entries.take(len(in.Content) / 2)[:0]
 	if in.Style&yaml.FlowStyle == 0 && len(in.Content) > 0 {
 		at := c.r.place(in.Content[0].Line, in.Content[0].Column, c.base)
 		n.line, n.column = at.line, at.column // not where an anchor is
