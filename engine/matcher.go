@@ -89,8 +89,10 @@ func compileSelector(s policy.Selector) (selector, error) {
 // compileMatcher gives the conditions that all must hold.
 func compileMatcher(m policy.LabelMatcher) ([]condition, error) {
 	var all []condition
-	for _, label := range slices.Sorted(maps.Keys(m.Equal)) {
-		all = append(all, labelEquals(label, m.Equal[label]))
+	if len(m.Equal) > 0 {
+		for _, label := range slices.Sorted(maps.Keys(m.Equal)) {
+			all = append(all, labelEquals(label, m.Equal[label]))
+		}
 	}
 	for _, r := range m.Require {
 		c, err := compileRequirement(r)

@@ -2,11 +2,10 @@ package engine
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 
 	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/policy"
@@ -135,13 +134,18 @@ func (e *Engine) sweepRetired() {
 
 // compile makes rules of the policies, with the parts in force where they are the same.
 func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
-	kept := make(map[identity]*part)
+	kept := make(map[identity]*part, len(e.rules.Load().parts))
 	for _, p := range e.rules.Load().parts {
 		kept[p.named] = p
 	}
 	r := &rules{points: make(map[string]*point), gauges: make(map[string][]gauge), named: make(map[string]bool)}
+	components := 0
+	for _, p := range policies {
+		components += len(p.Components)
+	}
+	r.parts = make([]*part, 0, components)
 	var errs []error
-	names := make(map[string]bool)
+	names := make(map[string]bool, len(policies))
 	for _, p := range policies {
 		if names[p.Name] {
 			errs = append(errs, fmt.Errorf("policy %q: the name is taken by another policy", p.Name))
@@ -160,8 +164,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, c := range p.Components {
-		sum := sha256.Sum256(fmt.Appendf(nil, "%q %#v", p.Name, c))
-		id := seam.Component{Policy: p.Name, Hash: hex.EncodeToString(sum[:16]), ID: fmt.Sprintf("root.%d", i)}
+		id := seam.Component{Policy: p.Name, Hash: configHash(p.Name, c), ID: "root." + strconv.Itoa(i)}
 		built := new(part)
 		selectors, err := e.build(built, c, id)
 		if err == nil {

@@ -12,7 +12,7 @@ import (
 // TestManyLimiters reads 100,000 limiters, in as many policies as may be and in one, and JSON in a line.
 func TestManyLimiters(t *testing.T) {
 	if raceEnabled {
-		t.Skip("skipped under the race detector, which makes it slow: one goroutine reads the files, and TestLarge reads large ones")
+		t.Skip("skipped under the race detector, which makes it slow: TestSections reads files on several goroutines, and TestLarge reads large ones")
 	}
 	const (
 		limiters = 100_000

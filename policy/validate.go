@@ -64,7 +64,7 @@ func (p Policy) check(wrong report) {
 		}
 		id := c.id()
 		if id == "" {
-			id = fmt.Sprintf("root.%d", i)
+			id = "root." + strconv.Itoa(i)
 		}
 		if first, taken := ids[id]; taken {
 			wrong(".ID", "%s is the ID of components[%d] too", quote(id), first)
@@ -301,6 +301,18 @@ func checkSelectors(wrong report, selectors []Selector) {
 }
 
 func (m LabelMatcher) check(wrong report) {
+	if len(m.Equal) > 0 {
+		m.checkEqual(wrong)
+	}
+	for i, r := range m.Require {
+		r.check(wrong.at(".Require", i))
+	}
+	if m.Expression != nil {
+		checkExpression(wrong.sub(".Expression"), m.Expression)
+	}
+}
+
+func (m LabelMatcher) checkEqual(wrong report) {
 	if _, ok := m.Equal[""]; ok {
 		wrong(".Equal", "has an empty label name")
 	}
@@ -308,12 +320,6 @@ func (m LabelMatcher) check(wrong report) {
 		if why := impossible(name); why != "" {
 			wrong(equal(".Equal", name), "name %s", why)
 		}
-	}
-	for i, r := range m.Require {
-		r.check(wrong.at(".Require", i))
-	}
-	if m.Expression != nil {
-		checkExpression(wrong.sub(".Expression"), m.Expression)
 	}
 }
 

@@ -1,0 +1,74 @@
+package engine
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"math"
+	"reflect"
+	"slices"
+
+	"github.com/headgate-go/headgate/policy"
+)
+
+// configHash returns the hash of a component's configuration and of its policy's name. Configurations that are equal have
+// the same. It goes by reflection, so that no field is forgotten. The format %#v would tell them apart too, but takes three
+// times as long, which counts with 100,000 components.
+func configHash(policyName string, c policy.Component) string {
+	b := make([]byte, 0, 512)
+	b = appendText(b, policyName)
+	b = appendValue(b, reflect.ValueOf(&c).Elem())
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:16])
+}
+
+// appendValue appends a value such that no two of one type look the same, with what comes behind them or not.
+func appendValue(b []byte, v reflect.Value) []byte {
+	switch v.Kind() {
+	case reflect.Bool:
+		if v.Bool() {
+			return append(b, 1)
+		}
+		return append(b, 0)
+	case reflect.Int, reflect.Int64:
+		return binary.AppendVarint(b, v.Int())
+	case reflect.Float64:
+		return binary.BigEndian.AppendUint64(b, math.Float64bits(v.Float()))
+	case reflect.String:
+		return appendText(b, v.String())
+	case reflect.Slice:
+		b = binary.AppendUvarint(b, uint64(v.Len()))
+		for i := range v.Len() {
+			b = appendValue(b, v.Index(i))
+		}
+		return b
+	case reflect.Struct:
+		for i := range v.NumField() {
+			b = appendValue(b, v.Field(i))
+		}
+		return b
+	case reflect.Interface:
+		if v.IsNil() {
+			return appendText(b, "")
+		}
+		return appendValue(appendText(b, v.Elem().Type().String()), v.Elem())
+	}
+	if m, ok := v.Interface().(map[string]string); ok {
+		b = binary.AppendUvarint(b, uint64(len(m)))
+		if len(m) == 0 {
+			return b // most are, and Sorted would allocate
+		}
+		for _, key := range slices.Sorted(maps.Keys(m)) {
+			b = appendText(appendText(b, key), m[key])
+		}
+		return b
+	}
+	return appendText(b, fmt.Sprintf("%#v", v)) // of a type that no component has
+}
+
+// appendText appends text of which the end is known.
+func appendText(b []byte, text string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(text))), text...)
+}
