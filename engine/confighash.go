@@ -45,7 +45,7 @@ func appendValue(b []byte, v reflect.Value) []byte {
 		}
 		return b
 	case reflect.Struct:
-		for i := range v.NumField() {
+		for i := range v.NumField() { //nolint:modernize // Fields makes a StructField of each
 			b = appendValue(b, v.Field(i))
 		}
 		return b
@@ -54,8 +54,11 @@ func appendValue(b []byte, v reflect.Value) []byte {
 			return appendText(b, "")
 		}
 		return appendValue(appendText(b, v.Elem().Type().String()), v.Elem())
-	}
-	if m, ok := v.Interface().(map[string]string); ok {
+	default:
+		m, ok := reflect.TypeAssert[map[string]string](v)
+		if !ok {
+			return appendText(b, fmt.Sprintf("%#v", v)) // of a type that no component has
+		}
 		b = binary.AppendUvarint(b, uint64(len(m)))
 		if len(m) == 0 {
 			return b // most are, and Sorted would allocate
@@ -65,7 +68,6 @@ func appendValue(b []byte, v reflect.Value) []byte {
 		}
 		return b
 	}
-	return appendText(b, fmt.Sprintf("%#v", v)) // of a type that no component has
 }
 
 // appendText appends text of which the end is known.

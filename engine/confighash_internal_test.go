@@ -19,8 +19,14 @@ func TestConfigHash(t *testing.T) {
 		seen[hash] = path
 	}
 	for _, c := range []policy.Component{
-		policy.RateLimiter{}, policy.ConcurrencyLimiter{}, policy.QuotaScheduler{}, policy.ConcurrencyScheduler{},
-		policy.LoadScheduler{}, policy.AIMDLoadScheduler{}, policy.Sampler{}, policy.LoadRamp{},
+		policy.RateLimiter{},
+		policy.ConcurrencyLimiter{},
+		policy.QuotaScheduler{},
+		policy.ConcurrencyScheduler{},
+		policy.LoadScheduler{},
+		policy.AIMDLoadScheduler{},
+		policy.Sampler{},
+		policy.LoadRamp{},
 	} {
 		name := fmt.Sprintf("%T", c)
 		note(name, configHash("p", c))
@@ -73,19 +79,20 @@ func changes(t *testing.T, path string, v reflect.Value, changed func(path strin
 		set(map[string]string{"a": "b"}, map[string]string{"a": "c"}, map[string]string{"a": "b", "c": "d"}, map[string]string{"ab": ""})
 	default:
 		var values []any
-		if v.Type() == reflect.TypeFor[policy.Expression]() {
+		switch v.Type() {
+		case reflect.TypeFor[policy.Expression]():
 			a := policy.LabelExists("a")
 			values = []any{
 				a, policy.Not{Of: a}, policy.All{a}, policy.Any{a}, policy.All{a, a}, policy.All{policy.All{a}, a},
 				policy.LabelEquals{Label: "a", Value: "bc"}, policy.LabelEquals{Label: "ab", Value: "c"},
 				policy.LabelMatches{Label: "a", Regex: "bc"}, policy.LabelMatches{Label: "ab", Regex: "c"},
 			}
-		} else if v.Type() == reflect.TypeFor[policy.Signal]() {
+		case reflect.TypeFor[policy.Signal]():
 			values = []any{
 				policy.Constant(0), policy.Constant(1), policy.Named("a"), policy.MeanLatency{}, policy.MeanLatency{Over: 1},
 				policy.MeanLatency{Times: 1}, policy.MeanLatency{Selectors: policy.At("a")},
 			}
-		} else {
+		default:
 			t.Fatalf("%s: the test knows no values of %s", path, v.Type())
 		}
 		set(values...)
