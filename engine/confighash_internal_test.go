@@ -83,14 +83,26 @@ func changes(t *testing.T, path string, v reflect.Value, changed func(path strin
 		case reflect.TypeFor[policy.Expression]():
 			a := policy.LabelExists("a")
 			values = []any{
-				a, policy.Not{Of: a}, policy.All{a}, policy.Any{a}, policy.All{a, a}, policy.All{policy.All{a}, a},
-				policy.LabelEquals{Label: "a", Value: "bc"}, policy.LabelEquals{Label: "ab", Value: "c"},
-				policy.LabelMatches{Label: "a", Regex: "bc"}, policy.LabelMatches{Label: "ab", Regex: "c"},
+				a,
+				policy.Not{Of: a},
+				policy.All{a},
+				policy.Any{a},
+				policy.All{a, a},
+				policy.All{policy.All{a}, a},
+				policy.LabelEquals{Label: "a", Value: "bc"},
+				policy.LabelEquals{Label: "ab", Value: "c"},
+				policy.LabelMatches{Label: "a", Regex: "bc"},
+				policy.LabelMatches{Label: "ab", Regex: "c"},
 			}
 		case reflect.TypeFor[policy.Signal]():
 			values = []any{
-				policy.Constant(0), policy.Constant(1), policy.Named("a"), policy.MeanLatency{}, policy.MeanLatency{Over: 1},
-				policy.MeanLatency{Times: 1}, policy.MeanLatency{Selectors: policy.At("a")},
+				policy.Constant(0),
+				policy.Constant(1),
+				policy.Named("a"),
+				policy.MeanLatency{},
+				policy.MeanLatency{Over: 1},
+				policy.MeanLatency{Times: 1},
+				policy.MeanLatency{Selectors: policy.At("a")},
 			}
 		default:
 			t.Fatalf("%s: the test knows no values of %s", path, v.Type())
