@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -65,11 +66,17 @@ func TestKeys(t *testing.T) {
 		{"two keys", []string{"x-api-key", "sesame", "x-api-key", "open"}, false},
 	} {
 		ctx := metadata.AppendToOutgoingContext(t.Context(), tt.keys...)
+		withDeadline, cancel := context.WithTimeout(ctx, time.Hour)
+		defer cancel()
 		for method, request := range calls {
 			t.Run(fmt.Sprintf("%s%s", tt.name, method), func(t *testing.T) {
 				err := conn.Invoke(ctx, method, request, new(checkv1.CheckResponse), grpc.ForceCodec(raw{}))
 				if refused := status.Code(err) == codes.Unauthenticated; refused == tt.ok {
 					t.Errorf("Invoke() = %v want a call that is let through: %v", err, tt.ok)
+				}
+				err = conn.Invoke(withDeadline, method, request, new(checkv1.CheckResponse), grpc.ForceCodec(raw{}))
+				if code := status.Code(err); (code == codes.Unauthenticated) == tt.ok && code != codes.Unimplemented {
+					t.Errorf("Invoke() with a deadline = %v want a call that is let through: %v", err, tt.ok)
 				}
 			})
 		}

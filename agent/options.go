@@ -75,18 +75,60 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
-			if o.keys != nil && !strings.HasPrefix(info.FullMethodName, healthService) {
-				sent := info.Header.Get(keyHeader)
-				if len(sent) != 1 {
-					return ctx, errNoKey
-				}
-				if _, ok := o.keys(sent[0]); !ok {
-					return ctx, errWrongKey
-				}
+			err := o.refusal(info)
+			if err == nil {
+				return g.call(ctx), nil
 			}
-			return g.call(ctx), nil
+			if _, ok := ctx.Deadline(); ok {
+				return refused(ctx, err), nil
+			}
+			return ctx, err
+		}),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			if err := refusalOf(ctx); err != nil {
+				return nil, err
+			}
+			return handle(ctx, request)
+		}),
+		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			if err := refusalOf(stream.Context()); err != nil {
+				return err
+			}
+			return handle(server, stream)
 		}),
 	}
+}
+
+// refusal tells why the call is refused; nil when it is not.
+func (o *options) refusal(info *tap.Info) error {
+	if o.keys == nil || strings.HasPrefix(info.FullMethodName, healthService) {
+		return nil
+	}
+	sent := info.Header.Get(keyHeader)
+	if len(sent) != 1 {
+		return errNoKey
+	}
+	if _, ok := o.keys(sent[0]); !ok {
+		return errWrongKey
+	}
+	return nil
+}
+
+type refusalKey struct{}
+
+// refused makes the context of a call that has a deadline and is refused. If the tap handle refused it, gRPC would keep
+// its timer until the deadline, which can be years away. So the call begins, and ends where it would be handled, or at
+// the latest when the context does.
+func refused(ctx context.Context, err error) context.Context {
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, refusalKey{}, err), arrival)
+	context.AfterFunc(ctx, cancel)
+	return ctx
+}
+
+// refusalOf tells why the call is refused; nil when it is not.
+func refusalOf(ctx context.Context) error {
+	err, _ := ctx.Value(refusalKey{}).(error)
+	return err
 }
 
 // Without a status of their own gRPC makes PermissionDenied of a tap handle's errors.

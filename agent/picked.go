@@ -115,6 +115,7 @@ type headersRead struct {
 	kept    map[string]*headerGroup // by label
 	order   []string                // labels that no policy names, in order
 	baggage []byte
+	carries bool // there is a header with baggage
 	scratch []byte
 }
 
@@ -126,7 +127,7 @@ const maxGroup = 4
 
 func (h *headersRead) add(name, value []byte) {
 	if string(name) == wire.HeaderBaggage {
-		h.baggage = value
+		h.baggage, h.carries = value, true
 		return
 	}
 	if len(name) == 0 || name[0] == ':' {
@@ -148,6 +149,7 @@ func (h *headersRead) add(name, value []byte) {
 	group := h.kept[string(h.scratch)]
 	if group == nil {
 		_, wanted := h.named[string(h.scratch)]
+		wanted = wanted || string(h.scratch) == headerLabel+wire.HeaderBaggage // spelled otherwise, which is ambiguous
 		if !wanted && !h.place() {
 			return
 		}
@@ -167,9 +169,13 @@ func (h *headersRead) add(name, value []byte) {
 		group.headers = append(group.headers, pair{name, value})
 		return
 	}
-	// The one without "_" counts, and must not be the one that has no room.
-	if !bytes.ContainsRune(name, '_') {
-		group.headers[maxGroup-1] = pair{name, value}
+	// A header without "_" counts, so it takes the place of one that has it. Two without it differ by case: both stay,
+	// for the request to be rejected.
+	if bytes.ContainsRune(name, '_') {
+		return
+	}
+	if i := slices.IndexFunc(group.headers, func(one pair) bool { return bytes.ContainsRune(one.key, '_') }); i >= 0 {
+		group.headers[i] = pair{name, value}
 	}
 }
 
@@ -201,7 +207,7 @@ func (h *headersRead) headers() map[string]string {
 			}
 		}
 	}
-	if h.baggage != nil {
+	if h.carries {
 		m[wire.HeaderBaggage] = text(h.baggage)
 	}
 	return m

@@ -50,6 +50,9 @@ func bounded(service grpc.ServiceDesc, named func() map[string]bool) *grpc.Servi
 
 // through handles a call, whose message is read when the gate lets it. On a server without the gate it is read at once.
 func through(ctx context.Context, decode func(any) error, handle func(decode func(any) error) (any, error), read func([]byte, proto.Message) error) (any, error) {
+	if err := refusalOf(ctx); err != nil {
+		return nil, err
+	}
 	c := callOf(ctx)
 	if err := c.enter(); err != nil {
 		return nil, err
@@ -134,7 +137,8 @@ func (r reflection) ProtoMethods() *protoiface.Methods {
 }
 
 // readRequest decodes a request. Of a check it decodes what somebody looks at: the labels that policies name, whole, and
-// of the others those that the answer reports.
+// of the others those that the answer reports. What it decodes it decodes as protobuf does. It is not as strict: a label
+// or header whose entry is malformed has what comes before that, and a field that nothing looks at may hold anything.
 func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 	switch m := m.(type) {
 	case *checkv1.CheckRequest:
@@ -236,18 +240,23 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 	labels := picked{named: named}
 	var lookup *lookupReader
 	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+		if data == nil {
+			switch field {
+			case checkRequestRampMode:
+				m.RampMode = n != 0
+			case checkRequestExpectEnd:
+				m.ExpectEnd = n != 0
+			case requestDryRun:
+				m.DryRun = n != 0
+			}
+			return
+		}
 		switch field {
 		case checkRequestPoint:
 			m.ControlPoint = point(data)
 		case checkRequestLabels:
 			key, value := entryOf(data)
 			labels.add(key, value)
-		case checkRequestRampMode:
-			m.RampMode = n != 0
-		case checkRequestExpectEnd:
-			m.ExpectEnd = n != 0
-		case requestDryRun:
-			m.DryRun = n != 0
 		case checkRequestLookup:
 			if lookup == nil {
 				lookup = &lookupReader{m: new(checkv1.CacheLookupRequest)}
@@ -273,6 +282,9 @@ type lookupReader struct {
 
 func (l *lookupReader) read(data []byte) {
 	l.malformed = !walk(data, func(field protowire.Number, data []byte, _ uint64) {
+		if data == nil {
+			return // a number where text belongs
+		}
 		switch field {
 		case lookupPoint:
 			l.m.ControlPoint = point(data)
@@ -292,6 +304,9 @@ func point(data []byte) string { return text(data[:min(len(data), maxPoint)]) }
 // entryOf is an entry of a map from text to text.
 func entryOf(data []byte) (key, value []byte) {
 	walk(data, func(field protowire.Number, data []byte, _ uint64) {
+		if data == nil {
+			return
+		}
 		switch field {
 		case 1:
 			key = data
@@ -306,6 +321,17 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 	headers := headersRead{named: named}
 	whole := true
 	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+		if data == nil {
+			switch field {
+			case httpRequestRampMode:
+				m.RampMode = n != 0
+			case httpRequestExpectEnd:
+				m.ExpectEnd = n != 0
+			case requestDryRun:
+				m.DryRun = n != 0
+			}
+			return
+		}
 		switch field {
 		case httpRequestRequest:
 			if m.Request == nil {
@@ -314,12 +340,6 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 			whole = readHTTPRequest(data, m.Request, &headers) && whole
 		case httpRequestPoint:
 			m.ControlPoint = point(data)
-		case httpRequestRampMode:
-			m.RampMode = n != 0
-		case httpRequestExpectEnd:
-			m.ExpectEnd = n != 0
-		case requestDryRun:
-			m.DryRun = n != 0
 		}
 	})
 	if !ok || !whole {
@@ -340,6 +360,12 @@ func readHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest_HttpRequest, h
 		return text(data)
 	}
 	return walk(data, func(number protowire.Number, data []byte, n uint64) {
+		if data == nil {
+			if number == requestSize {
+				m.Size = int64(n)
+			}
+			return
+		}
 		switch number {
 		case requestMethod:
 			m.Method = field("http.method", data)
@@ -352,8 +378,6 @@ func readHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest_HttpRequest, h
 			m.Host = field("http.host", data)
 		case requestScheme:
 			m.Scheme = field("http.scheme", data)
-		case requestSize:
-			m.Size = int64(n)
 		case requestProtocol:
 			m.Protocol = field("http.flavor", data)
 		}

@@ -130,8 +130,8 @@ func ofMillis(n int64) int64 {
 	return n * int64(time.Millisecond)
 }
 
-// walk calls visit with each field of the message, up to where it is malformed: with its bytes, or its number. It reports
-// whether it is not.
+// walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
+// data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
 func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
 	for len(message) > 0 {
 		field, kind, n := protowire.ConsumeTag(message)
@@ -152,7 +152,9 @@ func walk(message []byte, visit func(field protowire.Number, data []byte, number
 		if n < 0 {
 			return false
 		}
-		visit(field, data, number)
+		if kind == protowire.BytesType || kind == protowire.VarintType {
+			visit(field, data, number)
+		}
 		message = message[n:]
 	}
 	return true

@@ -1,0 +1,81 @@
+package agent_test
+
+import (
+	"context"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/headgate-go/headgate/agent"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/engine"
+)
+
+// Calls that are refused for their key leave nothing behind, whatever their deadline is.
+func TestRefusedCallsLeaveNoMemory(t *testing.T) {
+	e, err := engine.New(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	server := grpc.NewServer(agent.ServerOptions(agent.WithKeys(func(string) (string, bool) { return "", false }))...)
+	agent.Register(server, e)
+	l := bufconn.Listen(1 << 20)
+	go func() { _ = server.Serve(l) }()
+	defer server.Stop()
+	conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	stub := checkv1.NewFlowControlServiceClient(conn)
+	for _, tt := range []struct {
+		name    string
+		timeout time.Duration
+	}{
+		{"no deadline", 0},
+		{"a deadline in an hour", time.Hour},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			calls := func(n int) {
+				for range n {
+					ctx, cancel := t.Context(), context.CancelFunc(func() {})
+					if tt.timeout > 0 {
+						ctx, cancel = context.WithTimeout(ctx, tt.timeout)
+					}
+					_, err := stub.Check(ctx, &checkv1.CheckRequest{ControlPoint: "point"})
+					cancel()
+					if status.Code(err) != codes.Unauthenticated {
+						t.Fatalf("Check() = %v want Unauthenticated", err)
+					}
+				}
+			}
+			heap := func() uint64 {
+				var m runtime.MemStats
+				runtime.GC()
+				runtime.GC()
+				runtime.ReadMemStats(&m)
+				return m.HeapAlloc
+			}
+			calls(100)
+			const n = 5000
+			before := heap()
+			begin := time.Now()
+			calls(n)
+			took := time.Since(begin)
+			grown := int64(heap()) - int64(before)
+			t.Logf("%d bytes and %v a call", grown/n, took/n)
+			if grown > 100*n {
+				t.Errorf("%d bytes a call are left", grown/n)
+			}
+		})
+	}
+}
