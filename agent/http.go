@@ -130,9 +130,12 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 		return carried, wire.Baggage(carried)
 	}
 	labels := picked{named: named}
+	scratch := make([]byte, 0, len(header)) // members have no more when they are decoded
 	wire.EachBaggage(header, func(key, value string) {
 		if !labels.skips(key) {
-			labels.add([]byte(key), []byte(value))
+			scratch = append(append(scratch, key...), value...)
+			whole := scratch[len(scratch)-len(key)-len(value):]
+			labels.add(whole[:len(key):len(key)], whole[len(key):])
 		}
 	})
 	return labels.labels(), ""

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"reflect"
 	"strings"
 	"time"
 
@@ -139,7 +140,8 @@ var (
 
 // connectionOf identifies the connection that a call came by.
 func connectionOf(ctx context.Context) any {
-	if p, ok := peer.FromContext(ctx); ok {
+	// A listener of the application's own can have addresses that are no keys of maps.
+	if p, ok := peer.FromContext(ctx); ok && reflect.ValueOf(p.Addr).Comparable() {
 		return p.Addr
 	}
 	return nil

@@ -23,6 +23,9 @@ type picked struct {
 type pair struct{ key, value []byte }
 
 func (p *picked) add(key, value []byte) {
+	if len(key) == 0 && p.many {
+		return // no policy names it, and it is not reported
+	}
 	if !utf8.Valid(key) {
 		key = []byte(text(key))
 	}

@@ -58,21 +58,25 @@ func TestRefusedCallsLeaveNoMemory(t *testing.T) {
 					}
 				}
 			}
-			heap := func() uint64 {
+			heap := func() (left, allocated uint64) {
 				var m runtime.MemStats
 				runtime.GC()
 				runtime.GC()
 				runtime.ReadMemStats(&m)
-				return m.HeapAlloc
+				return m.HeapAlloc, m.TotalAlloc
 			}
 			calls(100)
 			const n = 5000
-			before := heap()
+			before, allocatedBefore := heap()
 			begin := time.Now()
 			calls(n)
 			took := time.Since(begin)
-			grown := int64(heap()) - int64(before)
-			t.Logf("%d bytes and %v a call", grown/n, took/n)
+			after, allocated := heap()
+			grown := int64(after) - int64(before)
+			t.Logf("%v a call; %d bytes are allocated and %d are left", took/n, (allocated-allocatedBefore)/n, grown/n)
+			if allocated-allocatedBefore > n<<20 {
+				t.Errorf("%d bytes are allocated for a call want at most 1 MiB", (allocated-allocatedBefore)/n)
+			}
 			if grown > 100*n {
 				t.Errorf("%d bytes a call are left", grown/n)
 			}

@@ -2,12 +2,9 @@ package agent
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"runtime"
-	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -103,50 +100,5 @@ func TestRequestsAreReadAsProtobufReadsThem(t *testing.T) {
 		for cut := range data {
 			_ = readRequest(data[:cut], want.ProtoReflect().New().Interface(), nil) // does not panic
 		}
-	}
-}
-
-// Calls with messages that do not end make room for others, and a connection with many of them does not keep others
-// waiting.
-func TestGate(t *testing.T) {
-	g := newGate()
-	var slow []*call
-	for range maxArriving {
-		c := g.call(context.Background()).(*call)
-		c.connection = "slow"
-		if err := c.enter(); err != nil {
-			t.Fatal(err)
-		}
-		slow = append(slow, c)
-	}
-	for i := range 10 {
-		c := g.call(context.Background()).(*call)
-		c.connection = strings.Repeat("x", i)
-		begin := time.Now()
-		if err := c.enter(); err != nil {
-			t.Fatal(err)
-		}
-		if took := time.Since(begin); took > time.Second {
-			t.Errorf("a call waited for %v", took)
-		}
-		if c.leave() {
-			t.Error("a call was ended that had just begun")
-		}
-	}
-	if !slow[0].leave() || slow[0].Err() == nil {
-		t.Error("the first slow call was not ended")
-	}
-	evicted := 0
-	for _, c := range slow {
-		if c.Err() != nil {
-			evicted++
-		}
-		c.leave()
-	}
-	if evicted != 1 {
-		t.Errorf("%d calls were ended want 1: each of the others found its place free", evicted)
-	}
-	if len(g.arriving)+len(g.waiting) != 0 {
-		t.Errorf("%d calls arrive and %d connections wait want none", len(g.arriving), len(g.waiting))
 	}
 }

@@ -134,6 +134,13 @@ func ofMillis(n int64) int64 {
 // data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
 func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
 	for len(message) > 0 {
+		// Most fields have a tag and a size of a byte each, and a message can have millions of them.
+		if len(message) > 1 && message[0] < 0x80 && message[0] > 7 && message[0]&7 == byte(protowire.BytesType) && message[1] < 0x80 && int(message[1]) <= len(message)-2 {
+			end := 2 + int(message[1])
+			visit(protowire.Number(message[0]>>3), message[2:end:end], 0)
+			message = message[end:]
+			continue
+		}
 		field, kind, n := protowire.ConsumeTag(message)
 		if n < 0 {
 			return false

@@ -169,7 +169,9 @@ func FuzzRead(f *testing.F) {
 }
 
 // crowded reports whether the message may have more labels than are read.
-func crowded(data []byte) bool { return strings.Count(string(data), "\x12")+strings.Count(string(data), "\x0a") > maxOtherLabels }
+func crowded(data []byte) bool {
+	return strings.Count(string(data), "\x12")+strings.Count(string(data), "\x0a") > maxOtherLabels
+}
 
 // randomMessage has fields with few numbers of any type, and messages among them.
 func randomMessage(r *rand.Rand, depth int) (m []byte) {

@@ -46,7 +46,7 @@ func EachBaggage(header string, visit func(key, value string)) {
 	for member := range strings.SplitSeq(header, ",") {
 		member, _, _ = strings.Cut(member, ";") // properties
 		key, value, ok := strings.Cut(member, "=")
-		key, value = strings.Trim(key, " \t"), strings.Trim(value, " \t")
+		key, value = trimBlanks(key), trimBlanks(value)
 		if !ok || key == "" {
 			continue
 		}
@@ -59,6 +59,17 @@ func EachBaggage(header string, visit func(key, value string)) {
 		}
 		visit(strings.ToValidUTF8(key, "\uFFFD"), strings.ToValidUTF8(plain, "\uFFFD"))
 	}
+}
+
+// trimBlanks is strings.Trim(s, " \t"). It costs less, and a header can have a million members.
+func trimBlanks(s string) string {
+	for s != "" && (s[0] == ' ' || s[0] == '\t') {
+		s = s[1:]
+	}
+	for s != "" && (s[len(s)-1] == ' ' || s[len(s)-1] == '\t') {
+		s = s[:len(s)-1]
+	}
+	return s
 }
 
 // addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as

@@ -3,6 +3,7 @@
 package attack_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ const (
 	clientConnections = 5   // a second
 	clientProcessor   = 0.1 // of a core, where connections end or are flooded
 	clientError       = 2 << 10
+	clientsTogether   = 4 // so many run at the same time
 	clientClose       = attack.CloseTimeout + 50*time.Millisecond
 )
 
@@ -27,18 +29,42 @@ func TestClients(t *testing.T) {
 	machine := start(t, program, "machine")
 	defer machine.stop(t)
 	machine.read(t, new(attack.Stats))
-	for _, a := range hostile.Agents() {
+	for some := range slices.Chunk(hostile.Agents(), clientsTogether) {
+		t.Run("with "+some[0].Name, func(t *testing.T) {
+			runClients(t, program, length, machine, some)
+		})
+	}
+}
+
+// runClients runs a client against each of the agents, at the same time.
+func runClients(t *testing.T, program string, length time.Duration, machine *victim, agents []hostile.Agent) {
+	t.Helper()
+	type run struct {
+		client      *victim
+		report      attack.Report
+		peak        int
+		connections float64 // a second
+		processor   float64 // of a core
+	}
+	machine.stats(t)
+	begin := time.Now()
+	var runs []*run
+	var servers []*hostile.Server
+	for _, a := range agents {
+		server := hostile.Serve(t, a)
+		servers = append(servers, server)
+		runs = append(runs, &run{client: start(t, program, "-address", server.Address, "-for", length.String(), "client")})
+	}
+	for i, r := range runs {
+		r.client.read(t, &r.report)
+		took := time.Since(begin)
+		r.peak, r.connections = r.client.peak(t), float64(servers[i].Connections())/length.Seconds()
+		r.processor = r.client.stop(t).Seconds() / took.Seconds()
+	}
+	slack := starvationsMixed * max(0, machine.stats(t).Starved-quiet)
+	for i, a := range agents {
 		t.Run(a.Name, func(t *testing.T) {
-			server := hostile.Serve(t, a)
-			machine.stats(t)
-			begin := time.Now()
-			v := start(t, program, "-address", server.Address, "-for", length.String(), "client")
-			var r attack.Report
-			v.read(t, &r)
-			took := time.Since(begin)
-			peak, connections := v.peak(t), float64(server.Connections())/length.Seconds()
-			processor := v.stop(t).Seconds() / took.Seconds()
-			slack := starvationsMixed * max(0, machine.stats(t).Starved-quiet)
+			r, peak, connections, processor := runs[i].report, runs[i].peak, runs[i].connections, runs[i].processor
 			t.Logf("%d flows, %v; peak %d MiB, Start at most %v after its timeout, %.1f connections/s, %.0f %% of a core, Close %v; slack %v",
 				r.Flows, r.Decisions, peak, r.Late.Round(time.Millisecond), connections, 100*processor,
 				r.Close.Round(time.Millisecond), slack.Round(time.Millisecond))

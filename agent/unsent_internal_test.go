@@ -1,0 +1,241 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+)
+
+// callFrom is a call by a connection.
+func (g *gate) callFrom(connection any) *call {
+	c := g.call(context.Background()).(*call)
+	c.connection = connection
+	return c
+}
+
+// Large values of answers take room until gRPC has sent the answer, small ones take none, and one connection cannot take
+// all.
+func TestUnreadAnswersTakeRoom(t *testing.T) {
+	g := newGate()
+	ctx := context.Background()
+	const value = 1 << 20
+	var lentTo []*call
+	for range maxUnsentByOne / value {
+		c := g.callFrom("a")
+		if !c.borrow(ctx, value) {
+			t.Fatalf("there is no room for answer %d", len(lentTo))
+		}
+		lentTo = append(lentTo, c)
+	}
+	if c := g.callFrom("a"); c.borrow(ctx, value) {
+		t.Error("a connection has more unread than it may")
+	}
+	if c := g.callFrom("a"); !c.borrow(ctx, large-1) || c.loan != nil {
+		t.Error("a small value finds no room")
+	} else if c.borrow(ctx, 1) {
+		t.Error("small values that are large together find room")
+	}
+	for _, connection := range []any{"b", "c", "d"} {
+		for range maxUnsentByOne / value {
+			if c := g.callFrom(connection); !c.borrow(ctx, value) {
+				t.Fatalf("there is no room for answers to %v", connection)
+			} else {
+				lentTo = append(lentTo, c)
+			}
+		}
+	}
+	if c := g.callFrom("e"); c.borrow(ctx, value) {
+		t.Error("all connections have more unread than they may")
+	}
+
+	sent, err := newCodec().Marshal(lent{&checkv1.CacheLookupResponse{ResultCacheResponse: &checkv1.KeyLookupResponse{Value: make([]byte, value)}}, lentTo[0].loan})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.unsent != maxUnsent {
+		t.Errorf("%d bytes are unsent want %d", g.unsent, maxUnsent)
+	}
+	m := new(checkv1.CacheLookupResponse)
+	if err := proto.Unmarshal(sent.Materialize(), m); err != nil || len(m.GetResultCacheResponse().GetValue()) != value {
+		t.Fatalf("the answer has %d bytes, %v", len(m.GetResultCacheResponse().GetValue()), err)
+	}
+	sent.Free()
+	if g.unsent != maxUnsent-value {
+		t.Errorf("%d bytes are unsent after one answer was sent want %d", g.unsent, maxUnsent-value)
+	}
+	for _, c := range lentTo {
+		c.loan.pay() // twice for the first
+	}
+	if g.unsent != 0 || len(g.by) != 0 {
+		t.Errorf("%d bytes of %d connections are left", g.unsent, len(g.by))
+	}
+}
+
+// What gRPC forgets without freeing it gives its room back with the garbage.
+func TestForgottenAnswersGiveTheirRoomBack(t *testing.T) {
+	g := newGate()
+	func() {
+		if !g.callFrom("a").borrow(context.Background(), 1<<20) {
+			t.Fatal("there is no room")
+		}
+	}()
+	for range 1000 {
+		runtime.GC()
+		g.mu.Lock()
+		left := g.unsent
+		g.mu.Unlock()
+		if left == 0 {
+			return
+		}
+		runtime.Gosched()
+	}
+	t.Error("the room is not given back")
+}
+
+// Large requests share their room until they are decided about. A check that finds none is marked, for a rejection, and
+// another request is refused.
+func TestLargeRequestsShareRoom(t *testing.T) {
+	g := newGate()
+	var held []*call
+	for range maxHeld / (4 << 20) {
+		c := g.callFrom("a")
+		if !c.hold(4 << 20) {
+			t.Fatalf("there is no room for request %d", len(held))
+		}
+		held = append(held, c)
+	}
+	if c := g.callFrom("b"); !c.hold(large-1) || c.full {
+		t.Error("a small request finds no room")
+	}
+	if c := g.callFrom("b"); c.hold(large) || !c.full {
+		t.Error("requests hold more than they may")
+	}
+
+	data, err := proto.Marshal(&checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": string(make([]byte, large))}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]bool{"user_id": true}
+	decide := func() (m *checkv1.CheckResponse, err error) {
+		c := g.callFrom("b")
+		response, err := through(c, func(into any) error { return newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(data)}, into) },
+			func(decode func(any) error) (any, error) {
+				req := new(checkv1.CheckRequest)
+				if err := decode(req); err != nil {
+					return nil, err
+				}
+				if c.full {
+					return nil, errMarked
+				}
+				return new(checkv1.CheckResponse), nil
+			}, func(data []byte, m proto.Message) error { return readRequest(data, m, named) })
+		m, _ = response.(*checkv1.CheckResponse)
+		return m, err
+	}
+	if _, err := decide(); !errors.Is(err, errMarked) {
+		t.Errorf("a large check beyond the room is not marked: %v", err)
+	}
+	for _, c := range held {
+		c.done()
+	}
+	if _, err := decide(); err != nil {
+		t.Errorf("a large check that has room: %v", err)
+	}
+	if g.held != 0 {
+		t.Errorf("%d bytes are held after all calls", g.held)
+	}
+}
+
+var errMarked = errors.New("marked")
+
+// Calls with messages that do not end make room for others when their time is over, and a call waits no longer than its
+// context lasts.
+func TestGateLetsCallsWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		var slow []*call
+		for range maxArriving {
+			c := g.callFrom("slow")
+			if err := c.enter(); err != nil {
+				t.Fatal(err)
+			}
+			slow = append(slow, c)
+		}
+		begin := time.Now()
+		canceled := g.callFrom("canceled")
+		time.AfterFunc(arrival/2, canceled.cancel)
+		if err := canceled.enter(); status.Code(err) != codes.Canceled || time.Since(begin) != arrival/2 {
+			t.Errorf("enter() = %v after %v want Canceled after %v", err, time.Since(begin), arrival/2)
+		}
+		next := g.callFrom("next")
+		if err := next.enter(); err != nil || time.Since(begin) != arrival {
+			t.Errorf("enter() = %v after %v want a place after %v", err, time.Since(begin), arrival)
+		}
+		if next.leave() {
+			t.Error("a call was ended that had just begun")
+		}
+		if err := g.callFrom("free").enter(); err != nil || time.Since(begin) != arrival {
+			t.Errorf("enter() = %v after %v want the place that is free", err, time.Since(begin))
+		}
+		if evicted := slow[0].leave(); !evicted || slow[0].Err() == nil {
+			t.Error("the first slow call was not ended")
+		}
+		for _, c := range slow[1:] {
+			if c.leave() || c.Err() != nil {
+				t.Error("more slow calls were ended than made room")
+			}
+		}
+		if len(g.waiting) != 0 || len(g.arriving) != 1 {
+			t.Errorf("%d calls arrive and %d connections wait want 1 and none", len(g.arriving), len(g.waiting))
+		}
+	})
+}
+
+// Connections get places in turns.
+func TestGateTakesTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		var in []*call
+		for range maxArriving {
+			c := g.callFrom("first")
+			if err := c.enter(); err != nil {
+				t.Fatal(err)
+			}
+			in = append(in, c)
+		}
+		var order []any
+		wait := func(connection any) {
+			go func() {
+				c := g.callFrom(connection)
+				if c.enter() == nil {
+					order = append(order, connection)
+				}
+				c.leave()
+			}()
+			synctest.Wait()
+		}
+		for range 3 {
+			wait("many")
+		}
+		wait("few")
+		in[0].leave()
+		synctest.Wait()
+		if len(order) != 4 || order[0] != "many" || !slices.Contains(order[:2], any("few")) {
+			t.Errorf("places went to %v want few to be the second", order)
+		}
+		for _, c := range in[1:] {
+			c.leave()
+		}
+	})
+}
