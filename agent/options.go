@@ -38,7 +38,8 @@ type options struct {
 
 // WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. It holds
 // for all services of the server except gRPC's standard health service, because balancers ask that one without a key. A
-// refused call ends with the status Unauthenticated before its message is read.
+// refused call ends with the status Unauthenticated before its message is read. If it has a deadline and is for a service
+// that is not the agent's, its message may be read, for 50 ms at the most: gRPC would keep a timer for it otherwise.
 //
 // The function valid reports whether the key is valid, and names its owner. It is called for each call, at the same time
 // for calls of several connections, and the other calls of a connection wait for it: so it must not block. Let it compare

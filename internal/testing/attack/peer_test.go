@@ -34,7 +34,7 @@ const (
 	largest       = 4<<20 - 1024 // bytes of a message that every agent takes
 	patience      = 2 * time.Second
 	streamsOfPeer = 100                    // of each connection that an attack has
-	pauseOfBombs  = 400 * time.Millisecond // between calls that cost milliseconds each, so that the machine is not what is measured
+	pauseOfBombs  = 800 * time.Millisecond // between calls that cost up to a hundred milliseconds each, so that the machine is not what is measured
 )
 
 // bytesCodec sends and receives bytes as they are.

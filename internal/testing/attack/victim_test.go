@@ -53,10 +53,10 @@ type victim struct {
 	out *bufio.Scanner
 }
 
-// How often the machine may let a call wait, by the longest that it lets work wait: to send, to receive and to go on; and
-// where 64 flows get their answers at once, each time that the client's turn on a processor ends before it has read them.
+// How often the machine may let a call wait, by the longest that it lets work wait: to send and to receive on both sides,
+// and to handle it; and where 64 flows get their answers at once, each time that the client's turn on a processor ends before it has read them.
 const (
-	starvations      = 3
+	starvations      = 5
 	starvationsMixed = 40
 	quiet            = 5 * time.Millisecond // on a machine that has no other work
 )
