@@ -161,7 +161,7 @@ func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 var errMalformed = errors.New("malformed message")
 
 // readFew decodes a message, and of the field that repeats no more elements than most.
-func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error {
+func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error { //nolint:unparam // the bounds are of different things
 	if len(data) > size {
 		return status.Error(codes.ResourceExhausted, fmt.Sprintf("message of %d bytes is larger than %d", len(data), size))
 	}
@@ -241,7 +241,7 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 	var lookup *lookupReader
 	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
 		if data == nil {
-			switch field {
+			switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 			case checkRequestRampMode:
 				m.RampMode = n != 0
 			case checkRequestExpectEnd:
@@ -251,7 +251,7 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 			}
 			return
 		}
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case checkRequestPoint:
 			m.ControlPoint = point(data)
 		case checkRequestLabels:
@@ -285,13 +285,13 @@ func (l *lookupReader) read(data []byte) {
 		if data == nil {
 			return // a number where text belongs
 		}
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case lookupPoint:
 			l.m.ControlPoint = point(data)
 		case lookupResult:
 			l.m.ResultCacheKey = text(data[:min(len(data), maxRefused)])
 		case lookupGlobal:
-			if len(l.m.GlobalCacheKeys) < maxKeysRead && len(data) <= maxRefused {
+			if len(l.m.GetGlobalCacheKeys()) < maxKeysRead && len(data) <= maxRefused {
 				l.m.GlobalCacheKeys = append(l.m.GlobalCacheKeys, text(data))
 			}
 		}
@@ -307,7 +307,7 @@ func entryOf(data []byte) (key, value []byte) {
 		if data == nil {
 			return
 		}
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case 1:
 			key = data
 		case 2:
@@ -322,7 +322,7 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 	whole := true
 	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
 		if data == nil {
-			switch field {
+			switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 			case httpRequestRampMode:
 				m.RampMode = n != 0
 			case httpRequestExpectEnd:
@@ -332,12 +332,12 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 			}
 			return
 		}
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case httpRequestRequest:
-			if m.Request == nil {
+			if m.GetRequest() == nil {
 				m.Request = new(checkhttpv1.CheckHTTPRequest_HttpRequest)
 			}
-			whole = readHTTPRequest(data, m.Request, &headers) && whole
+			whole = readHTTPRequest(data, m.GetRequest(), &headers) && whole
 		case httpRequestPoint:
 			m.ControlPoint = point(data)
 		}
@@ -345,7 +345,7 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 	if !ok || !whole {
 		return errMalformed
 	}
-	if m.Request != nil {
+	if m.GetRequest() != nil {
 		m.Request.Headers = headers.headers()
 	}
 	return nil
@@ -366,7 +366,7 @@ func readHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest_HttpRequest, h
 			}
 			return
 		}
-		switch number {
+		switch number { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case requestMethod:
 			m.Method = field("http.method", data)
 		case requestHeaders:

@@ -222,7 +222,7 @@ func readCheck(text []byte, wanted func(controlPoint string, expectEnd bool) boo
 	}
 	decisions, labels := 0, 0
 	data, err = filter(data, func(field protowire.Number, _ []byte) bool {
-		switch field {
+		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case checkStart, checkEnd, checkControlPoint, checkDecisionType, checkLookup, checkExpectEnd:
 			return true
 		case checkDecisions:

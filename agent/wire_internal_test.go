@@ -92,7 +92,6 @@ func varint(number protowire.Number, n uint64) []byte {
 // it.
 func TestOddMessagesAreReadAsProtobufReadsThem(t *testing.T) {
 	check, checkHTTP := new(checkv1.CheckRequest), new(checkhttpv1.CheckHTTPRequest)
-	entry := func(fields ...[]byte) []byte { return slices.Concat(fields...) }
 	group := func(number protowire.Number, fields ...[]byte) []byte {
 		m := protowire.AppendTag(nil, number, protowire.StartGroupType)
 		return protowire.AppendTag(append(m, slices.Concat(fields...)...), number, protowire.EndGroupType)
@@ -105,34 +104,34 @@ func TestOddMessagesAreReadAsProtobufReadsThem(t *testing.T) {
 		m    proto.Message
 		data []byte
 	}{
-		{"text twice", check, entry(a, b)},
-		{"text, then a number in its place", check, entry(a, varint(1, 7))},
-		{"a number, then text in its place", check, entry(varint(3, 1), bytesField(3, []byte("b")))},
-		{"a number, then a group in its place", check, entry(varint(3, 1), group(3, varint(1, 1)))},
-		{"numbers twice", check, entry(varint(3, 1), varint(5, 1), varint(3, 0), varint(1001, 1))},
-		{"a number that is larger than a bool", check, entry(varint(3, 1<<40))},
-		{"an entry with a number in the place of its key", check, bytesField(2, entry(a, varint(1, 7), x))},
+		{"text twice", check, slices.Concat(a, b)},
+		{"text, then a number in its place", check, slices.Concat(a, varint(1, 7))},
+		{"a number, then text in its place", check, slices.Concat(varint(3, 1), bytesField(3, []byte("b")))},
+		{"a number, then a group in its place", check, slices.Concat(varint(3, 1), group(3, varint(1, 1)))},
+		{"numbers twice", check, slices.Concat(varint(3, 1), varint(5, 1), varint(3, 0), varint(1001, 1))},
+		{"a number that is larger than a bool", check, slices.Concat(varint(3, 1<<40))},
+		{"an entry with a number in the place of its key", check, bytesField(2, slices.Concat(a, varint(1, 7), x))},
 		{"an entry without a key", check, bytesField(2, x)},
 		{"an entry without a value", check, bytesField(2, a)},
 		{"an empty entry", check, bytesField(2, nil)},
 		{"a number in the place of an entry", check, varint(2, 1)},
-		{"an entry with two keys and two values", check, bytesField(2, entry(a, x, b, y))},
-		{"an entry with a field that is not known", check, bytesField(2, entry(a, fixed, x))},
-		{"a key twice", check, entry(bytesField(2, entry(a, x)), bytesField(2, entry(b, x)), bytesField(2, entry(a, y)))},
-		{"a key twice, without a value at last", check, entry(bytesField(2, entry(a, x)), bytesField(2, a))},
-		{"keys that become one as UTF-8", check, entry(bytesField(2, entry(bytesField(1, []byte{0xff}), x)), bytesField(2, entry(bytesField(1, []byte{0xfe}), y)))},
-		{"values that are not UTF-8", check, bytesField(2, entry(a, bytesField(2, []byte("x\xff\xfey\xed\xa0\x80"))))},
-		{"fields that are not known", check, entry(fixed, a, group(9, group(10, x)), varint(500, 3))},
-		{"a lookup twice", check, entry(bytesField(4, entry(a, x, bytesField(3, []byte("g")))), bytesField(4, entry(b, bytesField(3, []byte("g")), bytesField(3, nil))))},
+		{"an entry with two keys and two values", check, bytesField(2, slices.Concat(a, x, b, y))},
+		{"an entry with a field that is not known", check, bytesField(2, slices.Concat(a, fixed, x))},
+		{"a key twice", check, slices.Concat(bytesField(2, slices.Concat(a, x)), bytesField(2, slices.Concat(b, x)), bytesField(2, slices.Concat(a, y)))},
+		{"a key twice, without a value at last", check, slices.Concat(bytesField(2, slices.Concat(a, x)), bytesField(2, a))},
+		{"keys that become one as UTF-8", check, slices.Concat(bytesField(2, slices.Concat(bytesField(1, []byte{0xff}), x)), bytesField(2, slices.Concat(bytesField(1, []byte{0xfe}), y)))},
+		{"values that are not UTF-8", check, bytesField(2, slices.Concat(a, bytesField(2, []byte("x\xff\xfey\xed\xa0\x80"))))},
+		{"fields that are not known", check, slices.Concat(fixed, a, group(9, group(10, x)), varint(500, 3))},
+		{"a lookup twice", check, slices.Concat(bytesField(4, slices.Concat(a, x, bytesField(3, []byte("g")))), bytesField(4, slices.Concat(b, bytesField(3, []byte("g")), bytesField(3, nil))))},
 		{"a number in the place of a lookup", check, varint(4, 1)},
-		{"a lookup with a number in the place of a key", check, bytesField(4, entry(a, varint(3, 1), x, varint(2, 1)))},
-		{"a request twice", checkHTTP, entry(bytesField(3, entry(a, bytesField(2, entry(a, x)), varint(6, 9))), bytesField(3, entry(bytesField(3, []byte("/")), bytesField(2, entry(b, y)), bytesField(2, entry(a, y)))))},
+		{"a lookup with a number in the place of a key", check, bytesField(4, slices.Concat(a, varint(3, 1), x, varint(2, 1)))},
+		{"a request twice", checkHTTP, slices.Concat(bytesField(3, slices.Concat(a, bytesField(2, slices.Concat(a, x)), varint(6, 9))), bytesField(3, slices.Concat(bytesField(3, []byte("/")), bytesField(2, slices.Concat(b, y)), bytesField(2, slices.Concat(a, y)))))},
 		{"a number in the place of a request", checkHTTP, varint(3, 1)},
-		{"a number in the place of a method", checkHTTP, bytesField(3, entry(a, varint(1, 1), bytesField(6, nil)))},
-		{"a size, then text in its place", checkHTTP, bytesField(3, entry(varint(6, 7), bytesField(6, []byte("b"))))},
+		{"a number in the place of a method", checkHTTP, bytesField(3, slices.Concat(a, varint(1, 1), bytesField(6, nil)))},
+		{"a size, then text in its place", checkHTTP, bytesField(3, slices.Concat(varint(6, 7), bytesField(6, []byte("b"))))},
 		{"a number in the place of a header", checkHTTP, bytesField(3, varint(2, 1))},
-		{"names of headers that become one as UTF-8", checkHTTP, bytesField(3, entry(bytesField(2, entry(bytesField(1, []byte("n\xff")), x)), bytesField(2, entry(bytesField(1, []byte("n\xfe")), y))))},
-		{"baggage twice", checkHTTP, bytesField(3, entry(bytesField(2, entry(bytesField(1, []byte("baggage")), x)), bytesField(2, entry(bytesField(1, []byte("baggage")), y))))},
+		{"names of headers that become one as UTF-8", checkHTTP, bytesField(3, slices.Concat(bytesField(2, slices.Concat(bytesField(1, []byte("n\xff")), x)), bytesField(2, slices.Concat(bytesField(1, []byte("n\xfe")), y))))},
+		{"baggage twice", checkHTTP, bytesField(3, slices.Concat(bytesField(2, slices.Concat(bytesField(1, []byte("baggage")), x)), bytesField(2, slices.Concat(bytesField(1, []byte("baggage")), y))))},
 		{"baggage without a value", checkHTTP, bytesField(3, bytesField(2, bytesField(1, []byte("baggage"))))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
