@@ -58,7 +58,7 @@ func changes(t *testing.T, path string, v reflect.Value, changed func(path strin
 	case reflect.Bool:
 		set(true)
 	case reflect.Int, reflect.Int64:
-		set(1, -1, 1<<40)
+		set(1, -1, 1<<30)
 	case reflect.Float64:
 		set(1.0, 0.5, -1.0)
 	case reflect.String:
