@@ -5,7 +5,8 @@
 // suite runs on Linux only.
 //
 // Times are those of a machine that may have other work. A process beside the victim measures for how long the machine
-// lets work wait, and the bounds of times are longer by some of that.
+// lets work wait, and the bounds of times are longer by some of that. Attacks of less than 10 s hold all bounds but those of
+// times, which they only show.
 //
 // # Adding an attack on a server
 //
