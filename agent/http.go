@@ -21,7 +21,7 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		denied.ExpectEnd = m.GetExpectEnd()
 		return wire.HTTPResponse(denied, "", named), nil
 	}
-	carried, baggage := carriedLabels(m.GetRequest().GetHeaders()[wire.HeaderBaggage], named)
+	carried, baggage := carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
 	req := seam.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: seam.Labels{
@@ -84,11 +84,13 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 	chosen = make(map[string]string, len(headers))
 	var beside map[string]string  // headers with "_"
 	var ambiguous map[string]bool // labels of several such
+	carries := false
 	for name := range headers {
 		if strings.EqualFold(name, wire.HeaderBaggage) {
-			if _, both := headers[wire.HeaderBaggage]; both && name != wire.HeaderBaggage {
+			if carries {
 				return nil, false
 			}
+			carries = true
 			continue
 		}
 		if strings.HasPrefix(name, ":") || name == "" {
@@ -120,6 +122,16 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 		chosen[label] = name
 	}
 	return chosen, true
+}
+
+// baggageOf is the baggage header, in whichever case; "" if there is none. headersOf refuses several.
+func baggageOf(headers map[string]string) string {
+	for name, value := range headers {
+		if strings.EqualFold(name, wire.HeaderBaggage) {
+			return value
+		}
+	}
+	return ""
 }
 
 // carriedLabels are the labels that the baggage header carries, and the header to go on with. Of a header that is longer

@@ -17,7 +17,7 @@ import (
 // The bounds of a connection.
 const (
 	maxHeaders       = 64 << 10 // bytes of a call's header list
-	maxStreams       = 1000     // calls at once
+	maxStreams       = 10_240   // calls at once: more than flows wait in a queue of the default length
 	pingsApart       = 5 * time.Second
 	idleFor          = 30 * time.Minute
 	handshakeTimeout = 10 * time.Second
