@@ -861,7 +861,7 @@ func TestRetryingWhenClosed(t *testing.T) {
 				for range 5 {
 					calls.Go(func() { _, _ = call(t.Context()) })
 				}
-				time.Sleep(time.Second)
+				<-time.After(time.Second)
 				if closes == "engine" {
 					_ = limits.Close()
 				} else {

@@ -270,7 +270,7 @@ func checked(m *checkv1.CheckResponse) time.Duration {
 	return min(max(m.GetEnd().AsTime().Sub(m.GetStart().AsTime()), 0), longest)
 }
 
-// worked says whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, unless
+// worked reports whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, unless
 // its client was in dry run, and not if its result was in the cache.
 func worked(m *checkv1.CheckResponse, dryRun bool) bool {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED && !dryRun {

@@ -390,7 +390,7 @@ func (s *scheduler[S]) catchUp(e *entry[line[S]], now int64) {
 	}
 }
 
-// hand hands what there is at a time to those who are first, and notes when the next is due. Once the engine is closed it
+// hand gives what there is at a time to the flows that are first, and notes when the next is due. Once the engine is closed it
 // serves none: no flow may run because the others were rejected.
 func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 	q := e.state.queue

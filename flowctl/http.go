@@ -42,7 +42,7 @@ type HTTPRequest struct {
 	Source, Destination netip.AddrPort
 }
 
-// equal reports whether an agent is told the same of two requests.
+// equal reports whether two requests tell an agent the same.
 func (r *HTTPRequest) equal(q *HTTPRequest) bool {
 	if r == nil || q == nil {
 		return r == q

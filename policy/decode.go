@@ -34,7 +34,7 @@ func (v value) path() string {
 
 // A decoder reads one document of a file into a Policy. What it returns is good only if there are no errors. Most files
 // have none, so a first decoder only tells whether there are any. A second one, with sources, notes what is wrong and
-// reads on, so that all of it is told at once.
+// reads on, so that one error reports all of it.
 type decoder struct {
 	file     string
 	errs     []*Error

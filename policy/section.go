@@ -8,7 +8,7 @@ import (
 )
 
 // A section is a part of a file that is read on its own, and at once with others: documents from the first line to the
-// one before the end. Nothing in a document depends on what is in another, but for the names of policies, and for what
+// one before the end. Nothing in a document depends on another, except for the names of policies and what
 // aliases may stand for in the file as a whole.
 type section struct {
 	first, end int
