@@ -41,13 +41,11 @@ import (
 
 const margin = 10 * time.Millisecond // what an answer needs to arrive
 
-// answerTime is what an answer costs agent and client where hundreds of checks wait that have one deadline. So that they
-// are not all answered in the last moment, and most too late, a check ends its wait the sooner the more checks are under
-// way when it comes: by a twentieth of its time at the least, because more may come, and by a quarter at the most.
+// answerTime is what an answer costs agent and client where hundreds of checks wait that have one deadline. If they were
+// all answered in the last moment, most answers would be too late. So a check ends its wait the sooner the more checks are
+// under way when it comes: by a twentieth of its time at the least, because more may come, and by a quarter at the most.
+// The first few of a burst end theirs by a twentieth too.
 const answerTime = 500 * time.Microsecond
-
-// few checks need no more than the margin.
-const few = 3
 
 // A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
 // its own.
@@ -55,7 +53,7 @@ type Server struct {
 	engine *engine.Engine
 	spans  atomic.Uint64
 	issued issued
-	asking atomic.Int64 // checks under way
+	asking crowd
 }
 
 // Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
@@ -127,8 +125,9 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 	if c := callOf(ctx); c != nil && c.full {
 		return rejection(req.ControlPoint, seam.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
-	asking := s.server.asking.Add(1)
-	defer s.server.asking.Add(-1)
+	asking, crowded := s.server.asking.enter()
+	defer s.server.asking.leave()
+	req.Labels.Base.Crowded = crowded
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)
 		req.Labels.Base.Late = left < margin

@@ -136,7 +136,7 @@ func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now 
 	decided := now
 	if t.waiter != nil {
 		var err error
-		decided, err = s.wait(ctx, t, d)
+		decided, err = s.wait(ctx, req, start, t, d)
 		t.of.waits.add(decided - now)
 		s.engine.instruments.waited(ctx, &s.component, t.of, decided-now)
 		if err != nil {
@@ -323,21 +323,30 @@ func (s *scheduler[S]) newQueue(e *entry[line[S]]) *queue {
 }
 
 // wait waits for the flow to be served, and decides.
-func (s *scheduler[S]) wait(ctx context.Context, t ticket[S], d *seam.LimiterDecision) (int64, error) {
+func (s *scheduler[S]) wait(ctx context.Context, req *seam.Request, start int64, t ticket[S], d *seam.LimiterDecision) (int64, error) {
+	var timer *time.Timer
 	var expired <-chan time.Time
+	var crowded <-chan struct{}
 	if t.patience < forever {
-		timer := time.NewTimer(t.patience)
+		timer = time.NewTimer(t.patience)
 		defer timer.Stop()
-		expired = timer.C
+		expired, crowded = timer.C, req.Crowded()
 	}
 	retired := false
-	select {
-	case <-t.ready:
-	case <-expired:
-	case <-ctx.Done():
-	case <-s.engine.done:
-	case <-s.retired:
-		retired = true
+	for waiting := true; waiting; {
+		waiting = false
+		select {
+		case <-t.ready:
+		case <-expired:
+		case <-ctx.Done():
+		case <-s.engine.done:
+		case <-s.retired:
+			retired = true
+		case <-crowded:
+			now := s.engine.now()
+			timer.Reset(min(s.timeLeft(ctx, req, now-start), time.Duration(t.until-now)))
+			waiting, crowded = true, nil
+		}
 	}
 	e, l := t.entry, &t.entry.state
 	e.mu.Lock()
@@ -449,20 +458,31 @@ func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *work
 	if of.timeout < 0 {
 		return 0
 	}
-	wait := forever
-	if at, ok := ctx.Deadline(); ok {
-		wait = time.Until(at)
-	}
-	if req.Timeout > 0 {
-		wait = min(wait, req.Timeout-time.Duration(asked))
-	}
-	if wait < forever {
-		wait = max(wait, s.margin) - s.margin
-	}
+	wait := s.timeLeft(ctx, req, asked)
 	if of.timeout > 0 {
 		wait = min(wait, of.timeout)
 	}
 	return wait
+}
+
+// timeLeft is how long the flow may wait by its deadline and its own timeout.
+func (s *scheduler[S]) timeLeft(ctx context.Context, req *seam.Request, asked int64) time.Duration {
+	left := forever
+	if at, ok := ctx.Deadline(); ok {
+		left = time.Until(at)
+	}
+	if req.Timeout > 0 {
+		left = min(left, req.Timeout-time.Duration(asked))
+	}
+	if left == forever {
+		return left
+	}
+	select {
+	case <-req.Crowded():
+		left -= max(left, 0) / 20
+	default:
+	}
+	return max(left, s.margin) - s.margin
 }
 
 func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {

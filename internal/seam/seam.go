@@ -84,6 +84,14 @@ func (r *Request) Late() bool { return r.Labels.Base != nil && r.Labels.Base.Lat
 // it although others drop it.
 func (r *Request) DryRun() bool { return r.Labels.Base != nil && r.Labels.Base.DryRun }
 
+// Crowded is closed when the flow is to end its waits a twentieth of its time before it has to; nil for never.
+func (r *Request) Crowded() <-chan struct{} {
+	if r.Labels.Base == nil {
+		return nil
+	}
+	return r.Labels.Base.Crowded
+}
+
 // MaxControlPoint is the longest control point, in bytes.
 const MaxControlPoint = 255
 
@@ -156,6 +164,9 @@ type Base struct {
 
 	// Service names the client's service, for selectors.
 	Service string
+
+	// Crowded is closed when so many checks are under way that the flow is to end its waits earlier. Nil means never.
+	Crowded <-chan struct{}
 
 	// For the request's methods of these names; the lookup if Looks.
 	Lookup                        Lookup
