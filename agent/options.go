@@ -116,13 +116,16 @@ func (o *options) refusal(info *tap.Info) error {
 	return nil
 }
 
+// refusalTime is how long a call that is refused has to arrive. Most take a moment.
+const refusalTime = time.Second
+
 type refusalKey struct{}
 
 // refused makes the context of a call that has a deadline and is refused. If the tap handle refused it, gRPC would keep
 // its timer until the deadline, which can be years away. So the call begins, and ends where it would be handled, or at
-// the latest when the context does.
+// the latest after refusalTime.
 func refused(ctx context.Context, err error) context.Context {
-	ctx, cancel := context.WithTimeout(context.WithValue(ctx, refusalKey{}, err), arrival)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, refusalKey{}, err), refusalTime)
 	context.AfterFunc(ctx, cancel)
 	return ctx
 }
