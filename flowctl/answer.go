@@ -23,6 +23,7 @@ const (
 	maxAnswer       = 256 << 10 // bytes, besides what the answer repeats of the question
 	maxCachedAnswer = 16 << 20  // bytes, where the question asks for cached values
 	maxElements     = 4096      // messages, entries and elements of lists: an empty one has 2 bytes on the wire and 100 in memory
+	maxUnknown      = 1024      // fields that this version does not know: they are kept, and reported with the flow
 	maxNesting      = 64
 
 	// The bytes of large answers that may be decoded at a time. An answer beyond them fails instead of waiting: it would
@@ -33,6 +34,7 @@ const (
 
 var (
 	errElements = fmt.Errorf("the answer has more than %d elements", maxElements)
+	errUnknown  = fmt.Errorf("the answer has more than %d unknown fields", maxUnknown)
 	errNesting  = fmt.Errorf("the answer is nested more than %d deep", maxNesting)
 	errDecoding = errors.New("too many large answers came at the same time")
 	errLate     = errors.New("the answer came too late to be decoded")
@@ -64,21 +66,24 @@ func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any) error 
 	return r.codec.Unmarshal(data, v)
 }
 
-// checkBounds reports whether an answer has more elements than any agent has reason to send. The answers to most
+// checkBounds reports whether an answer has more in it than any agent has reason to send. The answers to most
 // questions are too small for that, and are not looked at.
 func checkBounds(data mem.BufferSlice, v any) error {
 	m, ok := v.(proto.Message)
-	if !ok || data.Len() < 2*maxElements {
+	if !ok || data.Len() < 2*maxUnknown {
 		return nil
 	}
 	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer buf.Free()
-	n := 0
-	return countElements(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting, &n)
+	var n counted
+	return n.add(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting)
 }
 
-// countElements adds the elements of an encoded message to n. What is malformed is left to the decoder.
-func countElements(desc protoreflect.MessageDescriptor, data []byte, depth int, n *int) error {
+// counted is what an encoded message has.
+type counted struct{ elements, unknown int }
+
+// add counts what an encoded message has. What is malformed is left to the decoder.
+func (n *counted) add(desc protoreflect.MessageDescriptor, data []byte, depth int) error {
 	if depth == 0 {
 		return errNesting
 	}
@@ -96,23 +101,26 @@ func countElements(desc protoreflect.MessageDescriptor, data []byte, depth int, 
 		data = data[size:]
 		known := fields.ByNumber(number)
 		if known == nil {
+			if n.unknown++; n.unknown > maxUnknown {
+				return errUnknown
+			}
 			continue
 		}
 		if known.Message() != nil || known.IsList() {
-			*n++
+			n.elements++
 		}
 		if kind == protowire.BytesType {
 			inner, _ := protowire.ConsumeBytes(field)
 			switch {
 			case known.Message() != nil:
-				if err := countElements(known.Message(), inner, depth-1, n); err != nil {
+				if err := n.add(known.Message(), inner, depth-1); err != nil {
 					return err
 				}
 			case known.IsList() && known.Kind() != protoreflect.StringKind && known.Kind() != protoreflect.BytesKind:
-				*n += len(inner) // a packed list
+				n.elements += len(inner) // a packed list
 			}
 		}
-		if *n > maxElements {
+		if n.elements > maxElements {
 			return errElements
 		}
 	}

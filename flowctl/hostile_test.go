@@ -201,6 +201,8 @@ func TestAnswersAreBounded(t *testing.T) {
 		{name: "as many elements as may be", agent: hostile.Answering(decisions(4096)), want: flowctl.Accepted},
 		{name: "one more", agent: hostile.Answering(decisions(4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
 		{name: "as many to a check of caches", agent: hostile.Answering(decisions(1 << 20)), params: flowctl.Params{ResultCacheKey: "r"}, want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "as many unknown fields as may be", agent: hostile.Answering(bytes.Repeat([]byte{0xf8, 0x7f, 0}, 1024)), want: flowctl.Accepted},
+		{name: "one more unknown field", agent: hostile.Answering(bytes.Repeat([]byte{0xf8, 0x7f, 0}, 1025)), want: flowctl.Unreachable, why: "more than 1024 unknown fields"},
 		{name: "many entries", agent: hostile.Answering(bytes.Repeat([]byte{0x3a, 0}, 4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
 		{name: "200 KiB", agent: hostile.Answering(encoded(labelled(200 << 10))), want: flowctl.Accepted},
 		{name: "300 KiB", agent: hostile.Answering(encoded(labelled(300 << 10))), want: flowctl.Unreachable, why: "larger than max"},
