@@ -25,7 +25,7 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -776,19 +776,19 @@ func TestCachedAgentDown(t *testing.T) {
 
 // A brokenCache is an engine whose cache fails: lookups, or what changes it.
 type brokenCache struct {
-	seam.Agent
+	agentapi.Agent
 	lookup, store error
 }
 
-func (b brokenCache) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+func (b brokenCache) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	err := b.Agent.Check(ctx, req, v)
 	if b.lookup != nil {
-		v.More().Result = seam.CacheAnswer{Err: b.lookup}
+		v.More().Result = agentapi.CacheAnswer{Err: b.lookup}
 	}
 	return err
 }
 
-func (b brokenCache) Store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+func (b brokenCache) Store(ctx context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
 	if b.store != nil {
 		return b.store
 	}
@@ -937,7 +937,7 @@ func overStaleSides(t *testing.T, f func(t *testing.T, side staleSide)) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			key := seam.CacheKey{ControlPoint: "report", Key: "report"}
+			key := agentapi.CacheKey{ControlPoint: "report", Key: "report"}
 			f(t, staleSide{
 				client: client,
 				answer: func(n flowtest.Answer) {

@@ -27,7 +27,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/collector"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -280,12 +280,12 @@ func remoteSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 
 // recorder is an embedded agent that remembers how flows were ended.
 type recorder struct {
-	seam.Agent
+	agentapi.Agent
 	mu   sync.Mutex
 	ends []ended
 }
 
-func (r *recorder) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	st := flowctl.StatusOK
 	if failed {
 		st = flowctl.StatusError
@@ -335,11 +335,11 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 		if err := client.Close(t.Context()); err != nil {
 			t.Errorf("Close() = %v", err)
 		}
-		var v seam.Verdict
-		switch err := e.Check(t.Context(), &seam.Request{ControlPoint: point}, &v); {
+		var v agentapi.Verdict
+		switch err := e.Check(t.Context(), &agentapi.Request{ControlPoint: point}, &v); {
 		case s.silent: // it was closed
-			if !errors.Is(err, seam.ErrClosed) {
-				t.Errorf("a check of the closed engine = %v want %v", err, seam.ErrClosed)
+			if !errors.Is(err, agentapi.ErrClosed) {
+				t.Errorf("a check of the closed engine = %v want %v", err, agentapi.ErrClosed)
 			}
 		case err != nil || v.Rejected() != s.rejects:
 			t.Errorf("a check after all flows have ended: rejected %v, %v want %v", v.Rejected(), err, s.rejects)

@@ -10,7 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flight"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.
@@ -129,7 +129,7 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 
 // endUnused ends a flow that was to run and does not.
 func endUnused(ctx context.Context, flow *flowctl.Flow) {
-	if unused, ok := flow.Context().Value(seam.UnusedKey{}).(seam.Unused); ok {
+	if unused, ok := flow.Context().Value(agentapi.UnusedKey{}).(agentapi.Unused); ok {
 		unused.EndUnused(ctx)
 	}
 }

@@ -25,7 +25,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -83,14 +83,14 @@ type scripted struct {
 	answers []flowtest.Answer
 }
 
-func (s *scripted) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+func (s *scripted) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	n := int(s.checks.Add(1))
 	if len(s.answers) == 0 {
 		return s.Agent.Check(ctx, req, v)
 	}
 	answer := s.answers[min(n, len(s.answers))-1]
 	if answer.Reason != flowctl.ReasonNone {
-		v.Reject(seam.Rejection{Reason: seam.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
+		v.Reject(agentapi.Rejection{Reason: agentapi.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
 	}
 	return answer.Fail
 }

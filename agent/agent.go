@@ -34,8 +34,9 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/collector"
-	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -61,10 +62,10 @@ type Server struct {
 // check that comes later is answered with the status Unavailable. So begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
 	srv := &Server{engine: e}
-	bounds := registrar{s, e.NamedLabels}
-	bounds.RegisterService(&checkv1.FlowControlService_ServiceDesc, service{server: srv})
-	bounds.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, service{server: srv})
-	collector.RegisterCounter(bounds, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
+	services := registrar{s, e.NamedLabels}
+	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, service{server: srv})
+	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, service{server: srv})
+	collector.RegisterCounter(services, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
 	return srv
 }
 
@@ -95,10 +96,10 @@ type service struct {
 }
 
 func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	base := &seam.Base{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
-	req := seam.Request{
+	base := &agentapi.Base{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
+	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
-		Labels:       seam.Labels{Params: m.GetLabels(), Base: base},
+		Labels:       agentapi.Labels{Params: m.GetLabels(), Base: base},
 	}
 	var refused refusal
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
@@ -118,12 +119,12 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 }
 
 // decide asks the engine about what a client wants to know. The request has a base of its own.
-func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckResponse, error) {
+func (s service) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
 	if req.ControlPoint == "" {
-		return nil, invalid(seam.CheckControlPoint(""))
+		return nil, invalid(bounds.CheckControlPoint(""))
 	}
 	if c := callOf(ctx); c != nil && c.full {
-		return rejection(req.ControlPoint, seam.ReasonNoTokens, http.StatusServiceUnavailable), nil
+		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
 	asking, crowded := s.server.asking.enter()
 	defer s.server.asking.leave()
@@ -136,7 +137,7 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 		}
 	}
 	begin := time.Now()
-	var v seam.Verdict
+	var v agentapi.Verdict
 	if err := s.server.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
 		return nil, closed(err)
 	}
@@ -154,7 +155,7 @@ func (s service) decide(ctx context.Context, req *seam.Request) (*checkv1.CheckR
 }
 
 // rejection is the answer to a check that no policy decides about.
-func rejection(controlPoint string, reason seam.Reason, denied checkv1.StatusCode) *checkv1.CheckResponse {
+func rejection(controlPoint string, reason agentapi.Reason, denied checkv1.StatusCode) *checkv1.CheckResponse {
 	now := timestamppb.Now()
 	return &checkv1.CheckResponse{
 		Start: now, End: now,

@@ -26,7 +26,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/vectors"
+	"github.com/headgate-go/headgate/internal/testing/replay"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -115,18 +115,18 @@ func (s *served) conn(t testing.TB) *grpc.ClientConn {
 // The recordings of a real agent, over the wire, as other SDKs see it and as the toolkit's client does.
 func TestVectors(t *testing.T) {
 	t.Run("stub", func(t *testing.T) {
-		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+		replay.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
 			return serve(t, policies).stub(t)
 		})
 	})
 	t.Run("stub with baggage", func(t *testing.T) {
-		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+		replay.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
 			return carrying{serve(t, policies).stub(t)}
 		})
 	})
 	t.Run("client", func(t *testing.T) {
-		vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
-			return vectors.Stub(serve(t, policies).client(t))
+		replay.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+			return replay.Stub(serve(t, policies).client(t))
 		})
 	})
 }

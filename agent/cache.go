@@ -8,7 +8,8 @@ import (
 	"time"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -30,7 +31,7 @@ func checkResultKey(controlPoint, key string) error {
 	if controlPoint == "" {
 		return errNoControlPoint
 	}
-	return cmp.Or(seam.CheckControlPoint(controlPoint), seam.CheckCacheKeys(key))
+	return cmp.Or(bounds.CheckControlPoint(controlPoint), bounds.CheckCacheKeys(key))
 }
 
 // checkGlobalKey tells what is wrong with the i-th global key of a call; nil when nothing is.
@@ -41,7 +42,7 @@ func checkGlobalKey(i int, key string) error {
 	case i >= maxCacheKeys:
 		return fmt.Errorf("there are more than %d cache keys", maxCacheKeys)
 	default:
-		return seam.CheckCacheKeys(key)
+		return bounds.CheckCacheKeys(key)
 	}
 }
 
@@ -68,7 +69,7 @@ func (r *refusal) refuse(key string, err error) {
 }
 
 // lookupOf is what of a lookup the engine is asked for, and what it is not.
-func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (seam.Lookup, refusal) {
+func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (agentapi.Lookup, refusal) {
 	left, c := maxCacheValues, callOf(ctx)
 	room := func(size int) bool {
 		if size > left || !c.borrow(ctx, size) {
@@ -77,7 +78,7 @@ func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRe
 		left -= size
 		return true
 	}
-	asked, refused := seam.Lookup{Room: room}, refusal{}
+	asked, refused := agentapi.Lookup{Room: room}, refusal{}
 	if key := m.GetResultCacheKey(); key != "" {
 		if refused.result = checkResultKey(controlPoint, key); refused.result == nil {
 			asked.Result = key
@@ -96,13 +97,13 @@ func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRe
 // fill adds what was refused to the answer.
 func (r *refusal) fill(m *checkv1.CacheLookupResponse) {
 	if r.result != nil {
-		m.ResultCacheResponse = wire.KeyLookup(seam.CacheAnswer{Err: r.result})
+		m.ResultCacheResponse = wire.KeyLookup(agentapi.CacheAnswer{Err: r.result})
 	}
 	for key, err := range r.global {
 		if m.GlobalCacheResponses == nil {
 			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(r.global))
 		}
-		m.GlobalCacheResponses[key] = wire.KeyLookup(seam.CacheAnswer{Err: err})
+		m.GlobalCacheResponses[key] = wire.KeyLookup(agentapi.CacheAnswer{Err: err})
 	}
 }
 
@@ -110,14 +111,14 @@ func (s service) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest)
 	asked, refused := lookupOf(ctx, m.GetControlPoint(), m)
 	response := new(checkv1.CacheLookupResponse)
 	if asked.Result != "" {
-		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
+		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
 	}
 	for _, key := range asked.Global {
 		if response.GlobalCacheResponses == nil {
 			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
 		}
 		if _, again := response.GetGlobalCacheResponses()[key]; !again {
-			response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(seam.CacheKey{Key: key, Global: true}, asked.Room))
+			response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(agentapi.CacheKey{Key: key, Global: true}, asked.Room))
 		}
 	}
 	refused.fill(response)
@@ -125,7 +126,7 @@ func (s service) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest)
 }
 
 func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
-	store := func(key seam.CacheKey, e *checkv1.CacheEntry) error {
+	store := func(key agentapi.CacheKey, e *checkv1.CacheEntry) error {
 		if n := len(e.GetValue()); n > maxCacheValues {
 			return fmt.Errorf("cache entry of %d bytes is larger than %d", n, maxCacheValues)
 		}
@@ -139,7 +140,7 @@ func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 	if e := m.GetResultCacheEntry(); e.GetKey() != "" {
 		err := checkResultKey(m.GetControlPoint(), e.GetKey())
 		if err == nil {
-			err = store(seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: e.GetKey()}, e)
+			err = store(agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: e.GetKey()}, e)
 		}
 		response.ResultCacheResponse = told(err)
 	}
@@ -152,7 +153,7 @@ func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 			continue
 		}
 		i++
-		response.GlobalCacheResponses[key] = told(store(seam.CacheKey{Key: key, Global: true}, e))
+		response.GlobalCacheResponses[key] = told(store(agentapi.CacheKey{Key: key, Global: true}, e))
 	}
 	for key, err := range refused.global {
 		response.GlobalCacheResponses[key] = told(err)
@@ -177,7 +178,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 	if key := m.GetResultCacheKey(); key != "" {
 		err := checkResultKey(m.GetControlPoint(), key)
 		if err == nil {
-			err = s.server.engine.Delete(ctx, seam.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
+			err = s.server.engine.Delete(ctx, agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
 		}
 		response.ResultCacheResponse = told(err)
 	}
@@ -188,7 +189,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 			refused.refuse(key, err)
 			continue
 		}
-		response.GlobalCacheResponses[key] = told(s.server.engine.Delete(ctx, seam.CacheKey{Key: key, Global: true}))
+		response.GlobalCacheResponses[key] = told(s.server.engine.Delete(ctx, agentapi.CacheKey{Key: key, Global: true}))
 	}
 	for key, err := range refused.global {
 		if _, done := response.GetGlobalCacheResponses()[key]; !done {

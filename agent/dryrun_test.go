@@ -14,19 +14,19 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // overBothShown runs f in a bubble with a client of an engine in the process, and with one of an engine that is served.
 // The clients have the options, and show what they count.
 func overBothShown(t *testing.T, opts []flowctl.Option, components []policy.Component,
-	f func(t *testing.T, client *flowctl.Client, p *meters.Provider),
+	f func(t *testing.T, client *flowctl.Client, p *metertest.Provider),
 ) {
 	policies := []policy.Policy{{Name: "p", Components: components}}
 	for _, remote := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			p, s := new(meters.Provider), serve(t, policies)
+			p, s := new(metertest.Provider), serve(t, policies)
 			opts := append(slices.Clone(opts), flowctl.WithMeterProvider(p))
 			start := func() (*flowctl.Client, error) { return flowctl.New(s.engine, opts...) }
 			if remote {
@@ -153,7 +153,7 @@ func TestDryRunGivesBack(t *testing.T) {
 	overBothShown(t, []flowctl.Option{flowctl.WithDryRun()}, []policy.Component{
 		policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour},
 		policy.Sampler{Selectors: policy.At("point")},
-	}, func(t *testing.T, client *flowctl.Client, _ *meters.Provider) {
+	}, func(t *testing.T, client *flowctl.Client, _ *metertest.Provider) {
 		for range 3 {
 			flow := client.Start(t.Context(), "point", flowctl.Params{})
 			r, err := flow.End(t.Context())
@@ -184,7 +184,7 @@ func TestDryRunIsCounted(t *testing.T) {
 			if !tt.inDry {
 				components = append(components, users("force", false))
 			}
-			overBothShown(t, tt.opts, components, func(t *testing.T, client *flowctl.Client, p *meters.Provider) {
+			overBothShown(t, tt.opts, components, func(t *testing.T, client *flowctl.Client, p *metertest.Provider) {
 				var last *flowctl.Flow
 				for range 3 {
 					last = client.Start(t.Context(), "point", flowctl.Params{})

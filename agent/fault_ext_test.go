@@ -27,7 +27,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
@@ -69,8 +69,8 @@ func (p *process) kill(t *testing.T) {
 
 // inFlight is how many flows hold a slot of the one user.
 func (p *process) inFlight(t *testing.T) float64 {
-	var v seam.Verdict
-	req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: map[string]string{"user_id": "u"}}}
+	var v agentapi.Verdict
+	req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user_id": "u"}}}
 	if err := p.engine.Check(t.Context(), req, &v); err != nil {
 		t.Fatal(err)
 	}

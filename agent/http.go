@@ -8,7 +8,7 @@ import (
 	"strings"
 
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -17,16 +17,16 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 	named := s.server.engine.NamedLabels()
 	chosen, ok := headersOf(m.GetRequest().GetHeaders())
 	if !ok && m.GetControlPoint() != "" {
-		denied := rejection(m.GetControlPoint(), seam.ReasonNone, http.StatusBadRequest)
+		denied := rejection(m.GetControlPoint(), agentapi.ReasonNone, http.StatusBadRequest)
 		denied.ExpectEnd = m.GetExpectEnd()
 		return wire.HTTPResponse(denied, "", named), nil
 	}
 	carried, baggage := carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
-	req := seam.Request{
+	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
-		Labels: seam.Labels{
+		Labels: agentapi.Labels{
 			Params: carried,
-			Base:   &seam.Base{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+			Base:   &agentapi.Base{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
 		},
 	}
 	response, err := s.decide(ctx, &req)

@@ -6,7 +6,7 @@ import (
 	"encoding/hex"
 
 	"github.com/headgate-go/headgate/internal/credential"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // maxBucketName is the longest value that names its bucket itself, in bytes.
@@ -32,7 +32,7 @@ func (e *Engine) namer(labelKey string) namer {
 
 func (n namer) name(value string) string {
 	if n.secret == nil {
-		return seam.ShortValue(value, maxBucketName)
+		return agentapi.ShortValue(value, maxBucketName)
 	}
 	code := hmac.New(sha256.New, n.secret)
 	_, _ = code.Write([]byte(value))

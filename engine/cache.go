@@ -11,7 +11,7 @@ import (
 
 	"github.com/maypok86/otter/v2"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // maxTTL is how long a cache entry lives at the longest, and unless its writer says otherwise.
@@ -64,21 +64,21 @@ var (
 
 // lookup copies the value, so that nobody can change what the next flow finds. Where room is not nil, it takes the bytes
 // of the value, which is not copied: its holders do not change it, and many may hold it for long.
-func (c *cache) lookup(k cacheKey, room func(size int) bool) seam.CacheAnswer {
+func (c *cache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {
 		c.misses.Add(1)
-		return seam.CacheAnswer{}
+		return agentapi.CacheAnswer{}
 	}
 	value := v.value
 	if room == nil {
 		value = bytes.Clone(value)
 	} else if !room(len(value)) {
 		c.misses.Add(1)
-		return seam.CacheAnswer{Err: errNoRoom}
+		return agentapi.CacheAnswer{Err: errNoRoom}
 	}
 	c.hits.Add(1)
-	return seam.CacheAnswer{Value: value, Hit: true}
+	return agentapi.CacheAnswer{Value: value, Hit: true}
 }
 
 func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {

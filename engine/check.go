@@ -5,7 +5,7 @@ import (
 	"errors"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // A stage is a step of a check. Its components all say what they think of a flow; when one of them drops it, the stages
@@ -23,15 +23,15 @@ const (
 )
 
 // stageOf is where the component belongs.
-func stageOf(c *seam.Component) stage {
+func stageOf(c *agentapi.Component) stage {
 	switch c.Kind {
-	case seam.KindRampSampler:
+	case agentapi.KindRampSampler:
 		return ramps
-	case seam.KindSampler:
+	case agentapi.KindSampler:
 		return samples
-	case seam.KindConcurrencyScheduler:
+	case agentapi.KindConcurrencyScheduler:
 		return slots
-	case seam.KindQuotaScheduler, seam.KindLoadScheduler:
+	case agentapi.KindQuotaScheduler, agentapi.KindLoadScheduler:
 		return tokens
 	default:
 		return limits
@@ -39,16 +39,16 @@ func stageOf(c *seam.Component) stage {
 }
 
 // reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
-func (s stage) reason(req *seam.Request) seam.Reason {
+func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 	switch {
 	case s == ramps && req.RampMode():
-		return seam.ReasonNoMatchingRamp
+		return agentapi.ReasonNoMatchingRamp
 	case s <= samples:
-		return seam.ReasonNotSampled
+		return agentapi.ReasonNotSampled
 	case s == limits:
-		return seam.ReasonRateLimited
+		return agentapi.ReasonRateLimited
 	default:
-		return seam.ReasonNoTokens
+		return agentapi.ReasonNoTokens
 	}
 }
 
@@ -62,7 +62,7 @@ type point struct {
 type member struct {
 	component
 	waits     admitter // the component, where flows may wait for it
-	id        *seam.Component
+	id        *agentapi.Component
 	selectors selectors
 }
 
@@ -71,7 +71,7 @@ type admitter interface {
 	// admit is decide for a flow that waits, if it must, for as long as it can, which began to ask at start. It gives the
 	// time then. An error means that it did not decide, because the flow's caller has gone or, errRetired, the component
 	// is no longer in force.
-	admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error)
+	admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error)
 }
 
 func (p *point) add(c component, s selector) {
@@ -86,10 +86,10 @@ func (p *point) add(c component, s selector) {
 
 // Check decides about a flow. Clients of package flowctl call it. It waits where a scheduler has the flow wait; then an
 // error is that of ctx. If the engine is closed meanwhile, the flow is rejected. If it was closed before, the error is
-// seam.ErrClosed.
-func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+// agentapi.ErrClosed.
+func (e *Engine) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	if e.closed.Load() {
-		return seam.ErrClosed
+		return agentapi.ErrClosed
 	}
 	start := e.now()
 	now := start
@@ -102,7 +102,7 @@ func (e *Engine) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 			break
 		}
 		undo(v, now)
-		*v = seam.Verdict{}
+		*v = agentapi.Verdict{}
 		if !errors.Is(err, errRetired) {
 			if ctx.Err() != nil {
 				count(p.counts, req, flowsCanceled)
@@ -125,7 +125,7 @@ func (e *Engine) point(controlPoint string) *point {
 }
 
 // count counts a flow that has been decided about.
-func (p *point) count(req *seam.Request, v *seam.Verdict) {
+func (p *point) count(req *agentapi.Request, v *agentapi.Verdict) {
 	what := flowsAccepted
 	if v.Rejected() {
 		what = flowsRejected + int(v.Rejection().Reason)
@@ -135,7 +135,7 @@ func (p *point) count(req *seam.Request, v *seam.Verdict) {
 
 // decide asks the stages of the flow's control point. After an error the flow may hold something, and in a dry run after a
 // rejection too, for then it runs: it goes on to the stages and to the cache that it would not have come to.
-func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *int64, v *seam.Verdict) error {
+func (e *Engine) decide(ctx context.Context, p *point, req *agentapi.Request, now *int64, v *agentapi.Verdict) error {
 	dry := req.DryRun()
 	for s := range stages {
 		if s == tokens && req.Lookup() != nil {
@@ -157,7 +157,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 			}
 		}
 		if s == ramps && req.RampMode() && v.Len() == 0 {
-			v.Reject(seam.Rejection{Reason: seam.ReasonNoMatchingRamp})
+			v.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoMatchingRamp})
 		}
 		if v.Rejected() && !dry {
 			break
@@ -170,7 +170,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *seam.Request, now *i
 // order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
 // the flow, it waits for none, and in a dry run neither. The time goes on while it waits. Dropped reports what components in
 // force decided, in a flow's dry run too; a component in dry run drops no flow.
-func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, now *int64, v *seam.Verdict) (dropped bool, err error) {
+func (e *Engine) ask(ctx context.Context, members []member, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
 	late, dry := req.Late(), req.DryRun()
 	for i := range members {
 		m := &members[i]
@@ -182,9 +182,9 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 		d.DryRun = dry || m.id.DryRun
 		switch {
 		case selected == unknown:
-			m.refuse(req, d, seam.CauseLongLabel)
+			m.refuse(req, d, agentapi.CauseLongLabel)
 		case late:
-			m.refuse(req, d, seam.CauseLate)
+			m.refuse(req, d, agentapi.CauseLate)
 		case m.waits == nil || dropped || d.DryRun:
 			m.decide(req, *now, d)
 		default:
@@ -198,7 +198,7 @@ func (e *Engine) ask(ctx context.Context, members []member, req *seam.Request, n
 }
 
 // undo gives back what the flow was given.
-func undo(v *seam.Verdict, now int64) {
+func undo(v *agentapi.Verdict, now int64) {
 	for i := range v.Len() {
 		d := v.At(i)
 		if c, ok := d.Component.Limiter.(component); ok && !d.Dropped {
@@ -209,10 +209,10 @@ func undo(v *seam.Verdict, now int64) {
 }
 
 // slotsToCome reports whether the decision was for want of a slot that some flow can have.
-func slotsToCome(d *seam.LimiterDecision) bool {
+func slotsToCome(d *agentapi.LimiterDecision) bool {
 	switch d.Component.Kind {
-	case seam.KindConcurrencyLimiter, seam.KindConcurrencyScheduler:
-		return d.Component.Capacity > 0 && d.Cause != seam.CauseLate && d.Cause != seam.CauseLongLabel
+	case agentapi.KindConcurrencyLimiter, agentapi.KindConcurrencyScheduler:
+		return d.Component.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
 	default:
 		return false
 	}
@@ -221,8 +221,8 @@ func slotsToCome(d *seam.LimiterDecision) bool {
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
 // then the order. The first stage counts, of those that a flow in dry run is dropped by. If the engine was closed while the
 // flow waited, that counts before all: a flow that came back would not be limited any more.
-func reject(v *seam.Verdict, from int, reason seam.Reason) {
-	var by *seam.LimiterDecision
+func reject(v *agentapi.Verdict, from int, reason agentapi.Reason) {
+	var by *agentapi.LimiterDecision
 	hopeless, closed := false, false
 	for i := from; i < v.Len(); i++ {
 		d := v.At(i)
@@ -233,7 +233,7 @@ func reject(v *seam.Verdict, from int, reason seam.Reason) {
 			d.Drop(0)
 			hopeless = true
 		}
-		if d.Cause == seam.CauseClosed {
+		if d.Cause == agentapi.CauseClosed {
 			by, closed = d, true
 			break
 		}
@@ -244,7 +244,7 @@ func reject(v *seam.Verdict, from int, reason seam.Reason) {
 	if v.Rejected() {
 		return
 	}
-	r := seam.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
+	r := agentapi.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless && !closed {
 		r.RetryAfter = by.Wait()
 		r.NoReturns = r.RetryAfter == 0 && slotsToCome(by)

@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -13,14 +13,14 @@ import (
 type component interface {
 	// decide fills the decision, which names the component already, and knows of dry runs. It takes what it admits, and
 	// waits for nothing. In a dry run it decides the same: the caller lets the flow pass.
-	decide(req *seam.Request, now int64, d *seam.LimiterDecision)
+	decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision)
 
 	// refuse fills the decision without asking: the flow is dropped for the cause, if the component would have had a say.
-	refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause)
+	refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause)
 
 	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
 	// or has ended. Unused says that it did not run. False says that there was nothing to take back, or no more.
-	giveBack(now int64, d *seam.LimiterDecision, unused bool) bool
+	giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool
 
 	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss. When a table is full, it looks
 	// only where one did not fit.
@@ -39,12 +39,12 @@ type component interface {
 	stats(now int64) ComponentStats
 
 	// identity names the component to others.
-	identity() *seam.Component
+	identity() *agentapi.Component
 }
 
 // keyed is what components have in common: a state for each value of a label, or one for all flows.
 type keyed[S any] struct {
-	component   seam.Component
+	component   agentapi.Component
 	passThrough bool
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
@@ -56,7 +56,7 @@ type keyed[S any] struct {
 	idle   func(state *S, now int64) bool
 }
 
-func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
+func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
 	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: e.namer(c.LabelKey)}
@@ -76,16 +76,16 @@ func newKeyed[S any](e *Engine, c seam.Component, maxIdle time.Duration,
 	return k
 }
 
-func (k *keyed[S]) identity() *seam.Component { return &k.component }
+func (k *keyed[S]) identity() *agentapi.Component { return &k.component }
 
 // scope notes in d which state decides, and reports whether one does: else the flow passes, or is dropped because its value
 // is too long.
-func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
+func (k *keyed[S]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) bool {
 	if k.passThrough {
 		return false
 	}
 	if k.table == nil {
-		d.Scope = seam.ScopeDefault
+		d.Scope = agentapi.ScopeDefault
 		return true
 	}
 	value, ok := labels.Lookup(k.component.LabelKey)
@@ -93,16 +93,16 @@ func (k *keyed[S]) scope(labels *seam.Labels, d *seam.LimiterDecision) bool {
 	case !ok:
 		return false
 	case len(value) > maxValue:
-		d.Scope = seam.ScopeLabel
-		k.drop(d, seam.CauseLongLabel, 0)
+		d.Scope = agentapi.ScopeLabel
+		k.drop(d, agentapi.CauseLongLabel, 0)
 		return false
 	}
-	d.Scope, d.Label = seam.ScopeLabel, k.namer.name(value)
+	d.Scope, d.Label = agentapi.ScopeLabel, k.namer.name(value)
 	return true
 }
 
 // lock returns the entry that decides, locked.
-func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
+func (k *keyed[S]) lock(d *agentapi.LimiterDecision, now int64) *entry[S] {
 	if k.table == nil {
 		k.single.mu.Lock()
 		return k.single
@@ -113,8 +113,8 @@ func (k *keyed[S]) lock(d *seam.LimiterDecision, now int64) *entry[S] {
 }
 
 // returned gives something back to the entry that has decided, by a function that reports whether it came from there.
-func (k *keyed[S]) returned(d *seam.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
-	if d.Scope == seam.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
+func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
+	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false
 	}
 	if unused {
@@ -178,14 +178,14 @@ func (k *keyed[S]) overflow() uint64 {
 }
 
 // drop turns the decision into a refusal.
-func (k *keyed[S]) drop(d *seam.LimiterDecision, cause seam.Cause, wait int64) {
+func (k *keyed[S]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wait int64) {
 	d.Consumed = 0
 	d.Cause = cause
 	d.Drop(time.Duration(wait))
 }
 
 // tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.
-func tokensOf(labels *seam.Labels, label string, otherwise float64) float64 {
+func tokensOf(labels *agentapi.Labels, label string, otherwise float64) float64 {
 	if tokens, ok := tokensSaid(labels, label); ok {
 		return tokens
 	}
@@ -193,7 +193,7 @@ func tokensOf(labels *seam.Labels, label string, otherwise float64) float64 {
 }
 
 // tokensSaid is how many tokens the flow takes by its label; ok is false where that does not say a number of tokens.
-func tokensSaid(labels *seam.Labels, label string) (tokens float64, ok bool) {
+func tokensSaid(labels *agentapi.Labels, label string) (tokens float64, ok bool) {
 	if label == "" {
 		return 0, false
 	}

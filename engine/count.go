@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"unsafe"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // counts are eight counters, for many who count at once. The zero value is ready.
@@ -56,9 +56,9 @@ func addFloat[T any](c *counts, of *T, what int, n float64) {
 }
 
 // decision counts a decision.
-func (c *counts) decision(d *seam.LimiterDecision) {
+func (c *counts) decision(d *agentapi.LimiterDecision) {
 	at := cell(c, d)
-	if d.Cause == seam.CauseLongLabel {
+	if d.Cause == agentapi.CauseLongLabel {
 		at[decisionsLong].Add(1)
 	}
 	if !d.Passed() {
@@ -69,7 +69,7 @@ func (c *counts) decision(d *seam.LimiterDecision) {
 	if d.Dropped {
 		at[decisionsDry].Add(1)
 	}
-	if d.Scope == seam.ScopeNone {
+	if d.Scope == agentapi.ScopeNone {
 		at[decisionsFree].Add(1)
 	}
 }

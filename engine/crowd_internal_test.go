@@ -10,7 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -59,17 +59,17 @@ func TestRoomOfManyKeys(t *testing.T) {
 		})
 		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
 		var wg sync.WaitGroup
-		var causes [seam.Causes]atomic.Int64
+		var causes [agentapi.Causes]atomic.Int64
 		for i := range flows {
 			rng := rand.New(rand.NewPCG(uint64(i), 2))
 			wg.Go(func() {
 				<-time.After(time.Duration(rng.IntN(flows)) * time.Millisecond)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(1+rng.IntN(300))*time.Millisecond)
 				defer cancel()
-				req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: map[string]string{
+				req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{
 					"key": fmt.Sprint(rng.IntN(1 + i%7)), "user": fmt.Sprint(rng.IntN(2)),
 				}}, Timeout: time.Duration(rng.IntN(200)) * time.Millisecond}
-				var v seam.Verdict
+				var v agentapi.Verdict
 				if err := e.Check(ctx, req, &v); err != nil {
 					return
 				}
@@ -87,7 +87,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 		if n := s.room.Load(); n != room || len(s.crowd.ofLen) != 0 {
 			t.Errorf("room for %d of %d flows is left, and queues of %d lengths", n, room, len(s.crowd.ofLen))
 		}
-		if causes[seam.CauseQueueFull].Load() == 0 || causes[seam.CauseTimeout].Load() == 0 {
+		if causes[agentapi.CauseQueueFull].Load() == 0 || causes[agentapi.CauseTimeout].Load() == 0 {
 			t.Errorf("rejections by their causes = %v want some of a full queue, and in vain", &causes)
 		}
 	})

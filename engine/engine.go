@@ -57,7 +57,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -97,8 +97,8 @@ type Engine struct {
 }
 
 var (
-	_ seam.Agent    = (*Engine)(nil)
-	_ seam.Reverter = (*Engine)(nil)
+	_ agentapi.Agent    = (*Engine)(nil)
+	_ agentapi.Reverter = (*Engine)(nil)
 )
 
 // New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
@@ -188,7 +188,7 @@ func (e *Engine) ServiceWarnings() []string {
 }
 
 // lookup fills the cache part of the verdict.
-func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
+func (e *Engine) lookup(p *point, req *agentapi.Request, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
 	if asked.Result != "" {
 		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
@@ -199,18 +199,18 @@ func (e *Engine) lookup(p *point, req *seam.Request, v *seam.Verdict) {
 			continue
 		}
 		if x.Global == nil {
-			x.Global = make(map[string]seam.CacheAnswer, len(asked.Global))
+			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
 		}
 		x.Global[key] = e.globals.lookup(cacheKey{key: key}, asked.Room)
 	}
 }
 
 // End gives back the slots that a flow holds, and measures how long its work took. Clients of package flowctl call it.
-func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+func (e *Engine) End(_ context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	if gauges := e.rules.Load().gauges[req.ControlPoint]; len(gauges) > 0 && !failed {
 		e.clock(gauges, req, v)
 	}
-	var r seam.Returns
+	var r agentapi.Returns
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Slot() == 0 {
@@ -229,7 +229,7 @@ func (e *Engine) End(_ context.Context, req *seam.Request, v *seam.Verdict, fail
 }
 
 // clock measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
-func (e *Engine) clock(gauges []gauge, req *seam.Request, v *seam.Verdict) {
+func (e *Engine) clock(gauges []gauge, req *agentapi.Request, v *agentapi.Verdict) {
 	var waited time.Duration
 	if v.Extra != nil {
 		if v.Extra.Result.Hit {
@@ -253,12 +253,12 @@ func (e *Engine) Measures(controlPoint string) bool {
 // Observe measures a flow that has run and ended well, by what its client reports. Package agent calls it, which keeps no
 // flows.
 func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
-	e.tell(e.rules.Load().gauges[controlPoint], &seam.Labels{Params: labels}, e.now(), latency)
+	e.tell(e.rules.Load().gauges[controlPoint], &agentapi.Labels{Params: labels}, e.now(), latency)
 }
 
 // Revert takes back all that Check gave a flow, tokens and slots, instead of End: the flow does not run. Clients of package
 // flowctl call it, and package agent for flows whose client has gone.
-func (e *Engine) Revert(req *seam.Request, v *seam.Verdict) {
+func (e *Engine) Revert(req *agentapi.Request, v *agentapi.Verdict) {
 	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
 		undo(v, e.now())
 	}
@@ -271,14 +271,14 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 	holders := e.holders[identity{policyName, hash, component}]
 	e.mu.RUnlock()
 	for _, h := range holders {
-		d := seam.LimiterDecision{Scope: seam.ScopeDefault}
+		d := agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
 		d.Hold(slot)
 		if key := h.identity().LabelKey; key != "" {
 			value, ok := strings.CutPrefix(label, key+":")
 			if !ok {
 				continue
 			}
-			d.Scope, d.Label = seam.ScopeLabel, value
+			d.Scope, d.Label = agentapi.ScopeLabel, value
 		}
 		if h.giveBack(e.now(), &d, false) {
 			return true, true
@@ -290,12 +290,12 @@ func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64)
 // Lookup finds a value in a cache. If room is not nil, it takes room for the value's bytes in the answer or reports that
 // there is none, which is a miss, and the value must not be changed. Package agent calls it; flows look up with their
 // check.
-func (e *Engine) Lookup(key seam.CacheKey, room func(size int) bool) seam.CacheAnswer {
+func (e *Engine) Lookup(key agentapi.CacheKey, room func(size int) bool) agentapi.CacheAnswer {
 	switch c, k := e.cache(key); {
 	case e.closed.Load():
-		return seam.CacheAnswer{Err: seam.ErrClosed}
+		return agentapi.CacheAnswer{Err: agentapi.ErrClosed}
 	case key.Key == "":
-		return seam.CacheAnswer{Err: errNoCacheKey}
+		return agentapi.CacheAnswer{Err: errNoCacheKey}
 	case key.Global:
 		return c.lookup(k, room)
 	default:
@@ -306,7 +306,7 @@ func (e *Engine) Lookup(key seam.CacheKey, room func(size int) bool) seam.CacheA
 }
 
 // looked counts a lookup in the result cache.
-func (p *point) looked(a *seam.CacheAnswer) {
+func (p *point) looked(a *agentapi.CacheAnswer) {
 	what := cacheMisses
 	if a.Hit {
 		what = cacheHits
@@ -315,24 +315,24 @@ func (p *point) looked(a *seam.CacheAnswer) {
 }
 
 // Store puts a value into a cache. Clients of package flowctl call it.
-func (e *Engine) Store(_ context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+func (e *Engine) Store(_ context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
 	if e.closed.Load() {
-		return seam.ErrClosed
+		return agentapi.ErrClosed
 	}
 	c, k := e.cache(key)
 	return c.store(k, value, ttl)
 }
 
 // Delete removes a value from a cache. Clients of package flowctl call it.
-func (e *Engine) Delete(_ context.Context, key seam.CacheKey) error {
+func (e *Engine) Delete(_ context.Context, key agentapi.CacheKey) error {
 	if e.closed.Load() {
-		return seam.ErrClosed
+		return agentapi.ErrClosed
 	}
 	c, k := e.cache(key)
 	return c.remove(k)
 }
 
-func (e *Engine) cache(key seam.CacheKey) (*cache, cacheKey) {
+func (e *Engine) cache(key agentapi.CacheKey) (*cache, cacheKey) {
 	if key.Global {
 		return e.globals, cacheKey{key: key.Key}
 	}
@@ -342,7 +342,7 @@ func (e *Engine) cache(key seam.CacheKey) (*cache, cacheKey) {
 // Ready reports whether the engine is open, by an error if it is not. Clients of package flowctl call it.
 func (e *Engine) Ready(context.Context) error {
 	if e.closed.Load() {
-		return seam.ErrClosed
+		return agentapi.ErrClosed
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/vectors"
+	"github.com/headgate-go/headgate/internal/testing/replay"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -65,8 +65,8 @@ func end(flow *flowctl.Flow) flowctl.EndResponse {
 
 // What a real agent answered.
 func TestVectors(t *testing.T) {
-	vectors.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
-		return vectors.Stub(client(t, policies, nil))
+	replay.Run(t, func(t *testing.T, policies []policy.Policy) checkv1.FlowControlServiceClient {
+		return replay.Stub(client(t, policies, nil))
 	})
 }
 

@@ -6,7 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -42,10 +42,10 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 					if i%2 == 0 {
 						cost = "1000" // takes hours to fill again: a debt, which is not forgotten
 					}
-					var v seam.Verdict
-					if err := e.Check(t.Context(), &seam.Request{
+					var v agentapi.Verdict
+					if err := e.Check(t.Context(), &agentapi.Request{
 						ControlPoint: "point",
-						Labels:       seam.Labels{Params: map[string]string{"user": fmt.Sprint(i), "cost": cost}},
+						Labels:       agentapi.Labels{Params: map[string]string{"user": fmt.Sprint(i), "cost": cost}},
 					}, &v); err != nil || v.Rejected() {
 						t.Fatal(v, err)
 					}
@@ -72,9 +72,9 @@ func TestGiveBackSpilled(t *testing.T) {
 	}
 	defer func() { _ = e.Close() }()
 	l := e.rules.Load().parts[0].component.(*limiter[bucket])
-	decide := func(user string, now int64) *seam.LimiterDecision {
-		d := &seam.LimiterDecision{Component: l.identity()}
-		l.decide(&seam.Request{Labels: seam.Labels{Params: map[string]string{"user": user}}}, now, d)
+	decide := func(user string, now int64) *agentapi.LimiterDecision {
+		d := &agentapi.LimiterDecision{Component: l.identity()}
+		l.decide(&agentapi.Request{Labels: agentapi.Labels{Params: map[string]string{"user": user}}}, now, d)
 		if d.Dropped {
 			t.Fatalf("%s was dropped", user)
 		}
@@ -93,7 +93,7 @@ func TestGiveBackSpilled(t *testing.T) {
 	}
 	const none = -1
 	known := decide("a", 0)
-	shared := []*seam.LimiterDecision{decide("b", 0), decide("b", 0), decide("b", 0)}
+	shared := []*agentapi.LimiterDecision{decide("b", 0), decide("b", 0), decide("b", 0)}
 	check("while a has the only bucket", none, 1)
 	l.giveBack(0, shared[0], true)
 	check("after b gave back", none, 2)

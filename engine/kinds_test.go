@@ -6,7 +6,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -71,8 +71,8 @@ func opened(t *testing.T, components ...policy.Component) (*engine.Engine, *flow
 // checked asks an engine as package agent does, whose labels have no bound.
 func checked(t *testing.T, e *engine.Engine, labels map[string]string) (cause flowctl.RejectCause, accepted bool) {
 	t.Helper()
-	var v seam.Verdict
-	if err := e.Check(t.Context(), &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: labels}}, &v); err != nil {
+	var v agentapi.Verdict
+	if err := e.Check(t.Context(), &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}}, &v); err != nil {
 		t.Fatal(err)
 	}
 	return flowctl.RejectCause(v.Rejection().Cause), !v.Rejected()

@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -17,7 +17,7 @@ type limiter[S any] struct {
 	beyond      atomic.Uint64 // flows that entries have admitted, and have no room to show
 }
 
-func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) component {
+func newRateLimiter(e *Engine, p policy.RateLimiter, c agentapi.Component) component {
 	l := newLimiter(e, c, p.MaxIdle, &bucketRule{
 		capacity: p.Capacity,
 		fill:     p.Fill,
@@ -29,19 +29,19 @@ func newRateLimiter(e *Engine, p policy.RateLimiter, c seam.Component) component
 	return l
 }
 
-func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c seam.Component) component {
+func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c agentapi.Component) component {
 	l := newLimiter(e, c, p.MaxIdle, &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)})
 	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
 	return l
 }
 
-func newLimiter[S any](e *Engine, c seam.Component, maxIdle time.Duration, s source[S]) *limiter[S] {
+func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source[S]) *limiter[S] {
 	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.fresh, s.idle), source: s}
 	l.component.Limiter = l
 	return l
 }
 
-func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
+func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
@@ -58,7 +58,7 @@ func (l *limiter[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecisio
 	_, likely := l.source.forecast(&e.state, now, backlog{}, d.Consumed)
 	e.mu.Unlock()
 	d.Remaining = got.left
-	l.drop(d, seam.CauseNone, likely)
+	l.drop(d, agentapi.CauseNone, likely)
 	l.counts.decision(d)
 }
 
@@ -86,7 +86,7 @@ func (l *limiter[S]) admitted() uint64 {
 	}
 }
 
-func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
+func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
 	if l.scope(&req.Labels, d) {
 		l.drop(d, cause, 0)
@@ -94,7 +94,7 @@ func (l *limiter[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause se
 	l.counts.decision(d)
 }
 
-func (l *limiter[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
+func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *entry[S]) bool {
 		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot(), unused)
 	})

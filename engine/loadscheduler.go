@@ -5,12 +5,12 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
-func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (component, error) {
+func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, of, p, c)
 	if err != nil {
 		return nil, err
@@ -27,7 +27,7 @@ func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c seam.Compon
 }
 
 // newAIMDLoadScheduler makes one that finds the share out itself.
-func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c seam.Component) (component, error) {
+func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, of, policy.LoadScheduler{
 		Selectors:             p.Selectors,
 		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
@@ -63,7 +63,7 @@ func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c sea
 }
 
 // newLoad makes what the two kinds of load schedulers have in common.
-func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*scheduler[load], error) {
+func newLoad(e *Engine, of *part, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
 	rule := loadRule{priced: new([]*latencyCost)}
 	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
 	if err != nil {
@@ -75,7 +75,7 @@ func newLoad(e *Engine, of *part, p policy.LoadScheduler, c seam.Component) (*sc
 	}
 	*rule.priced = s.workloads.measureFrom(e.now())
 	rule.fresh(&s.single.state.tokens, 0) // with the prices
-	return s, of.measure(p.Selectors, func(labels *seam.Labels, now int64, latency float64) {
+	return s, of.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
 		if of, known := s.workloads.of(labels); known && of.latency != nil {
 			of.latency.mean.add(now, latency)
 		}

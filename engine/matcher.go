@@ -6,7 +6,7 @@ import (
 	"slices"
 
 	"github.com/headgate-go/headgate/internal/pattern"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -17,7 +17,7 @@ type selector struct {
 }
 
 // A condition looks at a flow's labels.
-type condition func(*seam.Labels) truth
+type condition func(*agentapi.Labels) truth
 
 // A truth is what is known of a condition. It is unknown where a value is too long to be looked at in time; of several
 // conditions the others may decide (Kleene's logic of three values).
@@ -36,7 +36,7 @@ func truthOf(b bool) truth {
 	return no
 }
 
-func (s *selector) selects(labels *seam.Labels) truth {
+func (s *selector) selects(labels *agentapi.Labels) truth {
 	if s.service != "" && s.service != labels.Service() {
 		return no
 	}
@@ -46,7 +46,7 @@ func (s *selector) selects(labels *seam.Labels) truth {
 // selectors act on a flow that one of them selects.
 type selectors []selector
 
-func (s selectors) selects(labels *seam.Labels) truth {
+func (s selectors) selects(labels *agentapi.Labels) truth {
 	most := no
 	for i := range s {
 		if most = max(most, s[i].selects(labels)); most == yes {
@@ -56,7 +56,7 @@ func (s selectors) selects(labels *seam.Labels) truth {
 	return most
 }
 
-func holdAll(conditions []condition, labels *seam.Labels) truth {
+func holdAll(conditions []condition, labels *agentapi.Labels) truth {
 	least := yes
 	for _, holds := range conditions {
 		if least = min(least, holds(labels)); least == no {
@@ -66,7 +66,7 @@ func holdAll(conditions []condition, labels *seam.Labels) truth {
 	return least
 }
 
-func holdAny(conditions []condition, labels *seam.Labels) truth {
+func holdAny(conditions []condition, labels *agentapi.Labels) truth {
 	most := no
 	for _, holds := range conditions {
 		if most = max(most, holds(labels)); most == yes {
@@ -113,7 +113,7 @@ func compileMatcher(m policy.LabelMatcher) ([]condition, error) {
 
 func compileRequirement(r policy.Requirement) (condition, error) {
 	key, contains := r.Key, oneOf(r.Values)
-	in := func(l *seam.Labels) truth {
+	in := func(l *agentapi.Labels) truth {
 		value, ok := l.Lookup(key)
 		return truthOf(ok && contains(value))
 	}
@@ -165,10 +165,10 @@ func compileExpression(e policy.Expression) (condition, error) {
 		return not(of), nil
 	case policy.All:
 		of, err := compileExpressions(e)
-		return func(l *seam.Labels) truth { return holdAll(of, l) }, err
+		return func(l *agentapi.Labels) truth { return holdAll(of, l) }, err
 	case policy.Any:
 		of, err := compileExpressions(e)
-		return func(l *seam.Labels) truth { return holdAny(of, l) }, err
+		return func(l *agentapi.Labels) truth { return holdAny(of, l) }, err
 	case policy.LabelExists:
 		return labelExists(string(e)), nil
 	case policy.LabelEquals:
@@ -178,7 +178,7 @@ func compileExpression(e policy.Expression) (condition, error) {
 		if err != nil {
 			return nil, err
 		}
-		return func(l *seam.Labels) truth {
+		return func(l *agentapi.Labels) truth {
 			value, ok := l.Lookup(e.Label)
 			if !ok {
 				return no
@@ -206,19 +206,19 @@ func compileExpressions(es []policy.Expression) ([]condition, error) {
 }
 
 func labelExists(key string) condition {
-	return func(l *seam.Labels) truth {
+	return func(l *agentapi.Labels) truth {
 		_, ok := l.Lookup(key)
 		return truthOf(ok)
 	}
 }
 
 func labelEquals(key, want string) condition {
-	return func(l *seam.Labels) truth {
+	return func(l *agentapi.Labels) truth {
 		value, ok := l.Lookup(key)
 		return truthOf(ok && value == want)
 	}
 }
 
 func not(c condition) condition {
-	return func(l *seam.Labels) truth { return yes - c(l) }
+	return func(l *agentapi.Labels) truth { return yes - c(l) }
 }

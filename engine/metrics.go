@@ -14,7 +14,8 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/version"
 )
 
 const scope = "github.com/headgate-go/headgate/engine"
@@ -34,7 +35,7 @@ func (e *Engine) Instrument(provider metric.MeterProvider) error {
 	if e.closed.Load() || slices.ContainsFunc(i.providers, same) {
 		return nil
 	}
-	meter := provider.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
+	meter := provider.Meter(scope, metric.WithInstrumentationVersion(version.Version))
 	m, err := newMetrics(meter)
 	if err != nil {
 		return fmt.Errorf("headgate: engine: instrument: %w", err)
@@ -68,7 +69,7 @@ type instruments struct {
 }
 
 // waited tells how long a flow has waited.
-func (i *instruments) waited(ctx context.Context, c *seam.Component, of *workload, ns int64) {
+func (i *instruments) waited(ctx context.Context, c *agentapi.Component, of *workload, ns int64) {
 	waits := i.waits.Load()
 	if waits == nil {
 		return
@@ -290,9 +291,9 @@ func (m *metrics) observeComponent(o metric.Observer, s *ComponentStats) {
 			o.ObserveFloat64(m.acceptedTokens, w.AcceptedTokens, one)
 			o.ObserveFloat64(m.rejectedTokens, w.RejectedTokens, one)
 			for _, c := range []struct {
-				cause seam.Cause
+				cause agentapi.Cause
 				n     uint64
-			}{{seam.CauseQueueFull, w.QueueFull}, {seam.CauseLongQueue, w.QueueTooLong}, {seam.CauseTimeout, w.TimedOut}, {seam.CauseClosed, w.Closed}} {
+			}{{agentapi.CauseQueueFull, w.QueueFull}, {agentapi.CauseLongQueue, w.QueueTooLong}, {agentapi.CauseTimeout, w.TimedOut}, {agentapi.CauseClosed, w.Closed}} {
 				o.ObserveInt64(m.rejections, int64(c.n), metric.WithAttributes(append(slices.Clone(named), index,
 					attribute.String("cause", c.cause.String()))...))
 			}

@@ -11,14 +11,14 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // Two engines that show themselves by one provider are told apart by their names, in every metric.
 func TestEnginesAreToldApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		provider := new(meters.Provider)
+		provider := new(metertest.Provider)
 		for _, name := range []string{"a", "b"} {
 			e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
 				policy.QuotaScheduler{ID: "x", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second},
@@ -81,7 +81,7 @@ func TestGaugesAreNoTotals(t *testing.T) {
 
 // gauges is a provider that notes the names of gauges.
 type gauges struct {
-	meters.Provider
+	metertest.Provider
 	names []string
 }
 

@@ -7,7 +7,7 @@ import (
 	"unicode"
 
 	"github.com/headgate-go/headgate/internal/credential"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -46,7 +46,7 @@ func (r role) String() string {
 func (e *Engine) NamedLabels() map[string]bool { return e.rules.Load().named }
 
 // name adds the labels that a component reads, and warns of those that hardly arrive.
-func (r *rules) name(id *seam.Component, c policy.Component) {
+func (r *rules) name(id *agentapi.Component, c policy.Component) {
 	roles := make(map[string]role)
 	readsOf(c, func(of role, key string) {
 		if key == "" {
@@ -104,7 +104,7 @@ func neverComes(key string) string {
 }
 
 // acts warns of control points that hardly any flow has.
-func (r *rules) acts(id *seam.Component, selectors []policy.Selector) {
+func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector) {
 	warned := make(map[string]bool)
 	for _, s := range selectors {
 		if why := oddName(s.ControlPoint); why != "" && !warned[s.ControlPoint] {

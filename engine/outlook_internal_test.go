@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -37,8 +37,8 @@ func TestLookAheadForetells(t *testing.T) {
 					var wg sync.WaitGroup
 					var mu sync.Mutex
 					check := func(labels map[string]string, timeout time.Duration) (time.Duration, bool) {
-						req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: labels}, Timeout: timeout}
-						var v seam.Verdict
+						req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}, Timeout: timeout}
+						var v agentapi.Verdict
 						if err := e.Check(t.Context(), req, &v); err != nil {
 							t.Error(err)
 						}
@@ -63,7 +63,7 @@ func TestLookAheadForetells(t *testing.T) {
 						synctest.Wait()
 					}
 					last := labels()
-					req := &seam.Labels{Params: last}
+					req := &agentapi.Labels{Params: last}
 					l := &s.single.state
 					s.single.mu.Lock()
 					var told outlook

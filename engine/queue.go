@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // A queue holds the flows that wait for the tokens of one key, and says which of them goes first: self-clocked fair
@@ -93,7 +93,7 @@ type waiter struct {
 }
 
 // fill fills the decision about a waiter that has been served.
-func (w *waiter) fill(d *seam.LimiterDecision) {
+func (w *waiter) fill(d *agentapi.LimiterDecision) {
 	draw{slot: w.slot, left: w.left}.fill(d)
 	d.Consumed = w.tokens
 }

@@ -12,7 +12,7 @@ import (
 
 	"pgregory.net/rapid"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -122,7 +122,7 @@ func TestQueueExtremes(t *testing.T) {
 	for _, priority := range []string{"1", "1e-18", "1e-320", "1e308"} {
 		for _, tokens := range []float64{1, 1e9, 1e20, math.MaxFloat64} {
 			q := newQueue(new(atomic.Int64), nil)
-			extreme := w.claim(&of, &seam.Labels{Params: map[string]string{"priority": priority}})
+			extreme := w.claim(&of, &agentapi.Labels{Params: map[string]string{"priority": priority}})
 			for range 2 { // one is served, and one goes on to wait
 				q.push(&waiter{cost: loadRule{}.cost(tokens), until: immortal}, extreme)
 			}

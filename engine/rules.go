@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strconv"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -56,7 +56,7 @@ func (e *Engine) Apply(policies []policy.Policy) error {
 	e.applying.Lock()
 	defer e.applying.Unlock()
 	if e.closed.Load() {
-		return fmt.Errorf("headgate: engine: %w", seam.ErrClosed)
+		return fmt.Errorf("headgate: engine: %w", agentapi.ErrClosed)
 	}
 	next, err := e.compile(policies)
 	if err != nil {
@@ -164,7 +164,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, c := range p.Components {
-		id := seam.Component{Policy: p.Name, Hash: configHash(p.Name, c), ID: "root." + strconv.Itoa(i)}
+		id := agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c), ID: "root." + strconv.Itoa(i)}
 		built := new(part)
 		selectors, err := e.build(built, c, id)
 		if err == nil {
@@ -190,34 +190,34 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 }
 
 // build sets a component up, whose own ID goes before its place in the policy.
-func (e *Engine) build(p *part, c policy.Component, id seam.Component) (selectors []policy.Selector, err error) {
+func (e *Engine) build(p *part, c policy.Component, id agentapi.Component) (selectors []policy.Selector, err error) {
 	switch c := c.(type) {
 	case policy.RateLimiter:
-		id.Kind, id.ID = seam.KindRateLimiter, cmp.Or(c.ID, id.ID)
+		id.Kind, id.ID = agentapi.KindRateLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
 		p.component, selectors = newRateLimiter(e, c, id), c.Selectors
 	case policy.ConcurrencyLimiter:
-		id.Kind, id.ID = seam.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
+		id.Kind, id.ID = agentapi.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
 		p.holds = true
 		p.component, selectors = newConcurrencyLimiter(e, c, id), c.Selectors
 	case policy.QuotaScheduler:
-		id.Kind, id.ID = seam.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
+		id.Kind, id.ID = agentapi.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Capacity
 		p.component, err = newQuotaScheduler(e, c, id)
 		selectors = c.Selectors
 	case policy.ConcurrencyScheduler:
-		id.Kind, id.ID = seam.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
+		id.Kind, id.ID = agentapi.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
 		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
 		p.holds = true
 		p.component, err = newConcurrencyScheduler(e, c, id)
 		selectors = c.Selectors
 	case policy.LoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		id.Kind, id.ID, id.DeniedStatus = agentapi.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
 		p.component, err = newLoadScheduler(e, p, c, id)
 		selectors = c.Selectors
 	case policy.AIMDLoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = seam.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
+		id.Kind, id.ID, id.DeniedStatus = agentapi.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
 		p.component, err = newAIMDLoadScheduler(e, p, c, id)
 		selectors = c.Selectors
 	case policy.Sampler:

@@ -5,13 +5,13 @@ import (
 	"math/rand/v2"
 	"slices"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // A sampler accepts a share of the flows. It has nothing that it could give, and so nothing to take back.
 type sampler struct {
-	component  seam.Component
+	component  agentapi.Component
 	percentage func(now int64) float64
 	pass       []string // values of the label that are always accepted
 	counts     *counts
@@ -21,10 +21,10 @@ type sampler struct {
 	ramp   *ramp // that the percentage moves along; nil where it does not move
 }
 
-func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
-	c.Kind = seam.KindSampler
+func newSampler(e *Engine, p policy.Sampler, c agentapi.Component) *sampler {
+	c.Kind = agentapi.KindSampler
 	if p.RampMode {
-		c.Kind = seam.KindRampSampler
+		c.Kind = agentapi.KindRampSampler
 	}
 	c.LabelKey, c.DeniedStatus, c.DryRun = p.SessionLabel, p.DeniedStatus, p.DryRun
 	s := &sampler{
@@ -39,7 +39,7 @@ func newSampler(e *Engine, p policy.Sampler, c seam.Component) *sampler {
 	return s
 }
 
-func newLoadRamp(e *Engine, p policy.LoadRamp, c seam.Component) *sampler {
+func newLoadRamp(e *Engine, p policy.LoadRamp, c agentapi.Component) *sampler {
 	s := newSampler(e, policy.Sampler{
 		SessionLabel:      p.SessionLabel,
 		PassThroughValues: p.PassThroughValues,
@@ -52,15 +52,15 @@ func newLoadRamp(e *Engine, p policy.LoadRamp, c seam.Component) *sampler {
 	return s
 }
 
-func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
-	d.Scope = seam.ScopeDefault
+func (s *sampler) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
+	d.Scope = agentapi.ScopeDefault
 	if key := s.component.LabelKey; key != "" {
-		d.Scope = seam.ScopeLabel
+		d.Scope = agentapi.ScopeLabel
 		d.Label, _ = req.Labels.Lookup(key)
 	}
 	if len(d.Label) > maxValue {
 		d.Label = ""
-		s.refuse(req, d, seam.CauseLongLabel)
+		s.refuse(req, d, agentapi.CauseLongLabel)
 		return
 	}
 	in := slices.Contains(s.pass, d.Label)
@@ -79,21 +79,21 @@ func (s *sampler) decide(req *seam.Request, now int64, d *seam.LimiterDecision) 
 }
 
 // refuse decides about a flow that comes too late as about any: a sampler gives it nothing.
-func (s *sampler) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
-	if cause == seam.CauseLate {
+func (s *sampler) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
+	if cause == agentapi.CauseLate {
 		s.decide(req, s.engine.now(), d)
 		return
 	}
-	d.Scope, d.Dropped, d.Cause = seam.ScopeDefault, true, cause
+	d.Scope, d.Dropped, d.Cause = agentapi.ScopeDefault, true, cause
 	s.counts.decision(d)
 }
 
-func (s *sampler) giveBack(int64, *seam.LimiterDecision, bool) bool { return false }
+func (s *sampler) giveBack(int64, *agentapi.LimiterDecision, bool) bool { return false }
 func (s *sampler) sweep(int64, bool)                                {}
 func (s *sampler) vacant(int64) bool                                { return true }
 func (s *sampler) retire()                                          {}
 func (s *sampler) overflow() uint64                                 { return 0 }
-func (s *sampler) identity() *seam.Component                        { return &s.component }
+func (s *sampler) identity() *agentapi.Component                        { return &s.component }
 
 // sampled reports whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
 // RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and

@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -40,7 +40,7 @@ type line[S any] struct {
 	queue  *queue // nil until somebody has to wait
 }
 
-func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c seam.Component) (component, error) {
+func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
 	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucketRule{
 		capacity: p.Capacity,
 		fill:     p.Fill,
@@ -55,7 +55,7 @@ func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c seam.Component) (co
 	return s, nil
 }
 
-func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c seam.Component) (component, error) {
+func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c agentapi.Component) (component, error) {
 	rule := &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)}
 	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, rule)
 	if err != nil {
@@ -65,7 +65,7 @@ func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c seam.Co
 	return s, nil
 }
 
-func newScheduler[S any](e *Engine, c seam.Component, maxIdle time.Duration, p *policy.Scheduler, from source[S]) (*scheduler[S], error) {
+func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source[S]) (*scheduler[S], error) {
 	w, err := compileWorkloads(p)
 	if err != nil {
 		return nil, err
@@ -109,7 +109,7 @@ func (l *line[S]) ahead(c claim, cost float64) backlog {
 }
 
 // workload names a flow's class to those outside.
-func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority float64) {
+func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority float64) {
 	if s.passThrough {
 		return s.workloads.others.label, s.workloads.others.priority
 	}
@@ -121,17 +121,17 @@ func (s *scheduler[S]) workload(labels *seam.Labels) (label string, priority flo
 	return s.engine.namer(s.workloads.workloadLabel).name(c.workload), c.priority
 }
 
-func (s *scheduler[S]) decide(req *seam.Request, now int64, d *seam.LimiterDecision) {
+func (s *scheduler[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
 	t := s.enter(req, now, d, func(*workload) time.Duration { return 0 })
 	s.count(t.of, req, d)
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
 // was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
-func (s *scheduler[S]) admit(ctx context.Context, req *seam.Request, start, now int64, d *seam.LimiterDecision) (int64, error) {
+func (s *scheduler[S]) admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
-	if d.Dropped && d.Cause == seam.CauseNone && d.Wait() != never && t.of.timeout >= 0 {
-		d.Cause = seam.CauseLate // its workload may wait, and the margin takes all the time that it has
+	if d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != never && t.of.timeout >= 0 {
+		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
 	}
 	decided := now
 	if t.waiter != nil {
@@ -158,7 +158,7 @@ type ticket[S any] struct {
 
 // enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may
 // wait, for that takes a look at the clock.
-func (s *scheduler[S]) enter(req *seam.Request, now int64, d *seam.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
+func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
 	of, known := s.workloads.of(&req.Labels)
 	t := ticket[S]{of: of}
 	price := of.latency
@@ -195,7 +195,7 @@ type reservation struct {
 
 // stand is enter, for one who has its bucket. Where there is no room, and another key has a longer queue, it decides
 // nothing, and returns that queue, and how many flows are left to it.
-func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecision, t *ticket[S], price *latencyCost, known bool,
+func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], price *latencyCost, known bool,
 	patience func(*workload) time.Duration, r *reservation,
 ) (longest *queue, leave int) {
 	e := s.lock(d, now)
@@ -208,7 +208,7 @@ func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecisi
 		s.gave(&l.tokens, now, d.Consumed, price)
 	}
 	if !known {
-		s.drop(d, seam.CauseLongLabel, 0)
+		s.drop(d, agentapi.CauseLongLabel, 0)
 		return nil, 0
 	}
 	if l.waiting() {
@@ -229,10 +229,10 @@ func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecisi
 	d.Remaining = s.source.usage(&l.tokens, now).Remaining
 	switch {
 	case likely == never:
-		s.drop(d, seam.CauseNone, likely)
+		s.drop(d, agentapi.CauseNone, likely)
 		return nil, 0
 	case t.patience == 0 && (!l.waiting() || least > 0):
-		s.drop(d, seam.CauseNone, s.estimate(l, now, t.claim, cost, d.Consumed))
+		s.drop(d, agentapi.CauseNone, s.estimate(l, now, t.claim, cost, d.Consumed))
 		return nil, 0
 	}
 	until := immortal
@@ -241,7 +241,7 @@ func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecisi
 	}
 	if least > int64(t.patience) {
 		if least, likely = s.reconsider(l, now, until, t.claim, cost, d.Consumed, least, likely); least > int64(t.patience) {
-			s.drop(d, seam.CauseLongQueue, likely)
+			s.drop(d, agentapi.CauseLongQueue, likely)
 			return nil, 0
 		}
 	}
@@ -254,7 +254,7 @@ func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecisi
 			}
 		}
 		if !evict(l.queue, t.claim) {
-			s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
+			s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
 			return nil, 0
 		}
 	}
@@ -273,7 +273,7 @@ func (s *scheduler[S]) stand(req *seam.Request, now int64, d *seam.LimiterDecisi
 	case t.patience == 0:
 		l.queue.remove(w)
 		s.serve(e, now)
-		s.drop(d, seam.CauseNone, likely)
+		s.drop(d, agentapi.CauseNone, likely)
 	default:
 		w.ready = make(chan struct{})
 		t.waiter = w
@@ -323,7 +323,7 @@ func (s *scheduler[S]) newQueue(e *entry[line[S]]) *queue {
 }
 
 // wait waits for the flow to be served, and decides.
-func (s *scheduler[S]) wait(ctx context.Context, req *seam.Request, start int64, t ticket[S], d *seam.LimiterDecision) (int64, error) {
+func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start int64, t ticket[S], d *agentapi.LimiterDecision) (int64, error) {
 	var timer *time.Timer
 	var expired <-chan time.Time
 	var crowded <-chan struct{}
@@ -367,16 +367,16 @@ func (s *scheduler[S]) wait(ctx context.Context, req *seam.Request, start int64,
 	s.serve(e, now)
 	switch {
 	case gone != nil: // no caller hears when to retry
-		s.drop(d, seam.CauseTimeout, 0)
+		s.drop(d, agentapi.CauseTimeout, 0)
 		return now, gone
 	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
-		s.drop(d, seam.CauseClosed, 0)
+		s.drop(d, agentapi.CauseClosed, 0)
 		return now, nil
 	case t.evicted:
-		s.drop(d, seam.CauseQueueFull, s.estimate(l, now, t.claim, t.cost, t.tokens))
+		s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.claim, t.cost, t.tokens))
 		return now, nil
 	}
-	s.drop(d, seam.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))
+	s.drop(d, agentapi.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))
 	if retired {
 		return now, errRetired
 	}
@@ -436,7 +436,7 @@ func (s *scheduler[S]) ring(e *entry[line[S]]) {
 
 // count counts a decision, by the flow's workload. Tokens count as where flows wait: in a sum that is infinite nobody
 // sees the others.
-func (s *scheduler[S]) count(of *workload, req *seam.Request, d *seam.LimiterDecision) {
+func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.LimiterDecision) {
 	of.counts.decision(d)
 	switch {
 	case !d.Passed():
@@ -454,7 +454,7 @@ const forever time.Duration = math.MaxInt64
 
 // patience is how long a flow of the workload may wait that has asked for so long already: until it needs its answer,
 // less what that takes to arrive.
-func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *workload, asked int64) time.Duration {
+func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *workload, asked int64) time.Duration {
 	if of.timeout < 0 {
 		return 0
 	}
@@ -466,7 +466,7 @@ func (s *scheduler[S]) patience(ctx context.Context, req *seam.Request, of *work
 }
 
 // timeLeft is how long the flow may wait by its deadline and its own timeout.
-func (s *scheduler[S]) timeLeft(ctx context.Context, req *seam.Request, asked int64) time.Duration {
+func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
 	left := forever
 	if at, ok := ctx.Deadline(); ok {
 		left = time.Until(at)
@@ -485,7 +485,7 @@ func (s *scheduler[S]) timeLeft(ctx context.Context, req *seam.Request, asked in
 	return max(left, s.margin) - s.margin
 }
 
-func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause seam.Cause) {
+func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
 	of, _ := s.workloads.of(&req.Labels)
 	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
 	if s.scope(&req.Labels, d) {
@@ -494,7 +494,7 @@ func (s *scheduler[S]) refuse(req *seam.Request, d *seam.LimiterDecision, cause 
 	s.count(of, req, d)
 }
 
-func (s *scheduler[S]) giveBack(now int64, d *seam.LimiterDecision, unused bool) bool {
+func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return s.returned(d, unused, func(e *entry[line[S]]) bool {
 		waiting := e.state.waiting()
 		if waiting {

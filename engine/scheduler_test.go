@@ -13,7 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -59,8 +59,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 				defer cancel()
 				stop := time.AfterFunc(cancelAfter, cancel)
 				defer stop.Stop()
-				req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: labels}, Timeout: timeout}
-				var v seam.Verdict
+				req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}, Timeout: timeout}
+				var v agentapi.Verdict
 				err := e.Check(ctx, req, &v)
 				outcome := "admitted"
 				switch {
@@ -93,7 +93,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 			table += fmt.Sprintf("%24s %6d\n", outcome, outcomes[outcome])
 		}
 		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.state.queue.len+tokens.single.state.queue.len))
-		for _, outcome := range []string{"admitted", "canceled", seam.CauseTimeout.String()} {
+		for _, outcome := range []string{"admitted", "canceled", agentapi.CauseTimeout.String()} {
 			if outcomes[outcome] == 0 {
 				t.Errorf("none was %s", outcome)
 			}
@@ -121,8 +121,8 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 		})
 		s := e.rules.Load().parts[0].component.(*scheduler[bucket])
 		check := func() bool {
-			var v seam.Verdict
-			req := &seam.Request{ControlPoint: "point", Labels: seam.Labels{Params: map[string]string{"user": "u"}}}
+			var v agentapi.Verdict
+			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "u"}}}
 			if err := e.Check(t.Context(), req, &v); err != nil {
 				t.Error(err)
 			}
@@ -159,15 +159,15 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 func TestSlotOfCanceledWaiter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
-		req := &seam.Request{ControlPoint: "point"}
-		var first, next seam.Verdict
+		req := &agentapi.Request{ControlPoint: "point"}
+		var first, next agentapi.Verdict
 		if err := e.Check(t.Context(), req, &first); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			var v seam.Verdict
+			var v agentapi.Verdict
 			if err := e.Check(ctx, req, &v); !errors.Is(err, context.Canceled) || v.Len() != 0 {
 				t.Errorf("Check() = %v, with %d decisions want it canceled", err, v.Len())
 			}
@@ -203,19 +203,19 @@ func TestLateAlarm(t *testing.T) {
 	late := 3*second + second/2
 	for _, tt := range []struct {
 		name string
-		look func(s *scheduler[bucket], first *seam.LimiterDecision)
+		look func(s *scheduler[bucket], first *agentapi.LimiterDecision)
 		want int
 		due  int64 // the next
 	}{
-		{"the alarm", func(s *scheduler[bucket], _ *seam.LimiterDecision) {
+		{"the alarm", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
 			s.single.mu.Lock()
 			defer s.single.mu.Unlock()
 			s.serve(s.single, late)
 		}, 3, 4 * second},
-		{"a flow comes", func(s *scheduler[bucket], _ *seam.LimiterDecision) {
-			s.enter(new(seam.Request), late, new(seam.LimiterDecision), patient)
+		{"a flow comes", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
+			s.enter(new(agentapi.Request), late, new(agentapi.LimiterDecision), patient)
 		}, 3, 4 * second},
-		{"a token comes back", func(s *scheduler[bucket], first *seam.LimiterDecision) {
+		{"a token comes back", func(s *scheduler[bucket], first *agentapi.LimiterDecision) {
 			s.giveBack(late, first, true)
 		}, 4, late + second}, // the half of one that does not fit beside it is lost
 	} {
@@ -223,11 +223,11 @@ func TestLateAlarm(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
 				s := e.rules.Load().parts[0].component.(*scheduler[bucket])
-				var first seam.LimiterDecision
-				s.enter(new(seam.Request), 0, &first, patient)
+				var first agentapi.LimiterDecision
+				s.enter(new(agentapi.Request), 0, &first, patient)
 				var waiting []*waiter
 				for range 10 {
-					waiting = append(waiting, s.enter(new(seam.Request), 0, new(seam.LimiterDecision), patient).waiter)
+					waiting = append(waiting, s.enter(new(agentapi.Request), 0, new(agentapi.LimiterDecision), patient).waiter)
 				}
 				tt.look(s, &first)
 				served := 0
@@ -252,8 +252,8 @@ func TestLateAlarm(t *testing.T) {
 func TestUnusedSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
-		req := &seam.Request{ControlPoint: "point"}
-		var v seam.Verdict
+		req := &agentapi.Request{ControlPoint: "point"}
+		var v agentapi.Verdict
 		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
@@ -261,7 +261,7 @@ func TestUnusedSlots(t *testing.T) {
 		if _, err := e.End(t.Context(), req, &v, false); err != nil {
 			t.Fatal(err)
 		}
-		v = seam.Verdict{}
+		v = agentapi.Verdict{}
 		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}

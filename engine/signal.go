@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -26,7 +26,7 @@ func (e *Engine) signalOf(of *part, field string, s policy.Signal) (signal, erro
 		return func(int64) float64 { return f() }, nil
 	case policy.MeanLatency:
 		m, times := newMean(s.Over, e.now()), cmp.Or(s.Times, 1)
-		if err := of.measure(s.Selectors, func(_ *seam.Labels, now int64, latency float64) { m.add(now, latency) }); err != nil {
+		if err := of.measure(s.Selectors, func(_ *agentapi.Labels, now int64, latency float64) { m.add(now, latency) }); err != nil {
 			return nil, fmt.Errorf("%s: %w", field, err)
 		}
 		return func(now int64) float64 { return times * m.at(now) }, nil
@@ -69,7 +69,7 @@ type gauge struct {
 }
 
 // A note takes down a flow's latency in milliseconds.
-type note func(labels *seam.Labels, now int64, latency float64)
+type note func(labels *agentapi.Labels, now int64, latency float64)
 
 // measure has the latencies of the flows that are selected noted, each once.
 func (p *part) measure(list []policy.Selector, n note) error {
@@ -92,7 +92,7 @@ func (p *part) measure(list []policy.Selector, n note) error {
 
 // tell notes the latency of a flow that has just ended well. A flow of which it is not known whether it is selected counts
 // as one that is not: its value is too long to match.
-func (e *Engine) tell(gauges []gauge, labels *seam.Labels, now int64, latency time.Duration) {
+func (e *Engine) tell(gauges []gauge, labels *agentapi.Labels, now int64, latency time.Duration) {
 	for i := range gauges {
 		if g := &gauges[i]; g.selectors.selects(labels) == yes {
 			g.note(labels, now, float64(latency)/float64(time.Millisecond))

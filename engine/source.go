@@ -1,6 +1,6 @@
 package engine
 
-import "github.com/headgate-go/headgate/internal/seam"
+import "github.com/headgate-go/headgate/internal/agentapi"
 
 // A source is where a component has its tokens from; S is the state of one key.
 type source[S any] interface {
@@ -40,7 +40,7 @@ type draw struct {
 	wait int64   // if not ok, how long until the tokens may be there though nobody gives any back; 0 when never
 }
 
-func (g draw) fill(d *seam.LimiterDecision) {
+func (g draw) fill(d *agentapi.LimiterDecision) {
 	d.Hold(g.slot)
 	d.Remaining = g.left
 }

@@ -6,7 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // Stats are what an engine has decided since it was made, and what there is now. Counters count up for as long as the
@@ -134,14 +134,14 @@ func (e *Engine) Stats() Stats {
 }
 
 func (p *point) stats(controlPoint string) ControlPointStats {
-	rejected := func(why seam.Reason) uint64 { return p.counts.sum(flowsRejected + int(why)) }
+	rejected := func(why agentapi.Reason) uint64 { return p.counts.sum(flowsRejected + int(why)) }
 	return ControlPointStats{
 		ControlPoint:   controlPoint,
 		Accepted:       p.counts.sum(flowsAccepted),
-		RateLimited:    rejected(seam.ReasonRateLimited),
-		NoTokens:       rejected(seam.ReasonNoTokens),
-		NotSampled:     rejected(seam.ReasonNotSampled),
-		NoMatchingRamp: rejected(seam.ReasonNoMatchingRamp),
+		RateLimited:    rejected(agentapi.ReasonRateLimited),
+		NoTokens:       rejected(agentapi.ReasonNoTokens),
+		NotSampled:     rejected(agentapi.ReasonNotSampled),
+		NoMatchingRamp: rejected(agentapi.ReasonNoMatchingRamp),
 		Canceled:       p.counts.sum(flowsCanceled),
 		CacheHits:      p.counts.sum(cacheHits),
 		CacheMisses:    p.counts.sum(cacheMisses),
@@ -149,7 +149,7 @@ func (p *point) stats(controlPoint string) ControlPointStats {
 }
 
 // statsOf are those that all components have.
-func statsOf(c *seam.Component, n *counts) ComponentStats {
+func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 	return ComponentStats{
 		Policy:      c.Policy,
 		PolicyHash:  c.Hash,
@@ -167,17 +167,17 @@ func statsOf(c *seam.Component, n *counts) ComponentStats {
 }
 
 // kindOf is what policy files call components of the kind.
-func kindOf(k seam.Kind) string {
+func kindOf(k agentapi.Kind) string {
 	switch k {
-	case seam.KindRateLimiter:
+	case agentapi.KindRateLimiter:
 		return kindRateLimiter
-	case seam.KindConcurrencyLimiter:
+	case agentapi.KindConcurrencyLimiter:
 		return kindConcurrencyLimiter
-	case seam.KindQuotaScheduler:
+	case agentapi.KindQuotaScheduler:
 		return "quota_scheduler"
-	case seam.KindConcurrencyScheduler:
+	case agentapi.KindConcurrencyScheduler:
 		return "concurrency_scheduler"
-	case seam.KindLoadScheduler:
+	case agentapi.KindLoadScheduler:
 		return kindLoadScheduler
 	default:
 		return kindSampler
@@ -239,10 +239,10 @@ func (w *workload) stats() WorkloadStats {
 		Dropped:        w.counts.sum(decisionsDropped),
 		DryRunDrops:    w.counts.sum(decisionsDry),
 		Unlimited:      w.counts.sum(decisionsFree),
-		QueueFull:      w.drops[seam.CauseQueueFull].Load(),
-		QueueTooLong:   w.drops[seam.CauseLongQueue].Load(),
-		TimedOut:       w.drops[seam.CauseTimeout].Load(),
-		Closed:         w.drops[seam.CauseClosed].Load(),
+		QueueFull:      w.drops[agentapi.CauseQueueFull].Load(),
+		QueueTooLong:   w.drops[agentapi.CauseLongQueue].Load(),
+		TimedOut:       w.drops[agentapi.CauseTimeout].Load(),
+		Closed:         w.drops[agentapi.CauseClosed].Load(),
 		AcceptedTokens: w.counts.sumFloat(tokensAccepted),
 		RejectedTokens: w.counts.sumFloat(tokensRejected),
 		Waits:          w.waits.count.Load(),

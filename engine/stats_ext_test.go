@@ -15,7 +15,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -338,7 +338,7 @@ func TestMetricsOfWhatComesAndGoes(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer e.Close()
-		p := new(meters.Provider)
+		p := new(metertest.Provider)
 		client, err := flowctl.New(e, flowctl.WithMeterProvider(p))
 		if err != nil {
 			t.Fatal(err)
@@ -413,7 +413,7 @@ func TestMetricsOfWhatComesAndGoes(t *testing.T) {
 // All that is counted is shown, by the names that Aperture's dashboards know, where there are any.
 func TestMetrics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, p := countedEngine(t), new(meters.Provider)
+		e, p := countedEngine(t), new(metertest.Provider)
 		client, err := flowctl.New(e, flowctl.WithMeterProvider(p))
 		if err != nil {
 			t.Fatal(err)

@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -28,7 +28,7 @@ type workload struct {
 	latency          *latencyCost  // goes before tokens; nil where it does not
 
 	counts *counts
-	drops  *[seam.Causes]atomic.Uint64 // by the cause
+	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
 	waits  *waits
 }
 
@@ -58,14 +58,14 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 		tokens:   max(cmp.Or(p.Tokens, 1), 0),
 		timeout:  p.QueueTimeout,
 		counts:   new(counts),
-		drops:    new([seam.Causes]atomic.Uint64),
+		drops:    new([agentapi.Causes]atomic.Uint64),
 		waits:    new(waits),
 	}
 }
 
 // of is the first workload that matches. It is not known where a value is too long to match, and no workload before
 // matches: it is the default one then, which the flow must not wait in, for its caller could choose it by that.
-func (w *workloads) of(labels *seam.Labels) (of *workload, known bool) {
+func (w *workloads) of(labels *agentapi.Labels) (of *workload, known bool) {
 	for i := range w.list {
 		switch holdAll(w.list[i].match, labels) {
 		case yes:
@@ -96,7 +96,7 @@ const (
 )
 
 // claim is for whom a flow of the workload waits.
-func (w *workloads) claim(of *workload, labels *seam.Labels) claim {
+func (w *workloads) claim(of *workload, labels *agentapi.Labels) claim {
 	c := claim{workload: of.label, priority: of.priority}
 	if w.workloadLabel != "" {
 		if text, ok := labels.Lookup(w.workloadLabel); ok {
@@ -123,5 +123,5 @@ func shareName(value string) string {
 	if len(value) > maxValue {
 		value = strings.ToValidUTF8(value[:maxBucketName], "")
 	}
-	return seam.ShortValue(value, maxBucketName)
+	return agentapi.ShortValue(value, maxBucketName)
 }

@@ -12,14 +12,14 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
 // because all that a check costs beyond gRPC's own call is what is allocated here.
 type check struct {
-	seam.Extra
+	agentapi.Extra
 	response checkv1.CheckResponse          // to Check
 	http     *checkhttpv1.CheckHTTPResponse // to CheckHTTP; nil: the question was Check
 	raw      []byte                         // response as it came: telemetry has it without encoding it anew; nil where it was not kept
@@ -39,7 +39,7 @@ type check struct {
 }
 
 // ask asks the agent.
-func (c *check) ask(ctx context.Context, req *seam.Request) error {
+func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	c.ctx = ctx
 	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {

@@ -42,23 +42,24 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/flight"
-	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/labels"
 )
 
 // An Agent decides about flows in this process: an engine. Only Headgate implements it, so that it can grow.
 type Agent interface {
-	seam.Agent
+	agentapi.Agent
 }
 
 // A Client starts flows. It is safe for concurrent use. A nil client is flow control switched off: it accepts every
 // flow and asks nobody.
 type Client struct {
-	agent        seam.Agent
+	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
-	base         *seam.Base // the labels that every flow has; nil when none
+	base         *agentapi.Base // the labels that every flow has; nil when none
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -86,7 +87,7 @@ func New(agent Agent, opts ...Option) (*Client, error) {
 	return newClient(agent, cfg)
 }
 
-func newClient(agent seam.Agent, cfg *config) (*Client, error) {
+func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 	c := &Client{
 		agent:        agent,
 		checkTimeout: cfg.checkTimeout,
@@ -154,7 +155,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	}
 	if c.closed.Load() {
-		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
+		return Unreachable, &UnreachableError{f.req.ControlPoint, agentapi.ErrClosed}
 	}
 	err := c.agent.Check(ctx, &f.req, &f.verdict)
 	switch {
@@ -165,7 +166,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	case callerEnded(ctx, err):
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	case c.closed.Load(): // while we were asking
-		return Unreachable, &UnreachableError{f.req.ControlPoint, seam.ErrClosed}
+		return Unreachable, &UnreachableError{f.req.ControlPoint, agentapi.ErrClosed}
 	default:
 		if !errors.Is(err, errGateOpen) && !refused(status.Code(err)) { // which are logged by themselves
 			c.silenceLog.warn(c.logger, "headgate: the agent did not decide about a flow",
@@ -186,8 +187,8 @@ func callerEnded(ctx context.Context, err error) bool {
 }
 
 // prepare fills the request, and says what is wrong with it.
-func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params) error {
-	if err := seam.CheckControlPoint(req.ControlPoint); err != nil {
+func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Params) error {
+	if err := bounds.CheckControlPoint(req.ControlPoint); err != nil {
 		return err
 	}
 	looks, err := params.looksUp()
@@ -195,7 +196,7 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 		return err
 	}
 	if looks { // also where the labels are wrong: a dry run still uses the caches
-		req.Labels.Base = &seam.Base{Looks: true, Lookup: seam.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
+		req.Labels.Base = &agentapi.Base{Looks: true, Lookup: agentapi.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
 	}
 	if err := params.checkLabels(); err != nil {
 		return err
@@ -219,7 +220,7 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 	}
 	own := req.Labels.Base
 	if own == nil {
-		own = new(seam.Base)
+		own = new(agentapi.Base)
 		req.Labels.Base = own
 	}
 	own.RampMode = params.RampMode
@@ -238,7 +239,7 @@ func (c *Client) prepare(ctx context.Context, req *seam.Request, params *Params)
 
 // fit makes the labels as few as a flow may have. Too many explicit ones are an error; the others give way, those of
 // peers first.
-func fit(l *seam.Labels) error {
+func fit(l *agentapi.Labels) error {
 	n := len(l.Params) + len(l.Context)
 	if l.Base != nil {
 		n += len(l.Base.Baggage) + len(l.Base.Transport) + len(l.Base.Defaults)
@@ -283,7 +284,7 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 		return EndResponse{}, nil
 	}
 	if f.course.unused() {
-		if r, ok := c.agent.(seam.Reverter); ok {
+		if r, ok := c.agent.(agentapi.Reverter); ok {
 			r.Revert(&f.req, &f.verdict)
 			return EndResponse{}, nil
 		}

@@ -14,9 +14,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/canceled"
 	"github.com/headgate-go/headgate/internal/deadline"
-	"github.com/headgate-go/headgate/internal/seam"
 )
 
 // The outcomes of a flow that errors are matched against with errors.Is.
@@ -47,11 +48,11 @@ type RejectReason uint8
 
 // The reasons.
 const (
-	ReasonNone           = RejectReason(seam.ReasonNone)           // it was not rejected, or the agent does not say
-	ReasonRateLimited    = RejectReason(seam.ReasonRateLimited)    // a rate or concurrency limit is exhausted
-	ReasonNoTokens       = RejectReason(seam.ReasonNoTokens)       // a scheduler had no room in time
-	ReasonNotSampled     = RejectReason(seam.ReasonNotSampled)     // a sampler left it out
-	ReasonNoMatchingRamp = RejectReason(seam.ReasonNoMatchingRamp) // in ramp mode, and no ramp let it in
+	ReasonNone           = RejectReason(agentapi.ReasonNone)           // it was not rejected, or the agent does not say
+	ReasonRateLimited    = RejectReason(agentapi.ReasonRateLimited)    // a rate or concurrency limit is exhausted
+	ReasonNoTokens       = RejectReason(agentapi.ReasonNoTokens)       // a scheduler had no room in time
+	ReasonNotSampled     = RejectReason(agentapi.ReasonNotSampled)     // a sampler left it out
+	ReasonNoMatchingRamp = RejectReason(agentapi.ReasonNoMatchingRamp) // in ramp mode, and no ramp let it in
 )
 
 // String gives the reason in words.
@@ -89,13 +90,13 @@ type RejectCause uint8
 
 // The causes. CauseNone is also that of a flow that was not rejected.
 const (
-	CauseNone         = RejectCause(seam.CauseNone)      // none but the reason, or the agent does not say
-	CauseLate         = RejectCause(seam.CauseLate)      // too little time was left for the answer to be heard
-	CauseQueueFull    = RejectCause(seam.CauseQueueFull) // as many flows wait as may
-	CauseQueueTooLong = RejectCause(seam.CauseLongQueue) // the wait would have been longer than the flow had time
-	CauseTimeout      = RejectCause(seam.CauseTimeout)   // the flow waited for as long as it could
-	CauseClosed       = RejectCause(seam.CauseClosed)    // the engine was closed while the flow waited
-	CauseLabelTooLong = RejectCause(seam.CauseLongLabel) // a label's value is too long for the policy to go by
+	CauseNone         = RejectCause(agentapi.CauseNone)      // none but the reason, or the agent does not say
+	CauseLate         = RejectCause(agentapi.CauseLate)      // too little time was left for the answer to be heard
+	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // as many flows wait as may
+	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the wait would have been longer than the flow had time
+	CauseTimeout      = RejectCause(agentapi.CauseTimeout)   // the flow waited for as long as it could
+	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine was closed while the flow waited
+	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // a label's value is too long for the policy to go by
 )
 
 // String gives the cause in words.
@@ -103,7 +104,7 @@ func (c RejectCause) String() string {
 	if c == CauseNone {
 		return "no cause given"
 	}
-	return cmp.Or(seam.Cause(c).String(), fmt.Sprintf("cause %d", uint8(c)))
+	return cmp.Or(agentapi.Cause(c).String(), fmt.Sprintf("cause %d", uint8(c)))
 }
 
 // RejectedError is the error of a flow that the agent rejected. It matches [ErrRejected].
@@ -242,7 +243,7 @@ func (e *UnreachableError) Format(s fmt.State, verb rune) { format(s, verb, e) }
 
 // Is matches ErrUnreachable, and ErrClosed where it applies.
 func (e *UnreachableError) Is(target error) bool {
-	return target == ErrUnreachable || target == ErrClosed && errors.Is(e.cause, seam.ErrClosed)
+	return target == ErrUnreachable || target == ErrClosed && errors.Is(e.cause, agentapi.ErrClosed)
 }
 
 // Cause is why: for a remote agent the gRPC status. It is not unwrapped, so that a gRPC handler that returns the error
@@ -345,7 +346,7 @@ func (c *Client) callError(ctx context.Context, op, controlPoint string, err err
 	}
 	e := &callError{op: op, controlPoint: controlPoint, cause: err}
 	switch code := status.Code(err); {
-	case c.closed.Load(), errors.Is(err, seam.ErrClosed):
+	case c.closed.Load(), errors.Is(err, agentapi.ErrClosed):
 		e.match = ErrClosed
 	case ctx.Err() != nil:
 		e.match = ctx.Err()
@@ -359,7 +360,7 @@ func (e *callError) Error() string {
 	if e.controlPoint == "" {
 		return fmt.Sprintf("headgate: %s: %s", e.op, e.text())
 	}
-	return fmt.Sprintf("headgate: %s %.*q: %s", e.op, seam.MaxControlPoint, e.controlPoint, e.text())
+	return fmt.Sprintf("headgate: %s %.*q: %s", e.op, bounds.MaxControlPoint, e.controlPoint, e.text())
 }
 
 // text is what may be said of the cause.
@@ -396,7 +397,7 @@ func (e *callError) Temporary() bool { return e.Timeout() }
 func (e *callError) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.String("op", e.op)}
 	if e.controlPoint != "" {
-		attrs = append(attrs, slog.String("control_point", fmt.Sprintf("%.*s", seam.MaxControlPoint, e.controlPoint)))
+		attrs = append(attrs, slog.String("control_point", fmt.Sprintf("%.*s", bounds.MaxControlPoint, e.controlPoint)))
 	}
 	return slog.GroupValue(append(attrs, slog.Any("cause", e.cause))...)
 }

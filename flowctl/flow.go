@@ -14,8 +14,9 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/flight"
-	"github.com/headgate-go/headgate/internal/seam"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -24,8 +25,8 @@ import (
 type Flow struct {
 	parent  context.Context // of the caller, with the flow's trace span where there is one
 	client  *Client         // nil: flow control is off
-	req     seam.Request
-	verdict seam.Verdict
+	req     agentapi.Request
+	verdict agentapi.Verdict
 	fails   func(error) bool
 
 	course   course
@@ -195,14 +196,14 @@ func (c *flowContext) Value(key any) any {
 		return (*Flow)(c)
 	case flight.ShortOfTime{}:
 		return (*Flow)(c).shortOfTime()
-	case seam.DryRunKey{}:
+	case agentapi.DryRunKey{}:
 		return c.client == nil || c.client.dryRun
-	case seam.PausesKey{}:
+	case agentapi.PausesKey{}:
 		if c.client == nil {
 			return nil
 		}
 		return (*pauses)(c.client)
-	case seam.UnusedKey{}:
+	case agentapi.UnusedKey{}:
 		return (*unusedFlow)(c)
 	default:
 		return c.parent.Value(key)
@@ -397,7 +398,7 @@ func (f *Flow) unanswered() error {
 	return f.Err()
 }
 
-func (f *Flow) cacheAnswer(a seam.CacheAnswer) ([]byte, bool, error) {
+func (f *Flow) cacheAnswer(a agentapi.CacheAnswer) ([]byte, bool, error) {
 	if a.Err != nil {
 		return nil, false, &callError{op: opFind, controlPoint: f.req.ControlPoint, cause: a.Err}
 	}
@@ -412,7 +413,7 @@ func (f *Flow) SetResultCache(ctx context.Context, value []byte, ttl time.Durati
 // SetGlobalCache stores the value under a key that all control points share. A ttl of 0 is the agent's default, 7 days,
 // and a negative one is an error. An engine keeps no value for longer than 7 days.
 func (f *Flow) SetGlobalCache(ctx context.Context, key string, value []byte, ttl time.Duration) error {
-	return f.store(ctx, seam.CacheKey{Key: key, Global: true}, value, ttl)
+	return f.store(ctx, agentapi.CacheKey{Key: key, Global: true}, value, ttl)
 }
 
 // DeleteResultCache removes the value under Params.ResultCacheKey; none is fine.
@@ -422,18 +423,18 @@ func (f *Flow) DeleteResultCache(ctx context.Context) error {
 
 // DeleteGlobalCache removes the value under a key that all control points share; none is fine.
 func (f *Flow) DeleteGlobalCache(ctx context.Context, key string) error {
-	return f.remove(ctx, seam.CacheKey{Key: key, Global: true})
+	return f.remove(ctx, agentapi.CacheKey{Key: key, Global: true})
 }
 
-func (f *Flow) resultKey() seam.CacheKey {
-	k := seam.CacheKey{ControlPoint: f.req.ControlPoint}
+func (f *Flow) resultKey() agentapi.CacheKey {
+	k := agentapi.CacheKey{ControlPoint: f.req.ControlPoint}
 	if asked := f.req.Lookup(); asked != nil {
 		k.Key = asked.Result
 	}
 	return k
 }
 
-func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+func (f *Flow) store(ctx context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
 	switch {
 	case f.client == nil:
 		return nil
@@ -442,13 +443,13 @@ func (f *Flow) store(ctx context.Context, key seam.CacheKey, value []byte, ttl t
 	case ttl < 0:
 		return &callError{opStore, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
 	}
-	if err := seam.CheckCacheKeys(key.Key); err != nil {
+	if err := bounds.CheckCacheKeys(key.Key); err != nil {
 		return &callError{opStore, f.req.ControlPoint, err, ErrInvalid}
 	}
 	return f.client.callError(ctx, opStore, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
 }
 
-func (f *Flow) remove(ctx context.Context, key seam.CacheKey) error {
+func (f *Flow) remove(ctx context.Context, key agentapi.CacheKey) error {
 	switch {
 	case f.client == nil:
 		return nil

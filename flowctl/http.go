@@ -12,7 +12,7 @@ import (
 
 	"go.opentelemetry.io/otel/baggage"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -90,7 +90,7 @@ var errHTTPCache = errors.New("the parameters have both an HTTP request and cach
 // describe has the agent asked about an HTTP request, which goes into the labels' base, the flow's own. The agent makes
 // labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
 // before those.
-func (c *Client) describe(ctx context.Context, l *seam.Labels, of *HTTPRequest) error {
+func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
 	r := of.bounded()
 	l.Base.HTTP = r
 	if c.baggage {
@@ -118,10 +118,10 @@ func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string 
 
 // labelsHeader is the flow's labels as a header. Explicit ones that do not fit are an error; the others give way, those
 // of peers first.
-func labelsHeader(l *seam.Labels) (string, error) {
+func labelsHeader(l *agentapi.Labels) (string, error) {
 	var problem error
-	for _, base := range []*seam.Base{l.Base, {Defaults: l.Base.Defaults}, nil} {
-		layers := seam.Labels{Params: l.Params, Context: l.Context, Base: base}
+	for _, base := range []*agentapi.Base{l.Base, {Defaults: l.Base.Defaults}, nil} {
+		layers := agentapi.Labels{Params: l.Params, Context: l.Context, Base: base}
 		m := layers.Merged()
 		if len(m) > labels.MaxLabels {
 			problem = tooManyLabels(len(m))
@@ -137,8 +137,8 @@ func labelsHeader(l *seam.Labels) (string, error) {
 }
 
 // bounded is the request as an agent takes it.
-func (r *HTTPRequest) bounded() *seam.HTTPRequest {
-	b := &seam.HTTPRequest{
+func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
+	b := &agentapi.HTTPRequest{
 		Method:      boundedText(r.Method),
 		Path:        boundedText(r.Path),
 		Host:        boundedText(r.Host),

@@ -10,7 +10,8 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/bounds"
+	"github.com/headgate-go/headgate/internal/version"
 )
 
 const scope = "github.com/headgate-go/headgate/flowctl"
@@ -42,10 +43,10 @@ func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*ob
 	}
 	o := &observer{}
 	if tracers != nil {
-		o.tracer = tracers.Tracer(scope, trace.WithInstrumentationVersion(seam.Version))
+		o.tracer = tracers.Tracer(scope, trace.WithInstrumentationVersion(version.Version))
 	}
 	if meters != nil {
-		meter := meters.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
+		meter := meters.Meter(scope, metric.WithInstrumentationVersion(version.Version))
 		var err error
 		if o.decisions, err = meter.Int64Counter("flowcontrol_decisions_total", metric.WithUnit("{flow}"),
 			metric.WithDescription("Flows by what was decided about them.")); err != nil {
@@ -65,7 +66,7 @@ func newObserver(tracers trace.TracerProvider, meters metric.MeterProvider) (*ob
 
 // start opens the flow's span, which becomes part of the flow's context.
 func (o *observer) start(f *Flow) {
-	if o.tracer == nil || seam.CheckControlPoint(f.req.ControlPoint) != nil {
+	if o.tracer == nil || bounds.CheckControlPoint(f.req.ControlPoint) != nil {
 		return
 	}
 	ctx, s := o.tracer.Start(f.parent, "headgate "+f.req.ControlPoint,

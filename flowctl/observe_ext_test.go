@@ -19,7 +19,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -139,7 +139,7 @@ func TestTracerThatForgetsItsSpans(t *testing.T) {
 
 // Decisions are counted without a label's value, and as often as they were made: in a dry run too.
 func TestMeterProvider(t *testing.T) {
-	p := new(meters.Provider)
+	p := new(metertest.Provider)
 	client, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(p), flowctl.WithDryRun())
 	if err != nil {
 		t.Fatal(err)
@@ -175,7 +175,7 @@ func TestMeterProvider(t *testing.T) {
 // A remote agent shows whether its gate is open, until its client is closed.
 func TestGateIsShown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		agent, p := flowtest.NewAgent(t), new(meters.Provider)
+		agent, p := flowtest.NewAgent(t), new(metertest.Provider)
 		client := agent.Client(flowctl.WithMeterProvider(p))
 		gate := func() (open float64, shown bool) {
 			for name, n := range p.Read(t.Context()) {
@@ -206,7 +206,7 @@ func TestGateIsShown(t *testing.T) {
 
 func TestMeterProviderFails(t *testing.T) {
 	broken := errors.New("broken")
-	if _, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(&meters.Provider{Err: broken})); !errors.Is(err, broken) {
+	if _, err := flowctl.New(limitedEngine(t), flowctl.WithMeterProvider(&metertest.Provider{Err: broken})); !errors.Is(err, broken) {
 		t.Errorf("New() = %v want the provider's error", err)
 	}
 }

@@ -4,12 +4,12 @@ import (
 	"strconv"
 	"testing"
 
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 )
 
 // Programs that make up control points do not fill the memory with sets of attributes.
 func TestOutcomesAreBounded(t *testing.T) {
-	o, err := newObserver(nil, new(meters.Provider))
+	o, err := newObserver(nil, new(metertest.Provider))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -58,7 +58,7 @@ type config struct {
 	gate         Gate
 	endTimeout   time.Duration
 	checkTimeout time.Duration
-	base         seam.Base
+	base         agentapi.Base
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool

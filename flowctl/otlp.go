@@ -8,7 +8,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/headgate-go/headgate/internal/collector"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/version"
 )
 
 // A batch encodes flow records straight into the bytes of an OTLP request, opentelemetry.proto.trace.v1.TracesData: as
@@ -25,7 +25,7 @@ const kindInternal = 1
 func appendResource(b []byte) []byte {
 	var resource []byte
 	resource = appendText(resource, 1, "service.name", "headgate-go")
-	resource = appendText(resource, 1, "service.version", seam.Version)
+	resource = appendText(resource, 1, "service.version", version.Version)
 	return appendBytes(b, 1, resource)
 }
 

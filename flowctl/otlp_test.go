@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/headgate-go/headgate/internal/collector"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/version"
 )
 
 func text(key, value string) *commonv1.KeyValue {
@@ -72,7 +72,7 @@ func TestBatch(t *testing.T) {
 			t.Errorf("%d trace ids want %d", len(ids), len(records))
 		}
 		data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{
-			Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", seam.Version)}},
+			Resource:   &resourcev1.Resource{Attributes: []*commonv1.KeyValue{text("service.name", "headgate-go"), text("service.version", version.Version)}},
 			ScopeSpans: []*tracev1.ScopeSpans{{Spans: want}},
 		}}}
 		if diff := cmp.Diff(data, got, protocmp.Transform()); diff != "" {

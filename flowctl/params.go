@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -120,7 +120,7 @@ func (p *Params) looksUp() (bool, error) {
 	case p.HTTP != nil:
 		return false, errHTTPCache
 	default:
-		return true, seam.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...)
+		return true, bounds.CheckCacheKeys(p.ResultCacheKey, p.GlobalCacheKeys...)
 	}
 }
 

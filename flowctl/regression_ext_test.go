@@ -27,7 +27,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -81,7 +81,7 @@ func TestA2StatusWithoutAnAgent(t *testing.T) {
 
 // A3: a flow that ran without an agent could not be ended, and was never seen in a trace.
 func TestA3FlowsWithoutAnAgentEnd(t *testing.T) {
-	p, counts := new(tracers), new(meters.Provider)
+	p, counts := new(tracers), new(metertest.Provider)
 	withoutAgent(t, func(t *testing.T, client *flowctl.Client) {
 		flow := client.Start(t.Context(), "point", flowctl.Params{})
 		flow.SetError(errors.New("work"))
@@ -420,7 +420,7 @@ func TestA28FailedDialLeavesNothing(t *testing.T) {
 	broken := errors.New("broken")
 	t.Setenv("APERTURE_AGENT_ADDRESS", "localhost:1")
 	t.Setenv("APERTURE_AGENT_INSECURE", "true")
-	opts := []flowctl.Option{flowctl.WithDialOptions(agent.Dialer()), flowctl.WithMeterProvider(&meters.Provider{Err: broken})}
+	opts := []flowctl.Option{flowctl.WithDialOptions(agent.Dialer()), flowctl.WithMeterProvider(&metertest.Provider{Err: broken})}
 	if _, err := flowctl.Dial("localhost:1", append(opts, flowctl.WithInsecure())...); !errors.Is(err, broken) {
 		t.Errorf("Dial() = %v want the provider's error", err)
 	}

@@ -29,7 +29,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/version"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -148,7 +149,7 @@ type remote struct {
 	exporter *exporter // nil: no telemetry
 }
 
-var _ seam.Agent = (*remote)(nil)
+var _ agentapi.Agent = (*remote)(nil)
 
 func newRemote(address string, cfg *config) (*remote, error) {
 	r := &remote{
@@ -191,7 +192,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			grpc.WithTransportCredentials(&trackedCredentials{creds, r.links}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
 			grpc.WithConnectParams(connectParams(r.gate)),
-			grpc.WithUserAgent("headgate-go/" + seam.Version),
+			grpc.WithUserAgent("headgate-go/" + version.Version),
 			grpc.WithMaxHeaderListSize(maxHeaderList),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxCachedAnswer)),
 		}, cfg.dialOptions...)
@@ -227,7 +228,7 @@ func (r *remote) start(cfg *config) {
 
 // Instrument shows whether the gate is open, and counts what dry runs let pass. The client calls it, once.
 func (r *remote) Instrument(provider metric.MeterProvider) error {
-	meter := provider.Meter(scope, metric.WithInstrumentationVersion(seam.Version))
+	meter := provider.Meter(scope, metric.WithInstrumentationVersion(version.Version))
 	open, err := meter.Int64ObservableGauge("flowcontrol_gate_open",
 		metric.WithDescription("1 while the gate is open, for the agent does not answer, and 0 else."))
 	if err != nil {
@@ -333,7 +334,7 @@ func (k *keyCredentials) GetRequestMetadata(context.Context, ...string) (map[str
 func (k *keyCredentials) RequireTransportSecurity() bool { return !k.plaintext }
 
 // Check asks the agent.
-func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	start, seen := time.Now(), r.received.Load()
 	r.catchUp(seen)
 	if !r.gate.admit(start) {
@@ -371,15 +372,15 @@ func (r *remote) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 }
 
 // lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
-func (r *remote) lookUp(ctx context.Context, req *seam.Request, v *seam.Verdict) {
+func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
 	m := new(checkv1.CacheLookupResponse)
 	opts := append(slices.Clip(r.calls), grpc.ForceCodecV2(r.codec))
 	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, opts...)
 	if err = clipError(err); err != nil {
 		v.More().Result.Err = err
-		v.More().Global = make(map[string]seam.CacheAnswer)
+		v.More().Global = make(map[string]agentapi.CacheAnswer)
 		for _, key := range req.Lookup().Global {
-			v.More().Global[key] = seam.CacheAnswer{Err: err}
+			v.More().Global[key] = agentapi.CacheAnswer{Err: err}
 		}
 		return
 	}
@@ -387,7 +388,7 @@ func (r *remote) lookUp(ctx context.Context, req *seam.Request, v *seam.Verdict)
 }
 
 // countDryRuns counts the components that would have dropped the flow, had they been in force for it.
-func (r *remote) countDryRuns(ctx context.Context, req *seam.Request, m *checkv1.CheckResponse) {
+func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *checkv1.CheckResponse) {
 	for _, d := range m.GetLimiterDecisions() {
 		if d.GetDropped() && (d.GetDryRun() || req.DryRun()) {
 			r.dryDrops.Add(ctx, 1, metric.WithAttributes(
@@ -438,19 +439,19 @@ func refused(code codes.Code) bool {
 }
 
 // End gives back what the flow holds at the agent, and records it for telemetry.
-func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	c, ok := v.More().Wire.(*check)
 	if !ok {
-		return seam.Returns{}, nil
+		return agentapi.Returns{}, nil
 	}
 	if r.exporter != nil {
 		r.exporter.record(c, failed, req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())
 	if len(refs) == 0 {
-		return seam.Returns{}, nil
+		return agentapi.Returns{}, nil
 	}
-	returns := seam.Returns{Held: len(refs)}
+	returns := agentapi.Returns{Held: len(refs)}
 	if r.spares() {
 		return returns, errNotEnded
 	}
@@ -473,7 +474,7 @@ func (r *remote) End(ctx context.Context, req *seam.Request, v *seam.Verdict, fa
 }
 
 // Store puts a value into the agent's cache.
-func (r *remote) Store(ctx context.Context, key seam.CacheKey, value []byte, ttl time.Duration) error {
+func (r *remote) Store(ctx context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
 	entry := &checkv1.CacheEntry{Key: key.Key, Value: value}
 	if ttl > 0 {
 		entry.Ttl = durationpb.New(ttl)
@@ -495,7 +496,7 @@ func (r *remote) Store(ctx context.Context, key seam.CacheKey, value []byte, ttl
 }
 
 // Delete removes a value from the agent's cache.
-func (r *remote) Delete(ctx context.Context, key seam.CacheKey) error {
+func (r *remote) Delete(ctx context.Context, key agentapi.CacheKey) error {
 	req := &checkv1.CacheDeleteRequest{ControlPoint: key.ControlPoint}
 	if key.Global {
 		req.GlobalCacheKeys = []string{key.Key}

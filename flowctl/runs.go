@@ -4,7 +4,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/internal/flight"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // Runs is for package headgate, whose cached functions share runs with one client. It is nil for a nil client.
@@ -36,10 +36,10 @@ func (f *Flow) shortOfTime() bool {
 	}
 	left := time.Until(deadline)
 	switch r := f.verdict.Rejection(); {
-	case r.Cause == seam.CauseTimeout:
+	case r.Cause == agentapi.CauseTimeout:
 		return left <= timeUp
-	case r.Cause == seam.CauseLate, r.Cause == seam.CauseLongQueue,
-		r.Cause == seam.CauseNone && r.Reason == seam.ReasonNoTokens: // an agent that does not say
+	case r.Cause == agentapi.CauseLate, r.Cause == agentapi.CauseLongQueue,
+		r.Cause == agentapi.CauseNone && r.Reason == agentapi.ReasonNoTokens: // an agent that does not say
 		return f.req.Timeout <= 0 || left < f.req.Timeout
 	default:
 		return false

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/headgate-go/headgate/internal/collector"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // The bounds of the exporter. Bytes are those of spans as they are sent.
@@ -95,7 +95,7 @@ func (x *exporter) record(c *check, failed, dryRun bool) {
 		closed := x.closed
 		x.mu.Unlock()
 		if closed { // there will be no flush to say so
-			x.drops.warn(x.logger, "headgate: telemetry of flows was dropped", "error", seam.ErrClosed)
+			x.drops.warn(x.logger, "headgate: telemetry of flows was dropped", "error", agentapi.ErrClosed)
 		}
 		return
 	}

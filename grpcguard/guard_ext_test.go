@@ -23,7 +23,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -114,14 +114,14 @@ func remoteSide(t testing.TB, rejects bool) *side {
 
 // recorder is an embedded agent that remembers.
 type recorder struct {
-	seam.Agent
+	agentapi.Agent
 	mu     sync.Mutex
 	labels []set
 	ends   []ended
 	held   int
 }
 
-func (r *recorder) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	err := r.Agent.Check(ctx, req, v)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -132,7 +132,7 @@ func (r *recorder) Check(ctx context.Context, req *seam.Request, v *seam.Verdict
 	return err
 }
 
-func (r *recorder) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	end := ended{req.ControlPoint, flowctl.StatusOK}
 	if failed {
 		end.status = flowctl.StatusError
@@ -160,7 +160,7 @@ func embeddedSide(t testing.TB, rejects bool) *side {
 	}
 	t.Cleanup(func() { _ = e.Close() })
 	if rejects { // the first
-		req, v := seam.Request{ControlPoint: point}, seam.Verdict{}
+		req, v := agentapi.Request{ControlPoint: point}, agentapi.Verdict{}
 		err := e.Check(t.Context(), &req, &v)
 		if _, endErr := e.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
 			t.Fatal(err, endErr, v.Rejected())

@@ -25,7 +25,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/meters"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -232,7 +232,7 @@ func TestPauseHoldsForNoOtherUpstream(t *testing.T) {
 // stays out: the host is a label's value.
 func TestPausesAreSeen(t *testing.T) {
 	var log bytes.Buffer
-	provider := new(meters.Provider)
+	provider := new(metertest.Provider)
 	opts := []flowctl.Option{flowctl.WithMeterProvider(provider), flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil)))}
 	overEngines(t, nil, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 		log.Reset()

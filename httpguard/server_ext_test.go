@@ -27,7 +27,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -41,11 +41,11 @@ type slots struct {
 
 // A ledger is an engine whose flows hold a slot each, and what became of these.
 type ledger struct {
-	seam.Agent
+	agentapi.Agent
 	taken, ends, returned atomic.Int64
 }
 
-func (l *ledger) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) error {
+func (l *ledger) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	err := l.Agent.Check(ctx, req, v)
 	if err == nil && !v.Rejected() {
 		l.taken.Add(1)
@@ -53,7 +53,7 @@ func (l *ledger) Check(ctx context.Context, req *seam.Request, v *seam.Verdict) 
 	return err
 }
 
-func (l *ledger) End(ctx context.Context, req *seam.Request, v *seam.Verdict, failed bool) (seam.Returns, error) {
+func (l *ledger) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	returns, err := l.Agent.End(ctx, req, v, failed)
 	l.ends.Add(1)
 	l.returned.Add(int64(returns.Returned))

@@ -17,7 +17,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 const (
@@ -34,7 +34,7 @@ const (
 )
 
 // HTTPRequest is the message that asks about a flow that is an HTTP request.
-func HTTPRequest(req *seam.Request) *checkhttpv1.CheckHTTPRequest {
+func HTTPRequest(req *agentapi.Request) *checkhttpv1.CheckHTTPRequest {
 	r := req.Labels.HTTP()
 	return &checkhttpv1.CheckHTTPRequest{
 		Source:      socket(r.Source),
@@ -101,7 +101,7 @@ func HTTPResponse(c *checkv1.CheckResponse, baggage string, wanted map[string]bo
 
 // deniedHTTPStatus is the rejection's status, or one by its reason.
 func deniedHTTPStatus(c *checkv1.CheckResponse) int32 {
-	byReason := statusByReason(seam.Reason(c.GetRejectReason()))
+	byReason := statusByReason(agentapi.Reason(c.GetRejectReason()))
 	return int32(cmp.Or(c.GetDeniedResponseStatusCode(), byReason, checkv1.StatusCode_Forbidden))
 }
 
@@ -117,7 +117,7 @@ func retryAfter(wait time.Duration) string {
 // ReadHTTP fills the verdict from an agent's answer to CheckHTTP, as [Read] does. What the agent says outside of the
 // answer's check response goes into it: the decision, and of a rejection the status and the wait. Where there is no
 // check response, there is one afterwards.
-func ReadHTTP(req *seam.Request, m *checkhttpv1.CheckHTTPResponse, v *seam.Verdict) {
+func ReadHTTP(req *agentapi.Request, m *checkhttpv1.CheckHTTPResponse, v *agentapi.Verdict) {
 	accepted := isAccepted(m)
 	if m.GetCheckResponse() == nil {
 		m.CheckResponse = &checkv1.CheckResponse{ControlPoint: req.ControlPoint, ExpectEnd: true}
@@ -170,7 +170,7 @@ func header(headers map[string]string, name string) string {
 
 // OKHeaders are the headers that the agent wants set in the request that it accepted. A baggage header among them is
 // the request's own and what the agent added: the flow's labels were sent in it for the agent alone.
-func OKHeaders(r *seam.HTTPRequest, m *checkhttpv1.CheckHTTPResponse) map[string]string {
+func OKHeaders(r *agentapi.HTTPRequest, m *checkhttpv1.CheckHTTPResponse) map[string]string {
 	headers := maps.Clone(m.GetOkResponse().GetHeaders())
 	for key, value := range headers {
 		if !strings.EqualFold(key, HeaderBaggage) {

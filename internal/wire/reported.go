@@ -7,7 +7,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/credential"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // What an answer tells of a flow's labels. SDKs refuse answers of more than 4 MiB, and run the flow then. So an answer is
@@ -22,7 +22,7 @@ const (
 
 // Answer is [Response] for clients across the network. Of too many labels it reports those that policies name, then those
 // that are no headers, and then those with the smallest keys. It reports no value of a header that carries credentials.
-func Answer(req *seam.Request, v *seam.Verdict, named map[string]bool) *checkv1.CheckResponse {
+func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool) *checkv1.CheckResponse {
 	all := req.Labels.Merged()
 	m := response(req, v, reported(all, named))
 	for key := range m.GetTelemetryFlowLabels() {

@@ -1,4 +1,4 @@
-// Package wire translates between the plain values of the seam and the messages of the protocol.
+// Package wire translates between the plain values of package agentapi and the messages of the protocol.
 package wire
 
 import (
@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/internal/seam"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // typeLabel is the label that agents add to a flow's telemetry.
@@ -25,7 +25,7 @@ const (
 )
 
 // Request is the message that asks about a flow.
-func Request(req *seam.Request) *checkv1.CheckRequest {
+func Request(req *agentapi.Request) *checkv1.CheckRequest {
 	m := &checkv1.CheckRequest{
 		ControlPoint: req.ControlPoint,
 		Labels:       req.Labels.Merged(),
@@ -40,7 +40,7 @@ func Request(req *seam.Request) *checkv1.CheckRequest {
 }
 
 // Lookup is the message that asks for the request's cache entries.
-func Lookup(req *seam.Request) *checkv1.CacheLookupRequest {
+func Lookup(req *agentapi.Request) *checkv1.CacheLookupRequest {
 	asked := req.Lookup()
 	return &checkv1.CacheLookupRequest{
 		ControlPoint:    req.ControlPoint,
@@ -50,12 +50,12 @@ func Lookup(req *seam.Request) *checkv1.CacheLookupRequest {
 }
 
 // Response is the message that tells of a verdict, with whose cached values it shares its own.
-func Response(req *seam.Request, v *seam.Verdict) *checkv1.CheckResponse {
+func Response(req *agentapi.Request, v *agentapi.Verdict) *checkv1.CheckResponse {
 	return response(req, v, req.Labels.Merged())
 }
 
 // response is Response that reports the labels.
-func response(req *seam.Request, v *seam.Verdict, labels map[string]string) *checkv1.CheckResponse {
+func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]string) *checkv1.CheckResponse {
 	telemetry := make(map[string]string, len(labels)+1)
 	maps.Copy(telemetry, labels)
 	telemetry[typeLabel] = typeFeature
@@ -98,31 +98,31 @@ func response(req *seam.Request, v *seam.Verdict, labels map[string]string) *che
 
 // deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
 // has none: nothing got to see it.
-func deniedStatus(r seam.Rejection) checkv1.StatusCode {
+func deniedStatus(r agentapi.Rejection) checkv1.StatusCode {
 	switch {
 	case r.Status != 0:
 		return checkv1.StatusCode(r.Status)
-	case r.Reason == seam.ReasonNoMatchingRamp && r.By == nil:
+	case r.Reason == agentapi.ReasonNoMatchingRamp && r.By == nil:
 		return checkv1.StatusCode_Empty
 	default:
 		return statusByReason(r.Reason)
 	}
 }
 
-func statusByReason(r seam.Reason) checkv1.StatusCode {
+func statusByReason(r agentapi.Reason) checkv1.StatusCode {
 	switch r {
-	case seam.ReasonRateLimited:
+	case agentapi.ReasonRateLimited:
 		return http.StatusTooManyRequests
-	case seam.ReasonNoTokens:
+	case agentapi.ReasonNoTokens:
 		return http.StatusServiceUnavailable
-	case seam.ReasonNotSampled, seam.ReasonNoMatchingRamp:
+	case agentapi.ReasonNotSampled, agentapi.ReasonNoMatchingRamp:
 		return http.StatusForbidden
 	default:
 		return checkv1.StatusCode_Empty
 	}
 }
 
-func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecision {
+func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.LimiterDecision {
 	c := d.Component
 	m := &checkv1.LimiterDecision{
 		PolicyName:               c.Policy,
@@ -136,26 +136,26 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 	if c.DryRun { // then nothing has to be waited for
 		wait = 0
 	}
-	if wait > 0 || c.Kind == seam.KindRateLimiter || c.Kind == seam.KindConcurrencyLimiter { // of a limiter it is always there
+	if wait > 0 || c.Kind == agentapi.KindRateLimiter || c.Kind == agentapi.KindConcurrencyLimiter { // of a limiter it is always there
 		m.WaitTime = durationpb.New(wait)
 	}
-	if d.Scope == seam.ScopeNone {
+	if d.Scope == agentapi.ScopeNone {
 		m.Reason = checkv1.LimiterDecision_LIMITER_REASON_KEY_NOT_FOUND
 	}
 	tokens := &checkv1.LimiterDecision_TokensInfo{Remaining: d.Remaining, Consumed: d.Consumed}
-	if d.Scope != seam.ScopeNone {
+	if d.Scope != agentapi.ScopeNone {
 		tokens.Current = c.Capacity - d.Remaining
 	}
 	switch c.Kind {
-	case seam.KindRateLimiter:
+	case agentapi.KindRateLimiter:
 		m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
 			Label: label(d), TokensInfo: tokens,
 		}}
-	case seam.KindConcurrencyLimiter:
+	case agentapi.KindConcurrencyLimiter:
 		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
 			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot()),
 		}}
-	case seam.KindQuotaScheduler:
+	case agentapi.KindQuotaScheduler:
 		if d.Dropped {
 			tokens.Reset() // as agents have it
 		}
@@ -163,13 +163,13 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
 			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
 		}}
-	case seam.KindConcurrencyScheduler:
+	case agentapi.KindConcurrencyScheduler:
 		tokens.Remaining = max(d.Remaining, 0)
 		workload, priority := c.Workload(&req.Labels)
 		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
 			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot()),
 		}}
-	case seam.KindLoadScheduler:
+	case agentapi.KindLoadScheduler:
 		tokens.Current = 0 // what its bucket holds changes with the load
 		if d.Dropped {
 			tokens.Reset()
@@ -178,9 +178,9 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 		m.Details = &checkv1.LimiterDecision_LoadSchedulerInfo{LoadSchedulerInfo: &checkv1.LimiterDecision_SchedulerInfo{
 			WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
 		}}
-	case seam.KindSampler, seam.KindRampSampler:
+	case agentapi.KindSampler, agentapi.KindRampSampler:
 		info := &checkv1.LimiterDecision_SamplerInfo{}
-		if d.Scope == seam.ScopeLabel {
+		if d.Scope == agentapi.ScopeLabel {
 			info.Label = label(d)
 		}
 		m.Details = &checkv1.LimiterDecision_SamplerInfo_{SamplerInfo: info}
@@ -189,11 +189,11 @@ func decision(req *seam.Request, d *seam.LimiterDecision) *checkv1.LimiterDecisi
 }
 
 // label is how the wire names the bucket that decided.
-func label(d *seam.LimiterDecision) string {
+func label(d *agentapi.LimiterDecision) string {
 	switch d.Scope {
-	case seam.ScopeDefault:
+	case agentapi.ScopeDefault:
 		return "default"
-	case seam.ScopeLabel:
+	case agentapi.ScopeLabel:
 		return d.Component.LabelKey + ":" + d.Label
 	default:
 		return ""
@@ -217,7 +217,7 @@ func ReadSlotID(id string) uint64 {
 	return slot
 }
 
-func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse {
+func cacheLookup(asked *agentapi.Lookup, x *agentapi.Extra) *checkv1.CacheLookupResponse {
 	m := &checkv1.CacheLookupResponse{}
 	if asked.Result != "" {
 		m.ResultCacheResponse = KeyLookup(x.Result)
@@ -232,7 +232,7 @@ func cacheLookup(asked *seam.Lookup, x *seam.Extra) *checkv1.CacheLookupResponse
 }
 
 // KeyLookup is the message that tells what became of one lookup. It shares the value.
-func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
+func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 	m := &checkv1.KeyLookupResponse{Value: a.Value}
 	if !a.Hit {
 		m.LookupStatus = checkv1.CacheLookupStatus_MISS
@@ -247,14 +247,14 @@ func KeyLookup(a seam.CacheAnswer) *checkv1.KeyLookupResponse {
 // Read fills the verdict from an agent's answer to req. Whatever the answer holds, there is a verdict: a decision other
 // than ACCEPTED is a rejection, as all clients of the protocol have it. What the caches had is read with a rejection too
 // where the flow runs all the same.
-func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
+func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		r := seam.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
+		r := agentapi.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
 		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
-			r.Reason = seam.Reason(reason)
+			r.Reason = agentapi.Reason(reason)
 		}
-		if cause := m.GetCause(); cause > 0 && cause < checkv1.CheckResponse_Cause(seam.Causes) {
-			r.Cause = seam.Cause(cause)
+		if cause := m.GetCause(); cause > 0 && cause < checkv1.CheckResponse_Cause(agentapi.Causes) {
+			r.Cause = agentapi.Cause(cause)
 		}
 		if s := m.GetDeniedResponseStatusCode(); s > 0 && s <= 599 {
 			r.Status = int16(s)
@@ -270,20 +270,20 @@ func Read(req *seam.Request, m *checkv1.CheckResponse, v *seam.Verdict) {
 }
 
 // ReadLookup fills the verdict with what an agent found of the request's lookup.
-func ReadLookup(req *seam.Request, found *checkv1.CacheLookupResponse, v *seam.Verdict) {
+func ReadLookup(req *agentapi.Request, found *checkv1.CacheLookupResponse, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
 	// Only what was asked for is read: an answer that is not there would read as a hit, which is the wire's zero.
 	if asked.Result != "" {
 		x.Result = cacheAnswer(found.GetResultCacheResponse())
 	}
-	x.Global = make(map[string]seam.CacheAnswer, len(asked.Global))
+	x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
 	for _, key := range asked.Global {
 		x.Global[key] = cacheAnswer(found.GetGlobalCacheResponses()[key])
 	}
 }
 
 // rejectedBy is the limiter that dropped the flow: of several the one with the longest wait, which is the answer's.
-func rejectedBy(m *checkv1.CheckResponse) *seam.Component {
+func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
 	for _, d := range m.GetLimiterDecisions() {
@@ -294,7 +294,7 @@ func rejectedBy(m *checkv1.CheckResponse) *seam.Component {
 	if by == nil {
 		return nil
 	}
-	return &seam.Component{ // for errors: what ends the flow has its names from the answer
+	return &agentapi.Component{ // for errors: what ends the flow has its names from the answer
 		Policy: Clip(by.GetPolicyName()), Hash: Clip(by.GetPolicyHash()), ID: Clip(by.GetComponentId()), LabelKey: Clip(labelKey(by)),
 	}
 }
@@ -321,14 +321,14 @@ func labelKey(d *checkv1.LimiterDecision) string {
 	return ""
 }
 
-func cacheAnswer(m *checkv1.KeyLookupResponse) seam.CacheAnswer {
+func cacheAnswer(m *checkv1.KeyLookupResponse) agentapi.CacheAnswer {
 	switch {
 	case m == nil:
-		return seam.CacheAnswer{}
+		return agentapi.CacheAnswer{}
 	case m.GetOperationStatus() != checkv1.CacheOperationStatus_SUCCESS || m.GetError() != "":
-		return seam.CacheAnswer{Err: CacheError(m.GetError())}
+		return agentapi.CacheAnswer{Err: CacheError(m.GetError())}
 	default:
-		return seam.CacheAnswer{Value: m.GetValue(), Hit: m.GetLookupStatus() == checkv1.CacheLookupStatus_HIT}
+		return agentapi.CacheAnswer{Value: m.GetValue(), Hit: m.GetLookupStatus() == checkv1.CacheLookupStatus_HIT}
 	}
 }
 

@@ -1,14 +1,13 @@
-// Package seam is what a client and an agent say to each other in one process: a [Request], a [Verdict], and the
+// Package agentapi is what a client and an agent say to each other in one process: a [Request], a [Verdict], and the
 // [Agent] that turns one into the other. It speaks plain Go values; the wire's messages exist only in the remote agent
 // and in the server that offers an engine to others.
-package seam
+package agentapi
 
 import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"maps"
 	"net/netip"
 	"sync/atomic"
@@ -17,9 +16,6 @@ import (
 
 	"go.opentelemetry.io/otel/metric"
 )
-
-// Version names this library in telemetry, in metrics and to agents.
-const Version = "0.1.0-dev"
 
 // ErrClosed is what an agent answers with after it was closed.
 var ErrClosed = errors.New("closed")
@@ -90,57 +86,6 @@ func (r *Request) Crowded() <-chan struct{} {
 		return nil
 	}
 	return r.Labels.Base.Crowded
-}
-
-// MaxControlPoint is the longest control point, in bytes.
-const MaxControlPoint = 255
-
-// CheckControlPoint says what is wrong with a control point; nil when nothing is. Clients and servers agree on it.
-func CheckControlPoint(controlPoint string) error {
-	switch {
-	case controlPoint == "":
-		return errors.New("control point is empty")
-	case len(controlPoint) > MaxControlPoint:
-		return fmt.Errorf("control point of %d bytes is longer than %d", len(controlPoint), MaxControlPoint)
-	case !utf8.ValidString(controlPoint):
-		return errors.New("control point is not valid UTF-8")
-	default:
-		return nil
-	}
-}
-
-// The bounds of a lookup: bytes of a key, and global keys.
-const (
-	maxCacheKey  = 255
-	maxCacheKeys = 64
-)
-
-// CheckCacheKeys says what is wrong with cache keys, and not what they are; nil when nothing is. Empty keys are none.
-// Clients and servers agree on it, for a check that a server refuses goes unlimited where flows fail open.
-func CheckCacheKeys(result string, global ...string) error {
-	if len(global) > maxCacheKeys {
-		return fmt.Errorf("%d global cache keys are more than %d", len(global), maxCacheKeys)
-	}
-	if err := checkCacheKey(result); err != nil {
-		return err
-	}
-	for _, key := range global {
-		if err := checkCacheKey(key); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func checkCacheKey(key string) error {
-	switch {
-	case len(key) > maxCacheKey:
-		return fmt.Errorf("cache key of %d bytes is longer than %d", len(key), maxCacheKey)
-	case !utf8.ValidString(key):
-		return errors.New("cache key is not valid UTF-8")
-	default:
-		return nil
-	}
 }
 
 // Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or

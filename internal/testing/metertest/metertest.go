@@ -1,5 +1,5 @@
-// Package meters is an OpenTelemetry meter provider that keeps what it is shown, for tests.
-package meters
+// Package metertest is an OpenTelemetry meter provider that keeps what it is shown, for tests.
+package metertest
 
 import (
 	"context"

@@ -1,4 +1,4 @@
-// Package vectors replays recordings of an Aperture agent against an engine, and compares what it answers with what the
+// Package replay replays recordings of an Aperture agent against an engine, and compares what it answers with what the
 // recorded agent did. Tests use it.
 //
 // A scenario is a policy and calls at set times. They are made by the stub that the protocol generates, as SDKs of others
@@ -9,7 +9,7 @@
 // Where the engine is meant to do better than the recorded agent, the better is demanded: who waits is served in the
 // right order and at the right time, no count of tokens is negative, what is invalid is refused, and how long to wait
 // after a rejection may be told where the recorded agent does not know.
-package vectors
+package replay
 
 import (
 	"context"

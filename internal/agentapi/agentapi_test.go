@@ -1,4 +1,4 @@
-package seam
+package agentapi
 
 import (
 	"testing"
