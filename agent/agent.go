@@ -48,9 +48,9 @@ const margin = 10 * time.Millisecond // what an answer needs to arrive
 // The first few of a burst end theirs by a twentieth too.
 const answerTime = 500 * time.Microsecond
 
-// A Server offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
+// A Service offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
 // its own.
-type Server struct {
+type Service struct {
 	engine *engine.Engine
 	spans  atomic.Uint64
 	issued issued
@@ -60,13 +60,13 @@ type Server struct {
 // Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
 // engine remains the caller's to close. Closing it rejects the checks that wait, which lets a graceful stop of s end; a
 // check that comes later is answered with the status Unavailable. So begin the graceful stop first.
-func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Server {
-	srv := &Server{engine: e}
+func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
+	svc := &Service{engine: e}
 	services := registrar{s, e.NamedLabels}
-	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, service{server: srv})
-	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, service{server: srv})
-	collector.RegisterCounter(services, func(spans int) { srv.spans.Add(uint64(spans)) }, srv.read)
-	return srv
+	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: svc})
+	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: svc})
+	collector.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
+	return svc
 }
 
 // A registrar registers services that are bounded.
@@ -82,30 +82,30 @@ func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
 // Warnings lists what the engine's policies say and a server has no use for, the most important first: a selector that
 // names a service picks no flow of a client's, because the protocol has no place for the client's service. They matter
 // more than the engine's own.
-func (s *Server) Warnings() []string { return s.engine.ServiceWarnings() }
+func (s *Service) Warnings() []string { return s.engine.ServiceWarnings() }
 
 // Spans is how many records of flows clients have sent so far. They are accepted from every SDK, and looked at where a
 // policy wants to know how long flows take, and none is kept.
-func (s *Server) Spans() uint64 { return s.spans.Load() }
+func (s *Service) Spans() uint64 { return s.spans.Load() }
 
-// service is the server's side of the protocol.
-type service struct {
+// handler is what gRPC calls: the service's side of the protocol.
+type handler struct {
 	checkv1.UnimplementedFlowControlServiceServer
 	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
-	server *Server
+	service *Service
 }
 
-func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	base := &agentapi.Base{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
+func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
+	details := &agentapi.RequestDetails{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
 	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
-		Labels:       agentapi.Labels{Params: m.GetLabels(), Base: base},
+		Labels:       agentapi.Labels{Params: m.GetLabels(), Details: details},
 	}
 	var refused refusal
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
-		base.Looks = true
-		base.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
+		details.Looks = true
+		details.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
 	}
 	response, err := s.decide(ctx, &req)
 	if err != nil {
@@ -118,38 +118,38 @@ func (s service) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about what a client wants to know. The request has a base of its own.
-func (s service) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
+// decide asks the engine about what a client wants to know. The request has details of its own.
+func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
 	if req.ControlPoint == "" {
 		return nil, invalid(bounds.CheckControlPoint(""))
 	}
 	if c := callOf(ctx); c != nil && c.full {
 		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
-	asking, crowded := s.server.asking.enter()
-	defer s.server.asking.leave()
-	req.Labels.Base.Crowded = crowded
+	asking, crowded := s.service.asking.enter()
+	defer s.service.asking.leave()
+	req.Labels.Details.Crowded = crowded
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)
-		req.Labels.Base.Late = left < margin
+		req.Labels.Details.Late = left < margin
 		if asking > few {
 			req.Timeout = left - left/20 - min(time.Duration(asking)*answerTime, left/5)
 		}
 	}
 	begin := time.Now()
 	var v agentapi.Verdict
-	if err := s.server.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
+	if err := s.service.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
 		return nil, closed(err)
 	}
 	if ctx.Err() != nil {
 		// The client never hears of it.
-		s.server.engine.Revert(req, &v)
+		s.service.engine.Revert(req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	response := wire.Answer(req, &v, s.server.engine.NamedLabels())
+	response := wire.Answer(req, &v, s.service.engine.NamedLabels())
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
-	if s.server.engine.Measures(req.ControlPoint) {
-		s.server.issued.add(response.GetStart().AsTime())
+	if s.service.engine.Measures(req.ControlPoint) {
+		s.service.issued.add(response.GetStart().AsTime())
 	}
 	return response, nil
 }
@@ -167,12 +167,12 @@ func rejection(controlPoint string, reason agentapi.Reason, denied checkv1.Statu
 }
 
 // FlowEnd gives back slots, the first of those that the client names.
-func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
+func (s handler) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
 	refs := m.GetInflightRequests()
 	refs = refs[:min(len(refs), maxSlots)]
 	response := &checkv1.FlowEndResponse{TokenReturnStatuses: make([]*checkv1.TokenReturnStatus, 0, len(refs))}
 	for _, ref := range refs {
-		known, returned := s.server.end(ref)
+		known, returned := s.service.end(ref)
 		one := &checkv1.TokenReturnStatus{InflightRequestRef: ref, Returned: returned}
 		if !known {
 			one.Error = "flow ender not found for limiter id"
@@ -183,7 +183,7 @@ func (s service) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1
 }
 
 // end gives back one slot. It reports whether the engine knows the limiter, and whether the slot was still taken.
-func (s *Server) end(ref *checkv1.InflightRequestRef) (known, returned bool) {
+func (s *Service) end(ref *checkv1.InflightRequestRef) (known, returned bool) {
 	return s.engine.EndSlot(
 		ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
 }

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // served is an engine that is served in memory.
 type served struct {
 	engine *engine.Engine
-	server *agent.Server
+	server *agent.Service
 	dialer grpc.DialOption
 }
 

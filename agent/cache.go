@@ -107,30 +107,30 @@ func (r *refusal) fill(m *checkv1.CacheLookupResponse) {
 	}
 }
 
-func (s service) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
+func (s handler) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
 	asked, refused := lookupOf(ctx, m.GetControlPoint(), m)
 	response := new(checkv1.CacheLookupResponse)
 	if asked.Result != "" {
-		response.ResultCacheResponse = wire.KeyLookup(s.server.engine.Lookup(agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
+		response.ResultCacheResponse = wire.KeyLookup(s.service.engine.Lookup(agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
 	}
 	for _, key := range asked.Global {
 		if response.GlobalCacheResponses == nil {
 			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
 		}
 		if _, again := response.GetGlobalCacheResponses()[key]; !again {
-			response.GlobalCacheResponses[key] = wire.KeyLookup(s.server.engine.Lookup(agentapi.CacheKey{Key: key, Global: true}, asked.Room))
+			response.GlobalCacheResponses[key] = wire.KeyLookup(s.service.engine.Lookup(agentapi.CacheKey{Key: key, Global: true}, asked.Room))
 		}
 	}
 	refused.fill(response)
 	return response, nil
 }
 
-func (s service) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
+func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest) (*checkv1.CacheUpsertResponse, error) {
 	store := func(key agentapi.CacheKey, e *checkv1.CacheEntry) error {
 		if n := len(e.GetValue()); n > maxCacheValues {
 			return fmt.Errorf("cache entry of %d bytes is larger than %d", n, maxCacheValues)
 		}
-		return s.server.engine.Store(ctx, key, e.GetValue(), ttlOf(e))
+		return s.service.engine.Store(ctx, key, e.GetValue(), ttlOf(e))
 	}
 	told := func(err error) *checkv1.KeyUpsertResponse {
 		operation, text := outcome(err)
@@ -169,7 +169,7 @@ func ttlOf(e *checkv1.CacheEntry) time.Duration {
 	return max(e.GetTtl().AsDuration(), 0)
 }
 
-func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {
+func (s handler) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {
 	told := func(err error) *checkv1.KeyDeleteResponse {
 		operation, text := outcome(err)
 		return &checkv1.KeyDeleteResponse{OperationStatus: operation, Error: text}
@@ -178,7 +178,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 	if key := m.GetResultCacheKey(); key != "" {
 		err := checkResultKey(m.GetControlPoint(), key)
 		if err == nil {
-			err = s.server.engine.Delete(ctx, agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
+			err = s.service.engine.Delete(ctx, agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: key})
 		}
 		response.ResultCacheResponse = told(err)
 	}
@@ -189,7 +189,7 @@ func (s service) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest)
 			refused.refuse(key, err)
 			continue
 		}
-		response.GlobalCacheResponses[key] = told(s.server.engine.Delete(ctx, agentapi.CacheKey{Key: key, Global: true}))
+		response.GlobalCacheResponses[key] = told(s.service.engine.Delete(ctx, agentapi.CacheKey{Key: key, Global: true}))
 	}
 	for key, err := range refused.global {
 		if _, done := response.GetGlobalCacheResponses()[key]; !done {

@@ -117,13 +117,13 @@ func (d decisions) await(ctx context.Context, t *testing.T, n int, want flowctl.
 	}
 }
 
-// An agent that is killed and comes back under load: flows go on all the while, the gate opens and closes, and neither
+// An agent that is killed and comes back under load: flows go on all the while, the breaker opens and closes, and neither
 // slots nor goroutines are left behind, at which TestMain looks.
 func TestAgentRestartsUnderLoad(t *testing.T) {
 	p, address := startProcess(t, "127.0.0.1:0")
 	var log lockedBuffer
 	client := dialProcess(t, address, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
-		flowctl.WithGate(flowctl.Gate{Span: 100 * time.Millisecond, Probe: 50 * time.Millisecond}))
+		flowctl.WithAgentBreaker(flowctl.AgentBreaker{Span: 100 * time.Millisecond, Probe: 50 * time.Millisecond}))
 	if err := client.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +169,7 @@ func TestAgentRestartsUnderLoad(t *testing.T) {
 	}
 	p.kill(t)
 	if text := log.String(); !strings.Contains(text, "does not answer") || !strings.Contains(text, "answers again") {
-		t.Errorf("the gate did not open and close:\n%s", text)
+		t.Errorf("the breaker did not open and close:\n%s", text)
 	}
 }
 

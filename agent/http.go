@@ -13,8 +13,8 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
-	named := s.server.engine.NamedLabels()
+func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
+	named := s.service.engine.NamedLabels()
 	chosen, ok := headersOf(m.GetRequest().GetHeaders())
 	if !ok && m.GetControlPoint() != "" {
 		denied := rejection(m.GetControlPoint(), agentapi.ReasonNone, http.StatusBadRequest)
@@ -26,7 +26,7 @@ func (s service) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		ControlPoint: m.GetControlPoint(),
 		Labels: agentapi.Labels{
 			Params: carried,
-			Base:   &agentapi.Base{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+			Details:   &agentapi.RequestDetails{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
 		},
 	}
 	response, err := s.decide(ctx, &req)

@@ -41,7 +41,7 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("HEADGATE_SOAK: %v", err)
 	}
 	p, address := startProcess(t, "127.0.0.1:0")
-	client := dialProcess(t, address, flowctl.WithGate(flowctl.Gate{Span: 400 * time.Millisecond}))
+	client := dialProcess(t, address, flowctl.WithAgentBreaker(flowctl.AgentBreaker{Span: 400 * time.Millisecond}))
 	params := flowctl.Params{Labels: map[string]string{"user_id": "u"}}
 	errWork := errors.New("work failed")
 	var started, ended, accepted, unreachable atomic.Int64

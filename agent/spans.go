@@ -21,7 +21,7 @@ import (
 // then the span is all that comes when the flow ends. A slot is freed by its name in the check's answer, which only the
 // client has that was given it, and once. A latency counts for an answer that was given, once, and is no longer than the
 // time since then.
-func (s *Server) read(span []byte) {
+func (s *Service) read(span []byte) {
 	measured := s.engine.Measures("")
 	r := reportOf(span)
 	if r.check == nil || !measured && expectsEnd(r.check) {

@@ -35,7 +35,7 @@ func TestRun(t *testing.T) {
 		"Guard, one keyed rate limiter", "Guard, one keyed quota scheduler", "Guard, one concurrency scheduler", "Guard, one sampler", "Cached, a hit",
 		"Guard, queue and wake, 1 waiter", "Guard, queue and wake, 10000 waiters", "failsafe-go bulkhead with queueing", "failsafe-go adaptive limiter", "Do, label maps in turn, 1000 keys", "gobreaker", "x/time/rate",
 		"HTTP middleware on the engine", "failsafe-go HTTP handler", "gRPC interceptor on the engine",
-		"Do over gRPC, with a FlowEnd", "the gate open", "checks a second", "slots busy", "bytes a key",
+		"Do over gRPC, with a FlowEnd", "the agent breaker open", "checks a second", "slots busy", "bytes a key",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table does not have %q:\n%s", want, &out)

@@ -58,7 +58,7 @@ type remotes struct {
 	stdin  io.Closer
 	client *flowctl.Client
 	silent *flowctl.Client // sends no telemetry
-	dead   *flowctl.Client // its agent is gone and its gate open
+	dead   *flowctl.Client // its agent is gone and its breaker open
 	conn   *grpc.ClientConn
 	bare   checkv1.FlowControlServiceClient
 }
@@ -89,7 +89,7 @@ func openRemotes(ctx context.Context) (_ *remotes, err error) {
 	if err := errors.Join(r.client.Ready(ctx), r.silent.Ready(ctx)); err != nil {
 		return nil, err
 	}
-	r.dead, err = openGate(ctx)
+	r.dead, err = openBreaker(ctx)
 	return r, err
 }
 
@@ -119,8 +119,8 @@ func (r *remotes) startAgent(ctx context.Context) (address string, err error) {
 // serveVariable has a test binary serve as well: it has its own flags.
 const serveVariable = "HEADGATE_BENCH_SERVE"
 
-// openGate makes a client whose agent does not answer, and waits until it no longer asks.
-func openGate(ctx context.Context) (*flowctl.Client, error) {
+// openBreaker makes a client whose agent does not answer, and waits until it no longer asks.
+func openBreaker(ctx context.Context) (*flowctl.Client, error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -129,7 +129,7 @@ func openGate(ctx context.Context) (*flowctl.Client, error) {
 	if err := listener.Close(); err != nil { // so that connections to it are refused
 		return nil, err
 	}
-	client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithGate(flowctl.Gate{Span: time.Millisecond, Probe: time.Hour}))
+	client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithAgentBreaker(flowctl.AgentBreaker{Span: time.Millisecond, Probe: time.Hour}))
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +145,7 @@ func openGate(ctx context.Context) (*flowctl.Client, error) {
 		case <-time.After(time.Millisecond):
 		}
 	}
-	return nil, firstError(client.Close(ctx), errors.New("the gate of a client without an agent does not open"))
+	return nil, firstError(client.Close(ctx), errors.New("the agent breaker of a client without an agent does not open"))
 }
 
 func (r *remotes) close(ctx context.Context) error {
@@ -197,7 +197,7 @@ func (r *remotes) rows() []*row {
 		row.inFlight = inFlight
 	}
 	return append(rows, &row{
-		name: "Do over gRPC, the gate open", call: r.failOpen, targets: []target{{inTime, "", 1000, false}},
+		name: "Do over gRPC, the agent breaker open", call: r.failOpen, targets: []target{{inTime, "", 1000, false}},
 	})
 }
 

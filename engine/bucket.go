@@ -53,9 +53,9 @@ func (r *bucketRule) refill(b *bucket, now int64) {
 	}
 }
 
-// take takes want tokens, or none if there are too few: then wait is how long until there are enough, and 0 when there
+// takeOrWait takes want tokens, or none if there are too few: then wait is how long until there are enough, and 0 when there
 // never will be.
-func (r *bucketRule) take(b *bucket, now int64, want float64) (ok bool, wait int64) {
+func (r *bucketRule) takeOrWait(b *bucket, now int64, want float64) (ok bool, wait int64) {
 	r.refill(b, now)
 	left := b.tokens - want
 	if left >= -slack || want == 0 {
@@ -84,9 +84,9 @@ func (r *bucketRule) until(b *bucket, now int64, tokens float64) int64 {
 	return wait
 }
 
-func (r *bucketRule) draw(b *bucket, now int64, tokens float64) draw {
-	ok, wait := r.take(b, now, tokens)
-	return draw{ok: ok, left: b.tokens, wait: wait}
+func (r *bucketRule) take(b *bucket, now int64, tokens float64) taken {
+	ok, wait := r.takeOrWait(b, now, tokens)
+	return taken{ok: ok, left: b.tokens, wait: wait}
 }
 
 func (r *bucketRule) cost(tokens float64) float64 { return min(tokens, maxCost) }

@@ -16,7 +16,7 @@ func drained(step, delay bool) (*bucketRule, *bucket) {
 	r := &bucketRule{capacity: 10, fill: 5, interval: 1e9, step: step, delay: delay}
 	b := new(bucket)
 	r.fresh(b, 0)
-	r.take(b, 0, 10)
+	r.takeOrWait(b, 0, 10)
 	return r, b
 }
 
@@ -45,7 +45,7 @@ func TestBucketWait(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r, b := drained(tt.step, tt.delay)
-			ok, wait := r.take(b, seconds(tt.at), tt.want)
+			ok, wait := r.takeOrWait(b, seconds(tt.at), tt.want)
 			if ok != tt.ok || math.Abs(float64(wait)-tt.wait*1e9) > 2 {
 				t.Errorf("take(%v) at %v = %v, %v want %v, %vs", tt.want, tt.at, ok, time.Duration(wait), tt.ok, tt.wait)
 			}
@@ -57,7 +57,7 @@ func TestBucketWait(t *testing.T) {
 func TestBucketForecastLargeSteps(t *testing.T) {
 	r, b := &bucketRule{capacity: 2, fill: 10, interval: 1e9, step: true}, new(bucket)
 	r.fresh(b, 0)
-	r.take(b, 0, 2)
+	r.takeOrWait(b, 0, 2)
 	if least, likely := r.forecast(b, 0, backlog{least: 5, likely: 5}, 1); least != seconds(3) || likely != least {
 		t.Errorf("forecast behind 5 = %v, %v want 3s", time.Duration(least), time.Duration(likely))
 	}
@@ -66,7 +66,7 @@ func TestBucketForecastLargeSteps(t *testing.T) {
 func TestBucketOfNothing(t *testing.T) {
 	r, b := &bucketRule{capacity: 0, fill: 1, interval: 1e9, step: true, delay: true}, new(bucket)
 	r.fresh(b, 0)
-	if ok, wait := r.take(b, 1, 1); ok || wait != 0 || b.start != 1 {
+	if ok, wait := r.takeOrWait(b, 1, 1); ok || wait != 0 || b.start != 1 {
 		t.Errorf("take = %v, %v, with nothing filled up to %d want a refusal without a wait, and no delay", ok, wait, b.start)
 	}
 }
@@ -80,7 +80,7 @@ func TestBucketWaitIsEnough(t *testing.T) {
 			now := int64(12345)
 			r.fresh(b, now)
 			for range 200 {
-				ok, wait := r.take(b, now, fill/3)
+				ok, wait := r.takeOrWait(b, now, fill/3)
 				if ok {
 					continue
 				}
@@ -88,7 +88,7 @@ func TestBucketWaitIsEnough(t *testing.T) {
 					t.Fatalf("interval %v, fill %v: wait = %d", interval, fill, wait)
 				}
 				now += wait
-				if ok, again := r.take(b, now, fill/3); !ok {
+				if ok, again := r.takeOrWait(b, now, fill/3); !ok {
 					t.Fatalf("interval %v, fill %v: refused after the wait of %d, for another %d", interval, fill, wait, again)
 				}
 			}
@@ -102,17 +102,17 @@ func TestBucketStepsOfFractions(t *testing.T) {
 		share := 1 / float64(n+1)
 		r, b := &bucketRule{capacity: 10, fill: share, interval: 1e9, step: true}, new(bucket)
 		r.fresh(b, 0)
-		r.take(b, 0, 10)
+		r.takeOrWait(b, 0, 10)
 		for steps := int64(1); steps <= 10; steps++ {
 			want := float64(steps) * share
-			if ok, wait := r.take(b, 0, want); ok || wait != steps*seconds(1) {
+			if ok, wait := r.takeOrWait(b, 0, want); ok || wait != steps*seconds(1) {
 				t.Errorf("steps of 1/%d: take(%d of them) = %v, %v want %d s", n+1, steps, ok, time.Duration(wait), steps)
 			}
 			sum := 0.0
 			for range steps {
 				sum += share
 			}
-			if ok, wait := r.take(b, 0, sum); ok || wait != steps*seconds(1) {
+			if ok, wait := r.takeOrWait(b, 0, sum); ok || wait != steps*seconds(1) {
 				t.Errorf("steps of 1/%d: take(the sum of %d) = %v, %v want %d s", n+1, steps, ok, time.Duration(wait), steps)
 			}
 		}
@@ -123,19 +123,19 @@ func TestBucketNeverRefills(t *testing.T) {
 	r := &bucketRule{capacity: 1, fill: 0, interval: 1e9}
 	b := new(bucket)
 	r.fresh(b, 0)
-	if ok, _ := r.take(b, 0, 1); !ok {
+	if ok, _ := r.takeOrWait(b, 0, 1); !ok {
 		t.Fatal("a fresh bucket refused")
 	}
-	if ok, wait := r.take(b, seconds(1e6), 1); ok || wait != 0 {
+	if ok, wait := r.takeOrWait(b, seconds(1e6), 1); ok || wait != 0 {
 		t.Errorf("take = %v, %v want a refusal without a wait", ok, wait)
 	}
 }
 
 func TestBucketClockStepsBack(t *testing.T) {
 	r, b := drained(false, false)
-	r.take(b, seconds(1), 5)
+	r.takeOrWait(b, seconds(1), 5)
 	before := *b
-	if ok, _ := r.take(b, seconds(0.5), 1); ok {
+	if ok, _ := r.takeOrWait(b, seconds(0.5), 1); ok {
 		t.Error("an earlier time filled the bucket")
 	}
 	if *b != before {
@@ -165,7 +165,7 @@ func TestBucketExtremes(t *testing.T) {
 		b := new(bucket)
 		r.fresh(b, 0)
 		for now := int64(0); now >= 0 && now < math.MaxInt64/2; now = now*3 + 1 {
-			if ok, wait := r.take(b, now, r.capacity); !ok && wait < 0 {
+			if ok, wait := r.takeOrWait(b, now, r.capacity); !ok && wait < 0 {
 				t.Fatalf("%+v: wait = %d at %d", r, wait, now)
 			}
 			if math.IsNaN(b.tokens) || b.tokens < 0 || b.tokens > r.capacity {
@@ -253,7 +253,7 @@ func TestBucketModel(t *testing.T) {
 			},
 			"take": func(t *rapid.T) {
 				want := float64(rapid.IntRange(0, int(2*r.capacity)).Draw(t, "tokens")) / 2
-				ok, wait := r.take(b, now, want)
+				ok, wait := r.takeOrWait(b, now, want)
 				left := exact.at(now, want)
 				if ok != (left >= 0) && math.Abs(left) > rounding {
 					t.Fatalf("take(%v) = %v with %v left", want, ok, left)

@@ -14,11 +14,11 @@ type stage int
 
 // The stages, in the order of an Aperture agent.
 const (
-	ramps   stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
-	samples              // samplers
-	limits               // rate limiters and concurrency limiters
-	slots                // concurrency schedulers
-	tokens               // quota and load schedulers, unless the flow's result is in the cache
+	stageRamp   stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
+	stageSample              // samplers
+	stageLimit               // rate limiters and concurrency limiters
+	stageConcurrency                // concurrency schedulers
+	stageLoad               // quota and load schedulers, unless the flow's result is in the cache
 	stages
 )
 
@@ -26,40 +26,40 @@ const (
 func stageOf(c *agentapi.Component) stage {
 	switch c.Kind {
 	case agentapi.KindRampSampler:
-		return ramps
+		return stageRamp
 	case agentapi.KindSampler:
-		return samples
+		return stageSample
 	case agentapi.KindConcurrencyScheduler:
-		return slots
+		return stageConcurrency
 	case agentapi.KindQuotaScheduler, agentapi.KindLoadScheduler:
-		return tokens
+		return stageLoad
 	default:
-		return limits
+		return stageLimit
 	}
 }
 
 // reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
 func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 	switch {
-	case s == ramps && req.RampMode():
+	case s == stageRamp && req.RampMode():
 		return agentapi.ReasonNoMatchingRamp
-	case s <= samples:
+	case s <= stageSample:
 		return agentapi.ReasonNotSampled
-	case s == limits:
+	case s == stageLimit:
 		return agentapi.ReasonRateLimited
 	default:
 		return agentapi.ReasonNoTokens
 	}
 }
 
-// A point is what acts at one control point, by stages.
-type point struct {
-	stages [stages][]member
-	counts *counts // of its flows; those of the point in rules before, if there was one
+// A controlPoint is what acts at one control point, by stages.
+type controlPoint struct {
+	stages [stages][]placement
+	counts *counts // of its flows; those of the control point in rules before, if there was one
 }
 
-// A member is a component in its place at one control point.
-type member struct {
+// A placement is a component in its place at one control point.
+type placement struct {
 	component
 	waits     admitter // the component, where flows may wait for it
 	id        *agentapi.Component
@@ -74,13 +74,13 @@ type admitter interface {
 	admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error)
 }
 
-func (p *point) add(c component, s selector) {
-	members := &p.stages[stageOf(c.identity())]
-	if n := len(*members); n == 0 || (*members)[n-1].component != c {
+func (p *controlPoint) add(c component, s selector) {
+	placements := &p.stages[stageOf(c.identity())]
+	if n := len(*placements); n == 0 || (*placements)[n-1].component != c {
 		waits, _ := c.(admitter)
-		*members = append(*members, member{component: c, waits: waits, id: c.identity()})
+		*placements = append(*placements, placement{component: c, waits: waits, id: c.identity()})
 	}
-	last := &(*members)[len(*members)-1]
+	last := &(*placements)[len(*placements)-1]
 	last.selectors = append(last.selectors, s)
 }
 
@@ -95,7 +95,7 @@ func (e *Engine) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	now := start
 	for {
 		v.Start = e.epoch.UnixNano() + start
-		p := e.point(req.ControlPoint)
+		p := e.controlPoint(req.ControlPoint)
 		err := e.decide(ctx, p, req, &now, v)
 		if err == nil {
 			p.count(req, v)
@@ -116,16 +116,16 @@ func (e *Engine) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	return nil
 }
 
-// point is what acts at the control point, which is nothing at those that no policy names.
-func (e *Engine) point(controlPoint string) *point {
-	if p := e.rules.Load().points[controlPoint]; p != nil {
+// controlPoint is what acts at the control point, which is nothing at those that no policy names.
+func (e *Engine) controlPoint(controlPoint string) *controlPoint {
+	if p := e.rules.Load().controlPoints[controlPoint]; p != nil {
 		return p
 	}
-	return &e.elsewhere
+	return &e.unlisted
 }
 
 // count counts a flow that has been decided about.
-func (p *point) count(req *agentapi.Request, v *agentapi.Verdict) {
+func (p *controlPoint) count(req *agentapi.Request, v *agentapi.Verdict) {
 	what := flowsAccepted
 	if v.Rejected() {
 		what = flowsRejected + int(v.Rejection().Reason)
@@ -135,11 +135,11 @@ func (p *point) count(req *agentapi.Request, v *agentapi.Verdict) {
 
 // decide asks the stages of the flow's control point. After an error the flow may hold something, and in a dry run after a
 // rejection too, for then it runs: it goes on to the stages and to the cache that it would not have come to.
-func (e *Engine) decide(ctx context.Context, p *point, req *agentapi.Request, now *int64, v *agentapi.Verdict) error {
+func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Request, now *int64, v *agentapi.Verdict) error {
 	dry := req.DryRun()
 	for s := range stages {
-		if s == tokens && req.Lookup() != nil {
-			if e.lookup(p, req, v); v.Extra.Result.Hit {
+		if s == stageLoad && req.Lookup() != nil {
+			if e.lookup(p, req, v); v.Details.Result.Hit {
 				break
 			}
 		}
@@ -156,7 +156,7 @@ func (e *Engine) decide(ctx context.Context, p *point, req *agentapi.Request, no
 				reject(v, from, s.reason(req))
 			}
 		}
-		if s == ramps && req.RampMode() && v.Len() == 0 {
+		if s == stageRamp && req.RampMode() && v.Len() == 0 {
 			v.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoMatchingRamp})
 		}
 		if v.Rejected() && !dry {
@@ -166,14 +166,14 @@ func (e *Engine) decide(ctx context.Context, p *point, req *agentapi.Request, no
 	return nil
 }
 
-// ask asks the members of a stage, all of them: a client is told about each. They are asked one after the other, in an
+// ask asks the placements of a stage, all of them: a client is told about each. They are asked one after the other, in an
 // order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
 // the flow, it waits for none, and in a dry run neither. The time goes on while it waits. Dropped reports what components in
 // force decided, in a flow's dry run too; a component in dry run drops no flow.
-func (e *Engine) ask(ctx context.Context, members []member, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
+func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
 	late, dry := req.Late(), req.DryRun()
-	for i := range members {
-		m := &members[i]
+	for i := range placements {
+		m := &placements[i]
 		selected := m.selectors.selects(&req.Labels)
 		if selected == no {
 			continue

@@ -57,7 +57,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 			Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "key",
 			Scheduler: policy.Scheduler{FairnessLabel: "user", MaxQueue: room},
 		})
-		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
+		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
 		var wg sync.WaitGroup
 		var causes [agentapi.Causes]atomic.Int64
 		for i := range flows {

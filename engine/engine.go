@@ -74,7 +74,7 @@ type Engine struct {
 	signals map[string]func() float64 // of the host, by name
 
 	rules     atomic.Pointer[rules] // in force
-	elsewhere point                 // stands for the control points that no policy names: nothing acts there
+	unlisted controlPoint                 // stands for the control points that no policy names: nothing acts there
 
 	mu      sync.RWMutex             // guards the next two
 	holders map[identity][]component // those whose flows hold slots, which others may end; the lists are never changed
@@ -114,7 +114,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
-		elsewhere:    point{counts: new(counts)},
+		unlisted:    controlPoint{counts: new(counts)},
 	}
 	_, _ = rand.Read(e.secret[:]) // it does not fail
 	var errs []error
@@ -164,10 +164,10 @@ func (e *Engine) Close() error {
 // those of components that no other selector picks a flow for. Package agent calls it.
 func (e *Engine) ServiceWarnings() []string {
 	var never, warnings []string
-	points := e.rules.Load().points
+	points := e.rules.Load().controlPoints
 	for _, at := range slices.Sorted(maps.Keys(points)) {
-		for _, members := range points[at].stages {
-			for _, m := range members {
+		for _, placements := range points[at].stages {
+			for _, m := range placements {
 				acts := slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" })
 				for _, s := range m.selectors {
 					if s.service == "" {
@@ -188,7 +188,7 @@ func (e *Engine) ServiceWarnings() []string {
 }
 
 // lookup fills the cache part of the verdict.
-func (e *Engine) lookup(p *point, req *agentapi.Request, v *agentapi.Verdict) {
+func (e *Engine) lookup(p *controlPoint, req *agentapi.Request, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
 	if asked.Result != "" {
 		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
@@ -207,8 +207,8 @@ func (e *Engine) lookup(p *point, req *agentapi.Request, v *agentapi.Verdict) {
 
 // End gives back the slots that a flow holds, and measures how long its work took. Clients of package flowctl call it.
 func (e *Engine) End(_ context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
-	if gauges := e.rules.Load().gauges[req.ControlPoint]; len(gauges) > 0 && !failed {
-		e.clock(gauges, req, v)
+	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !failed {
+		e.measure(sinks, req, v)
 	}
 	var r agentapi.Returns
 	for i := range v.Len() {
@@ -228,32 +228,32 @@ func (e *Engine) End(_ context.Context, req *agentapi.Request, v *agentapi.Verdi
 	return r, nil
 }
 
-// clock measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
-func (e *Engine) clock(gauges []gauge, req *agentapi.Request, v *agentapi.Verdict) {
+// measure measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
+func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi.Verdict) {
 	var waited time.Duration
-	if v.Extra != nil {
-		if v.Extra.Result.Hit {
+	if v.Details != nil {
+		if v.Details.Result.Hit {
 			return
 		}
-		waited = v.Extra.Waited
+		waited = v.Details.Waited
 	}
 	now := e.now()
-	e.tell(gauges, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
+	e.recordLatency(sinks, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
 }
 
 // Measures reports whether a policy wants to know how long flows of the control point take; for "", whether any does of
 // any flows. Package agent calls it.
 func (e *Engine) Measures(controlPoint string) bool {
 	if controlPoint == "" {
-		return len(e.rules.Load().gauges) > 0
+		return len(e.rules.Load().sinks) > 0
 	}
-	return len(e.rules.Load().gauges[controlPoint]) > 0
+	return len(e.rules.Load().sinks[controlPoint]) > 0
 }
 
 // Observe measures a flow that has run and ended well, by what its client reports. Package agent calls it, which keeps no
 // flows.
 func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
-	e.tell(e.rules.Load().gauges[controlPoint], &agentapi.Labels{Params: labels}, e.now(), latency)
+	e.recordLatency(e.rules.Load().sinks[controlPoint], &agentapi.Labels{Params: labels}, e.now(), latency)
 }
 
 // Revert takes back all that Check gave a flow, tokens and slots, instead of End: the flow does not run. Clients of package
@@ -300,13 +300,13 @@ func (e *Engine) Lookup(key agentapi.CacheKey, room func(size int) bool) agentap
 		return c.lookup(k, room)
 	default:
 		a := c.lookup(k, room)
-		e.point(key.ControlPoint).looked(&a)
+		e.controlPoint(key.ControlPoint).looked(&a)
 		return a
 	}
 }
 
 // looked counts a lookup in the result cache.
-func (p *point) looked(a *agentapi.CacheAnswer) {
+func (p *controlPoint) looked(a *agentapi.CacheAnswer) {
 	what := cacheMisses
 	if a.Hit {
 		what = cacheHits
@@ -363,7 +363,7 @@ func (e *Engine) sweep() {
 		case <-e.done:
 			return
 		case <-e.full:
-			for _, p := range e.rules.Load().parts {
+			for _, p := range e.rules.Load().installed {
 				p.sweep(e.now(), true)
 			}
 			pause := time.NewTimer(time.Duration(fullSweepEvery))
@@ -374,7 +374,7 @@ func (e *Engine) sweep() {
 			case <-pause.C:
 			}
 		case <-tick.C:
-			for _, p := range e.rules.Load().parts {
+			for _, p := range e.rules.Load().installed {
 				p.sweep(e.now(), false)
 				if n := p.overflow(); n > p.reported {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",

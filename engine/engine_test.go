@@ -33,9 +33,9 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 				defer func() { _ = e.Close() }()
 				e.results.close() // their clocks tick every second, and this is not about them
 				e.globals.close()
-				limiter, ok := e.rules.Load().parts[0].component.(*limiter[bucket])
+				limiter, ok := e.rules.Load().installed[0].component.(*limiter[bucket])
 				if !ok {
-					t.Fatalf("component is a %T", e.rules.Load().parts[0].component)
+					t.Fatalf("component is a %T", e.rules.Load().installed[0].component)
 				}
 				for i := range 20 {
 					cost := "1"
@@ -71,7 +71,7 @@ func TestGiveBackSpilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = e.Close() }()
-	l := e.rules.Load().parts[0].component.(*limiter[bucket])
+	l := e.rules.Load().installed[0].component.(*limiter[bucket])
 	decide := func(user string, now int64) *agentapi.LimiterDecision {
 		d := &agentapi.LimiterDecision{Component: l.identity()}
 		l.decide(&agentapi.Request{Labels: agentapi.Labels{Params: map[string]string{"user": user}}}, now, d)

@@ -55,11 +55,11 @@ func (r *slotRule) idle(f *inflight, now int64) bool {
 	return f.count == 0
 }
 
-// draw admits a flow while any part of a slot is free; then its slot is what giveBack needs. What costs nothing holds
+// take admits a flow while any part of a slot is free; then its slot is what giveBack needs. What costs nothing holds
 // nothing. What is left is told without the flow itself.
-func (r *slotRule) draw(f *inflight, now int64, tokens float64) draw {
+func (r *slotRule) take(f *inflight, now int64, tokens float64) taken {
 	r.reclaim(f, now)
-	d := draw{ok: true, left: r.limit - f.used}
+	d := taken{ok: true, left: r.limit - f.used}
 	switch {
 	case tokens == 0:
 	case r.limit-f.used > slack, f.count == 0 && r.limit > 0: // a sum of fractions may be a little short

@@ -14,12 +14,12 @@ func newInflight(limit float64, maxInflight int64) (*slotRule, *inflight) {
 
 func TestSlots(t *testing.T) {
 	r, f := newInflight(2, 100)
-	a := r.draw(f, 0, 1)
+	a := r.take(f, 0, 1)
 	if !a.ok || a.slot == 0 || a.left != 2 {
 		t.Fatalf("draw = %+v want a slot of 2", a)
 	}
-	b := r.draw(f, 10, 1)
-	if got := r.draw(f, 20, 1); got.ok || got.wait != 80 {
+	b := r.take(f, 10, 1)
+	if got := r.take(f, 20, 1); got.ok || got.wait != 80 {
 		t.Errorf("draw = %+v want none of two slots left, until the first is taken back in 80", got)
 	}
 	if !r.giveBack(f, 20, 1, a.slot, false) || r.giveBack(f, 20, 1, a.slot, false) {
@@ -28,10 +28,10 @@ func TestSlots(t *testing.T) {
 	if r.giveBack(f, 20, 1, 0, false) || r.giveBack(f, 20, 1, b.slot+1, false) || r.giveBack(f, 20, 1, 1<<63, false) {
 		t.Error("made-up ids gave slots back")
 	}
-	if !r.draw(f, 20, 5).ok || f.used != 6 || r.usage(f, 20).Remaining != -4 {
+	if !r.take(f, 20, 5).ok || f.used != 6 || r.usage(f, 20).Remaining != -4 {
 		t.Errorf("used = %v want an overshoot to 6 while a slot is free", f.used)
 	}
-	if free := r.draw(f, 20, 0); !free.ok || free.slot != 0 {
+	if free := r.take(f, 20, 0); !free.ok || free.slot != 0 {
 		t.Errorf("draw of nothing = %+v want nothing", free)
 	}
 	r.reclaim(f, 110)
@@ -46,11 +46,11 @@ func TestSlots(t *testing.T) {
 // A cost beyond all reason must not swallow the count of the others.
 func TestSlotsHugeCost(t *testing.T) {
 	r, f := newInflight(2, 100)
-	r.draw(f, 0, 1)
-	huge := r.draw(f, 0, 1e300)
+	r.take(f, 0, 1)
+	huge := r.take(f, 0, 1e300)
 	r.giveBack(f, 0, 1e300, huge.slot, false)
-	r.draw(f, 0, 1)
-	if r.draw(f, 0, 1).ok || f.used != 2 {
+	r.take(f, 0, 1)
+	if r.take(f, 0, 1).ok || f.used != 2 {
 		t.Errorf("used = %v want 2, and no room for a third flow", f.used)
 	}
 }
@@ -60,15 +60,15 @@ func TestSlotsOfFractions(t *testing.T) {
 	for n := 2; n <= 100; n++ {
 		r, f := newInflight(3, 100)
 		for range 3 * n {
-			if !r.draw(f, 0, 1/float64(n)).ok {
+			if !r.take(f, 0, 1/float64(n)).ok {
 				t.Fatalf("%d flows of 1/%d are all there is room for in 3 slots", f.count, n)
 			}
 		}
-		if r.draw(f, 0, 1/float64(n)).ok {
+		if r.take(f, 0, 1/float64(n)).ok {
 			t.Errorf("%d flows of 1/%d have 3 slots", f.count, n)
 		}
 	}
-	if r, f := newInflight(1e-12, 100); !r.draw(f, 0, 1).ok {
+	if r, f := newInflight(1e-12, 100); !r.take(f, 0, 1).ok {
 		t.Error("a limit that is not 0 admits nobody")
 	}
 }
@@ -81,7 +81,7 @@ func TestSlotsModel(t *testing.T) {
 	for now := range int64(20_000) {
 		switch rng.IntN(3) {
 		case 0, 1:
-			got := r.draw(f, now, 1)
+			got := r.take(f, now, 1)
 			for old, expires := range model {
 				if expires <= now {
 					delete(model, old)
@@ -110,12 +110,12 @@ func TestSlotsModel(t *testing.T) {
 
 func TestSlotsForecast(t *testing.T) {
 	r, f := newInflight(2, 1000)
-	a, b := r.draw(f, 0, 1), r.draw(f, 0, 1)
+	a, b := r.take(f, 0, 1), r.take(f, 0, 1)
 	if least, likely := r.forecast(f, 0, backlog{least: 5, likely: 5}, 1); least != 0 || likely != 0 {
 		t.Errorf("forecast = %d, %d want unknown before the first return", least, likely)
 	}
 	r.giveBack(f, 100, 1, a.slot, false)
-	a = r.draw(f, 100, 1)
+	a = r.take(f, 100, 1)
 	if least, likely := r.forecast(f, 100, backlog{least: 0, likely: 0}, 1); least != 0 || likely != 50 {
 		t.Errorf("forecast of the first = %d, %d want 0, 50", least, likely)
 	}
@@ -126,7 +126,7 @@ func TestSlotsForecast(t *testing.T) {
 		t.Errorf("forecast behind 3 = %d, %d want 100, a round, and 200", least, likely)
 	}
 	r.giveBack(f, 101, 1, a.slot, true) // what was not used tells nothing
-	r.draw(f, 100, 9)
+	r.take(f, 100, 9)
 	if least, likely := r.forecast(f, 100, backlog{least: 0, likely: 0}, 1); least != 0 || likely != 130 {
 		t.Errorf("forecast of an overshoot = %d, %d want 8 of 10 tokens and one of two flows to return: 0, 130", least, likely)
 	}
@@ -136,13 +136,13 @@ func TestSlotsForecast(t *testing.T) {
 	}
 	for now := int64(1000); now < 100_000; now += 1000 {
 		r.reclaim(f, now)
-		r.draw(f, now, 1)
+		r.take(f, now, 1)
 	}
 	if f.hold < 990 || f.hold > 1000 {
 		t.Errorf("mean = %v want that of slots that are taken back, after a while", f.hold)
 	}
 	wide, two := newInflight(3, 1000) // of flows that want two slots each, two are let in at once
-	a = wide.draw(two, 0, 2)
+	a = wide.take(two, 0, 2)
 	wide.giveBack(two, 100, 2, a.slot, false)
 	for flows, want := range []int64{0, 0, 100, 100, 200} {
 		if least, _ := wide.forecast(two, 100, backlog{least: 2 * float64(flows)}, 2); least != want {
@@ -169,7 +169,7 @@ func TestSlotsForecastOfAnOutlier(t *testing.T) {
 		r, f := newInflight(4, 10*minute)
 		now := int64(0)
 		hold := func(held int64) {
-			d := r.draw(f, now, 1)
+			d := r.take(f, now, 1)
 			now += held
 			r.giveBack(f, now, 1, d.slot, false)
 		}
@@ -182,7 +182,7 @@ func TestSlotsForecastOfAnOutlier(t *testing.T) {
 			hold(row.then)
 		}
 		if row.reclaimed > 0 {
-			r.draw(f, now, 1)
+			r.take(f, now, 1)
 			now += row.reclaimed
 			r.reclaim(f, now)
 		}
@@ -196,9 +196,9 @@ func TestSlotsForecastOfAnOutlier(t *testing.T) {
 // Flows that want more than all slots are let in one after the other, and no slower.
 func TestSlotsForecastOverLimit(t *testing.T) {
 	r, f := newInflight(2, 1000)
-	a := r.draw(f, 0, 50)
+	a := r.take(f, 0, 50)
 	r.giveBack(f, 100, 50, a.slot, false)
-	r.draw(f, 100, 50)
+	r.take(f, 100, 50)
 	q, c := newQueue(new(atomic.Int64), nil), claim{priority: 1}
 	for range 3 {
 		q.push(&waiter{tokens: 50, cost: r.cost(50)}, c)

@@ -69,7 +69,7 @@ func (e *Engine) inspect(policyName, id, value string) (inspected, error) {
 // component finds a component by its names.
 func (e *Engine) component(policyName, id string) (component, error) {
 	known := false
-	for _, p := range e.rules.Load().parts {
+	for _, p := range e.rules.Load().installed {
 		switch {
 		case p.named.policy != policyName:
 		case p.named.id == id:

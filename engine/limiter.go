@@ -48,7 +48,7 @@ func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limite
 		return
 	}
 	e := l.lock(d, now)
-	got := l.source.draw(&e.state, now, d.Consumed)
+	got := l.source.take(&e.state, now, d.Consumed)
 	if got.ok {
 		l.admit(e)
 		e.mu.Unlock()

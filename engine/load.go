@@ -133,8 +133,8 @@ func (l *load) prices(yield func(*latencyCost) bool) {
 // open reports whether everything is let in.
 func (l *load) open() bool { return l.learning || !(l.rate <= math.MaxFloat64) }
 
-// share is the share of the load that is let in; +Inf where that is everything.
-func (l *load) share() float64 {
+// letIn is the share of the load that is let in; +Inf where that is everything.
+func (l *load) letIn() float64 {
 	if l.open() {
 		return math.Inf(1)
 	}
@@ -159,19 +159,19 @@ func (l *load) refill(now int64) {
 	}
 }
 
-// draw lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
+// take lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
 // come.
-func (loadRule) draw(l *load, now int64, tokens float64) draw {
+func (loadRule) take(l *load, now int64, tokens float64) taken {
 	tokens = min(tokens, maxCost)
 	if l.open() {
-		return draw{ok: true}
+		return taken{ok: true}
 	}
 	l.refill(now)
 	if full := min(tokens, l.rate); tokens > 0 && (l.rate == 0 || l.tokens < full-slack) {
-		return draw{left: max(l.tokens, 0), wait: max(l.until(full), 0)}
+		return taken{left: max(l.tokens, 0), wait: max(l.until(full), 0)}
 	}
 	l.tokens -= tokens
-	return draw{ok: true, left: max(l.tokens, 0)}
+	return taken{ok: true, left: max(l.tokens, 0)}
 }
 
 // gave counts a flow that was let in.
@@ -196,7 +196,7 @@ func (l *load) until(tokens float64) int64 {
 	return max(clampNanos(math.Ceil((tokens-l.tokens)/l.rate*float64(time.Second))), 1)
 }
 
-// giveBack undoes a draw. What was given stays counted: that somebody else rejects the flow does not say that this load
+// giveBack undoes a take. What was given stays counted: that somebody else rejects the flow does not say that this load
 // was too much.
 func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
 	l.tokens = min(l.tokens+min(tokens, maxCost), l.rate)

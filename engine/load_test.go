@@ -14,7 +14,7 @@ func learned(rate, multiplier float64) (l *load, now int64) {
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, multiplier)
 		rule.meet(l, now, rate, nil)
-		rule.draw(l, now, rate)
+		rule.take(l, now, rate)
 		rule.gave(l, now, rate, nil)
 		now += int64(time.Second)
 	}
@@ -29,9 +29,9 @@ func TestLoadLearns(t *testing.T) {
 	rule.fresh(l, 0)
 	l.steer(0, 0.5)
 	now := 1000*s + s/2
-	visit := func(tokens float64) draw {
+	visit := func(tokens float64) taken {
 		rule.meet(l, now, tokens, nil)
-		return rule.draw(l, now, tokens)
+		return rule.take(l, now, tokens)
 	}
 	for ; now < 1031*s; now += s {
 		if !visit(10).ok {
@@ -39,18 +39,18 @@ func TestLoadLearns(t *testing.T) {
 		}
 	}
 	// 10 each second, of which 5 are let in; the bucket is full.
-	for i, want := range []draw{{ok: true, left: 2}, {left: 2, wait: s / 5}} {
+	for i, want := range []taken{{ok: true, left: 2}, {left: 2, wait: s / 5}} {
 		if got := visit(3); got != want {
 			t.Errorf("flow %d = %+v want %+v", i, got, want)
 		}
 	}
 	now += 30 * s // a short silence changes nothing
-	if got := visit(3); got != (draw{ok: true, left: 2}) {
+	if got := visit(3); got != (taken{ok: true, left: 2}) {
 		t.Errorf("after a short silence = %+v", got)
 	}
 	now += 31 * s
 	for range 10 {
-		if got := visit(100); got != (draw{ok: true}) {
+		if got := visit(100); got != (taken{ok: true}) {
 			t.Errorf("after a long silence = %+v want everything let in", got)
 		}
 	}
@@ -66,23 +66,23 @@ func TestLoadDraw(t *testing.T) {
 		rate       float64
 		multiplier float64
 		tokens     []float64
-		want       []draw
+		want       []taken
 	}{
-		{"half", 10, 0.5, []float64{4, 1, 1, 0}, []draw{{ok: true, left: 1}, {ok: true}, {wait: 200e6}, {ok: true}}},
-		{"more than there is", 10, 0.5, []float64{4, 3, 1}, []draw{{ok: true, left: 1}, {left: 1, wait: 400e6}, {ok: true}}},
-		{"more than it holds", 10, 0.5, []float64{20, 1, 6}, []draw{{ok: true}, {wait: 3200e6}, {wait: 4000e6}}},
-		{"more than it holds, when it is not full", 10, 0.5, []float64{1, 20}, []draw{{ok: true, left: 4}, {left: 4, wait: 200e6}}},
-		{"a rare flow", 0.1, 0.5, []float64{1, 1}, []draw{{ok: true}, {wait: 20e9}}},
-		{"nothing", 10, 0, []float64{1, 0}, []draw{{}, {ok: true}}},
-		{"less than nothing", 10, -1, []float64{1, 0}, []draw{{}, {ok: true}}},
-		{"everything", 10, nan, []float64{1000, 1000}, []draw{{ok: true}, {ok: true}}},
-		{"without bounds", 10, math.Inf(1), []float64{1000, 1000}, []draw{{ok: true}, {ok: true}}},
-		{"more than comes", 10, 2, []float64{20, 1}, []draw{{ok: true}, {wait: 50e6}}},
+		{"half", 10, 0.5, []float64{4, 1, 1, 0}, []taken{{ok: true, left: 1}, {ok: true}, {wait: 200e6}, {ok: true}}},
+		{"more than there is", 10, 0.5, []float64{4, 3, 1}, []taken{{ok: true, left: 1}, {left: 1, wait: 400e6}, {ok: true}}},
+		{"more than it holds", 10, 0.5, []float64{20, 1, 6}, []taken{{ok: true}, {wait: 3200e6}, {wait: 4000e6}}},
+		{"more than it holds, when it is not full", 10, 0.5, []float64{1, 20}, []taken{{ok: true, left: 4}, {left: 4, wait: 200e6}}},
+		{"a rare flow", 0.1, 0.5, []float64{1, 1}, []taken{{ok: true}, {wait: 20e9}}},
+		{"nothing", 10, 0, []float64{1, 0}, []taken{{}, {ok: true}}},
+		{"less than nothing", 10, -1, []float64{1, 0}, []taken{{}, {ok: true}}},
+		{"everything", 10, nan, []float64{1000, 1000}, []taken{{ok: true}, {ok: true}}},
+		{"without bounds", 10, math.Inf(1), []float64{1000, 1000}, []taken{{ok: true}, {ok: true}}},
+		{"more than comes", 10, 2, []float64{20, 1}, []taken{{ok: true}, {wait: 50e6}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l, now := learned(tt.rate, tt.multiplier)
 			for i, tokens := range tt.tokens {
-				got := loadRule{}.draw(l, now, tokens)
+				got := loadRule{}.take(l, now, tokens)
 				if want := tt.want[i]; got.ok != want.ok || math.Abs(got.left-want.left) > 1e-6 || math.Abs(float64(got.wait-want.wait)) > 10 {
 					t.Errorf("draw %d = %+v want %+v", i, got, want)
 				}
@@ -94,7 +94,7 @@ func TestLoadDraw(t *testing.T) {
 					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.wait)
 				}
 				early, late := *l, *l
-				if (loadRule{}).draw(&early, now+got.wait-1000, tokens).ok || !(loadRule{}).draw(&late, now+got.wait, tokens).ok {
+				if (loadRule{}).take(&early, now+got.wait-1000, tokens).ok || !(loadRule{}).take(&late, now+got.wait, tokens).ok {
 					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.wait))
 				}
 			}
@@ -106,7 +106,7 @@ func TestLoadDraw(t *testing.T) {
 func TestLoadGiveBack(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
-	rule.draw(l, now, 5)
+	rule.take(l, now, 5)
 	rule.gave(l, now, 5, nil)
 	rule.giveBack(l, now, 3, 0, false)
 	if got := rule.usage(l, now).Remaining; got != 3 {
@@ -124,7 +124,7 @@ func TestLoadGiveBack(t *testing.T) {
 func TestLoadForecast(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
-	rule.draw(l, now, 5)
+	rule.take(l, now, 5)
 	for _, tt := range []struct {
 		name          string
 		ahead, tokens float64
@@ -158,7 +158,7 @@ func TestLoadShare(t *testing.T) {
 			now += int64(10 * time.Millisecond)
 			tokens := float64(1 + i%3)
 			rule.meet(l, now, tokens, nil)
-			if rule.draw(l, now, tokens).ok {
+			if rule.take(l, now, tokens).ok {
 				rule.gave(l, now, tokens, nil)
 				given += tokens
 			}
@@ -186,7 +186,7 @@ func TestLoadHugeCost(t *testing.T) {
 		rule := loadRule{}
 		for range 2 { // the sum of two may be beyond a float
 			rule.meet(l, now, huge, nil)
-			rule.draw(l, now, huge)
+			rule.take(l, now, huge)
 		}
 		given := 0.0
 		for i := range 200 {
@@ -194,7 +194,7 @@ func TestLoadHugeCost(t *testing.T) {
 			l.steer(now, 0.5)
 			for range 10 {
 				rule.meet(l, now, 1, nil)
-				if rule.draw(l, now, 1).ok && i >= 100 {
+				if rule.take(l, now, 1).ok && i >= 100 {
 					given++
 				}
 			}

@@ -10,7 +10,7 @@ import (
 )
 
 // newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
-func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c agentapi.Component) (component, error) {
+func newLoadScheduler(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, of, p, c)
 	if err != nil {
 		return nil, err
@@ -27,7 +27,7 @@ func newLoadScheduler(e *Engine, of *part, p policy.LoadScheduler, c agentapi.Co
 }
 
 // newAIMDLoadScheduler makes one that finds the share out itself.
-func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
+func newAIMDLoadScheduler(e *Engine, of *installed, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, of, policy.LoadScheduler{
 		Selectors:             p.Selectors,
 		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
@@ -63,13 +63,13 @@ func newAIMDLoadScheduler(e *Engine, of *part, p policy.AIMDLoadScheduler, c age
 }
 
 // newLoad makes what the two kinds of load schedulers have in common.
-func newLoad(e *Engine, of *part, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
+func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
 	rule := loadRule{priced: new([]*latencyCost)}
 	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.gave, s.share, s.component.DryRun = rule.meet, rule.gave, (*load).share, p.DryRun
+	s.meet, s.gave, s.letIn, s.component.DryRun = rule.meet, rule.gave, (*load).letIn, p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}

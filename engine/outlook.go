@@ -43,7 +43,7 @@ type lanes struct {
 // lookAhead plays what the queue does from now on with a copy of the state of a source: it serves flows in the order in
 // which the queue would, and drops those whose time is over. It stops where it has made as many visits as it may.
 func lookAhead[S any](from source[S], state S, q *queue, now int64, key outlookKey) outlook {
-	if len(q.shares) > mostLanes {
+	if len(q.queueShares) > mostLanes {
 		return outlook{at: now}
 	}
 	self := &waiter{tokens: key.tokens, cost: key.cost, number: q.count + 1, until: immortal}
@@ -101,7 +101,7 @@ func lookAhead[S any](from source[S], state S, q *queue, now int64, key outlookK
 			}
 		}
 		w := head(l) // there is one: the flow itself leaves last
-		got := from.draw(&state, at, w.tokens)
+		got := from.take(&state, at, w.tokens)
 		if got.ok {
 			if w == self {
 				return outlook{at, true}
@@ -231,7 +231,7 @@ func (q *queue) outlast(c claim, until int64) (cost float64, all bool) {
 			}
 		}
 	}
-	if own := q.shares[c]; own != nil && !all {
+	if own := q.queueShares[c]; own != nil && !all {
 		visits = mostVisits
 		for at := own.first; at != nil && visits > 0; at = at.next {
 			if visits--; at.until >= until {

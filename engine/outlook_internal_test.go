@@ -33,7 +33,7 @@ func TestLookAheadForetells(t *testing.T) {
 				tt.set(&c)
 				synctest.Test(t, func(t *testing.T) {
 					e := openEngine(t, c)
-					s := e.rules.Load().parts[0].component.(*scheduler[bucket])
+					s := e.rules.Load().installed[0].component.(*scheduler[bucket])
 					var wg sync.WaitGroup
 					var mu sync.Mutex
 					check := func(labels map[string]string, timeout time.Duration) (time.Duration, bool) {
@@ -120,7 +120,7 @@ func TestLookAheadIsBounded(t *testing.T) {
 			rule := &bucketRule{capacity: 1, fill: 1, interval: float64(time.Second)}
 			var state bucket
 			rule.fresh(&state, 0)
-			rule.take(&state, 0, 1)
+			rule.takeOrWait(&state, 0, 1)
 			q := newQueue(new(atomic.Int64), nil)
 			for i := range 2000 {
 				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % tt.users)})
@@ -143,7 +143,7 @@ func BenchmarkLookAhead(b *testing.B) {
 			rule := &bucketRule{capacity: 1, fill: 1, interval: float64(time.Second)}
 			var state bucket
 			rule.fresh(&state, 0)
-			rule.take(&state, 0, 1)
+			rule.takeOrWait(&state, 0, 1)
 			q := newQueue(new(atomic.Int64), nil)
 			for i := range 10_000 {
 				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % users)})

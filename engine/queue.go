@@ -22,8 +22,8 @@ import (
 // finish is served first. So a share that is idle saves nothing up, and needs not be remembered: when its last waiter
 // leaves, its finish lies behind the clock.
 type queue struct {
-	root   share
-	shares map[claim]*share
+	root   queueShare
+	queueShares map[claim]*queueShare
 	len    int
 	room   *atomic.Int64 // for more waiters, here and in the scheduler's other queues
 	count  uint64        // of all that have waited since nobody did, for the order of equals
@@ -52,10 +52,10 @@ type claim struct {
 	whole    bool // the workload's, of all fairness values
 }
 
-// A share is those who wait with the same claim. It exists as long as there are any.
-type share struct {
+// A queueShare is those who wait with the same claim. It exists as long as there are any.
+type queueShare struct {
 	claim  claim
-	parent *share // nil for the root
+	parent *queueShare // nil for the root
 	weight float64
 
 	start   float64 // what it has been served up to, by the parent's clock
@@ -66,7 +66,7 @@ type share struct {
 	smallest, largest float64 // costs of those who have waited since nobody did
 
 	clock float64
-	below shareHeap // the shares of a workload, and the workloads of the root
+	below queueShareHeap // the shares of a workload, and the workloads of the root
 
 	first, last *waiter // of a share that has none below
 
@@ -88,18 +88,18 @@ type waiter struct {
 	slot       uint64  // of one that has been served,
 	left       float64 // and what was left then
 	number     uint64
-	share      *share
+	queueShare      *queueShare
 	prev, next *waiter
 }
 
 // fill fills the decision about a waiter that has been served.
 func (w *waiter) fill(d *agentapi.LimiterDecision) {
-	draw{slot: w.slot, left: w.left}.fill(d)
+	taken{slot: w.slot, left: w.left}.fill(d)
 	d.Consumed = w.tokens
 }
 
 func newQueue(room *atomic.Int64, ring func()) *queue {
-	return &queue{shares: make(map[claim]*share), room: room, ring: ring}
+	return &queue{queueShares: make(map[claim]*queueShare), room: room, ring: ring}
 }
 
 // setAlarm has the alarm ring when the first waiter is due. The time now is that of the clock, not of what was decided
@@ -121,7 +121,7 @@ func (q *queue) setAlarm(now func() int64) {
 // reprice counts those who wait for what they cost now.
 func (q *queue) reprice(cost func(tokens float64) float64) {
 	q.version++
-	all := append(slices.Collect(maps.Values(q.shares)), &q.root)
+	all := append(slices.Collect(maps.Values(q.queueShares)), &q.root)
 	for _, s := range all {
 		s.backlog, s.smallest, s.largest = 0, math.Inf(1), 0
 	}
@@ -167,14 +167,14 @@ func (q *queue) push(w *waiter, c claim) {
 		q.mortal++
 	}
 	w.number = q.count
-	workload := q.share(c.ofWorkload(), &q.root, c.priority)
-	s := q.share(c, workload, 1)
+	workload := q.queueShare(c.ofWorkload(), &q.root, c.priority)
+	s := q.queueShare(c, workload, 1)
 	if s.last == nil {
 		s.first = w
 	} else {
 		s.last.next, w.prev = w, s.last
 	}
-	s.last, w.share = w, s
+	s.last, w.queueShare = w, s
 	for ; s.parent != nil; s = s.parent {
 		s.grow(1)
 		if s.backlog == 0 {
@@ -183,13 +183,13 @@ func (q *queue) push(w *waiter, c claim) {
 		s.backlog += w.cost
 		s.smallest, s.largest = min(s.smallest, w.cost), max(s.largest, w.cost)
 	}
-	q.settle(w.share)
+	q.settle(w.queueShare)
 }
 
 // pop takes the first waiter out, which has been served: its shares are charged.
 func (q *queue) pop() {
 	w := q.first()
-	at := w.share
+	at := w.queueShare
 	for s := at; s.parent != nil; s = s.parent {
 		s.start = s.finish
 		s.parent.clock = max(s.parent.clock, s.finish)
@@ -204,7 +204,7 @@ func (q *queue) pop() {
 const lateClock = 1e9
 
 // rebase sets a clock back that shows too much, and all that go by it.
-func (s *share) rebase() {
+func (s *queueShare) rebase() {
 	if s.clock < lateClock {
 		return
 	}
@@ -221,7 +221,7 @@ func (q *queue) remove(w *waiter) {
 	if w.placed {
 		q.room.Add(1)
 	}
-	s := w.share
+	s := w.queueShare
 	if w.prev == nil {
 		s.first = w.next
 	} else {
@@ -232,7 +232,7 @@ func (q *queue) remove(w *waiter) {
 	} else {
 		w.next.prev = w.prev
 	}
-	w.prev, w.next, w.share = nil, nil, nil
+	w.prev, w.next, w.queueShare = nil, nil, nil
 	for at := s; at.parent != nil; at = at.parent {
 		at.backlog -= w.cost
 		at.grow(-1)
@@ -247,12 +247,12 @@ func (q *queue) remove(w *waiter) {
 }
 
 // settle puts a share whose waiters have changed, and those above it, into their places.
-func (q *queue) settle(s *share) {
+func (q *queue) settle(s *queueShare) {
 	for ; s.parent != nil; s = s.parent {
 		first := s.head()
 		if first == nil {
 			heap.Remove(&s.parent.below, s.index)
-			delete(q.shares, s.claim)
+			delete(q.queueShares, s.claim)
 			continue
 		}
 		s.finish = s.start + first.cost/s.weight
@@ -265,18 +265,18 @@ func (q *queue) settle(s *share) {
 	if q.len == 0 {
 		q.root.clock = 0
 		if q.count > 1000 { // what so many took is not kept for a few
-			q.root.below, q.root.crowd, q.shares = nil, nil, make(map[claim]*share)
+			q.root.below, q.root.crowd, q.queueShares = nil, nil, make(map[claim]*queueShare)
 		}
 		q.count = 0
 	}
 }
 
-// share finds the claim's share, or begins it.
-func (q *queue) share(c claim, parent *share, weight float64) *share {
-	s := q.shares[c]
+// queueShare finds the share of the claim, or begins it.
+func (q *queue) queueShare(c claim, parent *queueShare, weight float64) *queueShare {
+	s := q.queueShares[c]
 	if s == nil {
-		s = &share{claim: c, parent: parent, weight: weight, start: parent.clock, index: -1, place: -1}
-		q.shares[c] = s
+		s = &queueShare{claim: c, parent: parent, weight: weight, start: parent.clock, index: -1, place: -1}
+		q.queueShares[c] = s
 	}
 	return s
 }
@@ -286,7 +286,7 @@ func (c claim) ofWorkload() claim {
 }
 
 // head is the share's first waiter; nil when there is none.
-func (s *share) head() *waiter {
+func (s *queueShare) head() *waiter {
 	for len(s.below) > 0 {
 		s = s.below[0]
 	}
@@ -302,9 +302,9 @@ type backlog struct{ least, likely, largest float64 }
 func (q *queue) ahead(c claim, cost float64) backlog {
 	all := backlog{least: cost, likely: cost} // the flow itself, too
 	begin := q.root.clock
-	workload := q.shares[c.ofWorkload()]
+	workload := q.queueShares[c.ofWorkload()]
 	if workload != nil {
-		own, fairBegin := q.shares[c], workload.clock
+		own, fairBegin := q.queueShares[c], workload.clock
 		if own != nil {
 			fairBegin = own.start
 			all = backlog{least: cost + own.backlog, likely: cost + own.backlog}
@@ -325,7 +325,7 @@ func (q *queue) ahead(c claim, cost float64) backlog {
 const mostOthers = 128
 
 // others is how many tokens go to the shares below, but for one, until the clock shows that.
-func (s *share) others(but *share, clock backlog) (sum backlog) {
+func (s *queueShare) others(but *queueShare, clock backlog) (sum backlog) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
 		if o == but || o.finish > clock.likely {
 			continue
@@ -344,7 +344,7 @@ func (s *share) others(but *share, clock backlog) (sum backlog) {
 
 // served is how many tokens go to the share until the clock shows that, which is not before its finish. What each waiter
 // wants it only knows of the first: the one that comes too late may want as much as any.
-func (s *share) served(clock float64) (least, likely float64) {
+func (s *queueShare) served(clock float64) (least, likely float64) {
 	tokens, first := (clock-s.start)*s.weight, s.head().cost
 	if s.smallest == s.largest {
 		tokens = first * math.Floor(tokens/first+1e-9)
@@ -356,7 +356,7 @@ func (s *share) served(clock float64) (least, likely float64) {
 }
 
 // grow changes how many wait in the share.
-func (s *share) grow(by int) {
+func (s *queueShare) grow(by int) {
 	s.size += by
 	switch {
 	case s.size == 0:
@@ -375,7 +375,7 @@ func (q *queue) evictable(c claim) *waiter {
 		return nil
 	}
 	size := func(c claim) int {
-		if s := q.shares[c]; s != nil {
+		if s := q.queueShares[c]; s != nil {
 			return s.size
 		}
 		return 0
@@ -383,7 +383,7 @@ func (q *queue) evictable(c claim) *waiter {
 	if size(c.ofWorkload())+1 < q.root.crowd[0].size {
 		return q.newest()
 	}
-	own := q.shares[c.ofWorkload()]
+	own := q.queueShares[c.ofWorkload()]
 	if own == nil || own.crowd[0].size <= size(c)+1 {
 		return nil
 	}
@@ -401,7 +401,7 @@ func (q *queue) evict(w *waiter) {
 }
 
 // crowdHeap is a [heap.Interface] of shares, the largest first, and of equals the one with the newest waiter.
-type crowdHeap []*share
+type crowdHeap []*queueShare
 
 func (h crowdHeap) Len() int { return len(h) }
 
@@ -420,7 +420,7 @@ func (h crowdHeap) Swap(i, j int) {
 
 // Push is for the heap's own use, as Pop is.
 func (h *crowdHeap) Push(x any) {
-	s := x.(*share)
+	s := x.(*queueShare)
 	s.place = len(*h)
 	*h = append(*h, s)
 }
@@ -433,31 +433,31 @@ func (h *crowdHeap) Pop() any {
 	return s
 }
 
-// shareHeap is a [heap.Interface] of shares by finish, and of equals by who came first.
-type shareHeap []*share
+// queueShareHeap is a [heap.Interface] of shares by finish, and of equals by who came first.
+type queueShareHeap []*queueShare
 
-func (h shareHeap) Len() int { return len(h) }
+func (h queueShareHeap) Len() int { return len(h) }
 
-func (h shareHeap) Less(i, j int) bool {
+func (h queueShareHeap) Less(i, j int) bool {
 	if h[i].finish != h[j].finish {
 		return h[i].finish < h[j].finish
 	}
 	return h[i].head().number < h[j].head().number
 }
 
-func (h shareHeap) Swap(i, j int) {
+func (h queueShareHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].index, h[j].index = i, j
 }
 
 // Push is for the heap's own use, as Pop is.
-func (h *shareHeap) Push(x any) {
-	s := x.(*share)
+func (h *queueShareHeap) Push(x any) {
+	s := x.(*queueShare)
 	s.index = len(*h)
 	*h = append(*h, s)
 }
 
-func (h *shareHeap) Pop() any {
+func (h *queueShareHeap) Pop() any {
 	last := len(*h) - 1
 	s := (*h)[last]
 	(*h)[last] = nil

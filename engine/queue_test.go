@@ -86,8 +86,8 @@ func TestQueueOrder(t *testing.T) {
 
 func checkEmpty(t rapid.TB, q *queue) {
 	t.Helper()
-	if q.len != 0 || len(q.shares) != 0 || len(q.root.below) != 0 || q.root.clock != 0 || q.first() != nil {
-		t.Errorf("an empty queue holds %d waiters, %d shares, clock %v", q.len, len(q.shares), q.root.clock)
+	if q.len != 0 || len(q.queueShares) != 0 || len(q.root.below) != 0 || q.root.clock != 0 || q.first() != nil {
+		t.Errorf("an empty queue holds %d waiters, %d shares, clock %v", q.len, len(q.queueShares), q.root.clock)
 	}
 }
 
@@ -138,7 +138,7 @@ func TestQueueExtremes(t *testing.T) {
 			}
 			served := make(map[claim]int)
 			for n := 0; n < 10; {
-				c := q.first().share.claim
+				c := q.first().queueShare.claim
 				if q.pop(); c != extreme {
 					served[c]++
 					n++
@@ -338,7 +338,7 @@ func TestQueueFluid(t *testing.T) {
 			"pop": func(t *rapid.T) {
 				for range min(rapid.IntRange(1, 30).Draw(t, "flows"), q.len) {
 					w := q.first()
-					served[w.share.claim] += w.tokens
+					served[w.queueShare.claim] += w.tokens
 					f.serve(w.tokens)
 					q.pop()
 				}
@@ -451,7 +451,7 @@ func TestQueueClockIsSetBack(t *testing.T) {
 	}
 	served := make(map[claim]int)
 	for range 510 {
-		served[q.first().share.claim]++
+		served[q.first().queueShare.claim]++
 		q.pop()
 	}
 	if got := served[low]; got < 9 || got > 11 {
@@ -478,7 +478,7 @@ func TestQueueReprice(t *testing.T) {
 		prices[0].bits.Store(math.Float64bits(rapid.SampledFrom([]float64{0.1, 1, 300}).Draw(t, "new price")))
 		q.reprice(loadRule{}.cost)
 		sum := 0.0
-		for c, s := range q.shares {
+		for c, s := range q.queueShares {
 			if s.finish != s.start+s.head().cost/s.weight {
 				t.Fatalf("%v: finish %v want start %v and the first's cost %v", c, s.finish, s.start, s.head().cost)
 			}
@@ -500,8 +500,8 @@ func TestQueueReprice(t *testing.T) {
 		}
 		for q.len > 0 {
 			w := q.first()
-			if w.share.backlog < w.cost-1e-9 || q.root.largest < w.cost || q.root.smallest > w.cost {
-				t.Fatalf("backlog %v, smallest %v, largest %v at a cost of %v", w.share.backlog, q.root.smallest, q.root.largest, w.cost)
+			if w.queueShare.backlog < w.cost-1e-9 || q.root.largest < w.cost || q.root.smallest > w.cost {
+				t.Fatalf("backlog %v, smallest %v, largest %v at a cost of %v", w.queueShare.backlog, q.root.smallest, q.root.largest, w.cost)
 			}
 			sum -= w.cost
 			q.pop()

@@ -14,19 +14,19 @@ import (
 // rules are what the policies in force were compiled to. They are never changed, only replaced, so that flows read them
 // without a lock.
 type rules struct {
-	parts    []*part // in the order of the policies
-	points   map[string]*point
-	gauges   map[string][]gauge // by control point
+	installed    []*installed // in the order of the policies
+	controlPoints   map[string]*controlPoint
+	sinks   map[string][]latencySink // by control point
 	named    map[string]bool    // labels that policies read; see [Engine.NamedLabels]
 	warnings warnings
 }
 
-// A part is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
+// installed is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
 // same.
-type part struct {
+type installed struct {
 	component
 	named    identity
-	gauges   map[string][]gauge
+	sinks   map[string][]latencySink
 	controls []func(now int64) // what the controller does
 	holds    bool              // flows hold slots of it
 	reported uint64            // overflows that were logged; the sweeper's own
@@ -36,9 +36,9 @@ type part struct {
 // components with one identity it does not matter which is which.
 type identity struct{ policy, hash, id string }
 
-// retired is a part that is no longer in force, for as long as flows may hold slots of it.
+// retired is one that is no longer in force, for as long as flows may hold slots of it.
 type retired struct {
-	*part
+	*installed
 	since int64
 }
 
@@ -69,9 +69,9 @@ func (e *Engine) Apply(policies []policy.Policy) error {
 // install puts the rules into force. The goroutines that they need run from then on.
 func (e *Engine) install(next *rules) {
 	old := e.rules.Load()
-	before, after := setOf(old.parts), setOf(next.parts)
+	before, after := setOf(old.installed), setOf(next.installed)
 	e.mu.Lock()
-	for _, p := range next.parts {
+	for _, p := range next.installed {
 		if p.holds && !before[p] {
 			e.holders[p.named] = append(slices.Clip(e.holders[p.named]), p.component)
 		}
@@ -80,38 +80,38 @@ func (e *Engine) install(next *rules) {
 	e.rules.Store(next)
 	e.warn(e.Warnings())
 	// From here on, nobody who is sent away by a retired component comes back to it.
-	for _, p := range old.parts {
+	for _, p := range old.installed {
 		if after[p] {
 			continue
 		}
 		p.retire()
 		if p.holds {
 			e.mu.Lock()
-			e.retired = append(e.retired, retired{part: p, since: e.now()})
+			e.retired = append(e.retired, retired{installed: p, since: e.now()})
 			e.mu.Unlock()
 		}
 	}
-	if !e.sweeping && len(next.parts) > 0 {
+	if !e.sweeping && len(next.installed) > 0 {
 		e.sweeping = true
 		e.running.Go(e.sweep)
 	}
-	steered := func(p *part) bool { return len(p.controls) > 0 }
-	if !e.controlled && slices.ContainsFunc(next.parts, steered) {
+	steered := func(p *installed) bool { return len(p.controls) > 0 }
+	if !e.controlled && slices.ContainsFunc(next.installed, steered) {
 		e.controlled = true
 		e.running.Go(e.control)
 	}
 }
 
-// setOf makes a set of parts: a file may have 100,000.
-func setOf(parts []*part) map[*part]bool {
-	set := make(map[*part]bool, len(parts))
-	for _, p := range parts {
+// setOf makes a set of components: a file may have 100,000.
+func setOf(all []*installed) map[*installed]bool {
+	set := make(map[*installed]bool, len(all))
+	for _, p := range all {
 		set[p] = true
 	}
 	return set
 }
 
-// sweepRetired forgets parts of which nobody holds anything, as slots that are held for too long are nobody's, and what
+// sweepRetired forgets components of which nobody holds anything, as slots that are held for too long are nobody's, and what
 // no flow holds of the others. A flow that was under way when its limiter was retired may take a slot a little later,
 // which is waited for if it does within a minute. One that waits elsewhere for longer ends well, but the answer
 // over the network is that nothing came back.
@@ -132,18 +132,18 @@ func (e *Engine) sweepRetired() {
 	})
 }
 
-// compile makes rules of the policies, with the parts in force where they are the same.
+// compile makes rules of the policies, with the components in force where they are the same.
 func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
-	kept := make(map[identity]*part, len(e.rules.Load().parts))
-	for _, p := range e.rules.Load().parts {
+	kept := make(map[identity]*installed, len(e.rules.Load().installed))
+	for _, p := range e.rules.Load().installed {
 		kept[p.named] = p
 	}
-	r := &rules{points: make(map[string]*point), gauges: make(map[string][]gauge), named: make(map[string]bool)}
+	r := &rules{controlPoints: make(map[string]*controlPoint), sinks: make(map[string][]latencySink), named: make(map[string]bool)}
 	components := 0
 	for _, p := range policies {
 		components += len(p.Components)
 	}
-	r.parts = make([]*part, 0, components)
+	r.installed = make([]*installed, 0, components)
 	var errs []error
 	names := make(map[string]bool, len(policies))
 	for _, p := range policies {
@@ -158,14 +158,14 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 }
 
 // add compiles one policy.
-func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
+func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) error {
 	if err := p.Validate(); err != nil {
 		return err
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, c := range p.Components {
 		id := agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c), ID: "root." + strconv.Itoa(i)}
-		built := new(part)
+		built := new(installed)
 		selectors, err := e.build(built, c, id)
 		if err == nil {
 			id := built.identity()
@@ -173,24 +173,24 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*part) error {
 			if k := kept[built.named]; k != nil {
 				built = k
 			}
-			err = r.place(built.component, selectors, e.rules.Load().points)
+			err = r.place(built.component, selectors, e.rules.Load().controlPoints)
 		}
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
 		r.warnings.look(p.Name, built.named.id, c)
-		r.parts = append(r.parts, built)
+		r.installed = append(r.installed, built)
 		r.name(built.identity(), c)
 		r.acts(built.identity(), selectors)
-		for at, gauges := range built.gauges {
-			r.gauges[at] = append(r.gauges[at], gauges...)
+		for at, sinks := range built.sinks {
+			r.sinks[at] = append(r.sinks[at], sinks...)
 		}
 	}
 	return nil
 }
 
 // build sets a component up, whose own ID goes before its place in the policy.
-func (e *Engine) build(p *part, c policy.Component, id agentapi.Component) (selectors []policy.Selector, err error) {
+func (e *Engine) build(p *installed, c policy.Component, id agentapi.Component) (selectors []policy.Selector, err error) {
 	switch c := c.(type) {
 	case policy.RateLimiter:
 		id.Kind, id.ID = agentapi.KindRateLimiter, cmp.Or(c.ID, id.ID)
@@ -233,21 +233,21 @@ func (e *Engine) build(p *part, c policy.Component, id agentapi.Component) (sele
 }
 
 // place registers the component at each of its control points, once. What was counted there goes on.
-func (r *rules) place(c component, selectors []policy.Selector, before map[string]*point) error {
+func (r *rules) place(c component, selectors []policy.Selector, before map[string]*controlPoint) error {
 	for _, s := range selectors {
 		compiled, err := compileSelector(s)
 		if err != nil {
 			return err
 		}
-		p := r.points[s.ControlPoint]
+		p := r.controlPoints[s.ControlPoint]
 		if p == nil {
-			p = new(point)
+			p = new(controlPoint)
 			if b := before[s.ControlPoint]; b != nil {
 				p.counts = b.counts
 			} else {
 				p.counts = new(counts)
 			}
-			r.points[s.ControlPoint] = p
+			r.controlPoints[s.ControlPoint] = p
 		}
 		p.add(c, compiled)
 	}

@@ -25,7 +25,7 @@ type scheduler[S any] struct {
 	source    source[S]
 	meet      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that come; nil where nobody does
 	gave      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that are let in; nil where nobody does
-	share     func(state *S) float64                                        // of the load that is let in; nil where none is
+	letIn     func(state *S) float64                                        // of the load that is let in; nil where none is
 	workloads *workloads
 	margin    time.Duration
 	maxQueue  int64
@@ -215,7 +215,7 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 		s.serve(e, now) // what has come by now is for those who wait
 	}
 	if !l.waiting() || d.Consumed == 0 {
-		if got := s.source.draw(&l.tokens, now, d.Consumed); got.ok {
+		if got := s.source.take(&l.tokens, now, d.Consumed); got.ok {
 			if s.gave != nil && !d.DryRun {
 				s.gave(&l.tokens, now, d.Consumed, price)
 			}
@@ -408,7 +408,7 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 		return
 	}
 	for w := q.first(); w != nil; w = q.first() {
-		got := s.source.draw(&e.state.tokens, at, w.tokens)
+		got := s.source.take(&e.state.tokens, at, w.tokens)
 		if !got.ok {
 			if got.wait > 0 {
 				q.due = at + got.wait

@@ -39,8 +39,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		e := openEngine(t,
 			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
 			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})
-		slots := e.rules.Load().parts[0].component.(*scheduler[inflight])
-		tokens := e.rules.Load().parts[1].component.(*scheduler[bucket])
+		slots := e.rules.Load().installed[0].component.(*scheduler[inflight])
+		tokens := e.rules.Load().installed[1].component.(*scheduler[bucket])
 		rng := rand.New(rand.NewPCG(1, 2))
 		outcomes := make(map[string]int)
 		var mu sync.Mutex
@@ -119,7 +119,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 		e := openEngine(t, policy.QuotaScheduler{
 			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 24 * time.Hour, LimitBy: "user", MaxIdle: time.Minute,
 		})
-		s := e.rules.Load().parts[0].component.(*scheduler[bucket])
+		s := e.rules.Load().installed[0].component.(*scheduler[bucket])
 		check := func() bool {
 			var v agentapi.Verdict
 			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "u"}}}
@@ -180,7 +180,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		})
 		synctest.Wait()
 		// The slot comes when the first of them has been canceled, and has not yet seen it.
-		s := e.rules.Load().parts[0].component.(*scheduler[inflight])
+		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
 		begin := time.Now()
 		s.single.mu.Lock()
 		cancel()
@@ -222,7 +222,7 @@ func TestLateAlarm(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
-				s := e.rules.Load().parts[0].component.(*scheduler[bucket])
+				s := e.rules.Load().installed[0].component.(*scheduler[bucket])
 				var first agentapi.LimiterDecision
 				s.enter(new(agentapi.Request), 0, &first, patient)
 				var waiting []*waiter
@@ -267,7 +267,7 @@ func TestUnusedSlots(t *testing.T) {
 		}
 		<-time.After(time.Millisecond)
 		e.Revert(req, &v)
-		f := &e.rules.Load().parts[0].component.(*scheduler[inflight]).single.state.tokens
+		f := &e.rules.Load().installed[0].component.(*scheduler[inflight]).single.state.tokens
 		if f.count != 0 || f.hold != float64(time.Second) {
 			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))
 		}

@@ -14,7 +14,7 @@ import (
 type signal func(now int64) float64
 
 // signalOf finds what a component's signal is read from.
-func (e *Engine) signalOf(of *part, field string, s policy.Signal) (signal, error) {
+func (e *Engine) signalOf(of *installed, field string, s policy.Signal) (signal, error) {
 	switch s := s.(type) {
 	case policy.Constant:
 		return func(int64) float64 { return float64(s) }, nil
@@ -62,8 +62,8 @@ func (m *mean) at(now int64) float64 {
 	return t.sum / t.count
 }
 
-// A gauge is told how long flows of one control point took.
-type gauge struct {
+// A latencySink is told how long flows of one control point took.
+type latencySink struct {
 	selectors selectors
 	note      note
 }
@@ -72,7 +72,7 @@ type gauge struct {
 type note func(labels *agentapi.Labels, now int64, latency float64)
 
 // measure has the latencies of the flows that are selected noted, each once.
-func (p *part) measure(list []policy.Selector, n note) error {
+func (p *installed) measure(list []policy.Selector, n note) error {
 	points := make(map[string]selectors)
 	for _, s := range list {
 		compiled, err := compileSelector(s)
@@ -81,20 +81,20 @@ func (p *part) measure(list []policy.Selector, n note) error {
 		}
 		points[s.ControlPoint] = append(points[s.ControlPoint], compiled)
 	}
-	if p.gauges == nil {
-		p.gauges = make(map[string][]gauge)
+	if p.sinks == nil {
+		p.sinks = make(map[string][]latencySink)
 	}
 	for name, s := range points {
-		p.gauges[name] = append(p.gauges[name], gauge{selectors: s, note: n})
+		p.sinks[name] = append(p.sinks[name], latencySink{selectors: s, note: n})
 	}
 	return nil
 }
 
-// tell notes the latency of a flow that has just ended well. A flow of which it is not known whether it is selected counts
+// recordLatency notes the latency of a flow that has just ended well. A flow of which it is not known whether it is selected counts
 // as one that is not: its value is too long to match.
-func (e *Engine) tell(gauges []gauge, labels *agentapi.Labels, now int64, latency time.Duration) {
-	for i := range gauges {
-		if g := &gauges[i]; g.selectors.selects(labels) == yes {
+func (e *Engine) recordLatency(sinks []latencySink, labels *agentapi.Labels, now int64, latency time.Duration) {
+	for i := range sinks {
+		if g := &sinks[i]; g.selectors.selects(labels) == yes {
 			g.note(labels, now, float64(latency)/float64(time.Millisecond))
 		}
 	}
@@ -112,7 +112,7 @@ func (e *Engine) control() {
 		case <-e.done:
 			return
 		case <-tick.C:
-			for _, p := range e.rules.Load().parts {
+			for _, p := range e.rules.Load().installed {
 				for _, steer := range p.controls {
 					steer(e.now())
 				}

@@ -118,22 +118,22 @@ type CacheStats struct {
 func (e *Engine) Stats() Stats {
 	r, now := e.rules.Load(), e.now()
 	s := Stats{
-		ControlPoints: make([]ControlPointStats, 0, 1+len(r.points)),
-		Components:    make([]ComponentStats, 0, len(r.parts)),
+		ControlPoints: make([]ControlPointStats, 0, 1+len(r.controlPoints)),
+		Components:    make([]ComponentStats, 0, len(r.installed)),
 		ResultCache:   e.results.stats(),
 		GlobalCache:   e.globals.stats(),
 	}
-	s.ControlPoints = append(s.ControlPoints, e.elsewhere.stats(""))
-	for _, at := range slices.Sorted(maps.Keys(r.points)) {
-		s.ControlPoints = append(s.ControlPoints, r.points[at].stats(at))
+	s.ControlPoints = append(s.ControlPoints, e.unlisted.stats(""))
+	for _, at := range slices.Sorted(maps.Keys(r.controlPoints)) {
+		s.ControlPoints = append(s.ControlPoints, r.controlPoints[at].stats(at))
 	}
-	for _, p := range r.parts {
+	for _, p := range r.installed {
 		s.Components = append(s.Components, p.stats(now))
 	}
 	return s
 }
 
-func (p *point) stats(controlPoint string) ControlPointStats {
+func (p *controlPoint) stats(controlPoint string) ControlPointStats {
 	rejected := func(why agentapi.Reason) uint64 { return p.counts.sum(flowsRejected + int(why)) }
 	return ControlPointStats{
 		ControlPoint:   controlPoint,
@@ -223,10 +223,10 @@ func (s *scheduler[S]) stats(now int64) ComponentStats {
 		all.LabelTooLong += of.counts.sum(decisionsLong)
 		all.Workloads = append(all.Workloads, w)
 	}
-	if s.share != nil {
+	if s.letIn != nil {
 		e := s.single
 		e.mu.Lock()
-		all.LoadMultiplier = s.share(&e.state.tokens)
+		all.LoadMultiplier = s.letIn(&e.state.tokens)
 		e.mu.Unlock()
 	}
 	return all

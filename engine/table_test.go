@@ -144,7 +144,7 @@ func TestTableMemory(t *testing.T) {
 	tab := newTable(keys, r.fresh, r.idle)
 	for _, name := range names {
 		e := tab.lock(name, 0)
-		r.take(&e.state, 0, 1)
+		r.takeOrWait(&e.state, 0, 1)
 		e.mu.Unlock()
 	}
 	runtime.GC()

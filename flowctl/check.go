@@ -19,7 +19,7 @@ import (
 // A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
 // because all that a check costs beyond gRPC's own call is what is allocated here.
 type check struct {
-	agentapi.Extra
+	agentapi.VerdictDetails
 	response checkv1.CheckResponse          // to Check
 	http     *checkhttpv1.CheckHTTPResponse // to CheckHTTP; nil: the question was Check
 	raw      []byte                         // response as it came: telemetry has it without encoding it anew; nil where it was not kept

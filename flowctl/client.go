@@ -59,7 +59,7 @@ type Client struct {
 	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
-	base         *agentapi.Base // the labels that every flow has; nil when none
+	details         *agentapi.RequestDetails // the labels that every flow has; nil when none
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -97,9 +97,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		logger:       cfg.logger,
 	}
 	c.runs.Unstored = c.unstored
-	cfg.base.DryRun = cfg.dryRun
-	if len(cfg.base.Defaults) > 0 || cfg.base.Service != "" || cfg.base.DryRun {
-		c.base = &cfg.base
+	cfg.details.DryRun = cfg.dryRun
+	if len(cfg.details.Defaults) > 0 || cfg.details.Service != "" || cfg.details.DryRun {
+		c.details = &cfg.details
 	}
 	var err error
 	if c.observer, err = newObserver(cfg.tracer, cfg.meter); err != nil {
@@ -168,7 +168,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	case c.closed.Load(): // while we were asking
 		return Unreachable, &UnreachableError{f.req.ControlPoint, agentapi.ErrClosed}
 	default:
-		if !errors.Is(err, errGateOpen) && !refused(status.Code(err)) { // which are logged by themselves
+		if !errors.Is(err, errBreakerOpen) && !refused(status.Code(err)) { // which are logged by themselves
 			c.silenceLog.warn(c.logger, "headgate: the agent did not decide about a flow",
 				"control_point", f.req.ControlPoint, "error", err)
 		}
@@ -196,7 +196,7 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 		return err
 	}
 	if looks { // also where the labels are wrong: a dry run still uses the caches
-		req.Labels.Base = &agentapi.Base{Looks: true, Lookup: agentapi.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
+		req.Labels.Details = &agentapi.RequestDetails{Looks: true, Lookup: agentapi.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
 	}
 	if err := params.checkLabels(); err != nil {
 		return err
@@ -215,17 +215,17 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	}
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
 	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
-		req.Labels.Base = c.base
+		req.Labels.Details = c.details
 		return fit(&req.Labels)
 	}
-	own := req.Labels.Base
+	own := req.Labels.Details
 	if own == nil {
-		own = new(agentapi.Base)
-		req.Labels.Base = own
+		own = new(agentapi.RequestDetails)
+		req.Labels.Details = own
 	}
 	own.RampMode = params.RampMode
-	if c.base != nil {
-		own.Defaults, own.Service, own.DryRun = c.base.Defaults, c.base.Service, c.base.DryRun
+	if c.details != nil {
+		own.Defaults, own.Service, own.DryRun = c.details.Defaults, c.details.Service, c.details.DryRun
 	}
 	if params.HTTP != nil && c.remote != nil {
 		return c.describe(ctx, &req.Labels, params.HTTP)
@@ -241,8 +241,8 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 // peers first.
 func fit(l *agentapi.Labels) error {
 	n := len(l.Params) + len(l.Context)
-	if l.Base != nil {
-		n += len(l.Base.Baggage) + len(l.Base.Transport) + len(l.Base.Defaults)
+	if l.Details != nil {
+		n += len(l.Details.Baggage) + len(l.Details.Transport) + len(l.Details.Defaults)
 	}
 	if n <= labels.MaxLabels {
 		return nil
@@ -255,8 +255,8 @@ func fit(l *agentapi.Labels) error {
 	if len(kept) > labels.MaxLabels {
 		return tooManyLabels(len(kept))
 	}
-	if l.Base != nil {
-		for _, layer := range []map[string]string{l.Base.Defaults, l.Base.Baggage, l.Base.Transport} {
+	if l.Details != nil {
+		for _, layer := range []map[string]string{l.Details.Defaults, l.Details.Baggage, l.Details.Transport} {
 			for _, key := range slices.Sorted(maps.Keys(layer)) {
 				if _, known := kept[key]; !known && len(kept) == labels.MaxLabels {
 					break
@@ -265,9 +265,9 @@ func fit(l *agentapi.Labels) error {
 				kept[key], _ = l.Lookup(key)
 			}
 		}
-		rest := *l.Base
+		rest := *l.Details
 		rest.Defaults, rest.Baggage, rest.Transport = nil, nil, nil
-		l.Base = &rest
+		l.Details = &rest
 	}
 	l.Params, l.Context = kept, nil
 	return nil

@@ -190,7 +190,7 @@ func TestFloods(t *testing.T) {
 	}
 }
 
-// What a connection brings counts for the gate when there was an answer, or when it lasts.
+// What a connection brings counts for the breaker when there was an answer, or when it lasts.
 func TestConnectionsProveThemselves(t *testing.T) {
 	settings := encodeFrame(frameSettingsKind, 0, 0)
 	ask := encodeFrame(frameHeaders, 4, 1, 'h')

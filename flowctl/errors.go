@@ -350,7 +350,7 @@ func (c *Client) callError(ctx context.Context, op, controlPoint string, err err
 		e.match = ErrClosed
 	case ctx.Err() != nil:
 		e.match = ctx.Err()
-	case code == codes.Unavailable, code == codes.DeadlineExceeded, errors.Is(err, errGateOpen):
+	case code == codes.Unavailable, code == codes.DeadlineExceeded, errors.Is(err, errBreakerOpen):
 		e.match = ErrUnreachable
 	}
 	return e

@@ -581,9 +581,9 @@ func ExampleWithConn() {
 	// Output: <nil> <nil>
 }
 
-// A gate that waits longer before it takes an agent for dead, and asks less often whether it is back.
-func ExampleWithGate() {
-	client, err := flowctl.Dial("agent.internal:443", flowctl.WithGate(flowctl.Gate{
+// A breaker that waits longer before it takes an agent for dead, and asks less often whether it is back.
+func ExampleWithAgentBreaker() {
+	client, err := flowctl.Dial("agent.internal:443", flowctl.WithAgentBreaker(flowctl.AgentBreaker{
 		Failures: 20, Span: 2 * time.Second, Probe: 5 * time.Second,
 	}))
 	if err != nil {

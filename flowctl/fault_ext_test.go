@@ -33,7 +33,7 @@ import (
 )
 
 // goesOnWithout checks that a client of an address where nobody answers starts flows that run, unless they are told not
-// to, that the gate opens, and that nothing takes for ever.
+// to, that the breaker opens, and that nothing takes for ever.
 func goesOnWithout(t *testing.T, address string) {
 	t.Helper()
 	var log lockedBuffer

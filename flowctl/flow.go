@@ -304,7 +304,7 @@ func (f *Flow) status() Status {
 // End ends the flow: it gives back the concurrency slots that the flow holds, also when it was rejected, and reports
 // its status. A status that nobody set is OK if the flow ran and Error if it did not. End does not stop when ctx is
 // canceled; it has a time limit of its own, see [WithEndTimeout], and does not wait for an agent that counts as dead, see
-// [Gate]. The first call counts; others give [ErrEnded]. An error means that slots may not have been given back: the
+// [AgentBreaker]. The first call counts; others give [ErrEnded]. An error means that slots may not have been given back: the
 // agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) {
 	if !f.course.end() {
@@ -351,8 +351,8 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 	if !f.Success() || f.client == nil {
 		return nil
 	}
-	if f.verdict.Extra != nil {
-		if c, ok := f.verdict.Extra.Wire.(*check); ok {
+	if f.verdict.Details != nil {
+		if c, ok := f.verdict.Details.Wire.(*check); ok {
 			return proto.CloneOf(c.answer())
 		}
 	}
@@ -369,10 +369,10 @@ func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 	if err := f.unanswered(); err != nil {
 		return nil, false, err
 	}
-	if f.verdict.Extra == nil {
+	if f.verdict.Details == nil {
 		return nil, false, nil
 	}
-	return f.cacheAnswer(f.verdict.Extra.Result)
+	return f.cacheAnswer(f.verdict.Details.Result)
 }
 
 // GlobalCache is what the check found under one of Params.GlobalCacheKeys, as [Flow.ResultCache].
@@ -383,10 +383,10 @@ func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
 	if err := f.unanswered(); err != nil {
 		return nil, false, err
 	}
-	if f.verdict.Extra == nil {
+	if f.verdict.Details == nil {
 		return nil, false, nil
 	}
-	return f.cacheAnswer(f.verdict.Extra.Global[key])
+	return f.cacheAnswer(f.verdict.Details.Global[key])
 }
 
 // unanswered is why the check did not look into the caches; nil when it did. For a flow that is rejected in a dry run it

@@ -132,7 +132,7 @@ func TestCloseOfAnAgentThatReadsNothing(t *testing.T) {
 }
 
 // An agent, or a proxy before it, that accepted connections and ended them had the client open thousands a second, and
-// the gate stayed closed.
+// the breaker stayed closed.
 func TestConnectionsAreSpaced(t *testing.T) {
 	for _, a := range hostile.Agents() {
 		if !strings.HasPrefix(a.Name, "goes away") && a.Name != "accepts and closes" && a.Name != "resets after the settings" && a.Name != "speaks HTTP/1" {
@@ -150,7 +150,7 @@ func TestConnectionsAreSpaced(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 			if !answers && !silent() {
-				t.Errorf("the gate stayed closed:\n%s", log.String())
+				t.Errorf("the breaker stayed closed:\n%s", log.String())
 			}
 			if n, most := server.Connections(), 4+int64(3*time.Since(begin)/time.Second); n > most {
 				t.Errorf("%d connections in %v want at most %d", n, time.Since(begin), most)

@@ -70,10 +70,10 @@ type HTTPAnswer struct {
 // HTTPAnswer is what the agent says of the flow's [HTTPRequest]; ok is false when no agent was told of one, or none
 // answered. It is the caller's own copy. Whether it is about an accepted request or a rejected one is Decision's to say.
 func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
-	if f.verdict.Extra == nil {
+	if f.verdict.Details == nil {
 		return HTTPAnswer{}, false
 	}
-	c, ok := f.verdict.Extra.Wire.(*check)
+	c, ok := f.verdict.Details.Wire.(*check)
 	switch {
 	case !ok || c.http == nil:
 		return HTTPAnswer{}, false
@@ -87,14 +87,14 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
-// describe has the agent asked about an HTTP request, which goes into the labels' base, the flow's own. The agent makes
+// describe has the agent asked about an HTTP request, which goes into the request's details, the flow's own. The agent makes
 // labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
 // before those.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
 	r := of.bounded()
-	l.Base.HTTP = r
+	l.Details.HTTP = r
 	if c.baggage {
-		l.Base.Baggage = c.httpBaggage(ctx, r.Own)
+		l.Details.Baggage = c.httpBaggage(ctx, r.Own)
 	}
 	carried, err := labelsHeader(l)
 	if carried != "" {
@@ -120,8 +120,8 @@ func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string 
 // of peers first.
 func labelsHeader(l *agentapi.Labels) (string, error) {
 	var problem error
-	for _, base := range []*agentapi.Base{l.Base, {Defaults: l.Base.Defaults}, nil} {
-		layers := agentapi.Labels{Params: l.Params, Context: l.Context, Base: base}
+	for _, details := range []*agentapi.RequestDetails{l.Details, {Defaults: l.Details.Defaults}, nil} {
+		layers := agentapi.Labels{Params: l.Params, Context: l.Context, Details: details}
 		m := layers.Merged()
 		if len(m) > labels.MaxLabels {
 			problem = tooManyLabels(len(m))

@@ -504,7 +504,7 @@ func TestHTTPFlowEnds(t *testing.T) {
 }
 
 // An agent that hangs costs a request its timeout, and then nothing.
-func TestHTTPGate(t *testing.T) {
+func TestHTTPAgentBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		client := agent.Client()
@@ -523,7 +523,7 @@ func TestHTTPGate(t *testing.T) {
 			}
 		}
 		if took := start(); took != 0 {
-			t.Errorf("a flow took %v while the gate was open", took)
+			t.Errorf("a flow took %v while the breaker was open", took)
 		}
 		closed := client.Start(t.Context(), "point", flowctl.Params{HTTP: get(nil), OnUnreachable: flowctl.FailClosed})
 		if closed.ShouldRun() || closed.HTTPStatus() != 503 {
@@ -560,7 +560,7 @@ func TestHTTPUnimplemented(t *testing.T) {
 			}
 		}
 		if got := client.Start(t.Context(), "point", flowctl.Params{}).Decision(); got != flowctl.Accepted {
-			t.Errorf("a check = %v: the gate must not open for an agent that answers", got)
+			t.Errorf("a check = %v: the breaker must not open for an agent that answers", got)
 		}
 		if got := strings.Count(log.String(), "refuses to decide"); got != 1 {
 			t.Errorf("logged %d times want once:\n%s", got, log.String())

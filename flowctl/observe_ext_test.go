@@ -172,12 +172,12 @@ func TestMeterProvider(t *testing.T) {
 	}
 }
 
-// A remote agent shows whether its gate is open, until its client is closed.
-func TestGateIsShown(t *testing.T) {
+// A remote agent shows whether its breaker is open, until its client is closed.
+func TestAgentBreakerIsShown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent, p := flowtest.NewAgent(t), new(metertest.Provider)
 		client := agent.Client(flowctl.WithMeterProvider(p))
-		gate := func() (open float64, shown bool) {
+		breaker := func() (open float64, shown bool) {
 			for name, n := range p.Read(t.Context()) {
 				if strings.HasPrefix(name, "flowcontrol_gate_open server_address=") {
 					return n, true
@@ -186,20 +186,20 @@ func TestGateIsShown(t *testing.T) {
 			return 0, false
 		}
 		client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
-		if open, shown := gate(); open != 0 || !shown {
-			t.Errorf("while the agent answers, the gate is %v, %v want 0 and shown", open, shown)
+		if open, shown := breaker(); open != 0 || !shown {
+			t.Errorf("while the agent answers, the breaker is %v, %v want 0 and shown", open, shown)
 		}
 		agent.Freeze()
 		for range 5 {
 			client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil)
 		}
-		if open, _ := gate(); open != 1 {
-			t.Errorf("after five checks in vain the gate is %v want 1", open)
+		if open, _ := breaker(); open != 1 {
+			t.Errorf("after five checks in vain the breaker is %v want 1", open)
 		}
 		agent.Thaw()
 		_ = client.Close(t.Context())
-		if _, shown := gate(); shown {
-			t.Error("the gate of a closed client is shown")
+		if _, shown := breaker(); shown {
+			t.Error("the breaker of a closed client is shown")
 		}
 	})
 }

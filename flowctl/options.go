@@ -55,10 +55,10 @@ type config struct {
 	dialOptions  []grpc.DialOption
 	conn         grpc.ClientConnInterface
 	noTelemetry  bool
-	gate         Gate
+	breaker         AgentBreaker
 	endTimeout   time.Duration
 	checkTimeout time.Duration
-	base         agentapi.Base
+	details         agentapi.RequestDetails
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -174,7 +174,7 @@ func WithKeepalive(p keepalive.ClientParameters) Option {
 }
 
 // WithDialOptions adds options of gRPC's own for the connection. They come after those of this package, and repeated
-// use adds more. Transport credentials among them are an error, for they would keep the [Gate] from seeing late answers,
+// use adds more. Transport credentials among them are an error, for they would keep the [AgentBreaker] from seeing late answers,
 // and an API key from knowing how it travels: they have options here, [WithTransportCredentials] and others. An agent's
 // compressed answer is refused unless the question was compressed, for example by grpc.UseCompressor among the default
 // call options.
@@ -203,7 +203,7 @@ func setCredentials(opts []grpc.DialOption) bool {
 // WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty, and
 // [DialEnv] has no use for it. Close leaves the connection open. An API key is refused by gRPC if the connection is not
 // secure, unless [WithInsecureAPIKey] is given too. What comes over the connection for other calls than a flow's own is
-// not seen, so an agent whose answers all come too late counts as dead here; see [Gate].
+// not seen, so an agent whose answers all come too late counts as dead here; see [AgentBreaker].
 func WithConn(conn grpc.ClientConnInterface) Option {
 	return option{"WithConn", true, func(c *config) error {
 		if conn == nil {
@@ -223,13 +223,13 @@ func WithoutTelemetry() Option {
 	}}
 }
 
-// WithGate sets when an agent counts as dead, see [Gate].
-func WithGate(g Gate) Option {
-	return option{"WithGate", true, func(c *config) error {
+// WithAgentBreaker sets when an agent counts as dead, see [AgentBreaker].
+func WithAgentBreaker(g AgentBreaker) Option {
+	return option{"WithAgentBreaker", true, func(c *config) error {
 		if g.Span < 0 || g.Probe < 0 {
 			return errors.New("a time is negative")
 		}
-		c.gate = g
+		c.breaker = g
 		return nil
 	}}
 }
@@ -268,11 +268,11 @@ func WithLabels(m map[string]string) Option {
 		if err := labels.Check(m); err != nil {
 			return err
 		}
-		if c.base.Defaults == nil {
-			c.base.Defaults = make(map[string]string, len(m))
+		if c.details.Defaults == nil {
+			c.details.Defaults = make(map[string]string, len(m))
 		}
-		maps.Copy(c.base.Defaults, m)
-		if n := len(c.base.Defaults); n > labels.MaxLabels {
+		maps.Copy(c.details.Defaults, m)
+		if n := len(c.details.Defaults); n > labels.MaxLabels {
 			return tooManyLabels(n)
 		}
 		return nil
@@ -294,7 +294,7 @@ func WithBaggage(keys ...string) Option {
 // does not travel: an Aperture agent finds the service by the client's address, and to package agent no flow has one.
 func WithService(name string) Option {
 	return option{"WithService", false, func(c *config) error {
-		c.base.Service = name
+		c.details.Service = name
 		return nil
 	}}
 }
@@ -343,7 +343,7 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 
 // WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
 // reason, and the pauses of package httpguard's Transports. It shows what the agent knows of itself. Of a remote agent, that
-// is whether its gate is open, in flowcontrol_gate_open, and what components in dry run would have dropped. Of an engine, it
+// is whether its agent breaker is open, in flowcontrol_gate_open, and what components in dry run would have dropped. Of an engine, it
 // is all that the engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {

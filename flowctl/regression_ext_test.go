@@ -532,7 +532,7 @@ func TestG2CallbacksMayCallBack(t *testing.T) {
 		<-time.After(2 * time.Second) // telemetry is lost
 		agent.Freeze()
 		for range 10 {
-			client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil) // the gate opens
+			client.Start(t.Context(), "point", flowctl.Params{}).EndWith(nil) // the breaker opens
 		}
 		agent.Thaw()
 		<-time.After(2 * time.Second)

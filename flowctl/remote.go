@@ -137,13 +137,13 @@ type remote struct {
 	codec    encoding.CodecV2
 	decoding atomic.Int64  // bytes of large answers that are being decoded
 	timeout  time.Duration // of calls that no check timeout bounds
-	gate     *gate
+	breaker     *breaker
 	address  string         // where it is no more than host:port: other targets may hold secrets
 	received *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
 	logger   *slog.Logger
 	refusals limitedLog
-	gateLog  limitedLog
-	shown    metric.Registration // of the gate; nil where nobody wants to see it
+	breakerLog  limitedLog
+	shown    metric.Registration // of the breaker; nil where nobody wants to see it
 	dryDrops metric.Int64Counter // nil where nobody wants to see it
 	backLog  limitedLog
 	exporter *exporter // nil: no telemetry
@@ -163,7 +163,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 	if span < 0 {
 		span = defaultCheckTimeout
 	}
-	r.gate = newGate(cfg.gate, span)
+	r.breaker = newBreaker(cfg.breaker, span)
 	if _, _, err := net.SplitHostPort(address); err == nil {
 		r.address = address
 	}
@@ -191,7 +191,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		opts := append([]grpc.DialOption{
 			grpc.WithTransportCredentials(&trackedCredentials{creds, r.links}),
 			grpc.WithKeepaliveParams(cfg.keepalive),
-			grpc.WithConnectParams(connectParams(r.gate)),
+			grpc.WithConnectParams(connectParams(r.breaker)),
 			grpc.WithUserAgent("headgate-go/" + version.Version),
 			grpc.WithMaxHeaderListSize(maxHeaderList),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxCachedAnswer)),
@@ -226,11 +226,11 @@ func (r *remote) start(cfg *config) {
 	}
 }
 
-// Instrument shows whether the gate is open, and counts what dry runs let pass. The client calls it, once.
+// Instrument shows whether the agent breaker is open, and counts what dry runs let pass. The client calls it, once.
 func (r *remote) Instrument(provider metric.MeterProvider) error {
 	meter := provider.Meter(scope, metric.WithInstrumentationVersion(version.Version))
 	open, err := meter.Int64ObservableGauge("flowcontrol_gate_open",
-		metric.WithDescription("1 while the gate is open, for the agent does not answer, and 0 else."))
+		metric.WithDescription("1 while the agent breaker is open, for the agent does not answer, and 0 else."))
 	if err != nil {
 		return err
 	}
@@ -241,7 +241,7 @@ func (r *remote) Instrument(provider metric.MeterProvider) error {
 	at := metric.WithAttributes(attribute.String("server_address", r.address))
 	r.shown, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		var n int64
-		if r.gate.open.Load() {
+		if r.breaker.open.Load() {
 			n = 1
 		}
 		o.ObserveInt64(open, n, at)
@@ -263,10 +263,10 @@ func transportCredentials(cfg *config) credentials.TransportCredentials {
 	}
 }
 
-// connectParams has the pauses between attempts to connect grow to the time between two probes of the gate, and not to
+// connectParams has the pauses between attempts to connect grow to the time between two probes of the breaker, and not to
 // gRPC's two minutes: a probe, and a Ready, would fail without having tried. ClientConn.ResetConnectBackoff, which is
 // meant for that, races with new addresses (grpc-go 1.85).
-func connectParams(g *gate) grpc.ConnectParams {
+func connectParams(g *breaker) grpc.ConnectParams {
 	pauses := backoff.DefaultConfig
 	pauses.MaxDelay = max(min(g.Probe, pauses.MaxDelay), time.Second)
 	pauses.BaseDelay = min(pauses.BaseDelay, pauses.MaxDelay)
@@ -337,8 +337,8 @@ func (k *keyCredentials) RequireTransportSecurity() bool { return !k.plaintext }
 func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	start, seen := time.Now(), r.received.Load()
 	r.catchUp(seen)
-	if !r.gate.admit(start) {
-		return errGateOpen
+	if !r.breaker.admit(start) {
+		return errBreakerOpen
 	}
 	call := ctx
 	if req.Timeout > 0 {
@@ -355,7 +355,7 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 	r.answered()
 	c.Wire = c
-	v.Start, v.Extra = start.UnixNano(), &c.Extra
+	v.Start, v.Details = start.UnixNano(), &c.VerdictDetails
 	if c.http != nil {
 		wire.ReadHTTP(req, c.http, v)
 	} else {
@@ -402,14 +402,14 @@ func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *che
 
 // catchUp notes what has come from the agent while nobody looked.
 func (r *remote) catchUp(received uint64) {
-	if r.gate.outdated(received) {
+	if r.breaker.outdated(received) {
 		r.answered()
 	}
 }
 
 // answered notes that the agent is there.
 func (r *remote) answered() {
-	if r.gate.answered() {
+	if r.breaker.answered() {
 		r.backLog.log(r.logger.Info, "headgate: the agent answers again")
 	}
 }
@@ -424,8 +424,8 @@ func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 		// There is a connection, and nothing is known of it. That speaks neither against the agent nor for it.
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
-		if r.gate.failed(c.returned, received) {
-			r.gateLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
+		if r.breaker.failed(c.returned, received) {
+			r.breakerLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
 		}
 	}
 	if refused(code) {
@@ -516,13 +516,13 @@ func (r *remote) Delete(ctx context.Context, key agentapi.CacheKey) error {
 // spares reports whether a call that is no check is not to be made, for the agent is dead.
 func (r *remote) spares() bool {
 	r.catchUp(r.received.Load())
-	return r.gate.spares(time.Now())
+	return r.breaker.spares(time.Now())
 }
 
 // callCache makes a call about the cache.
 func (r *remote) callCache(ctx context.Context, method string, req, m proto.Message) error {
 	if r.spares() {
-		return errGateOpen
+		return errBreakerOpen
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()

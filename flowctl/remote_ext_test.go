@@ -260,8 +260,8 @@ func TestA12EndHasItsOwnTimeLimit(t *testing.T) {
 	}
 }
 
-// A hung agent costs the first flows their timeout; then the gate opens, and one flow a second asks.
-func TestGate(t *testing.T) {
+// A hung agent costs the first flows their timeout; then the breaker opens, and one flow a second asks.
+func TestAgentBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		var log bytes.Buffer
@@ -283,7 +283,7 @@ func TestGate(t *testing.T) {
 		}
 		for range 100 {
 			if took := start(); took != 0 {
-				t.Fatalf("a flow took %v while the gate was open", took)
+				t.Fatalf("a flow took %v while the breaker was open", took)
 			}
 		}
 		if got := len(agent.Checks()); got != 6 {
@@ -313,7 +313,7 @@ func TestGate(t *testing.T) {
 	})
 }
 
-// opened is a client whose gate is open, for its agent is frozen, and flows of before that hold a slot each.
+// opened is a client whose breaker is open, for its agent is frozen, and flows of before that hold a slot each.
 func opened(t *testing.T, agent *flowtest.Agent, flows int, opts ...flowctl.Option) (*flowctl.Client, []*flowctl.Flow, *bytes.Buffer) {
 	t.Helper()
 	log := new(bytes.Buffer)
@@ -332,8 +332,8 @@ func opened(t *testing.T, agent *flowtest.Agent, flows int, opts ...flowctl.Opti
 	return client, held, log
 }
 
-// A frozen agent cost each flow that ended with a slot a second, although the gate was open.
-func TestGateSparesEnds(t *testing.T) {
+// A frozen agent cost each flow that ended with a slot a second, although the breaker was open.
+func TestAgentBreakerSparesEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		_, flows, log := opened(t, agent, 10)
@@ -356,7 +356,7 @@ func TestGateSparesEnds(t *testing.T) {
 	})
 }
 
-// An end is no probe: while the gate is open it is tried only when a probe is overdue, and leaves the turn to the next
+// An end is no probe: while the breaker is open it is tried only when a probe is overdue, and leaves the turn to the next
 // flow.
 func TestEndsAreNoProbes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -389,7 +389,7 @@ func TestEndsAreNoProbes(t *testing.T) {
 	})
 }
 
-// Where no flow starts, nobody probes: flows that end get their slots back all the same, and close the gate.
+// Where no flow starts, nobody probes: flows that end get their slots back all the same, and close the breaker.
 func TestEndsFindTheAgentBack(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -511,7 +511,7 @@ func TestDecidedFlowsAreNotLogged(t *testing.T) {
 }
 
 // An agent that is back is asked again within the time of a probe, and not when gRPC has waited long enough to dial.
-func TestGateProbesDial(t *testing.T) {
+func TestAgentBreakerProbesDial(t *testing.T) {
 	for _, outage := range []time.Duration{10 * time.Second, time.Minute, 10 * time.Minute} {
 		t.Run(outage.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -535,12 +535,12 @@ func TestGateProbesDial(t *testing.T) {
 	}
 }
 
-// What the gate must not take for a dead agent.
-func TestGateStaysClosed(t *testing.T) {
+// What the breaker must not take for a dead agent.
+func TestAgentBreakerStaysClosed(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		answer flowtest.Answer
-		gate   flowctl.Gate
+		breaker   flowctl.AgentBreaker
 		each   func(t *testing.T, client *flowctl.Client)
 	}{
 		// A gRPC server gives up at the client's deadline too, and says so: that it lives is all there is to see.
@@ -548,7 +548,7 @@ func TestGateStaysClosed(t *testing.T) {
 		{name: "the agent's work hangs, its server does not", answer: flowtest.Answer{Hang: true}},
 		{name: "the agent refuses", answer: flowtest.Answer{Fail: status.Error(codes.Unauthenticated, "who are you?")}},
 		{name: "the agent says that it is unavailable", answer: flowtest.Answer{Fail: status.Error(codes.Unavailable, "overloaded")}},
-		{name: "switched off", answer: flowtest.Answer{Hang: true}, gate: flowctl.Gate{Failures: -1}},
+		{name: "switched off", answer: flowtest.Answer{Hang: true}, breaker: flowctl.AgentBreaker{Failures: -1}},
 		{
 			name: "callers give up", answer: flowtest.Answer{Hang: true},
 			each: func(t *testing.T, client *flowctl.Client) {
@@ -564,7 +564,7 @@ func TestGateStaysClosed(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				agent := flowtest.NewAgent(t)
 				agent.Answer(tt.answer)
-				client := agent.Client(flowctl.WithGate(tt.gate))
+				client := agent.Client(flowctl.WithAgentBreaker(tt.breaker))
 				each := tt.each
 				if each == nil {
 					each = func(t *testing.T, client *flowctl.Client) { client.Start(t.Context(), "point", flowctl.Params{}) }
@@ -581,7 +581,7 @@ func TestGateStaysClosed(t *testing.T) {
 }
 
 // With many flows in flight the timeouts come in bursts: five of one burst are no proof.
-func TestGateSpan(t *testing.T) {
+func TestAgentBreakerSpan(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		client := agent.Client()
@@ -604,13 +604,13 @@ func TestGateSpan(t *testing.T) {
 		burst()
 		burst()
 		if got := len(agent.Checks()); got != 192 {
-			t.Errorf("%d checks want 192: the third burst opens the gate", got)
+			t.Errorf("%d checks want 192: the third burst opens the breaker", got)
 		}
 	})
 }
 
 // On a connection that is not ours an answer is an answer, too.
-func TestGateStaysClosedWithConn(t *testing.T) {
+func TestAgentBreakerStaysClosedWithConn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "overloaded"), Delay: 100 * time.Millisecond})
@@ -840,7 +840,7 @@ func TestDialErrors(t *testing.T) {
 			opts: []flowctl.Option{flowctl.WithConn(new(grpc.ClientConn)), flowctl.WithInsecure()},
 		},
 		{name: "end timeout", address: "a:1", opts: []flowctl.Option{flowctl.WithEndTimeout(0)}, want: "WithEndTimeout: not positive"},
-		{name: "gate", address: "a:1", opts: []flowctl.Option{flowctl.WithGate(flowctl.Gate{Probe: -1})}, want: "WithGate: a time is negative"},
+		{name: "breaker", address: "a:1", opts: []flowctl.Option{flowctl.WithAgentBreaker(flowctl.AgentBreaker{Probe: -1})}, want: "WithAgentBreaker: a time is negative"},
 		{name: "labels", address: "a:1", opts: []flowctl.Option{flowctl.WithLabels(map[string]string{"": "sesame"})}, want: "WithLabels: "},
 		{
 			name: "too many labels", address: "a:1", want: "WithLabels: 65 labels are more than 64",
@@ -892,7 +892,7 @@ func TestNewErrors(t *testing.T) {
 	for name, opt := range map[string]flowctl.Option{
 		"WithInsecure":     flowctl.WithInsecure(),
 		"WithAPIKey":       flowctl.WithAPIKey("k"),
-		"WithGate":         flowctl.WithGate(flowctl.Gate{}),
+		"WithAgentBreaker":         flowctl.WithAgentBreaker(flowctl.AgentBreaker{}),
 		"WithoutTelemetry": flowctl.WithoutTelemetry(),
 		"WithEndTimeout":   flowctl.WithEndTimeout(time.Second),
 	} {

@@ -161,7 +161,7 @@ func readKeys(file string) (map[[sha256.Size]byte]string, error) {
 }
 
 // warn tells what is in the policies in force and has no effect, the most important first.
-func warn(stderr io.Writer, limits *engine.Engine, served *agent.Server) {
+func warn(stderr io.Writer, limits *engine.Engine, served *agent.Service) {
 	for _, warning := range slices.Concat(served.Warnings(), limits.Warnings()) {
 		fmt.Fprintln(stderr, "warning:", warning)
 	}

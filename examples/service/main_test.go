@@ -38,7 +38,7 @@ const deadline = time.Minute // of what should take no time
 type agentServer struct {
 	address string
 	engine  *engine.Engine
-	*agent.Server
+	*agent.Service
 	checks atomic.Int64 // that were answered
 }
 
@@ -62,7 +62,7 @@ func startAgent(t *testing.T, address, policies string) *agentServer {
 			}
 			return resp, err
 		}))...)
-	a.Server = agent.Register(server, limits)
+	a.Service = agent.Register(server, limits)
 	go func() { _ = server.Serve(listener) }()
 	t.Cleanup(func() {
 		server.Stop()

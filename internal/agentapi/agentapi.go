@@ -63,29 +63,29 @@ type Request struct {
 
 // Lookup names the cache entries to look up with the check; nil looks up none.
 func (r *Request) Lookup() *Lookup {
-	if r.Labels.Base == nil || !r.Labels.Base.Looks {
+	if r.Labels.Details == nil || !r.Labels.Details.Looks {
 		return nil
 	}
-	return &r.Labels.Base.Lookup
+	return &r.Labels.Details.Lookup
 }
 
 // RampMode says whether the flow needs a ramp that lets it in.
-func (r *Request) RampMode() bool { return r.Labels.Base != nil && r.Labels.Base.RampMode }
+func (r *Request) RampMode() bool { return r.Labels.Details != nil && r.Labels.Details.RampMode }
 
 // Late says that too little time is left for the answer to be heard: limiters refuse, for what they gave nobody would
 // give back.
-func (r *Request) Late() bool { return r.Labels.Base != nil && r.Labels.Base.Late }
+func (r *Request) Late() bool { return r.Labels.Details != nil && r.Labels.Details.Late }
 
 // DryRun reports whether the flow runs whatever the answer: no component has it wait, and it keeps what components give
 // it although others drop it.
-func (r *Request) DryRun() bool { return r.Labels.Base != nil && r.Labels.Base.DryRun }
+func (r *Request) DryRun() bool { return r.Labels.Details != nil && r.Labels.Details.DryRun }
 
 // Crowded is closed when the flow is to end its waits a twentieth of its time before it has to; nil for never.
 func (r *Request) Crowded() <-chan struct{} {
-	if r.Labels.Base == nil {
+	if r.Labels.Details == nil {
 		return nil
 	}
-	return r.Labels.Base.Crowded
+	return r.Labels.Details.Crowded
 }
 
 // Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
@@ -93,12 +93,12 @@ func (r *Request) Crowded() <-chan struct{} {
 type Labels struct {
 	Params  map[string]string
 	Context map[string]string
-	Base    *Base
+	Details    *RequestDetails
 }
 
-// Base is what most flows of a client have in common; one that differs has a base of its own. Not all of it is labels:
+// RequestDetails are what most flows of a client have in common; one that differs has details of its own. Not all of it is labels:
 // each word here is one that no flow has to make room for.
-type Base struct {
+type RequestDetails struct {
 	Baggage   map[string]string
 	Transport map[string]string
 	Defaults  map[string]string
@@ -126,33 +126,33 @@ func (l *Labels) Lookup(key string) (string, bool) {
 	if v, ok := l.Context[key]; ok {
 		return v, true
 	}
-	if l.Base == nil {
+	if l.Details == nil {
 		return "", false
 	}
-	if v, ok := l.Base.Baggage[key]; ok {
+	if v, ok := l.Details.Baggage[key]; ok {
 		return v, true
 	}
-	if v, ok := l.Base.Transport[key]; ok {
+	if v, ok := l.Details.Transport[key]; ok {
 		return v, true
 	}
-	v, ok := l.Base.Defaults[key]
+	v, ok := l.Details.Defaults[key]
 	return v, ok
 }
 
 // Service names the client's service; "" when it has none.
 func (l *Labels) Service() string {
-	if l.Base == nil {
+	if l.Details == nil {
 		return ""
 	}
-	return l.Base.Service
+	return l.Details.Service
 }
 
 // HTTP is the request that the agent is to make labels of; nil when there is none.
 func (l *Labels) HTTP() *HTTPRequest {
-	if l.Base == nil {
+	if l.Details == nil {
 		return nil
 	}
-	return l.Base.HTTP
+	return l.Details.HTTP
 }
 
 // Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
@@ -167,10 +167,10 @@ func (l *Labels) Merged() map[string]string {
 			size += len(m)
 		}
 	}
-	if l.Base != nil {
-		add(l.Base.Defaults)
-		add(l.Base.Transport)
-		add(l.Base.Baggage)
+	if l.Details != nil {
+		add(l.Details.Defaults)
+		add(l.Details.Transport)
+		add(l.Details.Baggage)
 	}
 	add(l.Context)
 	add(l.Params)
@@ -273,11 +273,11 @@ func (c Cause) String() string {
 type Verdict struct {
 	Start int64           // when the agent was asked, in Unix nanoseconds
 	first LimiterDecision // inline, so that the flow that meets one limiter allocates nothing for it
-	Extra *Extra
+	Details *VerdictDetails
 }
 
-// Extra holds the parts of a verdict that flows in a hurry do without.
-type Extra struct {
+// VerdictDetails hold the parts of a verdict that flows in a hurry do without.
+type VerdictDetails struct {
 	err       atomic.Pointer[error] // why the flow was not accepted
 	rejection Rejection
 
@@ -290,12 +290,12 @@ type Extra struct {
 	Wire any
 }
 
-// More gives v.Extra, which it makes where there is none.
-func (v *Verdict) More() *Extra {
-	if v.Extra == nil {
-		v.Extra = new(Extra)
+// More gives v.Details, which it makes where there is none.
+func (v *Verdict) More() *VerdictDetails {
+	if v.Details == nil {
+		v.Details = new(VerdictDetails)
 	}
-	return v.Extra
+	return v.Details
 }
 
 // A Rejection is why the agent said no, and what to make of it.
@@ -333,24 +333,24 @@ func (v *Verdict) Fail(err error) error {
 
 // Err is the flow's error that was noted; nil when none was.
 func (v *Verdict) Err() error {
-	if v.Extra == nil {
+	if v.Details == nil {
 		return nil
 	}
-	if err := v.Extra.err.Load(); err != nil {
+	if err := v.Details.err.Load(); err != nil {
 		return *err
 	}
 	return nil
 }
 
 // Rejected says whether the flow was rejected.
-func (v *Verdict) Rejected() bool { return v.Extra != nil && v.Extra.rejection.rejected }
+func (v *Verdict) Rejected() bool { return v.Details != nil && v.Details.rejection.rejected }
 
 // Rejection is why the flow was rejected; zero when it was not.
 func (v *Verdict) Rejection() Rejection {
-	if v.Extra == nil {
+	if v.Details == nil {
 		return Rejection{}
 	}
-	return v.Extra.rejection
+	return v.Details.rejection
 }
 
 // Add appends a zero decision for the component and returns it. The pointer is good until the next Add.
@@ -370,10 +370,10 @@ func (v *Verdict) Len() int {
 	switch {
 	case v.first.Component == nil:
 		return 0
-	case v.Extra == nil:
+	case v.Details == nil:
 		return 1
 	default:
-		return 1 + len(v.Extra.Decisions)
+		return 1 + len(v.Details.Decisions)
 	}
 }
 
@@ -382,7 +382,7 @@ func (v *Verdict) At(i int) *LimiterDecision {
 	if i == 0 {
 		return &v.first
 	}
-	return &v.Extra.Decisions[i-1]
+	return &v.Details.Decisions[i-1]
 }
 
 // Kind is what sort of component decided.

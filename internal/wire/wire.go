@@ -60,8 +60,8 @@ func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]stri
 	maps.Copy(telemetry, labels)
 	telemetry[typeLabel] = typeFeature
 	end := v.Start
-	if v.Extra != nil {
-		end += int64(v.Extra.Waited)
+	if v.Details != nil {
+		end += int64(v.Details.Waited)
 	}
 	m := &checkv1.CheckResponse{
 		Start:               timestamppb.New(time.Unix(0, v.Start)),
@@ -90,8 +90,8 @@ func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]stri
 			return m
 		}
 	}
-	if asked := req.Lookup(); asked != nil && v.Extra != nil {
-		m.CacheLookupResponse = cacheLookup(asked, v.Extra)
+	if asked := req.Lookup(); asked != nil && v.Details != nil {
+		m.CacheLookupResponse = cacheLookup(asked, v.Details)
 	}
 	return m
 }
@@ -217,7 +217,7 @@ func ReadSlotID(id string) uint64 {
 	return slot
 }
 
-func cacheLookup(asked *agentapi.Lookup, x *agentapi.Extra) *checkv1.CacheLookupResponse {
+func cacheLookup(asked *agentapi.Lookup, x *agentapi.VerdictDetails) *checkv1.CacheLookupResponse {
 	m := &checkv1.CacheLookupResponse{}
 	if asked.Result != "" {
 		m.ResultCacheResponse = KeyLookup(x.Result)

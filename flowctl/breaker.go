@@ -8,27 +8,27 @@ import (
 	"time"
 )
 
-// Gate says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting for their
+// AgentBreaker says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting for their
 // timeout, except one that probes.
 //
 // Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
 // from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error, an answer that is too late
 // and a sign of life on the connection too: an agent that is overloaded must not be taken for a dead one, for that would
-// let everything in. So the gate is about processes, machines and networks that are gone or frozen; while an agent's
+// let everything in. So the breaker is about processes, machines and networks that are gone or frozen; while an agent's
 // server lives, its flows take their check timeout at the most, each.
 //
 // A new connection counts for the agent when it has brought an answer, or has lasted for a second. One that ends before
 // that has brought nothing: a proxy that accepts connections and ends them is no agent.
 //
 // On a connection that [WithConn] brought only what a check itself is answered in time is seen to come: answers that are
-// all too late open the gate there. Set Failures to a negative number where that is worse than waiting for the dead.
+// all too late open the breaker there. Set Failures to a negative number where that is worse than waiting for the dead.
 //
-// Other calls do not wait for the dead either: while the gate is open, ends of flows that hold slots and changes of
+// Other calls do not wait for the dead either: while the breaker is open, ends of flows that hold slots and changes of
 // caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself, when their
 // max_inflight_duration has passed. The price is a slot whose flow ends when the agent is there again and the next probe
 // is not yet due: it stays taken as well. Where a probe is overdue because no flow starts, these calls are made.
-type Gate struct {
-	// Failures opens the gate: so many in a row. Zero means 5; a negative number keeps the gate closed for good.
+type AgentBreaker struct {
+	// Failures opens the breaker: so many in a row. Zero means 5; a negative number keeps the breaker closed for good.
 	Failures int
 
 	// Span is the least time between the first of the failures and the last. Zero means two check timeouts of the
@@ -40,18 +40,18 @@ type Gate struct {
 }
 
 const (
-	defaultGateFailures = 5
-	defaultGateProbe    = time.Second
+	defaultBreakerFailures = 5
+	defaultBreakerProbe    = time.Second
 )
 
 var (
-	errGateOpen = errors.New("it did not answer lately, and is asked again once in a while")
-	errNotEnded = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errGateOpen)
+	errBreakerOpen = errors.New("it did not answer lately, and is asked again once in a while")
+	errNotEnded = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errBreakerOpen)
 )
 
-// A gate is a Gate at work. The zero value lets everything through.
-type gate struct {
-	Gate
+// A breaker is an AgentBreaker at work. The zero value lets everything through.
+type breaker struct {
+	AgentBreaker
 	epoch time.Time // times below are nanoseconds since then
 
 	open  atomic.Bool
@@ -63,23 +63,23 @@ type gate struct {
 	seen  atomic.Uint64 // what had come from the agent by the last of them; written under mu
 }
 
-func newGate(settings Gate, checkTimeout time.Duration) *gate {
-	g := &gate{Gate: settings, epoch: time.Now()}
+func newBreaker(settings AgentBreaker, checkTimeout time.Duration) *breaker {
+	g := &breaker{AgentBreaker: settings, epoch: time.Now()}
 	if g.Failures == 0 {
-		g.Failures = defaultGateFailures
+		g.Failures = defaultBreakerFailures
 	}
 	if g.Span == 0 {
 		g.Span = 2 * checkTimeout
 	}
 	if g.Probe == 0 {
-		g.Probe = defaultGateProbe
+		g.Probe = defaultBreakerProbe
 	}
 	return g
 }
 
-// admit reports whether a check may go to the agent. While the gate is open, one does once in a while, to find out if the
+// admit reports whether a check may go to the agent. While the breaker is open, one does once in a while, to find out if the
 // agent is back.
-func (g *gate) admit(now time.Time) bool {
+func (g *breaker) admit(now time.Time) bool {
 	if !g.open.Load() {
 		return true
 	}
@@ -89,13 +89,13 @@ func (g *gate) admit(now time.Time) bool {
 
 // spares reports whether a call that is no check is not to be made: it would wait for an agent that is dead, as far as is
 // known. Nothing is known any more when a probe is overdue. Such a call takes no probe's turn, and its failure is no
-// evidence: checks decide about the gate.
-func (g *gate) spares(now time.Time) bool {
+// evidence: checks decide about the breaker.
+func (g *breaker) spares(now time.Time) bool {
 	return g.open.Load() && int64(now.Sub(g.epoch)) < g.probe.Load()
 }
 
-// answered notes that something came from the agent. It reports whether that closed the gate.
-func (g *gate) answered() bool {
+// answered notes that something came from the agent. It reports whether that closed the breaker.
+func (g *breaker) answered() bool {
 	if g.count.Load() == 0 { // and so it is closed
 		return false
 	}
@@ -107,13 +107,13 @@ func (g *gate) answered() bool {
 
 // outdated reports whether something has come from the agent since the last failure: an answer that came too late for its
 // check is seen by the next.
-func (g *gate) outdated(received uint64) bool {
+func (g *breaker) outdated(received uint64) bool {
 	return g.count.Load() != 0 && g.seen.Load() != received
 }
 
 // failed notes a piece of evidence, by which time so much had come from the agent. It reports whether that opened the
-// gate.
-func (g *gate) failed(now time.Time, received uint64) bool {
+// breaker.
+func (g *breaker) failed(now time.Time, received uint64) bool {
 	if g.Failures < 0 {
 		return false
 	}
