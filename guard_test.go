@@ -26,8 +26,8 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
-	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/policy"
 )
 

@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/flight"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flight"
 )
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.

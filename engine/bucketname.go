@@ -5,8 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 
-	"github.com/headgate-go/headgate/internal/credential"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/credential"
 )
 
 // maxBucketName is the longest value that names its bucket itself, in bytes.

@@ -14,11 +14,11 @@ type stage int
 
 // The stages, in the order of an Aperture agent.
 const (
-	stageRamp   stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
-	stageSample              // samplers
-	stageLimit               // rate limiters and concurrency limiters
-	stageConcurrency                // concurrency schedulers
-	stageLoad               // quota and load schedulers, unless the flow's result is in the cache
+	stageRamp        stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
+	stageSample                   // samplers
+	stageLimit                    // rate limiters and concurrency limiters
+	stageConcurrency              // concurrency schedulers
+	stageLoad                     // quota and load schedulers, unless the flow's result is in the cache
 	stages
 )
 

@@ -73,8 +73,8 @@ type Engine struct {
 	secret  [32]byte                  // that hides credentials in the names of buckets
 	signals map[string]func() float64 // of the host, by name
 
-	rules     atomic.Pointer[rules] // in force
-	unlisted controlPoint                 // stands for the control points that no policy names: nothing acts there
+	rules    atomic.Pointer[rules] // in force
+	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
 
 	mu      sync.RWMutex             // guards the next two
 	holders map[identity][]component // those whose flows hold slots, which others may end; the lists are never changed
@@ -114,7 +114,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
 		done:         make(chan struct{}),
-		unlisted:    controlPoint{counts: new(counts)},
+		unlisted:     controlPoint{counts: new(counts)},
 	}
 	_, _ = rand.Read(e.secret[:]) // it does not fail
 	var errs []error

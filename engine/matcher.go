@@ -5,8 +5,8 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/headgate-go/headgate/internal/pattern"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/pattern"
 	"github.com/headgate-go/headgate/policy"
 )
 

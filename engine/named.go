@@ -6,8 +6,8 @@ import (
 	"strings"
 	"unicode"
 
-	"github.com/headgate-go/headgate/internal/credential"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/credential"
 	"github.com/headgate-go/headgate/policy"
 )
 

@@ -22,11 +22,11 @@ import (
 // finish is served first. So a share that is idle saves nothing up, and needs not be remembered: when its last waiter
 // leaves, its finish lies behind the clock.
 type queue struct {
-	root   queueShare
+	root        queueShare
 	queueShares map[claim]*queueShare
-	len    int
-	room   *atomic.Int64 // for more waiters, here and in the scheduler's other queues
-	count  uint64        // of all that have waited since nobody did, for the order of equals
+	len         int
+	room        *atomic.Int64 // for more waiters, here and in the scheduler's other queues
+	count       uint64        // of all that have waited since nobody did, for the order of equals
 
 	due   int64       // when the first waiter may be served though nobody gives anything back; 0 when not known
 	alarm *time.Timer // rings then
@@ -88,7 +88,7 @@ type waiter struct {
 	slot       uint64  // of one that has been served,
 	left       float64 // and what was left then
 	number     uint64
-	queueShare      *queueShare
+	queueShare *queueShare
 	prev, next *waiter
 }
 

@@ -14,11 +14,11 @@ import (
 // rules are what the policies in force were compiled to. They are never changed, only replaced, so that flows read them
 // without a lock.
 type rules struct {
-	installed    []*installed // in the order of the policies
-	controlPoints   map[string]*controlPoint
-	sinks   map[string][]latencySink // by control point
-	named    map[string]bool    // labels that policies read; see [Engine.NamedLabels]
-	warnings warnings
+	installed     []*installed // in the order of the policies
+	controlPoints map[string]*controlPoint
+	sinks         map[string][]latencySink // by control point
+	named         map[string]bool          // labels that policies read; see [Engine.NamedLabels]
+	warnings      warnings
 }
 
 // installed is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
@@ -26,7 +26,7 @@ type rules struct {
 type installed struct {
 	component
 	named    identity
-	sinks   map[string][]latencySink
+	sinks    map[string][]latencySink
 	controls []func(now int64) // what the controller does
 	holds    bool              // flows hold slots of it
 	reported uint64            // overflows that were logged; the sweeper's own

@@ -89,10 +89,10 @@ func (s *sampler) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cau
 }
 
 func (s *sampler) giveBack(int64, *agentapi.LimiterDecision, bool) bool { return false }
-func (s *sampler) sweep(int64, bool)                                {}
-func (s *sampler) vacant(int64) bool                                { return true }
-func (s *sampler) retire()                                          {}
-func (s *sampler) overflow() uint64                                 { return 0 }
+func (s *sampler) sweep(int64, bool)                                    {}
+func (s *sampler) vacant(int64) bool                                    { return true }
+func (s *sampler) retire()                                              {}
+func (s *sampler) overflow() uint64                                     { return 0 }
 func (s *sampler) identity() *agentapi.Component                        { return &s.component }
 
 // sampled reports whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;

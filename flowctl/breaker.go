@@ -46,7 +46,7 @@ const (
 
 var (
 	errBreakerOpen = errors.New("it did not answer lately, and is asked again once in a while")
-	errNotEnded = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errBreakerOpen)
+	errNotEnded    = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errBreakerOpen)
 )
 
 // A breaker is an AgentBreaker at work. The zero value lets everything through.

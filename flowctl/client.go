@@ -59,7 +59,7 @@ type Client struct {
 	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
-	details         *agentapi.RequestDetails // the labels that every flow has; nil when none
+	details      *agentapi.RequestDetails // the labels that every flow has; nil when none
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool

@@ -55,10 +55,10 @@ type config struct {
 	dialOptions  []grpc.DialOption
 	conn         grpc.ClientConnInterface
 	noTelemetry  bool
-	breaker         AgentBreaker
+	breaker      AgentBreaker
 	endTimeout   time.Duration
 	checkTimeout time.Duration
-	details         agentapi.RequestDetails
+	details      agentapi.RequestDetails
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool

@@ -3,8 +3,8 @@ package flowctl
 import (
 	"time"
 
-	"github.com/headgate-go/headgate/internal/flight"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flight"
 )
 
 // Runs is for package headgate, whose cached functions share runs with one client. It is nil for a nil client.

@@ -12,8 +12,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
 
-	"github.com/headgate-go/headgate/internal/collector"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/collector"
 )
 
 // The bounds of the exporter. Bytes are those of spans as they are sent.

@@ -93,7 +93,7 @@ func (r *Request) Crowded() <-chan struct{} {
 type Labels struct {
 	Params  map[string]string
 	Context map[string]string
-	Details    *RequestDetails
+	Details *RequestDetails
 }
 
 // RequestDetails are what most flows of a client have in common; one that differs has details of its own. Not all of it is labels:
@@ -271,8 +271,8 @@ func (c Cause) String() string {
 
 // A Verdict is what the agent answered.
 type Verdict struct {
-	Start int64           // when the agent was asked, in Unix nanoseconds
-	first LimiterDecision // inline, so that the flow that meets one limiter allocates nothing for it
+	Start   int64           // when the agent was asked, in Unix nanoseconds
+	first   LimiterDecision // inline, so that the flow that meets one limiter allocates nothing for it
 	Details *VerdictDetails
 }
 

@@ -538,10 +538,10 @@ func TestAgentBreakerProbesDial(t *testing.T) {
 // What the breaker must not take for a dead agent.
 func TestAgentBreakerStaysClosed(t *testing.T) {
 	for _, tt := range []struct {
-		name   string
-		answer flowtest.Answer
-		breaker   flowctl.AgentBreaker
-		each   func(t *testing.T, client *flowctl.Client)
+		name    string
+		answer  flowtest.Answer
+		breaker flowctl.AgentBreaker
+		each    func(t *testing.T, client *flowctl.Client)
 	}{
 		// A gRPC server gives up at the client's deadline too, and says so: that it lives is all there is to see.
 		{name: "answers come late, but come", answer: flowtest.Answer{Delay: 250 * time.Millisecond}},
@@ -892,7 +892,7 @@ func TestNewErrors(t *testing.T) {
 	for name, opt := range map[string]flowctl.Option{
 		"WithInsecure":     flowctl.WithInsecure(),
 		"WithAPIKey":       flowctl.WithAPIKey("k"),
-		"WithAgentBreaker":         flowctl.WithAgentBreaker(flowctl.AgentBreaker{}),
+		"WithAgentBreaker": flowctl.WithAgentBreaker(flowctl.AgentBreaker{}),
 		"WithoutTelemetry": flowctl.WithoutTelemetry(),
 		"WithEndTimeout":   flowctl.WithEndTimeout(time.Second),
 	} {

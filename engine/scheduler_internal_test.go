@@ -1,0 +1,275 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// openEngine is an engine of one policy whose caches do not tick.
+func openEngine(t *testing.T, components ...policy.Component) *Engine {
+	t.Helper()
+	e, err := New([]policy.Policy{{Name: "p", Components: components}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = e.Close() })
+	e.results.close()
+	e.globals.close()
+	return e
+}
+
+// Ten thousand flows wait, change their minds, are too late, or go well; and then nothing is left of them.
+func TestNothingIsLeftOfWaiters(t *testing.T) {
+	everything := policy.Scheduler{PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "user"}
+	at := policy.At("point")
+	synctest.Test(t, func(t *testing.T) {
+		const flows = 10_000
+		e := openEngine(t,
+			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
+			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})
+		slots := e.rules.Load().installed[0].component.(*scheduler[inflight])
+		tokens := e.rules.Load().installed[1].component.(*scheduler[bucket])
+		rng := rand.New(rand.NewPCG(1, 2))
+		outcomes := make(map[string]int)
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for range flows {
+			ctx, cancel := context.WithCancel(t.Context())
+			labels := map[string]string{
+				"priority": fmt.Sprint(1 + rng.IntN(3)), "workload": fmt.Sprint(rng.IntN(5)), "user": fmt.Sprint(rng.IntN(50)),
+			}
+			cancelAfter, timeout := time.Duration(rng.IntN(20_000))*time.Millisecond, time.Duration(0)
+			if rng.IntN(3) == 0 {
+				timeout = time.Duration(1+rng.IntN(10_000)) * time.Millisecond
+			}
+			hold := time.Duration(rng.IntN(1200)) * time.Millisecond // some for too long
+			wg.Go(func() {
+				defer cancel()
+				stop := time.AfterFunc(cancelAfter, cancel)
+				defer stop.Stop()
+				req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}, Timeout: timeout}
+				var v agentapi.Verdict
+				err := e.Check(ctx, req, &v)
+				outcome := "admitted"
+				switch {
+				case errors.Is(err, context.Canceled):
+					outcome = "canceled"
+				case err != nil:
+					t.Error(err)
+				case v.Rejected():
+					outcome = cmp.Or(v.Rejection().Cause.String(), "rejected at once")
+				default:
+					<-time.After(hold)
+				}
+				if _, err := e.End(ctx, req, &v, false); err != nil {
+					t.Error(err)
+				}
+				mu.Lock()
+				outcomes[outcome]++
+				mu.Unlock()
+			})
+		}
+		synctest.Wait()
+		slots.single.mu.Lock() // else nothing orders this before what the waiters do next
+		if n := slots.single.state.queue.len; n < flows/2 {
+			t.Errorf("%d wait want most of %d", n, flows)
+		}
+		slots.single.mu.Unlock()
+		wg.Wait()
+		table := "\n"
+		for _, outcome := range slices.Sorted(maps.Keys(outcomes)) {
+			table += fmt.Sprintf("%24s %6d\n", outcome, outcomes[outcome])
+		}
+		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.state.queue.len+tokens.single.state.queue.len))
+		for _, outcome := range []string{"admitted", "canceled", agentapi.CauseTimeout.String()} {
+			if outcomes[outcome] == 0 {
+				t.Errorf("none was %s", outcome)
+			}
+		}
+		for _, q := range []*queue{slots.single.state.queue, tokens.single.state.queue} {
+			checkEmpty(t, q)
+			if q.rings != 0 || q.alarm.Stop() {
+				t.Error("the alarm of an empty queue is set")
+			}
+		}
+		if a, b := slots.room.Load(), tokens.room.Load(); a != 10_000 || b != a {
+			t.Errorf("there is room for %d and %d waiters want 10,000", a, b)
+		}
+		if f := slots.single.state.tokens; f.used != 0 || f.count != 0 {
+			t.Errorf("%v tokens of %d slots are still in use", f.used, f.count)
+		}
+	})
+}
+
+// A key is not forgotten while somebody waits for it.
+func TestKeysWithWaitersAreKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.QuotaScheduler{
+			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 24 * time.Hour, LimitBy: "user", MaxIdle: time.Minute,
+		})
+		s := e.rules.Load().installed[0].component.(*scheduler[bucket])
+		check := func() bool {
+			var v agentapi.Verdict
+			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "u"}}}
+			if err := e.Check(t.Context(), req, &v); err != nil {
+				t.Error(err)
+			}
+			return !v.Rejected()
+		}
+		begin := time.Now()
+		var wg sync.WaitGroup
+		for i := range 3 {
+			wg.Go(func() {
+				if ok, at := check(), time.Since(begin); !ok || at != time.Duration(i)*24*time.Hour {
+					t.Errorf("flow %d: %v after %v", i, ok, at)
+				}
+			})
+			synctest.Wait()
+		}
+		u := s.table.lockKnown("u")
+		if s.table.forgettable(&u.state, e.now()+int64(time.Hour*100)) {
+			t.Error("the key would be forgotten if its timer were late")
+		}
+		u.mu.Unlock()
+		wg.Wait()
+		if got := s.table.size.Load(); got != 1 {
+			t.Errorf("%d keys want 1", got)
+		}
+		<-time.After(24*time.Hour + 2*time.Minute)
+		synctest.Wait()
+		if got := s.table.size.Load(); got != 0 {
+			t.Errorf("%d keys want it forgotten when it is full again", got)
+		}
+	})
+}
+
+// Whoever is handed a slot while it gives up hands it on.
+func TestSlotOfCanceledWaiter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		req := &agentapi.Request{ControlPoint: "point"}
+		var first, next agentapi.Verdict
+		if err := e.Check(t.Context(), req, &first); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			var v agentapi.Verdict
+			if err := e.Check(ctx, req, &v); !errors.Is(err, context.Canceled) || v.Len() != 0 {
+				t.Errorf("Check() = %v, with %d decisions want it canceled", err, v.Len())
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() {
+			if err := e.Check(t.Context(), req, &next); err != nil || next.Rejected() {
+				t.Errorf("Check() = %v, %+v want the slot", err, next)
+			}
+		})
+		synctest.Wait()
+		// The slot comes when the first of them has been canceled, and has not yet seen it.
+		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
+		begin := time.Now()
+		s.single.mu.Lock()
+		cancel()
+		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot(), false) {
+			t.Error("the first slot was gone")
+		}
+		s.serve(s.single, e.now())
+		s.single.mu.Unlock()
+		wg.Wait()
+		if took := time.Since(begin); took != 0 { // a slot that is lost comes back after MaxInflight
+			t.Errorf("the slot was handed on after %v want at once", took)
+		}
+	})
+}
+
+// However late somebody looks, nothing is lost that came while flows waited for it.
+func TestLateAlarm(t *testing.T) {
+	const second = int64(time.Second)
+	patient := func(*workload) time.Duration { return forever }
+	late := 3*second + second/2
+	for _, tt := range []struct {
+		name string
+		look func(s *scheduler[bucket], first *agentapi.LimiterDecision)
+		want int
+		due  int64 // the next
+	}{
+		{"the alarm", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
+			s.single.mu.Lock()
+			defer s.single.mu.Unlock()
+			s.serve(s.single, late)
+		}, 3, 4 * second},
+		{"a flow comes", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
+			s.enter(new(agentapi.Request), late, new(agentapi.LimiterDecision), patient)
+		}, 3, 4 * second},
+		{"a token comes back", func(s *scheduler[bucket], first *agentapi.LimiterDecision) {
+			s.giveBack(late, first, true)
+		}, 4, late + second}, // the half of one that does not fit beside it is lost
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
+				s := e.rules.Load().installed[0].component.(*scheduler[bucket])
+				var first agentapi.LimiterDecision
+				s.enter(new(agentapi.Request), 0, &first, patient)
+				var waiting []*waiter
+				for range 10 {
+					waiting = append(waiting, s.enter(new(agentapi.Request), 0, new(agentapi.LimiterDecision), patient).waiter)
+				}
+				tt.look(s, &first)
+				served := 0
+				for _, w := range waiting {
+					if w.served {
+						served++
+					}
+				}
+				if served != tt.want {
+					t.Errorf("%d were served want %d", served, tt.want)
+				}
+				if q := s.single.state.queue; q.due != tt.due || q.rings != q.due {
+					t.Errorf("the next is due at %v, the alarm rings at %v want %v", time.Duration(q.due), time.Duration(q.rings), time.Duration(tt.due))
+				}
+				s.single.state.queue.alarm.Stop()
+			})
+		})
+	}
+}
+
+// A flow that is taken back says nothing about how long flows hold slots.
+func TestUnusedSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
+		req := &agentapi.Request{ControlPoint: "point"}
+		var v agentapi.Verdict
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
+			t.Fatalf("Check() = %v, %+v", err, v)
+		}
+		<-time.After(time.Second)
+		if _, err := e.End(t.Context(), req, &v, false); err != nil {
+			t.Fatal(err)
+		}
+		v = agentapi.Verdict{}
+		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
+			t.Fatalf("Check() = %v, %+v", err, v)
+		}
+		<-time.After(time.Millisecond)
+		e.Revert(req, &v)
+		f := &e.rules.Load().installed[0].component.(*scheduler[inflight]).single.state.tokens
+		if f.count != 0 || f.hold != float64(time.Second) {
+			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))
+		}
+	})
+}
