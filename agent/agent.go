@@ -11,8 +11,8 @@
 //
 // An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
 // beyond the size of a message. The engine sees all labels that policies name, and whole. Of the others it sees as many as
-// the answer reports: of more than 64 labels those that policies name, and headers last; of a value its first 4096
-// bytes. Cache keys that are empty, longer than 255 bytes or beyond the 1024th look up nothing, and the answer tells so by
+// the answer reports: of more than 64 labels those that policies name, and headers last, and of those beyond the 1024th
+// none that no policy names; of a value its first 4096 bytes. Cache keys that are empty, longer than 255 bytes or beyond the 1024th look up nothing, and the answer tells so by
 // key; all cached values of an answer have 3 MiB at the most. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
 // queues; one that comes with less than 10 ms left is rejected by the limiters and schedulers that it meets, because an
 // answer that its client does not hear would cost it tokens and slots all the same. Answers are as compressed as the

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"net/http"
@@ -86,7 +87,7 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 	var ambiguous map[string]bool // labels of several such
 	carries := false
 	for name := range headers {
-		if strings.EqualFold(name, wire.HeaderBaggage) {
+		if wire.LowerHeader(name) == wire.HeaderBaggage {
 			if carries {
 				return nil, false
 			}
@@ -96,7 +97,7 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 		if strings.HasPrefix(name, ":") || name == "" {
 			continue
 		}
-		label := headerLabel + strings.ReplaceAll(strings.ToLower(name), "-", "_")
+		label := headerLabel + strings.ReplaceAll(wire.LowerHeader(name), "-", "_")
 		of := chosen
 		if strings.Contains(name, "_") {
 			if beside == nil {
@@ -105,7 +106,7 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 			of = beside
 		}
 		if other, taken := of[label]; taken {
-			if strings.EqualFold(name, other) {
+			if wire.LowerHeader(name) == wire.LowerHeader(other) {
 				return nil, false
 			}
 			ambiguous[label] = true // only names with "_" differ in more than case
@@ -127,7 +128,7 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 // baggageOf is the baggage header, in whichever case; "" if there is none. headersOf refuses several.
 func baggageOf(headers map[string]string) string {
 	for name, value := range headers {
-		if strings.EqualFold(name, wire.HeaderBaggage) {
+		if wire.LowerHeader(name) == wire.HeaderBaggage {
 			return value
 		}
 	}
@@ -141,14 +142,24 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 		carried = wire.ReadBaggage(header)
 		return carried, wire.Baggage(carried)
 	}
-	labels := picked{named: named}
-	scratch := make([]byte, 0, len(header)) // members have no more when they are decoded
-	wire.EachBaggage(header, func(key, value string) {
-		if !labels.skips(key) {
-			scratch = append(append(scratch, key...), value...)
-			whole := scratch[len(scratch)-len(key)-len(value):]
-			labels.add(whole[:len(key):len(key)], whole[len(key):])
+	members := []byte(header)
+	labels := picked{named: named, escaped: bytes.IndexByte(members, '%') >= 0}
+	var keys []byte // that are escaped, as they are without
+	for m, rest := wire.NextMember(members, 0); rest > 0; m, rest = wire.NextMember(members, rest) {
+		key, value := members[m.KeyFrom:m.KeyTo], members[m.ValueFrom:m.ValueTo]
+		if labels.escaped && bytes.IndexByte(key, '%') >= 0 {
+			if labels.finder != nil {
+				keys = keys[:0] // nothing keeps them
+			}
+			before := len(keys)
+			var ok bool
+			if keys, ok = wire.Unescape(keys, key); ok {
+				key = keys[before:len(keys):len(keys)]
+			}
 		}
-	})
+		if !labels.escaped || wire.Unescapes(value) {
+			labels.add(key, value)
+		}
+	}
 	return labels.labels(), ""
 }

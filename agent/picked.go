@@ -9,22 +9,40 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// picked is the labels of a check that somebody looks at: of all of them those that policies name, and of the others those
-// that the answer reports, which are the ones with the smallest keys, and headers last. Keys and values are pieces of the
-// message until labels copies them. Of several with one key the last one counts.
+// picked is the labels of a check that somebody looks at: of all of them those that policies name, and of the first
+// maxLooked those that the answer reports, which are the ones with the smallest keys, and headers last. Keys and values are
+// pieces of the message until labels copies them. Of several with one key the last one counts.
 type picked struct {
-	named map[string]bool
-	hits  map[string][]byte
-	rest  []pair // in order once there are more than maxOtherLabels
-	room  [8]pair
-	many  bool
+	named   map[string]bool
+	escaped bool // values are, as in baggage
+	hits    map[string][]byte
+	rest    []pair // in order once there are more than maxOtherLabels
+	room    [8]pair
+	many    bool
+	looked  int          // labels, up to maxLooked
+	finder  *finder      // of labels that policies name, once no others are looked at
+	values  []namedValue // of its keys
 }
 
 type pair struct{ key, value []byte }
 
+// A namedValue is the value of a label that a policy names.
+type namedValue struct {
+	data []byte
+	ok   bool // there is one
+}
+
 func (p *picked) add(key, value []byte) {
-	if len(key) == 0 && p.many {
-		return // no policy names it, and it is not reported
+	if p.finder != nil {
+		if i := p.finder.find(key); i >= 0 {
+			p.values[i] = namedValue{value, true}
+		}
+		return
+	}
+	if p.looked++; p.looked == maxLooked {
+		p.onlyNamed()
+		p.add(key, value)
+		return
 	}
 	if !utf8.Valid(key) {
 		key = []byte(text(key))
@@ -57,14 +75,14 @@ func (p *picked) add(key, value []byte) {
 	p.insert(pair{key, value})
 }
 
-// skips reports whether the label is none of those, as far as is known by now.
-func (p *picked) skips(key string) bool {
-	if len(p.rest) < maxOtherLabels {
-		return false
+// onlyNamed has add look for no other labels than those that policies name.
+func (p *picked) onlyNamed() {
+	p.finder = new(finder)
+	for key := range p.named {
+		value, ok := p.hits[key]
+		p.finder.add(key)
+		p.values = append(p.values, namedValue{value, ok})
 	}
-	_, wanted := p.named[key]
-	last := p.rest[maxOtherLabels-1].key
-	return p.many && !wanted && !strings.HasPrefix(string(last), headerLabel) && key > string(last)
 }
 
 // insert keeps the pair if it is among the first, now that not all can be.
@@ -96,19 +114,43 @@ func compareKeys(a, b pair) int {
 
 // labels are the labels, as text of their own; nil for none.
 func (p *picked) labels() map[string]string {
+	if p.finder != nil {
+		p.hits = make(map[string][]byte)
+		for i, value := range p.values {
+			if value.ok {
+				p.hits[p.finder.keys[i].key] = value.data
+			}
+		}
+	}
 	if len(p.hits)+len(p.rest) == 0 {
 		return nil
 	}
 	m := make(map[string]string, len(p.hits)+len(p.rest))
 	for _, one := range p.rest {
 		if len(one.key) <= maxOtherKey {
-			m[string(one.key)] = cutValue(one.value)
+			m[string(one.key)] = cutValue(p.plain(one.value, maxOtherValue+4))
 		}
 	}
 	for key, value := range p.hits {
-		m[key] = text(value)
+		m[key] = text(p.plain(value, len(value)))
 	}
 	return m
+}
+
+// plain is a value without escapes, of which the first bytes are enough.
+func (p *picked) plain(value []byte, enough int) []byte {
+	if !p.escaped || !bytes.ContainsRune(value, '%') {
+		return value
+	}
+	if len(value) > 3*enough {
+		value = value[:3*enough]
+		// An escape that is cut is none.
+		if i := bytes.LastIndexByte(value, '%'); i >= len(value)-2 {
+			value = value[:i]
+		}
+	}
+	plain, _ := wire.Unescape(nil, value)
+	return plain
 }
 
 // headersRead is the headers of a CheckHTTP that somebody looks at, chosen as picked chooses labels. The header with
@@ -120,6 +162,9 @@ type headersRead struct {
 	baggage []byte
 	carries bool // there is a header with baggage
 	scratch []byte
+	looked  int            // headers, up to maxLooked
+	finder  *finder        // of headers that policies name, once no others are looked at
+	groups  []*headerGroup // of its keys; nil for none
 }
 
 // A headerGroup is the headers that become one label: at most one without "_", and two with it, and each in one other
@@ -136,18 +181,29 @@ func (h *headersRead) add(name, value []byte) {
 	if len(name) == 0 || name[0] == ':' {
 		return
 	}
+	if h.finder != nil {
+		if i := h.finder.find(name); i >= 0 {
+			if h.groups[i] == nil {
+				h.groups[i] = h.group(headerLabel + h.finder.keys[i].key)
+			}
+			if !utf8.Valid(name) {
+				name = []byte(text(name))
+			}
+			h.groups[i].add(name, value)
+		}
+		return
+	}
+	if h.looked++; h.looked == maxLooked {
+		h.onlyNamed()
+		h.add(name, value)
+		return
+	}
 	if !utf8.Valid(name) {
 		name = []byte(text(name))
 	}
 	h.scratch = append(h.scratch[:0], headerLabel...)
 	for _, b := range name {
-		switch {
-		case b == '-':
-			b = '_'
-		case b >= 'A' && b <= 'Z':
-			b += 'a' - 'A'
-		}
-		h.scratch = append(h.scratch, b)
+		h.scratch = append(h.scratch, foldHeader(b))
 	}
 	group := h.kept[string(h.scratch)]
 	if group == nil {
@@ -156,29 +212,54 @@ func (h *headersRead) add(name, value []byte) {
 		if !wanted && !h.place() {
 			return
 		}
-		if h.kept == nil {
-			h.kept = make(map[string]*headerGroup)
-		}
-		group = new(headerGroup)
-		h.kept[string(h.scratch)] = group
+		group = h.group(string(h.scratch))
 	}
-	for i := range group.headers {
-		if bytes.Equal(group.headers[i].key, name) {
-			group.headers[i].value = value
+	group.add(name, value)
+}
+
+// group makes the group of a label.
+func (h *headersRead) group(label string) *headerGroup {
+	if h.kept == nil {
+		h.kept = make(map[string]*headerGroup)
+	}
+	g := new(headerGroup)
+	h.kept[label] = g
+	return g
+}
+
+// onlyNamed has add look for no other headers than those that policies name, and those with baggage.
+func (h *headersRead) onlyNamed() {
+	h.finder = &finder{headers: true}
+	add := func(name string) {
+		h.finder.add(name)
+		h.groups = append(h.groups, h.kept[headerLabel+name])
+	}
+	for label := range h.named {
+		if name, ok := strings.CutPrefix(label, headerLabel); ok && name != wire.HeaderBaggage {
+			add(name)
+		}
+	}
+	add(wire.HeaderBaggage)
+}
+
+func (g *headerGroup) add(name, value []byte) {
+	for i := range g.headers {
+		if bytes.Equal(g.headers[i].key, name) {
+			g.headers[i].value = value
 			return
 		}
 	}
-	if len(group.headers) < maxGroup {
-		group.headers = append(group.headers, pair{name, value})
+	if len(g.headers) < maxGroup {
+		g.headers = append(g.headers, pair{name, value})
 		return
 	}
 	// A header without "_" counts, so it takes the place of one that has it. Two without it differ by case: both stay,
 	// for the request to be rejected.
-	if bytes.ContainsRune(name, '_') {
+	if bytes.IndexByte(name, '_') >= 0 {
 		return
 	}
-	if i := slices.IndexFunc(group.headers, func(one pair) bool { return bytes.ContainsRune(one.key, '_') }); i >= 0 {
-		group.headers[i] = pair{name, value}
+	if i := slices.IndexFunc(g.headers, func(one pair) bool { return bytes.IndexByte(one.key, '_') >= 0 }); i >= 0 {
+		g.headers[i] = pair{name, value}
 	}
 }
 

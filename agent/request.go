@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -158,8 +157,6 @@ func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 	}
 }
 
-var errMalformed = errors.New("malformed message")
-
 // readFew decodes a message, and of the field that repeats no more elements than most.
 func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error { //nolint:unparam // the bounds are of different things
 	if len(data) > size {
@@ -178,29 +175,23 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 	return unmarshal(few, m)
 }
 
-// filter gives the message without the fields that are not kept. It copies only if there are such.
+// filter gives the message without the fields of bytes or numbers that are not kept, and what comes right before them of
+// other kinds, which no message of the protocol has. It copies only if there are such.
 func filter(message []byte, keep func(number protowire.Number, data []byte) bool) ([]byte, error) {
 	kept, copied := message[:0:0], false
 	for rest := message; len(rest) > 0; {
-		number, kind, n := protowire.ConsumeTag(rest)
-		if n < 0 {
+		field, data, _, after, ok := next(rest)
+		if !ok {
 			return nil, errMalformed
 		}
-		size := protowire.ConsumeFieldValue(number, kind, rest[n:])
-		if size < 0 {
-			return nil, errMalformed
-		}
-		var data []byte
-		if kind == protowire.BytesType {
-			data, _ = protowire.ConsumeBytes(rest[n:])
-		}
-		switch keeps := keep(number, data); {
+		one := rest[:len(rest)-len(after)]
+		switch keeps := field == 0 || keep(field, data); {
 		case keeps && copied:
-			kept = append(kept, rest[:n+size]...)
+			kept = append(kept, one...)
 		case !keeps && !copied:
 			kept, copied = append(kept, message[:len(message)-len(rest)]...), true
 		}
-		rest = rest[n+size:]
+		rest = after
 	}
 	if !copied {
 		return message, nil
@@ -238,8 +229,14 @@ const (
 
 func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]bool) error {
 	labels := picked{named: named}
+	var controlPoint []byte
 	var lookup *lookupReader
-	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+	for rest := data; len(rest) > 0; {
+		field, data, n, after, ok := next(rest)
+		if !ok {
+			return errMalformed
+		}
+		rest = after
 		if data == nil {
 			switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 			case checkRequestRampMode:
@@ -249,11 +246,11 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 			case requestDryRun:
 				m.DryRun = n != 0
 			}
-			return
+			continue
 		}
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case checkRequestPoint:
-			m.ControlPoint = point(data)
+			controlPoint = data
 		case checkRequestLabels:
 			key, value := entryOf(data)
 			labels.add(key, value)
@@ -261,41 +258,54 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 			if lookup == nil {
 				lookup = &lookupReader{m: new(checkv1.CacheLookupRequest)}
 			}
-			lookup.read(data)
+			if !lookup.read(data) {
+				return errMalformed
+			}
 		}
-	})
-	if !ok || lookup != nil && lookup.malformed {
-		return errMalformed
 	}
+	m.ControlPoint = point(controlPoint)
 	m.Labels = labels.labels()
 	if lookup != nil {
-		m.CacheLookupRequest = lookup.m
+		m.CacheLookupRequest = lookup.done()
 	}
 	return nil
 }
 
 // A lookupReader reads the lookup of a check, as far as an answer tells of it.
 type lookupReader struct {
-	m         *checkv1.CacheLookupRequest
-	malformed bool
+	m             *checkv1.CacheLookupRequest
+	point, result []byte
 }
 
-func (l *lookupReader) read(data []byte) {
-	l.malformed = !walk(data, func(field protowire.Number, data []byte, _ uint64) {
+// read reads more of the lookup, and reports whether it is well-formed.
+func (l *lookupReader) read(data []byte) bool {
+	for rest := data; len(rest) > 0; {
+		field, data, _, after, ok := next(rest)
+		if !ok {
+			return false
+		}
+		rest = after
 		if data == nil {
-			return // a number where text belongs
+			continue // a number where text belongs
 		}
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case lookupPoint:
-			l.m.ControlPoint = point(data)
+			l.point = data
 		case lookupResult:
-			l.m.ResultCacheKey = text(data[:min(len(data), maxRefused)])
+			l.result = data
 		case lookupGlobal:
 			if len(l.m.GetGlobalCacheKeys()) < maxKeysRead && len(data) <= maxRefused {
 				l.m.GlobalCacheKeys = append(l.m.GlobalCacheKeys, text(data))
 			}
 		}
-	}) || l.malformed
+	}
+	return true
+}
+
+func (l *lookupReader) done() *checkv1.CacheLookupRequest {
+	l.m.ControlPoint = point(l.point)
+	l.m.ResultCacheKey = text(l.result[:min(len(l.result), maxRefused)])
+	return l.m
 }
 
 // point is a control point. Of one that is too long for any policy the beginning is enough.
@@ -303,9 +313,14 @@ func point(data []byte) string { return text(data[:min(len(data), maxPoint)]) }
 
 // entryOf is an entry of a map from text to text.
 func entryOf(data []byte) (key, value []byte) {
-	walk(data, func(field protowire.Number, data []byte, _ uint64) {
+	for rest := data; len(rest) > 0; {
+		field, data, _, after, ok := next(rest)
+		if !ok {
+			break
+		}
+		rest = after
 		if data == nil {
-			return
+			continue
 		}
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case 1:
@@ -313,14 +328,19 @@ func entryOf(data []byte) (key, value []byte) {
 		case 2:
 			value = data
 		}
-	})
+	}
 	return key, value
 }
 
 func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named map[string]bool) error {
-	headers := headersRead{named: named}
-	whole := true
-	ok := walk(data, func(field protowire.Number, data []byte, n uint64) {
+	request := httpReader{headers: headersRead{named: named}}
+	var controlPoint []byte
+	for rest := data; len(rest) > 0; {
+		field, data, n, after, ok := next(rest)
+		if !ok {
+			return errMalformed
+		}
+		rest = after
 		if data == nil {
 			switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 			case httpRequestRampMode:
@@ -330,58 +350,72 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 			case requestDryRun:
 				m.DryRun = n != 0
 			}
-			return
+			continue
 		}
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case httpRequestRequest:
 			if m.GetRequest() == nil {
 				m.Request = new(checkhttpv1.CheckHTTPRequest_HttpRequest)
 			}
-			whole = readHTTPRequest(data, m.GetRequest(), &headers) && whole
+			if !request.read(data) {
+				return errMalformed
+			}
 		case httpRequestPoint:
-			m.ControlPoint = point(data)
+			controlPoint = data
 		}
-	})
-	if !ok || !whole {
-		return errMalformed
 	}
+	m.ControlPoint = point(controlPoint)
 	if m.GetRequest() != nil {
-		m.Request.Headers = headers.headers()
+		request.fill(m.GetRequest())
 	}
 	return nil
 }
 
-// readHTTPRequest reads all but the body.
-func readHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest_HttpRequest, headers *headersRead) bool {
-	field := func(label string, data []byte) string {
-		if _, ok := headers.named[label]; !ok {
+// An httpReader reads the request of a CheckHTTP, all but the body.
+type httpReader struct {
+	headers headersRead
+	texts   [requestProtocol + 1][]byte // by number
+	size    int64
+}
+
+// read reads more of the request, and reports whether it is well-formed.
+func (h *httpReader) read(data []byte) bool {
+	for rest := data; len(rest) > 0; {
+		field, data, n, after, ok := next(rest)
+		if !ok {
+			return false
+		}
+		rest = after
+		switch {
+		case data == nil:
+			if field == requestSize {
+				h.size = int64(n)
+			}
+		case field == requestHeaders:
+			name, value := entryOf(data)
+			h.headers.add(name, value)
+		case int(field) < len(h.texts):
+			h.texts[field] = data
+		}
+	}
+	return true
+}
+
+func (h *httpReader) fill(m *checkhttpv1.CheckHTTPRequest_HttpRequest) {
+	value := func(number protowire.Number, label string) string {
+		data := h.texts[number]
+		if _, ok := h.headers.named[label]; !ok {
 			data = data[:min(len(data), maxRequestField)]
 		}
 		return text(data)
 	}
-	return walk(data, func(number protowire.Number, data []byte, n uint64) {
-		if data == nil {
-			if number == requestSize {
-				m.Size = int64(n)
-			}
-			return
-		}
-		switch number { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
-		case requestMethod:
-			m.Method = field("http.method", data)
-		case requestHeaders:
-			name, value := entryOf(data)
-			headers.add(name, value)
-		case requestPath:
-			m.Path = field("http.target", data)
-		case requestHost:
-			m.Host = field("http.host", data)
-		case requestScheme:
-			m.Scheme = field("http.scheme", data)
-		case requestProtocol:
-			m.Protocol = field("http.flavor", data)
-		}
-	})
+	m.Method = value(requestMethod, "http.method")
+	m.Path = value(requestPath, "http.target")
+	m.Host = value(requestHost, "http.host")
+	m.Scheme = value(requestScheme, "http.scheme")
+	m.Protocol = value(requestProtocol, "http.flavor")
+	m.Size = h.size
+	m.Headers = h.headers.headers()
 }
 
 // cutValue is a value that is reported, and no policy looks at.

@@ -130,43 +130,6 @@ func ofMillis(n int64) int64 {
 	return n * int64(time.Millisecond)
 }
 
-// walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
-// data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
-func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
-	for len(message) > 0 {
-		// Most fields have a tag and a size of a byte each, and a message can have millions of them.
-		if len(message) > 1 && message[0] < 0x80 && message[0] > 7 && message[0]&7 == byte(protowire.BytesType) && message[1] < 0x80 && int(message[1]) <= len(message)-2 {
-			end := 2 + int(message[1])
-			visit(protowire.Number(message[0]>>3), message[2:end:end], 0)
-			message = message[end:]
-			continue
-		}
-		field, kind, n := protowire.ConsumeTag(message)
-		if n < 0 {
-			return false
-		}
-		message = message[n:]
-		var data []byte
-		var number uint64
-		switch kind {
-		case protowire.BytesType:
-			data, n = protowire.ConsumeBytes(message)
-		case protowire.VarintType:
-			number, n = protowire.ConsumeVarint(message)
-		default:
-			n = protowire.ConsumeFieldValue(field, kind, message)
-		}
-		if n < 0 {
-			return false
-		}
-		if kind == protowire.BytesType || kind == protowire.VarintType {
-			visit(field, data, number)
-		}
-		message = message[n:]
-	}
-	return true
-}
-
 // expectsEnd reports whether an answer says that its client ends the flow itself, as most do, without decoding the rest
 // of it where that is easy.
 func expectsEnd(text []byte) bool {

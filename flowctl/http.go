@@ -157,7 +157,7 @@ func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
 		b.Protocol = "HTTP/3"
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.Headers)) {
-		key := strings.ToLower(name)
+		key := strings.ToValidUTF8(wire.LowerHeader(name), "\uFFFD")
 		switch {
 		case key == wire.HeaderBaggage:
 			b.Own = r.Headers[name] // a peer's labels, which must not replace the application's: that is bug A18

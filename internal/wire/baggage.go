@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"maps"
 	"net/url"
 	"slices"
@@ -37,39 +38,127 @@ func escapeKey(key string) string {
 // not hide those of others. Members that are none are left out. Of several with one key the last one counts.
 func ReadBaggage(header string) map[string]string {
 	labels := make(map[string]string)
-	EachBaggage(header, func(key, value string) { labels[key] = value })
+	for m, rest := NextMember(header, 0); rest > 0; m, rest = NextMember(header, rest) {
+		value, ok := unescape(header[m.ValueFrom:m.ValueTo])
+		if !ok {
+			continue
+		}
+		written := header[m.KeyFrom:m.KeyTo]
+		key, ok := unescape(written)
+		if !ok {
+			key = written
+		}
+		labels[strings.ToValidUTF8(key, "\uFFFD")] = strings.ToValidUTF8(value, "\uFFFD")
+	}
 	return labels
 }
 
-// EachBaggage calls visit with each label of a header, as [ReadBaggage] reads it.
-func EachBaggage(header string, visit func(key, value string)) {
-	for member := range strings.SplitSeq(header, ",") {
-		member, _, _ = strings.Cut(member, ";") // properties
-		key, value, ok := strings.Cut(member, "=")
-		key, value = trimBlanks(key), trimBlanks(value)
-		if !ok || key == "" {
-			continue
+func unescape(s string) (plain string, ok bool) {
+	if !strings.Contains(s, "%") {
+		return s, true
+	}
+	b, ok := Unescape(nil, s)
+	return string(b), ok
+}
+
+// A Member is where the key and the value of a member are in a baggage header, as they are written, without blanks.
+type Member struct{ KeyFrom, KeyTo, ValueFrom, ValueTo int }
+
+// NextMember finds the first member that has a key, from a place in the header on. The rest of the header is where it
+// says, or there is none, and it says -1. A header can have a million members, so the answer fits into registers.
+func NextMember[T string | []byte](header T, from int) (m Member, rest int) {
+	for i := from; i < len(header); i++ {
+		switch header[i] {
+		case ',':
+			from = i + 1
+		case ';': // properties
+			for i+1 < len(header) && header[i+1] != ',' {
+				i++
+			}
+		case '=':
+			end := i + 1
+			for end < len(header) && header[end] != ',' && header[end] != ';' {
+				end++
+			}
+			m.KeyFrom, m.KeyTo = trimBlanks(header, from, i)
+			m.ValueFrom, m.ValueTo = trimBlanks(header, i+1, end)
+			for end < len(header) && header[end] != ',' {
+				end++
+			}
+			if m.KeyFrom < m.KeyTo {
+				return m, end + 1
+			}
+			from, i = end+1, end
 		}
-		if plain, err := url.PathUnescape(key); err == nil {
-			key = plain
+	}
+	return Member{}, -1
+}
+
+// trimBlanks leaves out what strings.Trim(s[from:to], " \t") does.
+func trimBlanks[T string | []byte](s T, from, to int) (trimmedFrom, trimmedTo int) {
+	for from < to && (s[from] == ' ' || s[from] == '\t') {
+		from++
+	}
+	for from < to && (s[to-1] == ' ' || s[to-1] == '\t') {
+		to--
+	}
+	return from, to
+}
+
+// Unescape appends a key or value of a member to a text, as url.PathUnescape reads it. It is not ok, and appends nothing,
+// where an escape is none.
+func Unescape[T string | []byte](to []byte, escaped T) (plain []byte, ok bool) {
+	before := len(to)
+	for i := 0; i < len(escaped); i++ {
+		b := escaped[i]
+		if b == '%' {
+			if len(escaped)-i < 3 {
+				return to[:before], false
+			}
+			high, ok1 := hex(escaped[i+1])
+			low, ok2 := hex(escaped[i+2])
+			if !ok1 || !ok2 {
+				return to[:before], false
+			}
+			b = high<<4 | low
+			i += 2
 		}
-		plain, err := url.PathUnescape(value)
-		if err != nil {
-			continue
+		to = append(to, b)
+	}
+	return to, true
+}
+
+// Unescapes reports whether [Unescape] is ok.
+func Unescapes(escaped []byte) bool {
+	for {
+		i := bytes.IndexByte(escaped, '%')
+		if i < 0 {
+			return true
 		}
-		visit(strings.ToValidUTF8(key, "\uFFFD"), strings.ToValidUTF8(plain, "\uFFFD"))
+		// Escapes follow each other where there are many.
+		for ; i < len(escaped) && escaped[i] == '%'; i += 3 {
+			if len(escaped)-i < 3 {
+				return false
+			}
+			if _, ok := hex(escaped[i+1]); !ok {
+				return false
+			}
+			if _, ok := hex(escaped[i+2]); !ok {
+				return false
+			}
+		}
+		escaped = escaped[i:]
 	}
 }
 
-// trimBlanks is strings.Trim(s, " \t"). It costs less, and a header can have a million members.
-func trimBlanks(s string) string {
-	for s != "" && (s[0] == ' ' || s[0] == '\t') {
-		s = s[1:]
+func hex(b byte) (digit byte, ok bool) {
+	switch {
+	case b >= '0' && b <= '9':
+		return b - '0', true
+	case b|0x20 >= 'a' && b|0x20 <= 'f':
+		return b | 0x20 - 'a' + 10, true
 	}
-	for s != "" && (s[len(s)-1] == ' ' || s[len(s)-1] == '\t') {
-		s = s[:len(s)-1]
-	}
-	return s
+	return 0, false
 }
 
 // addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as

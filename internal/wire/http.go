@@ -155,13 +155,30 @@ func isAccepted(m *checkhttpv1.CheckHTTPResponse) bool {
 		m.GetCheckResponse().GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED
 }
 
+// LowerHeader returns a header's name in lower case. Only ASCII letters have a case in it: if others had, a header that is
+// no other's name would count as that other one.
+func LowerHeader(name string) string {
+	for i := range len(name) {
+		if b := name[i]; b >= 'A' && b <= 'Z' {
+			lower := []byte(name)
+			for ; i < len(lower); i++ {
+				if lower[i] >= 'A' && lower[i] <= 'Z' {
+					lower[i] += 'a' - 'A'
+				}
+			}
+			return string(lower)
+		}
+	}
+	return name
+}
+
 // header finds a header by its name in lower case, which the agent may have written otherwise.
 func header(headers map[string]string, name string) string {
 	if v, ok := headers[name]; ok {
 		return v
 	}
 	for key, v := range headers {
-		if strings.EqualFold(key, name) {
+		if LowerHeader(key) == name {
 			return v
 		}
 	}
@@ -173,7 +190,7 @@ func header(headers map[string]string, name string) string {
 func OKHeaders(r *agentapi.HTTPRequest, m *checkhttpv1.CheckHTTPResponse) map[string]string {
 	headers := maps.Clone(m.GetOkResponse().GetHeaders())
 	for key, value := range headers {
-		if !strings.EqualFold(key, HeaderBaggage) {
+		if LowerHeader(key) != HeaderBaggage {
 			continue
 		}
 		added := addedBaggage(value, r.Headers[HeaderBaggage])

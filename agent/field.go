@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"errors"
+
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+var errMalformed = errors.New("malformed message")
+
+// next reads the first field of a message that holds bytes or a number, and returns what comes after it. The data of a
+// number are nil, and those of bytes are not. If the message holds no such field, the field's number is 0. It is not ok if
+// the message is malformed; where a group ends, its number is not looked at.
+//
+// A message can have two million fields, which are read before policies decide. So this costs a few nanoseconds, also for
+// groups in groups, and returns what fits into registers: a struct would not.
+func next(message []byte) (field protowire.Number, data []byte, n uint64, rest []byte, ok bool) {
+	// Most fields have a tag and a size, or a tag and a number, of a byte each.
+	if len(message) > 1 && message[0] > 7 && message[0] < 0x80 && message[1] < 0x80 {
+		field, end := protowire.Number(message[0]>>3), 2+int(message[1])
+		switch protowire.Type(message[0] & 7) {
+		case protowire.BytesType:
+			if end <= len(message) {
+				return field, message[2:end:end], 0, message[end:], true
+			}
+		case protowire.VarintType:
+			return field, nil, uint64(message[1]), message[2:], true
+		}
+	}
+	return nextOf(message)
+}
+
+// nextOf is next for any field.
+func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest []byte, ok bool) {
+	groups := 0
+	for len(message) > 0 {
+		tag, n := uint64(message[0]), 1
+		if tag >= 0x80 {
+			tag, n = protowire.ConsumeVarint(message)
+		}
+		if n < 0 || tag>>3 == 0 || tag>>3 > uint64(protowire.MaxValidNumber) {
+			return 0, nil, 0, nil, false
+		}
+		message = message[n:]
+		switch protowire.Type(tag & 7) {
+		case protowire.BytesType:
+			if len(message) == 0 {
+				return 0, nil, 0, nil, false
+			}
+			size, n := uint64(message[0]), 1
+			if size >= 0x80 {
+				size, n = protowire.ConsumeVarint(message)
+			}
+			if n < 0 || size > uint64(len(message)-n) {
+				return 0, nil, 0, nil, false
+			}
+			end := n + int(size)
+			if groups == 0 {
+				return protowire.Number(tag >> 3), message[n:end:end], 0, message[end:], true
+			}
+			message = message[end:]
+		case protowire.VarintType:
+			value, n := protowire.ConsumeVarint(message)
+			if n < 0 {
+				return 0, nil, 0, nil, false
+			}
+			if groups == 0 {
+				return protowire.Number(tag >> 3), nil, value, message[n:], true
+			}
+			message = message[n:]
+		case protowire.Fixed32Type:
+			if len(message) < 4 {
+				return 0, nil, 0, nil, false
+			}
+			message = message[4:]
+		case protowire.Fixed64Type:
+			if len(message) < 8 {
+				return 0, nil, 0, nil, false
+			}
+			message = message[8:]
+		case protowire.StartGroupType:
+			groups++
+		case protowire.EndGroupType:
+			if groups--; groups < 0 {
+				return 0, nil, 0, nil, false
+			}
+		default:
+			return 0, nil, 0, nil, false
+		}
+	}
+	return 0, nil, 0, nil, groups == 0
+}
+
+// walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
+// data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
+func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
+	for len(message) > 0 {
+		field, data, n, rest, ok := next(message)
+		if !ok {
+			return false
+		}
+		if field != 0 {
+			visit(field, data, n)
+		}
+		message = rest
+	}
+	return true
+}

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"strings"
+	"unicode/utf8"
+)
+
+// maxLooked is how many labels or headers of a request are looked at, whatever their keys. Among those that come after
+// them only those that policies name are looked for.
+const maxLooked = 1 << 10
+
+// A finder finds those keys that policies name among the keys of a request, of which there can be a million. A map costs
+// several times as much for each.
+type finder struct {
+	heads   [256]int32 // of the lists of keys with one hash, as places in keys, counted from 1
+	keys    []soughtKey
+	headers bool // keys are names of headers, as labels have them
+	repairs bool // a key has what text that is not UTF-8 becomes
+	scratch []byte
+}
+
+type soughtKey struct {
+	key  string
+	next int32 // in the list
+}
+
+// add adds a key that is not there yet.
+func (f *finder) add(key string) {
+	if key == "" {
+		f.keys = append(f.keys, soughtKey{})
+		return
+	}
+	h := f.hash([]byte(key))
+	f.keys = append(f.keys, soughtKey{key, f.heads[h]})
+	f.heads[h] = int32(len(f.keys))
+	f.repairs = f.repairs || strings.Contains(key, replacement)
+}
+
+// find returns the place of a key among those that were added; -1 if it is none of these. An empty key is none.
+func (f *finder) find(key []byte) int {
+	if len(key) == 0 {
+		return -1
+	}
+	if f.repairs && !utf8.Valid(key) {
+		f.scratch = appendText(f.scratch[:0], key)
+		key = f.scratch
+	}
+	for i := f.heads[f.hash(key)]; i != 0; {
+		one := &f.keys[i-1]
+		if string(key) == one.key || f.headers && sameHeader(key, one.key) {
+			return int(i - 1)
+		}
+		i = one.next
+	}
+	return -1
+}
+
+// hash is of few bytes: few keys are sought, and a long key that is none of them need not be read.
+func (f *finder) hash(key []byte) uint8 {
+	first, last := key[0], key[len(key)-1]
+	if f.headers {
+		first, last = foldHeader(first), foldHeader(last)
+	}
+	return uint8(len(key)) + 31*first + 17*last
+}
+
+// sameHeader reports whether a header becomes the label of this name.
+func sameHeader(name []byte, label string) bool {
+	if len(name) != len(label) {
+		return false
+	}
+	for i, b := range name {
+		if foldHeader(b) != label[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// foldHeader makes a byte of a header's name one of a label's.
+func foldHeader(b byte) byte {
+	switch {
+	case b == '-':
+		return '_'
+	case b >= 'A' && b <= 'Z':
+		return b + 'a' - 'A'
+	}
+	return b
+}
