@@ -18,7 +18,7 @@ func next(message []byte) (field protowire.Number, data []byte, n uint64, rest [
 	// Most fields have a tag and a size, or a tag and a number, of a byte each.
 	if len(message) > 1 && message[0] > 7 && message[0] < 0x80 && message[1] < 0x80 {
 		field, end := protowire.Number(message[0]>>3), 2+int(message[1])
-		switch protowire.Type(message[0] & 7) {
+		switch protowire.Type(message[0] & 7) { //nolint:exhaustive // nextOf reads the others
 		case protowire.BytesType:
 			if end <= len(message) {
 				return field, message[2:end:end], 0, message[end:], true
@@ -92,17 +92,16 @@ func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest
 }
 
 // walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
-// data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
-func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
+// data of a number are nil, and those of bytes are not.
+func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) {
 	for len(message) > 0 {
 		field, data, n, rest, ok := next(message)
 		if !ok {
-			return false
+			return
 		}
 		if field != 0 {
 			visit(field, data, n)
 		}
 		message = rest
 	}
-	return true
 }

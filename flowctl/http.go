@@ -174,6 +174,5 @@ func boundedText(s string) string {
 	if len(s) <= labels.MaxValueLen && utf8.ValidString(s) {
 		return s
 	}
-	s = strings.ToValidUTF8(s, "\uFFFD")
-	return strings.ToValidUTF8(s[:min(len(s), labels.MaxValueLen)], "") // without the rune that the cut has split
+	return wire.Cut(strings.ToValidUTF8(s, "\uFFFD"), labels.MaxValueLen)
 }
