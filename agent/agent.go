@@ -120,11 +120,11 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 
 // decide asks the engine about what a client wants to know. The request has details of its own.
 func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
+	if c := callOf(ctx); c != nil && c.full { // it may not have been read
+		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
+	}
 	if req.ControlPoint == "" {
 		return nil, invalid(bounds.CheckControlPoint(""))
-	}
-	if c := callOf(ctx); c != nil && c.full {
-		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
 	asking, crowded := s.service.asking.enter()
 	defer s.service.asking.leave()

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 const (
 	maxArriving    = 64                    // messages that arrive at a time, of 4 MiB each at the most
 	arrival        = 50 * time.Millisecond // that a message has to arrive while others wait
+	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld        = 64 << 20              // bytes of large requests that are being decided about
 	large          = 64 << 10              // bytes from which a request, or the values of an answer, count
 	maxUnsent      = 64 << 20              // bytes of values in answers that clients have not read
@@ -26,6 +28,8 @@ type gate struct {
 	arriving []*call // in the order in which they were let in
 	waiting  []*turn // one for each connection that has calls waiting, in the order in which they get their turns
 	timer    *time.Timer
+	readers  chan struct{} // holds as many as read large requests
+	unread   int
 	held     int
 	unsent   int
 	by       map[any]int // unsent, by connection
@@ -38,7 +42,11 @@ type turn struct {
 	calls      []*call
 }
 
-func newGate() *gate { return &gate{by: make(map[any]int)} }
+// newGate makes a gate. A request of 4 MiB can take 50 ms to read. Small ones are not to wait for it, so that at most half
+// of the processors read large ones.
+func newGate() *gate {
+	return &gate{by: make(map[any]int), readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
+}
 
 type callKey struct{}
 
@@ -195,6 +203,35 @@ func (c *call) leave() (evicted bool) {
 }
 
 var errEvicted = status.Error(codes.Unavailable, "the message took too long to arrive while others waited")
+
+// read reads a request that has arrived, by the function. Large ones are read one after the other. It reports whether there
+// was room for the request to wait for that. An error of its own is that of the call's context.
+func (c *call) read(size int, by func() error) (fits bool, err error) {
+	if c == nil || size < large {
+		return true, by()
+	}
+	g := c.gate
+	g.mu.Lock()
+	if g.unread+size > maxUnread {
+		c.full = true
+		g.mu.Unlock()
+		return false, nil
+	}
+	g.unread += size
+	g.mu.Unlock()
+	defer func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.unread -= size
+	}()
+	select {
+	case g.readers <- struct{}{}:
+	case <-c.Done():
+		return true, status.FromContextError(c.Err()).Err()
+	}
+	defer func() { <-g.readers }()
+	return true, by()
+}
 
 // hold counts what the request keeps in memory while it is decided about. It reports whether there was room for it.
 func (c *call) hold(size int) bool {

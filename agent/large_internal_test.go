@@ -126,7 +126,7 @@ func largeRequests() []largeRequest {
 	)
 }
 
-func largeService(tb testing.TB) service {
+func largeService(tb testing.TB) handler {
 	tb.Helper()
 	var components []policy.Component
 	for _, key := range []string{"a", "user_id", "http.request.header.a"} {
@@ -139,12 +139,12 @@ func largeService(tb testing.TB) service {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = e.Close() })
-	return service{server: &Server{engine: e}}
+	return handler{service: &Service{engine: e}}
 }
 
 func BenchmarkLargeRequest(b *testing.B) {
 	s := largeService(b)
-	named := s.server.engine.NamedLabels()
+	named := s.service.engine.NamedLabels()
 	for _, tt := range largeRequests() {
 		b.Run(tt.name, func(b *testing.B) {
 			if len(tt.data) > 4<<20 || len(tt.data) < 4<<20-1024 {
@@ -171,7 +171,7 @@ func BenchmarkLargeRequest(b *testing.B) {
 // A large request costs few allocations, whatever it consists of.
 func TestLargeRequestsAreReadWithFewAllocations(t *testing.T) {
 	s := largeService(t)
-	named := s.server.engine.NamedLabels()
+	named := s.service.engine.NamedLabels()
 	for _, tt := range largeRequests() {
 		t.Run(tt.name, func(t *testing.T) {
 			got := testing.AllocsPerRun(1, func() {

@@ -62,19 +62,30 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		if !ok {
 			return decode(into)
 		}
-		var refused error
+		var refused error // gRPC has a status of its own for what a codec returns
 		err := decode(message{m, func(data []byte, m proto.Message) error {
+			arrived = true
+			if c.leave() {
+				refused = errEvicted
+				return nil
+			}
 			size = len(data)
-			err := read(data, m)
-			if _, ok := status.FromError(err); ok {
-				refused = err // gRPC has a status of its own for what a codec returns
+			fits, err := c.read(size, func() error { return read(data, m) })
+			switch _, ok := status.FromError(err); {
+			case !fits && !isCheck(m):
+				refused = errFull
+				return nil
+			case ok:
+				refused = err
 				return nil
 			}
 			return err
 		}})
-		arrived = true
-		if c.leave() {
-			return errEvicted
+		if !arrived {
+			arrived = true
+			if c.leave() {
+				return errEvicted
+			}
 		}
 		if refused != nil {
 			return refused

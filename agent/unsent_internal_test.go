@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -236,6 +237,52 @@ func TestGateTakesTurns(t *testing.T) {
 		}
 		for _, c := range in[1:] {
 			c.leave()
+		}
+	})
+}
+
+// Large requests are read one after the other, and those that wait for it share their room. Small ones do not wait.
+func TestLargeRequestsAreReadInTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		g.readers = make(chan struct{}, 1)
+		const size = 4 << 20
+		reading, end := 0, make(chan struct{})
+		read := func() error {
+			reading++
+			<-end
+			return nil
+		}
+		var calls sync.WaitGroup
+		for range maxUnread / size {
+			calls.Go(func() {
+				if fits, err := g.callFrom("a").read(size, read); !fits || err != nil {
+					t.Errorf("read() = %v, %v want true, nil", fits, err)
+				}
+			})
+		}
+		synctest.Wait()
+		if reading != 1 {
+			t.Errorf("%d requests are read at a time want 1", reading)
+		}
+		if fits, err := g.callFrom("b").read(large-1, func() error { return errMarked }); !fits || !errors.Is(err, errMarked) {
+			t.Errorf("a small request: read() = %v, %v want true, %v", fits, err, errMarked)
+		}
+		beyond := g.callFrom("b")
+		if fits, err := beyond.read(large, read); fits || err != nil || !beyond.full {
+			t.Errorf("a large request beyond the room: read() = %v, %v want false, nil", fits, err)
+		}
+		close(end)
+		calls.Wait()
+		if reading != maxUnread/size || g.unread != 0 || len(g.readers) != 0 {
+			t.Errorf("%d requests were read, %d bytes and %d readers are left want %d, 0, 0", reading, g.unread, len(g.readers), maxUnread/size)
+		}
+
+		g.readers <- struct{}{}
+		gone := g.callFrom("c")
+		gone.cancel()
+		if fits, err := gone.read(large, read); !fits || status.Code(err) != codes.Canceled {
+			t.Errorf("a call that was canceled: read() = %v, %v want true, Canceled", fits, err)
 		}
 	})
 }
