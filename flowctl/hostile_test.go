@@ -145,9 +145,11 @@ func TestConnectionsAreSpaced(t *testing.T) {
 			begin := time.Now()
 			silent := func() bool { return strings.Contains(log.String(), "the agent does not answer") }
 			answers := a.Name == "goes away with each answer"
+			pace := time.NewTicker(time.Millisecond)
+			defer pace.Stop()
 			for time.Since(begin) < time.Second || !answers && !silent() && time.Since(begin) < 10*time.Second {
 				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
-				time.Sleep(time.Millisecond)
+				<-pace.C
 			}
 			if !answers && !silent() {
 				t.Errorf("the breaker stayed closed:\n%s", log.String())
@@ -167,9 +169,11 @@ func TestFloodedConnectionsEnd(t *testing.T) {
 		}
 		t.Run(a.Name, func(t *testing.T) {
 			client, server := dialHostile(t, a, flowctl.WithCheckTimeout(50*time.Millisecond))
+			pace := time.NewTicker(time.Millisecond)
+			defer pace.Stop()
 			for begin := time.Now(); server.Connections() < 2; {
 				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
-				time.Sleep(time.Millisecond)
+				<-pace.C
 				if time.Since(begin) > 30*time.Second {
 					t.Fatal("the connection goes on")
 				}
