@@ -14,6 +14,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/canceled"
 	"github.com/headgate-go/headgate/internal/flight"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
 // CachePolicy says how [Cached] and [CachedFunc] keep results. The zero value is right for most.
@@ -280,7 +281,7 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 
 // shortOfTime reports whether the flow was rejected for want of time, which another call may have.
 func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow) bool {
-	if short, _ := flow.Context().Value(flight.ShortOfTime{}).(bool); short {
+	if info, ok := flowinfo.From(flow.Context()); ok && info.ShortOfTime() {
 		return true
 	}
 	r, ok := client.(*retrier)

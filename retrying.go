@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/flight"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.
@@ -129,8 +129,8 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 
 // endUnused ends a flow that was to run and does not.
 func endUnused(ctx context.Context, flow *flowctl.Flow) {
-	if unused, ok := flow.Context().Value(agentapi.UnusedKey{}).(agentapi.Unused); ok {
-		unused.EndUnused(ctx)
+	if info, ok := flowinfo.From(flow.Context()); ok {
+		info.EndUnused(ctx)
 	}
 }
 

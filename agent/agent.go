@@ -96,16 +96,15 @@ type handler struct {
 }
 
 func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	details := &agentapi.RequestDetails{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}
+	own := &agentapi.Shared{Options: agentapi.Options{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}}
 	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
-		Labels:       agentapi.Labels{Params: m.GetLabels(), Details: details},
+		Labels:       agentapi.Labels{Params: m.GetLabels(), Shared: own},
 	}
 	var refused refusal
 	if lookup := m.GetCacheLookupRequest(); lookup != nil { // also one without keys, as other SDKs send: it gets an answer
 		// The control point is the check's; one in the lookup would read another's results.
-		details.Looks = true
-		details.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
+		own.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
 	}
 	response, err := s.decide(ctx, &req)
 	if err != nil {
@@ -118,7 +117,7 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about what a client wants to know. The request has details of its own.
+// decide asks the engine about what a client wants to know. The request shares nothing with others.
 func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
 	if c := callOf(ctx); c != nil && c.full { // it may not have been read
 		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
@@ -128,10 +127,10 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.Ch
 	}
 	asking, crowded := s.service.asking.enter()
 	defer s.service.asking.leave()
-	req.Labels.Details.Crowded = crowded
+	req.Labels.Shared.Crowded = crowded
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)
-		req.Labels.Details.Late = left < margin
+		req.Labels.Shared.Late = left < margin
 		if asking > few {
 			req.Timeout = left - left/20 - min(time.Duration(asking)*answerTime, left/5)
 		}

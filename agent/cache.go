@@ -69,7 +69,7 @@ func (r *refusal) refuse(key string, err error) {
 }
 
 // lookupOf is what of a lookup the engine is asked for, and what it is not.
-func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (agentapi.Lookup, refusal) {
+func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (*agentapi.Lookup, refusal) {
 	left, c := maxCacheValues, callOf(ctx)
 	room := func(size int) bool {
 		if size > left || !c.borrow(ctx, size) {
@@ -78,7 +78,7 @@ func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRe
 		left -= size
 		return true
 	}
-	asked, refused := agentapi.Lookup{Room: room}, refusal{}
+	asked, refused := &agentapi.Lookup{Room: room}, refusal{}
 	if key := m.GetResultCacheKey(); key != "" {
 		if refused.result = checkResultKey(controlPoint, key); refused.result == nil {
 			asked.Result = key

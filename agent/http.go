@@ -26,8 +26,11 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: agentapi.Labels{
-			Params:  carried,
-			Details: &agentapi.RequestDetails{Transport: requestLabels(m.GetRequest(), chosen, named), RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+			Params: carried,
+			Shared: &agentapi.Shared{
+				Layers:  agentapi.Layers{Transport: requestLabels(m.GetRequest(), chosen, named)},
+				Options: agentapi.Options{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+			},
 		},
 	}
 	response, err := s.decide(ctx, &req)

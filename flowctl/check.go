@@ -2,8 +2,12 @@ package flowctl
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
@@ -17,7 +21,8 @@ import (
 )
 
 // A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
-// because all that a check costs beyond gRPC's own call is what is allocated here.
+// because all that a check costs beyond gRPC's own call is what is allocated here. It is the call's codec too: gRPC's own
+// for Protocol Buffers, which bounds the answer, and remembers its bytes where telemetry wants them.
 type check struct {
 	agentapi.VerdictDetails
 	response checkv1.CheckResponse          // to Check
@@ -36,6 +41,78 @@ type check struct {
 	codec grpc.ForceCodecV2CallOption
 	limit grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
 	room  [6]grpc.CallOption
+}
+
+var (
+	_ agentapi.RemoteAnswer = (*check)(nil)
+	_ encoding.CodecV2      = (*check)(nil)
+)
+
+// Check asks the agent.
+func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
+	start, seen := time.Now(), r.received.Load()
+	r.catchUp(seen)
+	if !r.breaker.admit(start) {
+		return errBreakerOpen
+	}
+	call := ctx
+	if req.Timeout > 0 {
+		var cancel context.CancelFunc
+		call, cancel = context.WithTimeout(ctx, req.Timeout)
+		defer cancel()
+	}
+	c := &check{remote: r, start: start, seen: seen}
+	err := c.ask(call, req)
+	c.returned = time.Now()
+	if err != nil {
+		r.failed(ctx, call, err, c)
+		return err
+	}
+	r.answered()
+	c.Remote = c
+	v.Start, v.Details = start.UnixNano(), &c.VerdictDetails
+	if c.http != nil {
+		wire.ReadHTTP(req, c.http, v)
+	} else {
+		wire.Read(req, &c.response, v)
+	}
+	if req.DryRun() && v.Rejected() && req.Lookup() != nil && c.answer().GetCacheLookupResponse() == nil {
+		r.lookUp(call, req, v)
+		c.returned = time.Now()
+	}
+	if r.dryDrops != nil {
+		r.countDryRuns(ctx, req, c.answer())
+	}
+	return nil
+}
+
+// lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
+func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
+	m := new(checkv1.CacheLookupResponse)
+	opts := append(slices.Clip(r.calls), grpc.ForceCodecV2(r.codec))
+	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, opts...)
+	if err = clipError(err); err != nil {
+		v.More().Result.Err = err
+		v.More().Global = make(map[string]agentapi.CacheAnswer)
+		for _, key := range req.Lookup().Global {
+			v.More().Global[key] = agentapi.CacheAnswer{Err: err}
+		}
+		return
+	}
+	wire.ReadLookup(req, m, v)
+}
+
+// countDryRuns counts the components that would have dropped the flow, had they been in force for it.
+func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *checkv1.CheckResponse) {
+	for _, d := range m.GetLimiterDecisions() {
+		if d.GetDropped() && (d.GetDryRun() || req.DryRun()) {
+			r.dryDrops.Add(ctx, 1, metric.WithAttributes(
+				attribute.String("policy_name", d.GetPolicyName()),
+				attribute.String("policy_hash", d.GetPolicyHash()),
+				attribute.String("component_id", d.GetComponentId()),
+			))
+		}
+	}
 }
 
 // ask asks the agent.
@@ -94,17 +171,34 @@ func (c *check) heard(received uint64) bool {
 	return received != c.seen || len(c.header) > 0 || len(c.trailer) > 0
 }
 
+// CheckResponse is the answer, encoded.
+func (c *check) CheckResponse() ([]byte, error) {
+	if c.raw != nil {
+		return c.raw, nil
+	}
+	return proto.Marshal(c.answer())
+}
+
+// HTTP is what the agent wants done with the HTTP request that it was told of.
+func (c *check) HTTP(r *agentapi.HTTPRequest) *agentapi.HTTPAnswer {
+	switch {
+	case c.http == nil:
+		return nil
+	case c.answer().GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED:
+		denied := c.http.GetDeniedResponse()
+		return &agentapi.HTTPAnswer{Header: maps.Clone(denied.GetHeaders()), Body: denied.GetBody()}
+	default:
+		return &agentapi.HTTPAnswer{Header: wire.OKHeaders(r, c.http)}
+	}
+}
+
 // record is the answer as telemetry reports it: without the values of caches.
 func (c *check) record() ([]byte, error) {
-	if c.raw != nil && c.answer().GetCacheLookupResponse() == nil {
-		return c.raw, nil
+	if c.answer().GetCacheLookupResponse() == nil {
+		return c.CheckResponse()
 	}
 	return proto.Marshal(wire.WithoutValues(c.answer()))
 }
-
-// The check is the call's codec: gRPC's own for Protocol Buffers, which bounds the answer, and remembers its bytes where
-// telemetry wants them.
-var _ encoding.CodecV2 = (*check)(nil)
 
 func (c *check) Marshal(v any) (mem.BufferSlice, error) { return c.remote.codec.Marshal(v) }
 

@@ -59,7 +59,7 @@ type Client struct {
 	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
-	details      *agentapi.RequestDetails // the labels that every flow has; nil when none
+	shared       *agentapi.Shared // what every flow has; nil when that is nothing
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -97,9 +97,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		logger:       cfg.logger,
 	}
 	c.runs.Unstored = c.unstored
-	cfg.details.DryRun = cfg.dryRun
-	if len(cfg.details.Defaults) > 0 || cfg.details.Service != "" || cfg.details.DryRun {
-		c.details = &cfg.details
+	cfg.shared.DryRun = cfg.dryRun
+	if len(cfg.shared.Defaults) > 0 || cfg.shared.Service != "" || cfg.shared.DryRun {
+		c.shared = &cfg.shared
 	}
 	var err error
 	if c.observer, err = newObserver(cfg.tracer, cfg.meter); err != nil {
@@ -196,7 +196,9 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 		return err
 	}
 	if looks { // also where the labels are wrong: a dry run still uses the caches
-		req.Labels.Details = &agentapi.RequestDetails{Looks: true, Lookup: agentapi.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
+		own := &looking{lookup: agentapi.Lookup{Result: params.ResultCacheKey, Global: params.GlobalCacheKeys}}
+		own.Lookup = &own.lookup
+		req.Labels.Shared = &own.Shared
 	}
 	if err := params.checkLabels(); err != nil {
 		return err
@@ -215,17 +217,17 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	}
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
 	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
-		req.Labels.Details = c.details
+		req.Labels.Shared = c.shared
 		return fit(&req.Labels)
 	}
-	own := req.Labels.Details
+	own := req.Labels.Shared
 	if own == nil {
-		own = new(agentapi.RequestDetails)
-		req.Labels.Details = own
+		own = new(agentapi.Shared)
+		req.Labels.Shared = own
 	}
 	own.RampMode = params.RampMode
-	if c.details != nil {
-		own.Defaults, own.Service, own.DryRun = c.details.Defaults, c.details.Service, c.details.DryRun
+	if c.shared != nil {
+		own.Defaults, own.Service, own.DryRun = c.shared.Defaults, c.shared.Service, c.shared.DryRun
 	}
 	if params.HTTP != nil && c.remote != nil {
 		return c.describe(ctx, &req.Labels, params.HTTP)
@@ -237,12 +239,18 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	return fit(&req.Labels)
 }
 
+// looking is what a flow with cache keys does not share. It is one object.
+type looking struct {
+	agentapi.Shared
+	lookup agentapi.Lookup
+}
+
 // fit makes the labels as few as a flow may have. Too many explicit ones are an error; the others give way, those of
 // peers first.
 func fit(l *agentapi.Labels) error {
 	n := len(l.Params) + len(l.Context)
-	if l.Details != nil {
-		n += len(l.Details.Baggage) + len(l.Details.Transport) + len(l.Details.Defaults)
+	if l.Shared != nil {
+		n += len(l.Shared.Baggage) + len(l.Shared.Transport) + len(l.Shared.Defaults)
 	}
 	if n <= labels.MaxLabels {
 		return nil
@@ -255,8 +263,8 @@ func fit(l *agentapi.Labels) error {
 	if len(kept) > labels.MaxLabels {
 		return tooManyLabels(len(kept))
 	}
-	if l.Details != nil {
-		for _, layer := range []map[string]string{l.Details.Defaults, l.Details.Baggage, l.Details.Transport} {
+	if l.Shared != nil {
+		for _, layer := range []map[string]string{l.Shared.Defaults, l.Shared.Baggage, l.Shared.Transport} {
 			for _, key := range slices.Sorted(maps.Keys(layer)) {
 				if _, known := kept[key]; !known && len(kept) == labels.MaxLabels {
 					break
@@ -265,17 +273,15 @@ func fit(l *agentapi.Labels) error {
 				kept[key], _ = l.Lookup(key)
 			}
 		}
-		rest := *l.Details
-		rest.Defaults, rest.Baggage, rest.Transport = nil, nil, nil
-		l.Details = &rest
+		l.Shared = &agentapi.Shared{Options: l.Shared.Options}
 	}
 	l.Params, l.Context = kept, nil
 	return nil
 }
 
-// end is Flow.End, once.
-func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
-	s := f.status()
+// end is Flow.End, once. An unused flow did not run although it was let in.
+func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, error) {
+	s := f.endStatus()
 	if c.observer != nil {
 		ctx = c.observer.ending(ctx, f)
 		defer c.observer.end(f, s)
@@ -283,7 +289,7 @@ func (c *Client) end(ctx context.Context, f *Flow) (EndResponse, error) {
 	if !f.Success() {
 		return EndResponse{}, nil
 	}
-	if f.course.unused() {
+	if unused {
 		if r, ok := c.agent.(agentapi.Reverter); ok {
 			r.Revert(&f.req, &f.verdict)
 			return EndResponse{}, nil

@@ -16,7 +16,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/bounds"
-	"github.com/headgate-go/headgate/internal/flight"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -29,7 +29,11 @@ type Flow struct {
 	verdict agentapi.Verdict
 	fails   func(error) bool
 
-	course   course
+	ended   atomic.Bool
+	status  atomicStatus // that SetStatus was given
+	derived atomicStatus // that SetError came to
+
+	// These do not change once Start has returned the flow.
 	decision Decision
 	run      bool
 	traced   bool // there is a span
@@ -194,17 +198,8 @@ func (c *flowContext) Value(key any) any {
 	switch key {
 	case flowKey{}:
 		return (*Flow)(c)
-	case flight.ShortOfTime{}:
-		return (*Flow)(c).shortOfTime()
-	case agentapi.DryRunKey{}:
-		return c.client == nil || c.client.dryRun
-	case agentapi.PausesKey{}:
-		if c.client == nil {
-			return nil
-		}
-		return (*pauses)(c.client)
-	case agentapi.UnusedKey{}:
-		return (*unusedFlow)(c)
+	case flowinfo.Key{}:
+		return (*flowInfo)(c)
 	default:
 		return c.parent.Value(key)
 	}
@@ -216,64 +211,28 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 	return f, ok
 }
 
-// unusedFlow is a flow as something that can end without having run.
-type unusedFlow Flow
+// atomicStatus is a Status that goroutines share. The zero value is StatusUnset.
+type atomicStatus struct{ v atomic.Uint32 }
 
-// EndUnused ends the flow as an error.
-func (u *unusedFlow) EndUnused(ctx context.Context) {
-	f := (*Flow)(u)
-	f.SetStatus(StatusError)
-	f.course.bits.Or(courseUnused)
-	_, _ = f.End(ctx) // the client logs the error
-}
-
-// course is what a flow has come to since it was decided: whether it has ended, whether it did not run although it was let
-// in, and the statuses that SetStatus was told and SetError came to. It is one word because a flow has room for no more.
-type course struct{ bits atomic.Uint32 }
-
-const (
-	courseEnded   = 1 << 16
-	courseUnused  = 1 << 17
-	courseSet     = 8 // how far the status is shifted
-	courseDerived = 0
-	courseStatus  = 1<<8 - 1
-)
-
-// end reports whether this is the first end.
-func (c *course) end() bool { return c.bits.Or(courseEnded)&courseEnded == 0 }
-
-func (c *course) ended() bool { return c.bits.Load()&courseEnded != 0 }
-
-func (c *course) unused() bool { return c.bits.Load()&courseUnused != 0 }
-
-// status is the one that was put at the shift.
-func (c *course) status(shift int) Status { return Status(c.bits.Load() >> shift & courseStatus) }
-
-func (c *course) put(s Status, shift int) {
-	for {
-		old := c.bits.Load()
-		if c.bits.CompareAndSwap(old, old&^(courseStatus<<shift)|uint32(s)<<shift) {
-			return
-		}
-	}
-}
+func (a *atomicStatus) Load() Status   { return Status(a.v.Load()) }
+func (a *atomicStatus) Store(s Status) { a.v.Store(uint32(s)) }
 
 // SetStatus says how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
 // panic overrides it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
-func (f *Flow) SetStatus(s Status) { f.course.put(s, courseSet) }
+func (f *Flow) SetStatus(s Status) { f.status.Store(s) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
 func (f *Flow) SetError(err error) {
-	if err == nil && f.course.status(courseDerived) == StatusUnset {
+	if err == nil && f.derived.Load() == StatusUnset {
 		return // which is OK, and a load is cheaper than a store
 	}
 	if err != nil {
-		f.course.put(StatusError, courseDerived) // in case IsFailure panics
+		f.derived.Store(StatusError) // in case IsFailure panics
 		if f.isFailure(err) {
 			return
 		}
 	}
-	f.course.put(StatusOK, courseDerived)
+	f.derived.Store(StatusOK)
 }
 
 func (f *Flow) isFailure(err error) bool {
@@ -287,9 +246,9 @@ func (f *Flow) isFailure(err error) bool {
 	}
 }
 
-// status is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
-func (f *Flow) status() Status {
-	switch set, derived := f.course.status(courseSet), f.course.status(courseDerived); {
+// endStatus is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
+func (f *Flow) endStatus() Status {
+	switch set, derived := f.status.Load(), f.derived.Load(); {
 	case !f.run:
 		return StatusError
 	case set != StatusUnset:
@@ -306,14 +265,17 @@ func (f *Flow) status() Status {
 // canceled; it has a time limit of its own, see [WithEndTimeout], and does not wait for an agent that counts as dead, see
 // [AgentBreaker]. The first call counts; others give [ErrEnded]. An error means that slots may not have been given back: the
 // agent takes them back later by itself.
-func (f *Flow) End(ctx context.Context) (EndResponse, error) {
-	if !f.course.end() {
+func (f *Flow) End(ctx context.Context) (EndResponse, error) { return f.end(ctx, false) }
+
+// end is End. An unused flow did not run although it was let in.
+func (f *Flow) end(ctx context.Context, unused bool) (EndResponse, error) {
+	if f.ended.Swap(true) {
 		return EndResponse{}, ErrEnded
 	}
 	if f.client == nil {
 		return EndResponse{}, nil
 	}
-	return f.client.end(ctx, f)
+	return f.client.end(ctx, f, unused)
 }
 
 // EndWith ends the flow of a function that returns *errp, when deferred directly, right after Start:
@@ -332,7 +294,7 @@ func (f *Flow) EndWith(errp *error) {
 		_, _ = f.End(f.parent)
 		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
 	}
-	if f.course.ended() {
+	if f.ended.Load() {
 		return
 	}
 	defer func() { _, _ = f.End(f.parent) }() // also when IsFailure panics
@@ -351,12 +313,22 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 	if !f.Success() || f.client == nil {
 		return nil
 	}
-	if f.verdict.Details != nil {
-		if c, ok := f.verdict.Details.Wire.(*check); ok {
-			return proto.CloneOf(c.answer())
+	if remote := f.remoteAnswer(); remote != nil {
+		m := new(checkv1.CheckResponse)
+		if data, err := remote.CheckResponse(); err != nil || proto.Unmarshal(data, m) != nil {
+			return nil // which cannot be: the answer was decoded before
 		}
+		return m
 	}
 	return proto.CloneOf(wire.Response(&f.req, &f.verdict)) // for its cached values are the flow's
+}
+
+// remoteAnswer is the answer of a remote agent; nil where there is none.
+func (f *Flow) remoteAnswer() agentapi.RemoteAnswer {
+	if f.verdict.Details == nil {
+		return nil
+	}
+	return f.verdict.Details.Remote
 }
 
 // ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err

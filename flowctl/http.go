@@ -70,31 +70,31 @@ type HTTPAnswer struct {
 // HTTPAnswer is what the agent says of the flow's [HTTPRequest]; ok is false when no agent was told of one, or none
 // answered. It is the caller's own copy. Whether it is about an accepted request or a rejected one is Decision's to say.
 func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
-	if f.verdict.Details == nil {
+	remote := f.remoteAnswer()
+	if remote == nil {
 		return HTTPAnswer{}, false
 	}
-	c, ok := f.verdict.Details.Wire.(*check)
-	switch {
-	case !ok || c.http == nil:
+	said := remote.HTTP(f.req.Labels.HTTP())
+	if said == nil {
 		return HTTPAnswer{}, false
-	case f.decision == Rejected:
-		denied := c.http.GetDeniedResponse()
-		return HTTPAnswer{Status: f.deniedStatus(), Header: maps.Clone(denied.GetHeaders()), Body: denied.GetBody()}, true
-	default:
-		return HTTPAnswer{Header: wire.OKHeaders(f.req.Labels.HTTP(), c.http)}, true
 	}
+	answer = HTTPAnswer{Header: said.Header, Body: said.Body}
+	if f.decision == Rejected {
+		answer.Status = f.deniedStatus()
+	}
+	return answer, true
 }
 
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
-// describe has the agent asked about an HTTP request, which goes into the request's details, the flow's own. The agent makes
+// describe has the agent asked about an HTTP request, which goes into the options, which are the flow's own. The agent makes
 // labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
 // before those.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
 	r := of.bounded()
-	l.Details.HTTP = r
+	l.Shared.HTTP = r
 	if c.baggage {
-		l.Details.Baggage = c.httpBaggage(ctx, r.Own)
+		l.Shared.Baggage = c.httpBaggage(ctx, r.Own)
 	}
 	carried, err := labelsHeader(l)
 	if carried != "" {
@@ -120,9 +120,9 @@ func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string 
 // of peers first.
 func labelsHeader(l *agentapi.Labels) (string, error) {
 	var problem error
-	for _, details := range []*agentapi.RequestDetails{l.Details, {Defaults: l.Details.Defaults}, nil} {
-		layers := agentapi.Labels{Params: l.Params, Context: l.Context, Details: details}
-		m := layers.Merged()
+	for _, others := range []agentapi.Layers{l.Shared.Layers, {Defaults: l.Shared.Defaults}, {}} {
+		kept := agentapi.Labels{Params: l.Params, Context: l.Context, Shared: &agentapi.Shared{Layers: others}}
+		m := kept.Merged()
 		if len(m) > labels.MaxLabels {
 			problem = tooManyLabels(len(m))
 			continue

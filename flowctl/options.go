@@ -58,7 +58,7 @@ type config struct {
 	breaker      AgentBreaker
 	endTimeout   time.Duration
 	checkTimeout time.Duration
-	details      agentapi.RequestDetails
+	shared       agentapi.Shared // what every flow of the client has
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -141,19 +141,6 @@ func WithAPIKey(key string) Option {
 		c.apiKey = key
 		return nil
 	}}
-}
-
-// checkAPIKey tells what keeps the key from travelling in a header. The error does not show the key.
-func checkAPIKey(key string) error {
-	if key == "" {
-		return errors.New("the key is empty")
-	}
-	for i := range len(key) {
-		if key[i] < ' ' || key[i] > '~' {
-			return fmt.Errorf("the key has a character at %d that is not printable ASCII", i)
-		}
-	}
-	return nil
 }
 
 // WithInsecureAPIKey lets the API key travel in plaintext to other machines. Whoever sees the traffic has the key.
@@ -268,11 +255,11 @@ func WithLabels(m map[string]string) Option {
 		if err := labels.Check(m); err != nil {
 			return err
 		}
-		if c.details.Defaults == nil {
-			c.details.Defaults = make(map[string]string, len(m))
+		if c.shared.Defaults == nil {
+			c.shared.Defaults = make(map[string]string, len(m))
 		}
-		maps.Copy(c.details.Defaults, m)
-		if n := len(c.details.Defaults); n > labels.MaxLabels {
+		maps.Copy(c.shared.Defaults, m)
+		if n := len(c.shared.Defaults); n > labels.MaxLabels {
 			return tooManyLabels(n)
 		}
 		return nil
@@ -294,7 +281,7 @@ func WithBaggage(keys ...string) Option {
 // does not travel: an Aperture agent finds the service by the client's address, and to package agent no flow has one.
 func WithService(name string) Option {
 	return option{"WithService", false, func(c *config) error {
-		c.details.Service = name
+		c.shared.Service = name
 		return nil
 	}}
 }

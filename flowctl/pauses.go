@@ -4,14 +4,14 @@ import (
 	"context"
 	"time"
 
-	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
 // pauses shows the pauses of package httpguard's Transports for their client. The host of an upstream is a label's value,
 // and so is shown nowhere.
 type pauses Client
 
-var _ agentapi.Pauses = (*pauses)(nil)
+var _ flowinfo.Pauses = (*pauses)(nil)
 
 // Began counts a pause, and logs it.
 func (p *pauses) Began(ctx context.Context, controlPoint string, status int, pause time.Duration) {

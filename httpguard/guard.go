@@ -32,7 +32,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -137,8 +137,8 @@ func end(ctx context.Context, flow *flowctl.Flow) { _, _ = flow.End(ctx) }
 
 // endUnused ends a flow that was let in, and whose request is not sent after all.
 func endUnused(ctx context.Context, flow *flowctl.Flow) {
-	if unused, ok := flow.Context().Value(agentapi.UnusedKey{}).(agentapi.Unused); ok {
-		unused.EndUnused(ctx)
+	if info, ok := flowinfo.From(flow.Context()); ok {
+		info.EndUnused(ctx)
 	}
 }
 

@@ -16,7 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
 const (
@@ -89,7 +89,7 @@ func (p place) clone() place {
 type pause struct {
 	until  time.Time
 	status int
-	seen   agentapi.Pauses // of the client whose flow met it; nil: of none
+	seen   flowinfo.Pauses // of the client whose flow met it; nil: of none
 }
 
 // pauses are those that upstreams asked for. The zero value has none.
@@ -144,11 +144,14 @@ func (p *pauses) heed(flow context.Context, r *http.Request, controlPoint string
 	if wait <= 0 {
 		return
 	}
-	if dry, _ := flow.Value(agentapi.DryRunKey{}).(bool); dry {
+	info, ok := flowinfo.From(flow)
+	if ok && info.DryRun() {
 		return
 	}
 	asked := pause{until: now.Add(wait), status: resp.StatusCode}
-	asked.seen, _ = flow.Value(agentapi.PausesKey{}).(agentapi.Pauses)
+	if ok {
+		asked.seen = info.Pauses()
+	}
 	if p.begin(placeOf(controlPoint, r.URL), asked) && asked.seen != nil {
 		asked.seen.Began(flow, controlPoint, asked.status, wait)
 	}

@@ -11,7 +11,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
 // Problem answers a request whose flow does not run with flow.HTTPStatus and problem details, RFC 9457:
@@ -77,7 +77,7 @@ func wholeSeconds(d time.Duration) int64 {
 
 // setRateLimit tells of the limits in force that the flow met. An agent does not tell how long their windows are.
 func setRateLimit(h http.Header, flow *flowctl.Flow) {
-	if dry, _ := flow.Context().Value(agentapi.DryRunKey{}).(bool); dry {
+	if info, ok := flowinfo.From(flow.Context()); ok && info.DryRun() {
 		return
 	}
 	var limits, policies []string

@@ -8,8 +8,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"maps"
-	"net/netip"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -49,162 +47,6 @@ type Agent interface {
 // A Reverter is an agent that can take back all that Check gave a flow, tokens and slots. Revert takes the place of End.
 type Reverter interface {
 	Revert(req *Request, v *Verdict)
-}
-
-// A Request is what a flow asks.
-type Request struct {
-	ControlPoint string
-	Labels       Labels
-
-	// Timeout is the longest that the answer may take, waits in queues included; 0 is no limit of its own. The
-	// agent applies it, because a call within the process needs no timer.
-	Timeout time.Duration
-}
-
-// Lookup names the cache entries to look up with the check; nil looks up none.
-func (r *Request) Lookup() *Lookup {
-	if r.Labels.Details == nil || !r.Labels.Details.Looks {
-		return nil
-	}
-	return &r.Labels.Details.Lookup
-}
-
-// RampMode says whether the flow needs a ramp that lets it in.
-func (r *Request) RampMode() bool { return r.Labels.Details != nil && r.Labels.Details.RampMode }
-
-// Late says that too little time is left for the answer to be heard: limiters refuse, for what they gave nobody would
-// give back.
-func (r *Request) Late() bool { return r.Labels.Details != nil && r.Labels.Details.Late }
-
-// DryRun reports whether the flow runs whatever the answer: no component has it wait, and it keeps what components give
-// it although others drop it.
-func (r *Request) DryRun() bool { return r.Labels.Details != nil && r.Labels.Details.DryRun }
-
-// Crowded is closed when the flow is to end its waits a twentieth of its time before it has to; nil for never.
-func (r *Request) Crowded() <-chan struct{} {
-	if r.Labels.Details == nil {
-		return nil
-	}
-	return r.Labels.Details.Crowded
-}
-
-// Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
-// two keys, so a merged map would be the dearest part of a check. Nobody writes to the maps.
-type Labels struct {
-	Params  map[string]string
-	Context map[string]string
-	Details *RequestDetails
-}
-
-// RequestDetails are what most flows of a client have in common; one that differs has details of its own. Not all of it is labels:
-// each word here is one that no flow has to make room for.
-type RequestDetails struct {
-	Baggage   map[string]string
-	Transport map[string]string
-	Defaults  map[string]string
-
-	// HTTP is the request that the flow is about, for an agent that makes labels of it itself; it stands in for
-	// Transport. Nil: the labels are all there is.
-	HTTP *HTTPRequest
-
-	// Service names the client's service, for selectors.
-	Service string
-
-	// Crowded is closed when so many checks are under way that the flow is to end its waits earlier. Nil means never.
-	Crowded <-chan struct{}
-
-	// For the request's methods of these names; the lookup if Looks.
-	Lookup                        Lookup
-	Looks, RampMode, Late, DryRun bool
-}
-
-// Lookup finds a label; the layer with the highest precedence wins.
-func (l *Labels) Lookup(key string) (string, bool) {
-	if v, ok := l.Params[key]; ok {
-		return v, true
-	}
-	if v, ok := l.Context[key]; ok {
-		return v, true
-	}
-	if l.Details == nil {
-		return "", false
-	}
-	if v, ok := l.Details.Baggage[key]; ok {
-		return v, true
-	}
-	if v, ok := l.Details.Transport[key]; ok {
-		return v, true
-	}
-	v, ok := l.Details.Defaults[key]
-	return v, ok
-}
-
-// Service names the client's service; "" when it has none.
-func (l *Labels) Service() string {
-	if l.Details == nil {
-		return ""
-	}
-	return l.Details.Service
-}
-
-// HTTP is the request that the agent is to make labels of; nil when there is none.
-func (l *Labels) HTTP() *HTTPRequest {
-	if l.Details == nil {
-		return nil
-	}
-	return l.Details.HTTP
-}
-
-// Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
-// empty.
-func (l *Labels) Merged() map[string]string {
-	var layers [5]map[string]string
-	n, size := 0, 0
-	add := func(m map[string]string) {
-		if len(m) > 0 {
-			layers[n] = m
-			n++
-			size += len(m)
-		}
-	}
-	if l.Details != nil {
-		add(l.Details.Defaults)
-		add(l.Details.Transport)
-		add(l.Details.Baggage)
-	}
-	add(l.Context)
-	add(l.Params)
-	if n <= 1 {
-		return layers[0]
-	}
-	merged := make(map[string]string, size)
-	for _, m := range layers[:n] {
-		maps.Copy(merged, m)
-	}
-	return merged
-}
-
-// HTTPRequest is an HTTP request as an agent is told of it: all text is valid UTF-8, and within the bounds of labels.
-type HTTPRequest struct {
-	Method, Path, Host, Scheme, Protocol string
-
-	Size                int64             // of the body in bytes; negative when unknown
-	Headers             map[string]string // by names in lower case, without those that carry credentials
-	Source, Destination netip.AddrPort    // zero when unknown
-
-	// Own is the baggage header that the request came with. The one in Headers carries the flow's labels.
-	Own string
-}
-
-// Lookup is the cache entries that a check looks up.
-type Lookup struct {
-	Result string   // "" looks up none
-	Global []string // empty ones are skipped
-
-	// Room takes room for a value of so many bytes in the answer, and reports whether there was any. The result's value
-	// goes first. A value that does not fit is a miss, and the others are the cache's own, which nobody may change. Nil is
-	// room for any, and the values are copies.
-	Room func(size int) bool
 }
 
 // CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control
@@ -278,7 +120,7 @@ type Verdict struct {
 
 // VerdictDetails hold the parts of a verdict that flows in a hurry do without.
 type VerdictDetails struct {
-	err       atomic.Pointer[error] // why the flow was not accepted
+	err       atomic.Pointer[error] // of the flow, which has no room for it: see Verdict.Fail
 	rejection Rejection
 
 	Decisions []LimiterDecision // after the first
@@ -286,8 +128,28 @@ type VerdictDetails struct {
 	Result    CacheAnswer
 	Global    map[string]CacheAnswer
 
-	// Wire is what the remote agent keeps of its answer.
-	Wire any
+	// Remote is the answer itself where a remote agent gave it; else nil.
+	Remote RemoteAnswer
+}
+
+// A RemoteAnswer is the answer of a remote agent, as it is kept until the flow has ended. It speaks of messages in their
+// encoded form, so that an engine links no protocol.
+type RemoteAnswer interface {
+	// CheckResponse is the answer as an encoded CheckResponse. Nobody may change it.
+	CheckResponse() ([]byte, error)
+
+	// HTTP is what the agent wants done with the HTTP request; nil when it was not told of one.
+	HTTP(*HTTPRequest) *HTTPAnswer
+
+	// End gives back what the flow holds, and reports how it went.
+	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
+}
+
+// HTTPAnswer is what an agent wants done with an HTTP request: headers to set in it if it was accepted, and else those of
+// the answer, with its body. The map is the caller's.
+type HTTPAnswer struct {
+	Header map[string]string
+	Body   string
 }
 
 // More gives v.Details, which it makes where there is none.
@@ -322,8 +184,9 @@ func (v *Verdict) Reject(r Rejection) {
 	v.More().rejection = r
 }
 
-// Fail notes the flow's error, unless one is noted already, and returns the noted one. It is the client's: an agent
-// returns its error. For a verdict that is a rejection it is safe for concurrent use.
+// Fail notes the flow's error, unless one is noted already, and returns the noted one. An agent does not call it: the
+// error is the client's, and is here because a flow is as large as its size class allows, and few have one. For a verdict
+// that is a rejection it is safe for concurrent use.
 func (v *Verdict) Fail(err error) error {
 	if x := v.More(); !x.err.CompareAndSwap(nil, &err) {
 		return *x.err.Load()
@@ -437,8 +300,8 @@ type LimiterDecision struct {
 	// those that this flow took.
 	Remaining, Consumed float64
 
-	// held is the slot of a flow that was not dropped, and the wait of one that was: none has both.
-	held uint64
+	slot uint64        // what a flow that was not dropped holds; 0 for nothing
+	wait time.Duration // until a flow that was dropped could pass; 0 when nobody knows
 
 	Scope Scope
 	Cause Cause
@@ -457,26 +320,16 @@ type LimiterDecision struct {
 func (d *LimiterDecision) Passed() bool { return !d.Dropped || d.DryRun }
 
 // Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped.
-func (d *LimiterDecision) Hold(slot uint64) { d.held = slot }
+func (d *LimiterDecision) Hold(slot uint64) { d.slot = slot }
 
 // Slot identifies what the flow holds; 0 when it holds nothing.
-func (d *LimiterDecision) Slot() uint64 {
-	if d.Dropped {
-		return 0
-	}
-	return d.held
-}
+func (d *LimiterDecision) Slot() uint64 { return d.slot }
 
-// Drop drops the flow, which could pass after the wait; 0 when nobody knows.
-func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.held = true, uint64(wait) }
+// Drop drops the flow, which could pass after the wait; 0 when nobody knows. A flow that is dropped holds nothing.
+func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.slot, d.wait = true, 0, wait }
 
 // Wait is how long until the flow could pass; 0 when it did or when nobody knows.
-func (d *LimiterDecision) Wait() time.Duration {
-	if !d.Dropped {
-		return 0
-	}
-	return time.Duration(d.held)
-}
+func (d *LimiterDecision) Wait() time.Duration { return d.wait }
 
 // Scope is which of a limiter's buckets decided.
 type Scope uint8
@@ -507,29 +360,4 @@ func ShortValue(value string, most int) string {
 		n--
 	}
 	return value[:n] + code
-}
-
-// DryRunKey is for a bool in a flow's context. It is true when no limit is in force for the flow: its client is nil or in
-// dry run.
-type DryRunKey struct{}
-
-// PausesKey is for the [Pauses] of a flow's client, in the flow's context. A nil client has none.
-type PausesKey struct{}
-
-// Pauses shows, for a client, the pauses of package httpguard's Transports. It is safe for concurrent use.
-type Pauses interface {
-	// Began notes that an upstream asked for a pause of the given length, at a control point and with an HTTP status.
-	Began(ctx context.Context, controlPoint string, status int, pause time.Duration)
-
-	// Refused notes that a request was not sent because of a pause, which has the given time left.
-	Refused(ctx context.Context, controlPoint string, left time.Duration)
-}
-
-// UnusedKey is for the [Unused] of a flow, in the flow's context.
-type UnusedKey struct{}
-
-// Unused ends a flow that was let in and did not run after all. EndUnused is the flow's End, and gives back what the flow
-// was given, tokens too, as far as the agent can be told.
-type Unused interface {
-	EndUnused(ctx context.Context)
 }

@@ -13,11 +13,11 @@ func TestLabelsPrecedence(t *testing.T) {
 	layered := Labels{
 		Params:  map[string]string{"a": "params"},
 		Context: map[string]string{"a": "context", "b": "context"},
-		Details: &RequestDetails{
+		Shared: &Shared{Layers: Layers{
 			Baggage:   map[string]string{"a": "baggage", "b": "baggage", "c": "baggage"},
 			Transport: map[string]string{"a": "transport", "b": "transport", "c": "transport", "d": "transport"},
 			Defaults:  map[string]string{"a": "default", "b": "default", "c": "default", "d": "default", "e": "default"},
-		},
+		}},
 	}
 	want := map[string]string{"a": "params", "b": "context", "c": "baggage", "d": "transport", "e": "default"}
 	if diff := cmp.Diff(want, layered.Merged()); diff != "" {
@@ -31,7 +31,7 @@ func TestLabelsPrecedence(t *testing.T) {
 	if got, ok := layered.Lookup("f"); got != "" || ok {
 		t.Errorf("Lookup(f) = %q, %v want none", got, ok)
 	}
-	if len(layered.Params) != 1 || len(layered.Details.Defaults) != 5 {
+	if len(layered.Params) != 1 || len(layered.Shared.Defaults) != 5 {
 		t.Error("Merged wrote to a layer")
 	}
 }

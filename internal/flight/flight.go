@@ -283,7 +283,3 @@ func (c *core) tells(leads bool) bool {
 	}
 	return false
 }
-
-// ShortOfTime is the key under which a flow's context has a bool: it reports whether the flow was not accepted because
-// its caller had too little time, so that another caller, which has more, could be.
-type ShortOfTime struct{}

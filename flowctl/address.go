@@ -1,0 +1,58 @@
+package flowctl
+
+import (
+	"errors"
+	"net"
+	"strconv"
+	"strings"
+
+	"google.golang.org/grpc/resolver"
+)
+
+// checkAddress tells why the address is none. One is host:port, or a target with a scheme that gRPC knows. One that it does
+// not know it would take for a host's name, and never find it. The errors do not say the address: there are secrets in
+// some.
+func checkAddress(address string, cfg *config) error {
+	if address == "" {
+		return errors.New("the address is empty")
+	}
+	scheme, rest, _ := strings.Cut(address, ":")
+	switch known := resolver.Get(scheme) != nil; {
+	case known:
+		return nil
+	case strings.HasPrefix(rest, "//") && (len(cfg.dialOptions) == 0 || strings.HasPrefix(scheme, "http")):
+		return errors.New("the address is a URL, or has a scheme that gRPC does not know")
+	case strings.HasPrefix(rest, "//"):
+		return nil // for a resolver in the options
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return errors.New("the address is not host:port")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errors.New("the address has no port from 1 to 65535")
+	}
+	if strings.ContainsAny(host, " /\\@") {
+		return errors.New("the address has a host that cannot be one")
+	}
+	return nil
+}
+
+// isLoopback reports whether the target can only be this machine.
+func isLoopback(target string) bool {
+	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {
+		return true
+	}
+	for _, scheme := range []string{"dns:///", "passthrough:///", "dns:", "passthrough:"} {
+		if rest, ok := strings.CutPrefix(target, scheme); ok {
+			target = rest
+			break
+		}
+	}
+	host, _, err := net.SplitHostPort(target)
+	if err != nil {
+		host = target
+	}
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}

@@ -1,0 +1,58 @@
+package flowctl
+
+import (
+	"context"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/flowinfo"
+)
+
+// flowInfo is the flow as its context tells other packages of it.
+type flowInfo Flow
+
+var _ flowinfo.Info = (*flowInfo)(nil)
+
+// DryRun reports whether no limit is in force for the flow.
+func (f *flowInfo) DryRun() bool { return f.client == nil || f.client.dryRun }
+
+// Pauses shows the pauses of the flow's client.
+func (f *flowInfo) Pauses() flowinfo.Pauses {
+	if f.client == nil {
+		return nil
+	}
+	return (*pauses)(f.client)
+}
+
+// EndUnused ends the flow as an error.
+func (f *flowInfo) EndUnused(ctx context.Context) {
+	flow := (*Flow)(f)
+	flow.SetStatus(StatusError)
+	_, _ = flow.end(ctx, true) // the client logs the error
+}
+
+// timeUp is how little time a caller has left when its deadline is what ended a wait. Agents answer a moment before the
+// deadline, so that the answer is heard.
+const timeUp = 25 * time.Millisecond
+
+// ShortOfTime reports whether the flow was rejected, just now, because its caller's deadline was too near: the check
+// timeout would have left it more time.
+func (f *flowInfo) ShortOfTime() bool {
+	if f.decision != Rejected {
+		return false
+	}
+	deadline, ok := f.parent.Deadline()
+	if !ok {
+		return false
+	}
+	left := time.Until(deadline)
+	switch r := f.verdict.Rejection(); {
+	case r.Cause == agentapi.CauseTimeout:
+		return left <= timeUp
+	case r.Cause == agentapi.CauseLate, r.Cause == agentapi.CauseLongQueue,
+		r.Cause == agentapi.CauseNone && r.Reason == agentapi.ReasonNoTokens: // an agent that does not say
+		return f.req.Timeout <= 0 || left < f.req.Timeout
+	default:
+		return false
+	}
+}

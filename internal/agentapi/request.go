@@ -1,0 +1,175 @@
+package agentapi
+
+import (
+	"maps"
+	"net/netip"
+	"time"
+)
+
+// A Request is what a flow asks.
+type Request struct {
+	ControlPoint string
+	Labels       Labels
+
+	// Timeout is the longest that the answer may take, waits in queues included; 0 is no limit of its own. The
+	// agent applies it, because a call within the process needs no timer.
+	Timeout time.Duration
+}
+
+// Lookup names the cache entries to look up with the check; nil looks up none.
+func (r *Request) Lookup() *Lookup {
+	if r.Labels.Shared == nil {
+		return nil
+	}
+	return r.Labels.Shared.Lookup
+}
+
+// RampMode reports whether the flow needs a ramp that lets it in.
+func (r *Request) RampMode() bool { return r.Labels.Shared != nil && r.Labels.Shared.RampMode }
+
+// Late reports that the client will not see the answer in time. Limiters reject such flows, because nothing would return
+// what they granted.
+func (r *Request) Late() bool { return r.Labels.Shared != nil && r.Labels.Shared.Late }
+
+// DryRun reports whether the flow runs whatever the answer: no component has it wait, and it keeps what components give
+// it although others drop it.
+func (r *Request) DryRun() bool { return r.Labels.Shared != nil && r.Labels.Shared.DryRun }
+
+// Crowded is closed when the flow is to end its waits a twentieth of its time before it has to; nil for never.
+func (r *Request) Crowded() <-chan struct{} {
+	if r.Labels.Shared == nil {
+		return nil
+	}
+	return r.Labels.Shared.Crowded
+}
+
+// Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
+// two keys, so a merged map would be the dearest part of a check. Nobody writes to the maps.
+type Labels struct {
+	Params  map[string]string
+	Context map[string]string
+	Shared  *Shared // nil: the layers below are empty, and the options are their zero values
+}
+
+// Shared is the part of a request that flows may share: the flows of a client that differ in nothing of it have the same
+// one, which nobody changes. It is one object with two parts, because a flow has room for one pointer.
+type Shared struct {
+	Layers
+	Options
+}
+
+// Layers are the layers of labels that are not the application's word on the flow.
+type Layers struct {
+	Baggage   map[string]string
+	Transport map[string]string
+	Defaults  map[string]string
+}
+
+// Options say what is asked of the agent besides its decision, and how. The zero value asks for nothing.
+type Options struct {
+	// Lookup names the cache entries to look up with the check; nil looks up none.
+	Lookup *Lookup
+
+	// HTTP is the request that the flow is about, for an agent that makes labels of it itself; it stands in for the
+	// transport's layer. Nil: the labels are all there is.
+	HTTP *HTTPRequest
+
+	// Service names the client's service, for selectors.
+	Service string
+
+	// Crowded is closed when so many checks are under way that the flow is to end its waits earlier. Nil means never.
+	Crowded <-chan struct{}
+
+	RampMode bool // a ramp must let the flow in
+	DryRun   bool // the flow runs whatever the answer
+	Late     bool // the client will not see the answer in time
+}
+
+// Lookup finds a label; the layer with the highest precedence wins.
+func (l *Labels) Lookup(key string) (string, bool) {
+	if v, ok := l.Params[key]; ok {
+		return v, true
+	}
+	if v, ok := l.Context[key]; ok {
+		return v, true
+	}
+	if l.Shared == nil {
+		return "", false
+	}
+	if v, ok := l.Shared.Baggage[key]; ok {
+		return v, true
+	}
+	if v, ok := l.Shared.Transport[key]; ok {
+		return v, true
+	}
+	v, ok := l.Shared.Defaults[key]
+	return v, ok
+}
+
+// Service names the client's service; "" when it has none.
+func (l *Labels) Service() string {
+	if l.Shared == nil {
+		return ""
+	}
+	return l.Shared.Service
+}
+
+// HTTP is the request that the agent is to make labels of; nil when there is none.
+func (l *Labels) HTTP() *HTTPRequest {
+	if l.Shared == nil {
+		return nil
+	}
+	return l.Shared.HTTP
+}
+
+// Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
+// empty.
+func (l *Labels) Merged() map[string]string {
+	var layers [5]map[string]string
+	n, size := 0, 0
+	add := func(m map[string]string) {
+		if len(m) > 0 {
+			layers[n] = m
+			n++
+			size += len(m)
+		}
+	}
+	if l.Shared != nil {
+		add(l.Shared.Defaults)
+		add(l.Shared.Transport)
+		add(l.Shared.Baggage)
+	}
+	add(l.Context)
+	add(l.Params)
+	if n <= 1 {
+		return layers[0]
+	}
+	merged := make(map[string]string, size)
+	for _, m := range layers[:n] {
+		maps.Copy(merged, m)
+	}
+	return merged
+}
+
+// HTTPRequest is an HTTP request as an agent is told of it: all text is valid UTF-8, and within the bounds of labels.
+type HTTPRequest struct {
+	Method, Path, Host, Scheme, Protocol string
+
+	Size                int64             // of the body in bytes; negative when unknown
+	Headers             map[string]string // by names in lower case, without those that carry credentials
+	Source, Destination netip.AddrPort    // zero when unknown
+
+	// Own is the baggage header that the request came with. The one in Headers carries the flow's labels.
+	Own string
+}
+
+// Lookup is the cache entries that a check looks up.
+type Lookup struct {
+	Result string   // "" looks up none
+	Global []string // empty ones are skipped
+
+	// Room takes room for a value of so many bytes in the answer, and reports whether there was any. The result's value
+	// goes first. A value that does not fit is a miss, and the others are the cache's own, which nobody may change. Nil is
+	// room for any, and the values are copies.
+	Room func(size int) bool
+}
