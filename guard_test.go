@@ -27,7 +27,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -318,7 +318,7 @@ func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
 	var mu sync.Mutex
 	var ends []ended
 	agent.Register(only{server, "aperture.flowcontrol.check.v1.FlowControlService"}, e)
-	collector.Register(server, func(_ context.Context, data *tracev1.TracesData) error {
+	telemetry.Register(server, func(_ context.Context, data *tracev1.TracesData) error {
 		mu.Lock()
 		defer mu.Unlock()
 		for _, span := range data.GetResourceSpans()[0].GetScopeSpans()[0].GetSpans() {

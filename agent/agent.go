@@ -36,7 +36,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/bounds"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -65,7 +65,7 @@ func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
 	services := registrar{s, e.NamedLabels}
 	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: svc})
 	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: svc})
-	collector.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
+	telemetry.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
 	return svc
 }
 

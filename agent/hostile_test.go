@@ -19,7 +19,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -159,7 +159,7 @@ func TestForgedSpans(t *testing.T) {
 				for i := range int64(tt.times) {
 					span := report{answer: m, status: "OK", begin: second, end: second + tt.latency*(i+1)}.span()
 					data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{span}}}}}}
-					if err := conn.Invoke(t.Context(), collector.Export, data, new(emptypb.Empty)); err != nil {
+					if err := conn.Invoke(t.Context(), telemetry.Export, data, new(emptypb.Empty)); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -21,7 +21,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 )
 
 // Every service of the server but the health service wants a valid key, once.
@@ -50,7 +50,7 @@ func TestKeys(t *testing.T) {
 	calls := map[string][]byte{
 		flow + "Check": point, flow + "FlowEnd": nil, flow + "CacheLookup": nil, flow + "CacheUpsert": nil, flow + "CacheDelete": nil,
 		checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName: []byte("\x22\x05point"),
-		collector.Export: nil,
+		telemetry.Export: nil,
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": nil,
 		"/no.such.Service/Method":                                   nil,
 	}

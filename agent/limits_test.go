@@ -28,7 +28,7 @@ import (
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -557,7 +557,7 @@ func TestSpansEndFlows(t *testing.T) {
 					}
 					export := func() {
 						data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{r.span()}}}}}}
-						if err := s.conn(t).Invoke(t.Context(), collector.Export, data, new(emptypb.Empty)); err != nil {
+						if err := s.conn(t).Invoke(t.Context(), telemetry.Export, data, new(emptypb.Empty)); err != nil {
 							t.Fatal(err)
 						}
 					}

@@ -15,6 +15,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/protofield"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -174,7 +175,7 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 		return status.Error(codes.ResourceExhausted, fmt.Sprintf("message of %d bytes is larger than %d", len(data), size))
 	}
 	n := 0
-	few, err := filter(data, func(number protowire.Number, _ []byte) bool {
+	few, err := protofield.Filter(data, func(number protowire.Number, _ []byte) bool {
 		if number == repeats {
 			n++
 		}
@@ -184,30 +185,6 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 		return err
 	}
 	return unmarshal(few, m)
-}
-
-// filter gives the message without the fields of bytes or numbers that are not kept, and what comes right before them of
-// other kinds, which no message of the protocol has. It copies only if there are such.
-func filter(message []byte, keep func(number protowire.Number, data []byte) bool) ([]byte, error) {
-	kept, copied := message[:0:0], false
-	for rest := message; len(rest) > 0; {
-		field, data, _, after, ok := next(rest)
-		if !ok {
-			return nil, errMalformed
-		}
-		one := rest[:len(rest)-len(after)]
-		switch keeps := field == 0 || keep(field, data); {
-		case keeps && copied:
-			kept = append(kept, one...)
-		case !keeps && !copied:
-			kept, copied = append(kept, message[:len(message)-len(rest)]...), true
-		}
-		rest = after
-	}
-	if !copied {
-		return message, nil
-	}
-	return kept, nil
 }
 
 // Numbers of fields. Those of both kinds of checks are the same for none but our own.
@@ -243,9 +220,9 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 	var controlPoint []byte
 	var lookup *lookupReader
 	for rest := data; len(rest) > 0; {
-		field, data, n, after, ok := next(rest)
+		field, data, n, after, ok := protofield.Next(rest)
 		if !ok {
-			return errMalformed
+			return protofield.ErrMalformed
 		}
 		rest = after
 		if data == nil {
@@ -270,7 +247,7 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 				lookup = &lookupReader{m: new(checkv1.CacheLookupRequest)}
 			}
 			if !lookup.read(data) {
-				return errMalformed
+				return protofield.ErrMalformed
 			}
 		}
 	}
@@ -291,7 +268,7 @@ type lookupReader struct {
 // read reads more of the lookup, and reports whether it is well-formed.
 func (l *lookupReader) read(data []byte) bool {
 	for rest := data; len(rest) > 0; {
-		field, data, _, after, ok := next(rest)
+		field, data, _, after, ok := protofield.Next(rest)
 		if !ok {
 			return false
 		}
@@ -325,7 +302,7 @@ func point(data []byte) string { return text(data[:min(len(data), maxPoint)]) }
 // entryOf is an entry of a map from text to text.
 func entryOf(data []byte) (key, value []byte) {
 	for rest := data; len(rest) > 0; {
-		field, data, _, after, ok := next(rest)
+		field, data, _, after, ok := protofield.Next(rest)
 		if !ok {
 			break
 		}
@@ -347,9 +324,9 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 	request := httpReader{headers: headersRead{named: named}}
 	var controlPoint []byte
 	for rest := data; len(rest) > 0; {
-		field, data, n, after, ok := next(rest)
+		field, data, n, after, ok := protofield.Next(rest)
 		if !ok {
-			return errMalformed
+			return protofield.ErrMalformed
 		}
 		rest = after
 		if data == nil {
@@ -369,7 +346,7 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 				m.Request = new(checkhttpv1.CheckHTTPRequest_HttpRequest)
 			}
 			if !request.read(data) {
-				return errMalformed
+				return protofield.ErrMalformed
 			}
 		case httpRequestPoint:
 			controlPoint = data
@@ -392,7 +369,7 @@ type httpReader struct {
 // read reads more of the request, and reports whether it is well-formed.
 func (h *httpReader) read(data []byte) bool {
 	for rest := data; len(rest) > 0; {
-		field, data, n, after, ok := next(rest)
+		field, data, n, after, ok := protofield.Next(rest)
 		if !ok {
 			return false
 		}

@@ -2,10 +2,7 @@ package agent
 
 import (
 	"bytes"
-	"encoding/base64"
-	"math"
 	"slices"
-	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -13,7 +10,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/protofield"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -23,12 +21,13 @@ import (
 // time since then.
 func (s *Service) read(span []byte) {
 	measured := s.engine.Measures("")
-	r := reportOf(span)
-	if r.check == nil || !measured && expectsEnd(r.check) {
+	r, err := telemetry.Read(span)
+	if err != nil || r.Check == nil && r.JSON == nil || !measured && expectsEnd(&r) {
 		return
 	}
-	m := readCheck(r.check, func(controlPoint string, expectEnd bool) bool {
-		return !expectEnd || measured && r.ok && s.engine.Measures(controlPoint)
+	latency, waited, ok := latencyOf(&r)
+	m := readCheck(&r, func(controlPoint string, expectEnd bool) bool {
+		return !expectEnd || measured && ok && s.engine.Measures(controlPoint)
 	})
 	if m == nil {
 		return
@@ -38,9 +37,9 @@ func (s *Service) read(span []byte) {
 			s.end(ref)
 		}
 	}
-	if start := m.GetStart(); measured && r.ok && worked(m, r.dryRun) && start.IsValid() && s.issued.take(start.AsTime()) {
-		latency := min(r.latency, max(time.Since(start.AsTime()), 0))
-		if r.waited {
+	if start := m.GetStart(); measured && ok && worked(m, r.DryRun) && start.IsValid() && s.issued.take(start.AsTime()) {
+		latency = min(latency, max(time.Since(start.AsTime()), 0))
+		if waited {
 			latency = max(latency-checked(m), 0)
 		}
 		s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
@@ -64,94 +63,33 @@ const (
 // longest is beyond what a flow takes: clocks are wrong then.
 const longest = 24 * time.Hour
 
-// A report is what a span tells of a flow.
-type report struct {
-	check   []byte        // the answer to the flow's check; nil for none
-	latency time.Duration // how long its work took
-	waited  bool          // the latency has the check's time in it: one SDK has the work start with the flow
-	ok      bool          // the flow ran and ended well, and the times make sense
-	dryRun  bool          // the flow ran whatever was decided
-}
-
-func reportOf(span []byte) report {
-	var check []byte
-	var start, begin, end int64
-	good, dryRun := false, false
-	walk(span, func(field protowire.Number, attribute []byte, _ uint64) {
-		if field != collector.SpanAttribute {
-			return
-		}
-		var key, text []byte
-		var number int64
-		walk(attribute, func(field protowire.Number, data []byte, _ uint64) {
-			if field == collector.AttributeKey {
-				key = data
-			}
-			if field == collector.AttributeValue {
-				walk(data, func(field protowire.Number, data []byte, n uint64) {
-					if field == collector.ValueString {
-						text = data
-					}
-					if field == collector.ValueInt {
-						number = int64(n)
-					}
-				})
-			}
-		})
-		switch string(key) {
-		case "aperture.flow_start_timestamp":
-			start = number
-		case "aperture.workload_start_timestamp":
-			begin = number
-		case "aperture.workload_start_timestamp_ms":
-			begin = ofMillis(number)
-		case "aperture.flow_end_timestamp":
-			end = number
-		case "aperture.flow_end_timestamp_ms":
-			end = ofMillis(number)
-		case "aperture.flow.status":
-			good = strings.EqualFold(string(text), "OK") // one SDK has it in small letters
-		case "aperture.check_response":
-			check = text
-		case collector.DryRun:
-			dryRun = string(text) == "true"
-		}
-	})
-	r := report{check: check, latency: time.Duration(end - begin), waited: begin == start, dryRun: dryRun}
-	r.ok = good && check != nil && begin > 0 && end >= begin && r.latency <= longest
-	return r
-}
-
-// ofMillis is a time in nanoseconds; 0, which is none, where it has no room for it.
-func ofMillis(n int64) int64 {
-	if n <= 0 || n > math.MaxInt64/int64(time.Millisecond) {
-		return 0
-	}
-	return n * int64(time.Millisecond)
+// latencyOf is how long the work of a flow took that ran and ended well; ok is false where it did not, and where the times
+// make no sense. The latency of one SDK has the check's time in it, because there the work starts with the flow: then
+// waited is true.
+func latencyOf(r *telemetry.Record) (latency time.Duration, waited, ok bool) {
+	latency = time.Duration(r.End - r.Work)
+	ok = r.Status == telemetry.OK && r.Work > 0 && r.End >= r.Work && latency <= longest
+	return latency, r.Work == r.Start, ok
 }
 
 // expectsEnd reports whether an answer says that its client ends the flow itself, as most do, without decoding the rest
 // of it where that is easy.
-func expectsEnd(text []byte) bool {
-	if len(text) > 0 && text[0] == '{' {
-		for _, name := range []string{`"expectEnd"`, `"expect_end"`} {
-			if _, after, ok := bytes.Cut(text, []byte(name)); ok {
-				return bytes.HasPrefix(bytes.TrimLeft(after, ": \t\r\n"), []byte("true"))
-			}
+func expectsEnd(r *telemetry.Record) bool {
+	if r.Check != nil {
+		_, expects := glance(r.Check)
+		return expects
+	}
+	for _, name := range []string{`"expectEnd"`, `"expect_end"`} {
+		if _, after, ok := bytes.Cut(r.JSON, []byte(name)); ok {
+			return bytes.HasPrefix(bytes.TrimLeft(after, ": \t\r\n"), []byte("true"))
 		}
-		return false
 	}
-	data, err := base64.StdEncoding.AppendDecode(nil, text)
-	if err != nil {
-		return true // nothing can be read from it
-	}
-	_, expects := glance(data)
-	return expects
+	return false
 }
 
 // glance reads what is of interest of every answer.
 func glance(check []byte) (controlPoint string, expectEnd bool) {
-	walk(check, func(field protowire.Number, value []byte, number uint64) {
+	protofield.Walk(check, func(field protowire.Number, value []byte, number uint64) {
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, two are of interest
 		case checkControlPoint:
 			controlPoint = string(value)
@@ -171,20 +109,19 @@ const (
 )
 
 // readCheck reads an answer in either of its forms, if it is wanted; nil if not.
-func readCheck(text []byte, wanted func(controlPoint string, expectEnd bool) bool) *checkv1.CheckResponse {
+func readCheck(r *telemetry.Record, wanted func(controlPoint string, expectEnd bool) bool) *checkv1.CheckResponse {
 	m := new(checkv1.CheckResponse)
-	if len(text) > 0 && text[0] == '{' {
-		if len(text) > maxCheckJSON || (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, m) != nil || !wanted(m.GetControlPoint(), m.GetExpectEnd()) {
+	if r.Check == nil {
+		if len(r.JSON) > maxCheckJSON || (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(r.JSON, m) != nil || !wanted(m.GetControlPoint(), m.GetExpectEnd()) {
 			return nil
 		}
 		return m
 	}
-	data, err := base64.StdEncoding.AppendDecode(nil, text)
-	if err != nil || !wanted(glance(data)) {
+	if !wanted(glance(r.Check)) {
 		return nil
 	}
 	decisions, labels := 0, 0
-	data, err = filter(data, func(field protowire.Number, _ []byte) bool {
+	data, err := protofield.Filter(r.Check, func(field protowire.Number, _ []byte) bool {
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, a few are of interest
 		case checkStart, checkEnd, checkControlPoint, checkDecisionType, checkLookup, checkExpectEnd:
 			return true
@@ -206,7 +143,7 @@ func readCheck(text []byte, wanted func(controlPoint string, expectEnd bool) boo
 // withoutValues is an answer without what it has of the global cache.
 func withoutValues(check []byte) []byte {
 	var lookups [][]byte
-	rest, err := filter(check, func(field protowire.Number, data []byte) bool {
+	rest, err := protofield.Filter(check, func(field protowire.Number, data []byte) bool {
 		if field == checkLookup {
 			lookups = append(lookups, data)
 		}
@@ -216,7 +153,7 @@ func withoutValues(check []byte) []byte {
 		return check
 	}
 	for _, lookup := range lookups {
-		result, err := filter(lookup, func(field protowire.Number, _ []byte) bool { return field == lookupResponseResult })
+		result, err := protofield.Filter(lookup, func(field protowire.Number, _ []byte) bool { return field == lookupResponseResult })
 		if err != nil {
 			return check
 		}

@@ -19,7 +19,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -140,7 +140,7 @@ func TestLatencies(t *testing.T) {
 					r.answer.Start, r.answer.End = asked.GetStart(), timestamppb.New(asked.GetStart().AsTime().Add(took))
 				}
 				data := &tracev1.TracesData{ResourceSpans: []*tracev1.ResourceSpans{{ScopeSpans: []*tracev1.ScopeSpans{{Spans: []*tracev1.Span{r.span()}}}}}}
-				if err := conn.Invoke(t.Context(), collector.Export, data, new(emptypb.Empty)); err != nil {
+				if err := conn.Invoke(t.Context(), telemetry.Export, data, new(emptypb.Empty)); err != nil {
 					t.Fatal(err)
 				}
 				_ = conn.Close()

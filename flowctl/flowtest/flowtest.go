@@ -10,12 +10,10 @@ package flowtest
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -35,7 +33,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -136,7 +134,7 @@ func NewAgent(t testing.TB) *Agent {
 	)
 	checkv1.RegisterFlowControlServiceServer(a.server, service{Agent: a})
 	checkhttpv1.RegisterFlowControlServiceHTTPServer(a.server, service{Agent: a})
-	collector.Register(a.server, a.export)
+	telemetry.Register(a.server, a.export)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -516,41 +514,35 @@ func (a *Agent) export(ctx context.Context, data *tracev1.TracesData) error {
 	return nil
 }
 
-// readSpan reads a flow's span as agents do: the answer in it is protobuf's JSON or base64.
+// readSpan reads a flow's span as agents do.
 func readSpan(p *tracev1.Span) (Span, error) {
-	s := Span{Proto: p, Response: new(checkv1.CheckResponse)}
-	for _, kv := range p.GetAttributes() {
-		at := time.Unix(0, kv.GetValue().GetIntValue())
-		switch kv.GetKey() {
-		case "aperture.flow_start_timestamp":
-			s.Start = at
-		case "aperture.workload_start_timestamp":
-			s.WorkloadStart = at
-		case "aperture.flow_end_timestamp":
-			s.End = at
-		case "aperture.flow.status":
-			s.Status = flowctl.StatusError
-			if kv.GetValue().GetStringValue() == flowctl.StatusOK.String() {
-				s.Status = flowctl.StatusOK
-			}
-		case "aperture.check_response":
-			text := kv.GetValue().GetStringValue()
-			if strings.HasPrefix(text, "{") {
-				if err := protojson.Unmarshal([]byte(text), s.Response); err != nil {
-					return Span{}, err
-				}
-				continue
-			}
-			wire, err := base64.StdEncoding.DecodeString(text)
-			if err != nil {
-				return Span{}, err
-			}
-			if err := proto.Unmarshal(wire, s.Response); err != nil {
-				return Span{}, err
-			}
-		}
+	data, err := proto.Marshal(p)
+	if err != nil {
+		return Span{}, err
 	}
-	return s, nil
+	r, err := telemetry.Read(data)
+	if err != nil {
+		return Span{}, err
+	}
+	s := Span{Start: timeOf(r.Start), WorkloadStart: timeOf(r.Work), End: timeOf(r.End), Proto: p, Response: new(checkv1.CheckResponse)}
+	switch r.Status {
+	case telemetry.OK:
+		s.Status = flowctl.StatusOK
+	case telemetry.Error:
+		s.Status = flowctl.StatusError
+	}
+	if r.JSON != nil {
+		return s, protojson.Unmarshal(r.JSON, s.Response)
+	}
+	return s, proto.Unmarshal(r.Check, s.Response)
+}
+
+// timeOf is a time in Unix nanoseconds; 0 is none.
+func timeOf(n int64) time.Time {
+	if n == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, n)
 }
 
 // listener knows its connections, so that they can be broken and frozen.

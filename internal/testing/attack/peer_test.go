@@ -23,7 +23,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 )
 
 const (
@@ -389,8 +389,8 @@ func bombs() map[string]assault {
 			{flowService + "CacheUpsert", manyLabels(3)},
 		}...),
 		"bombs of spans": bomb(pauseOfBombs, []request{
-			{collector.Export, field(1, field(2, of([]byte{0x12, 0})))},
-			{collector.Export, span([]byte(`{"limiterDecisions":[` + strings.Repeat("{},", largest/4) + `{}]}`))},
+			{telemetry.Export, field(1, field(2, of([]byte{0x12, 0})))},
+			{telemetry.Export, span([]byte(`{"limiterDecisions":[` + strings.Repeat("{},", largest/4) + `{}]}`))},
 		}...),
 	}
 }

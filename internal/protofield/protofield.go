@@ -1,4 +1,5 @@
-package agent
+// Package protofield reads encoded messages field by field, for code that wants little of them.
+package protofield
 
 import (
 	"errors"
@@ -6,15 +7,16 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-var errMalformed = errors.New("malformed message")
+// ErrMalformed means that bytes are no message.
+var ErrMalformed = errors.New("malformed message")
 
-// next reads the first field of a message that holds bytes or a number, and returns what comes after it. The data of a
+// Next reads the first field of a message that holds bytes or a number, and returns what comes after it. The data of a
 // number are nil, and those of bytes are not. If the message holds no such field, the field's number is 0. It is not ok if
 // the message is malformed; where a group ends, its number is not looked at.
 //
 // A message can have two million fields, which are read before policies decide. So this costs a few nanoseconds, also for
 // groups in groups, and returns what fits into registers: a struct would not.
-func next(message []byte) (field protowire.Number, data []byte, n uint64, rest []byte, ok bool) {
+func Next(message []byte) (field protowire.Number, data []byte, n uint64, rest []byte, ok bool) {
 	// Most fields have a tag and a size, or a tag and a number, of a byte each.
 	if len(message) > 1 && message[0] > 7 && message[0] < 0x80 && message[1] < 0x80 {
 		field, end := protowire.Number(message[0]>>3), 2+int(message[1])
@@ -30,7 +32,7 @@ func next(message []byte) (field protowire.Number, data []byte, n uint64, rest [
 	return nextOf(message)
 }
 
-// nextOf is next for any field.
+// nextOf is Next for any field.
 func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest []byte, ok bool) {
 	groups := 0
 	for len(message) > 0 {
@@ -91,11 +93,11 @@ func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest
 	return 0, nil, 0, nil, groups == 0
 }
 
-// walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
+// Walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
 // data of a number are nil, and those of bytes are not.
-func walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) {
+func Walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) {
 	for len(message) > 0 {
-		field, data, n, rest, ok := next(message)
+		field, data, n, rest, ok := Next(message)
 		if !ok {
 			return
 		}
@@ -104,4 +106,28 @@ func walk(message []byte, visit func(field protowire.Number, data []byte, number
 		}
 		message = rest
 	}
+}
+
+// Filter gives the message without the fields of bytes or numbers that are not kept, and what comes right before them of
+// other kinds, which no message of the protocol has. It copies only if there are such.
+func Filter(message []byte, keep func(number protowire.Number, data []byte) bool) ([]byte, error) {
+	kept, copied := message[:0:0], false
+	for rest := message; len(rest) > 0; {
+		field, data, _, after, ok := Next(rest)
+		if !ok {
+			return nil, ErrMalformed
+		}
+		one := rest[:len(rest)-len(after)]
+		switch keeps := field == 0 || keep(field, data); {
+		case keeps && copied:
+			kept = append(kept, one...)
+		case !keeps && !copied:
+			kept, copied = append(kept, message[:len(message)-len(rest)]...), true
+		}
+		rest = after
+	}
+	if !copied {
+		return message, nil
+	}
+	return kept, nil
 }

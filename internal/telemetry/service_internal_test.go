@@ -1,4 +1,4 @@
-package collector
+package telemetry
 
 import (
 	"testing"
@@ -46,7 +46,7 @@ func TestEach(t *testing.T) {
 				if proto.Unmarshal(b, new(tracev1.Span)) == nil {
 					visited++
 				}
-			}, ResourceSpans, ScopeSpans, Spans)
+			}, resourceSpans, scopeSpans, spans)
 			if visited != tt.want {
 				t.Errorf("%d spans were visited want %d", visited, tt.want)
 			}
@@ -54,7 +54,7 @@ func TestEach(t *testing.T) {
 				t.Errorf("each() = %d, %v want %d", got, err, tt.want)
 			}
 			for cut := range message { // an error or fewer, and no panic
-				if got, err := each(message[:cut], func([]byte) {}, ResourceSpans, ScopeSpans, Spans); err == nil && got > tt.want {
+				if got, err := each(message[:cut], func([]byte) {}, resourceSpans, scopeSpans, spans); err == nil && got > tt.want {
 					t.Errorf("each() = %d for %d bytes of the message want %d at the most", got, cut, tt.want)
 				}
 			}
@@ -72,7 +72,7 @@ func FuzzEach(f *testing.F) {
 	}
 	f.Add(message)
 	f.Fuzz(func(t *testing.T, message []byte) {
-		got, err := each(message, func([]byte) {}, ResourceSpans, ScopeSpans, Spans)
+		got, err := each(message, func([]byte) {}, resourceSpans, scopeSpans, spans)
 		data := new(tracev1.TracesData)
 		if proto.Unmarshal(message, data) != nil {
 			return

@@ -2,7 +2,6 @@ package flowctl
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,7 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/internal/collector"
+	"github.com/headgate-go/headgate/internal/telemetry"
 )
 
 // The bounds of the exporter. Bytes are those of spans as they are sent.
@@ -35,7 +34,7 @@ type exporter struct {
 	answered func()
 
 	mu      sync.Mutex
-	waiting []record
+	waiting []telemetry.Record
 	bytes   int // of waiting, as spans
 	dropped int64
 	closed  bool
@@ -46,17 +45,9 @@ type exporter struct {
 	idle   chan struct{} // closed when run has returned
 	cancel context.CancelFunc
 	drops  limitedLog
-	spare  []record // the buffer that is not in use
-	batch  batch    // of the flush that is under way: run's, and when run has returned, close's
-	last   error    // of the flush that was under way when close was called; for close, when run has returned
-}
-
-// record is what is kept of a flow that has ended.
-type record struct {
-	start, workload, end int64 // Unix nanoseconds
-	check                []byte
-	failed               bool
-	dryRun               bool // the flow ran although the answer is a rejection
+	spare  []telemetry.Record // the buffer that is not in use
+	batch  telemetry.Batch    // of the flush that is under way: run's, and when run has returned, close's
+	last   error              // of the flush that was under way when close was called; for close, when run has returned
 }
 
 // An invoker makes a call to the agent.
@@ -79,15 +70,18 @@ func newExporter(invoke invoker, logger *slog.Logger, answered func()) *exporter
 func (x *exporter) record(c *check, failed, dryRun bool) {
 	check, err := c.record()
 	start := c.start.UnixNano()
-	r := record{
-		start:    start,
-		workload: start + int64(c.returned.Sub(c.start)), // by the monotonic clock, whatever becomes of the other
-		end:      start + int64(time.Since(c.start)),
-		check:    check,
-		failed:   failed,
-		dryRun:   dryRun,
+	r := telemetry.Record{
+		Start:  start,
+		Work:   start + int64(c.returned.Sub(c.start)), // by the monotonic clock, whatever becomes of the other
+		End:    start + int64(time.Since(c.start)),
+		Status: telemetry.OK,
+		DryRun: dryRun,
+		Check:  check,
 	}
-	size := base64.StdEncoding.EncodedLen(len(check)) + spanBytes
+	if failed {
+		r.Status = telemetry.Error
+	}
+	size := telemetry.Size(len(check))
 	x.mu.Lock()
 	fits := err == nil && !x.closed && len(x.waiting) < maxRecords && x.bytes+size <= maxBytes && size < batchBytes
 	if !fits {
@@ -176,7 +170,7 @@ func (x *exporter) flush(ctx context.Context) error {
 	for rest := records; len(rest) > 0; {
 		var message []byte
 		var n int
-		message, n = x.batch.encode(rest)
+		message, n = x.batch.Encode(rest, batchBytes)
 		if err := x.send(ctx, message); err != nil {
 			failed = err
 			lost += n
@@ -212,7 +206,7 @@ func (x *exporter) send(ctx context.Context, message []byte) error {
 	// Fields that a message does not know are sent as they are, and of the answer nothing is read.
 	req := new(emptypb.Empty)
 	req.ProtoReflect().SetUnknown(message)
-	err := x.invoke(ctx, collector.Export, req, new(emptypb.Empty))
+	err := x.invoke(ctx, telemetry.Export, req, new(emptypb.Empty))
 	if err == nil {
 		x.answered()
 	}

@@ -1,6 +1,9 @@
-// Package collector is the server side of OTLP's trace service, for agents that flows report to. It is written by hand
-// because the generated package links an HTTP gateway; on the wire a request to it is a TracesData.
-package collector
+// Package telemetry is how flows are reported to agents: what a record tells, as a span of OpenTelemetry's, and the
+// service that takes spans. Clients write records; agents and the test kit read them.
+//
+// The service is written by hand because the generated package links an HTTP gateway. On the wire a request to it is a
+// TracesData.
+package telemetry
 
 import (
 	"context"
@@ -14,10 +17,6 @@ import (
 
 // Export is the full name of the service's one method.
 const Export = "/" + service + "/" + method
-
-// DryRun is the attribute of a flow that ran although its check was rejected, because its client is in dry run. It is
-// Headgate's own; its value is "true".
-const DryRun = "headgate.dry_run"
 
 const (
 	service = "opentelemetry.proto.collector.trace.v1.TraceService"
@@ -56,10 +55,10 @@ const maxRead = 1 << 14
 // RegisterCounter offers the service on s for an agent that only wants to know how many spans clients export, and may
 // read the bytes of each. It reads no more of them itself than it takes to find them: decoding a span costs some thirty
 // objects, for each flow of every client. A nil read is not called.
-func RegisterCounter(s grpc.ServiceRegistrar, add func(spans int), read func(span []byte)) {
+func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(span []byte)) {
 	// A message without fields of its own keeps all that comes.
 	Register(s, func(_ context.Context, data *emptypb.Empty) error {
-		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, ResourceSpans, ScopeSpans, Spans)
+		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, resourceSpans, scopeSpans, spans)
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
 		}
@@ -70,32 +69,11 @@ func RegisterCounter(s grpc.ServiceRegistrar, add func(spans int), read func(spa
 				if left--; left >= 0 {
 					read(span)
 				}
-			}, ResourceSpans, ScopeSpans, Spans)
+			}, resourceSpans, scopeSpans, spans)
 		}
 		return nil
 	})
 }
-
-// Numbers of fields of opentelemetry.proto.trace.v1 and common.v1, as far as flows are reported in them.
-const (
-	ResourceSpans protowire.Number = 1 // of TracesData
-	ScopeSpans    protowire.Number = 2 // of ResourceSpans
-	Spans         protowire.Number = 2 // of ScopeSpans
-
-	SpanTraceID   protowire.Number = 1
-	SpanSpanID    protowire.Number = 2
-	SpanName      protowire.Number = 5
-	SpanKind      protowire.Number = 6
-	SpanStart     protowire.Number = 7
-	SpanEnd       protowire.Number = 8
-	SpanAttribute protowire.Number = 9
-
-	AttributeKey   protowire.Number = 1
-	AttributeValue protowire.Number = 2
-
-	ValueString protowire.Number = 1
-	ValueInt    protowire.Number = 3
-)
 
 // each calls visit with each field at the end of the path, and counts them.
 func each(message []byte, visit func([]byte), path ...protowire.Number) (n int, err error) {
