@@ -41,8 +41,6 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 	return wire.HTTPResponse(response, baggage, named), nil
 }
 
-const headerLabel = "http.request.header."
-
 // requestLabels are the labels that a request has by itself. Headers that carry credentials become labels only if a
 // policy names them.
 func requestLabels(m *checkhttpv1.CheckHTTPRequest_HttpRequest, chosen map[string]string, named map[string]bool) map[string]string {
@@ -100,7 +98,7 @@ func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 		if strings.HasPrefix(name, ":") || name == "" {
 			continue
 		}
-		label := headerLabel + strings.ReplaceAll(wire.LowerHeader(name), "-", "_")
+		label := wire.HeaderLabel + strings.ReplaceAll(wire.LowerHeader(name), "-", "_")
 		of := chosen
 		if strings.Contains(name, "_") {
 			if beside == nil {

@@ -193,8 +193,8 @@ func TestLargeRequestsAreReadWithFewAllocations(t *testing.T) {
 // Of a request with more labels, headers or members than are looked at, those that policies name are as if there were no
 // others: wherever they are, however they are written, and the last of several.
 func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
-	named := map[string]bool{"a": true, "user_id": true, "\uFFFDq": true, "50%": true, "k k": true, headerLabel + "x_user": true, headerLabel + "user_id": true, headerLabel + "n\uFFFD": true, headerLabel + "a": false}
-	keys := []string{"a", "b", "user_id", "User_ID", "\uFFFDq", "\xffq", "50%", "k k", "uzer_id", "x-user", "X_User", "x_user", "n\xff", "N\uFFFD", "n-", "A", ":a", "", headerLabel + "a"}
+	named := map[string]bool{"a": true, "user_id": true, "\uFFFDq": true, "50%": true, "k k": true, wire.HeaderLabel + "x_user": true, wire.HeaderLabel + "user_id": true, wire.HeaderLabel + "n\uFFFD": true, wire.HeaderLabel + "a": false}
+	keys := []string{"a", "b", "user_id", "User_ID", "\uFFFDq", "\xffq", "50%", "k k", "uzer_id", "x-user", "X_User", "x_user", "n\xff", "N\uFFFD", "n-", "A", ":a", "", wire.HeaderLabel + "a"}
 	members := []string{"a=%s", " a = %s;p", "user_id=%s,", "us%%65r_id=%s", "50%%=%s", "50%%25=%s", "%%ffq=%s", "\xffq=%s", "a=%%zz%s", "a=%s%%6", "a=%%e2%%82%s", "k%%20k=%s", "=%s", "b=%s", ";a=%s", "A=%s", "a;=%s", "a"}
 	junk := map[string]func(i int) string{
 		"before": func(i int) string { return fmt.Sprint("junk", i) },

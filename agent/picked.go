@@ -16,7 +16,7 @@ type picked struct {
 	named   map[string]bool
 	escaped bool // values are, as in baggage
 	hits    map[string][]byte
-	rest    []pair // in order once there are more than maxOtherLabels
+	rest    []pair // in order once there are more than wire.MaxReported
 	room    [8]pair
 	many    bool
 	looked  int          // labels, up to maxLooked
@@ -63,9 +63,9 @@ func (p *picked) add(key, value []byte) {
 			p.rest = p.room[:0]
 		}
 		p.rest = append(p.rest, pair{key, value})
-		if len(p.rest) > maxOtherLabels {
+		if len(p.rest) > wire.MaxReported {
 			all := p.rest
-			p.rest, p.many = make([]pair, 0, maxOtherLabels+1), true
+			p.rest, p.many = make([]pair, 0, wire.MaxReported+1), true
 			for _, one := range all {
 				p.insert(one)
 			}
@@ -87,8 +87,8 @@ func (p *picked) onlyNamed() {
 
 // insert keeps the pair if it is among the first, now that not all can be.
 func (p *picked) insert(one pair) {
-	if len(one.key) == 0 || len(one.key) > maxOtherKey ||
-		len(p.rest) == maxOtherLabels && compareKeys(one, p.rest[maxOtherLabels-1]) > 0 {
+	if len(one.key) == 0 || len(one.key) > wire.MaxReportedKey ||
+		len(p.rest) == wire.MaxReported && compareKeys(one, p.rest[wire.MaxReported-1]) > 0 {
 		return
 	}
 	i, found := slices.BinarySearchFunc(p.rest, one, compareKeys)
@@ -97,19 +97,13 @@ func (p *picked) insert(one pair) {
 		return
 	}
 	p.rest = slices.Insert(p.rest, i, one)
-	p.rest = p.rest[:min(len(p.rest), maxOtherLabels)]
+	p.rest = p.rest[:min(len(p.rest), wire.MaxReported)]
 }
 
 // compareKeys orders labels as answers report them.
 func compareKeys(a, b pair) int {
-	prefix := []byte(headerLabel)
-	if ha, hb := bytes.HasPrefix(a.key, prefix), bytes.HasPrefix(b.key, prefix); ha != hb {
-		if ha {
-			return 1
-		}
-		return -1
-	}
-	return bytes.Compare(a.key, b.key)
+	prefix := []byte(wire.HeaderLabel)
+	return wire.CompareReported(bytes.HasPrefix(a.key, prefix), bytes.HasPrefix(b.key, prefix), bytes.Compare(a.key, b.key))
 }
 
 // labels are the labels, as text of their own; nil for none.
@@ -127,8 +121,8 @@ func (p *picked) labels() map[string]string {
 	}
 	m := make(map[string]string, len(p.hits)+len(p.rest))
 	for _, one := range p.rest {
-		if len(one.key) <= maxOtherKey {
-			m[string(one.key)] = cutValue(p.plain(one.value, maxOtherValue+4))
+		if len(one.key) <= wire.MaxReportedKey {
+			m[string(one.key)] = cutValue(p.plain(one.value, wire.MaxReportedValue+4))
 		}
 	}
 	for key, value := range p.hits {
@@ -184,7 +178,7 @@ func (h *headersRead) add(name, value []byte) {
 	if h.finder != nil {
 		if i := h.finder.find(name); i >= 0 {
 			if h.groups[i] == nil {
-				h.groups[i] = h.group(headerLabel + h.finder.keys[i].key)
+				h.groups[i] = h.group(wire.HeaderLabel + h.finder.keys[i].key)
 			}
 			if !utf8.Valid(name) {
 				name = []byte(text(name))
@@ -201,14 +195,14 @@ func (h *headersRead) add(name, value []byte) {
 	if !utf8.Valid(name) {
 		name = []byte(text(name))
 	}
-	h.scratch = append(h.scratch[:0], headerLabel...)
+	h.scratch = append(h.scratch[:0], wire.HeaderLabel...)
 	for _, b := range name {
 		h.scratch = append(h.scratch, foldHeader(b))
 	}
 	group := h.kept[string(h.scratch)]
 	if group == nil {
 		_, wanted := h.named[string(h.scratch)]
-		wanted = wanted || string(h.scratch) == headerLabel+wire.HeaderBaggage // spelled otherwise, which is ambiguous
+		wanted = wanted || string(h.scratch) == wire.HeaderLabel+wire.HeaderBaggage // spelled otherwise, which is ambiguous
 		if !wanted && !h.place() {
 			return
 		}
@@ -232,10 +226,10 @@ func (h *headersRead) onlyNamed() {
 	h.finder = &finder{headers: true}
 	add := func(name string) {
 		h.finder.add(name)
-		h.groups = append(h.groups, h.kept[headerLabel+name])
+		h.groups = append(h.groups, h.kept[wire.HeaderLabel+name])
 	}
 	for label := range h.named {
-		if name, ok := strings.CutPrefix(label, headerLabel); ok && name != wire.HeaderBaggage {
+		if name, ok := strings.CutPrefix(label, wire.HeaderLabel); ok && name != wire.HeaderBaggage {
 			add(name)
 		}
 	}
@@ -265,15 +259,15 @@ func (g *headerGroup) add(name, value []byte) {
 
 // place makes a place for the label in scratch, which no policy names, and reports whether it has one.
 func (h *headersRead) place() bool {
-	if len(h.scratch) > maxOtherKey || len(h.order) == maxOtherLabels && string(h.scratch) > h.order[maxOtherLabels-1] {
+	if len(h.scratch) > wire.MaxReportedKey || len(h.order) == wire.MaxReported && string(h.scratch) > h.order[wire.MaxReported-1] {
 		return false
 	}
 	label := string(h.scratch)
 	i, _ := slices.BinarySearch(h.order, label)
 	h.order = slices.Insert(h.order, i, label)
-	if len(h.order) > maxOtherLabels {
-		delete(h.kept, h.order[maxOtherLabels])
-		h.order = h.order[:maxOtherLabels]
+	if len(h.order) > wire.MaxReported {
+		delete(h.kept, h.order[wire.MaxReported])
+		h.order = h.order[:wire.MaxReported]
 	}
 	return true
 }

@@ -28,9 +28,6 @@ const (
 	maxKeysRead     = 1 << 12   // global keys that are decoded; the refused ones among them are answered
 	maxEntriesRead  = 1 << 12   // entries of a CacheUpsert that are decoded
 	maxPoint        = 4096      // bytes of a control point; no policy names one that is longer than 255
-	maxOtherLabels  = 64        // labels that no policy names; an answer reports no more
-	maxOtherKey     = 255       // bytes
-	maxOtherValue   = 4096      // bytes
 	maxRequestField = 4096      // bytes of the request's method, host and so on that no policy names
 )
 
@@ -408,5 +405,5 @@ func (h *httpReader) fill(m *checkhttpv1.CheckHTTPRequest_HttpRequest) {
 
 // cutValue is a value that is reported, and no policy looks at.
 func cutValue(data []byte) string {
-	return wire.Cut(text(data[:min(len(data), maxOtherValue+4)]), maxOtherValue)
+	return wire.Cut(text(data[:min(len(data), wire.MaxReportedValue+4)]), wire.MaxReportedValue)
 }

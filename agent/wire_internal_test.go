@@ -15,6 +15,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // dropUnread removes what a check has and is not read: fields that Headgate does not know, and those of CheckHTTP that
@@ -169,7 +170,7 @@ func FuzzRead(f *testing.F) {
 
 // crowded reports whether the message may have more labels than are read.
 func crowded(data []byte) bool {
-	return strings.Count(string(data), "\x12")+strings.Count(string(data), "\x0a") > maxOtherLabels
+	return strings.Count(string(data), "\x12")+strings.Count(string(data), "\x0a") > wire.MaxReported
 }
 
 // randomMessage has fields with few numbers of any type, and messages among them.

@@ -246,7 +246,8 @@ type looking struct {
 }
 
 // fit makes the labels as few as a flow may have. Too many explicit ones are an error; the others give way, those of
-// peers first.
+// peers first. An agent's rule for labels beyond what it reports is another one, see package wire: it knows what policies
+// name, and not where a label came from.
 func fit(l *agentapi.Labels) error {
 	n := len(l.Params) + len(l.Context)
 	if l.Shared != nil {

@@ -23,9 +23,10 @@ import (
 const (
 	typeHTTP = "http"
 
-	// The labels of a request that are not reported: its headers and its length.
-	headerLabels = "http.request.header."
-	lengthLabel  = "http.request_content_length"
+	// HeaderLabel is what the label of a header begins with. Such labels are not reported for a request, and neither is
+	// the one of its length.
+	HeaderLabel = "http.request.header."
+	lengthLabel = "http.request_content_length"
 
 	headerRetryAfter = "retry-after"
 
@@ -70,7 +71,7 @@ func HTTPResponse(c *checkv1.CheckResponse, baggage string, wanted map[string]bo
 		c.TelemetryFlowLabels = make(map[string]string)
 	}
 	maps.DeleteFunc(c.GetTelemetryFlowLabels(), func(key, _ string) bool {
-		return (key == lengthLabel || strings.HasPrefix(key, headerLabels)) && !wanted[key]
+		return (key == lengthLabel || strings.HasPrefix(key, HeaderLabel)) && !wanted[key]
 	})
 	c.TelemetryFlowLabels[typeLabel] = typeHTTP
 

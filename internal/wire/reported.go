@@ -12,10 +12,15 @@ import (
 
 // What an answer tells of a flow's labels. SDKs refuse answers of more than 4 MiB, and run the flow then. So an answer is
 // bounded whatever its request holds. A flow may have more labels and longer values than this: the engine sees them whole.
+//
+// Package agent decodes no more of the labels that no policy names, and picks them by [CompareReported] too: what it
+// leaves out would not be reported. The rule of package flowctl for a flow with too many labels is another one. It says
+// which labels a flow has at all, when nobody knows yet what policies name, and goes by where a label comes from.
 const (
-	maxReported      = 64      // labels, unless policies name more
-	maxReportedKey   = 255     // bytes
-	maxReportedValue = 4096    // bytes; of a longer value the beginning is reported
+	MaxReported      = 64   // labels, unless policies name more
+	MaxReportedKey   = 255  // bytes
+	MaxReportedValue = 4096 // bytes; of a longer value the beginning is reported
+
 	maxReportedText  = 3 << 17 // bytes of keys and values in all, 384 KiB
 	maxReportedPoint = 4096    // bytes of the control point
 )
@@ -45,18 +50,18 @@ func reported(all map[string]string, named map[string]bool) map[string]string {
 			first = append(first, key)
 			continue
 		}
-		if key == "" || len(key) > maxReportedKey || len(rest) == maxReported && compare(key, rest[maxReported-1]) > 0 {
+		if key == "" || len(key) > MaxReportedKey || len(rest) == MaxReported && compare(key, rest[MaxReported-1]) > 0 {
 			continue
 		}
 		i, _ := slices.BinarySearchFunc(rest, key, compare)
-		rest = slices.Insert(rest[:min(len(rest), maxReported-1)], min(i, maxReported-1), key)
+		rest = slices.Insert(rest[:min(len(rest), MaxReported-1)], min(i, MaxReported-1), key)
 	}
 	slices.Sort(first)
-	rest = rest[:min(len(rest), max(maxReported-len(first), 0))]
+	rest = rest[:min(len(rest), max(MaxReported-len(first), 0))]
 	kept := make(map[string]string, len(first)+len(rest))
 	room := maxReportedText
 	for _, key := range slices.Concat(first, rest) {
-		value := Cut(all[key], maxReportedValue)
+		value := Cut(all[key], MaxReportedValue)
 		if room -= len(key) + len(value); room < 0 {
 			break
 		}
@@ -65,24 +70,30 @@ func reported(all map[string]string, named map[string]bool) map[string]string {
 	return kept
 }
 
-// compare has headers after all other labels: a peer says how many there are.
 func compare(a, b string) int {
-	if ha, hb := strings.HasPrefix(a, headerLabels), strings.HasPrefix(b, headerLabels); ha != hb {
-		if ha {
-			return 1
-		}
+	return CompareReported(strings.HasPrefix(a, HeaderLabel), strings.HasPrefix(b, HeaderLabel), strings.Compare(a, b))
+}
+
+// CompareReported says which of two labels is reported first: negative for a. A label of a header comes after all that are
+// none, because a peer says how many headers there are; else the keys decide, which compare as byKey says.
+func CompareReported(aIsHeader, bIsHeader bool, byKey int) int {
+	switch {
+	case aIsHeader == bIsHeader:
+		return byKey
+	case aIsHeader:
+		return 1
+	default:
 		return -1
 	}
-	return strings.Compare(a, b)
 }
 
 // fits reports whether all labels can be reported.
 func fits(all map[string]string) bool {
-	if len(all) > maxReported {
+	if len(all) > MaxReported {
 		return false
 	}
 	for key, value := range all {
-		if key == "" || len(key) > maxReportedKey || len(value) > maxReportedValue {
+		if key == "" || len(key) > MaxReportedKey || len(value) > MaxReportedValue {
 			return false
 		}
 	}
