@@ -23,12 +23,12 @@ func UnaryClientInterceptor(client headgate.Starter, controlPoint string, opts .
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		call := Call{method, req}
-		if g.skip(ctx, call) {
+		if g.Skip(ctx, call) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		ctx = g.outgoing(ctx, method)
 		point, params := g.at(ctx, call)
-		return headgate.Do(ctx, g.client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
+		return headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		})
 	}
@@ -42,12 +42,12 @@ func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts 
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 		call := Call{FullMethod: method}
-		if g.skip(ctx, call) {
+		if g.Skip(ctx, call) {
 			return streamer(ctx, desc, cc, method, opts...)
 		}
 		ctx = g.outgoing(ctx, method)
 		point, params := g.at(ctx, call)
-		flow := g.client.Start(ctx, point, params)
+		flow := g.Client.Start(ctx, point, params)
 		if !flow.ShouldRun() {
 			_, _ = flow.End(ctx)
 			return nil, flow.Err()

@@ -35,17 +35,14 @@ package grpcguard
 import (
 	"context"
 	"maps"
-	"strings"
-	"sync"
-	"sync/atomic"
 
-	"go.opentelemetry.io/otel/baggage"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/adaptor"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -57,21 +54,14 @@ type Call struct {
 
 // guard is what the interceptors have in common, and what their options come to.
 type guard struct {
-	client       headgate.Starter
-	controlPoint string
-	pointOf      func(context.Context, Call) string
-	params       func(context.Context, Call) flowctl.Params
-	keys         []string // of metadata
-	skips        []func(context.Context, Call) bool
-	noDefaults   bool
-	methods      methods
+	adaptor.Guard[Call]
+	keys       []string // of metadata
+	noDefaults bool
+	methods    adaptor.Methods
 }
 
 func newGuard(client headgate.Starter, controlPoint string, opts []Option) *guard {
-	if client == nil {
-		client = (*flowctl.Client)(nil)
-	}
-	g := &guard{client: client, controlPoint: controlPoint}
+	g := &guard{Guard: adaptor.New[Call](client, controlPoint)}
 	for _, o := range opts {
 		if o != nil {
 			o.apply(g)
@@ -84,15 +74,6 @@ func newGuard(client headgate.Starter, controlPoint string, opts []Option) *guar
 	return g
 }
 
-func (g *guard) skip(ctx context.Context, call Call) bool {
-	for _, skip := range g.skips {
-		if skip(ctx, call) {
-			return true
-		}
-	}
-	return false
-}
-
 // incoming is the context of a call that a server got.
 func (g *guard) incoming(ctx context.Context, fullMethod string) context.Context {
 	md := make(metadata.MD, len(g.keys))
@@ -102,7 +83,7 @@ func (g *guard) incoming(ctx context.Context, fullMethod string) context.Context
 			md[key] = values
 		}
 	}
-	return labels.WithTransport(withBaggage(ctx), g.labels(fullMethod, md))
+	return labels.WithTransport(adaptor.WithBaggage(ctx, metadata.ValueFromIncomingContext(ctx, "baggage")), g.labels(fullMethod, md))
 }
 
 // outgoing is the context of a call that a client makes.
@@ -116,7 +97,7 @@ func (g *guard) outgoing(ctx context.Context, fullMethod string) context.Context
 
 // labels are those of a call's method and metadata.
 func (g *guard) labels(fullMethod string, md metadata.MD) map[string]string {
-	shared := g.methods.labels(fullMethod)
+	shared := g.methods.Labels(fullMethod)
 	if len(md) == 0 {
 		return shared
 	}
@@ -130,61 +111,11 @@ func (g *guard) labels(fullMethod string, md metadata.MD) map[string]string {
 
 // at gives the control point and the parameters of a call's flow. ctx is what it starts with.
 func (g *guard) at(ctx context.Context, call Call) (controlPoint string, params flowctl.Params) {
-	controlPoint = g.controlPoint
-	if g.pointOf != nil {
-		if point := g.pointOf(ctx, call); point != "" {
-			controlPoint = point
-		}
-	}
-	if g.params != nil {
-		params = g.params(ctx, call)
-	}
+	controlPoint, params = g.ControlPoint(ctx, call), g.ParamsOf(ctx, call)
 	if params.IsFailure == nil {
 		params.IsFailure = IsFailure
 	}
 	return controlPoint, params
-}
-
-// withBaggage gives ctx the baggage that came with the call, unless the application has seen to that.
-func withBaggage(ctx context.Context) context.Context {
-	sent := metadata.ValueFromIncomingContext(ctx, "baggage")
-	if len(sent) == 0 || baggage.FromContext(ctx).Len() > 0 {
-		return ctx
-	}
-	bag, _ := baggage.Parse(strings.Join(sent, ",")) // which keeps the good members of a bad header
-	if bag.Len() == 0 {
-		return ctx
-	}
-	return baggage.ContextWithBaggage(ctx, bag)
-}
-
-// methods keeps the labels of methods, which the flows of a method share.
-type methods struct {
-	known sync.Map // of full methods, to maps that nobody changes
-	count atomic.Int64
-}
-
-// What is kept is bounded: a server with a handler for unknown services lets its peers make up methods.
-const (
-	maxMethods   = 1000
-	maxMethodLen = 255 // bytes
-)
-
-func (m *methods) labels(fullMethod string) map[string]string {
-	if known, ok := m.known.Load(fullMethod); ok {
-		return known.(map[string]string)
-	}
-	service, method := "", strings.TrimPrefix(fullMethod, "/")
-	if i := strings.LastIndexByte(method, '/'); i >= 0 {
-		service, method = method[:i], method[i+1:]
-	}
-	made := map[string]string{"rpc.service": service, "rpc.method": method}
-	if len(fullMethod) <= maxMethodLen && m.count.Load() < maxMethods {
-		if _, known := m.known.LoadOrStore(strings.Clone(fullMethod), made); !known {
-			m.count.Add(1)
-		}
-	}
-	return made
 }
 
 // IsFailure is the default for what makes a flow's status Error: an error that is no gRPC status, or one with the code

@@ -5,7 +5,7 @@ import (
 	"strings"
 
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/cleanpath"
+	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
 // An Option configures an interceptor. Of several of a kind the last one counts, unless its comment says otherwise. Nil
@@ -24,7 +24,7 @@ func (o option) apply(g *guard) { o(g) }
 // By default all calls have the fixed one. fn must be safe for concurrent use; nil changes nothing. A server with a
 // handler for unknown services should not do this: its peers can make up methods.
 func WithControlPoint(fn func(ctx context.Context, call Call) string) Option {
-	return option(func(g *guard) { g.pointOf = fn })
+	return option(func(g *guard) { g.PointOf = fn })
 }
 
 // WithParams has fn say how the flow of each call is started: by labels that say whose it is, by how long it may wait,
@@ -36,7 +36,7 @@ func WithControlPoint(fn func(ctx context.Context, call Call) string) Option {
 // ctx has the labels of the call and, on a server, its metadata. By default flows have the zero Params. fn must be safe
 // for concurrent use; nil means the default.
 func WithParams(fn func(ctx context.Context, call Call) flowctl.Params) Option {
-	return option(func(g *guard) { g.params = fn })
+	return option(func(g *guard) { g.Params = fn })
 }
 
 // WithMetadata makes metadata with these keys labels, as labels.FromMetadata does: what a server was sent, or what a
@@ -53,39 +53,18 @@ func WithMetadata(keys ...string) Option {
 // skipped by default: one that says so is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips
 // nothing.
 func WithSkip(fn func(ctx context.Context, call Call) bool) Option {
-	return option(func(g *guard) {
-		if fn != nil {
-			g.skips = append(g.skips, fn)
-		}
-	})
+	return option(func(g *guard) { g.AddSkip(fn) })
 }
 
 // WithSkipMethods is [WithSkip] for calls whose full method is one of these, or, for one that ends in "*", begins with
 // what is before that: "/shop.v1.Orders/Get", "/shop.v1.Orders/*". The first "/" may be left out. What a "*" stands for is
 // never more than names: a call of "/shop.v1.Orders/../Payments/Get", which a proxy's peer can make up, is not skipped.
 func WithSkipMethods(methods ...string) Option {
-	names := make([]string, len(methods))
-	for i, method := range methods {
-		names[i] = strings.TrimPrefix(method, "/")
-	}
-	return WithSkip(func(_ context.Context, call Call) bool {
-		called := strings.TrimPrefix(call.FullMethod, "/")
-		for _, name := range names {
-			prefix, isPrefix := strings.CutSuffix(name, "*")
-			if called == name || isPrefix && strings.HasPrefix(called, prefix) && plain(called) {
-				return true
-			}
-		}
-		return false
-	})
+	listed := adaptor.MatchMethods(methods...)
+	return WithSkip(func(_ context.Context, call Call) bool { return listed(call.FullMethod) })
 }
 
 // WithoutDefaultSkips makes calls of the health and the reflection service flows like all others.
 func WithoutDefaultSkips() Option {
 	return option(func(g *guard) { g.noDefaults = true })
-}
-
-// plain reports whether a full method, without its first slash, is a service and a method and nothing else to any reader.
-func plain(called string) bool {
-	return strings.Count(called, "/") == 1 && cleanpath.Is("/"+called) && !strings.HasSuffix(called, "/")
 }

@@ -16,12 +16,12 @@ func UnaryServerInterceptor(client headgate.Starter, controlPoint string, opts .
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 		call := Call{info.FullMethod, req}
-		if g.skip(ctx, call) {
+		if g.Skip(ctx, call) {
 			return handler(ctx, req)
 		}
 		ctx = g.incoming(ctx, call.FullMethod)
 		point, params := g.at(ctx, call)
-		err = headgate.Do(ctx, g.client, point, params, func(ctx context.Context, _ *flowctl.Flow) (err error) {
+		err = headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) (err error) {
 			resp, err = handler(ctx, req)
 			return err
 		})
@@ -37,12 +37,12 @@ func StreamServerInterceptor(client headgate.Starter, controlPoint string, opts 
 	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		call := Call{FullMethod: info.FullMethod}
 		ctx := stream.Context()
-		if g.skip(ctx, call) {
+		if g.Skip(ctx, call) {
 			return handler(srv, stream)
 		}
 		ctx = g.incoming(ctx, call.FullMethod)
 		point, params := g.at(ctx, call)
-		return headgate.Do(ctx, g.client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
+		return headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
 			return handler(srv, &serverStream{stream, ctx})
 		})
 	}

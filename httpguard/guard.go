@@ -28,11 +28,9 @@ import (
 	"strings"
 	"time"
 
-	"go.opentelemetry.io/otel/baggage"
-
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/internal/flowinfo"
+	"github.com/headgate-go/headgate/internal/adaptor"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -49,13 +47,9 @@ func (e *StatusError) Error() string {
 
 // guard is what a Middleware and a Transport have in common, and what their options come to.
 type guard struct {
-	client       headgate.Starter
-	controlPoint string
-	pointOf      func(*http.Request) string
-	params       func(*http.Request) flowctl.Params
-	skips        []func(*http.Request) bool
-	headers      []string
-	label        func(context.Context, *http.Request) context.Context
+	adaptor.Guard[*http.Request]
+	headers []string
+	label   func(context.Context, *http.Request) context.Context
 
 	// isFailure says which statuses are failures by default.
 	isFailure func(status int) bool
@@ -67,51 +61,25 @@ type guard struct {
 }
 
 func newGuard(client headgate.Starter, controlPoint string, isFailure func(int) bool) *guard {
-	if client == nil {
-		client = (*flowctl.Client)(nil)
-	}
 	return &guard{
-		client:       client,
-		controlPoint: controlPoint,
-		isFailure:    isFailure,
-		onReject:     refuse,
-		maxPause:     defaultMaxPause,
+		Guard:     adaptor.New[*http.Request](client, controlPoint),
+		isFailure: isFailure,
+		onReject:  refuse,
+		maxPause:  defaultMaxPause,
 	}
 }
 
 // ready is called after the options.
 func (g *guard) ready() { g.label = labels.RequestLabeler(g.headers...) }
 
-func (g *guard) skip(r *http.Request) bool {
-	for _, skip := range g.skips {
-		if skip(r) {
-			return true
-		}
-	}
-	return false
-}
-
-// at is the control point of a request.
-func (g *guard) at(r *http.Request) string {
-	if g.pointOf != nil {
-		if point := g.pointOf(r); point != "" {
-			return point
-		}
-	}
-	return g.controlPoint
-}
-
 // start starts the flow of a request. ctx is the request's, and may know more.
 func (g *guard) start(ctx context.Context, controlPoint string, r *http.Request) started {
-	var params flowctl.Params
-	if g.params != nil {
-		params = g.params(r)
-	}
+	params := g.ParamsOf(ctx, r)
 	if g.checkHTTP && params.HTTP == nil {
 		params.HTTP = g.describe(r)
 	}
 	return started{
-		Flow:      g.client.Start(g.label(ctx, r), controlPoint, params),
+		Flow:      g.Client.Start(g.label(ctx, r), controlPoint, params),
 		judged:    params.IsFailure != nil,
 		isFailure: g.isFailure,
 	}
@@ -130,27 +98,4 @@ func (s started) failure(status int) error {
 		return &StatusError{status}
 	}
 	return nil
-}
-
-// end drops the error: the client has logged it, and it is none of the request's.
-func end(ctx context.Context, flow *flowctl.Flow) { _, _ = flow.End(ctx) }
-
-// endUnused ends a flow that was let in, and whose request is not sent after all.
-func endUnused(ctx context.Context, flow *flowctl.Flow) {
-	if info, ok := flowinfo.From(flow.Context()); ok {
-		info.EndUnused(ctx)
-	}
-}
-
-// withBaggage gives ctx the baggage that the request brought, unless the application has seen to that.
-func withBaggage(ctx context.Context, r *http.Request) context.Context {
-	sent := r.Header["Baggage"]
-	if len(sent) == 0 || baggage.FromContext(ctx).Len() > 0 {
-		return ctx
-	}
-	bag, _ := baggage.Parse(strings.Join(sent, ",")) // which keeps the good members of a bad header
-	if bag.Len() == 0 {
-		return ctx
-	}
-	return baggage.ContextWithBaggage(ctx, bag)
 }

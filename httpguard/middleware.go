@@ -5,6 +5,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
 // Middleware returns a function that wraps handlers so that each request is a flow. It fits net/http, chi and gorilla as
@@ -43,7 +44,7 @@ func Middleware(client headgate.Starter, controlPoint string, opts ...Middleware
 	g.ready()
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if g.skip(r) {
+			if g.Skip(r.Context(), r) {
 				next.ServeHTTP(w, r)
 				return
 			}
@@ -54,7 +55,7 @@ func Middleware(client headgate.Starter, controlPoint string, opts ...Middleware
 
 // serve answers a request with a flow.
 func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
-	flow := g.start(withBaggage(r.Context(), r), g.at(r), r)
+	flow := g.start(adaptor.WithBaggage(r.Context(), r.Header["Baggage"]), g.ControlPoint(r.Context(), r), r)
 	// The response and the request are one object, which saves an allocation.
 	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
 	returned := false
@@ -63,7 +64,7 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 			flow.SetStatus(flowctl.StatusError)
 		}
 		resp.handBack(r)
-		end(r.Context(), flow.Flow)
+		adaptor.End(r.Context(), flow.Flow)
 	}()
 	if g.rateLimit {
 		setRateLimit(w.Header(), flow.Flow)
@@ -75,7 +76,7 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 		next.ServeHTTP(resp.visible(), &resp.request)
 		flow.SetError(resp.err)
 	} else {
-		end(r.Context(), flow.Flow)
+		adaptor.End(r.Context(), flow.Flow)
 		g.reject(resp)
 	}
 	returned = true

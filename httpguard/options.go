@@ -1,6 +1,7 @@
 package httpguard
 
 import (
+	"context"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -45,7 +46,12 @@ func (o transportOption) applyToTransport(g *guard) { o(g) }
 //
 // By default all requests have the fixed one. fn must be safe for concurrent use; nil changes nothing.
 func WithControlPoint(fn func(*http.Request) string) Option {
-	return option(func(g *guard) { g.pointOf = fn })
+	return option(func(g *guard) {
+		g.PointOf = nil
+		if fn != nil {
+			g.PointOf = func(_ context.Context, r *http.Request) string { return fn(r) }
+		}
+	})
 }
 
 // WithParams has fn say how the flow of each request is started: by labels that say whose it is, by how long it may
@@ -56,7 +62,12 @@ func WithControlPoint(fn func(*http.Request) string) Option {
 //
 // By default flows have the zero Params. fn must be safe for concurrent use; nil means the default.
 func WithParams(fn func(*http.Request) flowctl.Params) Option {
-	return option(func(g *guard) { g.params = fn })
+	return option(func(g *guard) {
+		g.Params = nil
+		if fn != nil {
+			g.Params = func(_ context.Context, r *http.Request) flowctl.Params { return fn(r) }
+		}
+	})
 }
 
 // WithHeaders makes headers of the request labels, as labels.FromRequest does. By default none is. Repeated use adds
@@ -74,7 +85,7 @@ func WithHeaders(names ...string) Option {
 func WithSkip(fn func(*http.Request) bool) Option {
 	return option(func(g *guard) {
 		if fn != nil {
-			g.skips = append(g.skips, fn)
+			g.AddSkip(func(_ context.Context, r *http.Request) bool { return fn(r) })
 		}
 	})
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
 // A Transport is an http.RoundTripper that makes each request a flow: to keep to somebody else's quota, or to bound what
@@ -76,10 +77,10 @@ func (t *Transport) CloseIdleConnections() {
 
 // RoundTrip sends the request when its flow runs. It does not change the request, and closes its body in any case.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if t.guard.skip(r) {
+	if t.guard.Skip(r.Context(), r) {
 		return t.base.RoundTrip(r)
 	}
-	controlPoint := t.guard.at(r)
+	controlPoint := t.guard.ControlPoint(r.Context(), r)
 	if err := t.pauses.check(r, controlPoint); err != nil {
 		closeBody(r)
 		return nil, err
@@ -87,12 +88,12 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	flow := t.guard.start(r.Context(), controlPoint, outgoing(r))
 	if !flow.ShouldRun() {
 		err := flow.Err()
-		end(r.Context(), flow.Flow)
+		adaptor.End(r.Context(), flow.Flow)
 		closeBody(r)
 		return nil, err
 	}
 	if err := t.pauses.check(r, controlPoint); err != nil { // it began while the flow waited
-		endUnused(r.Context(), flow.Flow)
+		adaptor.EndUnused(r.Context(), flow.Flow)
 		closeBody(r)
 		return nil, err
 	}
@@ -164,7 +165,7 @@ type trip struct {
 // end ends the flow, the first time.
 func (t *trip) end(err error) {
 	t.over.Do(func() {
-		defer end(t.ctx, t.flow) // also when IsFailure panics
+		defer adaptor.End(t.ctx, t.flow) // also when IsFailure panics
 		if t.failure != nil {
 			err = t.failure
 		}
