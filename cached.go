@@ -2,7 +2,6 @@ package headgate
 
 import (
 	"cmp"
-	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -368,8 +367,8 @@ type lastResults[T any] struct {
 	max int // keys; 0 keeps none
 
 	mu    sync.Mutex
-	byKey map[string]*list.Element // of *lastResult[T]
-	order list.List                // the one that was found or made last is at the front
+	byKey map[string]*lastResult[T]
+	ring  lastResult[T] // its next is the one that was found or made last, and its previous the one longest ago
 }
 
 // A lastResult is what was last found or made under a key.
@@ -379,6 +378,17 @@ type lastResult[T any] struct {
 	seen    time.Time // when it was found or made
 	expires time.Time // before then it does not expire
 	stored  *expiry   // nor before then
+
+	previous, next *lastResult[T]
+}
+
+// unlink takes the result out of its ring.
+func (r *lastResult[T]) unlink() { r.previous.next, r.next.previous = r.next, r.previous }
+
+// link puts the result into the ring, first.
+func (r *lastResult[T]) link(ring *lastResult[T]) {
+	r.previous, r.next = ring, ring.next
+	r.previous.next, r.next.previous = r, r
 }
 
 // keep remembers a result that was seen at a time, and does not expire before then. Where a run made it, it may have been
@@ -390,21 +400,24 @@ func (l *lastResults[T]) keep(key string, v T, seen time.Time, stored *expiry) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	element, ok := l.byKey[key]
+	last, ok := l.byKey[key]
 	if !ok {
-		if len(l.byKey) == l.max {
-			oldest := l.order.Back()
-			delete(l.byKey, l.order.Remove(oldest).(*lastResult[T]).key)
-		}
 		if l.byKey == nil {
-			l.byKey = make(map[string]*list.Element)
+			l.byKey = make(map[string]*lastResult[T])
+			l.ring.previous, l.ring.next = &l.ring, &l.ring
 		}
-		element = l.order.PushFront(&lastResult[T]{key: key})
-		l.byKey[key] = element
+		if len(l.byKey) == l.max {
+			oldest := l.ring.previous
+			oldest.unlink()
+			delete(l.byKey, oldest.key)
+		}
+		last = &lastResult[T]{key: key}
+		last.link(&l.ring)
+		l.byKey[key] = last
 	}
-	last := element.Value.(*lastResult[T])
 	if !seen.Before(last.seen) {
-		l.order.MoveToFront(element)
+		last.unlink()
+		last.link(&l.ring)
 		last.value, last.seen = v, seen
 		if stored != nil {
 			last.expires, last.stored = seen, stored
@@ -419,14 +432,15 @@ func (l *lastResults[T]) keep(key string, v T, seen time.Time, stored *expiry) {
 func (l *lastResults[T]) in(ctx context.Context, key string) context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var last lastResult[T]
-	if element, ok := l.byKey[key]; ok {
-		last = *element.Value.(*lastResult[T])
+	last, ok := l.byKey[key]
+	if !ok {
+		last = new(lastResult[T])
 	}
+	expires := last.expires
 	if last.stored != nil {
-		if at := last.stored.Load(); at != nil && at.After(last.expires) {
-			last.expires = *at
+		if at := last.stored.Load(); at != nil && at.After(expires) {
+			expires = *at
 		}
 	}
-	return fallback.WithLast(ctx, last.value, last.expires)
+	return fallback.WithLast(ctx, last.value, expires)
 }

@@ -127,7 +127,7 @@ func Join[V any](ctx context.Context, runs *Runs, controlPoint, key string) (run
 		}
 	}
 	if ok {
-		run = found.(*Run[V]) // as the place says
+		run = found.(*Run[V]) // which it is: the type of its value is a part of its place
 		if run.done == nil && run.how == running {
 			run.done = make(chan struct{})
 		}
