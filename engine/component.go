@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -49,17 +50,17 @@ type keyed[S any] struct {
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
-	namer       namer         // of buckets
+	namer       keys.Namer    // of buckets
 
-	table  *table[S] // nil without a label
-	single *entry[S] // the state of all flows, without a label
+	table  *keys.Table[S] // nil without a label
+	single *keys.Entry[S] // the state of all flows, without a label
 	idle   func(state *S, now int64) bool
 }
 
 func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: e.namer(c.LabelKey)}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, e.secret[:])}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -67,11 +68,10 @@ func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		k.maxIdle = 0
 	}
 	if c.LabelKey != "" {
-		k.table = newTable(e.keyCap, fresh, idle)
-		k.table.full = e.full
+		k.table = keys.New(e.keyCap, fresh, idle, e.full)
 	} else {
-		k.single = new(entry[S])
-		fresh(&k.single.state, 0)
+		k.single = new(keys.Entry[S])
+		fresh(&k.single.State, 0)
 	}
 	return k
 }
@@ -92,28 +92,28 @@ func (k *keyed[S]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) b
 	switch {
 	case !ok:
 		return false
-	case len(value) > maxValue:
+	case len(value) > keys.MaxValue:
 		d.Scope = agentapi.ScopeLabel
 		k.drop(d, agentapi.CauseLongLabel, 0)
 		return false
 	}
-	d.Scope, d.Label = agentapi.ScopeLabel, k.namer.name(value)
+	d.Scope, d.Label = agentapi.ScopeLabel, k.namer.Name(value)
 	return true
 }
 
 // lock returns the entry that decides, locked.
-func (k *keyed[S]) lock(d *agentapi.LimiterDecision, now int64) *entry[S] {
+func (k *keyed[S]) lock(d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
 	if k.table == nil {
-		k.single.mu.Lock()
+		k.single.Lock()
 		return k.single
 	}
-	e := k.table.lock(d.Label, now)
-	d.Spilled = e == &k.table.spill
+	e := k.table.Lock(d.Label, now)
+	d.Spilled = e == k.table.Spill()
 	return e
 }
 
 // returned gives something back to the entry that has decided, by a function that reports whether it came from there.
-func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(*entry[S]) bool) bool {
+func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(*keys.Entry[S]) bool) bool {
 	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false
 	}
@@ -124,48 +124,48 @@ func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(
 	case k.table == nil:
 		return locked(k.single, give)
 	case d.Spilled:
-		return locked(&k.table.spill, give)
+		return locked(k.table.Spill(), give)
 	}
-	if e := k.table.lockKnown(d.Label); e != nil {
+	if e := k.table.LockKnown(d.Label); e != nil {
 		ok := give(e)
-		e.mu.Unlock()
+		e.Unlock()
 		if ok {
 			return true
 		}
 	}
 	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is
 	// forgotten, as full as its next bucket.
-	return d.Slot() != 0 && locked(&k.table.spill, give)
+	return d.Slot() != 0 && locked(k.table.Spill(), give)
 }
 
 // locked calls the function with the entry locked.
-func locked[S any](e *entry[S], f func(*entry[S]) bool) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
+func locked[S any](e *keys.Entry[S], f func(*keys.Entry[S]) bool) bool {
+	e.Lock()
+	defer e.Unlock()
 	return f(e)
 }
 
 func (k *keyed[S]) sweep(now int64, full bool) {
-	if k.table == nil || full && !k.table.crowded.Load() {
+	if k.table == nil || full && !k.table.Crowded() {
 		return
 	}
 	select {
 	case <-k.retired:
-		k.table.forget(now, 0)
+		k.table.Forget(now, 0)
 	default:
-		k.table.sweep(now, k.maxIdle)
+		k.table.Sweep(now, k.maxIdle)
 	}
 }
 
 func (k *keyed[S]) vacant(now int64) bool {
 	e := k.single
 	if k.table != nil {
-		if k.table.size.Load() > 0 {
+		if k.table.Len() > 0 {
 			return false
 		}
-		e = &k.table.spill
+		e = k.table.Spill()
 	}
-	return locked(e, func(e *entry[S]) bool { return k.idle(&e.state, now) })
+	return locked(e, func(e *keys.Entry[S]) bool { return k.idle(&e.State, now) })
 }
 
 func (k *keyed[S]) retire() { close(k.retired) }
@@ -174,7 +174,7 @@ func (k *keyed[S]) overflow() uint64 {
 	if k.table == nil {
 		return 0
 	}
-	return k.table.spilled.Load()
+	return k.table.Spilled()
 }
 
 // drop turns the decision into a refusal.

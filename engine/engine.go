@@ -57,6 +57,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -366,7 +367,7 @@ func (e *Engine) sweep() {
 			for _, p := range e.rules.Load().installed {
 				p.sweep(e.now(), true)
 			}
-			pause := time.NewTimer(time.Duration(fullSweepEvery))
+			pause := time.NewTimer(keys.FullSweepEvery)
 			select {
 			case <-e.done:
 				pause.Stop()

@@ -15,7 +15,7 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 		name    string
 		maxIdle time.Duration
 		after   time.Duration
-		kept    int64
+		kept    int
 	}{
 		{"by default not before 2 h", 0, 119 * time.Minute, 20},
 		{"by default after 2 h", 0, 122 * time.Minute, 10},
@@ -52,7 +52,7 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 				}
 				<-time.After(tt.after)
 				synctest.Wait()
-				if got := limiter.table.size.Load(); got != tt.kept {
+				if got := limiter.table.Len(); got != tt.kept {
 					t.Errorf("%d keys are kept want %d", got, tt.kept)
 				}
 			})
@@ -82,10 +82,10 @@ func TestGiveBackSpilled(t *testing.T) {
 	}
 	check := func(when string, own, spill float64) {
 		t.Helper()
-		gotOwn, gotSpill := -1.0, l.table.spill.state.tokens
-		if u := l.table.lockKnown("b"); u != nil {
-			gotOwn = u.state.tokens
-			u.mu.Unlock()
+		gotOwn, gotSpill := -1.0, l.table.Spill().State.tokens
+		if u := l.table.LockKnown("b"); u != nil {
+			gotOwn = u.State.tokens
+			u.Unlock()
 		}
 		if gotOwn != own || gotSpill != spill {
 			t.Errorf("%s: b has %v tokens, and those who share %v want %v and %v", when, gotOwn, gotSpill, own, spill)
@@ -98,7 +98,7 @@ func TestGiveBackSpilled(t *testing.T) {
 	l.giveBack(0, shared[0], true)
 	check("after b gave back", none, 2)
 
-	l.table.forget(hour, 0) // a has got its token back by then
+	l.table.Forget(hour, 0) // a has got its token back by then
 	decide("b", hour)
 	check("with a bucket of its own", 3, 2)
 	l.giveBack(hour, shared[1], true)

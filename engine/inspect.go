@@ -1,6 +1,10 @@
 package engine
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/headgate-go/headgate/engine/internal/keys"
+)
 
 // A Usage is what one value of a limiter's or scheduler's label has, at one time.
 type Usage struct {
@@ -85,30 +89,30 @@ func (e *Engine) component(policyName, id string) (component, error) {
 }
 
 // met returns the entry that a flow with the value would meet, locked. It counts as no use.
-func (k *keyed[S]) met(value string, now int64) *entry[S] {
+func (k *keyed[S]) met(value string, now int64) *keys.Entry[S] {
 	if k.table == nil {
-		k.single.mu.Lock()
+		k.single.Lock()
 		return k.single
 	}
-	return k.table.lockMet(k.namer.name(value), now)
+	return k.table.LockPeek(k.namer.Name(value), now)
 }
 
 func (l *limiter[S]) usage(value string, now int64) Usage {
 	e := l.met(value, now)
-	defer e.mu.Unlock()
-	return l.source.usage(&e.state, now)
+	defer e.Unlock()
+	return l.source.usage(&e.State, now)
 }
 
 func (l *limiter[S]) reset(value string, now int64) {
 	e := l.met(value, now)
-	defer e.mu.Unlock()
-	l.source.fresh(&e.state, now)
+	defer e.Unlock()
+	l.source.fresh(&e.State, now)
 }
 
 func (s *scheduler[S]) usage(value string, now int64) Usage {
 	e := s.met(value, now)
-	defer e.mu.Unlock()
-	l := &e.state
+	defer e.Unlock()
+	l := &e.State
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
 	}
@@ -121,10 +125,10 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 
 func (s *scheduler[S]) reset(value string, now int64) {
 	e := s.met(value, now)
-	defer e.mu.Unlock()
-	s.source.fresh(&e.state.tokens, now)
-	if e.state.waiting() {
-		e.state.queue.version++
+	defer e.Unlock()
+	s.source.fresh(&e.State.tokens, now)
+	if e.State.waiting() {
+		e.State.queue.version++
 		s.serve(e, now)
 	}
 }

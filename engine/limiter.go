@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -48,15 +49,15 @@ func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limite
 		return
 	}
 	e := l.lock(d, now)
-	got := l.source.take(&e.state, now, d.Consumed)
+	got := l.source.take(&e.State, now, d.Consumed)
 	if got.ok {
 		l.admit(e)
-		e.mu.Unlock()
+		e.Unlock()
 		got.fill(d)
 		return
 	}
-	_, likely := l.source.forecast(&e.state, now, backlog{}, d.Consumed)
-	e.mu.Unlock()
+	_, likely := l.source.forecast(&e.State, now, backlog{}, d.Consumed)
+	e.Unlock()
 	d.Remaining = got.left
 	l.drop(d, agentapi.CauseNone, likely)
 	l.counts.decision(d)
@@ -64,10 +65,10 @@ func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limite
 
 // admit counts a flow at the entry, which is locked and at hand: a counter that all keys share would cost more than the
 // rest.
-func (l *limiter[S]) admit(e *entry[S]) {
-	if e.admitted++; e.admitted == math.MaxUint32 {
-		l.beyond.Add(uint64(e.admitted))
-		e.admitted = 0
+func (l *limiter[S]) admit(e *keys.Entry[S]) {
+	if e.Count++; e.Count == math.MaxUint32 {
+		l.beyond.Add(uint64(e.Count))
+		e.Count = 0
 	}
 }
 
@@ -76,9 +77,9 @@ func (l *limiter[S]) admitted() uint64 {
 	for {
 		beyond, n := l.beyond.Load(), uint64(0)
 		if l.table == nil {
-			n = l.single.count()
+			n = l.single.Counted()
 		} else {
-			n = l.table.admitted()
+			n = l.table.Counted()
 		}
 		if beyond == l.beyond.Load() {
 			return beyond + n
@@ -95,7 +96,7 @@ func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, 
 }
 
 func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
-	return l.returned(d, unused, func(e *entry[S]) bool {
-		return l.source.giveBack(&e.state, now, d.Consumed, d.Slot(), unused)
+	return l.returned(d, unused, func(e *keys.Entry[S]) bool {
+		return l.source.giveBack(&e.State, now, d.Consumed, d.Slot(), unused)
 	})
 }

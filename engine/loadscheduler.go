@@ -74,7 +74,7 @@ func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Compon
 		return s, nil
 	}
 	*rule.priced = s.workloads.measureFrom(e.now())
-	rule.fresh(&s.single.state.tokens, 0) // with the prices
+	rule.fresh(&s.single.State.tokens, 0) // with the prices
 	return s, of.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
 		if of, known := s.workloads.of(labels); known && of.latency != nil {
 			of.latency.mean.add(now, latency)
@@ -85,9 +85,9 @@ func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Compon
 // steer sets the share of the load that is let in from now on. Who waits may go on at once.
 func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	e := s.single
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	now, l := s.engine.now(), &e.state
+	e.Lock()
+	defer e.Unlock()
+	now, l := s.engine.now(), &e.State
 	waiting := l.waiting()
 	if waiting {
 		s.catchUp(e, now)

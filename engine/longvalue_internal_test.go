@@ -4,26 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"unicode/utf8"
 )
-
-func TestShareName(t *testing.T) {
-	long := strings.Repeat("é", maxValue)
-	for _, tt := range []struct {
-		name, a, b string
-		same       bool
-	}{
-		{"short", "a", "b", false},
-		{"longer than a name", long[:1000] + "a", long[:1000] + "b", false},
-		{"too long, alike at the beginning", long + "a", long + "b", true},
-		{"too long, apart at the beginning", "a" + long, "b" + long, false},
-	} {
-		a, b := shareName(tt.a), shareName(tt.b)
-		if (a == b) != tt.same || len(a) > maxBucketName || !utf8.ValidString(a) {
-			t.Errorf("%s: %q and %q", tt.name, a, b)
-		}
-	}
-}
 
 func TestOneOf(t *testing.T) {
 	for _, n := range []int{1, fewValues, fewValues + 1, 1000} {

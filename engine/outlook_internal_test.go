@@ -64,14 +64,14 @@ func TestLookAheadForetells(t *testing.T) {
 					}
 					last := labels()
 					req := &agentapi.Labels{Params: last}
-					l := &s.single.state
-					s.single.mu.Lock()
+					l := &s.single.State
+					s.single.Lock()
 					var told outlook
 					if s.serve(s.single, e.now()); l.waiting() {
 						tokens := tokensOf(req, "tokens", 1)
 						told = s.outlook(l, e.now(), outlookKey{s.workloads.claim(&s.workloads.others, req), tokens, tokens, mostVisits})
 					}
-					s.single.mu.Unlock()
+					s.single.Unlock()
 					at, ok := check(last, 0)
 					wg.Wait()
 					switch {

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -15,7 +16,7 @@ type sampler struct {
 	percentage func(now int64) float64
 	pass       []string // values of the label that are always accepted
 	counts     *counts
-	namer      namer
+	namer      keys.Namer
 
 	engine *Engine
 	ramp   *ramp // that the percentage moves along; nil where it does not move
@@ -32,7 +33,7 @@ func newSampler(e *Engine, p policy.Sampler, c agentapi.Component) *sampler {
 		percentage: func(int64) float64 { return p.AcceptPercentage },
 		pass:       slices.Clone(p.PassThroughValues),
 		counts:     new(counts),
-		namer:      e.namer(p.SessionLabel),
+		namer:      keys.NewNamer(p.SessionLabel, e.secret[:]),
 		engine:     e,
 	}
 	s.component.Limiter = s
@@ -58,7 +59,7 @@ func (s *sampler) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDe
 		d.Scope = agentapi.ScopeLabel
 		d.Label, _ = req.Labels.Lookup(key)
 	}
-	if len(d.Label) > maxValue {
+	if len(d.Label) > keys.MaxValue {
 		d.Label = ""
 		s.refuse(req, d, agentapi.CauseLongLabel)
 		return
@@ -73,7 +74,7 @@ func (s *sampler) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDe
 	}
 	d.Dropped = !in
 	if d.Label != "" {
-		d.Label = s.namer.name(d.Label)
+		d.Label = s.namer.Name(d.Label)
 	}
 	s.counts.decision(d)
 }

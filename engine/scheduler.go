@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -118,7 +119,7 @@ func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority
 	if c.workload == of.label {
 		return c.workload, c.priority
 	}
-	return s.engine.namer(s.workloads.workloadLabel).name(c.workload), c.priority
+	return keys.NewNamer(s.workloads.workloadLabel, s.engine.secret[:]).Name(c.workload), c.priority
 }
 
 func (s *scheduler[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
@@ -152,7 +153,7 @@ type ticket[S any] struct {
 	*waiter  // nil where the flow has been decided about
 	of       *workload
 	claim    claim
-	entry    *entry[line[S]]
+	entry    *keys.Entry[line[S]]
 	patience time.Duration
 }
 
@@ -199,8 +200,8 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 	patience func(*workload) time.Duration, r *reservation,
 ) (longest *queue, leave int) {
 	e := s.lock(d, now)
-	defer e.mu.Unlock()
-	l, of := &e.state, t.of
+	defer e.Unlock()
+	l, of := &e.State, t.of
 	if s.meet != nil {
 		s.meet(&l.tokens, now, d.Consumed, price)
 	}
@@ -305,12 +306,12 @@ func evict(q *queue, c claim) bool {
 }
 
 // newQueue makes the queue of an entry.
-func (s *scheduler[S]) newQueue(e *entry[line[S]]) *queue {
+func (s *scheduler[S]) newQueue(e *keys.Entry[line[S]]) *queue {
 	q := newQueue(&s.room, func() { s.ring(e) })
 	if q.crowd = s.crowd; q.crowd != nil {
 		q.turnOut = func(least int) bool {
-			e.mu.Lock()
-			defer e.mu.Unlock()
+			e.Lock()
+			defer e.Unlock()
 			if q.len <= least {
 				return false
 			}
@@ -348,9 +349,9 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 			waiting, crowded = true, nil
 		}
 	}
-	e, l := t.entry, &t.entry.state
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	e, l := t.entry, &t.entry.State
+	e.Lock()
+	defer e.Unlock()
 	now := s.engine.now()
 	s.serve(e, now) // at the last moment
 	gone := ctx.Err()
@@ -384,31 +385,31 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 }
 
 // serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
-func (s *scheduler[S]) serve(e *entry[line[S]], now int64) {
+func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
 	s.catchUp(e, now)
 	s.hand(e, now)
-	e.state.queue.setAlarm(s.engine.now)
+	e.State.queue.setAlarm(s.engine.now)
 }
 
 // catchUp serves those who were due before now, each at its time: alarms are late, and what comes to a full source
 // meanwhile is lost though somebody waits for it. It goes before all that gives something to a source for which somebody
 // waits, and leaves the alarm to serve. The entry is locked.
-func (s *scheduler[S]) catchUp(e *entry[line[S]], now int64) {
-	for q := e.state.queue; q.due > 0 && q.due < now; {
+func (s *scheduler[S]) catchUp(e *keys.Entry[line[S]], now int64) {
+	for q := e.State.queue; q.due > 0 && q.due < now; {
 		s.hand(e, q.due)
 	}
 }
 
 // hand gives what there is at a time to the flows that are first, and notes when the next is due. Once the engine is closed it
 // serves none: no flow may run because the others were rejected.
-func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
-	q := e.state.queue
+func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
+	q := e.State.queue
 	q.due = 0
 	if s.engine.closed.Load() {
 		return
 	}
 	for w := q.first(); w != nil; w = q.first() {
-		got := s.source.take(&e.state.tokens, at, w.tokens)
+		got := s.source.take(&e.State.tokens, at, w.tokens)
 		if !got.ok {
 			if got.wait > 0 {
 				q.due = at + got.wait
@@ -417,7 +418,7 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 		}
 		q.pop()
 		if s.gave != nil {
-			s.gave(&e.state.tokens, at, w.tokens, w.price)
+			s.gave(&e.State.tokens, at, w.tokens, w.price)
 		}
 		w.served, w.slot, w.left = true, got.slot, got.left
 		if w.ready != nil {
@@ -427,10 +428,10 @@ func (s *scheduler[S]) hand(e *entry[line[S]], at int64) {
 }
 
 // ring is what the alarm of the entry's queue does.
-func (s *scheduler[S]) ring(e *entry[line[S]]) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.state.queue.rings = 0
+func (s *scheduler[S]) ring(e *keys.Entry[line[S]]) {
+	e.Lock()
+	defer e.Unlock()
+	e.State.queue.rings = 0
 	s.serve(e, s.engine.now())
 }
 
@@ -495,14 +496,14 @@ func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision
 }
 
 func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
-	return s.returned(d, unused, func(e *entry[line[S]]) bool {
-		waiting := e.state.waiting()
+	return s.returned(d, unused, func(e *keys.Entry[line[S]]) bool {
+		waiting := e.State.waiting()
 		if waiting {
 			s.catchUp(e, now)
 		}
-		ok := s.source.giveBack(&e.state.tokens, now, d.Consumed, d.Slot(), unused)
+		ok := s.source.giveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
-			e.state.queue.version++
+			e.State.queue.version++
 			s.serve(e, now)
 		}
 		return ok

@@ -82,23 +82,23 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		slots.single.mu.Lock() // else nothing orders this before what the waiters do next
-		if n := slots.single.state.queue.len; n < flows/2 {
+		slots.single.Lock() // else nothing orders this before what the waiters do next
+		if n := slots.single.State.queue.len; n < flows/2 {
 			t.Errorf("%d wait want most of %d", n, flows)
 		}
-		slots.single.mu.Unlock()
+		slots.single.Unlock()
 		wg.Wait()
 		table := "\n"
 		for _, outcome := range slices.Sorted(maps.Keys(outcomes)) {
 			table += fmt.Sprintf("%24s %6d\n", outcome, outcomes[outcome])
 		}
-		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.state.queue.len+tokens.single.state.queue.len))
+		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.State.queue.len+tokens.single.State.queue.len))
 		for _, outcome := range []string{"admitted", "canceled", agentapi.CauseTimeout.String()} {
 			if outcomes[outcome] == 0 {
 				t.Errorf("none was %s", outcome)
 			}
 		}
-		for _, q := range []*queue{slots.single.state.queue, tokens.single.state.queue} {
+		for _, q := range []*queue{slots.single.State.queue, tokens.single.State.queue} {
 			checkEmpty(t, q)
 			if q.rings != 0 || q.alarm.Stop() {
 				t.Error("the alarm of an empty queue is set")
@@ -107,7 +107,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		if a, b := slots.room.Load(), tokens.room.Load(); a != 10_000 || b != a {
 			t.Errorf("there is room for %d and %d waiters want 10,000", a, b)
 		}
-		if f := slots.single.state.tokens; f.used != 0 || f.count != 0 {
+		if f := slots.single.State.tokens; f.used != 0 || f.count != 0 {
 			t.Errorf("%v tokens of %d slots are still in use", f.used, f.count)
 		}
 	})
@@ -138,18 +138,18 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 			})
 			synctest.Wait()
 		}
-		u := s.table.lockKnown("u")
-		if s.table.forgettable(&u.state, e.now()+int64(time.Hour*100)) {
+		u := s.table.LockKnown("u")
+		if s.idle(&u.State, e.now()+int64(time.Hour*100)) {
 			t.Error("the key would be forgotten if its timer were late")
 		}
-		u.mu.Unlock()
+		u.Unlock()
 		wg.Wait()
-		if got := s.table.size.Load(); got != 1 {
+		if got := s.table.Len(); got != 1 {
 			t.Errorf("%d keys want 1", got)
 		}
 		<-time.After(24*time.Hour + 2*time.Minute)
 		synctest.Wait()
-		if got := s.table.size.Load(); got != 0 {
+		if got := s.table.Len(); got != 0 {
 			t.Errorf("%d keys want it forgotten when it is full again", got)
 		}
 	})
@@ -182,13 +182,13 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		// The slot comes when the first of them has been canceled, and has not yet seen it.
 		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
 		begin := time.Now()
-		s.single.mu.Lock()
+		s.single.Lock()
 		cancel()
-		if !s.source.giveBack(&s.single.state.tokens, e.now(), 1, first.At(0).Slot(), false) {
+		if !s.source.giveBack(&s.single.State.tokens, e.now(), 1, first.At(0).Slot(), false) {
 			t.Error("the first slot was gone")
 		}
 		s.serve(s.single, e.now())
-		s.single.mu.Unlock()
+		s.single.Unlock()
 		wg.Wait()
 		if took := time.Since(begin); took != 0 { // a slot that is lost comes back after MaxInflight
 			t.Errorf("the slot was handed on after %v want at once", took)
@@ -208,8 +208,8 @@ func TestLateAlarm(t *testing.T) {
 		due  int64 // the next
 	}{
 		{"the alarm", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
-			s.single.mu.Lock()
-			defer s.single.mu.Unlock()
+			s.single.Lock()
+			defer s.single.Unlock()
 			s.serve(s.single, late)
 		}, 3, 4 * second},
 		{"a flow comes", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
@@ -239,10 +239,10 @@ func TestLateAlarm(t *testing.T) {
 				if served != tt.want {
 					t.Errorf("%d were served want %d", served, tt.want)
 				}
-				if q := s.single.state.queue; q.due != tt.due || q.rings != q.due {
+				if q := s.single.State.queue; q.due != tt.due || q.rings != q.due {
 					t.Errorf("the next is due at %v, the alarm rings at %v want %v", time.Duration(q.due), time.Duration(q.rings), time.Duration(tt.due))
 				}
-				s.single.state.queue.alarm.Stop()
+				s.single.State.queue.alarm.Stop()
 			})
 		})
 	}
@@ -267,7 +267,7 @@ func TestUnusedSlots(t *testing.T) {
 		}
 		<-time.After(time.Millisecond)
 		e.Revert(req, &v)
-		f := &e.rules.Load().installed[0].component.(*scheduler[inflight]).single.state.tokens
+		f := &e.rules.Load().installed[0].component.(*scheduler[inflight]).single.State.tokens
 		if f.count != 0 || f.hold != float64(time.Second) {
 			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))
 		}

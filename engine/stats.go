@@ -200,8 +200,8 @@ func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) C
 		s.Usage = usage("", now)
 		return s
 	}
-	s.Keys = int(min(k.table.size.Load(), k.table.cap)) // a key that does not fit is counted for a moment
-	s.Overflows = k.table.spilled.Load()
+	s.Keys = k.table.Len()
+	s.Overflows = k.table.Spilled()
 	return s
 }
 
@@ -225,9 +225,9 @@ func (s *scheduler[S]) stats(now int64) ComponentStats {
 	}
 	if s.letIn != nil {
 		e := s.single
-		e.mu.Lock()
-		all.LoadMultiplier = s.letIn(&e.state.tokens)
-		e.mu.Unlock()
+		e.Lock()
+		all.LoadMultiplier = s.letIn(&e.State.tokens)
+		e.Unlock()
 	}
 	return all
 }

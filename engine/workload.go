@@ -4,10 +4,10 @@ import (
 	"cmp"
 	"fmt"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -100,7 +100,7 @@ func (w *workloads) claim(of *workload, labels *agentapi.Labels) claim {
 	c := claim{workload: of.label, priority: of.priority}
 	if w.workloadLabel != "" {
 		if text, ok := labels.Lookup(w.workloadLabel); ok {
-			c.workload = shareName(text)
+			c.workload = keys.AnyName(text)
 		}
 	}
 	if w.priorityLabel != "" {
@@ -113,15 +113,7 @@ func (w *workloads) claim(of *workload, labels *agentapi.Labels) claim {
 	c.priority = min(max(c.priority, minPriority), maxPriority)
 	if w.fairnessLabel != "" {
 		value, _ := labels.Lookup(w.fairnessLabel)
-		c.fairness = shareName(value)
+		c.fairness = keys.AnyName(value)
 	}
 	return c
-}
-
-// shareName names the share of a label's value in a queue. Values beyond maxValue that begin alike have one share.
-func shareName(value string) string {
-	if len(value) > maxValue {
-		value = strings.ToValidUTF8(value[:maxBucketName], "")
-	}
-	return agentapi.ShortValue(value, maxBucketName)
 }

@@ -5,12 +5,9 @@ package agentapi
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"go.opentelemetry.io/otel/metric"
 )
@@ -345,19 +342,4 @@ const (
 type Returns struct {
 	Held     int // what the flow held
 	Returned int // what was still the flow's when it ended
-}
-
-// ShortValue is the value of a label if it has at most so many bytes, and otherwise a name of that length for it: its
-// beginning and 128 bits of its SHA-256. At least 48 bytes are room for one.
-func ShortValue(value string, most int) string {
-	if len(value) <= most {
-		return value
-	}
-	sum := sha256.Sum256([]byte(value))
-	code := "#" + hex.EncodeToString(sum[:16])
-	n := most - len(code)
-	for n > 0 && !utf8.RuneStart(value[n]) {
-		n--
-	}
-	return value[:n] + code
 }

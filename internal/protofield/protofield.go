@@ -94,18 +94,19 @@ func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest
 }
 
 // Walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
-// data of a number are nil, and those of bytes are not.
-func Walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) {
+// data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
+func Walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {
 	for len(message) > 0 {
 		field, data, n, rest, ok := Next(message)
 		if !ok {
-			return
+			return false
 		}
 		if field != 0 {
 			visit(field, data, n)
 		}
 		message = rest
 	}
+	return true
 }
 
 // Filter gives the message without the fields of bytes or numbers that are not kept, and what comes right before them of

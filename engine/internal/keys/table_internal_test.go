@@ -1,4 +1,4 @@
-package engine
+package keys
 
 import (
 	"fmt"
@@ -8,14 +8,14 @@ import (
 	"time"
 )
 
-func newTestTable(limit int) *table[int] {
-	return newTable(limit, func(n *int, _ int64) { *n = 0 }, func(n *int, _ int64) bool { return *n == 0 })
+func newTestTable(limit int) *Table[int] {
+	return New(limit, func(n *int, _ int64) { *n = 0 }, func(n *int, _ int64) bool { return *n == 0 }, nil)
 }
 
-func (t *table[S]) update(key string, now int64, f func(*S)) {
-	e := t.lock(key, now)
-	f(&e.state)
-	e.mu.Unlock()
+func (t *Table[S]) update(key string, now int64, f func(*S)) {
+	e := t.Lock(key, now)
+	f(&e.State)
+	e.Unlock()
 }
 
 func TestTable(t *testing.T) {
@@ -44,7 +44,7 @@ func TestTableSweep(t *testing.T) {
 		tab.update(fmt.Sprint(i), 0, func(n *int) { *n = i % 2 }) // every other one is forgettable
 	}
 	tab.update("0", int64(50*time.Second), func(*int) {})
-	tab.sweep(int64(100*time.Second), 60*time.Second)
+	tab.Sweep(int64(100*time.Second), 60*time.Second)
 	if got, want := tab.size.Load(), int64(501); got != want { // the odd ones, and the one that was used
 		t.Errorf("size = %d want %d", got, want)
 	}
@@ -70,8 +70,8 @@ func TestTableFull(t *testing.T) {
 	}
 	tab.update("newer", int64(1e10), func(n *int) { *n += 40 })
 	tab.update("newest", int64(1e10), func(n *int) { *n += 2 })
-	if got := tab.spilled.Load(); got != 2 || tab.spill.state != 42 {
-		t.Errorf("spilled, spill = %d, %d want 2, 42", got, tab.spill.state)
+	if got := tab.spilled.Load(); got != 2 || tab.spill.State != 42 {
+		t.Errorf("spilled, spill = %d, %d want 2, 42", got, tab.spill.State)
 	}
 	for i := 1; i < 10; i++ {
 		tab.update(fmt.Sprint(i), int64(1e10), func(n *int) {
@@ -100,19 +100,19 @@ func TestTableConcurrent(t *testing.T) {
 	}
 	wg.Go(func() {
 		for i := range 200 {
-			tab.forget(int64(i*100), 0)
+			tab.Forget(int64(i*100), 0)
 			runtime.Gosched()
 		}
 	})
 	wg.Wait()
 	// A key that spilled when it was counted up may have been counted down in an entry of its own, so it is the sum
 	// that shows whether an update was lost.
-	sum, live := tab.spill.state, int64(0)
+	sum, live := tab.spill.State, int64(0)
 	for i := range tab.shards {
 		slots := *tab.shards[i].slots.Load()
 		for j := range slots {
 			if e := slots[j].Load(); e != nil && e != tab.shards[i].tombstone {
-				sum += e.state
+				sum += e.State
 				live++
 			}
 		}
@@ -125,47 +125,14 @@ func TestTableConcurrent(t *testing.T) {
 	}
 }
 
-// The budget is 128 bytes a key beyond the key's own text.
-func TestTableMemory(t *testing.T) {
-	if RaceEnabled {
-		t.Skip("the race detector has its own memory")
-	}
-	const keys = 1_000_000
-	names := make([]string, keys)
-	text := 0
-	for i := range names {
-		names[i] = fmt.Sprintf("user-%d", i)
-		text += (len(names[i]) + 7) / 8 * 8 // in the allocator's steps
-	}
-	r := &bucketRule{capacity: 10, fill: 10, interval: 1e9}
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
-	tab := newTable(keys, r.fresh, r.idle)
-	for _, name := range names {
-		e := tab.lock(name, 0)
-		r.takeOrWait(&e.state, 0, 1)
-		e.mu.Unlock()
-	}
-	runtime.GC()
-	runtime.ReadMemStats(&after)
-	perKey := (float64(after.HeapAlloc-before.HeapAlloc) - float64(text)) / keys
-	t.Logf("%.0f bytes a key", perKey)
-	if perKey > 128 {
-		t.Errorf("%.0f bytes a key want at most 128", perKey)
-	}
-	runtime.KeepAlive(tab)
-	runtime.KeepAlive(names)
-}
-
 // A file may have 100,000 limiters, and most have few keys: each shard of a table begins to take memory with its first.
 func TestTableIsSmallWithoutKeys(t *testing.T) {
 	var before, after runtime.MemStats
-	tables := make([]*table[int], 100)
+	tables := make([]*Table[int], 100)
 	runtime.GC()
 	runtime.ReadMemStats(&before)
 	for i := range tables {
-		tables[i] = newTestTable(DefaultKeyCap)
+		tables[i] = newTestTable(1 << 20)
 	}
 	runtime.ReadMemStats(&after)
 	if each := (after.TotalAlloc - before.TotalAlloc) / uint64(len(tables)); each > 10_000 {
@@ -175,7 +142,7 @@ func TestTableIsSmallWithoutKeys(t *testing.T) {
 		tables[0].update(fmt.Sprint(i), 0, func(n *int) { *n = 1 })
 	}
 	for i := range 1000 {
-		if e := tables[1].lockKnown(fmt.Sprint(i)); e != nil {
+		if e := tables[1].LockKnown(fmt.Sprint(i)); e != nil {
 			t.Fatalf("a key of another table is found: %q", e.key)
 		}
 		tables[0].update(fmt.Sprint(i), 0, func(n *int) {

@@ -1,0 +1,68 @@
+package keys
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/headgate-go/headgate/internal/credential"
+)
+
+// MaxName is the longest name of a value, in bytes. Values up to this length are their own names.
+const MaxName = 256
+
+// MaxValue is the longest value that a component goes by, in bytes: to hash a longer one would take long. Callers reject
+// longer values before they ask for a name.
+const MaxValue = 64 << 10
+
+// A Namer gives values of one label the names that their states are kept by. Answers hold the name in place of the value,
+// over the wire too, where the name finds the state again when the flow ends.
+//
+// Most values are their own names; long ones are shortened. Where the label is a header that carries credentials, the name
+// is a code of the value by a secret, so that neither an answer nor a program's memory shows the credentials.
+//
+// The zero value is a Namer for labels without credentials.
+type Namer struct{ secret []byte }
+
+// NewNamer makes a Namer of the label's values. It keeps the secret.
+func NewNamer(label string, secret []byte) Namer {
+	if credential.HeaderLabel(label) {
+		return Namer{secret}
+	}
+	return Namer{}
+}
+
+// Name returns the name of the value, which has at most [MaxValue] bytes.
+func (n Namer) Name(value string) string {
+	if n.secret == nil {
+		return short(value)
+	}
+	code := hmac.New(sha256.New, n.secret)
+	_, _ = code.Write([]byte(value))
+	return "hidden:" + hex.EncodeToString(code.Sum(nil)[:16])
+}
+
+// AnyName returns the name of a value of any length. Values beyond [MaxValue] have one name if they begin alike.
+func AnyName(value string) string {
+	if len(value) > MaxValue {
+		value = strings.ToValidUTF8(value[:MaxName], "")
+	}
+	return short(value)
+}
+
+// short returns the value if it has at most MaxName bytes, and otherwise a name of that length for it: its beginning and
+// 128 bits of its SHA-256.
+func short(value string) string {
+	if len(value) <= MaxName {
+		return value
+	}
+	sum := sha256.Sum256([]byte(value))
+	code := "#" + hex.EncodeToString(sum[:16])
+	n := MaxName - len(code)
+	for n > 0 && !utf8.RuneStart(value[n]) {
+		n--
+	}
+	return value[:n] + code
+}

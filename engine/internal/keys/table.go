@@ -1,0 +1,325 @@
+// Package keys holds a state for each key of a component, and gives keys their names.
+//
+// It is the lowest floor of the engine: it knows nothing of limits, queues or policies.
+package keys
+
+import (
+	"hash/maphash"
+	"math/bits"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A Table holds a state of type S for each key. It never has more keys than its limit. Beyond the limit, unknown keys share
+// one entry, the spill.
+//
+// Looking a key up takes no lock but the key's own: the slots of a shard are written under the shard's mutex and read
+// without. Times are nanoseconds by a clock of the caller's. All methods are safe for concurrent use.
+//
+// Library caches do not fit: they cost more memory for a key than its state, and they forget exhausted buckets when
+// keys flood in, which is when limits matter.
+type Table[S any] struct {
+	fresh       func(state *S, now int64)
+	forgettable func(state *S, now int64) bool
+
+	seed   maphash.Seed
+	mask   uint64
+	shards []shard[S]
+	limit  int64
+	size   atomic.Int64
+
+	spill   Entry[S]
+	spilled atomic.Uint64 // how often the spill was used
+
+	crowded atomic.Bool     // a key did not fit since the last sweep
+	full    chan<- struct{} // told when that is so; nil for nobody
+}
+
+type shard[S any] struct {
+	mu        sync.Mutex
+	slots     atomic.Pointer[[]atomic.Pointer[Entry[S]]] // a power of two of them, probed in line
+	live      int
+	dead      int       // slots that hold the tombstone
+	nextSweep int64     // when a full table may sweep this shard again
+	tombstone *Entry[S] // keeps a probe going across the slot of a removed key
+	forgotten uint64    // the counts of the entries that are gone
+	_         [8]byte   // a cache line each
+}
+
+// An Entry is the state of one key, with a lock that guards it. Entries of no table are for states without a key; their
+// zero value is ready.
+type Entry[S any] struct {
+	mu   sync.Mutex
+	gone bool // out of the table: look the key up again
+	hash uint32
+	key  string
+	used uint32 // last use, in seconds
+
+	// Count is the holder's to count with, under the lock. [Table.Counted] sums it up.
+	Count uint32
+
+	// State is guarded by the lock.
+	State S
+}
+
+// Lock locks the entry.
+func (e *Entry[S]) Lock() { e.mu.Lock() }
+
+// Unlock unlocks the entry.
+func (e *Entry[S]) Unlock() { e.mu.Unlock() }
+
+// Counted returns the entry's count. The entry must not be locked.
+func (e *Entry[S]) Counted() uint64 {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return uint64(e.Count)
+}
+
+// FullSweepEvery is how often a full table looks for keys to forget. It bounds the work that a flood of unknown keys can
+// cause.
+const FullSweepEvery = time.Second
+
+// New makes a table of up to limit keys. The function fresh makes a state new. The function forgettable reports whether a
+// fresh state would behave like this one. Both are called with the state's entry locked.
+//
+// When a key does not fit, the table sends to full without blocking: a channel with room for one keeps the news. Full may
+// be nil.
+func New[S any](limit int, fresh func(*S, int64), forgettable func(*S, int64) bool, full chan<- struct{}) *Table[S] {
+	// A shard for some 16 000 keys, so that growing one is short; the count is a power of two.
+	shards := 1 << min(bits.Len(uint(limit)>>14), 8)
+	t := &Table[S]{
+		fresh:       fresh,
+		forgettable: forgettable,
+		seed:        maphash.MakeSeed(),
+		mask:        uint64(shards - 1),
+		shards:      make([]shard[S], shards),
+		limit:       int64(limit),
+		full:        full,
+	}
+	// Most limiters of a large file have no key yet, and few have many. So the shards begin with the same slot, which stays
+	// empty: the first key of a shard has it rebuilt.
+	slots, tombstone := make([]atomic.Pointer[Entry[S]], 1), &Entry[S]{gone: true}
+	for i := range t.shards {
+		t.shards[i].slots.Store(&slots)
+		t.shards[i].tombstone = tombstone
+	}
+	fresh(&t.spill.State, 0)
+	return t
+}
+
+// Lock returns the key's entry, locked; the caller unlocks it. A key that is not known yet gets an entry, or the spill
+// when the table is full.
+func (t *Table[S]) Lock(key string, now int64) *Entry[S] {
+	h := maphash.String(t.seed, key)
+	s := &t.shards[h&t.mask]
+	for {
+		e := s.find(uint32(h>>32), key)
+		if e == nil {
+			if e = t.insert(s, uint32(h>>32), key, now); e == nil {
+				t.spilled.Add(1)
+				e = &t.spill
+			}
+		}
+		e.mu.Lock()
+		if !e.gone {
+			e.used = second(now)
+			return e
+		}
+		e.mu.Unlock()
+	}
+}
+
+// LockKnown returns the key's entry, locked, or nil when the key is not known. It counts as no use.
+func (t *Table[S]) LockKnown(key string) *Entry[S] {
+	h := maphash.String(t.seed, key)
+	s := &t.shards[h&t.mask]
+	for {
+		e := s.find(uint32(h>>32), key)
+		if e == nil {
+			return nil
+		}
+		e.mu.Lock()
+		if !e.gone {
+			return e
+		}
+		e.mu.Unlock()
+	}
+}
+
+// LockPeek returns the entry that [Table.Lock] would return, locked, without adding the key: a key that is not known gets
+// a new entry that is in no table, or the spill when the table is full. It counts as no use.
+func (t *Table[S]) LockPeek(key string, now int64) *Entry[S] {
+	h := maphash.String(t.seed, key)
+	s := &t.shards[h&t.mask]
+	for {
+		e := s.find(uint32(h>>32), key)
+		if e == nil && t.size.Load() >= t.limit {
+			e = &t.spill
+		}
+		if e == nil {
+			e = new(Entry[S])
+			t.fresh(&e.State, now)
+		}
+		e.mu.Lock()
+		if !e.gone {
+			return e
+		}
+		e.mu.Unlock()
+	}
+}
+
+// Spill returns the entry that unknown keys share when the table is full. It is not locked.
+func (t *Table[S]) Spill() *Entry[S] { return &t.spill }
+
+// Len returns the number of keys.
+func (t *Table[S]) Len() int {
+	return int(min(t.size.Load(), t.limit)) // a key that does not fit is counted for a moment
+}
+
+// Spilled returns how often [Table.Lock] returned the spill.
+func (t *Table[S]) Spilled() uint64 { return t.spilled.Load() }
+
+// Crowded reports whether a key did not fit since the last sweep.
+func (t *Table[S]) Crowded() bool { return t.crowded.Load() }
+
+// second is a time as entries keep it. It is early by a second at the most, which is no matter: what is forgotten when it
+// is idle is what nobody will miss.
+func second(now int64) uint32 { return uint32(now / int64(time.Second)) }
+
+// Counted returns the sum of the counts of all entries, forgotten ones and the spill included. It looks at each entry.
+func (t *Table[S]) Counted() uint64 {
+	n := t.spill.Counted()
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock() // so that none goes meanwhile
+		n += s.forgotten
+		slots := *s.slots.Load()
+		for j := range slots {
+			if e := slots[j].Load(); e != nil && e != s.tombstone {
+				n += e.Counted()
+			}
+		}
+		s.mu.Unlock()
+	}
+	return n
+}
+
+func (s *shard[S]) find(hash uint32, key string) *Entry[S] {
+	slots := *s.slots.Load()
+	mask := uint32(len(slots) - 1)
+	for i := hash & mask; ; i = (i + 1) & mask {
+		e := slots[i].Load()
+		if e == nil {
+			return nil
+		}
+		if e.hash == hash && e.key == key && e != s.tombstone {
+			return e
+		}
+	}
+}
+
+// insert adds the key, unless somebody else just did. It returns nil when the table is full.
+func (t *Table[S]) insert(s *shard[S], hash uint32, key string, now int64) *Entry[S] {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.find(hash, key); e != nil {
+		return e
+	}
+	if t.size.Add(1) > t.limit {
+		t.crowded.Store(true)
+		select {
+		case t.full <- struct{}{}: // for the sweep of the other shards
+		default:
+		}
+		if now >= s.nextSweep {
+			s.nextSweep = now + int64(FullSweepEvery)
+			t.sweepShard(s, now, 0)
+		}
+		if t.size.Load() > t.limit {
+			t.size.Add(-1)
+			return nil
+		}
+	}
+	slots := *s.slots.Load()
+	if 4*(s.live+s.dead+1) > 3*len(slots) {
+		slots = s.rebuild()
+	}
+	e := &Entry[S]{hash: hash, key: strings.Clone(key), used: second(now)}
+	t.fresh(&e.State, now)
+	place(slots, e)
+	s.live++
+	return e
+}
+
+// place puts the entry into the first empty slot of its probe. Slots of removed keys are left to rebuild: a reader may
+// be probing across them.
+func place[S any](slots []atomic.Pointer[Entry[S]], e *Entry[S]) {
+	mask := uint32(len(slots) - 1)
+	i := e.hash & mask
+	for slots[i].Load() != nil {
+		i = (i + 1) & mask
+	}
+	slots[i].Store(e)
+}
+
+// rebuild copies the live entries into new slots, at most half full, which readers see at once or not at all. The
+// shard's mutex is held.
+func (s *shard[S]) rebuild() []atomic.Pointer[Entry[S]] {
+	size := 8
+	for size < 2*(s.live+1) {
+		size *= 2
+	}
+	old, slots := *s.slots.Load(), make([]atomic.Pointer[Entry[S]], size)
+	for i := range old {
+		if e := old[i].Load(); e != nil && e != s.tombstone {
+			place(slots, e)
+		}
+	}
+	s.dead = 0
+	s.slots.Store(&slots)
+	return slots
+}
+
+// Sweep forgets the keys that nobody has used for the time idle and whose state is as good as new; all whose state is as
+// good as new when a key did not fit since the last sweep. With an idle time of zero it forgets nothing otherwise.
+func (t *Table[S]) Sweep(now int64, idle time.Duration) {
+	if t.crowded.Swap(false) {
+		t.Forget(now, 0)
+	} else if idle > 0 {
+		t.Forget(now, idle)
+	}
+}
+
+// Forget forgets the keys that nobody has used for the time idle and whose state is as good as new.
+func (t *Table[S]) Forget(now int64, idle time.Duration) {
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock()
+		t.sweepShard(s, now, int64(idle))
+		if len(*s.slots.Load()) > 64 && (s.dead > s.live || 8*s.live < len(*s.slots.Load())) {
+			s.rebuild()
+		}
+		s.mu.Unlock()
+	}
+}
+
+func (t *Table[S]) sweepShard(s *shard[S], now, idle int64) {
+	slots := *s.slots.Load()
+	for i := range slots {
+		e := slots[i].Load()
+		if e == nil || e == s.tombstone || !e.mu.TryLock() { // a locked one is in use
+			continue
+		}
+		if now-int64(e.used)*int64(time.Second) >= idle && t.forgettable(&e.State, now) {
+			e.gone = true
+			s.forgotten += uint64(e.Count)
+			slots[i].Store(s.tombstone)
+			s.live--
+			s.dead++
+			t.size.Add(-1)
+		}
+		e.mu.Unlock()
+	}
+}
