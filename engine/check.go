@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
@@ -229,7 +230,7 @@ func reject(v *agentapi.Verdict, from int, reason agentapi.Reason) {
 		if !d.Dropped || d.Component.DryRun {
 			continue
 		}
-		if d.Wait() == never || d.Wait() >= century/2 { // which is about where waits are cut off
+		if d.Wait() == source.Never || d.Wait() >= source.Century/2 { // which is about where waits are cut off
 			d.Drop(0)
 			hopeless = true
 		}

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -57,7 +58,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 			Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "key",
 			Scheduler: policy.Scheduler{FairnessLabel: "user", MaxQueue: room},
 		})
-		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
+		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
 		var wg sync.WaitGroup
 		var causes [agentapi.Causes]atomic.Int64
 		for i := range flows {

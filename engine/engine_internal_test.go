@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -20,7 +21,7 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 		{"by default not before 2 h", 0, 119 * time.Minute, 20},
 		{"by default after 2 h", 0, 122 * time.Minute, 10},
 		{"after a while", 5 * time.Minute, 7 * time.Minute, 10},
-		{"never", policy.KeepIdle, 10 * time.Hour, 20},
+		{"source.Never", policy.KeepIdle, 10 * time.Hour, 20},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -33,7 +34,7 @@ func TestIdleKeysAreForgotten(t *testing.T) {
 				defer func() { _ = e.Close() }()
 				e.results.close() // their clocks tick every second, and this is not about them
 				e.globals.close()
-				limiter, ok := e.rules.Load().installed[0].component.(*limiter[bucket])
+				limiter, ok := e.rules.Load().installed[0].component.(*limiter[bucket.State])
 				if !ok {
 					t.Fatalf("component is a %T", e.rules.Load().installed[0].component)
 				}
@@ -71,7 +72,7 @@ func TestGiveBackSpilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = e.Close() }()
-	l := e.rules.Load().installed[0].component.(*limiter[bucket])
+	l := e.rules.Load().installed[0].component.(*limiter[bucket.State])
 	decide := func(user string, now int64) *agentapi.LimiterDecision {
 		d := &agentapi.LimiterDecision{Component: l.identity()}
 		l.decide(&agentapi.Request{Labels: agentapi.Labels{Params: map[string]string{"user": user}}}, now, d)
@@ -82,9 +83,9 @@ func TestGiveBackSpilled(t *testing.T) {
 	}
 	check := func(when string, own, spill float64) {
 		t.Helper()
-		gotOwn, gotSpill := -1.0, l.table.Spill().State.tokens
+		gotOwn, gotSpill := -1.0, l.source.Usage(&l.table.Spill().State, 0).Remaining
 		if u := l.table.LockKnown("b"); u != nil {
-			gotOwn = u.State.tokens
+			gotOwn = l.source.Usage(&u.State, 0).Remaining
 			u.Unlock()
 		}
 		if gotOwn != own || gotSpill != spill {

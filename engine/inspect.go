@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
 // A Usage is what one value of a limiter's or scheduler's label has, at one time.
@@ -100,13 +101,13 @@ func (k *keyed[S]) met(value string, now int64) *keys.Entry[S] {
 func (l *limiter[S]) usage(value string, now int64) Usage {
 	e := l.met(value, now)
 	defer e.Unlock()
-	return l.source.usage(&e.State, now)
+	return usageOf(l.source.Usage(&e.State, now))
 }
 
 func (l *limiter[S]) reset(value string, now int64) {
 	e := l.met(value, now)
 	defer e.Unlock()
-	l.source.fresh(&e.State, now)
+	l.source.Fresh(&e.State, now)
 }
 
 func (s *scheduler[S]) usage(value string, now int64) Usage {
@@ -116,7 +117,7 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for those who wait
 	}
-	u := s.source.usage(&l.tokens, now)
+	u := usageOf(s.source.Usage(&l.tokens, now))
 	if l.queue != nil {
 		u.Waiting = l.queue.len
 	}
@@ -126,9 +127,13 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 func (s *scheduler[S]) reset(value string, now int64) {
 	e := s.met(value, now)
 	defer e.Unlock()
-	s.source.fresh(&e.State.tokens, now)
+	s.source.Fresh(&e.State.tokens, now)
 	if e.State.waiting() {
 		e.State.queue.version++
 		s.serve(e, now)
 	}
+}
+
+func usageOf(u source.Usage) Usage {
+	return Usage{Capacity: u.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}
 }

@@ -5,7 +5,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/slots"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -13,31 +16,31 @@ import (
 // A limiter admits a flow at once or not at all.
 type limiter[S any] struct {
 	keyed[S]
-	source      source[S]
+	source      source.Source[S]
 	tokensLabel string
 	beyond      atomic.Uint64 // flows that entries have admitted, and have no room to show
 }
 
 func newRateLimiter(e *Engine, p policy.RateLimiter, c agentapi.Component) component {
-	l := newLimiter(e, c, p.MaxIdle, &bucketRule{
-		capacity: p.Capacity,
-		fill:     p.Fill,
-		interval: float64(p.Interval),
-		step:     p.StepFill,
-		delay:    p.DelayInitialFill,
+	l := newLimiter(e, c, p.MaxIdle, &bucket.Rule{
+		Capacity: p.Capacity,
+		Fill:     p.Fill,
+		Interval: float64(p.Interval),
+		Step:     p.StepFill,
+		Delay:    p.DelayInitialFill,
 	})
 	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
 	return l
 }
 
 func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c agentapi.Component) component {
-	l := newLimiter(e, c, p.MaxIdle, &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)})
+	l := newLimiter(e, c, p.MaxIdle, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
 	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
 	return l
 }
 
-func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source[S]) *limiter[S] {
-	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.fresh, s.idle), source: s}
+func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
+	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.Fresh, s.Idle), source: s}
 	l.component.Limiter = l
 	return l
 }
@@ -49,16 +52,16 @@ func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limite
 		return
 	}
 	e := l.lock(d, now)
-	got := l.source.take(&e.State, now, d.Consumed)
-	if got.ok {
+	got := l.source.Take(&e.State, now, d.Consumed)
+	if got.OK {
 		l.admit(e)
 		e.Unlock()
-		got.fill(d)
+		fill(d, got)
 		return
 	}
-	_, likely := l.source.forecast(&e.State, now, backlog{}, d.Consumed)
+	_, likely := l.source.Forecast(&e.State, now, source.Ahead{}, d.Consumed)
 	e.Unlock()
-	d.Remaining = got.left
+	d.Remaining = got.Left
 	l.drop(d, agentapi.CauseNone, likely)
 	l.counts.decision(d)
 }
@@ -97,6 +100,12 @@ func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, 
 
 func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *keys.Entry[S]) bool {
-		return l.source.giveBack(&e.State, now, d.Consumed, d.Slot(), unused)
+		return l.source.GiveBack(&e.State, now, d.Consumed, d.Slot(), unused)
 	})
+}
+
+// fill tells the decision what the flow was given.
+func fill(d *agentapi.LimiterDecision, got source.Taken) {
+	d.Hold(got.Slot)
+	d.Remaining = got.Left
 }

@@ -3,6 +3,8 @@ package engine
 import (
 	"math"
 	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
 // A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
@@ -30,7 +32,8 @@ const (
 // loadRule is the source that load schedulers have their tokens from.
 type loadRule struct{ priced *[]*latencyCost }
 
-func (r loadRule) fresh(l *load, now int64) {
+// Fresh makes the load one of which nothing is known.
+func (r loadRule) Fresh(l *load, now int64) {
 	*l = load{
 		priced:     r.priced,
 		asked:      newWindow(loadSeconds, int64(time.Second), now),
@@ -45,8 +48,8 @@ func (r loadRule) fresh(l *load, now int64) {
 	}
 }
 
-// idle says no: there is one load, which is not forgotten.
-func (loadRule) idle(*load, int64) bool { return false }
+// Idle reports false: there is one load, which is not forgotten.
+func (loadRule) Idle(*load, int64) bool { return false }
 
 // meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
 // as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the
@@ -62,7 +65,7 @@ func (loadRule) meet(l *load, now int64, tokens float64, price *latencyCost) {
 	if price != nil {
 		asked = price.asked
 	}
-	asked.add(now, min(tokens, maxCost))
+	asked.add(now, min(tokens, source.MaxCost))
 	if l.learning && second-l.began >= learnSeconds {
 		l.steer(now, l.multiplier)
 		l.learning = false
@@ -103,7 +106,7 @@ func (l *load) come(now int64) (tokens, before float64) {
 	tokens = l.asked.whole(now).sum
 	before = tokens
 	for price := range l.prices {
-		count, is := price.asked.whole(now).count, min(price.tokens(), maxCost)
+		count, is := price.asked.whole(now).count, min(price.tokens(), source.MaxCost)
 		tokens += is * count
 		before += price.noted * count
 		price.noted = is
@@ -145,7 +148,7 @@ func (l *load) letIn() float64 {
 func (l *load) admitted(now int64) float64 {
 	given, asked := l.given.total(now).sum, l.asked.total(now).sum
 	for price := range l.prices {
-		tokens := min(price.tokens(), maxCost)
+		tokens := min(price.tokens(), source.MaxCost)
 		given += tokens * price.given.total(now).count
 		asked += tokens * price.asked.total(now).count
 	}
@@ -159,19 +162,19 @@ func (l *load) refill(now int64) {
 	}
 }
 
-// take lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
+// Take lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
 // come.
-func (loadRule) take(l *load, now int64, tokens float64) taken {
-	tokens = min(tokens, maxCost)
+func (loadRule) Take(l *load, now int64, tokens float64) source.Taken {
+	tokens = min(tokens, source.MaxCost)
 	if l.open() {
-		return taken{ok: true}
+		return source.Taken{OK: true}
 	}
 	l.refill(now)
-	if full := min(tokens, l.rate); tokens > 0 && (l.rate == 0 || l.tokens < full-slack) {
-		return taken{left: max(l.tokens, 0), wait: max(l.until(full), 0)}
+	if full := min(tokens, l.rate); tokens > 0 && (l.rate == 0 || l.tokens < full-source.Slack) {
+		return source.Taken{Left: max(l.tokens, 0), Wait: max(l.until(full), 0)}
 	}
 	l.tokens -= tokens
-	return taken{ok: true, left: max(l.tokens, 0)}
+	return source.Taken{OK: true, Left: max(l.tokens, 0)}
 }
 
 // gave counts a flow that was let in.
@@ -180,43 +183,45 @@ func (loadRule) gave(l *load, now int64, tokens float64, price *latencyCost) {
 	if price != nil {
 		given = price.given
 	}
-	given.add(now, min(tokens, maxCost))
+	given.add(now, min(tokens, source.MaxCost))
 }
 
-func (loadRule) cost(tokens float64) float64 { return min(tokens, maxCost) }
+// Cost returns the tokens, up to [source.MaxCost].
+func (loadRule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
 
-// timed reports true. The rate is set anew from time to time, and taken here as it is.
-func (loadRule) timed() bool { return true }
+// Timed reports true. The rate is set anew from time to time, and taken here as it is.
+func (loadRule) Timed() bool { return true }
 
 // until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
 func (l *load) until(tokens float64) int64 {
 	if l.rate == 0 {
-		return never
+		return source.Never
 	}
-	return max(clampNanos(math.Ceil((tokens-l.tokens)/l.rate*float64(time.Second))), 1)
+	return max(source.Nanos(math.Ceil((tokens-l.tokens)/l.rate*float64(time.Second))), 1)
 }
 
-// giveBack undoes a take. What was given stays counted: that somebody else rejects the flow does not say that this load
+// GiveBack undoes a Take. What was given stays counted: that somebody else rejects the flow does not say that this load
 // was too much.
-func (loadRule) giveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
-	l.tokens = min(l.tokens+min(tokens, maxCost), l.rate)
+func (loadRule) GiveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
+	l.tokens = min(l.tokens+min(tokens, source.MaxCost), l.rate)
 	return true
 }
 
-func (loadRule) usage(l *load, now int64) Usage {
+// Usage says what is let in during a second, and what is left of it.
+func (loadRule) Usage(l *load, now int64) source.Usage {
 	if l.open() {
-		return Usage{Capacity: math.Inf(1), Remaining: math.Inf(1)}
+		return source.Usage{Capacity: math.Inf(1), Remaining: math.Inf(1)}
 	}
 	l.refill(now)
-	return Usage{Capacity: l.rate, Remaining: l.tokens}
+	return source.Usage{Capacity: l.rate, Remaining: l.tokens}
 }
 
-// forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
-func (loadRule) forecast(l *load, now int64, ahead backlog, tokens float64) (least, likely int64) {
+// Forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
+func (loadRule) Forecast(l *load, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	if l.open() {
 		return 0, 0
 	}
 	l.refill(now)
 	tokens = min(tokens, l.rate)
-	return l.until(ahead.least + tokens), l.until(ahead.likely + tokens)
+	return l.until(ahead.Least + tokens), l.until(ahead.Likely + tokens)
 }

@@ -4,17 +4,19 @@ import (
 	"math"
 	"testing"
 	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
 // learned is a load of so many tokens each second, of which so much is let in, at a time when it has learned that.
 func learned(rate, multiplier float64) (l *load, now int64) {
 	l = new(load)
 	rule := loadRule{}
-	rule.fresh(l, 0)
+	rule.Fresh(l, 0)
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, multiplier)
 		rule.meet(l, now, rate, nil)
-		rule.take(l, now, rate)
+		rule.Take(l, now, rate)
 		rule.gave(l, now, rate, nil)
 		now += int64(time.Second)
 	}
@@ -26,35 +28,35 @@ func learned(rate, multiplier float64) (l *load, now int64) {
 func TestLoadLearns(t *testing.T) {
 	const s = int64(time.Second)
 	l, rule := new(load), loadRule{}
-	rule.fresh(l, 0)
+	rule.Fresh(l, 0)
 	l.steer(0, 0.5)
 	now := 1000*s + s/2
-	visit := func(tokens float64) taken {
+	visit := func(tokens float64) source.Taken {
 		rule.meet(l, now, tokens, nil)
-		return rule.take(l, now, tokens)
+		return rule.Take(l, now, tokens)
 	}
 	for ; now < 1031*s; now += s {
-		if !visit(10).ok {
+		if !visit(10).OK {
 			t.Fatalf("rejected after %v", time.Duration(now-1000*s))
 		}
 	}
 	// 10 each second, of which 5 are let in; the bucket is full.
-	for i, want := range []taken{{ok: true, left: 2}, {left: 2, wait: s / 5}} {
+	for i, want := range []source.Taken{{OK: true, Left: 2}, {Left: 2, Wait: s / 5}} {
 		if got := visit(3); got != want {
 			t.Errorf("flow %d = %+v want %+v", i, got, want)
 		}
 	}
 	now += 30 * s // a short silence changes nothing
-	if got := visit(3); got != (taken{ok: true, left: 2}) {
+	if got := visit(3); got != (source.Taken{OK: true, Left: 2}) {
 		t.Errorf("after a short silence = %+v", got)
 	}
 	now += 31 * s
 	for range 10 {
-		if got := visit(100); got != (taken{ok: true}) {
+		if got := visit(100); got != (source.Taken{OK: true}) {
 			t.Errorf("after a long silence = %+v want everything let in", got)
 		}
 	}
-	if now += 30 * s; !visit(100).ok {
+	if now += 30 * s; !visit(100).OK {
 		t.Error("rejected while it learns anew")
 	}
 }
@@ -66,36 +68,36 @@ func TestLoadDraw(t *testing.T) {
 		rate       float64
 		multiplier float64
 		tokens     []float64
-		want       []taken
+		want       []source.Taken
 	}{
-		{"half", 10, 0.5, []float64{4, 1, 1, 0}, []taken{{ok: true, left: 1}, {ok: true}, {wait: 200e6}, {ok: true}}},
-		{"more than there is", 10, 0.5, []float64{4, 3, 1}, []taken{{ok: true, left: 1}, {left: 1, wait: 400e6}, {ok: true}}},
-		{"more than it holds", 10, 0.5, []float64{20, 1, 6}, []taken{{ok: true}, {wait: 3200e6}, {wait: 4000e6}}},
-		{"more than it holds, when it is not full", 10, 0.5, []float64{1, 20}, []taken{{ok: true, left: 4}, {left: 4, wait: 200e6}}},
-		{"a rare flow", 0.1, 0.5, []float64{1, 1}, []taken{{ok: true}, {wait: 20e9}}},
-		{"nothing", 10, 0, []float64{1, 0}, []taken{{}, {ok: true}}},
-		{"less than nothing", 10, -1, []float64{1, 0}, []taken{{}, {ok: true}}},
-		{"everything", 10, nan, []float64{1000, 1000}, []taken{{ok: true}, {ok: true}}},
-		{"without bounds", 10, math.Inf(1), []float64{1000, 1000}, []taken{{ok: true}, {ok: true}}},
-		{"more than comes", 10, 2, []float64{20, 1}, []taken{{ok: true}, {wait: 50e6}}},
+		{"half", 10, 0.5, []float64{4, 1, 1, 0}, []source.Taken{{OK: true, Left: 1}, {OK: true}, {Wait: 200e6}, {OK: true}}},
+		{"more than there is", 10, 0.5, []float64{4, 3, 1}, []source.Taken{{OK: true, Left: 1}, {Left: 1, Wait: 400e6}, {OK: true}}},
+		{"more than it holds", 10, 0.5, []float64{20, 1, 6}, []source.Taken{{OK: true}, {Wait: 3200e6}, {Wait: 4000e6}}},
+		{"more than it holds, when it is not full", 10, 0.5, []float64{1, 20}, []source.Taken{{OK: true, Left: 4}, {Left: 4, Wait: 200e6}}},
+		{"a rare flow", 0.1, 0.5, []float64{1, 1}, []source.Taken{{OK: true}, {Wait: 20e9}}},
+		{"nothing", 10, 0, []float64{1, 0}, []source.Taken{{}, {OK: true}}},
+		{"less than nothing", 10, -1, []float64{1, 0}, []source.Taken{{}, {OK: true}}},
+		{"everything", 10, nan, []float64{1000, 1000}, []source.Taken{{OK: true}, {OK: true}}},
+		{"without bounds", 10, math.Inf(1), []float64{1000, 1000}, []source.Taken{{OK: true}, {OK: true}}},
+		{"more than comes", 10, 2, []float64{20, 1}, []source.Taken{{OK: true}, {Wait: 50e6}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l, now := learned(tt.rate, tt.multiplier)
 			for i, tokens := range tt.tokens {
-				got := loadRule{}.take(l, now, tokens)
-				if want := tt.want[i]; got.ok != want.ok || math.Abs(got.left-want.left) > 1e-6 || math.Abs(float64(got.wait-want.wait)) > 10 {
+				got := loadRule{}.Take(l, now, tokens)
+				if want := tt.want[i]; got.OK != want.OK || math.Abs(got.Left-want.Left) > 1e-6 || math.Abs(float64(got.Wait-want.Wait)) > 10 {
 					t.Errorf("draw %d = %+v want %+v", i, got, want)
 				}
-				if got.ok || got.wait == 0 {
+				if got.OK || got.Wait == 0 {
 					continue
 				}
-				least, likely := loadRule{}.forecast(l, now, backlog{}, tokens)
-				if least != got.wait || likely != got.wait {
-					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.wait)
+				least, likely := loadRule{}.Forecast(l, now, source.Ahead{}, tokens)
+				if least != got.Wait || likely != got.Wait {
+					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.Wait)
 				}
 				early, late := *l, *l
-				if (loadRule{}).take(&early, now+got.wait-1000, tokens).ok || !(loadRule{}).take(&late, now+got.wait, tokens).ok {
-					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.wait))
+				if (loadRule{}).Take(&early, now+got.Wait-1000, tokens).OK || !(loadRule{}).Take(&late, now+got.Wait, tokens).OK {
+					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.Wait))
 				}
 			}
 		})
@@ -106,14 +108,14 @@ func TestLoadDraw(t *testing.T) {
 func TestLoadGiveBack(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
-	rule.take(l, now, 5)
+	rule.Take(l, now, 5)
 	rule.gave(l, now, 5, nil)
-	rule.giveBack(l, now, 3, 0, false)
-	if got := rule.usage(l, now).Remaining; got != 3 {
+	rule.GiveBack(l, now, 3, 0, false)
+	if got := rule.Usage(l, now).Remaining; got != 3 {
 		t.Errorf("%v tokens want 3", got)
 	}
-	rule.giveBack(l, now, 100, 0, false)
-	if got := rule.usage(l, now).Remaining; got != 5 {
+	rule.GiveBack(l, now, 100, 0, false)
+	if got := rule.Usage(l, now).Remaining; got != 5 {
 		t.Errorf("%v tokens want 5", got)
 	}
 	if got := l.admitted(now); got != 1 {
@@ -124,7 +126,7 @@ func TestLoadGiveBack(t *testing.T) {
 func TestLoadForecast(t *testing.T) {
 	l, now := learned(10, 0.5)
 	rule := loadRule{}
-	rule.take(l, now, 5)
+	rule.Take(l, now, 5)
 	for _, tt := range []struct {
 		name          string
 		ahead, tokens float64
@@ -134,16 +136,16 @@ func TestLoadForecast(t *testing.T) {
 		{"behind others", 9, 1, 2 * time.Second},
 		{"behind others, more than the bucket holds", 10, 50, 3 * time.Second},
 	} {
-		if least, likely := rule.forecast(l, now, backlog{least: tt.ahead, likely: tt.ahead}, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
+		if least, likely := rule.Forecast(l, now, source.Ahead{Least: tt.ahead, Likely: tt.ahead}, tt.tokens); least != int64(tt.want) || likely != int64(tt.want) {
 			t.Errorf("%s: forecast = %d, %d want %v", tt.name, least, likely, tt.want)
 		}
 	}
 	l.steer(now, 0)
-	if least, likely := rule.forecast(l, now, backlog{}, 1); least != never || likely != never {
-		t.Errorf("nothing is let in: forecast = %d, %d want never", least, likely)
+	if least, likely := rule.Forecast(l, now, source.Ahead{}, 1); least != source.Never || likely != source.Never {
+		t.Errorf("nothing is let in: forecast = %d, %d want source.Never", least, likely)
 	}
 	l.steer(now, math.NaN())
-	if least, likely := rule.forecast(l, now, backlog{least: 10, likely: 10}, 1); least != 0 || likely != 0 {
+	if least, likely := rule.Forecast(l, now, source.Ahead{Least: 10, Likely: 10}, 1); least != 0 || likely != 0 {
 		t.Errorf("everything is let in: forecast = %d, %d want 0", least, likely)
 	}
 }
@@ -158,7 +160,7 @@ func TestLoadShare(t *testing.T) {
 			now += int64(10 * time.Millisecond)
 			tokens := float64(1 + i%3)
 			rule.meet(l, now, tokens, nil)
-			if rule.take(l, now, tokens).ok {
+			if rule.Take(l, now, tokens).OK {
 				rule.gave(l, now, tokens, nil)
 				given += tokens
 			}
@@ -186,7 +188,7 @@ func TestLoadHugeCost(t *testing.T) {
 		rule := loadRule{}
 		for range 2 { // the sum of two may be beyond a float
 			rule.meet(l, now, huge, nil)
-			rule.take(l, now, huge)
+			rule.Take(l, now, huge)
 		}
 		given := 0.0
 		for i := range 200 {
@@ -194,7 +196,7 @@ func TestLoadHugeCost(t *testing.T) {
 			l.steer(now, 0.5)
 			for range 10 {
 				rule.meet(l, now, 1, nil)
-				if rule.take(l, now, 1).ok && i >= 100 {
+				if rule.Take(l, now, 1).OK && i >= 100 {
 					given++
 				}
 			}
@@ -210,7 +212,7 @@ func TestLoadPrices(t *testing.T) {
 	heavy := &latencyCost{unknown: 1, noted: 1}
 	rule := loadRule{priced: &[]*latencyCost{heavy}}
 	l, now := new(load), int64(0)
-	rule.fresh(l, 0)
+	rule.Fresh(l, 0)
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, math.NaN())
 		for _, price := range []*latencyCost{heavy, nil} { // one of each, each second
@@ -237,7 +239,7 @@ func TestLoadPrices(t *testing.T) {
 	if l.rate != 1 || math.Abs(l.tokens+1) > 0.02 {
 		t.Errorf("when the price is not known any more: rate %v, tokens %v want 1, and -1", l.rate, l.tokens)
 	}
-	rule.fresh(l, now)
+	rule.Fresh(l, now)
 	rule.meet(l, now, 1, heavy)
 	rule.gave(l, now, 1, heavy)
 	if got := l.admitted(now); got != 1 {

@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -74,7 +75,7 @@ func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Compon
 		return s, nil
 	}
 	*rule.priced = s.workloads.measureFrom(e.now())
-	rule.fresh(&s.single.State.tokens, 0) // with the prices
+	rule.Fresh(&s.single.State.tokens, 0) // with the prices
 	return s, of.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
 		if of, known := s.workloads.of(labels); known && of.latency != nil {
 			of.latency.mean.add(now, latency)
@@ -93,7 +94,7 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 		s.catchUp(e, now)
 	}
 	if l.tokens.setPrices(now) && waiting {
-		l.queue.reprice(s.source.cost)
+		l.queue.reprice(s.source.Cost)
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))
 	if waiting {
@@ -123,7 +124,7 @@ func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
 			continue
 		}
 		of.latency = &latencyCost{
-			mean: newMean(latencyOver, now), unknown: of.tokens, noted: min(of.tokens, maxCost),
+			mean: newMean(latencyOver, now), unknown: of.tokens, noted: min(of.tokens, source.MaxCost),
 		}
 		prices = append(prices, of.latency)
 	}

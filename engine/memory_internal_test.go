@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"testing"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
 )
 
@@ -20,14 +21,14 @@ func TestKeyMemory(t *testing.T) {
 		names[i] = fmt.Sprintf("user-%d", i)
 		text += (len(names[i]) + 7) / 8 * 8 // in the allocator's steps
 	}
-	r := &bucketRule{capacity: 10, fill: 10, interval: 1e9}
+	r := &bucket.Rule{Capacity: 10, Fill: 10, Interval: 1e9}
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	tab := keys.New(many, r.fresh, r.idle, nil)
+	tab := keys.New(many, r.Fresh, r.Idle, nil)
 	for _, name := range names {
 		e := tab.Lock(name, 0)
-		r.takeOrWait(&e.State, 0, 1)
+		r.Take(&e.State, 0, 1)
 		e.Unlock()
 	}
 	runtime.GC()

@@ -1,6 +1,10 @@
 package engine
 
-import "math"
+import (
+	"math"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
 
 // An outlook is when a flow would be served if it waited from now on, no other flow came and none left before its time.
 type outlook struct {
@@ -21,6 +25,7 @@ const (
 	fewVisits  = 1024 // for an estimate only
 	mostLanes  = 256
 	mostKnown  = 64 // outlooks that a queue remembers until something changes
+
 )
 
 // immortal is when a flow gives up that has all the time.
@@ -42,7 +47,7 @@ type lanes struct {
 
 // lookAhead plays what the queue does from now on with a copy of the state of a source: it serves flows in the order in
 // which the queue would, and drops those whose time is over. It stops where it has made as many visits as it may.
-func lookAhead[S any](from source[S], state S, q *queue, now int64, key outlookKey) outlook {
+func lookAhead[S any](from source.Source[S], state S, q *queue, now int64, key outlookKey) outlook {
 	if len(q.queueShares) > mostLanes {
 		return outlook{at: now}
 	}
@@ -101,8 +106,8 @@ func lookAhead[S any](from source[S], state S, q *queue, now int64, key outlookK
 			}
 		}
 		w := head(l) // there is one: the flow itself leaves last
-		got := from.take(&state, at, w.tokens)
-		if got.ok {
+		got := from.Take(&state, at, w.tokens)
+		if got.OK {
 			if w == self {
 				return outlook{at, true}
 			}
@@ -113,8 +118,8 @@ func lookAhead[S any](from source[S], state S, q *queue, now int64, key outlookK
 			continue
 		}
 		due := immortal
-		if got.wait > 0 {
-			due = at + got.wait
+		if got.Wait > 0 {
+			due = at + got.Wait
 		}
 		// A flow may give up meanwhile, and another one be first then.
 		next := due
@@ -188,14 +193,14 @@ func (s *scheduler[S]) reconsider(l *line[S], now, until int64, c claim, cost, t
 	switch {
 	case !l.waiting() || l.queue.mortal == 0:
 		return least, likely
-	case !s.source.timed():
+	case !s.source.Timed():
 		counts, all := l.queue.outlast(c, until)
 		if all {
 			return least, likely
 		}
 		ahead := l.queue.ahead(c, cost)
-		ahead.least = counts
-		sure, _ := s.source.forecast(&l.tokens, now, ahead, tokens)
+		ahead.Least = counts
+		sure, _ := s.source.Forecast(&l.tokens, now, ahead, tokens)
 		return min(least, sure), likely
 	}
 	o := s.outlook(l, now, outlookKey{c, cost, tokens, mostVisits})
@@ -208,8 +213,8 @@ func (s *scheduler[S]) reconsider(l *line[S], now, until int64, c claim, cost, t
 
 // estimate is how long a flow that is rejected would likely wait if it came back now.
 func (s *scheduler[S]) estimate(l *line[S], now int64, c claim, cost, tokens float64) int64 {
-	_, likely := s.source.forecast(&l.tokens, now, l.ahead(c, cost), tokens)
-	if likely > 0 && l.waiting() && l.queue.mortal > 0 && s.source.timed() {
+	_, likely := s.source.Forecast(&l.tokens, now, l.ahead(c, cost), tokens)
+	if likely > 0 && l.waiting() && l.queue.mortal > 0 && s.source.Timed() {
 		if o := s.outlook(l, now, outlookKey{c, cost, tokens, fewVisits}); o.known {
 			likely = min(likely, max(o.at-now, 1))
 		}

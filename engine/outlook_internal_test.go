@@ -9,6 +9,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
+	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -33,7 +35,7 @@ func TestLookAheadForetells(t *testing.T) {
 				tt.set(&c)
 				synctest.Test(t, func(t *testing.T) {
 					e := openEngine(t, c)
-					s := e.rules.Load().installed[0].component.(*scheduler[bucket])
+					s := e.rules.Load().installed[0].component.(*scheduler[bucket.State])
 					var wg sync.WaitGroup
 					var mu sync.Mutex
 					check := func(labels map[string]string, timeout time.Duration) (time.Duration, bool) {
@@ -117,21 +119,21 @@ func TestLookAheadIsBounded(t *testing.T) {
 		{"as many shares as flows", 2000, mostVisits, false, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			rule := &bucketRule{capacity: 1, fill: 1, interval: float64(time.Second)}
-			var state bucket
-			rule.fresh(&state, 0)
-			rule.takeOrWait(&state, 0, 1)
+			rule := &bucket.Rule{Capacity: 1, Fill: 1, Interval: float64(time.Second)}
+			var state bucket.State
+			rule.Fresh(&state, 0)
+			rule.Take(&state, 0, 1)
 			q := newQueue(new(atomic.Int64), nil)
 			for i := range 2000 {
 				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % tt.users)})
 			}
 			key := outlookKey{claim: claim{priority: 1, fairness: "0"}, cost: 1, tokens: 1, visits: tt.visits}
-			got := lookAhead[bucket](rule, state, q, 0, key)
+			got := lookAhead[bucket.State](rule, state, q, 0, key)
 			if got.known != tt.known || got.at < int64(tt.at) || got.at > int64(2001*time.Second) {
 				t.Errorf("lookAhead() = %v, %v want %v, at the least %v", time.Duration(got.at), got.known, tt.known, tt.at)
 			}
-			if state.tokens != 0 || q.len != 2000 {
-				t.Errorf("%v tokens, %d flows wait: the look ahead changed what it looked at", state.tokens, q.len)
+			if rule.Usage(&state, 0).Remaining != 0 || q.len != 2000 {
+				t.Errorf("%v tokens, %d flows wait: the look ahead changed what it looked at", rule.Usage(&state, 0).Remaining, q.len)
 			}
 		})
 	}
@@ -140,18 +142,33 @@ func TestLookAheadIsBounded(t *testing.T) {
 func BenchmarkLookAhead(b *testing.B) {
 	for _, users := range []int{1, 10, 100} {
 		b.Run(fmt.Sprintf("shares=%d", users), func(b *testing.B) {
-			rule := &bucketRule{capacity: 1, fill: 1, interval: float64(time.Second)}
-			var state bucket
-			rule.fresh(&state, 0)
-			rule.takeOrWait(&state, 0, 1)
+			rule := &bucket.Rule{Capacity: 1, Fill: 1, Interval: float64(time.Second)}
+			var state bucket.State
+			rule.Fresh(&state, 0)
+			rule.Take(&state, 0, 1)
 			q := newQueue(new(atomic.Int64), nil)
 			for i := range 10_000 {
 				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % users)})
 			}
 			key := outlookKey{claim: claim{priority: 1, fairness: "0"}, cost: 1, tokens: 1, visits: mostVisits}
 			for b.Loop() {
-				lookAhead[bucket](rule, state, q, 0, key)
+				lookAhead[bucket.State](rule, state, q, 0, key)
 			}
 		})
+	}
+}
+
+// Flows that want more than all slots are let in one after the other, and no slower.
+func TestForecastOverLimit(t *testing.T) {
+	r, state := &slots.Rule{Limit: 2, MaxInflight: 1000}, new(slots.State)
+	r.Fresh(state, 0)
+	r.GiveBack(state, 100, 50, r.Take(state, 0, 50).Slot, false)
+	r.Take(state, 100, 50)
+	q, c := newQueue(new(atomic.Int64), nil), claim{priority: 1}
+	for range 3 {
+		q.push(&waiter{tokens: 50, cost: r.Cost(50)}, c)
+	}
+	if least, _ := r.Forecast(state, 100, q.ahead(c, r.Cost(50)), 50); least != 300 {
+		t.Errorf("forecast behind 3 = %d at least want 300", least)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
@@ -94,7 +95,7 @@ type waiter struct {
 
 // fill fills the decision about a waiter that has been served.
 func (w *waiter) fill(d *agentapi.LimiterDecision) {
-	taken{slot: w.slot, left: w.left}.fill(d)
+	fill(d, source.Taken{Slot: w.slot, Left: w.left})
 	d.Consumed = w.tokens
 }
 
@@ -293,30 +294,26 @@ func (s *queueShare) head() *waiter {
 	return s.first
 }
 
-// A backlog is what flows cost that go before another one: at the least, if nobody else comes, and likely. Where they do
-// not all cost the same as that one, largest is what one of them may cost.
-type backlog struct{ least, likely, largest float64 }
-
 // ahead is what the flows cost that go before one of that cost which would wait from now on. It is exact where all want
 // the same. Where a great many share it does not look at all of them, and says too little.
-func (q *queue) ahead(c claim, cost float64) backlog {
-	all := backlog{least: cost, likely: cost} // the flow itself, too
+func (q *queue) ahead(c claim, cost float64) source.Ahead {
+	all := source.Ahead{Least: cost, Likely: cost} // the flow itself, too
 	begin := q.root.clock
 	workload := q.queueShares[c.ofWorkload()]
 	if workload != nil {
 		own, fairBegin := q.queueShares[c], workload.clock
 		if own != nil {
 			fairBegin = own.start
-			all = backlog{least: cost + own.backlog, likely: cost + own.backlog}
+			all = source.Ahead{Least: cost + own.backlog, Likely: cost + own.backlog}
 		}
-		others := workload.others(own, backlog{least: fairBegin + all.least, likely: fairBegin + all.likely})
-		all = backlog{least: all.least + others.least, likely: all.likely + others.likely}
+		others := workload.others(own, source.Ahead{Least: fairBegin + all.Least, Likely: fairBegin + all.Likely})
+		all = source.Ahead{Least: all.Least + others.Least, Likely: all.Likely + others.Likely}
 		begin = workload.start
 	}
-	others := q.root.others(workload, backlog{least: begin + all.least/c.priority, likely: begin + all.likely/c.priority})
-	all = backlog{least: all.least + others.least - cost, likely: all.likely + others.likely - cost}
+	others := q.root.others(workload, source.Ahead{Least: begin + all.Least/c.priority, Likely: begin + all.Likely/c.priority})
+	all = source.Ahead{Least: all.Least + others.Least - cost, Likely: all.Likely + others.Likely - cost}
 	if q.len > 0 && (q.root.smallest != cost || q.root.largest != cost) {
-		all.largest = max(cost, q.root.largest)
+		all.Largest = max(cost, q.root.largest)
 	}
 	return all
 }
@@ -325,19 +322,19 @@ func (q *queue) ahead(c claim, cost float64) backlog {
 const mostOthers = 128
 
 // others is how many tokens go to the shares below, but for one, until the clock shows that.
-func (s *queueShare) others(but *queueShare, clock backlog) (sum backlog) {
+func (s *queueShare) others(but *queueShare, clock source.Ahead) (sum source.Ahead) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
-		if o == but || o.finish > clock.likely {
+		if o == but || o.finish > clock.Likely {
 			continue
 		}
-		least, likely := o.served(clock.likely)
-		if clock.least < clock.likely { // as rarely
-			if least = 0; o.finish <= clock.least {
-				least, _ = o.served(clock.least)
+		least, likely := o.served(clock.Likely)
+		if clock.Least < clock.Likely { // as rarely
+			if least = 0; o.finish <= clock.Least {
+				least, _ = o.served(clock.Least)
 			}
 		}
-		sum.least += least
-		sum.likely += likely
+		sum.Least += least
+		sum.Likely += likely
 	}
 	return sum
 }

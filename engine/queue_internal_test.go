@@ -12,6 +12,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -124,12 +125,12 @@ func TestQueueExtremes(t *testing.T) {
 			q := newQueue(new(atomic.Int64), nil)
 			extreme := w.claim(&of, &agentapi.Labels{Params: map[string]string{"priority": priority}})
 			for range 2 { // one is served, and one goes on to wait
-				q.push(&waiter{cost: loadRule{}.cost(tokens), until: immortal}, extreme)
+				q.push(&waiter{cost: loadRule{}.Cost(tokens), until: immortal}, extreme)
 			}
 			q.pop()
 			all := claims([]float64{1, 1}, 1)
 			for _, c := range all {
-				if got := q.ahead(c, 1); !(got.least >= 0) || !(got.likely >= got.least) || math.IsInf(got.likely, 1) {
+				if got := q.ahead(c, 1); !(got.Least >= 0) || !(got.Likely >= got.Least) || math.IsInf(got.Likely, 1) {
 					t.Errorf("priority %s, %v tokens: %v are ahead", priority, tokens, got)
 				}
 				for range 10 {
@@ -369,7 +370,7 @@ func TestQueueAhead(t *testing.T) {
 				want := q.ahead(c, 1)
 				w := push(q, c, 1)
 				waiting = append(waiting, w)
-				if again := q.ahead(c, 1); again.least < want.least {
+				if again := q.ahead(c, 1); again.Least < want.Least {
 					t.Fatalf("%v are ahead with one more, before %v", again, want)
 				}
 			},
@@ -395,7 +396,7 @@ func TestQueueAhead(t *testing.T) {
 		for ; q.first() != w; q.pop() {
 			got++
 		}
-		if want != (backlog{least: got, likely: got}) {
+		if want != (source.Ahead{Least: got, Likely: got}) {
 			t.Fatalf("%v went before it, %v were told", got, want)
 		}
 	})
@@ -426,10 +427,10 @@ func TestQueueAheadAtLeast(t *testing.T) {
 		for ; q.first() != w; q.pop() {
 			got += q.first().cost
 		}
-		if told.least > got+1e-6 || told.likely < told.least {
+		if told.Least > got+1e-6 || told.Likely < told.Least {
 			t.Fatalf("%v went before it, %v were told", got, told)
 		}
-		if all++; told.least == got {
+		if all++; told.Least == got {
 			exact++
 		}
 	})
@@ -441,7 +442,7 @@ func TestQueueClockIsSetBack(t *testing.T) {
 	q := newQueue(new(atomic.Int64), nil)
 	extreme := claim{workload: "extreme", priority: minPriority}
 	for range 2 { // one is served, and one goes on to wait
-		push(q, extreme, maxCost)
+		push(q, extreme, source.MaxCost)
 	}
 	q.pop()
 	high, low := claim{workload: "high", priority: 50}, claim{workload: "low", priority: 1}
@@ -476,7 +477,7 @@ func TestQueueReprice(t *testing.T) {
 			q.pop()
 		}
 		prices[0].bits.Store(math.Float64bits(rapid.SampledFrom([]float64{0.1, 1, 300}).Draw(t, "new price")))
-		q.reprice(loadRule{}.cost)
+		q.reprice(loadRule{}.Cost)
 		sum := 0.0
 		for c, s := range q.queueShares {
 			if s.finish != s.start+s.head().cost/s.weight {

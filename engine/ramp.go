@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -62,7 +63,7 @@ type ramp struct {
 func newRamp(p policy.LoadRamp, now int64) *ramp {
 	r := &ramp{steps: slices.Clone(p.Steps)}
 	for _, s := range p.Steps {
-		r.length = min(r.length+min(int64(s.Duration), century), century) // whose sum is within an int64
+		r.length = min(r.length+min(int64(s.Duration), source.Century), source.Century) // whose sum is within an int64
 	}
 	start := &position{since: now}
 	if p.Start {

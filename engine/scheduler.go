@@ -8,7 +8,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/slots"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -23,7 +26,7 @@ var errRetired = errors.New("the scheduler is no longer in force")
 // timer, set for the one who is first.
 type scheduler[S any] struct {
 	keyed[line[S]]
-	source    source[S]
+	source    source.Source[S]
 	meet      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that come; nil where nobody does
 	gave      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that are let in; nil where nobody does
 	letIn     func(state *S) float64                                        // of the load that is let in; nil where none is
@@ -42,12 +45,12 @@ type line[S any] struct {
 }
 
 func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucketRule{
-		capacity: p.Capacity,
-		fill:     p.Fill,
-		interval: float64(p.Interval),
-		step:     p.StepFill,
-		delay:    p.DelayInitialFill,
+	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucket.Rule{
+		Capacity: p.Capacity,
+		Fill:     p.Fill,
+		Interval: float64(p.Interval),
+		Step:     p.StepFill,
+		Delay:    p.DelayInitialFill,
 	})
 	if err != nil {
 		return nil, err
@@ -57,7 +60,7 @@ func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c agentapi.Component)
 }
 
 func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c agentapi.Component) (component, error) {
-	rule := &slotRule{limit: p.Max, maxInflight: min(int64(p.MaxInflight), century)}
+	rule := &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)}
 	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, rule)
 	if err != nil {
 		return nil, err
@@ -66,7 +69,7 @@ func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c agentap
 	return s, nil
 }
 
-func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source[S]) (*scheduler[S], error) {
+func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source.Source[S]) (*scheduler[S], error) {
 	w, err := compileWorkloads(p)
 	if err != nil {
 		return nil, err
@@ -80,8 +83,8 @@ func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 	}
 	s.room.Store(s.maxQueue)
 	s.keyed = newKeyed(e, c, maxIdle,
-		func(l *line[S], now int64) { from.fresh(&l.tokens, now) },
-		func(l *line[S], now int64) bool { return !l.waiting() && from.idle(&l.tokens, now) })
+		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
+		func(l *line[S], now int64) bool { return !l.waiting() && from.Idle(&l.tokens, now) })
 	if s.table != nil {
 		s.crowd = new(crowd)
 	}
@@ -102,9 +105,9 @@ func (l *line[S]) waits() int {
 }
 
 // ahead is what the flows cost that go before one of that cost which would wait from now on.
-func (l *line[S]) ahead(c claim, cost float64) backlog {
+func (l *line[S]) ahead(c claim, cost float64) source.Ahead {
 	if !l.waiting() {
-		return backlog{}
+		return source.Ahead{}
 	}
 	return l.queue.ahead(c, cost)
 }
@@ -131,7 +134,7 @@ func (s *scheduler[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limi
 // was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error) {
 	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
-	if d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != never && t.of.timeout >= 0 {
+	if d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
 		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
 	}
 	decided := now
@@ -216,20 +219,20 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 		s.serve(e, now) // what has come by now is for those who wait
 	}
 	if !l.waiting() || d.Consumed == 0 {
-		if got := s.source.take(&l.tokens, now, d.Consumed); got.ok {
+		if got := s.source.Take(&l.tokens, now, d.Consumed); got.OK {
 			if s.gave != nil && !d.DryRun {
 				s.gave(&l.tokens, now, d.Consumed, price)
 			}
-			got.fill(d)
+			fill(d, got)
 			return nil, 0
 		}
 	}
 	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, patience(of)
-	cost := s.source.cost(d.Consumed)
-	least, likely := s.source.forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
-	d.Remaining = s.source.usage(&l.tokens, now).Remaining
+	cost := s.source.Cost(d.Consumed)
+	least, likely := s.source.Forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
+	d.Remaining = s.source.Usage(&l.tokens, now).Remaining
 	switch {
-	case likely == never:
+	case likely == source.Never:
 		s.drop(d, agentapi.CauseNone, likely)
 		return nil, 0
 	case t.patience == 0 && (!l.waiting() || least > 0):
@@ -360,7 +363,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		t.fill(d)
 		return now, nil
 	case t.served:
-		s.source.giveBack(&l.tokens, now, t.tokens, t.slot, true)
+		s.source.GiveBack(&l.tokens, now, t.tokens, t.slot, true)
 		l.queue.version++
 	case !t.evicted:
 		l.queue.remove(t.waiter)
@@ -409,10 +412,10 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		return
 	}
 	for w := q.first(); w != nil; w = q.first() {
-		got := s.source.take(&e.State.tokens, at, w.tokens)
-		if !got.ok {
-			if got.wait > 0 {
-				q.due = at + got.wait
+		got := s.source.Take(&e.State.tokens, at, w.tokens)
+		if !got.OK {
+			if got.Wait > 0 {
+				q.due = at + got.Wait
 			}
 			return
 		}
@@ -420,7 +423,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		if s.gave != nil {
 			s.gave(&e.State.tokens, at, w.tokens, w.price)
 		}
-		w.served, w.slot, w.left = true, got.slot, got.left
+		w.served, w.slot, w.left = true, got.Slot, got.Left
 		if w.ready != nil {
 			close(w.ready)
 		}
@@ -442,11 +445,11 @@ func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.Li
 	switch {
 	case !d.Passed():
 		of.drops[d.Cause].Add(1)
-		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
+		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), source.MaxCost))
 	case d.Dropped:
-		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), maxCost))
+		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), source.MaxCost))
 	default:
-		addFloat(of.counts, d, tokensAccepted, min(d.Consumed, maxCost))
+		addFloat(of.counts, d, tokensAccepted, min(d.Consumed, source.MaxCost))
 	}
 }
 
@@ -501,7 +504,7 @@ func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused b
 		if waiting {
 			s.catchUp(e, now)
 		}
-		ok := s.source.giveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
+		ok := s.source.GiveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
 			e.State.queue.version++
 			s.serve(e, now)

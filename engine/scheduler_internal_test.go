@@ -13,6 +13,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/bucket"
+	"github.com/headgate-go/headgate/engine/internal/slots"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -39,8 +42,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		e := openEngine(t,
 			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
 			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})
-		slots := e.rules.Load().installed[0].component.(*scheduler[inflight])
-		tokens := e.rules.Load().installed[1].component.(*scheduler[bucket])
+		slots := e.rules.Load().installed[0].component.(*scheduler[slots.State])
+		tokens := e.rules.Load().installed[1].component.(*scheduler[bucket.State])
 		rng := rand.New(rand.NewPCG(1, 2))
 		outcomes := make(map[string]int)
 		var mu sync.Mutex
@@ -107,8 +110,8 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		if a, b := slots.room.Load(), tokens.room.Load(); a != 10_000 || b != a {
 			t.Errorf("there is room for %d and %d waiters want 10,000", a, b)
 		}
-		if f := slots.single.State.tokens; f.used != 0 || f.count != 0 {
-			t.Errorf("%v tokens of %d slots are still in use", f.used, f.count)
+		if u := slots.usage("", e.now()); u.Remaining != u.Capacity || u.InFlight != 0 {
+			t.Errorf("%v of %v slots are free, of %d flows", u.Remaining, u.Capacity, u.InFlight)
 		}
 	})
 }
@@ -119,7 +122,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 		e := openEngine(t, policy.QuotaScheduler{
 			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 24 * time.Hour, LimitBy: "user", MaxIdle: time.Minute,
 		})
-		s := e.rules.Load().installed[0].component.(*scheduler[bucket])
+		s := e.rules.Load().installed[0].component.(*scheduler[bucket.State])
 		check := func() bool {
 			var v agentapi.Verdict
 			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "u"}}}
@@ -180,11 +183,11 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		})
 		synctest.Wait()
 		// The slot comes when the first of them has been canceled, and has not yet seen it.
-		s := e.rules.Load().installed[0].component.(*scheduler[inflight])
+		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
 		begin := time.Now()
 		s.single.Lock()
 		cancel()
-		if !s.source.giveBack(&s.single.State.tokens, e.now(), 1, first.At(0).Slot(), false) {
+		if !s.source.GiveBack(&s.single.State.tokens, e.now(), 1, first.At(0).Slot(), false) {
 			t.Error("the first slot was gone")
 		}
 		s.serve(s.single, e.now())
@@ -203,26 +206,26 @@ func TestLateAlarm(t *testing.T) {
 	late := 3*second + second/2
 	for _, tt := range []struct {
 		name string
-		look func(s *scheduler[bucket], first *agentapi.LimiterDecision)
+		look func(s *scheduler[bucket.State], first *agentapi.LimiterDecision)
 		want int
 		due  int64 // the next
 	}{
-		{"the alarm", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
+		{"the alarm", func(s *scheduler[bucket.State], _ *agentapi.LimiterDecision) {
 			s.single.Lock()
 			defer s.single.Unlock()
 			s.serve(s.single, late)
 		}, 3, 4 * second},
-		{"a flow comes", func(s *scheduler[bucket], _ *agentapi.LimiterDecision) {
+		{"a flow comes", func(s *scheduler[bucket.State], _ *agentapi.LimiterDecision) {
 			s.enter(new(agentapi.Request), late, new(agentapi.LimiterDecision), patient)
 		}, 3, 4 * second},
-		{"a token comes back", func(s *scheduler[bucket], first *agentapi.LimiterDecision) {
+		{"a token comes back", func(s *scheduler[bucket.State], first *agentapi.LimiterDecision) {
 			s.giveBack(late, first, true)
 		}, 4, late + second}, // the half of one that does not fit beside it is lost
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
-				s := e.rules.Load().installed[0].component.(*scheduler[bucket])
+				s := e.rules.Load().installed[0].component.(*scheduler[bucket.State])
 				var first agentapi.LimiterDecision
 				s.enter(new(agentapi.Request), 0, &first, patient)
 				var waiting []*waiter
@@ -267,9 +270,10 @@ func TestUnusedSlots(t *testing.T) {
 		}
 		<-time.After(time.Millisecond)
 		e.Revert(req, &v)
-		f := &e.rules.Load().installed[0].component.(*scheduler[inflight]).single.State.tokens
-		if f.count != 0 || f.hold != float64(time.Second) {
-			t.Errorf("%d in flight, held for %v want none, a second", f.count, time.Duration(f.hold))
+		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
+		_, likely := s.source.Forecast(&s.single.State.tokens, e.now(), source.Ahead{}, 1)
+		if n := s.usage("", e.now()).InFlight; n != 0 || likely != int64(time.Second) {
+			t.Errorf("%d in flight, and a forecast of %v want none, a second", n, time.Duration(likely))
 		}
 	})
 }

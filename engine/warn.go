@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -117,7 +118,7 @@ func (w *warnings) look(policyName, id string, c policy.Component) {
 
 // bucket warns of one that does not refill.
 func (w *warnings) bucket(of string, capacity, fill float64, interval time.Duration) {
-	if capacity > 0 && !(float64(interval)/fill < century) {
+	if capacity > 0 && !(float64(interval)/fill < source.Century) {
 		w.impossible = append(w.impossible, fmt.Sprintf("%s: a fill of %v in %v never refills the bucket: after its capacity of %v no flow is admitted",
 			of, fill, interval, capacity))
 	}
@@ -125,7 +126,7 @@ func (w *warnings) bucket(of string, capacity, fill float64, interval time.Durat
 
 // cost warns of flows that take more than the bucket holds.
 func (w *warnings) cost(of string, capacity, tokens float64) {
-	if capacity > 0 && tokens > capacity+slack {
+	if capacity > 0 && tokens > capacity+source.Slack {
 		w.impossible = append(w.impossible, fmt.Sprintf("%s: no flow is ever admitted: it takes %v tokens, and the bucket holds %v",
 			of, tokens, capacity))
 	}

@@ -1,4 +1,4 @@
-package engine
+package bucket
 
 import (
 	"math"
@@ -7,15 +7,17 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
 func seconds(s float64) int64 { return int64(s * 1e9) }
 
 // drained is a rule of capacity 10 and 5 tokens a second, and a bucket of it that was emptied at 0.
-func drained(step, delay bool) (*bucketRule, *bucket) {
-	r := &bucketRule{capacity: 10, fill: 5, interval: 1e9, step: step, delay: delay}
-	b := new(bucket)
-	r.fresh(b, 0)
+func drained(step, delay bool) (*Rule, *State) {
+	r := &Rule{Capacity: 10, Fill: 5, Interval: 1e9, Step: step, Delay: delay}
+	b := new(State)
+	r.Fresh(b, 0)
 	r.takeOrWait(b, 0, 10)
 	return r, b
 }
@@ -53,19 +55,27 @@ func TestBucketWait(t *testing.T) {
 	}
 }
 
+// The example of Forecast's comment.
+func TestForecastExample(t *testing.T) {
+	r, b := drained(false, false)
+	if least, likely := r.Forecast(b, 0, source.Ahead{Least: 3, Likely: 5}, 1); least != seconds(0.8) || likely != seconds(1.2) {
+		t.Errorf("forecast = %v, %v want 800ms, 1.2s", time.Duration(least), time.Duration(likely))
+	}
+}
+
 // A step that is larger than the bucket brings no more than that holds.
 func TestBucketForecastLargeSteps(t *testing.T) {
-	r, b := &bucketRule{capacity: 2, fill: 10, interval: 1e9, step: true}, new(bucket)
-	r.fresh(b, 0)
+	r, b := &Rule{Capacity: 2, Fill: 10, Interval: 1e9, Step: true}, new(State)
+	r.Fresh(b, 0)
 	r.takeOrWait(b, 0, 2)
-	if least, likely := r.forecast(b, 0, backlog{least: 5, likely: 5}, 1); least != seconds(3) || likely != least {
+	if least, likely := r.Forecast(b, 0, source.Ahead{Least: 5, Likely: 5}, 1); least != seconds(3) || likely != least {
 		t.Errorf("forecast behind 5 = %v, %v want 3s", time.Duration(least), time.Duration(likely))
 	}
 }
 
 func TestBucketOfNothing(t *testing.T) {
-	r, b := &bucketRule{capacity: 0, fill: 1, interval: 1e9, step: true, delay: true}, new(bucket)
-	r.fresh(b, 0)
+	r, b := &Rule{Capacity: 0, Fill: 1, Interval: 1e9, Step: true, Delay: true}, new(State)
+	r.Fresh(b, 0)
 	if ok, wait := r.takeOrWait(b, 1, 1); ok || wait != 0 || b.start != 1 {
 		t.Errorf("take = %v, %v, with nothing filled up to %d want a refusal without a wait, and no delay", ok, wait, b.start)
 	}
@@ -75,10 +85,10 @@ func TestBucketOfNothing(t *testing.T) {
 func TestBucketWaitIsEnough(t *testing.T) {
 	for _, interval := range []float64{1, 1e6, 1e9, 7e9, 86400e9} {
 		for _, fill := range []float64{0.3, 1, 7, 1e6} {
-			r := &bucketRule{capacity: 10 * fill, fill: fill, interval: interval}
-			b := new(bucket)
+			r := &Rule{Capacity: 10 * fill, Fill: fill, Interval: interval}
+			b := new(State)
 			now := int64(12345)
-			r.fresh(b, now)
+			r.Fresh(b, now)
 			for range 200 {
 				ok, wait := r.takeOrWait(b, now, fill/3)
 				if ok {
@@ -100,8 +110,8 @@ func TestBucketWaitIsEnough(t *testing.T) {
 func TestBucketStepsOfFractions(t *testing.T) {
 	for n := range 30 {
 		share := 1 / float64(n+1)
-		r, b := &bucketRule{capacity: 10, fill: share, interval: 1e9, step: true}, new(bucket)
-		r.fresh(b, 0)
+		r, b := &Rule{Capacity: 10, Fill: share, Interval: 1e9, Step: true}, new(State)
+		r.Fresh(b, 0)
 		r.takeOrWait(b, 0, 10)
 		for steps := int64(1); steps <= 10; steps++ {
 			want := float64(steps) * share
@@ -120,9 +130,9 @@ func TestBucketStepsOfFractions(t *testing.T) {
 }
 
 func TestBucketNeverRefills(t *testing.T) {
-	r := &bucketRule{capacity: 1, fill: 0, interval: 1e9}
-	b := new(bucket)
-	r.fresh(b, 0)
+	r := &Rule{Capacity: 1, Fill: 0, Interval: 1e9}
+	b := new(State)
+	r.Fresh(b, 0)
 	if ok, _ := r.takeOrWait(b, 0, 1); !ok {
 		t.Fatal("a fresh bucket refused")
 	}
@@ -145,30 +155,30 @@ func TestBucketClockStepsBack(t *testing.T) {
 
 func TestBucketGiveBack(t *testing.T) {
 	r, b := drained(false, false)
-	r.giveBack(b, 0, 4, 0, false)
+	r.GiveBack(b, 0, 4, 0, false)
 	if b.tokens != 4 {
 		t.Errorf("tokens = %v want 4", b.tokens)
 	}
-	r.giveBack(b, 0, 100, 0, false)
-	if b.tokens != r.capacity {
+	r.GiveBack(b, 0, 100, 0, false)
+	if b.tokens != r.Capacity {
 		t.Errorf("tokens = %v want no more than the capacity", b.tokens)
 	}
 }
 
 // A bucket that takes longer to fill than a clock can count must not wrap around.
 func TestBucketExtremes(t *testing.T) {
-	for _, r := range []*bucketRule{
-		{capacity: 1e300, fill: 1e-300, interval: float64(math.MaxInt64)},
-		{capacity: 1e300, fill: 1e-300, interval: float64(math.MaxInt64), step: true, delay: true},
-		{capacity: math.MaxFloat64, fill: math.MaxFloat64, interval: 1},
+	for _, r := range []*Rule{
+		{Capacity: 1e300, Fill: 1e-300, Interval: float64(math.MaxInt64)},
+		{Capacity: 1e300, Fill: 1e-300, Interval: float64(math.MaxInt64), Step: true, Delay: true},
+		{Capacity: math.MaxFloat64, Fill: math.MaxFloat64, Interval: 1},
 	} {
-		b := new(bucket)
-		r.fresh(b, 0)
+		b := new(State)
+		r.Fresh(b, 0)
 		for now := int64(0); now >= 0 && now < math.MaxInt64/2; now = now*3 + 1 {
-			if ok, wait := r.takeOrWait(b, now, r.capacity); !ok && wait < 0 {
+			if ok, wait := r.takeOrWait(b, now, r.Capacity); !ok && wait < 0 {
 				t.Fatalf("%+v: wait = %d at %d", r, wait, now)
 			}
-			if math.IsNaN(b.tokens) || b.tokens < 0 || b.tokens > r.capacity {
+			if math.IsNaN(b.tokens) || b.tokens < 0 || b.tokens > r.Capacity {
 				t.Fatalf("%+v: tokens = %v at %d", r, b.tokens, now)
 			}
 		}
@@ -177,15 +187,15 @@ func TestBucketExtremes(t *testing.T) {
 
 // exactBucket is a bucket in exact arithmetic, which counts fills one by one.
 type exactBucket struct {
-	rule        *bucketRule
+	rule        *Rule
 	tokens      *big.Rat
 	last, start int64
 }
 
 func rat(x float64) *big.Rat { return new(big.Rat).SetFloat64(x) }
 
-func newExactBucket(r *bucketRule) *exactBucket {
-	return &exactBucket{rule: r, tokens: rat(r.capacity), start: math.MinInt64}
+func newExactBucket(r *Rule) *exactBucket {
+	return &exactBucket{rule: r, tokens: rat(r.Capacity), start: math.MinInt64}
 }
 
 func (b *exactBucket) clone() *exactBucket {
@@ -202,25 +212,25 @@ func (b *exactBucket) at(now int64, want float64) float64 {
 }
 
 func (b *exactBucket) fill(now int64) {
-	interval := int64(b.rule.interval)
+	interval := int64(b.rule.Interval)
 	if now > b.start {
-		for b.rule.step && b.last+interval <= now {
-			b.add(rat(b.rule.fill))
+		for b.rule.Step && b.last+interval <= now {
+			b.add(rat(b.rule.Fill))
 			b.last += interval
 		}
-		if !b.rule.step && b.last < now {
-			b.add(new(big.Rat).Mul(rat(b.rule.fill), big.NewRat(now-b.last, interval)))
+		if !b.rule.Step && b.last < now {
+			b.add(new(big.Rat).Mul(rat(b.rule.Fill), big.NewRat(now-b.last, interval)))
 			b.last = now
 		}
 	}
-	if b.rule.delay && b.tokens.Cmp(rat(b.rule.capacity)) == 0 {
-		fills := math.Ceil(b.rule.capacity / b.rule.fill * float64(interval))
-		if b.rule.step {
-			fills = math.Ceil(b.rule.capacity/b.rule.fill) * float64(interval)
+	if b.rule.Delay && b.tokens.Cmp(rat(b.rule.Capacity)) == 0 {
+		fills := math.Ceil(b.rule.Capacity / b.rule.Fill * float64(interval))
+		if b.rule.Step {
+			fills = math.Ceil(b.rule.Capacity/b.rule.Fill) * float64(interval)
 		}
 		b.start = now + int64(fills)
 		b.last = b.start
-		if b.rule.step {
+		if b.rule.Step {
 			b.last -= interval
 		}
 	}
@@ -228,7 +238,7 @@ func (b *exactBucket) fill(now int64) {
 
 func (b *exactBucket) add(tokens *big.Rat) {
 	b.tokens.Add(b.tokens, tokens)
-	if capacity := rat(b.rule.capacity); b.tokens.Cmp(capacity) > 0 {
+	if capacity := rat(b.rule.Capacity); b.tokens.Cmp(capacity) > 0 {
 		b.tokens = capacity
 	}
 }
@@ -237,22 +247,22 @@ func (b *exactBucket) add(tokens *big.Rat) {
 func TestBucketModel(t *testing.T) {
 	const rounding = 1e-6 // tokens, which may decide
 	rapid.Check(t, func(t *rapid.T) {
-		r := &bucketRule{
-			capacity: float64(rapid.IntRange(1, 50).Draw(t, "capacity")),
-			fill:     float64(rapid.IntRange(1, 50).Draw(t, "fill")),
-			interval: float64(rapid.SampledFrom([]time.Duration{time.Millisecond, time.Second, 7 * time.Second}).Draw(t, "interval")),
-			step:     rapid.Bool().Draw(t, "step"),
-			delay:    rapid.Bool().Draw(t, "delay"),
+		r := &Rule{
+			Capacity: float64(rapid.IntRange(1, 50).Draw(t, "capacity")),
+			Fill:     float64(rapid.IntRange(1, 50).Draw(t, "fill")),
+			Interval: float64(rapid.SampledFrom([]time.Duration{time.Millisecond, time.Second, 7 * time.Second}).Draw(t, "interval")),
+			Step:     rapid.Bool().Draw(t, "step"),
+			Delay:    rapid.Bool().Draw(t, "delay"),
 		}
-		b, exact := new(bucket), newExactBucket(r)
-		r.fresh(b, 0)
+		b, exact := new(State), newExactBucket(r)
+		r.Fresh(b, 0)
 		var now int64
 		t.Repeat(map[string]func(*rapid.T){
 			"later": func(t *rapid.T) {
-				now += int64(r.interval * rapid.Float64Range(0, 20).Draw(t, "intervals"))
+				now += int64(r.Interval * rapid.Float64Range(0, 20).Draw(t, "intervals"))
 			},
 			"take": func(t *rapid.T) {
-				want := float64(rapid.IntRange(0, int(2*r.capacity)).Draw(t, "tokens")) / 2
+				want := float64(rapid.IntRange(0, int(2*r.Capacity)).Draw(t, "tokens")) / 2
 				ok, wait := r.takeOrWait(b, now, want)
 				left := exact.at(now, want)
 				if ok != (left >= 0) && math.Abs(left) > rounding {
@@ -270,12 +280,12 @@ func TestBucketModel(t *testing.T) {
 				}
 			},
 			"give back": func(t *rapid.T) {
-				tokens := float64(rapid.IntRange(0, int(r.capacity)).Draw(t, "tokens"))
-				r.giveBack(b, now, tokens, 0, false)
+				tokens := float64(rapid.IntRange(0, int(r.Capacity)).Draw(t, "tokens"))
+				r.GiveBack(b, now, tokens, 0, false)
 				exact.add(rat(tokens))
 			},
 			"": func(t *rapid.T) {
-				if got, _ := exact.tokens.Float64(); b.tokens < 0 || b.tokens > r.capacity || b.last == exact.last && math.Abs(got-b.tokens) > rounding {
+				if got, _ := exact.tokens.Float64(); b.tokens < 0 || b.tokens > r.Capacity || b.last == exact.last && math.Abs(got-b.tokens) > rounding {
 					t.Fatalf("%v tokens want %v", b.tokens, got)
 				}
 			},

@@ -1,0 +1,146 @@
+// Package bucket is the token bucket of rate limiters and quota schedulers.
+package bucket
+
+import (
+	"math"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
+
+// A Rule is what the buckets of one component have in common. It is a [source.Source], and does not change.
+type Rule struct {
+	Capacity float64 // the most tokens that a bucket holds; it starts with as many
+	Fill     float64 // tokens that come in each interval; with 0, none ever come
+	Interval float64 // nanoseconds
+
+	// Step fills at the end of each interval instead of continuously.
+	Step bool
+
+	// Delay has a full bucket wait for as long as it takes to fill before it refills.
+	Delay bool
+}
+
+// A State is one bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up to date when somebody
+// looks. Its zero value is not ready; see [Rule.Fresh].
+type State struct {
+	tokens float64
+	last   int64 // the time that tokens is true for; may lie ahead while the fill is delayed
+	start  int64 // nothing is filled up to here
+}
+
+// Fresh makes the bucket full.
+func (r *Rule) Fresh(b *State, now int64) {
+	*b = State{tokens: r.Capacity, last: now, start: math.MinInt64}
+}
+
+// refill brings the bucket up to now. A clock that steps back changes nothing.
+func (r *Rule) refill(b *State, now int64) {
+	if now > b.start && now > b.last {
+		elapsed := float64(now - b.last)
+		if r.Step {
+			steps := math.Floor(elapsed / r.Interval)
+			b.tokens += steps * r.Fill
+			b.last += source.Nanos(steps * r.Interval)
+		} else {
+			b.tokens += r.Fill * elapsed / r.Interval
+			b.last = now
+		}
+		b.tokens = min(b.tokens, r.Capacity)
+	}
+	if r.Delay && b.tokens >= r.Capacity {
+		b.start = now + r.timeToFill(r.Capacity)
+		b.last = b.start
+		if r.Step {
+			b.last -= int64(r.Interval)
+		}
+	}
+}
+
+// takeOrWait takes want tokens, or none if there are too few: then wait is how long until there are enough, and 0 when there
+// never will be.
+func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int64) {
+	r.refill(b, now)
+	left := b.tokens - want
+	if left >= -source.Slack || want == 0 {
+		b.tokens = max(left, 0)
+		return true, 0
+	}
+	if want > r.Capacity || r.Fill == 0 {
+		return false, 0
+	}
+	return false, max(r.until(b, now, want), 1)
+}
+
+// until is how long it takes until so many tokens have come, those that are there counted. The bucket is up to now.
+func (r *Rule) until(b *State, now int64, tokens float64) int64 {
+	missing := tokens - b.tokens
+	if missing <= source.Slack {
+		return 0
+	}
+	if r.Step {
+		missing -= source.Slack / 2 // else what floating point loses would cost another interval
+	}
+	wait := b.last - now + r.timeToFill(missing)
+	if now <= b.start {
+		wait = max(wait, b.start-now+1)
+	}
+	return wait
+}
+
+// Take takes tokens. What costs nothing is always there.
+func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
+	ok, wait := r.takeOrWait(b, now, tokens)
+	return source.Taken{OK: ok, Left: b.tokens, Wait: wait}
+}
+
+// Cost returns the tokens, up to [source.MaxCost].
+func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
+
+// Timed reports true.
+func (r *Rule) Timed() bool { return true }
+
+// GiveBack undoes a Take.
+func (r *Rule) GiveBack(b *State, _ int64, tokens float64, _ uint64, _ bool) bool {
+	b.tokens = min(b.tokens+tokens, r.Capacity)
+	return true
+}
+
+// Usage returns what the bucket holds.
+func (r *Rule) Usage(b *State, now int64) source.Usage {
+	r.refill(b, now)
+	return source.Usage{Capacity: r.Capacity, Remaining: b.tokens}
+}
+
+// Forecast returns when the bucket will have the tokens that are wanted, those of the flows ahead included.
+//
+// A bucket that holds up to 10 tokens gets 5 a second, and is empty. Three flows are ahead, of a token each. The next one
+// wants one too: it is served when 4 tokens have come, in 0.8 s, which is the least and likely. If flows of a higher
+// priority are likely to come meanwhile, and get 2 tokens, ahead is {Least: 3, Likely: 5}, and likely is 1.2 s.
+func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+	r.refill(b, now)
+	if tokens > r.Capacity || r.Fill == 0 {
+		return source.Never, source.Never
+	}
+	least = max(r.until(b, now, ahead.Least+tokens), 0)
+	if likely = least; ahead.Likely > ahead.Least {
+		likely = r.until(b, now, ahead.Likely+tokens)
+	}
+	return least, max(likely, 1)
+}
+
+// Idle reports whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.
+func (r *Rule) Idle(b *State, now int64) bool {
+	r.refill(b, now)
+	return b.tokens >= r.Capacity
+}
+
+func (r *Rule) timeToFill(tokens float64) int64 {
+	if r.Fill == 0 || tokens == 0 {
+		return 0
+	}
+	fills := tokens / r.Fill
+	if r.Step { // of which none brings more than the bucket holds
+		fills = math.Ceil(tokens / min(r.Fill, r.Capacity))
+	}
+	return source.Nanos(math.Ceil(fills * r.Interval))
+}

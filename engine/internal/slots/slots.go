@@ -1,0 +1,206 @@
+// Package slots is the concurrency slots of concurrency limiters and concurrency schedulers.
+package slots
+
+import (
+	"math"
+	"math/rand/v2"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
+
+// A Rule is what the slots of one component have in common. It is a [source.Source], and does not change.
+type Rule struct {
+	Limit       float64 // how many slots a key has
+	MaxInflight int64   // nanoseconds after which a slot is taken back
+}
+
+// A State is what one key has in flight: the slots in order of admission, which is the order in which they expire too.
+// They live in one slice and link by index, so that taking and giving back allocate nothing once the slice has grown to
+// the limit. Its zero value is not ready; see [Rule.Fresh].
+type State struct {
+	used   float64
+	count  int
+	slots  []slot
+	free   int32 // first of the unused slots
+	oldest int32
+	newest int32
+
+	// How long slots have been held lately, in nanoseconds: a moving average over returns of them, and at the least.
+	hold     float64
+	returns  int32
+	shortest float32 // of flows that have ended; 0 where none has
+}
+
+type slot struct {
+	id     uint64 // 0: unused
+	tokens float64
+	since  int64
+	prev   int32
+	next   int32
+}
+
+// none ends a list of slots.
+const none int32 = -1
+
+// maxReturns is how many returns the average of hold times is taken over.
+const maxReturns = 16
+
+// Fresh makes all slots free.
+func (r *Rule) Fresh(f *State, _ int64) {
+	*f = State{free: none, oldest: none, newest: none}
+}
+
+// Idle reports whether no slot is taken.
+func (r *Rule) Idle(f *State, now int64) bool {
+	r.reclaim(f, now)
+	return f.count == 0
+}
+
+// Take admits a flow while any part of a slot is free. A flow that costs nothing holds nothing. Left does not count the
+// flow itself.
+func (r *Rule) Take(f *State, now int64, tokens float64) source.Taken {
+	r.reclaim(f, now)
+	d := source.Taken{OK: true, Left: r.Limit - f.used}
+	switch {
+	case tokens == 0:
+	case r.Limit-f.used > source.Slack, f.count == 0 && r.Limit > 0: // a sum of fractions may be a little short
+		d.Slot = f.take(now, min(tokens, source.MaxCost))
+	default:
+		d.OK = false
+		if f.oldest != none {
+			d.Wait = f.slots[f.oldest].since + r.MaxInflight - now
+		}
+	}
+	return d
+}
+
+// Cost counts a flow that wants all slots, or more, as all.
+func (r *Rule) Cost(tokens float64) float64 { return min(tokens, r.Limit, source.MaxCost) }
+
+// Timed reports false: slots come back when flows end.
+func (r *Rule) Timed() bool { return false }
+
+// GiveBack takes a slot back, unless that has been done already.
+func (r *Rule) GiveBack(f *State, now int64, _ float64, id uint64, unused bool) bool {
+	r.reclaim(f, now)
+	i := int64(id>>32) - 1
+	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
+		return false
+	}
+	since := f.slots[i].since
+	f.remove(int32(i))
+	if !unused {
+		f.learn(now - since)
+		f.end(now - since)
+	}
+	return true
+}
+
+// Usage counts the slots that are free, and the flows that hold some.
+func (r *Rule) Usage(f *State, now int64) source.Usage {
+	r.reclaim(f, now)
+	return source.Usage{Capacity: r.Limit, Remaining: r.Limit - f.used, InFlight: f.count}
+}
+
+// Forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once, and
+// those ahead hold the slots in rounds, each for the shortest of those times; a round is as many as begin while any part
+// of a slot is free. Likely, they end one after the other, at even distances.
+//
+// Two flows hold the two slots. Flows have held a slot for 100 ms lately, and none for less than 80 ms. Three flows are
+// ahead of the next one, and each wants a slot. At the least, two of them start at once and end 80 ms later, when the
+// third and the next one start: 80 ms. Likely, a slot comes back every 50 ms, and the next one gets the fourth: 200 ms.
+func (r *Rule) Forecast(f *State, _ int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+	switch {
+	case r.Limit == 0:
+		return source.Never, source.Never
+	case f.returns == 0:
+		return 0, 0
+	}
+	over := max(f.used-r.Limit, 0)
+	cost := r.Cost(tokens)
+	round := math.Ceil(r.Limit/cost-source.Slack) * cost
+	if ahead.Largest > 0 {
+		round = r.Limit + ahead.Largest
+	}
+	rounds := math.Floor(ahead.Least/round + source.Slack)
+	return source.Nanos(float64(f.shortest) * rounds),
+		source.Nanos(f.hold*(over+ahead.Likely)/max(f.used, r.Limit) + f.hold/float64(max(f.count, 1)))
+}
+
+// reclaim takes back the slots whose time is over.
+func (r *Rule) reclaim(f *State, now int64) {
+	for f.oldest != none && now-f.slots[f.oldest].since >= r.MaxInflight {
+		f.remove(f.oldest)
+		f.learn(r.MaxInflight)
+	}
+}
+
+func (f *State) take(now int64, tokens float64) (id uint64) {
+	i := f.free
+	if i == none {
+		i = int32(len(f.slots))
+		f.slots = append(f.slots, slot{})
+	} else {
+		f.free = f.slots[i].next
+	}
+	// The index finds the slot; the random half keeps a late or a guessed end from freeing somebody else's.
+	id = uint64(i+1)<<32 | uint64(rand.Uint32())
+	f.slots[i] = slot{id: id, tokens: tokens, since: now, prev: f.newest, next: none}
+	if f.newest == none {
+		f.oldest = i
+	} else {
+		f.slots[f.newest].next = i
+	}
+	f.newest = i
+	f.used += tokens
+	f.count++
+	return id
+}
+
+func (f *State) remove(i int32) {
+	s := &f.slots[i]
+	if s.prev == none {
+		f.oldest = s.next
+	} else {
+		f.slots[s.prev].next = s.next
+	}
+	if s.next == none {
+		f.newest = s.prev
+	} else {
+		f.slots[s.next].prev = s.prev
+	}
+	f.used -= s.tokens
+	f.count--
+	*s = slot{next: f.free}
+	f.free = i
+	if f.count == 0 {
+		f.used = 0 // forget what fractions of tokens left behind
+		if len(f.slots) > 64 {
+			f.slots, f.free = nil, none
+		}
+	}
+}
+
+// outlier is how many times the average a time counts for at the most: of a flow that hung, or never ended, the others
+// know nothing.
+const outlier = 4
+
+// learn takes the time that a slot has been held into the average.
+func (f *State) learn(held int64) {
+	took := float64(max(held, 0))
+	if f.hold > 0 {
+		took = min(took, outlier*f.hold)
+	}
+	f.returns = min(f.returns+1, maxReturns)
+	f.hold += (took - f.hold) / float64(f.returns)
+}
+
+// end takes the time after which a flow has ended into the shortest: at once where it is shorter, and slowly else, for
+// by that flows are sent away. A slot that was taken back tells nothing of how soon one may come free.
+func (f *State) end(held int64) {
+	took := float32(max(held, 1))
+	if f.shortest > 0 {
+		took = min(took, f.shortest*1.25)
+	}
+	f.shortest = took
+}

@@ -1,0 +1,74 @@
+// Package source says what limiters and schedulers have their tokens from: a [Source] of some kind, with a state for each
+// key. Token buckets and concurrency slots are sources.
+//
+// Times are nanoseconds since an epoch of the caller's, by a monotonic clock.
+package source
+
+// A Source gives tokens, and says when it will have some. S is the state of one key. A Source has no state of its own that
+// changes; the caller guards the state that it hands in.
+type Source[S any] interface {
+	// Fresh makes the state that of a key nobody has used yet.
+	Fresh(state *S, now int64)
+
+	// Idle reports whether a fresh state would behave like this one.
+	Idle(state *S, now int64) bool
+
+	// Take takes tokens, all of them or none.
+	Take(state *S, now int64, tokens float64) Taken
+
+	// Cost returns what a flow that wants so many tokens counts for among those that wait: no more than it can get, and
+	// no more than leaves a sum exact enough for the others.
+	Cost(tokens float64) float64
+
+	// GiveBack returns tokens that were taken, and reports whether they had not been returned before. The slot is that of
+	// Take. Unused says that the flow did not run.
+	GiveBack(state *S, now int64, tokens float64, slot uint64, unused bool) bool
+
+	// Usage says how many tokens there are, and could be, and how many flows hold some.
+	Usage(state *S, now int64) Usage
+
+	// Forecast returns how long a flow must wait for its tokens while the flows ahead of it are served first: at the
+	// least, and likely. Zero is for what is not known, and Never for tokens that will never be there. Callers ask where
+	// a Take would fail, or where others wait.
+	Forecast(state *S, now int64, ahead Ahead, tokens float64) (least, likely int64)
+
+	// Timed reports whether tokens come by themselves. Then taking from a copy of the state tells the future.
+	Timed() bool
+}
+
+// Taken is the result of [Source.Take].
+type Taken struct {
+	OK   bool
+	Slot uint64  // what GiveBack needs
+	Left float64 // the tokens that are left, for the decision to tell
+	Wait int64   // if not OK, how long until the tokens may be there though nobody gives any back; 0 when never
+}
+
+// Usage is how much of a source is in use.
+type Usage struct {
+	Capacity  float64
+	Remaining float64 // below 0 where flows cost more than was free
+	InFlight  int     // flows that hold slots
+}
+
+// Ahead is what the flows cost that are served before another one: at the least, if no other flow comes, and likely.
+// Where they do not all cost the same as that one, Largest is what one of them may cost; it is 0 otherwise.
+type Ahead struct{ Least, Likely, Largest float64 }
+
+// Never is the wait of a flow that can never be admitted.
+const Never = -1
+
+// Slack is forgiven when tokens are compared: a billionth of a token, which is what floating point loses between the wait
+// that a flow was told and the tokens that it then finds.
+const Slack = 1e-9
+
+// MaxCost bounds what one flow counts for, of slots, of a load, and in a queue. More would swallow the others in the
+// sum, which is a float, and leave the limit open when it goes; the label that says it may come from a peer.
+const MaxCost = 1e9
+
+// Century is the longest time there is, in nanoseconds: the sum of two is within an int64, and buckets that take
+// decades to fill are as good as stopped.
+const Century = 100 * 365 * 24 * 3600 * 1_000_000_000
+
+// Nanos converts a time in nanoseconds, which is at most a [Century].
+func Nanos(ns float64) int64 { return int64(min(ns, Century)) }
