@@ -119,7 +119,7 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 	}
 	u := usageOf(s.source.Usage(&l.tokens, now))
 	if l.queue != nil {
-		u.Waiting = l.queue.len
+		u.Waiting = l.queue.Len()
 	}
 	return u
 }
@@ -129,7 +129,7 @@ func (s *scheduler[S]) reset(value string, now int64) {
 	defer e.Unlock()
 	s.source.Fresh(&e.State.tokens, now)
 	if e.State.waiting() {
-		e.State.queue.version++
+		e.State.queue.changes++
 		s.serve(e, now)
 	}
 }

@@ -10,9 +10,9 @@ import (
 // A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
 // at a share of the rate at which tokens were asked for lately, and holds what comes in a second.
 type load struct {
-	asked  *window         // tokens that flows came for,
-	given  *window         // and those that they got, but for flows that are priced
-	priced *[]*latencyCost // what flows cost of which it changes, and how many came and got it; nil for none
+	asked  *window        // tokens that flows came for,
+	given  *window        // and those that they got, but for flows that are priced
+	priced []*latencyCost // what flows cost of which it changes, and how many came and got it
 
 	learning bool  // for as long as the rate is not known
 	began    int64 // the second of the first flow after a silence
@@ -29,11 +29,14 @@ const (
 	learnSeconds = loadSeconds + 1
 )
 
-// loadRule is the source that load schedulers have their tokens from.
-type loadRule struct{ priced *[]*latencyCost }
+// loadRule is the source that load schedulers have their tokens from. It is a [meter].
+type loadRule struct {
+	prices []*latencyCost // by the index of the workload; nil where flows do not cost by how long they take
+	priced []*latencyCost // those that are not nil
+}
 
 // Fresh makes the load one of which nothing is known.
-func (r loadRule) Fresh(l *load, now int64) {
+func (r *loadRule) Fresh(l *load, now int64) {
 	*l = load{
 		priced:     r.priced,
 		asked:      newWindow(loadSeconds, int64(time.Second), now),
@@ -43,29 +46,29 @@ func (r loadRule) Fresh(l *load, now int64) {
 		multiplier: math.NaN(),
 		rate:       math.NaN(),
 	}
-	for price := range l.prices {
+	for _, price := range l.priced {
 		price.asked, price.given = newWindow(loadSeconds, int64(time.Second), now), newWindow(loadSeconds, int64(time.Second), now)
 	}
 }
 
 // Idle reports false: there is one load, which is not forgotten.
-func (loadRule) Idle(*load, int64) bool { return false }
+func (*loadRule) Idle(*load, int64) bool { return false }
 
 // meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
 // as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the
 // next one that costs something.
-func (loadRule) meet(l *load, now int64, tokens float64, price *latencyCost) {
-	if tokens == 0 {
+func (r *loadRule) meet(l *load, now int64, want demand) {
+	if want.tokens == 0 {
 		return
 	}
 	second := now / int64(time.Second)
 	l.relearn(second)
 	l.last = max(l.last, second)
 	asked := l.asked
-	if price != nil {
-		asked = price.asked
+	if p := r.priceOf(want.by); p != nil {
+		asked = p.asked
 	}
-	asked.add(now, min(tokens, source.MaxCost))
+	asked.add(now, min(want.tokens, source.MaxCost))
 	if l.learning && second-l.began >= learnSeconds {
 		l.steer(now, l.multiplier)
 		l.learning = false
@@ -105,7 +108,7 @@ func (l *load) steer(now int64, multiplier float64) {
 func (l *load) come(now int64) (tokens, before float64) {
 	tokens = l.asked.whole(now).sum
 	before = tokens
-	for price := range l.prices {
+	for _, price := range l.priced {
 		count, is := price.asked.whole(now).count, min(price.tokens(), source.MaxCost)
 		tokens += is * count
 		before += price.noted * count
@@ -116,28 +119,17 @@ func (l *load) come(now int64) (tokens, before float64) {
 
 // setPrices has flows cost what is known by now, and reports whether that has changed.
 func (l *load) setPrices(now int64) (changed bool) {
-	for price := range l.prices {
+	for _, price := range l.priced {
 		changed = price.set(now) || changed
 	}
 	return changed
-}
-
-func (l *load) prices(yield func(*latencyCost) bool) {
-	if l.priced == nil {
-		return
-	}
-	for _, price := range *l.priced {
-		if !yield(price) {
-			return
-		}
-	}
 }
 
 // open reports whether everything is let in.
 func (l *load) open() bool { return l.learning || !(l.rate <= math.MaxFloat64) }
 
 // letIn is the share of the load that is let in; +Inf where that is everything.
-func (l *load) letIn() float64 {
+func (*loadRule) letIn(l *load) float64 {
 	if l.open() {
 		return math.Inf(1)
 	}
@@ -147,7 +139,7 @@ func (l *load) letIn() float64 {
 // admitted is the share of the tokens asked for that was given lately, at the prices of now; NaN when none was asked for.
 func (l *load) admitted(now int64) float64 {
 	given, asked := l.given.total(now).sum, l.asked.total(now).sum
-	for price := range l.prices {
+	for _, price := range l.priced {
 		tokens := min(price.tokens(), source.MaxCost)
 		given += tokens * price.given.total(now).count
 		asked += tokens * price.asked.total(now).count
@@ -164,7 +156,7 @@ func (l *load) refill(now int64) {
 
 // Take lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
 // come.
-func (loadRule) Take(l *load, now int64, tokens float64) source.Taken {
+func (*loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	tokens = min(tokens, source.MaxCost)
 	if l.open() {
 		return source.Taken{OK: true}
@@ -177,20 +169,36 @@ func (loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	return source.Taken{OK: true, Left: max(l.tokens, 0)}
 }
 
-// gave counts a flow that was let in.
-func (loadRule) gave(l *load, now int64, tokens float64, price *latencyCost) {
-	given := l.given
-	if price != nil {
-		given = price.given
+// priceOf is what flows of the workload cost by how long they take, if they do. There may be no workload.
+func (r *loadRule) priceOf(of *workload) *latencyCost {
+	if of == nil || of.index >= len(r.prices) {
+		return nil
 	}
-	given.add(now, min(tokens, source.MaxCost))
+	return r.prices[of.index]
+}
+
+// price is what flows of the workload cost by now.
+func (r *loadRule) price(of *workload) float64 {
+	if p := r.priceOf(of); p != nil {
+		return p.tokens()
+	}
+	return of.tokens
+}
+
+// gave counts a flow that was let in.
+func (r *loadRule) gave(l *load, now int64, want demand) {
+	given := l.given
+	if p := r.priceOf(want.by); p != nil {
+		given = p.given
+	}
+	given.add(now, min(want.tokens, source.MaxCost))
 }
 
 // Cost returns the tokens, up to [source.MaxCost].
-func (loadRule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
+func (*loadRule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
 
 // Timed reports true. The rate is set anew from time to time, and taken here as it is.
-func (loadRule) Timed() bool { return true }
+func (*loadRule) Timed() bool { return true }
 
 // until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
 func (l *load) until(tokens float64) int64 {
@@ -202,13 +210,13 @@ func (l *load) until(tokens float64) int64 {
 
 // GiveBack undoes a Take. What was given stays counted: that somebody else rejects the flow does not say that this load
 // was too much.
-func (loadRule) GiveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
+func (*loadRule) GiveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
 	l.tokens = min(l.tokens+min(tokens, source.MaxCost), l.rate)
 	return true
 }
 
 // Usage says what is let in during a second, and what is left of it.
-func (loadRule) Usage(l *load, now int64) source.Usage {
+func (*loadRule) Usage(l *load, now int64) source.Usage {
 	if l.open() {
 		return source.Usage{Capacity: math.Inf(1), Remaining: math.Inf(1)}
 	}
@@ -217,7 +225,7 @@ func (loadRule) Usage(l *load, now int64) source.Usage {
 }
 
 // Forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
-func (loadRule) Forecast(l *load, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+func (*loadRule) Forecast(l *load, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	if l.open() {
 		return 0, 0
 	}

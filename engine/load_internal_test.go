@@ -11,13 +11,13 @@ import (
 // learned is a load of so many tokens each second, of which so much is let in, at a time when it has learned that.
 func learned(rate, multiplier float64) (l *load, now int64) {
 	l = new(load)
-	rule := loadRule{}
+	rule := new(loadRule)
 	rule.Fresh(l, 0)
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, multiplier)
-		rule.meet(l, now, rate, nil)
+		rule.meet(l, now, demand{tokens: rate})
 		rule.Take(l, now, rate)
-		rule.gave(l, now, rate, nil)
+		rule.gave(l, now, demand{tokens: rate})
 		now += int64(time.Second)
 	}
 	now -= int64(time.Second)
@@ -27,12 +27,12 @@ func learned(rate, multiplier float64) (l *load, now int64) {
 
 func TestLoadLearns(t *testing.T) {
 	const s = int64(time.Second)
-	l, rule := new(load), loadRule{}
+	l, rule := new(load), new(loadRule)
 	rule.Fresh(l, 0)
 	l.steer(0, 0.5)
 	now := 1000*s + s/2
 	visit := func(tokens float64) source.Taken {
-		rule.meet(l, now, tokens, nil)
+		rule.meet(l, now, demand{tokens: tokens})
 		return rule.Take(l, now, tokens)
 	}
 	for ; now < 1031*s; now += s {
@@ -84,19 +84,19 @@ func TestLoadDraw(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			l, now := learned(tt.rate, tt.multiplier)
 			for i, tokens := range tt.tokens {
-				got := loadRule{}.Take(l, now, tokens)
+				got := new(loadRule).Take(l, now, tokens)
 				if want := tt.want[i]; got.OK != want.OK || math.Abs(got.Left-want.Left) > 1e-6 || math.Abs(float64(got.Wait-want.Wait)) > 10 {
 					t.Errorf("draw %d = %+v want %+v", i, got, want)
 				}
 				if got.OK || got.Wait == 0 {
 					continue
 				}
-				least, likely := loadRule{}.Forecast(l, now, source.Ahead{}, tokens)
+				least, likely := new(loadRule).Forecast(l, now, source.Ahead{}, tokens)
 				if least != got.Wait || likely != got.Wait {
 					t.Errorf("forecast %d = %d, %d want %d", i, least, likely, got.Wait)
 				}
 				early, late := *l, *l
-				if (loadRule{}).Take(&early, now+got.Wait-1000, tokens).OK || !(loadRule{}).Take(&late, now+got.Wait, tokens).OK {
+				if new(loadRule).Take(&early, now+got.Wait-1000, tokens).OK || !new(loadRule).Take(&late, now+got.Wait, tokens).OK {
 					t.Errorf("draw %d: told to wait for %v, which is not when the tokens are there", i, time.Duration(got.Wait))
 				}
 			}
@@ -107,9 +107,9 @@ func TestLoadDraw(t *testing.T) {
 // What comes back is there for the next, and no more than the bucket holds.
 func TestLoadGiveBack(t *testing.T) {
 	l, now := learned(10, 0.5)
-	rule := loadRule{}
+	rule := new(loadRule)
 	rule.Take(l, now, 5)
-	rule.gave(l, now, 5, nil)
+	rule.gave(l, now, demand{tokens: 5})
 	rule.GiveBack(l, now, 3, 0, false)
 	if got := rule.Usage(l, now).Remaining; got != 3 {
 		t.Errorf("%v tokens want 3", got)
@@ -125,7 +125,7 @@ func TestLoadGiveBack(t *testing.T) {
 
 func TestLoadForecast(t *testing.T) {
 	l, now := learned(10, 0.5)
-	rule := loadRule{}
+	rule := new(loadRule)
 	rule.Take(l, now, 5)
 	for _, tt := range []struct {
 		name          string
@@ -154,14 +154,14 @@ func TestLoadForecast(t *testing.T) {
 func TestLoadShare(t *testing.T) {
 	for _, multiplier := range []float64{0.03, 0.3, 0.9} {
 		l, now := learned(10, multiplier)
-		rule := loadRule{}
+		rule := new(loadRule)
 		asked, given := 0.0, 0.0
 		for i := range 100_000 { // 100 of them each second
 			now += int64(10 * time.Millisecond)
 			tokens := float64(1 + i%3)
-			rule.meet(l, now, tokens, nil)
+			rule.meet(l, now, demand{tokens: tokens})
 			if rule.Take(l, now, tokens).OK {
-				rule.gave(l, now, tokens, nil)
+				rule.gave(l, now, demand{tokens: tokens})
 				given += tokens
 			}
 			asked += tokens
@@ -185,9 +185,9 @@ func TestLoadShare(t *testing.T) {
 func TestLoadHugeCost(t *testing.T) {
 	for _, huge := range []float64{1e12, 1e20, math.MaxFloat64} {
 		l, now := learned(10, 0.5)
-		rule := loadRule{}
+		rule := new(loadRule)
 		for range 2 { // the sum of two may be beyond a float
-			rule.meet(l, now, huge, nil)
+			rule.meet(l, now, demand{tokens: huge})
 			rule.Take(l, now, huge)
 		}
 		given := 0.0
@@ -195,7 +195,7 @@ func TestLoadHugeCost(t *testing.T) {
 			now += int64(time.Second)
 			l.steer(now, 0.5)
 			for range 10 {
-				rule.meet(l, now, 1, nil)
+				rule.meet(l, now, demand{tokens: 1})
 				if rule.Take(l, now, 1).OK && i >= 100 {
 					given++
 				}
@@ -210,15 +210,16 @@ func TestLoadHugeCost(t *testing.T) {
 // A load that is priced is one at the prices of now: what comes, what was let in, and what is owed.
 func TestLoadPrices(t *testing.T) {
 	heavy := &latencyCost{unknown: 1, noted: 1}
-	rule := loadRule{priced: &[]*latencyCost{heavy}}
+	of := new(workload)
+	rule := &loadRule{prices: []*latencyCost{heavy}, priced: []*latencyCost{heavy}}
 	l, now := new(load), int64(0)
 	rule.Fresh(l, 0)
 	for now <= learnSeconds*int64(time.Second) {
 		l.steer(now, math.NaN())
-		for _, price := range []*latencyCost{heavy, nil} { // one of each, each second
-			rule.meet(l, now, 1, price)
-			if price == nil || now/int64(time.Second)%2 == 0 { // of the heavy ones every other is let in
-				rule.gave(l, now, 1, price)
+		for _, by := range []*workload{of, nil} { // one of each, each second
+			rule.meet(l, now, demand{1, by})
+			if by == nil || now/int64(time.Second)%2 == 0 { // of the heavy ones every other is let in
+				rule.gave(l, now, demand{1, by})
 			}
 		}
 		now += int64(time.Second)
@@ -240,8 +241,8 @@ func TestLoadPrices(t *testing.T) {
 		t.Errorf("when the price is not known any more: rate %v, tokens %v want 1, and -1", l.rate, l.tokens)
 	}
 	rule.Fresh(l, now)
-	rule.meet(l, now, 1, heavy)
-	rule.gave(l, now, 1, heavy)
+	rule.meet(l, now, demand{1, of})
+	rule.gave(l, now, demand{1, of})
 	if got := l.admitted(now); got != 1 {
 		t.Errorf("after a reset: admitted %v want 1", got)
 	}

@@ -65,20 +65,21 @@ func newAIMDLoadScheduler(e *Engine, of *installed, p policy.AIMDLoadScheduler, 
 
 // newLoad makes what the two kinds of load schedulers have in common.
 func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
-	rule := loadRule{priced: new([]*latencyCost)}
+	rule := new(loadRule)
 	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
 	if err != nil {
 		return nil, err
 	}
-	s.meet, s.gave, s.letIn, s.component.DryRun = rule.meet, rule.gave, (*load).letIn, p.DryRun
+	s.component.DryRun = p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}
-	*rule.priced = s.workloads.measureFrom(e.now())
+	rule.measure(s.workloads, e.now())
 	rule.Fresh(&s.single.State.tokens, 0) // with the prices
 	return s, of.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
-		if of, known := s.workloads.of(labels); known && of.latency != nil {
-			of.latency.mean.add(now, latency)
+		of, known := s.workloads.of(labels)
+		if price := rule.priceOf(of); known && price != nil {
+			price.mean.add(now, latency)
 		}
 	})
 }
@@ -94,11 +95,16 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 		s.catchUp(e, now)
 	}
 	if l.tokens.setPrices(now) && waiting {
-		l.queue.reprice(s.source.Cost)
+		l.queue.Reprice(func(w *waiter) float64 {
+			if w.Flow.by != nil {
+				w.Flow.tokens = s.meter.price(w.Flow.by)
+			}
+			return s.source.Cost(w.Flow.tokens)
+		})
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))
 	if waiting {
-		l.queue.version++
+		l.queue.changes++
 		s.serve(e, now)
 	}
 }
@@ -117,18 +123,16 @@ type latencyCost struct {
 // latencyOver is the time that the mean latency of a workload is taken over.
 const latencyOver = 30 * time.Minute
 
-// measureFrom has the workloads cost what their latency is, once it is known. What is free stays free.
-func (w *workloads) measureFrom(now int64) (prices []*latencyCost) {
+// measure has flows of the workloads cost what their latency is, once it is known. What is free stays free.
+func (r *loadRule) measure(w *workloads, now int64) {
 	for of := range w.all {
-		if of.tokens == 0 {
-			continue
+		var price *latencyCost
+		if of.tokens != 0 {
+			price = &latencyCost{mean: newMean(latencyOver, now), unknown: of.tokens, noted: min(of.tokens, source.MaxCost)}
+			r.priced = append(r.priced, price)
 		}
-		of.latency = &latencyCost{
-			mean: newMean(latencyOver, now), unknown: of.tokens, noted: min(of.tokens, source.MaxCost),
-		}
-		prices = append(prices, of.latency)
+		r.prices = append(r.prices, price)
 	}
-	return prices
 }
 
 // set takes the mean of now, and reports whether that is another one.
@@ -146,12 +150,4 @@ func (c *latencyCost) tokens() float64 {
 		return math.Float64frombits(bits)
 	}
 	return c.unknown
-}
-
-// cost is how many tokens a flow of the workload takes, unless a label says.
-func (w *workload) cost() float64 {
-	if w.latency != nil {
-		return w.latency.tokens()
-	}
-	return w.tokens
 }

@@ -5,13 +5,13 @@ import (
 	"context"
 	"errors"
 	"math"
-	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/engine/internal/wfq"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -27,15 +27,32 @@ var errRetired = errors.New("the scheduler is no longer in force")
 type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source.Source[S]
-	meet      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that come; nil where nobody does
-	gave      func(state *S, now int64, tokens float64, price *latencyCost) // counts the flows that are let in; nil where nobody does
-	letIn     func(state *S) float64                                        // of the load that is let in; nil where none is
+	meter     meter[S] // the source; nil where it is none
 	workloads *workloads
 	margin    time.Duration
-	maxQueue  int64
-	room      atomic.Int64 // of maxQueue, for more flows that wait, over all keys: those may be as many as peers make up
-	crowd     *crowd       // of the queues, where each key has one
+	room      *wfq.Room // for flows that wait, over all keys: those may be as many as peers make up
 	engine    *Engine
+}
+
+// A meter is a source that counts the flows that come and those that are let in, as load schedulers do.
+type meter[S any] interface {
+	// price is how many tokens a flow of the workload takes unless a label says.
+	price(of *workload) float64
+
+	// meet counts a flow that comes, whatever becomes of it.
+	meet(state *S, now int64, want demand)
+
+	// gave counts a flow that is let in.
+	gave(state *S, now int64, want demand)
+
+	// letIn is the share of the load that is let in.
+	letIn(state *S) float64
+}
+
+// A demand is the tokens that a flow wants.
+type demand struct {
+	tokens float64
+	by     *workload // whose price they are; nil where a label says how many
 }
 
 // A line is the state of one key: what there is, and who waits for it.
@@ -78,16 +95,13 @@ func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		source:    from,
 		workloads: w,
 		margin:    cmp.Or(p.Margin, policy.DefaultMargin),
-		maxQueue:  int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)),
+		room:      wfq.NewRoom(int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)), c.LabelKey != ""),
 		engine:    e,
 	}
-	s.room.Store(s.maxQueue)
+	s.meter, _ = from.(meter[S])
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
 		func(l *line[S], now int64) bool { return !l.waiting() && from.Idle(&l.tokens, now) })
-	if s.table != nil {
-		s.crowd = new(crowd)
-	}
 	s.component.Limiter = s
 	s.component.Workload = s.workload
 	return s, nil
@@ -101,15 +115,7 @@ func (l *line[S]) waits() int {
 	if l.queue == nil {
 		return 0
 	}
-	return l.queue.len
-}
-
-// ahead is what the flows cost that go before one of that cost which would wait from now on.
-func (l *line[S]) ahead(c claim, cost float64) source.Ahead {
-	if !l.waiting() {
-		return source.Ahead{}
-	}
-	return l.queue.ahead(c, cost)
+	return l.queue.Len()
 }
 
 // workload names a flow's class to those outside.
@@ -119,28 +125,30 @@ func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority
 	}
 	of, _ := s.workloads.of(labels)
 	c := s.workloads.claim(of, labels)
-	if c.workload == of.label {
-		return c.workload, c.priority
+	if c.Workload == of.label {
+		return c.Workload, c.Priority
 	}
-	return keys.NewNamer(s.workloads.workloadLabel, s.engine.secret[:]).Name(c.workload), c.priority
+	return keys.NewNamer(s.workloads.workloadLabel, s.engine.secret[:]).Name(c.Workload), c.Priority
 }
 
 func (s *scheduler[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
-	t := s.enter(req, now, d, func(*workload) time.Duration { return 0 })
+	var t ticket[S]
+	s.enter(req, now, d, &t, func(*workload) time.Duration { return 0 })
 	s.count(t.of, req, d)
 }
 
 // admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
 // was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
 func (s *scheduler[S]) admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error) {
-	t := s.enter(req, now, d, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
+	var t ticket[S]
+	s.enter(req, now, d, &t, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
 	if d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
 		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
 	}
 	decided := now
 	if t.waiter != nil {
 		var err error
-		decided, err = s.wait(ctx, req, start, t, d)
+		decided, err = s.wait(ctx, req, start, &t, d)
 		t.of.waits.add(decided - now)
 		s.engine.instruments.waited(ctx, &s.component, t.of, decided-now)
 		if err != nil {
@@ -151,44 +159,50 @@ func (s *scheduler[S]) admit(ctx context.Context, req *agentapi.Request, start, 
 	return decided, nil
 }
 
-// A ticket is a flow's place in a queue.
+// A ticket is a flow that asks, and its place in a queue.
 type ticket[S any] struct {
-	*waiter  // nil where the flow has been decided about
+	*waiter // nil where the flow has been decided about
+
 	of       *workload
-	claim    claim
+	known    bool // that the workload is the flow's
+	demand   demand
+	wish     wish
 	entry    *keys.Entry[line[S]]
 	patience time.Duration
 }
 
 // enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may
 // wait, for that takes a look at the clock.
-func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, patience func(*workload) time.Duration) ticket[S] {
-	of, known := s.workloads.of(&req.Labels)
-	t := ticket[S]{of: of}
-	price := of.latency
-	tokens, said := tokensSaid(&req.Labels, s.workloads.tokensLabel)
-	if said {
-		price = nil
-	} else {
-		tokens = of.cost()
-	}
-	d.Consumed = tokens
+func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], patience func(*workload) time.Duration) {
+	t.of, t.known = s.workloads.of(&req.Labels)
+	t.demand = s.demand(&req.Labels, t.of)
+	d.Consumed = t.demand.tokens
 	if !s.scope(&req.Labels, d) {
-		return t
+		return
 	}
 	var r reservation
 	for {
-		longest, leave := s.stand(req, now, d, &t, price, known, patience, &r)
-		if longest == nil {
+		turnOut, leave := s.stand(req, now, d, t, patience, &r)
+		if turnOut == nil {
 			break
 		}
 		// Only one entry is locked at a time, so that two flows that look for room do not wait for each other.
-		r = reservation{has: longest.turnOut(leave), own: true}
+		r = reservation{has: turnOut(leave), own: true}
 	}
 	if r.has {
-		s.room.Add(1)
+		s.room.Return()
 	}
-	return t
+}
+
+// demand is what a flow of the workload wants.
+func (s *scheduler[S]) demand(labels *agentapi.Labels, of *workload) demand {
+	if tokens, ok := tokensSaid(labels, s.workloads.tokensLabel); ok {
+		return demand{tokens: tokens}
+	}
+	if s.meter != nil {
+		return demand{tokens: s.meter.price(of), by: of}
+	}
+	return demand{tokens: of.tokens, by: of}
 }
 
 // A reservation is the room that a flow of another key has left to this one.
@@ -198,136 +212,165 @@ type reservation struct {
 }
 
 // stand is enter, for one who has its bucket. Where there is no room, and another key has a longer queue, it decides
-// nothing, and returns that queue, and how many flows are left to it.
-func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], price *latencyCost, known bool,
+// nothing, and returns how to have a flow leave that queue, and how many must be left to it.
+func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S],
 	patience func(*workload) time.Duration, r *reservation,
-) (longest *queue, leave int) {
-	e := s.lock(d, now)
-	defer e.Unlock()
-	l, of := &e.State, t.of
-	if s.meet != nil {
-		s.meet(&l.tokens, now, d.Consumed, price)
-	}
-	if s.gave != nil && d.DryRun { // it is let in, whatever is decided
-		s.gave(&l.tokens, now, d.Consumed, price)
-	}
-	if !known {
-		s.drop(d, agentapi.CauseLongLabel, 0)
+) (turnOut func(leave int) bool, leave int) {
+	t.entry = s.lock(d, now)
+	defer t.entry.Unlock()
+	if s.answer(now, d, t) {
 		return nil, 0
 	}
-	if l.waiting() {
-		s.serve(e, now) // what has come by now is for those who wait
+	t.patience = patience(t.of)
+	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: s.source.Cost(d.Consumed)}
+	likely, ok := s.judge(now, d, t)
+	if !ok {
+		return nil, 0
 	}
-	if !l.waiting() || d.Consumed == 0 {
-		if got := s.source.Take(&l.tokens, now, d.Consumed); got.OK {
-			if s.gave != nil && !d.DryRun {
-				s.gave(&l.tokens, now, d.Consumed, price)
-			}
-			fill(d, got)
-			return nil, 0
+	if t.patience == 0 {
+		s.pass(now, d, t, likely)
+		return nil, 0
+	}
+	if turnOut, leave, ok = s.findRoom(now, d, t, r); ok {
+		s.enqueue(now, d, t)
+	}
+	return turnOut, leave
+}
+
+// answer decides about a flow that need not wait, and reports whether it has.
+func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[S]) bool {
+	l := &t.entry.State
+	if s.meter != nil {
+		s.meter.meet(&l.tokens, now, t.demand)
+		if d.DryRun { // it is let in, whatever is decided
+			s.meter.gave(&l.tokens, now, t.demand)
 		}
 	}
-	t.claim, t.entry, t.patience = s.workloads.claim(of, &req.Labels), e, patience(of)
-	cost := s.source.Cost(d.Consumed)
-	least, likely := s.source.Forecast(&l.tokens, now, l.ahead(t.claim, cost), d.Consumed)
+	if !t.known {
+		s.drop(d, agentapi.CauseLongLabel, 0)
+		return true
+	}
+	if l.waiting() {
+		s.serve(t.entry, now) // what has come by now is for those who wait
+	}
+	if l.waiting() && d.Consumed != 0 {
+		return false
+	}
+	got := s.source.Take(&l.tokens, now, d.Consumed)
+	if !got.OK {
+		return false
+	}
+	if s.meter != nil && !d.DryRun {
+		s.meter.gave(&l.tokens, now, t.demand)
+	}
+	fill(d, got)
+	return true
+}
+
+// judge drops a flow that would wait in vain. For the others OK is true, and likely is how long they would wait.
+func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S]) (likely int64, ok bool) {
+	l := &t.entry.State
+	least, likely := s.forecast(l, now, t.wish)
 	d.Remaining = s.source.Usage(&l.tokens, now).Remaining
 	switch {
 	case likely == source.Never:
 		s.drop(d, agentapi.CauseNone, likely)
-		return nil, 0
+		return 0, false
 	case t.patience == 0 && (!l.waiting() || least > 0):
-		s.drop(d, agentapi.CauseNone, s.estimate(l, now, t.claim, cost, d.Consumed))
-		return nil, 0
-	}
-	until := immortal
-	if t.patience < forever {
-		until = now + int64(t.patience)
-	}
-	if least > int64(t.patience) {
-		if least, likely = s.reconsider(l, now, until, t.claim, cost, d.Consumed, least, likely); least > int64(t.patience) {
+		s.drop(d, agentapi.CauseNone, s.estimate(l, now, t.wish))
+		return 0, false
+	case least > int64(t.patience):
+		if least, likely = s.reconsider(l, now, t.deadline(now), t.wish, least, likely); least > int64(t.patience) {
 			s.drop(d, agentapi.CauseLongQueue, likely)
-			return nil, 0
+			return 0, false
 		}
 	}
-	// A flow that does not wait stands in the queue for a moment only, and needs no room.
-	placed := t.patience > 0
-	if placed && !r.has && !s.takeRoom() {
-		if others := l.waits() + 1; !r.own {
-			if longest = s.crowd.longest(others); longest != nil {
-				return longest, others
-			}
-		}
-		if !evict(l.queue, t.claim) {
-			s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.claim, cost, d.Consumed))
-			return nil, 0
-		}
+	return likely, true
+}
+
+// deadline is when the flow gives up.
+func (t *ticket[S]) deadline(now int64) int64 {
+	if t.patience < forever {
+		return now + int64(t.patience)
 	}
-	if placed {
+	return wfq.NoDeadline
+}
+
+// pass lets a flow that does not wait be served before those that do, if its turn is now; it is dropped otherwise. It
+// stands in the queue for a moment only, and needs no room.
+func (s *scheduler[S]) pass(now int64, d *agentapi.LimiterDecision, t *ticket[S], likely int64) {
+	w := s.push(now, t, false)
+	if w.Flow.got.OK {
+		fillServed(d, w)
+		return
+	}
+	t.entry.State.queue.Remove(w)
+	s.serve(t.entry, now)
+	s.drop(d, agentapi.CauseNone, likely)
+}
+
+// findRoom takes room for a flow that waits, from another flow if it must. OK is false where the flow is dropped, or where
+// turnOut is to be called first.
+func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticket[S], r *reservation) (turnOut func(leave int) bool, leave int, ok bool) {
+	l := &t.entry.State
+	if r.has || s.room.Take() {
 		r.has = false // it is the flow's
+		return nil, 0, true
 	}
+	if !r.own {
+		leave = l.waits() + 1
+		if turnOut = s.room.Longest(leave); turnOut != nil {
+			return turnOut, leave, false
+		}
+	}
+	if l.queue.makeRoom(t.wish.claim) {
+		return nil, 0, true
+	}
+	s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.wish))
+	return nil, 0, false
+}
+
+// enqueue puts a flow that has room into the queue.
+func (s *scheduler[S]) enqueue(now int64, d *agentapi.LimiterDecision, t *ticket[S]) {
+	w := s.push(now, t, true)
+	if w.Flow.got.OK {
+		fillServed(d, w)
+		return
+	}
+	w.Flow.ready = make(chan struct{})
+	t.waiter = w
+}
+
+// push puts the flow into the queue, and serves the queue: the flow may be the first, and need less than the one that was.
+func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
+	l := &t.entry.State
 	if l.queue == nil {
-		l.queue = s.newQueue(e)
+		l.queue = s.newQueue(t.entry)
 	}
-	w := &waiter{tokens: d.Consumed, cost: cost, price: price, until: until, placed: placed}
-	l.queue.push(w, t.claim)
-	s.serve(e, now) // it may be the first, and need less than who was
-	switch {
-	case w.served:
-		w.fill(d)
-	case t.patience == 0:
-		l.queue.remove(w)
-		s.serve(e, now)
-		s.drop(d, agentapi.CauseNone, likely)
-	default:
-		w.ready = make(chan struct{})
-		t.waiter = w
-	}
-	return nil, 0
-}
-
-// takeRoom takes the room of one who waits; false says that there is none. The queue gives it back.
-func (s *scheduler[S]) takeRoom() bool {
-	if s.room.Add(-1) < 0 {
-		s.room.Add(1)
-		return false
-	}
-	return true
-}
-
-// evict makes room for a flow of the claim where there is none: the newest flow of the largest share leaves the queue of
-// the same key. It reports whether the flow has that room now.
-func evict(q *queue, c claim) bool {
-	if q == nil {
-		return false
-	}
-	w := q.evictable(c)
-	if w == nil {
-		return false
-	}
-	q.evict(w)
-	return true
+	w := &waiter{Flow: pending{demand: t.demand}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
+	l.queue.Push(w, t.wish.claim)
+	s.serve(t.entry, now)
+	return w
 }
 
 // newQueue makes the queue of an entry.
 func (s *scheduler[S]) newQueue(e *keys.Entry[line[S]]) *queue {
-	q := newQueue(&s.room, func() { s.ring(e) })
-	if q.crowd = s.crowd; q.crowd != nil {
-		q.turnOut = func(least int) bool {
-			e.Lock()
-			defer e.Unlock()
-			if q.len <= least {
-				return false
-			}
-			q.evict(q.newest())
-			s.serve(e, s.engine.now()) // another flow may be the first now
-			return true
+	q := &queue{alarm: alarm{ring: func() { s.ring(e) }}}
+	q.Queue = wfq.New[pending](s.room, func(leave int) bool {
+		e.Lock()
+		defer e.Unlock()
+		if q.Len() <= leave {
+			return false
 		}
-	}
+		q.evict(q.Newest())
+		s.serve(e, s.engine.now()) // another flow may be the first now
+		return true
+	})
 	return q
 }
 
 // wait waits for the flow to be served, and decides.
-func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start int64, t ticket[S], d *agentapi.LimiterDecision) (int64, error) {
+func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start int64, t *ticket[S], d *agentapi.LimiterDecision) (int64, error) {
 	var timer *time.Timer
 	var expired <-chan time.Time
 	var crowded <-chan struct{}
@@ -340,7 +383,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	for waiting := true; waiting; {
 		waiting = false
 		select {
-		case <-t.ready:
+		case <-t.Flow.ready:
 		case <-expired:
 		case <-ctx.Done():
 		case <-s.engine.done:
@@ -348,7 +391,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 			retired = true
 		case <-crowded:
 			now := s.engine.now()
-			timer.Reset(min(s.timeLeft(ctx, req, now-start), time.Duration(t.until-now)))
+			timer.Reset(min(s.timeLeft(ctx, req, now-start), time.Duration(t.Deadline-now)))
 			waiting, crowded = true, nil
 		}
 	}
@@ -359,14 +402,14 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	s.serve(e, now) // at the last moment
 	gone := ctx.Err()
 	switch {
-	case t.served && gone == nil:
-		t.fill(d)
+	case t.Flow.got.OK && gone == nil:
+		fillServed(d, t.waiter)
 		return now, nil
-	case t.served:
-		s.source.GiveBack(&l.tokens, now, t.tokens, t.slot, true)
-		l.queue.version++
-	case !t.evicted:
-		l.queue.remove(t.waiter)
+	case t.Flow.got.OK:
+		s.source.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.got.Slot, true)
+		l.queue.changes++
+	case !t.Evicted():
+		l.queue.Remove(t.waiter)
 	}
 	s.serve(e, now)
 	switch {
@@ -376,11 +419,11 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
 		s.drop(d, agentapi.CauseClosed, 0)
 		return now, nil
-	case t.evicted:
-		s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.claim, t.cost, t.tokens))
+	case t.Evicted():
+		s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.wish))
 		return now, nil
 	}
-	s.drop(d, agentapi.CauseTimeout, s.estimate(l, now, t.claim, t.cost, t.tokens))
+	s.drop(d, agentapi.CauseTimeout, s.estimate(l, now, t.wish))
 	if retired {
 		return now, errRetired
 	}
@@ -391,15 +434,15 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
 	s.catchUp(e, now)
 	s.hand(e, now)
-	e.State.queue.setAlarm(s.engine.now)
+	e.State.queue.alarm.set(s.engine.now)
 }
 
 // catchUp serves those who were due before now, each at its time: alarms are late, and what comes to a full source
 // meanwhile is lost though somebody waits for it. It goes before all that gives something to a source for which somebody
 // waits, and leaves the alarm to serve. The entry is locked.
 func (s *scheduler[S]) catchUp(e *keys.Entry[line[S]], now int64) {
-	for q := e.State.queue; q.due > 0 && q.due < now; {
-		s.hand(e, q.due)
+	for a := &e.State.queue.alarm; a.due > 0 && a.due < now; {
+		s.hand(e, a.due)
 	}
 }
 
@@ -407,25 +450,25 @@ func (s *scheduler[S]) catchUp(e *keys.Entry[line[S]], now int64) {
 // serves none: no flow may run because the others were rejected.
 func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 	q := e.State.queue
-	q.due = 0
+	q.alarm.due = 0
 	if s.engine.closed.Load() {
 		return
 	}
-	for w := q.first(); w != nil; w = q.first() {
-		got := s.source.Take(&e.State.tokens, at, w.tokens)
+	for w := q.First(); w != nil; w = q.First() {
+		got := s.source.Take(&e.State.tokens, at, w.Flow.tokens)
 		if !got.OK {
 			if got.Wait > 0 {
-				q.due = at + got.Wait
+				q.alarm.due = at + got.Wait
 			}
 			return
 		}
-		q.pop()
-		if s.gave != nil {
-			s.gave(&e.State.tokens, at, w.tokens, w.price)
+		q.Pop()
+		if s.meter != nil {
+			s.meter.gave(&e.State.tokens, at, w.Flow.demand)
 		}
-		w.served, w.slot, w.left = true, got.Slot, got.Left
-		if w.ready != nil {
-			close(w.ready)
+		w.Flow.got = got
+		if w.Flow.ready != nil {
+			close(w.Flow.ready)
 		}
 	}
 }
@@ -434,7 +477,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 func (s *scheduler[S]) ring(e *keys.Entry[line[S]]) {
 	e.Lock()
 	defer e.Unlock()
-	e.State.queue.rings = 0
+	e.State.queue.alarm.rings = 0
 	s.serve(e, s.engine.now())
 }
 
@@ -445,9 +488,9 @@ func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.Li
 	switch {
 	case !d.Passed():
 		of.drops[d.Cause].Add(1)
-		addFloat(of.counts, d, tokensRejected, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), source.MaxCost))
+		addFloat(of.counts, d, tokensRejected, min(s.demand(&req.Labels, of).tokens, source.MaxCost))
 	case d.Dropped:
-		addFloat(of.counts, d, tokensAccepted, min(tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost()), source.MaxCost))
+		addFloat(of.counts, d, tokensAccepted, min(s.demand(&req.Labels, of).tokens, source.MaxCost))
 	default:
 		addFloat(of.counts, d, tokensAccepted, min(d.Consumed, source.MaxCost))
 	}
@@ -491,7 +534,7 @@ func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, aske
 
 func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
 	of, _ := s.workloads.of(&req.Labels)
-	d.Consumed = tokensOf(&req.Labels, s.workloads.tokensLabel, of.cost())
+	d.Consumed = s.demand(&req.Labels, of).tokens
 	if s.scope(&req.Labels, d) {
 		s.drop(d, cause, 0)
 	}
@@ -506,7 +549,7 @@ func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused b
 		}
 		ok := s.source.GiveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
-			e.State.queue.version++
+			e.State.queue.changes++
 			s.serve(e, now)
 		}
 		return ok

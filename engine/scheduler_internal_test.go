@@ -86,7 +86,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		}
 		synctest.Wait()
 		slots.single.Lock() // else nothing orders this before what the waiters do next
-		if n := slots.single.State.queue.len; n < flows/2 {
+		if n := slots.single.State.queue.Len(); n < flows/2 {
 			t.Errorf("%d wait want most of %d", n, flows)
 		}
 		slots.single.Unlock()
@@ -95,20 +95,22 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 		for _, outcome := range slices.Sorted(maps.Keys(outcomes)) {
 			table += fmt.Sprintf("%24s %6d\n", outcome, outcomes[outcome])
 		}
-		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.State.queue.len+tokens.single.State.queue.len))
+		t.Log(table + fmt.Sprintf("%24s %6d", "left in the queues", slots.single.State.queue.Len()+tokens.single.State.queue.Len()))
 		for _, outcome := range []string{"admitted", "canceled", agentapi.CauseTimeout.String()} {
 			if outcomes[outcome] == 0 {
 				t.Errorf("none was %s", outcome)
 			}
 		}
 		for _, q := range []*queue{slots.single.State.queue, tokens.single.State.queue} {
-			checkEmpty(t, q)
-			if q.rings != 0 || q.alarm.Stop() {
+			if q.Len() != 0 || q.First() != nil || q.HasDeadlines() {
+				t.Errorf("an empty queue holds %d waiters", q.Len())
+			}
+			if q.alarm.rings != 0 || q.alarm.timer.Stop() {
 				t.Error("the alarm of an empty queue is set")
 			}
 		}
-		if a, b := slots.room.Load(), tokens.room.Load(); a != 10_000 || b != a {
-			t.Errorf("there is room for %d and %d waiters want 10,000", a, b)
+		if a, b := slots.room.Used(), tokens.room.Used(); a != 0 || b != 0 {
+			t.Errorf("%d and %d flows have room want none", a, b)
 		}
 		if u := slots.usage("", e.now()); u.Remaining != u.Capacity || u.InFlight != 0 {
 			t.Errorf("%v of %v slots are free, of %d flows", u.Remaining, u.Capacity, u.InFlight)
@@ -202,7 +204,11 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 // However late somebody looks, nothing is lost that came while flows waited for it.
 func TestLateAlarm(t *testing.T) {
 	const second = int64(time.Second)
-	patient := func(*workload) time.Duration { return forever }
+	enter := func(s *scheduler[bucket.State], now int64, d *agentapi.LimiterDecision) *waiter {
+		var t ticket[bucket.State]
+		s.enter(new(agentapi.Request), now, d, &t, func(*workload) time.Duration { return forever })
+		return t.waiter
+	}
 	late := 3*second + second/2
 	for _, tt := range []struct {
 		name string
@@ -216,7 +222,7 @@ func TestLateAlarm(t *testing.T) {
 			s.serve(s.single, late)
 		}, 3, 4 * second},
 		{"a flow comes", func(s *scheduler[bucket.State], _ *agentapi.LimiterDecision) {
-			s.enter(new(agentapi.Request), late, new(agentapi.LimiterDecision), patient)
+			enter(s, late, new(agentapi.LimiterDecision))
 		}, 3, 4 * second},
 		{"a token comes back", func(s *scheduler[bucket.State], first *agentapi.LimiterDecision) {
 			s.giveBack(late, first, true)
@@ -227,25 +233,25 @@ func TestLateAlarm(t *testing.T) {
 				e := openEngine(t, policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second})
 				s := e.rules.Load().installed[0].component.(*scheduler[bucket.State])
 				var first agentapi.LimiterDecision
-				s.enter(new(agentapi.Request), 0, &first, patient)
+				enter(s, 0, &first)
 				var waiting []*waiter
 				for range 10 {
-					waiting = append(waiting, s.enter(new(agentapi.Request), 0, new(agentapi.LimiterDecision), patient).waiter)
+					waiting = append(waiting, enter(s, 0, new(agentapi.LimiterDecision)))
 				}
 				tt.look(s, &first)
 				served := 0
 				for _, w := range waiting {
-					if w.served {
+					if w.Flow.got.OK {
 						served++
 					}
 				}
 				if served != tt.want {
 					t.Errorf("%d were served want %d", served, tt.want)
 				}
-				if q := s.single.State.queue; q.due != tt.due || q.rings != q.due {
-					t.Errorf("the next is due at %v, the alarm rings at %v want %v", time.Duration(q.due), time.Duration(q.rings), time.Duration(tt.due))
+				if q := s.single.State.queue; q.alarm.due != tt.due || q.alarm.rings != q.alarm.due {
+					t.Errorf("the next is due at %v, the alarm rings at %v want %v", time.Duration(q.alarm.due), time.Duration(q.alarm.rings), time.Duration(tt.due))
 				}
-				s.single.State.queue.alarm.Stop()
+				s.single.State.queue.alarm.timer.Stop()
 			})
 		})
 	}

@@ -213,7 +213,7 @@ func (l *limiter[S]) stats(now int64) ComponentStats {
 
 func (s *scheduler[S]) stats(now int64) ComponentStats {
 	all := s.keyed.stats(s.usage, now)
-	all.Usage.Waiting = int(min(s.maxQueue-s.room.Load(), s.maxQueue)) // who finds no room takes it for a moment
+	all.Usage.Waiting = s.room.Used()
 	for of := range s.workloads.all {
 		w := of.stats()
 		all.Accepted += w.Accepted
@@ -223,10 +223,10 @@ func (s *scheduler[S]) stats(now int64) ComponentStats {
 		all.LabelTooLong += of.counts.sum(decisionsLong)
 		all.Workloads = append(all.Workloads, w)
 	}
-	if s.letIn != nil {
+	if s.meter != nil {
 		e := s.single
 		e.Lock()
-		all.LoadMultiplier = s.letIn(&e.State.tokens)
+		all.LoadMultiplier = s.meter.letIn(&e.State.tokens)
 		e.Unlock()
 	}
 	return all

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/wfq"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -21,11 +22,11 @@ type workloads struct {
 }
 
 type workload struct {
+	index            int // of all workloads, the others last
 	match            []condition
 	label            string
 	priority, tokens float64
 	timeout          time.Duration // in the queue; 0: the flow's own, below: none at all
-	latency          *latencyCost  // goes before tokens; nil where it does not
 
 	counts *counts
 	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
@@ -46,8 +47,10 @@ func compileWorkloads(p *policy.Scheduler) (*workloads, error) {
 		if c.match, err = compileMatcher(class.Labels); err != nil {
 			return nil, fmt.Errorf("workloads[%d]: %w", i, err)
 		}
+		c.index = i
 		w.list = append(w.list, c)
 	}
+	w.others.index = len(w.list)
 	return w, nil
 }
 
@@ -78,7 +81,7 @@ func (w *workloads) of(labels *agentapi.Labels) (of *workload, known bool) {
 	return &w.others, true
 }
 
-// all are the workloads, by their numbers.
+// all are the workloads, by their indices.
 func (w *workloads) all(yield func(*workload) bool) {
 	for i := range w.list {
 		if !yield(&w.list[i]) {
@@ -88,32 +91,25 @@ func (w *workloads) all(yield func(*workload) bool) {
 	yield(&w.others)
 }
 
-// Priorities beyond these count as these. The queue's clock runs at their speed, and a float that shows too much of one
-// no longer moves for the others; the label that says them may come from a peer.
-const (
-	minPriority = 1e-6
-	maxPriority = 1e6
-)
-
 // claim is for whom a flow of the workload waits.
-func (w *workloads) claim(of *workload, labels *agentapi.Labels) claim {
-	c := claim{workload: of.label, priority: of.priority}
+func (w *workloads) claim(of *workload, labels *agentapi.Labels) wfq.Claim {
+	c := wfq.Claim{Workload: of.label, Priority: of.priority}
 	if w.workloadLabel != "" {
 		if text, ok := labels.Lookup(w.workloadLabel); ok {
-			c.workload = keys.AnyName(text)
+			c.Workload = keys.AnyName(text)
 		}
 	}
 	if w.priorityLabel != "" {
 		if text, ok := labels.Lookup(w.priorityLabel); ok {
 			if p, ok := number(text); ok && p > 0 {
-				c.priority = p
+				c.Priority = p
 			}
 		}
 	}
-	c.priority = min(max(c.priority, minPriority), maxPriority)
+	c.Priority = min(max(c.Priority, wfq.MinPriority), wfq.MaxPriority) // the label that says it may come from a peer
 	if w.fairnessLabel != "" {
 		value, _ := labels.Lookup(w.fairnessLabel)
-		c.fairness = keys.AnyName(value)
+		c.Fairness = keys.AnyName(value)
 	}
 	return c
 }

@@ -4,16 +4,41 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/slots"
+	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/engine/internal/wfq"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
+
+func newTestQueue() *wfq.Queue[pending] { return wfq.New[pending](wfq.NewRoom(1<<40, false), nil) }
+
+func newWaiter(tokens, cost float64, deadline int64) *waiter {
+	return &waiter{Flow: pending{demand: demand{tokens: tokens}}, Cost: cost, Deadline: deadline}
+}
+
+// The example of the comment in forecast.go.
+func TestForecastExample(t *testing.T) {
+	const second = int64(time.Second)
+	rule, state := &bucket.Rule{Capacity: 1, Fill: 1, Interval: float64(time.Second)}, bucket.State{}
+	rule.Fresh(&state, 0)
+	rule.Take(&state, 0, 1)
+	q, c := newTestQueue(), wfq.Claim{Priority: 1}
+	q.Push(newWaiter(1, 1, wfq.NoDeadline), c)
+	q.Push(newWaiter(1, 1, 3*second/2), c)
+	if least, likely := rule.Forecast(&state, 0, source.Ahead(q.Ahead(c, 1)), 1); least != 3*second || likely != least {
+		t.Errorf("by sums the flow waits for %v, %v want 3s", time.Duration(least), time.Duration(likely))
+	}
+	got := lookAhead[bucket.State](rule, state, q, 0, forecastKey{wish{c, 1, 1}, mostVisits})
+	if !got.known || got.at != 2*second {
+		t.Errorf("the look ahead serves the flow at %v, %v want 2s", time.Duration(got.at), got.known)
+	}
+}
 
 // A look ahead foretells exactly when a flow is served, whatever the flows before it cost, and whichever of them give
 // up: so no flow is rejected that could have been served in time.
@@ -71,7 +96,7 @@ func TestLookAheadForetells(t *testing.T) {
 					var told outlook
 					if s.serve(s.single, e.now()); l.waiting() {
 						tokens := tokensOf(req, "tokens", 1)
-						told = s.outlook(l, e.now(), outlookKey{s.workloads.claim(&s.workloads.others, req), tokens, tokens, mostVisits})
+						told = s.outlook(l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, mostVisits})
 					}
 					s.single.Unlock()
 					at, ok := check(last, 0)
@@ -96,10 +121,10 @@ func TestLookAheadForetells(t *testing.T) {
 // A load scheduler lets a flow in that wants more than a second's tokens, and has the others wait for them afterwards.
 func TestLookAheadOfLoad(t *testing.T) {
 	rule, state := loadRule{}, load{rate: 1, multiplier: 1}
-	q := newQueue(new(atomic.Int64), nil)
-	q.push(&waiter{tokens: 5, cost: 5, until: int64(5500 * time.Millisecond)}, claim{workload: "low", priority: 1})
-	q.push(&waiter{tokens: 5, cost: 5, until: immortal}, claim{workload: "high", priority: 100})
-	got := lookAhead[load](rule, state, q, 0, outlookKey{claim: claim{workload: "low", priority: 1}, cost: 1, tokens: 1, visits: mostVisits})
+	q := newTestQueue()
+	q.Push(newWaiter(5, 5, int64(5500*time.Millisecond)), wfq.Claim{Workload: "low", Priority: 1})
+	q.Push(newWaiter(5, 5, wfq.NoDeadline), wfq.Claim{Workload: "high", Priority: 100})
+	got := lookAhead[load](&rule, state, q, 0, forecastKey{wish{wfq.Claim{Workload: "low", Priority: 1}, 1, 1}, mostVisits})
 	if want := (outlook{int64(6 * time.Second), true}); got != want {
 		t.Errorf("lookAhead() = %v, %v want %v", time.Duration(got.at), got.known, time.Duration(want.at))
 	}
@@ -123,17 +148,17 @@ func TestLookAheadIsBounded(t *testing.T) {
 			var state bucket.State
 			rule.Fresh(&state, 0)
 			rule.Take(&state, 0, 1)
-			q := newQueue(new(atomic.Int64), nil)
+			q := newTestQueue()
 			for i := range 2000 {
-				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % tt.users)})
+				q.Push(newWaiter(1, 1, wfq.NoDeadline-1), wfq.Claim{Priority: 1, Fairness: fmt.Sprint(i % tt.users)})
 			}
-			key := outlookKey{claim: claim{priority: 1, fairness: "0"}, cost: 1, tokens: 1, visits: tt.visits}
+			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, tt.visits}
 			got := lookAhead[bucket.State](rule, state, q, 0, key)
 			if got.known != tt.known || got.at < int64(tt.at) || got.at > int64(2001*time.Second) {
 				t.Errorf("lookAhead() = %v, %v want %v, at the least %v", time.Duration(got.at), got.known, tt.known, tt.at)
 			}
-			if rule.Usage(&state, 0).Remaining != 0 || q.len != 2000 {
-				t.Errorf("%v tokens, %d flows wait: the look ahead changed what it looked at", rule.Usage(&state, 0).Remaining, q.len)
+			if rule.Usage(&state, 0).Remaining != 0 || q.Len() != 2000 {
+				t.Errorf("%v tokens, %d flows wait: the look ahead changed what it looked at", rule.Usage(&state, 0).Remaining, q.Len())
 			}
 		})
 	}
@@ -146,11 +171,11 @@ func BenchmarkLookAhead(b *testing.B) {
 			var state bucket.State
 			rule.Fresh(&state, 0)
 			rule.Take(&state, 0, 1)
-			q := newQueue(new(atomic.Int64), nil)
+			q := newTestQueue()
 			for i := range 10_000 {
-				q.push(&waiter{tokens: 1, cost: 1, until: immortal - 1}, claim{priority: 1, fairness: fmt.Sprint(i % users)})
+				q.Push(newWaiter(1, 1, wfq.NoDeadline-1), wfq.Claim{Priority: 1, Fairness: fmt.Sprint(i % users)})
 			}
-			key := outlookKey{claim: claim{priority: 1, fairness: "0"}, cost: 1, tokens: 1, visits: mostVisits}
+			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, mostVisits}
 			for b.Loop() {
 				lookAhead[bucket.State](rule, state, q, 0, key)
 			}
@@ -164,11 +189,11 @@ func TestForecastOverLimit(t *testing.T) {
 	r.Fresh(state, 0)
 	r.GiveBack(state, 100, 50, r.Take(state, 0, 50).Slot, false)
 	r.Take(state, 100, 50)
-	q, c := newQueue(new(atomic.Int64), nil), claim{priority: 1}
+	q, c := newTestQueue(), wfq.Claim{Priority: 1}
 	for range 3 {
-		q.push(&waiter{tokens: 50, cost: r.Cost(50)}, c)
+		q.Push(newWaiter(50, r.Cost(50), wfq.NoDeadline), c)
 	}
-	if least, _ := r.Forecast(state, 100, q.ahead(c, r.Cost(50)), 50); least != 300 {
+	if least, _ := r.Forecast(state, 100, source.Ahead(q.Ahead(c, r.Cost(50))), 50); least != 300 {
 		t.Errorf("forecast behind 3 = %d at least want 300", least)
 	}
 }

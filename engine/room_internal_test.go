@@ -15,41 +15,6 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-func TestCrowdFindsTheLongest(t *testing.T) {
-	for seed := range uint64(20) {
-		rng := rand.New(rand.NewPCG(seed, 1))
-		c := new(crowd)
-		queues := make([]*queue, 10)
-		for i := range queues {
-			queues[i] = newQueue(new(atomic.Int64), nil)
-			queues[i].crowd = c
-		}
-		for range 5000 {
-			q := queues[rng.IntN(len(queues))]
-			if rng.IntN(5) < 3-int(seed%2) || q.len == 0 {
-				push(q, claim{priority: 1}, 1)
-			} else {
-				q.pop()
-			}
-			most := 0
-			for _, q := range queues {
-				most = max(most, q.len)
-			}
-			if most > 0 && (c.longest(most-1) == nil || c.longest(most-1).len != most) || c.longest(most) != nil {
-				t.Fatalf("seed %d: longest() is not the queue of %d", seed, most)
-			}
-		}
-		for _, q := range queues {
-			for q.len > 0 {
-				q.pop()
-			}
-		}
-		if len(c.ofLen) != 0 {
-			t.Errorf("%d lengths are left of no flows", len(c.ofLen))
-		}
-	}
-}
-
 // Flows of many keys that come and go, are evicted, and give up, leave all of the room.
 func TestRoomOfManyKeys(t *testing.T) {
 	const room, flows = 20, 3000
@@ -85,34 +50,11 @@ func TestRoomOfManyKeys(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if n := s.room.Load(); n != room || len(s.crowd.ofLen) != 0 {
-			t.Errorf("room for %d of %d flows is left, and queues of %d lengths", n, room, len(s.crowd.ofLen))
+		if n := s.room.Used(); n != 0 || s.room.Longest(0) != nil {
+			t.Errorf("%d places of %d are taken, and a queue has flows: %v", n, room, s.room.Longest(0) != nil)
 		}
 		if causes[agentapi.CauseQueueFull].Load() == 0 || causes[agentapi.CauseTimeout].Load() == 0 {
 			t.Errorf("rejections by their causes = %v want some of a full queue, and in vain", &causes)
 		}
 	})
-}
-
-// Showing the crowd how many wait costs as much, however many queues there are.
-func BenchmarkCrowd(b *testing.B) {
-	for _, keys := range []int{0, 1, 10_000} {
-		b.Run(fmt.Sprintf("keys=%d", keys), func(b *testing.B) {
-			c := new(crowd)
-			for range keys {
-				q := newQueue(new(atomic.Int64), nil)
-				q.crowd = c
-				push(q, claim{priority: 1}, 1)
-			}
-			q := newQueue(new(atomic.Int64), nil)
-			if keys > 0 {
-				q.crowd = c
-			}
-			push(q, claim{priority: 1}, 1)
-			for b.Loop() {
-				push(q, claim{priority: 1}, 1)
-				q.pop()
-			}
-		})
-	}
 }

@@ -1,4 +1,4 @@
-package engine
+package wfq
 
 import (
 	"fmt"
@@ -7,30 +7,27 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"pgregory.net/rapid"
-
-	"github.com/headgate-go/headgate/engine/internal/source"
-	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/policy"
 )
 
 // claims are of workloads a, b, …, whose priorities are given, and of fairness values.
-func claims(priorities []float64, values int) []claim {
-	var all []claim
+func claims(priorities []float64, values int) []Claim {
+	var all []Claim
 	for i, p := range priorities {
 		for v := range values {
-			all = append(all, claim{workload: string(rune('a' + i)), priority: p, fairness: fmt.Sprint(v)})
+			all = append(all, Claim{Workload: string(rune('a' + i)), Priority: p, Fairness: fmt.Sprint(v)})
 		}
 	}
 	return all
 }
 
-func push(q *queue, c claim, tokens float64) *waiter {
-	w := &waiter{tokens: tokens, cost: tokens, until: immortal}
-	q.push(w, c)
+func newQueue() *Queue[float64] { return New[float64](NewRoom(1<<40, false), nil) }
+
+func push(q *Queue[float64], c Claim, tokens float64) *Waiter[float64] {
+	w := &Waiter[float64]{Flow: tokens, Cost: tokens, Deadline: NoDeadline}
+	q.Push(w, c)
 	return w
 }
 
@@ -51,12 +48,12 @@ func TestQueueOrder(t *testing.T) {
 		{"a large one that left does not set the clock back", "a1*9 a1 b1 b1 b1 b1 b1 b1 - - - - - !1 - c1", "3 4 5 6 7 2 8 9"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			q := newQueue(new(atomic.Int64), nil)
-			var came []*waiter
+			q := newQueue()
+			var came []*Waiter[float64]
 			var served []string
 			serve := func() {
-				served = append(served, strconv.Itoa(1+slices.Index(came, q.first())))
-				q.pop()
+				served = append(served, strconv.Itoa(1+slices.Index(came, q.First())))
+				q.Pop()
 			}
 			for flow := range strings.FieldsSeq(tt.flows) {
 				switch text, number, _ := strings.Cut(flow, "*"); {
@@ -64,17 +61,17 @@ func TestQueueOrder(t *testing.T) {
 					serve()
 				case flow[0] == '!':
 					n, _ := strconv.Atoi(flow[1:])
-					q.remove(came[n-1])
+					q.Remove(came[n-1])
 				default:
 					n, err := strconv.Atoi(number)
 					if err != nil {
 						n = 1
 					}
-					c := claim{workload: text[:1], priority: priorities[text[0]], fairness: text[1:]}
+					c := Claim{Workload: text[:1], Priority: priorities[text[0]], Fairness: text[1:]}
 					came = append(came, push(q, c, float64(n)))
 				}
 			}
-			for q.len > 0 {
+			for q.length > 0 {
 				serve()
 			}
 			if got := strings.Join(served, " "); got != tt.served {
@@ -85,83 +82,47 @@ func TestQueueOrder(t *testing.T) {
 	}
 }
 
-func checkEmpty(t rapid.TB, q *queue) {
+func checkEmpty(t rapid.TB, q *Queue[float64]) {
 	t.Helper()
-	if q.len != 0 || len(q.queueShares) != 0 || len(q.root.below) != 0 || q.root.clock != 0 || q.first() != nil {
-		t.Errorf("an empty queue holds %d waiters, %d shares, clock %v", q.len, len(q.queueShares), q.root.clock)
+	if q.length != 0 || len(q.shares) != 0 || len(q.root.below) != 0 || q.root.clock != 0 || q.First() != nil {
+		t.Errorf("an empty queue holds %d waiters, %d shares, clock %v", q.length, len(q.shares), q.root.clock)
 	}
 }
 
 // A workload whose flows give up before their turn comes keeps its turn: it waits all the while.
 func TestQueueImpatientWorkload(t *testing.T) {
-	q := newQueue(new(atomic.Int64), nil)
-	low, high := claim{workload: "low", priority: 1}, claim{workload: "high", priority: 100}
+	q := newQueue()
+	low, high := Claim{Workload: "low", Priority: 1}, Claim{Workload: "high", Priority: 100}
 	served := 0
 	last := push(q, low, 1)
 	for i := range 10_000 {
 		push(q, high, 1)
 		if i%10 == 0 { // far less than the 100 that go before it
 			next := push(q, low, 1)
-			q.remove(last)
+			q.Remove(last)
 			last = next
 		}
-		if q.first() == last {
+		if q.First() == last {
 			served++
 			last = push(q, low, 1)
 		}
-		q.pop()
+		q.Pop()
 	}
 	if served < 98 || served > 101 {
 		t.Errorf("%d of 10 000 were of priority 1 beside 100 want 99", served)
 	}
 }
 
-// No label takes so much of the clock that the others no longer share alike.
-func TestQueueExtremes(t *testing.T) {
-	w := &workloads{priorityLabel: "priority"}
-	of := newWorkload("", policy.WorkloadParameters{})
-	for _, priority := range []string{"1", "1e-18", "1e-320", "1e308"} {
-		for _, tokens := range []float64{1, 1e9, 1e20, math.MaxFloat64} {
-			q := newQueue(new(atomic.Int64), nil)
-			extreme := w.claim(&of, &agentapi.Labels{Params: map[string]string{"priority": priority}})
-			for range 2 { // one is served, and one goes on to wait
-				q.push(&waiter{cost: loadRule{}.Cost(tokens), until: immortal}, extreme)
-			}
-			q.pop()
-			all := claims([]float64{1, 1}, 1)
-			for _, c := range all {
-				if got := q.ahead(c, 1); !(got.Least >= 0) || !(got.Likely >= got.Least) || math.IsInf(got.Likely, 1) {
-					t.Errorf("priority %s, %v tokens: %v are ahead", priority, tokens, got)
-				}
-				for range 10 {
-					push(q, c, 1)
-				}
-			}
-			served := make(map[claim]int)
-			for n := 0; n < 10; {
-				c := q.first().queueShare.claim
-				if q.pop(); c != extreme {
-					served[c]++
-					n++
-				}
-			}
-			if served[all[0]] != 5 {
-				t.Errorf("priority %s, %v tokens: served %v want 5 of each", priority, tokens, served)
-			}
-		}
-	}
-}
-
 // naive is the queue without its heaps: slow, and plain to see.
 type naive struct {
 	clock     float64
-	workloads map[claim]*naiveWorkload
+	workloads map[Claim]*naiveWorkload
 	number    int
 }
 
 type naiveWorkload struct {
 	start, clock float64
-	values       map[claim]*naiveValue
+	values       map[Claim]*naiveValue
 }
 
 type naiveValue struct {
@@ -174,10 +135,10 @@ type naiveWaiter struct {
 	tokens float64
 }
 
-func (n *naive) push(c claim, tokens float64) (number int) {
+func (n *naive) push(c Claim, tokens float64) (number int) {
 	w := n.workloads[c.ofWorkload()]
 	if w == nil {
-		w = &naiveWorkload{start: n.clock, values: make(map[claim]*naiveValue)}
+		w = &naiveWorkload{start: n.clock, values: make(map[Claim]*naiveValue)}
 		n.workloads[c.ofWorkload()] = w
 	}
 	v := w.values[c]
@@ -190,7 +151,7 @@ func (n *naive) push(c claim, tokens float64) (number int) {
 	return n.number
 }
 
-func (w *naiveWorkload) first() (at claim, finish float64, first naiveWaiter) {
+func (w *naiveWorkload) first() (at Claim, finish float64, first naiveWaiter) {
 	finish = math.Inf(1)
 	for c, v := range w.values {
 		f := v.start + v.waiting[0].tokens
@@ -204,10 +165,10 @@ func (w *naiveWorkload) first() (at claim, finish float64, first naiveWaiter) {
 func (n *naive) pop() (number int) {
 	finish := math.Inf(1)
 	var first naiveWaiter
-	var at claim
+	var at Claim
 	for c, w := range n.workloads {
 		_, _, head := w.first()
-		f := w.start + head.tokens/c.priority
+		f := w.start + head.tokens/c.Priority
 		if f < finish || f == finish && head.number < first.number {
 			at, finish, first = c, f, head
 		}
@@ -220,7 +181,7 @@ func (n *naive) pop() (number int) {
 	return first.number
 }
 
-func (n *naive) remove(c claim, number int) {
+func (n *naive) remove(c Claim, number int) {
 	w := n.workloads[c.ofWorkload()]
 	v := w.values[c]
 	v.waiting = slices.DeleteFunc(v.waiting, func(w naiveWaiter) bool { return w.number == number })
@@ -238,20 +199,20 @@ func (n *naive) remove(c claim, number int) {
 // The heaps and lists serve the same flows in the same order as a queue that looks at everybody.
 func TestQueueModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		q := newQueue(new(atomic.Int64), nil)
-		n := &naive{workloads: make(map[claim]*naiveWorkload)}
+		q := newQueue()
+		n := &naive{workloads: make(map[Claim]*naiveWorkload)}
 		all := claims([]float64{1, 1, 3, 0.1}, 3)
 		type place struct {
-			w *waiter
-			c claim
+			w *Waiter[float64]
+			c Claim
 		}
 		waiting := make(map[int]place)
 		pop := func(t *rapid.T) {
-			if q.len == 0 {
+			if q.length == 0 {
 				t.Skip("nobody waits")
 			}
-			w := q.first()
-			q.pop()
+			w := q.First()
+			q.Pop()
 			if number := n.pop(); w != waiting[number].w {
 				t.Fatalf("served another than the %dth that came", number)
 			} else {
@@ -266,21 +227,21 @@ func TestQueueModel(t *testing.T) {
 			},
 			"pop": pop,
 			"remove": func(t *rapid.T) {
-				if q.len == 0 {
+				if q.length == 0 {
 					t.Skip("nobody waits")
 				}
 				number := rapid.SampledFrom(slices.Sorted(maps.Keys(waiting))).Draw(t, "who")
-				q.remove(waiting[number].w)
+				q.Remove(waiting[number].w)
 				n.remove(waiting[number].c, number)
 				delete(waiting, number)
 			},
 			"": func(t *rapid.T) {
-				if q.len != len(waiting) {
-					t.Fatalf("%d wait want %d", q.len, len(waiting))
+				if q.length != len(waiting) {
+					t.Fatalf("%d wait want %d", q.length, len(waiting))
 				}
 			},
 		})
-		for q.len > 0 {
+		for q.length > 0 {
 			pop(t)
 		}
 		checkEmpty(t, q)
@@ -289,18 +250,18 @@ func TestQueueModel(t *testing.T) {
 
 // fluid is what the queue comes close to: generalized processor sharing, which serves all who wait at once, drop by
 // drop, each workload by its priority and each value of it alike.
-type fluid struct{ backlog, served map[claim]float64 }
+type fluid struct{ backlog, served map[Claim]float64 }
 
 func (f *fluid) serve(amount float64) {
 	for amount > 1e-9 {
-		weights, values := 0.0, make(map[claim]float64)
+		weights, values := 0.0, make(map[Claim]float64)
 		for c := range f.backlog {
 			if values[c.ofWorkload()]++; values[c.ofWorkload()] == 1 {
-				weights += c.priority
+				weights += c.Priority
 			}
 		}
 		// All are served at their speeds until the first of them runs dry.
-		speed := func(c claim) float64 { return c.priority / weights / values[c.ofWorkload()] }
+		speed := func(c Claim) float64 { return c.Priority / weights / values[c.ofWorkload()] }
 		step := amount
 		for c, b := range f.backlog {
 			step = min(step, b/speed(c))
@@ -324,9 +285,9 @@ func TestQueueFluid(t *testing.T) {
 		values := rapid.IntRange(1, 4).Draw(t, "values")
 		all := claims(priorities, values)
 		bound := float64(largest * (len(priorities) + values))
-		q := newQueue(new(atomic.Int64), nil)
-		f := &fluid{backlog: make(map[claim]float64), served: make(map[claim]float64)}
-		served := make(map[claim]float64)
+		q := newQueue()
+		f := &fluid{backlog: make(map[Claim]float64), served: make(map[Claim]float64)}
+		served := make(map[Claim]float64)
 		t.Repeat(map[string]func(*rapid.T){
 			"push": func(t *rapid.T) {
 				c := rapid.SampledFrom(all).Draw(t, "claim")
@@ -337,11 +298,11 @@ func TestQueueFluid(t *testing.T) {
 				}
 			},
 			"pop": func(t *rapid.T) {
-				for range min(rapid.IntRange(1, 30).Draw(t, "flows"), q.len) {
-					w := q.first()
-					served[w.queueShare.claim] += w.tokens
-					f.serve(w.tokens)
-					q.pop()
+				for range min(rapid.IntRange(1, 30).Draw(t, "flows"), q.length) {
+					w := q.First()
+					served[w.Claim()] += w.Flow
+					f.serve(w.Flow)
+					q.Pop()
 				}
 			},
 			"": func(t *rapid.T) {
@@ -361,42 +322,42 @@ func TestQueueFluid(t *testing.T) {
 // Where all want the same, a flow is told exactly how many go before it.
 func TestQueueAhead(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		q := newQueue(new(atomic.Int64), nil)
+		q := newQueue()
 		all := claims([]float64{1, 1, 2, 64}, 3)
-		var waiting []*waiter
+		var waiting []*Waiter[float64]
 		t.Repeat(map[string]func(*rapid.T){
 			"push": func(t *rapid.T) {
 				c := rapid.SampledFrom(all).Draw(t, "claim")
-				want := q.ahead(c, 1)
+				want := q.Ahead(c, 1)
 				w := push(q, c, 1)
 				waiting = append(waiting, w)
-				if again := q.ahead(c, 1); again.Least < want.Least {
+				if again := q.Ahead(c, 1); again.Least < want.Least {
 					t.Fatalf("%v are ahead with one more, before %v", again, want)
 				}
 			},
 			"pop": func(t *rapid.T) {
-				if q.len > 0 {
-					w := q.first()
-					q.pop()
-					waiting = slices.DeleteFunc(waiting, func(x *waiter) bool { return x == w })
+				if q.length > 0 {
+					w := q.First()
+					q.Pop()
+					waiting = slices.DeleteFunc(waiting, func(x *Waiter[float64]) bool { return x == w })
 				}
 			},
 			"remove": func(t *rapid.T) {
-				if q.len > 0 {
+				if q.length > 0 {
 					i := rapid.IntRange(0, len(waiting)-1).Draw(t, "who")
-					q.remove(waiting[i])
+					q.Remove(waiting[i])
 					waiting = slices.Delete(waiting, i, i+1)
 				}
 			},
 		})
 		c := rapid.SampledFrom(all).Draw(t, "claim")
-		want := q.ahead(c, 1)
+		want := q.Ahead(c, 1)
 		w := push(q, c, 1)
 		got := 0.0
-		for ; q.first() != w; q.pop() {
+		for ; q.First() != w; q.Pop() {
 			got++
 		}
-		if want != (source.Ahead{Least: got, Likely: got}) {
+		if want != (Ahead{Least: got, Likely: got}) {
 			t.Fatalf("%v went before it, %v were told", got, want)
 		}
 	})
@@ -406,8 +367,8 @@ func TestQueueAhead(t *testing.T) {
 func TestQueueAheadAtLeast(t *testing.T) {
 	exact, all := 0, 0
 	rapid.Check(t, func(t *rapid.T) {
-		q, claims := newQueue(new(atomic.Int64), nil), claims([]float64{1, 1, 2, 64}, 3)
-		claim := func() claim { return rapid.SampledFrom(claims).Draw(t, "claim") }
+		q, claims := newQueue(), claims([]float64{1, 1, 2, 64}, 3)
+		claim := func() Claim { return rapid.SampledFrom(claims).Draw(t, "claim") }
 		cost := func() float64 { return rapid.SampledFrom([]float64{0.5, 1, 5, 100}).Draw(t, "cost") }
 		for range rapid.IntRange(0, 40).Draw(t, "waiting") {
 			push(q, claim(), cost())
@@ -415,17 +376,17 @@ func TestQueueAheadAtLeast(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"push": func(*rapid.T) { push(q, claim(), cost()) },
 			"pop": func(*rapid.T) {
-				if q.len > 0 {
-					q.pop()
+				if q.length > 0 {
+					q.Pop()
 				}
 			},
 		})
 		c, own := claim(), cost()
-		told := q.ahead(c, own)
+		told := q.Ahead(c, own)
 		w := push(q, c, own)
 		got := 0.0
-		for ; q.first() != w; q.pop() {
-			got += q.first().cost
+		for ; q.First() != w; q.Pop() {
+			got += q.First().Cost
 		}
 		if told.Least > got+1e-6 || told.Likely < told.Least {
 			t.Fatalf("%v went before it, %v were told", got, told)
@@ -439,56 +400,53 @@ func TestQueueAheadAtLeast(t *testing.T) {
 
 // A flow that cost as much as any flow may, at the lowest priority, leaves the clock where the others still move it.
 func TestQueueClockIsSetBack(t *testing.T) {
-	q := newQueue(new(atomic.Int64), nil)
-	extreme := claim{workload: "extreme", priority: minPriority}
+	q := newQueue()
+	extreme := Claim{Workload: "extreme", Priority: MinPriority}
 	for range 2 { // one is served, and one goes on to wait
-		push(q, extreme, source.MaxCost)
+		push(q, extreme, 1e9)
 	}
-	q.pop()
-	high, low := claim{workload: "high", priority: 50}, claim{workload: "low", priority: 1}
+	q.Pop()
+	high, low := Claim{Workload: "high", Priority: 50}, Claim{Workload: "low", Priority: 1}
 	for range 1000 {
 		push(q, high, 1)
 		push(q, low, 1)
 	}
-	served := make(map[claim]int)
+	served := make(map[Claim]int)
 	for range 510 {
-		served[q.first().queueShare.claim]++
-		q.pop()
+		served[q.First().Claim()]++
+		q.Pop()
 	}
 	if got := served[low]; got < 9 || got > 11 {
 		t.Errorf("served %v want 10 of the low priority", served)
 	}
 }
 
-// When prices change, a queue is what it would be had all cost so from the beginning, but for what it has served.
+// When costs change, a queue is what it would be had all cost so from the beginning, but for what it has served.
 func TestQueueReprice(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		prices := []*latencyCost{{unknown: 1}, {unknown: 5}, nil}
-		q, all := newQueue(new(atomic.Int64), nil), claims([]float64{1, 3, 64}, 3)
+		prices := []float64{1, 5, 2}
+		kinds := make(map[*Waiter[float64]]int)
+		q, all := newQueue(), claims([]float64{1, 3, 64}, 3)
 		for range rapid.IntRange(1, 40).Draw(t, "waiting") {
-			w := &waiter{tokens: 2, cost: 2, until: immortal, price: rapid.SampledFrom(prices).Draw(t, "price")}
-			if w.price != nil {
-				w.tokens = w.price.tokens()
-				w.cost = w.tokens
-			}
-			q.push(w, rapid.SampledFrom(all).Draw(t, "claim"))
+			kind := rapid.IntRange(0, len(prices)-1).Draw(t, "price")
+			kinds[push(q, rapid.SampledFrom(all).Draw(t, "claim"), prices[kind])] = kind
 		}
-		for range rapid.IntRange(0, q.len-1).Draw(t, "served") {
-			q.pop()
+		for range rapid.IntRange(0, q.length-1).Draw(t, "served") {
+			q.Pop()
 		}
-		prices[0].bits.Store(math.Float64bits(rapid.SampledFrom([]float64{0.1, 1, 300}).Draw(t, "new price")))
-		q.reprice(loadRule{}.Cost)
+		prices[0] = rapid.SampledFrom([]float64{0.1, 1, 300}).Draw(t, "new price")
+		q.Reprice(func(w *Waiter[float64]) float64 { return prices[kinds[w]] })
 		sum := 0.0
-		for c, s := range q.queueShares {
-			if s.finish != s.start+s.head().cost/s.weight {
-				t.Fatalf("%v: finish %v want start %v and the first's cost %v", c, s.finish, s.start, s.head().cost)
+		for c, s := range q.shares {
+			if s.finish != s.start+s.head().Cost/s.weight {
+				t.Fatalf("%v: finish %v want start %v and the first's cost %v", c, s.finish, s.start, s.head().Cost)
 			}
 			of := 0.0
 			for w := s.first; w != nil; w = w.next {
-				if w.price != nil && w.cost != w.price.tokens() || w.tokens != w.cost {
-					t.Fatalf("%v: a waiter has cost %v, tokens %v", c, w.cost, w.tokens)
+				if w.Cost != prices[kinds[w]] {
+					t.Fatalf("%v: a waiter costs %v want %v", c, w.Cost, prices[kinds[w]])
 				}
-				of += w.cost
+				of += w.Cost
 			}
 			if sum += of; !c.whole && math.Abs(s.backlog-of) > 1e-9 {
 				t.Fatalf("%v: backlog %v want %v", c, s.backlog, of)
@@ -499,13 +457,13 @@ func TestQueueReprice(t *testing.T) {
 				}
 			}
 		}
-		for q.len > 0 {
-			w := q.first()
-			if w.queueShare.backlog < w.cost-1e-9 || q.root.largest < w.cost || q.root.smallest > w.cost {
-				t.Fatalf("backlog %v, smallest %v, largest %v at a cost of %v", w.queueShare.backlog, q.root.smallest, q.root.largest, w.cost)
+		for q.length > 0 {
+			w := q.First()
+			if w.share.backlog < w.Cost-1e-9 || q.root.largest < w.Cost || q.root.smallest > w.Cost {
+				t.Fatalf("backlog %v, smallest %v, largest %v at a cost of %v", w.share.backlog, q.root.smallest, q.root.largest, w.Cost)
 			}
-			sum -= w.cost
-			q.pop()
+			sum -= w.Cost
+			q.Pop()
 		}
 		if math.Abs(sum) > 1e-9 {
 			t.Fatalf("%v is left of what all wanted", sum)
@@ -518,14 +476,14 @@ func BenchmarkQueue(b *testing.B) {
 	for _, waiting := range []int{1, 100, 10_000} {
 		for _, values := range []int{1, 100} {
 			b.Run(fmt.Sprintf("waiting=%d/shares=%d", waiting, values), func(b *testing.B) {
-				q, all := newQueue(new(atomic.Int64), nil), claims([]float64{1}, values)
+				q, all := newQueue(), claims([]float64{1}, values)
 				for i := range waiting {
 					push(q, all[i%values], 1)
 				}
 				i := 0
 				for b.Loop() {
 					push(q, all[i%values], 1)
-					q.pop()
+					q.Pop()
 					i++
 				}
 			})

@@ -1,0 +1,148 @@
+package engine
+
+import (
+	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/engine/internal/wfq"
+)
+
+// How long will a flow wait? A scheduler asks before it puts a flow into a queue: a flow that is sure to wait in vain is
+// rejected at once, and told when to come back. There are two answers, a cheap one first.
+//
+// The first goes by sums. The queue says what the flows cost that are served before the new one, and the source how long it
+// takes until so many tokens have come: see the methods Forecast in packages bucket and slots. It takes all that wait for
+// flows that will be served.
+//
+// The second is made where the first rejects the flow, and some flow that waits may give up before its turn, so that the
+// new one comes earlier. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the source's
+// state. If they come back with flows that end, only those count that are sure to be served before.
+//
+// An example. A bucket of one token is empty and gets one each second. A and B wait for a token each, one after the other;
+// B gives up after 1.5 s. Now N comes, of the same workload, which can wait for 2.5 s. By the sums, three tokens must come,
+// and N is served after 3 s: too late. The look ahead serves A after 1 s, drops B after 1.5 s, and serves N after 2 s. So N
+// waits.
+
+// A wish is what a flow wants, and for whom.
+type wish struct {
+	claim  wfq.Claim
+	tokens float64
+	cost   float64 // what the tokens count for in the queue
+}
+
+// An outlook is when a flow would be served if it waited from now on, no other flow came and none left before its time.
+type outlook struct {
+	at    int64 // the time; where it is not known, the flow is not served before
+	known bool
+}
+
+// A forecastKey is what an outlook depends on besides the queue and what the source has.
+type forecastKey struct {
+	wish
+	visits int
+}
+
+const (
+	mostVisits = wfq.MaxVisits // of a look ahead, before a flow is rejected because the queue is too long
+	fewVisits  = 1024          // for an estimate only
+	mostKnown  = 64            // outlooks that a queue remembers until something changes
+)
+
+// forecast says how long the flow would wait, by sums.
+func (s *scheduler[S]) forecast(l *line[S], now int64, w wish) (least, likely int64) {
+	return s.source.Forecast(&l.tokens, now, l.ahead(w), w.tokens)
+}
+
+// ahead is what the flows cost that are served before the flow.
+func (l *line[S]) ahead(w wish) source.Ahead {
+	if !l.waiting() {
+		return source.Ahead{}
+	}
+	return source.Ahead(l.queue.Ahead(w.claim, w.cost)) // which the queue tells in its own words
+}
+
+// reconsider corrects a forecast for a flow that can wait until the deadline, by which of those that wait may give up.
+func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
+	switch {
+	case !l.waiting() || !l.queue.HasDeadlines():
+		return least, likely
+	case !s.source.Timed():
+		cost, all := l.queue.Outlast(w.claim, deadline)
+		if all {
+			return least, likely
+		}
+		ahead := l.ahead(w)
+		ahead.Least = cost
+		sure, _ := s.source.Forecast(&l.tokens, now, ahead, w.tokens)
+		return min(least, sure), likely
+	}
+	o := s.outlook(l, now, forecastKey{w, mostVisits})
+	wait := max(o.at-now, 0)
+	if o.known {
+		likely = min(likely, max(wait, 1))
+	}
+	return min(least, wait), likely
+}
+
+// estimate is how long a flow that is rejected would likely wait if it came back now.
+func (s *scheduler[S]) estimate(l *line[S], now int64, w wish) int64 {
+	_, likely := s.forecast(l, now, w)
+	if likely > 0 && l.waiting() && l.queue.HasDeadlines() && s.source.Timed() {
+		if o := s.outlook(l, now, forecastKey{w, fewVisits}); o.known {
+			likely = min(likely, max(o.at-now, 1))
+		}
+	}
+	return likely
+}
+
+// outlook is the look ahead for a flow, which is made once until something changes.
+func (s *scheduler[S]) outlook(l *line[S], now int64, key forecastKey) outlook {
+	q := l.queue
+	if q.madeAt != q.version() {
+		q.madeAt = q.version()
+		clear(q.forecasts)
+	}
+	o, ok := q.forecasts[key]
+	if !ok {
+		o = lookAhead(s.source, l.tokens, q.Queue, now, key)
+		if q.forecasts == nil {
+			q.forecasts = make(map[forecastKey]outlook)
+		}
+		if len(q.forecasts) < mostKnown {
+			q.forecasts[key] = o
+		}
+	}
+	return o
+}
+
+// lookAhead plays what the queue does from now on with a copy of the state of a source. It stops where it has made as many
+// visits as it may.
+func lookAhead[S any](from source.Source[S], state S, q *wfq.Queue[pending], now int64, key forecastKey) outlook {
+	self := &waiter{Flow: pending{demand: demand{tokens: key.tokens}}, Cost: key.cost, Deadline: wfq.NoDeadline}
+	p, ok := q.Preview(self, key.claim, now, key.visits)
+	if !ok {
+		return outlook{at: now}
+	}
+	at := now
+	for w := p.First(); w != nil; w = p.First() {
+		got := from.Take(&state, at, w.Flow.tokens)
+		if got.OK {
+			if w == self {
+				return outlook{at, true}
+			}
+			p.Serve(at)
+			continue
+		}
+		due := wfq.NoDeadline
+		if got.Wait > 0 {
+			due = at + got.Wait
+		}
+		// A flow may give up meanwhile, and another one be first then.
+		next := p.NextExpiry(due)
+		if next == wfq.NoDeadline {
+			return outlook{at: next}
+		}
+		if at = next; at != due {
+			p.Expire(at)
+		}
+	}
+	return outlook{at: at}
+}

@@ -1,0 +1,90 @@
+package wfq
+
+import "math"
+
+// An Ahead is what the waiters cost that are served before another flow: at the least, if no other flow comes, and likely.
+// Where they do not all cost the same as that one, Largest is what one of them may cost; it is 0 otherwise.
+type Ahead struct{ Least, Likely, Largest float64 }
+
+// Ahead returns the cost of the waiters that would be served before a new one of the claim with the given cost. It is exact
+// where all cost the same. Where a great many share the queue, it does not look at all of them, and says too little.
+func (q *Queue[T]) Ahead(c Claim, cost float64) Ahead {
+	all := Ahead{Least: cost, Likely: cost} // the flow itself, too
+	begin := q.root.clock
+	workload := q.shares[c.ofWorkload()]
+	if workload != nil {
+		own, fairBegin := q.shares[c], workload.clock
+		if own != nil {
+			fairBegin = own.start
+			all = Ahead{Least: cost + own.backlog, Likely: cost + own.backlog}
+		}
+		others := workload.others(own, Ahead{Least: fairBegin + all.Least, Likely: fairBegin + all.Likely})
+		all = Ahead{Least: all.Least + others.Least, Likely: all.Likely + others.Likely}
+		begin = workload.start
+	}
+	others := q.root.others(workload, Ahead{Least: begin + all.Least/c.Priority, Likely: begin + all.Likely/c.Priority})
+	all = Ahead{Least: all.Least + others.Least - cost, Likely: all.Likely + others.Likely - cost}
+	if q.length > 0 && (q.root.smallest != cost || q.root.largest != cost) {
+		all.Largest = max(cost, q.root.largest)
+	}
+	return all
+}
+
+// mostOthers bounds what a look at those who share may cost a flow.
+const mostOthers = 128
+
+// others returns what goes to the shares below, but for one, until the clock shows that.
+func (s *share[T]) others(but *share[T], clock Ahead) (sum Ahead) {
+	for _, o := range s.below[:min(len(s.below), mostOthers)] {
+		if o == but || o.finish > clock.Likely {
+			continue
+		}
+		least, likely := o.served(clock.Likely)
+		if clock.Least < clock.Likely { // as rarely
+			if least = 0; o.finish <= clock.Least {
+				least, _ = o.served(clock.Least)
+			}
+		}
+		sum.Least += least
+		sum.Likely += likely
+	}
+	return sum
+}
+
+// served returns what goes to the share until the clock shows that, which is not before its finish. What each waiter costs
+// it only knows of the first: the one that comes too late may cost as much as any.
+func (s *share[T]) served(clock float64) (least, likely float64) {
+	cost, first := (clock-s.start)*s.weight, s.head().Cost
+	if s.smallest == s.largest {
+		cost = first * math.Floor(cost/first+1e-9)
+		least = cost
+	} else {
+		least = cost - s.largest
+	}
+	return min(max(least, first), s.backlog), min(max(cost, first), s.backlog)
+}
+
+// Outlast returns the cost of the waiters that are sure to be served before a new one of the claim with that deadline,
+// whenever anything is served: they are of its own share, and have more time. All reports that no waiter has less time;
+// then none gives up before the new one does.
+func (q *Queue[T]) Outlast(c Claim, deadline int64) (cost float64, all bool) {
+	visits := MaxVisits
+	all = true
+	for _, w := range q.root.below {
+		for _, s := range w.below {
+			for at := s.first; at != nil && all; at = at.next {
+				visits--
+				all = at.Deadline >= deadline && visits > 0
+			}
+		}
+	}
+	if own := q.shares[c]; own != nil && !all {
+		visits = MaxVisits
+		for at := own.first; at != nil && visits > 0; at = at.next {
+			if visits--; at.Deadline >= deadline {
+				cost += at.Cost
+			}
+		}
+	}
+	return cost, all
+}
