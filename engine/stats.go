@@ -134,14 +134,14 @@ func (e *Engine) Stats() Stats {
 }
 
 func (p *controlPoint) stats(controlPoint string) ControlPointStats {
-	rejected := func(why agentapi.Reason) uint64 { return p.counts.sum(flowsRejected + int(why)) }
+	flows := func(why agentapi.Reason) uint64 { return p.counts.sum(decided(why)) }
 	return ControlPointStats{
 		ControlPoint:   controlPoint,
-		Accepted:       p.counts.sum(flowsAccepted),
-		RateLimited:    rejected(agentapi.ReasonRateLimited),
-		NoTokens:       rejected(agentapi.ReasonNoTokens),
-		NotSampled:     rejected(agentapi.ReasonNotSampled),
-		NoMatchingRamp: rejected(agentapi.ReasonNoMatchingRamp),
+		Accepted:       flows(agentapi.ReasonNone),
+		RateLimited:    flows(agentapi.ReasonRateLimited),
+		NoTokens:       flows(agentapi.ReasonNoTokens),
+		NotSampled:     flows(agentapi.ReasonNotSampled),
+		NoMatchingRamp: flows(agentapi.ReasonNoMatchingRamp),
 		Canceled:       p.counts.sum(flowsCanceled),
 		CacheHits:      p.counts.sum(cacheHits),
 		CacheMisses:    p.counts.sum(cacheMisses),

@@ -71,6 +71,7 @@ const (
 	ReasonNoTokens
 	ReasonNotSampled
 	ReasonNoMatchingRamp
+	Reasons // how many there are
 )
 
 // Cause is what came between a flow and its tokens. Only agents of Headgate tell it.
