@@ -22,8 +22,9 @@ type queue struct {
 // A pending flow is one that waits.
 type pending struct {
 	demand
-	got   source.Taken  // OK when it has been served
-	ready chan struct{} // closed then, or when it is evicted
+	slot  uint64        // of one that has been served,
+	left  float64       // and what was left then
+	ready chan struct{} // closed when it has been served, or evicted
 }
 
 type waiter = wfq.Waiter[pending]
@@ -52,7 +53,7 @@ func (q *queue) makeRoom(c wfq.Claim) bool {
 
 // fillServed tells the decision what a waiter that has been served was given.
 func fillServed(d *agentapi.LimiterDecision, w *waiter) {
-	fill(d, w.Flow.got)
+	fill(d, source.Taken{Slot: w.Flow.slot, Left: w.Flow.left})
 	d.Consumed = w.Flow.tokens
 }
 

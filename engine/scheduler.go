@@ -300,7 +300,7 @@ func (t *ticket[S]) deadline(now int64) int64 {
 // stands in the queue for a moment only, and needs no room.
 func (s *scheduler[S]) pass(now int64, d *agentapi.LimiterDecision, t *ticket[S], likely int64) {
 	w := s.push(now, t, false)
-	if w.Flow.got.OK {
+	if w.Served() {
 		fillServed(d, w)
 		return
 	}
@@ -333,7 +333,7 @@ func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticke
 // enqueue puts a flow that has room into the queue.
 func (s *scheduler[S]) enqueue(now int64, d *agentapi.LimiterDecision, t *ticket[S]) {
 	w := s.push(now, t, true)
-	if w.Flow.got.OK {
+	if w.Served() {
 		fillServed(d, w)
 		return
 	}
@@ -402,11 +402,11 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	s.serve(e, now) // at the last moment
 	gone := ctx.Err()
 	switch {
-	case t.Flow.got.OK && gone == nil:
+	case t.Served() && gone == nil:
 		fillServed(d, t.waiter)
 		return now, nil
-	case t.Flow.got.OK:
-		s.source.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.got.Slot, true)
+	case t.Served():
+		s.source.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.slot, true)
 		l.queue.changes++
 	case !t.Evicted():
 		l.queue.Remove(t.waiter)
@@ -466,7 +466,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		if s.meter != nil {
 			s.meter.gave(&e.State.tokens, at, w.Flow.demand)
 		}
-		w.Flow.got = got
+		w.Flow.slot, w.Flow.left = got.Slot, got.Left
 		if w.Flow.ready != nil {
 			close(w.Flow.ready)
 		}

@@ -241,7 +241,7 @@ func TestLateAlarm(t *testing.T) {
 				tt.look(s, &first)
 				served := 0
 				for _, w := range waiting {
-					if w.Flow.got.OK {
+					if w.Served() {
 						served++
 					}
 				}

@@ -58,11 +58,15 @@ type Waiter[T any] struct {
 	Deadline int64   // when it gives up; NoDeadline where it does not
 	Placed   bool    // it has taken room, which the queue returns when it leaves
 
+	served     bool
 	evicted    bool
 	number     uint64
 	share      *share[T]
 	prev, next *Waiter[T]
 }
+
+// Served reports whether the waiter has been popped.
+func (w *Waiter[T]) Served() bool { return w.served }
 
 // Evicted reports whether another flow has the waiter's room.
 func (w *Waiter[T]) Evicted() bool { return w.evicted }
@@ -124,6 +128,7 @@ func (q *Queue[T]) Pop() {
 		s.start = s.finish
 		s.parent.clock = max(s.parent.clock, s.finish)
 	}
+	w.served = true
 	q.Remove(w)
 	for s := at.parent; s != nil; s = s.parent {
 		s.rebase()

@@ -65,7 +65,7 @@ func TestRoom(t *testing.T) {
 	w = &Waiter[float64]{Cost: 1, Deadline: NoDeadline, Placed: true}
 	q.Push(w, Claim{Priority: 1})
 	q.Pop()
-	if r.Used() != 0 || w.Evicted() {
+	if r.Used() != 0 || w.Evicted() || !w.Served() {
 		t.Error("a flow that was served keeps its room")
 	}
 }
