@@ -14,45 +14,18 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// overEngines runs f in a bubble, with an engine that has the components, if any. Its client asks it in the process, or across
-// the network.
+// overEngines runs f in a bubble over engines that have the components, if any.
 func overEngines(t *testing.T, components []policy.Component, f func(t *testing.T, client *flowctl.Client, e *engine.Engine)) {
 	t.Helper()
-	for _, side := range []string{"embedded", "served"} {
-		t.Run(side, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var policies []policy.Policy
-				if len(components) > 0 {
-					policies = []policy.Policy{{Name: "test", Components: components}}
-				}
-				e, err := engine.New(policies)
-				if err != nil {
-					t.Fatal(err)
-				}
-				t.Cleanup(func() { _ = e.Close() })
-				var client *flowctl.Client
-				if side == "served" {
-					server := grpc.NewServer(append(agent.ServerOptions(), grpc.WaitForHandlers(true))...)
-					agent.Register(server, e)
-					client = dial(t, server)
-				} else if client, err = flowctl.New(e); err != nil {
-					t.Fatal(err)
-				}
-				t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
-				f(t, client, e)
-			})
-		})
-	}
+	sides.Setup{Policies: sides.Policies(components...)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) { f(t, side.Client, side.Engine) })
 }
 
 // lateStarter is a Starter that has a client's runs, and whose flows are decided a while before anybody sees that.
@@ -308,7 +281,7 @@ func TestCachedAsksAnew(t *testing.T) {
 func TestCachedLeaderPanics(t *testing.T) {
 	for name, end := range map[string]func(){"panic": func() { panic(errWork) }, "Goexit": runtime.Goexit} {
 		t.Run(name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				store := headgate.Cached(client, "report", flowctl.Params{}, work, nil, headgate.CachePolicy[int]{})
 				_, _ = store(t.Context())
 				synctest.Wait() // until it is stored
@@ -355,7 +328,7 @@ func (f failing) Decode([]byte) (int, error) {
 
 // Calls of a client that retries share runs with calls that do not.
 func TestCachedSharesThroughRetrying(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		run := func(context.Context) (int64, error) {
 			<-time.After(time.Second)
@@ -379,7 +352,7 @@ func TestCachedSharesThroughRetrying(t *testing.T) {
 // A run that finds another one under way for an inner key has one of its own, which all its calls share, and which is
 // stored.
 func TestCachedOncePerOuterRun(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		part := headgate.Cached(client, "part", flowctl.Params{}, func(context.Context) (int64, error) {
 			<-time.After(time.Second)
@@ -416,7 +389,7 @@ func TestCachedOncePerOuterRun(t *testing.T) {
 
 // What a run of its own made is stored, though the other one's is not.
 func TestCachedInnerRunIsStored(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		foreign, cancel := context.WithCancel(t.Context())
 		part := func(fn func(context.Context) (string, error)) func(context.Context) (string, error) {
 			return headgate.Cached(client, "part", flowctl.Params{}, fn, nil, headgate.CachePolicy[string]{})
@@ -490,7 +463,7 @@ func TestCachedNestedAtRandom(t *testing.T) {
 
 // A call that gives up tells net and net/http of a deadline.
 func TestCachedTimeout(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		hangs := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (int, error) {
 			<-ctx.Done()
 			return 0, ctx.Err()

@@ -26,25 +26,20 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// overBoth runs f in a bubble, with clients of both kinds of agents.
-func overBoth(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) { f(t, flowtest.NewAgent(t).Client()) })
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			f(t, engineClient(t))
-		})
-	})
+// overAll runs f in a bubble with a client of each kind of agent, none of which rejects anything.
+func overAll(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
+	t.Helper()
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
 }
 
 type report struct{ Title string }
 
 func TestCached(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
 		cached := headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: "may"},
 			func(context.Context) (report, error) {
@@ -82,7 +77,7 @@ func TestCachedTTL(t *testing.T) {
 
 // A thousand callers at once: one run, which is one flow.
 func TestCachedStampede(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		starts := &starter{client: client}
 		cached := headgate.Cached(starts, "report", flowctl.Params{CheckTimeout: -1},
@@ -113,7 +108,7 @@ func TestCachedStampede(t *testing.T) {
 
 // Calls share a run by what they look for, with one client: a function may be made for each call.
 func TestCachedSharesByKey(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		run := func(context.Context) (int64, error) {
 			<-time.After(time.Second)
@@ -185,7 +180,7 @@ func TestCachedSharesWithoutAClient(t *testing.T) {
 
 // A run that asks for its own result does not wait for itself, however deep within.
 func TestCachedWithinItself(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		cached := func(key string, fn func(context.Context) (string, error)) func(context.Context) (string, error) {
 			return headgate.Cached(client, "report", flowctl.Params{ResultCacheKey: key}, fn, nil, headgate.CachePolicy[string]{TTL: time.Minute})
 		}
@@ -231,10 +226,10 @@ func TestCachedThatAskForEachOther(t *testing.T) {
 			t.Errorf("user = %q, %v want it once more", got, err)
 		}
 	}
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ask(t, map[string]*flowctl.Client{"user": client, "org": client})
 	})
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ask(t, map[string]*flowctl.Client{"user": client, "org": flowtest.NewAgent(t).Client()})
 	})
 	t.Run("without a client", func(t *testing.T) {
@@ -262,8 +257,8 @@ func TestCachedFansOut(t *testing.T) {
 			t.Errorf("%d runs, error %v want one of ten calls at the same time", got, err)
 		}
 	}
-	overBoth(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, client) })
-	overBoth(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, flowtest.NewAgent(t).Client()) })
+	overAll(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, client) })
+	overAll(t, func(t *testing.T, client *flowctl.Client) { fanOut(t, client, flowtest.NewAgent(t).Client()) })
 	t.Run("without a client", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) { fanOut(t, nil, nil) })
 	})
@@ -280,7 +275,7 @@ func forgetReport(t *testing.T, client *flowctl.Client) {
 
 // A cache in front of a cache: what the inner one has under the same key is another client's, shared and stored there.
 func TestCachedInTwoTiers(t *testing.T) {
-	overBoth(t, func(t *testing.T, far *flowctl.Client) {
+	overAll(t, func(t *testing.T, far *flowctl.Client) {
 		near := flowtest.NewAgent(t).Client()
 		var runs atomic.Int64
 		inner := headgate.Cached(far, "report", flowctl.Params{}, func(context.Context) (int64, error) {
@@ -299,7 +294,7 @@ func TestCachedInTwoTiers(t *testing.T) {
 
 // What a run leaves behind is not in it any more: it shares and stores as anybody does.
 func TestCachedAfterItsRun(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		var left context.Context
 		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (int64, error) {
@@ -364,7 +359,7 @@ func TestCachedEndedRunsAreNotJoined(t *testing.T) {
 
 // What is known of a result that was stored says nothing of one that another function made, and did not store.
 func TestCachedForgetsExpiryOfBefore(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		closed := flowctl.Params{OnUnreachable: flowctl.FailClosed}
 		run := func(context.Context) (string, error) {
 			<-time.After(time.Second)
@@ -396,7 +391,7 @@ func TestCachedForgetsExpiryOfBefore(t *testing.T) {
 
 // Whoever waited for another function's run has its result for the fallback as well.
 func TestCachedKeepsWhatOthersMade(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		const ttl = time.Minute
 		begun, ended := make(chan struct{}), make(chan struct{})
 		first := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (string, error) {
@@ -432,7 +427,7 @@ func TestCachedKeepsWhatOthersMade(t *testing.T) {
 
 // Who began the run may go: it is for those who still wait.
 func TestCachedLeaderGivesUp(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		gone := errors.New("gone")
 		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (string, error) {
 			select {
@@ -467,7 +462,7 @@ func TestCachedLeaderGivesUp(t *testing.T) {
 
 // Nobody waits any more: the run is canceled, and the next call begins another.
 func TestCachedAllGiveUp(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs, canceled atomic.Int64
 		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (string, error) {
 			if runs.Add(1) > 1 {
@@ -503,7 +498,7 @@ func TestCachedPanic(t *testing.T) {
 	for name, end := range map[string]func(){"panic": func() { panic(errWork) }, "Goexit": runtime.Goexit} {
 		for _, leaves := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, leader leaves %v", name, leaves), func(t *testing.T) {
-				overBoth(t, func(t *testing.T, client *flowctl.Client) {
+				overAll(t, func(t *testing.T, client *flowctl.Client) {
 					cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 						<-time.After(time.Second)
 						end()
@@ -561,7 +556,7 @@ func TestCachedPanic(t *testing.T) {
 // The call that began the run gives up just as the run panics: one of the two is told.
 func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
 	for range 10 {
-		overBoth(t, func(t *testing.T, client *flowctl.Client) {
+		overAll(t, func(t *testing.T, client *flowctl.Client) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 				<-time.After(time.Second)
@@ -588,7 +583,7 @@ func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
 
 // All have given up: a Goexit reaches nobody, and the next call begins another run.
 func TestCachedGoexitAfterAllGaveUp(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
 		cached := headgate.Cached(client, "report", flowctl.Params{}, func(ctx context.Context) (int, error) {
 			if runs++; runs == 1 {
@@ -664,7 +659,7 @@ func TestCachedPanicEndsTheProgram(t *testing.T) {
 func failHere() { panic(errWork) }
 
 func TestCachedErrorsAreNotStored(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		runs := 0
 		cached := headgate.Cached(client, "report", flowctl.Params{}, func(context.Context) (int, error) {
 			runs++
@@ -902,63 +897,7 @@ func TestCachedStoreHangs(t *testing.T) {
 	})
 }
 
-// A staleSide is one kind of agent for the tests of stale results: the flows of its client find what is cached, and are
-// let in, rejected or not answered as the test says.
-type staleSide struct {
-	client *flowctl.Client
-	answer func(flowtest.Answer)
-	forget func()       // what is cached has expired
-	found  func(string) // another process stored this, as JSON
-}
-
 const ttl = time.Minute
-
-func overStaleSides(t *testing.T, f func(t *testing.T, side staleSide)) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			f(t, staleSide{
-				client: agent.Client(),
-				answer: func(n flowtest.Answer) { agent.Answer(n) },
-				forget: func() { agent.SetResult("report", "report", nil) },
-				found:  func(text string) { agent.SetResult("report", "report", []byte(text)) },
-			})
-		})
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e, err := engine.New(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = e.Close() })
-			agent := &scripted{recorder: recorder{Agent: e}}
-			client, err := flowctl.New(agent)
-			if err != nil {
-				t.Fatal(err)
-			}
-			key := agentapi.CacheKey{ControlPoint: "report", Key: "report"}
-			f(t, staleSide{
-				client: client,
-				answer: func(n flowtest.Answer) {
-					if agent.answers = nil; n != accepted {
-						agent.answers = []flowtest.Answer{n}
-					}
-				},
-				forget: func() {
-					if err := e.Delete(t.Context(), key); err != nil {
-						t.Error(err)
-					}
-				},
-				found: func(text string) {
-					if err := e.Store(t.Context(), key, []byte(text), ttl); err != nil {
-						t.Error(err)
-					}
-				},
-			})
-		})
-	})
-}
 
 // A step is something that happens in a test of stale results, and then a call.
 type step struct {
@@ -1063,13 +1002,13 @@ func TestCachedStale(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overStaleSides(t, func(t *testing.T, side staleSide) {
+			sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
 				var now step
 				params := flowctl.Params{}
 				if tt.closed {
 					params.OnUnreachable = flowctl.FailClosed
 				}
-				cached := headgate.Cached(side.client, "report", params, func(context.Context) (string, error) {
+				cached := headgate.Cached(side.Client, "report", params, func(context.Context) (string, error) {
 					if now.run == "" {
 						return "", errWork
 					}
@@ -1078,12 +1017,12 @@ func TestCachedStale(t *testing.T) {
 				for i, step := range tt.steps {
 					<-time.After(step.after)
 					if step.forget {
-						side.forget()
+						side.ForgetResult("report", "report")
 					}
 					if step.found != "" {
-						side.found(step.found)
+						side.StoreResult("report", "report", []byte(step.found), ttl)
 					}
-					side.answer(step.answer)
+					side.Answer(step.answer)
 					now = step
 					got, err := cached(t.Context())
 					if got != step.want || (err == nil) != (step.want != "") {
@@ -1101,15 +1040,15 @@ func TestCachedStale(t *testing.T) {
 
 // What a cached function keeps is for its own fallback, and is not what another one keeps.
 func TestCachedStaleNested(t *testing.T) {
-	overStaleSides(t, func(t *testing.T, side staleSide) {
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
 		stale := fallback.Stale[string](time.Hour)
-		inner := headgate.Cached(side.client, "inner", flowctl.Params{}, func(context.Context) (string, error) { return "inner", nil }, stale, headgate.CachePolicy[string]{TTL: ttl})
-		outer := headgate.Cached(side.client, "report", flowctl.Params{}, func(context.Context) (string, error) { return "outer", nil }, fallback.First(fallback.Call(inner), stale), headgate.CachePolicy[string]{TTL: ttl})
+		inner := headgate.Cached(side.Client, "inner", flowctl.Params{}, func(context.Context) (string, error) { return "inner", nil }, stale, headgate.CachePolicy[string]{TTL: ttl})
+		outer := headgate.Cached(side.Client, "report", flowctl.Params{}, func(context.Context) (string, error) { return "outer", nil }, fallback.First(fallback.Call(inner), stale), headgate.CachePolicy[string]{TTL: ttl})
 		if got, err := outer(t.Context()); got != "outer" || err != nil {
 			t.Errorf("outer() = %q, %v", got, err)
 		}
 		synctest.Wait()
-		side.answer(rejected(0))
+		side.Answer(rejected(0))
 		if got, err := outer(t.Context()); got != "outer" || err != nil {
 			t.Errorf("outer() = %q, %v want what it kept, and not what was kept for inner", got, err)
 		}
@@ -1141,12 +1080,12 @@ func TestCachedStaleDefaultTTL(t *testing.T) {
 // A slow hit does not bring back what a newer run has replaced. That run is one from within another run, because any
 // other call would wait for the hit.
 func TestCachedStaleSlowDecode(t *testing.T) {
-	overStaleSides(t, func(t *testing.T, side staleSide) {
-		cached := headgate.Cached(side.client, "report", flowctl.Params{},
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		cached := headgate.Cached(side.Client, "report", flowctl.Params{},
 			func(context.Context) (string, error) { return "new", nil },
 			fallback.Stale[string](time.Second), headgate.CachePolicy[string]{TTL: ttl, Codec: slow{}, Exact: true})
-		within := headgate.Cached(side.client, "outer", flowctl.Params{}, cached, nil, headgate.CachePolicy[string]{TTL: -1})
-		side.found("old")
+		within := headgate.Cached(side.Client, "outer", flowctl.Params{}, cached, nil, headgate.CachePolicy[string]{TTL: -1})
+		side.StoreResult("report", "report", []byte("old"), ttl)
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if got, err := cached(t.Context()); got != "old" || err != nil {
@@ -1154,13 +1093,13 @@ func TestCachedStaleSlowDecode(t *testing.T) {
 			}
 		})
 		synctest.Wait() // it is being decoded
-		side.forget()
+		side.ForgetResult("report", "report")
 		<-time.After(time.Millisecond)
 		if got, err := within(t.Context()); got != "new" || err != nil {
 			t.Errorf("cached() = %q, %v want the run's", got, err)
 		}
 		wg.Wait()
-		side.answer(rejected(0))
+		side.Answer(rejected(0))
 		if got, err := cached(t.Context()); got != "new" || err != nil {
 			t.Errorf("cached() = %q, %v want what was found last", got, err)
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -24,7 +25,7 @@ func byArg(_ context.Context, arg string) flowctl.Params {
 
 // Each key has runs and results of its own.
 func TestCachedFuncByKey(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var mu sync.Mutex
 		runs := make(map[string]int)
 		report := headgate.CachedFunc(client, "report", byArg, func(_ context.Context, month string) (string, error) {
@@ -56,7 +57,7 @@ func TestCachedFuncByKey(t *testing.T) {
 
 // A function of each kind shares runs and results under one key.
 func TestCachedFuncSharesWithCached(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var runs atomic.Int64
 		run := func(context.Context) (int64, error) {
 			<-time.After(time.Second)
@@ -82,7 +83,7 @@ func TestCachedFuncWithoutAKey(t *testing.T) {
 		"no params": nil, "no key": func(context.Context, string) flowctl.Params { return flowctl.Params{} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				starts := &starter{client: client}
 				var runs atomic.Int64
 				report := headgate.CachedFunc(starts, "report", params, func(_ context.Context, arg string) (string, error) {
@@ -179,11 +180,11 @@ func months(n int) []string {
 
 // A LastGood that is negative has Cached keep nothing too.
 func TestCachedKeepsNothing(t *testing.T) {
-	overStaleSides(t, func(t *testing.T, side staleSide) {
-		cached := headgate.Cached(side.client, "report", flowctl.Params{}, work, fallback.Stale[int](time.Hour), headgate.CachePolicy[int]{LastGood: -1})
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		cached := headgate.Cached(side.Client, "report", flowctl.Params{}, work, fallback.Stale[int](time.Hour), headgate.CachePolicy[int]{LastGood: -1})
 		_, _ = cached(t.Context())
 		synctest.Wait()
-		side.answer(rejected(0))
+		side.Answer(rejected(0))
 		if got, err := cached(t.Context()); got != 0 || !errors.Is(err, flowctl.ErrRejected) {
 			t.Errorf("cached() = %d, %v want the rejection", got, err)
 		}

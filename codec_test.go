@@ -24,6 +24,7 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 )
 
 // runsOfTwoCalls calls a cached function that makes v, twice, and gives back how often that ran and what the second call
@@ -170,7 +171,7 @@ func TestCodecValues(t *testing.T) {
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				want := 2
 				if r.stored {
 					want = 1
@@ -276,7 +277,7 @@ func TestCodecExact(t *testing.T) {
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				want := 2
 				if r.stored {
 					want = 1
@@ -372,7 +373,7 @@ func TestCodecPanics(t *testing.T) {
 	for name, end := range map[string]func(){"panic": func() { panic(errWork) }, "Goexit": runtime.Goexit} {
 		for _, method := range []string{"Encode", "Decode"} {
 			t.Run(name+" in "+method, func(t *testing.T) {
-				overBoth(t, func(t *testing.T, client *flowctl.Client) {
+				overAll(t, func(t *testing.T, client *flowctl.Client) {
 					codec := broken{decodes: new(atomic.Int64)}
 					if method == "Encode" {
 						codec.encode = end
@@ -480,13 +481,13 @@ func TestCodecLogsWhatIsNotStored(t *testing.T) {
 
 // What is not stored is kept for the fallback all the same.
 func TestCodecKeepsWhatIsNotStored(t *testing.T) {
-	overStaleSides(t, func(t *testing.T, side staleSide) {
-		cached := headgate.Cached(side.client, "report", flowctl.Params{}, func(context.Context) (price, error) {
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		cached := headgate.Cached(side.Client, "report", flowctl.Params{}, func(context.Context) (price, error) {
 			return price{"EUR", 995}, nil
 		}, fallback.Stale[price](time.Minute), headgate.CachePolicy[price]{})
 		_, _ = cached(t.Context())
 		synctest.Wait()
-		side.answer(rejected(0))
+		side.Answer(rejected(0))
 		if got, err := cached(t.Context()); got != (price{"EUR", 995}) || err != nil {
 			t.Errorf("cached() = %v, %v want what was made last", got, err)
 		}

@@ -15,12 +15,11 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/agent"
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -94,42 +93,15 @@ var switchesOff = []switchedOff{
 	{name: "component's dry run", component: true},
 }
 
-// dryRunAgents make a client of an agent that has the limit.
-var dryRunAgents = []struct {
-	name   string
-	client func(t *testing.T, l limit, s switchedOff) *flowctl.Client
-}{
-	{"embedded", func(t *testing.T, l limit, s switchedOff) *flowctl.Client {
-		client, err := flowctl.New(dryRunEngine(t, l, s), s.opts...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return client
-	}},
-	{"served", func(t *testing.T, l limit, s switchedOff) *flowctl.Client {
-		server := grpc.NewServer(agent.ServerOptions()...)
-		agent.Register(server, dryRunEngine(t, l, s))
-		client := dial(t, server, s.opts...)
-		t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) }) // which has ended by then
-		return client
-	}},
-	{"scripted", func(t *testing.T, l limit, s switchedOff) *flowctl.Client {
-		agent := flowtest.NewAgent(t) // as all agents that know nothing of dry runs
-		if !s.component {
-			agent.AnswerAt(point, flowtest.Answer{Reason: l.reason, RetryAfter: time.Minute, Slots: 1})
-		}
-		return agent.Client(s.opts...)
-	}},
-}
-
-func dryRunEngine(t *testing.T, l limit, s switchedOff) *engine.Engine {
+// side is an agent of the kind that has the limit, and a client of it. A scripted one is as all agents that know nothing of
+// dry runs.
+func (l limit) side(t *testing.T, kind sides.Kind, s switchedOff) *sides.Side {
 	t.Helper()
-	e, err := engine.New(l.policies(s.component))
-	if err != nil {
-		t.Fatal(err)
+	side := sides.Setup{Policies: l.policies(s.component), Options: s.opts}.New(t, kind)
+	if side.Script != nil && !s.component {
+		side.Script.AnswerAt(point, flowtest.Answer{Reason: l.reason, RetryAfter: time.Minute, Slots: 1})
 	}
-	t.Cleanup(func() { _ = e.Close() })
-	return e
+	return side
 }
 
 var errFellBack = errors.New("the fallback was called")
@@ -280,19 +252,19 @@ func (s dryRunStream) Context() context.Context { return s.ctx }
 // overDryRuns runs f in a bubble for each limit that is not in force, by each way to have it so, at each agent.
 func overDryRuns(t *testing.T, f func(t *testing.T, client *flowctl.Client, params flowctl.Params, s switchedOff)) {
 	for _, s := range switchesOff {
-		for _, agent := range dryRunAgents {
+		for _, kind := range sides.All {
 			for _, l := range dryRunLimits {
-				if s.off && agent.name != "embedded" || s.component && l.of == nil {
+				if s.off && kind != sides.Embedded || s.component && l.of == nil {
 					continue // there is no agent, or no component
 				}
-				t.Run(s.name+"/"+agent.name+"/"+l.name, func(t *testing.T) {
+				t.Run(s.name+"/"+string(kind)+"/"+l.name, func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						params := flowctl.Params{RampMode: l.ramp, CheckTimeout: time.Minute}
 						if s.off {
 							f(t, nil, params, s)
 							return
 						}
-						client := agent.client(t, l, s)
+						client := l.side(t, kind, s).Client
 						l.learn(t, client)
 						f(t, client, params, s)
 					})
@@ -338,12 +310,12 @@ func TestDryRun(t *testing.T) {
 
 // The limits that TestDryRun has out of force do reject and hold up flows when they are in force.
 func TestDryRunLimitsInForce(t *testing.T) {
-	for _, agent := range dryRunAgents {
+	for _, kind := range sides.All {
 		for _, l := range dryRunLimits {
-			t.Run(agent.name+"/"+l.name, func(t *testing.T) {
+			t.Run(string(kind)+"/"+l.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					params := flowctl.Params{RampMode: l.ramp, CheckTimeout: time.Minute}
-					client := agent.client(t, l, switchedOff{})
+					client := l.side(t, kind, switchedOff{}).Client
 					l.learn(t, client)
 					begin, rejected := time.Now(), 0
 					for range 5 {

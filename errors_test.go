@@ -20,10 +20,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
@@ -31,6 +29,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -52,51 +51,31 @@ type failure struct {
 	logs     []string // what the program's own log shows
 }
 
-// sesameLimits is an engine that lets nobody through at point.
-func sesameLimits(t *testing.T) *engine.Engine {
-	limits, err := engine.New([]policy.Policy{{Name: sesame + "-policy", Components: []policy.Component{
-		policy.RateLimiter{ID: sesame + "-component", Selectors: policy.At(point), Interval: time.Hour, LimitBy: sesame + "_key"},
-	}}}, engine.WithCacheBounds(10, 100))
-	if err != nil {
-		t.Fatal(err)
+// limitedSide is a side whose agent rejects flows with sesameParams at point. It caches no value.
+func limitedSide(t *testing.T, kind sides.Kind) *sides.Side {
+	side := sides.Setup{
+		Policies: []policy.Policy{{Name: sesame + "-policy", Components: []policy.Component{
+			policy.RateLimiter{ID: sesame + "-component", Selectors: policy.At(point), Interval: time.Hour, LimitBy: sesame + "_key"},
+		}}},
+		EngineOptions: []engine.Option{engine.WithCacheBounds(10, 100)},
+	}.New(t, kind)
+	if side.Script == nil {
+		return side
 	}
-	t.Cleanup(func() { _ = limits.Close() })
-	return limits
-}
-
-func embed(t *testing.T, limits *engine.Engine) *flowctl.Client {
-	client, err := flowctl.New(limits)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client
-}
-
-// limitedClients are those of agents that reject flows with sesameParams.
-var limitedClients = map[string]func(t *testing.T) *flowctl.Client{
-	"embedded": func(t *testing.T) *flowctl.Client { return embed(t, sesameLimits(t)) },
-	"served": func(t *testing.T) *flowctl.Client {
-		server := grpc.NewServer(agent.ServerOptions()...)
-		agent.Register(server, sesameLimits(t))
-		client := dial(t, server, flowctl.WithCheckTimeout(time.Second))
-		t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
-		return client
-	},
-	"remote": func(t *testing.T) *flowctl.Client {
-		agent := flowtest.NewAgent(t)
-		agent.AnswerAt(point, flowtest.Answer{Response: &checkv1.CheckResponse{
-			DecisionType: checkv1.CheckResponse_DECISION_TYPE_REJECTED,
-			RejectReason: checkv1.CheckResponse_REJECT_REASON_RATE_LIMITED,
-			LimiterDecisions: []*checkv1.LimiterDecision{{
-				PolicyName: sesame + "-policy", ComponentId: sesame + "-component", Dropped: true,
-				Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
-					Label: sesame + "_key:" + tahini,
-				}},
+	side.Script.AnswerAt(point, flowtest.Answer{Response: &checkv1.CheckResponse{
+		DecisionType: checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+		RejectReason: checkv1.CheckResponse_REJECT_REASON_RATE_LIMITED,
+		LimiterDecisions: []*checkv1.LimiterDecision{{
+			PolicyName: sesame + "-policy", ComponentId: sesame + "-component", Dropped: true,
+			Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
+				Label: sesame + "_key:" + tahini,
 			}},
-		}})
-		return agent.Client()
-	},
+		}},
+	}})
+	return side
 }
+
+func limitedClient(t *testing.T, kind sides.Kind) *flowctl.Client { return limitedSide(t, kind).Client }
 
 var sesameParams = flowctl.Params{Labels: map[string]string{sesame + "_key": tahini}, OnUnreachable: flowctl.FailClosed}
 
@@ -128,7 +107,8 @@ func canceledBySesame(t *testing.T) context.Context {
 // failures are the errors of every package, over every agent that makes a difference to them.
 func failures() []failure {
 	var all []failure
-	for name, client := range limitedClients {
+	for _, kind := range sides.All {
+		name, client := string(kind), func(t *testing.T) *flowctl.Client { return limitedClient(t, kind) }
 		rejection := []string{"control_point=checkout", "reason=rate limited", "policy=sesame-policy", "component=sesame-component", "label_key=sesame_key", "status=429"}
 		all = append(all,
 			failure{"rejected, " + name, func(t *testing.T) error { return sesameFlow(t.Context(), client(t), sesameParams) }, false, rejection},
@@ -168,7 +148,7 @@ func failures() []failure {
 					func(*http.Request) flowctl.Params { return sesameParams })))
 			}, false, rejection},
 			failure{"Transport expired, " + name, func(t *testing.T) error {
-				return roundTrip(within(t, -1), httpguard.NewTransport(client(t), point, answering(http.StatusOK)))
+				return roundTrip(within(t, -1), httpguard.NewTransport(limitedClient(t, kind), point, answering(http.StatusOK)))
 			}, true, nil},
 			failure{"client interceptor, " + name, func(t *testing.T) error {
 				return interceptor(t, client(t))(t.Context(), "/s/m", nil, nil, nil, nil)
@@ -227,8 +207,8 @@ func failures() []failure {
 			_, _, err := client.Start(t.Context(), point, flowctl.Params{ResultCacheKey: tahini}).ResultCache()
 			return err
 		}, false, []string{"op=cache lookup", errSesame.Error()}},
-		failure{"cache store, embedded", func(t *testing.T) error { return store(t.Context(), limitedClients["embedded"](t)) }, false, []string{"op=cache store"}},
-		failure{"cache store, served", func(t *testing.T) error { return store(t.Context(), limitedClients["served"](t)) }, false, []string{"op=cache store"}},
+		failure{"cache store, embedded", func(t *testing.T) error { return store(t.Context(), limitedClient(t, sides.Embedded)) }, false, []string{"op=cache store"}},
+		failure{"cache store, served", func(t *testing.T) error { return store(t.Context(), limitedClient(t, sides.Served)) }, false, []string{"op=cache store"}},
 		failure{"cache store, nobody", func(t *testing.T) error { return store(t.Context(), noAgent(t)) }, false, []string{errSesame.Error()}},
 		failure{"cache store, expired", func(t *testing.T) error { return store(within(t, -1), noAgent(t)) }, true, nil},
 		failure{"Ready, nobody", func(t *testing.T) error { return noAgent(t).Ready(within(t, time.Minute)) }, true, []string{"op=agent not ready", errSesame.Error()}},
@@ -253,7 +233,7 @@ func failures() []failure {
 			late := func(context.Context, error) (int, error) {
 				return 0, fmt.Errorf("replica: %w", context.DeadlineExceeded)
 			}
-			_, err := headgate.Guard(limitedClients["embedded"](t), point, sesameParams, work, fallback.First(late))(t.Context())
+			_, err := headgate.Guard(limitedClient(t, sides.Embedded), point, sesameParams, work, fallback.First(late))(t.Context())
 			return err
 		}, true, nil},
 		failure{"fallback.First, canceled", func(t *testing.T) error {
@@ -262,11 +242,11 @@ func failures() []failure {
 				cancel(status.Error(codes.Internal, errSesame.Error()))
 				return 0, errors.New("replica down")
 			}
-			_, err := headgate.Guard(limitedClients["embedded"](t), point, sesameParams, work, fallback.First(gone, gone))(ctx)
+			_, err := headgate.Guard(limitedClient(t, sides.Embedded), point, sesameParams, work, fallback.First(gone, gone))(ctx)
 			return err
 		}, false, nil},
 		failure{"paused", func(t *testing.T) error {
-			transport := httpguard.NewTransport(limitedClients["embedded"](t), "other", answering(http.StatusTooManyRequests))
+			transport := httpguard.NewTransport(limitedClient(t, sides.Embedded), "other", answering(http.StatusTooManyRequests))
 			_ = roundTrip(t.Context(), transport)
 			return roundTrip(t.Context(), transport)
 		}, false, []string{"control_point=other", "reason=paused by the upstream", "status=429", "retry_after=10s"}},
@@ -323,19 +303,9 @@ func (h health) Check(context.Context, *healthpb.HealthCheckRequest) (*healthpb.
 // told is what a peer across the network learns of the error of a handler.
 func told(t *testing.T, err error) *status.Status {
 	t.Helper()
-	listener := bufconn.Listen(1 << 20)
 	server := grpc.NewServer()
 	healthpb.RegisterHealthServer(server, health{err: err})
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	defer func() {
-		server.Stop()
-		if serveErr := <-served; serveErr != nil {
-			t.Error(serveErr)
-		}
-	}()
-	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
+	conn, dialErr := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()), sides.Serve(t, server))
 	if dialErr != nil {
 		t.Fatal(dialErr)
 	}
@@ -427,14 +397,14 @@ func TestErrorsInLogs(t *testing.T) {
 
 // http.Client asks the transport's error itself.
 func TestTransportDeadlineIsATimeout(t *testing.T) {
-	for name, client := range limitedClients {
-		t.Run(name, func(t *testing.T) {
+	for _, kind := range sides.All {
+		t.Run(string(kind), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, err := http.NewRequestWithContext(within(t, -1), http.MethodGet, "https://upstream.example/", nil)
 				if err != nil {
 					t.Fatal(err)
 				}
-				resp, err := (&http.Client{Transport: httpguard.NewTransport(client(t), point, answering(http.StatusOK))}).Do(r)
+				resp, err := (&http.Client{Transport: httpguard.NewTransport(limitedClient(t, kind), point, answering(http.StatusOK))}).Do(r)
 				if err == nil {
 					_ = resp.Body.Close()
 				}

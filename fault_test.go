@@ -4,15 +4,16 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"runtime"
+	"slices"
 	"testing"
 	"testing/synctest"
 
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 )
 
 // again runs one flow after the other, over each kind of agent and in each form that suits, and checks that each ended
@@ -22,15 +23,15 @@ func again(t *testing.T, s situation, suits func(form) bool, params flowctl.Para
 	check func(t *testing.T, form form, flow *flowctl.Flow, got result) (want flowctl.Status),
 ) {
 	const flows = 10
-	for _, side := range sides {
+	for _, kind := range sides.All {
 		for _, form := range forms {
 			if !suits(form) {
 				continue
 			}
-			t.Run(side.name+"/"+form.name, func(t *testing.T) {
-				client, ends := side.setUp(t, s)
-				starts := &starter{client: client}
-				var want []ended
+			t.Run(string(kind)+"/"+form.name, func(t *testing.T) {
+				side := newSide(t, kind, s)
+				starts := &starter{client: side.Client}
+				var want []sides.End
 				for i := range flows {
 					var got result
 					done := make(chan struct{})
@@ -44,13 +45,13 @@ func again(t *testing.T, s situation, suits func(form) bool, params flowctl.Para
 						t.Fatalf("flow %d: %v, %v want %v", i, flow, flow.Err(), s.decision)
 					}
 					if st := check(t, form, flow, got); flow.Success() {
-						want = append(want, ended{point, st})
+						want = append(want, sides.End{ControlPoint: point, Status: st})
 					}
 					if _, err := flow.End(t.Context()); !errors.Is(err, flowctl.ErrEnded) {
 						t.Fatalf("flow %d was not ended", i)
 					}
 				}
-				if got := ends(); fmt.Sprint(got) != fmt.Sprint(want) {
+				if got := side.Ends(); !slices.Equal(got, want) {
 					t.Errorf("the agent saw the ends %v want %v", got, want)
 				}
 			})
@@ -155,14 +156,14 @@ func TestA29NoLogPerFlow(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer
 			logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-			overScripts(t, []flowtest.Answer{answer}, func(t *testing.T, agent script) {
+			overScripts(t, []flowtest.Answer{answer}, func(t *testing.T, agent *sides.Side) {
 				for _, form := range forms {
 					for _, failure := range []error{nil, errWork} {
-						_, _ = form.call(t.Context(), agent.client, point, flowctl.Params{}, func(context.Context) (int, error) { return 0, failure }, nil)
+						_, _ = form.call(t.Context(), agent.Client, point, flowctl.Params{}, func(context.Context) (int, error) { return 0, failure }, nil)
 						synctest.Wait() // until what is to be cached is
 					}
 				}
-				if ends := agent.ends(); len(ends) != 2*len(forms) {
+				if ends := agent.Ends(); len(ends) != 2*len(forms) {
 					t.Errorf("%d flows want two of each form", len(ends))
 				}
 			}, flowctl.WithLogger(logger))
@@ -205,9 +206,9 @@ func TestS3NoErrorIsNil(t *testing.T) {
 			}
 			return flowctl.StatusOK
 		})
-	for _, side := range sides {
-		t.Run(side.name, func(t *testing.T) {
-			client, _ := side.setUp(t, situation{})
+	for _, kind := range sides.All {
+		t.Run(string(kind), func(t *testing.T) {
+			client := newSide(t, kind, situation{}).Client
 			flow := client.Start(t.Context(), point, flowctl.Params{ResultCacheKey: "k", GlobalCacheKeys: []string{"g"}})
 			_, _, errResult := flow.ResultCache()
 			_, _, errGlobal := flow.GlobalCache("g")
@@ -227,10 +228,9 @@ func TestS3NoErrorIsNil(t *testing.T) {
 
 // C4: who ended twice freed two slots, so that a limit of one admitted two.
 func TestC4EndingTwiceFreesOneSlot(t *testing.T) {
-	for _, side := range sides[1:] { // the scripted agent has no limit
-		t.Run(side.name, func(t *testing.T) {
-			client, _ := side.setUp(t, situation{})
-			defer client.Close(t.Context())
+	for _, kind := range sides.Engines { // the scripted agent has no limit
+		t.Run(string(kind), func(t *testing.T) {
+			client := newSide(t, kind, situation{}).Client
 			first := client.Start(t.Context(), point, flowctl.Params{})
 			if got, err := first.End(t.Context()); err != nil || got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
 				t.Errorf("End() = %+v, %v", got, err)

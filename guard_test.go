@@ -2,32 +2,22 @@ package headgate_test
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
-	"net"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
-	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"go.uber.org/goleak"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/agent"
-	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/internal/telemetry"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -52,14 +42,6 @@ type situation struct {
 	dry      bool  // the client only watches
 	rejects  bool  // the agent says no
 	silent   bool  // the agent says nothing
-}
-
-// options are the client's.
-func (s situation) options() []flowctl.Option {
-	if s.dry {
-		return []flowctl.Option{flowctl.WithDryRun()}
-	}
-	return nil
 }
 
 var situations = []situation{
@@ -234,206 +216,42 @@ func (s *starter) Start(ctx context.Context, controlPoint string, params flowctl
 	return f
 }
 
-// ended is how a flow that an agent answered was ended, as the agent saw it.
-type ended struct {
-	point  string
-	status flowctl.Status
-}
-
-// A side is one kind of agent, set up for a situation.
-type side struct {
-	name  string
-	setUp func(t *testing.T, s situation) (client *flowctl.Client, ends func() []ended)
-}
-
-var sides = []side{{"remote", remoteSide}, {"embedded", embeddedSide}, {"served", servedSide}}
-
-// remoteSide is an agent over gRPC. It gives every flow a slot, so that each must be ended by a call.
-func remoteSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
-	agent := flowtest.NewAgent(t)
-	agent.Answer(flowtest.Answer{Slots: 1})
-	switch {
-	case s.rejects:
-		agent.AnswerAt(point, flowtest.Answer{Slots: 1, Reason: flowctl.ReasonRateLimited})
-	case s.silent:
-		agent.AnswerAt(point, flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")})
-	}
-	opts := append(s.options(), flowctl.WithCheckTimeout(10*time.Second)) // no cell is about timeouts
-	client := agent.Client(opts...)
-	return client, func() []ended {
-		if err := client.Close(t.Context()); err != nil {
-			t.Errorf("Close() = %v", err)
-		}
-		if held := agent.Held(); held != 0 {
-			t.Errorf("%d slots are held after all flows have ended", held)
-		}
-		var ends []ended
-		for _, span := range agent.Spans() {
-			ends = append(ends, ended{span.Response.GetControlPoint(), span.Status})
-		}
-		if calls := len(agent.Ends()); calls != len(ends) {
-			t.Errorf("%d calls ended flows want %d", calls, len(ends))
-		}
-		return ends
-	}
-}
-
-// recorder is an embedded agent that remembers how flows were ended.
-type recorder struct {
-	agentapi.Agent
-	mu   sync.Mutex
-	ends []ended
-}
-
-func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
-	st := flowctl.StatusOK
-	if failed {
-		st = flowctl.StatusError
-	}
-	r.mu.Lock()
-	r.ends = append(r.ends, ended{req.ControlPoint, st})
-	r.mu.Unlock()
-	return r.Agent.End(ctx, req, v, failed)
-}
-
-// oneSlot is an engine that lets one flow in at a time, or, where the agent is to say no, none.
-func oneSlot(t *testing.T, s situation) *engine.Engine {
+// newSide is an agent of the kind, set up for the situation. A scripted one gives every flow a slot, so that each must be
+// ended by a call. An engine lets one flow in at a time, or, where the agent is to say no, none.
+func newSide(t *testing.T, kind sides.Kind, s situation) *sides.Side {
 	slots := policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour}
 	if s.rejects {
 		slots.Max = 0
 	}
-	e, err := engine.New([]policy.Policy{{Name: "slots", Components: []policy.Component{slots}}})
-	if err != nil {
-		t.Fatal(err)
+	setup := sides.Setup{Policies: sides.Policies(slots), Options: []flowctl.Option{flowctl.WithCheckTimeout(10 * time.Second)}} // no cell is about timeouts
+	if s.dry {
+		setup.Options = append(setup.Options, flowctl.WithDryRun())
 	}
-	t.Cleanup(func() { _ = e.Close() })
-	return e
-}
-
-// servedSide is an engine that is served over gRPC. What it hears of ends it tells by the telemetry that comes in.
-func servedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
-	e := oneSlot(t, s)
-	server := grpc.NewServer(agent.ServerOptions()...)
-	// The engine's own trace service counts; this one reads.
-	var mu sync.Mutex
-	var ends []ended
-	agent.Register(only{server, "aperture.flowcontrol.check.v1.FlowControlService"}, e)
-	telemetry.Register(server, func(_ context.Context, data *tracev1.TracesData) error {
-		mu.Lock()
-		defer mu.Unlock()
-		for _, span := range data.GetResourceSpans()[0].GetScopeSpans()[0].GetSpans() {
-			ends = append(ends, endOf(t, span))
+	side := setup.New(t, kind)
+	if side.Script != nil {
+		side.Answer(flowtest.Answer{Slots: 1})
+		if s.rejects {
+			side.Script.AnswerAt(point, flowtest.Answer{Slots: 1, Reason: flowctl.ReasonRateLimited})
 		}
-		return nil
-	})
-	opts := append(s.options(), flowctl.WithCheckTimeout(10*time.Second))
-	client := dial(t, server, opts...)
-	if s.silent {
-		_ = e.Close() // then it answers Unavailable
-	}
-	return client, func() []ended {
-		if err := client.Close(t.Context()); err != nil {
-			t.Errorf("Close() = %v", err)
-		}
-		var v agentapi.Verdict
-		switch err := e.Check(t.Context(), &agentapi.Request{ControlPoint: point}, &v); {
-		case s.silent: // it was closed
-			if !errors.Is(err, agentapi.ErrClosed) {
-				t.Errorf("a check of the closed engine = %v want %v", err, agentapi.ErrClosed)
-			}
-		case err != nil || v.Rejected() != s.rejects:
-			t.Errorf("a check after all flows have ended: rejected %v, %v want %v", v.Rejected(), err, s.rejects)
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		return ends
-	}
-}
-
-// dial has the server answer in memory until the test ends, and makes a client of it.
-func dial(t *testing.T, server *grpc.Server, opts ...flowctl.Option) *flowctl.Client {
-	listener := bufconn.Listen(1 << 20)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	t.Cleanup(func() {
-		server.Stop()
-		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // it may not have begun
-			t.Error(err)
-		}
-	})
-	client, err := flowctl.Dial("passthrough:///localhost", append(opts, flowctl.WithInsecure(), flowctl.WithDialOptions(
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })))...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client
-}
-
-// only registers one of several services.
-type only struct {
-	grpc.ServiceRegistrar
-	name string
-}
-
-func (o only) RegisterService(desc *grpc.ServiceDesc, impl any) {
-	if desc.ServiceName == o.name {
-		o.ServiceRegistrar.RegisterService(desc, impl)
-	}
-}
-
-// endOf reads how a flow was ended from its record.
-func endOf(t *testing.T, span *tracev1.Span) (e ended) {
-	for _, kv := range span.GetAttributes() {
-		switch text := kv.GetValue().GetStringValue(); kv.GetKey() {
-		case "aperture.flow.status":
-			e.status = flowctl.StatusError
-			if text == "OK" {
-				e.status = flowctl.StatusOK
-			}
-		case "aperture.check_response":
-			wire, err := base64.StdEncoding.DecodeString(text)
-			m := new(checkv1.CheckResponse)
-			if err := errors.Join(err, proto.Unmarshal(wire, m)); err != nil {
-				t.Error(err)
-			}
-			e.point = m.GetControlPoint()
-		}
-	}
-	return e
-}
-
-func embeddedSide(t *testing.T, s situation) (*flowctl.Client, func() []ended) {
-	e := oneSlot(t, s)
-	agent := &recorder{Agent: e}
-	client, err := flowctl.New(agent, s.options()...)
-	if err != nil {
-		t.Fatal(err)
 	}
 	if s.silent {
-		_ = e.Close()
+		side.Silence()
 	}
-	return client, func() []ended {
-		if err := client.Close(t.Context()); err != nil {
-			t.Errorf("Close() = %v", err)
-		}
-		agent.mu.Lock()
-		defer agent.mu.Unlock()
-		return agent.ends
-	}
+	return side
 }
 
 // TestMatrix holds every way to guard a function to the same promises, whatever becomes of the flow and of the function,
-// over both kinds of agents.
+// over all kinds of agents.
 func TestMatrix(t *testing.T) {
-	for _, side := range sides {
+	for _, kind := range sides.All {
 		for _, s := range situations {
 			for _, o := range outcomes {
 				for _, form := range forms {
 					if form.detached && s.cancel && s.runs {
 						continue // TestCachedLeaderGivesUp
 					}
-					t.Run(fmt.Sprintf("%s/%s/%s/%s", side.name, s.name, o.name, form.name), func(t *testing.T) {
-						cell{side, s, o, form}.run(t)
+					t.Run(fmt.Sprintf("%s/%s/%s/%s", kind, s.name, o.name, form.name), func(t *testing.T) {
+						cell{kind, s, o, form}.run(t)
 					})
 				}
 			}
@@ -442,14 +260,15 @@ func TestMatrix(t *testing.T) {
 }
 
 type cell struct {
-	side side
+	kind sides.Kind
 	s    situation
 	o    outcome
 	form form
 }
 
 func (c cell) run(t *testing.T) {
-	client, ends := c.side.setUp(t, c.s)
+	side := newSide(t, c.kind, c.s)
+	client := side.Client
 	ctx, cancel := context.WithCancelCause(t.Context())
 	defer cancel(nil)
 	var cause error
@@ -517,7 +336,7 @@ func (c cell) run(t *testing.T) {
 	}
 	c.checkResult(t, got, wantRan+wantFellBack > 0, cause)
 	c.checkFlow(t, starts)
-	c.checkEnds(t, ends(), wantFellBack > 0)
+	c.checkEnds(t, side, wantFellBack > 0)
 }
 
 // checkResult checks what the caller got.
@@ -571,9 +390,9 @@ func (c cell) checkFlow(t *testing.T, starts *starter) {
 }
 
 // checkEnds checks that the agent heard of the end of the flow once, if it had answered, and with what status.
-func (c cell) checkEnds(t *testing.T, ends []ended, fellBack bool) {
+func (c cell) checkEnds(t *testing.T, side *sides.Side, fellBack bool) {
 	t.Helper()
-	var want []ended
+	var want []sides.End
 	if c.s.decision == flowctl.Rejected || c.s.decision == flowctl.Accepted && !c.s.off {
 		st := c.o.status
 		switch {
@@ -582,18 +401,31 @@ func (c cell) checkEnds(t *testing.T, ends []ended, fellBack bool) {
 		case c.o.exits && c.form.blind:
 			st = flowctl.StatusOK
 		}
-		want = append(want, ended{point, st})
+		want = append(want, sides.End{ControlPoint: point, Status: st})
 	}
-	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !c.s.cancel && !(c.s.silent && c.side.name != "remote") {
-		inner := ended{innerPoint, flowctl.StatusOK}
+	if c.o.nested && (c.s.runs || fellBack) && !c.s.off && !c.s.closed && !c.s.cancel && !c.s.silent {
+		inner := sides.End{ControlPoint: innerPoint, Status: flowctl.StatusOK}
 		if c.s.runs {
-			want = append([]ended{inner}, want...)
+			want = append([]sides.End{inner}, want...)
 		} else {
 			want = append(want, inner)
 		}
 	}
-	if fmt.Sprint(ends) != fmt.Sprint(want) {
+	ends := side.Ends()
+	if !slices.Equal(ends, want) {
 		t.Errorf("the agent saw the ends %v want %v", ends, want)
+	}
+	if held := side.Held(); held != 0 {
+		t.Errorf("%d slots are held after all flows have ended", held)
+	}
+	if calls, _ := side.Returned(); side.Script != nil && calls != len(ends) {
+		t.Errorf("%d calls ended flows want %d", calls, len(ends))
+	}
+	if side.Script == nil && !c.s.silent { // the engine agrees
+		var v agentapi.Verdict
+		if err := side.Engine.Check(t.Context(), &agentapi.Request{ControlPoint: point}, &v); err != nil || v.Rejected() != c.s.rejects {
+			t.Errorf("a check after all flows have ended: rejected %v, %v want %v", v.Rejected(), err, c.s.rejects)
+		}
 	}
 }
 

@@ -18,113 +18,28 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A script is an agent that gives the answers that it was told, the last of them for ever. Without any it accepts.
-type script struct {
-	client *flowctl.Client
-	checks func() int
-	ends   func() []flowctl.Status // of the flows that were answered; it closes the client
+// overScripts runs f in a bubble over all kinds of agents, each of which gives the answers, the last of them for ever.
+// Without any it accepts.
+func overScripts(t *testing.T, answers []flowtest.Answer, f func(t *testing.T, agent *sides.Side), opts ...flowctl.Option) {
+	t.Helper()
+	sides.Setup{Answers: answers, Options: opts}.InBubbles(t, sides.All, f)
 }
 
-// overScripts runs f in a bubble, with agents of both kinds.
-func overScripts(t *testing.T, answers []flowtest.Answer, f func(t *testing.T, agent script), opts ...flowctl.Option) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(answers...)
-			client := agent.Client(opts...)
-			f(t, script{client, func() int { return len(agent.Checks()) }, func() (ends []flowctl.Status) {
-				if err := client.Close(t.Context()); err != nil {
-					t.Error(err)
-				}
-				for _, span := range agent.Spans() {
-					ends = append(ends, span.Status)
-				}
-				return ends
-			}})
-		})
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e, err := engine.New(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = e.Close() })
-			agent := &scripted{recorder: recorder{Agent: e}, answers: answers}
-			client, err := flowctl.New(agent, opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			f(t, script{client, func() int { return int(agent.checks.Load()) }, func() (ends []flowctl.Status) {
-				for _, e := range agent.ends {
-					ends = append(ends, e.status)
-				}
-				return ends
-			}})
-		})
-	})
-}
-
-// scripted is an engine with a script.
-type scripted struct {
-	recorder
-	checks  atomic.Int64
-	answers []flowtest.Answer
-}
-
-func (s *scripted) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
-	n := int(s.checks.Add(1))
-	if len(s.answers) == 0 {
-		return s.Agent.Check(ctx, req, v)
-	}
-	answer := s.answers[min(n, len(s.answers))-1]
-	if answer.Reason != flowctl.ReasonNone {
-		v.Reject(agentapi.Rejection{Reason: agentapi.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
-	}
-	return answer.Fail
-}
-
-// overLimits runs f in a bubble, with a real limit that lets one flow a second in. Its client asks the engine in the
-// process, or across the network.
+// overLimits runs f in a bubble over engines with a real limit that lets one flow a second in.
 func overLimits(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
-	limits := []policy.Policy{{Name: "one a second", Components: []policy.Component{policy.RateLimiter{
-		Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second,
-	}}}}
-	for _, side := range []string{"remote", "embedded"} {
-		t.Run(side, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e, err := engine.New(limits)
-				if err != nil {
-					t.Fatal(err)
-				}
-				t.Cleanup(func() { _ = e.Close() })
-				if side == "remote" {
-					server := grpc.NewServer(append(agent.ServerOptions(), grpc.WaitForHandlers(true))...)
-					agent.Register(server, e)
-					client := dial(t, server)
-					t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
-					f(t, client)
-					return
-				}
-				client, err := flowctl.New(e)
-				if err != nil {
-					t.Fatal(err)
-				}
-				f(t, client)
-			})
-		})
-	}
+	t.Helper()
+	limit := policy.RateLimiter{Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second}
+	sides.Setup{Policies: sides.Policies(limit)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
 }
 
 func rejected(after time.Duration) flowtest.Answer {
@@ -229,8 +144,8 @@ func TestRetryingAttempts(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, tt.answers, func(t *testing.T, agent script) {
-				starts := &starter{client: agent.client}
+			overScripts(t, tt.answers, func(t *testing.T, agent *sides.Side) {
+				starts := &starter{client: agent.Client}
 				ran, fellBack := 0, 0
 				retry := headgate.Guard(headgate.Retrying(starts, exactly(tt.policy)), point, tt.params, func(ctx context.Context) (int, error) {
 					ran++
@@ -256,8 +171,8 @@ func TestRetryingAttempts(t *testing.T) {
 				if took := time.Since(began); took != tt.waited {
 					t.Errorf("the waits took %v want %v", took, tt.waited)
 				}
-				if len(starts.flows) != tt.flows || agent.checks() != tt.flows {
-					t.Errorf("%d flows, %d checks want %d", len(starts.flows), agent.checks(), tt.flows)
+				if len(starts.flows) != tt.flows || agent.Asked() != tt.flows {
+					t.Errorf("%d flows, %d checks want %d", len(starts.flows), agent.Asked(), tt.flows)
 				}
 				if fell := tt.err != nil; ran+fellBack != 1 || fell != (fellBack == 1) {
 					t.Errorf("fn ran %d times, onReject %d times", ran, fellBack)
@@ -325,8 +240,8 @@ func TestRetryingWithoutClient(t *testing.T) {
 
 // Without a fallback the caller gets the last rejection.
 func TestRetryingRejection(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second)}, func(t *testing.T, agent script) {
-		got, err := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2}), point, flowctl.Params{}, work, nil)(t.Context())
+	overScripts(t, []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second)}, func(t *testing.T, agent *sides.Side) {
+		got, err := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2}), point, flowctl.Params{}, work, nil)(t.Context())
 		rejection, ok := errors.AsType[*flowctl.RejectedError](err)
 		if got != 0 || !ok || rejection.ControlPoint != point || rejection.RetryAfter() != 2*time.Second {
 			t.Errorf("retry() = %d, %v want the second rejection", got, err)
@@ -349,8 +264,8 @@ func TestRetryingJitter(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
-				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1}), point, flowctl.Params{}, work, fallback.Value(0))
+			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent *sides.Side) {
+				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1}), point, flowctl.Params{}, work, fallback.Value(0))
 				shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
 				for range calls {
 					began := time.Now()
@@ -374,15 +289,15 @@ func TestRetryingJitter(t *testing.T) {
 func TestRetryingForever(t *testing.T) {
 	for _, after := range []time.Duration{math.MaxInt64, math.MaxInt64 / 2} {
 		for _, jitter := range []float64{0, 10, math.MaxFloat64} {
-			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent script) {
+			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent *sides.Side) {
 				ctx, cancel := context.WithCancel(t.Context())
 				time.AfterFunc(time.Minute, cancel)
-				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Jitter: jitter}), point, flowctl.Params{}, work, nil)
+				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Jitter: jitter}), point, flowctl.Params{}, work, nil)
 				if _, err := retry(ctx); !errors.Is(err, context.Canceled) {
 					t.Errorf("retry() = %v", err)
 				}
-				if agent.checks() != 1 {
-					t.Errorf("%d checks want 1", agent.checks())
+				if agent.Asked() != 1 {
+					t.Errorf("%d checks want 1", agent.Asked())
 				}
 			})
 		}
@@ -405,14 +320,14 @@ func TestRetryingDeadline(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(3 * time.Second), accepted}, func(t *testing.T, agent script) {
+			overScripts(t, []flowtest.Answer{rejected(3 * time.Second), accepted}, func(t *testing.T, agent *sides.Side) {
 				ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
 				defer cancel()
 				began := time.Now()
-				_, err := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Jitter: tt.jitter}), point, flowctl.Params{}, work, nil)(ctx)
+				_, err := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Jitter: tt.jitter}), point, flowctl.Params{}, work, nil)(ctx)
 				took := time.Since(began)
-				if agent.checks() != tt.flows {
-					t.Errorf("%d checks want %d", agent.checks(), tt.flows)
+				if agent.Asked() != tt.flows {
+					t.Errorf("%d checks want %d", agent.Asked(), tt.flows)
 				}
 				switch {
 				case tt.flows == 1 && (!errors.Is(err, flowctl.ErrRejected) || took != 0):
@@ -437,8 +352,8 @@ func TestRetryingCanceled(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(time.Minute)}, func(t *testing.T, agent script) {
-				starts := &starter{client: agent.client}
+			overScripts(t, []flowtest.Answer{rejected(time.Minute)}, func(t *testing.T, agent *sides.Side) {
+				starts := &starter{client: agent.Client}
 				retry := headgate.Guard(headgate.Retrying(starts, headgate.RetryPolicy{}), point, flowctl.Params{}, func(context.Context) (int, error) {
 					t.Error("fn ran")
 					return 0, nil
@@ -459,8 +374,8 @@ func TestRetryingCanceled(t *testing.T) {
 				if took := time.Since(began); took != time.Second {
 					t.Errorf("retry() took %v want 1s", took)
 				}
-				if agent.checks() != 1 {
-					t.Errorf("%d checks want 1", agent.checks())
+				if agent.Asked() != 1 {
+					t.Errorf("%d checks want 1", agent.Asked())
 				}
 				allEnded(t, starts)
 			})
@@ -470,16 +385,16 @@ func TestRetryingCanceled(t *testing.T) {
 
 // A retry that was not made is not paid for.
 func TestRetryingCanceledBudget(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1, Budget: math.SmallestNonzeroFloat64}), point, flowctl.Params{}, work, nil)
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
+		retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: -1, Budget: math.SmallestNonzeroFloat64}), point, flowctl.Params{}, work, nil)
 		for range 100 {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Millisecond, cancel)
 			_, _ = retry(ctx)
 		}
-		before := agent.checks()
+		before := agent.Asked()
 		_, _ = retry(t.Context())
-		if retries := agent.checks() - before - 1; before != 100 || retries != 10 {
+		if retries := agent.Asked() - before - 1; before != 100 || retries != 10 {
 			t.Errorf("%d checks, and then %d retries want 100, 10", before, retries)
 		}
 	})
@@ -496,9 +411,9 @@ func TestRetryingSecondTry(t *testing.T) {
 			continue // a guard that is accepted; this is about one that is not
 		}
 		t.Run(o.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(time.Second), accepted}, func(t *testing.T, agent script) {
+			overScripts(t, []flowtest.Answer{rejected(time.Second), accepted}, func(t *testing.T, agent *sides.Side) {
 				ran := 0
-				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{}), point, flowctl.Params{}, func(context.Context) (int, error) {
+				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{}), point, flowctl.Params{}, func(context.Context) (int, error) {
 					ran++
 					return o.do()
 				}, fallback.Value(-1))
@@ -515,7 +430,8 @@ func TestRetryingSecondTry(t *testing.T) {
 				if ran != 1 {
 					t.Errorf("fn ran %d times want once", ran)
 				}
-				if ends, want := agent.ends(), []flowctl.Status{flowctl.StatusError, o.status}; !slices.Equal(ends, want) {
+				want := []sides.End{{ControlPoint: point, Status: flowctl.StatusError}, {ControlPoint: point, Status: o.status}}
+				if ends := agent.Ends(); !slices.Equal(ends, want) {
 					t.Errorf("the flows ended as %v want %v", ends, want)
 				}
 			})
@@ -547,8 +463,8 @@ func TestRetryingNested(t *testing.T) {
 
 // A thousand callers who are all rejected must not become three thousand.
 func TestRetryingFlood(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1))
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
+		retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1))
 		var wg sync.WaitGroup
 		for range 1000 {
 			wg.Go(func() {
@@ -559,7 +475,7 @@ func TestRetryingFlood(t *testing.T) {
 		}
 		wg.Wait()
 		// Ten that there were, a hundred that a thousand calls add, and of these those are lost that find a full budget.
-		if retries := agent.checks() - 1000; retries < 100 || retries > 110 {
+		if retries := agent.Asked() - 1000; retries < 100 || retries > 110 {
 			t.Errorf("%d retries want 100 to 110", retries)
 		}
 	})
@@ -604,23 +520,23 @@ func TestRetryingBudget(t *testing.T) {
 		{name: "fresh", calls: 10, retries: 10},
 		{name: "one for ten calls", calls: 100, retries: 10 + 10},
 		{name: "for a quarter of the calls", budget: 0.25, calls: 100, retries: 10 + 25},
-		{name: "for all calls", budget: 1, calls: 1000, retries: 1000},
-		{name: "for more than all calls", budget: math.Inf(1), calls: 1000, retries: 1000},
+		{name: "for all calls", budget: 1, calls: 200, retries: 200},
+		{name: "for more than all calls", budget: math.Inf(1), calls: 200, retries: 200},
 		{name: "not a number", budget: math.NaN(), calls: 100, retries: 10},
 		{name: "next to none", budget: 1e-300, calls: 100, retries: 10},
-		{name: "none", budget: -1, calls: 1000, retries: 1000},
+		{name: "none", budget: -1, calls: 200, retries: 200},
 		{name: "calls that are let in count", calm: 300, calls: 40, retries: 40},
-		{name: "a hundred at the most", calm: 1000, calls: 200, retries: 100 + 19},
+		{name: "a hundred at the most", budget: 0.3, calm: 400, calls: 200, retries: 100 + 59},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			answers := append(slices.Repeat([]flowtest.Answer{accepted}, tt.calm), rejected(time.Second))
-			overScripts(t, answers, func(t *testing.T, agent script) {
-				retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget}), point, flowctl.Params{}, work, nil)
+			overScripts(t, answers, func(t *testing.T, agent *sides.Side) {
+				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget}), point, flowctl.Params{}, work, nil)
 				for range tt.calm + tt.calls {
 					_, _ = retry(t.Context())
 				}
-				if retries := agent.checks() - tt.calm - tt.calls; retries != tt.retries {
+				if retries := agent.Asked() - tt.calm - tt.calls; retries != tt.retries {
 					t.Errorf("%d retries want %d", retries, tt.retries)
 				}
 			})
@@ -630,12 +546,12 @@ func TestRetryingBudget(t *testing.T) {
 
 // However much a call adds, there is no more than the most.
 func TestRetryingBudgetIsFull(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		retry := headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1, Budget: math.Inf(1)}), point, flowctl.Params{}, work, nil)
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
+		retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: -1, Budget: math.Inf(1)}), point, flowctl.Params{}, work, nil)
 		for range 2 {
-			before := agent.checks()
+			before := agent.Asked()
 			_, _ = retry(t.Context())
-			if retries := agent.checks() - before - 1; retries != 100 {
+			if retries := agent.Asked() - before - 1; retries != 100 {
 				t.Errorf("%d retries want 100", retries)
 			}
 		}
@@ -671,11 +587,11 @@ func TestRetryingBudgetRecovers(t *testing.T) {
 
 // Each function has a budget of its own.
 func TestRetryingBudgetsAreApart(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
 		for range 3 {
-			before := agent.checks()
-			_, _ = headgate.Guard(headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: -1}), point, flowctl.Params{}, work, nil)(t.Context())
-			if retries := agent.checks() - before - 1; retries != 10 {
+			before := agent.Asked()
+			_, _ = headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: -1}), point, flowctl.Params{}, work, nil)(t.Context())
+			if retries := agent.Asked() - before - 1; retries != 10 {
 				t.Errorf("%d retries want 10", retries)
 			}
 		}
@@ -745,16 +661,16 @@ func TestRetryingJitterFitsTheDeadline(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(tt.after)}, func(t *testing.T, agent script) {
+			overScripts(t, []flowtest.Answer{rejected(tt.after)}, func(t *testing.T, agent *sides.Side) {
 				policy := tt.policy
 				policy.Attempts, policy.Budget = 2, -1
-				client := headgate.Retrying(agent.client, policy)
+				client := headgate.Retrying(agent.Client, policy)
 				for range 25 {
-					before, began := agent.checks(), time.Now()
+					before, began := agent.Asked(), time.Now()
 					ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
 					_, err := headgate.Guard(client, point, flowctl.Params{}, work, nil)(ctx)
 					cancel()
-					took, retries := time.Since(began), agent.checks()-before == 2
+					took, retries := time.Since(began), agent.Asked()-before == 2
 					if retries != tt.retries || took > tt.most || tt.retries && took < tt.after || !errors.Is(err, flowctl.ErrRejected) {
 						t.Fatalf("retried %v after %v, %v want %v after at most %v", retries, took, err, tt.retries, tt.most)
 					}
@@ -783,8 +699,8 @@ func TestRetryingMeetsTheDeadline(t *testing.T) {
 
 // Whatever takes a Starter retries by one budget.
 func TestRetryingIsForAll(t *testing.T) {
-	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent script) {
-		client := headgate.Retrying(agent.client, headgate.RetryPolicy{Attempts: 2, Budget: math.SmallestNonzeroFloat64})
+	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
+		client := headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2, Budget: math.SmallestNonzeroFloat64})
 		guard := httpguard.Middleware(client, point)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("served") }))
 		unary := grpcguard.UnaryServerInterceptor(client, point)
 		calls := map[string]func(){
@@ -811,18 +727,18 @@ func TestRetryingIsForAll(t *testing.T) {
 			},
 		}
 		for name, call := range calls {
-			before := agent.checks()
+			before := agent.Asked()
 			call()
-			if got := agent.checks() - before; got != 2 {
+			if got := agent.Asked() - before; got != 2 {
 				t.Errorf("%s started %d flows want 2", name, got)
 			}
 		}
 		for range 10 - len(calls) {
 			calls["Guard"]()
 		}
-		before := agent.checks()
+		before := agent.Asked()
 		calls["Do"]()
-		if got := agent.checks() - before; got != 1 {
+		if got := agent.Asked() - before; got != 1 {
 			t.Errorf("%d flows with a budget that all have spent want 1", got)
 		}
 	})

@@ -43,7 +43,11 @@ func TestFilter(t *testing.T) {
 		t.Errorf("Filter() that keeps all gave a copy, or the error %v", err)
 	}
 	kept, err := protofield.Filter(whole, func(field protowire.Number, _ []byte) bool { return field == 1 })
-	want := []byte{1<<3 | 2, 1, 'a', 1<<3 | 2, 0}
+	// What comes before a field, of the other kinds, is kept with it.
+	want := []byte{1<<3 | 2, 1, 'a'}
+	want = protowire.AppendFixed32(protowire.AppendTag(want, 3, protowire.Fixed32Type), 7)
+	want = protowire.AppendFixed64(protowire.AppendTag(want, 4, protowire.Fixed64Type), 7)
+	want = append(want, 1<<3|2, 0)
 	if err != nil || !bytes.Equal(kept, want) {
 		t.Errorf("Filter() = %x, %v want %x", kept, err, want)
 	}
