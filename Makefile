@@ -41,7 +41,7 @@ in-modules = failed=; \
 
 .PHONY: help
 help: ## Say what there is to make
-	@grep -hE '^[a-z0-9]+:.* ## ' '$(firstword $(MAKEFILE_LIST))' | \
+	@grep -hE '^[a-z0-9-]+:.* ## ' '$(firstword $(MAKEFILE_LIST))' | \
 		awk -F ':.* ## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
 
 .PHONY: all
@@ -50,6 +50,11 @@ all: test lint ## Test and lint
 .PHONY: test
 test: racedetector ## Run all tests of all modules, the race detector on
 	@$(call in-modules,go test,go test $(RACE) -shuffle=on $(TESTFLAGS) ./...)
+
+# Tests that do one thing very often do it less often under the race detector.
+.PHONY: test-long
+test-long: ## Run the tests of the root module in full, without the race detector
+	go test -shuffle=on $(TESTFLAGS) ./...
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector

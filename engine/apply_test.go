@@ -13,6 +13,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -309,7 +310,7 @@ func TestApplyConcurrently(t *testing.T) {
 
 // Of many limiters, Apply keeps each that stays the same, and retires each that changes: the last one is looked at.
 func TestApplyManyLimiters(t *testing.T) {
-	const n = 5000
+	n := race.Pick(1000, 5000)
 	all := func(limit float64) []policy.Policy {
 		p := policy.Policy{Name: "many"}
 		for i := range n {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -131,7 +132,8 @@ func TestFullQueueMakesRoomForOtherKeys(t *testing.T) {
 // A tenant with more callers than a queue has room for leaves the other one its half. One that makes up a value for each
 // flow leaves another workload its half.
 func TestFullQueueIsShared(t *testing.T) {
-	const room, took, last = 100, 20 * time.Millisecond, 4 * time.Second
+	const took, last = 20 * time.Millisecond, 4 * time.Second
+	room := race.Pick(30, 100)
 	gold := policy.Workload{Name: "gold", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}}}
 	for _, tt := range []struct {
 		name    string
@@ -140,10 +142,10 @@ func TestFullQueueIsShared(t *testing.T) {
 		labels  string // of the other tenant's
 		least   float64
 	}{
-		{"fewer callers than room", 90, false, "tenant=1", 0.45},
-		{"more callers than room", 400, false, "tenant=1", 0.45},
-		{"another workload", 400, false, "tenant=1 tier=gold", 0.45},
-		{"made-up values, and another workload", 400, true, "tenant=1 tier=gold", 0.45},
+		{"fewer callers than room", room - 10, false, "tenant=1", 0.45},
+		{"more callers than room", 4 * room, false, "tenant=1", 0.45},
+		{"another workload", 4 * room, false, "tenant=1 tier=gold", 0.45},
+		{"made-up values, and another workload", 4 * room, true, "tenant=1 tier=gold", 0.45},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

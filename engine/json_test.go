@@ -10,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -46,7 +47,7 @@ func TestStatsEncodeAsJSON(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for i := range 50 {
+			for i := range race.Pick(15, 50) {
 				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{
 					"tokens": []string{"1", "0", "1e308", "5e-324", "-1"}[i%5], "user": "u", "priority": "1e300",
 				}})

@@ -11,6 +11,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -170,7 +171,7 @@ func TestLoadSchedulerClosedLoop(t *testing.T) {
 				}
 			})
 		}
-		for i := range 20 {
+		for i := range race.Pick(4, 20) {
 			ran.Store(0)
 			<-time.After(10 * time.Minute)
 			if ran.Load() == 0 {

@@ -7,8 +7,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -156,7 +156,7 @@ func TestLongValuesThatAreHashed(t *testing.T) {
 
 // What a check costs does not grow with the length of values without bound, whatever a policy reads them for.
 func TestLongValuesAreCheap(t *testing.T) {
-	if engine.RaceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector makes it slow")
 	}
 	at := policy.At("point")

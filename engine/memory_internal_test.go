@@ -7,11 +7,12 @@ import (
 
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/internal/testing/race"
 )
 
 // The budget is 128 bytes a key beyond the key's own text.
 func TestKeyMemory(t *testing.T) {
-	if RaceEnabled {
+	if race.Enabled {
 		t.Skip("the race detector has its own memory")
 	}
 	const many = 1_000_000

@@ -17,6 +17,7 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -38,7 +39,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 	everything := policy.Scheduler{PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "user"}
 	at := policy.At("point")
 	synctest.Test(t, func(t *testing.T) {
-		const flows = 10_000
+		flows := race.Pick(2_000, 10_000)
 		e := openEngine(t,
 			policy.ConcurrencyScheduler{Selectors: at, Max: 100, MaxInflight: time.Second, Scheduler: everything},
 			policy.QuotaScheduler{Selectors: at, Capacity: 10, Fill: 100, Interval: time.Second, Scheduler: everything})

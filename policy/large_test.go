@@ -6,12 +6,13 @@ import (
 	"testing"
 
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // TestManyLimiters reads 100,000 limiters, in as many policies as may be and in one, and JSON in a line.
 func TestManyLimiters(t *testing.T) {
-	if raceEnabled {
+	if race.Enabled {
 		t.Skip("skipped under the race detector, which makes it slow: TestSections reads files on several goroutines, and TestLarge reads large ones")
 	}
 	const (

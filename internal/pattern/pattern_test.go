@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/internal/pattern"
+	"github.com/headgate-go/headgate/internal/testing/race"
 )
 
 func TestCheck(t *testing.T) {
@@ -60,7 +61,7 @@ func TestMatchIsBounded(t *testing.T) {
 				least = min(least, time.Since(start))
 			}
 			t.Logf("%d bytes in %v", len(value), least)
-			if least > most && !raceEnabled {
+			if least > most && !race.Enabled {
 				t.Errorf("a value of %d bytes takes %v want less than %v", len(value), least, most)
 			}
 		})

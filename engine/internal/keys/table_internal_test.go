@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/testing/race"
 )
 
 func newTestTable(limit int) *Table[int] {
@@ -20,7 +22,7 @@ func (t *Table[S]) update(key string, now int64, f func(*S)) {
 
 func TestTable(t *testing.T) {
 	tab := newTestTable(100_000)
-	const keys = 50_000
+	keys := race.Pick(10_000, 50_000)
 	for round := range 2 {
 		for i := range keys {
 			tab.update(fmt.Sprint(i), int64(round), func(n *int) { *n += i })
@@ -33,7 +35,7 @@ func TestTable(t *testing.T) {
 			}
 		})
 	}
-	if got := tab.size.Load(); got != keys {
+	if got := tab.size.Load(); got != int64(keys) {
 		t.Errorf("size = %d want %d", got, keys)
 	}
 }
