@@ -26,6 +26,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/replay"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -141,8 +142,13 @@ func (c carrying) Check(ctx context.Context, in *checkv1.CheckRequest, opts ...g
 	if in.Labels == nil {
 		in.Labels = make(map[string]string)
 	}
+	long := race.Pick(8, 1) // each such label is longer than an answer reports
 	for i := range 200 {
-		in.Labels[fmt.Sprintf("~%03d", i)] = strings.Repeat("v", 5000)
+		size := 1
+		if i%long == 0 {
+			size = 5000
+		}
+		in.Labels[fmt.Sprintf("~%03d", i)] = strings.Repeat("v", size)
 	}
 	m, err := c.FlowControlServiceClient.Check(ctx, in, opts...)
 	if err != nil {

@@ -29,6 +29,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/telemetry"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -44,6 +45,7 @@ func junk(n int) map[string]string {
 
 // tooMuch is what callers, or strangers by way of baggage, can add to a check of user "u".
 func tooMuch() map[string]func(*checkv1.CheckRequest) {
+	keys := slices.Collect(maps.Keys(junk(race.Pick(10_000, 100_000))))
 	long := strings.Repeat("x", 1<<20)
 	return map[string]func(*checkv1.CheckRequest){
 		"nothing":         func(*checkv1.CheckRequest) {},
@@ -59,7 +61,7 @@ func tooMuch() map[string]func(*checkv1.CheckRequest) {
 			m.CacheLookupRequest = &checkv1.CacheLookupRequest{ResultCacheKey: long, GlobalCacheKeys: []string{"", long, "g"}}
 		},
 		"many cache keys": func(m *checkv1.CheckRequest) {
-			m.CacheLookupRequest = &checkv1.CacheLookupRequest{ResultCacheKey: "r", GlobalCacheKeys: slices.Collect(maps.Keys(junk(100_000)))}
+			m.CacheLookupRequest = &checkv1.CacheLookupRequest{ResultCacheKey: "r", GlobalCacheKeys: keys}
 		},
 	}
 }

@@ -13,23 +13,27 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/testing/race"
 )
 
 func bytesField(number protowire.Number, data []byte) []byte {
 	return protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), data)
 }
 
-func repeat(element []byte) []byte { return bytes.Repeat(element, (4<<20-64)/len(element)) }
+// manySize is the size of messages of many elements. They would take more than twice as much in memory.
+var manySize = race.Pick(1<<20, 4<<20) - 64
+
+func repeat(element []byte) []byte { return bytes.Repeat(element, manySize/len(element)) }
 
 func distinct(number protowire.Number) []byte {
 	var m []byte
-	for i := 0; len(m) < 4<<20-64; i++ {
+	for i := 0; len(m) < manySize; i++ {
 		m = append(m, bytesField(number, append(bytesField(1, fmt.Append(nil, "k", i)), bytesField(2, nil)...))...)
 	}
 	return m
 }
 
-// A message of 4 MiB becomes little in memory, whatever it holds many of.
+// A message of megabytes becomes little in memory, whatever it holds many of.
 func TestRequestsAreBoundedInMemory(t *testing.T) {
 	point := bytesField(1, []byte("point"))
 	for _, tt := range []struct {

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/goleak"
 
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -822,7 +823,7 @@ func TestHostile(t *testing.T) {
 		}
 		return b.String()
 	}
-	const many = 20_000
+	many := race.Pick(2_000, 20_000)
 	repeat := func(format string) string {
 		var b strings.Builder
 		for i := range many {
@@ -844,7 +845,7 @@ func TestHostile(t *testing.T) {
 	}
 	for _, tt := range []struct{ name, data, want string }{
 		{"aliases of aliases", bomb, "aliases stand for more than 32 MiB"},
-		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 1<<20) + "'\nb: [" + strings.Repeat("*a, ", 30) + "]", "aliases stand for more than 32 MiB"},
+		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 1<<18) + "'\nb: [" + strings.Repeat("*a, ", 50) + "]", "aliases stand for more than 32 MiB"},
 		{"aliases of workloads", schedulers(4000, 200, "x"), "aliases stand for more than 32 MiB"},
 		{"merges of merges", "a: &a {<<: [" + strings.Repeat("{b: c}, ", 1000) + "]}\nb: [" + strings.Repeat("*a, ", 10_000) + "]", "aliases stand for more than 32 MiB"},
 		{"alias of itself", "a: &a [*a]", `alias "a" stands within what it stands for`},
@@ -875,9 +876,9 @@ func TestHostile(t *testing.T) {
 	}
 
 	// What is within the bounds must not take long either.
-	const size = 1 << 20
+	size := race.Pick(1<<17, 1<<20)
 	for _, tt := range []struct{ name, data string }{
-		{"many keys", strings.Repeat("k:\n", 100_000)},
+		{"many keys", strings.Repeat("k:\n", size/10)},
 		{"blank lines", "a: |\n b" + strings.Repeat("\n", size) + " c\n"},
 		{"run of <", strings.Repeat("<", size)},
 		{"tabs", `a: "` + strings.Repeat("\t", size) + `"`},
@@ -913,7 +914,7 @@ func soon(t *testing.T, load func() ([]policy.Policy, error)) ([]policy.Policy, 
 	select {
 	case <-done:
 		return policies, err
-	case <-time.After(2 * time.Minute): // some seconds under the race detector, on a machine with nothing else to do
+	case <-time.After(2 * time.Minute): // a second, on a machine with nothing else to do
 		t.Fatal("still not read")
 		return nil, nil
 	}
@@ -958,7 +959,7 @@ func TestTruncated(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for n := 0; n < len(data); n += 1 + len(data)/400 {
+		for n := 0; n < len(data); n += 1 + len(data)/race.Pick(80, 400) {
 			_, err := policy.Parse(file, data[:n])
 			for _, err := range each(err) {
 				var e *policy.Error
