@@ -9,7 +9,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/labels"
@@ -27,13 +26,8 @@ func FuzzMetadata(f *testing.F) {
 	f.Add("", strings.Repeat("k", 300), strings.Repeat("ü", 3000), "tier="+strings.Repeat("v", 8000))
 	f.Add("\xff"+strings.Repeat("x", 5000)+"/m", "", "", "")
 
-	e, err := engine.New(nil)
-	if err != nil {
-		f.Fatal(err)
-	}
-	defer e.Close()
 	f.Fuzz(func(t *testing.T, fullMethod, key, value, sentBaggage string) {
-		s := recorded(t, e)
+		s := embeddedSide(t, false)
 		opts := []grpcguard.Option{
 			grpcguard.WithoutDefaultSkips(),
 			grpcguard.WithMetadata(key, "user"),

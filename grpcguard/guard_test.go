@@ -20,10 +20,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -33,26 +33,28 @@ const point = "orders"
 
 type set = map[string]string
 
-// An agentSide is one kind of agent, with what it saw of the flows. It gives each flow a slot and, where it is to say
-// no, a minute to wait.
+// An agentSide is one kind of agent. It gives each flow a slot and, where it is to say no, a minute to wait.
 type agentSide struct {
 	name  string
 	start func(t testing.TB, rejects bool) *side
 }
 
-var agentSides = []agentSide{{"remote", remoteSide}, {"embedded", embeddedSide}}
+var agentSides = []agentSide{sideOf(sides.Embedded), sideOf(sides.Served), sideOf(sides.Scripted)}
 
+func sideOf(kind sides.Kind) agentSide {
+	return agentSide{string(kind), func(t testing.TB, rejects bool) *side { return newSide(t, kind, rejects) }}
+}
+
+// A side keeps the flows that its client starts.
 type side struct {
+	*sides.Side
 	starts *starter
-	labels func() []set   // of each check
-	ends   func() []ended // so far
-	held   func() int     // slots
 }
 
 // ended is how a flow was ended, as the agent saw it.
 type ended struct {
-	point  string
-	status flowctl.Status
+	ControlPoint string
+	Status       flowctl.Status
 }
 
 // starter keeps the flows that a client starts.
@@ -82,120 +84,52 @@ func patient() []flowctl.Option {
 	return []flowctl.Option{flowctl.WithCheckTimeout(time.Minute), flowctl.WithBaggage("tier")}
 }
 
-func remoteSide(t testing.TB, rejects bool) *side {
-	agent := flowtest.NewAgent(t)
+// newSide makes a side of the kind.
+func newSide(t testing.TB, kind sides.Kind, rejects bool) *side {
+	t.Helper()
+	components := []policy.Component{policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 1000, MaxInflight: time.Hour}}
 	answer := flowtest.Answer{Slots: 1}
 	if rejects {
+		components = append(components, policy.RateLimiter{Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Minute})
 		answer.Reason, answer.RetryAfter = flowctl.ReasonRateLimited, time.Minute
 	}
-	agent.Answer(answer)
-	client := agent.Client(append(patient(), flowctl.WithEndTimeout(time.Minute))...)
-	return &side{
-		starts: &starter{Client: client},
-		labels: func() (all []set) {
-			for _, c := range agent.Checks() {
-				all = append(all, c.Request.GetLabels())
-			}
-			return all
-		},
-		ends: func() (ends []ended) {
-			_ = client.Close(context.WithoutCancel(t.Context())) // sends what the agent is to see
-			for _, s := range agent.Spans() {
-				ends = append(ends, ended{s.Response.GetControlPoint(), s.Status})
-			}
-			if calls := len(agent.Ends()); calls != len(ends) {
-				t.Errorf("%d calls ended flows want %d", calls, len(ends))
-			}
-			return ends
-		},
-		held: agent.Held,
+	opts := patient()
+	if kind != sides.Embedded {
+		opts = append(opts, flowctl.WithEndTimeout(time.Minute))
 	}
-}
-
-// recorder is an embedded agent that remembers.
-type recorder struct {
-	agentapi.Agent
-	mu     sync.Mutex
-	labels []set
-	ends   []ended
-	held   int
-}
-
-func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
-	err := r.Agent.Check(ctx, req, v)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.labels = append(r.labels, req.Labels.Merged())
-	if err == nil && !v.Rejected() {
-		r.held++
-	}
-	return err
-}
-
-func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
-	end := ended{req.ControlPoint, flowctl.StatusOK}
-	if failed {
-		end.status = flowctl.StatusError
-	}
-	returns, err := r.Agent.End(ctx, req, v, failed)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.ends = append(r.ends, end)
-	r.held -= returns.Returned
-	return returns, err
-}
-
-func embeddedSide(t testing.TB, rejects bool) *side {
-	limits := policy.Policy{Name: "orders", Components: []policy.Component{policy.ConcurrencyLimiter{
-		Selectors: policy.At(point), Max: 1000, MaxInflight: time.Hour,
-	}}}
-	if rejects {
-		limits.Components = append(limits.Components, policy.RateLimiter{
-			Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Minute,
-		})
-	}
-	e, err := engine.New([]policy.Policy{limits})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = e.Close() })
-	if rejects { // the first
+	s := sides.Setup{Policies: sides.Policies(components...), Options: opts}.New(t, kind)
+	switch {
+	case s.Script != nil:
+		s.Answer(answer)
+	case rejects: // the first was let in
 		req, v := agentapi.Request{ControlPoint: point}, agentapi.Verdict{}
-		err := e.Check(t.Context(), &req, &v)
-		if _, endErr := e.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
+		err := s.Engine.Check(t.Context(), &req, &v)
+		if _, endErr := s.Engine.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
 			t.Fatal(err, endErr, v.Rejected())
 		}
 	}
-	return recorded(t, e)
+	return &side{s, &starter{Client: s.Client}}
 }
 
-// recorded is a client of an engine that is watched.
-func recorded(t testing.TB, e *engine.Engine) *side {
-	t.Helper()
-	r := &recorder{Agent: e}
-	client, err := flowctl.New(r, patient()...)
-	if err != nil {
-		t.Fatal(err)
+func embeddedSide(t testing.TB, rejects bool) *side { return newSide(t, sides.Embedded, rejects) }
+
+// labels are those of each check.
+func (s *side) labels() (all []set) {
+	for _, c := range s.Checks() {
+		all = append(all, c.Labels)
 	}
-	return &side{
-		starts: &starter{Client: client},
-		labels: func() []set {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			return slices.Clone(r.labels)
-		},
-		ends: func() []ended {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			return slices.Clone(r.ends)
-		},
-		held: func() int {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			return r.held
-		},
-	}
+	return all
 }
+
+// ends closes the client.
+func (s *side) ends() (all []ended) {
+	for _, end := range s.Ends() {
+		all = append(all, ended(end))
+	}
+	return all
+}
+
+func (s *side) held() int { return s.Held() }
 
 // wantEnds checks how flows ended, that all did, and that nobody holds a slot any more.
 func (s *side) wantEnds(t *testing.T, want ...ended) {
@@ -210,6 +144,9 @@ func (s *side) wantEnds(t *testing.T, want ...ended) {
 	}
 	if got := s.ends(); !slices.Equal(got, want) {
 		t.Errorf("the agent saw the ends %v want %v", got, want)
+	}
+	if calls, _ := s.Returned(); s.Script != nil && calls != len(want) {
+		t.Errorf("%d calls ended flows want %d", calls, len(want))
 	}
 }
 

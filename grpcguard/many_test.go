@@ -87,7 +87,7 @@ func TestManyCalls(t *testing.T) {
 			}
 			count := make(map[flowctl.Status]int)
 			for _, end := range s.ends() {
-				count[end.status]++
+				count[end.Status]++
 			}
 			// Four fifths of the calls are served to their end, and a fifth of these fail or panic.
 			if ok, failed := count[flowctl.StatusOK], count[flowctl.StatusError]; ok+failed != calls || failed != calls*16/100 {

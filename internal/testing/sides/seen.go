@@ -1,6 +1,7 @@
 package sides
 
 import (
+	"context"
 	"maps"
 	"slices"
 	"sync"
@@ -48,7 +49,7 @@ func (s *Side) Asked() int {
 // Ends are how flows were ended. It closes the client, which sends what the agent has not been told yet.
 func (s *Side) Ends() []End {
 	s.t.Helper()
-	if err := s.Client.Close(s.t.Context()); err != nil {
+	if err := s.Client.Close(context.WithoutCancel(s.t.Context())); err != nil {
 		s.t.Errorf("Close() = %v", err)
 	}
 	if s.Script == nil {
