@@ -32,6 +32,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -40,14 +41,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const point = "orders"
 
+// limits are a policy of these components, or none.
+func limits(components []policy.Component) []policy.Policy {
+	if len(components) == 0 {
+		return nil
+	}
+	return []policy.Policy{{Name: "limits", Components: components}}
+}
+
 // newEngine is an engine with these limiters, and a client of it.
 func newEngine(tb testing.TB, limiters ...policy.Component) *flowctl.Client {
 	tb.Helper()
-	var policies []policy.Policy
-	if len(limiters) > 0 {
-		policies = []policy.Policy{{Name: "limits", Components: limiters}}
-	}
-	e, err := engine.New(policies)
+	e, err := engine.New(limits(limiters))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -59,11 +64,10 @@ func newEngine(tb testing.TB, limiters ...policy.Component) *flowctl.Client {
 	return client
 }
 
-// overBoth runs a test over an engine that accepts everything, and over an agent across a connection.
-func overBoth(t *testing.T, test func(t *testing.T, client *flowctl.Client)) {
+// overAll runs a test over each kind of agent, none of which rejects anything.
+func overAll(t *testing.T, test func(t *testing.T, client *flowctl.Client)) {
 	t.Helper()
-	t.Run("embedded", func(t *testing.T) { test(t, newEngine(t)) })
-	t.Run("remote", func(t *testing.T) { test(t, flowtest.NewAgent(t).Client(flowctl.WithBaggage())) })
+	sides.Setup{Options: []flowctl.Option{flowctl.WithBaggage()}}.Over(t, sides.All, func(t *testing.T, side *sides.Side) { test(t, side.Client) })
 }
 
 // serve has a handler answer a request, and gives what it panicked with.
@@ -495,7 +499,7 @@ func (b failingBody) Read([]byte) (int, error) {
 
 // A request whose client has left is neither run nor failed by an agent that was slow.
 func TestCanceled(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		h := httpguard.Middleware(client, point)(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
@@ -650,7 +654,7 @@ func TestA18ExplicitLabelsWin(t *testing.T) {
 		"Cookie":        {"session=secret"},
 		"Baggage":       {"user_tier=platinum,region=us,http.method=DELETE", "tenant=acme,authorization=secret"},
 	}
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var got map[string]string
 		h := httpguard.Middleware(client, point,
 			httpguard.WithHeaders("X-User-Tier", "authorization"),
@@ -771,7 +775,7 @@ func TestControlPoints(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overBoth(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				got := ""
 				h := tt.handler(client, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 					got = flowOf(t, r).ControlPoint()
@@ -804,7 +808,7 @@ func TestA25SkipRules(t *testing.T) {
 		"/%68ealth":            false, // which is how /health may be sent too
 		"/orders?next=/health": true,
 	}
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ran := false
 		h := httpguard.Middleware(client, point,
 			httpguard.WithSkipPaths("/health"),

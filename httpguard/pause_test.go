@@ -6,81 +6,32 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strconv"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/test/bufconn"
-
 	"github.com/google/go-cmp/cmp"
-	"github.com/headgate-go/headgate/agent"
+
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
-	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
 	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// overEngines runs a test in a bubble, with a client of an engine in the process, and with one of an engine that is served.
+// overEngines runs a test in a bubble over engines with these components.
 func overEngines(t *testing.T, components []policy.Component, test func(t *testing.T, e *engine.Engine, client *flowctl.Client), opts ...flowctl.Option) {
 	t.Helper()
-	newEngine := func(t *testing.T) *engine.Engine {
-		t.Helper()
-		var policies []policy.Policy
-		if len(components) > 0 {
-			policies = []policy.Policy{{Name: "limits", Components: components}}
-		}
-		e, err := engine.New(policies)
-		if err != nil {
+	sides.Setup{Policies: limits(components), Options: opts}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+		if err := side.Client.Ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		return e
-	}
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e := newEngine(t)
-			defer e.Close()
-			client, err := flowctl.New(e, opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			test(t, e, client)
-		})
-	})
-	t.Run("served", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e := newEngine(t)
-			defer e.Close()
-			l := bufconn.Listen(1 << 20)
-			server := grpc.NewServer(agent.ServerOptions()...)
-			agent.Register(server, e)
-			done := make(chan error)
-			go func() { done <- server.Serve(l) }()
-			defer func() {
-				server.Stop()
-				if err := <-done; err != nil {
-					t.Error(err)
-				}
-			}()
-			client, err := flowctl.Dial("passthrough:///localhost", append(opts, flowctl.WithInsecure(),
-				flowctl.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })))...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer client.Close(context.Background())
-			if err := client.Ready(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			test(t, e, client)
-		})
+		test(t, side.Engine, side.Client)
 	})
 }
 
@@ -122,8 +73,8 @@ func TestNoPausesWhereNoLimitIsInForce(t *testing.T) {
 		}
 	}
 	t.Run("nil client", func(t *testing.T) { off(t, nil) })
-	overEngines(t, nil, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) { off(t, client) }, flowctl.WithDryRun())
-	t.Run("scripted", func(t *testing.T) { off(t, flowtest.NewAgent(t).Client(flowctl.WithDryRun())) })
+	dry := sides.Setup{Options: []flowctl.Option{flowctl.WithDryRun()}}
+	dry.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) { off(t, side.Client) })
 }
 
 // Within a flow of a client in dry run, or without one, a client in force pauses as it does elsewhere.

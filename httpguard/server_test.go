@@ -23,45 +23,31 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/testing/race"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // slots is a client whose flows hold a slot each, and how to see that all came back.
 type slots struct {
 	*flowctl.Client
-	held func() int
-	// ended says that so many flows were ended, each once.
-	ended func(t *testing.T, n int)
+	side *sides.Side
 }
 
-// A ledger is an engine whose flows hold a slot each, and what became of these.
-type ledger struct {
-	agentapi.Agent
-	taken, ends, returned atomic.Int64
-}
+func (s slots) held() int { return s.side.Held() }
 
-func (l *ledger) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
-	err := l.Agent.Check(ctx, req, v)
-	if err == nil && !v.Rejected() {
-		l.taken.Add(1)
+// ended checks that so many flows were ended, each once.
+func (s slots) ended(t *testing.T, n int) {
+	t.Helper()
+	if calls, returned := s.side.Returned(); calls != n || returned != n {
+		t.Errorf("%d calls gave %d slots back, want %d", calls, returned, n)
 	}
-	return err
 }
 
-func (l *ledger) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
-	returns, err := l.Agent.End(ctx, req, v, failed)
-	l.ends.Add(1)
-	l.returned.Add(int64(returns.Returned))
-	return returns, err
-}
-
-// overServers runs a test over both versions of HTTP, which is spoken over real connections, and over both kinds of
+// overServers runs a test over both versions of HTTP, which is spoken over real connections, and over all kinds of
 // agents. Of slots there are n.
 func overServers(t *testing.T, n int, test func(t *testing.T, s slots, serve func(http.Handler) *httptest.Server)) {
 	t.Helper()
@@ -84,46 +70,17 @@ func overServers(t *testing.T, n int, test func(t *testing.T, s slots, serve fun
 				return server
 			}
 		}
-		t.Run(version+"/embedded", func(t *testing.T) {
-			e, err := engine.New([]policy.Policy{{Name: "limits", Components: []policy.Component{
-				policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: float64(n), MaxInflight: time.Hour},
-			}}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = e.Close() })
-			l := &ledger{Agent: e}
-			client, err := flowctl.New(l)
-			if err != nil {
-				t.Fatal(err)
-			}
-			test(t, slots{client, func() int { return int(l.taken.Load() - l.returned.Load()) }, func(t *testing.T, n int) {
-				t.Helper()
-				if ends, returned := l.ends.Load(), l.returned.Load(); ends != int64(n) || returned != int64(n) {
-					t.Errorf("%d ends gave %d slots back, want %d", ends, returned, n)
+		for _, kind := range sides.All {
+			t.Run(version+"/"+string(kind), func(t *testing.T) {
+				limit := policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: float64(n), MaxInflight: time.Hour}
+				setup := sides.Setup{Policies: sides.Policies(limit), Answers: []flowtest.Answer{{Slots: 1}}}
+				if kind != sides.Embedded {
+					setup.Options = []flowctl.Option{flowctl.WithCheckTimeout(time.Minute), flowctl.WithEndTimeout(time.Minute)}
 				}
-			}}, serve(t))
-		})
-		t.Run(version+"/remote", func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(flowtest.Answer{Slots: 1})
-			test(t, slots{agent.Client(flowctl.WithCheckTimeout(time.Minute), flowctl.WithEndTimeout(time.Minute)), agent.Held, func(t *testing.T, n int) {
-				t.Helper()
-				ends := agent.Ends()
-				seen := make(map[string]bool)
-				for _, end := range ends {
-					for _, ref := range end.GetInflightRequests() {
-						if seen[ref.GetRequestId()] {
-							t.Errorf("%s was given back twice", ref.GetRequestId())
-						}
-						seen[ref.GetRequestId()] = true
-					}
-				}
-				if len(ends) != n || len(seen) != n {
-					t.Errorf("%d calls ended %d flows, want %d", len(ends), len(seen), n)
-				}
-			}}, serve(t))
-		})
+				side := setup.New(t, kind)
+				test(t, slots{side.Client, side}, serve(t))
+			})
+		}
 	}
 }
 

@@ -736,7 +736,7 @@ func TestTransportPausesAreBounded(t *testing.T) {
 // The labels of an outgoing request are its own, not those of the request that it was made for; all else that the
 // context has stays.
 func TestTransportLabels(t *testing.T) {
-	overBoth(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		var got map[string]string
 		rt := httpguard.NewTransport(client, point, base(func(r *http.Request) (*http.Response, error) {
 			got = labelsOf(t, r)
