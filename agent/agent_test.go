@@ -2,10 +2,8 @@ package agent_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -19,7 +17,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/headgate-go/headgate/agent"
@@ -28,6 +25,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/replay"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -46,20 +44,10 @@ func serve(t testing.TB, policies []policy.Policy) *served {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := bufconn.Listen(1 << 20)
+	t.Cleanup(func() { _ = e.Close() })
 	server := grpc.NewServer(agent.ServerOptions()...)
-	s := &served{engine: e, server: agent.Register(server, e), dialer: grpc.WithContextDialer(
-		func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })}
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(l) }()
-	t.Cleanup(func() {
-		server.Stop()
-		if err := <-done; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // it may not have begun
-			t.Error(err)
-		}
-		_ = e.Close()
-	})
-	return s
+	service := agent.Register(server, e)
+	return &served{engine: e, server: service, dialer: sides.Serve(t, server)}
 }
 
 // client is a client of the toolkit's.
@@ -73,28 +61,10 @@ func (s *served) client(t testing.TB) *flowctl.Client {
 	return c
 }
 
-// overBoth runs f in a bubble, with a client of an engine in the process, and with one of an engine that is served.
-func overBoth(t *testing.T, policies []policy.Policy, f func(t *testing.T, e *engine.Engine, client *flowctl.Client)) {
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e, err := engine.New(policies)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = e.Close() })
-			client, err := flowctl.New(e)
-			if err != nil {
-				t.Fatal(err)
-			}
-			f(t, e, client)
-		})
-	})
-	t.Run("served", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			s := serve(t, policies)
-			f(t, s.engine, s.client(t))
-		})
-	})
+// overEngines runs f in a bubble over engines with the policies, one of which is served.
+func overEngines(t *testing.T, policies []policy.Policy, f func(t *testing.T, e *engine.Engine, client *flowctl.Client)) {
+	t.Helper()
+	sides.Setup{Policies: policies}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) { f(t, side.Engine, side.Client) })
 }
 
 // stub is a client of the bare protocol.
@@ -431,7 +401,7 @@ func TestLateCheck(t *testing.T) {
 
 // What the engine counts is the same for clients near and far, dry runs too.
 func TestStats(t *testing.T) {
-	overBoth(t, []policy.Policy{{Name: "p", Components: []policy.Component{
+	overEngines(t, []policy.Policy{{Name: "p", Components: []policy.Component{
 		policy.RateLimiter{ID: "users", Selectors: policy.At("point"), Capacity: 2, Interval: time.Hour, LimitBy: "user_id"},
 		policy.RateLimiter{ID: "dry", Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, DryRun: true},
 	}}}, func(t *testing.T, e *engine.Engine, client *flowctl.Client) {

@@ -41,7 +41,7 @@ func TestCausesTravel(t *testing.T) {
 		}}}}, time.Second, flowctl.CauseLabelTooLong},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			overBoth(t, tt.policies, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+			overEngines(t, tt.policies, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 				params := flowctl.Params{CheckTimeout: tt.timeout, Labels: map[string]string{"l": strings.Repeat("x", 300)}}
 				first := client.Start(t.Context(), "point", params)
 				defer func() { _, _ = first.End(t.Context()) }()

@@ -53,7 +53,7 @@ func TestCloseRejectsWaitingFlows(t *testing.T) {
 		}, []string{"3", "1", "1"}, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			overBoth(t, []policy.Policy{{Name: "p", Components: tt.components}}, func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+			overEngines(t, []policy.Policy{{Name: "p", Components: tt.components}}, func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
 				params := func(tokens string) flowctl.Params {
 					return flowctl.Params{Labels: map[string]string{"tokens": tokens}, CheckTimeout: 9 * hour}
 				}

@@ -370,7 +370,7 @@ func TestLongWaitOnADefaultServer(t *testing.T) {
 // Clients outlive their engine: flows in flight give back what they hold, and others go on without it, as with an agent
 // that is down.
 func TestEngineClosesFirst(t *testing.T) {
-	overBoth(t, slots(1), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+	overEngines(t, slots(1), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
 		params := flowctl.Params{Labels: map[string]string{"user_id": "u"}, ResultCacheKey: "k"}
 		flow := client.Start(t.Context(), "point", params)
 		if flow.Decision() != flowctl.Accepted {
@@ -402,7 +402,7 @@ func TestEngineClosesFirst(t *testing.T) {
 
 // Engines close at any time, whatever flows are about. Run with the race detector.
 func TestEngineClosesUnderLoad(t *testing.T) {
-	overBoth(t, slots(4), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+	overEngines(t, slots(4), func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
 		var load sync.WaitGroup
 		begun := make(chan struct{}, 8)
 		for range cap(begun) {
@@ -444,7 +444,7 @@ func TestLimits(t *testing.T) {
 	}
 	t.Run("all at once", func(t *testing.T) {
 		point, key := strings.Repeat("p", 255), strings.Repeat("k", 255)
-		overBoth(t, []policy.Policy{{Name: "slots", Components: []policy.Component{policy.ConcurrencyLimiter{
+		overEngines(t, []policy.Policy{{Name: "slots", Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour, LimitBy: key,
 		}}}}, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 			start := func(value string) *flowctl.Flow {
@@ -473,7 +473,7 @@ func TestLimits(t *testing.T) {
 
 // S1: what one flow was started with overwrote what another in flight had, and its end freed the wrong slot.
 func TestS1FlowsInFlightKeepTheirLabels(t *testing.T) {
-	overBoth(t, slots(1), func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+	overEngines(t, slots(1), func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 		start := func(user string) *flowctl.Flow {
 			return client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user_id": user}})
 		}
@@ -499,7 +499,7 @@ func TestA18PeersDoNotReplaceLabels(t *testing.T) {
 		Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Equal: map[string]string{"user_tier": "free"}}}},
 		Interval:  time.Second,
 	}}}}
-	overBoth(t, noFree, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
+	overEngines(t, noFree, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
 		spoofed := labels.WithTransport(t.Context(), map[string]string{"user_tier": "platinum"})
 		for name, flow := range map[string]*flowctl.Flow{
 			"Params":      client.Start(spoofed, "point", flowctl.Params{Labels: map[string]string{"user_tier": "free"}}),

@@ -22,6 +22,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -48,14 +49,10 @@ func noPolicies(t *testing.T, opts ...flowctl.Option) *flowctl.Client {
 	return client
 }
 
-// bothSides runs f with a client of each kind of agent, neither of which rejects anything.
-func bothSides(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) { f(t, flowtest.NewAgent(t).Client()) })
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) { f(t, noPolicies(t)) })
-	})
+// overAll runs f in a bubble with a client of each kind of agent, none of which rejects anything.
+func overAll(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
+	t.Helper()
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
 }
 
 // TestShouldRun is the truth table: every decision with every setting that bears on it.
@@ -150,7 +147,7 @@ func TestNilClient(t *testing.T) {
 
 // A lookup that was never asked for is a miss, although hit is the wire's zero.
 func TestCacheNotAskedForIsAMiss(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		flow := client.Start(t.Context(), "point", flowctl.Params{GlobalCacheKeys: []string{"g"}})
 		defer flow.EndWith(nil)
 		if v, ok, err := flow.ResultCache(); v != nil || ok || err != nil {
@@ -177,7 +174,7 @@ func TestCacheNotAskedForIsAMiss(t *testing.T) {
 }
 
 func TestCache(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ctx := t.Context()
 		params := flowctl.Params{ResultCacheKey: "r", GlobalCacheKeys: []string{"g", ""}}
 		look := func(point string, wantResult, wantGlobal string) *flowctl.Flow {
@@ -606,7 +603,7 @@ type asked struct {
 const sesame = "sesame"
 
 func (a asked) run(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ctx := t.Context()
 		if a.ctx != nil {
 			ctx = a.ctx(ctx)
@@ -912,7 +909,7 @@ func TestAllocations(t *testing.T) {
 
 // What is done to the protobuf view of a flow does not reach the flow.
 func TestCheckResponseIsACopy(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		params := flowctl.Params{ResultCacheKey: "key", GlobalCacheKeys: []string{"key"}}
 		first := client.Start(t.Context(), "point", params)
 		if err := errors.Join(first.SetResultCache(t.Context(), []byte("value"), 0), first.SetGlobalCache(t.Context(), "key", []byte("value"), 0)); err != nil {

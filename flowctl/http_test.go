@@ -233,7 +233,7 @@ func TestHTTPWithCacheKeys(t *testing.T) {
 		"global": {GlobalCacheKeys: []string{"k"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bothSides(t, func(t *testing.T, client *flowctl.Client) {
+			overAll(t, func(t *testing.T, client *flowctl.Client) {
 				params.HTTP = get(nil)
 				flow := client.Start(t.Context(), "point", params)
 				if flow.Decision() != flowctl.Invalid || !errors.Is(flow.Err(), flowctl.ErrInvalid) || !strings.Contains(flow.Err().Error(), "cache keys") {

@@ -24,34 +24,21 @@ import (
 	"google.golang.org/grpc/status"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // Bugs of other libraries for flow control, each by its own name, that this one must not have.
 
-// withoutAgent runs f with a client of each kind of agent, neither of which answers.
+// withoutAgent runs f in a bubble with a client of each kind of agent, none of which answers.
 func withoutAgent(t *testing.T, f func(t *testing.T, client *flowctl.Client), opts ...flowctl.Option) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")})
-			f(t, agent.Client(opts...))
-		})
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			e := noPoliciesEngine(t)
-			client, err := flowctl.New(e, opts...)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = e.Close()
-			f(t, client)
-		})
+	t.Helper()
+	sides.Setup{Options: opts}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		side.Silence()
+		f(t, side.Client)
 	})
 }
 
@@ -96,8 +83,8 @@ func TestA3FlowsWithoutAnAgentEnd(t *testing.T) {
 		}
 	}, flowctl.WithTracerProvider(p), flowctl.WithMeterProvider(counts))
 	got := counts.Read(t.Context())
-	if n := got["flowcontrol_decisions_total control_point=point decision_type=unreachable"]; n != 2 {
-		t.Errorf("%v flows without an agent were counted want 2: %v", n, got)
+	if n := got["flowcontrol_decisions_total control_point=point decision_type=unreachable"]; n != 3 {
+		t.Errorf("%v flows without an agent were counted want 3: %v", n, got)
 	}
 }
 
@@ -201,7 +188,7 @@ func TestA7DialOptionsAreCopied(t *testing.T) {
 // A8: the program's global tracer provider was replaced, so that all its spans went to the agent.
 func TestA8GlobalsStay(t *testing.T) {
 	tracers, meters, propagator, logger := otel.GetTracerProvider(), otel.GetMeterProvider(), otel.GetTextMapPropagator(), slog.Default()
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
 		_ = client.Close(t.Context())
 	})
@@ -329,8 +316,10 @@ func TestA21EmptyAnswer(t *testing.T) {
 
 // A22: concurrent calls of End raced, and could end a flow twice.
 func TestA22ConcurrentEnd(t *testing.T) {
-	bothSlotted(t, func(t *testing.T, client *flowctl.Client, ends func() int) {
-		flow := client.Start(t.Context(), "point", flowctl.Params{})
+	limit := policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 5, MaxInflight: time.Hour}
+	setup := sides.Setup{Policies: sides.Policies(limit), Answers: []flowtest.Answer{{Slots: 1}}}
+	setup.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
 		var wg sync.WaitGroup
 		var first, held, returned atomic.Int64
 		for range 1000 {
@@ -348,46 +337,11 @@ func TestA22ConcurrentEnd(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if first.Load() != 1 || held.Load() != 1 || returned.Load() != 1 || ends() != 1 {
-			t.Errorf("%d calls of End counted, for %d slots and %d that came back; %d reached the agent want one of each",
-				first.Load(), held.Load(), returned.Load(), ends())
+		calls, slots := side.Returned()
+		if first.Load() != 1 || held.Load() != 1 || returned.Load() != 1 || calls != 1 || slots != 1 {
+			t.Errorf("%d calls of End counted, for %d slots and %d that came back; %d reached the agent, with %d slots, want one of each",
+				first.Load(), held.Load(), returned.Load(), calls, slots)
 		}
-	})
-}
-
-// bothSlotted runs f with a client of each kind of agent, which gives a flow at "point" a slot. ends says how many flows
-// the agent has heard the end of.
-func bothSlotted(t *testing.T, f func(t *testing.T, client *flowctl.Client, ends func() int)) {
-	t.Run("remote", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			agent := flowtest.NewAgent(t)
-			agent.Answer(flowtest.Answer{Slots: 1})
-			f(t, agent.Client(), func() int { return len(agent.Ends()) })
-		})
-	})
-	t.Run("embedded", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			const slots = 5
-			e, err := engine.New([]policy.Policy{{Name: "slots", Components: []policy.Component{
-				policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: slots, MaxInflight: time.Hour},
-			}}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer e.Close()
-			client, err := flowctl.New(e)
-			if err != nil {
-				t.Fatal(err)
-			}
-			started := 1 // f's
-			f(t, client, func() int {
-				free := 0
-				for client.Start(t.Context(), "point", flowctl.Params{}).ShouldRun() {
-					free++
-				}
-				return free + started - slots
-			})
-		})
 	})
 }
 
@@ -473,7 +427,7 @@ func TestC2StatusesGiveNothingAway(t *testing.T) {
 
 // F4: each call left a goroutine behind that waited for contexts which outlive it.
 func TestF4FlowsLeaveNoGoroutines(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		ctx, cancel := context.WithCancel(t.Context()) // as long-lived as a server's
 		defer cancel()
 		client.Start(ctx, "point", flowctl.Params{}).EndWith(nil)

@@ -781,7 +781,7 @@ func TestCloseForgivesLostTelemetry(t *testing.T) {
 }
 
 func TestClose(t *testing.T) {
-	bothSides(t, func(t *testing.T, client *flowctl.Client) {
+	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		flow := client.Start(t.Context(), "point", flowctl.Params{})
 		for range 2 {
 			if err := client.Close(t.Context()); err != nil {
