@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/failsafe-go/failsafe-go"
@@ -119,6 +121,8 @@ func (e *engines) close() error { return e.engine.Close() }
 
 const (
 	keyedLimiter = "Guard, one keyed rate limiter"
+	ownKeys      = "Guard, one keyed rate limiter, a key for each caller"
+	floor        = "floor: clock read, allocation of a flow, mutex"
 	queueing     = "failsafe-go bulkhead with queueing"
 )
 
@@ -130,8 +134,15 @@ func (e *engines) rows() []*row {
 		{name: keyedLimiter, call: e.guard(rateLimited), targets: []target{
 			{inTime, "failsafe-go rate limiter", 1.0 / 3, false},
 			{inTime, "gobreaker", 2, false},
+			{inTime, floor, 2.2, false},
 			{inAllocs, "", 1, false},
 		}},
+		{name: ownKeys, call: e.guardOwn(rateLimited), targets: []target{
+			{inScaling, "", 0, true},
+			{inScaling, floor, 1, false},
+			{inParallel, keyedLimiter, 0, true},
+		}},
+		{name: floor, call: leastWork, targets: []target{{inScaling, "", 0, true}}},
 		{name: "Do, one keyed rate limiter", call: e.do(rateLimited), targets: []target{
 			{inTime, "failsafe-go rate limiter", 0, true},
 			{inTime, "gobreaker", 0, true},
@@ -194,6 +205,36 @@ func (e *engines) guard(controlPoint string) func() func() error {
 	guarded := headgate.Guard(e.client, controlPoint, flowctl.Params{Labels: oneLabel()}, workContext, nil)
 	return func() func() error {
 		return func() error { _, err := guarded(e.ctx); return err }
+	}
+}
+
+// guardOwn gives each caller a key of its own.
+func (e *engines) guardOwn(controlPoint string) func() func() error {
+	var callers atomic.Int64
+	return func() func() error {
+		labels := map[string]string{"user_id": "caller-" + strconv.FormatInt(callers.Add(1), 10)}
+		guarded := headgate.Guard(e.client, controlPoint, flowctl.Params{Labels: labels}, workContext, nil)
+		return func() error { _, err := guarded(e.ctx); return err }
+	}
+}
+
+// leastWork is what a flow cannot do without: it reads the monotonic clock once, has memory of its own, and takes a mutex,
+// for which nobody else waits.
+func leastWork() func() error {
+	var state struct {
+		mu   sync.Mutex
+		last time.Duration
+		flow *flowctl.Flow // on the heap
+	}
+	begin := time.Now()
+	return func() error {
+		now := time.Since(begin)
+		state.flow = new(flowctl.Flow)
+		state.mu.Lock()
+		state.last = now
+		state.mu.Unlock()
+		_, err := work()
+		return err
 	}
 }
 

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 }
 
 // Every row measures something, and every target is judged; how fast things are is not a test's business.
-func TestRun(t *testing.T) {
+func TestProcessRun(t *testing.T) {
 	var out bytes.Buffer
 	if err := run(t.Context(), []string{"-rounds", "1", "-time", "1ms", "-keys", "1000"}, &out); err != nil {
 		t.Fatal(err)
@@ -35,13 +35,14 @@ func TestRun(t *testing.T) {
 		"Guard, one keyed rate limiter", "Guard, one keyed quota scheduler", "Guard, one concurrency scheduler", "Guard, one sampler", "Cached, a hit",
 		"Guard, queue and wake, 1 waiter", "Guard, queue and wake, 10000 waiters", "failsafe-go bulkhead with queueing", "failsafe-go adaptive limiter", "Do, label maps in turn, 1000 keys", "gobreaker", "x/time/rate",
 		"HTTP middleware on the engine", "failsafe-go HTTP handler", "gRPC interceptor on the engine",
+		"a key for each caller", "parallel to alone", "floor: clock read", "16 MiB of live objects",
 		"Do over gRPC, with a FlowEnd", "the agent breaker open", "checks a second", "slots busy", "bytes a key",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table does not have %q:\n%s", want, &out)
 		}
 	}
-	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 24; got != want {
+	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 26; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
 	}
 }

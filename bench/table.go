@@ -54,6 +54,10 @@ const (
 
 	// moreAllocs is a bound on the difference, where the other row may have none.
 	moreAllocs column = "allocs more"
+
+	// inScaling is the time of a call in parallel over that of one by itself: with two processors that are not in each
+	// other's way it is a half.
+	inScaling column = "parallel to alone"
 )
 
 // in gives the row's figures in the column, one for each round.
@@ -63,6 +67,12 @@ func (r *row) in(c column) []float64 {
 		return r.parallel
 	case inAllocs, moreAllocs:
 		return r.allocs
+	case inScaling:
+		scaling := make([]float64, len(r.parallel))
+		for k := range scaling {
+			scaling[k] = r.parallel[k] / r.serial[k]
+		}
+		return scaling
 	default:
 		return r.serial
 	}
@@ -180,6 +190,9 @@ func (t *table) row(name string) *row {
 func (t *table) compare(r *row, target target) string {
 	unit := ""
 	ours := r.in(target.column)
+	if target.column == inScaling {
+		unit = "×"
+	}
 	if target.than != "" {
 		theirs := t.row(target.than).in(target.column)
 		compared := make([]float64, len(ours))
