@@ -31,13 +31,19 @@ BENCHFLAGS ?=
 LOAD ?= 10
 
 # $(call in-modules,NAME,COMMAND) runs COMMAND in every module, in the others
-# too when it fails in one, and then fails.
+# too when it fails in one, and then fails. $(call in-modules,NAME,COMMAND,MODULES)
+# does so in these.
 in-modules = failed=; \
-	for module in $(MODULES); do \
+	for module in $(or $(3),$(MODULES)); do \
 		echo "$(1) ($$module)"; \
 		(cd "$$module" && $(2)) || failed+=" $$module"; \
 	done; \
 	[ -z "$$failed" ] || { echo "$(1): failed in$$failed" >&2; exit 1; }
+
+# Tests that need processes of their own are named so, or are those of the
+# examples, each of which is a program.
+PROCESS := ^TestProcess
+EXAMPLES := $(filter examples/%,$(MODULES))
 
 .PHONY: help
 help: ## Say what there is to make
@@ -48,13 +54,26 @@ help: ## Say what there is to make
 all: test lint ## Test and lint
 
 .PHONY: test
-test: racedetector ## Run all tests of all modules, the race detector on
-	@$(call in-modules,go test,go test $(RACE) -shuffle=on $(TESTFLAGS) ./...)
+test: racedetector ## Run the tests of all modules, the race detector on
+	@$(call in-modules,go test,go test $(RACE) -shuffle=on -skip '$(PROCESS)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/),$(filter-out $(EXAMPLES),$(MODULES)))
+
+.PHONY: test-process
+test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
+	@$(call in-modules,go test -run $(PROCESS),$(test-processes),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
+
+# Only packages that have such tests are linked.
+define test-processes
+packages=$$(go list -f '{{.Dir}}' ./... | while read -r dir; do \
+	! grep -qs 'func $(PROCESS:^%=%)' "$$dir"/*_test.go || echo "$$dir"; \
+done); \
+[ -z "$$packages" ] || go test $(RACE) -shuffle=on -run '$(PROCESS)' $(TESTFLAGS) $$packages
+endef
 
 # Tests that do one thing very often do it less often under the race detector.
 .PHONY: test-long
 test-long: ## Run the tests of the root module in full, without the race detector
-	go test -shuffle=on $(TESTFLAGS) ./...
+	go test -shuffle=on -skip '$(PROCESS)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/)
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector

@@ -605,7 +605,7 @@ func TestCachedGoexitAfterAllGaveUp(t *testing.T) {
 }
 
 // A panic that nobody recovers ends the program, which prints where fn panicked, and so does one that no call waits for.
-func TestCachedPanicEndsTheProgram(t *testing.T) {
+func TestProcessCachedPanic(t *testing.T) {
 	const variable = "HEADGATE_TEST_PANIC" // what is this test in the program that ends
 	tests := map[string]func(ctx context.Context, fail func()){
 		"unrecovered": func(ctx context.Context, fail func()) {
@@ -637,7 +637,7 @@ func TestCachedPanicEndsTheProgram(t *testing.T) {
 	}
 	for name := range tests {
 		t.Run(name, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestCachedPanicEndsTheProgram$")
+			cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestProcessCachedPanic$")
 			cmd.Env = append(os.Environ(), variable+"="+name)
 			out, err := cmd.CombinedOutput()
 			if _, ok := errors.AsType[*exec.ExitError](err); !ok {

@@ -119,7 +119,7 @@ func (d decisions) await(ctx context.Context, t *testing.T, n int, want flowctl.
 
 // An agent that is killed and comes back under load: flows go on all the while, the breaker opens and closes, and neither
 // slots nor goroutines are left behind, at which TestMain looks.
-func TestAgentRestartsUnderLoad(t *testing.T) {
+func TestProcessAgentRestarts(t *testing.T) {
 	p, address := startProcess(t, "127.0.0.1:0")
 	var log lockedBuffer
 	client := dialProcess(t, address, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
