@@ -65,7 +65,8 @@ func block(name string) func(d *decoder, policy value) Component {
 	return func(d *decoder, policy value) Component {
 		v := d.need(policy.get(name))
 		d.note(v.field, v)
-		return kinds[name].read(d, d.inValues(v, kinds[name]))
+		form, _ := formOf(name)
+		return form.read(d, d.inValues(v, form))
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -23,11 +22,6 @@ const (
 
 // circuitKeys are those of a component of a circuit.
 const circuitKeys = "flow_control variable bool_variable nested_circuit " + signalComponents
-
-// deciderKeys returns those of flow_control.
-func deciderKeys() string {
-	return strings.Join(slices.Sorted(maps.Keys(kinds)), " ") + " " + laterKinds
-}
 
 // spec reads a policy without its name: the top of a plain file, or the spec of a resource.
 func (d *decoder) spec(v value) []Component {
@@ -93,12 +87,12 @@ func (d *decoder) circuit(v value, components []Component) []Component {
 			continue
 		}
 		name, v := d.one(decider, known)
-		if kind, ok := kinds[name]; ok {
+		if form, ok := formOf(name); ok {
 			if d.sources != nil {
 				v.field = fmt.Sprintf("components[%d]", len(components))
 				d.note(v.field, v)
 			}
-			components = append(components, kind.read(d, d.inCircuit(v, kind, "root."+strconv.Itoa(first+i))))
+			components = append(components, form.read(d, d.inCircuit(v, form, "root."+strconv.Itoa(first+i))))
 		} else if name != "" {
 			d.errorf(v, "%s is not supported yet", name)
 		}

@@ -22,8 +22,10 @@ func (d *decoder) learnCircuit(components value) {
 	d.variable(item.missing("bool_variable"), true)
 	deciders := item.missing("flow_control")
 	d.one(deciders, deciderKeys())
-	for name, kind := range kinds {
-		kind.read(d, d.inCircuit(deciders.missing(name), kind, ""))
+	for i := range kinds {
+		for _, form := range kinds[i].forms {
+			form.read(d, d.inCircuit(deciders.missing(form.key), form, ""))
+		}
 	}
 }
 

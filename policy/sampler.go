@@ -1,11 +1,14 @@
 package policy
 
-import "time"
+import (
+	"github.com/headgate-go/headgate/internal/components"
+)
 
 // Sampler accepts a share of the flows. Flows with the same value of SessionLabel share their fate, and one that was
 // accepted at some percentage is at every larger one.
 type Sampler struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
+	// ID names the component within its policy. Default: "sampler.<index>", its place
+	// among the policy's Samplers.
 	ID string
 
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
@@ -33,42 +36,36 @@ type Sampler struct {
 	DryRun bool
 }
 
+func (Sampler) kind() index  { return sampler }
 func (s Sampler) id() string { return s.ID }
 
-// LoadRamp is a [Sampler] in ramp mode whose percentage moves along Steps, and stays at the last one's target.
-type LoadRamp struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
-	ID string
-
-	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
-	Selectors []Selector
-
-	// Steps are taken in order. At least one.
-	Steps []RampStep
-
-	// Start has the ramp move as soon as the engine has it. Otherwise it stands at the first step until the engine's
-	// Ramp moves it.
-	Start bool
-
-	// SessionLabel and PassThroughValues are as in [Sampler].
-	SessionLabel      string
-	PassThroughValues []string
-
-	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
-	DeniedStatus int
-
-	// DryRun decides and counts, but drops no flow: flows in ramp mode are all accepted.
-	DryRun bool
+func (s Sampler) reads(read func(components.Role, string)) {
+	read(components.SamplesBy, s.SessionLabel)
+	selectorsRead(s.Selectors, components.SelectsBy, read)
 }
 
-func (r LoadRamp) id() string { return r.ID }
+func (s Sampler) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
+	checkPercentage(wrong.sub(".AcceptPercentage"), s.AcceptPercentage)
+	checkName(wrong.sub(".SessionLabel"), s.SessionLabel)
+	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
+}
 
-// A RampStep is one leg of a [LoadRamp].
-type RampStep struct {
-	// Target is the percentage at the end of the step, 0 to 100.
-	Target float64
-
-	// Duration is how long the step takes. The first step stands at its target all the while; later ones move there
-	// from the target before, in a straight line. Zero is a jump. Not negative.
-	Duration time.Duration
+func (d *decoder) sampler(c component) Component {
+	f := d.fields(c.get("parameters"), "selectors session_label_key denied_response_status_code ramp_mode", "")
+	s := Sampler{
+		ID:                c.id,
+		Selectors:         d.selectors(d.fill(f, "Selectors", "selectors")),
+		SessionLabel:      d.text(d.fill(f, "SessionLabel", "session_label_key")),
+		PassThroughValues: d.passThroughValues(c),
+		RampMode:          d.boolean(f.get("ramp_mode"), false),
+		DeniedStatus:      d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
+		DryRun:            d.dryRun(c),
+	}
+	percentage := d.fill(c.ports, "AcceptPercentage", "accept_percentage")
+	s.AcceptPercentage = d.port(percentage)
+	if percentage.node == nil && !s.RampMode {
+		s.AcceptPercentage = 100
+	}
+	return s
 }

@@ -1,160 +1,11 @@
 package policy
 
-import "time"
+import (
+	"strconv"
+	"time"
 
-// QuotaScheduler is a token bucket for each value of a label, with a queue before it: a flow that finds too few tokens
-// waits for them, and flows that wait share what comes by weighted fair queueing; see [Scheduler].
-type QuotaScheduler struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
-	ID string
-
-	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
-	Selectors []Selector
-
-	// Capacity is the most tokens a bucket holds; a new bucket is full. Zero refuses every flow. Not negative.
-	Capacity float64
-
-	// Fill tokens are added each Interval. Zero never refills. Not negative.
-	Fill     float64
-	Interval time.Duration // Required, positive.
-
-	// LimitBy is the label whose values have a bucket and a queue each. Empty: one for all flows. A flow without the
-	// label passes unlimited.
-	LimitBy string
-
-	// StepFill, DelayInitialFill and MaxIdle are as in [RateLimiter].
-	StepFill         bool
-	DelayInitialFill bool
-	MaxIdle          time.Duration
-
-	// Scheduler says who goes first. The zero value serves all flows alike.
-	Scheduler Scheduler
-
-	// PassThrough accepts every flow and takes no tokens.
-	PassThrough bool
-
-	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
-	// See [RateLimiter].
-	DryRun bool
-}
-
-func (s QuotaScheduler) id() string { return s.ID }
-
-// ConcurrencyScheduler bounds the flows that are in flight at once for each value of a label, with a queue before it: a
-// flow that finds all slots taken waits for one, and flows that wait share what is given back by weighted fair
-// queueing; see [Scheduler].
-type ConcurrencyScheduler struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
-	ID string
-
-	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
-	Selectors []Selector
-
-	// Max is the number of slots. A flow is admitted while at least part of one is free, so a flow that costs more
-	// than is free may overshoot. Zero refuses every flow. Not negative.
-	Max float64
-
-	// MaxInflight is when a slot whose flow has not ended is taken back. Required, positive.
-	MaxInflight time.Duration
-
-	// LimitBy is the label whose values have slots and a queue of their own. Empty: all flows share them. A flow
-	// without the label passes unlimited.
-	LimitBy string
-
-	// MaxIdle is how long a key without flows in flight is remembered. Zero means DefaultMaxIdle, KeepIdle (or any
-	// negative value) as long as there is room.
-	MaxIdle time.Duration
-
-	// Scheduler says who goes first. The zero value serves all flows alike.
-	Scheduler Scheduler
-
-	// PassThrough accepts every flow and takes no slots.
-	PassThrough bool
-
-	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
-	// See [RateLimiter].
-	DryRun bool
-}
-
-func (s ConcurrencyScheduler) id() string { return s.ID }
-
-// LoadScheduler lets in a share of the load that comes: tokens flow at LoadMultiplier times the rate at which flows have
-// asked for them over the last 30 seconds, and flows that find too few wait for them by weighted fair queueing; see
-// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, those that wait
-// already too.
-type LoadScheduler struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
-	ID string
-
-	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
-	Selectors []Selector
-
-	// LoadMultiplier is the share, looked at every 10 seconds: below 0 counts as 0, which lets nothing in; a signal
-	// that is not a number accepts every flow. Required.
-	LoadMultiplier Signal
-
-	// WorkloadLatencyTokens has a flow of a workload cost the workload's mean latency of the last 30 minutes, in
-	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens.
-	WorkloadLatencyTokens bool
-
-	// Scheduler says who goes first. The zero value serves all flows alike.
-	Scheduler Scheduler
-
-	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
-	// See [RateLimiter].
-	DryRun bool
-}
-
-func (s LoadScheduler) id() string { return s.ID }
-
-// AIMDLoadScheduler is a [LoadScheduler] that sets its own load multiplier, every 10 seconds: while Signal is on the bad
-// side of Setpoint it multiplies the load that it has let in by a factor below 1, and else it adds to it step by step,
-// until MaxLoadMultiplier, where it accepts every flow (additive increase, multiplicative decrease).
-type AIMDLoadScheduler struct {
-	// ID names the component within its policy. Default: "root.<index>", its place in Components.
-	ID string
-
-	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
-	Selectors []Selector
-
-	// Signal tells how loaded the service is, and Setpoint what it should be at. While either is not a number, or
-	// Setpoint is 0, every flow is accepted. Required.
-	Signal, Setpoint Signal
-
-	// OverloadConfirmation must be other than 0 for an overload to count. Nil is always.
-	OverloadConfirmation Signal
-
-	// Gradient says how much an overload costs.
-	Gradient Gradient
-
-	// MaxLoadMultiplier is where every flow is accepted. Zero means 2. Not negative.
-	MaxLoadMultiplier float64
-
-	// LinearIncrement is added every 10 seconds without overload. Zero means 0.025. Not negative.
-	LinearIncrement float64
-
-	// WorkloadLatencyTokens is as in [LoadScheduler].
-	WorkloadLatencyTokens bool
-
-	// Scheduler says who goes first. The zero value serves all flows alike.
-	Scheduler Scheduler
-
-	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
-	// See [RateLimiter].
-	DryRun bool
-}
-
-func (s AIMDLoadScheduler) id() string { return s.ID }
-
-// Gradient is the factor of an overload: (signal/setpoint)^Slope, held within Min and Max.
-type Gradient struct {
-	// Slope is negative where a high signal is an overload, as for a latency, and positive where a low one is. Zero
-	// means -1.
-	Slope float64
-
-	// Min and Max bound the factor. Zeros mean 0.1 and 1. Max is not negative, and not less than Min.
-	Min, Max float64
-}
+	"github.com/headgate-go/headgate/internal/components"
+)
 
 // Scheduler says which of the flows that wait for tokens goes first: the one with the smallest virtual finish time by
 // self-clocked fair queueing (Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994).
@@ -229,3 +80,94 @@ const (
 	// NoTokens as a workload's Tokens has its flows cost nothing, unless a label says otherwise.
 	NoTokens float64 = -1
 )
+
+func (s Scheduler) check(wrong report) {
+	names := map[string]int{}
+	for i, w := range s.Workloads {
+		wrong := wrong.at(".Workloads", i)
+		w.Labels.check(wrong.sub(".Labels"))
+		w.WorkloadParameters.check(wrong)
+		if w.Name == "" {
+			continue
+		}
+		first, taken := names[w.Name]
+		index, err := strconv.Atoi(w.Name)
+		switch {
+		case w.Name == "default":
+			wrong(".Name", `"default" is what flows without a workload have`)
+		case taken:
+			wrong(".Name", "%s is the name of workload %d too", quote(w.Name), first)
+		case err == nil && strconv.Itoa(index) == w.Name && 0 <= index && index < len(s.Workloads) && index != i:
+			wrong(".Name", "%s is the index of another workload", quote(w.Name))
+		default:
+			names[w.Name] = i
+		}
+	}
+	s.Default.check(wrong.sub(".Default"))
+	checkNotNegative(wrong.sub(".Margin"), s.Margin)
+	checkName(wrong.sub(".TokensLabel"), s.TokensLabel)
+	checkName(wrong.sub(".PriorityLabel"), s.PriorityLabel)
+	checkName(wrong.sub(".WorkloadLabel"), s.WorkloadLabel)
+	checkName(wrong.sub(".FairnessLabel"), s.FairnessLabel)
+	if s.MaxQueue < 0 {
+		wrong(".MaxQueue", "must not be negative, is %d", s.MaxQueue)
+	}
+	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
+}
+
+func (p WorkloadParameters) check(wrong report) {
+	checkAmount(wrong.sub(".Priority"), p.Priority)
+	checkNumber(wrong.sub(".Tokens"), p.Tokens)
+}
+
+// scheduler reads the key of that name.
+func (d *decoder) scheduler(of value) Scheduler {
+	f := d.fields(d.fill(of, "Scheduler", "scheduler"), "workloads default_workload_parameters decision_deadline_margin "+
+		"tokens_label_key priority_label_key workload_label_key fairness_label_key denied_response_status_code", "")
+	s := Scheduler{
+		Default:       d.workloadParameters(d.fill(f, "Default", "default_workload_parameters")),
+		Margin:        d.optional(d.fill(f, "Margin", "decision_deadline_margin"), time.Nanosecond), // none to speak of
+		TokensLabel:   d.text(d.fill(f, "TokensLabel", "tokens_label_key")),
+		PriorityLabel: d.text(d.fill(f, "PriorityLabel", "priority_label_key")),
+		WorkloadLabel: d.text(d.fill(f, "WorkloadLabel", "workload_label_key")),
+		FairnessLabel: d.text(d.fill(f, "FairnessLabel", "fairness_label_key")),
+		DeniedStatus:  d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
+	}
+	for _, item := range d.items(d.fill(f, "Workloads", "workloads")) {
+		w := d.fields(item, "name label_matcher parameters", "")
+		s.Workloads = append(s.Workloads, Workload{
+			Name:               d.text(d.fill(w, "Name", "name")),
+			Labels:             d.labelMatcher(d.need(d.fill(w, "Labels", "label_matcher"))),
+			WorkloadParameters: d.workloadParameters(w.get("parameters")),
+		})
+	}
+	return s
+}
+
+func (d *decoder) workloadParameters(v value) WorkloadParameters {
+	f := d.fields(v, "priority tokens queue_timeout", "")
+	p := WorkloadParameters{
+		Priority:     d.positive(d.fill(f, "Priority", "priority")),
+		QueueTimeout: d.optional(f.get("queue_timeout"), NoQueue),
+	}
+	if tokens := d.fill(f, "Tokens", "tokens"); tokens.node != nil {
+		if p.Tokens = d.number(tokens); p.Tokens == 0 {
+			p.Tokens = NoTokens
+		} else if p.Tokens < 0 {
+			d.errorf(tokens, "must be a number from 0 up, is %v", p.Tokens)
+		}
+	}
+	return p
+}
+
+// reads calls read with the labels that the scheduler reads. The role is that of its workloads' labels besides scheduling.
+func (s *Scheduler) reads(workloads components.Role, read func(components.Role, string)) {
+	read(components.CostsBy, s.TokensLabel)
+	for _, key := range []string{s.PriorityLabel, s.WorkloadLabel, s.FairnessLabel} {
+		read(components.SchedulesBy, key)
+	}
+	for _, w := range s.Workloads {
+		w.Labels.reads(components.SchedulesBy, read)
+		w.Labels.reads(workloads, read)
+	}
+}

@@ -1,6 +1,10 @@
 package policy
 
-import "time"
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
 
 // A Signal is a number that may change while an engine runs: a [Constant], a [Named] one or a [MeanLatency]. A signal
 // that is not known yet is not a number (NaN). The interface is sealed.
@@ -34,3 +38,34 @@ type (
 func (Constant) signal()    {}
 func (Named) signal()       {}
 func (MeanLatency) signal() {}
+
+func checkSignal(wrong report, s Signal) {
+	switch s := s.(type) {
+	case Constant:
+		checkNumber(wrong, float64(s))
+	case Named:
+		if s == "" {
+			wrong("", "needs a name")
+		}
+	case MeanLatency:
+		checkSelectors(wrong.sub(".Selectors"), s.Selectors)
+		if s.Over <= 0 || s.Over > maxOver {
+			wrong(".Over", "must be positive and at most %s, is %s", maxOver, s.Over)
+		}
+		checkAmount(wrong.sub(".Times"), s.Times)
+	case nil:
+		wrong("", "is required")
+	default:
+		wrong("", "is a %T; want a Constant, a Named or a MeanLatency", s)
+	}
+}
+
+// maxOver is the most time that a mean latency is taken over.
+const maxOver = 24 * time.Hour
+
+// signalReads calls read with the labels by which the signal tells latencies apart.
+func signalReads(s Signal, read func(components.Role, string)) {
+	if m, ok := s.(MeanLatency); ok {
+		selectorsRead(m.Selectors, components.MeasuresBy, read)
+	}
+}

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"math"
@@ -48,180 +47,24 @@ func (p Policy) check(wrong report) {
 	if len(p.Components) == 0 {
 		wrong("components", "needs at least one flow-control component")
 	}
-	ids := map[string]int{}
+	taken := map[string]int{}
+	var ids identifier
 	for i, c := range p.Components {
 		wrong := wrong.at("components", i)
-		switch c.(type) {
-		case RateLimiter, ConcurrencyLimiter, QuotaScheduler, ConcurrencyScheduler, LoadScheduler, AIMDLoadScheduler, Sampler, LoadRamp:
-			c.check(wrong)
-		case nil:
-			wrong("", "is nil")
-			continue
-		default:
-			// Pointers have the methods of what they point to, and structs those of what they embed.
-			wrong("", "is a %T; want one of this package's components itself", c)
+		c, why := asValue(c)
+		if why != "" {
+			wrong("", "%s", why)
 			continue
 		}
-		id := c.id()
-		if id == "" {
-			id = "root." + strconv.Itoa(i)
-		}
-		if first, taken := ids[id]; taken {
+		c.check(wrong)
+		id := ids.id(c)
+		if first, ok := taken[id]; ok {
 			wrong(".ID", "%s is the ID of components[%d] too", quote(id), first)
 		} else {
-			ids[id] = i
+			taken[id] = i
 		}
 	}
 }
-
-func (l RateLimiter) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
-	checkAmount(wrong.sub(".Capacity"), l.Capacity)
-	checkAmount(wrong.sub(".Fill"), l.Fill)
-	checkPositive(wrong.sub(".Interval"), l.Interval)
-	checkName(wrong.sub(".LimitBy"), l.LimitBy)
-	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
-	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
-}
-
-func (l ConcurrencyLimiter) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
-	checkAmount(wrong.sub(".Max"), l.Max)
-	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
-	checkName(wrong.sub(".LimitBy"), l.LimitBy)
-	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
-	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
-}
-
-func (s QuotaScheduler) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkAmount(wrong.sub(".Capacity"), s.Capacity)
-	checkAmount(wrong.sub(".Fill"), s.Fill)
-	checkPositive(wrong.sub(".Interval"), s.Interval)
-	checkName(wrong.sub(".LimitBy"), s.LimitBy)
-	s.Scheduler.check(wrong.sub(".Scheduler"))
-}
-
-func (s ConcurrencyScheduler) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkAmount(wrong.sub(".Max"), s.Max)
-	checkPositive(wrong.sub(".MaxInflight"), s.MaxInflight)
-	checkName(wrong.sub(".LimitBy"), s.LimitBy)
-	s.Scheduler.check(wrong.sub(".Scheduler"))
-}
-
-func (s LoadScheduler) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkSignal(wrong.sub(".LoadMultiplier"), s.LoadMultiplier)
-	s.Scheduler.check(wrong.sub(".Scheduler"))
-}
-
-func (s AIMDLoadScheduler) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkSignal(wrong.sub(".Signal"), s.Signal)
-	checkSignal(wrong.sub(".Setpoint"), s.Setpoint)
-	if s.OverloadConfirmation != nil {
-		checkSignal(wrong.sub(".OverloadConfirmation"), s.OverloadConfirmation)
-	}
-	s.Gradient.check(wrong.sub(".Gradient"))
-	checkAmount(wrong.sub(".MaxLoadMultiplier"), s.MaxLoadMultiplier)
-	checkAmount(wrong.sub(".LinearIncrement"), s.LinearIncrement)
-	s.Scheduler.check(wrong.sub(".Scheduler"))
-}
-
-func (g Gradient) check(wrong report) {
-	checkNumber(wrong.sub(".Slope"), g.Slope)
-	checkNumber(wrong.sub(".Min"), g.Min)
-	checkAmount(wrong.sub(".Max"), g.Max)
-	least, most := cmp.Or(g.Min, 0.1), cmp.Or(g.Max, 1)
-	if least > most {
-		wrong(".Min", "must not be above the maximum of %v, is %v", most, least)
-	}
-}
-
-func (s Sampler) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkPercentage(wrong.sub(".AcceptPercentage"), s.AcceptPercentage)
-	checkName(wrong.sub(".SessionLabel"), s.SessionLabel)
-	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
-}
-
-func (r LoadRamp) check(wrong report) {
-	checkSelectors(wrong.sub(".Selectors"), r.Selectors)
-	if len(r.Steps) == 0 {
-		wrong(".Steps", "needs at least one step")
-	}
-	for i, step := range r.Steps {
-		wrong := wrong.at(".Steps", i)
-		checkPercentage(wrong.sub(".Target"), step.Target)
-		checkNotNegative(wrong.sub(".Duration"), step.Duration)
-	}
-	checkName(wrong.sub(".SessionLabel"), r.SessionLabel)
-	checkStatus(wrong.sub(".DeniedStatus"), r.DeniedStatus)
-}
-
-func (s Scheduler) check(wrong report) {
-	names := map[string]int{}
-	for i, w := range s.Workloads {
-		wrong := wrong.at(".Workloads", i)
-		w.Labels.check(wrong.sub(".Labels"))
-		w.WorkloadParameters.check(wrong)
-		if w.Name == "" {
-			continue
-		}
-		first, taken := names[w.Name]
-		index, err := strconv.Atoi(w.Name)
-		switch {
-		case w.Name == "default":
-			wrong(".Name", `"default" is what flows without a workload have`)
-		case taken:
-			wrong(".Name", "%s is the name of workload %d too", quote(w.Name), first)
-		case err == nil && strconv.Itoa(index) == w.Name && 0 <= index && index < len(s.Workloads) && index != i:
-			wrong(".Name", "%s is the index of another workload", quote(w.Name))
-		default:
-			names[w.Name] = i
-		}
-	}
-	s.Default.check(wrong.sub(".Default"))
-	checkNotNegative(wrong.sub(".Margin"), s.Margin)
-	checkName(wrong.sub(".TokensLabel"), s.TokensLabel)
-	checkName(wrong.sub(".PriorityLabel"), s.PriorityLabel)
-	checkName(wrong.sub(".WorkloadLabel"), s.WorkloadLabel)
-	checkName(wrong.sub(".FairnessLabel"), s.FairnessLabel)
-	if s.MaxQueue < 0 {
-		wrong(".MaxQueue", "must not be negative, is %d", s.MaxQueue)
-	}
-	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
-}
-
-func (p WorkloadParameters) check(wrong report) {
-	checkAmount(wrong.sub(".Priority"), p.Priority)
-	checkNumber(wrong.sub(".Tokens"), p.Tokens)
-}
-
-func checkSignal(wrong report, s Signal) {
-	switch s := s.(type) {
-	case Constant:
-		checkNumber(wrong, float64(s))
-	case Named:
-		if s == "" {
-			wrong("", "needs a name")
-		}
-	case MeanLatency:
-		checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-		if s.Over <= 0 || s.Over > maxOver {
-			wrong(".Over", "must be positive and at most %s, is %s", maxOver, s.Over)
-		}
-		checkAmount(wrong.sub(".Times"), s.Times)
-	case nil:
-		wrong("", "is required")
-	default:
-		wrong("", "is a %T; want a Constant, a Named or a MeanLatency", s)
-	}
-}
-
-// maxOver is the most time that a mean latency is taken over.
-const maxOver = 24 * time.Hour
 
 func checkNumber(wrong report, n float64) {
 	if math.IsNaN(n) || math.IsInf(n, 0) {

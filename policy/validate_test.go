@@ -39,11 +39,17 @@ func TestValidate(t *testing.T) {
 		{"keeps idle keys", rate(func(l *policy.RateLimiter) { l.MaxIdle = policy.KeepIdle }), ""},
 		{"empty parts", expression(policy.Any{policy.All{}, policy.LabelEquals{Label: "l"}}), ""},
 		{"nil", nil, ": is nil"},
-		{"pointer", &policy.RateLimiter{}, ": is a *policy.RateLimiter; want one of this package's components itself"},
+		{"nil pointer", (*policy.RateLimiter)(nil), ": is a nil *policy.RateLimiter"},
+		{"pointer", &policy.RateLimiter{}, ".Selectors: needs at least one selector\n.Interval: must be positive, is 0s"},
+		{
+			"embedded nil pointer",
+			struct{ *policy.Sampler }{},
+			": is a struct { *policy.Sampler }; want one of this package's components, or a pointer to one",
+		},
 		{
 			"embedded",
 			struct{ policy.ConcurrencyLimiter }{},
-			": is a struct { policy.ConcurrencyLimiter }; want one of this package's components itself",
+			": is a struct { policy.ConcurrencyLimiter }; want one of this package's components, or a pointer to one",
 		},
 		{"zero rate limiter", policy.RateLimiter{}, ".Selectors: needs at least one selector\n.Interval: must be positive, is 0s"},
 		{
@@ -371,8 +377,8 @@ func TestValidatePolicy(t *testing.T) {
 		},
 		{
 			"default ID taken",
-			policy.Policy{Name: "p", Components: []policy.Component{limiter("root.1"), limiter("")}},
-			`policy "p": components[1].ID: "root.1" is the ID of components[0] too`,
+			policy.Policy{Name: "p", Components: []policy.Component{limiter("rate_limiter.1"), limiter("")}},
+			`policy "p": components[1].ID: "rate_limiter.1" is the ID of components[0] too`,
 		},
 		{
 			"same ID of all kinds",

@@ -1,0 +1,88 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
+
+// ConcurrencyLimiter bounds the flows that are in flight at once for each value of a label. A flow takes slots when it
+// starts and gives them back when it ends; while all are taken, flows are rejected with DeniedStatus.
+type ConcurrencyLimiter struct {
+	// ID names the component within its policy. Default: "concurrency_limiter.<index>", its place
+	// among the policy's ConcurrencyLimiters.
+	ID string
+
+	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
+	Selectors []Selector
+
+	// Max is the number of slots. A flow is admitted while at least part of one is free, so a flow that costs more
+	// than is free may overshoot. Zero refuses every flow. Not negative.
+	Max float64
+
+	// MaxInflight is when a slot whose flow has not ended is taken back. Required, positive.
+	MaxInflight time.Duration
+
+	// LimitBy is the label whose values have slots of their own. Empty: all flows share them. A flow without the
+	// label passes unlimited.
+	LimitBy string
+
+	// MaxIdle is how long a key without flows in flight is remembered. Zero means DefaultMaxIdle, KeepIdle (or any
+	// negative value) as long as there is room.
+	MaxIdle time.Duration
+
+	// TokensLabel is the label that says how many slots a flow takes: a decimal number, not negative. A flow without
+	// it, or with anything else in it, takes 1.
+	TokensLabel string
+
+	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
+	DeniedStatus int
+
+	// PassThrough accepts every flow and takes no slots.
+	PassThrough bool
+
+	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
+	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
+	DryRun bool
+}
+
+func (ConcurrencyLimiter) kind() index  { return concurrencyLimiter }
+func (l ConcurrencyLimiter) id() string { return l.ID }
+
+func (l ConcurrencyLimiter) reads(read func(components.Role, string)) {
+	read(components.LimitsBy, l.LimitBy)
+	read(components.CostsBy, l.TokensLabel)
+	selectorsRead(l.Selectors, components.SelectsBy, read)
+}
+
+func (l ConcurrencyLimiter) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
+	checkAmount(wrong.sub(".Max"), l.Max)
+	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
+	checkName(wrong.sub(".LimitBy"), l.LimitBy)
+	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
+	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+}
+
+func (d *decoder) concurrencyLimiter(c component) Component {
+	l := d.slots(c.get("parameters"))
+	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
+	l.ID = c.id
+	l.Selectors = d.selectors(d.fill(c.value, "Selectors", "selectors"))
+	l.Max = d.amount(c, "Max", "max_concurrency")
+	l.TokensLabel = d.text(d.fill(request, "TokensLabel", "tokens_label_key"))
+	l.DeniedStatus = d.status(d.fill(request, "DeniedStatus", "denied_response_status_code"))
+	l.PassThrough = d.passThrough(c)
+	l.DryRun = d.dryRun(c)
+	return l
+}
+
+// slots reads the parameters of a concurrency limiter.
+func (d *decoder) slots(v value) ConcurrencyLimiter {
+	f := d.fields(v, "max_inflight_duration max_idle_time limit_by_label_key", "")
+	return ConcurrencyLimiter{
+		MaxInflight: d.duration(d.fill(f, "MaxInflight", "max_inflight_duration")),
+		LimitBy:     d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
+		MaxIdle:     d.optional(f.get("max_idle_time"), KeepIdle),
+	}
+}

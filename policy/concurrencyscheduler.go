@@ -1,0 +1,76 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
+
+// ConcurrencyScheduler bounds the flows that are in flight at once for each value of a label, with a queue before it: a
+// flow that finds all slots taken waits for one, and flows that wait share what is given back by weighted fair
+// queueing; see [Scheduler].
+type ConcurrencyScheduler struct {
+	// ID names the component within its policy. Default: "concurrency_scheduler.<index>", its place
+	// among the policy's ConcurrencySchedulers.
+	ID string
+
+	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
+	Selectors []Selector
+
+	// Max is the number of slots. A flow is admitted while at least part of one is free, so a flow that costs more
+	// than is free may overshoot. Zero refuses every flow. Not negative.
+	Max float64
+
+	// MaxInflight is when a slot whose flow has not ended is taken back. Required, positive.
+	MaxInflight time.Duration
+
+	// LimitBy is the label whose values have slots and a queue of their own. Empty: all flows share them. A flow
+	// without the label passes unlimited.
+	LimitBy string
+
+	// MaxIdle is how long a key without flows in flight is remembered. Zero means DefaultMaxIdle, KeepIdle (or any
+	// negative value) as long as there is room.
+	MaxIdle time.Duration
+
+	// Scheduler says who goes first. The zero value serves all flows alike.
+	Scheduler Scheduler
+
+	// PassThrough accepts every flow and takes no slots.
+	PassThrough bool
+
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
+	DryRun bool
+}
+
+func (ConcurrencyScheduler) kind() index  { return concurrencyScheduler }
+func (s ConcurrencyScheduler) id() string { return s.ID }
+
+func (s ConcurrencyScheduler) reads(read func(components.Role, string)) {
+	read(components.LimitsBy, s.LimitBy)
+	selectorsRead(s.Selectors, components.SelectsBy, read)
+	s.Scheduler.reads(components.SchedulesBy, read)
+}
+
+func (s ConcurrencyScheduler) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
+	checkAmount(wrong.sub(".Max"), s.Max)
+	checkPositive(wrong.sub(".MaxInflight"), s.MaxInflight)
+	checkName(wrong.sub(".LimitBy"), s.LimitBy)
+	s.Scheduler.check(wrong.sub(".Scheduler"))
+}
+
+func (d *decoder) concurrencyScheduler(c component) Component {
+	l := d.slots(c.get("concurrency_limiter"))
+	return ConcurrencyScheduler{
+		ID:          c.id,
+		Selectors:   d.selectors(d.fill(c.value, "Selectors", "selectors")),
+		Max:         d.amount(c, "Max", "max_concurrency"),
+		MaxInflight: l.MaxInflight,
+		LimitBy:     l.LimitBy,
+		MaxIdle:     l.MaxIdle,
+		Scheduler:   d.scheduler(c.value),
+		PassThrough: d.passThrough(c),
+		DryRun:      d.dryRun(c),
+	}
+}

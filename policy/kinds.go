@@ -1,0 +1,150 @@
+package policy
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
+
+// An index is the place of a kind of component in the table of kinds.
+type index int
+
+const (
+	rateLimiter index = iota
+	concurrencyLimiter
+	quotaScheduler
+	concurrencyScheduler
+	loadScheduler
+	aimdLoadScheduler
+	sampler
+	loadRamp
+	count
+)
+
+// Kinds is how many kinds of components there are. Package engine has a row for each, or does not compile.
+const Kinds = int(count)
+
+// kinds has a row for each kind of component, in the order of the indices. A component names its index, by its method
+// kind, and an index without a row does not compile: the array is shorter then than Kinds says.
+var kinds [Kinds]kindOf = [...]kindOf{ //nolint:gochecknoglobals,revive,staticcheck // a table, never written to; the type checks its length
+	{"rate_limiter", valueOf[RateLimiter], []form{{
+		"rate_limiter", "selectors parameters request_parameters", "bucket_capacity fill_amount", "pass_through", (*decoder).rateLimiter,
+	}}},
+	{"concurrency_limiter", valueOf[ConcurrencyLimiter], []form{{
+		"concurrency_limiter", "selectors parameters request_parameters", "max_concurrency", "pass_through", (*decoder).concurrencyLimiter,
+	}}},
+	{"quota_scheduler", valueOf[QuotaScheduler], []form{{
+		"quota_scheduler", "selectors rate_limiter scheduler", "bucket_capacity fill_amount", "pass_through", (*decoder).quotaScheduler,
+	}}},
+	{"concurrency_scheduler", valueOf[ConcurrencyScheduler], []form{{
+		"concurrency_scheduler", "selectors concurrency_limiter scheduler", "max_concurrency", "pass_through", (*decoder).concurrencyScheduler,
+	}}},
+	{"load_scheduler", valueOf[LoadScheduler], []form{{
+		"load_scheduler", "parameters dry_run_config_key", "", "load_multiplier", (*decoder).loadScheduler,
+	}}},
+	{"aimd_load_scheduler", valueOf[AIMDLoadScheduler], []form{{
+		"aimd_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).aimdLoadScheduler,
+	}, {
+		"adaptive_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).adaptiveLoadScheduler,
+	}}},
+	{"sampler", valueOf[Sampler], []form{{
+		"sampler", samplerKeys, "", "accept_percentage", (*decoder).sampler,
+	}}},
+	{"load_ramp", valueOf[LoadRamp], []form{{
+		"load_ramp", samplerKeys, "", "forward backward reset", (*decoder).loadRamp,
+	}}},
+}
+
+// A kindOf is a row of the table of kinds.
+type kindOf struct {
+	name  string                              // in the engine's Stats, and in the IDs of components that have none of their own
+	value func(c Component) (Component, bool) // the component as a value; false if it is of another kind
+	forms []form                              // how files say it
+}
+
+// A form is a key of flow_control in files, under which a component of the kind stands.
+type form struct {
+	key     string
+	keys    string // below it: all but in_ports, out_ports and dry_run
+	ports   string // those of in_ports that blueprint values have too, as numbers
+	options string // the others of in_ports
+	read    func(d *decoder, c component) Component
+}
+
+// formOf finds the form that has the key.
+func formOf(key string) (form, bool) {
+	for i := range kinds {
+		for _, f := range kinds[i].forms {
+			if f.key == key {
+				return f, true
+			}
+		}
+	}
+	return form{}, false
+}
+
+// laterKinds are the flow_control components that cannot run.
+const laterKinds = "aiad_load_scheduler private range_driven_load_scheduler"
+
+// deciderKeys returns the keys of flow_control.
+func deciderKeys() string {
+	var keys []string
+	for i := range kinds {
+		for _, f := range kinds[i].forms {
+			keys = append(keys, f.key)
+		}
+	}
+	slices.Sort(keys)
+	return strings.Join(keys, " ") + " " + laterKinds
+}
+
+// valueOf is the value function of a kind.
+func valueOf[P Component](c Component) (Component, bool) {
+	p, ok := components.Value[P](c)
+	return p, ok
+}
+
+// asValue returns the component as a value, which it is or points to. If it is neither, it says what is wrong with it.
+func asValue(c Component) (value Component, wrong string) {
+	for i := range kinds {
+		if value, ok := kinds[i].value(c); ok {
+			return value, ""
+		}
+	}
+	switch v := reflect.ValueOf(c); {
+	case !v.IsValid():
+		return nil, "is nil"
+	case v.Kind() == reflect.Pointer && v.IsNil():
+		return nil, fmt.Sprintf("is a nil %T", c)
+	default: // a struct that embeds a component has its methods
+		return nil, fmt.Sprintf("is a %T; want one of this package's components, or a pointer to one", c)
+	}
+}
+
+// An identifier gives the components of one policy their IDs, in their order.
+type identifier struct{ seen [Kinds]int }
+
+// id returns the component's own ID, or its kind and its index within the kind.
+func (i *identifier) id(c Component) string {
+	k := c.kind()
+	n := i.seen[k]
+	i.seen[k]++
+	if id := c.id(); id != "" {
+		return id
+	}
+	return fmt.Sprintf("%s.%d", kinds[k].name, n)
+}
+
+// Describe says what the policy's components are, which must be valid. Package engine calls it.
+func (p Policy) Describe() []components.Description {
+	described := make([]components.Description, len(p.Components))
+	var ids identifier
+	for i, c := range p.Components {
+		c, _ := asValue(c)
+		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Reads: c.reads}
+	}
+	return described
+}

@@ -1,0 +1,80 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
+
+// QuotaScheduler is a token bucket for each value of a label, with a queue before it: a flow that finds too few tokens
+// waits for them, and flows that wait share what comes by weighted fair queueing; see [Scheduler].
+type QuotaScheduler struct {
+	// ID names the component within its policy. Default: "quota_scheduler.<index>", its place
+	// among the policy's QuotaSchedulers.
+	ID string
+
+	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
+	Selectors []Selector
+
+	// Capacity is the most tokens a bucket holds; a new bucket is full. Zero refuses every flow. Not negative.
+	Capacity float64
+
+	// Fill tokens are added each Interval. Zero never refills. Not negative.
+	Fill     float64
+	Interval time.Duration // Required, positive.
+
+	// LimitBy is the label whose values have a bucket and a queue each. Empty: one for all flows. A flow without the
+	// label passes unlimited.
+	LimitBy string
+
+	// StepFill, DelayInitialFill and MaxIdle are as in [RateLimiter].
+	StepFill         bool
+	DelayInitialFill bool
+	MaxIdle          time.Duration
+
+	// Scheduler says who goes first. The zero value serves all flows alike.
+	Scheduler Scheduler
+
+	// PassThrough accepts every flow and takes no tokens.
+	PassThrough bool
+
+	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
+	// See [RateLimiter].
+	DryRun bool
+}
+
+func (QuotaScheduler) kind() index  { return quotaScheduler }
+func (s QuotaScheduler) id() string { return s.ID }
+
+func (s QuotaScheduler) reads(read func(components.Role, string)) {
+	read(components.LimitsBy, s.LimitBy)
+	selectorsRead(s.Selectors, components.SelectsBy, read)
+	s.Scheduler.reads(components.SchedulesBy, read)
+}
+
+func (s QuotaScheduler) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
+	checkAmount(wrong.sub(".Capacity"), s.Capacity)
+	checkAmount(wrong.sub(".Fill"), s.Fill)
+	checkPositive(wrong.sub(".Interval"), s.Interval)
+	checkName(wrong.sub(".LimitBy"), s.LimitBy)
+	s.Scheduler.check(wrong.sub(".Scheduler"))
+}
+
+func (d *decoder) quotaScheduler(c component) Component {
+	l := d.bucket(c.get("rate_limiter"))
+	return QuotaScheduler{
+		ID:               c.id,
+		Selectors:        d.selectors(d.fill(c.value, "Selectors", "selectors")),
+		Capacity:         d.amount(c, "Capacity", "bucket_capacity"),
+		Fill:             d.amount(c, "Fill", "fill_amount"),
+		Interval:         l.Interval,
+		LimitBy:          l.LimitBy,
+		StepFill:         l.StepFill,
+		DelayInitialFill: l.DelayInitialFill,
+		MaxIdle:          l.MaxIdle,
+		Scheduler:        d.scheduler(c.value),
+		PassThrough:      d.passThrough(c),
+		DryRun:           d.dryRun(c),
+	}
+}

@@ -1,0 +1,105 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/internal/components"
+)
+
+// RateLimiter is a token bucket for each value of a label. A flow takes tokens and is rejected while the bucket has
+// too few: with DeniedStatus, and with the time until it has enough, unless it never will.
+type RateLimiter struct {
+	// ID names the component within its policy. Default: "rate_limiter.<index>", its place
+	// among the policy's RateLimiters.
+	ID string
+
+	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
+	Selectors []Selector
+
+	// Capacity is the most tokens a bucket holds; a new bucket is full. Zero refuses every flow. Not negative.
+	Capacity float64
+
+	// Fill tokens are added each Interval. Zero never refills. Not negative.
+	Fill     float64
+	Interval time.Duration // Required, positive.
+
+	// LimitBy is the label whose values have a bucket each. Empty: one bucket for all flows. A flow without the
+	// label passes unlimited.
+	LimitBy string
+
+	// StepFill adds Fill tokens at once at the end of each Interval; by default they trickle in continuously.
+	StepFill bool
+
+	// DelayInitialFill makes a full bucket that is drawn on wait as long as it takes to fill it whole before it
+	// begins to refill.
+	DelayInitialFill bool
+
+	// MaxIdle is how long an unused bucket is remembered once it is full again. Zero means DefaultMaxIdle, KeepIdle
+	// (or any negative value) as long as there is room. A bucket that is not full is never forgotten.
+	MaxIdle time.Duration
+
+	// TokensLabel is the label that says how many tokens a flow takes: a decimal number, not negative. A flow
+	// without it, or with anything else in it, takes 1.
+	TokensLabel string
+
+	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
+	DeniedStatus int
+
+	// PassThrough accepts every flow and takes no tokens.
+	PassThrough bool
+
+	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
+	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
+	DryRun bool
+}
+
+func (RateLimiter) kind() index  { return rateLimiter }
+func (l RateLimiter) id() string { return l.ID }
+
+func (l RateLimiter) reads(read func(components.Role, string)) {
+	read(components.LimitsBy, l.LimitBy)
+	read(components.CostsBy, l.TokensLabel)
+	selectorsRead(l.Selectors, components.SelectsBy, read)
+}
+
+func (l RateLimiter) check(wrong report) {
+	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
+	checkAmount(wrong.sub(".Capacity"), l.Capacity)
+	checkAmount(wrong.sub(".Fill"), l.Fill)
+	checkPositive(wrong.sub(".Interval"), l.Interval)
+	checkName(wrong.sub(".LimitBy"), l.LimitBy)
+	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
+	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+}
+
+func (d *decoder) rateLimiter(c component) Component {
+	l := d.bucket(c.get("parameters"))
+	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
+	l.ID = c.id
+	l.Selectors = d.selectors(d.fill(c.value, "Selectors", "selectors"))
+	l.Capacity = d.amount(c, "Capacity", "bucket_capacity")
+	l.Fill = d.amount(c, "Fill", "fill_amount")
+	l.TokensLabel = d.text(d.fill(request, "TokensLabel", "tokens_label_key"))
+	l.DeniedStatus = d.status(d.fill(request, "DeniedStatus", "denied_response_status_code"))
+	l.PassThrough = d.passThrough(c)
+	l.DryRun = d.dryRun(c)
+	return l
+}
+
+// bucket reads the parameters of a rate limiter.
+func (d *decoder) bucket(v value) RateLimiter {
+	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill", "lazy_sync")
+	limiter := RateLimiter{
+		Interval:         d.duration(d.fill(f, "Interval", "interval")),
+		LimitBy:          d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
+		StepFill:         !d.boolean(f.get("continuous_fill"), true),
+		DelayInitialFill: d.boolean(f.get("delay_initial_fill"), false),
+		MaxIdle:          d.optional(f.get("max_idle_time"), KeepIdle),
+	}
+	if old := f.get("label_key"); limiter.LimitBy == "" {
+		limiter.LimitBy = d.text(d.fill(f, "LimitBy", "label_key"))
+	} else if old.node != nil {
+		d.unused(old, ": limit_by_label_key is set")
+	}
+	return limiter
+}
