@@ -15,30 +15,23 @@ import (
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// overBothShown runs f in a bubble with a client of an engine in the process, and with one of an engine that is served.
-// The clients have the options, and show what they count.
-func overBothShown(t *testing.T, opts []flowctl.Option, components []policy.Component,
+// overEnginesShown runs f in a bubble over engines, one of which is served. Their clients have the options, and show what
+// they count.
+func overEnginesShown(t *testing.T, opts []flowctl.Option, components []policy.Component,
 	f func(t *testing.T, client *flowctl.Client, p *metertest.Provider),
 ) {
-	policies := []policy.Policy{{Name: "p", Components: components}}
-	for _, remote := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			p, s := new(metertest.Provider), serve(t, policies)
-			opts := append(slices.Clone(opts), flowctl.WithMeterProvider(p))
-			start := func() (*flowctl.Client, error) { return flowctl.New(s.engine, opts...) }
-			if remote {
-				opts = append(opts, flowctl.WithInsecure(), flowctl.WithDialOptions(s.dialer))
-				start = func() (*flowctl.Client, error) { return flowctl.Dial("passthrough:///localhost", opts...) }
-			}
-			client, err := start()
-			if err != nil {
-				t.Fatal(err)
-			}
-			f(t, client, p)
-			_ = client.Close(t.Context())
+	t.Helper()
+	for _, kind := range sides.Engines {
+		t.Run(string(kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := new(metertest.Provider)
+				setup := sides.Setup{Policies: sides.Policies(components...), Options: append(slices.Clone(opts), flowctl.WithMeterProvider(p))}
+				f(t, setup.New(t, kind).Client, p)
+			})
 		})
 	}
 }
@@ -150,7 +143,7 @@ func TestDryRunDoesNotQueue(t *testing.T) {
 
 // What a flow in dry run holds although it was rejected goes back when it ends.
 func TestDryRunGivesBack(t *testing.T) {
-	overBothShown(t, []flowctl.Option{flowctl.WithDryRun()}, []policy.Component{
+	overEnginesShown(t, []flowctl.Option{flowctl.WithDryRun()}, []policy.Component{
 		policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour},
 		policy.Sampler{Selectors: policy.At("point")},
 	}, func(t *testing.T, client *flowctl.Client, _ *metertest.Provider) {
@@ -184,7 +177,7 @@ func TestDryRunIsCounted(t *testing.T) {
 			if !tt.inDry {
 				components = append(components, users("force", false))
 			}
-			overBothShown(t, tt.opts, components, func(t *testing.T, client *flowctl.Client, p *metertest.Provider) {
+			overEnginesShown(t, tt.opts, components, func(t *testing.T, client *flowctl.Client, p *metertest.Provider) {
 				var last *flowctl.Flow
 				for range 3 {
 					last = client.Start(t.Context(), "point", flowctl.Params{})

@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"context"
-	"net"
 	"runtime"
 	"testing"
 	"time"
@@ -11,11 +10,11 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 )
 
 // Calls that are refused for their key leave nothing behind, whatever their deadline is.
@@ -27,11 +26,7 @@ func TestRefusedCallsLeaveNoMemory(t *testing.T) {
 	defer e.Close()
 	server := grpc.NewServer(agent.ServerOptions(agent.WithKeys(func(string) (string, bool) { return "", false }))...)
 	agent.Register(server, e)
-	l := bufconn.Listen(1 << 20)
-	go func() { _ = server.Serve(l) }()
-	defer server.Stop()
-	conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+	conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()), sides.Serve(t, server))
 	if err != nil {
 		t.Fatal(err)
 	}

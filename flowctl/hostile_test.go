@@ -147,7 +147,7 @@ func TestConnectionsAreSpaced(t *testing.T) {
 			answers := a.Name == "goes away with each answer"
 			pace := time.NewTicker(time.Millisecond)
 			defer pace.Stop()
-			for time.Since(begin) < time.Second || !answers && !silent() && time.Since(begin) < 10*time.Second {
+			for time.Since(begin) < time.Second || !answers && !silent() && time.Since(begin) < time.Minute {
 				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
 				<-pace.C
 			}
@@ -174,7 +174,7 @@ func TestFloodedConnectionsEnd(t *testing.T) {
 			for begin := time.Now(); server.Connections() < 2; {
 				_, _ = client.Start(t.Context(), "point", flowctl.Params{}).End(t.Context())
 				<-pace.C
-				if time.Since(begin) > 30*time.Second {
+				if time.Since(begin) > 2*time.Minute {
 					t.Fatal("the connection goes on")
 				}
 			}
