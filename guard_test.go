@@ -423,7 +423,7 @@ func (c cell) checkEnds(t *testing.T, side *sides.Side, fellBack bool) {
 	}
 	if side.Script == nil && !c.s.silent { // the engine agrees
 		var v agentapi.Verdict
-		if err := side.Engine.Check(t.Context(), &agentapi.Request{ControlPoint: point}, &v); err != nil || v.Rejected() != c.s.rejects {
+		if err := side.Agent.Check(t.Context(), &agentapi.Request{ControlPoint: point}, &v); err != nil || v.Rejected() != c.s.rejects {
 			t.Errorf("a check after all flows have ended: rejected %v, %v want %v", v.Rejected(), err, c.s.rejects)
 		}
 	}

@@ -89,3 +89,50 @@ func TestLongKeysAreBounded(t *testing.T) {
 	}
 	runtime.KeepAlive(e)
 }
+
+// A key is forgotten when it has been idle for a while and its bucket is full again.
+func TestIdleKeysAreForgotten(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		maxIdle time.Duration
+		after   time.Duration
+		kept    int64
+	}{
+		{"by default not before 2 h", 0, 119 * time.Minute, 20},
+		{"by default after 2 h", 0, 122 * time.Minute, 10},
+		{"after a while", 5 * time.Minute, 7 * time.Minute, 10},
+		{"never", policy.KeepIdle, 4 * time.Hour, 20},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.RateLimiter{
+					Selectors: policy.At("point"), Capacity: 1000, Fill: 1, Interval: time.Minute, LimitBy: "user", TokensLabel: "cost", MaxIdle: tt.maxIdle,
+				}}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				client, err := flowctl.New(e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range 20 {
+					cost := "1"
+					if i%2 == 0 {
+						cost = "1000" // takes hours to fill again: a debt, which is not forgotten
+					}
+					flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": fmt.Sprint(i), "cost": cost}})
+					if flow.Decision() != flowctl.Accepted {
+						t.Fatal(flow, flow.Err())
+					}
+					end(flow)
+				}
+				<-time.After(tt.after)
+				synctest.Wait()
+				if got := e.Stats().Components[0].Keys; int64(got) != tt.kept {
+					t.Errorf("%d keys are kept want %d", got, tt.kept)
+				}
+			})
+		})
+	}
+}

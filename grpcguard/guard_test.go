@@ -103,8 +103,8 @@ func newSide(t testing.TB, kind sides.Kind, rejects bool) *side {
 		s.Answer(answer)
 	case rejects: // the first was let in
 		req, v := agentapi.Request{ControlPoint: point}, agentapi.Verdict{}
-		err := s.Engine.Check(t.Context(), &req, &v)
-		if _, endErr := s.Engine.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
+		err := s.Agent.Check(t.Context(), &req, &v)
+		if _, endErr := s.Agent.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
 			t.Fatal(err, endErr, v.Rejected())
 		}
 	}

@@ -23,9 +23,18 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// A recorder is an engine in the process that logs what it is asked.
+// A local agent is one in the process.
+type local interface {
+	agentapi.Agent
+	agentapi.Reverter
+}
+
+// agentOf is the engine as clients and package agent ask it.
+func agentOf(e *engine.Engine) local { return e }
+
+// A recorder is a local agent that logs what it is asked.
 type recorder struct {
-	*engine.Engine
+	local
 	log *log
 }
 
@@ -38,7 +47,7 @@ func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi
 		v.Reject(agentapi.Rejection{Reason: agentapi.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
 		return nil
 	}
-	err := r.Engine.Check(ctx, req, v)
+	err := r.local.Check(ctx, req, v)
 	if err == nil {
 		r.log.took(held(v))
 	}
@@ -48,7 +57,7 @@ func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi
 // Revert takes the place of End.
 func (r *recorder) Revert(req *agentapi.Request, v *agentapi.Verdict) {
 	slots := held(v)
-	r.Engine.Revert(req, v)
+	r.local.Revert(req, v)
 	r.log.took(-slots)
 }
 
@@ -70,7 +79,7 @@ func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	if failed {
 		end.Status = flowctl.StatusError
 	}
-	returns, err := r.Engine.End(ctx, req, v, failed)
+	returns, err := r.local.End(ctx, req, v, failed)
 	r.log.ended(end)
 	r.log.gave(returns.Returned)
 	return returns, err

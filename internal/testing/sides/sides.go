@@ -72,6 +72,9 @@ type Side struct {
 	// Engine is that of an embedded or served side; nil for a scripted one.
 	Engine *engine.Engine
 
+	// Agent is that engine as a client asks it. What it is asked here, the side does not see. nil for a scripted side.
+	Agent agentapi.Agent
+
 	// Script is the agent of a scripted side; nil for the others.
 	Script *flowtest.Agent
 
@@ -112,12 +115,14 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Engine.Close() })
+	local := agentOf(side.Engine)
+	side.Agent = local
 	side.log.answers = s.Answers
 	if kind == Served {
 		side.Client = Dial(t, serve(side.Engine, &side.log), s.Options...)
 		return side
 	}
-	if side.Client, err = flowctl.New(&recorder{side.Engine, &side.log}, s.Options...); err != nil {
+	if side.Client, err = flowctl.New(&recorder{local, &side.log}, s.Options...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Client.Close(context.WithoutCancel(t.Context())) }) // the context has ended by then
@@ -151,7 +156,7 @@ func (s *Side) StoreResult(controlPoint, key string, value []byte, ttl time.Dura
 		s.Script.SetResult(controlPoint, key, value)
 		return
 	}
-	if err := s.Engine.Store(s.t.Context(), agentapi.CacheKey{ControlPoint: controlPoint, Key: key}, value, ttl); err != nil {
+	if err := s.Agent.Store(s.t.Context(), agentapi.CacheKey{ControlPoint: controlPoint, Key: key}, value, ttl); err != nil {
 		s.t.Error(err)
 	}
 }
@@ -163,7 +168,7 @@ func (s *Side) ForgetResult(controlPoint, key string) {
 		s.Script.SetResult(controlPoint, key, nil)
 		return
 	}
-	if err := s.Engine.Delete(s.t.Context(), agentapi.CacheKey{ControlPoint: controlPoint, Key: key}); err != nil {
+	if err := s.Agent.Delete(s.t.Context(), agentapi.CacheKey{ControlPoint: controlPoint, Key: key}); err != nil {
 		s.t.Error(err)
 	}
 }
