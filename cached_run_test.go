@@ -75,7 +75,11 @@ func TestCachedBurst(t *testing.T) {
 					t.Errorf("%d runs want 1", runs.Load())
 				}
 				if _, keeps := component.(policy.RateLimiter); keeps {
-					if usage, err := e.Peek("test", "calls", ""); err != nil || usage.Remaining < 9 || usage.Remaining > 9.1 {
+					calls, err := e.Component("test", "calls")
+					if err != nil {
+						t.Fatal(err)
+					}
+					if usage, err := calls.Peek(""); err != nil || usage.Remaining < 9 || usage.Remaining > 9.1 {
 						t.Errorf("%v tokens are left, %v want 9", usage.Remaining, err)
 					}
 				}

@@ -771,12 +771,14 @@ func TestCachedAgentDown(t *testing.T) {
 
 // A brokenCache is an engine whose cache fails: lookups, or what changes it.
 type brokenCache struct {
-	agentapi.Agent
+	agentapi.Local
 	lookup, store error
 }
 
+func (b brokenCache) Agent() agentapi.Local { return b }
+
 func (b brokenCache) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
-	err := b.Agent.Check(ctx, req, v)
+	err := b.Local.Check(ctx, req, v)
 	if b.lookup != nil {
 		v.More().Result = agentapi.CacheAnswer{Err: b.lookup}
 	}
@@ -787,7 +789,7 @@ func (b brokenCache) Store(ctx context.Context, key agentapi.CacheKey, value []b
 	if b.store != nil {
 		return b.store
 	}
-	return b.Agent.Store(ctx, key, value, ttl)
+	return b.Local.Store(ctx, key, value, ttl)
 }
 
 // What goes wrong with the cache is never the call's error: it is a miss, or nothing is stored.
@@ -866,7 +868,7 @@ func TestCachedBrokenCache(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer e.Close()
-				tt.broken.Agent = e
+				tt.broken.Local = e.Agent()
 				client, err := flowctl.New(tt.broken)
 				if err != nil {
 					t.Fatal(err)

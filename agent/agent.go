@@ -51,7 +51,7 @@ const answerTime = 500 * time.Microsecond
 // A Service offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
 // its own.
 type Service struct {
-	engine *engine.Engine
+	engine agentapi.Local
 	spans  atomic.Uint64
 	issued issued
 	asking crowd
@@ -61,8 +61,8 @@ type Service struct {
 // engine remains the caller's to close. Closing it rejects the checks that wait, which lets a graceful stop of s end; a
 // check that comes later is answered with the status Unavailable. So begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
-	svc := &Service{engine: e}
-	services := registrar{s, e.NamedLabels}
+	svc := &Service{engine: e.Agent()}
+	services := registrar{s, svc.engine.NamedLabels}
 	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: svc})
 	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: svc})
 	telemetry.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
@@ -142,7 +142,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.Ch
 	}
 	if ctx.Err() != nil {
 		// The client never hears of it.
-		s.service.engine.Revert(req, &v)
+		s.service.engine.Revert(ctx, req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	response := wire.Answer(req, &v, s.service.engine.NamedLabels())
@@ -166,12 +166,12 @@ func rejection(controlPoint string, reason agentapi.Reason, denied checkv1.Statu
 }
 
 // FlowEnd gives back slots, the first of those that the client names.
-func (s handler) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
+func (s handler) FlowEnd(ctx context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
 	refs := m.GetInflightRequests()
 	refs = refs[:min(len(refs), maxSlots)]
 	response := &checkv1.FlowEndResponse{TokenReturnStatuses: make([]*checkv1.TokenReturnStatus, 0, len(refs))}
 	for _, ref := range refs {
-		known, returned := s.service.end(ref)
+		known, returned := s.service.end(ctx, ref)
 		one := &checkv1.TokenReturnStatus{InflightRequestRef: ref, Returned: returned}
 		if !known {
 			one.Error = "flow ender not found for limiter id"
@@ -182,8 +182,8 @@ func (s handler) FlowEnd(_ context.Context, m *checkv1.FlowEndRequest) (*checkv1
 }
 
 // end gives back one slot. It reports whether the engine knows the limiter, and whether the slot was still taken.
-func (s *Service) end(ref *checkv1.InflightRequestRef) (known, returned bool) {
-	return s.engine.EndSlot(
+func (s *Service) end(ctx context.Context, ref *checkv1.InflightRequestRef) (known, returned bool) {
+	return s.engine.EndSlot(ctx,
 		ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
 }
 

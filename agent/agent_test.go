@@ -358,8 +358,8 @@ func TestWarnings(t *testing.T) {
 		{Name: "p", Components: []policy.Component{limiter("any"), limiter("any", "shop"), limiter("bar")}},
 	})
 	got := s.server.Warnings()
-	if len(got) != 2 || !strings.HasPrefix(got[1], `policy "p": component "root.1": control point "point": `) || !strings.Contains(got[1], `"shop"`) ||
-		!strings.HasPrefix(got[0], `policy "p": component "root.2": control point "point": `) || !strings.Contains(got[0], `"bar"`) {
+	if len(got) != 2 || !strings.HasPrefix(got[1], `policy "p": component "rate_limiter.1": control point "point": `) || !strings.Contains(got[1], `"shop"`) ||
+		!strings.HasPrefix(got[0], `policy "p": component "rate_limiter.2": control point "point": `) || !strings.Contains(got[0], `"bar"`) {
 		t.Errorf("Warnings() = %q want those of the bar's, which never acts, and of the shop's", got)
 	}
 }

@@ -71,10 +71,10 @@ func (p *process) kill(t *testing.T) {
 func (p *process) inFlight(t *testing.T) float64 {
 	var v agentapi.Verdict
 	req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user_id": "u"}}}
-	if err := p.engine.Check(t.Context(), req, &v); err != nil {
+	if err := p.engine.Agent().Check(t.Context(), req, &v); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _, _ = p.engine.End(t.Context(), req, &v, false) }()
+	defer func() { _, _ = p.engine.Agent().End(t.Context(), req, &v, false) }()
 	return v.At(0).Component.Capacity - v.At(0).Remaining
 }
 

@@ -139,7 +139,7 @@ func largeService(tb testing.TB) handler {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = e.Close() })
-	return handler{service: &Service{engine: e}}
+	return handler{service: &Service{engine: e.Agent()}}
 }
 
 func BenchmarkLargeRequest(b *testing.B) {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"slices"
 	"time"
 
@@ -19,7 +20,7 @@ import (
 // then the span is all that comes when the flow ends. A slot is freed by its name in the check's answer, which only the
 // client has that was given it, and once. A latency counts for an answer that was given, once, and is no longer than the
 // time since then.
-func (s *Service) read(span []byte) {
+func (s *Service) read(ctx context.Context, span []byte) {
 	measured := s.engine.Measures("")
 	r, err := telemetry.Read(span)
 	if err != nil || r.Check == nil && r.JSON == nil || !measured && expectsEnd(&r) {
@@ -34,7 +35,7 @@ func (s *Service) read(span []byte) {
 	}
 	if !m.GetExpectEnd() {
 		for _, ref := range wire.Held(m) {
-			s.end(ref)
+			s.end(ctx, ref)
 		}
 	}
 	if start := m.GetStart(); measured && ok && worked(m, r.DryRun) && start.IsValid() && s.issued.take(start.AsTime()) {

@@ -51,7 +51,7 @@ func apply(t testing.TB, e *engine.Engine, components ...policy.Component) {
 
 func peek(t testing.TB, e *engine.Engine, component string, want engine.Usage) {
 	t.Helper()
-	if got, err := e.Peek("test", component, ""); err != nil || got != want {
+	if got, err := peekAt(e, "test", component, ""); err != nil || got != want {
 		t.Errorf("%s: Peek = %+v, %v want %+v", component, got, err, want)
 	}
 }
@@ -76,7 +76,7 @@ func TestApplyKeeps(t *testing.T) {
 		peek(t, e, "rate", engine.Usage{Capacity: 10, Remaining: 9})
 		peek(t, e, "held", engine.Usage{Capacity: 10, Remaining: 9, InFlight: 1})
 		peek(t, e, "changed", engine.Usage{Capacity: 7, Remaining: 7})
-		if r, ok := e.Ramp("test", "ramp"); !ok || r.Percentage() != 50 {
+		if r, ok := rampOf(e, "test", "ramp"); !ok || r.Percentage() != 50 {
 			t.Errorf("the ramp does not go on: %v", ok)
 		}
 		if got := end(flow); got != (flowctl.EndResponse{Held: 1, Returned: 1}) {
@@ -85,7 +85,7 @@ func TestApplyKeeps(t *testing.T) {
 		peek(t, e, "held", engine.Usage{Capacity: 10, Remaining: 10})
 
 		apply(t, e)
-		if _, err := e.Peek("test", "rate", ""); err == nil {
+		if _, err := peekAt(e, "test", "rate", ""); err == nil {
 			t.Error("a policy that is gone has a limiter")
 		}
 		for range 20 {
@@ -109,7 +109,7 @@ func TestApplyInFlight(t *testing.T) {
 		served, late := start(t, c, flowctl.Params{}), start(t, c, flowctl.Params{})
 		apply(t, e, limit(1))
 		apply(t, e, limit(2))
-		peek(t, e, "root.0", engine.Usage{Capacity: 2, Remaining: 2})
+		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 2, Remaining: 2})
 
 		if got := end(embedded); got.Returned != 1 {
 			t.Errorf("End = %+v want the slot given back", got)
@@ -117,12 +117,12 @@ func TestApplyInFlight(t *testing.T) {
 		endSlot := func(flow *flowctl.Flow) string {
 			d := flow.CheckResponse().GetLimiterDecisions()[0]
 			info := d.GetConcurrencyLimiterInfo()
-			return fmt.Sprint(e.EndSlot(d.GetPolicyName(), d.GetPolicyHash(), d.GetComponentId(), info.GetLabel(), wire.ReadSlotID(info.GetRequestId())))
+			return fmt.Sprint(e.Agent().EndSlot(t.Context(), d.GetPolicyName(), d.GetPolicyHash(), d.GetComponentId(), info.GetLabel(), wire.ReadSlotID(info.GetRequestId())))
 		}
 		if got := endSlot(served); got != "true true" {
 			t.Errorf("EndSlot = %s want it returned", got)
 		}
-		peek(t, e, "root.0", engine.Usage{Capacity: 2, Remaining: 2})
+		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 2, Remaining: 2})
 		if got := endSlot(served); got != "true false" {
 			t.Errorf("the second EndSlot = %s want it known", got)
 		}
@@ -186,7 +186,7 @@ func TestApplyWaiters(t *testing.T) {
 				if len(tt.next) == 0 {
 					return
 				}
-				if got, err := e.Peek("test", "first", ""); err != nil || got.InFlight != tt.holding {
+				if got, err := peekAt(e, "test", "first", ""); err != nil || got.InFlight != tt.holding {
 					t.Errorf("Peek = %+v, %v want %d in flight", got, err, tt.holding)
 				}
 			})
@@ -215,7 +215,7 @@ func TestApplyErrors(t *testing.T) {
 			if err := e.Apply(tt.policies); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
 				t.Errorf("Apply = %v want %s", err, tt.want)
 			}
-			peek(t, e, "root.0", engine.Usage{Capacity: 2, Remaining: 1})
+			peek(t, e, "rate_limiter.0", engine.Usage{Capacity: 2, Remaining: 1})
 		})
 	}
 	_ = e.Close()
@@ -252,7 +252,7 @@ func TestApplyControls(t *testing.T) {
 		} {
 			apply(t, e, tt.components...)
 			reads.Store(0)
-			if got := e.Measures("point"); got != tt.measures {
+			if got := e.Agent().Measures("point"); got != tt.measures {
 				t.Errorf("%s: Measures = %v want %v", tt.name, got, tt.measures)
 			}
 			rejected := false

@@ -2,8 +2,6 @@ package engine
 
 import (
 	"context"
-	"errors"
-	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -22,22 +20,6 @@ const (
 	stageLoad                     // quota and load schedulers, unless the flow's result is in the cache
 	stages
 )
-
-// stageOf is where the component belongs.
-func stageOf(c *agentapi.Component) stage {
-	switch c.Kind {
-	case agentapi.KindRampSampler:
-		return stageRamp
-	case agentapi.KindSampler:
-		return stageSample
-	case agentapi.KindConcurrencyScheduler:
-		return stageConcurrency
-	case agentapi.KindQuotaScheduler, agentapi.KindLoadScheduler:
-		return stageLoad
-	default:
-		return stageLimit
-	}
-}
 
 // reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
 func (s stage) reason(req *agentapi.Request) agentapi.Reason {
@@ -62,59 +44,17 @@ type controlPoint struct {
 // A placement is a component in its place at one control point.
 type placement struct {
 	component
-	waits     admitter // the component, where flows may wait for it
 	id        *agentapi.Component
 	selectors selectors
 }
 
-// An admitter is a component that may have a flow wait.
-type admitter interface {
-	// admit is decide for a flow that waits, if it must, for as long as it can, which began to ask at start. It gives the
-	// time then. An error means that it did not decide, because the flow's caller has gone or, errRetired, the component
-	// is no longer in force.
-	admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error)
-}
-
-func (p *controlPoint) add(c component, s selector) {
-	placements := &p.stages[stageOf(c.identity())]
-	if n := len(*placements); n == 0 || (*placements)[n-1].component != c {
-		waits, _ := c.(admitter)
-		*placements = append(*placements, placement{component: c, waits: waits, id: c.identity()})
+func (p *controlPoint) add(in *installed, s selector) {
+	placements := &p.stages[in.stage]
+	if n := len(*placements); n == 0 || (*placements)[n-1].component != in.component {
+		*placements = append(*placements, placement{component: in.component, id: in.identity()})
 	}
 	last := &(*placements)[len(*placements)-1]
 	last.selectors = append(last.selectors, s)
-}
-
-// Check decides about a flow. Clients of package flowctl call it. It waits where a scheduler has the flow wait; then an
-// error is that of ctx. If the engine is closed meanwhile, the flow is rejected. If it was closed before, the error is
-// agentapi.ErrClosed.
-func (e *Engine) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
-	if e.closed.Load() {
-		return agentapi.ErrClosed
-	}
-	start := e.now()
-	now := start
-	for {
-		v.Start = e.epoch.UnixNano() + start
-		p := e.controlPoint(req.ControlPoint)
-		err := e.decide(ctx, p, req, &now, v)
-		if err == nil {
-			p.count(req, v)
-			break
-		}
-		undo(v, now)
-		*v = agentapi.Verdict{}
-		if !errors.Is(err, errRetired) {
-			if ctx.Err() != nil {
-				count(p.counts, req, flowsCanceled)
-			}
-			return err
-		}
-	}
-	if now != start {
-		v.More().Waited = time.Duration(now - start)
-	}
-	return nil
 }
 
 // controlPoint is what acts at the control point, which is nothing at those that no policy names.
@@ -151,7 +91,7 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 				return err
 			}
 			if dropped && !dry {
-				undo(v, *now)
+				undo(ctx, v)
 			}
 			if dropped {
 				reject(v, from, s.reason(req))
@@ -186,10 +126,9 @@ func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.
 			m.refuse(req, d, agentapi.CauseLongLabel)
 		case late:
 			m.refuse(req, d, agentapi.CauseLate)
-		case m.waits == nil || dropped || d.DryRun:
-			m.decide(req, *now, d)
 		default:
-			if *now, err = m.waits.admit(ctx, req, v.Start-e.epoch.UnixNano(), *now, d); err != nil {
+			a := asking{start: v.Start - e.epoch.UnixNano(), now: *now, wait: !dropped && !d.DryRun}
+			if *now, err = m.component.ask(ctx, req, a, d); err != nil {
 				return dropped, err
 			}
 		}
@@ -199,11 +138,10 @@ func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.
 }
 
 // undo gives back what the flow was given.
-func undo(v *agentapi.Verdict, now int64) {
+func undo(ctx context.Context, v *agentapi.Verdict) {
 	for i := range v.Len() {
-		d := v.At(i)
-		if c, ok := d.Component.Limiter.(component); ok && !d.Dropped {
-			c.giveBack(now, d, true)
+		if d := v.At(i); !d.Dropped {
+			d.Component.Settler.Settle(ctx, d, agentapi.Outcome{Ended: agentapi.EndedUnused})
 			d.Hold(0)
 		}
 	}
@@ -211,12 +149,7 @@ func undo(v *agentapi.Verdict, now int64) {
 
 // slotsToCome reports whether the decision was for want of a slot that some flow can have.
 func slotsToCome(d *agentapi.LimiterDecision) bool {
-	switch d.Component.Kind {
-	case agentapi.KindConcurrencyLimiter, agentapi.KindConcurrencyScheduler:
-		return d.Component.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
-	default:
-		return false
-	}
+	return d.Component.Slots && d.Component.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
 }
 
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"math"
 	"strconv"
 	"time"
@@ -10,37 +11,64 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A component is one of a policy's at work.
+// A component is one of a policy's at work. What only some components have is in the interfaces below.
 type component interface {
-	// decide fills the decision, which names the component already, and knows of dry runs. It takes what it admits, and
-	// waits for nothing. In a dry run it decides the same: the caller lets the flow pass.
-	decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision)
+	// ask fills the decision, which names the component already, and knows of dry runs. It takes what it admits. A
+	// component may have the flow wait, if asking says so. In a dry run it decides the same: the caller lets the flow pass.
+	// It returns the time of the decision. An error means that it did not decide, because the flow's caller has gone or,
+	// errRetired, the component is no longer in force.
+	ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (now int64, err error)
 
 	// refuse fills the decision without asking: the flow is dropped for the cause, if the component would have had a say.
 	refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause)
 
-	// giveBack takes back what the decision says that the flow was given: the flow was rejected by another component,
-	// or has ended. Unused says that it did not run. False says that there was nothing to take back, or no more.
-	giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool
-
-	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss. When a table is full, it looks
-	// only where one did not fit.
-	sweep(now int64, full bool)
-
-	// vacant reports whether nobody has anything of it that would be missed.
-	vacant(now int64) bool
-
-	// retire says that the component is no longer in force: who waits for it is sent away. It is called once.
-	retire()
-
-	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
-	overflow() uint64
+	// Settle is called for each decision that did not drop its flow, once, when the flow has ended or was rejected by
+	// another component. Over the network it is called only for decisions with a slot.
+	agentapi.Settler
 
 	// stats tells what the component has done, and what there is now.
 	stats(now int64) ComponentStats
 
 	// identity names the component to others.
 	identity() *agentapi.Component
+}
+
+// asking says how a component is asked. It is passed by value, and the time comes back as a result: through an interface
+// a pointer to it would escape, and be a second allocation of each flow.
+type asking struct {
+	start int64 // when the flow began to ask
+	now   int64
+	wait  bool // the flow may wait
+}
+
+// A keeper is a component that keeps a state for each value of a label.
+type keeper interface {
+	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss. When a table is full, it looks
+	// only where one did not fit.
+	sweep(now int64, full bool)
+
+	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
+	overflow() uint64
+}
+
+// A retiree is a component that flows may hold something of, or wait for, when it is no longer in force.
+type retiree interface {
+	// retire says that the component is no longer in force: flows that wait for it are sent away. It is called once.
+	retire()
+
+	// vacant reports whether no flow has anything of it that would be missed.
+	vacant(now int64) bool
+}
+
+// A moved component has a percentage that the engine's host may move.
+type moved interface {
+	course() *ramp
+}
+
+// An inspected component has a state that the engine's host may look at and reset.
+type inspected interface {
+	usage(value string, now int64) Usage
+	reset(value string, now int64)
 }
 
 // keyed is what components have in common: a state for each value of a label, or one for all flows.
@@ -51,6 +79,7 @@ type keyed[S any] struct {
 	retired     chan struct{} // closed when the component is
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
 	namer       keys.Namer    // of buckets
+	engine      *Engine
 
 	table  *keys.Table[S] // nil without a label
 	single *keys.Entry[S] // the state of all flows, without a label
@@ -60,7 +89,7 @@ type keyed[S any] struct {
 func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, e.secret[:])}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, e.secret[:]), engine: e}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle

@@ -19,7 +19,11 @@ import (
 func configHash(policyName string, c policy.Component) string {
 	b := make([]byte, 0, 512)
 	b = appendText(b, policyName)
-	b = appendValue(b, reflect.ValueOf(&c).Elem())
+	v := reflect.ValueOf(c)
+	if v.Kind() == reflect.Pointer { // of an equal value
+		v = v.Elem()
+	}
+	b = appendValue(appendText(b, v.Type().String()), v)
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:16])
 }

@@ -45,20 +45,15 @@
 package engine
 
 import (
-	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
-	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -96,11 +91,6 @@ type Engine struct {
 	done    chan struct{}
 	running sync.WaitGroup // the sweeper and the controller
 }
-
-var (
-	_ agentapi.Agent    = (*Engine)(nil)
-	_ agentapi.Reverter = (*Engine)(nil)
-)
 
 // New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
 // keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
@@ -161,193 +151,6 @@ func (e *Engine) Close() error {
 	return nil
 }
 
-// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
-// those of components that no other selector picks a flow for. Package agent calls it.
-func (e *Engine) ServiceWarnings() []string {
-	var never, warnings []string
-	points := e.rules.Load().controlPoints
-	for _, at := range slices.Sorted(maps.Keys(points)) {
-		for _, placements := range points[at].stages {
-			for _, m := range placements {
-				acts := slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" })
-				for _, s := range m.selectors {
-					if s.service == "" {
-						continue
-					}
-					warning := fmt.Sprintf("policy %q: component %q: control point %q: the selector picks nothing: "+
-						"flows from the network have no service, and it wants %q", m.id.Policy, m.id.ID, at, s.service)
-					if acts {
-						warnings = append(warnings, warning)
-					} else {
-						never = append(never, warning+", as all its selectors there do")
-					}
-				}
-			}
-		}
-	}
-	return append(never, warnings...)
-}
-
-// lookup fills the cache part of the verdict.
-func (e *Engine) lookup(p *controlPoint, req *agentapi.Request, v *agentapi.Verdict) {
-	x, asked := v.More(), req.Lookup()
-	if asked.Result != "" {
-		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
-		p.looked(&x.Result)
-	}
-	for _, key := range asked.Global {
-		if key == "" {
-			continue
-		}
-		if x.Global == nil {
-			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
-		}
-		x.Global[key] = e.globals.lookup(cacheKey{key: key}, asked.Room)
-	}
-}
-
-// End gives back the slots that a flow holds, and measures how long its work took. Clients of package flowctl call it.
-func (e *Engine) End(_ context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
-	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !failed {
-		e.measure(sinks, req, v)
-	}
-	var r agentapi.Returns
-	for i := range v.Len() {
-		d := v.At(i)
-		if d.Slot() == 0 {
-			continue
-		}
-		c, ok := d.Component.Limiter.(component)
-		if !ok {
-			continue
-		}
-		r.Held++
-		if c.giveBack(e.now(), d, false) {
-			r.Returned++
-		}
-	}
-	return r, nil
-}
-
-// measure measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
-func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi.Verdict) {
-	var waited time.Duration
-	if v.Details != nil {
-		if v.Details.Result.Hit {
-			return
-		}
-		waited = v.Details.Waited
-	}
-	now := e.now()
-	e.recordLatency(sinks, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
-}
-
-// Measures reports whether a policy wants to know how long flows of the control point take; for "", whether any does of
-// any flows. Package agent calls it.
-func (e *Engine) Measures(controlPoint string) bool {
-	if controlPoint == "" {
-		return len(e.rules.Load().sinks) > 0
-	}
-	return len(e.rules.Load().sinks[controlPoint]) > 0
-}
-
-// Observe measures a flow that has run and ended well, by what its client reports. Package agent calls it, which keeps no
-// flows.
-func (e *Engine) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
-	e.recordLatency(e.rules.Load().sinks[controlPoint], &agentapi.Labels{Params: labels}, e.now(), latency)
-}
-
-// Revert takes back all that Check gave a flow, tokens and slots, instead of End: the flow does not run. Clients of package
-// flowctl call it, and package agent for flows whose client has gone.
-func (e *Engine) Revert(req *agentapi.Request, v *agentapi.Verdict) {
-	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
-		undo(v, e.now())
-	}
-}
-
-// EndSlot gives back a slot by the names that it has over the wire. Package agent calls it, which keeps no flows. It
-// reports whether the engine knows the limiter, and whether the slot was still taken.
-func (e *Engine) EndSlot(policyName, hash, component, label string, slot uint64) (known, returned bool) {
-	e.mu.RLock()
-	holders := e.holders[identity{policyName, hash, component}]
-	e.mu.RUnlock()
-	for _, h := range holders {
-		d := agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
-		d.Hold(slot)
-		if key := h.identity().LabelKey; key != "" {
-			value, ok := strings.CutPrefix(label, key+":")
-			if !ok {
-				continue
-			}
-			d.Scope, d.Label = agentapi.ScopeLabel, value
-		}
-		if h.giveBack(e.now(), &d, false) {
-			return true, true
-		}
-	}
-	return len(holders) > 0, false
-}
-
-// Lookup finds a value in a cache. If room is not nil, it takes room for the value's bytes in the answer or reports that
-// there is none, which is a miss, and the value must not be changed. Package agent calls it; flows look up with their
-// check.
-func (e *Engine) Lookup(key agentapi.CacheKey, room func(size int) bool) agentapi.CacheAnswer {
-	switch c, k := e.cache(key); {
-	case e.closed.Load():
-		return agentapi.CacheAnswer{Err: agentapi.ErrClosed}
-	case key.Key == "":
-		return agentapi.CacheAnswer{Err: errNoCacheKey}
-	case key.Global:
-		return c.lookup(k, room)
-	default:
-		a := c.lookup(k, room)
-		e.controlPoint(key.ControlPoint).looked(&a)
-		return a
-	}
-}
-
-// looked counts a lookup in the result cache.
-func (p *controlPoint) looked(a *agentapi.CacheAnswer) {
-	what := cacheMisses
-	if a.Hit {
-		what = cacheHits
-	}
-	count(p.counts, a, what)
-}
-
-// Store puts a value into a cache. Clients of package flowctl call it.
-func (e *Engine) Store(_ context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
-	if e.closed.Load() {
-		return agentapi.ErrClosed
-	}
-	c, k := e.cache(key)
-	return c.store(k, value, ttl)
-}
-
-// Delete removes a value from a cache. Clients of package flowctl call it.
-func (e *Engine) Delete(_ context.Context, key agentapi.CacheKey) error {
-	if e.closed.Load() {
-		return agentapi.ErrClosed
-	}
-	c, k := e.cache(key)
-	return c.remove(k)
-}
-
-func (e *Engine) cache(key agentapi.CacheKey) (*cache, cacheKey) {
-	if key.Global {
-		return e.globals, cacheKey{key: key.Key}
-	}
-	return e.results, cacheKey{key.ControlPoint, key.Key}
-}
-
-// Ready reports whether the engine is open, by an error if it is not. Clients of package flowctl call it.
-func (e *Engine) Ready(context.Context) error {
-	if e.closed.Load() {
-		return agentapi.ErrClosed
-	}
-	return nil
-}
-
 // now is the time that limiters keep: nanoseconds since the engine was made, by the monotonic clock.
 func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
 
@@ -365,7 +168,9 @@ func (e *Engine) sweep() {
 			return
 		case <-e.full:
 			for _, p := range e.rules.Load().installed {
-				p.sweep(e.now(), true)
+				if p.keeper != nil {
+					p.keeper.sweep(e.now(), true)
+				}
 			}
 			pause := time.NewTimer(keys.FullSweepEvery)
 			select {
@@ -376,8 +181,11 @@ func (e *Engine) sweep() {
 			}
 		case <-tick.C:
 			for _, p := range e.rules.Load().installed {
-				p.sweep(e.now(), false)
-				if n := p.overflow(); n > p.reported {
+				if p.keeper == nil {
+					continue
+				}
+				p.keeper.sweep(e.now(), false)
+				if n := p.keeper.overflow(); n > p.reported {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
 						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported)
 					p.reported = n

@@ -23,7 +23,10 @@ func TestGiveBackSpilled(t *testing.T) {
 	l := e.rules.Load().installed[0].component.(*limiter[bucket.State])
 	decide := func(user string, now int64) *agentapi.LimiterDecision {
 		d := &agentapi.LimiterDecision{Component: l.identity()}
-		l.decide(&agentapi.Request{Labels: agentapi.Labels{Params: map[string]string{"user": user}}}, now, d)
+		req := &agentapi.Request{Labels: agentapi.Labels{Params: map[string]string{"user": user}}}
+		if _, err := l.ask(t.Context(), req, asking{now: now}, d); err != nil {
+			t.Fatal(err)
+		}
 		if d.Dropped {
 			t.Fatalf("%s was dropped", user)
 		}

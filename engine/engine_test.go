@@ -151,13 +151,14 @@ func TestRateLimiter(t *testing.T) {
 func TestRejection(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
+		id     string
 		c      policy.Component
 		status int
 	}{
-		{"rate limiter", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id"}, 429},
-		{"its own status", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id", DeniedStatus: 503}, 503},
-		{"its own id", policy.RateLimiter{ID: "mine", Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id"}, 429},
-		{"concurrency limiter", policy.ConcurrencyLimiter{Selectors: policy.At("point"), MaxInflight: time.Second, LimitBy: "user_id"}, 429},
+		{"rate limiter", "rate_limiter.0", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id"}, 429},
+		{"its own status", "rate_limiter.0", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id", DeniedStatus: 503}, 503},
+		{"its own id", "mine", policy.RateLimiter{ID: "mine", Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_id"}, 429},
+		{"concurrency limiter", "concurrency_limiter.0", policy.ConcurrencyLimiter{Selectors: policy.At("point"), MaxInflight: time.Second, LimitBy: "user_id"}, 429},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			flow := start(t, open(t, []policy.Component{tt.c}), user("sesame"))
@@ -165,7 +166,7 @@ func TestRejection(t *testing.T) {
 			if !errors.As(flow.Err(), &rejected) {
 				t.Fatalf("Err() = %v want a rejection", flow.Err())
 			}
-			want := rejection{flowctl.ReasonRateLimited, flowctl.CauseNone, "test", "root.0", "user_id", tt.status, 0}
+			want := rejection{flowctl.ReasonRateLimited, flowctl.CauseNone, "test", tt.id, "user_id", tt.status, 0}
 			if tt.name == "its own id" {
 				want.component = "mine"
 			}
@@ -443,7 +444,7 @@ func TestKeyFlood(t *testing.T) {
 		}
 		<-time.After(61 * time.Second)
 		synctest.Wait()
-		if got := log.String(); strings.Count(got, "more keys than its cap") != 1 || !strings.Contains(got, "policy=test component=root.0 decisions=9901") {
+		if got := log.String(); strings.Count(got, "more keys than its cap") != 1 || !strings.Contains(got, "policy=test component=rate_limiter.0 decisions=9901") {
 			t.Errorf("log:\n%s", got)
 		}
 		<-time.After(2 * time.Hour) // all are full again, and make room

@@ -228,7 +228,7 @@ func ExampleWithKeyCap() {
 
 // A new page for a tenth of the users at first, and for all of them after ten minutes, unless somebody holds the ramp. Who
 // has seen the new page goes on seeing it.
-func ExampleEngine_Ramp() {
+func ExampleComponent_Ramp() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "new-page",
 		Components: []policy.Component{policy.LoadRamp{
@@ -245,10 +245,11 @@ func ExampleEngine_Ramp() {
 		panic(err)
 	}
 
-	ramp, ok := limits.Ramp("new-page", "root.0")
-	if !ok {
-		panic("no such ramp")
+	component, err := limits.Component("new-page", "load_ramp.0")
+	if err != nil {
+		panic(err)
 	}
+	ramp, _ := component.Ramp()
 	fmt.Printf("at %.0f %%\n", ramp.Percentage())
 	ramp.Forward()
 
@@ -266,7 +267,7 @@ func ExampleEngine_Ramp() {
 }
 
 // Somebody pays for more today: what he has is looked at, and made new.
-func ExampleEngine_Reset() {
+func ExampleComponent_Reset() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "per-user",
 		Components: []policy.Component{policy.RateLimiter{
@@ -285,16 +286,20 @@ func ExampleEngine_Reset() {
 	flow := client.Start(ctx, "upload", flowctl.Params{Labels: map[string]string{"user_id": "ann"}})
 	_, _ = flow.End(ctx)
 
-	usage, err := limits.Peek("per-user", "uploads", "ann")
+	uploads, err := limits.Component("per-user", "uploads")
+	if err != nil {
+		panic(err)
+	}
+	usage, err := uploads.Peek("ann")
 	if err != nil {
 		panic(err)
 	}
 	fmt.Printf("%v of %v left\n", usage.Remaining, usage.Capacity)
-	if err := limits.Reset("per-user", "uploads", "ann"); err != nil {
+	if err := uploads.Reset("ann"); err != nil {
 		panic(err)
 	}
 
-	usage, err = limits.Peek("per-user", "uploads", "ann")
+	usage, err = uploads.Peek("ann")
 	fmt.Println(usage.Remaining, err)
 	// Output:
 	// 2 of 3 left

@@ -67,7 +67,7 @@ func TestLookAheadForetells(t *testing.T) {
 					check := func(labels map[string]string, timeout time.Duration) (time.Duration, bool) {
 						req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}, Timeout: timeout}
 						var v agentapi.Verdict
-						if err := e.Check(t.Context(), req, &v); err != nil {
+						if err := e.Agent().Check(t.Context(), req, &v); err != nil {
 							t.Error(err)
 						}
 						return time.Duration(e.now()), !v.Rejected()

@@ -36,7 +36,7 @@ func TestLongKeys(t *testing.T) {
 				t.Errorf("a value of %d bytes: %v want a bucket of its own", len(value), flow.Err())
 			}
 			for component, remaining := range map[string]float64{"rate": 0, "slots": 0} {
-				if u, err := e.Peek("p", component, value); err != nil || u.Remaining != remaining {
+				if u, err := peekAt(e, "p", component, value); err != nil || u.Remaining != remaining {
 					t.Errorf("a value of %d bytes: Peek(%s) = %+v, %v", len(value), component, u, err)
 				}
 			}
@@ -46,7 +46,7 @@ func TestLongKeys(t *testing.T) {
 			if again := client.Start(t.Context(), "point", params); again.ShouldRun() {
 				t.Errorf("a value of %d bytes has a second token", len(value))
 			}
-			if err := e.Reset("p", "rate", value); err != nil {
+			if err := resetAt(e, "p", "rate", value); err != nil {
 				t.Error(err)
 			}
 			again := client.Start(t.Context(), "point", params)

@@ -72,7 +72,7 @@ func opened(t *testing.T, components ...policy.Component) (*engine.Engine, *flow
 func checked(t *testing.T, e *engine.Engine, labels map[string]string) (cause flowctl.RejectCause, accepted bool) {
 	t.Helper()
 	var v agentapi.Verdict
-	if err := e.Check(t.Context(), &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}}, &v); err != nil {
+	if err := e.Agent().Check(t.Context(), &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}}, &v); err != nil {
 		t.Fatal(err)
 	}
 	return flowctl.RejectCause(v.Rejection().Cause), !v.Rejected()
@@ -83,4 +83,28 @@ func b2u(b bool) uint64 {
 		return 1
 	}
 	return 0
+}
+
+func peekAt(e *engine.Engine, policyName, id, value string) (engine.Usage, error) {
+	c, err := e.Component(policyName, id)
+	if err != nil {
+		return engine.Usage{}, err
+	}
+	return c.Peek(value)
+}
+
+func resetAt(e *engine.Engine, policyName, id, value string) error {
+	c, err := e.Component(policyName, id)
+	if err != nil {
+		return err
+	}
+	return c.Reset(value)
+}
+
+func rampOf(e *engine.Engine, policyName, id string) (*engine.Ramp, bool) {
+	c, err := e.Component(policyName, id)
+	if err != nil {
+		return nil, false
+	}
+	return c.Ramp()
 }

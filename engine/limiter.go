@@ -1,16 +1,14 @@
 package engine
 
 import (
+	"context"
 	"math"
 	"sync/atomic"
 	"time"
 
-	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
-	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/policy"
 )
 
 // A limiter admits a flow at once or not at all.
@@ -21,35 +19,19 @@ type limiter[S any] struct {
 	beyond      atomic.Uint64 // flows that entries have admitted, and have no room to show
 }
 
-func newRateLimiter(e *Engine, p policy.RateLimiter, c agentapi.Component) component {
-	l := newLimiter(e, c, p.MaxIdle, &bucket.Rule{
-		Capacity: p.Capacity,
-		Fill:     p.Fill,
-		Interval: float64(p.Interval),
-		Step:     p.StepFill,
-		Delay:    p.DelayInitialFill,
-	})
-	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
-	return l
-}
-
-func newConcurrencyLimiter(e *Engine, p policy.ConcurrencyLimiter, c agentapi.Component) component {
-	l := newLimiter(e, c, p.MaxIdle, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
-	l.tokensLabel, l.passThrough, l.component.DryRun = p.TokensLabel, p.PassThrough, p.DryRun
-	return l
-}
-
 func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
 	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.Fresh, s.Idle), source: s}
-	l.component.Limiter = l
+	l.component.Settler = l
 	return l
 }
 
-func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
+// ask decides at once: no flow waits for a limiter.
+func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+	now := a.now
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
-		return
+		return now, nil
 	}
 	e := l.lock(d, now)
 	got := l.source.Take(&e.State, now, d.Consumed)
@@ -57,13 +39,14 @@ func (l *limiter[S]) decide(req *agentapi.Request, now int64, d *agentapi.Limite
 		l.admit(e)
 		e.Unlock()
 		fill(d, got)
-		return
+		return now, nil
 	}
 	_, likely := l.source.Forecast(&e.State, now, source.Ahead{}, d.Consumed)
 	e.Unlock()
 	d.Remaining = got.Left
 	l.drop(d, agentapi.CauseNone, likely)
 	l.counts.decision(d)
+	return now, nil
 }
 
 // admit counts a flow at the entry, which is locked and at hand: a counter that all keys share would cost more than the
@@ -98,6 +81,13 @@ func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, 
 	l.counts.decision(d)
 }
 
+// Settle gives back what was not used, and slots.
+func (l *limiter[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
+	unused := o.Ended == agentapi.EndedUnused
+	return (unused || d.Slot() != 0) && l.giveBack(l.engine.now(), d, unused)
+}
+
+// giveBack takes back what the decision says that the flow was given. It reports whether there was anything to take back.
 func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *keys.Entry[S]) bool {
 		return l.source.GiveBack(&e.State, now, d.Consumed, d.Slot(), unused)

@@ -11,72 +11,41 @@ import (
 )
 
 // newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
-func newLoadScheduler(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Component) (component, error) {
-	s, err := newLoad(e, of, p, c)
+func newLoadScheduler(e *Engine, in *installed, p policy.LoadScheduler, c agentapi.Component) (component, error) {
+	s, err := newLoad(e, in, p, c)
 	if err != nil {
 		return nil, err
 	}
-	multiplier, err := e.signalOf(of, "LoadMultiplier", p.LoadMultiplier)
+	multiplier, err := e.signalOf(in, "LoadMultiplier", p.LoadMultiplier)
 	if err != nil {
 		return nil, err
 	}
-	of.controls = append(of.controls, func(now int64) {
+	in.controls = append(in.controls, func(now int64) {
 		m := multiplier(now)
 		steer(s, func(*load, int64) float64 { return m })
 	})
 	return s, nil
 }
 
-// newAIMDLoadScheduler makes one that finds the share out itself.
-func newAIMDLoadScheduler(e *Engine, of *installed, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
-	s, err := newLoad(e, of, policy.LoadScheduler{
-		Selectors:             p.Selectors,
-		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
-		Scheduler:             p.Scheduler,
-		DryRun:                p.DryRun,
-	}, c)
-	if err != nil {
-		return nil, err
-	}
-	signal, err := e.signalOf(of, "Signal", p.Signal)
-	if err != nil {
-		return nil, err
-	}
-	setpoint, err := e.signalOf(of, "Setpoint", p.Setpoint)
-	if err != nil {
-		return nil, err
-	}
-	if p.OverloadConfirmation == nil {
-		p.OverloadConfirmation = policy.Constant(1)
-	}
-	confirmation, err := e.signalOf(of, "OverloadConfirmation", p.OverloadConfirmation)
-	if err != nil {
-		return nil, err
-	}
-	controller := newAIMD(p)
-	of.controls = append(of.controls, func(now int64) {
-		is, should, confirmed := signal(now), setpoint(now), confirmation(now) != 0
-		steer(s, func(l *load, now int64) float64 {
-			return controller.step(is, should, confirmed, l.admitted(now))
-		})
-	})
-	return s, nil
+func warnLoadScheduler(w *warnings, of string, p policy.LoadScheduler) {
+	w.scheduler(of, &p.Scheduler, p.DryRun)
 }
 
 // newLoad makes what the two kinds of load schedulers have in common.
-func newLoad(e *Engine, of *installed, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
+func newLoad(e *Engine, in *installed, p policy.LoadScheduler, c agentapi.Component) (*scheduler[load], error) {
+	in.selectors = p.Selectors
+	c.DeniedStatus, c.DryRun = p.Scheduler.DeniedStatus, p.DryRun
 	rule := new(loadRule)
 	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
 	if err != nil {
 		return nil, err
 	}
-	s.component.DryRun = p.DryRun
 	if !p.WorkloadLatencyTokens {
 		return s, nil
 	}
 	rule.measure(s.workloads, e.now())
 	rule.Fresh(&s.single.State.tokens, 0) // with the prices
-	return s, of.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
+	return s, in.measure(p.Selectors, func(labels *agentapi.Labels, now int64, latency float64) {
 		of, known := s.workloads.of(labels)
 		if price := rule.priceOf(of); known && price != nil {
 			price.mean.add(now, latency)

@@ -537,7 +537,7 @@ func TestKinds(t *testing.T) {
 			continue
 		}
 		if name == "kinds" {
-			if _, ok := e.Ramp("kinds", "root.8"); !ok {
+			if _, ok := rampOf(e, "kinds", "root.8"); !ok {
 				t.Error("there is no ramp")
 			}
 		}

@@ -41,7 +41,8 @@ func (e *Engine) Instrument(provider metric.MeterProvider) error {
 		return fmt.Errorf("headgate: engine: instrument: %w", err)
 	}
 	registration, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-		m.observe(i.named(o), e.Stats())
+		r := e.rules.Load()
+		m.observe(i.named(o), r, e.stats(r))
 		return nil
 	}, m.all...)
 	if err != nil {
@@ -123,8 +124,10 @@ func (i *instruments) close() {
 type metrics struct {
 	waits metric.Float64Histogram
 
-	requests, rejectReasons, rateLimiters, concurrencyLimiters, samplers, workloads, rejections counter
-	dryDrops, unlimited, refunds, overflows                                                     counter
+	decisions map[counterName]counter // of the kinds that have one
+
+	requests, rejectReasons, workloads, rejections counter
+	dryDrops, unlimited, refunds, overflows        counter
 
 	incomingTokens, acceptedTokens, rejectedTokens metric.Float64ObservableCounter
 
@@ -139,8 +142,11 @@ type metrics struct {
 
 type counter = metric.Int64ObservableCounter
 
+// A counterName names a counter and says what it counts.
+type counterName struct{ name, what string }
+
 func newMetrics(meter metric.Meter) (*metrics, error) {
-	m := new(metrics)
+	m := &metrics{decisions: make(map[counterName]counter)}
 	var errs []error
 	add := func(o metric.Observable, err error) {
 		m.all = append(m.all, o)
@@ -152,9 +158,6 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 	}{
 		{&m.requests, "flowcontrol_requests_total", "Flows that the engine was asked about, by what it decided."},
 		{&m.rejectReasons, "flowcontrol_reject_reasons_total", "Flows that the engine rejected, by the reason."},
-		{&m.rateLimiters, "rate_limiter_counter_total", "Flows that met a rate limiter."},
-		{&m.concurrencyLimiters, "concurrency_limiter_counter_total", "Flows that met a concurrency limiter."},
-		{&m.samplers, "sampler_counter_total", "Flows that met a sampler or a load ramp."},
 		{&m.workloads, "workload_requests_total", "Flows that met a scheduler, by workload."},
 		{&m.rejections, "workload_rejections_total", "Flows that did not wait in a scheduler, or did in vain, by the cause."},
 		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components would have dropped without a dry run."},
@@ -168,6 +171,15 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		var err error
 		*c.to, err = meter.Int64ObservableCounter(c.name, metric.WithDescription(c.what))
 		add(*c.to, err)
+	}
+	for _, k := range kinds {
+		c := k.about().counter
+		if _, made := m.decisions[c]; made || c.name == "" {
+			continue
+		}
+		made, err := meter.Int64ObservableCounter(c.name, metric.WithDescription(c.what))
+		m.decisions[c] = made
+		add(made, err)
 	}
 	for _, c := range []struct {
 		to         *metric.Float64ObservableCounter
@@ -220,12 +232,13 @@ func names(policyName, hash, id string) []attribute.KeyValue {
 	}
 }
 
-func (m *metrics) observe(o metric.Observer, s Stats) {
+// observe shows the stats, which are those of the rules.
+func (m *metrics) observe(o metric.Observer, r *rules, s Stats) {
 	for i := range s.ControlPoints {
 		m.observePoint(o, &s.ControlPoints[i])
 	}
 	for i := range s.Components {
-		m.observeComponent(o, &s.Components[i])
+		m.observeComponent(o, r.installed[i].kind, &s.Components[i])
 	}
 	m.observeCache(o, "result", &s.ResultCache)
 	m.observeCache(o, "global", &s.GlobalCache)
@@ -259,63 +272,93 @@ func (m *metrics) observePoint(o metric.Observer, s *ControlPointStats) {
 	o.ObserveInt64(m.cacheMisses, int64(s.CacheMisses), lookup)
 }
 
-func (m *metrics) observeComponent(o metric.Observer, s *ComponentStats) {
+// An observation shows the stats of one component.
+type observation struct {
+	*metrics
+	to        metric.Observer
+	kind      *kind
+	component *ComponentStats
+	named     []attribute.KeyValue
+	own       metric.MeasurementOption // the attributes of named
+}
+
+func (m *metrics) observeComponent(o metric.Observer, k *kind, s *ComponentStats) {
 	named := names(s.Policy, s.PolicyHash, s.ID)
-	own := metric.WithAttributes(named...)
-	o.ObserveInt64(m.dryDrops, int64(s.DryRunDrops), own)
-	decided := func(c counter, accepted, dropped uint64, more ...attribute.KeyValue) {
-		for _, d := range []struct {
-			n        uint64
-			decision string
-			dropped  bool
-		}{{accepted, "accepted", false}, {dropped, "rejected", true}} {
-			o.ObserveInt64(c, int64(d.n), metric.WithAttributes(append(slices.Concat(named, more),
-				attribute.String("decision_type", d.decision), attribute.Bool("limiter_dropped", d.dropped))...))
+	one := &observation{metrics: m, to: o, kind: k, component: s, named: named, own: metric.WithAttributes(named...)}
+	o.ObserveInt64(m.dryDrops, int64(s.DryRunDrops), one.own)
+	k.observe(one)
+}
+
+// decided shows how many flows passed and how many were dropped.
+func (o *observation) decided(c counter, accepted, dropped uint64, more ...attribute.KeyValue) {
+	for _, d := range []struct {
+		n        uint64
+		decision string
+		dropped  bool
+	}{{accepted, "accepted", false}, {dropped, "rejected", true}} {
+		o.to.ObserveInt64(c, int64(d.n), metric.WithAttributes(append(slices.Concat(o.named, more),
+			attribute.String("decision_type", d.decision), attribute.Bool("limiter_dropped", d.dropped))...))
+	}
+}
+
+// observeSampler shows a sampler or a load ramp.
+func observeSampler(o *observation) {
+	o.decided(o.decisions[o.kind.counter], o.component.Accepted, o.component.Dropped)
+	o.to.ObserveFloat64(o.percentage, o.component.AcceptPercentage, o.own)
+}
+
+// observeLimiter shows a component that decides at once, by buckets or slots.
+func observeLimiter(o *observation) {
+	o.decided(o.decisions[o.kind.counter], o.component.Accepted, o.component.Dropped)
+	o.buckets()
+}
+
+// observeScheduler shows a component that has a queue.
+func observeScheduler(o *observation) {
+	for _, w := range o.component.Workloads {
+		index := attribute.String("workload_index", w.Name)
+		o.decided(o.workloads, w.Accepted, w.Dropped, index)
+		one := metric.WithAttributes(append(slices.Clone(o.named), index)...)
+		o.to.ObserveFloat64(o.incomingTokens, w.AcceptedTokens+w.RejectedTokens, one)
+		o.to.ObserveFloat64(o.acceptedTokens, w.AcceptedTokens, one)
+		o.to.ObserveFloat64(o.rejectedTokens, w.RejectedTokens, one)
+		for _, c := range []struct {
+			cause agentapi.Cause
+			n     uint64
+		}{{agentapi.CauseQueueFull, w.QueueFull}, {agentapi.CauseLongQueue, w.QueueTooLong}, {agentapi.CauseTimeout, w.TimedOut}, {agentapi.CauseClosed, w.Closed}} {
+			o.to.ObserveInt64(o.rejections, int64(c.n), metric.WithAttributes(append(slices.Clone(o.named), index,
+				attribute.String("cause", c.cause.String()))...))
 		}
 	}
-	switch s.Kind {
-	case kindSampler, kindLoadRamp:
-		decided(m.samplers, s.Accepted, s.Dropped)
-		o.ObserveFloat64(m.percentage, s.AcceptPercentage, own)
+	o.to.ObserveInt64(o.queued, int64(o.component.Usage.Waiting), o.own)
+	o.buckets()
+}
+
+// observeLoad shows a scheduler whose tokens come at a share of its load.
+func observeLoad(o *observation) {
+	observeScheduler(o)
+	if math.IsInf(o.component.Usage.Capacity, 1) {
 		return
-	case kindRateLimiter:
-		decided(m.rateLimiters, s.Accepted, s.Dropped)
-	case kindConcurrencyLimiter:
-		decided(m.concurrencyLimiters, s.Accepted, s.Dropped)
-	default:
-		for _, w := range s.Workloads {
-			index := attribute.String("workload_index", w.Name)
-			decided(m.workloads, w.Accepted, w.Dropped, index)
-			one := metric.WithAttributes(append(slices.Clone(named), index)...)
-			o.ObserveFloat64(m.incomingTokens, w.AcceptedTokens+w.RejectedTokens, one)
-			o.ObserveFloat64(m.acceptedTokens, w.AcceptedTokens, one)
-			o.ObserveFloat64(m.rejectedTokens, w.RejectedTokens, one)
-			for _, c := range []struct {
-				cause agentapi.Cause
-				n     uint64
-			}{{agentapi.CauseQueueFull, w.QueueFull}, {agentapi.CauseLongQueue, w.QueueTooLong}, {agentapi.CauseTimeout, w.TimedOut}, {agentapi.CauseClosed, w.Closed}} {
-				o.ObserveInt64(m.rejections, int64(c.n), metric.WithAttributes(append(slices.Clone(named), index,
-					attribute.String("cause", c.cause.String()))...))
-			}
-		}
-		o.ObserveInt64(m.queued, int64(s.Usage.Waiting), own)
 	}
-	o.ObserveInt64(m.unlimited, int64(s.Unlimited), own)
-	o.ObserveInt64(m.refunds, int64(s.Refunded), own)
+	o.to.ObserveFloat64(o.fillRate, o.component.Usage.Capacity, o.own)
+	o.to.ObserveFloat64(o.multiplier, o.component.LoadMultiplier, o.own)
+}
+
+// buckets shows what there is to limit by.
+func (o *observation) buckets() {
+	s := o.component
+	o.to.ObserveInt64(o.unlimited, int64(s.Unlimited), o.own)
+	o.to.ObserveInt64(o.refunds, int64(s.Refunded), o.own)
 	if s.LabelKey != "" {
-		o.ObserveInt64(m.keys, int64(s.Keys), own)
-		o.ObserveInt64(m.overflows, int64(s.Overflows), own)
+		o.to.ObserveInt64(o.keys, int64(s.Keys), o.own)
+		o.to.ObserveInt64(o.overflows, int64(s.Overflows), o.own)
 		return
 	}
 	if math.IsInf(s.Usage.Capacity, 1) { // a load scheduler that lets everything in
 		return
 	}
-	o.ObserveFloat64(m.capacity, s.Usage.Capacity, own)
-	o.ObserveFloat64(m.available, s.Usage.Remaining, own)
-	if s.Kind == kindLoadScheduler {
-		o.ObserveFloat64(m.fillRate, s.Usage.Capacity, own)
-		o.ObserveFloat64(m.multiplier, s.LoadMultiplier, own)
-	}
+	o.to.ObserveFloat64(o.capacity, s.Usage.Capacity, o.own)
+	o.to.ObserveFloat64(o.available, s.Usage.Remaining, o.own)
 }
 
 func (m *metrics) observeCache(o metric.Observer, kind string, s *CacheStats) {

@@ -7,52 +7,19 @@ import (
 	"unicode"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/components"
 	"github.com/headgate-go/headgate/internal/credential"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A role is what a component has a name for. The smaller one matters more when no flow has what is named.
-type role int
-
-const (
-	actsAt      role = iota // no label, but the control point of a selector
-	limitsBy                // it has a bucket for each value: flows without the label pass
-	samplesBy               // flows without it are sampled by chance
-	costsBy                 // the flow says what it costs
-	selectsBy               // the component acts on flows by it
-	schedulesBy             // workloads, priorities and fairness
-	measuresBy              // latencies are told apart by it
-)
-
-func (r role) String() string {
-	switch r {
-	case limitsBy:
-		return "limits by"
-	case samplesBy:
-		return "samples by"
-	case costsBy:
-		return "takes the cost from"
-	case selectsBy:
-		return "selects by"
-	case schedulesBy:
-		return "schedules by"
-	default:
-		return "measures latencies by"
-	}
-}
-
-// NamedLabels returns the keys of the labels that the policies in force read. A key is true where measured latencies are
-// told apart by the label, so that telemetry must bring it back. Nobody may change the map. Package agent calls it.
-func (e *Engine) NamedLabels() map[string]bool { return e.rules.Load().named }
-
 // name adds the labels that a component reads, and warns of those that hardly arrive.
-func (r *rules) name(id *agentapi.Component, c policy.Component) {
-	roles := make(map[string]role)
-	readsOf(c, func(of role, key string) {
+func (r *rules) name(id *agentapi.Component, reads func(func(components.Role, string))) {
+	roles := make(map[string]components.Role)
+	reads(func(of components.Role, key string) {
 		if key == "" {
 			return
 		}
-		r.named[key] = r.named[key] || of == measuresBy
+		r.named[key] = r.named[key] || of == components.MeasuresBy
 		if known, ok := roles[key]; !ok || of < known {
 			roles[key] = of
 		}
@@ -66,7 +33,7 @@ func (r *rules) name(id *agentapi.Component, c policy.Component) {
 
 // missing is a warning of a label that does not arrive, or of a control point that hardly any flow has.
 type missing struct {
-	role role
+	role components.Role
 	text string
 }
 
@@ -110,7 +77,7 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector) {
 		if why := oddName(s.ControlPoint); why != "" && !warned[s.ControlPoint] {
 			warned[s.ControlPoint] = true
 			r.warnings.missing = append(r.warnings.missing,
-				missing{actsAt, fmt.Sprintf("policy %q: component %q acts at the control point %q: %s", id.Policy, id.ID, s.ControlPoint, why)})
+				missing{components.ActsAt, fmt.Sprintf("policy %q: component %q acts at the control point %q: %s", id.Policy, id.ID, s.ControlPoint, why)})
 		}
 	}
 }
@@ -151,98 +118,4 @@ func closes(name string) bool {
 		}
 	}
 	return len(want) == 0
-}
-
-// readsOf calls read with each label that the component reads.
-func readsOf(c policy.Component, read func(role, string)) {
-	selectors := func(of role, list []policy.Selector) {
-		for _, s := range list {
-			matcherReads(s.Labels, func(key string) { read(of, key) })
-		}
-	}
-	schedule := func(s policy.Scheduler, workloads role) {
-		read(costsBy, s.TokensLabel)
-		for _, key := range []string{s.PriorityLabel, s.WorkloadLabel, s.FairnessLabel} {
-			read(schedulesBy, key)
-		}
-		for _, w := range s.Workloads {
-			matcherReads(w.Labels, func(key string) {
-				read(schedulesBy, key)
-				read(workloads, key)
-			})
-		}
-	}
-	load := func(list []policy.Selector, s policy.Scheduler, byLatency bool, signals ...policy.Signal) {
-		selectors(selectsBy, list)
-		workloads := schedulesBy
-		if byLatency {
-			workloads = measuresBy
-			selectors(measuresBy, list)
-		}
-		schedule(s, workloads)
-		for _, signal := range signals {
-			if m, ok := signal.(policy.MeanLatency); ok {
-				selectors(measuresBy, m.Selectors)
-			}
-		}
-	}
-	switch c := c.(type) {
-	case policy.RateLimiter:
-		read(limitsBy, c.LimitBy)
-		read(costsBy, c.TokensLabel)
-		selectors(selectsBy, c.Selectors)
-	case policy.ConcurrencyLimiter:
-		read(limitsBy, c.LimitBy)
-		read(costsBy, c.TokensLabel)
-		selectors(selectsBy, c.Selectors)
-	case policy.QuotaScheduler:
-		read(limitsBy, c.LimitBy)
-		selectors(selectsBy, c.Selectors)
-		schedule(c.Scheduler, schedulesBy)
-	case policy.ConcurrencyScheduler:
-		read(limitsBy, c.LimitBy)
-		selectors(selectsBy, c.Selectors)
-		schedule(c.Scheduler, schedulesBy)
-	case policy.LoadScheduler:
-		load(c.Selectors, c.Scheduler, c.WorkloadLatencyTokens, c.LoadMultiplier)
-	case policy.AIMDLoadScheduler:
-		load(c.Selectors, c.Scheduler, c.WorkloadLatencyTokens, c.Signal, c.Setpoint, c.OverloadConfirmation)
-	case policy.Sampler:
-		read(samplesBy, c.SessionLabel)
-		selectors(selectsBy, c.Selectors)
-	case policy.LoadRamp:
-		read(samplesBy, c.SessionLabel)
-		selectors(selectsBy, c.Selectors)
-	}
-}
-
-func matcherReads(m policy.LabelMatcher, read func(string)) {
-	for key := range m.Equal {
-		read(key)
-	}
-	for _, r := range m.Require {
-		read(r.Key)
-	}
-	expressionReads(m.Expression, read)
-}
-
-func expressionReads(e policy.Expression, read func(string)) {
-	switch e := e.(type) {
-	case policy.Not:
-		expressionReads(e.Of, read)
-	case policy.All:
-		for _, of := range e {
-			expressionReads(of, read)
-		}
-	case policy.Any:
-		for _, of := range e {
-			expressionReads(of, read)
-		}
-	case policy.LabelExists:
-		read(string(e))
-	case policy.LabelEquals:
-		read(e.Label)
-	case policy.LabelMatches:
-		read(e.Label)
-	}
 }

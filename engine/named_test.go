@@ -105,11 +105,11 @@ func TestNamedLabels(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer e.Close()
-			if diff := cmp.Diff(tt.want, e.NamedLabels()); diff != "" {
+			if diff := cmp.Diff(tt.want, e.Agent().NamedLabels()); diff != "" {
 				t.Errorf("NamedLabels() (-want +got):\n%s", diff)
 			}
-			if err := e.Apply(nil); err != nil || len(e.NamedLabels()) != 0 {
-				t.Errorf("NamedLabels() = %v, %v after policies have gone", e.NamedLabels(), err)
+			if err := e.Apply(nil); err != nil || len(e.Agent().NamedLabels()) != 0 {
+				t.Errorf("NamedLabels() = %v, %v after policies have gone", e.Agent().NamedLabels(), err)
 			}
 		})
 	}
@@ -139,7 +139,7 @@ func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
 		got := e.Warnings()
 		_ = e.Close()
 		if want == "" && len(got) != 0 || want != "" && (len(got) != 1 || !strings.Contains(got[0], want) ||
-			!strings.HasPrefix(got[0], `policy "p": component "root.0" limits by the label "`+key+`": `)) {
+			!strings.HasPrefix(got[0], `policy "p": component "rate_limiter.0" limits by the label "`+key+`": `)) {
 			t.Errorf("%q: Warnings() = %q want %q", key, got, want)
 		}
 	}
@@ -190,8 +190,8 @@ func TestWarningsOfOddNames(t *testing.T) {
 			continue
 		}
 		if want == "" || len(got) != 2 || !strings.Contains(got[0], want) || !strings.Contains(got[1], want) ||
-			!strings.HasPrefix(got[0], fmt.Sprintf("policy \"p\": component \"root.0\" acts at the control point %q: it ", name)) ||
-			!strings.HasPrefix(got[1], fmt.Sprintf("policy \"p\": component \"root.0\" limits by the label %q: it ", name)) {
+			!strings.HasPrefix(got[0], fmt.Sprintf("policy \"p\": component \"rate_limiter.0\" acts at the control point %q: it ", name)) ||
+			!strings.HasPrefix(got[1], fmt.Sprintf("policy \"p\": component \"rate_limiter.0\" limits by the label %q: it ", name)) {
 			t.Errorf("%q: Warnings() = %q want %q of the control point and the label", name, got, want)
 		}
 	}
@@ -216,13 +216,13 @@ func TestCredentialsAreHidden(t *testing.T) {
 			t.Errorf("a decision tells the key: %v", d)
 		}
 	}
-	if u, err := e.Peek("test", "slots", secret); err != nil || u.InFlight != 1 {
+	if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 1 {
 		t.Errorf("Peek() = %+v, %v", u, err)
 	}
 	if got, err := first.End(t.Context()); err != nil || got.Returned != 2 {
 		t.Errorf("End() = %+v, %v", got, err)
 	}
-	if u, err := e.Peek("test", "slots", secret); err != nil || u.InFlight != 0 {
+	if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 0 {
 		t.Errorf("Peek() = %+v, %v", u, err)
 	}
 }

@@ -36,7 +36,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 					"key": fmt.Sprint(rng.IntN(1 + i%7)), "user": fmt.Sprint(rng.IntN(2)),
 				}}, Timeout: time.Duration(rng.IntN(200)) * time.Millisecond}
 				var v agentapi.Verdict
-				if err := e.Check(ctx, req, &v); err != nil {
+				if err := e.Agent().Check(ctx, req, &v); err != nil {
 					return
 				}
 				if v.Rejected() {
@@ -44,7 +44,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 					return
 				}
 				<-time.After(time.Duration(rng.IntN(20)) * time.Millisecond)
-				if _, err := e.End(t.Context(), req, &v, false); err != nil {
+				if _, err := e.Agent().End(t.Context(), req, &v, false); err != nil {
 					t.Error(err)
 				}
 			})

@@ -1,11 +1,10 @@
 package engine
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
+	"sync/atomic"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
@@ -25,11 +24,18 @@ type rules struct {
 // same.
 type installed struct {
 	component
-	named    identity
-	sinks    map[string][]latencySink
-	controls []func(now int64) // what the controller does
-	holds    bool              // flows hold slots of it
-	reported uint64            // overflows that were logged; the sweeper's own
+	keeper  keeper  // the component, where it keeps keys
+	retiree retiree // the component, where flows may hold something of it when it is no longer in force
+
+	kind      *kind
+	name      string // of the kind
+	named     identity
+	stage     stage
+	selectors []policy.Selector // until it is placed
+	sinks     map[string][]latencySink
+	controls  []func(now int64) // what the controller does
+	retired   atomic.Bool       // it is no longer in force
+	reported  uint64            // overflows that were logged; the sweeper's own
 }
 
 // identity is how a component is named over the wire. The hash is that of all that is configured, so that of two
@@ -47,8 +53,8 @@ type retired struct {
 //
 // A component that stays the same, in a policy of the same name, with the same ID and the same configuration, goes on
 // with its buckets, slots, queues, course and measurements. Others begin with full buckets and free slots. Without an
-// ID a component is known by its place in the policy: give those an ID that are to keep what they have when that
-// changes. A flow in flight ends where it began, and gives its slots back there, over the network as well, until the
+// ID a component is known by its kind and its place among the policy's components of that kind: give those an ID that are to
+// keep what they have when that changes. A flow in flight ends where it began, and gives its slots back there, over the network as well, until the
 // MaxInflight of its slots has passed; to a limiter that is new they do not count. A flow that waits in a queue which
 // is no longer in force gives back what it has, and is decided about by the new policies, with the time that it has
 // left.
@@ -72,7 +78,7 @@ func (e *Engine) install(next *rules) {
 	before, after := setOf(old.installed), setOf(next.installed)
 	e.mu.Lock()
 	for _, p := range next.installed {
-		if p.holds && !before[p] {
+		if p.kind.slots && !before[p] {
 			e.holders[p.named] = append(slices.Clip(e.holders[p.named]), p.component)
 		}
 	}
@@ -84,8 +90,11 @@ func (e *Engine) install(next *rules) {
 		if after[p] {
 			continue
 		}
-		p.retire()
-		if p.holds {
+		p.retired.Store(true)
+		if p.retiree != nil {
+			p.retiree.retire()
+		}
+		if p.kind.slots {
 			e.mu.Lock()
 			e.retired = append(e.retired, retired{installed: p, since: e.now()})
 			e.mu.Unlock()
@@ -120,8 +129,10 @@ func (e *Engine) sweepRetired() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.retired = slices.DeleteFunc(e.retired, func(r retired) bool {
-		r.sweep(now, false)
-		if now-r.since < int64(sweepEvery) || !r.vacant(now) {
+		if r.keeper != nil {
+			r.keeper.sweep(now, false)
+		}
+		if now-r.since < int64(sweepEvery) || r.retiree != nil && !r.retiree.vacant(now) {
 			return false
 		}
 		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
@@ -163,25 +174,24 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		return err
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
-	for i, c := range p.Components {
-		id := agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c), ID: "root." + strconv.Itoa(i)}
-		built := new(installed)
-		selectors, err := e.build(built, c, id)
+	for i, d := range p.Describe() {
+		c, kind := p.Components[i], kinds[d.Kind]
+		built, err := kind.install(e, c, d, agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c)})
 		if err == nil {
-			id := built.identity()
-			built.named = identity{id.Policy, id.Hash, id.ID}
+			selectors := built.selectors
+			built.selectors = nil
+			r.acts(built.identity(), selectors)
 			if k := kept[built.named]; k != nil {
 				built = k
 			}
-			err = r.place(built.component, selectors, e.rules.Load().controlPoints)
+			err = r.place(built, selectors, e.rules.Load().controlPoints)
 		}
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
-		r.warnings.look(p.Name, built.named.id, c)
+		kind.look(&r.warnings, fmt.Sprintf("policy %q: component %q", p.Name, d.ID), c)
 		r.installed = append(r.installed, built)
-		r.name(built.identity(), c)
-		r.acts(built.identity(), selectors)
+		r.name(built.identity(), d.Reads)
 		for at, sinks := range built.sinks {
 			r.sinks[at] = append(r.sinks[at], sinks...)
 		}
@@ -189,51 +199,8 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 	return nil
 }
 
-// build sets a component up, whose own ID goes before its place in the policy.
-func (e *Engine) build(p *installed, c policy.Component, id agentapi.Component) (selectors []policy.Selector, err error) {
-	switch c := c.(type) {
-	case policy.RateLimiter:
-		id.Kind, id.ID = agentapi.KindRateLimiter, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Capacity
-		p.component, selectors = newRateLimiter(e, c, id), c.Selectors
-	case policy.ConcurrencyLimiter:
-		id.Kind, id.ID = agentapi.KindConcurrencyLimiter, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.DeniedStatus, c.Max
-		p.holds = true
-		p.component, selectors = newConcurrencyLimiter(e, c, id), c.Selectors
-	case policy.QuotaScheduler:
-		id.Kind, id.ID = agentapi.KindQuotaScheduler, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Capacity
-		p.component, err = newQuotaScheduler(e, c, id)
-		selectors = c.Selectors
-	case policy.ConcurrencyScheduler:
-		id.Kind, id.ID = agentapi.KindConcurrencyScheduler, cmp.Or(c.ID, id.ID)
-		id.LabelKey, id.DeniedStatus, id.Capacity = c.LimitBy, c.Scheduler.DeniedStatus, c.Max
-		p.holds = true
-		p.component, err = newConcurrencyScheduler(e, c, id)
-		selectors = c.Selectors
-	case policy.LoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = agentapi.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
-		p.component, err = newLoadScheduler(e, p, c, id)
-		selectors = c.Selectors
-	case policy.AIMDLoadScheduler:
-		id.Kind, id.ID, id.DeniedStatus = agentapi.KindLoadScheduler, cmp.Or(c.ID, id.ID), c.Scheduler.DeniedStatus
-		p.component, err = newAIMDLoadScheduler(e, p, c, id)
-		selectors = c.Selectors
-	case policy.Sampler:
-		id.ID = cmp.Or(c.ID, id.ID)
-		p.component, selectors = newSampler(e, c, id), c.Selectors
-	case policy.LoadRamp:
-		id.ID = cmp.Or(c.ID, id.ID)
-		p.component, selectors = newLoadRamp(e, c, id), c.Selectors
-	default:
-		err = fmt.Errorf("the engine cannot run a %T", c)
-	}
-	return selectors, err
-}
-
 // place registers the component at each of its control points, once. What was counted there goes on.
-func (r *rules) place(c component, selectors []policy.Selector, before map[string]*controlPoint) error {
+func (r *rules) place(in *installed, selectors []policy.Selector, before map[string]*controlPoint) error {
 	for _, s := range selectors {
 		compiled, err := compileSelector(s)
 		if err != nil {
@@ -249,7 +216,7 @@ func (r *rules) place(c component, selectors []policy.Selector, before map[strin
 			}
 			r.controlPoints[s.ControlPoint] = p
 		}
-		p.add(c, compiled)
+		p.add(in, compiled)
 	}
 	return nil
 }

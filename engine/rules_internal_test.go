@@ -20,7 +20,7 @@ func TestRetiredAreForgotten(t *testing.T) {
 			e := openEngine(t, slots(1))
 			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user_id": "u"}}}
 			var v agentapi.Verdict
-			if err := e.Check(t.Context(), req, &v); err != nil || v.At(0).Slot() == 0 {
+			if err := e.Agent().Check(t.Context(), req, &v); err != nil || v.At(0).Slot() == 0 {
 				t.Fatalf("Check() = %v, %+v want a slot", err, v)
 			}
 			for i := range 100 {
@@ -41,7 +41,7 @@ func TestRetiredAreForgotten(t *testing.T) {
 			if retired, holders := kept(); retired != 1 || holders != 2 {
 				t.Errorf("%d retired, %d holders want the one with a slot, and the one in force", retired, holders)
 			}
-			if r, err := e.End(t.Context(), req, &v, false); err != nil || r != (agentapi.Returns{Held: 1, Returned: 1}) {
+			if r, err := e.Agent().End(t.Context(), req, &v, false); err != nil || r != (agentapi.Returns{Held: 1, Returned: 1}) {
 				t.Errorf("End() = %+v, %v want the slot given back", r, err)
 			}
 			<-time.After(sweepEvery)

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -19,14 +20,17 @@ type sampler struct {
 	namer      keys.Namer
 
 	engine *Engine
-	ramp   *ramp // that the percentage moves along; nil where it does not move
 }
 
-func newSampler(e *Engine, p policy.Sampler, c agentapi.Component) *sampler {
-	c.Kind = agentapi.KindSampler
+func newSampler(e *Engine, in *installed, p policy.Sampler, c agentapi.Component) (component, error) {
 	if p.RampMode {
-		c.Kind = agentapi.KindRampSampler
+		in.stage = stageRamp
 	}
+	return samplerOf(e, in, p, c), nil
+}
+
+func samplerOf(e *Engine, in *installed, p policy.Sampler, c agentapi.Component) *sampler {
+	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.DryRun = p.SessionLabel, p.DeniedStatus, p.DryRun
 	s := &sampler{
 		component:  c,
@@ -36,21 +40,13 @@ func newSampler(e *Engine, p policy.Sampler, c agentapi.Component) *sampler {
 		namer:      keys.NewNamer(p.SessionLabel, e.secret[:]),
 		engine:     e,
 	}
-	s.component.Limiter = s
+	s.component.Settler = s
 	return s
 }
 
-func newLoadRamp(e *Engine, p policy.LoadRamp, c agentapi.Component) *sampler {
-	s := newSampler(e, policy.Sampler{
-		SessionLabel:      p.SessionLabel,
-		PassThroughValues: p.PassThroughValues,
-		RampMode:          true,
-		DeniedStatus:      p.DeniedStatus,
-		DryRun:            p.DryRun,
-	}, c)
-	s.ramp = newRamp(p, e.now())
-	s.percentage = s.ramp.percentage
-	return s
+func (s *sampler) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+	s.decide(req, a.now, d)
+	return a.now, nil
 }
 
 func (s *sampler) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
@@ -89,12 +85,18 @@ func (s *sampler) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cau
 	s.counts.decision(d)
 }
 
-func (s *sampler) giveBack(int64, *agentapi.LimiterDecision, bool) bool { return false }
-func (s *sampler) sweep(int64, bool)                                    {}
-func (s *sampler) vacant(int64) bool                                    { return true }
-func (s *sampler) retire()                                              {}
-func (s *sampler) overflow() uint64                                     { return 0 }
-func (s *sampler) identity() *agentapi.Component                        { return &s.component }
+// Settle gives back nothing: a sampler has nothing that it could give.
+func (s *sampler) Settle(context.Context, *agentapi.LimiterDecision, agentapi.Outcome) bool {
+	return false
+}
+
+func (s *sampler) identity() *agentapi.Component { return &s.component }
+
+func (s *sampler) stats(now int64) ComponentStats {
+	all := statsOf(&s.component, s.counts)
+	all.AcceptPercentage = s.percentage(now)
+	return all
+}
 
 // sampled reports whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
 // RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and

@@ -168,12 +168,12 @@ func TestLoadRamp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ramp, ok := e.Ramp("new-ui", "root.1")
+		ramp, ok := rampOf(e, "new-ui", "load_ramp.0")
 		if !ok {
 			t.Fatal("no ramp")
 		}
-		for _, name := range [][2]string{{"new-ui", "root.0"}, {"new-ui", "root.2"}, {"new-ui", ""}, {"other", "root.1"}} {
-			if _, ok := e.Ramp(name[0], name[1]); ok {
+		for _, name := range [][2]string{{"new-ui", "sampler.0"}, {"new-ui", "load_ramp.1"}, {"new-ui", ""}, {"other", "load_ramp.0"}} {
+			if _, ok := rampOf(e, name[0], name[1]); ok {
 				t.Errorf("Ramp(%q, %q) found one", name[0], name[1])
 			}
 		}

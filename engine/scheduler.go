@@ -7,9 +7,7 @@ import (
 	"math"
 	"time"
 
-	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
-	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/engine/internal/wfq"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -31,7 +29,6 @@ type scheduler[S any] struct {
 	workloads *workloads
 	margin    time.Duration
 	room      *wfq.Room // for flows that wait, over all keys: those may be as many as peers make up
-	engine    *Engine
 }
 
 // A meter is a source that counts the flows that come and those that are let in, as load schedulers do.
@@ -61,31 +58,6 @@ type line[S any] struct {
 	queue  *queue // nil until somebody has to wait
 }
 
-func newQuotaScheduler(e *Engine, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucket.Rule{
-		Capacity: p.Capacity,
-		Fill:     p.Fill,
-		Interval: float64(p.Interval),
-		Step:     p.StepFill,
-		Delay:    p.DelayInitialFill,
-	})
-	if err != nil {
-		return nil, err
-	}
-	s.passThrough, s.component.DryRun = p.PassThrough, p.DryRun
-	return s, nil
-}
-
-func newConcurrencyScheduler(e *Engine, p policy.ConcurrencyScheduler, c agentapi.Component) (component, error) {
-	rule := &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)}
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, rule)
-	if err != nil {
-		return nil, err
-	}
-	s.passThrough, s.component.DryRun = p.PassThrough, p.DryRun
-	return s, nil
-}
-
 func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source.Source[S]) (*scheduler[S], error) {
 	w, err := compileWorkloads(p)
 	if err != nil {
@@ -96,13 +68,12 @@ func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		workloads: w,
 		margin:    cmp.Or(p.Margin, policy.DefaultMargin),
 		room:      wfq.NewRoom(int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)), c.LabelKey != ""),
-		engine:    e,
 	}
 	s.meter, _ = from.(meter[S])
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
 		func(l *line[S], now int64) bool { return !l.waiting() && from.Idle(&l.tokens, now) })
-	s.component.Limiter = s
+	s.component.Settler = s
 	s.component.Workload = s.workload
 	return s, nil
 }
@@ -131,32 +102,30 @@ func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority
 	return keys.NewNamer(s.workloads.workloadLabel, s.engine.secret[:]).Name(c.Workload), c.Priority
 }
 
-func (s *scheduler[S]) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDecision) {
+// ask has the flow wait, if it may, at the longest until its deadline less the margin.
+func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
 	var t ticket[S]
-	s.enter(req, now, d, &t, func(*workload) time.Duration { return 0 })
-	s.count(t.of, req, d)
-}
-
-// admit is decide for a flow that waits, at the longest until its deadline less the margin. It gives the time when it
-// was decided. An error means that it was not, because the flow's caller has gone or the scheduler was retired.
-func (s *scheduler[S]) admit(ctx context.Context, req *agentapi.Request, start, now int64, d *agentapi.LimiterDecision) (int64, error) {
-	var t ticket[S]
-	s.enter(req, now, d, &t, func(of *workload) time.Duration { return s.patience(ctx, req, of, now-start) })
-	if d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
+	s.enter(req, a.now, d, &t, func(of *workload) time.Duration {
+		if !a.wait {
+			return 0
+		}
+		return s.patience(ctx, req, of, a.now-a.start)
+	})
+	if a.wait && d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
 		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
 	}
-	decided := now
+	now := a.now
 	if t.waiter != nil {
 		var err error
-		decided, err = s.wait(ctx, req, start, &t, d)
-		t.of.waits.add(decided - now)
-		s.engine.instruments.waited(ctx, &s.component, t.of, decided-now)
+		now, err = s.wait(ctx, req, a.start, &t, d)
+		t.of.waits.add(now - a.now)
+		s.engine.instruments.waited(ctx, &s.component, t.of, now-a.now)
 		if err != nil {
-			return decided, err
+			return now, err
 		}
 	}
 	s.count(t.of, req, d)
-	return decided, nil
+	return now, nil
 }
 
 // A ticket is a flow that asks, and its place in a queue.
@@ -541,6 +510,13 @@ func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision
 	s.count(of, req, d)
 }
 
+// Settle gives back what was not used, and slots. Flows that wait get it.
+func (s *scheduler[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
+	unused := o.Ended == agentapi.EndedUnused
+	return (unused || d.Slot() != 0) && s.giveBack(s.engine.now(), d, unused)
+}
+
+// giveBack takes back what the decision says that the flow was given. It reports whether there was anything to take back.
 func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return s.returned(d, unused, func(e *keys.Entry[line[S]]) bool {
 		waiting := e.State.waiting()

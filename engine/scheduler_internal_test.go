@@ -65,7 +65,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 				defer stop.Stop()
 				req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: labels}, Timeout: timeout}
 				var v agentapi.Verdict
-				err := e.Check(ctx, req, &v)
+				err := e.Agent().Check(ctx, req, &v)
 				outcome := "admitted"
 				switch {
 				case errors.Is(err, context.Canceled):
@@ -77,7 +77,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 				default:
 					<-time.After(hold)
 				}
-				if _, err := e.End(ctx, req, &v, false); err != nil {
+				if _, err := e.Agent().End(ctx, req, &v, false); err != nil {
 					t.Error(err)
 				}
 				mu.Lock()
@@ -129,7 +129,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 		check := func() bool {
 			var v agentapi.Verdict
 			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "u"}}}
-			if err := e.Check(t.Context(), req, &v); err != nil {
+			if err := e.Agent().Check(t.Context(), req, &v); err != nil {
 				t.Error(err)
 			}
 			return !v.Rejected()
@@ -167,20 +167,20 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
 		req := &agentapi.Request{ControlPoint: "point"}
 		var first, next agentapi.Verdict
-		if err := e.Check(t.Context(), req, &first); err != nil {
+		if err := e.Agent().Check(t.Context(), req, &first); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			var v agentapi.Verdict
-			if err := e.Check(ctx, req, &v); !errors.Is(err, context.Canceled) || v.Len() != 0 {
+			if err := e.Agent().Check(ctx, req, &v); !errors.Is(err, context.Canceled) || v.Len() != 0 {
 				t.Errorf("Check() = %v, with %d decisions want it canceled", err, v.Len())
 			}
 		})
 		synctest.Wait()
 		wg.Go(func() {
-			if err := e.Check(t.Context(), req, &next); err != nil || next.Rejected() {
+			if err := e.Agent().Check(t.Context(), req, &next); err != nil || next.Rejected() {
 				t.Errorf("Check() = %v, %+v want the slot", err, next)
 			}
 		})
@@ -264,19 +264,19 @@ func TestUnusedSlots(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
 		req := &agentapi.Request{ControlPoint: "point"}
 		var v agentapi.Verdict
-		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
+		if err := e.Agent().Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Second)
-		if _, err := e.End(t.Context(), req, &v, false); err != nil {
+		if _, err := e.Agent().End(t.Context(), req, &v, false); err != nil {
 			t.Fatal(err)
 		}
 		v = agentapi.Verdict{}
-		if err := e.Check(t.Context(), req, &v); err != nil || v.Rejected() {
+		if err := e.Agent().Check(t.Context(), req, &v); err != nil || v.Rejected() {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Millisecond)
-		e.Revert(req, &v)
+		e.Agent().Revert(t.Context(), req, &v)
 		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
 		_, likely := s.source.Forecast(&s.single.State.tokens, e.now(), source.Ahead{}, 1)
 		if n := s.usage("", e.now()).InFlight; n != 0 || likely != int64(time.Second) {

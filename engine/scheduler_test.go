@@ -385,12 +385,13 @@ func TestWorkloads(t *testing.T) {
 func TestSchedulerRejection(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
+		id     string
 		c      policy.Component
 		status int
 	}{
-		{"quota", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy = 0, "user_id" }), 503},
-		{"quota with its own status", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy, q.Scheduler.DeniedStatus = 0, "user_id", 429 }), 429},
-		{"concurrency", concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.LimitBy = 0, "user_id" }), 503},
+		{"quota", "quota_scheduler.0", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy = 0, "user_id" }), 503},
+		{"quota with its own status", "quota_scheduler.0", quota(func(q *policy.QuotaScheduler) { q.Capacity, q.LimitBy, q.Scheduler.DeniedStatus = 0, "user_id", 429 }), 429},
+		{"concurrency", "concurrency_scheduler.0", concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.LimitBy = 0, "user_id" }), 503},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			flow := start(t, open(t, []policy.Component{tt.c}), user("sesame"))
@@ -398,7 +399,7 @@ func TestSchedulerRejection(t *testing.T) {
 			if !errors.As(flow.Err(), &rejected) {
 				t.Fatalf("Err() = %v want a rejection", flow.Err())
 			}
-			want := rejection{flowctl.ReasonNoTokens, flowctl.CauseNone, "test", "root.0", "user_id", tt.status, 0}
+			want := rejection{flowctl.ReasonNoTokens, flowctl.CauseNone, "test", tt.id, "user_id", tt.status, 0}
 			if got := rejectionOf(rejected); got != want {
 				t.Errorf("rejection = %+v want %+v", got, want)
 			}

@@ -45,7 +45,7 @@ type ComponentStats struct {
 	Policy, PolicyHash, ID string
 
 	// Kind is what policy files call such a component: rate_limiter, concurrency_limiter, quota_scheduler,
-	// concurrency_scheduler, load_scheduler (one that is steered by AIMD too), sampler or load_ramp.
+	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler or load_ramp.
 	Kind string
 
 	// LabelKey is the label that the component goes by; "" where it is one for all flows.
@@ -115,8 +115,11 @@ type CacheStats struct {
 
 // Stats tells what the engine has decided, and what there is now. It is a picture of many counters that go on counting
 // meanwhile, so that sums may differ by the flows that are being decided about.
-func (e *Engine) Stats() Stats {
-	r, now := e.rules.Load(), e.now()
+func (e *Engine) Stats() Stats { return e.stats(e.rules.Load()) }
+
+// stats are those of the rules and their components, in their order.
+func (e *Engine) stats(r *rules) Stats {
+	now := e.now()
 	s := Stats{
 		ControlPoints: make([]ControlPointStats, 0, 1+len(r.controlPoints)),
 		Components:    make([]ComponentStats, 0, len(r.installed)),
@@ -128,7 +131,9 @@ func (e *Engine) Stats() Stats {
 		s.ControlPoints = append(s.ControlPoints, r.controlPoints[at].stats(at))
 	}
 	for _, p := range r.installed {
-		s.Components = append(s.Components, p.stats(now))
+		of := p.stats(now)
+		of.Kind = p.name
+		s.Components = append(s.Components, of)
 	}
 	return s
 }
@@ -154,7 +159,6 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 		Policy:      c.Policy,
 		PolicyHash:  c.Hash,
 		ID:          c.ID,
-		Kind:        kindOf(c.Kind),
 		LabelKey:    c.LabelKey,
 		Accepted:    n.sum(decisionsAccepted),
 		Dropped:     n.sum(decisionsDropped),
@@ -165,33 +169,6 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 		LabelTooLong: n.sum(decisionsLong),
 	}
 }
-
-// kindOf is what policy files call components of the kind.
-func kindOf(k agentapi.Kind) string {
-	switch k {
-	case agentapi.KindRateLimiter:
-		return kindRateLimiter
-	case agentapi.KindConcurrencyLimiter:
-		return kindConcurrencyLimiter
-	case agentapi.KindQuotaScheduler:
-		return "quota_scheduler"
-	case agentapi.KindConcurrencyScheduler:
-		return "concurrency_scheduler"
-	case agentapi.KindLoadScheduler:
-		return kindLoadScheduler
-	default:
-		return kindSampler
-	}
-}
-
-// The kinds that have metrics of their own.
-const (
-	kindRateLimiter        = "rate_limiter"
-	kindConcurrencyLimiter = "concurrency_limiter"
-	kindLoadScheduler      = "load_scheduler"
-	kindSampler            = "sampler"
-	kindLoadRamp           = "load_ramp"
-)
 
 // stats are those of a component with buckets. Its usage is told by who knows them.
 func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
@@ -248,15 +225,6 @@ func (w *workload) stats() WorkloadStats {
 		Waits:          w.waits.count.Load(),
 		Waited:         time.Duration(w.waits.total.Load()),
 	}
-}
-
-func (s *sampler) stats(now int64) ComponentStats {
-	all := statsOf(&s.component, s.counts)
-	if s.ramp != nil {
-		all.Kind = kindLoadRamp
-	}
-	all.AcceptPercentage = s.percentage(now)
-	return all
 }
 
 func (c *cache) stats() CacheStats {

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -43,21 +42,6 @@ type longWait struct {
 	margin  time.Duration
 }
 
-// Expect tells the engine how long the checks of a client may take; 0 or less is no limit. Clients of package flowctl
-// call it.
-func (e *Engine) Expect(timeout time.Duration) {
-	if timeout <= 0 {
-		return
-	}
-	e.applying.Lock() // so that each warning is logged once
-	defer e.applying.Unlock()
-	if old := time.Duration(e.checkTimeout.Load()); old > 0 && old <= timeout {
-		return
-	}
-	e.checkTimeout.Store(int64(timeout))
-	e.warn(e.cutShort())
-}
-
 // cutShort tells which waits the shortest check timeout of a client cuts short.
 func (e *Engine) cutShort() (all []string) {
 	timeout := time.Duration(e.checkTimeout.Load())
@@ -84,70 +68,27 @@ func (e *Engine) warn(all []string) {
 	}
 }
 
-// look finds what to warn about in a component.
-func (w *warnings) look(policyName, id string, c policy.Component) {
-	of := fmt.Sprintf("policy %q: component %q", policyName, id)
-	free := func(string, policy.WorkloadParameters) {} // any part of a slot admits a flow, and so does a load
-	switch c := c.(type) {
-	case policy.RateLimiter:
-		if !c.PassThrough {
-			w.bucket(of, c.Capacity, c.Fill, c.Interval)
-			if c.TokensLabel == "" {
-				w.cost(of, c.Capacity, 1)
-			}
-		}
-	case policy.QuotaScheduler:
-		if !c.PassThrough {
-			w.bucket(of, c.Capacity, c.Fill, c.Interval)
-			w.scheduler(of, &c.Scheduler, c.DryRun, func(of string, p policy.WorkloadParameters) {
-				if p.Tokens > 0 || c.Scheduler.TokensLabel == "" {
-					w.cost(of, c.Capacity, newWorkload("", p).tokens)
-				}
-			})
-		}
-	case policy.ConcurrencyScheduler:
-		if !c.PassThrough {
-			w.scheduler(of, &c.Scheduler, c.DryRun, free)
-		}
-	case policy.LoadScheduler:
-		w.scheduler(of, &c.Scheduler, c.DryRun, free)
-	case policy.AIMDLoadScheduler:
-		w.scheduler(of, &c.Scheduler, c.DryRun, free)
+// scheduler notes how long the workloads' flows may wait. In a dry run no flow waits.
+func (w *warnings) scheduler(of string, p *policy.Scheduler, dryRun bool) {
+	if dryRun {
+		return
 	}
-}
-
-// bucket warns of one that does not refill.
-func (w *warnings) bucket(of string, capacity, fill float64, interval time.Duration) {
-	if capacity > 0 && !(float64(interval)/fill < source.Century) {
-		w.impossible = append(w.impossible, fmt.Sprintf("%s: a fill of %v in %v never refills the bucket: after its capacity of %v no flow is admitted",
-			of, fill, interval, capacity))
-	}
-}
-
-// cost warns of flows that take more than the bucket holds.
-func (w *warnings) cost(of string, capacity, tokens float64) {
-	if capacity > 0 && tokens > capacity+source.Slack {
-		w.impossible = append(w.impossible, fmt.Sprintf("%s: no flow is ever admitted: it takes %v tokens, and the bucket holds %v",
-			of, tokens, capacity))
-	}
-}
-
-// scheduler looks at the workloads, with a function for each. In a dry run no flow waits.
-func (w *warnings) scheduler(of string, p *policy.Scheduler, dryRun bool, each func(of string, p policy.WorkloadParameters)) {
 	margin, waits := cmp.Or(p.Margin, policy.DefaultMargin), false
-	look := func(name string, p policy.WorkloadParameters) {
-		named := fmt.Sprintf("%s: workload %q", of, name)
-		each(named, p)
+	workloadsOf(of, p, func(named string, p policy.WorkloadParameters) {
 		waits = waits || p.QueueTimeout >= 0
-		if p.QueueTimeout > 0 && !dryRun {
+		if p.QueueTimeout > 0 {
 			w.waits = append(w.waits, longWait{named, p.QueueTimeout, margin})
 		}
-	}
-	for i, class := range p.Workloads {
-		look(cmp.Or(class.Name, strconv.Itoa(i)), class.WorkloadParameters)
-	}
-	look("default", p.Default)
-	if waits && !dryRun {
+	})
+	if waits {
 		w.waits = append(w.waits, longWait{of, 0, margin})
 	}
+}
+
+// workloadsOf calls each with every workload of the scheduler.
+func workloadsOf(of string, p *policy.Scheduler, each func(named string, p policy.WorkloadParameters)) {
+	for i, class := range p.Workloads {
+		each(fmt.Sprintf("%s: workload %q", of, cmp.Or(class.Name, strconv.Itoa(i))), class.WorkloadParameters)
+	}
+	each(of+`: workload "default"`, p.Default)
 }

@@ -50,7 +50,7 @@ import (
 
 // An Agent decides about flows in this process: an engine. Only Headgate implements it, so that it can grow.
 type Agent interface {
-	agentapi.Agent
+	agentapi.Host
 }
 
 // A Client starts flows. It is safe for concurrent use. A nil client is flow control switched off: it accepts every
@@ -84,7 +84,7 @@ func New(agent Agent, opts ...Option) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("headgate: new client: %w", err)
 	}
-	return newClient(agent, cfg)
+	return newClient(agent.Agent(), cfg)
 }
 
 func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
@@ -292,7 +292,7 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 	}
 	if unused {
 		if r, ok := c.agent.(agentapi.Reverter); ok {
-			r.Revert(&f.req, &f.verdict)
+			r.Revert(ctx, &f.req, &f.verdict)
 			return EndResponse{}, nil
 		}
 	}

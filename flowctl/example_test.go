@@ -330,7 +330,7 @@ func ExampleRejectedError() {
 	// Output:
 	// 200 false
 	// 429 true
-	// checkout is rate limited by example root.0
+	// checkout is rate limited by example rate_limiter.0
 }
 
 // A gRPC handler returns the error as it is: callers get a status that fits, with a RetryInfo where

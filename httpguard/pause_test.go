@@ -292,7 +292,11 @@ func TestPauseGivesBack(t *testing.T) {
 					if component == "one" {
 						by = ""
 					}
-					usage, err := e.Peek("limits", component, by)
+					c, err := e.Component("limits", component)
+					if err != nil {
+						t.Fatal(err)
+					}
+					usage, err := c.Peek(by)
 					if err != nil {
 						t.Fatal(err)
 					}

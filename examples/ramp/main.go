@@ -73,9 +73,13 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	defer e.Close()
-	ramp, ok := e.Ramp("new-page", "root.0")
+	component, err := e.Component("new-page", "load_ramp.0")
+	if err != nil {
+		return err
+	}
+	ramp, ok := component.Ramp()
 	if !ok {
-		return errors.New("the policy has no such ramp")
+		return errors.New("the component is not a load ramp")
 	}
 	client, err := flowctl.New(e)
 	if err != nil {

@@ -43,7 +43,41 @@ type Agent interface {
 
 // A Reverter is an agent that can take back all that Check gave a flow, tokens and slots. Revert takes the place of End.
 type Reverter interface {
-	Revert(req *Request, v *Verdict)
+	Revert(ctx context.Context, req *Request, v *Verdict)
+}
+
+// A Local is an agent in this process, which package agent can offer to others.
+type Local interface {
+	Agent
+	Reverter
+
+	// EndSlot gives back a slot by the names that it has over the wire, as nobody keeps the flow. It reports whether the
+	// agent knows the limiter, and whether the slot was still taken.
+	EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool)
+
+	// Lookup finds a value in a cache. If room is not nil, it takes room for the value's bytes in the answer or reports that
+	// there is none, which is a miss, and the value must not be changed. Flows look up with their check.
+	Lookup(key CacheKey, room func(size int) bool) CacheAnswer
+
+	// Measures reports whether a policy wants to know how long flows of the control point take; for "", whether any does of
+	// any flows.
+	Measures(controlPoint string) bool
+
+	// Observe measures a flow that has run and ended well, by what its client reports.
+	Observe(controlPoint string, labels map[string]string, latency time.Duration)
+
+	// NamedLabels returns the keys of the labels that the policies in force read. A key is true where measured latencies are
+	// told apart by the label, so that telemetry must bring it back. Nobody may change the map.
+	NamedLabels() map[string]bool
+
+	// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
+	// those of components that no other selector picks a flow for.
+	ServiceWarnings() []string
+}
+
+// A Host has an agent in this process: an engine.
+type Host interface {
+	Agent() Local
 }
 
 // CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control
@@ -246,18 +280,40 @@ func (v *Verdict) At(i int) *LimiterDecision {
 	return &v.Details.Decisions[i-1]
 }
 
-// Kind is what sort of component decided.
-type Kind uint8
+// Info is the information of the protocol by which a component tells of its decisions.
+type Info uint8
 
-// The kinds of components.
+// The infos: the protocol has these.
 const (
-	KindRateLimiter Kind = iota + 1
-	KindConcurrencyLimiter
-	KindQuotaScheduler
-	KindConcurrencyScheduler
-	KindSampler
-	KindRampSampler // one that flows in ramp mode need
-	KindLoadScheduler
+	InfoRateLimiter Info = iota
+	InfoConcurrencyLimiter
+	InfoQuotaScheduler
+	InfoConcurrencyScheduler
+	InfoLoadScheduler
+	InfoSampler
+	Infos // how many there are
+)
+
+// A Settler learns what became of a flow that it decided about.
+type Settler interface {
+	// Settle ends the decision d, which did not drop the flow: what d took or holds goes back, as far as the outcome says.
+	// It reports whether anything went back: not if that has happened before. It does not fail because ctx was canceled.
+	Settle(ctx context.Context, d *LimiterDecision, o Outcome) bool
+}
+
+// An Outcome is what became of a flow.
+type Outcome struct {
+	Ended Ended
+}
+
+// Ended is how a flow ended.
+type Ended uint8
+
+// How flows end.
+const (
+	EndedUnused Ended = iota // it did not run: another component rejected it, or its caller has gone
+	EndedOK
+	EndedFailed
 )
 
 // Component identifies a limiter or scheduler to those outside the engine.
@@ -265,7 +321,10 @@ type Component struct {
 	Policy string
 	Hash   string // of the component as the engine read it
 	ID     string
-	Kind   Kind
+	Info   Info
+
+	// Slots reports whether flows hold slots of the component until they end.
+	Slots bool
 
 	// LabelKey is the label that the limiter has a bucket for each value of; "" when it has one for all.
 	LabelKey string
@@ -283,8 +342,8 @@ type Component struct {
 	// leave it out because hardly anybody asks.
 	Workload func(*Labels) (label string, priority float64)
 
-	// Limiter is the engine's own.
-	Limiter any
+	// Settler is the component at work in an engine; nil where another agent has it.
+	Settler Settler
 }
 
 // LimiterDecision is what one component made of a flow.

@@ -55,9 +55,9 @@ const maxRead = 1 << 14
 // RegisterCounter offers the service on s for an agent that only wants to know how many spans clients export, and may
 // read the bytes of each. It reads no more of them itself than it takes to find them: decoding a span costs some thirty
 // objects, for each flow of every client. A nil read is not called.
-func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(span []byte)) {
+func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(ctx context.Context, span []byte)) {
 	// A message without fields of its own keeps all that comes.
-	Register(s, func(_ context.Context, data *emptypb.Empty) error {
+	Register(s, func(ctx context.Context, data *emptypb.Empty) error {
 		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, resourceSpans, scopeSpans, spans)
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
@@ -67,7 +67,7 @@ func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(span []
 			left := maxRead
 			_, _ = each(data.ProtoReflect().GetUnknown(), func(span []byte) {
 				if left--; left >= 0 {
-					read(span)
+					read(ctx, span)
 				}
 			}, resourceSpans, scopeSpans, spans)
 		}

@@ -2,6 +2,7 @@
 package wire
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -132,11 +133,12 @@ func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.Limit
 		DeniedResponseStatusCode: checkv1.StatusCode(c.DeniedStatus),
 		DryRun:                   c.DryRun,
 	}
+	info := &infos[c.Info]
 	wait := d.Wait()
 	if c.DryRun { // then nothing has to be waited for
 		wait = 0
 	}
-	if wait > 0 || c.Kind == agentapi.KindRateLimiter || c.Kind == agentapi.KindConcurrencyLimiter { // of a limiter it is always there
+	if wait > 0 || info.waits {
 		m.WaitTime = durationpb.New(wait)
 	}
 	if d.Scope == agentapi.ScopeNone {
@@ -146,46 +148,84 @@ func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.Limit
 	if d.Scope != agentapi.ScopeNone {
 		tokens.Current = c.Capacity - d.Remaining
 	}
-	switch c.Kind {
-	case agentapi.KindRateLimiter:
-		m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
-			Label: label(d), TokensInfo: tokens,
-		}}
-	case agentapi.KindConcurrencyLimiter:
-		m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
-			Label: label(d), TokensInfo: tokens, RequestId: slotID(d.Slot()),
-		}}
-	case agentapi.KindQuotaScheduler:
-		if d.Dropped {
-			tokens.Reset() // as agents have it
-		}
-		workload, priority := c.Workload(&req.Labels)
-		m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
-			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
-		}}
-	case agentapi.KindConcurrencyScheduler:
-		tokens.Remaining = max(d.Remaining, 0)
-		workload, priority := c.Workload(&req.Labels)
-		m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
-			Label: label(d), WorkloadIndex: workload, TokensInfo: tokens, Priority: priority, RequestId: slotID(d.Slot()),
-		}}
-	case agentapi.KindLoadScheduler:
-		tokens.Current = 0 // what its bucket holds changes with the load
-		if d.Dropped {
-			tokens.Reset()
-		}
-		workload, priority := c.Workload(&req.Labels)
-		m.Details = &checkv1.LimiterDecision_LoadSchedulerInfo{LoadSchedulerInfo: &checkv1.LimiterDecision_SchedulerInfo{
-			WorkloadIndex: workload, TokensInfo: tokens, Priority: priority,
-		}}
-	case agentapi.KindSampler, agentapi.KindRampSampler:
-		info := &checkv1.LimiterDecision_SamplerInfo{}
-		if d.Scope == agentapi.ScopeLabel {
-			info.Label = label(d)
-		}
-		m.Details = &checkv1.LimiterDecision_SamplerInfo_{SamplerInfo: info}
+	told := telling{d: d, tokens: tokens}
+	if c.Workload != nil {
+		told.workload, told.priority = c.Workload(&req.Labels)
 	}
+	info.tell(m, told)
 	return m
+}
+
+// An infoOf says how the wire tells of decisions of components with an info.
+type infoOf struct {
+	tell  func(m *checkv1.LimiterDecision, t telling)
+	waits bool // the wait is always there
+}
+
+// infos has a row for each info, in their order. While one is missing it does not compile.
+var infos [agentapi.Infos]infoOf = [...]infoOf{ //nolint:gochecknoglobals,revive,staticcheck // a table, never written to; the type checks its length
+	{tellRateLimiter, true},
+	{tellConcurrencyLimiter, true},
+	{tellQuotaScheduler, false},
+	{tellConcurrencyScheduler, false},
+	{tellLoadScheduler, false},
+	{tellSampler, false},
+}
+
+// telling is what there is to tell of a decision.
+type telling struct {
+	d      *agentapi.LimiterDecision
+	tokens *checkv1.LimiterDecision_TokensInfo
+
+	// Of a scheduler.
+	workload string
+	priority float64
+}
+
+func tellRateLimiter(m *checkv1.LimiterDecision, t telling) {
+	m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
+		Label: label(t.d), TokensInfo: t.tokens,
+	}}
+}
+
+func tellConcurrencyLimiter(m *checkv1.LimiterDecision, t telling) {
+	m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
+		Label: label(t.d), TokensInfo: t.tokens, RequestId: slotID(t.d.Slot()),
+	}}
+}
+
+func tellQuotaScheduler(m *checkv1.LimiterDecision, t telling) {
+	if t.d.Dropped {
+		t.tokens.Reset() // as agents have it
+	}
+	m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
+		Label: label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority,
+	}}
+}
+
+func tellConcurrencyScheduler(m *checkv1.LimiterDecision, t telling) {
+	t.tokens.Remaining = max(t.d.Remaining, 0)
+	m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
+		Label: label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority, RequestId: slotID(t.d.Slot()),
+	}}
+}
+
+func tellLoadScheduler(m *checkv1.LimiterDecision, t telling) {
+	t.tokens.Current = 0 // what its bucket holds changes with the load
+	if t.d.Dropped {
+		t.tokens.Reset()
+	}
+	m.Details = &checkv1.LimiterDecision_LoadSchedulerInfo{LoadSchedulerInfo: &checkv1.LimiterDecision_SchedulerInfo{
+		WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority,
+	}}
+}
+
+func tellSampler(m *checkv1.LimiterDecision, t telling) {
+	info := &checkv1.LimiterDecision_SamplerInfo{}
+	if t.d.Scope == agentapi.ScopeLabel {
+		info.Label = label(t.d)
+	}
+	m.Details = &checkv1.LimiterDecision_SamplerInfo_{SamplerInfo: info}
 }
 
 // label is how the wire names the bucket that decided.
@@ -302,19 +342,8 @@ func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 // labelKey is the key of the label that the decision names as "key:value". The value may hold colons, the keys in use
 // do not.
 func labelKey(d *checkv1.LimiterDecision) string {
-	var label string
-	switch i := d.GetDetails().(type) {
-	case *checkv1.LimiterDecision_RateLimiterInfo_:
-		label = i.RateLimiterInfo.GetLabel()
-	case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
-		label = i.ConcurrencyLimiterInfo.GetLabel()
-	case *checkv1.LimiterDecision_QuotaSchedulerInfo_:
-		label = i.QuotaSchedulerInfo.GetLabel()
-	case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
-		label = i.ConcurrencySchedulerInfo.GetLabel()
-	case *checkv1.LimiterDecision_SamplerInfo_:
-		label = i.SamplerInfo.GetLabel()
-	}
+	label := cmp.Or(d.GetRateLimiterInfo().GetLabel(), d.GetConcurrencyLimiterInfo().GetLabel(), d.GetQuotaSchedulerInfo().GetLabel(),
+		d.GetConcurrencySchedulerInfo().GetLabel(), d.GetSamplerInfo().GetLabel()) // it has one of these
 	if key, _, ok := strings.Cut(label, ":"); ok {
 		return key
 	}
@@ -348,14 +377,8 @@ func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 		if d.GetDropped() {
 			continue
 		}
-		var label, id string
-		var tokens *checkv1.LimiterDecision_TokensInfo
-		switch i := d.GetDetails().(type) {
-		case *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
-			label, id, tokens = i.ConcurrencyLimiterInfo.GetLabel(), i.ConcurrencyLimiterInfo.GetRequestId(), i.ConcurrencyLimiterInfo.GetTokensInfo()
-		case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
-			label, id, tokens = i.ConcurrencySchedulerInfo.GetLabel(), i.ConcurrencySchedulerInfo.GetRequestId(), i.ConcurrencySchedulerInfo.GetTokensInfo()
-		}
+		limiter, scheduler := d.GetConcurrencyLimiterInfo(), d.GetConcurrencySchedulerInfo() // one of them, or none
+		id := cmp.Or(limiter.GetRequestId(), scheduler.GetRequestId())
 		if id == "" {
 			continue
 		}
@@ -363,9 +386,9 @@ func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 			PolicyName:  d.GetPolicyName(),
 			PolicyHash:  d.GetPolicyHash(),
 			ComponentId: d.GetComponentId(),
-			Label:       label,
+			Label:       cmp.Or(limiter.GetLabel(), scheduler.GetLabel()),
 			RequestId:   id,
-			Tokens:      tokens.GetConsumed(),
+			Tokens:      cmp.Or(limiter.GetTokensInfo().GetConsumed(), scheduler.GetTokensInfo().GetConsumed()),
 		})
 	}
 	return refs

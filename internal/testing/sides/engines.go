@@ -23,20 +23,13 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// A local agent is one in the process.
-type local interface {
-	agentapi.Agent
-	agentapi.Reverter
-}
-
-// agentOf is the engine as clients and package agent ask it.
-func agentOf(e *engine.Engine) local { return e }
-
 // A recorder is a local agent that logs what it is asked.
 type recorder struct {
-	local
+	agentapi.Local
 	log *log
 }
+
+func (r *recorder) Agent() agentapi.Local { return r }
 
 func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	answer := r.log.asked(Check{req.ControlPoint, req.Labels.Merged()})
@@ -47,7 +40,7 @@ func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi
 		v.Reject(agentapi.Rejection{Reason: agentapi.Reason(answer.Reason), RetryAfter: answer.RetryAfter})
 		return nil
 	}
-	err := r.local.Check(ctx, req, v)
+	err := r.Local.Check(ctx, req, v)
 	if err == nil {
 		r.log.took(held(v))
 	}
@@ -55,9 +48,9 @@ func (r *recorder) Check(ctx context.Context, req *agentapi.Request, v *agentapi
 }
 
 // Revert takes the place of End.
-func (r *recorder) Revert(req *agentapi.Request, v *agentapi.Verdict) {
+func (r *recorder) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
 	slots := held(v)
-	r.local.Revert(req, v)
+	r.Local.Revert(ctx, req, v)
 	r.log.took(-slots)
 }
 
@@ -79,7 +72,7 @@ func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	if failed {
 		end.Status = flowctl.StatusError
 	}
-	returns, err := r.local.End(ctx, req, v, failed)
+	returns, err := r.Local.End(ctx, req, v, failed)
 	r.log.ended(end)
 	r.log.gave(returns.Returned)
 	return returns, err

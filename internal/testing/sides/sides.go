@@ -115,14 +115,13 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Engine.Close() })
-	local := agentOf(side.Engine)
-	side.Agent = local
+	side.Agent = side.Engine.Agent()
 	side.log.answers = s.Answers
 	if kind == Served {
 		side.Client = Dial(t, serve(side.Engine, &side.log), s.Options...)
 		return side
 	}
-	if side.Client, err = flowctl.New(&recorder{local, &side.log}, s.Options...); err != nil {
+	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), &side.log}, s.Options...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Client.Close(context.WithoutCancel(t.Context())) }) // the context has ended by then

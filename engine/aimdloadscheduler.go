@@ -4,8 +4,49 @@ import (
 	"cmp"
 	"math"
 
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
+
+// newAIMDLoadScheduler makes a load scheduler that finds the share out itself.
+func newAIMDLoadScheduler(e *Engine, in *installed, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
+	s, err := newLoad(e, in, policy.LoadScheduler{
+		Selectors:             p.Selectors,
+		WorkloadLatencyTokens: p.WorkloadLatencyTokens,
+		Scheduler:             p.Scheduler,
+		DryRun:                p.DryRun,
+	}, c)
+	if err != nil {
+		return nil, err
+	}
+	signal, err := e.signalOf(in, "Signal", p.Signal)
+	if err != nil {
+		return nil, err
+	}
+	setpoint, err := e.signalOf(in, "Setpoint", p.Setpoint)
+	if err != nil {
+		return nil, err
+	}
+	if p.OverloadConfirmation == nil {
+		p.OverloadConfirmation = policy.Constant(1)
+	}
+	confirmation, err := e.signalOf(in, "OverloadConfirmation", p.OverloadConfirmation)
+	if err != nil {
+		return nil, err
+	}
+	controller := newAIMD(p)
+	in.controls = append(in.controls, func(now int64) {
+		is, should, confirmed := signal(now), setpoint(now), confirmation(now) != 0
+		steer(s, func(l *load, now int64) float64 {
+			return controller.step(is, should, confirmed, l.admitted(now))
+		})
+	})
+	return s, nil
+}
+
+func warnAIMDLoadScheduler(w *warnings, of string, p policy.AIMDLoadScheduler) {
+	w.scheduler(of, &p.Scheduler, p.DryRun)
+}
 
 // aimd is the controller of an AIMD load scheduler: additive increase, multiplicative decrease (Chiu and Jain, "Analysis
 // of the increase and decrease algorithms for congestion avoidance in computer networks", 1989).

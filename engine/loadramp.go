@@ -5,28 +5,36 @@ import (
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Engine.Ramp]. It is that of the policies in
+// A loadRamp is a sampler in ramp mode whose percentage moves.
+type loadRamp struct {
+	*sampler
+	ramp *ramp
+}
+
+func newLoadRamp(e *Engine, in *installed, p policy.LoadRamp, c agentapi.Component) (component, error) {
+	s := samplerOf(e, in, policy.Sampler{
+		Selectors:         p.Selectors,
+		SessionLabel:      p.SessionLabel,
+		PassThroughValues: p.PassThroughValues,
+		DeniedStatus:      p.DeniedStatus,
+		DryRun:            p.DryRun,
+	}, c)
+	l := &loadRamp{sampler: s, ramp: newRamp(p, e.now())}
+	s.percentage = l.ramp.percentage
+	return l, nil
+}
+
+func (l *loadRamp) course() *ramp { return l.ramp }
+
+// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Component.Ramp]. It is that of the policies in
 // force then: after [Engine.Apply], get the new one where the policy's ramp has changed. It is safe for concurrent use.
 type Ramp struct {
 	engine *Engine
 	course *ramp
-}
-
-// Ramp finds a [policy.LoadRamp] by the name of its policy and its own ID, which is "root.<index>" where the policy gives
-// it none. False says that the engine has no such ramp.
-func (e *Engine) Ramp(policyName, component string) (*Ramp, bool) {
-	c, err := e.component(policyName, component)
-	if err != nil {
-		return nil, false
-	}
-	s, ok := c.(*sampler)
-	if !ok || s.ramp == nil {
-		return nil, false
-	}
-	return &Ramp{engine: e, course: s.ramp}, true
 }
 
 // Forward has the ramp move towards its last step's target, from where it stands.

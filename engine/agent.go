@@ -1,0 +1,276 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+)
+
+// An agent is the engine as clients of package flowctl and package agent see it.
+type agent Engine
+
+// Agent is for flowctl.New and package agent, which take an engine and call it.
+func (e *Engine) Agent() agentapi.Local { return (*agent)(e) }
+
+func (a *agent) engine() *Engine { return (*Engine)(a) }
+
+// Check asks the components of the flow's control point, which may have it wait. If the engine is closed meanwhile, the flow is
+// rejected. If it was closed before, the error is agentapi.ErrClosed. Otherwise an error is that of ctx.
+func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
+	e := a.engine()
+	if e.closed.Load() {
+		return agentapi.ErrClosed
+	}
+	start := e.now()
+	now := start
+	for {
+		v.Start = e.epoch.UnixNano() + start
+		p := e.controlPoint(req.ControlPoint)
+		err := e.decide(ctx, p, req, &now, v)
+		if err == nil {
+			p.count(req, v)
+			break
+		}
+		undo(ctx, v)
+		*v = agentapi.Verdict{}
+		if !errors.Is(err, errRetired) {
+			if ctx.Err() != nil {
+				count(p.counts, req, flowsCanceled)
+			}
+			return err
+		}
+	}
+	if now != start {
+		v.More().Waited = time.Duration(now - start)
+	}
+	return nil
+}
+
+// End tells the components that admitted the flow how it ended, which gives back its slots, and measures how long its work
+// took.
+func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
+	e := a.engine()
+	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !failed {
+		e.measure(sinks, req, v)
+	}
+	o := agentapi.Outcome{Ended: agentapi.EndedOK}
+	if failed {
+		o.Ended = agentapi.EndedFailed
+	}
+	var r agentapi.Returns
+	if v.Rejected() && !req.DryRun() { // it was undone when it was rejected
+		return r, nil
+	}
+	for i := range v.Len() {
+		d := v.At(i)
+		if d.Dropped {
+			continue
+		}
+		held := d.Slot() != 0
+		returned := d.Component.Settler.Settle(ctx, d, o)
+		if held {
+			r.Held++
+			if returned {
+				r.Returned++
+			}
+		}
+	}
+	return r, nil
+}
+
+// measure measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
+func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi.Verdict) {
+	var waited time.Duration
+	if v.Details != nil {
+		if v.Details.Result.Hit {
+			return
+		}
+		waited = v.Details.Waited
+	}
+	now := e.now()
+	e.recordLatency(sinks, &req.Labels, now, time.Duration(e.epoch.UnixNano()+now-v.Start)-waited)
+}
+
+// Revert undoes what Check did for a flow that does not run.
+func (a *agent) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
+	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
+		undo(ctx, v)
+	}
+}
+
+// EndSlot asks all components that had these names, one of which may know the slot.
+func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool) {
+	e := a.engine()
+	e.mu.RLock()
+	holders := e.holders[identity{policyName, hash, component}]
+	e.mu.RUnlock()
+	for _, h := range holders {
+		d := agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
+		d.Hold(slot)
+		if key := h.identity().LabelKey; key != "" {
+			value, ok := strings.CutPrefix(label, key+":")
+			if !ok {
+				continue
+			}
+			d.Scope, d.Label = agentapi.ScopeLabel, value
+		}
+		if h.Settle(ctx, &d, agentapi.Outcome{Ended: agentapi.EndedOK}) {
+			return true, true
+		}
+	}
+	return len(holders) > 0, false
+}
+
+// Lookup finds a value in a cache, as a flow's check does.
+func (a *agent) Lookup(key agentapi.CacheKey, room func(size int) bool) agentapi.CacheAnswer {
+	e := a.engine()
+	switch c, k := e.cache(key); {
+	case e.closed.Load():
+		return agentapi.CacheAnswer{Err: agentapi.ErrClosed}
+	case key.Key == "":
+		return agentapi.CacheAnswer{Err: errNoCacheKey}
+	case key.Global:
+		return c.lookup(k, room)
+	default:
+		a := c.lookup(k, room)
+		e.controlPoint(key.ControlPoint).looked(&a)
+		return a
+	}
+}
+
+// Store puts a value into a cache.
+func (a *agent) Store(_ context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
+	e := a.engine()
+	if e.closed.Load() {
+		return agentapi.ErrClosed
+	}
+	c, k := e.cache(key)
+	return c.store(k, value, ttl)
+}
+
+// Delete removes a value from a cache.
+func (a *agent) Delete(_ context.Context, key agentapi.CacheKey) error {
+	e := a.engine()
+	if e.closed.Load() {
+		return agentapi.ErrClosed
+	}
+	c, k := e.cache(key)
+	return c.remove(k)
+}
+
+// Ready returns an error if the engine is closed.
+func (a *agent) Ready(context.Context) error {
+	e := a.engine()
+	if e.closed.Load() {
+		return agentapi.ErrClosed
+	}
+	return nil
+}
+
+// Expect notes the shortest check timeout of all clients, and logs the waits that it cuts short.
+func (a *agent) Expect(timeout time.Duration) {
+	e := a.engine()
+	if timeout <= 0 {
+		return
+	}
+	e.applying.Lock() // so that each warning is logged once
+	defer e.applying.Unlock()
+	if old := time.Duration(e.checkTimeout.Load()); old > 0 && old <= timeout {
+		return
+	}
+	e.checkTimeout.Store(int64(timeout))
+	e.warn(e.cutShort())
+}
+
+// Measures reports whether a policy measures latencies at the control point, or at any for "".
+func (a *agent) Measures(controlPoint string) bool {
+	e := a.engine()
+	if controlPoint == "" {
+		return len(e.rules.Load().sinks) > 0
+	}
+	return len(e.rules.Load().sinks[controlPoint]) > 0
+}
+
+// Observe notes a latency that a client reports.
+func (a *agent) Observe(controlPoint string, labels map[string]string, latency time.Duration) {
+	e := a.engine()
+	e.recordLatency(e.rules.Load().sinks[controlPoint], &agentapi.Labels{Params: labels}, e.now(), latency)
+}
+
+// NamedLabels returns the labels that the policies in force read; see rules.name.
+func (a *agent) NamedLabels() map[string]bool { return a.engine().rules.Load().named }
+
+// ServiceWarnings lists the selectors that name a service, first those of components that no other selector picks a flow
+// for.
+func (a *agent) ServiceWarnings() []string {
+	e := a.engine()
+	var never, warnings []string
+	points := e.rules.Load().controlPoints
+	for _, at := range slices.Sorted(maps.Keys(points)) {
+		for _, placements := range points[at].stages {
+			for _, m := range placements {
+				acts := slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" })
+				for _, s := range m.selectors {
+					if s.service == "" {
+						continue
+					}
+					warning := fmt.Sprintf("policy %q: component %q: control point %q: the selector picks nothing: "+
+						"flows from the network have no service, and it wants %q", m.id.Policy, m.id.ID, at, s.service)
+					if acts {
+						warnings = append(warnings, warning)
+					} else {
+						never = append(never, warning+", as all its selectors there do")
+					}
+				}
+			}
+		}
+	}
+	return append(never, warnings...)
+}
+
+// Instrument is that of the engine.
+func (a *agent) Instrument(provider metric.MeterProvider) error {
+	return a.engine().Instrument(provider)
+}
+
+// lookup fills the cache part of the verdict.
+func (e *Engine) lookup(p *controlPoint, req *agentapi.Request, v *agentapi.Verdict) {
+	x, asked := v.More(), req.Lookup()
+	if asked.Result != "" {
+		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
+		p.looked(&x.Result)
+	}
+	for _, key := range asked.Global {
+		if key == "" {
+			continue
+		}
+		if x.Global == nil {
+			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
+		}
+		x.Global[key] = e.globals.lookup(cacheKey{key: key}, asked.Room)
+	}
+}
+
+// looked counts a lookup in the result cache.
+func (p *controlPoint) looked(a *agentapi.CacheAnswer) {
+	what := cacheMisses
+	if a.Hit {
+		what = cacheHits
+	}
+	count(p.counts, a, what)
+}
+
+func (e *Engine) cache(key agentapi.CacheKey) (*cache, cacheKey) {
+	if key.Global {
+		return e.globals, cacheKey{key: key.Key}
+	}
+	return e.results, cacheKey{key.ControlPoint, key.Key}
+}

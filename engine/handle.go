@@ -1,0 +1,152 @@
+package engine
+
+import (
+	"fmt"
+
+	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
+
+// A Usage is what one value of a limiter's or scheduler's label has, at one time.
+type Usage struct {
+	// Capacity is the most tokens that its bucket holds, or the slots that there are. A load scheduler's is what it
+	// lets in during a second, +Inf where that is everything.
+	Capacity float64
+
+	// Remaining is what is left of it: less than none where flows cost more than was free.
+	Remaining float64
+
+	// InFlight counts the flows that hold slots; 0 where there are none to hold.
+	InFlight int
+
+	// Waiting counts the flows in the queue.
+	Waiting int
+}
+
+// A Component is a limiter, a scheduler, a sampler or a load ramp of an engine, for those who run it. Get one with
+// [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one where its policy has
+// changed. It is safe for concurrent use.
+type Component struct {
+	engine *Engine
+	of     *installed
+}
+
+// Component finds a component of the policies in force by the name of its policy and its ID. Where the policy gives it no
+// ID, that is its kind and its place among the policy's components of that kind, from 0, as in "rate_limiter.0"; files in
+// Aperture's shapes have "root.<index>". The error says which of the names the engine does not have.
+func (e *Engine) Component(policyName, id string) (*Component, error) {
+	known := false
+	for _, p := range e.rules.Load().installed {
+		switch {
+		case p.named.policy != policyName:
+		case p.named.id == id:
+			return &Component{engine: e, of: p}, nil
+		default:
+			known = true
+		}
+	}
+	if !known {
+		return nil, fmt.Errorf("headgate: engine: no policy %q", policyName)
+	}
+	return nil, fmt.Errorf("headgate: engine: policy %q: no component %q", policyName, id)
+}
+
+// Peek tells what the value of its label has at a limiter or a scheduler. It takes nothing. The value is "" where the
+// component has no label. A value that no flow has had yet has everything; one that has no bucket of its own (see
+// [WithKeyCap]) shares the one that is told about. It is an error if the component has no buckets, if it has no label and
+// the value is not "", and if it is no longer in force.
+func (c *Component) Peek(value string) (Usage, error) {
+	i, err := c.inspected(value)
+	if err != nil {
+		return Usage{}, err
+	}
+	return i.usage(value, c.engine.now()), nil
+}
+
+// Reset gives the value of its label a new bucket, or new slots, at a limiter or a scheduler; see [Component.Peek] for the
+// value and the errors. Flows that wait are served from it. Slots that flows hold are forgotten, and do not come back when
+// those flows end, so that for a while more may be at work than there are slots. A load scheduler learns its load
+// again, and lets everything in meanwhile.
+func (c *Component) Reset(value string) error {
+	i, err := c.inspected(value)
+	if err != nil {
+		return err
+	}
+	i.reset(value, c.engine.now())
+	return nil
+}
+
+// Ramp returns what moves the component; false if it is not a [policy.LoadRamp].
+func (c *Component) Ramp() (*Ramp, bool) {
+	m, ok := c.of.component.(moved)
+	if !ok {
+		return nil, false
+	}
+	return &Ramp{engine: c.engine, course: m.course()}, true
+}
+
+// inspected returns the component if there is something to look at.
+func (c *Component) inspected(value string) (inspected, error) {
+	wrong := func(why string) error {
+		return fmt.Errorf("headgate: engine: policy %q: component %q: %s", c.of.named.policy, c.of.named.id, why)
+	}
+	i, ok := c.of.component.(inspected)
+	switch {
+	case !ok:
+		return nil, wrong("a " + c.of.name + " has no buckets")
+	case value != "" && c.of.identity().LabelKey == "":
+		return nil, wrong("it has no label whose value could be given")
+	case c.of.retired.Load():
+		return nil, wrong("it is no longer in force")
+	}
+	return i, nil
+}
+
+// met returns the entry that a flow with the value would meet, locked. It counts as no use.
+func (k *keyed[S]) met(value string, now int64) *keys.Entry[S] {
+	if k.table == nil {
+		k.single.Lock()
+		return k.single
+	}
+	return k.table.LockPeek(k.namer.Name(value), now)
+}
+
+func (l *limiter[S]) usage(value string, now int64) Usage {
+	e := l.met(value, now)
+	defer e.Unlock()
+	return usageOf(l.source.Usage(&e.State, now))
+}
+
+func (l *limiter[S]) reset(value string, now int64) {
+	e := l.met(value, now)
+	defer e.Unlock()
+	l.source.Fresh(&e.State, now)
+}
+
+func (s *scheduler[S]) usage(value string, now int64) Usage {
+	e := s.met(value, now)
+	defer e.Unlock()
+	l := &e.State
+	if l.waiting() {
+		s.serve(e, now) // what has come by now is for those who wait
+	}
+	u := usageOf(s.source.Usage(&l.tokens, now))
+	if l.queue != nil {
+		u.Waiting = l.queue.Len()
+	}
+	return u
+}
+
+func (s *scheduler[S]) reset(value string, now int64) {
+	e := s.met(value, now)
+	defer e.Unlock()
+	s.source.Fresh(&e.State.tokens, now)
+	if e.State.waiting() {
+		e.State.queue.changes++
+		s.serve(e, now)
+	}
+}
+
+func usageOf(u source.Usage) Usage {
+	return Usage{Capacity: u.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}
+}

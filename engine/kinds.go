@@ -1,0 +1,112 @@
+package engine
+
+import (
+	"fmt"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/components"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// kinds has a row for each kind of component, in the order of package policy's table. While one is missing it does not
+// compile: the array is shorter then than its type says. Nothing else in this package distinguishes kinds.
+var kinds [policy.Kinds]row = [...]row{ //nolint:gochecknoglobals,revive,staticcheck // a table, never written to; the type checks its length
+	&kindOf[policy.RateLimiter]{
+		kind: kind{
+			stage: stageLimit, info: agentapi.InfoRateLimiter, observe: observeLimiter,
+			counter: counterName{"rate_limiter_counter_total", "Flows that met a rate limiter."},
+		},
+		build: newRateLimiter, warn: warnRateLimiter,
+	},
+	&kindOf[policy.ConcurrencyLimiter]{
+		kind: kind{
+			stage: stageLimit, info: agentapi.InfoConcurrencyLimiter, slots: true, observe: observeLimiter,
+			counter: counterName{"concurrency_limiter_counter_total", "Flows that met a concurrency limiter."},
+		},
+		build: newConcurrencyLimiter,
+	},
+	&kindOf[policy.QuotaScheduler]{
+		kind:  kind{stage: stageLoad, info: agentapi.InfoQuotaScheduler, observe: observeScheduler},
+		build: newQuotaScheduler, warn: warnQuotaScheduler,
+	},
+	&kindOf[policy.ConcurrencyScheduler]{
+		kind:  kind{stage: stageConcurrency, info: agentapi.InfoConcurrencyScheduler, slots: true, observe: observeScheduler},
+		build: newConcurrencyScheduler, warn: warnConcurrencyScheduler,
+	},
+	&kindOf[policy.LoadScheduler]{
+		kind:  kind{stage: stageLoad, info: agentapi.InfoLoadScheduler, observe: observeLoad},
+		build: newLoadScheduler, warn: warnLoadScheduler,
+	},
+	&kindOf[policy.AIMDLoadScheduler]{
+		kind:  kind{stage: stageLoad, info: agentapi.InfoLoadScheduler, observe: observeLoad},
+		build: newAIMDLoadScheduler, warn: warnAIMDLoadScheduler,
+	},
+	&kindOf[policy.Sampler]{
+		kind: kind{
+			stage: stageSample, info: agentapi.InfoSampler, observe: observeSampler,
+			counter: counterName{"sampler_counter_total", "Flows that met a sampler or a load ramp."},
+		},
+		build: newSampler,
+	},
+	&kindOf[policy.LoadRamp]{
+		kind: kind{
+			stage: stageRamp, info: agentapi.InfoSampler, observe: observeSampler,
+			counter: counterName{"sampler_counter_total", "Flows that met a sampler or a load ramp."},
+		},
+		build: newLoadRamp,
+	},
+}
+
+// A kind is what the engine knows of all components of a kind.
+type kind struct {
+	stage   stage         // a component may have another; see installed
+	info    agentapi.Info // by which the protocol tells of decisions
+	slots   bool          // flows hold slots until they end
+	observe func(*observation)
+	counter counterName // of the metric that counts decisions; none for schedulers, which count them by workload
+}
+
+// A kindOf is a row of the table: the kind of component that policies say by a P.
+type kindOf[P policy.Component] struct {
+	kind
+
+	// build makes a component of its policy. The identity comes with policy, hash, ID, info and slots. It notes in the
+	// installed which flows it acts on, and what else of it differs from others of its kind.
+	build func(e *Engine, in *installed, p P, c agentapi.Component) (component, error)
+
+	// warn notes what an operator is unlikely to want; nil where there is nothing to look for.
+	warn func(w *warnings, of string, p P)
+}
+
+// A row is a kindOf of any P.
+type row interface {
+	about() *kind
+	install(e *Engine, c policy.Component, d components.Description, id agentapi.Component) (*installed, error)
+	look(w *warnings, of string, c policy.Component)
+}
+
+func (k *kindOf[P]) about() *kind { return &k.kind }
+
+// install builds the component.
+func (k *kindOf[P]) install(e *Engine, c policy.Component, d components.Description, id agentapi.Component) (*installed, error) {
+	p, ok := components.Value[P](c)
+	if !ok {
+		return nil, fmt.Errorf("the engine cannot run a %T", c)
+	}
+	in := &installed{kind: &k.kind, named: identity{id.Policy, id.Hash, d.ID}, name: d.Name, stage: k.stage}
+	id.ID, id.Info, id.Slots = d.ID, k.info, k.slots
+	var err error
+	if in.component, err = k.build(e, in, p, id); err != nil {
+		return nil, err
+	}
+	in.keeper, _ = in.component.(keeper)
+	in.retiree, _ = in.component.(retiree)
+	return in, nil
+}
+
+// look finds what to warn about in the component.
+func (k *kindOf[P]) look(w *warnings, of string, c policy.Component) {
+	if p, ok := components.Value[P](c); ok && k.warn != nil {
+		k.warn(w, of, p)
+	}
+}

@@ -1,0 +1,51 @@
+package engine
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/bucket"
+	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/policy"
+)
+
+func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.Component) (component, error) {
+	in.selectors = p.Selectors
+	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Capacity, p.DryRun
+	l := newLimiter(e, c, p.MaxIdle, &bucket.Rule{
+		Capacity: p.Capacity,
+		Fill:     p.Fill,
+		Interval: float64(p.Interval),
+		Step:     p.StepFill,
+		Delay:    p.DelayInitialFill,
+	})
+	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
+	return l, nil
+}
+
+func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
+	if p.PassThrough {
+		return
+	}
+	w.bucket(of, p.Capacity, p.Fill, p.Interval)
+	if p.TokensLabel == "" {
+		w.cost(of, p.Capacity, 1)
+	}
+}
+
+// bucket warns of one that does not refill.
+func (w *warnings) bucket(of string, capacity, fill float64, interval time.Duration) {
+	if capacity > 0 && !(float64(interval)/fill < source.Century) {
+		w.impossible = append(w.impossible, fmt.Sprintf("%s: a fill of %v in %v never refills the bucket: after its capacity of %v no flow is admitted",
+			of, fill, interval, capacity))
+	}
+}
+
+// cost warns of flows that take more than the bucket holds.
+func (w *warnings) cost(of string, capacity, tokens float64) {
+	if capacity > 0 && tokens > capacity+source.Slack {
+		w.impossible = append(w.impossible, fmt.Sprintf("%s: no flow is ever admitted: it takes %v tokens, and the bucket holds %v",
+			of, tokens, capacity))
+	}
+}
