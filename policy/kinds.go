@@ -27,9 +27,8 @@ const (
 // Kinds is how many kinds of components there are. Package engine has a row for each, or does not compile.
 const Kinds = int(count)
 
-// kinds has a row for each kind of component, in the order of the indices. A component names its index, by its method
-// kind, and an index without a row does not compile: the array is shorter then than Kinds says.
-var kinds [Kinds]kindOf = [...]kindOf{ //nolint:gochecknoglobals,revive,staticcheck // a table, never written to; the type checks its length
+// kinds has a row for each kind of component, in the order of the indices.
+var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
 	{"rate_limiter", valueOf[RateLimiter], []form{{
 		"rate_limiter", "selectors parameters request_parameters", "bucket_capacity fill_amount", "pass_through", (*decoder).rateLimiter,
 	}}},
@@ -57,6 +56,10 @@ var kinds [Kinds]kindOf = [...]kindOf{ //nolint:gochecknoglobals,revive,staticch
 		"load_ramp", samplerKeys, "", "forward backward reset", (*decoder).loadRamp,
 	}}},
 }
+
+// A component names its index, by its method kind. While an index has no row this does not compile: the table is shorter then
+// than Kinds says.
+var _ [Kinds]kindOf = kinds
 
 // A kindOf is a row of the table of kinds.
 type kindOf struct {
@@ -101,10 +104,15 @@ func deciderKeys() string {
 	return strings.Join(keys, " ") + " " + laterKinds
 }
 
-// valueOf is the value function of a kind.
+// valueOf is the value function of a kind. Most components are values already, and not copied.
 func valueOf[P Component](c Component) (Component, bool) {
-	p, ok := components.Value[P](c)
-	return p, ok
+	if _, ok := c.(P); ok {
+		return c, true
+	}
+	if p, ok := components.Value[P](c); ok {
+		return p, true
+	}
+	return nil, false
 }
 
 // asValue returns the component as a value, which it is or points to. If it is neither, it says what is wrong with it.

@@ -15,12 +15,12 @@ type Description struct {
 // one.
 func Value[P any](component any) (P, bool) {
 	switch c := component.(type) {
-	case P:
-		return c, true
 	case *P:
 		if c != nil {
 			return *c, true
 		}
+	case P:
+		return c, true
 	}
 	var zero P
 	return zero, false

@@ -162,8 +162,8 @@ type infoOf struct {
 	waits bool // the wait is always there
 }
 
-// infos has a row for each info, in their order. While one is missing it does not compile.
-var infos [agentapi.Infos]infoOf = [...]infoOf{ //nolint:gochecknoglobals,revive,staticcheck // a table, never written to; the type checks its length
+// infos has a row for each info, in their order.
+var infos = [...]infoOf{ //nolint:gochecknoglobals // a table, never written to
 	{tellRateLimiter, true},
 	{tellConcurrencyLimiter, true},
 	{tellQuotaScheduler, false},
@@ -171,6 +171,9 @@ var infos [agentapi.Infos]infoOf = [...]infoOf{ //nolint:gochecknoglobals,revive
 	{tellLoadScheduler, false},
 	{tellSampler, false},
 }
+
+// While a row is missing this does not compile: the table is shorter then than Infos says.
+var _ [agentapi.Infos]infoOf = infos
 
 // telling is what there is to tell of a decision.
 type telling struct {
