@@ -12,9 +12,11 @@ import (
 // takes until so many tokens have come: see the methods Forecast in packages bucket and slots. It takes all that wait for
 // flows that will be served.
 //
-// The second is made where the first rejects the flow, and some flow that waits may give up before its turn, so that the
-// new one comes earlier. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the source's
-// state. If they come back with flows that end, only those count that are sure to be served before.
+// The second is made where the first rejects the flow, because the first may say too much: some flow that waits may give up
+// before its turn, so that the new one comes earlier, and of two flows whose turns come about the same time the sums do not
+// know which is first. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the source's
+// state. If they come back with flows that end, only those count that are sure to be served before; a preview of the queue
+// finds them where none of them gives up.
 //
 // An example. A bucket of one token is empty and gets one each second. A and B wait for a token each, one after the other;
 // B gives up after 1.5 s. Now N comes, of the same workload, which can wait for 2.5 s. By the sums, three tokens must come,
@@ -30,8 +32,9 @@ type wish struct {
 
 // An outlook is when a flow would be served if it waited from now on, no other flow came and none left before its time.
 type outlook struct {
-	at    int64 // the time; where it is not known, the flow is not served before
-	known bool
+	at     int64 // the time; where it is not known, the flow is not served before
+	known  bool
+	before float64 // what the flows before it cost, of a source that is not timed
 }
 
 // A forecastKey is what an outlook depends on besides the queue and what the source has.
@@ -62,12 +65,12 @@ func (l *line[S]) ahead(w wish) source.Ahead {
 // reconsider corrects a forecast for a flow that can wait until the deadline, by which of those that wait may give up.
 func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
 	switch {
-	case !l.waiting() || !l.queue.HasDeadlines():
+	case !l.waiting():
 		return least, likely
 	case !s.source.Timed():
 		cost, all := l.queue.Outlast(w.claim, deadline)
 		if all {
-			return least, likely
+			cost = s.costBefore(l, w)
 		}
 		ahead := l.ahead(w)
 		ahead.Least = cost
@@ -95,14 +98,26 @@ func (s *scheduler[S]) estimate(l *line[S], now int64, w wish) int64 {
 
 // outlook is the look ahead for a flow, which is made once until something changes.
 func (s *scheduler[S]) outlook(l *line[S], now int64, key forecastKey) outlook {
-	q := l.queue
+	return l.queue.remembered(key, func() outlook { return lookAhead(s.source, l.tokens, l.queue.Queue, now, key) })
+}
+
+// costBefore is what the flows cost that are served before the flow if none gives up, which is found once until something
+// changes.
+func (s *scheduler[S]) costBefore(l *line[S], w wish) float64 {
+	return l.queue.remembered(forecastKey{w, mostVisits}, func() outlook {
+		return outlook{before: l.queue.CostBefore(w.claim, w.cost, mostVisits)}
+	}).before
+}
+
+// remembered returns an outlook that find has returned since the last change, or has find return it.
+func (q *queue) remembered(key forecastKey, find func() outlook) outlook {
 	if q.madeAt != q.version() {
 		q.madeAt = q.version()
 		clear(q.forecasts)
 	}
 	o, ok := q.forecasts[key]
 	if !ok {
-		o = lookAhead(s.source, l.tokens, q.Queue, now, key)
+		o = find()
 		if q.forecasts == nil {
 			q.forecasts = make(map[forecastKey]outlook)
 		}
@@ -126,7 +141,7 @@ func lookAhead[S any](from source.Source[S], state S, q *wfq.Queue[pending], now
 		got := from.Take(&state, at, w.Flow.tokens)
 		if got.OK {
 			if w == self {
-				return outlook{at, true}
+				return outlook{at: at, known: true}
 			}
 			p.Serve(at)
 			continue

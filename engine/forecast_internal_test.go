@@ -126,7 +126,7 @@ func TestLookAheadOfLoad(t *testing.T) {
 	q.Push(newWaiter(5, 5, int64(5500*time.Millisecond)), wfq.Claim{Workload: "low", Priority: 1})
 	q.Push(newWaiter(5, 5, wfq.NoDeadline), wfq.Claim{Workload: "high", Priority: 100})
 	got := lookAhead[load](&rule, state, q, 0, forecastKey{wish{wfq.Claim{Workload: "low", Priority: 1}, 1, 1}, mostVisits})
-	if want := (outlook{int64(6 * time.Second), true}); got != want {
+	if want := (outlook{at: int64(6 * time.Second), known: true}); got != want {
 		t.Errorf("lookAhead() = %v, %v want %v", time.Duration(got.at), got.known, time.Duration(want.at))
 	}
 }

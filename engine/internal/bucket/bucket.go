@@ -47,6 +47,11 @@ func (r *Rule) refill(b *State, now int64) {
 		}
 		b.tokens = min(b.tokens, r.Capacity)
 	}
+	// A flow that costs the capacity gets its tokens from a bucket that floating point has left a little short, so that one
+	// is full too: otherwise the rounding of one sum would decide whether the bucket delays its fill.
+	if b.tokens >= r.Capacity-source.Slack {
+		b.tokens = max(b.tokens, r.Capacity)
+	}
 	if r.Delay && b.tokens >= r.Capacity {
 		b.start = now + r.timeToFill(r.Capacity)
 		b.last = b.start

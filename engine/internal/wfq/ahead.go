@@ -3,6 +3,7 @@ package wfq
 import "math"
 
 // An Ahead is what the waiters cost that are served before another flow: at the least, if no other flow comes, and likely.
+// The least is by formula, and may count a waiter whose turn comes about the same time and after; see [Queue.CostBefore].
 // Where they do not all cost the same as that one, Largest is what one of them may cost; it is 0 otherwise.
 type Ahead struct{ Least, Likely, Largest float64 }
 
@@ -64,10 +65,50 @@ func (s *share[T]) served(clock float64) (least, likely float64) {
 	return min(max(least, first), s.backlog), min(max(cost, first), s.backlog)
 }
 
+// CostBefore returns the cost of the waiters that are served before a new one of the claim with the given cost, if no other
+// flow comes and no waiter leaves. It serves them in a preview of so many visits, because the order of two shares that
+// finish about the same time is that of rounded sums, which no formula tells. Where the visits do not suffice, it tells
+// less: the cost of waiters that are sure to be served before.
+func (q *Queue[T]) CostBefore(c Claim, cost float64, visits int) (sum float64) {
+	const begin = math.MinInt64 // no waiter has given up
+	self := &Waiter[T]{Cost: cost, Deadline: NoDeadline}
+	p, ok := q.Preview(self, c, begin, visits)
+	if !ok {
+		return q.firstTurns(c, cost)
+	}
+	for w := p.First(); w != nil && w != self; w = p.First() {
+		sum += w.Cost
+		p.Serve(begin)
+	}
+	return sum
+}
+
+// firstTurns returns the cost of the waiters of a new one's share, and of those of its workload that are the first of their
+// shares and have their turn before it.
+func (q *Queue[T]) firstTurns(c Claim, cost float64) (sum float64) {
+	workload := q.shares[c.ofWorkload()]
+	if workload == nil {
+		return 0
+	}
+	finish, own := workload.clock+cost, q.shares[c]
+	if own != nil {
+		finish, sum = own.finish, own.backlog
+	}
+	for _, o := range workload.below[:min(len(workload.below), mostOthers)] {
+		if o != own && o.finish <= finish {
+			sum += o.first.Cost
+		}
+	}
+	return sum
+}
+
 // Outlast returns the cost of the waiters that are sure to be served before a new one of the claim with that deadline,
 // whenever anything is served: they are of its own share, and have more time. All reports that no waiter has less time;
 // then none gives up before the new one does.
 func (q *Queue[T]) Outlast(c Claim, deadline int64) (cost float64, all bool) {
+	if q.deadlines == 0 {
+		return 0, true
+	}
 	visits := MaxVisits
 	all = true
 	for _, w := range q.root.below {

@@ -12,6 +12,7 @@ const (
 type Preview[T any] struct {
 	self   *Waiter[T]
 	groups []group[T]
+	clock  float64 // of the root
 	visits int
 
 	group *group[T] // of the first waiter
@@ -39,7 +40,7 @@ func (q *Queue[T]) Preview(self *Waiter[T], c Claim, now int64, visits int) (p P
 		return p, false
 	}
 	self.number = q.count + 1
-	p = Preview[T]{self: self, groups: q.groups(c), visits: visits}
+	p = Preview[T]{self: self, groups: q.groups(c), clock: q.root.clock, visits: visits}
 	p.Expire(now)
 	return p, true
 }
@@ -94,7 +95,30 @@ func (p *Preview[T]) Serve(at int64) {
 	l.next = l.next.next
 	l.start, g.start = l.finish, g.finish
 	g.clock = max(g.clock, l.finish)
+	p.clock = max(p.clock, g.finish)
+	if g.clock >= lateClock {
+		for i := range g.lanes {
+			g.lanes[i].start -= g.clock
+		}
+		g.clock = 0
+	}
 	p.settle(g, at)
+	p.rebase()
+}
+
+// rebase sets the clock of the workloads back where the queue does, as Serve does that of one: floats round otherwise from
+// then on, and the order of shares whose finishes are about the same depends on that.
+func (p *Preview[T]) rebase() {
+	if p.clock < lateClock {
+		return
+	}
+	for i := range p.groups {
+		g := &p.groups[i]
+		if g.start -= p.clock; g.first >= 0 {
+			g.finish = g.start + p.head(&g.lanes[g.first]).Cost/g.weight
+		}
+	}
+	p.clock = 0
 }
 
 // NextExpiry returns the first time before due at which a waiter that could be served has given up, and due when none has.

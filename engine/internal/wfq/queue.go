@@ -128,11 +128,11 @@ func (q *Queue[T]) Pop() {
 		s.start = s.finish
 		s.parent.clock = max(s.parent.clock, s.finish)
 	}
-	w.served = true
-	q.Remove(w)
 	for s := at.parent; s != nil; s = s.parent {
 		s.rebase()
 	}
+	w.served = true
+	q.Remove(w)
 }
 
 // Remove takes a waiter out, for which nothing is charged, and returns its room.

@@ -1,6 +1,7 @@
 package wfq
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"math"
@@ -399,6 +400,60 @@ func TestQueueAheadAtLeast(t *testing.T) {
 }
 
 // A flow that cost as much as any flow may, at the lowest priority, leaves the clock where the others still move it.
+// A preview serves in the order of the queue, also where finishes are equal but for rounding, and where clocks are set back.
+func TestQueueCostBefore(t *testing.T) {
+	ties, setBack := 0, 0
+	rapid.Check(t, func(t *rapid.T) {
+		q, claims := newQueue(), claims([]float64{1, 5, 3, 0.1, MinPriority}, 2)
+		costs := rapid.SampledFrom([][]float64{{1}, {1, 0.1, 1.25}, {1, 7e8, 1e9}}).Draw(t, "costs") // the last set clocks back
+		claim := func() Claim { return rapid.SampledFrom(claims).Draw(t, "claim") }
+		cost := func() float64 { return rapid.SampledFrom(costs).Draw(t, "cost") }
+		waiting := make(map[*Waiter[float64]]bool)
+		add := func(*rapid.T) { waiting[push(q, claim(), cost())] = true }
+		pop := func() {
+			delete(waiting, q.First())
+			before := q.root.clock
+			if q.Pop(); q.root.clock < before && q.length > 0 {
+				setBack++
+			}
+		}
+		for range rapid.IntRange(0, 40).Draw(t, "waiting") {
+			add(t)
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"push": add,
+			"pop": func(*rapid.T) {
+				if q.length > 0 {
+					pop()
+				}
+			},
+			"remove": func(t *rapid.T) {
+				byNumber := func(a, b *Waiter[float64]) int { return cmp.Compare(a.number, b.number) }
+				if all := slices.SortedFunc(maps.Keys(waiting), byNumber); len(all) > 0 {
+					w := rapid.SampledFrom(all).Draw(t, "leaves")
+					delete(waiting, w)
+					q.Remove(w)
+				}
+			},
+		})
+		c, own := claim(), cost()
+		told, first, formula := q.CostBefore(c, own, 1<<20), q.firstTurns(c, own), q.Ahead(c, own)
+		cut := q.CostBefore(c, own, 50)
+		w, got := push(q, c, own), 0.0
+		for q.First() != w {
+			got += q.First().Cost
+			pop()
+		}
+		if told != got || first > got+1e-3 || cut > got {
+			t.Fatalf("%v went before it, %v were told, %v at once and %v of few visits", got, told, first, cut)
+		}
+		if formula.Largest == 0 && formula.Least > got+0.01 {
+			ties++
+		}
+	})
+	t.Logf("the formula counted too many %d times, clocks were set back %d times", ties, setBack)
+}
+
 func TestQueueClockIsSetBack(t *testing.T) {
 	q := newQueue()
 	extreme := Claim{Workload: "extreme", Priority: MinPriority}

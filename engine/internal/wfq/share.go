@@ -43,7 +43,7 @@ func (s *share[T]) rebase() {
 	}
 	for _, o := range s.below {
 		o.start -= s.clock
-		o.finish -= s.clock
+		o.finish = o.start + o.head().Cost/o.weight // which a preview adds up too, from the start
 	}
 	s.clock = 0
 	heap.Init(&s.below) // for some who were apart may be equal now
