@@ -149,7 +149,7 @@ func (d *decoder) is(v value, want kind) bool {
 }
 
 // isNumber reports whether text would be a number if it were not quoted.
-func isNumber(text string) bool { return decimal.MatchString(text) || based.MatchString(text) }
+func isNumber(text string) bool { return decimal.MatchString(text) || hexadecimal.MatchString(text) }
 
 // keep returns a copy of v for others to point to.
 func (d *decoder) keep(v value) *value {

@@ -590,7 +590,7 @@ func TestParseValues(t *testing.T) {
 		{"old label key", parameters("label_key: user"), want(func(l *policy.RateLimiter) { l.LimitBy = "user" })},
 		{"both label keys", parameters("limit_by_label_key: user, label_key: x"), want(func(l *policy.RateLimiter) { l.LimitBy = "user" })},
 		{"literal block", []string{"1s", "|-\n              1s"}, want(nil)},
-		{"numbers", []string{"10", "1_0", "5", "0.5e1"}, want(nil)},
+		{"numbers", []string{"10", "0xA", "5", "0.5e1"}, want(nil)},
 		{"tiny number", []string{"10", "1e-999"}, want(func(l *policy.RateLimiter) { l.Capacity = 0 })},
 		{
 			"status by name",

@@ -585,14 +585,20 @@ func (c *converter) alias(in *yaml.Node, at position, depth int) *node {
 	return target
 }
 
+// The numbers of YAML. An exponent needs a sign and a point in YAML 1.1, but JSON has numbers such as 1e3.
 var (
-	decimal = regexp.MustCompile(`^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?$`)
-	based   = regexp.MustCompile(`^[-+]?0(?:x[0-9a-fA-F_]+|o[0-7_]+|b[01_]+)$`)
-	octal   = regexp.MustCompile(`^[-+]?0[0-9_]+$`)
+	decimal     = regexp.MustCompile(`^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$`)
+	hexadecimal = regexp.MustCompile(`^0x[0-9a-fA-F]+$`)
+	octal       = regexp.MustCompile(`^[-+]?0[0-9]+$`)
+
+	// disputed is what YAML 1.1 or 1.2 has for a number, and the other for text.
+	disputed = regexp.MustCompile(`^[-+]?(?:0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|` +
+		`(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?)$`)
 )
 
-// scalar reads unquoted text as YAML 1.2 does, and numbers as YAML 1.1 does too; where the two differ about a number, it
-// is an error. The library's own tags are those of YAML 1.1 in part: 010 is 8, and 1e999 is text.
+// scalar reads unquoted text as YAML 1.2 does. A number that YAML 1.1 has for another one, or for text, is an error, and so
+// is text that YAML 1.1 has for a number in digits. The library's own tags are those of YAML 1.1 in part: 010 is 8, and
+// 1e999 is text.
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
@@ -615,22 +621,24 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 		if strings.IndexByte("+-.0123456789", in.Value[0]) < 0 {
 			break
 		}
-		digits := strings.ReplaceAll(in.Value, "_", "")
+		at := position{n.line, n.column}
 		switch {
 		case isInteger(in.Value): // as most numbers are: expressions take longer
 			n.kind = number
 			n.number, _ = strconv.ParseFloat(in.Value, 64)
-		case octal.MatchString(in.Value) && strings.Trim(digits, "+-0") != "":
-			c.failf(position{n.line, n.column}, "%s is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it",
+		case octal.MatchString(in.Value) && strings.Trim(in.Value, "+-0") != "":
+			c.failf(at, "%s is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it",
 				quote(in.Value))
 			n.kind, n.number = number, 1
 		case decimal.MatchString(in.Value):
 			n.kind = number
-			n.number, _ = strconv.ParseFloat(digits, 64) // infinite, or 0, if it is out of range
-		case based.MatchString(in.Value):
-			if i, err := strconv.ParseInt(digits, 0, 64); err == nil {
-				n.kind, n.number = number, float64(i)
-			}
+			n.number, _ = strconv.ParseFloat(in.Value, 64) // infinite, or 0, if it is out of range
+		case hexadecimal.MatchString(in.Value):
+			n.kind = number
+			n.number, _ = strconv.ParseFloat(in.Value+"p0", 64)
+		case disputed.MatchString(in.Value):
+			c.failf(at, "%s is a number to some readers of YAML and text to others; write it in decimal digits without _, or quote it",
+				quote(in.Value))
 		}
 	}
 	c.severalLines(n, in.Value)

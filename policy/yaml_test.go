@@ -83,10 +83,12 @@ func TestTextOfSeveralLines(t *testing.T) {
 	}
 }
 
-// TestScalars tells what unquoted text is. What readers of YAML 1.1 and 1.2 take for different values is an error, or
-// text where that is what it looks like.
+// TestScalars tells what each form of unquoted text of YAML 1.1 and 1.2 is. Digits that readers of the two take for different
+// values are an error. The words, times and dates of YAML 1.1 are text, which is what they look like, and an error where
+// text is not wanted.
 func TestScalars(t *testing.T) {
 	const isText, octal = "", "is octal to some readers of YAML and decimal to others"
+	const disputed = "is a number to some readers of YAML and text to others"
 	for _, tt := range []struct {
 		written string
 		number  string // what it is for an amount, or part of the error
@@ -95,21 +97,54 @@ func TestScalars(t *testing.T) {
 		{"10", "10", "have a number; quote it"},
 		{"+10", "10", "have a number; quote it"},
 		{"0x10", "16", "have a number; quote it"},
-		{"0o10", "8", "have a number; quote it"},
-		{"0b10", "2", "have a number; quote it"},
+		{"0xFFFFFFFFFFFFFFFFFF", "4.722366482869645e+21", "have a number; quote it"},
+		{"+0x10", disputed, disputed},
+		{"-0x10", disputed, disputed},
+		{"0x1_0", disputed, disputed},
+		{"0X10", "have a string", isText},
+		{"0o10", disputed, disputed},
+		{"+0o10", disputed, disputed},
+		{"0o1_0", disputed, disputed},
+		{"0o8", "have a string", isText},
+		{"0O10", "have a string", isText},
+		{"0b10", disputed, disputed},
+		{"-0b1_0", disputed, disputed},
+		{"0b2", "have a string", isText},
+		{"0B10", "have a string", isText},
 		{"010", octal, octal},
 		{"-08", octal, octal},
 		{"00", "0", "have a number; quote it"},
 		{"007.5", "7.5", "have a number; quote it"},
-		{"1_000", "1000", "have a number; quote it"},
+		{"08.5", "8.5", "have a number; quote it"},
+		{"0_7", disputed, disputed},
+		{"0_0", disputed, disputed},
+		{"1_000", disputed, disputed},
+		{"+1_000", disputed, disputed},
+		{"40_", disputed, disputed},
+		{"4__0", disputed, disputed},
+		{"1_0.5", disputed, disputed},
+		{"1.5_0", disputed, disputed},
+		{".5_0", disputed, disputed},
+		{"1_0e3", disputed, disputed},
+		{"_40", "have a string", isText},
+		{"4_0s", "have a string", isText},
 		{"1e3", "1000", "have a number; quote it"},
+		{"1e+3", "1000", "have a number; quote it"},
+		{"1.e3", "1000", "have a number; quote it"},
+		{".5e1", "5", "have a number; quote it"},
 		{"1.5E+1", "15", "have a number; quote it"},
 		{".5", "0.5", "have a number; quote it"},
+		{"+.5", "0.5", "have a number; quote it"},
+		{".", "have a string", isText},
+		{"+", "have a string", isText},
 		{"5.", "5", "have a number; quote it"},
 		{"-0", "-0", "have a number; quote it"},
 		{".inf", "is +Inf", "have a number; quote it"},
 		{"-.INF", "is -Inf", "have a number; quote it"},
+		{"+.Inf", "is +Inf", "have a number; quote it"},
 		{".nan", "is NaN", "have a number; quote it"},
+		{"+.nan", "have a string", isText},
+		{".iNF", "have a string", isText},
 		{"1e999", "is +Inf", "have a number; quote it"},
 		{"inf", "have a string", isText},
 		{"+inf", "have a string", isText},
@@ -119,17 +154,24 @@ func TestScalars(t *testing.T) {
 		{"1e", "have a string", isText},
 		{"1,000", "have a string", isText},
 		{"1:30", "have a string", isText},
+		{"190:20:30", "have a string", isText},
+		{"1:30.5", "have a string", isText},
 		{"1e3s", "have a string", isText},
 		{"1.2.3", "have a string", isText},
 		{"2020-01-01", "have a string", isText},
 		{"2020-01-01T00:00:00Z", "have a string", isText},
+		{"2001-12-14 21:59:43.10 -5", "have a string", isText},
 		{"true", "have a boolean", "have a boolean; quote it"},
 		{"FALSE", "have a boolean", "have a boolean; quote it"},
 		{"yes", "have a string", isText},
 		{"No", "have a string", isText},
+		{"True", "have a boolean", "have a boolean; quote it"},
 		{"on", "have a string", isText},
 		{"off", "have a string", isText},
 		{"y", "have a string", isText},
+		{"N", "have a string", isText},
+		{"YES", "have a string", isText},
+		{"OFF", "have a string", isText},
 		{"tRUE", "have a string", isText},
 		{"~", "wants one of", "have nothing"},
 		{"null", "wants one of", "have nothing"},
@@ -162,7 +204,7 @@ func TestScalars(t *testing.T) {
 			t.Errorf("as a number, %q = %v, want %s", tt.written, err, tt.number)
 		}
 	}
-	for _, boolean := range []string{"yes", "off", "y"} {
+	for _, boolean := range []string{"yes", "No", "on", "off", "y", "tRUE"} {
 		_, err := policy.Parse("limits.yaml", []byte(edit(t, "interval: 1s", "{interval: 1s, continuous_fill: "+boolean+"}")))
 		if err == nil || !strings.HasSuffix(err.Error(), "want a boolean, have a string; write true or false") {
 			t.Errorf("as a boolean, %s = %v", boolean, err)
@@ -186,6 +228,8 @@ func TestParseYAML(t *testing.T) {
 	for _, tt := range []struct{ name, data, want string }{ // want: part of the error, or nothing
 		{"colons in a list in braces", list("[org:acme, org:globex]"), ""},
 		{"colon in a key", labels("{k8s:app: shop}"), ""},
+		{"number that readers dispute", edit(t, "{value: 10}", "{value: 1_0}"), `7:56: "1_0" is a number to some readers of YAML and text to others; write it in decimal`},
+		{"number that readers dispute for a key", labels("{0o10: a}"), `5:80: "0o10" is a number to some readers`},
 		{"number for a key", labels("{404: a}"), "5:80: want a string for a key, have a number; quote it"},
 		{"number for a key in quotes", labels(`{"404": a}`), ""},
 		{"boolean for a key", labels("{true: a}"), "5:80: want a string for a key, have a boolean; quote it"},
