@@ -4,11 +4,11 @@ import (
 	"cmp"
 	"fmt"
 	"strings"
-	"unicode"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/components"
 	"github.com/headgate-go/headgate/internal/credential"
+	"github.com/headgate-go/headgate/internal/slip"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -86,36 +86,8 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector) {
 // get such names by accident, and then a limit is missing though the file is well formed: a bracket too many is text at the
 // end of a line, a block of text ends with a line end, and what is copied from a page has spaces that do not look odd.
 func oddName(name string) string {
-	if strings.TrimSpace(name) != name {
-		return "it begins or ends with white space"
+	if strings.HasSuffix(name, ".") { // of values, full names of hosts end so
+		return `it ends with "."`
 	}
-	if strings.Contains(name, "${") || strings.Contains(name, "{{") {
-		return "it looks like part of a template"
-	}
-	for _, r := range name {
-		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
-			return fmt.Sprintf("it holds %U, which cannot be seen", r)
-		}
-	}
-	if strings.ContainsAny(name, "“”„") || strings.Count(name, `"`)%2 != 0 || !closes(name) {
-		return "it holds a quote or a bracket by accident, as it seems"
-	}
-	return ""
-}
-
-// closes reports whether each bracket in a name has a counterpart.
-func closes(name string) bool {
-	const open, closing = "([{", ")]}"
-	var want []byte
-	for i := range len(name) {
-		if at := strings.IndexByte(open, name[i]); at >= 0 {
-			want = append(want, closing[at])
-		} else if strings.IndexByte(closing, name[i]) >= 0 {
-			if len(want) == 0 || want[len(want)-1] != name[i] {
-				return false
-			}
-			want = want[:len(want)-1]
-		}
-	}
-	return len(want) == 0
+	return slip.In(name)
 }

@@ -260,7 +260,7 @@ func (d *decoder) selectors(v value) []Selector {
 		f := d.fields(item, "control_point service label_matcher", "agent_group")
 		selectors = append(selectors, Selector{
 			ControlPoint: d.text(d.fill(f, "ControlPoint", "control_point")),
-			Service:      d.text(f.get("service")),
+			Service:      d.labelValue(f.get("service")),
 			Labels:       d.labelMatcher(d.fill(f, "Labels", "label_matcher")),
 		})
 	}
@@ -277,7 +277,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 			if label.node == nil {
 				d.errorf(label, "want %s, have %s", text, null)
 			}
-			m.Equal[e.key] = d.text(label)
+			m.Equal[e.key] = d.labelValue(label)
 			if impossible(e.key) != "" { // only then: cut to fit an error, other names may look the same
 				label.line, label.column = e.line, e.column
 				d.note(equal(labels.field, e.key), label)
@@ -296,7 +296,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 		m.Require = append(m.Require, Requirement{
 			Key:      d.text(d.fill(r, "Key", "key")),
 			Operator: Operator(d.text(d.fill(r, "Operator", "operator"))),
-			Values:   d.texts(d.fill(r, "Values", "values")),
+			Values:   d.labelValues(d.fill(r, "Values", "values")),
 		})
 	}
 	if e := d.fill(f, "Expression", "expression"); e.node != nil || d.learned != nil {
@@ -321,7 +321,7 @@ func (d *decoder) expression(v value) Expression {
 		return LabelExists(d.text(part))
 	case "label_equals":
 		f := d.fields(part, "label value", "")
-		return LabelEquals{Label: d.text(d.fill(f, "Label", "label")), Value: d.text(f.get("value"))}
+		return LabelEquals{Label: d.text(d.fill(f, "Label", "label")), Value: d.labelValue(f.get("value"))}
 	case "label_matches":
 		f := d.fields(part, "label regex", "")
 		return LabelMatches{Label: d.text(d.fill(f, "Label", "label")), Regex: d.text(d.fill(f, "Regex", "regex"))}

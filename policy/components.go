@@ -34,7 +34,7 @@ func (d *decoder) dryRun(c component) bool {
 
 func (d *decoder) passThroughValues(c component) []string {
 	key := d.text(c.get("pass_through_label_values_config_key"))
-	return d.texts(d.setting(key, c.get("pass_through_label_values")))
+	return d.labelValues(d.setting(key, c.get("pass_through_label_values")))
 }
 
 // The keys that several kinds have.

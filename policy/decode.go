@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/slip"
 )
 
 // A value is a place in a file: what stands there, or that nothing does.
@@ -91,8 +93,11 @@ func (d *decoder) errorf(v value, format string, args ...any) {
 }
 
 // unused notes, once, that the file says something that is of no use here.
-func (d *decoder) unused(v value, why string) {
-	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path(), Message: "not used" + why}
+func (d *decoder) unused(v value, why string) { d.warn(v, "not used"+why) }
+
+// warn notes a warning about v once.
+func (d *decoder) warn(v value, message string) {
+	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path(), Message: message}
 	if warning := e.Error(); !d.warned[warning] {
 		d.warned[warning] = true
 		d.warnings = append(d.warnings, warning)
@@ -294,15 +299,25 @@ func (d *decoder) text(v value) string {
 	return v.text
 }
 
-func (d *decoder) texts(v value) []string {
-	var texts []string
+// labelValue reads a value that flows are compared with. It warns of one that programs hardly give: the component does
+// not act on the flows that are meant, and the file is well formed all the same.
+func (d *decoder) labelValue(v value) string {
+	text := d.text(v)
+	if why := slip.In(text); why != "" {
+		d.warn(v, "flows hardly have this value: "+why)
+	}
+	return text
+}
+
+func (d *decoder) labelValues(v value) []string {
+	var values []string
 	for _, item := range d.items(v) {
 		if item.node == nil {
 			d.errorf(item, "want %s, have %s", text, null)
 		}
-		texts = append(texts, d.text(item))
+		values = append(values, d.labelValue(item))
 	}
-	return texts
+	return values
 }
 
 func (d *decoder) number(v value) float64 {

@@ -21,8 +21,8 @@ type Policy struct {
 	// Components run in this order within their stage. Required.
 	Components []Component
 
-	// Warnings lists what the file that the policy came from says and this package has no use for, one
-	// "file:line:column: field: …" each. Load fills it; values written in Go leave it empty.
+	// Warnings lists what the file that the policy came from says and this package has no use for, and values that flows
+	// hardly have, one "file:line:column: field: …" each. Load fills it; values written in Go leave it empty.
 	Warnings []string
 }
 

@@ -1,0 +1,93 @@
+// Package slip finds what names and label values of policies have by accident.
+package slip
+
+import (
+	"fmt"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// In tells what looks like an accident in a name or a value, as in "it begins or ends with white space", and returns "" if
+// nothing does. Of the text
+// it repeats a mark at most, for values may be secrets.
+func In(text string) string {
+	if strings.TrimSpace(text) != text {
+		return "it begins or ends with white space"
+	}
+	if strings.Contains(text, "${") || strings.Contains(text, "{{") {
+		return "it looks like part of a template"
+	}
+	for _, r := range text {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
+			return fmt.Sprintf("it holds %U, which cannot be seen", r)
+		}
+	}
+	if !closes(text) || !quotes(text) {
+		return "it holds a quote or a bracket by accident, as it seems"
+	}
+	for _, mark := range []string{" //", " #", " /*"} {
+		if strings.Contains(text, mark) {
+			return fmt.Sprintf("it holds %q, which begins no comment there", mark[1:])
+		}
+	}
+	return punctuation(text)
+}
+
+// punctuation tells what separates items of lists, or ends lines, at the beginning or the end of a text.
+func punctuation(text string) string {
+	if text == "" {
+		return ""
+	}
+	if strings.IndexByte(",;", text[0]) >= 0 {
+		return fmt.Sprintf("it begins with %q", text[:1])
+	}
+	if last := text[len(text)-1:]; strings.Contains(`,;:|\`, last) {
+		return fmt.Sprintf("it ends with %q", last)
+	}
+	return ""
+}
+
+// closes reports whether each bracket in a text has a counterpart.
+func closes(text string) bool {
+	const open, closing = "([{", ")]}"
+	var want []byte
+	for i := range len(text) {
+		if at := strings.IndexByte(open, text[i]); at >= 0 {
+			want = append(want, closing[at])
+		} else if strings.IndexByte(closing, text[i]) >= 0 {
+			if len(want) == 0 || want[len(want)-1] != text[i] {
+				return false
+			}
+			want = want[:len(want)-1]
+		}
+	}
+	return len(want) == 0
+}
+
+// quotes reports whether the quotes in a text are in pairs, and of programs. An apostrophe within a word is no quote.
+func quotes(text string) bool {
+	var double, single, back int
+	before := ' '
+	for i, r := range text {
+		switch r {
+		case '"':
+			double++
+		case '`':
+			back++
+		case '\'', '\u2019':
+			after, _ := utf8.DecodeRuneInString(text[i+utf8.RuneLen(r):])
+			switch {
+			case unicode.IsLetter(before) && unicode.IsLetter(after):
+			case r == '\'':
+				single++
+			default:
+				return false
+			}
+		case '\u2018', '\u201a', '\u201b', '\u201c', '\u201d', '\u201e', '\u00ab', '\u00bb', '\u2039', '\u203a', '\u00b4':
+			return false
+		}
+		before = r
+	}
+	return double%2 == 0 && single%2 == 0 && back%2 == 0
+}

@@ -1,0 +1,39 @@
+package slip_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/headgate-go/headgate/internal/slip"
+)
+
+func TestIn(t *testing.T) {
+	for want, texts := range map[string][]string{
+		"": {
+			"", "search", "GET /orders/{id}", "/pkg.Service/Method", "a b", "it's", "O\u2019Brien", "suche-f\u00fcr-alle", "f(x)[0]", `a "b"`, "a 'b'", "a `b`",
+			"http://a/b#c", "a//b", "#1", "a, b", "a;b", "k8s:app", "example.com.", "abc=", "C++", "*", "/api/*", "a/", "-a", "$a", "50%",
+		},
+		"a quote or a bracket": {
+			"search]", "search}", "(search", "[search)", `search"`, "}{", "search'", "'search", "search`", "free}", "dogs'", "it's'",
+			"\u201csearch\u201d", "\u2018search\u2019", "\u00absearch\u00bb", "search\u00b4", "search\u2019",
+		},
+		"white space":        {"search\n", " search", "search\u00a0", "search\t"},
+		"cannot be seen":     {"sea\u200brch", "sea\u00a0rch", "sea\nrch", "sea\x00rch"},
+		"part of a template": {"${POINT}", "{{ .Values.point }}"},
+		`ends with ","`:      {"search,", "search ,", "'search' ,", `"search",`},
+		`ends with ";"`:      {"search;"},
+		`ends with ":"`:      {"search:"},
+		`ends with "|"`:      {"search|"},
+		`ends with "\\"`:     {`search\`, `search \`},
+		`begins with ","`:    {", search", ",search"},
+		`holds "//"`:         {"search // the search", "search //x"},
+		`holds "#"`:          {"search # the search"},
+		`holds "/*"`:         {"search /* x */"},
+	} {
+		for _, text := range texts {
+			if got := slip.In(text); want == "" && got != "" || !strings.Contains(got, want) {
+				t.Errorf("In(%q) = %q want %q", text, got, want)
+			}
+		}
+	}
+}
