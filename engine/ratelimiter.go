@@ -30,7 +30,7 @@ func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
 	}
 	w.bucket(of, p.Capacity, p.Fill, p.Interval)
 	if p.TokensLabel == "" {
-		w.cost(of, p.Capacity, 1)
+		w.cost(of, p.Capacity, 1, p.TokensLabel)
 	}
 }
 
@@ -42,10 +42,14 @@ func (w *warnings) bucket(of string, capacity, fill float64, interval time.Durat
 	}
 }
 
-// cost warns of flows that take more than the bucket holds.
-func (w *warnings) cost(of string, capacity, tokens float64) {
+// cost warns of flows that take more than the bucket holds. Where there is a label for the cost, those that have it may not.
+func (w *warnings) cost(of string, capacity, tokens float64, label string) {
 	if capacity > 0 && tokens > capacity+source.Slack {
-		w.impossible = append(w.impossible, fmt.Sprintf("%s: no flow is ever admitted: it takes %v tokens, and the bucket holds %v",
-			of, tokens, capacity))
+		without := ""
+		if label != "" {
+			without = fmt.Sprintf(" without the label %q", label)
+		}
+		w.impossible = append(w.impossible, fmt.Sprintf("%s: no flow%s is ever admitted: it takes %v tokens, and the bucket holds %v",
+			of, without, tokens, capacity))
 	}
 }

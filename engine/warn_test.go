@@ -67,7 +67,8 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"a quota below the cost, with a label for it", quota(0.5, 1, func(s *policy.Scheduler) { s.TokensLabel = "tokens" }), "tokens=0.5", "", 2},
 		{"a quota that does not refill", quota(1, 0, nil), "", "never refills", 1},
 		{"a workload that costs more than the quota", quota(8, 1, func(s *policy.Scheduler) { s.Workloads = []policy.Workload{heavy} }), "job=heavy", `workload "heavy": no flow is ever admitted: it takes 9 tokens, and the bucket holds 8`, 0},
-		{"the same with a label for it", quota(8, 1, func(s *policy.Scheduler) { s.Workloads, s.TokensLabel = []policy.Workload{heavy}, "tokens" }), "job=heavy", `workload "heavy"`, 0},
+		{"the same with a label for it", quota(8, 1, func(s *policy.Scheduler) { s.Workloads, s.TokensLabel = []policy.Workload{heavy}, "tokens" }), "job=heavy", `workload "heavy": no flow without the label "tokens" is ever admitted: it takes 9`, 0},
+		{"the same for a flow that has the label", quota(8, 1, func(s *policy.Scheduler) { s.Workloads, s.TokensLabel = []policy.Workload{heavy}, "tokens" }), "job=heavy tokens=1", `no flow without the label "tokens"`, 2},
 		{"a workload that costs nothing", quota(0.5, 1, func(s *policy.Scheduler) { s.Default.Tokens = policy.NoTokens }), "", "", 2},
 		{"half a slot, which admits one flow at a time", slots(0.5), "", "", 2},
 		{"no slot, which refuses", slots(0), "", "", 0},
@@ -254,5 +255,30 @@ func TestCapacityBelowOne(t *testing.T) {
 	_ = headgate.Do(t.Context(), client, "x", flowctl.Params{}, func(context.Context, *flowctl.Flow) error { ran = true; return nil })
 	if !ran && len(e.Warnings()) == 0 {
 		t.Error("no flow will ever run, and nothing tells of it")
+	}
+}
+
+// A client in dry run has no flow wait, so its check timeout cuts nothing short.
+func TestNoWarningsOfQueueTimeoutsInDryRun(t *testing.T) {
+	policies := []policy.Policy{{Name: "p", Components: []policy.Component{policy.QuotaScheduler{
+		Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second,
+		Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: time.Minute}},
+	}}}}
+	for _, dryRun := range []bool{false, true} {
+		e, err := engine.New(policies)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		opts := []flowctl.Option{flowctl.WithCheckTimeout(time.Second)}
+		if dryRun {
+			opts = append(opts, flowctl.WithDryRun())
+		}
+		if _, err := flowctl.New(e, opts...); err != nil {
+			t.Fatal(err)
+		}
+		if got := e.Warnings(); (len(got) == 0) != dryRun {
+			t.Errorf("dry run %v: Warnings() = %q", dryRun, got)
+		}
 	}
 }

@@ -110,7 +110,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 			return nil, fmt.Errorf("headgate: new client: %w", err)
 		}
 	}
-	agent.Expect(cfg.checkTimeout)
+	if !cfg.dryRun { // no flow of a dry run waits
+		agent.Expect(cfg.checkTimeout)
+	}
 	return c, nil
 }
 
