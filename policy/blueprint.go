@@ -86,7 +86,7 @@ func (d *decoder) loadRamping(policy value) Component {
 	if d.boolean(d.setting("reset", value{}), false) {
 		r.Start = false
 	}
-	r.PassThroughValues = d.labelValues(d.setting("pass_through_label_values", value{}))
+	r.PassThroughValues = d.valuesToPass(d.setting("pass_through_label_values", value{}), r.SessionLabel)
 	r.DryRun = d.boolean(f.get("dry_run"), false)
 	return r
 }

@@ -57,7 +57,7 @@ func TestBlueprintErrors(t *testing.T) {
 				"limits.yaml:4:3: policy.quota_scheduler: unknown key; it belongs in flow_control",
 		},
 		{"no name", values, []string{"policy_name: per-tenant", "components: []"}, "limits.yaml:2:1: policy.policy_name: is required"},
-		{"unknown key", values, []string{"policy_name", "name: x\n  policy_name"}, "limits.yaml:3:3: policy.name: unknown key"},
+		{"unknown key", values, []string{"policy_name", "name: x\n  policy_name"}, "limits.yaml:3:3: policy.name: unknown key; did you mean \"policy_name\"?"},
 		{"unknown key at the top", values, []string{"policy:", "polcy: {}\npolicy:"}, `limits.yaml:2:1: polcy: unknown key; did you mean "policy"?`},
 		{"unknown key of the block", values, []string{"fill_amount", "fill_amout"}, "" +
 			"limits.yaml:4:3: policy.rate_limiter.fill_amount: is required\n" +

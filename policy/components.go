@@ -1,5 +1,7 @@
 package policy
 
+import "slices"
+
 // A component is what a file says about one.
 type component struct {
 	value
@@ -32,9 +34,18 @@ func (d *decoder) dryRun(c component) bool {
 	return d.boolean(d.setting(d.text(c.get("dry_run_config_key")), c.get("dry_run")), false)
 }
 
-func (d *decoder) passThroughValues(c component) []string {
+func (d *decoder) passThroughValues(c component, sessionLabel string) []string {
 	key := d.text(c.get("pass_through_label_values_config_key"))
-	return d.labelValues(d.setting(key, c.get("pass_through_label_values")))
+	return d.valuesToPass(d.setting(key, c.get("pass_through_label_values")), sessionLabel)
+}
+
+// valuesToPass reads values of a label. Without the label only "" means any flow, and lets all pass.
+func (d *decoder) valuesToPass(v value, sessionLabel string) []string {
+	values := d.labelValues(v)
+	if sessionLabel == "" && len(values) > 0 && !slices.Contains(values, "") {
+		d.unused(v, ", because there is no session_label_key")
+	}
+	return values
 }
 
 // The keys that several kinds have.

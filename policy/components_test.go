@@ -279,7 +279,7 @@ func TestComponentErrors(t *testing.T) {
 			"limits.yaml:1:51: " + at + "load_ramp.parameters.steps: is required"},
 
 		{"unknown key of a scheduler", quota, []string{"decision_deadline_margin", "decision_deadline"}, "" +
-			"limits.yaml:11:13: " + at + `quota_scheduler.scheduler.decision_deadline: unknown key`},
+			"limits.yaml:11:13: " + at + `quota_scheduler.scheduler.decision_deadline: unknown key; did you mean "decision_deadline_margin"?`},
 		{"unknown key of a workload", quota, []string{"priority", "prioritty"}, "" +
 			"limits.yaml:9:70: " + at + `quota_scheduler.scheduler.workloads[0].parameters.prioritty: unknown key; did you mean "priority"?`},
 		{"parameters of another kind", quota, []string{"rate_limiter", "concurrency_limiter"}, "" +

@@ -114,9 +114,31 @@ func suggest(wrong string, known []string) string {
 		}
 	}
 	if nearest == "" {
+		nearest = abridged(wrong, known, fold)
+	}
+	if nearest == "" {
 		return ""
 	}
 	return fmt.Sprintf("; did you mean %q?", nearest)
+}
+
+// abridged returns the only known word that a wrong one is short for, as capacity is for bucket_capacity, and params for
+// parameters. It returns "" if there are none or several.
+func abridged(wrong string, known []string, fold *strings.Replacer) (word string) {
+	const shortest = 4
+	if len(wrong) < shortest {
+		return ""
+	}
+	for _, w := range known {
+		if whole := fold.Replace(strings.ToLower(w)); !strings.HasPrefix(whole, strings.TrimSuffix(wrong, "s")) && !strings.HasSuffix(whole, wrong) {
+			continue
+		}
+		if word != "" && word != w {
+			return ""
+		}
+		word = w
+	}
+	return word
 }
 
 // distance counts the bytes to insert, delete or replace to turn a into b.

@@ -70,7 +70,7 @@ func (d *decoder) loadRamp(c component) Component {
 	r.ID = c.id
 	forward, backward, reset := d.port(c.ports.get("forward")), d.port(c.ports.get("backward")), d.port(c.ports.get("reset"))
 	r.Start = forward != 0 && backward == 0 && reset == 0
-	r.PassThroughValues = d.passThroughValues(c)
+	r.PassThroughValues = d.passThroughValues(c, r.SessionLabel)
 	r.DryRun = d.dryRun(c)
 	return r
 }

@@ -54,14 +54,14 @@ func (s Sampler) check(wrong report) {
 func (d *decoder) sampler(c component) Component {
 	f := d.fields(c.get("parameters"), "selectors session_label_key denied_response_status_code ramp_mode", "")
 	s := Sampler{
-		ID:                c.id,
-		Selectors:         d.selectors(d.fill(f, "Selectors", "selectors")),
-		SessionLabel:      d.text(d.fill(f, "SessionLabel", "session_label_key")),
-		PassThroughValues: d.passThroughValues(c),
-		RampMode:          d.boolean(f.get("ramp_mode"), false),
-		DeniedStatus:      d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
-		DryRun:            d.dryRun(c),
+		ID:           c.id,
+		Selectors:    d.selectors(d.fill(f, "Selectors", "selectors")),
+		SessionLabel: d.text(d.fill(f, "SessionLabel", "session_label_key")),
+		RampMode:     d.boolean(f.get("ramp_mode"), false),
+		DeniedStatus: d.status(d.fill(f, "DeniedStatus", "denied_response_status_code")),
+		DryRun:       d.dryRun(c),
 	}
+	s.PassThroughValues = d.passThroughValues(c, s.SessionLabel)
 	percentage := d.fill(c.ports, "AcceptPercentage", "accept_percentage")
 	s.AcceptPercentage = d.port(percentage)
 	if percentage.node == nil && !s.RampMode {

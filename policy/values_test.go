@@ -45,3 +45,22 @@ func TestWarningsOfOddValues(t *testing.T) {
 		})
 	}
 }
+
+// Values that always pass are of no use without the label whose values they are, but for "", which is that of all flows.
+func TestWarningsOfValuesWithoutLabel(t *testing.T) {
+	for _, tt := range []struct{ label, values, want string }{
+		{"session_label_key: user", "[gold]", ""},
+		{"ramp_mode: false", "[gold]", "limits.yaml:6:38: circuit.components[0].flow_control.sampler.pass_through_label_values: not used, because there is no session_label_key"},
+		{"ramp_mode: false", "['']", ""},
+		{"ramp_mode: false", "[]", ""},
+	} {
+		policies, err := policy.Parse("limits.yaml", []byte("circuit:\n  components:\n    - flow_control:\n        sampler:\n"+
+			"          parameters: {selectors: [{control_point: a}], "+tt.label+"}\n          pass_through_label_values: "+tt.values+"\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(policies[0].Warnings, "\n"); got != tt.want {
+			t.Errorf("%s, %s: Warnings = %q want %q", tt.label, tt.values, got, tt.want)
+		}
+	}
+}

@@ -299,6 +299,13 @@ func TestMisplacedKeys(t *testing.T) {
 		{"port of a circuit in a blueprint", strings.Replace(values, "    selectors", "    limit_by_label_key: a\n    selectors", 1), "policy.rate_limiter.limit_by_label_key: unknown key; it belongs in policy.rate_limiter.parameters"},
 		{"shape that is misspelt", "blueprnt: rate-limiting\npolicy: {}\n", `blueprnt: unknown key; did you mean "blueprint"?`},
 		{"no space behind a colon", edit(t, "checkout}", "checkout, service:a}"), `selectors[0]["service:a"]: unknown key; is a space missing behind "service:"?`},
+		{"limit_by", edit(t, "interval: 1s", "{interval: 1s, limit_by: a}"), `limit_by: unknown key; did you mean "limit_by_label_key"?`},
+		{"capacity", edit(t, "bucket_capacity", "capacity"), `capacity: unknown key; did you mean "bucket_capacity"?`},
+		{"fill", edit(t, "fill_amount", "fill"), `fill: unknown key; did you mean "fill_amount"?`},
+		{"params", edit(t, "parameters:", "params:"), `params: unknown key; did you mean "parameters"?`},
+		{"labels", edit(t, "checkout}", "checkout, label_matcher: {labels: {}}}"), `labels: unknown key; did you mean "match_labels"?`},
+		{"labels beside the control point", edit(t, "checkout}", "checkout, labels: {}}"), `labels: unknown key; did you mean "label_matcher"?`},
+		{"constant", edit(t, "{constant_signal: {value: 10}}", "{constant: {value: 10}}"), `constant: unknown key; did you mean "constant_signal"?`},
 		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, contiuous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.contiuous_fill: unknown key; did you mean "continuous_fill"?`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
