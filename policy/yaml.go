@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v4"
@@ -243,6 +244,12 @@ func (r *yamlReader) broken(err error, first int) int {
 		at, message = opened, message+"the quote that closes this text is missing"
 	case m == "found unknown escape character":
 		message += `unknown escape in double quotes; write \\ for a backslash, or use single quotes`
+	case m == "found invalid Unicode character escape code":
+		at.column = max(at.column-len(`\u`), 1)
+		message += "this escape is no character of YAML"
+		if pair, ok := surrogates(r.rest(at)); ok {
+			message = fmt.Sprintf(`JSON's escapes of two surrogates are not supported; write the character itself, or \U%08X`, pair)
+		}
 	case strings.HasPrefix(m, "unknown anchor '"):
 		message = "unknown alias " + quote(strings.TrimSuffix(strings.TrimPrefix(m, "unknown anchor '"), "' referenced"))
 	case e.ContextMsg == "while scanning a directive", e.ContextMsg == "while scanning a %YAML directive",
@@ -258,6 +265,18 @@ func (r *yamlReader) broken(err error, first int) int {
 	}
 	r.fail(at, message)
 	return max(r.mark(e.Mark, first).line, at.line)
+}
+
+// surrogates returns the character that text begins with as JSON escapes it: by two halves in UTF-16.
+func surrogates(text string) (rune, bool) {
+	const half = len(`\ud83d`)
+	if len(text) < 2*half || !strings.HasPrefix(text, `\u`) || !strings.HasPrefix(text[half:], `\u`) {
+		return 0, false
+	}
+	high, err := strconv.ParseUint(text[2:half], 16, 16)
+	low, err2 := strconv.ParseUint(text[half+2:2*half], 16, 16)
+	pair := utf16.DecodeRune(rune(high), rune(low))
+	return pair, err == nil && err2 == nil && pair != utf8.RuneError
 }
 
 const directivesUnsupported = "YAML directives are not supported"

@@ -267,6 +267,8 @@ func TestParseYAML(t *testing.T) {
 		{"next line", edit(t, "checkout", "check\u0085out"), "5:44: holds U+0085, which may be a line end or text"},
 		{"byte order mark of a second file", base + "---\n\ufeff" + base, "12:1: holds a byte order mark that is not at its beginning"},
 		{"errors of several documents", resource("a]") + "\n---\n" + resource("b]") + "\n", "\nlimits.yaml:19:19: bad YAML: "},
+		{"JSON with surrogates", `{"x-note": "a \ud83d\ude00"}`, `1:15: JSON's escapes of two surrogates are not supported; write the character itself, or \U0001F600`},
+		{"JSON with half of a pair", `{"x-note": "a \ud83d"}`, `1:15: bad YAML: this escape is no character of YAML`},
 		{"JSON with a slip", `{"circuit": {"components": [}}`, `1:29: bad YAML: want a value, have "}"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
