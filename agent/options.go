@@ -54,7 +54,7 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //
 //   - Clients may send pings every 5 s. gRPC's own default of 5 minutes ends the connections of those SDKs that ping more
 //     often, and every check that waits on them.
-//   - A connection may have 1000 calls under way, which includes flows that wait in queues. One without a call for
+//   - A connection may have 10,240 calls under way, which includes flows that wait in queues. One without a call for
 //     30 minutes ends; a handshake has 10 s.
 //   - A call's metadata may have 64 KiB.
 //   - The messages that arrive at a time have 256 MiB at the most. Beyond that calls wait until they are read, and the
