@@ -12,11 +12,13 @@
 // An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
 // beyond the size of a message. The engine sees all labels that policies name, and whole. Of the others it sees as many as
 // the answer reports: of more than 64 labels those that policies name, and headers last, and of those beyond the 1024th
-// none that no policy names; of a value its first 4096 bytes. Cache keys that are empty, longer than 255 bytes or beyond the 1024th look up nothing, and the answer tells so by
-// key; all cached values of an answer have 3 MiB at the most. A check's deadline, less a margin for the answer to arrive, is the longest that it waits in
-// queues; one that comes with less than 10 ms left is rejected by the limiters and schedulers that it meets, because an
-// answer that its client does not hear would cost it tokens and slots all the same. Answers are as compressed as the
-// questions: gzip, or not.
+// none that no policy names; of a value its first 4096 bytes. Cache keys that are empty, longer than 255 bytes or
+// beyond the 1024th look up nothing, and the answer tells so by key; all cached values of an answer have 3 MiB at the
+// most. Of more decisions than an answer has room for, those that hold no slot are left out first, and a flow whose
+// slots alone do not fit is rejected: see [Service.Warnings]. A check's deadline, less a margin for the answer to
+// arrive, is the longest that it waits in queues; one that comes with less than 10 ms left is rejected by the limiters
+// and schedulers that it meets, because an answer that its client does not hear would cost it tokens and slots all the
+// same. Answers are as compressed as the questions: gzip, or not.
 package agent
 
 import (
@@ -79,11 +81,6 @@ func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
 	r.ServiceRegistrar.RegisterService(bounded(*service, r.named), impl)
 }
 
-// Warnings lists what the engine's policies say and a server has no use for, the most important first: a selector that
-// names a service picks no flow of a client's, because the protocol has no place for the client's service. They matter
-// more than the engine's own.
-func (s *Service) Warnings() []string { return s.engine.ServiceWarnings() }
-
 // Spans is how many records of flows clients have sent so far. They are accepted from every SDK, and looked at where a
 // policy wants to know how long flows take, and none is kept.
 func (s *Service) Spans() uint64 { return s.spans.Load() }
@@ -106,7 +103,7 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 		// The control point is the check's; one in the lookup would read another's results.
 		own.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
 	}
-	response, err := s.decide(ctx, &req)
+	response, err := s.decide(ctx, &req, wire.MaxDecisions)
 	if err != nil {
 		return nil, err
 	}
@@ -117,8 +114,9 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about what a client wants to know. The request shares nothing with others.
-func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.CheckResponse, error) {
+// decide asks the engine about what a client wants to know. The request shares nothing with others. The answer has so many
+// bytes of decisions at the most.
+func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*checkv1.CheckResponse, error) {
 	if c := callOf(ctx); c != nil && c.full { // it may not have been read
 		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
@@ -145,7 +143,17 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request) (*checkv1.Ch
 		s.service.engine.Revert(ctx, req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	response := wire.Answer(req, &v, s.service.engine.NamedLabels())
+	named := s.service.engine.NamedLabels()
+	response, ok := wire.Answer(req, &v, named, room)
+	if !ok {
+		// A slot that the answer does not name would never come back, and an answer with all of them is an error to
+		// clients, which lets the flow run.
+		s.service.engine.Revert(ctx, req, &v)
+		if !v.Rejected() { // as one in dry run may be
+			v.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Status: http.StatusServiceUnavailable})
+		}
+		response, _ = wire.Answer(req, &v, named, room)
+	}
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
 	if s.service.engine.Measures(req.ControlPoint) {
 		s.service.issued.add(response.GetStart().AsTime())

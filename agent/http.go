@@ -33,7 +33,7 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 			},
 		},
 	}
-	response, err := s.decide(ctx, &req)
+	response, err := s.decide(ctx, &req, wire.MaxHTTPDecisions)
 	if err != nil {
 		return nil, err
 	}

@@ -23,13 +23,19 @@ import (
 // Elements are counted before they are decoded: two bytes of a message can become a hundred in memory.
 const (
 	maxSlots        = 1 << 12   // that one FlowEnd gives back
-	maxEndSize      = 256 << 10 // bytes of a FlowEnd
 	maxKeysSize     = 320 << 10 // bytes of a CacheLookup or CacheDelete: as many of the longest keys as are looked up
 	maxKeysRead     = 1 << 12   // global keys that are decoded; the refused ones among them are answered
 	maxEntriesRead  = 1 << 12   // entries of a CacheUpsert that are decoded
 	maxPoint        = 4096      // bytes of a control point; no policy names one that is longer than 255
 	maxRequestField = 4096      // bytes of the request's method, host and so on that no policy names
+
+	// The bytes of a FlowEnd. An SDK that sends one for each flow names all slots of an answer in it: a slot takes less
+	// than the decision that holds it. The rest is for the control point.
+	maxEndSize = wire.MaxDecisions + 64<<10
 )
+
+// One FlowEnd gives back all slots of an answer.
+const _ = uint(maxSlots - wire.MostDecisions)
 
 // bounded is the service, for requests that are read as readRequest does, and that pass the gate of ServerOptions.
 func bounded(service grpc.ServiceDesc, named func() map[string]bool) *grpc.ServiceDesc {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -234,6 +235,26 @@ func (a *agent) ServiceWarnings() []string {
 		}
 	}
 	return append(never, warnings...)
+}
+
+// Acting gives the components that act on flows without a service, in order, at each control point in order.
+func (a *agent) Acting() iter.Seq2[string, []*agentapi.Component] {
+	points := a.engine().rules.Load().controlPoints
+	return func(yield func(string, []*agentapi.Component) bool) {
+		for _, at := range slices.Sorted(maps.Keys(points)) {
+			var acting []*agentapi.Component
+			for _, placements := range points[at].stages {
+				for _, m := range placements {
+					if slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" }) {
+						acting = append(acting, m.id)
+					}
+				}
+			}
+			if !yield(at, acting) {
+				return
+			}
+		}
+	}
 }
 
 // Instrument is that of the engine.

@@ -20,10 +20,10 @@ import (
 
 // The bounds of what an agent may answer. They hold before anything is decoded.
 const (
-	maxAnswer       = 256 << 10 // bytes, besides what the answer repeats of the question
-	maxCachedAnswer = 16 << 20  // bytes, where the question asks for cached values
-	maxElements     = 4096      // messages, entries and elements of lists: an empty one has 2 bytes on the wire and 100 in memory
-	maxUnknown      = 1024      // fields that this version does not know: they are kept, and reported with the flow
+	maxAnswer       = wire.MaxAnswer   // bytes, besides what the answer repeats of the question
+	maxCachedAnswer = 16 << 20         // bytes, where the question asks for cached values
+	maxElements     = wire.MaxElements // an empty one has 2 bytes on the wire and 100 in memory
+	maxUnknown      = 1024             // fields that this version does not know: they are kept, and reported with the flow
 	maxNesting      = 64
 
 	// The bytes of large answers that may be decoded at a time. An answer beyond them fails instead of waiting: it would

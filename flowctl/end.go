@@ -33,17 +33,34 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	// Detached: a slot must come back although, and just when, the caller has gone.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
+	var first error
+	for len(refs) > 0 && call.Err() == nil {
+		n := wire.Ended(req.ControlPoint, refs)
+		returned, err := r.endSlots(call, req.ControlPoint, refs[:n])
+		returns.Returned += returned
+		if first == nil {
+			first = err
+		}
+		refs = refs[n:]
+	}
+	if first == nil && len(refs) > 0 {
+		first = call.Err()
+	}
+	return returns, first
+}
+
+// endSlots gives back slots by one call.
+func (r *remote) endSlots(ctx context.Context, controlPoint string, refs []*checkv1.InflightRequestRef) (returned int, err error) {
 	m := new(checkv1.FlowEndResponse)
-	err := r.invoke(call, checkv1.FlowControlService_FlowEnd_FullMethodName,
-		&checkv1.FlowEndRequest{ControlPoint: req.ControlPoint, InflightRequests: refs}, m)
-	if err != nil {
-		return returns, err
+	if err := r.invoke(ctx, checkv1.FlowControlService_FlowEnd_FullMethodName,
+		&checkv1.FlowEndRequest{ControlPoint: controlPoint, InflightRequests: refs}, m); err != nil {
+		return 0, err
 	}
 	r.answered()
 	for _, s := range m.GetTokenReturnStatuses() {
-		if s.GetReturned() && returns.Returned < returns.Held { // it may tell of more than it was asked about
-			returns.Returned++
+		if s.GetReturned() && returned < len(refs) { // it may tell of more than it was asked about
+			returned++
 		}
 	}
-	return returns, nil
+	return returned, nil
 }

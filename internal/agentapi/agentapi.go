@@ -6,6 +6,7 @@ package agentapi
 import (
 	"context"
 	"errors"
+	"iter"
 	"sync/atomic"
 	"time"
 
@@ -73,6 +74,10 @@ type Local interface {
 	// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
 	// those of components that no other selector picks a flow for.
 	ServiceWarnings() []string
+
+	// Acting gives the components that act on flows without a service, as those are that are asked about over the wire, at
+	// each control point. Both are in order.
+	Acting() iter.Seq2[string, []*Component]
 }
 
 // A Host has an agent in this process: an engine.

@@ -27,16 +27,22 @@ const (
 
 // Answer is [Response] for clients across the network. Of too many labels it reports those that policies name, then those
 // that are no headers, and then those with the smallest keys. It reports no value of a header that carries credentials.
-func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool) *checkv1.CheckResponse {
+// Of more decisions than fit into so many bytes it has the one that rejects the flow, then those that hold slots, then
+// those that drop the flow. If not all slots fit, there is no answer and ok is false: the flow must hold none.
+func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool, room int) (m *checkv1.CheckResponse, ok bool) {
+	decisions, ok := fit(req, v, room)
+	if !ok {
+		return nil, false
+	}
 	all := req.Labels.Merged()
-	m := response(req, v, reported(all, named))
+	m = response(req, v, reported(all, named), decisions)
 	for key := range m.GetTelemetryFlowLabels() {
 		if credential.HeaderLabel(key) {
 			delete(m.GetTelemetryFlowLabels(), key)
 		}
 	}
 	m.ControlPoint = Cut(req.ControlPoint, maxReportedPoint)
-	return m
+	return m, true
 }
 
 // reported is what an answer tells of the labels, which may be the map itself.

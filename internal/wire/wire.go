@@ -52,11 +52,15 @@ func Lookup(req *agentapi.Request) *checkv1.CacheLookupRequest {
 
 // Response is the message that tells of a verdict, with whose cached values it shares its own.
 func Response(req *agentapi.Request, v *agentapi.Verdict) *checkv1.CheckResponse {
-	return response(req, v, req.Labels.Merged())
+	var all []*checkv1.LimiterDecision
+	for i := range v.Len() {
+		all = append(all, decision(req, v.At(i)))
+	}
+	return response(req, v, req.Labels.Merged(), all)
 }
 
-// response is Response that reports the labels.
-func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]string) *checkv1.CheckResponse {
+// response is Response that reports the labels and the decisions.
+func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]string, decisions []*checkv1.LimiterDecision) *checkv1.CheckResponse {
 	telemetry := make(map[string]string, len(labels)+1)
 	maps.Copy(telemetry, labels)
 	telemetry[typeLabel] = typeFeature
@@ -70,13 +74,11 @@ func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]stri
 		ControlPoint:        req.ControlPoint,
 		FlowLabelKeys:       slices.Sorted(maps.Keys(labels)),
 		TelemetryFlowLabels: telemetry,
+		LimiterDecisions:    decisions,
 		ExpectEnd:           true,
 	}
 	if service := req.Labels.Service(); service != "" {
 		m.Services = []string{service}
-	}
-	for i := range v.Len() {
-		m.LimiterDecisions = append(m.LimiterDecisions, decision(req, v.At(i)))
 	}
 	if v.Rejected() {
 		r := v.Rejection()
@@ -377,24 +379,31 @@ func CacheError(text string) error {
 func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 	var refs []*checkv1.InflightRequestRef
 	for _, d := range m.GetLimiterDecisions() {
-		if d.GetDropped() {
-			continue
+		if ref := held(d); ref != nil {
+			refs = append(refs, ref)
 		}
-		limiter, scheduler := d.GetConcurrencyLimiterInfo(), d.GetConcurrencySchedulerInfo() // one of them, or none
-		id := cmp.Or(limiter.GetRequestId(), scheduler.GetRequestId())
-		if id == "" {
-			continue
-		}
-		refs = append(refs, &checkv1.InflightRequestRef{
-			PolicyName:  d.GetPolicyName(),
-			PolicyHash:  d.GetPolicyHash(),
-			ComponentId: d.GetComponentId(),
-			Label:       cmp.Or(limiter.GetLabel(), scheduler.GetLabel()),
-			RequestId:   id,
-			Tokens:      cmp.Or(limiter.GetTokensInfo().GetConsumed(), scheduler.GetTokensInfo().GetConsumed()),
-		})
 	}
 	return refs
+}
+
+// held is a reference to the slot that the decision says the flow holds; nil for none.
+func held(d *checkv1.LimiterDecision) *checkv1.InflightRequestRef {
+	if d.GetDropped() {
+		return nil
+	}
+	limiter, scheduler := d.GetConcurrencyLimiterInfo(), d.GetConcurrencySchedulerInfo() // one of them, or none
+	id := cmp.Or(limiter.GetRequestId(), scheduler.GetRequestId())
+	if id == "" {
+		return nil
+	}
+	return &checkv1.InflightRequestRef{
+		PolicyName:  d.GetPolicyName(),
+		PolicyHash:  d.GetPolicyHash(),
+		ComponentId: d.GetComponentId(),
+		Label:       cmp.Or(limiter.GetLabel(), scheduler.GetLabel()),
+		RequestId:   id,
+		Tokens:      cmp.Or(limiter.GetTokensInfo().GetConsumed(), scheduler.GetTokensInfo().GetConsumed()),
+	}
 }
 
 // WithoutValues is the answer without the cached values it may carry; their statuses stay. It is m itself where it

@@ -1,0 +1,319 @@
+package agent_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
+	"github.com/headgate-go/headgate/internal/wire"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// plans are n policies with a component each, as a file with the limits of many plans has them.
+func plans(n int, c policy.Component) []policy.Policy {
+	all := make([]policy.Policy, n)
+	for i := range all {
+		all[i] = policy.Policy{Name: fmt.Sprintf("limit-of-plan-%d", i), Components: []policy.Component{c}}
+	}
+	return all
+}
+
+func refuses() policy.Component {
+	return policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Hour, LimitBy: "user"}
+}
+
+func passes() policy.Component {
+	return policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1e9, Interval: time.Hour, LimitBy: "user"}
+}
+
+func holds() policy.Component {
+	return policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "user"}
+}
+
+// inFlight is how many flows of the user hold slots of a plan's limiter.
+func inFlight(t *testing.T, e *engine.Engine, plan int, user string) int {
+	t.Helper()
+	c, err := e.Component(fmt.Sprintf("limit-of-plan-%d", plan), "concurrency_limiter.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := c.Peek(user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.InFlight
+}
+
+// forms are the two ways to ask about a user.
+func forms(user string) map[string]flowctl.Params {
+	of := map[string]string{"user": user}
+	return map[string]flowctl.Params{
+		"Check":     {Labels: of},
+		"CheckHTTP": {Labels: of, HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/", Host: "h", Scheme: "http", Protocol: "HTTP/1.1"}},
+	}
+}
+
+// Any number of limiters rejects. An answer that is too large would be an error, and let the flow run.
+func TestManyLimitersReject(t *testing.T) {
+	for _, n := range []int{1, 300, 900, 1400, 5000} {
+		for _, user := range []string{"ann", strings.Repeat("a", 256)} {
+			t.Run(fmt.Sprintf("%d limiters, %d bytes", n, len(user)), func(t *testing.T) {
+				limits := plans(n, refuses())
+				sides.Setup{Policies: limits}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+					for form, params := range forms(user) {
+						flow := side.Client.Start(t.Context(), "point", params)
+						if flow.Decision() != flowctl.Rejected || flow.RejectReason() != flowctl.ReasonRateLimited || flow.ShouldRun() {
+							t.Errorf("%s: %v, %v, runs: %v want rejected", form, flow.Decision(), flow.Err(), flow.ShouldRun())
+						}
+						if _, err := flow.End(t.Context()); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+				t.Run("stub", func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) { rejectsStubs(t, limits, user) })
+				})
+			})
+		}
+	}
+}
+
+// rejectsStubs checks what clients get that have gRPC's own bounds.
+func rejectsStubs(t *testing.T, limits []policy.Policy, user string) {
+	t.Helper()
+	s := serve(t, limits)
+	m, err := s.stub(t).Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user": user}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := s.stubHTTP(t).CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{
+		ControlPoint: "point", Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: map[string]string{"baggage": "user=" + user}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for form, answer := range map[string]struct {
+		check *checkv1.CheckResponse
+		size  int
+	}{"Check": {m, proto.Size(m)}, "CheckHTTP": {h.GetCheckResponse(), proto.Size(h)}} {
+		got := answer.check.GetLimiterDecisions()
+		if answer.check.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_REJECTED || len(got) == 0 || answer.size > 200<<10 {
+			t.Errorf("%s: %v by %d limiters in %d bytes want rejected, in at most 200 KiB", form, answer.check.GetDecisionType(), len(got), answer.size)
+			continue
+		}
+		if got[0].GetPolicyName() != "limit-of-plan-0" || !got[0].GetDropped() {
+			t.Errorf("%s: the first decision is %v want the one that decides", form, got[0])
+		}
+	}
+}
+
+// Slots come back, however many there are. A flow whose slots do not fit into an answer is rejected, and holds none.
+func TestManySlotsComeBack(t *testing.T) {
+	for _, tt := range []struct {
+		slots, user     int
+		check, overHTTP bool // accepted over the wire
+	}{
+		{1, 3, true, true},
+		{300, 3, true, true},
+		{800, 3, true, false},
+		{1200, 3, false, false},
+		{300, 256, true, false},
+		{500, 256, true, false},
+		{800, 256, false, false},
+	} {
+		t.Run(fmt.Sprintf("%d slots, %d bytes", tt.slots, tt.user), func(t *testing.T) {
+			user := strings.Repeat("a", tt.user)
+			sides.Setup{Policies: plans(tt.slots, holds())}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+				for form, params := range forms(user) {
+					accepted := side.Kind == sides.Embedded || form == "Check" && tt.check || form == "CheckHTTP" && tt.overHTTP
+					for range 2 { // the second takes what the first gave back
+						flow := side.Client.Start(t.Context(), "point", params)
+						want, slots := flowctl.Accepted, tt.slots
+						if !accepted {
+							want, slots = flowctl.Rejected, 0
+						}
+						if flow.Decision() != want || flow.ShouldRun() != accepted {
+							t.Errorf("%s: %v, %v want %v", form, flow.Decision(), flow.Err(), want)
+						}
+						if !accepted && (flow.RejectReason() != flowctl.ReasonNoTokens || flow.HTTPStatus() != 503) {
+							t.Errorf("%s: rejected: %v, %d want no tokens, 503", form, flow.RejectReason(), flow.HTTPStatus())
+						}
+						if got, err := flow.End(t.Context()); err != nil || got.Held != slots || got.Returned != slots {
+							t.Errorf("%s: End() = %+v, %v want %d slots", form, got, err, slots)
+						}
+						for _, i := range []int{0, tt.slots / 2, tt.slots - 1} {
+							if n := inFlight(t, side.Engine, i, user); n != 0 {
+								t.Errorf("%s: limiter %d has %d in flight want none", form, i, n)
+							}
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
+// What holds slots is told before all that only lets the flow pass.
+func TestSlotsAreToldFirst(t *testing.T) {
+	limits := append(plans(2000, passes()), policy.Policy{Name: "z", Components: []policy.Component{holds(), holds()}})
+	for i := range limits[2000].Components {
+		limiter := holds().(policy.ConcurrencyLimiter)
+		limiter.ID = fmt.Sprint("slot-", i)
+		limits[2000].Components[i] = limiter
+	}
+	sides.Setup{Policies: limits}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+		for form, params := range forms(strings.Repeat("a", 256)) {
+			flow := side.Client.Start(t.Context(), "point", params)
+			if flow.Decision() != flowctl.Accepted {
+				t.Errorf("%s: %v want accepted", form, flow.Err())
+			}
+			if got, err := flow.End(t.Context()); err != nil || got.Held != 2 || got.Returned != 2 {
+				t.Errorf("%s: End() = %+v, %v want 2 slots", form, got, err)
+			}
+		}
+	})
+}
+
+// A flow in dry run runs whatever does not fit, and holds what the answer tells of.
+func TestManySlotsInADryRun(t *testing.T) {
+	for name, more := range map[string][]policy.Policy{
+		"accepted": nil,
+		"rejected": {{Name: "z", Components: []policy.Component{refuses()}}},
+	} {
+		for _, n := range []int{300, 1200} {
+			t.Run(fmt.Sprintf("%s, %d slots", name, n), func(t *testing.T) {
+				setup := sides.Setup{Policies: append(plans(n, holds()), more...), Options: []flowctl.Option{flowctl.WithDryRun()}}
+				setup.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+					for range 2 {
+						flow := side.Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+						want, slots := flowctl.Accepted, n
+						if side.Kind == sides.Served && n > 1000 {
+							want, slots = flowctl.Rejected, 0
+						}
+						if more != nil {
+							want = flowctl.Rejected
+							if flow.RejectReason() != flowctl.ReasonRateLimited {
+								t.Errorf("rejected: %v want by the limiter", flow.RejectReason())
+							}
+						}
+						if flow.Decision() != want || !flow.ShouldRun() {
+							t.Errorf("%v, runs: %v want %v, runs", flow.Decision(), flow.ShouldRun(), want)
+						}
+						if got, err := flow.End(t.Context()); err != nil || got.Held != slots || got.Returned != slots {
+							t.Errorf("End() = %+v, %v want %d slots", got, err, slots)
+						}
+						if n := inFlight(t, side.Engine, 0, "ann"); n != 0 {
+							t.Errorf("%d in flight want none", n)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// SDKs end a flow by one call, which names all slots of the answer.
+func TestOneFlowEndIsEnough(t *testing.T) {
+	for _, user := range []string{"ann", strings.Repeat("a", 256)} {
+		for n := wire.MostDecisions; ; n -= 16 {
+			s := serve(t, plans(n, holds()))
+			m, err := s.stub(t).Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user": user}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			refs := wire.Held(m)
+			if len(refs) == 0 {
+				if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_REJECTED || n < 400 {
+					t.Fatalf("%d slots: %v", n, m.GetDecisionType())
+				}
+				continue // the most that fit are wanted
+			}
+			end := &checkv1.FlowEndRequest{ControlPoint: "point", InflightRequests: refs}
+			ended, err := s.stub(t).FlowEnd(t.Context(), end)
+			if err != nil {
+				t.Fatal(err)
+			}
+			returned := 0
+			for _, one := range ended.GetTokenReturnStatuses() {
+				if one.GetReturned() {
+					returned++
+				}
+			}
+			if returned != n {
+				t.Errorf("%d of %d slots are back, by a call of %d bytes", returned, n, proto.Size(end))
+			}
+			break
+		}
+	}
+}
+
+// A server warns of control points whose answers may not tell all, first of those where flows are rejected for it.
+func TestWarningsOfManyComponents(t *testing.T) {
+	const (
+		slots     = "control point %q: a flow that takes slots of all %d components is rejected if its slots do not fit into %s"
+		decisions = "control point %q: the decisions of all %d components may not fit into %s: it leaves out those that hold no slot"
+		check     = "an answer"
+		http      = "an answer to CheckHTTP"
+	)
+	for _, tt := range []struct {
+		name      string
+		n         int
+		component policy.Component
+		want      []string
+	}{
+		{"few limiters", 100, passes(), nil},
+		{"few slots", 100, holds(), nil},
+		{"for CheckHTTP", 400, passes(), []string{fmt.Sprintf(decisions, "point", 400, http)}},
+		{"for both", 900, passes(), []string{fmt.Sprintf(decisions, "point", 900, check)}},
+		{"slots", 900, holds(), []string{fmt.Sprintf(slots, "point", 900, check), fmt.Sprintf(decisions, "point", 900, check)}},
+		{"for a service", 900, policy.RateLimiter{Selectors: []policy.Selector{{ControlPoint: "point", Service: "shop"}}, Interval: time.Hour}, make([]string, 900)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := serve(t, plans(tt.n, tt.component))
+			got := s.server.Warnings()
+			if len(got) != len(tt.want) {
+				t.Fatalf("Warnings() = %d, %.200q want %d", len(got), got, len(tt.want))
+			}
+			for i, want := range tt.want {
+				if want != "" && got[i] != want {
+					t.Errorf("warning %q want %q", got[i], want)
+				}
+			}
+		})
+	}
+}
+
+// An answer to our client is within its bounds wherever a warning does not say otherwise.
+func TestAnswersFitWithoutAWarning(t *testing.T) {
+	user := strings.Repeat("a", 300) // whose bucket has a name of 256 bytes
+	for n := 100; n <= 1000; n += 25 {
+		s := serve(t, plans(n, holds()))
+		m, err := s.stubHTTP(t).CheckHTTP(context.WithoutCancel(t.Context()), &checkhttpv1.CheckHTTPRequest{
+			ControlPoint: "point", Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: map[string]string{"baggage": "user=" + user}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		accepted := m.GetCheckResponse().GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED
+		if warned := len(s.server.Warnings()) > 0; warned {
+			if n < 150 || accepted && n > 250 {
+				t.Errorf("a warning of %d components, of which the flow is accepted: %v", n, accepted)
+			}
+			return
+		}
+		if !accepted || len(m.GetCheckResponse().GetLimiterDecisions()) != n {
+			t.Fatalf("%d components: accepted: %v, %d decisions want all", n, accepted, len(m.GetCheckResponse().GetLimiterDecisions()))
+		}
+	}
+	t.Error("no warning")
+}

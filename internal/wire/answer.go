@@ -1,0 +1,148 @@
+package wire
+
+import (
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
+)
+
+// The bounds of an answer, besides what it repeats of the question. Package flowctl takes no more, and package agent
+// sends no more: the flow would be Unreachable, and run. All of one side derives from the other.
+const (
+	MaxAnswer   = 256 << 10 // bytes
+	MaxElements = 4096      // messages, entries and elements of lists
+
+	// MaxDecisions is the most bytes of decisions in the answer to Check. The rest of an answer is for texts of its own.
+	MaxDecisions = MaxAnswer * 3 / 4
+
+	// MaxHTTPDecisions is that in the answer to CheckHTTP, which has its check response once more, in base64.
+	MaxHTTPDecisions = MaxDecisions * 3 / 7
+
+	// MostDecisions is the most decisions in an answer. 512 elements are left for labels and cache keys.
+	MostDecisions    = (MaxElements - 512) / decisionElements
+	decisionElements = 4 // of a decision: itself, its wait, its details, and tokens in them
+
+	// MaxEnd is the most bytes of the FlowEnd that a client sends. A reference to a slot is smaller than the decision that
+	// has the slot. So one FlowEnd is enough for almost all answers.
+	MaxEnd = MaxDecisions
+
+	// mostEnded is the most slots of a FlowEnd that a client sends. The response has two elements for each, and repeats
+	// the slot beside an error.
+	mostEnded = 1024
+)
+
+// A Load is how much of an answer decisions take.
+type Load struct {
+	Number, Bytes int
+}
+
+// Fits reports whether the decisions fit into an answer with room for so many bytes of decisions.
+func (l Load) Fits(room int) bool { return l.Number <= MostDecisions && l.Bytes <= room }
+
+func (l Load) and(d *checkv1.LimiterDecision) Load { return Load{l.Number + 1, l.Bytes + sizeIn(d)} }
+
+// sizeIn is the bytes of a message in a list of another one, where the list's field has a number below 16.
+func sizeIn(m proto.Message) int { return 1 + protowire.SizeBytes(proto.Size(m)) }
+
+// The ranks of decisions. Those of the first rank go into an answer first.
+const (
+	rankDecides = iota // it is why the flow is rejected
+	rankHolds          // it names a slot, which comes back by that name
+	rankDrops
+	rankPasses
+	ranks
+)
+
+func rankOf(v *agentapi.Verdict, d *agentapi.LimiterDecision) int {
+	switch {
+	case d.Dropped && d.Component == v.Rejection().By:
+		return rankDecides
+	case d.Slot() != 0:
+		return rankHolds
+	case d.Dropped:
+		return rankDrops
+	default:
+		return rankPasses
+	}
+}
+
+// fit gives the decisions that fit into so many bytes, in order. If not all do, they go in by rank, because the first
+// ones of 40,000 are enough to build. It reports whether all slots are among them.
+func fit(req *agentapi.Request, v *agentapi.Verdict, room int) (kept []*checkv1.LimiterDecision, ok bool) {
+	if v.Len() == 0 {
+		return nil, true
+	}
+	kept = make([]*checkv1.LimiterDecision, v.Len())
+	var load Load
+	take := func(i int) bool {
+		m := decision(req, v.At(i))
+		next := load.and(m)
+		if !next.Fits(room) {
+			return false
+		}
+		kept[i], load = m, next
+		return true
+	}
+	all := v.Len() <= MostDecisions
+	for i := 0; all && i < v.Len(); i++ {
+		all = take(i)
+	}
+	if all {
+		return kept, true
+	}
+	clear(kept)
+	load = Load{}
+ranks:
+	for rank := range ranks {
+		for i := range v.Len() {
+			if rankOf(v, v.At(i)) != rank || take(i) {
+				continue
+			}
+			switch rank {
+			case rankHolds:
+				return nil, false
+			case rankDrops, rankPasses:
+				break ranks
+			}
+		}
+	}
+	return slices.DeleteFunc(kept, func(m *checkv1.LimiterDecision) bool { return m == nil }), true
+}
+
+// maxBucketName is the longest value in the name of a bucket, in bytes.
+const maxBucketName = 256
+
+// MostLoad is the most that decisions of the components take of an answer, and those of them that hold slots.
+func MostLoad(components []*agentapi.Component) (all, holding Load) {
+	req := new(agentapi.Request)
+	for _, c := range components {
+		d := agentapi.LimiterDecision{Component: c, Remaining: 0.1, Consumed: 0.1, Scope: agentapi.ScopeDefault}
+		if c.LabelKey != "" {
+			d.Scope, d.Label = agentapi.ScopeLabel, strings.Repeat("x", maxBucketName)
+		}
+		d.Hold(1<<64 - 1)
+		m := decision(req, &d)
+		all = all.and(m)
+		if c.Slots {
+			holding = holding.and(m)
+		}
+	}
+	return all, holding
+}
+
+// Ended gives how many of the slots a client names in one FlowEnd: as many as fit, and at least one.
+func Ended(controlPoint string, refs []*checkv1.InflightRequestRef) int {
+	refs = refs[:min(len(refs), mostEnded)]
+	size := 1 + protowire.SizeBytes(len(controlPoint))
+	for i, ref := range refs {
+		if size += sizeIn(ref); size > MaxEnd && i > 0 {
+			return i
+		}
+	}
+	return len(refs)
+}
