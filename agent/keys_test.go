@@ -24,7 +24,7 @@ import (
 	"github.com/headgate-go/headgate/internal/telemetry"
 )
 
-// Every service of the server but the health service wants a valid key, once.
+// Every service of the server but the health service wants a valid key, whatever else is sent.
 func TestKeys(t *testing.T) {
 	e, err := engine.New(nil)
 	if err != nil {
@@ -63,7 +63,9 @@ func TestKeys(t *testing.T) {
 		{"wrong key", []string{"x-api-key", "open"}, false},
 		{"empty key", []string{"x-api-key", ""}, false},
 		{"key", []string{"x-api-key", "sesame"}, true},
-		{"two keys", []string{"x-api-key", "sesame", "x-api-key", "open"}, false},
+		{"a wrong key after the key", []string{"x-api-key", "sesame", "x-api-key", "open"}, true},
+		{"wrong keys before the key", []string{"x-api-key", "", "x-api-key", "open", "x-api-key", "sesame"}, true},
+		{"two wrong keys", []string{"x-api-key", "open", "x-api-key", "opens"}, false},
 	} {
 		ctx := metadata.AppendToOutgoingContext(t.Context(), tt.keys...)
 		withDeadline, cancel := context.WithTimeout(ctx, time.Hour)

@@ -36,12 +36,12 @@ type options struct {
 	keys func(key string) (name string, ok bool)
 }
 
-// WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. It holds
-// for all services of the server except gRPC's standard health service, because balancers ask that one without a key. A
+// WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. A call with
+// several keys needs one that is valid: some clients send their key besides what they pass on. It holds for all services of the server except gRPC's standard health service, because balancers ask that one without a key. A
 // refused call ends with the status Unauthenticated before its message is read. If it has a deadline and is for a service
 // that is not the agent's, its message may be read, for 50 ms at the most: gRPC would keep a timer for it otherwise.
 //
-// The function valid reports whether the key is valid, and names its owner. It is called for each call, at the same time
+// The function valid reports whether the key is valid, and names its owner. It is called for each key of each call, at the same time
 // for calls of several connections, and the other calls of a connection wait for it: so it must not block. Let it compare
 // in constant time, as crypto/subtle does, or look up a hash of the key in a map: otherwise the time tells how much of a
 // key is right.
@@ -107,13 +107,15 @@ func (o *options) refusal(info *tap.Info) error {
 		return nil
 	}
 	sent := info.Header.Get(keyHeader)
-	if len(sent) != 1 {
+	if len(sent) == 0 {
 		return errNoKey
 	}
-	if _, ok := o.keys(sent[0]); !ok {
-		return errWrongKey
+	for _, key := range sent {
+		if _, ok := o.keys(key); ok {
+			return nil
+		}
 	}
-	return nil
+	return errWrongKey
 }
 
 // refusalTime is how long a call that is refused has to arrive. Most take a moment.
@@ -138,7 +140,7 @@ func refusalOf(ctx context.Context) error {
 
 // Without a status of their own gRPC makes PermissionDenied of a tap handle's errors.
 var (
-	errNoKey    = status.Error(codes.Unauthenticated, "one API key is needed, as metadata "+keyHeader)
+	errNoKey    = status.Error(codes.Unauthenticated, "an API key is needed, as metadata "+keyHeader)
 	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
 )
 

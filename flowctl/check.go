@@ -90,7 +90,7 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
 	m := new(checkv1.CacheLookupResponse)
 	opts := append(slices.Clip(r.calls), grpc.ForceCodecV2(r.codec))
-	err := r.conn.Invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, opts...)
+	err := r.conn.Invoke(r.sendable(ctx), checkv1.FlowControlService_CacheLookup_FullMethodName, wire.Lookup(req), m, opts...)
 	if err = clipError(err); err != nil {
 		v.More().Result.Err = err
 		v.More().Global = make(map[string]agentapi.CacheAnswer)
@@ -117,20 +117,20 @@ func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *che
 
 // ask asks the agent.
 func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
-	c.ctx = ctx
+	c.ctx = c.remote.sendable(ctx)
 	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {
 		m := wire.Request(req)
 		if req.Lookup() == nil {
 			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // which telemetry wants to see, keys twice
 		}
-		return clipError(c.remote.conn.Invoke(ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
+		return clipError(c.remote.conn.Invoke(c.ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
 	}
 	m := wire.HTTPRequest(req)
 	c.http = new(checkhttpv1.CheckHTTPResponse)
 	// The answer has its check response once more, in base64, and the labels in a header.
 	c.limit.MaxRecvMsgSize = maxAnswer + 5*textSize(m.GetRequest().GetHeaders())
-	err := c.remote.conn.Invoke(ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
+	err := c.remote.conn.Invoke(c.ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
 	clipDenied(c.http)
 	return clipError(err)
 }

@@ -94,9 +94,9 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		r.conn, r.dialled = conn, conn
 	}
 	r.calls = []grpc.CallOption{grpc.StaticMethod()}
-	if cfg.apiKey != "" {
+	if r.ownKey = cfg.apiKey != ""; r.ownKey {
 		r.calls = append(r.calls, grpc.PerRPCCredentials(&keyCredentials{
-			metadata:  map[string]string{"x-api-key": cfg.apiKey},
+			metadata:  map[string]string{keyHeader: cfg.apiKey},
 			plaintext: plaintextKey,
 		}))
 	}

@@ -131,8 +131,8 @@ func WithInsecure() Option {
 }
 
 // WithAPIKey sends the key with every call to the agent, telemetry included, as x-api-key. An empty key is an error.
-// What the caller's context says is sent besides. In plaintext the key only travels to this machine, unless
-// [WithInsecureAPIKey] says otherwise.
+// It replaces an x-api-key in the outgoing metadata of the caller's context; the rest of these metadata is sent besides. In
+// plaintext the key only travels to this machine, unless [WithInsecureAPIKey] says otherwise.
 func WithAPIKey(key string) Option {
 	return option{"WithAPIKey", true, func(c *config) error {
 		if err := checkAPIKey(key); err != nil {

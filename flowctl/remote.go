@@ -24,31 +24,33 @@ import (
 
 // remote is an agent across the network.
 type remote struct {
-	conn       grpc.ClientConnInterface
-	dialled    *grpc.ClientConn  // conn, when it is ours to close
-	links      *connections      // those of dialled; nil: they are another's
-	calls      []grpc.CallOption // of every call
-	bounded    []grpc.CallOption // of calls that are no checks
-	codec      encoding.CodecV2
-	decoding   atomic.Int64  // bytes of large answers that are being decoded
-	timeout    time.Duration // of calls that no check timeout bounds
-	breaker    *breaker
-	address    string         // where it is no more than host:port: other targets may hold secrets
-	received   *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
-	logger     *slog.Logger
-	refusals   limitedLog
-	breakerLog limitedLog
-	shown      metric.Registration // of the breaker; nil where nobody wants to see it
-	dryDrops   metric.Int64Counter // nil where nobody wants to see it
-	backLog    limitedLog
-	exporter   *exporter // nil: no telemetry
+	conn        grpc.ClientConnInterface
+	dialled     *grpc.ClientConn  // conn, when it is ours to close
+	links       *connections      // those of dialled; nil: they are another's
+	calls       []grpc.CallOption // of every call
+	bounded     []grpc.CallOption // of calls that are no checks
+	codec       encoding.CodecV2
+	decoding    atomic.Int64  // bytes of large answers that are being decoded
+	timeout     time.Duration // of calls that no check timeout bounds
+	breaker     *breaker
+	address     string         // where it is no more than host:port: other targets may hold secrets
+	received    *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
+	logger      *slog.Logger
+	ownKey      bool // an API key goes with each call
+	refusals    limitedLog
+	breakerLog  limitedLog
+	metadataLog limitedLog
+	shown       metric.Registration // of the breaker; nil where nobody wants to see it
+	dryDrops    metric.Int64Counter // nil where nobody wants to see it
+	backLog     limitedLog
+	exporter    *exporter // nil: no telemetry
 }
 
 var _ agentapi.Agent = (*remote)(nil)
 
 // invoke makes a call that is no check.
 func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error {
-	return clipError(r.conn.Invoke(ctx, method, req, m, append(slices.Clip(r.bounded), opts...)...))
+	return clipError(r.conn.Invoke(r.sendable(ctx), method, req, m, append(slices.Clip(r.bounded), opts...)...))
 }
 
 // start runs what the remote has in the background.

@@ -1,0 +1,118 @@
+package flowctl
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"strings"
+
+	"google.golang.org/grpc/metadata"
+)
+
+// keyHeader is the metadata that carries the API key.
+const keyHeader = "x-api-key"
+
+// maxMetadata is how many bytes of the caller's metadata go with a call, counted as HTTP/2 does: with fieldOverhead for each
+// value. It leaves room below the 64 KiB that agents and proxies read of headers.
+const (
+	maxMetadata   = 16 << 10
+	fieldOverhead = 32
+)
+
+// sendable is the context of a call to the agent: without those of the caller's outgoing metadata that cannot travel. They
+// may be a stranger's, which a proxy passes on, and gRPC or the agent would refuse the whole call because of them. Of a
+// refused check follows a flow without limits.
+func (r *remote) sendable(ctx context.Context) context.Context {
+	md, ok := metadata.FromOutgoingContext(ctx) // a copy, with keys in lower case
+	if !ok {
+		return ctx
+	}
+	left, size := 0, 0
+	for key, values := range md {
+		switch {
+		case ignored(key), r.ownKey && key == keyHeader:
+			delete(md, key)
+		case !travels(key, values):
+			left += max(len(values), 1)
+			delete(md, key)
+		default:
+			size += fieldsSize(key, values)
+		}
+	}
+	if size > maxMetadata {
+		left += shrink(md, size)
+	}
+	if left > 0 {
+		r.metadataLog.warn(r.logger, "headgate: metadata did not go with a call to the agent", "left_out", left)
+	}
+	return metadata.NewOutgoingContext(ctx, md)
+}
+
+// shrink takes out the largest keys until the rest may travel, and counts their values.
+func shrink(md metadata.MD, size int) (left int) {
+	keys := make([]string, 0, len(md))
+	for key := range md {
+		keys = append(keys, key)
+	}
+	slices.SortFunc(keys, func(a, b string) int {
+		return cmp.Or(fieldsSize(b, md[b])-fieldsSize(a, md[a]), strings.Compare(b, a))
+	})
+	for _, key := range keys {
+		if size <= maxMetadata {
+			break
+		}
+		size -= fieldsSize(key, md[key])
+		left += len(md[key])
+		delete(md, key)
+	}
+	return left
+}
+
+func fieldsSize(key string, values []string) int {
+	size := 0
+	for _, value := range values {
+		n := len(value)
+		if strings.HasSuffix(key, "-bin") {
+			n = (n + 2) / 3 * 4 // in base64
+		}
+		size += len(key) + n + fieldOverhead
+	}
+	return size
+}
+
+// ignored reports whether gRPC never sends metadata of this key, because it has that header itself. What a server received
+// has some of these, so a program that passes everything on is not told.
+func ignored(key string) bool {
+	switch key {
+	case "content-type", "user-agent", "te", "grpc-message-type", "grpc-encoding", "grpc-accept-encoding", "grpc-message",
+		"grpc-status", "grpc-timeout":
+		return true
+	default:
+		return strings.HasPrefix(key, ":")
+	}
+}
+
+// travels reports whether metadata may be sent: by the rules of gRPC, and by those of HTTP/2 for headers that are about one
+// connection or one body.
+func travels(key string, values []string) bool {
+	switch key {
+	case "", "connection", "content-length", "host", "http2-settings", "keep-alive", "proxy-connection", "trailer", "transfer-encoding", "upgrade":
+		return false
+	}
+	for i := range len(key) {
+		if c := key[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '.' && c != '-' && c != '_' {
+			return false
+		}
+	}
+	if strings.HasSuffix(key, "-bin") {
+		return true
+	}
+	for _, value := range values {
+		for i := range len(value) {
+			if value[i] < ' ' || value[i] > '~' {
+				return false
+			}
+		}
+	}
+	return true
+}
