@@ -50,8 +50,8 @@ type RetryPolicy struct {
 // work. One that is made for each call has a new budget each time, which never runs out.
 //
 // Each flow is ended before the wait for the next. A call that was rejected stays so when the client or its engine is
-// closed during the wait: it does not run because of a shutdown. The flow that was rejected is the last then, and has
-// ended already. When the context ends during a wait, the flow that is returned is
+// closed during the wait, and the wait ends at once: the call does not run because of a shutdown. The flow that was rejected is
+// the last then, and has ended already. When the context ends during a wait, the flow that is returned is
 // Canceled: onReject is not called, and the error matches the context's and its cause.
 func Retrying(client Starter, policy RetryPolicy) Starter {
 	client = starter(client)
@@ -108,7 +108,7 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 	var rejected *flowctl.Flow
 	for attempt := 1; ; attempt++ {
 		flow := r.client.Start(ctx, controlPoint, params)
-		if rejected != nil && flow.ShouldRun() && errors.Is(flow.Err(), flowctl.ErrClosed) {
+		if rejected != nil && errors.Is(flow.Err(), flowctl.ErrClosed) {
 			endUnused(ctx, flow)
 			return rejected
 		}
@@ -119,7 +119,11 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 		if !ok || !r.budget.withdraw() {
 			return flow
 		}
-		if !pause(ctx, flow, wait) {
+		switch pause(ctx, flow, wait) {
+		case pauseClosed:
+			r.budget.add(oneRetry)
+			return flow
+		case pauseCanceled:
 			r.budget.add(oneRetry)
 			// The next flow is Canceled, and says why as any other does. Nobody is asked about it.
 		}
@@ -173,16 +177,33 @@ func (r *retrier) shortOfTime(ctx context.Context, flow *flowctl.Flow) bool {
 	return ok && flow.Decision() == flowctl.Rejected && after > 0 && time.Until(deadline) <= after && (r.maxWait <= 0 || after <= r.maxWait)
 }
 
-// pause ends the flow and waits. The time that the end takes is part of the wait. It is false when ctx ends first.
-func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) bool {
+// How a pause ends.
+type pauseEnd uint8
+
+const (
+	pauseOver     pauseEnd = iota // its time has passed
+	pauseCanceled                 // the caller's context ended
+	pauseClosed                   // the client was closed, or its engine
+)
+
+// pause ends the flow and waits. The time that the end takes is part of the wait.
+func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) pauseEnd {
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	end(ctx, flow)
+	var client, agent <-chan struct{}
+	if info, ok := flowinfo.From(flow.Context()); ok {
+		client, agent = info.Closed()
+	}
 	select {
 	case <-timer.C:
-		return true
+		return pauseOver
 	case <-ctx.Done():
-		return false
+		return pauseCanceled
+	case <-client:
+		return pauseClosed
+	case <-agent:
+		return pauseClosed
 	}
 }
 

@@ -21,7 +21,12 @@ type agent Engine
 // Agent is for flowctl.New and package agent, which take an engine and call it.
 func (e *Engine) Agent() agentapi.Local { return (*agent)(e) }
 
+var _ agentapi.Closer = (*agent)(nil)
+
 func (a *agent) engine() *Engine { return (*Engine)(a) }
+
+// Closed returns a channel that is closed when the engine is. Calls that wait for a retry listen to it.
+func (a *agent) Closed() <-chan struct{} { return a.done }
 
 // Check asks the components of the flow's control point, which may have it wait. If the engine is closed meanwhile, the flow is
 // rejected. If it was closed before, the error is agentapi.ErrClosed. Otherwise an error is that of ctx.

@@ -72,7 +72,8 @@ type Client struct {
 	pauseLog     limitedLog
 	pausedLog    limitedLog
 	closed       atomic.Bool
-	runs         flight.Runs // of package headgate's cached functions
+	done         chan struct{} // is closed after that
+	runs         flight.Runs   // of package headgate's cached functions
 }
 
 // New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.
@@ -95,6 +96,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		baggageKeys:  cfg.baggageKeys,
 		dryRun:       cfg.dryRun,
 		logger:       cfg.logger,
+		done:         make(chan struct{}),
 	}
 	c.runs.Unstored = c.unstored
 	cfg.shared.DryRun = cfg.dryRun
@@ -167,8 +169,9 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		return Accepted, nil
 	case callerEnded(ctx, err):
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
-	case c.closed.Load(): // while we were asking
-		return Unreachable, &UnreachableError{f.req.ControlPoint, agentapi.ErrClosed}
+	case c.closed.Load() && c.remote != nil: // while we were asking: what limits held back must not run because of a shutdown
+		f.verdict.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Cause: agentapi.CauseClosed})
+		return Rejected, nil
 	default:
 		if !errors.Is(err, errBreakerOpen) && !refused(status.Code(err)) { // which are logged by themselves
 			c.silenceLog.warn(c.logger, "headgate: the agent did not decide about a flow",
@@ -323,11 +326,16 @@ func (c *Client) Ready(ctx context.Context) error {
 }
 
 // Close has flows from now on be Unreachable, sends what telemetry there is until ctx ends, and closes the connection
-// if Dial opened it. When ctx ends it cuts the connection and returns, with an error that matches the context's, if the
+// if Dial opened it. Flows that a remote agent is being asked about are Rejected by that, with [CauseClosed]: what waits in
+// its queue does not run because of a shutdown. An agent in this process goes on deciding about those that it was asked about. When ctx ends it cuts the connection and returns, with an error that matches the context's, if the
 // agent has kept it until then. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given
 // back afterwards. A second Close does nothing.
 func (c *Client) Close(ctx context.Context) error {
-	if c == nil || c.closed.Swap(true) || c.remote == nil {
+	if c == nil || c.closed.Swap(true) {
+		return nil
+	}
+	close(c.done)
+	if c.remote == nil {
 		return nil
 	}
 	err := c.remote.close(ctx)

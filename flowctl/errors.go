@@ -95,7 +95,7 @@ const (
 	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // as many flows wait as may
 	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the wait would have been longer than the flow had time
 	CauseTimeout      = RejectCause(agentapi.CauseTimeout)   // the flow waited for as long as it could
-	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine was closed while the flow waited
+	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine or the client was closed while the flow waited
 	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // a label's value is too long for the policy to go by
 )
 

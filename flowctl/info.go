@@ -24,6 +24,17 @@ func (f *flowInfo) Pauses() flowinfo.Pauses {
 	return (*pauses)(f.client)
 }
 
+// Closed tells when the flow's client and its agent are closed.
+func (f *flowInfo) Closed() (client, agent <-chan struct{}) {
+	if f.client == nil {
+		return nil, nil
+	}
+	if c, ok := f.client.agent.(agentapi.Closer); ok {
+		agent = c.Closed()
+	}
+	return f.client.done, agent
+}
+
 // EndUnused ends the flow as an error.
 func (f *flowInfo) EndUnused(ctx context.Context) {
 	flow := (*Flow)(f)

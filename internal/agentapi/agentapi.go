@@ -85,6 +85,11 @@ type Host interface {
 	Agent() Local
 }
 
+// A Closer is an agent that tells when it is closed.
+type Closer interface {
+	Closed() <-chan struct{}
+}
+
 // CacheKey names a cache entry: a result of one control point, or, where Global is set, an entry that all control
 // points share.
 type CacheKey struct {
@@ -123,7 +128,7 @@ const (
 	CauseQueueFull              // as many wait as may
 	CauseLongQueue              // the wait would have been longer than the flow had time
 	CauseTimeout                // it waited for as long as it could
-	CauseClosed                 // the engine was closed while the flow waited
+	CauseClosed                 // the engine or the client was closed while the flow waited
 	CauseLongLabel              // a label's value is too long for a component to go by
 	Causes                      // how many there are
 )
@@ -140,7 +145,7 @@ func (c Cause) String() string {
 	case CauseTimeout:
 		return "waited in vain"
 	case CauseClosed:
-		return "engine closed"
+		return "closed"
 	case CauseLongLabel:
 		return "label too long"
 	default:

@@ -19,6 +19,10 @@ type Info interface {
 	// Pauses shows the pauses of the flow's client; nil for a nil client.
 	Pauses() Pauses
 
+	// Closed gives channels that are closed when the flow's client is, and when its agent in this process is; nil for what
+	// is never closed.
+	Closed() (client, agent <-chan struct{})
+
 	// EndUnused ends a flow that was let in and did not run after all, as an error. It gives back what the flow was given,
 	// tokens too, as far as the agent can be told.
 	EndUnused(ctx context.Context)
