@@ -10,6 +10,7 @@ import (
 
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -140,13 +141,13 @@ func baggageOf(headers map[string]string) string {
 // than others read, these are the labels that somebody looks at, and no header.
 func carriedLabels(header string, named map[string]bool) (carried map[string]string, baggage string) {
 	if len(header) <= wire.MaxBaggage {
-		carried = wire.ReadBaggage(header)
+		carried = w3cbaggage.Read(header)
 		return carried, wire.Baggage(carried)
 	}
 	members := []byte(header)
 	labels := picked{named: named, escaped: bytes.IndexByte(members, '%') >= 0}
 	var keys []byte // that are escaped, as they are without
-	for m, rest := wire.NextMember(members, 0); rest > 0; m, rest = wire.NextMember(members, rest) {
+	for m, rest := w3cbaggage.NextMember(members, 0); rest > 0; m, rest = w3cbaggage.NextMember(members, rest) {
 		key, value := members[m.KeyFrom:m.KeyTo], members[m.ValueFrom:m.ValueTo]
 		if labels.escaped && bytes.IndexByte(key, '%') >= 0 {
 			if labels.finder != nil {
@@ -154,11 +155,11 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 			}
 			before := len(keys)
 			var ok bool
-			if keys, ok = wire.Unescape(keys, key); ok {
+			if keys, ok = w3cbaggage.Unescape(keys, key); ok {
 				key = keys[before:len(keys):len(keys)]
 			}
 		}
-		if !labels.escaped || wire.Unescapes(value) {
+		if !labels.escaped || w3cbaggage.Unescapes(value) {
 			labels.add(key, value)
 		}
 	}

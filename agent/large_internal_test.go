@@ -17,6 +17,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -242,7 +243,7 @@ func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
 					t.Fatalf("headers, ok %v want %v (-of few +of many):\n%s", gotOK, ok, diff)
 				}
 				carried, _ := carriedLabels(text([]byte(header.String())), named)
-				if diff := cmp.Diff(onlyNamed(wire.ReadBaggage(text([]byte(few.String()))), named), onlyNamed(carried, named)); diff != "" {
+				if diff := cmp.Diff(onlyNamed(w3cbaggage.Read(text([]byte(few.String()))), named), onlyNamed(carried, named)); diff != "" {
 					t.Fatalf("baggage %q (-of few +of many):\n%s", few.String(), diff)
 				}
 			}
@@ -265,8 +266,8 @@ func FuzzUnescape(f *testing.F) {
 	f.Add("%zz+%2B%c3%bc")
 	f.Fuzz(func(t *testing.T, s string) {
 		want, err := url.PathUnescape(s)
-		got, ok := wire.Unescape([]byte("x"), s)
-		if ok != (err == nil) || string(got) != "x"+want || wire.Unescapes([]byte(s)) != ok {
+		got, ok := w3cbaggage.Unescape([]byte("x"), s)
+		if ok != (err == nil) || string(got) != "x"+want || w3cbaggage.Unescapes([]byte(s)) != ok {
 			t.Errorf("%q becomes %q, %v want %q, %v", s, got, ok, want, err)
 		}
 	})

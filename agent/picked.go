@@ -6,6 +6,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -143,7 +144,7 @@ func (p *picked) plain(value []byte, enough int) []byte {
 			value = value[:i]
 		}
 	}
-	plain, _ := wire.Unescape(nil, value)
+	plain, _ := w3cbaggage.Unescape(nil, value)
 	return plain
 }
 

@@ -46,14 +46,15 @@ type boundedCodec struct {
 }
 
 func (c boundedCodec) Unmarshal(data mem.BufferSlice, v any) error {
-	if err := checkBounds(data, v); err != nil {
+	if err := checkBounds(data, v, 0); err != nil {
 		return err
 	}
 	return c.CodecV2.Unmarshal(data, v)
 }
 
-// decode is how the remote's checks are decoded: the answers may be large. It fails if ctx has ended.
-func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any) error {
+// decode is how the remote's checks are decoded: the answers may be large, and have elements that repeat the question. It
+// fails if ctx has ended.
+func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any, repeated int) error {
 	if size := int64(data.Len()); size >= largeAnswer {
 		defer r.decoding.Add(-size)
 		if r.decoding.Add(size) > maxDecoding {
@@ -63,19 +64,22 @@ func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any) error 
 			return errLate
 		}
 	}
-	return r.codec.Unmarshal(data, v)
+	if err := checkBounds(data, v, repeated); err != nil {
+		return err
+	}
+	return r.codec.CodecV2.Unmarshal(data, v)
 }
 
 // checkBounds reports whether an answer has more in it than any agent has reason to send. The answers to most
-// questions are too small for that, and are not looked at.
-func checkBounds(data mem.BufferSlice, v any) error {
+// questions are too small for that, and are not looked at. So many elements repeat the question.
+func checkBounds(data mem.BufferSlice, v any, repeated int) error {
 	m, ok := v.(proto.Message)
 	if !ok || data.Len() < 2*maxUnknown {
 		return nil
 	}
 	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer buf.Free()
-	var n counted
+	n := counted{elements: -repeated}
 	return n.add(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting)
 }
 

@@ -18,6 +18,7 @@ import (
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
+	"github.com/headgate-go/headgate/labels"
 )
 
 // A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
@@ -37,10 +38,11 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
-	ctx   context.Context // of the call
-	codec grpc.ForceCodecV2CallOption
-	limit grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
-	room  [6]grpc.CallOption
+	ctx      context.Context // of the call
+	codec    grpc.ForceCodecV2CallOption
+	repeated int                           // elements that the answer may repeat of the question
+	limit    grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
+	room     [6]grpc.CallOption
 }
 
 var (
@@ -124,6 +126,9 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 		if req.Lookup() == nil {
 			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // which telemetry wants to see, keys twice
 		}
+		if n := len(m.GetLabels()); n > labels.MaxLabels { // maxElements has room for that many
+			c.repeated = 2 * n
+		}
 		return clipError(c.remote.conn.Invoke(c.ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
 	}
 	m := wire.HTTPRequest(req)
@@ -203,7 +208,7 @@ func (c *check) record() ([]byte, error) {
 func (c *check) Marshal(v any) (mem.BufferSlice, error) { return c.remote.codec.Marshal(v) }
 
 func (c *check) Unmarshal(data mem.BufferSlice, v any) error {
-	err := c.remote.decode(c.ctx, data, v)
+	err := c.remote.decode(c.ctx, data, v, c.repeated)
 	if err == nil && c.remote.exporter != nil && c.http == nil && c.limit.MaxRecvMsgSize > 0 {
 		c.raw = data.Materialize()
 	}

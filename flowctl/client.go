@@ -32,9 +32,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"reflect"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -71,6 +69,7 @@ type Client struct {
 	unstoredLog  limitedLog
 	pauseLog     limitedLog
 	pausedLog    limitedLog
+	labelLog     limitedLog
 	closed       atomic.Bool
 	done         chan struct{} // is closed after that
 	runs         flight.Runs   // of package headgate's cached functions
@@ -223,7 +222,7 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
 	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
 		req.Labels.Shared = c.shared
-		return fit(&req.Labels)
+		return c.fit(&req.Labels)
 	}
 	own := req.Labels.Shared
 	if own == nil {
@@ -241,48 +240,13 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	if c.baggage {
 		own.Baggage = labels.FromBaggage(ctx, c.baggageKeys...)
 	}
-	return fit(&req.Labels)
+	return c.fit(&req.Labels)
 }
 
 // looking is what a flow with cache keys does not share. It is one object.
 type looking struct {
 	agentapi.Shared
 	lookup agentapi.Lookup
-}
-
-// fit makes the labels as few as a flow may have. Too many explicit ones are an error; the others give way, those of
-// peers first. An agent's rule for labels beyond what it reports is another one, see package wire: it knows what policies
-// name, and not where a label came from.
-func fit(l *agentapi.Labels) error {
-	n := len(l.Params) + len(l.Context)
-	if l.Shared != nil {
-		n += len(l.Shared.Baggage) + len(l.Shared.Transport) + len(l.Shared.Defaults)
-	}
-	if n <= labels.MaxLabels {
-		return nil
-	}
-	kept := maps.Clone(l.Context)
-	if kept == nil {
-		kept = make(map[string]string, len(l.Params))
-	}
-	maps.Copy(kept, l.Params)
-	if len(kept) > labels.MaxLabels {
-		return tooManyLabels(len(kept))
-	}
-	if l.Shared != nil {
-		for _, layer := range []map[string]string{l.Shared.Defaults, l.Shared.Baggage, l.Shared.Transport} {
-			for _, key := range slices.Sorted(maps.Keys(layer)) {
-				if _, known := kept[key]; !known && len(kept) == labels.MaxLabels {
-					break
-				}
-				// The layers come here in the order in which they are given up, which is not their precedence.
-				kept[key], _ = l.Lookup(key)
-			}
-		}
-		l.Shared = &agentapi.Shared{Options: l.Shared.Options}
-	}
-	l.Params, l.Context = kept, nil
-	return nil
 }
 
 // end is Flow.End, once. An unused flow did not run although it was let in.

@@ -10,9 +10,8 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"go.opentelemetry.io/otel/baggage"
-
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -33,8 +32,8 @@ type HTTPRequest struct {
 	Size int64
 
 	// Headers are what the agent may see, by names in lower case, repeated values joined with ",". Those that carry
-	// credentials are never sent, see package labels. Of more than 64 those with the smallest names are: send what
-	// policies need, because otherwise a peer can send so many that others are left out. A header baggage is a peer's word on
+	// credentials are never sent, see package labels. Of more than 1 MiB the smallest are: send what
+	// policies need. A header baggage is a peer's word on
 	// labels, which counts for clients with [WithBaggage].
 	Headers map[string]string
 
@@ -91,12 +90,15 @@ var errHTTPCache = errors.New("the parameters have both an HTTP request and cach
 // labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
 // before those.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
-	r := of.bounded()
+	r, lost := of.bounded()
 	l.Shared.HTTP = r
 	if c.baggage {
 		l.Shared.Baggage = c.httpBaggage(ctx, r.Own)
 	}
-	carried, err := labelsHeader(l)
+	carried, left, err := labelsHeader(l)
+	if left += lost; left > 0 {
+		c.labelLog.warn(c.logger, "headgate: labels were left out of a flow", "left_out", left)
+	}
 	if carried != "" {
 		r.Headers[wire.HeaderBaggage] = carried
 	}
@@ -106,39 +108,55 @@ func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPReque
 // httpBaggage is the labels in the context's baggage and in that which the request brought, in case nobody has put it
 // into the context.
 func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string {
-	known := labels.FromBaggage(ctx, c.baggageKeys...)
-	bag, _ := baggage.Parse(own) // what is good of it
-	m := labels.FromBaggage(baggage.ContextWithBaggage(ctx, bag), c.baggageKeys...)
-	if m == nil {
-		return known
+	if own != "" {
+		ctx = w3cbaggage.With(ctx, own)
 	}
-	maps.Copy(m, known)
-	return m
+	return labels.FromBaggage(ctx, c.baggageKeys...)
 }
 
-// labelsHeader is the flow's labels as a header. Explicit ones that do not fit are an error; the others give way, those
-// of peers first.
-func labelsHeader(l *agentapi.Labels) (string, error) {
-	var problem error
-	for _, others := range []agentapi.Layers{l.Shared.Layers, {Defaults: l.Shared.Defaults}, {}} {
-		kept := agentapi.Labels{Params: l.Params, Context: l.Context, Shared: &agentapi.Shared{Layers: others}}
-		m := kept.Merged()
-		if len(m) > labels.MaxLabels {
-			problem = tooManyLabels(len(m))
-			continue
-		}
-		h := wire.Baggage(m)
-		if len(h) <= wire.MaxBaggage {
-			return h, nil
-		}
-		problem = fmt.Errorf("the labels make a header of %d bytes for the check of an HTTP request, more than %d", len(h), wire.MaxBaggage)
+// labelsHeader is the flow's labels as a header, and how many were left out of it. Explicit ones that do not fit are an error;
+// the others give way, the largest first, and those of peers before defaults.
+func labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
+	explicit := agentapi.Labels{Params: l.Params, Context: l.Context}
+	kept := maps.Clone(explicit.Merged())
+	if len(kept) > labels.MaxLabels {
+		return "", 0, tooManyLabels(len(kept))
 	}
-	return "", problem
+	size := len(wire.Baggage(kept))
+	if size > wire.MaxBaggage {
+		return "", 0, fmt.Errorf("the labels make a header of %d bytes for the check of an HTTP request, more than %d", size, wire.MaxBaggage)
+	}
+	if kept == nil {
+		kept = make(map[string]string)
+	}
+	const comma = len(",") // after each member, and so one too many
+	if size > 0 {
+		size += comma
+	}
+	for _, layer := range []map[string]string{l.Shared.Defaults, l.Shared.Baggage} {
+		keys := bySize(layer)
+		slices.Reverse(keys)
+		for _, key := range keys {
+			// The layers come here in the order in which they are given up, which is not their precedence.
+			value, _ := l.Lookup(key)
+			if _, known := kept[key]; known {
+				continue
+			}
+			member := len(wire.Baggage(map[string]string{key: value})) + comma
+			if size+member > wire.MaxBaggage+comma {
+				left++
+				continue
+			}
+			size += member
+			kept[key] = value
+		}
+	}
+	return wire.Baggage(kept), left, nil
 }
 
-// bounded is the request as an agent takes it.
-func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
-	b := &agentapi.HTTPRequest{
+// bounded is the request as an agent takes it, and how many headers were left out because they are too large together.
+func (r *HTTPRequest) bounded() (b *agentapi.HTTPRequest, left int) {
+	b = &agentapi.HTTPRequest{
 		Method:      boundedText(r.Method),
 		Path:        boundedText(r.Path),
 		Host:        boundedText(r.Host),
@@ -161,12 +179,13 @@ func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
 		switch {
 		case key == wire.HeaderBaggage:
 			b.Own = r.Headers[name] // a peer's labels, which must not replace the application's: that is bug A18
-		case len(b.Headers) == labels.MaxLabels, key == "", len(key) > labels.MaxKeyLen, !utf8.ValidString(key), labels.IsCredential(key):
+		case key == "", len(key) > labels.MaxKeyLen, !utf8.ValidString(key), labels.IsCredential(key):
 		default:
 			b.Headers[key] = boundedText(r.Headers[name])
 		}
 	}
-	return b
+	b.Headers, left = shed(b.Headers, maxPeerLabels)
+	return b, left
 }
 
 // boundedText makes a text of a peer's fit what labels may be.

@@ -99,9 +99,9 @@ func TestCheckHTTPRequest(t *testing.T) {
 			}},
 		},
 		{
-			name:    "too many headers",
+			name:    "many headers",
 			request: &flowctl.HTTPRequest{Headers: many("k", 90)},
-			want:    &checkhttpv1.CheckHTTPRequest{Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: many("k", 64)}},
+			want:    &checkhttpv1.CheckHTTPRequest{Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: many("k", 90)}},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -201,9 +201,10 @@ func TestHTTPLabelsBounds(t *testing.T) {
 	}{
 		{name: "all fit", defaults: map[string]string{"d": "1"}, baggage: "b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1", "d": "1"}},
 		{name: "baggage gives way", defaults: map[string]string{"d": "1"}, baggage: "b=" + value, explicit: large, want: map[string]string{"l1": value, "l2": value, "d": "1"}},
-		{name: "defaults give way", defaults: map[string]string{"d": value}, baggage: "b=1", explicit: large, want: large},
+		{name: "defaults give way", defaults: map[string]string{"d": value}, baggage: "b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1"}},
 		{name: "explicit ones do not", explicit: huge},
-		{name: "most", baggage: "b=1", explicit: many("k", 64), want: many("k", 64)},
+		{name: "the largest of baggage gives way", baggage: "a=" + value + ",b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1"}},
+		{name: "most", explicit: many("k", 64), want: many("k", 64)},
 		{name: "too many", explicit: many("k", 65)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

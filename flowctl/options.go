@@ -267,7 +267,8 @@ func WithLabels(m map[string]string) Option {
 }
 
 // WithBaggage makes members of the context's OpenTelemetry baggage labels: those with the given keys, or all when none
-// is given. For a flow with Params.HTTP, those of the request's baggage header are too that the context does not have.
+// is given. Name them where peers send baggage: members that are named are found behind any number of others, and others
+// cost nothing. For a flow with Params.HTTP, those of the request's baggage header are too that the context does not have.
 // Without this option none is.
 func WithBaggage(keys ...string) Option {
 	keys = slices.Clone(keys)

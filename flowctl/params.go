@@ -44,7 +44,7 @@ type Params struct {
 	// HTTP describes the HTTP request that the flow is about, for agents whose policies classify requests: a remote
 	// agent is then asked by CheckHTTP instead of Check, and makes labels of the request, in place of those of the
 	// transport layer. The flow's other labels override these; they travel in a header of at most 8192 bytes, from
-	// which defaults and baggage are dropped first if all do not fit. What the agent wants done with the request is in
+	// which labels of baggage are left out if all do not fit, the largest first, and then defaults. What the agent wants done with the request is in
 	// [Flow.HTTPAnswer]. CheckHTTP cannot look up caches: with a cache key the flow is Invalid. An engine ignores HTTP.
 	// Nil: the flow is about no request.
 	HTTP *HTTPRequest

@@ -14,7 +14,6 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/status"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
@@ -29,7 +28,7 @@ type remote struct {
 	links       *connections      // those of dialled; nil: they are another's
 	calls       []grpc.CallOption // of every call
 	bounded     []grpc.CallOption // of calls that are no checks
-	codec       encoding.CodecV2
+	codec       boundedCodec
 	decoding    atomic.Int64  // bytes of large answers that are being decoded
 	timeout     time.Duration // of calls that no check timeout bounds
 	breaker     *breaker

@@ -84,19 +84,19 @@ func (l *layers) fail(err error) {
 
 // WithTransport returns a context whose flows have the labels in m, which come from a peer: everything but client
 // defaults wins over them. A later call wins over an earlier one for each key. Labels beyond the limits are repaired
-// or dropped, never an error: bad keys go, values become valid UTF-8 and are cut, and of more than [MaxLabels] those
-// with the smallest keys stay. The map must not change any more: it is the context's, unless there was something to
+// or dropped, never an error: bad keys go, and values become valid UTF-8 and are cut. They may be more than [MaxLabels], so
+// that no label of a peer pushes out another's. The map must not change any more: it is the context's, unless there was something to
 // repair.
 func WithTransport(ctx context.Context, m map[string]string) context.Context {
 	if len(m) == 0 {
 		return ctx
 	}
 	next := layersOf(ctx)
-	if next.transport != nil || Check(m) != nil {
+	if next.transport != nil || !inOrder(m) {
 		transport := make(map[string]string, len(next.transport)+len(m))
 		maps.Copy(transport, next.transport)
 		maps.Copy(transport, m)
-		m = Repair(transport)
+		m = repair(transport)
 	}
 	next.transport = m
 	return &labelled{ctx, next}

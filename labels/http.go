@@ -39,7 +39,7 @@ func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request
 				m[key] = value
 			}
 		}
-		next.transport = Repair(m)
+		next.transport = repair(m)
 		return &labelled{ctx, next}
 	}
 }
@@ -78,7 +78,7 @@ func fromRequest(r *http.Request, headers []header) map[string]string {
 			m[h.key] = strings.Join(values, ",")
 		}
 	}
-	return Repair(m)
+	return repair(m)
 }
 
 // outgoing tells requests that will be sent from those that a server received: only the latter have a RequestURI.

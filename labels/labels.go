@@ -11,6 +11,9 @@
 //	4 labels.With       With                                         the application  the flow is Invalid
 //	5 Params.Labels     whoever starts the flow                      the application  the flow is Invalid
 //
+// There is no limit on the number of labels that come from peers: one that a gateway adds counts, however many a stranger
+// sends. A flow carries 1 MiB of them, see package flowctl.
+//
 // So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
 // that decides what a caller is allowed belongs in layer 4 or 5.
 //
@@ -41,7 +44,7 @@ import (
 
 // What a flow may carry. Keys are not empty; keys and values are valid UTF-8.
 const (
-	MaxLabels   = 64   // Labels of one flow.
+	MaxLabels   = 64   // Labels that the application sets for one flow: layers 4 and 5; layer 1 has as many.
 	MaxKeyLen   = 255  // Bytes of a key.
 	MaxValueLen = 4096 // Bytes of a value, which may be empty.
 )
@@ -112,21 +115,37 @@ func (e *keyError) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("problem", e.problem), slog.String("label_key", e.key))
 }
 
-// Repair makes labels that a peer controls fit the limits, in place: it drops those with a bad key, replaces what is
-// not UTF-8 in values and cuts them, and keeps the MaxLabels smallest keys. It returns m, or nil when nothing is left.
-// The labels of the package's own functions have been repaired.
+// Repair makes labels that a peer controls fit the limits of those that the application sets, in place: it drops those
+// with a bad key, replaces what is not UTF-8 in values and cuts them, and keeps the MaxLabels smallest keys. It returns m,
+// or nil when nothing is left. The labels of the package's own functions have been repaired, but may be more.
 func Repair(m map[string]string) map[string]string {
+	m = repair(m)
+	if len(m) > MaxLabels {
+		for _, key := range slices.Sorted(maps.Keys(m))[MaxLabels:] {
+			delete(m, key)
+		}
+	}
+	return m
+}
+
+// inOrder reports whether there is nothing to repair.
+func inOrder(m map[string]string) bool {
+	for key, value := range m {
+		if checkLabel(key, value) != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// repair is Repair for any number of labels.
+func repair(m map[string]string) map[string]string {
 	for key, value := range m {
 		switch err := checkLabel(key, ""); {
 		case err != nil:
 			delete(m, key)
 		case len(value) > MaxValueLen || !utf8.ValidString(value):
 			m[key] = cut(strings.ToValidUTF8(value, "\uFFFD"), MaxValueLen)
-		}
-	}
-	if len(m) > MaxLabels {
-		for _, key := range slices.Sorted(maps.Keys(m))[MaxLabels:] {
-			delete(m, key)
 		}
 	}
 	if len(m) == 0 {

@@ -18,5 +18,5 @@ func FromMetadata(md metadata.MD, keys ...string) map[string]string {
 			m[key] = strings.Join(values, ",")
 		}
 	}
-	return Repair(m)
+	return repair(m)
 }

@@ -34,6 +34,7 @@ import (
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/telemetry"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -333,7 +334,7 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 	carried := req.GetRequest().GetHeaders()[wire.HeaderBaggage]
 	same := &checkv1.CheckRequest{
 		ControlPoint: req.GetControlPoint(),
-		Labels:       wire.ReadBaggage(carried),
+		Labels:       w3cbaggage.Read(carried),
 		RampMode:     req.GetRampMode(),
 		ExpectEnd:    req.GetExpectEnd(),
 		DryRun:       req.GetDryRun(),

@@ -11,6 +11,7 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flowinfo"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 )
 
 // A Guard says which calls become flows, and how the flows start. C is what an adaptor knows of a call. A Guard is made by
@@ -72,11 +73,19 @@ func (g *Guard[C]) ParamsOf(ctx context.Context, call C) flowctl.Params {
 }
 
 // WithBaggage gives ctx the baggage that a call brought in headers of that name, unless the application has seen to that.
+// What is more than OpenTelemetry reads is there for package labels.
 func WithBaggage(ctx context.Context, headers []string) context.Context {
-	if len(headers) == 0 || baggage.FromContext(ctx).Len() > 0 {
+	if len(headers) == 0 {
 		return ctx
 	}
-	bag, _ := baggage.Parse(strings.Join(headers, ",")) // which keeps the good members of a bad header
+	header := strings.Join(headers, ",")
+	if len(headers) > 1 || w3cbaggage.Exceeds(header) {
+		ctx = w3cbaggage.With(ctx, header)
+	}
+	if baggage.FromContext(ctx).Len() > 0 {
+		return ctx
+	}
+	bag, _ := baggage.Parse(header) // which keeps the good members of a bad header
 	if bag.Len() == 0 {
 		return ctx
 	}

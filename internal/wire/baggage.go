@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bytes"
 	"maps"
 	"net/url"
 	"slices"
@@ -15,7 +14,7 @@ const HeaderBaggage = "baggage"
 const MaxBaggage = 8192
 
 // Baggage is the labels as a W3C baggage header; "" for none. Keys that a header cannot hold are escaped as values are,
-// which the W3C does not know: others than [ReadBaggage] see them escaped.
+// which the W3C does not know: others than package w3cbaggage see them escaped.
 func Baggage(labels map[string]string) string {
 	var b strings.Builder
 	for i, key := range slices.Sorted(maps.Keys(labels)) {
@@ -32,133 +31,6 @@ func Baggage(labels map[string]string) string {
 // escapeKey leaves of what url.PathEscape leaves just what a token may hold.
 func escapeKey(key string) string {
 	return strings.NewReplacer("=", "%3D", ":", "%3A", "@", "%40").Replace(url.PathEscape(key))
-}
-
-// ReadBaggage is the labels of a W3C baggage header, of any length and with any number of members: who adds members must
-// not hide those of others. Members that are none are left out. Of several with one key the last one counts.
-func ReadBaggage(header string) map[string]string {
-	labels := make(map[string]string)
-	for m, rest := NextMember(header, 0); rest > 0; m, rest = NextMember(header, rest) {
-		value, ok := unescape(header[m.ValueFrom:m.ValueTo])
-		if !ok {
-			continue
-		}
-		written := header[m.KeyFrom:m.KeyTo]
-		key, ok := unescape(written)
-		if !ok {
-			key = written
-		}
-		labels[strings.ToValidUTF8(key, "\uFFFD")] = strings.ToValidUTF8(value, "\uFFFD")
-	}
-	return labels
-}
-
-func unescape(s string) (plain string, ok bool) {
-	if !strings.Contains(s, "%") {
-		return s, true
-	}
-	b, ok := Unescape(nil, s)
-	return string(b), ok
-}
-
-// A Member is where the key and the value of a member are in a baggage header, as they are written, without blanks.
-type Member struct{ KeyFrom, KeyTo, ValueFrom, ValueTo int }
-
-// NextMember finds the first member that has a key, from a place in the header on. The rest of the header is where it
-// says, or there is none, and it says -1. A header can have a million members, so the answer fits into registers.
-func NextMember[T string | []byte](header T, from int) (m Member, rest int) {
-	for i := from; i < len(header); i++ {
-		switch header[i] {
-		case ',':
-			from = i + 1
-		case ';': // properties
-			for i+1 < len(header) && header[i+1] != ',' {
-				i++
-			}
-		case '=':
-			end := i + 1
-			for end < len(header) && header[end] != ',' && header[end] != ';' {
-				end++
-			}
-			m.KeyFrom, m.KeyTo = trimBlanks(header, from, i)
-			m.ValueFrom, m.ValueTo = trimBlanks(header, i+1, end)
-			for end < len(header) && header[end] != ',' {
-				end++
-			}
-			if m.KeyFrom < m.KeyTo {
-				return m, end + 1
-			}
-			from, i = end+1, end
-		}
-	}
-	return Member{}, -1
-}
-
-// trimBlanks leaves out what strings.Trim(s[from:to], " \t") does.
-func trimBlanks[T string | []byte](s T, from, to int) (trimmedFrom, trimmedTo int) {
-	for from < to && (s[from] == ' ' || s[from] == '\t') {
-		from++
-	}
-	for from < to && (s[to-1] == ' ' || s[to-1] == '\t') {
-		to--
-	}
-	return from, to
-}
-
-// Unescape appends a key or value of a member to a text, as url.PathUnescape reads it. It is not ok, and appends nothing,
-// where an escape is none.
-func Unescape[T string | []byte](to []byte, escaped T) (plain []byte, ok bool) {
-	before := len(to)
-	for i := 0; i < len(escaped); i++ {
-		b := escaped[i]
-		if b == '%' {
-			if len(escaped)-i < 3 {
-				return to[:before], false
-			}
-			high, ok1 := hex(escaped[i+1])
-			low, ok2 := hex(escaped[i+2])
-			if !ok1 || !ok2 {
-				return to[:before], false
-			}
-			b = high<<4 | low
-			i += 2
-		}
-		to = append(to, b)
-	}
-	return to, true
-}
-
-// Unescapes reports whether [Unescape] is ok.
-func Unescapes(escaped []byte) bool {
-	for {
-		i := bytes.IndexByte(escaped, '%')
-		if i < 0 {
-			return true
-		}
-		// Escapes follow each other where there are many.
-		for ; i < len(escaped) && escaped[i] == '%'; i += 3 {
-			if len(escaped)-i < 3 {
-				return false
-			}
-			if _, ok := hex(escaped[i+1]); !ok {
-				return false
-			}
-			if _, ok := hex(escaped[i+2]); !ok {
-				return false
-			}
-		}
-		escaped = escaped[i:]
-	}
-}
-
-func hex(b byte) (digit byte, ok bool) {
-	switch {
-	case b >= '0' && b <= '9':
-		return b - '0', true
-	case b|0x20 >= 'a' && b|0x20 <= 'f':
-		return b | 0x20 - 'a' + 10, true
-	}
-	return 0, false
 }
 
 // addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as

@@ -8,6 +8,7 @@ import (
 
 	"go.opentelemetry.io/otel/baggage"
 
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -32,7 +33,7 @@ func TestBaggage(t *testing.T) {
 			if got != tt.want {
 				t.Errorf("Baggage(%v) = %q want %q", tt.labels, got, tt.want)
 			}
-			if back := wire.ReadBaggage(got); !maps.Equal(back, tt.labels) {
+			if back := w3cbaggage.Read(got); !maps.Equal(back, tt.labels) {
 				t.Errorf("ReadBaggage(%q) = %v want %v", got, back, tt.labels)
 			}
 			if _, err := baggage.Parse(got); err != nil {
@@ -55,7 +56,7 @@ func TestReadBaggage(t *testing.T) {
 		{"not UTF-8", "a=%ff", map[string]string{"a": "\uFFFD"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := wire.ReadBaggage(tt.header); !maps.Equal(got, tt.want) {
+			if got := w3cbaggage.Read(tt.header); !maps.Equal(got, tt.want) {
 				t.Errorf("ReadBaggage() = %v want %v", got, tt.want)
 			}
 		})
@@ -78,7 +79,7 @@ func FuzzBaggage(f *testing.F) {
 		if len(header) > wire.MaxBaggage {
 			return
 		}
-		if got := wire.ReadBaggage(header); !maps.Equal(got, want) {
+		if got := w3cbaggage.Read(header); !maps.Equal(got, want) {
 			t.Errorf("%q comes to %v want %v", header, got, want)
 		}
 	})
