@@ -82,7 +82,11 @@ func TestJunkHidesNoLabel(t *testing.T) {
 							if !grpcCall || checkHTTP {
 								return
 							}
-							if err := side.Engine.Reset("test", "root.0", "acme"); err != nil {
+							limiter, err := side.Engine.Component("test", "rate_limiter.0")
+							if err == nil {
+								err = limiter.Reset("acme")
+							}
+							if err != nil {
 								t.Fatal(err)
 							}
 							g := grpcguard.UnaryServerInterceptor(side.Client, "point", grpcguard.WithMetadata(tenant))

@@ -51,6 +51,7 @@ type Reverter interface {
 type Local interface {
 	Agent
 	Reverter
+	Closer
 
 	// EndSlot gives back a slot by the names that it has over the wire, as nobody keeps the flow. It reports whether the
 	// agent knows the limiter, and whether the slot was still taken.
