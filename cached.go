@@ -60,7 +60,8 @@ const defaultLastGood = 256
 //
 // A run does not belong to the call that began it. It has the values of that call's context, but neither its cancellation
 // nor its deadline, and it is canceled when the last call that waits for it has given up. A call that gives up returns
-// its context's error. The run's flow ends with the run.
+// its context's error. The run's flow ends with the run. A call whose context has ended before it begins is a call of
+// [Guard]: it runs in a dry run and without a client.
 //
 // A call from within a run waits only for runs that were begun inside that run, so that runs never wait for each other.
 // Where any other run is under way for its key, it begins a run of its own. One inner key may therefore run once in each
@@ -200,7 +201,7 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 			return given(c.kept.in(ctx, key), err)
 		}
 	}
-	if key == "" {
+	if key == "" || ctx.Err() != nil { // it could not wait for a run; a dry run runs it all the same
 		return guarded(ctx, c.client, c.controlPoint, *params, fn, onReject)
 	}
 	for {
