@@ -31,7 +31,7 @@ type PausedError struct {
 	flowctl.RejectedError
 
 	// Host is the host and port of the upstream, as in the request's URL. The error's text does not show it.
-	Host string
+	Host string `json:"-"`
 }
 
 func newPausedError(controlPoint, host string, status int, left time.Duration) *PausedError {
