@@ -10,6 +10,7 @@ import (
 	"go.opentelemetry.io/otel/baggage"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/flowinfo"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -17,6 +18,7 @@ import (
 // gets the request's method, path, host, scheme, protocol, size and addresses, and the headers of [WithHeaders]. What it
 // answers is done: the headers that it adds to an accepted request are set in the one that the handler gets, and a
 // rejected request is answered with its status, headers and body. Its body gives way to [WithOnReject].
+// In a client's dry run nothing of that is done.
 //
 // A result cache or global cache cannot be looked up this way: the flow of Params with a cache key is Invalid. An
 // embedded engine, which makes the same labels of a request by itself, is asked as always.
@@ -51,9 +53,11 @@ func (g *guard) describe(r *http.Request) *flowctl.HTTPRequest {
 	return h
 }
 
-// obey sets the headers that the agent wants the handler to see, in the handler's request alone. In a dry run a rejected
-// request comes here too, and what the agent says then is for its answer.
+// obey sets the headers that the agent wants the handler to see, in the handler's request alone. A dry run adds nothing.
 func (w *response) obey() {
+	if info, ok := flowinfo.From(w.flow.Context()); ok && info.DryRun() {
+		return
+	}
 	if answer, ok := w.flow.HTTPAnswer(); ok && w.flow.Decision() == flowctl.Accepted && len(answer.Header) > 0 {
 		w.request.Header, w.obeyed = w.request.Header.Clone(), true
 		setHeaders(w.request.Header, answer.Header)
