@@ -38,6 +38,8 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
+	late bool // the caller's context had ended: the answer only tells what to give back
+
 	ctx      context.Context // of the call
 	codec    grpc.ForceCodecV2CallOption
 	repeated int                           // elements that the answer may repeat of the question
@@ -57,13 +59,9 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	if !r.breaker.admit(start) {
 		return errBreakerOpen
 	}
-	call := ctx
-	if req.Timeout > 0 {
-		var cancel context.CancelFunc
-		call, cancel = context.WithTimeout(ctx, req.Timeout)
-		defer cancel()
-	}
 	c := &check{remote: r, start: start, seen: seen}
+	call, release := outlast(ctx, req.Timeout)
+	defer release()
 	err := c.ask(call, req)
 	c.returned = time.Now()
 	if err != nil {
@@ -73,6 +71,10 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	r.answered()
 	c.Remote = c
 	v.Start, v.Details = start.UnixNano(), &c.VerdictDetails
+	if err := ctx.Err(); err != nil {
+		c.late = true
+		return err
+	}
 	if c.http != nil {
 		wire.ReadHTTP(req, c.http, v)
 	} else {
@@ -87,6 +89,45 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 	return nil
 }
+
+// abandonAfter is how long a check whose caller's context has ended goes on, for the answer to arrive: only the answer names
+// the slots that the flow holds if the agent has admitted it. Then the call is canceled, and the flow leaves the agent's
+// queues. It is the default check timeout because a check with that ends in the agent first: a call that is canceled
+// earlier can lose the answer to a flow that leaves a queue at that moment.
+const abandonAfter = defaultCheckTimeout
+
+// outlast makes the context of a call for a caller. It ends abandonAfter later than the caller's, and at the latest after
+// the timeout, if that is positive. The agent is told the caller's deadline. The function frees what the context has.
+func outlast(caller context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	limit := func(ctx context.Context) (context.Context, context.CancelFunc) {
+		if timeout > 0 {
+			return context.WithTimeout(ctx, timeout)
+		}
+		return context.WithCancel(ctx)
+	}
+	if caller.Done() == nil {
+		return limit(caller)
+	}
+	call, cancel := limit(context.WithoutCancel(caller))
+	stop := context.AfterFunc(caller, func() { time.AfterFunc(abandonAfter, cancel) })
+	if deadline, ok := caller.Deadline(); ok {
+		if own, ok := call.Deadline(); !ok || deadline.Before(own) {
+			call = &toldContext{call, deadline}
+		}
+	}
+	return call, func() {
+		stop()
+		cancel()
+	}
+}
+
+// A toldContext has a deadline that is for the agent alone.
+type toldContext struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c *toldContext) Deadline() (time.Time, bool) { return c.deadline, true }
 
 // lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
 func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {

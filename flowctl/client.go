@@ -23,8 +23,10 @@
 //
 // With [WithDryRun] every flow runs, and with a nil client. The decision of a dry run is what it would have been.
 //
-// A check that timed out, or whose caller gave up, may have been admitted by the agent all the same; what it took there
-// comes back when the agent's own limit on the age of flows has passed.
+// A remote agent may have admitted the flow of a check when the caller's context ends. So the check goes on for up to 200 ms, and
+// no longer than its timeout. Start returns then, or earlier when the answer is in. The flow is Canceled, and ending it gives
+// back the slots that it holds. What a check took whose answer came later still, or after the check timeout, comes back when
+// the agent's own limit on the age of flows has passed.
 package flowctl
 
 import (
@@ -118,7 +120,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 }
 
 // Start asks the agent about a flow and returns it, decided. It waits for the answer, at the longest for the check
-// timeout. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
+// timeout. A remote agent's answer is waited for up to 200 ms after ctx has ended. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
 // [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
 	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
@@ -256,7 +258,7 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 		ctx = c.observer.ending(ctx, f)
 		defer c.observer.end(f, s)
 	}
-	if !f.Success() {
+	if !f.Success() && !f.holds() {
 		return EndResponse{}, nil
 	}
 	if unused {

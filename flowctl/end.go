@@ -19,7 +19,7 @@ func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Ver
 // End is the remote's, for the flow that it answered by this check.
 func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	r := c.remote
-	if r.exporter != nil {
+	if r.exporter != nil && !c.late { // what was not let in is no work to report
 		r.exporter.record(c, failed, req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())

@@ -325,10 +325,16 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 
 // remoteAnswer is the answer of a remote agent; nil where there is none.
 func (f *Flow) remoteAnswer() agentapi.RemoteAnswer {
-	if f.verdict.Details == nil {
+	if !f.Success() || f.verdict.Details == nil {
 		return nil
 	}
 	return f.verdict.Details.Remote
+}
+
+// holds reports whether the flow may hold slots at a remote agent although it has no answer: its caller's context had
+// ended when the answer came.
+func (f *Flow) holds() bool {
+	return f.decision == Canceled && f.verdict.Details != nil && f.verdict.Details.Remote != nil
 }
 
 // ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err

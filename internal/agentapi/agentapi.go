@@ -18,11 +18,12 @@ var ErrClosed = errors.New("closed")
 
 // An Agent decides about flows. Its methods are safe for concurrent use.
 type Agent interface {
-	// Check fills v, which is zero, with the answer to req. An error means that nobody answered. The agent keeps
+	// Check fills v, which is zero, with the answer to req. An error means that nobody answered in time; if v.Details.Remote
+	// is set all the same, an answer came after ctx had ended, and End gives back what the flow holds. The agent keeps
 	// neither req nor v; both live in the flow and come back in End.
 	Check(ctx context.Context, req *Request, v *Verdict) error
 
-	// End ends a flow that Check answered: it gives back what the flow holds and reports how it went. It is called
+	// End ends a flow that Check answered, be it after ctx had ended: it gives back what the flow holds and reports how it went. It is called
 	// once, and does not fail because ctx was canceled.
 	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
 

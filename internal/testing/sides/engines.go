@@ -5,7 +5,9 @@ import (
 	"encoding/base64"
 	"errors"
 	"net"
+	"sync"
 	"testing"
+	"time"
 
 	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
@@ -98,7 +100,11 @@ func (l *log) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h
 		return response, err
 	case *checkhttpv1.CheckHTTPRequest:
 		l.asked(Check{ControlPoint: m.GetControlPoint()})
-		return handle(ctx, req)
+		response, err := handle(ctx, req)
+		if answer, ok := response.(*checkhttpv1.CheckHTTPResponse); ok && err == nil {
+			l.took(slotsOf(answer.GetCheckResponse()))
+		}
+		return response, err
 	case *checkv1.FlowEndRequest:
 		response, err := handle(ctx, req)
 		slots := 0
@@ -186,6 +192,12 @@ func endOf(span *tracev1.Span) (e End) {
 // Serve has the server answer in memory until the test ends, and gives the option that dials it.
 func Serve(t testing.TB, server *grpc.Server) grpc.DialOption {
 	t.Helper()
+	return serveFar(t, server, 0)
+}
+
+// serveFar is Serve of a server from which everything takes so long to arrive.
+func serveFar(t testing.TB, server *grpc.Server, travel time.Duration) grpc.DialOption {
+	t.Helper()
 	listener := bufconn.Listen(1 << 20)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -195,14 +207,48 @@ func Serve(t testing.TB, server *grpc.Server) grpc.DialOption {
 			t.Error(err)
 		}
 	})
-	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })
+	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		conn, err := listener.DialContext(ctx)
+		if err == nil && travel > 0 {
+			conn = &far{Conn: conn, travel: travel, closed: make(chan struct{})}
+		}
+		return conn, err
+	})
+}
+
+// far is a connection to a peer that is far away.
+type far struct {
+	net.Conn
+	travel time.Duration
+	close  sync.Once
+	closed chan struct{}
+}
+
+func (f *far) Read(b []byte) (int, error) {
+	n, err := f.Conn.Read(b)
+	select {
+	case <-time.After(f.travel):
+		return n, err
+	case <-f.closed:
+		return 0, net.ErrClosed
+	}
+}
+
+func (f *far) Close() error {
+	f.close.Do(func() { close(f.closed) })
+	return f.Conn.Close()
 }
 
 // Dial has the server answer in memory, and makes a client of it. Both are closed when the test ends.
 func Dial(t testing.TB, server *grpc.Server, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
+	return dial(t, server, 0, opts...)
+}
+
+func dial(t testing.TB, server *grpc.Server, travel time.Duration, opts ...flowctl.Option) *flowctl.Client {
+	t.Helper()
 	client, err := flowctl.Dial("passthrough:///localhost",
-		append([]flowctl.Option{flowctl.WithInsecure(), flowctl.WithDialOptions(Serve(t, server))}, opts...)...)
+		append([]flowctl.Option{flowctl.WithInsecure(), flowctl.WithDialOptions(serveFar(t, server, travel))}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
 	}

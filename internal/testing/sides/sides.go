@@ -51,6 +51,9 @@ type Setup struct {
 	// Side.Answer.
 	Answers []flowtest.Answer
 
+	// Travel is how long what a served agent sends takes to arrive.
+	Travel time.Duration
+
 	// EngineOptions are an engine's, Options the client's.
 	EngineOptions []engine.Option
 	Options       []flowctl.Option
@@ -118,7 +121,7 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 	side.Agent = side.Engine.Agent()
 	side.log.answers = s.Answers
 	if kind == Served {
-		side.Client = Dial(t, serve(side.Engine, &side.log), s.Options...)
+		side.Client = dial(t, serve(side.Engine, &side.log), s.Travel, s.Options...)
 		return side
 	}
 	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), &side.log}, s.Options...); err != nil {
