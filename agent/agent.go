@@ -6,8 +6,9 @@
 //	err := server.Serve(listener)
 //
 // It speaks CheckHTTP too, for clients that ask about HTTP requests and leave it to the agent to make labels of them.
-// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and what the baggage header
-// says overrides them.
+// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and the members of the baggage
+// header. A member does not replace a label that the request has, because a peer can send baggage through a proxy that sets
+// the headers by which policies limit. Aperture's agent lets baggage replace labels of the request.
 //
 // An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
 // beyond the size of a message. The engine sees all labels that policies name, and whole. Of the others it sees as many as

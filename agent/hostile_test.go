@@ -6,6 +6,7 @@ import (
 	"math"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -175,6 +176,39 @@ func TestForgedSpans(t *testing.T) {
 				}
 				if got := float64(in) / float64(n); math.Abs(got-tt.want) > 0.03 {
 					t.Errorf("%v of the flows were accepted want %v", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// A peer sends baggage through a proxy that sets headers. It cannot take the place of what policies limit by.
+func TestBaggageReplacesNoLabelOfTheRequest(t *testing.T) {
+	for _, label := range []string{"http.request.header.x_user", "http.method", "http.target", "http.host", "http.scheme", "http.flavor", "http.request_content_length"} {
+		t.Run(label, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				stub := serve(t, []policy.Policy{{Name: "p", Components: []policy.Component{
+					policy.RateLimiter{Selectors: policy.At("point"), Capacity: 3, Fill: 1, Interval: time.Hour, LimitBy: label},
+				}}}).stubHTTP(t)
+				passed := 0
+				for i := range 20 {
+					long := ""
+					if i%2 == 0 {
+						long = strings.Repeat(",a=b", 5000)
+					}
+					m, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: "point", Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{
+						Method: "GET", Path: "/", Host: "h", Scheme: "https", Protocol: "HTTP/1.1", Size: 1,
+						Headers: map[string]string{"x-user": "victim", "baggage": fmt.Sprintf("%s=other%d%s", label, i, long)},
+					}})
+					if err != nil {
+						t.Fatal(err)
+					}
+					if m.GetDeniedResponse() == nil {
+						passed++
+					}
+				}
+				if passed != 3 {
+					t.Errorf("%d of 20 requests pass want 3", passed)
 				}
 			})
 		})

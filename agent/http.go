@@ -24,12 +24,19 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		return wire.HTTPResponse(denied, "", named), nil
 	}
 	carried, baggage := carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
+	derived := requestLabels(m.GetRequest(), chosen, named)
+	for key := range carried {
+		// A proxy sets headers of the request, and a peer can add baggage to it, which must not take their place.
+		if _, taken := derived[key]; taken {
+			delete(carried, key)
+		}
+	}
 	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels: agentapi.Labels{
 			Params: carried,
 			Shared: &agentapi.Shared{
-				Layers:  agentapi.Layers{Transport: requestLabels(m.GetRequest(), chosen, named)},
+				Layers:  agentapi.Layers{Transport: derived},
 				Options: agentapi.Options{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
 			},
 		},

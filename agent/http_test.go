@@ -77,11 +77,11 @@ func TestCheckHTTPLabels(t *testing.T) {
 			want:    map[string]string{"http.method": "GET", "http.target": "%"},
 		},
 		{
-			name: "baggage goes before",
+			name: "the request goes before baggage",
 			request: &request{Method: "GET", Path: "/", Size: -1, Headers: map[string]string{
 				"baggage": "user_id=42,http.method=PUT;p=q,a%20b=1%2C2,api_key=k,=bad",
 			}},
-			want: map[string]string{"http.method": "PUT", "http.target": "/", "user_id": "42", "a b": "1,2", "api_key": "k"},
+			want: map[string]string{"http.method": "GET", "http.target": "/", "user_id": "42", "a b": "1,2", "api_key": "k"},
 		},
 		{
 			name: "too long",
@@ -233,6 +233,7 @@ func TestCheckHTTPDecidesAsCheck(t *testing.T) {
 		{"a status", policy.RateLimiter{Selectors: at, Capacity: 1, Interval: time.Second, DeniedStatus: 402}, flowctl.Params{}},
 		{"slots", policy.ConcurrencyLimiter{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: tenant}, flowctl.Params{}},
 		{"ramp mode", nil, flowctl.Params{RampMode: true}},
+		{"the target that the application sets itself", policy.RateLimiter{Selectors: at, Capacity: 2, Fill: 1, Interval: time.Second, LimitBy: "http.target"}, flowctl.Params{Labels: map[string]string{"http.target": "mine"}}},
 		{"a label that the application sets itself", policy.RateLimiter{Selectors: at, Capacity: 2, Fill: 1, Interval: time.Second, LimitBy: tenant}, flowctl.Params{Labels: map[string]string{tenant: "mine"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -87,13 +87,18 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
 // describe has the agent asked about an HTTP request, which goes into the options, which are the flow's own. The agent makes
-// labels of the request; the flow's others travel in the baggage header, which is where agents look for labels that go
-// before those.
+// labels of the request; the flow's others travel in the baggage header. An agent may let either of the two go before the
+// other. So what the application sets of the request's labels goes into the request as well.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
 	r, lost := of.bounded()
 	l.Shared.HTTP = r
 	if c.baggage {
 		l.Shared.Baggage = c.httpBaggage(ctx, r.Own)
+	}
+	for _, layer := range []map[string]string{l.Shared.Baggage, l.Context, l.Params} {
+		for key, value := range layer {
+			replace(r, key, value)
+		}
 	}
 	carried, left, err := labelsHeader(l)
 	if left += lost; left > 0 {
@@ -103,6 +108,32 @@ func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPReque
 		r.Headers[wire.HeaderBaggage] = carried
 	}
 	return err
+}
+
+// replace puts a label of the flow into the request, if agents make that label of it.
+func replace(r *agentapi.HTTPRequest, key, value string) {
+	switch key {
+	case "http.method":
+		r.Method = value
+	case "http.target":
+		r.Path = value
+	case "http.host":
+		r.Host = value
+	case "http.scheme":
+		r.Scheme = value
+	case "http.flavor":
+		r.Protocol = value
+	default:
+		label, ok := strings.CutPrefix(key, wire.HeaderLabel)
+		if !ok {
+			return
+		}
+		for name := range r.Headers {
+			if strings.ReplaceAll(name, "-", "_") == label {
+				r.Headers[name] = value
+			}
+		}
+	}
 }
 
 // httpBaggage is the labels in the context's baggage and in that which the request brought, in case nobody has put it

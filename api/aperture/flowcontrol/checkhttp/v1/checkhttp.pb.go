@@ -491,7 +491,8 @@ type CheckHTTPRequest_HttpRequest struct {
 	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
 	// The headers, by their names in lower case. Several of one name are one,
 	// their values joined with commas. The members of the header "baggage" are
-	// labels of the flow, and go before what the rest of the request comes to.
+	// labels of the flow. Agents differ in which goes before the other: a member,
+	// or a label that the rest of the request comes to.
 	Headers map[string]string `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The path as it was sent, still escaped, with or without the query.
 	Path string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
