@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/encoding"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 )
@@ -85,7 +86,7 @@ type lent struct {
 	loan *loan
 }
 
-// codec is gRPC's own for protobuf, except that it knows of loans.
+// codec is gRPC's own for protobuf, except that it knows of loans, and of health requests.
 type codec struct{ encoding.CodecV2 }
 
 func newCodec() codec { return codec{encoding.GetCodecV2("proto")} }
@@ -105,3 +106,16 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	*buf = data
 	return mem.BufferSlice{mem.NewBuffer(buf, m.loan)}, nil
 }
+
+// Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch.
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	m, ok := v.(*healthv1.HealthCheckRequest)
+	if !ok || data.Len() <= maxServiceOf {
+		return c.CodecV2.Unmarshal(data, v)
+	}
+	m.Service = longName
+	return nil
+}
+
+// longName stands for all names of services that are too long. No service has it.
+const longName = "\x00"

@@ -16,7 +16,8 @@ import (
 
 // The bounds of a connection.
 const (
-	maxHeaders       = 64 << 10 // bytes of a call's header list
+	maxHeaders       = 24 << 10 // bytes of a call's header list: 16 KiB of the application's, and what clients add
+	maxMethod        = 256      // bytes of a method's name
 	maxStreams       = 10_240   // calls at once: more than flows wait in a queue of the default length
 	pingsApart       = 5 * time.Second
 	idleFor          = 30 * time.Minute
@@ -26,9 +27,6 @@ const (
 // keyHeader is the metadata that carries the API key.
 const keyHeader = "x-api-key"
 
-// healthService is what balancers ask, which have no key.
-const healthService = "/grpc.health.v1.Health/"
-
 // An Option changes what [ServerOptions] returns.
 type Option func(*options)
 
@@ -37,9 +35,13 @@ type options struct {
 }
 
 // WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. A call with
-// several keys needs one that is valid: some clients send their key besides what they pass on. It holds for all services of the server except gRPC's standard health service, because balancers ask that one without a key. A
-// refused call ends with the status Unauthenticated before its message is read. If it has a deadline and is for a service
-// that is not the agent's, its message may be read, for 50 ms at the most: gRPC would keep a timer for it otherwise.
+// several keys needs one that is valid: some clients send their key besides what they pass on. It holds
+// for all services of the server. The methods Check and Watch of gRPC's standard health service are the exception, because
+// balancers ask them without a key. A refused call ends with the status Unauthenticated before its message is read, and
+// no interceptor and no handler runs.
+//
+// Of the health service's calls without a key, 32 Checks and 256 Watches can be under way at a time. A Check has 1 s, and
+// so has the message of a Watch, which is refused if it is compressed or longer than 1 KiB.
 //
 // The function valid reports whether the key is valid, and names its owner. It is called for each key of each call, at the same time
 // for calls of several connections, and the other calls of a connection wait for it: so it must not block. Let it compare
@@ -56,7 +58,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     often, and every check that waits on them.
 //   - A connection may have 10,240 calls under way, which includes flows that wait in queues. One without a call for
 //     30 minutes ends; a handshake has 10 s.
-//   - A call's metadata may have 64 KiB.
+//   - A call's metadata may have 24 KiB, each entry with 32 bytes more than it has. The name of its method may have 256
+//     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
 //   - The messages that arrive at a time have 256 MiB at the most. Beyond that calls wait until they are read, and the
 //     connection that sends the most of them without an end loses the one that takes the longest.
 //   - Cached values that a client does not read have 64 MiB at the most, and 16 MiB for one connection.
@@ -68,6 +71,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		opt(&o)
 	}
 	g := newGate()
+	visitors := newVisitors()
 	return []grpc.ServerOption{
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
@@ -77,14 +81,21 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
+			if !isPlain(info.FullMethodName) {
+				return refuse(ctx, errMethod)
+			}
 			err := o.refusal(info)
 			if err == nil {
 				return g.call(ctx), nil
 			}
-			if _, ok := ctx.Deadline(); ok {
-				return refused(ctx, err), nil
+			if visits := visitors.of(info.FullMethodName); visits != nil {
+				c, err := visits.begin(ctx)
+				if err != nil {
+					return refuse(ctx, err)
+				}
+				return c, nil
 			}
-			return ctx, err
+			return refuse(ctx, err)
 		}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 			if err := refusalOf(ctx); err != nil {
@@ -96,6 +107,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if err := refusalOf(stream.Context()); err != nil {
 				return err
 			}
+			if v := visitOf(stream.Context()); v != nil {
+				stream = visitingStream{stream, v}
+			}
 			return handle(server, stream)
 		}),
 	}
@@ -103,7 +117,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 
 // refusal tells why the call is refused; nil when it is not.
 func (o *options) refusal(info *tap.Info) error {
-	if o.keys == nil || strings.HasPrefix(info.FullMethodName, healthService) {
+	if o.keys == nil {
 		return nil
 	}
 	sent := info.Header.Get(keyHeader)
@@ -118,14 +132,48 @@ func (o *options) refusal(info *tap.Info) error {
 	return errWrongKey
 }
 
+// isPlain reports whether a method can have the name. gRPC repeats the names of methods that it does not know, in a
+// longer form, and again and again.
+func isPlain(method string) bool {
+	return len(method) <= maxMethod && strings.IndexFunc(method, func(r rune) bool { return r < '!' || r > '~' }) < 0
+}
+
 // refusalTime is how long a call that is refused has to arrive. Most take a moment.
 const refusalTime = time.Second
 
+// refuse ends a call in the tap handle. GRPC keeps the timer of such a call until its deadline, which can be years away. So
+// the timer is stopped first.
+func refuse(ctx context.Context, err error) (context.Context, error) {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) > refusalTime && !stopTimer(ctx) {
+		return refused(ctx, err), nil
+	}
+	return ctx, err
+}
+
+// stopTimer stops the timer of the context that gRPC made for the call, and reports whether it did. Nobody else can: gRPC
+// drops the function that would cancel the context, and package context has no other way. So the timer is looked up
+// by reflection, and is not found if a future release of Go keeps it elsewhere.
+func stopTimer(ctx context.Context) bool {
+	for v := reflect.ValueOf(ctx); v.Kind() == reflect.Pointer && v.Elem().Kind() == reflect.Struct; {
+		s := v.Elem()
+		if !s.FieldByName("key").IsValid() { // no context with a value
+			timer := s.FieldByName("timer")
+			return timer.IsValid() && timer.Type() == reflect.TypeFor[*time.Timer]() && !timer.IsNil() &&
+				reflect.NewAt(reflect.TypeFor[time.Timer](), timer.UnsafePointer()).Interface().(*time.Timer).Stop() //nolint:forcetypeassert // it is what NewAt was told
+		}
+		parent := s.FieldByName("Context")
+		if parent.Kind() != reflect.Interface {
+			return false
+		}
+		v = parent.Elem()
+	}
+	return false
+}
+
 type refusalKey struct{}
 
-// refused makes the context of a call that has a deadline and is refused. If the tap handle refused it, gRPC would keep
-// its timer until the deadline, which can be years away. So the call begins, and ends where it would be handled, or at
-// the latest after refusalTime.
+// refused makes the context of a call whose timer cannot be stopped. The call begins, and ends where it would be handled,
+// or at the latest after refusalTime.
 func refused(ctx context.Context, err error) context.Context {
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, refusalKey{}, err), refusalTime)
 	context.AfterFunc(ctx, cancel)
@@ -142,6 +190,7 @@ func refusalOf(ctx context.Context) error {
 var (
 	errNoKey    = status.Error(codes.Unauthenticated, "an API key is needed, as metadata "+keyHeader)
 	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
+	errMethod   = status.Error(codes.Unimplemented, "no method has such a name")
 )
 
 // connectionOf identifies the connection that a call came by.

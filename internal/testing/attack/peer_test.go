@@ -31,6 +31,7 @@ const (
 	methodCheck   = flowService + "Check"
 	methodHTTP    = checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName
 	methodHealth  = "/grpc.health.v1.Health/Check"
+	methodWatch   = "/grpc.health.v1.Health/Watch"
 	largest       = 4<<20 - 1024 // bytes of a message that every agent takes
 	patience      = 2 * time.Second
 	streamsOfPeer = 100                    // of each connection that an attack has

@@ -89,7 +89,9 @@ func TestServers(t *testing.T) {
 		{"zeros", "agent", nil, zeros(methodCheck), standard},
 		{"zeros", "grpc", nil, zeros(methodHealth), standard},
 		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless},
-		{"slow bodies without a key", "agent", keyed, slowBodies(methodCheck), keyless},
+		{"watches without a key", "agent", keyed, bomb(pauseOfBombs, request{methodWatch, field(1, make([]byte, largest))}), keyless},
+		{"metadata without a key", "agent", keyed, metadataFlood(methodCheck), keyless},
+		{"slow bodies without a key", "agent", keyed, slowBodies(methodCheck, methodHealth, methodWatch), keyless},
 		{"resets without a key", "agent", keyed, resets(methodCheck), keyless},
 		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}},
 	}

@@ -92,6 +92,7 @@ func run(kind string) error {
 		}
 		s := grpc.NewServer(agent.ServerOptions(opts...)...)
 		agent.Register(s, e)
+		healthv1.RegisterHealthServer(s, health.NewServer())
 		go func() { served <- s.Serve(l) }()
 		stop = s.Stop
 	case "http":
