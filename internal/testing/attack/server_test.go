@@ -90,6 +90,8 @@ func TestServers(t *testing.T) {
 		{"zeros", "grpc", nil, zeros(methodHealth), standard},
 		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless},
 		{"watches without a key", "agent", keyed, bomb(pauseOfBombs, request{methodWatch, field(1, make([]byte, largest))}), keyless},
+		{"health checks without a key", "agent", keyed, bomb(pauseOfBombs, request{methodHealth, field(1, make([]byte, largest))}), keyless},
+		{"large health checks without a key", "agent", keyed, largeBodies(methodHealth), keyless},
 		{"metadata without a key", "agent", keyed, metadataFlood(methodCheck), keyless},
 		{"slow bodies without a key", "agent", keyed, slowBodies(methodCheck, methodHealth, methodWatch), keyless},
 		{"resets without a key", "agent", keyed, resets(methodCheck), keyless},
