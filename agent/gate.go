@@ -2,19 +2,24 @@ package agent
 
 import (
 	"context"
+	"maps"
 	"runtime"
 	"slices"
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/status"
 )
 
 // The bounds of a server, over all its connections.
 const (
-	maxArriving    = 64                    // messages that arrive at a time, of 4 MiB each at the most
-	arrival        = 50 * time.Millisecond // that a message has to arrive while others wait
+	maxArriving    = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
+	arrival        = 50 * time.Millisecond // that a message has to arrive before it is overdue
+	lateFor        = time.Second           // that a connection has its turn after others when it lost an overdue message
+	maxLate        = 1024                  // connections that are remembered for that, until they are looked through
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld        = 64 << 20              // bytes of large requests that are being decided about
 	large          = 64 << 10              // bytes from which a request, or the values of an answer, count
@@ -25,9 +30,15 @@ const (
 // A gate bounds what calls have under way together. Its calls are those of one server.
 type gate struct {
 	mu       sync.Mutex
-	arriving []*call // in the order in which they were let in
-	waiting  []*turn // one for each connection that has calls waiting, in the order in which they get their turns
+	arriving []*call           // those with compressed messages, in the order in which they were let in
+	waiting  []*turn           // one for each connection that has calls waiting, in the order in which they get their turns
+	late     map[any]time.Time // when a connection lost an overdue message
 	timer    *time.Timer
+
+	plain map[*call]struct{} // those that arrive with other messages
+	sweep *time.Timer        // for the overdue ones among these
+	armed bool               // sweep is to fire
+
 	readers  chan struct{} // holds as many as read large requests
 	unread   int
 	held     int
@@ -40,12 +51,18 @@ type gate struct {
 type turn struct {
 	connection any
 	calls      []*call
+	late       bool // after those that are not
 }
 
 // newGate makes a gate. A request of 4 MiB can take 50 ms to read. Small ones are not to wait for it, so that at most half
 // of the processors read large ones.
 func newGate() *gate {
-	return &gate{by: make(map[any]int), readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
+	return &gate{
+		late:    make(map[any]time.Time),
+		plain:   make(map[*call]struct{}),
+		by:      make(map[any]int),
+		readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
+	}
 }
 
 type callKey struct{}
@@ -56,6 +73,7 @@ type call struct {
 	cancel     context.CancelFunc
 	gate       *gate
 	connection any
+	compressed bool // the message may be
 
 	// Guarded by the gate's mutex.
 	begin   time.Time     // of the arrival
@@ -89,24 +107,42 @@ func callOf(ctx context.Context) *call {
 	return c
 }
 
-// enter waits until the call's message may be read.
+// compresses reports whether the call's message may be compressed.
+func compresses(ctx context.Context) bool {
+	// It is the only way to ask without a handler of statistics, which costs every call.
+	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
+	return !ok || s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity
+}
+
+// enter waits until the call's message may be read. Only a compressed message waits: a few bytes of it become 4 MiB at
+// once, so that their number must be bounded. Others take what has been sent. What is sent within the time of an arrival is
+// bounded by the network, and the number of those that take longer is bounded: so slow messages keep no other waiting.
 func (c *call) enter() error {
 	if c == nil {
 		return nil
 	}
 	g := c.gate
 	g.mu.Lock()
+	if !c.compressed {
+		defer g.mu.Unlock()
+		c.begin = time.Now()
+		g.plain[c] = struct{}{}
+		if len(g.plain) > maxArriving && !g.armed {
+			g.arm(arrival)
+		}
+		return nil
+	}
 	if len(g.waiting) == 0 && g.admit(c) {
 		g.mu.Unlock()
 		return nil
 	}
 	c.in = make(chan struct{})
-	i := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.connection == c.connection })
-	if i < 0 {
-		i = len(g.waiting)
-		g.waiting = append(g.waiting, &turn{connection: c.connection})
+	if i := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.connection == c.connection }); i >= 0 {
+		g.waiting[i].calls = append(g.waiting[i].calls, c)
+	} else {
+		lost, ok := g.late[c.connection]
+		g.queue(&turn{connection: c.connection, calls: []*call{c}, late: ok && time.Since(lost) < lateFor})
 	}
-	g.waiting[i].calls = append(g.waiting[i].calls, c)
 	g.next()
 	g.mu.Unlock()
 	select {
@@ -115,6 +151,64 @@ func (c *call) enter() error {
 	case <-c.Done():
 		c.leave()
 		return status.FromContextError(c.Err()).Err()
+	}
+}
+
+// queue puts the turn behind the others, and before those that are late.
+func (g *gate) queue(t *turn) {
+	i := len(g.waiting)
+	if !t.late {
+		if late := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.late }); late >= 0 {
+			i = late
+		}
+	}
+	g.waiting = slices.Insert(g.waiting, i, t)
+}
+
+// arm has the calls that are overdue looked for, after some time.
+func (g *gate) arm(after time.Duration) {
+	g.armed = true
+	if g.sweep == nil {
+		g.sweep = time.AfterFunc(after, g.endOverdue)
+	} else {
+		g.sweep.Reset(after)
+	}
+}
+
+// endOverdue ends the calls that are overdue and too many: again and again, of the connection with the most of them, the
+// first.
+func (g *gate) endOverdue() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now, next := time.Now(), arrival
+	type late struct {
+		*call
+		newer int // of its connection
+	}
+	var overdue []late
+	for c := range g.plain {
+		if age := now.Sub(c.begin); age >= arrival {
+			overdue = append(overdue, late{call: c})
+		} else {
+			next = min(next, arrival-age)
+		}
+	}
+	if len(overdue) > maxArriving {
+		slices.SortFunc(overdue, func(a, b late) int { return b.begin.Compare(a.begin) })
+		of := make(map[any]int)
+		for i, c := range overdue {
+			overdue[i].newer = of[c.connection]
+			of[c.connection]++
+		}
+		slices.SortStableFunc(overdue, func(a, b late) int { return a.newer - b.newer })
+		for _, c := range overdue[maxArriving:] {
+			c.evicted = true
+			c.cancel()
+			delete(g.plain, c.call)
+		}
+	}
+	if g.armed = false; len(g.plain) > maxArriving {
+		g.arm(max(next, arrival/8)) // all that are overdue by then at once
 	}
 }
 
@@ -128,6 +222,12 @@ func (g *gate) admit(c *call) bool {
 		}
 		g.arriving[i].evicted = true
 		g.arriving[i].cancel()
+		if len(g.late) >= maxLate {
+			maps.DeleteFunc(g.late, func(_ any, lost time.Time) bool { return now.Sub(lost) >= lateFor })
+		}
+		if len(g.late) < maxLate {
+			g.late[g.arriving[i].connection] = now
+		}
 		g.arriving = slices.Delete(g.arriving, i, i+1)
 	}
 	c.begin = now
@@ -173,7 +273,7 @@ func (g *gate) next() {
 		t.calls = t.calls[1:]
 		g.waiting = g.waiting[1:]
 		if len(t.calls) > 0 {
-			g.waiting = append(g.waiting, t)
+			g.queue(t)
 		}
 	}
 }
@@ -186,6 +286,10 @@ func (c *call) leave() (evicted bool) {
 	g := c.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if !c.compressed {
+		delete(g.plain, c)
+		return c.evicted
+	}
 	if i := slices.Index(g.arriving, c); i >= 0 {
 		g.arriving = slices.Delete(g.arriving, i, i+1)
 		g.next()

@@ -60,8 +60,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     30 minutes ends; a handshake has 10 s.
 //   - A call's metadata may have 24 KiB, each entry with 32 bytes more than it has. The name of its method may have 256
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
-//   - The messages that arrive at a time have 256 MiB at the most. Beyond that calls wait until they are read, and the
-//     connection that sends the most of them without an end loses the one that takes the longest.
+//   - Of the messages that take more than 50 ms to arrive there are 64 at a time. Beyond that the connection that sends the
+//     most of them loses the one that takes the longest. Compressed messages are 64 at a time, and others wait.
 //   - Cached values that a client does not read have 64 MiB at the most, and 16 MiB for one connection.
 //
 // The options include a codec and a tap handle. A server can have only one tap handle: gRPC panics if it is given another.

@@ -57,6 +57,9 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		return nil, err
 	}
 	c := callOf(ctx)
+	if c != nil {
+		c.compressed = compresses(ctx)
+	}
 	if err := c.enter(); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,6 +23,13 @@ import (
 func (g *gate) callFrom(connection any) *call {
 	c := g.call(context.Background()).(*call)
 	c.connection = connection
+	return c
+}
+
+// compressedFrom is a call by a connection, with a message that may be compressed.
+func (g *gate) compressedFrom(connection any) *call {
+	c := g.callFrom(connection)
+	c.compressed = true
 	return c
 }
 
@@ -160,33 +168,33 @@ func TestLargeRequestsShareRoom(t *testing.T) {
 
 var errMarked = errors.New("marked")
 
-// Calls with messages that do not end make room for others when their time is over, and a call waits no longer than its
+// Compressed messages that do not end make room for others when their time is over, and a call waits no longer than its
 // context lasts.
 func TestGateLetsCallsWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
 		var slow []*call
 		for range maxArriving {
-			c := g.callFrom("slow")
+			c := g.compressedFrom("slow")
 			if err := c.enter(); err != nil {
 				t.Fatal(err)
 			}
 			slow = append(slow, c)
 		}
 		begin := time.Now()
-		canceled := g.callFrom("canceled")
+		canceled := g.compressedFrom("canceled")
 		time.AfterFunc(arrival/2, canceled.cancel)
 		if err := canceled.enter(); status.Code(err) != codes.Canceled || time.Since(begin) != arrival/2 {
 			t.Errorf("enter() = %v after %v want Canceled after %v", err, time.Since(begin), arrival/2)
 		}
-		next := g.callFrom("next")
+		next := g.compressedFrom("next")
 		if err := next.enter(); err != nil || time.Since(begin) != arrival {
 			t.Errorf("enter() = %v after %v want a place after %v", err, time.Since(begin), arrival)
 		}
 		if next.leave() {
 			t.Error("a call was ended that had just begun")
 		}
-		if err := g.callFrom("free").enter(); err != nil || time.Since(begin) != arrival {
+		if err := g.compressedFrom("free").enter(); err != nil || time.Since(begin) != arrival {
 			t.Errorf("enter() = %v after %v want the place that is free", err, time.Since(begin))
 		}
 		if evicted := slow[0].leave(); !evicted || slow[0].Err() == nil {
@@ -209,7 +217,7 @@ func TestGateTakesTurns(t *testing.T) {
 		g := newGate()
 		var in []*call
 		for range maxArriving {
-			c := g.callFrom("first")
+			c := g.compressedFrom("first")
 			if err := c.enter(); err != nil {
 				t.Fatal(err)
 			}
@@ -218,7 +226,7 @@ func TestGateTakesTurns(t *testing.T) {
 		var order []any
 		wait := func(connection any) {
 			go func() {
-				c := g.callFrom(connection)
+				c := g.compressedFrom(connection)
 				if c.enter() == nil {
 					order = append(order, connection)
 				}
@@ -237,6 +245,90 @@ func TestGateTakesTurns(t *testing.T) {
 		}
 		for _, c := range in[1:] {
 			c.leave()
+		}
+	})
+}
+
+// Slow messages keep no other waiting, whether or not those are compressed.
+func TestSlowMessagesKeepNoOtherWaiting(t *testing.T) {
+	const connections = 4 * maxArriving
+	tests := []struct {
+		name string
+		from func(g *gate, connection any) *call
+		wait time.Duration // that a call from another connection has at the most
+	}{
+		{"plain", (*gate).callFrom, 0},
+		{"compressed", (*gate).compressedFrom, arrival},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				var slow sync.WaitGroup
+				var end atomic.Bool
+				for i := range connections {
+					slow.Go(func() {
+						for !end.Load() { // a call that is ended is renewed
+							c := tt.from(g, i)
+							if err := c.enter(); err != nil {
+								t.Errorf("enter() = %v", err)
+							}
+							select {
+							case <-c.Done():
+							case <-time.After(time.Second):
+							}
+							c.leave()
+						}
+					})
+				}
+				time.Sleep(connections / maxArriving * arrival) // until each connection has lost a call
+				for range 50 {
+					time.Sleep(7 * time.Millisecond)
+					begin := time.Now()
+					c := tt.from(g, "other")
+					if err := c.enter(); err != nil || time.Since(begin) > tt.wait {
+						t.Errorf("enter() = %v after %v want a place after %v at the most", err, time.Since(begin), tt.wait)
+					}
+					if c.leave() {
+						t.Error("a call was ended that had just begun")
+					}
+				}
+				end.Store(true)
+				slow.Wait()
+			})
+		})
+	}
+}
+
+// Of the plain messages that do not end only so many last, and the connection with the most loses the oldest.
+func TestFewSlowMessagesLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		few := g.callFrom("few")
+		if err := few.enter(); err != nil {
+			t.Fatal(err)
+		}
+		var many []*call
+		for range 3 * maxArriving {
+			c := g.callFrom("many")
+			if err := c.enter(); err != nil {
+				t.Fatal(err)
+			}
+			many = append(many, c)
+			time.Sleep(time.Microsecond)
+		}
+		time.Sleep(2 * arrival)
+		synctest.Wait()
+		if few.leave() {
+			t.Error("the call of the connection with few was ended")
+		}
+		for i, c := range many {
+			if want := i < len(many)-maxArriving+1; c.leave() != want || (c.Err() != nil) != want {
+				t.Errorf("call %d: ended %v want %v", i, !want, want)
+			}
+		}
+		if len(g.plain) != 0 {
+			t.Errorf("%d calls are left", len(g.plain))
 		}
 	})
 }

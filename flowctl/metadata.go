@@ -13,7 +13,7 @@ import (
 const keyHeader = "x-api-key"
 
 // maxMetadata is how many bytes of the caller's metadata go with a call, counted as HTTP/2 does: with fieldOverhead for each
-// value. It leaves room below the 64 KiB that agents and proxies read of headers.
+// value. It leaves room below the 24 KiB that Headgate's agents read of headers.
 const (
 	maxMetadata   = 16 << 10
 	fieldOverhead = 32

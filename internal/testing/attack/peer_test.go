@@ -287,6 +287,22 @@ func slowBodies(methods ...string) assault {
 	}
 }
 
+// slowMessages begins calls with small messages that never end, one on each of many connections, and again when the agent
+// may have ended the call.
+func slowMessages(method string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, 3*attackers, address, func(p *peer) {
+			for range streamsOfPeer {
+				stream, err := p.call(method, nil)
+				if err != nil || p.data(stream, false, envelope(100, make([]byte, 45))) != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, 100*time.Millisecond)
+			}
+		})
+	}
+}
+
 // largeBodies sends messages that are as large as may be, and hold one label that policies name.
 func largeBodies(method string) assault {
 	label := field(2, append(field(1, []byte("user_id")), field(2, bytes.Repeat([]byte{'u'}, largest-64))...))
