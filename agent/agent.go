@@ -19,7 +19,7 @@
 // slots alone do not fit is rejected: see [Service.Warnings]. A check's deadline, less a margin for the answer to
 // arrive, is the longest that it waits in queues; one that comes with less than 10 ms left is rejected by the limiters
 // and schedulers that it meets, because an answer that its client does not hear would cost it tokens and slots all the
-// same. Answers are as compressed as the questions: gzip, or not.
+// same. Answers of up to 1 KiB are as compressed as the questions: gzip, or not.
 package agent
 
 import (

@@ -2,19 +2,27 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// A loan is room for the values of an answer until the client has taken them. A client can ask and not read: gRPC keeps
-// the encoded answer then, for as long as the connection lasts. So the answer's buffer gives the loan back when gRPC
-// frees it, or with the garbage where gRPC only forgets it, as it does when a connection breaks.
+// A loan is room for an answer until the client has taken it. A client can ask and not read: gRPC keeps the encoded answer
+// then, for as long as the connection lasts. So the answer's buffer gives the loan back when gRPC frees it, or with the
+// garbage where gRPC only forgets it, as it does when a connection breaks.
 type loan struct{ *debt }
 
 // A debt is apart from its loan, so that it outlives it.
@@ -38,46 +46,130 @@ func (d *debt) pay() {
 	}
 }
 
-// borrow takes room for a value in the call's answer, and reports whether there was any. Values that are not large
-// together need none: else clients that do not read would keep others from small values.
+// borrow takes room for a value in the call's answer, and reports whether there was any. Values that are small together
+// need none yet: the answer counts when it is made.
 func (c *call) borrow(ctx context.Context, size int) bool {
 	if c == nil {
 		return true
 	}
-	borrowed := 0
+	if c.values+size >= smallValues && !c.lend(ctx, c.values+size, false) {
+		return false
+	}
+	c.values += size
+	return true
+}
+
+// lend takes room for the call's answer, besides what was taken for it, and reports whether there was any, or it must be.
+// A connection with little that is unread always finds some: others that read nothing cannot keep it from answers.
+func (c *call) lend(ctx context.Context, size int, must bool) bool {
+	more := size
 	if c.loan != nil {
-		borrowed = c.loan.size
+		more -= c.loan.size
 	}
-	if c.values+size < large {
-		c.values += size
-		return true
-	}
-	more := c.values + size - borrowed
 	g := c.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.unsent+more > maxUnsent || g.by[c.connection]+more > maxUnsentByOne {
+	by := g.by[c.connection] + more
+	if more > 0 && !must && (by > maxUnsentByOne || g.unsent+more > maxUnsent && by > ownUnsent) {
 		return false
 	}
 	g.unsent += more
-	g.by[c.connection] += more
-	c.values += size
+	g.by[c.connection] = by
 	if c.loan == nil {
 		c.loan = &loan{&debt{gate: g, connection: c.connection}}
 		runtime.AddCleanup(c.loan, (*debt).pay, c.loan.debt)
 		// A compressed copy would outlive the buffer that we know of.
 		_ = grpc.SetSendCompressor(ctx, encoding.Identity)
 	}
-	c.loan.size += more
+	c.loan.size = size
 	return true
 }
 
+var errUnread = status.Error(codes.ResourceExhausted, "too many answers are unread")
+
+// answer has the answer count. One that finds no room goes without what its client can do without. A check is answered in
+// any case, because its client would take an error for leave to run the flow; what is left of the answer is small.
+func (c *call) answer(ctx context.Context, m proto.Message) (any, error) {
+	if c == nil {
+		return m, nil
+	}
+	size := proto.Size(m)
+	if size <= smallAnswer && c.loan == nil {
+		return m, nil
+	}
+	if !c.lend(ctx, kept(size), false) {
+		check := shrink(m)
+		if !c.lend(ctx, kept(proto.Size(m)), check) {
+			if c.loan != nil {
+				c.loan.pay()
+			}
+			return nil, errUnread
+		}
+	}
+	return lent{m, c.loan}, nil
+}
+
+// shrink removes what can be spared from the answer: labels, and cached values. It reports whether a check is answered.
+func shrink(m proto.Message) (check bool) {
+	switch m := m.(type) {
+	case *checkhttpv1.CheckHTTPResponse:
+		m.DynamicMetadata = nil // a copy of the other
+		if m.GetOkResponse() != nil {
+			m.GetOkResponse().Headers = nil
+		}
+		return shrink(m.GetCheckResponse())
+	case *checkv1.CheckResponse:
+		m.TelemetryFlowLabels = nil
+		if m.GetCacheLookupResponse() != nil {
+			m.CacheLookupResponse = new(checkv1.CacheLookupResponse) // SDKs take what it lacks for a miss
+		}
+		return true
+	case *checkv1.CacheLookupResponse:
+		m.ResultCacheResponse = without(m.GetResultCacheResponse())
+		for key, found := range m.GetGlobalCacheResponses() {
+			m.GlobalCacheResponses[key] = without(found)
+		}
+	}
+	return false
+}
+
+// without is what is told of a key whose value is left out.
+func without(found *checkv1.KeyLookupResponse) *checkv1.KeyLookupResponse {
+	if len(found.GetValue()) == 0 {
+		return found
+	}
+	return wire.KeyLookup(agentapi.CacheAnswer{Err: errUnreadValue})
+}
+
+var errUnreadValue = errors.New("there is no room for the cached value: too many answers are unread")
+
+// maxPooled is the largest answer whose buffer is one of gRPC's. The next larger ones of these have 1 MiB.
+const maxPooled = 32 << 10
+
+// kept is how many bytes the buffer of an answer has.
+func kept(size int) int {
+	for _, of := range []int{4 << 10, 16 << 10, maxPooled} { // gRPC's own sizes
+		if size <= of {
+			return of
+		}
+	}
+	return size
+}
+
 // Get and Put make a loan the pool of one buffer.
-func (l *loan) Get(size int) *[]byte { return mem.DefaultBufferPool().Get(size) }
+func (l *loan) Get(size int) *[]byte {
+	if size > maxPooled {
+		buf := make([]byte, size)
+		return &buf
+	}
+	return mem.DefaultBufferPool().Get(max(size, smallAnswer+1)) // gRPC does not tell of smaller ones
+}
 
 func (l *loan) Put(buf *[]byte) {
 	l.pay()
-	mem.DefaultBufferPool().Put(buf)
+	if cap(*buf) <= maxPooled {
+		mem.DefaultBufferPool().Put(buf)
+	}
 }
 
 // A lent message has a loan.

@@ -22,9 +22,12 @@ const (
 	maxLate        = 1024                  // connections that are remembered for that, until they are looked through
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld        = 64 << 20              // bytes of large requests that are being decided about
-	large          = 64 << 10              // bytes from which a request, or the values of an answer, count
-	maxUnsent      = 64 << 20              // bytes of values in answers that clients have not read
+	large          = 64 << 10              // bytes from which a request counts
+	maxUnsent      = 64 << 20              // bytes of answers that clients have not read
 	maxUnsentByOne = maxUnsent / 4         // of one connection
+	ownUnsent      = 128 << 10             // of one connection, whatever others leave
+	smallAnswer    = 1 << 10               // bytes up to which an answer does not count: gRPC does not tell when it has sent it
+	smallValues    = 4 << 10               // bytes of values in an answer that count with the answer only
 )
 
 // A gate bounds what calls have under way together. Its calls are those of one server.
@@ -39,11 +42,11 @@ type gate struct {
 	sweep *time.Timer        // for the overdue ones among these
 	armed bool               // sweep is to fire
 
-	readers  chan struct{} // holds as many as read large requests
-	unread   int
-	held     int
-	unsent   int
-	by       map[any]int // unsent, by connection
+	readers chan struct{} // holds as many as read large requests
+	unread  int
+	held    int
+	unsent  int
+	by      map[any]int // unsent, by connection
 }
 
 // A turn is the calls of one connection that wait to be let in. Connections get turns one after the other, so that those
@@ -84,7 +87,7 @@ type call struct {
 	kept   int   // bytes that count as held
 	full   bool  // there was no room for them
 	values int   // bytes of cached values in the answer
-	loan   *loan // for these, if they are large
+	loan   *loan // for the answer; nil for one that does not count
 }
 
 // call makes a context that the gate can end.

@@ -62,7 +62,9 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
 //   - Of the messages that take more than 50 ms to arrive there are 64 at a time. Beyond that the connection that sends the
 //     most of them loses the one that takes the longest. Compressed messages are 64 at a time, and others wait.
-//   - Cached values that a client does not read have 64 MiB at the most, and 16 MiB for one connection.
+//   - Answers that clients do not read have 64 MiB at the most, and 16 MiB for one connection. Beyond that checks are
+//     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
+//     are not compressed.
 //
 // The options include a codec and a tap handle. A server can have only one tap handle: gRPC panics if it is given another.
 func ServerOptions(opts ...Option) []grpc.ServerOption {

@@ -106,15 +106,14 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		c.leave()
 	}
 	c.done()
-	if c == nil || c.loan == nil {
-		return response, err
-	}
 	m, ok := response.(proto.Message)
-	if err != nil || !ok {
-		c.loan.pay()
-		return response, err
+	if err == nil && ok {
+		return c.answer(ctx, m)
 	}
-	return lent{m, c.loan}, nil
+	if c != nil && c.loan != nil {
+		c.loan.pay()
+	}
+	return response, err
 }
 
 // isCheck reports whether the message is a check. One that finds no room is answered with a rejection.

@@ -5,18 +5,24 @@ import (
 	"errors"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // callFrom is a call by a connection.
@@ -50,7 +56,7 @@ func TestUnreadAnswersTakeRoom(t *testing.T) {
 	if c := g.callFrom("a"); c.borrow(ctx, value) {
 		t.Error("a connection has more unread than it may")
 	}
-	if c := g.callFrom("a"); !c.borrow(ctx, large-1) || c.loan != nil {
+	if c := g.callFrom("a"); !c.borrow(ctx, smallValues-1) || c.loan != nil {
 		t.Error("a small value finds no room")
 	} else if c.borrow(ctx, 1) {
 		t.Error("small values that are large together find room")
@@ -66,6 +72,12 @@ func TestUnreadAnswersTakeRoom(t *testing.T) {
 	}
 	if c := g.callFrom("e"); c.borrow(ctx, value) {
 		t.Error("all connections have more unread than they may")
+	} else if !c.borrow(ctx, ownUnsent) {
+		t.Error("a connection that has nothing unread finds no room")
+	} else if c.borrow(ctx, 1) {
+		t.Error("a connection finds more room than its own")
+	} else {
+		c.loan.pay()
 	}
 
 	sent, err := newCodec().Marshal(lent{&checkv1.CacheLookupResponse{ResultCacheResponse: &checkv1.KeyLookupResponse{Value: make([]byte, value)}}, lentTo[0].loan})
@@ -88,6 +100,93 @@ func TestUnreadAnswersTakeRoom(t *testing.T) {
 	}
 	if g.unsent != 0 || len(g.by) != 0 {
 		t.Errorf("%d bytes of %d connections are left", g.unsent, len(g.by))
+	}
+}
+
+// An answer counts with the buffer that it has. Where there is no room, checks are answered without labels and values,
+// lookups without values, and other calls end with ResourceExhausted. What is sent gives its room back.
+func TestAnswersCount(t *testing.T) {
+	text := func(size int) string { return strings.Repeat("v", size) }
+	labels := func(size int) proto.Message {
+		return &checkv1.CheckResponse{ControlPoint: "point", TelemetryFlowLabels: map[string]string{"k": text(size)}}
+	}
+	value := func(size int) *checkv1.CacheLookupResponse {
+		found := &checkv1.KeyLookupResponse{Value: []byte(text(size))}
+		return &checkv1.CacheLookupResponse{ResultCacheResponse: found, GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"k": found}}
+	}
+	missed := wire.KeyLookup(agentapi.CacheAnswer{Err: errUnreadValue})
+	point := &checkv1.CheckResponse{ControlPoint: "point"}
+	tests := []struct {
+		name   string
+		answer proto.Message
+		counts int
+		full   proto.Message // what is answered where there is no room; nil for an error
+	}{
+		{"small", labels(900), 0, labels(900)},
+		{"labels of 1 KiB", labels(1 << 10), 4 << 10, point},
+		{"labels of 5 KiB", labels(5 << 10), 16 << 10, point},
+		{"labels of 32,768 bytes", labels(2*(32<<10) - proto.Size(labels(32<<10))), 32 << 10, point},
+		{"labels of 56 KiB", labels(56 << 10), proto.Size(labels(56 << 10)), point},
+		{"CheckHTTP", &checkhttpv1.CheckHTTPResponse{CheckResponse: labels(1 << 10).(*checkv1.CheckResponse)}, 4 << 10, &checkhttpv1.CheckHTTPResponse{CheckResponse: point}},
+		{"a check with values", &checkv1.CheckResponse{ControlPoint: "point", CacheLookupResponse: value(1 << 10)}, 4 << 10, &checkv1.CheckResponse{ControlPoint: "point", CacheLookupResponse: new(checkv1.CacheLookupResponse)}},
+		{"values", value(20 << 10), proto.Size(value(20 << 10)), &checkv1.CacheLookupResponse{ResultCacheResponse: missed, GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"k": missed}}},
+		{"slots", &checkv1.FlowEndResponse{TokenReturnStatuses: []*checkv1.TokenReturnStatus{{Error: text(1 << 10)}}}, 4 << 10, nil},
+	}
+	answered := func(t *testing.T, c *call, m proto.Message) (mem.BufferSlice, error) {
+		t.Helper()
+		got, err := c.answer(context.Background(), proto.Clone(m))
+		if err != nil {
+			return nil, err
+		}
+		sent, err := newCodec().Marshal(got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sent, nil
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			g := newGate()
+			sent, err := answered(t, g.callFrom("a"), tt.answer)
+			if err != nil || g.unsent != tt.counts || g.by["a"] != tt.counts {
+				t.Fatalf("%d bytes are unsent, %d of the connection, %v want %d", g.unsent, g.by["a"], err, tt.counts)
+			}
+			if tt.counts > maxPooled {
+				if data := sent[0].ReadOnlyData(); cap(data) > tt.counts+tt.counts/8 {
+					t.Errorf("the buffer has %d bytes want about %d", cap(data), tt.counts)
+				}
+			}
+			sent.Free()
+			if g.unsent != 0 || len(g.by) != 0 {
+				t.Errorf("%d bytes of %d connections are left", g.unsent, len(g.by))
+			}
+
+			full := g.callFrom("a")
+			if !full.lend(context.Background(), maxUnsentByOne-1, false) {
+				t.Fatal("there is no room")
+			}
+			// A lookup without values finds the room that its values do not.
+			if _, ok := tt.answer.(*checkv1.CacheLookupResponse); ok {
+				full.lend(context.Background(), maxUnsentByOne-(4<<10), false)
+			}
+			sent, err = answered(t, g.callFrom("a"), tt.answer)
+			if tt.full == nil {
+				if status.Code(err) != codes.ResourceExhausted {
+					t.Errorf("answer() = %v want ResourceExhausted", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := tt.full.ProtoReflect().New().Interface()
+			if err := proto.Unmarshal(sent.Materialize(), got); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.full, got, protocmp.Transform()); diff != "" {
+				t.Errorf("without room (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 

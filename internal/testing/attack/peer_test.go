@@ -379,6 +379,24 @@ func unread(ctx context.Context, t *testing.T, address string) {
 	})
 }
 
+// unreadLabels asks for answers with 56 KiB of labels, and reads none.
+func unreadLabels(ctx context.Context, _ *testing.T, address string) {
+	message := field(1, []byte("point"))
+	for i := range 14 {
+		message = append(message, field(2, append(field(1, fmt.Append(nil, "k", i)), field(2, bytes.Repeat([]byte{'v'}, 4090))...))...)
+	}
+	each(ctx, 16, address, func(p *peer) {
+		for range 4 * streamsOfPeer {
+			stream, err := p.call(methodCheck, nil)
+			if err != nil || p.data(stream, true, envelope(len(message), message)) != nil || ctx.Err() != nil {
+				return
+			}
+			sleep(ctx, 5*time.Millisecond)
+		}
+		sleep(ctx, patience)
+	})
+}
+
 // Bombs, by what they are made of.
 func bombs() map[string]assault {
 	of := func(element []byte) []byte { return bytes.Repeat(element, largest/len(element)) }
