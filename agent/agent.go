@@ -118,7 +118,8 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 // decide asks the engine about what a client wants to know. The request shares nothing with others. The answer has so many
 // bytes of decisions at the most.
 func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*checkv1.CheckResponse, error) {
-	if c := callOf(ctx); c != nil && c.full { // it may not have been read
+	c := callOf(ctx)
+	if c != nil && c.full { // it may not have been read
 		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
 	}
 	if req.ControlPoint == "" {
@@ -133,6 +134,9 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		if asking > few {
 			req.Timeout = left - left/20 - min(time.Duration(asking)*answerTime, left/5)
 		}
+	}
+	if c != nil && c.still {
+		req.Timeout = 1 // the shortest; zero is none
 	}
 	begin := time.Now()
 	var v agentapi.Verdict

@@ -11,7 +11,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 // The bounds of a server, over all its connections.
@@ -21,7 +23,8 @@ const (
 	lateFor        = time.Second           // that a connection has its turn after others when it lost an overdue message
 	maxLate        = 1024                  // connections that are remembered for that, until they are looked through
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
-	maxHeld        = 64 << 20              // bytes of large requests that are being decided about
+	maxHeld        = 128 << 20             // bytes of requests that are being decided about, and of their metadata
+	smallHeld      = 4 << 10               // bytes of a request, and of its metadata, that do not count for that
 	large          = 64 << 10              // bytes from which a request counts
 	maxUnsent      = 64 << 20              // bytes of answers that clients have not read
 	maxUnsentByOne = maxUnsent / 4         // of one connection
@@ -77,6 +80,7 @@ type call struct {
 	gate       *gate
 	connection any
 	compressed bool // the message may be
+	metadata   int  // bytes that it takes in memory, about
 
 	// Guarded by the gate's mutex.
 	begin   time.Time     // of the arrival
@@ -85,16 +89,29 @@ type call struct {
 
 	// The rest is the handler's.
 	kept   int   // bytes that count as held
-	full   bool  // there was no room for them
+	full   bool  // there was no room to read the request
+	still  bool  // there is no room to hold it for long: the flow does not wait
 	values int   // bytes of cached values in the answer
 	loan   *loan // for the answer; nil for one that does not count
 }
 
 // call makes a context that the gate can end.
-func (g *gate) call(ctx context.Context) context.Context {
-	c := &call{gate: g, connection: connectionOf(ctx)}
+func (g *gate) call(ctx context.Context, sent metadata.MD) context.Context {
+	c := &call{gate: g, connection: connectionOf(ctx), metadata: weight(sent)}
 	c.Context, c.cancel = context.WithCancel(ctx)
 	return c
+}
+
+// weight is how many bytes metadata takes in memory, about: four times what its header list counts, as was measured for
+// many small pairs.
+func weight(sent metadata.MD) int {
+	n := 0
+	for key, values := range sent {
+		for _, value := range values {
+			n += 32 + len(key) + len(value)
+		}
+	}
+	return 4 * n
 }
 
 func (c *call) Value(key any) any {
@@ -340,15 +357,20 @@ func (c *call) read(size int, by func() error) (fits bool, err error) {
 	return true, by()
 }
 
-// hold counts what the request keeps in memory while it is decided about. It reports whether there was room for it.
-func (c *call) hold(size int) bool {
-	if c == nil || size < large {
+// hold counts what the call keeps in memory while it is decided about: the request, and its metadata, which gRPC keeps. It
+// reports whether there was room for it. Small requests need none, so that large ones cannot keep them from queues.
+func (c *call) hold(m proto.Message, size int) bool {
+	if c == nil || size <= smallHeld && c.metadata <= smallHeld {
 		return true
 	}
+	if size > smallHeld {
+		size = proto.Size(m) // of what was read
+	}
+	size += c.metadata
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
 	if c.gate.held+size > maxHeld {
-		c.full = true
+		c.still = true
 		return false
 	}
 	c.gate.held += size

@@ -62,6 +62,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
 //   - Of the messages that take more than 50 ms to arrive there are 64 at a time. Beyond that the connection that sends the
 //     most of them loses the one that takes the longest. Compressed messages are 64 at a time, and others wait.
+//   - Requests that are being decided about have 128 MiB at the most, with their metadata. Those of up to 4 KiB do not
+//     count. A check beyond that is decided about at once: it does not wait.
 //   - Answers that clients do not read have 64 MiB at the most, and 16 MiB for one connection. Beyond that checks are
 //     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
 //     are not compressed.
@@ -88,7 +90,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			}
 			err := o.refusal(info)
 			if err == nil {
-				return g.call(ctx), nil
+				return g.call(ctx, info.Header), nil
 			}
 			if visits := visitors.of(info.FullMethodName); visits != nil {
 				c, err := visits.begin(ctx)

@@ -97,7 +97,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		if refused != nil {
 			return refused
 		}
-		if err == nil && size >= large && !c.hold(proto.Size(m)) && !isCheck(m) {
+		if err == nil && !c.hold(m, size) && !isCheck(m) {
 			return errFull
 		}
 		return err

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,19 +16,22 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
+	"github.com/headgate-go/headgate/policy"
 )
 
 // callFrom is a call by a connection.
 func (g *gate) callFrom(connection any) *call {
-	c := g.call(context.Background()).(*call)
+	c := g.call(context.Background(), nil).(*call)
 	c.connection = connection
 	return c
 }
@@ -211,23 +215,52 @@ func TestForgottenAnswersGiveTheirRoomBack(t *testing.T) {
 	t.Error("the room is not given back")
 }
 
-// Large requests share their room until they are decided about. A check that finds none is marked, for a rejection, and
+// Requests share their room until they are decided about. A check that finds none is marked, so that it does not wait, and
 // another request is refused.
-func TestLargeRequestsShareRoom(t *testing.T) {
+func TestRequestsShareRoom(t *testing.T) {
 	g := newGate()
+	request := func(size int) proto.Message {
+		m := &checkv1.CheckRequest{Labels: map[string]string{"k": ""}}
+		m.Labels["k"] = string(make([]byte, size-proto.Size(m)-6))
+		return m
+	}
+	heavy := metadata.MD{}
+	for i := range 1800 {
+		heavy.Append(fmt.Sprint(1000+i), "")
+	}
 	var held []*call
-	for range maxHeld / (4 << 20) {
+	for g.held+4<<20 <= maxHeld {
 		c := g.callFrom("a")
-		if !c.hold(4 << 20) {
+		if m := request(4 << 20); !c.hold(m, proto.Size(m)) {
 			t.Fatalf("there is no room for request %d", len(held))
 		}
 		held = append(held, c)
 	}
-	if c := g.callFrom("b"); !c.hold(large-1) || c.full {
-		t.Error("a small request finds no room")
+	for g.held+smallHeld < maxHeld {
+		c := g.callFrom("a")
+		if m := request(smallHeld + 1); !c.hold(m, proto.Size(m)) {
+			t.Fatal("there is no room for a request")
+		}
+		held = append(held, c)
 	}
-	if c := g.callFrom("b"); c.hold(large) || !c.full {
-		t.Error("requests hold more than they may")
+	tests := []struct {
+		name     string
+		size     int
+		metadata metadata.MD
+		fits     bool
+	}{
+		{"small", smallHeld, nil, true},
+		{"small with usual metadata", smallHeld, metadata.Pairs("user-agent", "grpc-go/1.85.0", ":authority", "localhost", "content-type", "application/grpc"), true},
+		{"larger", smallHeld + 1, nil, false},
+		{"small with heavy metadata", 100, heavy, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := g.call(context.Background(), tt.metadata).(*call)
+			if got := c.hold(request(tt.size), tt.size); got != tt.fits || c.still == tt.fits || c.full {
+				t.Errorf("hold() = %v, still %v, full %v want %v, %v, false", got, c.still, c.full, tt.fits, !tt.fits)
+			}
+		})
 	}
 
 	data, err := proto.Marshal(&checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": string(make([]byte, large))}})
@@ -243,7 +276,7 @@ func TestLargeRequestsShareRoom(t *testing.T) {
 				if err := decode(req); err != nil {
 					return nil, err
 				}
-				if c.full {
+				if c.still {
 					return nil, errMarked
 				}
 				return new(checkv1.CheckResponse), nil
@@ -474,6 +507,29 @@ func TestLargeRequestsAreReadInTurn(t *testing.T) {
 		gone.cancel()
 		if fits, err := gone.read(large, read); !fits || status.Code(err) != codes.Canceled {
 			t.Errorf("a call that was canceled: read() = %v, %v want true, Canceled", fits, err)
+		}
+	})
+}
+
+// A check whose request has no room does not wait in queues. It is decided about all the same.
+func TestChecksWithoutRoomDoNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+			policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour},
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		s := handler{service: &Service{engine: e.Agent()}}
+		begin := time.Now()
+		for _, want := range []checkv1.CheckResponse_DecisionType{checkv1.CheckResponse_DECISION_TYPE_ACCEPTED, checkv1.CheckResponse_DECISION_TYPE_REJECTED} {
+			c := newGate().callFrom("a")
+			c.still = true
+			got, err := s.Check(c, &checkv1.CheckRequest{ControlPoint: "point"})
+			if err != nil || got.GetDecisionType() != want || time.Since(begin) != 0 {
+				t.Errorf("a check has %v after %v, %v want %v at once", got.GetDecisionType(), time.Since(begin), err, want)
+			}
 		}
 	})
 }
