@@ -4,10 +4,15 @@ import (
 	"fmt"
 	"runtime"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/slots"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/testing/race"
+	"github.com/headgate-go/headgate/policy"
 )
 
 // The budget is 128 bytes a key beyond the key's own text.
@@ -41,4 +46,66 @@ func TestKeyMemory(t *testing.T) {
 	}
 	runtime.KeepAlive(tab)
 	runtime.KeepAlive(names)
+}
+
+// A key at which a flow has waited keeps no queue: as many keys as peers make up would keep as many. Those at which flows
+// waited last keep theirs, and a busy one among these.
+func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
+	if race.Enabled {
+		t.Skip("the race detector has its own memory")
+	}
+	const many = 20 * mostRested
+	synctest.Test(t, func(t *testing.T) {
+		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, LimitBy: "key"})
+		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
+		ask := func(key string) (*agentapi.Request, *agentapi.Verdict) {
+			req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"key": key}}, Timeout: 20 * time.Millisecond}
+			v := new(agentapi.Verdict)
+			if err := e.Agent().Check(t.Context(), req, v); err != nil {
+				t.Fatal(err)
+			}
+			return req, v
+		}
+		await := func(key string) {
+			req, v := ask(key)
+			if _, in := ask(key); in.Rejection().Cause != agentapi.CauseTimeout {
+				t.Fatalf("the second flow of %s has the cause %v want one that waited", key, in.Rejection().Cause)
+			}
+			if _, err := e.Agent().End(t.Context(), req, v, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		queueOf := func(key string) *queue {
+			entry := s.table.LockKnown(key)
+			defer entry.Unlock()
+			return entry.State.queue
+		}
+		var before, after runtime.MemStats
+		await("busy")
+		busy := queueOf("busy")
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		queues := 0
+		for i := range many {
+			await(fmt.Sprintf("user-%d", i))
+			if i%(mostRested/2) == 0 {
+				await("busy")
+			}
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if queueOf("busy") != busy {
+			t.Error("a busy key has lost its queue")
+		}
+		for i := range many {
+			if queueOf(fmt.Sprintf("user-%d", i)) != nil {
+				queues++
+			}
+		}
+		perKey := float64(after.HeapAlloc-before.HeapAlloc) / many
+		t.Logf("%.0f bytes a key, %d queues", perKey, queues)
+		if perKey > 400 || queues > mostRested {
+			t.Errorf("%.0f bytes a key and %d queues want at most 400 and %d", perKey, queues, mostRested)
+		}
+	})
 }

@@ -13,6 +13,7 @@ import (
 type queue struct {
 	*wfq.Queue[pending]
 	alarm alarm
+	rests uint64 // the number by which the scheduler has noted that no flow waits; 0 while one does
 
 	changes   uint64 // of what the source has, other than by serving
 	forecasts map[forecastKey]outlook

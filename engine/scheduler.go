@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
@@ -29,6 +30,37 @@ type scheduler[S any] struct {
 	workloads *workloads
 	margin    time.Duration
 	room      *wfq.Room // for flows that wait, over all keys: those may be as many as peers make up
+	rested    rested[S]
+}
+
+// mostRested is how many keys at which no flow waits keep their queues.
+const mostRested = 256
+
+// rested is the entries whose flows were the last to leave their queues. A queue takes several times the memory of its key,
+// so that not all keys at which a flow has ever waited can keep theirs. A busy key is to keep its own, because making one
+// costs as much as a short wait.
+type rested[S any] struct {
+	last    atomic.Uint64
+	entries [mostRested]atomic.Pointer[keys.Entry[line[S]]]
+}
+
+// rest notes that no flow waits at the entry any more, and releases the queue of the one that has been noted for longest.
+// The entry is locked.
+func (s *scheduler[S]) rest(e *keys.Entry[line[S]]) {
+	if s.table == nil || e.State.queue.rests != 0 {
+		return
+	}
+	n := s.rested.last.Add(1)
+	e.State.queue.rests = n
+	old := s.rested.entries[n%mostRested].Swap(e)
+	// One that is locked is in use. It comes again when the next flows have waited there.
+	if old == nil || old == e || !old.TryLock() {
+		return
+	}
+	defer old.Unlock()
+	if q := old.State.queue; q != nil && q.rests == n-mostRested { // it has not been noted again
+		old.State.queue = nil
+	}
 }
 
 // A meter is a source that counts the flows that come and those that are let in, as load schedulers do.
@@ -55,7 +87,7 @@ type demand struct {
 // A line is the state of one key: what there is, and who waits for it.
 type line[S any] struct {
 	tokens S
-	queue  *queue // nil until somebody has to wait
+	queue  *queue // nil while no flow has waited lately
 }
 
 func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source.Source[S]) (*scheduler[S], error) {
@@ -317,6 +349,7 @@ func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
 		l.queue = s.newQueue(t.entry)
 	}
 	w := &waiter{Flow: pending{demand: t.demand}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
+	l.queue.rests = 0
 	l.queue.Push(w, t.wish.claim)
 	s.serve(t.entry, now)
 	return w
@@ -376,7 +409,9 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		return now, nil
 	case t.Served():
 		s.source.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.slot, true)
-		l.queue.changes++
+		if l.queue != nil {
+			l.queue.changes++
+		}
 	case !t.Evicted():
 		l.queue.Remove(t.waiter)
 	}
@@ -401,9 +436,15 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 
 // serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
 func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
+	if e.State.queue == nil {
+		return
+	}
 	s.catchUp(e, now)
 	s.hand(e, now)
 	e.State.queue.alarm.set(s.engine.now)
+	if !e.State.waiting() {
+		s.rest(e)
+	}
 }
 
 // catchUp serves those who were due before now, each at its time: alarms are late, and what comes to a full source
@@ -446,6 +487,9 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 func (s *scheduler[S]) ring(e *keys.Entry[line[S]]) {
 	e.Lock()
 	defer e.Unlock()
+	if e.State.queue == nil {
+		return
+	}
 	e.State.queue.alarm.rings = 0
 	s.serve(e, s.engine.now())
 }

@@ -67,6 +67,9 @@ type Entry[S any] struct {
 // Lock locks the entry.
 func (e *Entry[S]) Lock() { e.mu.Lock() }
 
+// TryLock locks the entry unless it is locked, and reports whether it has.
+func (e *Entry[S]) TryLock() bool { return e.mu.TryLock() }
+
 // Unlock unlocks the entry.
 func (e *Entry[S]) Unlock() { e.mu.Unlock() }
 
