@@ -74,13 +74,14 @@ func TestUnreadAnswersTakeRoom(t *testing.T) {
 			}
 		}
 	}
-	if c := g.callFrom("e"); c.borrow(ctx, value) {
+	switch c := g.callFrom("e"); {
+	case c.borrow(ctx, value):
 		t.Error("all connections have more unread than they may")
-	} else if !c.borrow(ctx, ownUnsent) {
+	case !c.borrow(ctx, ownUnsent):
 		t.Error("a connection that has nothing unread finds no room")
-	} else if c.borrow(ctx, 1) {
+	case c.borrow(ctx, 1):
 		t.Error("a connection finds more room than its own")
-	} else {
+	default:
 		c.loan.pay()
 	}
 
