@@ -120,6 +120,7 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 			return flow
 		}
 		switch pause(ctx, flow, wait) {
+		case pauseOver:
 		case pauseClosed:
 			r.budget.add(oneRetry)
 			return flow

@@ -18,12 +18,16 @@ func TestWarningsOfOddValues(t *testing.T) {
 			"                  plan: VALUE"), "limits.yaml:9:25: " + limiter + ".selectors[0].label_matcher.match_labels.plan"},
 		{"match_list", edit(t, selectors, "\n            - control_point: checkout\n              label_matcher:\n                match_list:\n"+
 			"                  - {key: plan, operator: NotIn, values: [free, 'VALUE']}"), "limits.yaml:9:65: " + limiter + ".selectors[0].label_matcher.match_list[0].values[1]"},
-		{"label_equals", edit(t, selectors, "[{control_point: checkout, label_matcher: {expression: {label_equals: {label: plan, value: 'VALUE'}}}}]"),
-			"limits.yaml:5:113: " + limiter + ".selectors[0].label_matcher.expression.label_equals.value"},
+		{
+			"label_equals", edit(t, selectors, "[{control_point: checkout, label_matcher: {expression: {label_equals: {label: plan, value: 'VALUE'}}}}]"),
+			"limits.yaml:5:113: " + limiter + ".selectors[0].label_matcher.expression.label_equals.value",
+		},
 		{"service", edit(t, selectors, "[{control_point: checkout, service: 'VALUE'}]"), "limits.yaml:5:58: " + limiter + ".selectors[0].service"},
-		{"pass_through_label_values", "circuit:\n  components:\n    - flow_control:\n        sampler:\n          in_ports: {accept_percentage: {constant_signal: {value: 10}}}\n" +
-			"          parameters: {selectors: [{control_point: a}], session_label_key: user}\n          pass_through_label_values:\n            - VALUE\n",
-			"limits.yaml:8:15: circuit.components[0].flow_control.sampler.pass_through_label_values[0]"},
+		{
+			"pass_through_label_values", "circuit:\n  components:\n    - flow_control:\n        sampler:\n          in_ports: {accept_percentage: {constant_signal: {value: 10}}}\n" +
+				"          parameters: {selectors: [{control_point: a}], session_label_key: user}\n          pass_through_label_values:\n            - VALUE\n",
+			"limits.yaml:8:15: circuit.components[0].flow_control.sampler.pass_through_label_values[0]",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for value, why := range map[string]string{

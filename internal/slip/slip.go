@@ -42,8 +42,8 @@ func punctuation(text string) string {
 	if strings.IndexByte(",;", text[0]) >= 0 {
 		return fmt.Sprintf("it begins with %q", text[:1])
 	}
-	if last := text[len(text)-1:]; strings.Contains(`,;:|\`, last) {
-		return fmt.Sprintf("it ends with %q", last)
+	if last := text[len(text)-1]; strings.IndexByte(`,;:|\`, last) >= 0 {
+		return fmt.Sprintf("it ends with %q", string(last))
 	}
 	return ""
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"iter"
+	"maps"
 	"strings"
 )
 
@@ -35,11 +36,7 @@ func From(ctx context.Context) string {
 
 // Read is the members of a header. Of several with one key the last one counts.
 func Read(header string) map[string]string {
-	members := make(map[string]string)
-	for key, value := range All(header) {
-		members[key] = value
-	}
-	return members
+	return maps.Collect(All(header))
 }
 
 // All gives the keys and values of a header's members, decoded and as valid UTF-8. Members that are none are left out.
