@@ -80,7 +80,7 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		if d.Dropped {
 			continue
 		}
-		held := d.Slot() != 0
+		held := d.Component.Slots && d.Slot() != 0
 		returned := d.Component.Settler.Settle(ctx, d, o)
 		if held {
 			r.Held++

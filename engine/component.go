@@ -164,7 +164,7 @@ func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(
 	}
 	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is
 	// forgotten, as full as its next bucket.
-	return d.Slot() != 0 && locked(k.table.Spill(), give)
+	return k.component.Slots && d.Slot() != 0 && locked(k.table.Spill(), give)
 }
 
 // locked calls the function with the entry locked.

@@ -84,7 +84,7 @@ func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, 
 // Settle gives back what was not used, and slots.
 func (l *limiter[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
 	unused := o.Ended == agentapi.EndedUnused
-	return (unused || d.Slot() != 0) && l.giveBack(l.engine.now(), d, unused)
+	return (unused || l.component.Slots && d.Slot() != 0) && l.giveBack(l.engine.now(), d, unused)
 }
 
 // giveBack takes back what the decision says that the flow was given. It reports whether there was anything to take back.

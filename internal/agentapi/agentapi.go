@@ -369,7 +369,7 @@ type LimiterDecision struct {
 	// those that this flow took.
 	Remaining, Consumed float64
 
-	slot uint64        // what a flow that was not dropped holds; 0 for nothing
+	slot uint64        // what a flow that was not dropped holds, or what Settle needs of it; 0 for nothing
 	wait time.Duration // until a flow that was dropped could pass; 0 when nobody knows
 
 	Scope Scope
@@ -388,7 +388,8 @@ type LimiterDecision struct {
 // Passed reports whether the component let the flow pass, be it by a dry run.
 func (d *LimiterDecision) Passed() bool { return !d.Dropped || d.DryRun }
 
-// Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped.
+// Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped. A component without slots notes what it
+// needs to take back what was not used.
 func (d *LimiterDecision) Hold(slot uint64) { d.slot = slot }
 
 // Slot identifies what the flow holds; 0 when it holds nothing.

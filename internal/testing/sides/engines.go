@@ -62,7 +62,7 @@ func held(v *agentapi.Verdict) (slots int) {
 		return 0
 	}
 	for i := range v.Len() {
-		if v.At(i).Slot() != 0 {
+		if d := v.At(i); d.Component.Slots && d.Slot() != 0 {
 			slots++
 		}
 	}
