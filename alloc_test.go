@@ -38,6 +38,9 @@ func components() map[string]policy.Component {
 			Signal: policy.MeanLatency{Selectors: policy.At(point), Over: time.Minute},
 		},
 		"sampler": policy.Sampler{Selectors: policy.At(point), AcceptPercentage: 100, SessionLabel: "user_id"},
+		"calendar quota": policy.CalendarQuota{
+			Selectors: policy.At(point), Amount: 1e12, Period: policy.PeriodHour, TimeZone: "Europe/Berlin", LimitBy: "user_id",
+		},
 	}
 }
 

@@ -72,6 +72,7 @@ func TestChecksHoldWhateverTheyCarry(t *testing.T) {
 	at := policy.At("point")
 	components := map[string]policy.Component{
 		"rate limiter":          policy.RateLimiter{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", TokensLabel: "cost"},
+		"calendar quota":        policy.CalendarQuota{Selectors: at, Amount: 2, Period: policy.PeriodMonth, LimitBy: "user_id", TokensLabel: "cost"},
 		"concurrency limiter":   policy.ConcurrencyLimiter{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", TokensLabel: "cost"},
 		"quota scheduler":       policy.QuotaScheduler{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}, WorkloadLabel: "user_id", FairnessLabel: "user_id"}},
 		"concurrency scheduler": policy.ConcurrencyScheduler{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}, TokensLabel: "cost", PriorityLabel: "user_id"}},

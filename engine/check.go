@@ -15,7 +15,7 @@ type stage int
 const (
 	stageRamp        stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
 	stageSample                   // samplers
-	stageLimit                    // rate limiters and concurrency limiters
+	stageLimit                    // rate limiters, calendar quotas and concurrency limiters
 	stageConcurrency              // concurrency schedulers
 	stageLoad                     // quota and load schedulers, unless the flow's result is in the cache
 	stages

@@ -58,6 +58,11 @@ func TestDryRunIsOneMechanism(t *testing.T) {
 		{"AIMD load scheduler", func(dry bool) policy.Component {
 			return policy.AIMDLoadScheduler{Selectors: policy.At("point"), Signal: policy.Constant(2), Setpoint: policy.Constant(1), DryRun: dry}
 		}},
+		{"calendar quota", func(dry bool) policy.Component {
+			return policy.CalendarQuota{
+				Selectors: policy.At("point"), Amount: 3, Period: policy.PeriodHour, LimitBy: "user", TokensLabel: "tokens", DryRun: dry,
+			}
+		}},
 		{"sampler", func(dry bool) policy.Component {
 			return policy.Sampler{Selectors: policy.At("point"), AcceptPercentage: 50, SessionLabel: "user", DryRun: dry}
 		}},

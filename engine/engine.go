@@ -13,11 +13,11 @@
 // # How it decides
 //
 // A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
-// samplers, then rate limiters and concurrency limiters, then concurrency schedulers, then, unless its result is in the
-// cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted when none of
-// them drops it. A flow that is not accepted takes nothing: what components gave it goes back. Where several of a stage
-// drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp mode:
-// there a flow needs at least one ramp that picks it, and none that drops it.
+// samplers, then rate limiters, calendar quotas and concurrency limiters, then concurrency schedulers, then, unless its
+// result is in the cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted
+// when none of them drops it. A flow that is not accepted takes nothing: what components gave it goes back. Where several
+// of a stage drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp
+// mode: there a flow needs at least one ramp that picks it, and none that drops it.
 //
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
 // fair queueing (see [policy.Scheduler]): what becomes free goes at once to the one whose turn it is then. A flow waits

@@ -55,6 +55,13 @@ var kinds = [...]row{ //nolint:gochecknoglobals // a table, never written to
 		},
 		build: newLoadRamp,
 	},
+	&kindOf[policy.CalendarQuota]{
+		kind: kind{
+			stage: stageLimit, info: agentapi.InfoRateLimiter, observe: observeLimiter,
+			counter: counterName{"calendar_quota_counter_total", "Flows that met a calendar quota."},
+		},
+		build: newCalendarQuota, warn: warnCalendarQuota,
+	},
 }
 
 // While a row is missing this does not compile: the table is shorter then than package policy's.

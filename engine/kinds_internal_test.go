@@ -20,6 +20,7 @@ func oneOfEach() [policy.Kinds]policy.Component {
 		policy.AIMDLoadScheduler{Selectors: at, Signal: policy.Constant(1), Setpoint: policy.Constant(2)},
 		policy.Sampler{Selectors: at, AcceptPercentage: 100},
 		policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true},
+		policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay},
 	}
 }
 

@@ -28,6 +28,8 @@ func anyKind(kind string, dry bool, selector policy.Selector) policy.Component {
 		return policy.AIMDLoadScheduler{Selectors: at, Signal: policy.Constant(1), Setpoint: policy.Constant(2), DryRun: dry}
 	case "sampler":
 		return policy.Sampler{Selectors: at, AcceptPercentage: 100, DryRun: dry}
+	case "calendar":
+		return policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay, DryRun: dry}
 	default:
 		return policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true, DryRun: dry}
 	}

@@ -45,7 +45,7 @@ type ComponentStats struct {
 	Policy, PolicyHash, ID string
 
 	// Kind is what policy files call such a component: rate_limiter, concurrency_limiter, quota_scheduler,
-	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler or load_ramp.
+	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler, load_ramp or calendar_quota.
 	Kind string
 
 	// LabelKey is the label that the component goes by; "" where it is one for all flows.

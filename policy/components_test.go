@@ -70,6 +70,11 @@ func TestLoadKinds(t *testing.T) {
 					Steps: []policy.RampStep{{Target: 1}, {Target: 100, Duration: 5 * time.Minute}},
 					Start: true, SessionLabel: "user", PassThroughValues: []string{"bob", ""}, DeniedStatus: 404, DryRun: true,
 				},
+				policy.CalendarQuota{
+					ID: "root.9", Selectors: policy.At("prompt"), Amount: 1e6, Period: policy.PeriodWeek, TimeZone: "Europe/Berlin",
+					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", DeniedStatus: 403,
+					PassThrough: true, DryRun: true,
+				},
 			},
 			Warnings: []string{
 				"26:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",

@@ -100,6 +100,19 @@ policy:
 	// new-ui: 100% in 1h0m0s
 }
 
+// A file says a calendar quota by a key that Aperture does not have.
+func ExampleCalendarQuota() {
+	policies, err := policy.Load("testdata/monthly.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	if q, ok := policies[0].Components[0].(policy.CalendarQuota); ok {
+		fmt.Printf("%g tokens a %s of %s for each %s\n", q.Amount, q.Period, q.TimeZone, q.LimitBy)
+	}
+	// Output: 1e+06 tokens a month of Europe/Berlin for each tenant
+}
+
 func ExampleParse() {
 	_, err := policy.Parse("limits.yaml", []byte(`circuit:
   components:
@@ -145,6 +158,10 @@ func ExampleComponent() {
 		policy.LoadRamp{
 			Selectors: policy.At("new-page"), SessionLabel: "user_id",
 			Steps: []policy.RampStep{{Target: 1}, {Target: 100, Duration: time.Hour}},
+		},
+		policy.CalendarQuota{
+			Selectors: policy.At("prompt"), LimitBy: "tenant", TokensLabel: "tokens",
+			Amount: 1_000_000, Period: policy.PeriodMonth, TimeZone: "Europe/Berlin",
 		},
 	}
 	p := policy.Policy{Name: "all-kinds", Components: components}

@@ -46,10 +46,10 @@ func Load(paths ...string) ([]Policy, error) {
 // concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
 // blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, and for those at
-// the top of a document that begin with "x-": they are a place for anchors, and otherwise ignored. Keys that it has and
-// that are of no use here end up in [Policy.Warnings]. A key or value that Aperture's blueprints have left to be filled in,
-// __REQUIRED_FIELD__, is an error.
+// Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, for calendar_quota,
+// which is a [CalendarQuota], and for those at the top of a document that begin with "x-": they are a place for anchors,
+// and otherwise ignored. Keys that it has and that are of no use here end up in [Policy.Warnings]. A key or value that
+// Aperture's blueprints have left to be filled in, __REQUIRED_FIELD__, is an error.
 //
 // The components of flow_control that this package has a type for are read, and adaptive_load_scheduler, which is an
 // [AIMDLoadScheduler] by an old name; others are errors. An input port is connected to a constant or to the signal of a

@@ -32,6 +32,8 @@ func FuzzParse(f *testing.F) {
 		"a: |+\n\n b\n", "? a\n: b\n", "{a: b c: d, \"e\": [f\tg]}", "x-a: &a {k.l: 1}\n\"b\\n\": *a\n", "!!str a: !x\n", "%YAML 1.2\n---\n", "\xff\xfe", "{a, b: , [c]: d}", "- - -\n -", "a: 'b\n\n",
 		"{\"circuit\": {}}\n---\n# c\n[a: b]\n...\n%YAML 1.2\n", "a: &a {<<: [*a]}\nb: 010\n", "a: b\n  - c\n", "a: {b: c\nd}\r\ne: \"\\q\"\r}\n---\n]\n",
 		"circuit: {components: [{flow_control: {rate_limiter: {in_ports: {interval: __REQUIRED_FIELD__}, parametrs: {}}}}]}",
+		"circuit: {components: [{flow_control: {calendar_quota: {selectors: [{control_point: a}], parameters: {amount: 1, period: week, week_start: sunday, time_zone: Asia/Kolkata}}}}]}",
+		"circuit: {components: [{flow_control: {calendar_quota: {in_ports: {pass_through: ~}, parameters: {amount: .nan, period: 1, week_start: [], time_zone: ../../etc}}}}]}",
 	} {
 		f.Add([]byte(seed))
 	}

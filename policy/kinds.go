@@ -21,6 +21,7 @@ const (
 	aimdLoadScheduler
 	sampler
 	loadRamp
+	calendarQuota
 	count
 )
 
@@ -54,6 +55,9 @@ var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
 	}}},
 	{"load_ramp", valueOf[LoadRamp], []form{{
 		"load_ramp", samplerKeys, "", "forward backward reset", (*decoder).loadRamp,
+	}}},
+	{"calendar_quota", valueOf[CalendarQuota], []form{{
+		"calendar_quota", "selectors parameters request_parameters", "", "pass_through", (*decoder).calendarQuota,
 	}}},
 }
 

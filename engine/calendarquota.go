@@ -1,0 +1,56 @@
+package engine
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/calendar"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/policy"
+)
+
+func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agentapi.Component) (component, error) {
+	zone, err := time.LoadLocation(p.TimeZone)
+	if err != nil {
+		return nil, fmt.Errorf("time zone %q: %w", p.TimeZone, err) // it was there when the policy was checked
+	}
+	in.selectors = p.Selectors
+	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Amount, p.DryRun
+	l := newLimiter(e, c, p.MaxIdle, &calendar.Rule{
+		Amount:  p.Amount,
+		Periods: calendar.Periods{Unit: calendarUnit(p.Period), Zone: zone, First: weekStart(p.WeekStart)},
+		Epoch:   e.epoch.Round(0), // by the clock on the wall, as calendars are
+	})
+	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
+	return l, nil
+}
+
+func calendarUnit(p policy.Period) calendar.Unit {
+	switch p {
+	case policy.PeriodHour:
+		return calendar.Hour
+	case policy.PeriodDay:
+		return calendar.Day
+	case policy.PeriodWeek:
+		return calendar.Week
+	default: // no other is valid
+		return calendar.Month
+	}
+}
+
+// weekStart returns the day of the name, and Monday for none.
+func weekStart(name string) time.Weekday {
+	for day := time.Sunday; day <= time.Saturday; day++ {
+		if strings.EqualFold(day.String(), name) {
+			return day
+		}
+	}
+	return time.Monday
+}
+
+func warnCalendarQuota(w *warnings, of string, p policy.CalendarQuota) {
+	if p.TokensLabel == "" && !p.PassThrough {
+		w.cost(of, p.Amount, 1)
+	}
+}

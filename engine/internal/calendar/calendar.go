@@ -1,0 +1,87 @@
+// Package calendar is the quota of calendar quotas: so many tokens in each period of a time zone's calendar.
+package calendar
+
+import (
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
+
+// A Rule is what the quotas of one component have in common. It is a [source.Source], and does not change.
+type Rule struct {
+	Amount  float64 // tokens in each period
+	Periods Periods
+	Epoch   time.Time // when the caller's time was 0
+}
+
+// A State is what one key has in the period that ends at end. Its zero value is not ready; see [Rule.Fresh].
+type State struct {
+	left float64
+	end  int64
+}
+
+// Fresh makes the quota whole.
+func (r *Rule) Fresh(q *State, _ int64) { *q = State{left: r.Amount} }
+
+// renew makes the quota whole if its period has ended. A clock that steps back changes nothing.
+func (r *Rule) renew(q *State, now int64) {
+	if now >= q.end {
+		*q = State{r.Amount, int64(r.Periods.End(r.Epoch.Add(time.Duration(now))).Sub(r.Epoch))}
+	}
+}
+
+// Take takes tokens of the period. What costs nothing is always there. GiveBack needs the period, by its end.
+func (r *Rule) Take(q *State, now int64, tokens float64) source.Taken {
+	r.renew(q, now)
+	left := q.left - tokens
+	if left >= -source.Slack || tokens == 0 {
+		q.left = max(left, 0)
+		return source.Taken{OK: true, Slot: uint64(q.end), Left: q.left}
+	}
+	return source.Taken{Left: q.left, Wait: max(r.wait(q, now, tokens), 0)}
+}
+
+// wait is how long until the tokens may be there, which are not there now.
+func (r *Rule) wait(q *State, now int64, tokens float64) int64 {
+	if tokens > r.Amount+source.Slack {
+		return source.Never
+	}
+	return q.end - now
+}
+
+// Cost returns the tokens, up to [source.MaxCost].
+func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
+
+// Timed reports true.
+func (r *Rule) Timed() bool { return true }
+
+// GiveBack undoes a Take of the same period. The tokens of a period that has ended are nobody's.
+func (r *Rule) GiveBack(q *State, now int64, tokens float64, period uint64, unused bool) bool {
+	r.renew(q, now)
+	if !unused || period != uint64(q.end) {
+		return false
+	}
+	q.left = min(q.left+tokens, r.Amount)
+	return true
+}
+
+// Usage returns what is left of the quota.
+func (r *Rule) Usage(q *State, now int64) source.Usage {
+	r.renew(q, now)
+	return source.Usage{Capacity: r.Amount, Remaining: q.left}
+}
+
+// Forecast returns when the next period begins, unless the tokens are there, those of the flows ahead included. If they
+// want more than the next period has, the flow waits for longer.
+func (r *Rule) Forecast(q *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+	r.renew(q, now)
+	least = r.wait(q, now, tokens)
+	likely = least
+	if least != source.Never && ahead.Least+tokens <= q.left+source.Slack {
+		least = 0
+	}
+	return least, likely
+}
+
+// Idle reports whether the quota is whole, or will be when somebody looks.
+func (r *Rule) Idle(q *State, now int64) bool { return now >= q.end || q.left >= r.Amount }
