@@ -50,7 +50,7 @@ func weekStart(name string) time.Weekday {
 }
 
 func warnCalendarQuota(w *warnings, of string, p policy.CalendarQuota) {
-	if p.TokensLabel == "" && !p.PassThrough {
-		w.cost(of, p.Amount, 1)
+	if !p.PassThrough {
+		w.cost(of, p.Amount, 1, p.TokensLabel)
 	}
 }
