@@ -17,6 +17,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
@@ -171,6 +172,9 @@ func BenchmarkLargeRequest(b *testing.B) {
 
 // A large request costs few allocations, whatever it consists of.
 func TestLargeRequestsAreReadWithFewAllocations(t *testing.T) {
+	if race.Enabled {
+		t.Skip("nothing runs at the same time here, and the race detector makes a minute of it: make test-long runs it")
+	}
 	s := largeService(t)
 	named := s.service.engine.NamedLabels()
 	for _, tt := range largeRequests() {
