@@ -28,6 +28,7 @@ var knownFaults = []struct {
 	{"takes brackets and braces that close nothing for text", regexp.MustCompile(`have "[\]}]"`), nil},
 	{"takes a colon behind a missing comma, or one in a text, for text", regexp.MustCompile(`have ":"|a colon is not allowed here`), nil},
 	{"refuses a colon that no space follows in a list in braces", nil, regexp.MustCompile(`[\[{].*:[^ ]|:,`)},
+	{"refuses a line that ends between a key in braces and its colon", nil, regexp.MustCompile(`\{[^}]*[^,{}\s]$`)},
 	{"takes quotes in wrong places, and text behind quotes, for text", nil, regexp.MustCompile(`["']`)},
 	{"drops tabs, or takes them for indentation", nil, regexp.MustCompile(`\t`)},
 	{"takes indicators where no text may begin with them for text", regexp.MustCompile("text cannot begin with|want a value, have|want a key, have"), nil},
