@@ -133,7 +133,7 @@ func shrink(m proto.Message) (check bool) {
 	return false
 }
 
-// without is what is told of a key whose value is left out.
+// without is the answer for a key whose value is left out.
 func without(found *checkv1.KeyLookupResponse) *checkv1.KeyLookupResponse {
 	if len(found.GetValue()) == 0 {
 		return found

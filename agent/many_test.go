@@ -163,7 +163,7 @@ func TestManySlotsComeBack(t *testing.T) {
 	}
 }
 
-// What holds slots is told before all that only lets the flow pass.
+// Decisions that hold slots go before those that only let the flow pass.
 func TestSlotsAreToldFirst(t *testing.T) {
 	limits := append(plans(2000, passes()), policy.Policy{Name: "z", Components: []policy.Component{holds(), holds()}})
 	for i := range limits[2000].Components {

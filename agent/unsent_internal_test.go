@@ -414,9 +414,9 @@ func TestSlowMessagesKeepNoOtherWaiting(t *testing.T) {
 						}
 					})
 				}
-				time.Sleep(connections / maxArriving * arrival) // until each connection has lost a call
+				<-time.After(connections / maxArriving * arrival) // until each connection has lost a call
 				for range 50 {
-					time.Sleep(7 * time.Millisecond)
+					<-time.After(7 * time.Millisecond)
 					begin := time.Now()
 					c := tt.from(g, "other")
 					if err := c.enter(); err != nil || time.Since(begin) > tt.wait {
@@ -448,9 +448,9 @@ func TestFewSlowMessagesLast(t *testing.T) {
 				t.Fatal(err)
 			}
 			many = append(many, c)
-			time.Sleep(time.Microsecond)
+			<-time.After(time.Microsecond)
 		}
-		time.Sleep(2 * arrival)
+		<-time.After(2 * arrival)
 		synctest.Wait()
 		if few.leave() {
 			t.Error("the call of the connection with few was ended")

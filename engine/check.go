@@ -107,7 +107,7 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 	return nil
 }
 
-// ask asks the placements of a stage, all of them: a client is told about each. They are asked one after the other, in an
+// ask asks all placements of a stage: the answer tells a client about each. They are asked one after the other, in an
 // order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
 // the flow, it waits for none, and in a dry run neither. The time goes on while it waits. Dropped reports what components in
 // force decided, in a flow's dry run too; a component in dry run drops no flow.

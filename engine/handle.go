@@ -23,7 +23,7 @@ type Usage struct {
 	Waiting int
 }
 
-// A Component is a limiter, a scheduler, a sampler or a load ramp of an engine, for those who run it. Get one with
+// A Component is a limiter, a scheduler, a sampler or a load ramp of an engine, for the people who run it. Get one with
 // [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one where its policy has
 // changed. It is safe for concurrent use.
 type Component struct {
@@ -53,7 +53,7 @@ func (e *Engine) Component(policyName, id string) (*Component, error) {
 
 // Peek tells what the value of its label has at a limiter or a scheduler. It takes nothing. The value is "" where the
 // component has no label. A value that no flow has had yet has everything; one that has no bucket of its own (see
-// [WithKeyCap]) shares the one that is told about. It is an error if the component has no buckets, if it has no label and
+// [WithKeyCap]) shares the one that Peek reports. It is an error if the component has no buckets, if it has no label and
 // the value is not "", and if it is no longer in force.
 func (c *Component) Peek(value string) (Usage, error) {
 	i, err := c.inspected(value)
@@ -128,7 +128,7 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 	defer e.Unlock()
 	l := &e.State
 	if l.waiting() {
-		s.serve(e, now) // what has come by now is for those who wait
+		s.serve(e, now) // what has come by now is for the flows that wait
 	}
 	u := usageOf(s.source.Usage(&l.tokens, now))
 	if l.queue != nil {

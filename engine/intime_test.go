@@ -29,14 +29,14 @@ func comers(t *testing.T, c policy.Component, flows []comer, hold time.Duration)
 		var all sync.WaitGroup
 		for i, comer := range flows {
 			all.Go(func() {
-				time.Sleep(comer.at)
+				<-time.After(comer.at)
 				began := time.Now()
 				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: comer.labels, CheckTimeout: comer.timeout})
 				if i == len(flows)-1 {
 					last, after = flow.Decision(), time.Since(began)
 				}
 				if flow.Decision() == flowctl.Accepted {
-					time.Sleep(hold)
+					<-time.After(hold)
 				}
 				if _, err := flow.End(context.WithoutCancel(t.Context())); err != nil {
 					t.Error(err)

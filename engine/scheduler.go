@@ -84,7 +84,7 @@ type demand struct {
 	by     *workload // whose price they are; nil where a label says how many
 }
 
-// A line is the state of one key: what there is, and who waits for it.
+// A line is the state of one key: its tokens, and the queue of flows that wait for them.
 type line[S any] struct {
 	tokens S
 	queue  *queue // nil while no flow has waited lately
@@ -252,7 +252,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 		return true
 	}
 	if l.waiting() {
-		s.serve(t.entry, now) // what has come by now is for those who wait
+		s.serve(t.entry, now) // what has come by now is for the flows that wait
 	}
 	if l.waiting() && d.Consumed != 0 {
 		return false

@@ -62,7 +62,7 @@ func (m *mean) at(now int64) float64 {
 	return t.sum / t.count
 }
 
-// A latencySink is told how long flows of one control point took.
+// A latencySink gets the latencies of the flows of one control point.
 type latencySink struct {
 	selectors selectors
 	note      note

@@ -46,7 +46,7 @@ func Load(paths ...string) ([]Policy, error) {
 // concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
 // blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, but for dry_run, which any component may have, for calendar_quota,
+// Keys that Aperture's format does not have are errors, except dry_run, which any component may have, for calendar_quota,
 // which is a [CalendarQuota], and for those at the top of a document that begin with "x-": they are a place for anchors,
 // and otherwise ignored. Keys that it has and that are of no use here end up in [Policy.Warnings]. A key or value that
 // Aperture's blueprints have left to be filled in, __REQUIRED_FIELD__, is an error.

@@ -64,7 +64,7 @@ func (d *decoder) load(v value) LoadScheduler {
 	}
 }
 
-// loadReads calls read with the labels that a load scheduler reads, but for those of its signals.
+// loadReads calls read with the labels that a load scheduler reads, except those of its signals.
 func loadReads(selectors []Selector, s *Scheduler, byLatency bool, read func(components.Role, string)) {
 	selectorsRead(selectors, components.SelectsBy, read)
 	workloads := components.SchedulesBy

@@ -249,7 +249,7 @@ func (v *Verdict) Err() error {
 	return nil
 }
 
-// Rejected says whether the flow was rejected.
+// Rejected reports whether the flow was rejected.
 func (v *Verdict) Rejected() bool { return v.Details != nil && v.Details.rejection.rejected }
 
 // Rejection is why the flow was rejected; zero when it was not.

@@ -151,7 +151,7 @@ func (l *Labels) Merged() map[string]string {
 	return merged
 }
 
-// HTTPRequest is an HTTP request as an agent is told of it: all text is valid UTF-8, and within the bounds of labels.
+// HTTPRequest describes an HTTP request to an agent: all text is valid UTF-8, and within the bounds of labels.
 type HTTPRequest struct {
 	Method, Path, Host, Scheme, Protocol string
 

@@ -40,7 +40,7 @@ type Pauses interface {
 // Key is for the [Info] of a flow, in the flow's context.
 type Key struct{}
 
-// From finds what is told of the innermost flow that ctx comes from.
+// From finds the information about the innermost flow that ctx comes from.
 func From(ctx context.Context) (info Info, ok bool) {
 	info, ok = ctx.Value(Key{}).(Info)
 	return info, ok

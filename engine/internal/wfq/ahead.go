@@ -31,10 +31,10 @@ func (q *Queue[T]) Ahead(c Claim, cost float64) Ahead {
 	return all
 }
 
-// mostOthers bounds what a look at those who share may cost a flow.
+// mostOthers bounds what a look at the other shares may cost a flow.
 const mostOthers = 128
 
-// others returns what goes to the shares below, but for one, until the clock shows that.
+// others returns what goes to all shares below except one, until the clock shows that.
 func (s *share[T]) others(but *share[T], clock Ahead) (sum Ahead) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
 		if o == but || o.finish > clock.Likely {

@@ -76,6 +76,7 @@ func run(kind string) error {
 		return err
 	}
 	defer e.Close()
+	// The program ends by a signal, and has no other context.
 	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
@@ -186,7 +187,7 @@ func runClient() (*attack.Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx := context.Background()
+	ctx := context.Background() // the program's own, which ends with it
 	r := &attack.Report{Decisions: make(map[string]int), Late: -attack.CheckTimeout}
 	var mu sync.Mutex
 	var working sync.WaitGroup
