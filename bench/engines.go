@@ -196,7 +196,7 @@ func (e *engines) userRows() []*row {
 	return []*row{
 		{name: one, call: e.rotate(oneKey)},
 		{name: fmt.Sprintf("Do, label maps in turn, %d keys", len(e.users)), call: e.rotate(manyKeys), targets: []target{
-			{inTime, one, 5, false},
+			{inTime, one, 2.5, false},
 		}},
 	}
 }
