@@ -18,74 +18,77 @@ import (
 
 // CachePolicy says how [Cached] and [CachedFunc] keep results. The zero value is right for most.
 type CachePolicy[T any] struct {
-	// TTL is how long a result is stored. Zero is the agent's default, 7 days, which is the longest that an engine keeps
-	// a value. With a negative one nothing is stored; calls still share runs.
+	// TTL is how long a result is stored. Zero is the agent's default, 7 days. An engine keeps no value for longer than
+	// that. If TTL is negative, nothing is stored; calls still share runs.
 	TTL time.Duration
 
-	// Codec turns results into the bytes that are stored, and back. Nil is JSON.
+	// Codec turns results into the bytes that are stored, and back. Nil means JSON.
 	Codec Codec[T]
 
-	// Exact is for a Codec that gives back every T that it encodes, and for types that JSON gives back: then results are
-	// stored as they are encoded. Otherwise a result is decoded again when it was made, and it is stored only if that
-	// gives the same value.
+	// Exact stores results without a test. Set it for a Codec that gives back every T that it encodes, and for types
+	// that JSON gives back. By default each new result is decoded again, and it is stored only if that gives the same
+	// value.
 	Exact bool
 
-	// LastGood is for how many keys [CachedFunc] keeps the last result for onReject. Those that were found or made
-	// longest ago go first. Zero means 256; with a negative one none is kept. [Cached] has one key, and keeps its result
-	// unless LastGood is negative.
+	// LastGood is the number of keys for which [CachedFunc] keeps the last result for onReject. If there are more,
+	// those that were found or made longest ago go first. Zero means 256. If LastGood is negative, none is kept.
+	// [Cached] has one key, and keeps its result unless LastGood is negative.
 	LastGood int
 }
 
 // defaultLastGood is what a LastGood of 0 means.
 const defaultLastGood = 256
 
-// Cached is [Guard] for a function whose result can be used again: a call that finds one under params.ResultCacheKey in
-// the control point's result cache returns it, and does not run fn. Without a key the control point is the key, so two
-// cached functions at one control point need a key each, or each returns what the other one stored. [CachedFunc] is for
-// a function whose argument decides the key.
-//
-// A call that finds no result runs fn, and stores what fn returned, unless that was an error.
+// Cached is [Guard] for a function whose result can be used again. A call looks up params.ResultCacheKey in the control
+// point's result cache. If it finds a result, it returns the result and does not run fn. Otherwise it runs fn, and
+// stores what fn returned, unless that was an error. Without a key the control point is the key. Two cached functions
+// at one control point need a key each, or each returns what the other one stored. [CachedFunc] is for a function whose
+// argument decides the key.
 //
 // Calls at the same time share one run, which is one flow. A call first looks for a run under its key. If there is one,
-// the call waits for it, and starts no flow of its own: no agent is asked about it, and its labels are not checked. What
-// decides who may have a result must therefore be part of the key. Only its context bounds its wait. If there is none,
-// the call starts the flow of a new run. Calls that come while that flow waits in a queue share what is decided about it.
-// If it does not run, each of them applies its own onReject. One of them asks anew if the flow ended Canceled or Invalid,
-// or if it was rejected because the first call's deadline was too near.
+// the call waits for it and starts no flow of its own: no agent is asked about the call, and its labels are not
+// checked. So the key must include everything that decides who may have a result. Only the call's context bounds the
+// wait.
 //
-// Runs are shared by client, control point, key and T, and not by function: where the key is a request's, the cached
-// function can be made for the request. Whichever function began the run, the others get what it returns. Without a
-// client, and with a [Starter] that neither is a client nor embeds one nor is made by [Retrying] from one, only the calls
-// of one function share runs.
+// If there is no run, the call starts the flow of a new one. Calls that come while that flow waits in a queue share its
+// decision. If the flow does not run, each call applies its own onReject, with two exceptions. If the flow ended
+// Canceled or Invalid, or was rejected because the first call's deadline was too near, one of the calls asks again. If
+// the flow was Unreachable, a call that fails open asks again.
 //
-// A run does not belong to the call that began it. It has the values of that call's context, but neither its cancellation
-// nor its deadline, and it is canceled when the last call that waits for it has given up. A call that gives up returns
-// its context's error. The run's flow ends with the run. A call whose context has ended before it begins is a call of
-// [Guard]: it runs in a dry run and without a client.
+// Calls share a run if the client, the control point, the key and T are the same. The function need not be the same, so
+// a cached function can be made for each request: all calls get what the function that began the run returns. Without a
+// client, only the calls of one function share runs. The same holds for a [Starter] that is no client, embeds none, and
+// was not made by [Retrying] from one.
 //
-// A call from within a run waits only for runs that were begun inside that run, so that runs never wait for each other.
-// Where any other run is under way for its key, it begins a run of its own. One inner key may therefore run once in each
-// outer run, and is stored each time.
+// A run does not belong to the call that began it. It has the values of that call's context, but neither its
+// cancellation nor its deadline. It is canceled when the last call that waits for it has given up. A call that gives up
+// returns its context's error. The run's flow ends with the run. A call whose context has ended before it begins is a
+// call of [Guard], which still runs in a dry run and without a client.
 //
-// A panic of fn, or a Goexit, reaches the call that began the run, or if that has given up one of the others; the rest
-// get an error. So does one of the codec. The panic's value is the same there. Its stack is that of the call; a program
-// that ends by the panic prints fn's too. When all calls have given up, a panic of fn ends the program, like one in any
-// goroutine of fn's own.
+// A call from within a run waits only for runs that began inside that run, so that runs never wait for each other. If
+// any other run is under way for its key, the call begins a run of its own. So one inner key may run once in each outer
+// run, and is stored each time.
+//
+// If fn or the codec panics, or calls runtime.Goexit, that goes on in the call that began the run. If that call has
+// given up, it goes on in another one. The other calls get an error. The panic keeps its value. Its stack is that of
+// the call; a program that ends by the panic prints fn's too. If all calls have given up, a panic of fn ends the
+// program, like a panic in a goroutine that fn starts.
 //
 // A value is stored only if decoding gives it back, see CachePolicy.Exact. JSON loses bytes that are not UTF-8,
-// unexported fields, and the types of numbers in an any, for example. Values are compared as reflect.DeepEqual does, but
-// times by [time.Time.Equal]. A nil slice is not an empty one: with omitempty, JSON does not give an empty one back. The
-// client logs results that are not stored, once a minute at most, by type and not by value. What goes wrong with the
-// cache is never the call's error, and a value in it that cannot be decoded counts as none.
+// unexported fields, and the types of numbers in an any, for example. With omitempty it turns an empty slice into a nil
+// one, which is another value. Values are compared as reflect.DeepEqual does, except that times are compared by
+// [time.Time.Equal], and that NaN equals NaN. The client logs results that are not stored, once a minute at most, by
+// type and not by value. A failure of the cache is never the call's error. A cached value that cannot be decoded counts
+// as none.
 //
-// An agent gives no value with a rejection, and forgets what has expired. So a cached function keeps the last result that
-// a call of it found or made, for onReject: fallback.Stale returns it until a grace period after it has expired. That is
-// for functions which are made once and called often. A result that the process stored itself expires when the TTL has
-// passed. Of any other it only knows that it was good when it was last found or made, and the grace period counts from
+// An agent gives no value with a rejection, and forgets what has expired. So a cached function keeps the last result
+// that a call of it found or made, for onReject: fallback.Stale returns it until a grace period after it has expired.
+// Make such a function once, and call it often. A result that the process stored itself expires when the TTL has
+// passed. Of any other result the process knows only when it was last found or made, and the grace period counts from
 // then. With a nil onReject nothing is kept.
 //
-// The cached function is safe for concurrent use if fn, onReject and the codec are. Callers may get one value together,
-// of a shared run or a stale one: none of them may change what it points to.
+// The cached function is safe for concurrent use if fn, onReject and the codec are. Several callers may get the same
+// value, of a shared run or a stale one, so none of them may change what it points to.
 func Cached[T any](client Starter, controlPoint string, params flowctl.Params,
 	fn func(context.Context) (T, error), onReject fallback.Func[T], policy CachePolicy[T],
 ) func(context.Context) (T, error) {
@@ -103,15 +106,15 @@ func Cached[T any](client Starter, controlPoint string, params flowctl.Params,
 	}
 }
 
-// CachedFunc is [Cached] for a function with an argument, as [GuardFunc] is for [Guard]: params makes the flow's
-// parameters from the argument, and their ResultCacheKey names the result. Everything that the result depends on must be
-// in the key, also whose it is. A call whose key is empty is a call of [GuardFunc]: its result is neither stored, nor
-// shared, nor kept. So is every call where params is nil.
+// CachedFunc is [Cached] for a function with an argument, as [GuardFunc] is for [Guard]. params makes the flow's
+// parameters from the argument, and their ResultCacheKey names the result. The key must include everything that the
+// result depends on, such as the user. A call with an empty key is a call of [GuardFunc]: its result is neither stored,
+// nor shared, nor kept. So is every call if params is nil.
 //
-// params is called for each call. The maps of what it returns must not change afterwards, because the run may go on when
-// the call has given up. The last results are kept by key, for as many keys as policy.LastGood says. Use fallback.For to
-// pass a fallback.Func as onReject. The cached function is safe for concurrent use if params, fn, onReject and the codec
-// are.
+// params is called for each call. The maps that it returns must not change afterwards, because the run may go on after
+// the call has given up. The last results are kept by key, for as many keys as policy.LastGood says. Use fallback.For
+// to pass a fallback.Func as onReject. The cached function is safe for concurrent use if params, fn, onReject and the
+// codec are.
 func CachedFunc[A, T any](client Starter, controlPoint string, params func(context.Context, A) flowctl.Params,
 	fn func(context.Context, A) (T, error), onReject func(context.Context, A, error) (T, error), policy CachePolicy[T],
 ) func(context.Context, A) (T, error) {
@@ -141,7 +144,7 @@ const defaultTTL = 7 * 24 * time.Hour
 type cache[T any] struct {
 	client       Starter
 	controlPoint string
-	runs         *flight.Runs // the client's, or if it has none of this function alone
+	runs         *flight.Runs // the client's; this function's own if the client has none
 	policy       CachePolicy[T]
 	kept         lastResults[T]
 }
@@ -161,7 +164,7 @@ func newCache[T any](client Starter, controlPoint string, policy CachePolicy[T],
 	return c
 }
 
-// runsOf finds the runs that cached functions share with one client; nil where a Starter has none.
+// runsOf finds the runs that cached functions share with one client. It returns nil if the Starter has none.
 func runsOf(client Starter) *flight.Runs {
 	if c, ok := client.(interface{ Runs() *flight.Runs }); ok {
 		return c.Runs()
@@ -169,25 +172,24 @@ func runsOf(client Starter) *flight.Runs {
 	return nil
 }
 
-// An outcome is what a run came to: a result, or a flow that did not run.
+// An outcome is how a run ended: with a result, or with a flow that did not run.
 type outcome[T any] struct {
 	value T
 	err   error
-	by    *cache[T] // whose call it was, and so who has kept the value
+	by    *cache[T] // the function that began the run, which has kept the value
 
-	// For a value: when it was found or made, and for one that was made when it expires.
-	seen   time.Time
-	stored *expiry
+	// Of a value.
+	seen   time.Time // when it was found or made
+	stored *expiry   // nil if it was found
 
-	// For a flow that did not run, whose error is err; zero for all others.
+	// decision is that of a flow that did not run; else zero.
 	decision flowctl.Decision
 
-	// deadline is the first call's where a call with a later one is to ask anew; else zero.
+	// deadline is the first call's, if a call with a later one asks again; else zero.
 	deadline time.Time
 }
 
-// expiry is when the result of a run expires, if it has been stored. Functions that share the run have it in common, and
-// nothing else of each other.
+// expiry is when the result of a run expires; nil if it is not stored. All functions that share the run share it.
 type expiry struct{ atomic.Pointer[time.Time] }
 
 // call is one call of a cached function.
@@ -201,7 +203,7 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 			return given(c.kept.in(ctx, key), err)
 		}
 	}
-	if key == "" || ctx.Err() != nil { // it could not wait for a run; a dry run runs it all the same
+	if key == "" || ctx.Err() != nil { // it cannot wait for a run, but a dry run still runs it
 		return guarded(ctx, c.client, c.controlPoint, *params, fn, onReject)
 	}
 	for {
@@ -238,13 +240,13 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 	}
 }
 
-// asksAnew reports whether a call that waited for a flow that did not run starts another: what was decided was about the
-// call that led, and not about this one.
+// asksAnew reports whether a call that waited for a flow that did not run starts another one, because the decision was
+// about the call that led.
 func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params) bool {
 	switch o.decision {
 	case flowctl.Canceled, flowctl.Invalid:
 		return true
-	case flowctl.Unreachable: // by the parameters of the call that led
+	case flowctl.Unreachable: // the parameters of the call that led kept it from running
 		return !params.RampMode && params.OnUnreachable == flowctl.FailOpen
 	default:
 		deadline, ok := ctx.Deadline()
@@ -252,7 +254,8 @@ func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params) bool 
 	}
 }
 
-// lead starts the flow of a run, and has fn run where that is wanted. It reports whether the run has ended.
+// lead starts the flow of a run. If the flow runs and no result is found, it starts fn. It reports whether the run has
+// ended.
 func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params *flowctl.Params,
 	fn func(context.Context) (T, error),
 ) (out outcome[T], ended bool) {
@@ -279,7 +282,7 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 	return out, false
 }
 
-// shortOfTime reports whether the flow was rejected for want of time, which another call may have.
+// shortOfTime reports whether the flow was rejected because the call had too little time. Another call may have more.
 func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow) bool {
 	if info, ok := flowinfo.From(flow.Context()); ok && info.ShortOfTime() {
 		return true
@@ -288,7 +291,7 @@ func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow) bool {
 	return ok && r.shortOfTime(ctx, flow)
 }
 
-// find decodes the result that came with the check. Where there is one, it ends the flow.
+// find decodes the result that came with the check. If it returns one, it ends the flow.
 func (c *cache[T]) find(ctx context.Context, flow *flowctl.Flow) (v T, ok bool) {
 	data, hit, _ := flow.ResultCache()
 	if !hit {
@@ -312,8 +315,8 @@ func (c *cache[T]) find(ctx context.Context, flow *flowctl.Flow) (v T, ok bool) 
 	return found, true
 }
 
-// work is what a run does: it runs fn as the flow, and gives back the function that stores the result, if it is to be
-// stored. Calls that come until then get it too. The flow has ended by then, so that a slow store holds no slot.
+// work is what a run does. It runs fn as the flow, and returns the function that stores the result, or nil. Calls that
+// come before the result is stored get it too. The flow has ended by then, so that a slow store holds no slot.
 func (c *cache[T]) work(ctx context.Context, flow *flowctl.Flow, key string, fn func(context.Context) (T, error)) (out outcome[T], store func()) {
 	var data []byte
 	out = outcome[T]{by: c, stored: new(expiry)}
@@ -369,7 +372,7 @@ type lastResults[T any] struct {
 
 	mu    sync.Mutex
 	byKey map[string]*lastResult[T]
-	ring  lastResult[T] // its next is the one that was found or made last, and its previous the one longest ago
+	ring  lastResult[T] // its next is the newest result, and its previous the oldest
 }
 
 // A lastResult is what was last found or made under a key.
@@ -377,8 +380,8 @@ type lastResult[T any] struct {
 	key     string
 	value   T
 	seen    time.Time // when it was found or made
-	expires time.Time // before then it does not expire
-	stored  *expiry   // nor before then
+	expires time.Time // it does not expire before then
+	stored  *expiry   // of the run that made it; may be later
 
 	previous, next *lastResult[T]
 }
@@ -392,9 +395,9 @@ func (r *lastResult[T]) link(ring *lastResult[T]) {
 	r.previous.next, r.next.previous = r, r
 }
 
-// keep remembers a result that was seen at a time, and does not expire before then. Where a run made it, it may have been
-// stored since, or may yet be, and what is known of those before says nothing. A hit does not move expires back: if it is
-// not what this process stored last, it was stored after that, and expires later.
+// keep remembers a result that was seen at the given time, and does not expire before then. If a run made it, stored
+// tells its expiry once it is stored, and what was known of older results no longer counts. A hit does not move expires
+// back: it is the result that this process stored last, or one that was stored later and expires later.
 func (l *lastResults[T]) keep(key string, v T, seen time.Time, stored *expiry) {
 	if l.max == 0 {
 		return
@@ -429,7 +432,7 @@ func (l *lastResults[T]) keep(key string, v T, seen time.Time, stored *expiry) {
 	}
 }
 
-// in is the context in which the fallback finds the result under the key. One that a context further out has is not it.
+// in returns the context in which the fallback finds the result under the key. It hides a result of an outer context.
 func (l *lastResults[T]) in(ctx context.Context, key string) context.Context {
 	l.mu.Lock()
 	defer l.mu.Unlock()

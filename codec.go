@@ -19,7 +19,7 @@ type Codec[T any] interface {
 // jsonCodec is the codec that nil stands for.
 type jsonCodec[T any] struct{}
 
-// Encode has MarshalJSON called too where it is a method of *T.
+// Encode passes a pointer, so that a MarshalJSON of *T is called too.
 func (jsonCodec[T]) Encode(v T) ([]byte, error) { return json.Marshal(&v) }
 
 func (jsonCodec[T]) Decode(data []byte) (v T, err error) {
@@ -52,9 +52,9 @@ func encode[T any](codec Codec[T], exact bool, v T) ([]byte, error) {
 	return data, nil
 }
 
-// A comparison looks for what a value lost when it was encoded and decoded. Values are compared as reflect.DeepEqual does,
-// with two exceptions: times are equal when their instants are, whatever their locations and monotonic readings, and NaN
-// equals NaN. Times in unexported fields and in keys of maps are compared to the letter.
+// A comparison looks for what a value lost when it was encoded and decoded. Values are compared as reflect.DeepEqual
+// does, with two exceptions: times are equal if they are the same instant, whatever their locations and monotonic
+// readings, and NaN equals NaN. Times in unexported fields and in keys of maps are compared exactly.
 type comparison struct {
 	seen map[visit]bool
 }
@@ -66,8 +66,8 @@ type visit struct {
 	typ        reflect.Type
 }
 
-// values says where the value that was made and the one that decoding gave back differ, by types and fields; it is ""
-// where they do not.
+// values tells where the value that was made differs from the one that decoding gave back, by types and fields. It
+// returns "" if they are equal.
 func (c *comparison) values(made, back reflect.Value) string {
 	if !made.IsValid() || !back.IsValid() {
 		if made.IsValid() == back.IsValid() {
@@ -116,7 +116,7 @@ func (c *comparison) values(made, back reflect.Value) string {
 	return made.Type().String() + " has another value"
 }
 
-// sameFloat reports whether a is b, where NaN is NaN.
+// sameFloat reports whether a equals b, where NaN equals NaN.
 func sameFloat(a, b float64) bool { return a == b || math.IsNaN(a) && math.IsNaN(b) }
 
 func (c *comparison) fields(made, back reflect.Value) string {
@@ -138,8 +138,8 @@ func (c *comparison) elements(made, back reflect.Value) string {
 	return ""
 }
 
-// behind compares what two pointers, slices or maps refer to, unless that is the same. Two that were met before need no
-// second look: where they differ is found by the first.
+// behind compares what two pointers, slices or maps refer to. It skips pairs that refer to the same, and pairs that it
+// has met before.
 func (c *comparison) behind(made, back reflect.Value) string {
 	if made.IsNil() || back.IsNil() {
 		if made.IsNil() == back.IsNil() {

@@ -7,21 +7,21 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 )
 
-// A Starter starts flows: a *flowctl.Client, of which nil means that flow control is off. Any other is safe for
-// concurrent use too, and never returns nil.
+// A Starter starts flows. A *flowctl.Client is one, and a nil client means that flow control is off. Other
+// implementations must be safe for concurrent use, and must never return nil.
 type Starter interface {
 	Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow
 }
 
-// Guard wraps fn so that each call is a flow at the control point. The flow's context goes to fn.
+// Guard wraps fn so that each call is a flow at the control point. fn gets the flow's context.
 //
-// When the flow is rejected, or nobody answers and the flow is not to run, fn is not called and onReject decides what
-// is returned; it gets the caller's context and a *flowctl.RejectedError or *flowctl.UnreachableError, after the flow
-// has ended. A nil onReject returns the zero T and that error. When the caller's context has ended, or the flow is
-// invalid, onReject is not called: nothing is wrong with the load. Then the zero T is returned with an error that
-// matches the context's, or flowctl.ErrInvalid.
+// If the flow is rejected, or if no agent answers and the flow may not run, fn is not called and onReject decides what
+// is returned. onReject is called after the flow has ended, with the caller's context and a *flowctl.RejectedError or
+// *flowctl.UnreachableError. If onReject is nil, the zero T and that error are returned. If the caller's context has
+// ended, or the flow is invalid, onReject is not called, because nothing is wrong with the load. The zero T is then
+// returned, with an error that matches the context's, or flowctl.ErrInvalid.
 //
-// fn's error becomes the flow's status by params.IsFailure and is returned unchanged.
+// params.IsFailure decides what fn's error means for the flow's status. The error is returned unchanged.
 //
 // The maps and slices of params are copied, once. The guarded function is safe for concurrent use if fn and onReject
 // are.
@@ -50,10 +50,10 @@ func guarded[T any](ctx context.Context, client Starter, controlPoint string, pa
 	return onReject(ctx, flow.Err())
 }
 
-// GuardFunc is [Guard] for a function with an argument, from which params makes the flow's parameters: whose request it
-// is, what it costs. A nil params means the zero Params. params is called for each flow, and its maps must not change
-// until the flow has ended. Use fallback.For to pass a fallback.Func as onReject. The guarded function is safe for
-// concurrent use if params, fn and onReject are.
+// GuardFunc is [Guard] for a function with an argument. params makes the flow's parameters from the argument, such as
+// labels for the user and the cost. A nil params means the zero Params. params is called for each flow, and its maps
+// must not change until the flow has ended. Use fallback.For to pass a fallback.Func as onReject. The guarded function
+// is safe for concurrent use if params, fn and onReject are.
 func GuardFunc[A, T any](client Starter, controlPoint string, params func(context.Context, A) flowctl.Params,
 	fn func(context.Context, A) (T, error), onReject func(context.Context, A, error) (T, error),
 ) func(context.Context, A) (T, error) {
@@ -71,8 +71,8 @@ func GuardFunc[A, T any](client Starter, controlPoint string, params func(contex
 	}
 }
 
-// Do runs fn as one flow at the control point: for a block that wants the flow in hand, to use its caches or to set its
-// status. fn may also End the flow itself, when its work is done before it returns. When the flow does not run, Do
+// Do runs fn as one flow at the control point. It is for a block that needs the flow itself, to use its caches or to
+// set its status. fn may also End the flow itself, if its work is done before it returns. If the flow does not run, Do
 // returns the flow's error. The maps of params must not change until Do returns.
 func Do(ctx context.Context, client Starter, controlPoint string, params flowctl.Params,
 	fn func(ctx context.Context, flow *flowctl.Flow) error,
@@ -86,7 +86,7 @@ func Do(ctx context.Context, client Starter, controlPoint string, params flowctl
 	return err
 }
 
-// starter is the client, or where there is none the one that lets all flows run.
+// starter returns the client, or the nil *flowctl.Client if there is none.
 func starter(client Starter) Starter {
 	if client == nil {
 		return (*flowctl.Client)(nil)
@@ -94,14 +94,14 @@ func starter(client Starter) Starter {
 	return client
 }
 
-// isOff reports whether the Starter lets all flows run, and asks nobody.
+// isOff reports whether the Starter is a nil client, which lets all flows run.
 func isOff(client Starter) bool {
 	c, ok := client.(*flowctl.Client)
 	return ok && c == nil
 }
 
-// run calls fn and ends the flow, whatever becomes of fn. It does not recover: a panic keeps its value and its stack,
-// and Goexit goes on.
+// run calls fn and ends the flow, however fn ends. It does not recover: a panic keeps its value and its stack, and
+// Goexit goes on.
 func run[T any](ctx context.Context, flow *flowctl.Flow, fn func(context.Context) (T, error)) (T, error) {
 	returned := false
 	defer func() {
@@ -116,13 +116,12 @@ func run[T any](ctx context.Context, flow *flowctl.Flow, fn func(context.Context
 	return v, err
 }
 
-// end drops the error: the client has logged it, and what was returned is fn's.
+// end ends the flow. It drops the error: the client has logged it, and it must not replace fn's.
 func end(ctx context.Context, flow *flowctl.Flow) {
 	_, _ = flow.End(ctx)
 }
 
-// offersFallback reports whether a flow that does not run was kept from it by the load, so that something else may be
-// returned.
+// offersFallback reports whether onReject decides what is returned for a flow that does not run.
 func offersFallback(decision flowctl.Decision) bool {
 	return decision == flowctl.Rejected || decision == flowctl.Unreachable
 }

@@ -15,44 +15,48 @@ import (
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.
 type RetryPolicy struct {
-	// Attempts is how many flows a call starts at the most, the first included. Zero means 3; a negative one sets no
-	// limit.
+	// Attempts is the largest number of flows that a call starts, the first included. Zero means 3. A negative value
+	// sets no limit.
 	Attempts int
 
 	// MaxWait is the longest RetryAfter that a call waits out; a rejection that asks for more is final. Zero or less
-	// sets no limit but the deadline of the call's context: set MaxWait where calls have none.
+	// sets no limit except the deadline of the call's context. Set MaxWait if callers have no deadline.
 	MaxWait time.Duration
 
-	// Jitter is how much longer than RetryAfter a wait may be, as a share of RetryAfter. Each wait is longer by a random
-	// part of that, so that calls that were rejected together do not come back together. It counts neither for MaxWait
-	// nor against the deadline. Zero means 0.2; a negative one adds nothing.
+	// Jitter is how much longer than RetryAfter a wait may be, as a share of RetryAfter. Each wait is longer by a
+	// random part of that, so that calls that were rejected together do not come back together. It does not count
+	// toward MaxWait, and never makes a retry miss the deadline. Zero means 0.2. A negative value adds nothing.
 	Jitter float64
 
-	// Budget is the share of retries among the calls with one Starter. Each call adds so much to what the calls have
-	// for retries, and each retry takes 1. They have 10 to begin with, and never more than 100. Zero means 0.1: one
-	// retry for ten calls. A negative one sets no limit, which is for callers that are few and mean to wait their turn.
+	// Budget is how many retries each call adds to the budget, which all calls with one Starter share. Each retry takes
+	// 1. The budget begins with 10, and never exceeds 100. Zero means 0.1: one retry for ten calls. A negative value
+	// sets no limit; use that for few callers that are meant to wait their turn.
 	Budget float64
 }
 
-// Retrying returns a Starter that starts flows with the client, and starts another when one is rejected, after as long as
-// the rejection says. It goes wherever a client goes: to [Guard], [GuardFunc], [Do], [Cached] and [CachedFunc], and to
-// packages httpguard and grpcguard. A retry is safe whatever the guarded function does, for the function has not run.
-// Once it has, it does not run again: its error is returned unchanged, that of a flow which it started itself too.
+// Retrying returns a Starter that starts flows with the client. If a flow is rejected, it waits as long as the
+// rejection says and starts another. Use it wherever you use a client: with [Guard], [GuardFunc], [Do], [Cached] and
+// [CachedFunc], and with packages httpguard and grpcguard. A retry is safe, because the guarded function has not run.
+// Once the function has run, it does not run again. Its error is returned unchanged, even if it is the rejection of a
+// flow that the function started.
 //
-// A wait is as long as the flow's RetryAfter, a millisecond at the least, and longer by a random part of policy.Jitter.
-// Start gives up at once, without a wait, when the rejection does not say when a retry can succeed, or says more than
-// policy.MaxWait; when that would not be before the context's deadline; when it has started policy.Attempts flows; and
-// when policy.Budget is spent, so that retries never become the load. A retry that can come before the deadline does:
-// near a deadline waits are hardly longer than RetryAfter. A flow that no agent answered is not retried. The last flow is
-// the one that Start returns, and its error goes to onReject.
+// A wait is as long as the flow's RetryAfter, at least a millisecond, and longer by a random part of policy.Jitter. If
+// a retry can succeed before the deadline, the wait does not miss it: near a deadline, waits are hardly longer than
+// RetryAfter. Start does not wait if
+//   - the rejection does not say when a retry can succeed, or says more than policy.MaxWait;
+//   - a retry could not succeed before the context's deadline;
+//   - it has started policy.Attempts flows;
+//   - policy.Budget is used up, so that retries never become the load.
 //
-// The budget is shared by all calls with the Starter: make it once, when the program starts, and one for each kind of
-// work. One that is made for each call has a new budget each time, which never runs out.
+// A flow that no agent answered is not retried. Start returns the last flow, and its error goes to onReject.
 //
-// Each flow is ended before the wait for the next. A call that was rejected stays so when the client or its engine is
-// closed during the wait, and the wait ends at once: the call does not run because of a shutdown. The flow that was rejected is
-// the last then, and has ended already. When the context ends during a wait, the flow that is returned is
-// Canceled: onReject is not called, and the error matches the context's and its cause.
+// All calls with the Starter share its budget. Make one Starter for each kind of work, when the program starts. A
+// Starter that is made for each call has a new budget each time, which never runs out.
+//
+// Each flow is ended before the wait for the next. If the client or its engine is closed during a wait, Start returns
+// at once with the flow that was rejected, which has ended already: a shutdown does not let the call run. If the
+// context ends during a wait, Start returns a Canceled flow: onReject is not called, and the error matches the
+// context's and its cause.
 func Retrying(client Starter, policy RetryPolicy) Starter {
 	client = starter(client)
 	if isOff(client) {
@@ -78,7 +82,7 @@ const (
 	defaultBudget   = 0.1
 )
 
-// A retrier is a Starter that hands over the last of the flows that a call needs until one is not rejected.
+// A retrier is a Starter that retries rejected flows, and returns the last one.
 type retrier struct {
 	client   Starter
 	attempts int
@@ -87,10 +91,10 @@ type retrier struct {
 	budget   *budget
 }
 
-// Runs are the client's: cached functions share runs with it, whether they retry or not.
+// Runs returns the client's runs: cached functions with retries share them with those without.
 func (r *retrier) Runs() *flight.Runs { return runsOf(r.client) }
 
-// share makes of a field the share that it means.
+// share returns what a field means: zero stands for the default, and a negative value or NaN for 0.
 func share(field, zero float64) float64 {
 	switch {
 	case field == 0:
@@ -102,7 +106,7 @@ func share(field, zero float64) float64 {
 	}
 }
 
-// Start is the client's, as often as it takes.
+// Start starts flows with the client, as [Retrying] says, and returns the last one.
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
 	r.budget.deposit()
 	var rejected *flowctl.Flow
@@ -126,13 +130,13 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 			return flow
 		case pauseCanceled:
 			r.budget.add(oneRetry)
-			// The next flow is Canceled, and says why as any other does. Nobody is asked about it.
+			// The next flow is Canceled, with the usual error. No agent is asked about it.
 		}
 		rejected = flow
 	}
 }
 
-// endUnused ends a flow that was to run and does not.
+// endUnused ends a flow that may run and does not.
 func endUnused(ctx context.Context, flow *flowctl.Flow) {
 	if info, ok := flowinfo.From(flow.Context()); ok {
 		info.EndUnused(ctx)
@@ -140,17 +144,17 @@ func endUnused(ctx context.Context, flow *flowctl.Flow) {
 }
 
 const (
-	// minWait is the shortest wait: what a rejection says of slots is an estimate, of microseconds where they were held
-	// for so long, and a call without a limit would go round and round while that does not come true.
+	// minWait is the shortest wait. For slots RetryAfter is an estimate, which can be microseconds. While it is wrong,
+	// a call without a limit would try again and again without a pause.
 	minWait = time.Millisecond
 
-	// lateMargin is what jitter leaves of the time until the deadline. An agent rejects flows whose callers have some 10
-	// ms left, and the work wants time as well.
+	// lateMargin is the time before the deadline that jitter does not use. An agent rejects flows whose callers have
+	// some 10 ms left, and the work needs time as well.
 	lateMargin = 25 * time.Millisecond
 )
 
-// wait is how long to wait, if at all, when a rejection says after. What makes a wait longer than that never uses up more
-// than half of the time that is left then, and jitter only what exceeds lateMargin.
+// wait returns how long to wait if a rejection says after, and whether to wait at all. What it adds to after is at most
+// half of the time that is left then. Jitter uses only what exceeds lateMargin.
 func (r *retrier) wait(ctx context.Context, after time.Duration) (time.Duration, bool) {
 	if after <= 0 || r.maxWait > 0 && after > r.maxWait {
 		return 0, false
@@ -208,9 +212,10 @@ func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) pauseEnd
 	}
 }
 
-// A budget is what the calls with one Starter have for retries, in millionths of a retry: a token bucket that calls fill
-// and retries empty, as Finagle's RetryBudget is. There deposits expire, for which each needs the time; here the balance
-// has a maximum, as in gRPC's retry throttling (proposal A6), so that a quiet day does not pay for a storm.
+// A budget holds the retries of all calls with one Starter, in millionths of a retry. It is a token bucket that calls
+// fill and retries empty, like Finagle's RetryBudget. Deposits expire there, and each needs a time. Here the balance
+// has a maximum instead, as in gRPC's retry throttling (proposal A6), so that a quiet day cannot pay for a flood of
+// retries.
 type budget struct {
 	unlimited bool
 	perCall   int64
@@ -219,7 +224,7 @@ type budget struct {
 
 const (
 	oneRetry   = 1_000_000
-	newBalance = 10 * oneRetry // what lets the first calls retry, and those of work that is seldom done
+	newBalance = 10 * oneRetry // for the first calls, and for work that is seldom done
 	maxBalance = 100 * oneRetry
 )
 
@@ -232,12 +237,12 @@ func newBudget(field float64) *budget {
 	return b
 }
 
-// deposit is what each call does.
+// deposit adds the share of one call.
 func (b *budget) deposit() { b.add(b.perCall) }
 
 func (b *budget) add(n int64) {
 	for !b.unlimited {
-		// Where few flows are rejected the balance is full, and a load is all that calls on many processors share.
+		// If few flows are rejected, the balance is full. Calls on many processors then only load it, which is cheap.
 		have := b.balance.Load()
 		if have >= maxBalance || b.balance.CompareAndSwap(have, min(have+n, maxBalance)) {
 			return
@@ -245,7 +250,7 @@ func (b *budget) add(n int64) {
 	}
 }
 
-// withdraw is what each retry does; it is false when there is too little left.
+// withdraw takes a retry, and reports whether there was one.
 func (b *budget) withdraw() bool {
 	if b.unlimited {
 		return true
