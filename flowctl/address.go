@@ -9,9 +9,9 @@ import (
 	"google.golang.org/grpc/resolver"
 )
 
-// checkAddress tells why the address is none. One is host:port, or a target with a scheme that gRPC knows. One that it does
-// not know it would take for a host's name, and never find it. The errors do not say the address: there are secrets in
-// some.
+// checkAddress returns what is wrong with the address. A valid one is host:port, or a target with a scheme that gRPC
+// knows. gRPC takes an unknown scheme for the name of a host, and never finds it. The errors do not show the address,
+// which may hold secrets.
 func checkAddress(address string, cfg *config) error {
 	if address == "" {
 		return errors.New("the address is empty")

@@ -20,8 +20,8 @@ import (
 
 // The bounds of what an agent may answer. They hold before anything is decoded.
 const (
-	maxAnswer       = wire.MaxAnswer   // bytes, besides what the answer repeats of the question
-	maxCachedAnswer = 16 << 20         // bytes, where the question asks for cached values
+	maxAnswer       = wire.MaxAnswer   // bytes, without what the answer repeats of the question
+	maxCachedAnswer = 16 << 20         // bytes, if the question asks for cached values
 	maxElements     = wire.MaxElements // an empty one has 2 bytes on the wire and 100 in memory
 	maxUnknown      = 1024             // fields that this version does not know: they are kept, and reported with the flow
 	maxNesting      = 64
@@ -40,7 +40,7 @@ var (
 	errLate     = errors.New("the answer came too late to be decoded")
 )
 
-// boundedCodec is gRPC's codec for Protocol Buffers, for answers that are looked at before they are decoded.
+// boundedCodec is gRPC's codec for Protocol Buffers. It checks the bounds of an answer before it decodes it.
 type boundedCodec struct {
 	encoding.CodecV2
 }
@@ -52,8 +52,8 @@ func (c boundedCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	return c.CodecV2.Unmarshal(data, v)
 }
 
-// decode is how the remote's checks are decoded: the answers may be large, and have elements that repeat the question. It
-// fails if ctx has ended.
+// decode decodes the answer to a check, which may be large. repeated is how many of its elements repeat the question. A
+// large answer is an error if ctx has ended.
 func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any, repeated int) error {
 	if size := int64(data.Len()); size >= largeAnswer {
 		defer r.decoding.Add(-size)
@@ -70,8 +70,8 @@ func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any, repeat
 	return r.codec.CodecV2.Unmarshal(data, v)
 }
 
-// checkBounds reports whether an answer has more in it than any agent has reason to send. The answers to most
-// questions are too small for that, and are not looked at. So many elements repeat the question.
+// checkBounds returns an error if an answer has more in it than any agent has reason to send. Small answers cannot have
+// that, and are not looked at. repeated is how many elements repeat the question.
 func checkBounds(data mem.BufferSlice, v any, repeated int) error {
 	m, ok := v.(proto.Message)
 	if !ok || data.Len() < 2*maxUnknown {
@@ -83,10 +83,10 @@ func checkBounds(data mem.BufferSlice, v any, repeated int) error {
 	return n.add(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting)
 }
 
-// counted is what an encoded message has.
+// counted counts elements and unknown fields.
 type counted struct{ elements, unknown int }
 
-// add counts what an encoded message has. What is malformed is left to the decoder.
+// add counts those of an encoded message. What is malformed is left to the decoder.
 func (n *counted) add(desc protoreflect.MessageDescriptor, data []byte, depth int) error {
 	if depth == 0 {
 		return errNesting
@@ -131,8 +131,8 @@ func (n *counted) add(desc protoreflect.MessageDescriptor, data []byte, depth in
 	return nil
 }
 
-// clipError bounds the text of an error that came with an answer, or about a connection. An error that is clipped keeps
-// its code, and nothing else that the peer chose.
+// clipError bounds the text of an error that came with an answer, or about a connection. A clipped error keeps its
+// code, and nothing else that the peer chose.
 func clipError(err error) error {
 	if err == nil {
 		return nil
@@ -153,7 +153,7 @@ func clipError(err error) error {
 	return errors.New(wire.Clip(text))
 }
 
-// clipDenied bounds what a denied request is answered with.
+// clipDenied bounds the answer to a denied request.
 func clipDenied(m *checkhttpv1.CheckHTTPResponse) {
 	denied := m.GetDeniedResponse()
 	if denied == nil {

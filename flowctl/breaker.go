@@ -8,31 +8,32 @@ import (
 	"time"
 )
 
-// AgentBreaker says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting for their
-// timeout, except one that probes.
+// AgentBreaker says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting
+// for their timeout. Only probes still ask the agent.
 //
-// Evidence is a check that failed because the agent was unavailable or did not answer in time, if nothing at all came
-// from the agent meanwhile. Anything that comes starts the count anew, a rejection, an error, an answer that is too late
-// and a sign of life on the connection too: an agent that is overloaded must not be taken for a dead one, for that would
-// let everything in. So the breaker is about processes, machines and networks that are gone or frozen; while an agent's
-// server lives, its flows take their check timeout at the most, each.
+// A check counts as a failure if the agent was unavailable or did not answer in time, and if nothing at all came from
+// the agent meanwhile. Anything that comes resets the count, even a rejection, an error, an answer that is too late, or
+// a sign of life on the connection. An overloaded agent must not be taken for a dead one, because that would let
+// everything in. So the breaker is about processes, machines and networks that are gone or frozen. While an agent's
+// server lives, each flow takes its check timeout at the most.
 //
-// A new connection counts for the agent when it has brought an answer, or has lasted for a second. One that ends before
-// that has brought nothing: a proxy that accepts connections and ends them is no agent.
+// A new connection counts for the agent when it has brought an answer, or has lasted for a second. What a shorter one
+// brings does not count: a proxy that accepts connections and ends them is no agent.
 //
-// On a connection that [WithConn] brought only what a check itself is answered in time is seen to come: answers that are
-// all too late open the breaker there. Set Failures to a negative number where that is worse than waiting for the dead.
+// On a connection of [WithConn], only answers that come in time are seen. So an agent whose answers are all too late
+// opens the breaker there. Set Failures to a negative number if that is worse than waiting for a dead agent.
 //
-// Other calls do not wait for the dead either: while the breaker is open, ends of flows that hold slots and changes of
-// caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself, when their
-// max_inflight_duration has passed. The price is a slot whose flow ends when the agent is there again and the next probe
-// is not yet due: it stays taken as well. Where a probe is overdue because no flow starts, these calls are made.
+// Other calls do not wait for a dead agent either. While the breaker is open, ends of flows that hold slots and changes
+// of caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself after their
+// max_inflight_duration. This includes slots of flows that end when the agent is there again, but before the next
+// probe. If a probe is overdue because no flow starts, these calls are made.
 type AgentBreaker struct {
-	// Failures opens the breaker: so many in a row. Zero means 5; a negative number keeps the breaker closed for good.
+	// Failures is how many failures in a row open the breaker. Zero means 5; a negative number keeps the breaker closed
+	// for good.
 	Failures int
 
-	// Span is the least time between the first of the failures and the last. Zero means two check timeouts of the
-	// client, or 400 ms when it has none.
+	// Span is the least time between the first and the last of these failures. Zero means two check timeouts of the
+	// client, or 400 ms if it has none.
 	Span time.Duration
 
 	// Probe is how often one flow is let through to find out whether the agent is back. Zero means 1 s.
@@ -59,8 +60,8 @@ type breaker struct {
 
 	mu    sync.Mutex
 	count atomic.Int64  // failures in a row; written under mu
-	first int64         // the first of them
-	seen  atomic.Uint64 // what had come from the agent by the last of them; written under mu
+	first int64         // when the first of them was
+	seen  atomic.Uint64 // what had come from the agent by the last failure; written under mu
 }
 
 func newBreaker(settings AgentBreaker, checkTimeout time.Duration) *breaker {
@@ -77,8 +78,7 @@ func newBreaker(settings AgentBreaker, checkTimeout time.Duration) *breaker {
 	return g
 }
 
-// admit reports whether a check may go to the agent. While the breaker is open, one does once in a while, to find out if the
-// agent is back.
+// admit reports whether a check may go to the agent. While the breaker is open, only probes may.
 func (g *breaker) admit(now time.Time) bool {
 	if !g.open.Load() {
 		return true
@@ -87,9 +87,9 @@ func (g *breaker) admit(now time.Time) bool {
 	return t >= next && g.probe.CompareAndSwap(next, t+int64(g.Probe))
 }
 
-// spares reports whether a call that is no check is not to be made: it would wait for an agent that is dead, as far as is
-// known. Nothing is known any more when a probe is overdue. Such a call takes no probe's turn, and its failure is no
-// evidence: checks decide about the breaker.
+// spares reports whether a call other than a check is left out, because the agent counts as dead. If a probe is
+// overdue, the call is made, because nothing is known of the agent any more. The call does not count as a probe, and
+// its failure does not count against the agent.
 func (g *breaker) spares(now time.Time) bool {
 	return g.open.Load() && int64(now.Sub(g.epoch)) < g.probe.Load()
 }
@@ -105,13 +105,13 @@ func (g *breaker) answered() bool {
 	return g.open.Swap(false)
 }
 
-// outdated reports whether something has come from the agent since the last failure: an answer that came too late for its
-// check is seen by the next.
+// outdated reports whether something has come from the agent since the last failure, such as an answer that came too
+// late for its check.
 func (g *breaker) outdated(received uint64) bool {
 	return g.count.Load() != 0 && g.seen.Load() != received
 }
 
-// failed notes a piece of evidence, by which time so much had come from the agent. It reports whether that opened the
+// failed counts a failure. received is how much had come from the agent by then. It reports whether that opened the
 // breaker.
 func (g *breaker) failed(now time.Time, received uint64) bool {
 	if g.Failures < 0 {

@@ -68,8 +68,8 @@ func (r *remote) callCache(ctx context.Context, method string, req, m proto.Mess
 
 const errCacheSilence = ownError("the agent does not say what became of the entry")
 
-// cacheStatus is the error in what the agent says of one entry. An agent that says nothing has done nothing, although
-// success is the wire's zero.
+// cacheStatus returns the error that the agent reports for one entry. Silence is an error too, although success is the
+// zero value on the wire.
 func cacheStatus[M interface {
 	comparable
 	GetOperationStatus() checkv1.CacheOperationStatus

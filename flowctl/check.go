@@ -22,23 +22,23 @@ import (
 )
 
 // A check is one question to a remote agent, and what is kept of the answer until the flow has ended. It is one object,
-// because all that a check costs beyond gRPC's own call is what is allocated here. It is the call's codec too: gRPC's own
-// for Protocol Buffers, which bounds the answer, and remembers its bytes where telemetry wants them.
+// so that a check allocates nothing else beyond gRPC's own call. It is also the call's codec: gRPC's own for Protocol
+// Buffers, which bounds the answer and keeps its bytes if telemetry needs them.
 type check struct {
 	agentapi.VerdictDetails
 	response checkv1.CheckResponse          // to Check
 	http     *checkhttpv1.CheckHTTPResponse // to CheckHTTP; nil: the question was Check
-	raw      []byte                         // response as it came: telemetry has it without encoding it anew; nil where it was not kept
+	raw      []byte                         // response as it came, for telemetry; nil if it was not kept
 	start    time.Time
 	returned time.Time // when the check came back
 
-	// Whether anything came from the agent meanwhile: on a connection of ours anything at all, also what is for other
-	// calls, and on another's only what this call got.
+	// What came from the agent meanwhile. On a connection of ours this is anything at all, for other calls too. On the
+	// application's it is only what this call got.
 	remote          *remote
 	seen            uint64
 	header, trailer metadata.MD
 
-	late bool // the caller's context had ended: the answer only tells what to give back
+	late bool // the caller's context had ended; the answer only says what to give back
 
 	ctx      context.Context // of the call
 	codec    grpc.ForceCodecV2CallOption
@@ -90,14 +90,15 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	return nil
 }
 
-// abandonAfter is how long a check whose caller's context has ended goes on, for the answer to arrive: only the answer names
-// the slots that the flow holds if the agent has admitted it. Then the call is canceled, and the flow leaves the agent's
-// queues. It is the default check timeout because a check with that ends in the agent first: a call that is canceled
-// earlier can lose the answer to a flow that leaves a queue at that moment.
+// abandonAfter is how long a check goes on after its caller's context has ended. Only the answer names the slots that
+// the flow holds if the agent has admitted it. Then the call is canceled, and the flow leaves the agent's queues. It is
+// the default check timeout, so that a check with that timeout ends in the agent first: a call that is canceled earlier
+// can lose the answer to a flow that leaves a queue at that moment.
 const abandonAfter = defaultCheckTimeout
 
-// outlast makes the context of a call for a caller. It ends abandonAfter later than the caller's, and at the latest after
-// the timeout, if that is positive. The agent is told the caller's deadline. The function frees what the context has.
+// outlast makes the context of a call for a caller. It ends abandonAfter later than the caller's, and at the latest
+// after the timeout, if that is positive. Its Deadline is the caller's if that is earlier, because the agent gets it.
+// The function frees what the context has.
 func outlast(caller context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
 	limit := func(ctx context.Context) (context.Context, context.CancelFunc) {
 		if timeout > 0 {
@@ -129,7 +130,8 @@ type toldContext struct {
 
 func (c *toldContext) Deadline() (time.Time, bool) { return c.deadline, true }
 
-// lookUp asks for what the caches have. An agent that does not know of dry runs does not tell when it rejects a flow.
+// lookUp looks the keys up by a call of its own, for an agent that does not know dry runs: it sends no values with a
+// rejection.
 func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
 	m := new(checkv1.CacheLookupResponse)
 	opts := append(slices.Clip(r.calls), grpc.ForceCodecV2(r.codec))
@@ -145,7 +147,7 @@ func (r *remote) lookUp(ctx context.Context, req *agentapi.Request, v *agentapi.
 	wire.ReadLookup(req, m, v)
 }
 
-// countDryRuns counts the components that would have dropped the flow, had they been in force for it.
+// countDryRuns counts the components that would have dropped the flow without a dry run.
 func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *checkv1.CheckResponse) {
 	for _, d := range m.GetLimiterDecisions() {
 		if d.GetDropped() && (d.GetDryRun() || req.DryRun()) {
@@ -165,7 +167,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	if req.Labels.HTTP() == nil {
 		m := wire.Request(req)
 		if req.Lookup() == nil {
-			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // which telemetry wants to see, keys twice
+			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // the answer repeats the labels for telemetry, keys twice
 		}
 		if n := len(m.GetLabels()); n > labels.MaxLabels { // maxElements has room for that many
 			c.repeated = 2 * n
@@ -174,7 +176,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	}
 	m := wire.HTTPRequest(req)
 	c.http = new(checkhttpv1.CheckHTTPResponse)
-	// The answer has its check response once more, in base64, and the labels in a header.
+	// The answer has its check response twice, once in base64, and the labels in a header.
 	c.limit.MaxRecvMsgSize = maxAnswer + 5*textSize(m.GetRequest().GetHeaders())
 	err := c.remote.conn.Invoke(c.ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
 	clipDenied(c.http)
@@ -190,7 +192,7 @@ func textSize(m map[string]string) int {
 	return n
 }
 
-// answer is what the agent decided, when it has answered.
+// answer is the agent's decision; empty until the agent has answered.
 func (c *check) answer() *checkv1.CheckResponse {
 	if c.http != nil {
 		return c.http.GetCheckResponse()
@@ -198,7 +200,7 @@ func (c *check) answer() *checkv1.CheckResponse {
 	return &c.response
 }
 
-// options are those of the call. It is made once.
+// options returns the options of the call. It is called once.
 func (c *check) options() []grpc.CallOption {
 	opts := append(c.room[:0], c.remote.calls...)
 	c.codec.CodecV2 = c
@@ -212,7 +214,7 @@ func (c *check) options() []grpc.CallOption {
 	return opts
 }
 
-// heard reports whether anything came from the agent since the check began, if so much has come by now.
+// heard reports whether anything came from the agent since the check began. received is how much has come by now.
 func (c *check) heard(received uint64) bool {
 	return received != c.seen || len(c.header) > 0 || len(c.trailer) > 0
 }
@@ -225,7 +227,7 @@ func (c *check) CheckResponse() ([]byte, error) {
 	return proto.Marshal(c.answer())
 }
 
-// HTTP is what the agent wants done with the HTTP request that it was told of.
+// HTTP is what the agent wants done with the HTTP request of the check.
 func (c *check) HTTP(r *agentapi.HTTPRequest) *agentapi.HTTPAnswer {
 	switch {
 	case c.http == nil:

@@ -1,5 +1,6 @@
-// Package flowctl is the client: it starts flows, tells whether they should run, and ends them. Package headgate wraps
-// functions with it, which is what most programs want; this package is for those that need a flow in their hands.
+// Package flowctl is the client. It starts flows, reports whether they should run, and ends them. Most programs wrap
+// functions with package headgate, which uses this package. Use this package directly if your code needs the flow
+// itself.
 //
 //	client, err := flowctl.Dial("agent.example:443", flowctl.WithAPIKey(key))
 //	…
@@ -9,8 +10,8 @@
 //		return flow.Err()
 //	}
 //
-// A client asks an agent: [Dial] one over the network that speaks the Aperture protocol, or pass an engine that runs in
-// this process to [New]. All else is the same for both.
+// A client asks an agent. [Dial] connects to one across the network that speaks the Aperture protocol. [New] takes an
+// engine that runs in this process. All else is the same for both.
 //
 // # What is decided
 //
@@ -21,12 +22,13 @@
 //	Canceled     the caller's context ended first   no                                         matches ctx.Err() and context.Cause(ctx)
 //	Invalid      the agent could not be asked       no                                         ErrInvalid
 //
-// With [WithDryRun] every flow runs, and with a nil client. The decision of a dry run is what it would have been.
+// With [WithDryRun], and with a nil client, every flow runs. The decision of a dry run is what it would have been
+// without one.
 //
-// A remote agent may have admitted the flow of a check when the caller's context ends. So the check goes on for up to 200 ms, and
-// no longer than its timeout. Start returns then, or earlier when the answer is in. The flow is Canceled, and ending it gives
-// back the slots that it holds. What a check took whose answer came later still, or after the check timeout, comes back when
-// the agent's own limit on the age of flows has passed.
+// A remote agent may have admitted a flow when the caller's context ends. So the check goes on for up to 200 ms, and no
+// longer than its timeout. Start returns when the answer is in, or when that time is up. The flow is Canceled, and
+// ending it gives back the slots that it holds. If the answer comes later, or after the check timeout, the agent takes
+// the slots back when its own limit on the age of flows has passed.
 package flowctl
 
 import (
@@ -53,8 +55,8 @@ type Agent interface {
 	agentapi.Host
 }
 
-// A Client starts flows. It is safe for concurrent use. A nil client is flow control switched off: it accepts every
-// flow and asks nobody.
+// A Client starts flows. It is safe for concurrent use. A nil client switches flow control off: it accepts every flow
+// and asks no agent.
 type Client struct {
 	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
@@ -64,7 +66,7 @@ type Client struct {
 	baggageKeys  []string
 	dryRun       bool
 	logger       *slog.Logger
-	observer     *observer // nil: the application wants to see nothing
+	observer     *observer // nil without a tracer and a meter
 	endLog       limitedLog
 	silenceLog   limitedLog
 	invalidLog   limitedLog
@@ -73,11 +75,11 @@ type Client struct {
 	pausedLog    limitedLog
 	labelLog     limitedLog
 	closed       atomic.Bool
-	done         chan struct{} // is closed after that
+	done         chan struct{} // closed by Close
 	runs         flight.Runs   // of package headgate's cached functions
 }
 
-// New makes a client of an agent in this process. Close leaves the agent open: it is its owner's.
+// New makes a client of an agent in this process. Closing the client leaves the agent open.
 func New(agent Agent, opts ...Option) (*Client, error) {
 	if v := reflect.ValueOf(agent); !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
 		return nil, errors.New("headgate: new client: no agent")
@@ -119,9 +121,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 	return c, nil
 }
 
-// Start asks the agent about a flow and returns it, decided. It waits for the answer, at the longest for the check
-// timeout. A remote agent's answer is waited for up to 200 ms after ctx has ended. The control point has 1 to 255 bytes. Every flow must be ended, whatever was decided; see [Flow.End] and
-// [Flow.EndWith].
+// Start asks the agent about a flow, and returns the flow with its decision. It waits for the answer for the check
+// timeout at the most. If ctx ends first, it waits up to 200 ms more for a remote agent's answer. The control point has
+// 1 to 255 bytes. Every flow must be ended, whatever the decision; see [Flow.End] and [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
 	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
 	f.req.ControlPoint = controlPoint
@@ -170,7 +172,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		return Accepted, nil
 	case callerEnded(ctx, err):
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
-	case c.closed.Load() && c.remote != nil: // while we were asking: what limits held back must not run because of a shutdown
+	case c.closed.Load() && c.remote != nil: // during the check: a shutdown must not let flows run that limits held back
 		f.verdict.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Cause: agentapi.CauseClosed})
 		return Rejected, nil
 	default:
@@ -182,8 +184,8 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	}
 }
 
-// callerEnded reports whether a check failed because the caller's context ended, and not by the check's own timeout. The
-// deadline's timer may still be about to fire when the answer is in.
+// callerEnded reports whether a check failed because the caller's context ended, and not by the check's own timeout.
+// The deadline's timer may not have fired yet when the answer is in.
 func callerEnded(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return true
@@ -192,7 +194,7 @@ func callerEnded(ctx context.Context, err error) bool {
 	return ok && status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline)
 }
 
-// prepare fills the request, and says what is wrong with it.
+// prepare fills the request. The error is what is wrong with it.
 func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Params) error {
 	if err := bounds.CheckControlPoint(req.ControlPoint); err != nil {
 		return err
@@ -218,7 +220,7 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 		req.Timeout = params.CheckTimeout
 	case params.CheckTimeout == 0 && c.checkTimeout > 0:
 		req.Timeout = c.checkTimeout
-	case c.dryRun: // an agent that does not know of dry runs would hold the flow for as long as it likes
+	case c.dryRun: // an agent that does not know dry runs could hold the flow without limit
 		req.Timeout = defaultCheckTimeout
 	}
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
@@ -245,7 +247,7 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	return c.fit(&req.Labels)
 }
 
-// looking is what a flow with cache keys does not share. It is one object.
+// looking is what a flow with cache keys has of its own, in one object.
 type looking struct {
 	agentapi.Shared
 	lookup agentapi.Lookup
@@ -270,17 +272,17 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 	r, err := c.agent.End(ctx, &f.req, &f.verdict, s == StatusError)
 	if err != nil {
 		c.endLog.warn(c.logger, "headgate: slots may not have been given back", "control_point", f.req.ControlPoint, "error", err)
-		// The end is detached from ctx, which so is not why it failed.
+		// The end is detached from ctx, so ctx is not why it failed.
 		err = c.callError(context.WithoutCancel(ctx), opEnd, f.req.ControlPoint, err)
 	}
 	return EndResponse{Held: r.Held, Returned: r.Returned}, err
 }
 
-// Ready waits until the agent can be asked, or ctx ends: then the error matches the context's, and its method
-// Cause() error tells why the agent was not ready, as log/slog does. Give ctx a deadline: an agent that is down is waited
-// for, and so is a server that is none of gRPC's, or has TLS where the client has none, or the other way round. It does
-// not wait for an agent that refuses the API key, nor for a gRPC server that does not speak the protocol. A nil client is
-// always ready.
+// Ready waits until the agent can be asked. If ctx ends first, the error matches the context's. Its method Cause()
+// error says why the agent was not ready, and log/slog shows that too. Give ctx a deadline: Ready waits for an agent
+// that is down, and also for a server that does not speak gRPC, or that has TLS if the client has none, or the reverse.
+// It does not wait for an agent that refuses the API key, or for a gRPC server that does not speak the protocol. A nil
+// client is always ready.
 func (c *Client) Ready(ctx context.Context) error {
 	if c == nil {
 		return nil
@@ -291,11 +293,13 @@ func (c *Client) Ready(ctx context.Context) error {
 	return c.callError(ctx, opReady, "", c.agent.Ready(ctx))
 }
 
-// Close has flows from now on be Unreachable, sends what telemetry there is until ctx ends, and closes the connection
-// if Dial opened it. Flows that a remote agent is being asked about are Rejected by that, with [CauseClosed]: what waits in
-// its queue does not run because of a shutdown. An agent in this process goes on deciding about those that it was asked about. When ctx ends it cuts the connection and returns, with an error that matches the context's, if the
-// agent has kept it until then. It does not wait for flows: end them first, for what they hold at a remote agent cannot be given
-// back afterwards. A second Close does nothing.
+// Close closes the client. It sends the remaining telemetry, and closes the connection if Dial opened it. If ctx ends
+// first, Close cuts the connection and returns an error that matches the context's. A second Close does nothing.
+//
+// Close does not wait for flows. End them first: slots that they hold at a remote agent cannot be given back
+// afterwards. Flows that start afterwards are Unreachable. Flows that a remote agent has not answered yet are Rejected,
+// with [CauseClosed], so that a shutdown does not let them run. An agent in this process still decides about the flows
+// that it was asked about.
 func (c *Client) Close(ctx context.Context) error {
 	if c == nil || c.closed.Swap(true) {
 		return nil
@@ -322,7 +326,7 @@ type limitedLog struct {
 	skipped int
 }
 
-// warn reports whether it was time to log.
+// warn logs a warning, and reports whether it was time to log.
 func (l *limitedLog) warn(logger *slog.Logger, msg string, args ...any) bool {
 	return l.log(logger.Warn, msg, args...)
 }

@@ -18,20 +18,20 @@ const (
 	connectBurst = 3
 
 	maxHeaderList = 64 << 10 // bytes of a header or trailer
-	maxUnderWay   = 48 << 20 // bytes of answers that have not come whole
+	maxUnderWay   = 48 << 20 // bytes of answers that have come in part
 
-	// A connection is one of a server that lives when it has brought an answer, or has lasted for so long.
+	// A connection counts for the agent when it has brought an answer, or has lasted for so long.
 	provingAge = time.Second
 
-	// What frames cost: one each, and one for each KiB. Headers expand, and so cost one for each 32 bytes, and more where
-	// no answer has any. Data of an answer are free. What the client sends pays for what it makes the agent send, and the
-	// rest comes by time.
+	// What frames cost: one each, and one for each KiB. Headers expand, so they cost one for each 32 bytes, and more if
+	// they are not those of an answer. Data of an answer are free. The client earns credit by what it sends, and by the
+	// time that passes.
 	frameCredit    = 8192
 	frameCreditMax = 65536
 	framesPerCall  = 64 // headers, data, trailers, window updates and pings
 	framesPerFrame = 4
 	framesEvery    = time.Second / 4096
-	smallData      = 256 // DATA frames of fewer bytes cost as others do, also in an answer
+	smallData      = 256 // DATA frames of fewer bytes are not free, even in an answer
 )
 
 var (
@@ -39,10 +39,10 @@ var (
 	errUnderWay = errors.New("too many large answers are under way")
 )
 
-// connections are those of a remote that dials. They sit between the transport's security and HTTP/2, because three things
-// are seen nowhere above: an answer that comes after its check has timed out, a connection that ends without any answer,
-// and an answer that is compressed although nobody asked for that. They sit above the dialer because that may be the
-// application's, and because a dialer of its own would keep gRPC from using a proxy.
+// connections has the connections of a remote that dials. It sits between the transport's security and HTTP/2, because
+// three things are seen nowhere above: an answer that comes after its check has timed out, a connection that ends
+// without any answer, and an answer that is compressed without a request for that. It sits above the dialer, because
+// the dialer may be the application's, and because a dialer of our own would keep gRPC from using a proxy.
 type connections struct {
 	epoch    time.Time
 	received *atomic.Uint64 // counts reads on connections that have proved themselves
@@ -60,8 +60,8 @@ func newConnections(received *atomic.Uint64) *connections {
 	}
 }
 
-// await has connections to an address follow each other with pauses. gRPC pauses after attempts that fail, and to gRPC
-// none has failed when the server has said a word of HTTP/2.
+// await puts pauses between connections to one address. gRPC itself pauses only after a failed attempt, and for gRPC an
+// attempt has not failed once the server has sent anything of HTTP/2.
 func (cs *connections) await(ctx context.Context, address string) error {
 	now := time.Since(cs.epoch)
 	cs.mu.Lock()
@@ -89,8 +89,8 @@ func (cs *connections) await(ctx context.Context, address string) error {
 	}
 }
 
-// stirred reports whether a connection brought anything since then that is not known to be an agent's: it is open, and
-// has not proved itself.
+// stirred reports whether anything came since then on an open connection that has not proved itself: it is not known to
+// be an agent's.
 func (cs *connections) stirred(since time.Time) bool {
 	t := int64(since.Sub(cs.epoch))
 	cs.mu.Lock()
@@ -165,14 +165,14 @@ type connection struct {
 	newest   uint32            // the stream that was opened last
 	credit   int
 	shift    uint8         // by which the bytes of headers cost less
-	credited time.Duration // until when credit has come by time
+	credited time.Duration // credit for the time until then has been added
 	underWay int64
 }
 
 // A stream is a call.
 type stream struct {
 	asked    bool    // the first byte of the question has been seen
-	compress bool    // it said that the question is compressed: so may the answer be
+	compress bool    // the question is compressed, so the answer may be
 	blocks   uint8   // of headers that have come: an answer has two
 	have     uint8   // bytes of the answer's prefix
 	prefix   [5]byte // compressed or not, and length
@@ -347,7 +347,7 @@ func (c *connection) carry(n int64) {
 	c.connections.underWay.Add(n)
 }
 
-// arrived follows what the agent sent. The error is why the connection is not to be read any more.
+// arrived follows what the agent sent. After an error the connection must not be read any more.
 func (c *connection) arrived(p []byte, now time.Duration) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -398,16 +398,16 @@ func (c *connection) receives(f frame) {
 	}
 }
 
-// The first byte of a message is 0 unless the message is compressed. gRPC decompresses whatever the process has a compressor for,
-// and offers that to the agent; its option against that has no effect (grpc-go 1.85). A value of the byte that gRPC does
-// not know has it refuse the message, and nothing else on the connection.
+// The first byte of a message is 0 unless the message is compressed. gRPC decompresses whatever the process has a
+// compressor for, and offers that to the agent; its option against that has no effect (grpc-go 1.85). If the byte has a
+// value that gRPC does not know, gRPC refuses this message, and nothing else on the connection.
 const (
 	formatPlain   = 0
 	formatRefused = 255
 	refusedFormat = "unexpected payload format 255" // how gRPC's error then ends
 )
 
-// receivesData follows the messages in what the agent sends, of which an answer should be the only one.
+// receivesData follows the messages that the agent sends. An answer should be only one.
 func (c *connection) receivesData(f frame, p []byte, end bool) {
 	s, known := c.streams[f.stream]
 	if !known {

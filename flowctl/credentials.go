@@ -35,7 +35,7 @@ func (k *keyCredentials) GetRequestMetadata(context.Context, ...string) (map[str
 
 func (k *keyCredentials) RequireTransportSecurity() bool { return !k.plaintext }
 
-// checkAPIKey tells what keeps the key from travelling in a header. The error does not show the key.
+// checkAPIKey returns why the key cannot travel in a header. The error does not show the key.
 func checkAPIKey(key string) error {
 	if key == "" {
 		return errors.New("the key is empty")

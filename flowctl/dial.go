@@ -104,9 +104,9 @@ func newRemote(address string, cfg *config) (*remote, error) {
 	return r, nil
 }
 
-// connectParams has the pauses between attempts to connect grow to the time between two probes of the breaker, and not to
-// gRPC's two minutes: a probe, and a Ready, would fail without having tried. ClientConn.ResetConnectBackoff, which is
-// meant for that, races with new addresses (grpc-go 1.85).
+// connectParams bounds the pauses between attempts to connect by the time between two probes of the breaker. With
+// gRPC's own bound of two minutes, a probe or a Ready would fail without an attempt. ClientConn.ResetConnectBackoff,
+// which is meant for that, races with new addresses (grpc-go 1.85).
 func connectParams(g *breaker) grpc.ConnectParams {
 	pauses := backoff.DefaultConfig
 	pauses.MaxDelay = max(min(g.Probe, pauses.MaxDelay), time.Second)

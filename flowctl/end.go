@@ -16,10 +16,10 @@ func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Ver
 	return v.Details.Remote.End(ctx, req, v, failed)
 }
 
-// End is the remote's, for the flow that it answered by this check.
+// End ends the flow of this check.
 func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	r := c.remote
-	if r.exporter != nil && !c.late { // what was not let in is no work to report
+	if r.exporter != nil && !c.late { // a flow that was not let in did no work to report
 		r.exporter.record(c, failed, req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())
@@ -30,7 +30,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	if r.spares() {
 		return returns, errNotEnded
 	}
-	// Detached: a slot must come back although, and just when, the caller has gone.
+	// Detached, because slots must come back even if the caller has gone.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
 	var first error
@@ -58,7 +58,7 @@ func (r *remote) endSlots(ctx context.Context, controlPoint string, refs []*chec
 	}
 	r.answered()
 	for _, s := range m.GetTokenReturnStatuses() {
-		if s.GetReturned() && returned < len(refs) { // it may tell of more than it was asked about
+		if s.GetReturned() && returned < len(refs) { // the agent may list more than it was asked about
 			returned++
 		}
 	}

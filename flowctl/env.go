@@ -16,10 +16,10 @@ const (
 	envSkipVerify = "APERTURE_AGENT_SKIP_VERIFY"
 )
 
-// DialEnv is [Dial] as the environment says: the agent's address in APERTURE_AGENT_ADDRESS, which must be set, and
-// where they are set the key in APERTURE_API_KEY, plaintext instead of TLS for a true APERTURE_AGENT_INSECURE, and TLS
-// that trusts any certificate for a true APERTURE_AGENT_SKIP_VERIFY. Options override the environment. An error
-// names the variable that it is about, and not what is in it.
+// DialEnv is [Dial] with settings of the environment. APERTURE_AGENT_ADDRESS is the agent's address, and must be set.
+// APERTURE_API_KEY is the key. A true APERTURE_AGENT_INSECURE means plaintext instead of TLS. A true
+// APERTURE_AGENT_SKIP_VERIFY means TLS that trusts any certificate. Options override the environment. An error names
+// its variable, and not the variable's value.
 func DialEnv(opts ...Option) (*Client, error) {
 	address := os.Getenv(envAddress)
 	if address == "" {

@@ -20,16 +20,16 @@ import (
 	"github.com/headgate-go/headgate/internal/deadline"
 )
 
-// The outcomes of a flow that errors are matched against with errors.Is.
+// The errors of flows, to match with errors.Is.
 //
-// No error's text names a policy, a label, an address or a cause. An error of another call than Start has a method
-// Cause() error for that, as [UnreachableError] has, and log/slog shows it. An error of ours that a passed deadline is in
-// has a method Timeout that returns true, as net.Error asks for.
+// No error's text names a policy, a label, an address or a cause. Errors of calls other than Start have a method
+// Cause() error, as [UnreachableError] has, and log/slog shows the cause. If a deadline has passed, the error's method
+// Timeout returns true, as net.Error requires.
 var (
 	// ErrRejected matches when the agent said no. The error is a [*RejectedError].
 	ErrRejected = errors.New("headgate: flow rejected")
 
-	// ErrUnreachable matches when nobody answered. The error is an [*UnreachableError].
+	// ErrUnreachable matches when no usable answer came. The error of a flow is an [*UnreachableError].
 	ErrUnreachable = errors.New("headgate: agent unreachable")
 
 	// ErrInvalid matches when the flow could not be asked about: its control point, labels or cache keys are
@@ -39,7 +39,8 @@ var (
 	// ErrEnded matches when a flow is ended that has ended already.
 	ErrEnded = errors.New("headgate: flow has ended already")
 
-	// ErrClosed matches, besides ErrUnreachable, when the client or its engine was closed.
+	// ErrClosed matches when the client or its engine was closed. A flow's error that matches it matches ErrUnreachable
+	// too.
 	ErrClosed = errors.New("headgate: client closed")
 )
 
@@ -52,7 +53,7 @@ const (
 	ReasonRateLimited    = RejectReason(agentapi.ReasonRateLimited)    // a rate or concurrency limit is exhausted
 	ReasonNoTokens       = RejectReason(agentapi.ReasonNoTokens)       // a scheduler had no room in time
 	ReasonNotSampled     = RejectReason(agentapi.ReasonNotSampled)     // a sampler left it out
-	ReasonNoMatchingRamp = RejectReason(agentapi.ReasonNoMatchingRamp) // in ramp mode, and no ramp let it in
+	ReasonNoMatchingRamp = RejectReason(agentapi.ReasonNoMatchingRamp) // in ramp mode, no ramp let it in
 )
 
 // String gives the reason in words.
@@ -85,18 +86,18 @@ func (r RejectReason) httpStatus() int {
 	}
 }
 
-// RejectCause is what a rejection was caused by, besides its reason. Only agents of Headgate tell.
+// RejectCause says why a flow was rejected, in more detail than the reason. Only agents of Headgate send it.
 type RejectCause uint8
 
-// The causes. CauseNone is also that of a flow that was not rejected.
+// The causes. A flow that was not rejected has CauseNone.
 const (
 	CauseNone         = RejectCause(agentapi.CauseNone)      // none but the reason, or the agent does not say
-	CauseLate         = RejectCause(agentapi.CauseLate)      // too little time was left for the answer to be heard
-	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // as many flows wait as may
-	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the wait would have been longer than the flow had time
+	CauseLate         = RejectCause(agentapi.CauseLate)      // too little time was left for the answer to arrive
+	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // the queue was full
+	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the flow would have had to wait longer than it could
 	CauseTimeout      = RejectCause(agentapi.CauseTimeout)   // the flow waited for as long as it could
 	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine or the client was closed while the flow waited
-	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // a label's value is too long for the policy to go by
+	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // the value of a label was too long for the policy
 )
 
 // String gives the cause in words.
@@ -109,13 +110,13 @@ func (c RejectCause) String() string {
 
 // RejectedError is the error of a flow that the agent rejected. It matches [ErrRejected].
 //
-// Its text, however it is printed, has what the callers of a service may know: a gRPC handler that wraps the error sends
-// the text to its caller. What is for the program alone is behind methods, and in LogValue.
+// Its text has only what the callers of a service may know, whatever verb prints it: a gRPC handler that wraps the
+// error sends the text to its caller. The methods and LogValue have the rest, for the program alone.
 type RejectedError struct {
 	ControlPoint string
 	Reason       RejectReason
 
-	// HTTPStatus fits the rejection: the policy's, or one by the reason. It is within 400 to 599.
+	// HTTPStatus is the status to answer with: the policy's, or one that fits the reason. It is within 400 to 599.
 	HTTPStatus int
 
 	cause                       RejectCause
@@ -139,7 +140,7 @@ func (e *RejectedError) Format(s fmt.State, verb rune) { format(s, verb, e) }
 // Is makes errors.Is(err, ErrRejected) true.
 func (e *RejectedError) Is(target error) bool { return target == ErrRejected }
 
-// Cause is what the rejection was caused by, besides the reason.
+// Cause says why the flow was rejected, in more detail than the reason.
 func (e *RejectedError) Cause() RejectCause { return e.cause }
 
 // Policy names the policy that rejected the flow; "" when the agent does not say.
@@ -151,9 +152,9 @@ func (e *RejectedError) Component() string { return e.component }
 // LabelKey is the key of the label that the component limits by; "" when it limits by none, or the agent does not say.
 func (e *RejectedError) LabelKey() string { return e.labelKey }
 
-// RetryAfter is how long until a retry can succeed; 0 when that is not known, or never. A concurrency limiter or scheduler
-// does not know it until a flow has given a slot back: then LogValue has retry_after_unknown, where the engine is in the
-// process.
+// RetryAfter is how long until a retry can succeed; 0 if that is not known, or if no retry can succeed. A concurrency
+// limiter or scheduler does not know it until a flow has given a slot back. Until then, LogValue has
+// retry_after_unknown if the engine is in this process.
 func (e *RejectedError) RetryAfter() time.Duration { return e.retryAfter }
 
 // WithRetryAfter returns a copy of the error whose RetryAfter is the given time. It is for programs that make such errors
@@ -164,9 +165,9 @@ func (e *RejectedError) WithRetryAfter(after time.Duration) *RejectedError {
 	return &changed
 }
 
-// LogValue is for the program's own logs: a group with the control point, the reason and the status, and those of cause,
-// policy, component, label_key and retry_after that there are. It has no label's value. Where a retry can succeed, and the
-// engine has nothing to tell by when, it has retry_after_unknown, in words.
+// LogValue is for the program's own logs. It is a group with the control point, the reason and the status, and with
+// cause, policy, component, label_key and retry_after if they are known. It has no label's value. If a retry can
+// succeed, but the engine cannot estimate when, it has retry_after_unknown, in words.
 func (e *RejectedError) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.String("control_point", e.ControlPoint), slog.String("reason", e.Reason.String())}
 	if e.cause != CauseNone {
@@ -188,8 +189,9 @@ func (e *RejectedError) LogValue() slog.Value {
 	return slog.GroupValue(attrs...)
 }
 
-// GRPCStatus lets a gRPC handler return the error as it is: ResourceExhausted for 429, Unavailable for 503,
-// PermissionDenied for 403 and so on, never OK, with the text of Error, and a RetryInfo where RetryAfter is known.
+// GRPCStatus lets a gRPC handler return the error as it is. The code is ResourceExhausted for 429, Unavailable for 503,
+// PermissionDenied for 403 and so on, and never OK. The message is the text of Error. If RetryAfter is known, there is
+// a RetryInfo.
 func (e *RejectedError) GRPCStatus() *status.Status {
 	s := status.New(grpcCode(e.HTTPStatus), e.Error())
 	if e.retryAfter <= 0 {
@@ -226,8 +228,8 @@ func grpcCode(httpStatus int) codes.Code {
 	return codes.ResourceExhausted
 }
 
-// UnreachableError is the error of a flow that nobody decided about. It matches [ErrUnreachable], and [ErrClosed] when
-// that is because the client or the engine was closed. Its text does not show the cause, which may name an address.
+// UnreachableError is the error of a flow that no agent decided about. It matches [ErrUnreachable], and [ErrClosed] if
+// the client or the engine was closed. Its text does not show the cause, which may name an address.
 type UnreachableError struct {
 	ControlPoint string
 	cause        error
@@ -246,8 +248,8 @@ func (e *UnreachableError) Is(target error) bool {
 	return target == ErrUnreachable || target == ErrClosed && errors.Is(e.cause, agentapi.ErrClosed)
 }
 
-// Cause is why: for a remote agent the gRPC status. It is not unwrapped, so that a gRPC handler that returns the error
-// does not pass the agent's status on as its own.
+// Cause is why no agent decided; for a remote agent it is the gRPC status. It is not unwrapped, so that a gRPC handler
+// that returns the error does not pass the agent's status on as its own.
 func (e *UnreachableError) Cause() error { return e.cause }
 
 // Timeout reports whether the agent did not answer in time.
@@ -330,8 +332,8 @@ type ownError string
 
 func (e ownError) Error() string { return string(e) }
 
-// callError is why a call failed that is not a check. Its text does not show the cause, which may have the agent's words
-// or name an address. The cause is not unwrapped, see UnreachableError.
+// callError is the error of a call other than a check. Its text does not show the cause, which may have the agent's
+// words or name an address. The cause is not unwrapped, see UnreachableError.
 type callError struct {
 	op           string
 	controlPoint string

@@ -8,7 +8,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// catchUp notes what has come from the agent while nobody looked.
+// catchUp notes what has come from the agent since the last failure.
 func (r *remote) catchUp(received uint64) {
 	if r.breaker.outdated(received) {
 		r.answered()
@@ -22,14 +22,14 @@ func (r *remote) answered() {
 	}
 }
 
-// failed judges a check that got no answer: does it speak against the agent?
+// failed decides whether a check that got no answer counts against the agent.
 func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 	received, code := r.received.Load(), status.Code(err)
 	switch {
 	case c.heard(received):
 		r.answered()
 	case r.links != nil && r.links.stirred(c.start):
-		// There is a connection, and nothing is known of it. That speaks neither against the agent nor for it.
+		// There is a connection, and nothing is known of it. That counts neither against the agent nor for it.
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
 		if r.breaker.failed(c.returned, received) {
@@ -46,7 +46,7 @@ func refused(code codes.Code) bool {
 	return code == codes.Unauthenticated || code == codes.PermissionDenied || code == codes.Unimplemented
 }
 
-// spares reports whether a call that is no check is not to be made, for the agent is dead.
+// spares reports whether a call other than a check is left out, because the agent is dead.
 func (r *remote) spares() bool {
 	r.catchUp(r.received.Load())
 	return r.breaker.spares(time.Now())

@@ -25,9 +25,9 @@ const (
 	maxBytes      = 16 << 20
 )
 
-// An exporter sends a record of each flow to the agent, which its policies on latency and load feed on. Recording never
-// blocks: what does not fit is dropped and counted. Flows are encoded here rather than handed to an OpenTelemetry SDK
-// because the agent needs all of them, whatever the application samples.
+// An exporter sends a record of each flow to the agent. The agent's policies on latency and load need these records.
+// Recording never blocks: what does not fit is dropped and counted. Flows are encoded here rather than handed to an
+// OpenTelemetry SDK, because the agent needs all of them, whatever the application samples.
 type exporter struct {
 	invoke   invoker
 	logger   *slog.Logger
@@ -66,13 +66,13 @@ func newExporter(invoke invoker, logger *slog.Logger, answered func()) *exporter
 	return x
 }
 
-// record takes down a flow that ends now.
+// record adds the record of a flow that ends now.
 func (x *exporter) record(c *check, failed, dryRun bool) {
 	check, err := c.record()
 	start := c.start.UnixNano()
 	r := telemetry.Record{
 		Start:  start,
-		Work:   start + int64(c.returned.Sub(c.start)), // by the monotonic clock, whatever becomes of the other
+		Work:   start + int64(c.returned.Sub(c.start)), // by the monotonic clock, even if the wall clock is set
 		End:    start + int64(time.Since(c.start)),
 		Status: telemetry.OK,
 		DryRun: dryRun,
@@ -157,8 +157,8 @@ func (x *exporter) close(ctx context.Context) error {
 	return err
 }
 
-// flush sends all that is waiting, in as many batches as it takes. What cannot be sent is dropped: the agent's view of
-// the load is one of now.
+// flush sends all that is waiting, in as many batches as it takes. What cannot be sent is dropped, because the agent's
+// view of the load is one of now.
 func (x *exporter) flush(ctx context.Context) error {
 	x.mu.Lock()
 	records := x.waiting

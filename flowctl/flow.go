@@ -30,8 +30,8 @@ type Flow struct {
 	fails   func(error) bool
 
 	ended   atomic.Bool
-	status  atomicStatus // that SetStatus was given
-	derived atomicStatus // that SetError came to
+	status  atomicStatus // set by SetStatus
+	derived atomicStatus // derived by SetError
 
 	// These do not change once Start has returned the flow.
 	decision Decision
@@ -46,7 +46,7 @@ type Decision uint8
 const (
 	Accepted    Decision = iota + 1 // the agent said yes
 	Rejected                        // the agent said no
-	Unreachable                     // nobody answered
+	Unreachable                     // no usable answer came
 	Canceled                        // the caller's own context ended first
 	Invalid                         // the flow could not be asked about
 )
@@ -96,22 +96,22 @@ func (s Status) String() string {
 // EndResponse counts the concurrency slots of a flow that ended.
 type EndResponse struct {
 	Held     int // slots that the flow took
-	Returned int // those of them that were still the flow's; others had been taken back because it took too long
+	Returned int // those that it still held; the agent had taken the others back because it took too long
 }
 
 // Decision is what was decided.
 func (f *Flow) Decision() Decision { return f.decision }
 
-// ShouldRun reports whether to do the work: when the flow was accepted, and when nobody answered, unless RampMode or
-// FailClosed forbids that. A dry run always runs.
+// ShouldRun reports whether to do the work. It is true if the flow was accepted. It is also true if no usable answer
+// came, unless RampMode or FailClosed is set. In a dry run it is always true.
 func (f *Flow) ShouldRun() bool { return f.run }
 
-// Success reports whether an agent answered, also if it said no. [Flow.ShouldRun] reports whether to do the work.
+// Success reports whether an agent answered, even if it said no. [Flow.ShouldRun] reports whether to do the work.
 func (f *Flow) Success() bool { return f.decision == Accepted || f.decision == Rejected }
 
-// Err is nil for an accepted flow, and else says why it was not: a [*RejectedError], an [*UnreachableError], an error
-// that matches the context's, or one that matches [ErrInvalid]. It is the same value each time. A flow that runs all the
-// same has an error too.
+// Err is nil for an accepted flow. For any other flow it is a [*RejectedError], an [*UnreachableError], an error that
+// matches the context's, or one that matches [ErrInvalid]. It is the same value each time. A flow that runs although it
+// was not accepted has an error too.
 func (f *Flow) Err() error {
 	if err := f.verdict.Err(); err != nil || f.decision != Rejected {
 		return err
@@ -134,13 +134,14 @@ func (f *Flow) Err() error {
 // RejectReason is why the agent rejected the flow; ReasonNone when it did not.
 func (f *Flow) RejectReason() RejectReason { return RejectReason(f.verdict.Rejection().Reason) }
 
-// RetryAfter is how long until a retry of a rejected flow can succeed; 0 when that is not known, or never.
+// RetryAfter is how long until a retry of a rejected flow can succeed; 0 if that is not known, or if no retry can
+// succeed.
 func (f *Flow) RetryAfter() time.Duration { return f.verdict.Rejection().RetryAfter }
 
-// HTTPStatus is what to answer a request with: 200 when the flow runs, and else a status within 400 to 599. That of a
-// rejection is the policy's, or one by its reason. That of a Canceled flow is 408 if its context was canceled, as when the
-// client has left. It is 503 if the context's deadline has passed, or if the context was canceled with a cause other than
-// context.Canceled: then the service itself gave up.
+// HTTPStatus is the status to answer a request with: 200 if the flow runs, and else one within 400 to 599. A rejection
+// has the policy's status, or one that fits the reason. A Canceled flow has 408 if its context was canceled, as when
+// the client has left. It has 503 if the service itself gave up: the context's deadline has passed, or its cause is
+// another than context.Canceled.
 func (f *Flow) HTTPStatus() int {
 	switch {
 	case f.run:
@@ -158,8 +159,8 @@ func (f *Flow) HTTPStatus() int {
 	}
 }
 
-// callerLeft reports whether a Canceled flow's context was canceled without a cause, as servers do when a client has left. A
-// deadline that has passed, and a cause, are the service's own, also a cause that matches context.Canceled.
+// callerLeft reports whether a Canceled flow's context was canceled without a cause, as servers do when a client has
+// left. A deadline that has passed is the service's own. So is a cause, even one that matches context.Canceled.
 func (f *Flow) callerLeft() bool {
 	return errors.Is(f.parent.Err(), context.Canceled) && context.Cause(f.parent) == context.Canceled //nolint:errorlint // see above
 }
@@ -177,7 +178,7 @@ func (f *Flow) ControlPoint() string { return f.req.ControlPoint }
 // String names the flow's control point and decision, and none of its labels.
 func (f *Flow) String() string { return fmt.Sprintf("flow %q: %s", f.req.ControlPoint, f.decision) }
 
-// Format prints what String gives, whatever the verb: labels are nobody's business.
+// Format prints what String gives, whatever the verb, so that no label is printed.
 func (f *Flow) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, f.String()) }
 
 // flowContext is the flow as a context: the same object, so that it costs no allocation of its own.
@@ -217,8 +218,8 @@ type atomicStatus struct{ v atomic.Uint32 }
 func (a *atomicStatus) Load() Status   { return Status(a.v.Load()) }
 func (a *atomicStatus) Store(s Status) { a.v.Store(uint32(s)) }
 
-// SetStatus says how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error; only a
-// panic overrides it, and in package headgate's guards a Goexit. After the flow has ended it does nothing.
+// SetStatus sets how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error. Only a
+// panic overrides it, and a Goexit in package headgate's guards. After the flow has ended it does nothing.
 func (f *Flow) SetStatus(s Status) { f.status.Store(s) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
@@ -260,11 +261,11 @@ func (f *Flow) endStatus() Status {
 	}
 }
 
-// End ends the flow: it gives back the concurrency slots that the flow holds, also when it was rejected, and reports
-// its status. A status that nobody set is OK if the flow ran and Error if it did not. End does not stop when ctx is
-// canceled; it has a time limit of its own, see [WithEndTimeout], and does not wait for an agent that counts as dead, see
-// [AgentBreaker]. The first call counts; others give [ErrEnded]. An error means that slots may not have been given back: the
-// agent takes them back later by itself.
+// End ends the flow. It gives back the concurrency slots that the flow holds, even if the flow was rejected, and
+// reports the flow's status. The status is Error if the flow did not run, and OK if it ran and no status was set. End
+// does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and does not wait for an
+// agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return [ErrEnded]. Any other
+// error means that slots may not have been given back. The agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) { return f.end(ctx, false) }
 
 // end is End. An unused flow did not run although it was let in.
@@ -278,16 +279,17 @@ func (f *Flow) end(ctx context.Context, unused bool) (EndResponse, error) {
 	return f.client.end(ctx, f, unused)
 }
 
-// EndWith ends the flow of a function that returns *errp, when deferred directly, right after Start:
+// EndWith ends the flow of a function that returns *errp. Defer it directly, right after Start:
 //
 //	flow := client.Start(ctx, "checkout", params)
 //	defer flow.EndWith(&err)
 //
-// It derives the status as [Flow.SetError] does, and never changes *errp. When the function panics, the status is
-// Error, and the panic goes on with the same value. A nil errp counts as no error. After an explicit End it only lets a
-// panic go on. It cannot tell a
-// runtime.Goexit from a return, and when it is called from within another deferred function it cannot see panics:
-// package headgate's Guard and Do can.
+// It derives the status as [Flow.SetError] does, and never changes *errp. If the function panics, the status is Error,
+// and the panic goes on with the same value. A nil errp counts as no error. After an explicit End it only lets a panic
+// go on.
+//
+// EndWith cannot tell a runtime.Goexit from a return. If another deferred function calls it, it cannot see panics.
+// Package headgate's Guard and Do have neither limit.
 func (f *Flow) EndWith(errp *error) {
 	if p := recover(); p != nil {
 		f.SetStatus(StatusError)
@@ -307,8 +309,8 @@ func (f *Flow) EndWith(errp *error) {
 	}
 }
 
-// CheckResponse is the agent's answer as a message of the protocol, or what it would be if the engine had sent it. It
-// is the caller's own copy; nil when nobody answered.
+// CheckResponse is the agent's answer as a message of the protocol. For an engine it is the message that the engine
+// would have sent. It is a copy; nil if no agent answered.
 func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 	if !f.Success() || f.client == nil {
 		return nil
@@ -320,7 +322,7 @@ func (f *Flow) CheckResponse() *checkv1.CheckResponse {
 		}
 		return m
 	}
-	return proto.CloneOf(wire.Response(&f.req, &f.verdict)) // for its cached values are the flow's
+	return proto.CloneOf(wire.Response(&f.req, &f.verdict)) // a copy, because its cached values are the flow's
 }
 
 // remoteAnswer is the answer of a remote agent; nil where there is none.
@@ -331,15 +333,15 @@ func (f *Flow) remoteAnswer() agentapi.RemoteAnswer {
 	return f.verdict.Details.Remote
 }
 
-// holds reports whether the flow may hold slots at a remote agent although it has no answer: its caller's context had
+// holds reports whether the flow may hold slots at a remote agent although it is Canceled: its caller's context had
 // ended when the answer came.
 func (f *Flow) holds() bool {
 	return f.decision == Canceled && f.verdict.Details != nil && f.verdict.Details.Remote != nil
 }
 
-// ResultCache is what the check found under Params.ResultCacheKey: a hit with its value, or else ok is false, and err
-// says what went wrong where it was no plain miss. A flow that does not run has found nothing, and err is the flow's. In
-// a dry run a rejected flow has found what there is.
+// ResultCache returns what the check found under Params.ResultCacheKey. On a hit ok is true. On a plain miss ok is
+// false and err is nil; otherwise err says what went wrong. A flow that was not accepted has found nothing, and err is
+// the flow's, except that in a dry run a rejected flow has found what there is.
 func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 	if asked := f.req.Lookup(); asked == nil || asked.Result == "" {
 		return nil, false, nil
@@ -353,7 +355,7 @@ func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 	return f.cacheAnswer(f.verdict.Details.Result)
 }
 
-// GlobalCache is what the check found under one of Params.GlobalCacheKeys, as [Flow.ResultCache].
+// GlobalCache returns what the check found under one of Params.GlobalCacheKeys, as [Flow.ResultCache] does.
 func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
 	if f.req.Lookup() == nil {
 		return nil, false, nil
@@ -367,7 +369,7 @@ func (f *Flow) GlobalCache(key string) (value []byte, ok bool, err error) {
 	return f.cacheAnswer(f.verdict.Details.Global[key])
 }
 
-// unanswered is why the check did not look into the caches; nil when it did. For a flow that is rejected in a dry run it
+// unanswered is why the check did not look into the caches; nil if it did. For a flow that is rejected in a dry run it
 // did.
 func (f *Flow) unanswered() error {
 	if f.decision == Rejected && f.run {
@@ -394,12 +396,12 @@ func (f *Flow) SetGlobalCache(ctx context.Context, key string, value []byte, ttl
 	return f.store(ctx, agentapi.CacheKey{Key: key, Global: true}, value, ttl)
 }
 
-// DeleteResultCache removes the value under Params.ResultCacheKey; none is fine.
+// DeleteResultCache removes the value under Params.ResultCacheKey. A missing value is no error.
 func (f *Flow) DeleteResultCache(ctx context.Context) error {
 	return f.remove(ctx, f.resultKey())
 }
 
-// DeleteGlobalCache removes the value under a key that all control points share; none is fine.
+// DeleteGlobalCache removes the value under a key that all control points share. A missing value is no error.
 func (f *Flow) DeleteGlobalCache(ctx context.Context, key string) error {
 	return f.remove(ctx, agentapi.CacheKey{Key: key, Global: true})
 }

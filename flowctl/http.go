@@ -21,20 +21,19 @@ import (
 type HTTPRequest struct {
 	Method string
 
-	// Path is as it was sent, still escaped. With the query, the agent sees that too.
+	// Path is the path as it was sent, still escaped. If it includes the query, the agent sees the query too.
 	Path string
 
 	Host     string
 	Scheme   string // http or https
 	Protocol string // HTTP/1.1, HTTP/2
 
-	// Size is the bytes of the body; negative when nobody knows.
+	// Size is the bytes of the body; negative if unknown.
 	Size int64
 
-	// Headers are what the agent may see, by names in lower case, repeated values joined with ",". Those that carry
-	// credentials are never sent, see package labels. Of more than 1 MiB the smallest are: send what
-	// policies need. A header baggage is a peer's word on
-	// labels, which counts for clients with [WithBaggage].
+	// Headers are the headers that the agent may see, by names in lower case. Repeated values are joined with ",".
+	// Headers that carry credentials are never sent, see package labels. If all exceed 1 MiB, the largest are left out,
+	// so give only those that policies need. Clients with [WithBaggage] take labels of the peer from a baggage header.
 	Headers map[string]string
 
 	// Source and Destination are the ends of the connection; the zero value when unknown.
@@ -50,24 +49,24 @@ func (r *HTTPRequest) equal(q *HTTPRequest) bool {
 		r.Size == q.Size && maps.Equal(r.Headers, q.Headers) && r.Source == q.Source && r.Destination == q.Destination
 }
 
-// HTTPAnswer is what an agent wants done with an HTTP request. Names of headers are as the agent writes them, which is
-// in lower case as a rule.
+// HTTPAnswer is what an agent wants done with an HTTP request. Names of headers are as the agent writes them, usually
+// in lower case.
 type HTTPAnswer struct {
-	// Status is what to answer a rejected request with, within 400 to 599 and the same as [Flow.HTTPStatus] says; 0
-	// for one that was accepted.
+	// Status is the status to answer a rejected request with, within 400 to 599; 0 if the request was accepted. Outside
+	// a dry run it is what [Flow.HTTPStatus] returns.
 	Status int
 
 	// Header is to be set in the response to a rejected request, or in an accepted request before it is handled. A
-	// baggage header in it has the request's own members and those that the agent added, and not the flow's labels,
-	// which were sent to the agent in it.
+	// baggage header in it has the request's own members and those that the agent added. It does not have the flow's
+	// labels, which were sent to the agent in that header.
 	Header map[string]string
 
 	// Body is for the answer to a rejected request.
 	Body string
 }
 
-// HTTPAnswer is what the agent says of the flow's [HTTPRequest]; ok is false when no agent was told of one, or none
-// answered. It is the caller's own copy. Whether it is about an accepted request or a rejected one is Decision's to say.
+// HTTPAnswer returns what the agent wants done with the flow's [HTTPRequest]. It is a copy. ok is false if the flow has
+// no HTTPRequest, or if no remote agent answered. [Flow.Decision] says whether the request was accepted.
 func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 	remote := f.remoteAnswer()
 	if remote == nil {
@@ -86,9 +85,9 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
-// describe has the agent asked about an HTTP request, which goes into the options, which are the flow's own. The agent makes
-// labels of the request; the flow's others travel in the baggage header. An agent may let either of the two go before the
-// other. So what the application sets of the request's labels goes into the request as well.
+// describe puts an HTTP request into the flow's own Shared, for the agent to be asked about. The agent makes labels of
+// the request; the flow's other labels travel in the baggage header. Agents differ in which of the two wins. So if the
+// application sets one of the request's labels, the value goes into the request as well.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
 	r, lost := of.bounded()
 	l.Shared.HTTP = r
@@ -136,8 +135,7 @@ func replace(r *agentapi.HTTPRequest, key, value string) {
 	}
 }
 
-// httpBaggage is the labels in the context's baggage and in that which the request brought, in case nobody has put it
-// into the context.
+// httpBaggage returns the labels of the context's baggage and of the request's own, which may not be in the context.
 func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string {
 	if own != "" {
 		ctx = w3cbaggage.With(ctx, own)
@@ -145,8 +143,8 @@ func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string 
 	return labels.FromBaggage(ctx, c.baggageKeys...)
 }
 
-// labelsHeader is the flow's labels as a header, and how many were left out of it. Explicit ones that do not fit are an error;
-// the others give way, the largest first, and those of peers before defaults.
+// labelsHeader returns the flow's labels as a header, and how many were left out of it. Explicit ones that do not fit
+// are an error. Of the others the largest are left out first, and those of peers before defaults.
 func labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
 	explicit := agentapi.Labels{Params: l.Params, Context: l.Context}
 	kept := maps.Clone(explicit.Merged())
@@ -185,7 +183,8 @@ func labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
 	return wire.Baggage(kept), left, nil
 }
 
-// bounded is the request as an agent takes it, and how many headers were left out because they are too large together.
+// bounded returns the request as an agent takes it, and how many headers were left out because they are too large
+// together.
 func (r *HTTPRequest) bounded() (b *agentapi.HTTPRequest, left int) {
 	b = &agentapi.HTTPRequest{
 		Method:      boundedText(r.Method),

@@ -8,7 +8,7 @@ import (
 	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
-// flowInfo is the flow as its context tells other packages of it.
+// flowInfo is what a flow's context has for other packages of Headgate.
 type flowInfo Flow
 
 var _ flowinfo.Info = (*flowInfo)(nil)
@@ -42,12 +42,12 @@ func (f *flowInfo) EndUnused(ctx context.Context) {
 	_, _ = flow.end(ctx, true) // the client logs the error
 }
 
-// timeUp is how little time a caller has left when its deadline is what ended a wait. Agents answer a moment before the
-// deadline, so that the answer is heard.
+// timeUp is the most time that a caller has left when its deadline has ended a wait. Agents answer a moment before the
+// deadline, so that the answer arrives in time.
 const timeUp = 25 * time.Millisecond
 
-// ShortOfTime reports whether the flow was rejected, just now, because its caller's deadline was too near: the check
-// timeout would have left it more time.
+// ShortOfTime reports whether the flow was rejected, just now, because its caller's deadline was too near, and not
+// because of the check timeout.
 func (f *flowInfo) ShortOfTime() bool {
 	if f.decision != Rejected {
 		return false

@@ -10,17 +10,17 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-// maxPeerLabels is how many bytes of labels that peers control a flow carries, with labelOverhead for each. It leaves room in
-// the 4 MiB that an agent reads of a check. There is no bound on their number: a label that a limiter goes by must not give
-// way because a stranger sends many.
+// maxPeerLabels bounds the bytes of labels from peers in a flow, with labelOverhead for each label. It leaves room in
+// the 4 MiB that an agent reads of a check. Their number has no bound, so that a stranger who sends many labels cannot
+// push out a label that a limiter needs.
 const (
 	maxPeerLabels = 1 << 20
 	labelOverhead = 32
 )
 
-// fit says what is wrong with the number of explicit labels, and bounds those of peers. Of these the largest give way, those
-// of baggage first. An agent's rule for labels beyond what it reports is another one, see package wire: it knows what
-// policies name, and not where a label came from.
+// fit returns an error if there are too many explicit labels, and bounds those of peers. The largest of these are left
+// out, those of baggage first. Agents have another rule for labels beyond what they report, see package wire: an agent
+// knows which labels policies name, and not where a label came from.
 func (c *Client) fit(l *agentapi.Labels) error {
 	if len(l.Params)+len(l.Context) > labels.MaxLabels {
 		n := len(l.Params)
@@ -33,7 +33,7 @@ func (c *Client) fit(l *agentapi.Labels) error {
 			return tooManyLabels(n)
 		}
 	}
-	// As many as this are never too large.
+	// This many are never too large.
 	const few = maxPeerLabels / (labels.MaxKeyLen + labels.MaxValueLen + labelOverhead)
 	if l.Shared == nil || len(l.Shared.Baggage)+len(l.Shared.Transport) <= few {
 		return nil
@@ -58,7 +58,8 @@ func labelsSize(m map[string]string) int {
 	return size
 }
 
-// shed is the labels without the largest that do not fit into the room, and how many these are. It is m itself where all fit.
+// shed returns the labels without the largest, so that the rest fits into the room, and how many it left out. If all
+// fit, it returns m itself.
 func shed(m map[string]string, room int) (kept map[string]string, left int) {
 	size := labelsSize(m)
 	if size <= room {
@@ -76,7 +77,7 @@ func shed(m map[string]string, room int) (kept map[string]string, left int) {
 	return kept, left
 }
 
-// bySize is the keys of labels, the largest label first.
+// bySize returns the keys of labels, the largest label first.
 func bySize(m map[string]string) []string {
 	return slices.SortedFunc(maps.Keys(m), func(a, b string) int {
 		return cmp.Or(labelSize(b, m[b])-labelSize(a, m[a]), strings.Compare(b, a))

@@ -19,9 +19,9 @@ const (
 	fieldOverhead = 32
 )
 
-// sendable is the context of a call to the agent: without those of the caller's outgoing metadata that cannot travel. They
-// may be a stranger's, which a proxy passes on, and gRPC or the agent would refuse the whole call because of them. Of a
-// refused check follows a flow without limits.
+// sendable returns the context for a call to the agent, without the caller's outgoing metadata that cannot travel. A
+// proxy may pass on metadata of a stranger, and gRPC or the agent would refuse the whole call because of it. A flow
+// whose check is refused has no limits.
 func (r *remote) sendable(ctx context.Context) context.Context {
 	md, ok := metadata.FromOutgoingContext(ctx) // a copy, with keys in lower case
 	if !ok {
@@ -80,8 +80,8 @@ func fieldsSize(key string, values []string) int {
 	return size
 }
 
-// ignored reports whether gRPC never sends metadata of this key, because it has that header itself. What a server received
-// has some of these, so a program that passes everything on is not told.
+// ignored reports whether gRPC never sends metadata of this key, because it sets that header itself. Metadata that a
+// server received has some of these keys. So they are not logged when a program passes all of it on.
 func ignored(key string) bool {
 	switch key {
 	case "content-type", "user-agent", "te", "grpc-message-type", "grpc-encoding", "grpc-accept-encoding", "grpc-message",

@@ -23,7 +23,7 @@ type observer struct {
 
 	decisions, pauses, paused metric.Int64Counter // nil without a meter
 
-	// Sets of attributes are dear to make, and there are few: control points times outcomes.
+	// Sets of attributes are expensive to make, and there are few: control points times outcomes.
 	sets  sync.Map // outcome → metric.AddOption
 	count atomic.Int64
 }

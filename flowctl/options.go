@@ -19,8 +19,8 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-// An Option configures a client. Of several of a kind the last one counts, unless its comment says otherwise. Options
-// for the connection to an agent are errors for a client of an embedded one.
+// An Option configures a client. If an option is given several times, the last one counts, unless its comment says
+// otherwise. [New] refuses options for the connection to an agent.
 type Option interface {
 	apply(*config) error
 }
@@ -50,7 +50,7 @@ type config struct {
 	insecure     bool
 	apiKey       string
 	plaintextKey bool
-	plaintextEnv string // the variable that has the key travel in plaintext, where one does
+	plaintextEnv string // the environment variable to name in the error if the key would travel in plaintext
 	keepalive    keepalive.ClientParameters
 	dialOptions  []grpc.DialOption
 	conn         grpc.ClientConnInterface
@@ -111,7 +111,8 @@ func WithTLSConfig(t *tls.Config) Option {
 	}}
 }
 
-// WithTransportCredentials secures the connection in a way of its own, instead of TLS by [WithTLSConfig].
+// WithTransportCredentials secures the connection with these credentials. It excludes [WithTLSConfig] and
+// [WithInsecure].
 func WithTransportCredentials(creds credentials.TransportCredentials) Option {
 	return option{"WithTransportCredentials", true, func(c *config) error {
 		if creds == nil {
@@ -131,8 +132,8 @@ func WithInsecure() Option {
 }
 
 // WithAPIKey sends the key with every call to the agent, telemetry included, as x-api-key. An empty key is an error.
-// It replaces an x-api-key in the outgoing metadata of the caller's context; the rest of these metadata is sent besides. In
-// plaintext the key only travels to this machine, unless [WithInsecureAPIKey] says otherwise.
+// The key replaces an x-api-key in the outgoing metadata of the caller's context; other metadata is still sent. In
+// plaintext the key is sent to this machine only, unless [WithInsecureAPIKey] says otherwise.
 func WithAPIKey(key string) Option {
 	return option{"WithAPIKey", true, func(c *config) error {
 		if err := checkAPIKey(key); err != nil {
@@ -143,7 +144,7 @@ func WithAPIKey(key string) Option {
 	}}
 }
 
-// WithInsecureAPIKey lets the API key travel in plaintext to other machines. Whoever sees the traffic has the key.
+// WithInsecureAPIKey lets the API key travel in plaintext to other machines. Anybody who sees the traffic can read it.
 func WithInsecureAPIKey() Option {
 	return option{"WithInsecureAPIKey", true, func(c *config) error {
 		c.plaintextKey = true
@@ -160,11 +161,11 @@ func WithKeepalive(p keepalive.ClientParameters) Option {
 	}}
 }
 
-// WithDialOptions adds options of gRPC's own for the connection. They come after those of this package, and repeated
-// use adds more. Transport credentials among them are an error, for they would keep the [AgentBreaker] from seeing late answers,
-// and an API key from knowing how it travels: they have options here, [WithTransportCredentials] and others. An agent's
-// compressed answer is refused unless the question was compressed, for example by grpc.UseCompressor among the default
-// call options.
+// WithDialOptions adds gRPC's own options for the connection. They come after those of this package, and repeated use
+// adds more. Transport credentials among them are an error: the [AgentBreaker] would not see late answers, and the
+// client would not know whether an API key travels in plaintext. Use [WithTransportCredentials], [WithTLSConfig] or
+// [WithInsecure] instead. An agent's compressed answer is refused unless the question was compressed, for example by
+// grpc.UseCompressor among the default call options.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	opts = slices.Clone(opts)
 	return option{"WithDialOptions", true, func(c *config) error {
@@ -176,8 +177,8 @@ func WithDialOptions(opts ...grpc.DialOption) Option {
 	}}
 }
 
-// setCredentials reports whether the options bring transport credentials. They cannot be looked into, but gRPC makes no
-// client, connected or not, without any.
+// setCredentials reports whether the options bring transport credentials. The options cannot be inspected, but gRPC
+// makes no client without credentials.
 func setCredentials(opts []grpc.DialOption) bool {
 	conn, err := grpc.NewClient("passthrough:///", opts...)
 	if err != nil {
@@ -187,10 +188,10 @@ func setCredentials(opts []grpc.DialOption) bool {
 	return true
 }
 
-// WithConn talks over a connection that the application has, instead of dialling one: Dial's address must be empty, and
-// [DialEnv] has no use for it. Close leaves the connection open. An API key is refused by gRPC if the connection is not
-// secure, unless [WithInsecureAPIKey] is given too. What comes over the connection for other calls than a flow's own is
-// not seen, so an agent whose answers all come too late counts as dead here; see [AgentBreaker].
+// WithConn uses a connection of the application's instead of dialling one. Dial's address must be empty, so [DialEnv]
+// cannot use it. Close leaves the connection open. gRPC refuses an API key if the connection is not secure, unless
+// [WithInsecureAPIKey] is given too. The client does not see answers that come too late, so an agent whose answers are
+// all too late counts as dead; see [AgentBreaker].
 func WithConn(conn grpc.ClientConnInterface) Option {
 	return option{"WithConn", true, func(c *config) error {
 		if conn == nil {
@@ -201,8 +202,8 @@ func WithConn(conn grpc.ClientConnInterface) Option {
 	}}
 }
 
-// WithoutTelemetry sends no flow records to the agent. Its policies that react to latency then see nothing of this
-// client.
+// WithoutTelemetry sends no flow records to the agent. The agent's policies on latency and load then see nothing of
+// this client.
 func WithoutTelemetry() Option {
 	return option{"WithoutTelemetry", true, func(c *config) error {
 		c.noTelemetry = true
@@ -221,10 +222,10 @@ func WithAgentBreaker(g AgentBreaker) Option {
 	}}
 }
 
-// WithCheckTimeout sets how long the agent may take to answer when Params do not say: 200 ms by default and for a d of
-// 0, and no limit for a negative one. It is also the longest that a flow waits in a queue. An agent across the network
-// rejects a check that reaches it with less than 10 ms left, as rate limited, wherever a limiter has a say: allow it
-// more than that.
+// WithCheckTimeout sets how long the agent may take to answer if Params do not say. The default is 200 ms, and a d of 0
+// means that too. A negative d sets no limit. The check timeout is also the longest that a flow waits in a queue.
+// Across the network it should be well above 10 ms: with less time left, an agent rejects a flow that a limiter or
+// scheduler acts on.
 func WithCheckTimeout(d time.Duration) Option {
 	return option{"WithCheckTimeout", false, func(c *config) error {
 		if d == 0 {
@@ -235,8 +236,8 @@ func WithCheckTimeout(d time.Duration) Option {
 	}}
 }
 
-// WithEndTimeout sets how long the call to the agent may take that ends a flow which holds slots, or that changes a
-// cache entry: 1 s by default.
+// WithEndTimeout sets how long a call to the agent may take that ends a flow with slots, or that changes a cache entry.
+// The default is 1 s.
 func WithEndTimeout(d time.Duration) Option {
 	return option{"WithEndTimeout", true, func(c *config) error {
 		if d <= 0 {
@@ -247,8 +248,8 @@ func WithEndTimeout(d time.Duration) Option {
 	}}
 }
 
-// WithLabels gives every flow of the client these labels, unless another source says otherwise; see package labels for
-// the order. The map is copied; repeated use adds to it.
+// WithLabels gives every flow of the client these labels. All other sources override them, see package labels. The map
+// is copied; repeated use adds to it.
 func WithLabels(m map[string]string) Option {
 	m = maps.Clone(m)
 	return option{"WithLabels", false, func(c *config) error {
@@ -266,10 +267,11 @@ func WithLabels(m map[string]string) Option {
 	}}
 }
 
-// WithBaggage makes members of the context's OpenTelemetry baggage labels: those with the given keys, or all when none
-// is given. Name them where peers send baggage: members that are named are found behind any number of others, and others
-// cost nothing. For a flow with Params.HTTP, those of the request's baggage header are too that the context does not have.
-// Without this option none is.
+// WithBaggage makes labels of members of the context's OpenTelemetry baggage: of those with the given keys. If no key
+// is given, it takes all members except those that begin with "http." or "rpc.". Name the keys if peers send baggage: a
+// named member is found behind any number of others, and the others cost nothing. A flow with Params.HTTP also gets
+// members of the request's baggage header that the context does not have. Without this option no member becomes a
+// label.
 func WithBaggage(keys ...string) Option {
 	keys = slices.Clone(keys)
 	return option{"WithBaggage", false, func(c *config) error {
@@ -278,8 +280,9 @@ func WithBaggage(keys ...string) Option {
 	}}
 }
 
-// WithService names the service that the client's flows belong to, for the selectors of an embedded engine's policies. It
-// does not travel: an Aperture agent finds the service by the client's address, and to package agent no flow has one.
+// WithService names the service that the client's flows belong to, for the selectors of an embedded engine's policies.
+// Remote agents do not get the name: an Aperture agent finds the service by the client's address, and for package agent
+// no flow has a service.
 func WithService(name string) Option {
 	return option{"WithService", false, func(c *config) error {
 		c.shared.Service = name
@@ -287,9 +290,9 @@ func WithService(name string) Option {
 	}}
 }
 
-// WithDryRun asks the agent about every flow and counts its decisions, but runs them all: to see what policies would
-// do before they do it. The flow's Decision, Err and RetryAfter are what they would have been, for logs and metrics;
-// ShouldRun and HTTPStatus are those of a flow that runs.
+// WithDryRun asks the agent about every flow and counts the decisions, but runs every flow. It shows what policies
+// would do before they are in force. The flow's Decision, Err and RetryAfter are what they would have been, for logs
+// and metrics. ShouldRun and HTTPStatus are those of a flow that runs.
 //
 // An engine, in this process or behind package agent, decides as if each of its components were in dry run (see the
 // DryRun of package policy's components): no flow waits in a queue, and one that would have to wait counts as rejected. A
@@ -297,10 +300,10 @@ func WithService(name string) Option {
 // every flow, and store what they are given. An engine counts what its components would have dropped in
 // flowcontrol_dry_run_drops_total.
 //
-// Start waits for the answer, because it brings the decision and what the caches have. Over the network that is for the
-// check timeout at the most; where Params and [WithCheckTimeout] set no limit it is 200 ms in a dry run. Other agents
-// than Headgate's do not know of dry runs, and hold flows in their queues for as long: set a short check timeout for
-// these. What they have in their caches for a flow that they reject is asked for by a second call.
+// Start waits for the answer, which has the decision and the cached values. Over the network it waits for the check
+// timeout at the most, or for 200 ms if Params and [WithCheckTimeout] set no limit. Agents other than Headgate's do not
+// know dry runs, and hold flows in their queues for that long. Set a short check timeout for them. If such an agent
+// rejects a flow, a second call asks for the cached values.
 func WithDryRun() Option {
 	return option{"WithDryRun", false, func(c *config) error {
 		c.dryRun = true
@@ -308,7 +311,7 @@ func WithDryRun() Option {
 	}}
 }
 
-// WithLogger has the client log what its operator should know, each kind once a minute at most. By default, and with
+// WithLogger makes the client log what its operator should know, each kind once a minute at most. By default, and with
 // nil, it logs nothing.
 func WithLogger(logger *slog.Logger) Option {
 	return option{"WithLogger", false, func(c *config) error {
@@ -330,9 +333,10 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 }
 
 // WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
-// reason, and the pauses of package httpguard's Transports. It shows what the agent knows of itself. Of a remote agent, that
-// is whether its agent breaker is open, in flowcontrol_gate_open, and what components in dry run would have dropped. Of an engine, it
-// is all that the engine counts. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
+// reason, and the pauses of package httpguard's Transports. It also shows what is known of the agent. For an engine
+// this is all that the engine counts. For a remote agent it is whether the agent breaker is open, in
+// flowcontrol_gate_open, and what components in dry run would have dropped. By default, and with nil, nothing is shown.
+// No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p

@@ -7,8 +7,8 @@ import (
 	"github.com/headgate-go/headgate/internal/flowinfo"
 )
 
-// pauses shows the pauses of package httpguard's Transports for their client. The host of an upstream is a label's value,
-// and so is shown nowhere.
+// pauses shows the pauses of package httpguard's Transports for their client. It does not show the host of an upstream,
+// which is a label's value.
 type pauses Client
 
 var _ flowinfo.Pauses = (*pauses)(nil)

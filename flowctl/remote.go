@@ -25,29 +25,29 @@ import (
 type remote struct {
 	conn        grpc.ClientConnInterface
 	dialled     *grpc.ClientConn  // conn, when it is ours to close
-	links       *connections      // those of dialled; nil: they are another's
+	links       *connections      // those of dialled; nil if conn is the application's
 	calls       []grpc.CallOption // of every call
-	bounded     []grpc.CallOption // of calls that are no checks
+	bounded     []grpc.CallOption // of calls other than checks
 	codec       boundedCodec
 	decoding    atomic.Int64  // bytes of large answers that are being decoded
 	timeout     time.Duration // of calls that no check timeout bounds
 	breaker     *breaker
-	address     string         // where it is no more than host:port: other targets may hold secrets
+	address     string         // if it is host:port, else empty: other targets may hold secrets
 	received    *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
 	logger      *slog.Logger
 	ownKey      bool // an API key goes with each call
 	refusals    limitedLog
 	breakerLog  limitedLog
 	metadataLog limitedLog
-	shown       metric.Registration // of the breaker; nil where nobody wants to see it
-	dryDrops    metric.Int64Counter // nil where nobody wants to see it
+	shown       metric.Registration // of the breaker; nil without a meter
+	dryDrops    metric.Int64Counter // nil without a meter
 	backLog     limitedLog
 	exporter    *exporter // nil: no telemetry
 }
 
 var _ agentapi.Agent = (*remote)(nil)
 
-// invoke makes a call that is no check.
+// invoke makes a call other than a check.
 func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error {
 	return clipError(r.conn.Invoke(r.sendable(ctx), method, req, m, append(slices.Clip(r.bounded), opts...)...))
 }
@@ -96,7 +96,7 @@ func (r *remote) Ready(ctx context.Context) error {
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("%w: %w", ownError("it refuses the API key"), err)
 	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
-		// So say servers in Go, as agents are. Of one that lacks just this method nothing follows for checks.
+		// Servers in Go answer so, and agents are such servers. If only this method is missing, checks may still work.
 		return fmt.Errorf("%w: %w", ownError("it does not speak the protocol"), err)
 	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.Canceled:
 		return err
@@ -107,8 +107,9 @@ func (r *remote) Ready(ctx context.Context) error {
 // closeGrace is how long the connection has to close, when ctx has ended already.
 const closeGrace = 10 * time.Millisecond
 
-// close sends what telemetry there is until ctx ends, and closes the connection that is ours. gRPC takes seconds for that
-// where the agent reads nothing: when ctx ends they are left to a goroutine, and the connection is cut, which ends it.
+// close sends the remaining telemetry until ctx ends, and closes the connection if it is ours. gRPC takes seconds for
+// that if the agent reads nothing. When ctx ends, close leaves that to a goroutine, and cuts the connection, which ends
+// the goroutine.
 func (r *remote) close(ctx context.Context) error {
 	var flushed error
 	if r.exporter != nil {
@@ -134,7 +135,7 @@ func (r *remote) close(ctx context.Context) error {
 	}
 }
 
-// release gives up what the remote has outside of itself.
+// release closes the connection if it is ours, and unregisters the metrics.
 func (r *remote) release() error {
 	if r.shown != nil {
 		_ = r.shown.Unregister() // fails where the provider is gone already

@@ -10,7 +10,7 @@ func (c *Client) Runs() *flight.Runs {
 	return &c.runs
 }
 
-// unstored logs that a cached function could not have its result stored.
+// unstored logs that the result of a cached function was not stored.
 func (c *Client) unstored(controlPoint string, err error) {
 	c.unstoredLog.warn(c.logger, "headgate: a result was not stored in the cache", "control_point", controlPoint, "error", err)
 }

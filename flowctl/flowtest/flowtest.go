@@ -1,5 +1,5 @@
-// Package flowtest helps to test code that is guarded by flows: an agent that does what the test says, over a real gRPC
-// connection in memory, and that keeps what it was told.
+// Package flowtest helps to test code that is guarded by flows. Its agent answers as the test says, over a real gRPC
+// connection in memory, and records what it was asked.
 //
 //	agent := flowtest.NewAgent(t)
 //	agent.Answer(flowtest.Answer{Reason: flowctl.ReasonRateLimited, RetryAfter: time.Second})
@@ -38,7 +38,7 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// An Answer is what the agent makes of a call. The zero value accepts at once.
+// An Answer is how the agent answers a call. The zero value accepts at once.
 type Answer struct {
 	// Reason rejects a check, unless it is ReasonNone.
 	Reason flowctl.RejectReason
@@ -48,13 +48,13 @@ type Answer struct {
 	HTTPStatus int
 	RetryAfter time.Duration
 
-	// Slots is how many concurrency slots the flow holds until it ends, also one that is rejected.
+	// Slots is how many concurrency slots the flow holds until it ends, even if it is rejected.
 	Slots int
 
 	// Delay is how long the agent takes to answer.
 	Delay time.Duration
 
-	// Hang makes the agent answer never, not even that the call's time is up: it ends when its caller gives up.
+	// Hang makes the agent never answer, not even when the call's time is up. The call ends when its caller gives up.
 	Hang bool
 
 	// Drop breaks the connection instead of answering.
@@ -63,37 +63,36 @@ type Answer struct {
 	// Fail is the error that the call fails with, a gRPC status.
 	Fail error
 
-	// Response answers a check with just this message, right or wrong, and a check of an HTTP request with one that
-	// has it inside.
+	// Response is the whole answer to a check, right or wrong. A check of an HTTP request gets it inside the answer.
 	Response *checkv1.CheckResponse
 
-	// HTTPResponse answers a check of an HTTP request with just this message, right or wrong.
+	// HTTPResponse is the whole answer to a check of an HTTP request, right or wrong.
 	HTTPResponse *checkhttpv1.CheckHTTPResponse
 }
 
 // A Check is what the agent was asked.
 type Check struct {
+	// Request is the question. In a check of an HTTP request it has the labels of the baggage header, and nothing else
+	// of the HTTP request.
 	Request *checkv1.CheckRequest
 
-	// HTTP is the question when it was about an HTTP request, and else nil. Request is then the same without what is
-	// about HTTP; it has the labels that came in the baggage header.
+	// HTTP is the question if it was about an HTTP request, and else nil.
 	HTTP *checkhttpv1.CheckHTTPRequest
 
 	Metadata metadata.MD
 
-	// Timeout is how long the client said it would wait, 0 if it did not say.
+	// Timeout is the time that the call had left; 0 if it had no deadline.
 	Timeout time.Duration
 }
 
-// A Span is what the agent was told of a flow that had ended.
+// A Span is the record of a flow that has ended.
 type Span struct {
 	Start, WorkloadStart, End time.Time
 	Status                    flowctl.Status
 	Response                  *checkv1.CheckResponse
 
-	// Proto is the span as it came, and Metadata what came with it.
-	Proto    *tracev1.Span
-	Metadata metadata.MD
+	Proto    *tracev1.Span // the span as it came
+	Metadata metadata.MD   // of the call that brought it
 }
 
 // An Agent answers as the test says. It is safe for concurrent use.
@@ -167,26 +166,26 @@ func (a *Agent) Client(opts ...flowctl.Option) *flowctl.Client {
 	return client
 }
 
-// release ends what hangs: the test is over.
+// release ends the calls that hang: the test is over.
 func (a *Agent) release() {
 	a.once.Do(func() { close(a.stopping) })
 	a.Thaw()
 }
 
-// Dialer leads a connection to this agent, whatever address it dials.
+// Dialer returns a dial option that connects to this agent, whatever the address is.
 func (a *Agent) Dialer() grpc.DialOption {
 	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		return a.DialContext(ctx)
 	})
 }
 
-// DialContext opens a connection to the agent, for dialers of a test's own.
+// DialContext opens a connection to the agent. It is for dialers of a test's own.
 func (a *Agent) DialContext(ctx context.Context) (net.Conn, error) {
 	return a.listener.DialContext(ctx)
 }
 
-// Answer sets what becomes of checks from now on, at control points that [Agent.AnswerAt] says nothing about: the first
-// check gets the first answer, and so on; the last answer stays. None accepts all.
+// Answer sets the answers to checks from now on: the first check gets the first answer, and so on; the last answer
+// stays. Without answers every check is accepted. Control points of [Agent.AnswerAt] have answers of their own.
 func (a *Agent) Answer(answers ...Answer) { a.AnswerAt("", answers...) }
 
 // AnswerAt is [Agent.Answer] for one control point.
@@ -196,14 +195,14 @@ func (a *Agent) AnswerAt(controlPoint string, answers ...Answer) {
 	a.scripts[controlPoint] = slices.Clone(answers)
 }
 
-// AnswerEnds sets what becomes of the calls that end flows; Delay, Hang, Drop and Fail count.
+// AnswerEnds sets the answers to calls that end flows. Only Delay, Hang, Drop and Fail count.
 func (a *Agent) AnswerEnds(answers ...Answer) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.onEnd = slices.Clone(answers)
 }
 
-// AnswerSpans sets what becomes of the calls that bring telemetry; Delay, Hang, Drop and Fail count.
+// AnswerSpans sets the answers to calls that bring telemetry. Only Delay, Hang, Drop and Fail count.
 func (a *Agent) AnswerSpans(answers ...Answer) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -267,13 +266,14 @@ func (a *Agent) Result(controlPoint, key string) (value []byte, ok bool) {
 // Global is what the cache that control points share holds.
 func (a *Agent) Global(key string) (value []byte, ok bool) { return a.Result("", key) }
 
-// Drop breaks all connections. Clients dial again when they have something to say.
+// Drop breaks all connections. Clients dial again for their next call.
 func (a *Agent) Drop() { a.listener.drop() }
 
-// Freeze makes the agent a machine that hangs: its connections stay open, and nothing comes over them any more.
+// Freeze makes the agent act like a machine that hangs: its connections stay open, and nothing comes over them any
+// more.
 func (a *Agent) Freeze() { a.listener.setFrozen(true) }
 
-// Thaw ends [Agent.Freeze]. What the agent would have said meanwhile comes now.
+// Thaw ends [Agent.Freeze]. What the agent would have sent meanwhile comes now.
 func (a *Agent) Thaw() { a.listener.setFrozen(false) }
 
 // next takes the next answer of a script.
@@ -288,7 +288,7 @@ func next(script *[]Answer) Answer {
 	return s[0]
 }
 
-// act does the part of an answer that is about the call and not about what it says.
+// act applies the Delay, Drop, Hang and Fail of an answer.
 func (a *Agent) act(ctx context.Context, n Answer) error {
 	if n.Delay > 0 {
 		timer := time.NewTimer(n.Delay)
@@ -352,7 +352,7 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 	}
 }
 
-// asked notes a check and does the next answer's part of it that is about the call.
+// asked records a check, takes the next answer, and applies it by act.
 func (a *Agent) asked(ctx context.Context, c Check) (Answer, error) {
 	c.Metadata, _ = metadata.FromIncomingContext(ctx)
 	if deadline, ok := ctx.Deadline(); ok {
@@ -546,7 +546,7 @@ func timeOf(n int64) time.Time {
 	return time.Unix(0, n)
 }
 
-// listener knows its connections, so that they can be broken and frozen.
+// listener keeps its connections, so that they can be broken and frozen.
 type listener struct {
 	*bufconn.Listener
 	mu     sync.Mutex
