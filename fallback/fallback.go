@@ -1,11 +1,11 @@
-// Package fallback says what a guard returns instead when a flow may not run.
+// Package fallback provides what a guard returns if a flow may not run.
 //
-// A [Func] goes where a guard takes its onReject. [Value], [Error] and [Call] are the plain ones, [First] tries
-// several, and a [LastGood] remembers what the guarded function returned when it last could. [Stale] gives what a guard
-// with a cache has kept. [For] fits any of them to a guard whose function takes an argument.
+// A [Func] is what a guard takes as its onReject. [Value], [Error] and [Call] are the simple ones. [First] tries
+// several. A [LastGood] remembers the last good result of the guarded function. [Stale] returns the last result that a
+// guard with a cache has kept. [For] adapts any of them to a guard whose function takes an argument.
 //
-// A guard calls its fallback only for flows that were rejected or whose agent was unreachable: errors and panics of the
-// guarded function itself never reach one. Nothing here recovers panics.
+// A guard calls its fallback only for flows that were rejected or whose agent was unreachable. It does not call it for
+// errors and panics of the guarded function itself. Nothing here recovers panics.
 package fallback
 
 import (
@@ -19,7 +19,7 @@ import (
 )
 
 // A Func gives the result of a flow that may not run. The context is the caller's; err says why the flow may not run
-// and is never nil. A guard takes a nil Func for one that returns the zero value and err.
+// and is never nil. A nil Func stands for one that returns the zero value and err.
 //
 // The Funcs of this package are safe for concurrent use if the functions that they call are.
 type Func[T any] func(ctx context.Context, err error) (T, error)
@@ -29,9 +29,9 @@ func Value[T any](v T) Func[T] {
 	return func(context.Context, error) (T, error) { return v, nil }
 }
 
-// Error returns a Func that fails with an error in the words of err, which matches both err and the flow's error by
-// [errors.Is] and [errors.As]: callers need not know about flow control, and [RetryAfter] and the flow's gRPC status
-// stay within reach. A nil err leaves the flow's error as it is. T has to be written: Error[string](ErrBusy).
+// Error returns a Func that fails with an error that has the text of err. The error matches both err and the flow's
+// error by [errors.Is] and [errors.As]. So callers need not know about flow control, and [RetryAfter] and the flow's
+// gRPC status are still found. A nil err leaves the flow's error as it is. T must be written: Error[string](ErrBusy).
 func Error[T any](err error) Func[T] {
 	return func(_ context.Context, flowErr error) (T, error) {
 		var zero T
@@ -47,12 +47,12 @@ func Call[T any](fn func(context.Context) (T, error)) Func[T] {
 	return func(ctx context.Context, _ error) (T, error) { return fn(ctx) }
 }
 
-// First returns a Func that calls fns in turn, each with the flow's error, until one succeeds. It begins none once the
-// context is done, which counts as a failure of its own. Nil ones are skipped.
+// First returns a Func that calls fns in turn, each with the flow's error, until one succeeds. It calls no more once
+// the context is done, which counts as a failure too. Nil ones are skipped.
 //
-// When none succeeds, it returns the zero value and an error in the words of the last failure, which matches every
-// failure and the flow's error by [errors.Is] and [errors.As], the latest first. Without a Func to call, it returns
-// the flow's error.
+// If none succeeds, it returns the zero value and an error with the text of the last failure. The error matches every
+// failure and the flow's error by [errors.Is] and [errors.As], the latest first. Without a Func to call, it returns the
+// flow's error.
 func First[T any](fns ...Func[T]) Func[T] {
 	fns = slices.Clone(fns)
 	return func(ctx context.Context, err error) (T, error) {
@@ -81,8 +81,9 @@ func First[T any](fns ...Func[T]) Func[T] {
 	}
 }
 
-// For fits a fallback to a guard whose function takes an argument of type A, which the fallback does not see. A has to
-// be written, T follows from f: For[string](fallback.Value(1)). A nil f returns the zero value and the flow's error.
+// For adapts a fallback to a guard whose function takes an argument of type A. The fallback does not get the argument.
+// A must be written, T follows from f: For[string](fallback.Value(1)). A nil f returns the zero value and the flow's
+// error.
 func For[A, T any](f Func[T]) func(context.Context, A, error) (T, error) {
 	return func(ctx context.Context, _ A, err error) (T, error) {
 		if f == nil {
@@ -94,7 +95,7 @@ func For[A, T any](f Func[T]) func(context.Context, A, error) (T, error) {
 }
 
 // RetryAfter returns how long to wait until a retry can succeed, from the first error in err's tree that has a method
-// RetryAfter() time.Duration. It is false when there is none, or when that error does not know (zero or less).
+// RetryAfter() time.Duration. It reports false if there is none, or if that method returns zero or less.
 func RetryAfter(err error) (time.Duration, bool) {
 	e, ok := errors.AsType[interface {
 		error
@@ -107,8 +108,8 @@ func RetryAfter(err error) (time.Duration, bool) {
 	return max(after, 0), after > 0
 }
 
-// failure reads as the first of its errors and matches all of them: what a user sees are the words of the fallback
-// alone, which may be chosen for them.
+// failure has the text of the first of its errors and matches all of them. So a user sees only the text of the
+// fallback, which may be chosen for users.
 type failure struct {
 	errs []error
 }

@@ -6,11 +6,13 @@ import (
 	"time"
 )
 
-// A LastGood remembers the last good result of the function that it watches: [LastGood.Watch] goes around the function
-// before it is guarded, and the method value of [LastGood.Func] is the fallback. Around the guard, Watch would take the
-// fallback's old result for a new one. Results are shared, not copied: nobody may change what they point to. It is for
-// functions whose result is the same for all callers; a result that depends on who asks would be given to somebody else.
-// Results that a guard finds in a cache pass Watch by: for headgate.Cached there is [Stale].
+// A LastGood remembers the last good result of a function. Wrap the function with [LastGood.Watch] before you guard it,
+// and use the method value of [LastGood.Func] as the fallback. Watch must not wrap the guarded function, because it
+// would take the fallback's old result for a new one.
+//
+// A LastGood is for functions whose result is the same for all callers: a result that depends on the caller would go to
+// other callers too. Results are shared, not copied, so nothing may change what they point to. Watch does not see
+// results that a guard finds in a cache; use [Stale] for headgate.Cached.
 //
 // The zero value is ready to use and has no age limit. A LastGood is safe for concurrent use, and must not be copied
 // after first use.
@@ -23,15 +25,14 @@ type LastGood[T any] struct {
 }
 
 // NewLastGood returns a LastGood that gives a result while it is younger than maxAge; zero or less is no limit. Age
-// counts from the beginning of the call that returned the result, so that the limit holds for what a slow call read
-// first, too.
+// counts from the beginning of the call that returned the result, because a slow call may have read its data then.
 func NewLastGood[T any](maxAge time.Duration) *LastGood[T] {
 	return &LastGood[T]{maxAge: maxAge}
 }
 
-// Watch returns a function that calls fn, remembers its result if the error is nil, and returns both as they are. Of
-// calls that overlap, the result of the one that began last stays, so that a slow call never replaces newer results.
-// Of those that began at the same instant of the clock it is the one that finished last.
+// Watch returns a function that calls fn, remembers its result if the error is nil, and returns both as they are. If
+// calls overlap, the result of the call that began last stays, so that a slow call never replaces newer results. Of
+// calls that began at the same instant, the one that finished last counts.
 func (l *LastGood[T]) Watch(fn func(context.Context) (T, error)) func(context.Context) (T, error) {
 	return func(ctx context.Context) (T, error) {
 		began := time.Now()
@@ -51,8 +52,8 @@ func (l *LastGood[T]) remember(v T, began time.Time) {
 	}
 }
 
-// Func is a [Func]: it returns the result that is remembered, or the zero value and err when there is none or it is too
-// old.
+// Func is a [Func]. It returns the result that is remembered. If there is none, or if it is too old, it returns the
+// zero value and err.
 func (l *LastGood[T]) Func(_ context.Context, err error) (T, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

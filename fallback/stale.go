@@ -7,15 +7,15 @@ import (
 	"time"
 )
 
-// Stale returns a Func that gives the last result of a guard that keeps its results, such as headgate.Cached, while that
-// has not expired, and for a grace period after it has: what HTTP knows as stale-if-error (RFC 5861). When there is none,
-// or it is too old, it returns the zero value and the flow's error. A grace of zero or less gives only results that have
-// not expired. Results are shared, not copied: none of their callers may change what they point to.
+// Stale returns a Func that gives the last result of a guard that keeps its results, such as headgate.Cached, until a
+// grace period after the result has expired. HTTP calls this stale-if-error (RFC 5861). If there is no result, or if it
+// is too old, the Func returns the zero value and the flow's error. A grace of zero or less gives only results that
+// have not expired. Results are shared, not copied, so no caller may change what they point to.
 //
-// T has to be written, and must be the very type of the guard's results: Stale[string](time.Minute). Where the guard keeps
-// results of another type, the error says so, and matches the flow's error.
+// T must be written, and must be exactly the type of the guard's results: Stale[string](time.Minute). If the guard
+// keeps results of another type, the error says so, and matches the flow's error.
 //
-// The function of a guard that keeps nothing can be watched by a [LastGood] instead.
+// For a guard that keeps no results, use a [LastGood].
 func Stale[T any](grace time.Duration) Func[T] {
 	grace = max(grace, 0)
 	return func(ctx context.Context, err error) (T, error) {
@@ -34,9 +34,9 @@ func Stale[T any](grace time.Duration) Func[T] {
 }
 
 // WithLast returns a context in which [Stale] finds v, a result that expires or has expired at the given time. A guard
-// that keeps results calls its fallback with it. T is the type of the guard's results, which has to be written where v
-// is an untyped constant: WithLast[int64](ctx, 42, expires). The zero time means that there is no result, not even one
-// that a context further out has.
+// that keeps results calls its fallback with it. T is the type of the guard's results. It must be written if v is an
+// untyped constant: WithLast[int64](ctx, 42, expires). The zero time means that there is no result, and hides one of an
+// outer context.
 func WithLast[T any](ctx context.Context, v T, expires time.Time) context.Context {
 	return &lastContext[T]{ctx, last[T]{v, expires}}
 }
@@ -58,7 +58,7 @@ func (c *lastContext[T]) Value(key any) any {
 	}
 }
 
-// String names the context for those that print contexts, without the result.
+// String names the context without the result, for code that prints contexts.
 func (c *lastContext[T]) String() string {
 	return fmt.Sprintf("fallback.WithLast[%s]", reflect.TypeFor[T]())
 }

@@ -10,13 +10,15 @@ import (
 	"github.com/headgate-go/headgate/internal/w3cbaggage"
 )
 
-// FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits: those with these keys,
-// or when no key is given all but those that begin with "http." or "rpc.", which are for what a server sees for itself;
-// nil when there are none. Packages httpguard and grpcguard put the baggage of a call into the context, whole: members are
-// found behind any number of others, where OpenTelemetry itself reads 64 and 8192 bytes. Keys are case-sensitive; properties of members are ignored. Members named like a header with
-// credentials never become labels; see the package documentation.
+// FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits; nil if there are none.
+// It takes the members with these keys. If no key is given, it takes all except those that begin with "http." or
+// "rpc.", which are for labels that a server sets itself. Keys are case-sensitive; properties of members are ignored.
+// Members named like a header with credentials never become labels; see the package documentation.
 //
-// Baggage travels with requests: unless a gateway strips it, its values are whatever a peer says.
+// Packages httpguard and grpcguard put the whole baggage of a call into the context. A member is then found behind any
+// number of others. OpenTelemetry itself reads only 64 members and 8192 bytes.
+//
+// Baggage travels with requests. Unless a gateway strips it, a peer decides its values.
 func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	bag, header := baggage.FromContext(ctx), w3cbaggage.From(ctx)
 	if bag.Len() == 0 && header == "" {
@@ -45,14 +47,14 @@ func FromBaggage(ctx context.Context, keys ...string) map[string]string {
 	return repair(m)
 }
 
-// isServers reports whether a key is one of those that are for what a server sees for itself.
+// isServers reports whether a key is for labels that a server sets itself.
 func isServers(key string) bool {
 	return strings.HasPrefix(key, httpPrefix) || strings.HasPrefix(key, "rpc.")
 }
 
-// addSent adds what a header has to the members of a context that may come from it: OpenTelemetry reads the beginning of a
-// long one, and a gateway adds its member at the end. So the last member with a key counts, unless the context has another
-// value than all of the header's, which is the application's own.
+// addSent adds the members of a header to those of a context, which may come from it. OpenTelemetry reads only the
+// beginning of a long header, and a gateway adds its member at the end. So the last member with a key counts. If the
+// context has a value that is none of the header's, it is the application's own, and stays.
 func addSent(m map[string]string, header string, keys []string) {
 	sent := make(map[string]string)
 	fromHeader := make(map[string]bool)

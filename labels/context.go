@@ -42,12 +42,12 @@ func layersOf(ctx context.Context) layers {
 }
 
 // With returns a context whose flows have a label of this key and value, and one for each further pair in more. They
-// win over everything but Params.Labels; a later pair wins over an earlier one with the same key, and so does a later
-// With.
+// win over all other labels except Params.Labels. Of several pairs with one key the last one wins, also over several
+// calls of With.
 //
-// A label beyond the limits, a last key without its value, and more than [MaxLabels] labels in all make every flow
-// that starts with the context, or one derived from it, Invalid: the first such problem is kept, whatever later calls
-// add.
+// These make every flow Invalid that starts with the context, or with one derived from it: a label beyond the limits, a
+// last key without its value, and more than [MaxLabels] labels in all. The first such problem is kept, whatever later
+// calls add.
 func With(ctx context.Context, key, value string, more ...string) context.Context {
 	next := layersOf(ctx)
 	explicit := make(map[string]string, len(next.explicit)+1+len(more)/2)
@@ -82,11 +82,10 @@ func (l *layers) fail(err error) {
 	}
 }
 
-// WithTransport returns a context whose flows have the labels in m, which come from a peer: everything but client
-// defaults wins over them. A later call wins over an earlier one for each key. Labels beyond the limits are repaired
-// or dropped, never an error: bad keys go, and values become valid UTF-8 and are cut. They may be more than [MaxLabels], so
-// that no label of a peer pushes out another's. The map must not change any more: it is the context's, unless there was something to
-// repair.
+// WithTransport returns a context whose flows have the labels in m, which come from a peer. They win only over client
+// defaults. For each key a later call wins over an earlier one. Labels beyond the limits are repaired or dropped, and
+// are never an error: bad keys go, and values become valid UTF-8 and are cut. There may be more than [MaxLabels], so
+// that no label of a peer pushes out another's. The context may keep m, which must not change any more.
 func WithTransport(ctx context.Context, m map[string]string) context.Context {
 	if len(m) == 0 {
 		return ctx
@@ -102,9 +101,9 @@ func WithTransport(ctx context.Context, m map[string]string) context.Context {
 	return &labelled{ctx, next}
 }
 
-// FromContext returns the labels that [With] and [WithTransport] put into ctx, and the first problem of With; nils when
-// there are none. The labels that were in order are returned beside an error too. The maps are shared with every
-// holder of ctx and must not be changed. It allocates nothing.
+// FromContext returns the labels that [With] and [WithTransport] put into ctx, and the first problem of With; nils if
+// there are none. With an error it still returns the valid labels. The maps are shared with every holder of ctx and
+// must not be changed. It allocates nothing.
 func FromContext(ctx context.Context) (explicit, transport map[string]string, err error) {
 	l := layersOf(ctx)
 	return l.explicit, l.transport, l.err

@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// FromRequest returns the labels of an HTTP request, incoming or outgoing, for [WithTransport]. What the request does
-// not tell is left out, and all values are within the limits.
+// FromRequest returns the labels of an HTTP request, incoming or outgoing, for [WithTransport]. A label that the
+// request has no value for is left out. All values are within the limits.
 //
 //	http.method                  GET when it is empty
 //	http.target                  the path as sent, still escaped, without the query, where secrets travel
@@ -20,15 +20,15 @@ import (
 //	http.request.header.<name>   of each listed header that is present; the name in lower case with "_" for "-",
 //	                             repeated values joined with ","
 //
-// Headers may be listed in any case. Host is none of them; http.host has it. Those that carry credentials never become
-// labels; see the package documentation.
+// Headers may be listed in any case. The Host header is not among them: http.host has it. Headers that carry
+// credentials never become labels; see the package documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
 	return fromRequest(r, listed(headers))
 }
 
-// RequestLabeler returns a function for middleware: it puts the labels of a request into a context, as [WithTransport]
-// does with those of [FromRequest], for less work. Labels that begin with "http." and that ctx has from another request
-// go. The function is safe for concurrent use.
+// RequestLabeler returns a function for middleware, which puts the labels of a request into a context. It does what
+// [WithTransport] and [FromRequest] do, with less work. It drops labels of another request from ctx: those that begin
+// with "http.". The function is safe for concurrent use.
 func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request) context.Context {
 	list := listed(headers)
 	return func(ctx context.Context, r *http.Request) context.Context {
@@ -47,7 +47,7 @@ func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request
 // A header is one that becomes a label.
 type header struct{ name, key string }
 
-// listed gives the headers to look for. Those with credentials are none.
+// listed returns the headers to look for, without those that carry credentials.
 func listed(names []string) []header {
 	list := make([]header, 0, len(names))
 	for _, name := range names {
@@ -123,7 +123,7 @@ func contentLength(r *http.Request) string {
 	if unknown {
 		return ""
 	}
-	// As a rule the header has the digits, and they need not be made anew.
+	// Usually the header has the digits, and they need not be made again.
 	if sent := r.Header.Get("Content-Length"); sent != "" && sent[0] >= '1' && sent[0] <= '9' {
 		if n, err := strconv.ParseInt(sent, 10, 64); err == nil && n == r.ContentLength {
 			return sent

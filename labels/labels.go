@@ -9,16 +9,17 @@
 //	                    RequestLabeler
 //	3 baggage           FromBaggage, in clients that opted in        the peer         repaired or dropped
 //	4 labels.With       With                                         the application  the flow is Invalid
-//	5 Params.Labels     whoever starts the flow                      the application  the flow is Invalid
+//	5 Params.Labels     the call that starts the flow                the application  the flow is Invalid
 //
-// There is no limit on the number of labels that come from peers: one that a gateway adds counts, however many a stranger
-// sends. A flow carries 1 MiB of them, see package flowctl.
+// The number of labels from peers has no limit, so that a stranger who sends many cannot push out a label that a
+// gateway adds. A flow carries up to 1 MiB of them, see package flowctl.
 //
 // So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
 // that decides what a caller is allowed belongs in layer 4 or 5.
 //
-// Nor does baggage replace what a server sees for itself: members whose names begin with "http." or "rpc." become labels
-// only when they are listed. Metadata has no such prefix; to keep baggage from replacing it, list the members to take.
+// Baggage does not replace labels that a server sets itself: members whose names begin with "http." or "rpc." become
+// labels only when they are listed. Metadata has no such prefix; to keep baggage from replacing it, list the members to
+// take.
 //
 // Headers and metadata become labels only when they are listed. Those that carry credentials never do, listed or not, in
 // any case, written with "-" or "_": Authorization, Proxy-Authorization, X-Forwarded-Authorization,
@@ -27,8 +28,8 @@
 // X-Gitlab-Token, Private-Token, X-Csrf-Token, X-Csrftoken, X-Xsrf-Token, X-Goog-Iap-Jwt-Assertion and
 // Cf-Access-Jwt-Assertion. Neither do baggage members of these names, or of the labels that the headers would be.
 //
-// All functions are safe for concurrent use as long as nobody changes their arguments meanwhile. None but WithTransport
-// keeps a map or slice that it is given, and the contexts that they return show no label when printed.
+// All functions are safe for concurrent use as long as their arguments do not change meanwhile. Only WithTransport
+// keeps a map or slice that it is given. The contexts that the functions return show no label when printed.
 package labels
 
 import (
@@ -49,10 +50,10 @@ const (
 	MaxValueLen = 4096 // Bytes of a value, which may be empty.
 )
 
-// Check returns what is wrong with labels that the application sets: nil when nothing is. Otherwise it is that they are
-// too many, or the problem of the smallest bad key. The error's text shows neither keys nor values, for it may reach
-// strangers. Its method LabelKey() string gives that key, cut short when it is long, and so does log/slog. Labels in order
-// cost no allocation.
+// Check returns an error if labels that the application sets are beyond the limits. The error is that they are too
+// many, or the problem of the smallest bad key. Its text shows neither keys nor values, because it may reach strangers.
+// Its method LabelKey() string gives the bad key, cut short if it is long, and log/slog shows it. Valid labels cost no
+// allocation.
 func Check(m map[string]string) error {
 	if len(m) > MaxLabels {
 		return fmt.Errorf("%d labels are more than %d", len(m), MaxLabels)
@@ -115,9 +116,9 @@ func (e *keyError) LogValue() slog.Value {
 	return slog.GroupValue(slog.String("problem", e.problem), slog.String("label_key", e.key))
 }
 
-// Repair makes labels that a peer controls fit the limits of those that the application sets, in place: it drops those
-// with a bad key, replaces what is not UTF-8 in values and cuts them, and keeps the MaxLabels smallest keys. It returns m,
-// or nil when nothing is left. The labels of the package's own functions have been repaired, but may be more.
+// Repair makes labels of a peer fit the limits of labels that the application sets, in place. It drops labels with a
+// bad key, makes values valid UTF-8, cuts long values, and keeps the MaxLabels smallest keys. It returns m, or nil if
+// nothing is left. Labels from this package's own functions are repaired already, but there may be more of them.
 func Repair(m map[string]string) map[string]string {
 	m = repair(m)
 	if len(m) > MaxLabels {
@@ -172,6 +173,6 @@ const (
 )
 
 // IsCredential reports whether a header, metadata key or baggage member of that name carries credentials, and so never
-// becomes a label. The name may come in any case, and as the label that a header becomes; "_" counts as "-", for some
-// servers and proxies take the two for one.
+// becomes a label. The name may come in any case, and as the label that a header becomes. "_" counts as "-", because
+// some servers and proxies take the two for one.
 func IsCredential(name string) bool { return credential.Named(name) }

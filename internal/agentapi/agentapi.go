@@ -1,6 +1,6 @@
-// Package agentapi is what a client and an agent say to each other in one process: a [Request], a [Verdict], and the
-// [Agent] that turns one into the other. It speaks plain Go values; the wire's messages exist only in the remote agent
-// and in the server that offers an engine to others.
+// Package agentapi is the interface between a client and an agent in one process: a [Request], a [Verdict], and the
+// [Agent] that turns one into the other. It has plain Go values. The messages of the wire exist only in the remote
+// agent and in the server that offers an engine to others.
 package agentapi
 
 import (
@@ -126,7 +126,7 @@ type Cause uint8
 // The causes, numbered as on the wire.
 const (
 	CauseNone      Cause = iota // none but the reason
-	CauseLate                   // too little time was left for the answer to be heard
+	CauseLate                   // too little time was left for the answer to arrive
 	CauseQueueFull              // as many wait as may
 	CauseLongQueue              // the wait would have been longer than the flow had time
 	CauseTimeout                // it waited for as long as it could

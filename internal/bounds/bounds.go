@@ -1,4 +1,4 @@
-// Package bounds checks what clients and servers agree on: names of control points and keys of cache entries.
+// Package bounds checks names of control points and keys of cache entries, by the rules of clients and servers.
 package bounds
 
 import (

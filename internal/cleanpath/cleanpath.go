@@ -1,5 +1,5 @@
-// Package cleanpath tells paths that can be read in one way only from those that another reader may take for another path.
-// What decides by a path that a peer sent, and passes the request on, needs the difference.
+// Package cleanpath tells paths that all programs read alike from paths that another program may take for a different
+// one. Code that decides by a path from a peer, and passes the request on, needs the difference.
 package cleanpath
 
 import (

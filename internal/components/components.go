@@ -1,4 +1,4 @@
-// Package components holds what package policy tells package engine of a policy's components, beyond their fields.
+// Package components has what package policy tells package engine about components, beyond their fields.
 package components
 
 // A Description says what one component of a policy is.

@@ -1,4 +1,4 @@
-// Package credential knows the headers that carry credentials.
+// Package credential names the headers that carry credentials.
 package credential
 
 import "strings"

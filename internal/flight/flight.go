@@ -1,4 +1,4 @@
-// Package flight lets callers share runs: callers that look for the same value at the same time get it from one of them.
+// Package flight lets callers share runs: callers that look for the same value at the same time get it from one run.
 //
 // golang.org/x/sync/singleflight does not fit: it cannot tell when the last caller has left, and a panic of a run that
 // callers wait for on a channel ends the process.

@@ -1,5 +1,5 @@
-// Package flowinfo has what a flow's context tells the other packages of Headgate, besides the flow itself: what they need
-// of a flow, and its users do not.
+// Package flowinfo has what the other packages of Headgate need of a flow, and its users do not. The flow's context
+// carries it.
 package flowinfo
 
 import (

@@ -1,4 +1,4 @@
-// Package protofield reads encoded messages field by field, for code that wants little of them.
+// Package protofield reads encoded messages field by field, for code that needs few of the fields.
 package protofield
 
 import (

@@ -1,4 +1,4 @@
-// Package slip finds what names and label values of policies have by accident.
+// Package slip finds likely mistakes in the names and label values of policies.
 package slip
 
 import (
@@ -8,9 +8,8 @@ import (
 	"unicode/utf8"
 )
 
-// In tells what looks like an accident in a name or a value, as in "it begins or ends with white space", and returns "" if
-// nothing does. Of the text
-// it repeats a mark at most, for values may be secrets.
+// In tells what looks like a mistake in a name or a value, as in "it begins or ends with white space". It returns "" if
+// nothing does. It repeats at most a mark of the text, because values may be secrets.
 func In(text string) string {
 	if strings.TrimSpace(text) != text {
 		return "it begins or ends with white space"

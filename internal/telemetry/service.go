@@ -1,5 +1,5 @@
-// Package telemetry is how flows are reported to agents: what a record tells, as a span of OpenTelemetry's, and the
-// service that takes spans. Clients write records; agents and the test kit read them.
+// Package telemetry has the records of flows that clients send to agents, as spans of OpenTelemetry's, and the service
+// that takes spans. Clients write records; agents and the test kit read them.
 //
 // The service is written by hand because the generated package links an HTTP gateway. On the wire a request to it is a
 // TracesData.

@@ -1,4 +1,4 @@
-// Package version is what this library calls itself.
+// Package version has the version of this library.
 package version
 
 // Version names this library in telemetry, in metrics and to agents.

@@ -1,5 +1,5 @@
-// Package w3cbaggage reads W3C baggage headers of any length, with any number of members, as OpenTelemetry's package does
-// not: whoever adds members must not hide those of others.
+// Package w3cbaggage reads W3C baggage headers of any length, with any number of members. OpenTelemetry's package has
+// limits for both, by which a peer that adds members could hide those of others.
 package w3cbaggage
 
 import (
