@@ -29,7 +29,7 @@ func (a *agent) engine() *Engine { return (*Engine)(a) }
 func (a *agent) Closed() <-chan struct{} { return a.done }
 
 // Check asks the components of the flow's control point, which may have it wait. If the engine is closed meanwhile, the flow is
-// rejected. If it was closed before, the error is agentapi.ErrClosed. Otherwise an error is that of ctx.
+// rejected. If it was closed before, the error is agentapi.ErrClosed. Any other error is that of ctx.
 func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	e := a.engine()
 	if e.closed.Load() {
@@ -60,8 +60,8 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 	return nil
 }
 
-// End tells the components that admitted the flow how it ended, which gives back its slots, and measures how long its work
-// took.
+// End settles the flow with the components that admitted it, which gives back its slots. If a policy asks for it, End
+// measures how long the flow's work took.
 func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
 	e := a.engine()
 	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !failed {
@@ -92,7 +92,7 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	return r, nil
 }
 
-// measure measures the flow, which has run and ended well just now. What the cache spared its work says nothing.
+// measure records the latency of a flow that has just ended well. It skips a flow whose result was in the cache.
 func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi.Verdict) {
 	var waited time.Duration
 	if v.Details != nil {
@@ -112,7 +112,7 @@ func (a *agent) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 }
 
-// EndSlot asks all components that had these names, one of which may know the slot.
+// EndSlot asks all components with these names, retired ones included. One of them may know the slot.
 func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool) {
 	e := a.engine()
 	e.mu.RLock()
@@ -196,7 +196,7 @@ func (a *agent) Expect(timeout time.Duration) {
 	e.warn(e.cutShort())
 }
 
-// Measures reports whether a policy measures latencies at the control point, or at any for "".
+// Measures reports whether a policy measures latencies at the control point or, for "", at any.
 func (a *agent) Measures(controlPoint string) bool {
 	e := a.engine()
 	if controlPoint == "" {
@@ -214,8 +214,8 @@ func (a *agent) Observe(controlPoint string, labels map[string]string, latency t
 // NamedLabels returns the labels that the policies in force read; see rules.name.
 func (a *agent) NamedLabels() map[string]bool { return a.engine().rules.Load().named }
 
-// ServiceWarnings lists the selectors that name a service, first those of components that no other selector picks a flow
-// for.
+// ServiceWarnings lists the selectors that name a service. Components that have only such selectors at a control point
+// come first.
 func (a *agent) ServiceWarnings() []string {
 	e := a.engine()
 	var never, warnings []string
@@ -242,7 +242,8 @@ func (a *agent) ServiceWarnings() []string {
 	return append(never, warnings...)
 }
 
-// Acting gives the components that act on flows without a service, in order, at each control point in order.
+// Acting yields each control point, in alphabetical order, with the components that act there on flows without a
+// service, in the order in which they are asked.
 func (a *agent) Acting() iter.Seq2[string, []*agentapi.Component] {
 	points := a.engine().rules.Load().controlPoints
 	return func(yield func(string, []*agentapi.Component) bool) {
@@ -262,7 +263,7 @@ func (a *agent) Acting() iter.Seq2[string, []*agentapi.Component] {
 	}
 }
 
-// Instrument is that of the engine.
+// Instrument calls [Engine.Instrument].
 func (a *agent) Instrument(provider metric.MeterProvider) error {
 	return a.engine().Instrument(provider)
 }

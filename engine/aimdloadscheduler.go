@@ -8,7 +8,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// newAIMDLoadScheduler makes a load scheduler that finds the share out itself.
+// newAIMDLoadScheduler makes a load scheduler that computes its load multiplier itself.
 func newAIMDLoadScheduler(e *Engine, in *installed, p policy.AIMDLoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, in, policy.LoadScheduler{
 		Selectors:             p.Selectors,
@@ -52,7 +52,7 @@ func warnAIMDLoadScheduler(w *warnings, of string, p policy.AIMDLoadScheduler) {
 // of the increase and decrease algorithms for congestion avoidance in computer networks", 1989).
 type aimd struct {
 	gradient  policy.Gradient
-	most      float64 // the multiplier from which on everything is accepted
+	most      float64 // from this multiplier on, everything is accepted
 	increment float64
 	added     float64 // since the last overload
 }
@@ -68,8 +68,8 @@ func newAIMD(p policy.AIMDLoadScheduler) *aimd {
 	return c
 }
 
-// step gives the load multiplier for the time to come, NaN for "accept everything", from how loaded the service is and
-// should be, and from the share of the load that was let in lately.
+// step returns the next load multiplier; NaN means "accept everything". The signal is how loaded the service is, the
+// setpoint how loaded it should be, and admitted the share of the load that was let in lately.
 func (c *aimd) step(signal, setpoint float64, confirmed bool, admitted float64) float64 {
 	if setpoint == 0 || math.IsNaN(signal) || math.IsNaN(setpoint) || math.IsNaN(admitted) {
 		return math.NaN()

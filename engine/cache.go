@@ -14,7 +14,7 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// maxTTL is how long a cache entry lives at the longest, and unless its writer says otherwise.
+// maxTTL is the longest lifetime of a cache entry, and the default.
 const maxTTL = 7 * 24 * time.Hour
 
 // A cache keeps values for other flows, bounded by their number and by their bytes.
@@ -34,8 +34,8 @@ type cached struct {
 	ttl   time.Duration
 }
 
-// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds one of the two, so
-// an entry weighs its bytes, but at least an equal share of them all. The library's weights are of 32 bits, so those of
+// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds only one of the
+// two, so an entry weighs its bytes, but at least size/entries. The library's weights are of 32 bits, so those of
 // a large cache are in larger units.
 func newCache(entries int, size int64) *cache {
 	const most = 1 << 31
@@ -62,8 +62,9 @@ var (
 	errNoRoom     = errors.New("there is no room for the cached value in the answer")
 )
 
-// lookup copies the value, so that nobody can change what the next flow finds. Where room is not nil, it takes the bytes
-// of the value, which is not copied: its holders do not change it, and many may hold it for long.
+// lookup returns a copy of the value, so that no caller can change what the next flow finds. If room is not nil, it
+// must have room for the value, which is not copied: callers with a room do not change it, and many may hold it for
+// long.
 func (c *cache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {

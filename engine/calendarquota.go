@@ -20,7 +20,7 @@ func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agenta
 	l := newLimiter(e, c, p.MaxIdle, &calendar.Rule{
 		Amount:  p.Amount,
 		Periods: calendar.Periods{Unit: calendarUnit(p.Period), Zone: zone, First: weekStart(p.WeekStart)},
-		Epoch:   e.epoch.Round(0), // by the clock on the wall, as calendars are
+		Epoch:   e.epoch.Round(0), // without the monotonic reading: calendars go by the wall clock
 	})
 	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
 	return l, nil

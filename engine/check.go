@@ -7,13 +7,13 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// A stage is a step of a check. Its components all say what they think of a flow; when one of them drops it, the stages
-// after it are not asked. A flow in dry run passes every stage, as if all components were in dry run.
+// A stage is a step of a check. All its components decide about a flow; if one of them drops it, later stages are not
+// asked. A flow in dry run passes every stage, as if all components were in dry run.
 type stage int
 
 // The stages, in the order of an Aperture agent.
 const (
-	stageRamp        stage = iota // samplers in ramp mode and load ramps, of which flows in ramp mode need one
+	stageRamp        stage = iota // samplers in ramp mode and load ramps; a flow in ramp mode needs at least one
 	stageSample                   // samplers
 	stageLimit                    // rate limiters, calendar quotas and concurrency limiters
 	stageConcurrency              // concurrency schedulers
@@ -21,7 +21,7 @@ const (
 	stages
 )
 
-// reason is why the stage rejects the flow. To a flow that is not in ramp mode a ramp is a sampler as any.
+// reason is why the stage rejects the flow. For a flow that is not in ramp mode, a ramp is like any sampler.
 func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 	switch {
 	case s == stageRamp && req.RampMode():
@@ -38,7 +38,7 @@ func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 // A controlPoint is what acts at one control point, by stages.
 type controlPoint struct {
 	stages [stages][]placement
-	counts *counts // of its flows; those of the control point in rules before, if there was one
+	counts *counts // of its flows; carried over from the rules before
 }
 
 // A placement is a component in its place at one control point.
@@ -57,7 +57,7 @@ func (p *controlPoint) add(in *installed, s selector) {
 	last.selectors = append(last.selectors, s)
 }
 
-// controlPoint is what acts at the control point, which is nothing at those that no policy names.
+// controlPoint returns what acts at the control point: nothing if no policy names it.
 func (e *Engine) controlPoint(controlPoint string) *controlPoint {
 	if p := e.rules.Load().controlPoints[controlPoint]; p != nil {
 		return p
@@ -74,8 +74,8 @@ func (p *controlPoint) count(req *agentapi.Request, v *agentapi.Verdict) {
 	count(p.counts, req, decided(reason))
 }
 
-// decide asks the stages of the flow's control point. After an error the flow may hold something, and in a dry run after a
-// rejection too, for then it runs: it goes on to the stages and to the cache that it would not have come to.
+// decide asks the stages of the flow's control point. After an error the flow may hold something. A rejected flow in
+// dry run may too, because it runs: it goes on to the later stages and to the cache.
 func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Request, now *int64, v *agentapi.Verdict) error {
 	dry := req.DryRun()
 	for s := range stages {
@@ -107,10 +107,10 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 	return nil
 }
 
-// ask asks all placements of a stage: the answer tells a client about each. They are asked one after the other, in an
-// order that is the same for all flows, so that no two of them wait for what the other one holds. After one has dropped
-// the flow, it waits for none, and in a dry run neither. The time goes on while it waits. Dropped reports what components in
-// force decided, in a flow's dry run too; a component in dry run drops no flow.
+// ask asks all placements of a stage: the answer tells a client about each. They are asked one after the other, in the
+// same order for all flows, so that no two flows wait for what the other one holds. A flow that one component has
+// dropped waits for no other, and a flow in dry run waits for none. Now advances while the flow waits. Dropped reports
+// whether a component dropped the flow, in the flow's dry run too; a component in dry run drops no flow.
 func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
 	late, dry := req.Late(), req.DryRun()
 	for i := range placements {
@@ -147,13 +147,13 @@ func undo(ctx context.Context, v *agentapi.Verdict) {
 	}
 }
 
-// slotsToCome reports whether the decision was for want of a slot that some flow can have.
+// slotsToCome reports whether the flow was dropped only because all slots were taken.
 func slotsToCome(d *agentapi.LimiterDecision) bool {
 	return d.Component.Slots && d.Component.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
 }
 
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
-// then the order. The first stage counts, of those that a flow in dry run is dropped by. If the engine was closed while the
+// then the order. If several stages drop a flow in dry run, the first one counts. If the engine was closed while the
 // flow waited, that counts before all: a flow that came back would not be limited any more.
 func reject(v *agentapi.Verdict, from int, reason agentapi.Reason) {
 	var by *agentapi.LimiterDecision

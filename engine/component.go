@@ -11,30 +11,30 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A component is one of a policy's at work. What only some components have is in the interfaces below.
+// A component is a policy's component at work. The interfaces below are for what only some components have.
 type component interface {
-	// ask fills the decision, which names the component already, and knows of dry runs. It takes what it admits. A
-	// component may have the flow wait, if asking says so. In a dry run it decides the same: the caller lets the flow pass.
-	// It returns the time of the decision. An error means that it did not decide, because the flow's caller has gone or,
-	// errRetired, the component is no longer in force.
+	// ask fills the decision, which names the component and says whether this is a dry run. If it admits the flow, it
+	// takes the flow's tokens or slots. It may have the flow wait if asking allows it. In a dry run it decides the
+	// same, and the caller lets the flow pass. It returns the time of the decision. An error means that it did not
+	// decide: the flow's caller has gone or, with errRetired, the component is no longer in force.
 	ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (now int64, err error)
 
-	// refuse fills the decision without asking: the flow is dropped for the cause, if the component would have had a say.
+	// refuse fills the decision without asking: the flow is dropped for the cause if the component limits it.
 	refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause)
 
 	// Settle is called for each decision that did not drop its flow, once, when the flow has ended or was rejected by
 	// another component. Over the network it is called only for decisions with a slot.
 	agentapi.Settler
 
-	// stats tells what the component has done, and what there is now.
+	// stats returns what the component has decided, and its usage now.
 	stats(now int64) ComponentStats
 
 	// identity names the component to others.
 	identity() *agentapi.Component
 }
 
-// asking says how a component is asked. It is passed by value, and the time comes back as a result: through an interface
-// a pointer to it would escape, and be a second allocation of each flow.
+// asking says how a component is asked. It is passed by value, and the time is returned: through an interface, a
+// pointer would escape and cost each flow a second allocation.
 type asking struct {
 	start int64 // when the flow began to ask
 	now   int64
@@ -43,20 +43,21 @@ type asking struct {
 
 // A keeper is a component that keeps a state for each value of a label.
 type keeper interface {
-	// sweep forgets idle keys, and if a key did not fit lately, all that nobody will miss. When a table is full, it looks
-	// only where one did not fit.
+	// sweep forgets idle keys. If a key did not fit since the last sweep, it forgets all whose state is as good as new.
+	// If full is set, it does nothing else.
 	sweep(now int64, full bool)
 
-	// overflow says how many decisions had no state of their own to decide by, because there were too many keys.
+	// overflow returns how many decisions went by the shared state, because there were too many keys.
 	overflow() uint64
 }
 
-// A retiree is a component that flows may hold something of, or wait for, when it is no longer in force.
+// A retiree is a component for which flows may wait, or of which they may hold something, after it is no longer in
+// force.
 type retiree interface {
-	// retire says that the component is no longer in force: flows that wait for it are sent away. It is called once.
+	// retire sends away the flows that wait: the component is no longer in force. It is called once.
 	retire()
 
-	// vacant reports whether no flow has anything of it that would be missed.
+	// vacant reports whether no flow holds anything of it.
 	vacant(now int64) bool
 }
 
@@ -107,8 +108,8 @@ func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 
 func (k *keyed[S]) identity() *agentapi.Component { return &k.component }
 
-// scope notes in d which state decides, and reports whether one does: else the flow passes, or is dropped because its value
-// is too long.
+// scope notes in d which state decides, and reports whether one does. If not, the flow passes, or is dropped because
+// its value is too long.
 func (k *keyed[S]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) bool {
 	if k.passThrough {
 		return false
@@ -141,7 +142,8 @@ func (k *keyed[S]) lock(d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
 	return e
 }
 
-// returned gives something back to the entry that has decided, by a function that reports whether it came from there.
+// returned calls give with the entry that decided, locked. Give returns something to the entry, and reports whether it
+// came from there.
 func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(*keys.Entry[S]) bool) bool {
 	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false
@@ -162,8 +164,8 @@ func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(
 			return true
 		}
 	}
-	// Names over the wire do not say which slots have spilled. Of tokens it is known: these are of a key that is
-	// forgotten, as full as its next bucket.
+	// Over the wire nothing says whether a slot is of the spill, so that is tried too. For tokens it is known: theirs
+	// is a forgotten key, whose next bucket is full.
 	return k.component.Slots && d.Slot() != 0 && locked(k.table.Spill(), give)
 }
 
@@ -213,7 +215,7 @@ func (k *keyed[S]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wait 
 	d.Drop(time.Duration(wait))
 }
 
-// tokensOf is how many tokens the flow takes by its label, if that says a number of tokens.
+// tokensOf returns how many tokens the flow's label says, or otherwise if it says no number of tokens.
 func tokensOf(labels *agentapi.Labels, label string, otherwise float64) float64 {
 	if tokens, ok := tokensSaid(labels, label); ok {
 		return tokens
@@ -221,7 +223,7 @@ func tokensOf(labels *agentapi.Labels, label string, otherwise float64) float64 
 	return otherwise
 }
 
-// tokensSaid is how many tokens the flow takes by its label; ok is false where that does not say a number of tokens.
+// tokensSaid returns how many tokens the flow's label says; ok is false if it says no number of tokens.
 func tokensSaid(labels *agentapi.Labels, label string) (tokens float64, ok bool) {
 	if label == "" {
 		return 0, false

@@ -13,9 +13,9 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// configHash returns the hash of a component's configuration and of its policy's name. Configurations that are equal have
-// the same. It goes by reflection, so that no field is forgotten. The format %#v would tell them apart too, but takes three
-// times as long, which counts with 100,000 components.
+// configHash returns the hash of a component's configuration and of its policy's name. Equal configurations have equal
+// hashes. It uses reflection, so that no field is forgotten. The format %#v would do too, but takes three times as
+// long, which matters with 100,000 components.
 func configHash(policyName string, c policy.Component) string {
 	b := make([]byte, 0, 512)
 	b = appendText(b, policyName)
@@ -28,7 +28,8 @@ func configHash(policyName string, c policy.Component) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// appendValue appends a value such that no two of one type look the same, with what comes behind them or not.
+// appendValue appends an encoding of the value. Of two different values of one type, neither encoding begins with the
+// other.
 func appendValue(b []byte, v reflect.Value) []byte {
 	switch v.Kind() {
 	case reflect.Bool:
@@ -74,7 +75,7 @@ func appendValue(b []byte, v reflect.Value) []byte {
 	}
 }
 
-// appendText appends text of which the end is known.
+// appendText appends the length of the text, and the text.
 func appendText(b []byte, text string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(text))), text...)
 }

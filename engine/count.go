@@ -16,8 +16,8 @@ type counts struct {
 	cells [16][counters]atomic.Uint64 // a cache line each
 }
 
-// What is counted at a control point. It begins with the flows that were decided about, by the reason of their rejection;
-// see [decided]. What follows moves on when there is another reason.
+// The counters of a control point. The first ones count the flows that were decided about, by the reason of their
+// rejection; see [decided]. The others follow the last reason.
 const (
 	flowsCanceled = int(agentapi.Reasons) + iota
 	cacheHits
@@ -25,12 +25,13 @@ const (
 	flowCounts // how many there are
 )
 
-// decided is where flows that were rejected for the reason are counted, and for ReasonNone those that were accepted.
+// decided returns the counter of the flows that were rejected for the reason. ReasonNone has that of the accepted
+// flows.
 func decided(r agentapi.Reason) int { return int(r) }
 
-// What is counted of a component, and of a workload.
+// The counters of a component, and of a workload.
 const (
-	decisionsAccepted = iota // but those that entries count, see limiter.admit
+	decisionsAccepted = iota // except those that entries count; see limiter.admit
 	decisionsDropped
 	decisionsDry      // what would have been dropped
 	decisionsFree     // what had no bucket
@@ -41,21 +42,21 @@ const (
 	decisionCounts    // how many there are
 )
 
-// These do not compile when there are too many to count.
+// These do not compile if there are not enough counters.
 const (
 	_ = uint(counters - flowCounts)
 	_ = uint(counters - decisionCounts)
 )
 
-// cell is where to count something about a flow, by part of it. What a processor allocates lies close together, so that
-// going by the address keeps processors off each other's cache lines most of the time. To draw lots took 8.4 ns where this
-// takes 2.2 ns, and has processors write each other's lines.
+// cell returns the cell for a flow, by the address of a part of the flow. What a processor allocates lies close
+// together, so the address keeps processors off each other's cache lines most of the time. A random cell took 8.4 ns
+// instead of 2.2 ns, and has processors write to each other's lines.
 func cell[T any](c *counts, of *T) *[counters]atomic.Uint64 {
 	const page = 13 // that the allocator divides into objects of one size, as a power of two
 	return &c.cells[uintptr(unsafe.Pointer(of))>>page%uintptr(len(c.cells))]
 }
 
-// count counts one, about the flow that something is part of.
+// count adds one to a counter, in the cell of the flow that of is a part of.
 func count[T any](c *counts, of *T, what int) { cell(c, of)[what].Add(1) }
 
 // addFloat adds to a float64.

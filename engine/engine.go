@@ -8,35 +8,36 @@
 //		}},
 //	}})
 //
-// Hand it to flowctl.New to ask it. One engine can serve any number of clients; limits hold for all of them together.
+// Hand it to flowctl.New. One engine can serve any number of clients; limits hold for all of them together.
 //
 // # How it decides
 //
 // A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
 // samplers, then rate limiters, calendar quotas and concurrency limiters, then concurrency schedulers, then, unless its
-// result is in the cache, quota schedulers and load schedulers; within a stage in the order of the policies. It is accepted
-// when none of them drops it. A flow that is not accepted takes nothing: what components gave it goes back. Where several
-// of a stage drop it, the longest wait counts, then the order. Flows that no component picks are accepted, except in ramp
-// mode: there a flow needs at least one ramp that picks it, and none that drops it.
+// result is in the cache, quota schedulers and load schedulers. Within a stage, they come in the order of the policies.
+// The flow is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave it
+// goes back. If several components of a stage drop it, the longest wait counts, then the order. Flows that no component
+// picks are accepted, except in ramp mode: a flow in ramp mode needs at least one ramp that picks it, and none that
+// drops it.
 //
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
-// fair queueing (see [policy.Scheduler]): what becomes free goes at once to the one whose turn it is then. A flow waits
-// until its deadline, less a margin, or the queue timeout of its workload. One that cannot be served in time, as far as
-// is known, is rejected when it comes. While it waits it keeps what earlier components gave it, slots of concurrency
-// limiters included.
+// fair queueing (see [policy.Scheduler]): what becomes free goes at once to the flow whose turn it is. A flow waits
+// until its deadline, less a margin, or the queue timeout of its workload. A flow that cannot be served in time, as far
+// as is known, is rejected when it comes. While a flow waits, it keeps what earlier components gave it, slots of
+// concurrency limiters included.
 //
-// Load schedulers let in a share of what comes. A goroutine of the engine sets the share every 10 seconds, by signals
-// that the host provides (see [WithSignal]) or by how long flows have taken, which the engine measures itself as they
-// end, where a policy asks for it. An engine that package agent serves hears of that from its clients' telemetry.
+// Load schedulers let in a share of the load. A goroutine of the engine sets the share every 10 seconds, by signals
+// that the host provides (see [WithSignal]) or by the latency of flows. The engine measures latencies as flows end, if
+// a policy asks for it. If package agent serves the engine, latencies come from its clients' telemetry.
 //
-// The decisions are those of an Aperture agent, but for these, where the engine is meant to do better:
+// The decisions are those of an Aperture agent, with these exceptions, where the engine is meant to do better:
 //
 //   - A rejection refunds every component, and several drops have one deterministic outcome.
 //   - A limit of 0 refuses. A flow that costs more than a bucket can hold is rejected without a time to retry.
 //     Concurrency limiters and schedulers give an estimate of that time.
 //   - A token count or a priority that is negative or not a finite number is ignored.
-//   - A small flow is not refused because a large one was. Who waits is served in order of virtual finish times at the
-//     moment when tokens come. Queues have a bound.
+//   - A small flow is not refused because a large one was. Flows that wait are served in the order of their virtual
+//     finish times at the moment when tokens come. Queues have a bound.
 //   - Ramps let flows in ramp mode pass, and end on their last target.
 //   - A load scheduler lets in a flow that wants more than a second's worth of tokens when its bucket is full. Flows
 //     whose result the cache had are not measured.
@@ -73,7 +74,7 @@ type Engine struct {
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
 
 	mu      sync.RWMutex             // guards the next two
-	holders map[identity][]component // those whose flows hold slots, which others may end; the lists are never changed
+	holders map[identity][]component // components with slots, for EndSlot; lists are replaced, not changed
 	retired []retired
 
 	results *cache
@@ -81,19 +82,20 @@ type Engine struct {
 
 	instruments instruments
 
-	checkTimeout atomic.Int64 // the shortest of a client, in nanoseconds; 0 while none is known
+	checkTimeout atomic.Int64 // the shortest of all clients, in nanoseconds; 0 while none is known
 
 	applying             sync.Mutex // held by Apply, and by Close as it begins
 	sweeping, controlled bool       // the goroutines run; guarded by applying
 
 	closed  atomic.Bool
-	full    chan struct{} // a component has no room for a key
+	full    chan struct{} // receives when a component has no room for a key
 	done    chan struct{}
 	running sync.WaitGroup // the sweeper and the controller
 }
 
-// New builds an engine that enforces the policies; none is fine, then it accepts every flow and serves the caches. It
-// keeps nothing of the policies' maps and slices. The error joins all that is wrong with them.
+// New builds an engine that enforces the policies. Without policies it serves the caches, and accepts every flow that
+// is not in ramp mode. It keeps none of the policies' maps and slices. The error joins every problem of the policies
+// and options.
 func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	e := &Engine{
 		keyCap:       DefaultKeyCap,
@@ -157,8 +159,8 @@ func (e *Engine) now() int64 { return int64(time.Since(e.epoch)) }
 // sweepEvery is how often idle keys are looked for, and how often a limiter with too many keys is logged at most.
 const sweepEvery = time.Minute
 
-// sweep forgets keys until the engine is closed: idle ones every minute, and, when a limiter is full, those that nobody
-// will miss, every second at most.
+// sweep forgets keys until the engine is closed: idle ones every minute and, when a limiter is full, all whose state is
+// as good as new, at most every second.
 func (e *Engine) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()

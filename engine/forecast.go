@@ -5,25 +5,25 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/wfq"
 )
 
-// How long will a flow wait? A scheduler asks before it puts a flow into a queue: a flow that is sure to wait in vain is
-// rejected at once, and told when to come back. There are two answers, a cheap one first.
+// How long will a flow wait? A scheduler asks before it puts a flow into a queue: a flow that is sure to wait in vain
+// is rejected at once, with a time to retry. There are two answers, a cheap one first.
 //
 // The first goes by sums. The queue says what the flows cost that are served before the new one, and the source how long it
-// takes until so many tokens have come: see the methods Forecast in packages bucket and slots. It takes all that wait for
-// flows that will be served.
+// takes until so many tokens have come: see the methods Forecast in packages bucket and slots. It assumes that all
+// flows that wait will be served.
 //
-// The second is made where the first rejects the flow, because the first may say too much: some flow that waits may give up
-// before its turn, so that the new one comes earlier, and of two flows whose turns come about the same time the sums do not
-// know which is first. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the source's
-// state. If they come back with flows that end, only those count that are sure to be served before; a preview of the queue
-// finds them where none of them gives up.
+// The second is made where the first would reject the flow, because the first may say too much. A flow that waits may
+// give up before its turn, so that the new one is served earlier. If two turns come at about the same time, the sums do
+// not show which is first. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the
+// source's state. If they come back with flows that end, only the flows count that are sure to be served before. If
+// none of them gives up, a preview of the queue finds them.
 //
 // An example. A bucket of one token is empty and gets one each second. A and B wait for a token each, one after the other;
 // B gives up after 1.5 s. Now N comes, of the same workload, which can wait for 2.5 s. By the sums, three tokens must come,
 // and N is served after 3 s: too late. The look ahead serves A after 1 s, drops B after 1.5 s, and serves N after 2 s. So N
 // waits.
 
-// A wish is what a flow wants, and for whom.
+// A wish is what a flow wants, and the claim that it waits by.
 type wish struct {
 	claim  wfq.Claim
 	tokens float64
@@ -32,9 +32,9 @@ type wish struct {
 
 // An outlook is when a flow would be served if it waited from now on, no other flow came and none left before its time.
 type outlook struct {
-	at     int64 // the time; where it is not known, the flow is not served before
+	at     int64 // when the flow is served, or the earliest time
 	known  bool
-	before float64 // what the flows before it cost, of a source that is not timed
+	before float64 // cost of the flows before it; only of a source that is not timed
 }
 
 // A forecastKey is what an outlook depends on besides the queue and what the source has.
@@ -49,20 +49,20 @@ const (
 	mostKnown  = 64            // outlooks that a queue remembers until something changes
 )
 
-// forecast says how long the flow would wait, by sums.
+// forecast returns how long the flow would wait, by sums.
 func (s *scheduler[S]) forecast(l *line[S], now int64, w wish) (least, likely int64) {
 	return s.source.Forecast(&l.tokens, now, l.ahead(w), w.tokens)
 }
 
-// ahead is what the flows cost that are served before the flow.
+// ahead returns the cost of the flows that are served before this one.
 func (l *line[S]) ahead(w wish) source.Ahead {
 	if !l.waiting() {
 		return source.Ahead{}
 	}
-	return source.Ahead(l.queue.Ahead(w.claim, w.cost)) // which the queue tells in its own words
+	return source.Ahead(l.queue.Ahead(w.claim, w.cost)) // package wfq has a type of its own
 }
 
-// reconsider corrects a forecast for a flow that can wait until the deadline, by which of those that wait may give up.
+// reconsider corrects a forecast for a flow that can wait until the deadline: flows before it may give up.
 func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
 	switch {
 	case !l.waiting():
@@ -85,7 +85,7 @@ func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least
 	return min(least, wait), likely
 }
 
-// estimate is how long a flow that is rejected would likely wait if it came back now.
+// estimate returns how long a rejected flow would likely wait if it came back now.
 func (s *scheduler[S]) estimate(l *line[S], now int64, w wish) int64 {
 	_, likely := s.forecast(l, now, w)
 	if likely > 0 && l.waiting() && l.queue.HasDeadlines() && s.source.Timed() {
@@ -96,20 +96,20 @@ func (s *scheduler[S]) estimate(l *line[S], now int64, w wish) int64 {
 	return likely
 }
 
-// outlook is the look ahead for a flow, which is made once until something changes.
+// outlook returns the look ahead for a flow, which is made anew only after a change.
 func (s *scheduler[S]) outlook(l *line[S], now int64, key forecastKey) outlook {
 	return l.queue.remembered(key, func() outlook { return lookAhead(s.source, l.tokens, l.queue.Queue, now, key) })
 }
 
-// costBefore is what the flows cost that are served before the flow if none gives up, which is found once until something
-// changes.
+// costBefore returns the cost of the flows that are served before this one if none gives up. It is computed anew only
+// after a change.
 func (s *scheduler[S]) costBefore(l *line[S], w wish) float64 {
 	return l.queue.remembered(forecastKey{w, mostVisits}, func() outlook {
 		return outlook{before: l.queue.CostBefore(w.claim, w.cost, mostVisits)}
 	}).before
 }
 
-// remembered returns an outlook that find has returned since the last change, or has find return it.
+// remembered returns the outlook for the key: a remembered one if nothing has changed since, otherwise that of find.
 func (q *queue) remembered(key forecastKey, find func() outlook) outlook {
 	if q.madeAt != q.version() {
 		q.madeAt = q.version()
@@ -128,8 +128,8 @@ func (q *queue) remembered(key forecastKey, find func() outlook) outlook {
 	return o
 }
 
-// lookAhead plays what the queue does from now on with a copy of the state of a source. It stops where it has made as many
-// visits as it may.
+// lookAhead plays what the queue does from now on with a copy of the state of a source. It stops after key.visits
+// visits.
 func lookAhead[S any](from source.Source[S], state S, q *wfq.Queue[pending], now int64, key forecastKey) outlook {
 	self := &waiter{Flow: pending{demand: demand{tokens: key.tokens}}, Cost: key.cost, Deadline: wfq.NoDeadline}
 	p, ok := q.Preview(self, key.claim, now, key.visits)

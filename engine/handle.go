@@ -9,31 +9,31 @@ import (
 
 // A Usage is what one value of a limiter's or scheduler's label has, at one time.
 type Usage struct {
-	// Capacity is the most tokens that its bucket holds, or the slots that there are. A load scheduler's is what it
-	// lets in during a second, +Inf where that is everything.
+	// Capacity is the most tokens that the bucket holds, or the number of slots. A load scheduler's is the tokens that
+	// it lets in each second, +Inf for everything.
 	Capacity float64
 
-	// Remaining is what is left of it: less than none where flows cost more than was free.
+	// Remaining is how many of these are left. It is below 0 where flows cost more than was free.
 	Remaining float64
 
-	// InFlight counts the flows that hold slots; 0 where there are none to hold.
+	// InFlight counts the flows that hold slots. It is 0 for a component without slots.
 	InFlight int
 
 	// Waiting counts the flows in the queue.
 	Waiting int
 }
 
-// A Component is a limiter, a scheduler, a sampler or a load ramp of an engine, for the people who run it. Get one with
-// [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one where its policy has
-// changed. It is safe for concurrent use.
+// A Component lets the engine's host inspect, reset or move a limiter, a scheduler, a sampler or a load ramp. Get one
+// with [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one if its
+// policy has changed. It is safe for concurrent use.
 type Component struct {
 	engine *Engine
 	of     *installed
 }
 
-// Component finds a component of the policies in force by the name of its policy and its ID. Where the policy gives it no
-// ID, that is its kind and its place among the policy's components of that kind, from 0, as in "rate_limiter.0"; files in
-// Aperture's shapes have "root.<index>". The error says which of the names the engine does not have.
+// Component finds a component of the policies in force by the name of its policy and its ID. A component without an ID
+// has its kind and its index among the policy's components of that kind, as in "rate_limiter.0"; in files in Aperture's
+// shapes, the ID is "root.<index>". The error names what the engine does not have: the policy, or its component.
 func (e *Engine) Component(policyName, id string) (*Component, error) {
 	known := false
 	for _, p := range e.rules.Load().installed {
@@ -51,10 +51,10 @@ func (e *Engine) Component(policyName, id string) (*Component, error) {
 	return nil, fmt.Errorf("headgate: engine: policy %q: no component %q", policyName, id)
 }
 
-// Peek tells what the value of its label has at a limiter or a scheduler. It takes nothing. The value is "" where the
-// component has no label. A value that no flow has had yet has everything; one that has no bucket of its own (see
-// [WithKeyCap]) shares the one that Peek reports. It is an error if the component has no buckets, if it has no label and
-// the value is not "", and if it is no longer in force.
+// Peek returns the usage of a value of the component's label, at a limiter or a scheduler. It takes nothing. The value
+// is "" for a component without a label. A value that no flow has had yet has everything. For a value without a bucket
+// of its own, Peek returns the usage of the shared one (see [WithKeyCap]). It is an error if the component has no
+// buckets, if it has no label and the value is not "", or if it is no longer in force.
 func (c *Component) Peek(value string) (Usage, error) {
 	i, err := c.inspected(value)
 	if err != nil {
@@ -63,9 +63,9 @@ func (c *Component) Peek(value string) (Usage, error) {
 	return i.usage(value, c.engine.now()), nil
 }
 
-// Reset gives the value of its label a new bucket, or new slots, at a limiter or a scheduler; see [Component.Peek] for the
-// value and the errors. Flows that wait are served from it. Slots that flows hold are forgotten, and do not come back when
-// those flows end, so that for a while more may be at work than there are slots. A load scheduler learns its load
+// Reset gives a value of the component's label a new bucket or new slots; see [Component.Peek] for the value and the
+// errors. Flows that wait are served from them. Slots that flows hold are forgotten, and do not come back when those
+// flows end: for a while, more flows may run than there are slots. A load scheduler learns its load
 // again, and lets everything in meanwhile.
 func (c *Component) Reset(value string) error {
 	i, err := c.inspected(value)
@@ -76,7 +76,7 @@ func (c *Component) Reset(value string) error {
 	return nil
 }
 
-// Ramp returns what moves the component; false if it is not a [policy.LoadRamp].
+// Ramp returns the component as a ramp to move; false if it is not a [policy.LoadRamp].
 func (c *Component) Ramp() (*Ramp, bool) {
 	m, ok := c.of.component.(moved)
 	if !ok {

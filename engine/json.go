@@ -23,7 +23,7 @@ func (s ComponentStats) MarshalJSON() ([]byte, error) {
 	}{plain(s), finite(s.LoadMultiplier)})
 }
 
-// finite is nil for what is no finite number.
+// finite returns nil for a number that is not finite.
 func finite(n float64) *float64 {
 	if math.IsInf(n, 0) || math.IsNaN(n) {
 		return nil

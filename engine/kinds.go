@@ -64,24 +64,24 @@ var kinds = [...]row{ //nolint:gochecknoglobals // a table, never written to
 	},
 }
 
-// While a row is missing this does not compile: the table is shorter then than package policy's.
+// This does not compile while a row is missing: the table would be shorter than package policy's.
 var _ [policy.Kinds]row = kinds
 
 // A kind is what the engine knows of all components of a kind.
 type kind struct {
 	stage   stage         // a component may have another; see installed
-	info    agentapi.Info // by which the protocol tells of decisions
+	info    agentapi.Info // how the protocol reports decisions
 	slots   bool          // flows hold slots until they end
 	observe func(*observation)
 	counter counterName // of the metric that counts decisions; none for schedulers, which count them by workload
 }
 
-// A kindOf is a row of the table: the kind of component that policies say by a P.
+// A kindOf is a row of the table: the kind of component that a P of package policy describes.
 type kindOf[P policy.Component] struct {
 	kind
 
-	// build makes a component of its policy. The identity comes with policy, hash, ID, info and slots. It notes in the
-	// installed which flows it acts on, and what else of it differs from others of its kind.
+	// build makes a component of a P. The identity c has the policy, hash, ID, info and slots already. In the
+	// installed, build notes on which flows the component acts, and where it differs from others of its kind.
 	build func(e *Engine, in *installed, p P, c agentapi.Component) (component, error)
 
 	// warn notes what an operator is unlikely to want; nil where there is nothing to look for.

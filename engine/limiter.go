@@ -16,7 +16,7 @@ type limiter[S any] struct {
 	keyed[S]
 	source      source.Source[S]
 	tokensLabel string
-	beyond      atomic.Uint64 // flows that entries have admitted, and have no room to show
+	beyond      atomic.Uint64 // flows that entries admitted beyond what their counts hold
 }
 
 func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
@@ -49,8 +49,8 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 	return now, nil
 }
 
-// admit counts a flow at the entry, which is locked and at hand: a counter that all keys share would cost more than the
-// rest.
+// admit counts a flow in its entry, which is locked and at hand: a counter that all keys share would cost more than the
+// rest of a decision.
 func (l *limiter[S]) admit(e *keys.Entry[S]) {
 	if e.Count++; e.Count == math.MaxUint32 {
 		l.beyond.Add(uint64(e.Count))
@@ -58,7 +58,7 @@ func (l *limiter[S]) admit(e *keys.Entry[S]) {
 	}
 }
 
-// admitted is how many flows the entries have admitted.
+// admitted returns how many flows the entries have admitted.
 func (l *limiter[S]) admitted() uint64 {
 	for {
 		beyond, n := l.beyond.Load(), uint64(0)
@@ -87,14 +87,14 @@ func (l *limiter[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o ag
 	return (unused || l.component.Slots && d.Slot() != 0) && l.giveBack(l.engine.now(), d, unused)
 }
 
-// giveBack takes back what the decision says that the flow was given. It reports whether there was anything to take back.
+// giveBack returns to the entry what the decision gave the flow. It reports whether there was anything to return.
 func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *keys.Entry[S]) bool {
 		return l.source.GiveBack(&e.State, now, d.Consumed, d.Slot(), unused)
 	})
 }
 
-// fill tells the decision what the flow was given.
+// fill notes in the decision what the flow was given.
 func fill(d *agentapi.LimiterDecision, got source.Taken) {
 	d.Hold(got.Slot)
 	d.Remaining = got.Left

@@ -7,19 +7,19 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
-// A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. It is filled
-// at a share of the rate at which tokens were asked for lately, and holds what comes in a second.
+// A load is what flows ask of a load scheduler, and how much of it is let in: the state of its one bucket. The bucket
+// is filled at a share of the rate at which tokens were asked for lately, and holds the tokens of one second.
 type load struct {
-	asked  *window        // tokens that flows came for,
-	given  *window        // and those that they got, but for flows that are priced
-	priced []*latencyCost // what flows cost of which it changes, and how many came and got it
+	asked  *window        // tokens asked for, except by workloads in priced
+	given  *window        // tokens given, except to workloads in priced
+	priced []*latencyCost // costs that change, with how many flows asked and got in
 
-	learning bool  // for as long as the rate is not known
+	learning bool  // the rate is not known yet
 	began    int64 // the second of the first flow after a silence
 	last     int64 // the second of the latest flow
 
-	multiplier float64 // the share that is let in; NaN for everything
-	rate       float64 // tokens each second; not a finite number for everything
+	multiplier float64 // the share that is let in; NaN means everything
+	rate       float64 // tokens each second; not finite while everything is let in
 	tokens     float64 // that are left; below 0 after a flow that wanted more than the bucket holds
 	at         int64   // the time that tokens is true for
 }
@@ -31,8 +31,8 @@ const (
 
 // loadRule is the source that load schedulers have their tokens from. It is a [meter].
 type loadRule struct {
-	prices []*latencyCost // by the index of the workload; nil where flows do not cost by how long they take
-	priced []*latencyCost // those that are not nil
+	prices []*latencyCost // by the index of the workload; nil where the cost does not go by latency
+	priced []*latencyCost // the prices that are not nil
 }
 
 // Fresh makes the load one of which nothing is known.
@@ -54,9 +54,9 @@ func (r *loadRule) Fresh(l *load, now int64) {
 // Idle reports false: there is one load, which is not forgotten.
 func (*loadRule) Idle(*load, int64) bool { return false }
 
-// meet counts a flow that comes, whatever becomes of it. It learns the rate of the first flows, and of the first after
-// as long a silence; then the bucket starts full. What costs nothing is no load: a rate of nothing would keep out the
-// next one that costs something.
+// meet counts a flow that comes, whatever is decided about it. It learns the rate of the first flows, and again after a
+// silence of learnSeconds; then the bucket starts full. A flow that costs nothing is no load: a rate of 0 would keep
+// out the next flow that costs something.
 func (r *loadRule) meet(l *load, now int64, want demand) {
 	if want.tokens == 0 {
 		return
@@ -75,16 +75,16 @@ func (r *loadRule) meet(l *load, now int64, want demand) {
 	}
 }
 
-// relearn begins to learn the rate when nobody has come for so long that it is not known any more.
+// relearn begins to learn the rate again after a silence, when it is not known any more.
 func (l *load) relearn(second int64) {
 	if second-l.last >= learnSeconds {
 		l.began, l.learning = second, true
 	}
 }
 
-// steer sets the share that is let in from now on. In a silence that is everything: who waits from before would else
-// wait for somebody to come, and may be all there are. What is owed from before is no more than comes in the time that
-// the rate is the mean of: flows that cost a great deal must not keep the others out for longer.
+// steer sets the share that is let in from now on. In a silence everything is let in: otherwise flows that wait would
+// wait for new flows, which may never come. A debt is cut to what comes in the time that the rate is the mean of:
+// expensive flows must not keep the others out for longer.
 func (l *load) steer(now int64, multiplier float64) {
 	wasOpen := l.open()
 	l.relearn(now / int64(time.Second))
@@ -93,7 +93,7 @@ func (l *load) steer(now int64, multiplier float64) {
 	come, before := l.come(now)
 	l.rate = l.multiplier * come / loadSeconds
 	if before > 0 {
-		l.tokens *= come / before // what is owed, or left, is as much of the load as it was
+		l.tokens *= come / before // what is left or owed stays the same part of the load
 	}
 	if wasOpen {
 		l.tokens = l.rate
@@ -103,8 +103,8 @@ func (l *load) steer(now int64, multiplier float64) {
 	}
 }
 
-// come is what flows that came lately ask for: at the prices of now, for those who come next are let in at these, and at
-// those that were noted when it was asked before.
+// come returns the tokens that flows asked for lately: at the prices of now, which the next flows pay, and at the
+// prices that the call before noted.
 func (l *load) come(now int64) (tokens, before float64) {
 	tokens = l.asked.whole(now).sum
 	before = tokens
@@ -117,7 +117,7 @@ func (l *load) come(now int64) (tokens, before float64) {
 	return tokens, before
 }
 
-// setPrices has flows cost what is known by now, and reports whether that has changed.
+// setPrices updates the prices, and reports whether any has changed.
 func (l *load) setPrices(now int64) (changed bool) {
 	for _, price := range l.priced {
 		changed = price.set(now) || changed
@@ -136,7 +136,8 @@ func (*loadRule) letIn(l *load) float64 {
 	return l.multiplier
 }
 
-// admitted is the share of the tokens asked for that was given lately, at the prices of now; NaN when none was asked for.
+// admitted returns the share of the tokens asked for lately that was given, at the prices of now; NaN if none was asked
+// for.
 func (l *load) admitted(now int64) float64 {
 	given, asked := l.given.total(now).sum, l.asked.total(now).sum
 	for _, price := range l.priced {
@@ -154,8 +155,8 @@ func (l *load) refill(now int64) {
 	}
 }
 
-// Take lets a flow in that wants more than the bucket holds when that is full: the others wait until what it took has
-// come.
+// Take lets in a flow that wants more than the bucket holds if the bucket is full: later flows wait until what it took
+// has come.
 func (*loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	tokens = min(tokens, source.MaxCost)
 	if l.open() {
@@ -169,7 +170,8 @@ func (*loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	return source.Taken{OK: true, Left: max(l.tokens, 0)}
 }
 
-// priceOf is what flows of the workload cost by how long they take, if they do. There may be no workload.
+// priceOf returns what flows of the workload cost by their latency; nil if their cost does not go by it. The workload
+// may be nil.
 func (r *loadRule) priceOf(of *workload) *latencyCost {
 	if of == nil || of.index >= len(r.prices) {
 		return nil
@@ -177,7 +179,7 @@ func (r *loadRule) priceOf(of *workload) *latencyCost {
 	return r.prices[of.index]
 }
 
-// price is what flows of the workload cost by now.
+// price returns what a flow of the workload costs now.
 func (r *loadRule) price(of *workload) float64 {
 	if p := r.priceOf(of); p != nil {
 		return p.tokens()
@@ -197,10 +199,10 @@ func (r *loadRule) gave(l *load, now int64, want demand) {
 // Cost returns the tokens, up to [source.MaxCost].
 func (*loadRule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
 
-// Timed reports true. The rate is set anew from time to time, and taken here as it is.
+// Timed reports true. The rate changes from time to time; a forecast takes it as it is.
 func (*loadRule) Timed() bool { return true }
 
-// until is how long it takes until that many tokens are there, if nobody takes any; never where none come.
+// until returns how long it takes until that many tokens are there if none is taken; Never if none come.
 func (l *load) until(tokens float64) int64 {
 	if l.rate == 0 {
 		return source.Never
@@ -208,14 +210,14 @@ func (l *load) until(tokens float64) int64 {
 	return max(source.Nanos(math.Ceil((tokens-l.tokens)/l.rate*float64(time.Second))), 1)
 }
 
-// GiveBack undoes a Take. What was given stays counted: that somebody else rejects the flow does not say that this load
-// was too much.
+// GiveBack undoes a Take. The tokens stay counted as given: a rejection by another component does not mean that this
+// load was too much.
 func (*loadRule) GiveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bool {
 	l.tokens = min(l.tokens+min(tokens, source.MaxCost), l.rate)
 	return true
 }
 
-// Usage says what is let in during a second, and what is left of it.
+// Usage returns what is let in during a second, and what is left of it.
 func (*loadRule) Usage(l *load, now int64) source.Usage {
 	if l.open() {
 		return source.Usage{Capacity: math.Inf(1), Remaining: math.Inf(1)}
@@ -224,7 +226,7 @@ func (*loadRule) Usage(l *load, now int64) source.Usage {
 	return source.Usage{Capacity: l.rate, Remaining: l.tokens}
 }
 
-// Forecast goes by the rate as it is. Where nothing is let in, that may change, but nobody knows when.
+// Forecast goes by the rate as it is. If nothing is let in, that may change, but it is not known when.
 func (*loadRule) Forecast(l *load, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	if l.open() {
 		return 0, 0

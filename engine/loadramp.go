@@ -30,8 +30,8 @@ func newLoadRamp(e *Engine, in *installed, p policy.LoadRamp, c agentapi.Compone
 
 func (l *loadRamp) course() *ramp { return l.ramp }
 
-// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Component.Ramp]. It is that of the policies in
-// force then: after [Engine.Apply], get the new one where the policy's ramp has changed. It is safe for concurrent use.
+// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Component.Ramp]. It is that of the policies
+// in force then: after [Engine.Apply], get the new one if the policy's ramp has changed. It is safe for concurrent use.
 type Ramp struct {
 	engine *Engine
 	course *ramp
@@ -58,7 +58,7 @@ type position struct {
 	at        int64 // nanoseconds from the ramp's beginning, at the time since
 	since     int64
 	direction int64 // 1 forward, -1 backward, 0 still
-	left      bool  // the beginning of its first step, which may have no length
+	left      bool  // it has left the beginning of its first step, which may have no length
 }
 
 // ramp is the course of a load ramp.
@@ -71,7 +71,7 @@ type ramp struct {
 func newRamp(p policy.LoadRamp, now int64) *ramp {
 	r := &ramp{steps: slices.Clone(p.Steps)}
 	for _, s := range p.Steps {
-		r.length = min(r.length+min(int64(s.Duration), source.Century), source.Century) // whose sum is within an int64
+		r.length = min(r.length+min(int64(s.Duration), source.Century), source.Century) // so that the sum fits an int64
 	}
 	start := &position{since: now}
 	if p.Start {
@@ -86,7 +86,7 @@ func (r *ramp) along(p *position, now int64) int64 {
 	return min(max(p.at+p.direction*max(now-p.since, 0), 0), r.length)
 }
 
-// move changes the way that the ramp goes, from where it stands.
+// move changes the direction of the ramp, from where it stands.
 func (r *ramp) move(now, direction int64) {
 	for {
 		old := r.now.Load()

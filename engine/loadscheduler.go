@@ -10,7 +10,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// newLoadScheduler makes a scheduler whose tokens come at the share of the load that a signal says.
+// newLoadScheduler makes a scheduler whose tokens come at a share of the load. A signal gives the share.
 func newLoadScheduler(e *Engine, in *installed, p policy.LoadScheduler, c agentapi.Component) (component, error) {
 	s, err := newLoad(e, in, p, c)
 	if err != nil {
@@ -53,7 +53,7 @@ func newLoad(e *Engine, in *installed, p policy.LoadScheduler, c agentapi.Compon
 	})
 }
 
-// steer sets the share of the load that is let in from now on. Who waits may go on at once.
+// steer sets the share of the load that is let in from now on. Flows that wait may be served at once.
 func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	e := s.single
 	e.Lock()
@@ -78,7 +78,7 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	}
 }
 
-// A latencyCost is what flows of a workload cost by how long they take.
+// A latencyCost is what flows of a workload cost by their latency.
 type latencyCost struct {
 	mean    *mean
 	bits    atomic.Uint64 // of a float64, tokens; 0 while they are not known
@@ -86,13 +86,13 @@ type latencyCost struct {
 
 	// Under the lock of the load.
 	asked, given *window // how many flows came, and how many were let in
-	noted        float64 // tokens, at the most maxCost, when the load was steered last
+	noted        float64 // tokens, at most source.MaxCost, when the load was last steered
 }
 
-// latencyOver is the time that the mean latency of a workload is taken over.
+// latencyOver is the time over which the mean latency of a workload is taken.
 const latencyOver = 30 * time.Minute
 
-// measure has flows of the workloads cost what their latency is, once it is known. What is free stays free.
+// measure makes flows of the workloads cost their latency, once it is known. Free workloads stay free.
 func (r *loadRule) measure(w *workloads, now int64) {
 	for of := range w.all {
 		var price *latencyCost
@@ -104,7 +104,7 @@ func (r *loadRule) measure(w *workloads, now int64) {
 	}
 }
 
-// set takes the mean of now, and reports whether that is another one.
+// set takes the mean of now as the cost, and reports whether the cost has changed.
 func (c *latencyCost) set(now int64) bool {
 	cost := c.mean.at(now)
 	if math.IsNaN(cost) {

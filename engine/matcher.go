@@ -19,8 +19,8 @@ type selector struct {
 // A condition looks at a flow's labels.
 type condition func(*agentapi.Labels) truth
 
-// A truth is what is known of a condition. It is unknown where a value is too long to be looked at in time; of several
-// conditions the others may decide (Kleene's logic of three values).
+// A truth is what is known of a condition. It is unknown if a value is too long to be matched in time; of several
+// conditions the others may decide (Kleene's three-valued logic).
 type truth int8
 
 const (
@@ -131,11 +131,11 @@ func compileRequirement(r policy.Requirement) (condition, error) {
 	}
 }
 
-// fewValues is up to how many values a search beats a map.
+// fewValues is the number of values up to which a search beats a map.
 const fewValues = 8
 
-// oneOf returns a function that reports whether a value is one of those. What it costs does not grow with how long the
-// value is beyond the longest of them, nor with how many they are.
+// oneOf returns a function that reports whether a value is one of those. Its cost grows neither with the number of
+// values, nor with the length of a value beyond the longest of them.
 func oneOf(values []string) func(string) bool {
 	values = slices.Clone(values)
 	if len(values) <= fewValues {

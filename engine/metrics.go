@@ -20,10 +20,10 @@ import (
 
 const scope = "github.com/headgate-go/headgate/engine"
 
-// Instrument shows the engine's [Stats] as metrics of the provider, until the engine is closed; docs/operating.md lists
-// them. Values of labels are in none of them. Another call with the same provider does nothing, where == can tell that
-// it is the same. Clients of package flowctl call it with theirs; an engine that package agent serves has no client in
-// its process, so its host does.
+// Instrument reports the engine's [Stats] as metrics of the provider, until the engine is closed; docs/operating.md
+// lists them. No metric holds the value of a label. Another call with a provider that is equal by == does nothing.
+// Clients of package flowctl call Instrument with their provider. An engine that package agent serves has no client in
+// its process, so its host calls it.
 func (e *Engine) Instrument(provider metric.MeterProvider) error {
 	if provider == nil {
 		return errors.New("headgate: engine: instrument: the provider is nil")
@@ -59,7 +59,7 @@ func (e *Engine) Instrument(provider metric.MeterProvider) error {
 	return nil
 }
 
-// instruments are where an engine is shown. The zero value is nowhere.
+// instruments are the providers that an engine reports to. The zero value has none.
 type instruments struct {
 	name  string // of the engine; "" for none
 	waits atomic.Pointer[[]metric.Float64Histogram]
@@ -69,7 +69,7 @@ type instruments struct {
 	registrations []metric.Registration
 }
 
-// waited tells how long a flow has waited.
+// waited records how long a flow has waited.
 func (i *instruments) waited(ctx context.Context, c *agentapi.Component, of *workload, ns int64) {
 	waits := i.waits.Load()
 	if waits == nil {
@@ -89,7 +89,7 @@ func (i *instruments) attributes() []attribute.KeyValue {
 	return []attribute.KeyValue{attribute.String("engine", i.name)}
 }
 
-// A namedObserver gives all that is observed the engine's name.
+// A namedObserver adds the engine's name to all that is observed.
 type namedObserver struct {
 	metric.Observer
 	name metric.MeasurementOption
@@ -110,7 +110,7 @@ func (o namedObserver) ObserveFloat64(of metric.Float64Observable, n float64, op
 	o.Observer.ObserveFloat64(of, n, append(opts, o.name)...)
 }
 
-// close leaves the providers. What they ask meanwhile is answered.
+// close unregisters from the providers. A collection that is under way is still answered.
 func (i *instruments) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -344,7 +344,7 @@ func observeLoad(o *observation) {
 	o.to.ObserveFloat64(o.multiplier, o.component.LoadMultiplier, o.own)
 }
 
-// buckets shows what there is to limit by.
+// buckets shows the keys, or the tokens or slots.
 func (o *observation) buckets() {
 	s := o.component
 	o.to.ObserveInt64(o.unlimited, int64(s.Unlimited), o.own)

@@ -37,15 +37,15 @@ type missing struct {
 	text string
 }
 
-// compare puts those first that matter most.
+// compare puts the most important first.
 func (m missing) compare(other missing) int {
 	return cmp.Or(cmp.Compare(m.role, other.role), strings.Compare(m.text, other.text))
 }
 
 const headerPrefix = "http.request.header."
 
-// neverComes tells why no source of labels has the key, other than an application that sets the label itself, or why that
-// hardly does either; "" if one may have it.
+// neverComes returns why no label has the key unless an application sets it itself, or why applications hardly set it
+// either; "" if a label may have it.
 func neverComes(key string) string {
 	if name, ok := strings.CutPrefix(key, headerPrefix); ok {
 		right := strings.ReplaceAll(strings.ToLower(name), "-", "_")
@@ -82,11 +82,11 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector) {
 	}
 }
 
-// oddName tells what makes a name of a control point or a label one that programs hardly give; "" if nothing does. Files
-// get such names by accident, and then a limit is missing though the file is well formed: a bracket too many is text at the
-// end of a line, a block of text ends with a line end, and what is copied from a page has spaces that do not look odd.
+// oddName returns why programs hardly give a control point or a label this name; "" if they may. Files get such names
+// by accident, and then a limit is missing although the file is well formed: an extra bracket at the end of a line is
+// text, a block of text ends with a line end, and text copied from a page has spaces that do not look odd.
 func oddName(name string) string {
-	if strings.HasSuffix(name, ".") { // of values, full names of hosts end so
+	if strings.HasSuffix(name, ".") { // a value may: full names of hosts do
 		return `it ends with "."`
 	}
 	return slip.In(name)

@@ -7,7 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// An Option configures an engine. Of several of a kind the last one counts; of signals, of several with the same name.
+// An Option configures an engine. If an option is given twice, the last one counts; a signal replaces only one of the
+// same name.
 type Option interface {
 	apply(*Engine) error
 }
@@ -26,8 +27,8 @@ const (
 )
 
 // WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 100 bytes and the value.
-// When there are more, buckets that are full are forgotten, which nobody notices; while none is, the values that the
-// limiter has not seen yet share one bucket. The default is [DefaultKeyCap].
+// When there are more, full buckets are forgotten, which changes no decision. While no bucket is full, the values that
+// the limiter does not know yet share one bucket. The default is [DefaultKeyCap].
 func WithKeyCap(keys int) Option {
 	return option(func(e *Engine) error {
 		if keys < 1 {
@@ -38,13 +39,13 @@ func WithKeyCap(keys int) Option {
 	})
 }
 
-// WithName names the engine in its metrics, by the attribute "engine". Give engines names that show themselves by one meter
-// provider, or their numbers become one. A name is valid UTF-8. By default the engine has no name, and its metrics no such
-// attribute.
+// WithName names the engine in its metrics, by the attribute "engine". Engines that report to one meter provider need
+// different names, or their numbers are mixed. A name is valid UTF-8. By default the engine has no name, and its
+// metrics no such attribute.
 func WithName(name string) Option {
 	return option(func(e *Engine) error {
 		if !utf8.ValidString(name) {
-			return errors.New("WithName: the name is not valid UTF-8") // for which exporters drop all that comes with it
+			return errors.New("WithName: the name is not valid UTF-8") // exporters drop all that comes with such a name
 		}
 		e.instruments.name = name
 		return nil
@@ -76,10 +77,10 @@ func WithLogger(logger *slog.Logger) Option {
 	})
 }
 
-// WithSignal tells the engine of a number that policies may name, as in policy.Named("cpu"): how loaded the service is,
-// say. Every 10 seconds the engine calls f, if a policy names it, from a goroutine of its own and for one component after
-// the other, so f must answer at once; NaN stands for a number that is not known. Close waits for a call that is under
-// way.
+// WithSignal provides a number that policies may name, as in policy.Named("cpu"): how loaded the service is, say. If a
+// policy names it, the engine calls f every 10 seconds for each component that does, one after the other from one
+// goroutine, so f must return at once. It returns NaN for a number that is not known. Close waits for a call that is
+// under way.
 func WithSignal(name string, f func() float64) Option {
 	return option(func(e *Engine) error {
 		if name == "" || f == nil {

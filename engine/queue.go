@@ -8,14 +8,14 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// A queue is the flows that wait for one key, and what its scheduler keeps beside them. The lock of the key's entry guards
-// it.
+// A queue is the flows that wait for one key, and what the scheduler keeps with them. The lock of the key's entry
+// guards it.
 type queue struct {
 	*wfq.Queue[pending]
 	alarm alarm
-	rests uint64 // the number by which the scheduler has noted that no flow waits; 0 while one does
+	rests uint64 // its number in scheduler.rested; 0 while a flow waits
 
-	changes   uint64 // of what the source has, other than by serving
+	changes   uint64 // how often the source's state changed, other than by serving
 	forecasts map[forecastKey]outlook
 	madeAt    uint64 // the version that the forecasts are of
 }
@@ -23,23 +23,23 @@ type queue struct {
 // A pending flow is one that waits.
 type pending struct {
 	demand
-	slot  uint64        // of one that has been served,
-	left  float64       // and what was left then
+	slot  uint64        // that it got when it was served
+	left  float64       // tokens left when it was served
 	ready chan struct{} // closed when it has been served, or evicted
 }
 
 type waiter = wfq.Waiter[pending]
 
-// version grows with all that decides when which flow is served.
+// version grows with every change that may affect which flow is served when.
 func (q *queue) version() uint64 { return q.Version() + q.changes }
 
-// evict has a waiter leave, whose room goes to another flow.
+// evict removes a waiter, whose room goes to another flow.
 func (q *queue) evict(w *waiter) {
 	q.Evict(w)
 	close(w.Flow.ready)
 }
 
-// makeRoom has the newest flow of the largest share leave for one of the claim, and reports whether any has.
+// makeRoom evicts the newest flow of the largest share for one of the claim, and reports whether it has.
 func (q *queue) makeRoom(c wfq.Claim) bool {
 	if q == nil {
 		return false
@@ -52,13 +52,13 @@ func (q *queue) makeRoom(c wfq.Claim) bool {
 	return true
 }
 
-// fillServed tells the decision what a waiter that has been served was given.
+// fillServed notes in the decision what a served waiter was given.
 func fillServed(d *agentapi.LimiterDecision, w *waiter) {
 	fill(d, source.Taken{Slot: w.Flow.slot, Left: w.Flow.left})
 	d.Consumed = w.Flow.tokens
 }
 
-// An alarm rings when the first waiter of a queue is due though nobody gives anything back.
+// An alarm rings when the first waiter of a queue is due although nothing was given back.
 type alarm struct {
 	due   int64 // when that is; 0 when not known
 	rings int64 // when the timer fires; 0 when it does not
@@ -66,7 +66,7 @@ type alarm struct {
 	ring  func()
 }
 
-// set has the timer fire when the first waiter is due. The time now is that of the clock, not of what was decided last.
+// set has the timer fire when the first waiter is due. The time now is that of the clock, not of the last decision.
 func (a *alarm) set(now func() int64) {
 	switch {
 	case a.due == a.rings:

@@ -42,7 +42,7 @@ func (w *warnings) bucket(of string, capacity, fill float64, interval time.Durat
 	}
 }
 
-// cost warns of flows that take more than the bucket holds. Where there is a label for the cost, those that have it may not.
+// cost warns of flows that take more than the bucket holds. Flows with the label for the cost may take less.
 func (w *warnings) cost(of string, capacity, tokens float64, label string) {
 	if capacity > 0 && tokens > capacity+source.Slack {
 		without := ""

@@ -20,12 +20,11 @@ type rules struct {
 	warnings      warnings
 }
 
-// installed is a component and what belongs to it. It goes on in the rules that come after, for as long as a policy has the
-// same.
+// installed is a component and what belongs to it. Later rules keep it for as long as a policy has the same component.
 type installed struct {
 	component
-	keeper  keeper  // the component, where it keeps keys
-	retiree retiree // the component, where flows may hold something of it when it is no longer in force
+	keeper  keeper  // the component, if it keeps keys
+	retiree retiree // the component, if it is one
 
 	kind      *kind
 	name      string // of the kind
@@ -35,29 +34,28 @@ type installed struct {
 	sinks     map[string][]latencySink
 	controls  []func(now int64) // what the controller does
 	retired   atomic.Bool       // it is no longer in force
-	reported  uint64            // overflows that were logged; the sweeper's own
+	reported  uint64            // overflows that were logged; only the sweeper uses it
 }
 
-// identity is how a component is named over the wire. The hash is that of all that is configured, so that of two
-// components with one identity it does not matter which is which.
+// identity names a component over the wire. The hash covers all that is configured, so two components with one identity
+// can stand for each other.
 type identity struct{ policy, hash, id string }
 
-// retired is one that is no longer in force, for as long as flows may hold slots of it.
+// retired is a component that is no longer in force, kept for as long as flows may hold slots of it.
 type retired struct {
 	*installed
 	since int64
 }
 
-// Apply puts the policies into force, all at once and in place of those that were; none is fine. The error joins all that
-// is wrong with them; then the old ones stay in force. Flows are decided about meanwhile.
+// Apply replaces the policies in force, all at once. There may be none. If a policy is invalid, the old policies stay
+// in force; the error joins every problem. Flows are decided about meanwhile.
 //
-// A component that stays the same, in a policy of the same name, with the same ID and the same configuration, goes on
-// with its buckets, slots, queues, course and measurements. Others begin with full buckets and free slots. Without an
-// ID a component is known by its kind and its place among the policy's components of that kind: give those an ID that are to
-// keep what they have when that changes. A flow in flight ends where it began, and gives its slots back there, over the network as well, until the
-// MaxInflight of its slots has passed; to a limiter that is new they do not count. A flow that waits in a queue which
-// is no longer in force gives back what it has, and is decided about by the new policies, with the time that it has
-// left.
+// A component keeps its buckets, slots, queues, course and measurements if its policy's name, its ID and its
+// configuration stay the same. Others begin with full buckets and free slots. Without an ID, a component is known by
+// its kind and its index among the policy's components of that kind: give it an ID if it is to keep its state when the
+// index changes. A flow in flight gives its slots back where it got them, over the network too, until their MaxInflight
+// has passed; a new limiter does not count them. A flow that waits in a queue that is no longer in force gives back
+// what it has. The new policies decide about it, within the time that it has left.
 func (e *Engine) Apply(policies []policy.Policy) error {
 	e.applying.Lock()
 	defer e.applying.Unlock()
@@ -85,7 +83,7 @@ func (e *Engine) install(next *rules) {
 	e.mu.Unlock()
 	e.rules.Store(next)
 	e.warn(e.Warnings())
-	// From here on, nobody who is sent away by a retired component comes back to it.
+	// From here on, a flow that a retired component sends away does not come back to it.
 	for _, p := range old.installed {
 		if after[p] {
 			continue
@@ -120,10 +118,10 @@ func setOf(all []*installed) map[*installed]bool {
 	return set
 }
 
-// sweepRetired forgets components of which nobody holds anything, as slots that are held for too long are nobody's, and what
-// no flow holds of the others. A flow that was under way when its limiter was retired may take a slot a little later,
-// which is waited for if it does within a minute. One that waits elsewhere for longer ends well, but the answer
-// over the network is that nothing came back.
+// sweepRetired forgets the retired components of which no flow holds a slot, and the idle keys of the others. A slot
+// that is held for too long does not count. A flow that was under way when its limiter was retired may take a slot a
+// little later: a component is kept for a minute for that. A flow that takes one later ends well, but the answer over
+// the network is that nothing came back.
 func (e *Engine) sweepRetired() {
 	now := e.now()
 	e.mu.Lock()
@@ -143,7 +141,7 @@ func (e *Engine) sweepRetired() {
 	})
 }
 
-// compile makes rules of the policies, with the components in force where they are the same.
+// compile makes rules of the policies. It keeps the components in force that stay the same.
 func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 	kept := make(map[identity]*installed, len(e.rules.Load().installed))
 	for _, p := range e.rules.Load().installed {
@@ -199,7 +197,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 	return nil
 }
 
-// place registers the component at each of its control points, once. What was counted there goes on.
+// place registers the component at each of its control points, once. The counters of a control point go on.
 func (r *rules) place(in *installed, selectors []policy.Selector, before map[string]*controlPoint) error {
 	for _, s := range selectors {
 		compiled, err := compileSelector(s)

@@ -11,7 +11,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A sampler accepts a share of the flows. It has nothing that it could give, and so nothing to take back.
+// A sampler accepts a share of the flows. It gives them nothing, so there is nothing to give back.
 type sampler struct {
 	component  agentapi.Component
 	percentage func(now int64) float64
@@ -75,7 +75,7 @@ func (s *sampler) decide(req *agentapi.Request, now int64, d *agentapi.LimiterDe
 	s.counts.decision(d)
 }
 
-// refuse decides about a flow that comes too late as about any: a sampler gives it nothing.
+// refuse decides about a late flow as about any other: a sampler gives it nothing.
 func (s *sampler) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
 	if cause == agentapi.CauseLate {
 		s.decide(req, s.engine.now(), d)
@@ -85,7 +85,7 @@ func (s *sampler) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cau
 	s.counts.decision(d)
 }
 
-// Settle gives back nothing: a sampler has nothing that it could give.
+// Settle reports false: a sampler gives flows nothing.
 func (s *sampler) Settle(context.Context, *agentapi.LimiterDecision, agentapi.Outcome) bool {
 	return false
 }
@@ -98,9 +98,9 @@ func (s *sampler) stats(now int64) ComponentStats {
 	return all
 }
 
-// sampled reports whether the value is among the share of all values, in percent: by its FNV-1a hash (Fowler, Noll and Vo;
-// RFC 9923), as Aperture agents have it, so that a value which is in at some percentage is in at every larger one, and
-// everywhere alike.
+// sampled reports whether the value is among the share of all values, in percent. It goes by the value's FNV-1a hash
+// (Fowler, Noll and Vo; RFC 9923), as Aperture agents do: a value that is in at some percentage is in at every larger
+// one, and in every process.
 func sampled(value string, percentage float64) bool {
 	hash := uint32(2166136261)
 	for i := range len(value) {

@@ -15,36 +15,36 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// errRetired sends a flow away that waits for a scheduler which is no longer in force.
+// errRetired sends away a flow that waits for a scheduler that is no longer in force.
 var errRetired = errors.New("the scheduler is no longer in force")
 
-// A scheduler admits a flow at once, or lets it wait in a queue for tokens, one queue for each key.
+// A scheduler admits a flow at once, or has it wait for tokens in a queue, one for each key.
 //
-// Nobody serves the queue: whoever changes what is there hands on what there is to those who are first, under the lock
-// of the key. A flow that waits is woken when its tokens are its own. Where tokens come by themselves, the queue has a
-// timer, set for the one who is first.
+// No goroutine serves the queue. Every change of what a key has serves the first flows, under the lock of the key. A
+// flow that waits is woken when it has its tokens. If tokens come by themselves, the queue has a timer, set for the
+// first flow.
 type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source.Source[S]
-	meter     meter[S] // the source; nil where it is none
+	meter     meter[S] // the source, if it is one
 	workloads *workloads
 	margin    time.Duration
-	room      *wfq.Room // for flows that wait, over all keys: those may be as many as peers make up
+	room      *wfq.Room // for flows that wait, over all keys: peers may make up any number of keys
 	rested    rested[S]
 }
 
-// mostRested is how many keys at which no flow waits keep their queues.
+// mostRested is how many keys keep a queue although no flow waits.
 const mostRested = 256
 
-// rested is the entries whose flows were the last to leave their queues. A queue takes several times the memory of its key,
-// so that not all keys at which a flow has ever waited can keep theirs. A busy key is to keep its own, because making one
-// costs as much as a short wait.
+// rested is the entries whose queues were emptied last. A queue takes several times the memory of its key, so not every
+// key at which a flow has ever waited can keep one. A busy key keeps its queue, because making one costs as much as a
+// short wait.
 type rested[S any] struct {
 	last    atomic.Uint64
 	entries [mostRested]atomic.Pointer[keys.Entry[line[S]]]
 }
 
-// rest notes that no flow waits at the entry any more, and releases the queue of the one that has been noted for longest.
+// rest notes that no flow waits at the entry any more, and releases the queue of the entry that was noted first.
 // The entry is locked.
 func (s *scheduler[S]) rest(e *keys.Entry[line[S]]) {
 	if s.table == nil || e.State.queue.rests != 0 {
@@ -53,7 +53,7 @@ func (s *scheduler[S]) rest(e *keys.Entry[line[S]]) {
 	n := s.rested.last.Add(1)
 	e.State.queue.rests = n
 	old := s.rested.entries[n%mostRested].Swap(e)
-	// One that is locked is in use. It comes again when the next flows have waited there.
+	// A locked entry is in use. It is noted again after the next flows have waited there.
 	if old == nil || old == e || !old.TryLock() {
 		return
 	}
@@ -65,23 +65,23 @@ func (s *scheduler[S]) rest(e *keys.Entry[line[S]]) {
 
 // A meter is a source that counts the flows that come and those that are let in, as load schedulers do.
 type meter[S any] interface {
-	// price is how many tokens a flow of the workload takes unless a label says.
+	// price returns how many tokens a flow of the workload takes unless a label says.
 	price(of *workload) float64
 
-	// meet counts a flow that comes, whatever becomes of it.
+	// meet counts a flow that comes, whatever is decided about it.
 	meet(state *S, now int64, want demand)
 
 	// gave counts a flow that is let in.
 	gave(state *S, now int64, want demand)
 
-	// letIn is the share of the load that is let in.
+	// letIn returns the share of the load that is let in.
 	letIn(state *S) float64
 }
 
 // A demand is the tokens that a flow wants.
 type demand struct {
 	tokens float64
-	by     *workload // whose price they are; nil where a label says how many
+	by     *workload // the workload whose price they are; nil if a label says how many
 }
 
 // A line is the state of one key: its tokens, and the queue of flows that wait for them.
@@ -121,7 +121,7 @@ func (l *line[S]) waits() int {
 	return l.queue.Len()
 }
 
-// workload names a flow's class to those outside.
+// workload returns the workload of a flow and its priority, as answers show them.
 func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority float64) {
 	if s.passThrough {
 		return s.workloads.others.label, s.workloads.others.priority
@@ -162,18 +162,18 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 
 // A ticket is a flow that asks, and its place in a queue.
 type ticket[S any] struct {
-	*waiter // nil where the flow has been decided about
+	*waiter // nil if the flow was decided about at once
 
 	of       *workload
-	known    bool // that the workload is the flow's
+	known    bool // the flow's labels could be matched
 	demand   demand
 	wish     wish
 	entry    *keys.Entry[line[S]]
 	patience time.Duration
 }
 
-// enter decides about the flow, or puts it into the queue. Only then does it ask how long a flow of the workload may
-// wait, for that takes a look at the clock.
+// enter decides about the flow, or puts it into the queue. It calls patience only for a flow that is not admitted at
+// once, because patience reads the clock.
 func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], patience func(*workload) time.Duration) {
 	t.of, t.known = s.workloads.of(&req.Labels)
 	t.demand = s.demand(&req.Labels, t.of)
@@ -195,7 +195,7 @@ func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.Limit
 	}
 }
 
-// demand is what a flow of the workload wants.
+// demand returns what a flow of the workload wants.
 func (s *scheduler[S]) demand(labels *agentapi.Labels, of *workload) demand {
 	if tokens, ok := tokensSaid(labels, s.workloads.tokensLabel); ok {
 		return demand{tokens: tokens}
@@ -206,14 +206,14 @@ func (s *scheduler[S]) demand(labels *agentapi.Labels, of *workload) demand {
 	return demand{tokens: of.tokens, by: of}
 }
 
-// A reservation is the room that a flow of another key has left to this one.
+// A reservation is the room that an evicted flow of another key has left to this one.
 type reservation struct {
 	has bool
-	own bool // no room is to be looked for at other keys any more
+	own bool // look for room only at the flow's own key
 }
 
-// stand is enter, for one who has its bucket. Where there is no room, and another key has a longer queue, it decides
-// nothing, and returns how to have a flow leave that queue, and how many must be left to it.
+// stand is enter for a flow that has a bucket. If there is no room, and another key has a longer queue, it decides
+// nothing. It returns a function that evicts a flow from that queue, and how many flows must be left there.
 func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S],
 	patience func(*workload) time.Duration, r *reservation,
 ) (turnOut func(leave int) bool, leave int) {
@@ -297,8 +297,8 @@ func (t *ticket[S]) deadline(now int64) int64 {
 	return wfq.NoDeadline
 }
 
-// pass lets a flow that does not wait be served before those that do, if its turn is now; it is dropped otherwise. It
-// stands in the queue for a moment only, and needs no room.
+// pass decides about a flow that may not wait: it is served if its turn comes before those that wait, and dropped
+// otherwise. It is in the queue only for a moment, and needs no room.
 func (s *scheduler[S]) pass(now int64, d *agentapi.LimiterDecision, t *ticket[S], likely int64) {
 	w := s.push(now, t, false)
 	if w.Served() {
@@ -310,7 +310,7 @@ func (s *scheduler[S]) pass(now int64, d *agentapi.LimiterDecision, t *ticket[S]
 	s.drop(d, agentapi.CauseNone, likely)
 }
 
-// findRoom takes room for a flow that waits, from another flow if it must. OK is false where the flow is dropped, or where
+// findRoom takes room for a flow that waits, from another flow if it must. OK is false if the flow is dropped, or if
 // turnOut is to be called first.
 func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticket[S], r *reservation) (turnOut func(leave int) bool, leave int, ok bool) {
 	l := &t.entry.State
@@ -342,7 +342,8 @@ func (s *scheduler[S]) enqueue(now int64, d *agentapi.LimiterDecision, t *ticket
 	t.waiter = w
 }
 
-// push puts the flow into the queue, and serves the queue: the flow may be the first, and need less than the one that was.
+// push puts the flow into the queue, and serves the queue: the flow may be first now, and need less than the one that
+// was.
 func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
 	l := &t.entry.State
 	if l.queue == nil {
@@ -417,7 +418,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	}
 	s.serve(e, now)
 	switch {
-	case gone != nil: // no caller hears when to retry
+	case gone != nil: // no caller is left to retry
 		s.drop(d, agentapi.CauseTimeout, 0)
 		return now, gone
 	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
@@ -434,7 +435,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	return now, nil
 }
 
-// serve hands what there is to those who are first, and sets the alarm for the next. The entry is locked.
+// serve gives what there is to the first flows, and sets the alarm for the next. The entry is locked.
 func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
 	if e.State.queue == nil {
 		return
@@ -447,9 +448,9 @@ func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
 	}
 }
 
-// catchUp serves those who were due before now, each at its time: alarms are late, and what comes to a full source
-// meanwhile is lost though somebody waits for it. It goes before all that gives something to a source for which somebody
-// waits, and leaves the alarm to serve. The entry is locked.
+// catchUp serves the flows that were due before now, each at its time: alarms are late, and what comes to a full source
+// meanwhile is lost although a flow waits for it. Call it before anything is given back to a source for which flows
+// wait. It leaves the alarm to serve. The entry is locked.
 func (s *scheduler[S]) catchUp(e *keys.Entry[line[S]], now int64) {
 	for a := &e.State.queue.alarm; a.due > 0 && a.due < now; {
 		s.hand(e, a.due)
@@ -494,8 +495,8 @@ func (s *scheduler[S]) ring(e *keys.Entry[line[S]]) {
 	s.serve(e, s.engine.now())
 }
 
-// count counts a decision, by the flow's workload. Tokens count as where flows wait: in a sum that is infinite nobody
-// sees the others.
+// count counts a decision, by the flow's workload. Tokens count up to source.MaxCost, as in a queue: an infinite sum
+// would hide all others.
 func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.LimiterDecision) {
 	of.counts.decision(d)
 	switch {
@@ -509,11 +510,11 @@ func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.Li
 	}
 }
 
-// forever is how long a flow may wait that has all the time.
+// forever is how long a flow without a deadline may wait.
 const forever time.Duration = math.MaxInt64
 
-// patience is how long a flow of the workload may wait that has asked for so long already: until it needs its answer,
-// less what that takes to arrive.
+// patience returns how long a flow of the workload may wait after it has asked for so long: until it needs its answer,
+// less the time that the answer takes to arrive.
 func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *workload, asked int64) time.Duration {
 	if of.timeout < 0 {
 		return 0
@@ -525,7 +526,7 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 	return wait
 }
 
-// timeLeft is how long the flow may wait by its deadline and its own timeout.
+// timeLeft returns how long the flow may wait by its deadline and its own timeout.
 func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
 	left := forever
 	if at, ok := ctx.Deadline(); ok {
@@ -554,13 +555,13 @@ func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision
 	s.count(of, req, d)
 }
 
-// Settle gives back what was not used, and slots. Flows that wait get it.
+// Settle gives back what was not used, and slots. Flows that wait get them.
 func (s *scheduler[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
 	unused := o.Ended == agentapi.EndedUnused
 	return (unused || d.Slot() != 0) && s.giveBack(s.engine.now(), d, unused)
 }
 
-// giveBack takes back what the decision says that the flow was given. It reports whether there was anything to take back.
+// giveBack returns to the entry what the decision gave the flow. It reports whether there was anything to return.
 func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return s.returned(d, unused, func(e *keys.Entry[line[S]]) bool {
 		waiting := e.State.waiting()

@@ -10,7 +10,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A signal reads a number that changes, NaN while it is not known. The controller reads signals, and nobody else.
+// A signal reads a number that changes, NaN while it is not known. Only the controller reads signals.
 type signal func(now int64) float64
 
 // signalOf finds what a component's signal is read from.
@@ -35,13 +35,13 @@ func (e *Engine) signalOf(of *installed, field string, s policy.Signal) (signal,
 	}
 }
 
-// A mean is that of a number over the last while. It is safe for concurrent use.
+// A mean is the mean of a number over the last while. It is safe for concurrent use.
 type mean struct {
 	mu     sync.Mutex
 	window *window
 }
 
-// meanSlots is how many slots the time of a mean is cut into, the one under way counted.
+// meanSlots is how many slots the time of a mean is cut into, including the current one.
 const meanSlots = 60
 
 func newMean(over time.Duration, now int64) *mean {
@@ -54,7 +54,7 @@ func (m *mean) add(now int64, x float64) {
 	m.mu.Unlock()
 }
 
-// at is the mean; NaN when there was nothing.
+// at returns the mean; NaN if there was nothing.
 func (m *mean) at(now int64) float64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -68,10 +68,10 @@ type latencySink struct {
 	note      note
 }
 
-// A note takes down a flow's latency in milliseconds.
+// A note records a flow's latency in milliseconds.
 type note func(labels *agentapi.Labels, now int64, latency float64)
 
-// measure has the latencies of the flows that are selected noted, each once.
+// measure calls n with the latency of each flow that is selected, once.
 func (p *installed) measure(list []policy.Selector, n note) error {
 	points := make(map[string]selectors)
 	for _, s := range list {
@@ -90,8 +90,8 @@ func (p *installed) measure(list []policy.Selector, n note) error {
 	return nil
 }
 
-// recordLatency notes the latency of a flow that has just ended well. A flow of which it is not known whether it is selected counts
-// as one that is not: its value is too long to match.
+// recordLatency notes the latency of a flow that has just ended well. A flow with a value that is too long to match is
+// not selected.
 func (e *Engine) recordLatency(sinks []latencySink, labels *agentapi.Labels, now int64, latency time.Duration) {
 	for i := range sinks {
 		if g := &sinks[i]; g.selectors.selects(labels) == yes {

@@ -10,11 +10,11 @@ import (
 )
 
 // Stats are what an engine has decided since it was made, and what there is now. Counters count up for as long as the
-// policies in force have the same component, or name the control point: see [Engine.Apply]. They encode as JSON, where an
-// unlimited number is null.
+// policies in force have the same component, or name the control point: see [Engine.Apply]. In JSON, an unlimited
+// number is null.
 type Stats struct {
-	// ControlPoints are those that a policy names, in alphabetical order. One without a name comes before them: it is all
-	// the control points that no policy names.
+	// ControlPoints are those that a policy names, in alphabetical order. The first has no name: it stands for all
+	// control points that no policy names.
 	ControlPoints []ControlPointStats
 
 	// Components are those of the policies, in their order.
@@ -32,15 +32,15 @@ type ControlPointStats struct {
 	// The flows that were rejected, by the reason.
 	RateLimited, NoTokens, NotSampled, NoMatchingRamp uint64
 
-	// Canceled counts the flows whose callers left while they waited.
+	// Canceled counts the flows whose contexts ended while they waited.
 	Canceled uint64
 
 	// CacheHits and CacheMisses count the lookups in the result cache.
 	CacheHits, CacheMisses uint64
 }
 
-// ComponentStats are those of one component, by what it decided itself. What others made of the same flows is not in
-// them.
+// ComponentStats are those of one component. They count its own decisions, not those of other components about the same
+// flows.
 type ComponentStats struct {
 	Policy, PolicyHash, ID string
 
@@ -48,27 +48,28 @@ type ComponentStats struct {
 	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler, load_ramp or calendar_quota.
 	Kind string
 
-	// LabelKey is the label that the component goes by; "" where it is one for all flows.
+	// LabelKey is the label whose values the component keeps apart; "" if it has none.
 	LabelKey string
 
 	// Accepted counts the flows that the component let pass, and Dropped those that it did not.
 	Accepted, Dropped uint64
 
-	// Of those that passed, DryRunDrops counts the flows that the component would have dropped without its dry run;
-	// Unlimited, those without the component's label, or that it let pass by PassThrough; Refunded, those that gave back
+	// These count some of the accepted flows. DryRunDrops: those that the component would have dropped without its dry
+	// run. Unlimited: those without the component's label, or let pass by PassThrough. Refunded: those that gave back
 	// what they had got, because another component dropped them or their caller left.
 	DryRunDrops, Unlimited, Refunded uint64
 
 	// LabelTooLong counts the flows that were dropped, or would have been without a dry run, because a label's value is
-	// too long: to match a regular expression, or to go by. They are in Dropped or DryRunDrops too.
+	// too long to match a regular expression, or for the component to go by. They are in Dropped or DryRunDrops too.
 	LabelTooLong uint64
 
-	// Keys is how many values of its label the component keeps apart, and Overflows how many decisions went by the bucket
-	// that values share beyond the cap (see [WithKeyCap]). Both are 0 without a label.
+	// Keys is how many values of its label the component keeps apart. Overflows is how many decisions went by the
+	// bucket that values beyond the cap share (see [WithKeyCap]). Both are 0 without a label.
 	Keys      int
 	Overflows uint64
 
-	// Usage is what all flows together have; without a label only. Waiting counts all flows in queues, with one too.
+	// Usage is set for a component without a label. With a label, only Waiting is set: it counts the flows in all
+	// queues.
 	Usage Usage
 
 	// AcceptPercentage is what a sampler or ramp accepts now.
@@ -77,27 +78,27 @@ type ComponentStats struct {
 	// LoadMultiplier is the share of its load that a load scheduler lets in; +Inf while that is everything.
 	LoadMultiplier float64
 
-	// Workloads are a scheduler's, in the order of its policy; the default one is the last. A workload that a label names
-	// counts as the one that it was taken for without it.
+	// Workloads are a scheduler's, in the order of its policy; the default one is the last. A flow whose workload a
+	// label names counts in the workload that it matches without the label.
 	Workloads []WorkloadStats
 }
 
 // WorkloadStats are those of one workload of a scheduler; see [ComponentStats].
 type WorkloadStats struct {
-	// Name is the workload's: its place in the policy where that gives it none, "default" for the default one.
+	// Name is the workload's name: "default" for the default one, and its index in the policy if it has none.
 	Name string
 
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
-	// Of those that were dropped, QueueFull counts the flows for which there was no room, or that made room for others.
-	// QueueTooLong counts those that would have had to wait for longer than they could, TimedOut those that waited in vain,
-	// and Closed those that waited when the engine was closed.
+	// These count some of the dropped flows. QueueFull counts those for which there was no room, or that made room for
+	// others. QueueTooLong counts those that would have had to wait for longer than they could, TimedOut those that
+	// waited in vain, and Closed those that waited when the engine was closed.
 	QueueFull, QueueTooLong, TimedOut, Closed uint64
 
-	// AcceptedTokens are those that flows came for which passed, and RejectedTokens those of the others.
+	// AcceptedTokens are the tokens that accepted flows asked for, and RejectedTokens those of the dropped ones.
 	AcceptedTokens, RejectedTokens float64
 
-	// Waits counts the flows that have waited in the queue, whatever became of them, and Waited is how long in all.
+	// Waits counts the flows that have waited in the queue, whatever was decided. Waited is the sum of their waits.
 	Waits  uint64
 	Waited time.Duration
 }
@@ -109,12 +110,12 @@ type CacheStats struct {
 	Deletes      uint64 // entries that were deleted, or were not there
 	Refused      uint64 // values that were not stored: without a key, or larger than the cache
 
-	// Entries is about how many there are.
+	// Entries is about how many entries there are.
 	Entries int
 }
 
-// Stats tells what the engine has decided, and what there is now. It is a picture of many counters that go on counting
-// meanwhile, so that sums may differ by the flows that are being decided about.
+// Stats returns what the engine has decided, and what there is now. The counters go on while they are read, so sums may
+// differ by the flows that are being decided about.
 func (e *Engine) Stats() Stats { return e.stats(e.rules.Load()) }
 
 // stats are those of the rules and their components, in their order.
@@ -153,7 +154,7 @@ func (p *controlPoint) stats(controlPoint string) ControlPointStats {
 	}
 }
 
-// statsOf are those that all components have.
+// statsOf returns the stats that all components have.
 func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 	return ComponentStats{
 		Policy:      c.Policy,
@@ -170,7 +171,7 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 	}
 }
 
-// stats are those of a component with buckets. Its usage is told by who knows them.
+// stats returns those of a component with buckets. The function usage returns what a bucket has.
 func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
 	s := statsOf(&k.component, k.counts)
 	if k.table == nil {

@@ -14,11 +14,11 @@ import (
 //
 //   - limits that no flow can ever meet,
 //   - control points with odd names, such as "search]", which hardly any flow has,
-//   - labels that do not arrive, in the order of what components read them for, and labels with odd names among them,
+//   - labels that do not arrive or have odd names, in the order of what components read them for,
 //   - waits that are longer than a client's check timeout,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
-// The engine logs each when policies come into force. A limit of 0 is no warning, for that is how to refuse all flows.
+// The engine logs each when policies come into force. A limit of 0 is no warning: it refuses all flows on purpose.
 func (e *Engine) Warnings() []string {
 	w := &e.rules.Load().warnings
 	all := slices.Clone(w.impossible)
@@ -42,7 +42,7 @@ type longWait struct {
 	margin  time.Duration
 }
 
-// cutShort tells which waits the shortest check timeout of a client cuts short.
+// cutShort returns a warning for each wait that the shortest check timeout of a client cuts short.
 func (e *Engine) cutShort() (all []string) {
 	timeout := time.Duration(e.checkTimeout.Load())
 	if timeout == 0 {

@@ -36,8 +36,8 @@ func (w *window) add(now int64, x float64) {
 	t.count++
 }
 
-// whole sums the whole slots: all but the one that is under way. It is not left out by a subtraction, in which a huge
-// one would take the others with it.
+// whole sums all slots except the current one. It does not subtract the current one from the total: a huge value there
+// would swallow the others.
 func (w *window) whole(now int64) tally {
 	w.advance(now)
 	current := int(w.newest % int64(len(w.slots)))

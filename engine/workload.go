@@ -13,7 +13,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// workloads tell which class of flows one belongs to, and what that means for it.
+// workloads find the workload of a flow, and what it means for the flow.
 type workloads struct {
 	list   []workload
 	others workload // of flows that none of the list matches
@@ -22,11 +22,11 @@ type workloads struct {
 }
 
 type workload struct {
-	index            int // of all workloads, the others last
+	index            int // among all workloads; others has the last one
 	match            []condition
 	label            string
 	priority, tokens float64
-	timeout          time.Duration // in the queue; 0: the flow's own, below: none at all
+	timeout          time.Duration // in the queue; 0: the flow's own; below 0: the flow does not wait
 
 	counts *counts
 	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
@@ -66,8 +66,9 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 	}
 }
 
-// of is the first workload that matches. It is not known where a value is too long to match, and no workload before
-// matches: it is the default one then, which the flow must not wait in, for its caller could choose it by that.
+// of returns the first workload that matches. Known is false if a value is too long to match, and no workload before
+// matches. The flow must not be admitted by the default workload then, because a caller could choose it by a long
+// value.
 func (w *workloads) of(labels *agentapi.Labels) (of *workload, known bool) {
 	for i := range w.list {
 		switch holdAll(w.list[i].match, labels) {
@@ -91,7 +92,7 @@ func (w *workloads) all(yield func(*workload) bool) {
 	yield(&w.others)
 }
 
-// claim is for whom a flow of the workload waits.
+// claim returns the claim that a flow of the workload waits by.
 func (w *workloads) claim(of *workload, labels *agentapi.Labels) wfq.Claim {
 	c := wfq.Claim{Workload: of.label, Priority: of.priority}
 	if w.workloadLabel != "" {

@@ -16,16 +16,16 @@ type Rule struct {
 	// Step fills at the end of each interval instead of continuously.
 	Step bool
 
-	// Delay has a full bucket wait for as long as it takes to fill before it refills.
+	// Delay has a full bucket begin to refill only after the time that it takes to fill it.
 	Delay bool
 }
 
-// A State is one bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up to date when somebody
-// looks. Its zero value is not ready; see [Rule.Fresh].
+// A State is one bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up to date when it is
+// used. Its zero value is not ready; see [Rule.Fresh].
 type State struct {
 	tokens float64
 	last   int64 // the time that tokens is true for; may lie ahead while the fill is delayed
-	start  int64 // nothing is filled up to here
+	start  int64 // the bucket does not fill before this time
 }
 
 // Fresh makes the bucket full.
@@ -47,8 +47,8 @@ func (r *Rule) refill(b *State, now int64) {
 		}
 		b.tokens = min(b.tokens, r.Capacity)
 	}
-	// A flow that costs the capacity gets its tokens from a bucket that floating point has left a little short, so that one
-	// is full too: otherwise the rounding of one sum would decide whether the bucket delays its fill.
+	// A bucket that floating point has left a little short is full too: a flow that costs the capacity gets its tokens.
+	// Otherwise the rounding of a sum would decide whether the bucket delays its fill.
 	if b.tokens >= r.Capacity-source.Slack {
 		b.tokens = max(b.tokens, r.Capacity)
 	}
@@ -61,8 +61,8 @@ func (r *Rule) refill(b *State, now int64) {
 	}
 }
 
-// takeOrWait takes want tokens, or none if there are too few: then wait is how long until there are enough, and 0 when there
-// never will be.
+// takeOrWait takes want tokens, or none if there are too few. Then wait is how long until there are enough, and 0 if
+// there never will be.
 func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int64) {
 	r.refill(b, now)
 	left := b.tokens - want
@@ -76,14 +76,15 @@ func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int6
 	return false, max(r.until(b, now, want), 1)
 }
 
-// until is how long it takes until so many tokens have come, those that are there counted. The bucket is up to now.
+// until returns how long it takes until so many tokens have come, including those that are there. The bucket is up to
+// date.
 func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 	missing := tokens - b.tokens
 	if missing <= source.Slack {
 		return 0
 	}
 	if r.Step {
-		missing -= source.Slack / 2 // else what floating point loses would cost another interval
+		missing -= source.Slack / 2 // otherwise what floating point loses would cost another interval
 	}
 	wait := b.last - now + r.timeToFill(missing)
 	if now <= b.start {
@@ -92,7 +93,7 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 	return wait
 }
 
-// Take takes tokens. What costs nothing is always there.
+// Take takes tokens. A flow that costs nothing always gets its tokens.
 func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
 	ok, wait := r.takeOrWait(b, now, tokens)
 	return source.Taken{OK: ok, Left: b.tokens, Wait: wait}
@@ -133,7 +134,7 @@ func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64)
 	return least, max(likely, 1)
 }
 
-// Idle reports whether the bucket is full, just like a fresh one, so that nobody can tell when it is forgotten.
+// Idle reports whether the bucket is full, just like a fresh one: to forget it changes nothing.
 func (r *Rule) Idle(b *State, now int64) bool {
 	r.refill(b, now)
 	return b.tokens >= r.Capacity
@@ -144,7 +145,7 @@ func (r *Rule) timeToFill(tokens float64) int64 {
 		return 0
 	}
 	fills := tokens / r.Fill
-	if r.Step { // of which none brings more than the bucket holds
+	if r.Step { // none of them brings more than the bucket holds
 		fills = math.Ceil(tokens / min(r.Fill, r.Capacity))
 	}
 	return source.Nanos(math.Ceil(fills * r.Interval))

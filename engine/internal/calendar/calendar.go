@@ -30,7 +30,8 @@ func (r *Rule) renew(q *State, now int64) {
 	}
 }
 
-// Take takes tokens of the period. What costs nothing is always there. GiveBack needs the period, by its end.
+// Take takes tokens of the period. A flow that costs nothing always gets its tokens. The slot is the end of the period,
+// for GiveBack.
 func (r *Rule) Take(q *State, now int64, tokens float64) source.Taken {
 	r.renew(q, now)
 	left := q.left - tokens
@@ -41,7 +42,7 @@ func (r *Rule) Take(q *State, now int64, tokens float64) source.Taken {
 	return source.Taken{Left: q.left, Wait: max(r.wait(q, now, tokens), 0)}
 }
 
-// wait is how long until the tokens may be there, which are not there now.
+// wait returns how long until the tokens may be there. They are not there now.
 func (r *Rule) wait(q *State, now int64, tokens float64) int64 {
 	if tokens > r.Amount+source.Slack {
 		return source.Never
@@ -55,7 +56,7 @@ func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost)
 // Timed reports true.
 func (r *Rule) Timed() bool { return true }
 
-// GiveBack undoes a Take of the same period. The tokens of a period that has ended are nobody's.
+// GiveBack undoes a Take of the same period. The tokens of a period that has ended are not given back.
 func (r *Rule) GiveBack(q *State, now int64, tokens float64, period uint64, unused bool) bool {
 	r.renew(q, now)
 	if !unused || period != uint64(q.end) {
@@ -71,8 +72,8 @@ func (r *Rule) Usage(q *State, now int64) source.Usage {
 	return source.Usage{Capacity: r.Amount, Remaining: q.left}
 }
 
-// Forecast returns when the next period begins, unless the tokens are there, those of the flows ahead included. If they
-// want more than the next period has, the flow waits for longer.
+// Forecast returns how long until the next period begins. Least is 0 if the tokens are there, those of the flows ahead
+// included. If they want more than the next period has, the flow waits for longer.
 func (r *Rule) Forecast(q *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	r.renew(q, now)
 	least = r.wait(q, now, tokens)
@@ -83,5 +84,5 @@ func (r *Rule) Forecast(q *State, now int64, ahead source.Ahead, tokens float64)
 	return least, likely
 }
 
-// Idle reports whether the quota is whole, or will be when somebody looks.
+// Idle reports whether the quota is whole, or will be when it is used.
 func (r *Rule) Idle(q *State, now int64) bool { return now >= q.end || q.left >= r.Amount }

@@ -27,7 +27,7 @@ func (p *Periods) End(t time.Time) time.Time {
 	if p.Unit == Hour {
 		return hourEnd(t)
 	}
-	// Behind a midnight that comes twice, t has the date of a day that is over: the next one then has begun.
+	// If a midnight comes twice, t may have the date of a day that is over: the next day began at the first midnight.
 	for date := p.next(dateOf(t)); ; date = p.next(date) {
 		if end := first(date, p.Zone); end.After(t) {
 			return end
@@ -97,12 +97,12 @@ func hourEnd(t time.Time) time.Time {
 func nextChange(t time.Time) time.Time {
 	_, change := t.ZoneBounds()
 	if !change.IsZero() && !change.After(t) {
-		// Years that only a rule is known for have 365 days to package time, and on the last one of a leap year the bound is
-		// in the past. Without this, whoever goes from bound to bound would not come to an end.
+		// For years that are known only by a rule, package time counts 365 days, and on the last day of a leap year the
+		// bound is in the past. Without this, a loop from bound to bound would not end.
 		return time.Date(t.UTC().Year()+1, 1, 1, 0, 0, 0, 0, time.UTC).In(t.Location())
 	}
 	return change
 }
 
-// intoHour is how many seconds of an hour are over when a clock shows so many.
+// intoHour returns how many seconds of the hour are over when a clock shows so many.
 func intoHour(shown int64) int64 { return (shown%3600 + 3600) % 3600 }

@@ -15,8 +15,8 @@ import (
 // A Table holds a state of type S for each key. It never has more keys than its limit. Beyond the limit, unknown keys share
 // one entry, the spill.
 //
-// Looking a key up takes no lock but the key's own: the slots of a shard are written under the shard's mutex and read
-// without. Times are nanoseconds by a clock of the caller's. All methods are safe for concurrent use.
+// To look up a key takes no lock except the key's own: the slots of a shard are written under the shard's mutex and
+// read without it. Times are nanoseconds by a clock of the caller's. All methods are safe for concurrent use.
 //
 // Library caches do not fit: they cost more memory for a key than its state, and they forget exhausted buckets when
 // keys flood in, which is when limits matter.
@@ -34,7 +34,7 @@ type Table[S any] struct {
 	spilled atomic.Uint64 // how often the spill was used
 
 	crowded atomic.Bool     // a key did not fit since the last sweep
-	full    chan<- struct{} // told when that is so; nil for nobody
+	full    chan<- struct{} // receives when a key did not fit; may be nil
 }
 
 type shard[S any] struct {
@@ -57,7 +57,7 @@ type Entry[S any] struct {
 	key  string
 	used uint32 // last use, in seconds
 
-	// Count is the holder's to count with, under the lock. [Table.Counted] sums it up.
+	// Count is a counter for the caller, guarded by the lock. [Table.Counted] sums it up.
 	Count uint32
 
 	// State is guarded by the lock.
@@ -84,8 +84,8 @@ func (e *Entry[S]) Counted() uint64 {
 // cause.
 const FullSweepEvery = time.Second
 
-// New makes a table of up to limit keys. The function fresh makes a state new. The function forgettable reports whether a
-// fresh state would behave like this one. Both are called with the state's entry locked.
+// New makes a table of up to limit keys. The function fresh initializes a state. The function forgettable reports
+// whether a fresh state would behave like this one. Both are called with the state's entry locked.
 //
 // When a key does not fit, the table sends to full without blocking: a channel with room for one keeps the news. Full may
 // be nil.
@@ -187,8 +187,8 @@ func (t *Table[S]) Spilled() uint64 { return t.spilled.Load() }
 // Crowded reports whether a key did not fit since the last sweep.
 func (t *Table[S]) Crowded() bool { return t.crowded.Load() }
 
-// second is a time as entries keep it. It is early by a second at the most, which is no matter: what is forgotten when it
-// is idle is what nobody will miss.
+// second is a time as entries keep it, early by a second at the most. This does no harm: an idle entry is forgotten
+// only if its state is as good as new.
 func second(now int64) uint32 { return uint32(now / int64(time.Second)) }
 
 // Counted returns the sum of the counts of all entries, forgotten ones and the spill included. It looks at each entry.
@@ -223,7 +223,7 @@ func (s *shard[S]) find(hash uint32, key string) *Entry[S] {
 	}
 }
 
-// insert adds the key, unless somebody else just did. It returns nil when the table is full.
+// insert adds the key, unless another goroutine just did. It returns nil when the table is full.
 func (t *Table[S]) insert(s *shard[S], hash uint32, key string, now int64) *Entry[S] {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -285,8 +285,9 @@ func (s *shard[S]) rebuild() []atomic.Pointer[Entry[S]] {
 	return slots
 }
 
-// Sweep forgets the keys that nobody has used for the time idle and whose state is as good as new; all whose state is as
-// good as new when a key did not fit since the last sweep. With an idle time of zero it forgets nothing otherwise.
+// Sweep forgets the keys that were not used for the time idle and whose state is as good as new. If a key did not fit
+// since the last sweep, it forgets all keys whose state is as good as new. Otherwise, with an idle time of zero, it
+// forgets nothing.
 func (t *Table[S]) Sweep(now int64, idle time.Duration) {
 	if t.crowded.Swap(false) {
 		t.Forget(now, 0)
@@ -295,7 +296,7 @@ func (t *Table[S]) Sweep(now int64, idle time.Duration) {
 	}
 }
 
-// Forget forgets the keys that nobody has used for the time idle and whose state is as good as new.
+// Forget forgets the keys that were not used for the time idle and whose state is as good as new.
 func (t *Table[S]) Forget(now int64, idle time.Duration) {
 	for i := range t.shards {
 		s := &t.shards[i]

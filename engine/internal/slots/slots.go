@@ -25,10 +25,10 @@ type State struct {
 	oldest int32
 	newest int32
 
-	// How long slots have been held lately, in nanoseconds: a moving average over returns of them, and at the least.
+	// How long slots have been held lately, in nanoseconds: a moving average over the latest returns, and the shortest.
 	hold     float64
 	returns  int32
-	shortest float32 // of flows that have ended; 0 where none has
+	shortest float32 // of flows that have ended; 0 if none has
 }
 
 type slot struct {
@@ -102,9 +102,9 @@ func (r *Rule) Usage(f *State, now int64) source.Usage {
 	return source.Usage{Capacity: r.Limit, Remaining: r.Limit - f.used, InFlight: f.count}
 }
 
-// Forecast goes by how long flows have held their slots lately. At the least, all that are in flight end at once, and
-// those ahead hold the slots in rounds, each for the shortest of those times; a round is as many as begin while any part
-// of a slot is free. Likely, they end one after the other, at even distances.
+// Forecast goes by how long flows have held their slots lately. At the least, all flows in flight end at once, and
+// those ahead hold the slots in rounds, each for the shortest of those times. A round is as many flows as begin while
+// any part of a slot is free. Likely, flows end one after the other, at even distances.
 //
 // Two flows hold the two slots. Flows have held a slot for 100 ms lately, and none for less than 80 ms. Three flows are
 // ahead of the next one, and each wants a slot. At the least, two of them start at once and end 80 ms later, when the
@@ -143,7 +143,7 @@ func (f *State) take(now int64, tokens float64) (id uint64) {
 	} else {
 		f.free = f.slots[i].next
 	}
-	// The index finds the slot; the random half keeps a late or a guessed end from freeing somebody else's.
+	// The index finds the slot; the random half keeps a late or a guessed end from freeing another flow's slot.
 	id = uint64(i+1)<<32 | uint64(rand.Uint32())
 	f.slots[i] = slot{id: id, tokens: tokens, since: now, prev: f.newest, next: none}
 	if f.newest == none {
@@ -181,8 +181,8 @@ func (f *State) remove(i int32) {
 	}
 }
 
-// outlier is how many times the average a time counts for at the most: of a flow that hung, or never ended, the others
-// know nothing.
+// outlier bounds what a time counts for, as a multiple of the average: a flow that hung or never ended says nothing
+// about the others.
 const outlier = 4
 
 // learn takes the time that a slot has been held into the average.
@@ -195,8 +195,8 @@ func (f *State) learn(held int64) {
 	f.hold += (took - f.hold) / float64(f.returns)
 }
 
-// end takes the time after which a flow has ended into the shortest: at once where it is shorter, and slowly else, for
-// by that flows are sent away. A slot that was taken back tells nothing of how soon one may come free.
+// end takes the time after which a flow has ended into the shortest. A shorter time counts at once, a longer one
+// slowly, because flows are rejected by it. A slot that was reclaimed says nothing about how soon one may come free.
 func (f *State) end(held int64) {
 	took := float32(max(held, 1))
 	if f.shortest > 0 {

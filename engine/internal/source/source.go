@@ -1,5 +1,5 @@
-// Package source says what limiters and schedulers have their tokens from: a [Source] of some kind, with a state for each
-// key. Token buckets and concurrency slots are sources.
+// Package source defines what limiters and schedulers get their tokens from: a [Source] of some kind, with a state for
+// each key. Token buckets and concurrency slots are sources.
 //
 // Times are nanoseconds since an epoch of the caller's, by a monotonic clock.
 package source
@@ -7,7 +7,7 @@ package source
 // A Source gives tokens, and says when it will have some. S is the state of one key. A Source has no state of its own that
 // changes; the caller guards the state that it hands in.
 type Source[S any] interface {
-	// Fresh makes the state that of a key nobody has used yet.
+	// Fresh makes the state that of an unused key.
 	Fresh(state *S, now int64)
 
 	// Idle reports whether a fresh state would behave like this one.
@@ -24,7 +24,7 @@ type Source[S any] interface {
 	// Take. Unused says that the flow did not run.
 	GiveBack(state *S, now int64, tokens float64, slot uint64, unused bool) bool
 
-	// Usage says how many tokens there are, and could be, and how many flows hold some.
+	// Usage returns how many tokens there are, and could be, and how many flows hold some.
 	Usage(state *S, now int64) Usage
 
 	// Forecast returns how long a flow must wait for its tokens while the flows ahead of it are served first: at the
@@ -41,7 +41,7 @@ type Taken struct {
 	OK   bool
 	Slot uint64  // what GiveBack needs
 	Left float64 // the tokens that are left, for the decision to tell
-	Wait int64   // if not OK, how long until the tokens may be there though nobody gives any back; 0 when never
+	Wait int64   // if not OK, how long until the tokens may be there if none is given back; 0 for never
 }
 
 // Usage is how much of a source is in use.
@@ -51,19 +51,19 @@ type Usage struct {
 	InFlight  int     // flows that hold slots
 }
 
-// Ahead is what the flows cost that are served before another one: at the least, if no other flow comes, and likely.
-// Where they do not all cost the same as that one, Largest is what one of them may cost; it is 0 otherwise.
+// Ahead is the cost of the flows that are served before another one: at the least, if no other flow comes, and likely.
+// If they do not all cost the same as that one, Largest is the most that one of them may cost; otherwise it is 0.
 type Ahead struct{ Least, Likely, Largest float64 }
 
 // Never is the wait of a flow that can never be admitted.
 const Never = -1
 
-// Slack is forgiven when tokens are compared: a billionth of a token, which is what floating point loses between the wait
-// that a flow was told and the tokens that it then finds.
+// Slack is the tolerance when tokens are compared: a billionth of a token. Floating point loses so much between the
+// wait that was forecast for a flow and the tokens that there are then.
 const Slack = 1e-9
 
 // MaxCost bounds what one flow counts for, of slots, of a load, and in a queue. More would swallow the others in the
-// sum, which is a float, and leave the limit open when it goes; the label that says it may come from a peer.
+// sum, which is a float, and leave the limit open when the flow ends. A peer may have set the label that says the cost.
 const MaxCost = 1e9
 
 // Century is the longest time there is, in nanoseconds: the sum of two is within an int64, and buckets that take

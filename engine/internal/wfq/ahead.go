@@ -2,13 +2,13 @@ package wfq
 
 import "math"
 
-// An Ahead is what the waiters cost that are served before another flow: at the least, if no other flow comes, and likely.
-// The least is by formula, and may count a waiter whose turn comes about the same time and after; see [Queue.CostBefore].
-// Where they do not all cost the same as that one, Largest is what one of them may cost; it is 0 otherwise.
+// An Ahead is the cost of the waiters that are served before another flow: at the least, if no other flow comes, and
+// likely. The least is by formula, and may count a waiter whose turn comes just after; see [Queue.CostBefore]. If they
+// do not all cost the same as that flow, Largest is the most that one of them may cost; otherwise it is 0.
 type Ahead struct{ Least, Likely, Largest float64 }
 
-// Ahead returns the cost of the waiters that would be served before a new one of the claim with the given cost. It is exact
-// where all cost the same. Where a great many share the queue, it does not look at all of them, and says too little.
+// Ahead returns the cost of the waiters that would be served before a new one of the claim with the given cost. It is
+// exact if all cost the same. If a great many share the queue, it does not look at all of them, and returns too little.
 func (q *Queue[T]) Ahead(c Claim, cost float64) Ahead {
 	all := Ahead{Least: cost, Likely: cost} // the flow itself, too
 	begin := q.root.clock
@@ -34,14 +34,14 @@ func (q *Queue[T]) Ahead(c Claim, cost float64) Ahead {
 // mostOthers bounds what a look at the other shares may cost a flow.
 const mostOthers = 128
 
-// others returns what goes to all shares below except one, until the clock shows that.
+// others returns what all shares below except one get until the clock shows the given times.
 func (s *share[T]) others(but *share[T], clock Ahead) (sum Ahead) {
 	for _, o := range s.below[:min(len(s.below), mostOthers)] {
 		if o == but || o.finish > clock.Likely {
 			continue
 		}
 		least, likely := o.served(clock.Likely)
-		if clock.Least < clock.Likely { // as rarely
+		if clock.Least < clock.Likely { // which is rare
 			if least = 0; o.finish <= clock.Least {
 				least, _ = o.served(clock.Least)
 			}
@@ -52,8 +52,8 @@ func (s *share[T]) others(but *share[T], clock Ahead) (sum Ahead) {
 	return sum
 }
 
-// served returns what goes to the share until the clock shows that, which is not before its finish. What each waiter costs
-// it only knows of the first: the one that comes too late may cost as much as any.
+// served returns what the share gets until the clock shows that time, which is not before its finish. It looks only at
+// the cost of the first waiter: the one that comes too late may cost as much as any.
 func (s *share[T]) served(clock float64) (least, likely float64) {
 	cost, first := (clock-s.start)*s.weight, s.head().Cost
 	if s.smallest == s.largest {
@@ -66,9 +66,9 @@ func (s *share[T]) served(clock float64) (least, likely float64) {
 }
 
 // CostBefore returns the cost of the waiters that are served before a new one of the claim with the given cost, if no other
-// flow comes and no waiter leaves. It serves them in a preview of so many visits, because the order of two shares that
-// finish about the same time is that of rounded sums, which no formula tells. Where the visits do not suffice, it tells
-// less: the cost of waiters that are sure to be served before.
+// flow comes and no waiter leaves. It serves them in a preview of so many visits: rounding decides the order of two
+// shares that finish about the same time, and no formula shows it. If the visits do not suffice, it returns less: the
+// cost of waiters that are sure to be served before.
 func (q *Queue[T]) CostBefore(c Claim, cost float64, visits int) (sum float64) {
 	const begin = math.MinInt64 // no waiter has given up
 	self := &Waiter[T]{Cost: cost, Deadline: NoDeadline}
@@ -83,8 +83,8 @@ func (q *Queue[T]) CostBefore(c Claim, cost float64, visits int) (sum float64) {
 	return sum
 }
 
-// firstTurns returns the cost of the waiters of a new one's share, and of those of its workload that are the first of their
-// shares and have their turn before it.
+// firstTurns returns the cost of the waiters in a new waiter's share, and of the first waiters of other shares of its
+// workload whose turns come before.
 func (q *Queue[T]) firstTurns(c Claim, cost float64) (sum float64) {
 	workload := q.shares[c.ofWorkload()]
 	if workload == nil {
@@ -103,8 +103,8 @@ func (q *Queue[T]) firstTurns(c Claim, cost float64) (sum float64) {
 }
 
 // Outlast returns the cost of the waiters that are sure to be served before a new one of the claim with that deadline,
-// whenever anything is served: they are of its own share, and have more time. All reports that no waiter has less time;
-// then none gives up before the new one does.
+// whenever anything is served: they are of its own share, and have more time. All reports whether no waiter has less
+// time; then none gives up before the new one does.
 func (q *Queue[T]) Outlast(c Claim, deadline int64) (cost float64, all bool) {
 	if q.deadlines == 0 {
 		return 0, true

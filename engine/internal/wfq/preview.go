@@ -1,7 +1,7 @@
 package wfq
 
-// The bounds of a look at many waiters. Every step of a preview visits the shares that wait, so with more shares it sees
-// less far.
+// The bounds of a look at many waiters. Every step of a preview visits the shares that wait, so with more shares it
+// looks less far ahead.
 const (
 	MaxVisits = 8192
 	maxLanes  = 256
@@ -33,8 +33,8 @@ type group[T any] struct {
 	weight, start, finish, clock float64
 }
 
-// Preview begins a preview with one more flow, which comes with the claim. It may make so many visits. OK is false
-// where more shares wait than a preview looks at.
+// Preview begins a preview with one more flow, which comes with the claim. It may make so many visits. OK is false if
+// more shares wait than a preview looks at.
 func (q *Queue[T]) Preview(self *Waiter[T], c Claim, now int64, visits int) (p Preview[T], ok bool) {
 	if len(q.shares) > maxLanes {
 		return p, false
@@ -106,8 +106,8 @@ func (p *Preview[T]) Serve(at int64) {
 	p.rebase()
 }
 
-// rebase sets the clock of the workloads back where the queue does, as Serve does that of one: floats round otherwise from
-// then on, and the order of shares whose finishes are about the same depends on that.
+// rebase sets the clock of the workloads back where the queue does. Serve does so for the clock of one workload. Floats
+// round differently from then on, and the order of shares that finish about the same time depends on that.
 func (p *Preview[T]) rebase() {
 	if p.clock < lateClock {
 		return
@@ -150,7 +150,7 @@ func (p *Preview[T]) head(l *lane[T]) *Waiter[T] {
 	return l.next
 }
 
-// settle drops what has given up before the time from a group, and finds the lane that is first.
+// settle drops the waiters of a group that give up before the time, and finds its first lane.
 func (p *Preview[T]) settle(g *group[T], at int64) {
 	g.first = -1
 	for i := range g.lanes {

@@ -16,7 +16,7 @@ import (
 //
 // Each level has a clock of its own, which shows the finish of the share that it served last. A share that begins to wait
 // starts at the clock, and finishes when it has had what its first waiter costs, at the speed of its weight; the smallest
-// finish is served first. So a share that is idle saves nothing up, and needs not be remembered: when its last waiter
+// finish is served first. So a share that is idle saves nothing up, and need not be remembered: when its last waiter
 // leaves, its finish lies behind the clock.
 //
 // T is what the caller keeps with each waiter. A Queue is not safe for concurrent use. Serving a waiter and removing it
@@ -27,22 +27,22 @@ type Queue[T any] struct {
 	length    int
 	room      *Room
 	inRoom    member
-	count     uint64 // of all that have waited since nobody did, for the order of equals
-	deadlines int    // the waiters that have one
+	count     uint64 // waiters since the queue was last empty, for the order of equals
+	deadlines int    // how many waiters have a deadline
 	version   uint64
 }
 
-// A Claim says for whom a flow waits. Flows of one workload with two priorities are two workloads.
+// A Claim names the share of a queue that a flow waits in. Flows of one workload with two priorities are two workloads.
 type Claim struct {
 	Workload string
 	Priority float64 // the workload's weight, from MinPriority to MaxPriority
 	Fairness string
 
-	whole bool // the workload's, of all fairness values
+	whole bool // of a workload: all its fairness values
 }
 
-// The bounds of priorities. A queue's clock runs at their speed, and a float that shows too much of one no longer moves for
-// the others.
+// The bounds of priorities. A queue's clock advances by costs divided by priorities. A float that has come far by one
+// priority no longer moves by the others.
 const (
 	MinPriority = 1e-6
 	MaxPriority = 1e6
@@ -68,7 +68,7 @@ type Waiter[T any] struct {
 // Served reports whether the waiter has been popped.
 func (w *Waiter[T]) Served() bool { return w.served }
 
-// Evicted reports whether another flow has the waiter's room.
+// Evicted reports whether another flow has got the waiter's room.
 func (w *Waiter[T]) Evicted() bool { return w.evicted }
 
 // Claim returns the claim of a waiter that is in a queue.
@@ -120,7 +120,7 @@ func (q *Queue[T]) Push(w *Waiter[T], c Claim) {
 	q.settle(w.share)
 }
 
-// Pop takes the first waiter out, which has been served: its shares are charged.
+// Pop removes the first waiter as served: its shares are charged.
 func (q *Queue[T]) Pop() {
 	w := q.First()
 	at := w.share
@@ -135,7 +135,7 @@ func (q *Queue[T]) Pop() {
 	q.Remove(w)
 }
 
-// Remove takes a waiter out, for which nothing is charged, and returns its room.
+// Remove removes a waiter, and returns its room. Nothing is charged for it.
 func (q *Queue[T]) Remove(w *Waiter[T]) {
 	if w.Placed {
 		q.room.Return()
@@ -160,7 +160,7 @@ func (q *Queue[T]) Remove(w *Waiter[T]) {
 	q.settle(s)
 }
 
-// Evict takes a waiter out whose room goes to another flow.
+// Evict removes a waiter, whose room goes to another flow.
 func (q *Queue[T]) Evict(w *Waiter[T]) {
 	w.Placed, w.evicted = false, true
 	q.Remove(w)
@@ -191,7 +191,7 @@ func (q *Queue[T]) Evictable(c Claim) *Waiter[T] {
 // Newest returns the newest waiter of the largest share of the largest workload; there must be one.
 func (q *Queue[T]) Newest() *Waiter[T] { return q.root.crowd[0].crowd[0].last }
 
-// Reprice counts all waiters for what they cost now, by a function that says so of each. What was charged before stays.
+// Reprice sets the cost of every waiter to what the function returns. What was charged before stays.
 func (q *Queue[T]) Reprice(cost func(*Waiter[T]) float64) {
 	q.version++
 	all := append(slices.Collect(maps.Values(q.shares)), &q.root)
@@ -207,7 +207,7 @@ func (q *Queue[T]) Reprice(cost func(*Waiter[T]) float64) {
 			}
 		}
 	}
-	q.root.backlog = 0 // nobody asks for it
+	q.root.backlog = 0 // the root's is not used
 	for _, below := range []bool{true, false} {
 		for _, s := range all {
 			if s.parent == nil || s.claim.whole == below {
@@ -248,7 +248,7 @@ func (q *Queue[T]) settle(s *share[T]) {
 	}
 	if q.length == 0 {
 		q.root.clock = 0
-		if q.count > 1000 { // what so many took is not kept for a few
+		if q.count > 1000 { // do not keep the memory of so many for a few
 			q.root.below, q.root.crowd, q.shares = nil, nil, make(map[Claim]*share[T])
 		}
 		q.count = 0

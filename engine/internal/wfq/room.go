@@ -20,11 +20,11 @@ type Room struct {
 // A member is a queue in a shared room.
 type member struct {
 	turnOut       func(leave int) bool
-	shown         int // the queue's length, as the room knows it,
+	shown         int // the queue's length, as the room knows it
 	before, after *member
 }
 
-// NewRoom makes room for so many flows. Shared says that several queues have it; their lengths are compared then.
+// NewRoom makes room for so many flows. Shared means that several queues share it; then their lengths are compared.
 func NewRoom(size int64, shared bool) *Room {
 	r := &Room{size: size, shared: shared}
 	r.free.Store(size)
@@ -46,8 +46,8 @@ func (r *Room) Return() { r.free.Add(1) }
 // Used returns how much of the room is taken.
 func (r *Room) Used() int { return int(min(r.size-r.free.Load(), r.size)) } // a flow that finds none takes it for a moment
 
-// Longest returns the function TurnOut of a queue in which more flows wait than that; nil when there is none. Of equals it
-// is the queue that has come to that length last. The caller holds no queue's lock when it calls the function.
+// Longest returns the function turnOut of the longest queue; nil if no more flows than that wait in it. Of equals it is
+// the queue that came to that length last. The caller holds no queue's lock when it calls the function.
 func (r *Room) Longest(than int) (turnOut func(leave int) bool) {
 	if !r.shared {
 		return nil

@@ -9,11 +9,11 @@ type share[T any] struct {
 	weight float64
 
 	start   float64 // what it has been served up to, by the parent's clock
-	finish  float64 // start, and what its first waiter costs
+	finish  float64 // start plus what its first waiter costs, by its weight
 	backlog float64 // what all its waiters cost
 	index   int     // in the parent's heap
 
-	smallest, largest float64 // costs of those who have waited since nobody did
+	smallest, largest float64 // costs of its waiters since it last had none
 
 	clock float64
 	below byFinish[T] // the shares of a workload, and the workloads of the root
@@ -36,17 +36,17 @@ func (s *share[T]) head() *Waiter[T] {
 // lateClock is when a clock is set back: a float that shows more does not move by what flows of a high priority cost.
 const lateClock = 1e9
 
-// rebase sets a clock back that shows too much, and all that go by it.
+// rebase sets back a clock that shows too much, and the shares that go by it.
 func (s *share[T]) rebase() {
 	if s.clock < lateClock {
 		return
 	}
 	for _, o := range s.below {
 		o.start -= s.clock
-		o.finish = o.start + o.head().Cost/o.weight // which a preview adds up too, from the start
+		o.finish = o.start + o.head().Cost/o.weight // computed from the start, as in a preview
 	}
 	s.clock = 0
-	heap.Init(&s.below) // for some who were apart may be equal now
+	heap.Init(&s.below) // finishes that differed may be equal now
 }
 
 // grow changes how many wait in the share.
@@ -95,7 +95,7 @@ func (h *bySize[T]) Pop() any {
 	return s
 }
 
-// byFinish is a [heap.Interface] of shares by finish, and of equals by who came first.
+// byFinish is a [heap.Interface] of shares by finish, and of equals by which came first.
 type byFinish[T any] []*share[T]
 
 func (h byFinish[T]) Len() int { return len(h) }
