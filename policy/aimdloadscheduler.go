@@ -7,9 +7,9 @@ import (
 	"github.com/headgate-go/headgate/internal/components"
 )
 
-// AIMDLoadScheduler is a [LoadScheduler] that sets its own load multiplier, every 10 seconds: while Signal is on the bad
-// side of Setpoint it multiplies the load that it has let in by a factor below 1, and else it adds to it step by step,
-// until MaxLoadMultiplier, where it accepts every flow (additive increase, multiplicative decrease).
+// AIMDLoadScheduler is a [LoadScheduler] that sets its own load multiplier every 10 seconds (additive increase,
+// multiplicative decrease). While Signal is on the bad side of Setpoint, it multiplies the share that it has let in by
+// a factor below 1. Otherwise it adds to the share step by step. From MaxLoadMultiplier on, it accepts every flow.
 type AIMDLoadScheduler struct {
 	// ID names the component within its policy. Default: "aimd_load_scheduler.<index>", its place
 	// among the policy's AIMDLoadSchedulers.
@@ -18,17 +18,17 @@ type AIMDLoadScheduler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// Signal tells how loaded the service is, and Setpoint what it should be at. While either is not a number, or
+	// Signal is how loaded the service is, and Setpoint how loaded it should be. While either is not a number, or
 	// Setpoint is 0, every flow is accepted. Required.
 	Signal, Setpoint Signal
 
-	// OverloadConfirmation must be other than 0 for an overload to count. Nil is always.
+	// OverloadConfirmation must be other than 0 for an overload to count. Nil confirms every overload.
 	OverloadConfirmation Signal
 
 	// Gradient says how much an overload costs.
 	Gradient Gradient
 
-	// MaxLoadMultiplier is where every flow is accepted. Zero means 2. Not negative.
+	// MaxLoadMultiplier is the multiplier from which on every flow is accepted. Zero means 2. Not negative.
 	MaxLoadMultiplier float64
 
 	// LinearIncrement is added every 10 seconds without overload. Zero means 0.025. Not negative.
@@ -37,7 +37,7 @@ type AIMDLoadScheduler struct {
 	// WorkloadLatencyTokens is as in [LoadScheduler].
 	WorkloadLatencyTokens bool
 
-	// Scheduler says who goes first. The zero value serves all flows alike.
+	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
 	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.
@@ -90,7 +90,7 @@ func (g Gradient) check(wrong report) {
 
 func (d *decoder) aimdLoadScheduler(c component) Component { return d.aimdInCircuit(c) }
 
-// adaptiveLoadScheduler reads what the AIMD load scheduler was called before its default increment grew.
+// adaptiveLoadScheduler reads an AIMD load scheduler by its old name, which has a smaller default increment.
 func (d *decoder) adaptiveLoadScheduler(c component) Component {
 	s := d.aimdInCircuit(c)
 	if s.LinearIncrement == 0 {
@@ -107,7 +107,7 @@ func (d *decoder) aimdInCircuit(c component) AIMDLoadScheduler {
 	s.OverloadConfirmation = d.signal(d.fill(c.ports, "OverloadConfirmation", "overload_confirmation"))
 	s.DryRun = d.dryRun(c)
 
-	// Blueprint values have the defaults of Gradient. Here there are none: no slope, and no bounds.
+	// Blueprint values have the defaults of Gradient. Circuits have no default slope, and by default no bounds.
 	gradient := c.get("parameters").get("gradient")
 	d.need(gradient.get("slope"))
 	if gradient.get("min_gradient").node == nil {

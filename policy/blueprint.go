@@ -13,7 +13,7 @@ type blueprint struct {
 	read         func(d *decoder, policy value) Component
 }
 
-// blueprintID is that of the component which a blueprint makes. Those that values add come after it.
+// blueprintID is the ID of the component that a blueprint makes. Components that the values add come after it.
 const blueprintID = "root.0"
 
 // blueprints are those that can run: each makes one component that decides about flows.

@@ -7,12 +7,13 @@ import (
 	"github.com/headgate-go/headgate/internal/components"
 )
 
-// CalendarQuota is a number of tokens in each hour, day, week or month of a time zone, for each value of a label. All of
-// them are there again when a period begins, and what is left of the one before is not carried over. A flow takes tokens
+// CalendarQuota is a number of tokens in each hour, day, week or month of a time zone, for each value of a label. A
+// period begins with all tokens; what is left of the one before is not carried over. A flow takes tokens
 // and is rejected while too few are left: with DeniedStatus, and with the time until the next period, unless it wants more
 // than Amount.
 //
-// The engine reads the machine's clock when it is made, and counts on from there. A clock that is set later moves no period.
+// The engine reads the machine's clock when it is made, and counts on from there. Setting the clock afterwards moves no
+// period.
 type CalendarQuota struct {
 	// ID names the component within its policy. Default: "calendar_quota.<index>", its place
 	// among the policy's CalendarQuotas.
@@ -53,8 +54,8 @@ type CalendarQuota struct {
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
-	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
-	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
+	// DryRun decides and counts, but drops no flow. A flow that it would admit takes tokens; one that it would drop
+	// takes none. flowctl.WithDryRun does the same for all components that a client's flows meet.
 	DryRun bool
 }
 
@@ -66,7 +67,7 @@ const (
 	// PeriodHour is from one full hour that the clock shows to the next. An hour that comes twice is two periods. A clock
 	// that is put forward over a full hour begins a period then.
 	PeriodHour Period = "hour"
-	// PeriodDay begins at midnight, at the first of two, or, where there is none, when the clock is put forward over it.
+	// PeriodDay begins at midnight: at the first of two, or, if there is none, when the clock is put forward over it.
 	PeriodDay Period = "day"
 	// PeriodWeek begins with the day WeekStart.
 	PeriodWeek Period = "week"

@@ -20,7 +20,7 @@ const (
 		"pid_controller polynomial_range_function pulse_generator query signal_generator sma switcher unary_operator"
 )
 
-// circuitKeys are those of a component of a circuit.
+// circuitKeys are the keys of a component of a circuit.
 const circuitKeys = "flow_control variable bool_variable nested_circuit " + signalComponents
 
 // spec reads a policy without its name: the top of a plain file, or the spec of a resource.
@@ -61,14 +61,14 @@ func (d *decoder) circuit(v value, components []Component) []Component {
 	if d.learned != nil {
 		return nil
 	}
-	// A component may use signals that later components define: those first.
+	// A component may use signals that later components define: they are read first.
 	first := len(components) // the circuit's place among the components of the policy
 	items := d.items(v)
 	deciders := make([]value, len(items))
 	for i, item := range items {
 		kind, v := d.one(item, circuitKeys)
 		switch kind {
-		case "": // d.one has told why
+		case "": // d.one has reported why
 		case "flow_control":
 			deciders[i] = v
 			d.outputs(v.node)
@@ -118,7 +118,7 @@ func (d *decoder) outputs(n *node) {
 	}
 }
 
-// need returns v, and reports if nothing stands there.
+// need returns v, and reports it if it is missing.
 func (d *decoder) need(v value) value {
 	if v.node == nil {
 		d.errorf(v, "is required")
@@ -126,14 +126,14 @@ func (d *decoder) need(v value) value {
 	return v
 }
 
-// refuse reports what may only stand there if it is empty: sequences or mappings of things that are not supported.
+// refuse reports a sequence or mapping of things that are not supported, unless it is empty.
 func (d *decoder) refuse(v value, want kind, what string) {
 	if d.is(v, want) && len(v.node.items)+len(v.entries) > 0 {
 		d.errorf(v, "%s are not supported", what)
 	}
 }
 
-// port reads an input port: the constant that it is connected to. One that nothing is connected to is 0.
+// port reads an input port: the constant that it is connected to. A port without a connection is 0.
 func (d *decoder) port(v value) float64 {
 	if v.node == nil {
 		d.noPort(v)
@@ -153,7 +153,7 @@ func (d *decoder) port(v value) float64 {
 	return 0
 }
 
-// noPort has the keys of an input port learned.
+// noPort learns the keys of an input port, in a decoder that learns.
 func (d *decoder) noPort(v value) {
 	if d.learned != nil {
 		d.one(v, "constant_signal signal_name")
@@ -162,7 +162,7 @@ func (d *decoder) noPort(v value) {
 }
 
 // signal reads an input port that may be connected to more than constants: to a flux meter, by its name, or to a signal
-// that no component defines, which the host will provide. One that nothing is connected to is nil.
+// that no component defines, which the host will provide. A port without a connection is nil.
 func (d *decoder) signal(v value) Signal {
 	if v.node == nil {
 		d.noPort(v)
@@ -189,7 +189,7 @@ func (d *decoder) signal(v value) Signal {
 	return nil
 }
 
-// meter reads a flux meter as the mean latency of half a minute, which is what Aperture's blueprints make of one.
+// meter reads a flux meter as the mean latency of half a minute, as Aperture's blueprints do.
 func (d *decoder) meter(v value) MeanLatency {
 	f := d.fields(v, "selectors attribute_key", "static_buckets linear_buckets exponential_buckets exponential_buckets_range")
 	if attribute := f.get("attribute_key"); attribute.node != nil {
@@ -233,7 +233,7 @@ func (d *decoder) dynamicConfig(v value) {
 	}
 }
 
-// setting returns what dynamicConfig has under the key, or else what stands in the policy itself.
+// setting returns what dynamicConfig has under the key, or otherwise what the policy itself has.
 func (d *decoder) setting(key string, otherwise value) value {
 	if set := d.dynamic.get(key); key != "" && set.node != nil {
 		d.used[key] = true
@@ -278,7 +278,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 				d.errorf(label, "want %s, have %s", text, null)
 			}
 			m.Equal[e.key] = d.labelValue(label)
-			if impossible(e.key) != "" { // only then: cut to fit an error, other names may look the same
+			if impossible(e.key) != "" { // only then: other names may look the same when cut to fit an error
 				label.line, label.column = e.line, e.column
 				d.note(equal(labels.field, e.key), label)
 			}

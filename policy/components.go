@@ -6,8 +6,8 @@ import "slices"
 type component struct {
 	value
 	id    string
-	ports value               // has what is connected to the input ports,
-	port  func(value) float64 // and this reads it
+	ports value               // the values of the input ports
+	port  func(value) float64 // reads an input port
 }
 
 // inCircuit takes a component as circuits have it.
@@ -39,7 +39,7 @@ func (d *decoder) passThroughValues(c component, sessionLabel string) []string {
 	return d.valuesToPass(d.setting(key, c.get("pass_through_label_values")), sessionLabel)
 }
 
-// valuesToPass reads values of a label. Without the label only "" means any flow, and lets all pass.
+// valuesToPass reads values of a label. Without the label, only "" has an effect: it lets all flows pass.
 func (d *decoder) valuesToPass(v value, sessionLabel string) []string {
 	values := d.labelValues(v)
 	if sessionLabel == "" && len(values) > 0 && !slices.Contains(values, "") {

@@ -16,11 +16,11 @@ type ConcurrencyLimiter struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// Max is the number of slots. A flow is admitted while at least part of one is free, so a flow that costs more
-	// than is free may overshoot. Zero refuses every flow. Not negative.
+	// Max is the number of slots. A flow is admitted while at least a part of a slot is free, so a flow that costs more
+	// may overshoot. Zero refuses every flow. Not negative.
 	Max float64
 
-	// MaxInflight is when a slot whose flow has not ended is taken back. Required, positive.
+	// MaxInflight is the time after which a slot is taken back if its flow has not ended. Required, positive.
 	MaxInflight time.Duration
 
 	// LimitBy is the label whose values have slots of their own. Empty: all flows share them. A flow without the
@@ -41,8 +41,8 @@ type ConcurrencyLimiter struct {
 	// PassThrough accepts every flow and takes no slots.
 	PassThrough bool
 
-	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
-	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
+	// DryRun decides and counts, but drops no flow. A flow that it would admit takes slots; one that it would drop
+	// takes none. flowctl.WithDryRun does the same for all components that a client's flows meet.
 	DryRun bool
 }
 

@@ -17,11 +17,11 @@ type ConcurrencyScheduler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// Max is the number of slots. A flow is admitted while at least part of one is free, so a flow that costs more
-	// than is free may overshoot. Zero refuses every flow. Not negative.
+	// Max is the number of slots. A flow is admitted while at least a part of a slot is free, so a flow that costs more
+	// may overshoot. Zero refuses every flow. Not negative.
 	Max float64
 
-	// MaxInflight is when a slot whose flow has not ended is taken back. Required, positive.
+	// MaxInflight is the time after which a slot is taken back if its flow has not ended. Required, positive.
 	MaxInflight time.Duration
 
 	// LimitBy is the label whose values have slots and a queue of their own. Empty: all flows share them. A flow
@@ -32,7 +32,7 @@ type ConcurrencyScheduler struct {
 	// negative value) as long as there is room.
 	MaxIdle time.Duration
 
-	// Scheduler says who goes first. The zero value serves all flows alike.
+	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
 	// PassThrough accepts every flow and takes no slots.

@@ -16,10 +16,10 @@ type value struct {
 	here         *value // itself, for up
 	up           *value // what it is part of; nil at the top
 	line, column int    // where to look for it
-	key          string // in the mapping that up is,
-	index        int    // or in the sequence that it is if there is no key
+	key          string // its key, if it is in a mapping
+	index        int    // its index, if it is in a sequence
 	named        bool   // there is a key
-	field        string // of Go fields: which part of the Policy it fills; only where sources are noted
+	field        string // the Go field of the Policy that it fills; only where sources are noted
 }
 
 // path returns the path of keys to v, as errors show it.
@@ -35,8 +35,8 @@ func (v value) path() string {
 }
 
 // A decoder reads one document of a file into a Policy. What it returns is good only if there are no errors. Most files
-// have none, so a first decoder only tells whether there are any. A second one, with sources, notes what is wrong and
-// reads on, so that one error reports all of it.
+// have none, so a first decoder only finds out whether there are any. A second one, with sources, notes what is wrong
+// and reads on, so that all of it is reported at once.
 type decoder struct {
 	file     string
 	errs     []*Error
@@ -44,10 +44,10 @@ type decoder struct {
 	failed   map[string]bool    // what errs are about, by path
 	warned   map[string]bool    // what is in warnings
 	invalid  bool               // there is an error
-	sources  map[string]value   // what fills each Go field; nil in a decoder that only tells whether there is an error
-	learned  map[string]string  // keys of each mapping, by path; nil but in a decoder that reads nothing
-	shape    func(*decoder)     // reads nothing in the document's shape
-	homes    map[string]string  // what shape has had another decoder learn
+	sources  map[string]value   // what fills each Go field; nil in a first decoder
+	learned  map[string]string  // keys of each mapping, by path; only in a decoder that learns
+	shape    func(*decoder)     // reads an empty document of the same shape
+	homes    map[string]string  // what another decoder has learned by shape
 	name     value              // the policy's
 	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
@@ -71,8 +71,8 @@ func newDecoder(file string) *decoder {
 	}
 }
 
-// errorf notes what is wrong with v, unless something was wrong with it or with what it is part of before: that would
-// be an echo.
+// errorf notes what is wrong with v. After an error of v, or of what it is part of, it notes nothing: that would be an
+// echo.
 func (d *decoder) errorf(v value, format string, args ...any) {
 	d.invalid = true
 	if d.sources == nil {
@@ -134,7 +134,7 @@ func (v value) part(e entry) value {
 	return p
 }
 
-// is reports whether v has the kind; otherwise, if anything stands there at all, that is an error.
+// is reports whether v has the kind. Another kind is an error; a missing value is not.
 func (d *decoder) is(v value, want kind) bool {
 	if v.node == nil || v.kind == want {
 		return v.node != nil
@@ -261,7 +261,7 @@ func (d *decoder) one(v value, names string) (key string, chosen value) {
 		}
 		d.errorf(v, "has %s; want one of them", clip(strings.Join(have, " and "), 100))
 	case unknown:
-		d.failed[v.path()] = true // fields has told
+		d.failed[v.path()] = true // fields has reported it
 	default:
 		d.errorf(v, "wants one of %s", clip(strings.ReplaceAll(names, " ", ", "), 100))
 	}
@@ -299,8 +299,8 @@ func (d *decoder) text(v value) string {
 	return v.text
 }
 
-// labelValue reads a value that flows are compared with. It warns of one that programs hardly give: the component does
-// not act on the flows that are meant, and the file is well formed all the same.
+// labelValue reads a value that flows are compared with. It warns of a value that programs hardly give: the file is
+// well formed, but the component does not act on the flows that are meant.
 func (d *decoder) labelValue(v value) string {
 	text := d.text(v)
 	if why := slip.In(text); why != "" {
@@ -336,7 +336,8 @@ func (d *decoder) positive(v value) float64 {
 	return n
 }
 
-// explicit reads a number for a field whose zero means the default. A 0 that stands there is as near to 0 as numbers get.
+// explicit reads a number for a field whose zero means the default. It turns a 0 in the file into the smallest number
+// above 0.
 func (d *decoder) explicit(v value) float64 {
 	if n := d.number(v); n != 0 || v.node == nil {
 		return n
@@ -369,8 +370,8 @@ func (d *decoder) duration(v value) time.Duration {
 	return t
 }
 
-// optional reads a duration that is not negative, for a field whose zero means the default, and has zero for a 0 that
-// stands there.
+// optional reads a duration that is not negative, for a field whose zero means the default. It returns zero for a 0 in
+// the file.
 func (d *decoder) optional(v value, zero time.Duration) time.Duration {
 	t := d.duration(v)
 	switch {

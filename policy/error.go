@@ -44,11 +44,11 @@ func (e *Error) Error() string {
 	return message
 }
 
-// mostErrors are those of a file after which no more are looked for.
+// mostErrors is the number of errors after which reading a file stops.
 const mostErrors = 200
 
-// join returns nil, the only error, or all of them as one: the first 20, for a file of the wrong kind has thousands, and
-// no reader wants them.
+// join returns nil, the only error, or all of them as one: the first 20, because a file of the wrong kind has
+// thousands.
 func join(errs []error) error {
 	const most = 20
 	if len(errs) == 1 {

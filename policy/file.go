@@ -14,10 +14,9 @@ import (
 // Load reads the policies of files and directories, in the given order. Of a directory it reads the files whose names
 // end in .yaml or .yml and do not begin with a dot, in the order of their names, and no directories below it.
 //
-// A file holds one or several YAML documents, each a policy in one of the shapes that [Parse] describes. Finding no
-// policy in a path, or two policies of one name anywhere, is an error. The problems of all files are reported together,
-// each an [*Error], or an [*io/fs.PathError] for what cannot be read, but no more than 20 of them; there are no policies
-// then.
+// A file holds one or several YAML documents, each a policy in one of the shapes that [Parse] describes. A path without
+// a policy is an error, and so are two policies of one name. If there is an error, Load returns no policies. The error
+// joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read.
 func Load(paths ...string) ([]Policy, error) {
 	var l loader
 	for _, path := range paths {
@@ -46,15 +45,15 @@ func Load(paths ...string) ([]Policy, error) {
 // concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
 // blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, except dry_run, which any component may have, for calendar_quota,
-// which is a [CalendarQuota], and for those at the top of a document that begin with "x-": they are a place for anchors,
-// and otherwise ignored. Keys that it has and that are of no use here end up in [Policy.Warnings]. A key or value that
-// Aperture's blueprints have left to be filled in, __REQUIRED_FIELD__, is an error.
+// Keys that Aperture's format does not have are errors, with three exceptions: dry_run, which any component may have;
+// calendar_quota, which is a [CalendarQuota]; and keys at the top of a document that begin with "x-", a place for
+// anchors that is otherwise ignored. Keys of Aperture's format that are of no use here end up in [Policy.Warnings]. The
+// placeholder __REQUIRED_FIELD__ of Aperture's blueprints is an error.
 //
-// The components of flow_control that this package has a type for are read, and adaptive_load_scheduler, which is an
-// [AIMDLoadScheduler] by an old name; others are errors. An input port is connected to a constant or to the signal of a
-// variable. Those of load schedulers may also name a flux meter, which is a [MeanLatency] over 30 seconds, or a signal
-// that the circuit does not define, which is [Named]. What other components compute is an error.
+// The components of flow_control that this package has a type for are read; others are errors. An
+// adaptive_load_scheduler is an [AIMDLoadScheduler] by an old name. An input port is connected to a constant or to the
+// signal of a variable. Those of load schedulers may also name a flux meter, which is a [MeanLatency] over 30 seconds,
+// or a signal that the circuit does not define, which is [Named]. A signal that another component computes is an error.
 func Parse(name string, data []byte) ([]Policy, error) {
 	var l loader
 	l.parse(name, data)
@@ -87,7 +86,7 @@ func list(path string) ([]string, error) {
 	return files, nil
 }
 
-// read returns a file's content, or of a file that is too large enough for Parse to say so.
+// read returns a file's content. Of a file that is too large, it returns enough for Parse to report that.
 func read(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -122,8 +121,8 @@ func (l *loader) result() ([]Policy, error) {
 	return l.policies, nil
 }
 
-// parse reads a file. It takes a file for good first, which is soon read. Only if that turns out wrong, it reads the file
-// again, from its beginning to its end, and notes what is wrong.
+// parse reads a file. It first takes the file for good, because that is fast. If the file is not good, it reads it
+// again, from beginning to end, and notes what is wrong.
 func (l *loader) parse(file string, data []byte) {
 	plain := strings.TrimSuffix(filepath.Base(file), filepath.Ext(file))
 	if strings.Trim(plain, `./\`) == "" {
@@ -302,7 +301,7 @@ func (d *decoder) recheck(field, format string, args ...any) {
 	}
 }
 
-// want reports text other than the only one that is right.
+// want reports any text other than the only valid one.
 func (d *decoder) want(v value, only string) {
 	if v.node == nil {
 		d.errorf(v, "is required")

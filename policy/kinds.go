@@ -61,8 +61,8 @@ var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
 	}}},
 }
 
-// A component names its index, by its method kind. While an index has no row this does not compile: the table is shorter then
-// than Kinds says.
+// A component's method kind returns its index. This does not compile while an index has no row: the table would be
+// shorter than Kinds.
 var _ [Kinds]kindOf = kinds
 
 // A kindOf is a row of the table of kinds.
@@ -75,9 +75,9 @@ type kindOf struct {
 // A form is a key of flow_control in files, under which a component of the kind stands.
 type form struct {
 	key     string
-	keys    string // below it: all but in_ports, out_ports and dry_run
-	ports   string // those of in_ports that blueprint values have too, as numbers
-	options string // the others of in_ports
+	keys    string // the keys below it, except in_ports, out_ports and dry_run
+	ports   string // the keys of in_ports that blueprint values have too, as numbers
+	options string // the other keys of in_ports
 	read    func(d *decoder, c component) Component
 }
 
@@ -119,7 +119,8 @@ func valueOf[P Component](c Component) (Component, bool) {
 	return nil, false
 }
 
-// asValue returns the component as a value, which it is or points to. If it is neither, it says what is wrong with it.
+// asValue returns the component, or what it points to, as a value. If it cannot, wrong is what is wrong with the
+// component.
 func asValue(c Component) (value Component, wrong string) {
 	for i := range kinds {
 		if value, ok := kinds[i].value(c); ok {
@@ -150,7 +151,7 @@ func (i *identifier) id(c Component) string {
 	return fmt.Sprintf("%s.%d", kinds[k].name, n)
 }
 
-// Describe says what the policy's components are, which must be valid. Package engine calls it.
+// Describe describes the policy's components, which must be valid. Package engine calls it.
 func (p Policy) Describe() []components.Description {
 	described := make([]components.Description, len(p.Components))
 	var ids identifier

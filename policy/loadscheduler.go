@@ -4,10 +4,10 @@ import (
 	"github.com/headgate-go/headgate/internal/components"
 )
 
-// LoadScheduler lets in a share of the load that comes: tokens flow at LoadMultiplier times the rate at which flows have
-// asked for them over the last 30 seconds, and flows that find too few wait for them by weighted fair queueing; see
-// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, those that wait
-// already too.
+// LoadScheduler lets in a share of the load: tokens come at LoadMultiplier times the rate at which flows have asked for
+// them over the last 30 seconds. Flows that find too few tokens wait for them by weighted fair queueing; see
+// [Scheduler]. Until it has seen 30 seconds of load, and after as long a silence, it accepts every flow, including
+// those that wait.
 type LoadScheduler struct {
 	// ID names the component within its policy. Default: "load_scheduler.<index>", its place
 	// among the policy's LoadSchedulers.
@@ -16,15 +16,15 @@ type LoadScheduler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// LoadMultiplier is the share, looked at every 10 seconds: below 0 counts as 0, which lets nothing in; a signal
-	// that is not a number accepts every flow. Required.
+	// LoadMultiplier is the share, read every 10 seconds. Below 0 counts as 0, which lets nothing in. While it is not a
+	// number, every flow is accepted. Required.
 	LoadMultiplier Signal
 
-	// WorkloadLatencyTokens has a flow of a workload cost the workload's mean latency of the last 30 minutes, in
-	// milliseconds, once there is one, unless a label says what it costs or the workload has NoTokens.
+	// WorkloadLatencyTokens makes a flow cost its workload's mean latency of the last 30 minutes, in milliseconds, once
+	// there is one. It does not apply if a label says the cost, or the workload has NoTokens.
 	WorkloadLatencyTokens bool
 
-	// Scheduler says who goes first. The zero value serves all flows alike.
+	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
 	// DryRun decides and counts, but drops no flow, and no flow waits: one that would have to wait counts as dropped.

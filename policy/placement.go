@@ -8,10 +8,10 @@ import (
 	"strings"
 )
 
-// What a wrong key is answered with: what was meant, or where it belongs. To know where keys belong, a decoder reads the
-// document's shape with nothing in it and learns the keys that are asked for.
+// The error of an unknown key hints at what was meant, or where the key belongs. To know where keys belong, a decoder
+// reads an empty document of the same shape, and learns the keys that are asked for.
 
-// learnCircuit has the keys of everything that a circuit can have learned.
+// learnCircuit learns the keys of everything that a circuit can have.
 func (d *decoder) learnCircuit(components value) {
 	if d.learned == nil {
 		return
@@ -29,7 +29,7 @@ func (d *decoder) learnCircuit(components value) {
 	}
 }
 
-// unknown reports a key that a mapping does not have: it has those in own.
+// unknown reports a key that a mapping may not have. It may have those in own.
 func (d *decoder) unknown(key value, own string) {
 	d.invalid = true
 	if d.sources == nil || len(d.errs) >= mostErrors {
@@ -52,7 +52,7 @@ func (d *decoder) unknown(key value, own string) {
 	d.errorf(key, "unknown key%s", hint)
 }
 
-// home returns a hint at the mapping nearest to that of a key which has the key, or one much like it; "" if there is none.
+// home returns a hint at the nearest mapping that may have the key, or one much like it; "" if there is none.
 func (d *decoder) home(key value) string {
 	if d.shape == nil {
 		return ""
@@ -131,7 +131,7 @@ func steps(from, to string) int {
 	return len(a) + len(b) - 2*same
 }
 
-// place tells a path of a shape to readers.
+// place returns a path of a shape in words for readers.
 func place(path string) string {
 	if path == "" {
 		return "the top of the document"

@@ -3,8 +3,8 @@
 //
 // Names of labels and control points have up to 255 bytes of valid UTF-8 wherever a policy has one: no flow has others.
 //
-// Values are data: nothing here runs. They are safe for concurrent use as long as nobody changes them, and an engine
-// that was built from them keeps none of their maps and slices.
+// Values are data: nothing here runs. They are safe for concurrent use as long as they are not changed. An engine that
+// was built from them keeps none of their maps and slices.
 package policy
 
 import (
@@ -21,8 +21,8 @@ type Policy struct {
 	// Components run in this order within their stage. Required.
 	Components []Component
 
-	// Warnings lists what the file that the policy came from says and this package has no use for, and values that flows
-	// hardly have, one "file:line:column: field: …" each. Load fills it; values written in Go leave it empty.
+	// Warnings lists what the policy's file says that this package has no use for, and values that flows hardly have,
+	// each as "file:line:column: field: …". Load fills it; values written in Go leave it empty.
 	Warnings []string
 }
 
@@ -33,12 +33,12 @@ type Component interface {
 	kind() index
 	id() string                               // its own, "" for the default
 	check(wrong report)                       // what keeps it from running
-	reads(read func(components.Role, string)) // the labels that it reads; "" for one that it could name and does not
+	reads(read func(components.Role, string)) // the labels that it reads; "" for one that it may name but does not
 }
 
 // Values of a component's MaxIdle.
 const (
-	// DefaultMaxIdle is how long a limiter remembers a key that nobody uses when MaxIdle is zero.
+	// DefaultMaxIdle is how long a limiter remembers an unused key when MaxIdle is zero.
 	DefaultMaxIdle = 2 * time.Hour
 	// KeepIdle makes a limiter remember idle keys for as long as there is room.
 	KeepIdle time.Duration = -1

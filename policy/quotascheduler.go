@@ -32,7 +32,7 @@ type QuotaScheduler struct {
 	DelayInitialFill bool
 	MaxIdle          time.Duration
 
-	// Scheduler says who goes first. The zero value serves all flows alike.
+	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
 	// PassThrough accepts every flow and takes no tokens.

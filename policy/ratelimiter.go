@@ -30,8 +30,8 @@ type RateLimiter struct {
 	// StepFill adds Fill tokens at once at the end of each Interval; by default they trickle in continuously.
 	StepFill bool
 
-	// DelayInitialFill makes a full bucket that is drawn on wait as long as it takes to fill it whole before it
-	// begins to refill.
+	// DelayInitialFill delays the refill of a full bucket that is drawn on, by the time that it takes to fill the whole
+	// bucket.
 	DelayInitialFill bool
 
 	// MaxIdle is how long an unused bucket is remembered once it is full again. Zero means DefaultMaxIdle, KeepIdle
@@ -48,8 +48,8 @@ type RateLimiter struct {
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
-	// DryRun decides and counts, but drops no flow. A flow takes what there is for it, and one that the component would
-	// have dropped takes nothing. flowctl.WithDryRun does the same for all components that a client's flows meet.
+	// DryRun decides and counts, but drops no flow. A flow that it would admit takes tokens; one that it would drop
+	// takes none. flowctl.WithDryRun does the same for all components that a client's flows meet.
 	DryRun bool
 }
 

@@ -4,8 +4,8 @@ import (
 	"github.com/headgate-go/headgate/internal/components"
 )
 
-// Sampler accepts a share of the flows. Flows with the same value of SessionLabel share their fate, and one that was
-// accepted at some percentage is at every larger one.
+// Sampler accepts a share of the flows. Flows with the same value of SessionLabel get the same decision. A value that
+// is accepted at some percentage is accepted at every larger one.
 type Sampler struct {
 	// ID names the component within its policy. Default: "sampler.<index>", its place
 	// among the policy's Samplers.
@@ -14,19 +14,19 @@ type Sampler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// AcceptPercentage is the share of flows that are accepted, 0 to 100. Zero accepts none. (In a file, a key that is
-	// missing means 100.)
+	// AcceptPercentage is the share of flows that are accepted, 0 to 100. Zero accepts none. (In a file, a missing key means
+	// 100, or 0 in ramp mode.)
 	AcceptPercentage float64
 
-	// SessionLabel is the label whose value decides (by its FNV-1a hash). Of flows without it, and where it is empty,
+	// SessionLabel is the label whose value decides (by its FNV-1a hash). Of flows without it, or with an empty value,
 	// a random share is accepted.
 	SessionLabel string
 
 	// PassThroughValues are values of SessionLabel that are always accepted; "" stands for flows without it.
 	PassThroughValues []string
 
-	// RampMode makes the sampler one that flows in ramp mode need: they are accepted only where at least one such
-	// sampler, or a [LoadRamp], selects them, and none of them drops them. Other flows it samples as any sampler does.
+	// RampMode makes the sampler a ramp. A flow in ramp mode is accepted only if at least one such sampler, or a
+	// [LoadRamp], selects it, and none of them drops it. Other flows are sampled as by any sampler.
 	RampMode bool
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.

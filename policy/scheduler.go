@@ -22,18 +22,18 @@ type Scheduler struct {
 	// DefaultMargin. Not negative.
 	Margin time.Duration
 
-	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name,
-	// where they can be used: a number of tokens that is not negative, a priority above 0. Let only those set them whom
-	// you trust: a flow takes what it says, and a load scheduler takes it for the load.
+	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name. A
+	// number of tokens that is negative, or a priority that is not above 0, is ignored. Accept these labels only from
+	// callers that you trust: a flow takes the tokens that it asks for, and a load scheduler counts them as load.
 	TokensLabel, PriorityLabel, WorkloadLabel string
 
 	// FairnessLabel is the label whose values share a workload's tokens alike. Empty: first come, first served.
 	FairnessLabel string
 
-	// MaxQueue is how many flows may wait at once, for all values of the component's label together, since those may be
-	// made up. When there is no room, the newest flow of the largest share is rejected: of the value of the component's
-	// label with the most flows that wait, its largest workload, and there the largest fairness value. Zero means
-	// DefaultMaxQueue. Not negative. Policy files have no key for it.
+	// MaxQueue is how many flows may wait at once, for all values of the component's label together, because those may
+	// be made up. When there is no room, the newest flow of the largest share is rejected: in the value of the
+	// component's label for which the most flows wait, the largest workload, and in that the largest fairness value.
+	// Zero means DefaultMaxQueue. Not negative. Policy files have no key for it.
 	MaxQueue int
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.
@@ -42,9 +42,9 @@ type Scheduler struct {
 
 // Defaults of a Scheduler.
 const (
-	// DefaultMargin is the Margin of zero.
+	// DefaultMargin is the margin when Margin is zero.
 	DefaultMargin = 10 * time.Millisecond
-	// DefaultMaxQueue is the MaxQueue of zero.
+	// DefaultMaxQueue is the bound when MaxQueue is zero.
 	DefaultMaxQueue = 10_000
 )
 
@@ -62,7 +62,7 @@ type Workload struct {
 
 // WorkloadParameters say how the flows of a workload wait.
 type WorkloadParameters struct {
-	// Priority is the workload's share among those that wait, in proportion to theirs. Zero means 1. Not negative.
+	// Priority is the workload's weight among the workloads that wait. Zero means 1. Not negative.
 	Priority float64
 
 	// Tokens is what a flow costs. Zero means 1; NoTokens (or any negative value) lets flows in for free, and at once.
@@ -126,7 +126,7 @@ func (d *decoder) scheduler(of value) Scheduler {
 		"tokens_label_key priority_label_key workload_label_key fairness_label_key denied_response_status_code", "")
 	s := Scheduler{
 		Default:       d.workloadParameters(d.fill(f, "Default", "default_workload_parameters")),
-		Margin:        d.optional(d.fill(f, "Margin", "decision_deadline_margin"), time.Nanosecond), // none to speak of
+		Margin:        d.optional(d.fill(f, "Margin", "decision_deadline_margin"), time.Nanosecond), // practically none
 		TokensLabel:   d.text(d.fill(f, "TokensLabel", "tokens_label_key")),
 		PriorityLabel: d.text(d.fill(f, "PriorityLabel", "priority_label_key")),
 		WorkloadLabel: d.text(d.fill(f, "WorkloadLabel", "workload_label_key")),
@@ -160,7 +160,7 @@ func (d *decoder) workloadParameters(v value) WorkloadParameters {
 	return p
 }
 
-// reads calls read with the labels that the scheduler reads. The role is that of its workloads' labels besides scheduling.
+// reads calls read with the labels that the scheduler reads. Workloads is a further role of its workloads' labels.
 func (s *Scheduler) reads(workloads components.Role, read func(components.Role, string)) {
 	read(components.CostsBy, s.TokensLabel)
 	for _, key := range []string{s.PriorityLabel, s.WorkloadLabel, s.FairnessLabel} {

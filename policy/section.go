@@ -7,9 +7,9 @@ import (
 	"sync/atomic"
 )
 
-// A section is a part of a file that is read on its own, and at once with others: documents from the first line to the
-// one before the end. Nothing in a document depends on another, except for the names of policies and what
-// aliases may stand for in the file as a whole.
+// A section is a part of a file that is read on its own, in parallel with others: the documents from the line first to
+// the one before end. Documents do not depend on each other, except by the names of policies, and by how much aliases
+// may stand for in the whole file.
 type section struct {
 	first, end int
 	policies   []Policy
@@ -40,8 +40,8 @@ func startsDocument(text string) bool {
 	return found && (behind == "" || strings.IndexByte(" \t\r\n", behind[0]) >= 0)
 }
 
-// good reads the file on all processors. It reports whether it has found nothing wrong: what is wrong, and in which order,
-// is known only where the file is read from its beginning.
+// good reads the file on all processors. It reports whether it has found nothing wrong: what is wrong, and in which
+// order, is known only if the file is read from its beginning.
 func (r *yamlReader) good(plain string, size int) ([]section, bool) {
 	sections := r.sections(size)
 	var taken atomic.Int64
@@ -71,8 +71,7 @@ func (r *yamlReader) good(plain string, size int) ([]section, bool) {
 }
 
 // read reads the policies of the section and reports whether it has found nothing wrong. Each document is decoded as
-// soon as it is read, so that only one is in memory,
-// and in that of the one before.
+// soon as it is read, so that only one is in memory at a time, in the memory of the one before.
 func (s *section) read(r yamlReader, plain string) bool {
 	good := true
 	var kept slab[value]

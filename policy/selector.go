@@ -76,8 +76,9 @@ type (
 	LabelEquals struct{ Label, Value string }
 
 	// LabelMatches is true when the flow has the label and Regex (RE2, not anchored) finds a match in its value. Regex
-	// compiles to at most 1,000 instructions. Where the value has more bytes than 262,144 by the number of instructions,
-	// a match would take too long: the component rejects the flow, unless its other conditions do not hold.
+	// compiles to at most 1,000 instructions. If the value has more bytes than 262,144 divided by the number of
+	// instructions, a match would take too long: the component rejects the flow, unless its other conditions do not
+	// hold.
 	LabelMatches struct{ Label, Regex string }
 )
 

@@ -13,20 +13,19 @@ type Signal interface {
 }
 
 type (
-	// Constant is a signal that does not change: a number, and not an infinite one.
+	// Constant is a signal that does not change: a finite number.
 	Constant float64
 
 	// Named is a signal that the engine's host provides under this name, by the engine's WithSignal. Not empty.
 	Named string
 
-	// MeanLatency is how long the work of flows takes on average, in milliseconds: from the answer to their check
-	// until they end. The engine measures it, of flows that ran and ended well; those whose result was in the cache do
-	// not count.
+	// MeanLatency is how long the work of flows takes on average, in milliseconds, from the answer to their check until
+	// they end. Only flows that ran and ended well count, without those whose result was in the cache.
 	MeanLatency struct {
 		// Selectors say which flows count. Required.
 		Selectors []Selector
 
-		// Over is the time that the mean is taken over: those flows that ended within it. Required, positive, at
+		// Over is the time over which the mean is taken: the flows that ended within it count. Required, positive, at
 		// most 24 hours.
 		Over time.Duration
 

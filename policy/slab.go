@@ -1,9 +1,9 @@
 package policy
 
-// A slab gives room for values, which is allocated for many at once.
+// A slab allocates values, many at once.
 type slab[T any] struct{ all, free []T }
 
-// take returns n values for use, with what a use before reset has left in them.
+// take returns n values, which may hold what a use before reset has left in them.
 func (s *slab[T]) take(n int) []T {
 	const least, most = 64, 1024
 	if n > len(s.free) {

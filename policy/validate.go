@@ -12,9 +12,8 @@ import (
 	"github.com/headgate-go/headgate/internal/pattern"
 )
 
-// Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position; of
-// more than 20 problems it tells the first.
-// Policies that [Load] and [Parse] return are valid.
+// Validate reports everything that keeps an engine from running the policy, as [*Error] without file and position. Of
+// more than 20 problems it returns the first 20. Policies that [Load] and [Parse] return are valid.
 func (p Policy) Validate() error {
 	var errs []error
 	p.check(func(field, format string, args ...any) {
@@ -105,7 +104,7 @@ func checkStatus(wrong report, status int) {
 // maxName is the most bytes of a control point, and of a label's name, that a flow can have.
 const maxName = 255
 
-// impossible says why no flow can have a label, or a control point, of the name; "" when one can.
+// impossible returns why no flow can have a label, or a control point, of the name; "" if one can.
 func impossible(name string) string {
 	switch {
 	case len(name) > maxName:

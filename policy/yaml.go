@@ -89,7 +89,7 @@ type placed struct {
 	flow bool
 }
 
-// newReader returns the reader of a file, and nil if it has found what keeps the file from being read.
+// newReader returns the reader of a file, or nil and what keeps the file from being read.
 func newReader(file string, data []byte) (*yamlReader, []*Error) {
 	if len(data) > maxSize {
 		message := fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20)
@@ -130,8 +130,8 @@ func (r *yamlReader) all() (docs []*node, errs []*Error) {
 	return docs, r.errs
 }
 
-// documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at one
-// that is broken. Those that failed are not: only what they say makes no sense.
+// documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at a
+// broken one. A document that failed is not broken: it is YAML, but makes no sense.
 func (r *yamlReader) documents(first, end int, yield func(doc *node, failed bool) bool) error {
 	loader, err := yaml.NewLoader(strings.NewReader(r.opened(first, end)), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
 	for err == nil {
@@ -317,7 +317,7 @@ func (r *yamlReader) mark(m yaml.Mark, first int) position {
 	return r.place(m.Line, m.Column, first)
 }
 
-// place returns a line and a column of what opened has returned as they are in the file.
+// place returns where in the file a line and a column of what opened has returned are.
 func (r *yamlReader) place(line, column, first int) position {
 	at := position{line + first, column}
 	if at.line > len(r.lines) { // the library ends the last line
@@ -422,8 +422,8 @@ func (r *yamlReader) findFlows() {
 }
 
 // opened returns the lines from first up to end, counted from 0, with "--- " before those of flows. Without it, such a
-// document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s and
-// 3.4 GB, and take 1.2 s and 0.5 GB.
+// document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s
+// and 3.4 GB, and take 1.2 s and 0.5 GB now.
 func (r *yamlReader) opened(first, end int) string {
 	to := len(r.text)
 	if end < len(r.lines) {
@@ -444,7 +444,7 @@ func (r *yamlReader) opened(first, end int) string {
 }
 
 // checkFlow returns the offset of a list or mapping in brackets that has more than maxFlow indicators and stands where
-// a key may stand, or -1. The library keeps all tokens of one until it ends, 150 bytes for each and more, and takes
+// a key may stand, or -1. The library keeps all tokens of one until it ends, at least 150 bytes for each, and takes
 // quadratic time in them. It reads block scalars as if they were YAML, which matters only if one has a line that begins
 // with a bracket that the next 300,000 indicators do not close.
 func checkFlow(source string) (offset int) {
@@ -458,7 +458,7 @@ func checkFlow(source string) (offset int) {
 	var open []bracket
 	indicators := 0
 	token, value := true, true // what comes next may begin a token, and cannot be a key
-	begun := false             // a document has: findFlows sees to one that is in brackets
+	begun := false             // a document has begun; findFlows sees to one that is in brackets
 	for i := 0; i < len(source); i++ {
 		c := source[i]
 		switch c {
@@ -527,7 +527,7 @@ type converter struct {
 	base    int // lines before what the library has read
 	failed  bool
 	anchors map[*yaml.Node]*node
-	indent  int // spaces before what is in the mapping, of those in lines of their own
+	indent  int // least spaces before the lines of a value, in the innermost block mapping
 }
 
 func (c *converter) node(in *yaml.Node, depth int) *node {
@@ -565,7 +565,8 @@ func (c *converter) untagged(in *yaml.Node, at position) {
 	}
 }
 
-// key returns what a key of a mapping is, and its text. Most keys need no node: only what aliases may stand for does.
+// key returns the kind of a mapping's key, and its text. Most keys need no node: only one that an alias may stand for
+// does.
 func (c *converter) key(in *yaml.Node, at position, depth int) (kind, string) {
 	if in.Kind != yaml.ScalarNode || in.Anchor != "" {
 		n := c.node(in, depth)
@@ -610,14 +611,14 @@ var (
 	hexadecimal = regexp.MustCompile(`^0x[0-9a-fA-F]+$`)
 	octal       = regexp.MustCompile(`^[-+]?0[0-9]+$`)
 
-	// disputed is what YAML 1.1 or 1.2 has for a number, and the other for text.
+	// disputed is what one of YAML 1.1 and 1.2 takes for a number, and the other for text.
 	disputed = regexp.MustCompile(`^[-+]?(?:0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+|` +
 		`(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?)$`)
 )
 
-// scalar reads unquoted text as YAML 1.2 does. A number that YAML 1.1 has for another one, or for text, is an error, and so
-// is text that YAML 1.1 has for a number in digits. The library's own tags are those of YAML 1.1 in part: 010 is 8, and
-// 1e999 is text.
+// scalar reads unquoted text as YAML 1.2 does. A number that YAML 1.1 takes for another one, or for text, is an error,
+// and so is text that YAML 1.1 takes for a number in digits. The library's own tags are those of YAML 1.1 in part: 010
+// is 8, and 1e999 is text.
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
@@ -642,7 +643,7 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 		}
 		at := position{n.line, n.column}
 		switch {
-		case isInteger(in.Value): // as most numbers are: expressions take longer
+		case isInteger(in.Value): // most numbers are, and expressions take longer
 			n.kind = number
 			n.number, _ = strconv.ParseFloat(in.Value, 64)
 		case octal.MatchString(in.Value) && strings.Trim(in.Value, "+-0") != "":
@@ -663,7 +664,7 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 	c.severalLines(n, in.Value)
 }
 
-// isInteger reports whether s has digits alone, and no 0 before others.
+// isInteger reports whether s consists of digits, without a leading 0.
 func isInteger(s string) bool {
 	for i := range len(s) {
 		if s[i] < '0' || s[i] > '9' {
@@ -750,7 +751,7 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 			continue
 		}
 		if c.r.left -= len(from.entries); c.r.left < 0 {
-			continue // alias has told
+			continue // alias has reported it
 		}
 		for _, e := range from.entries {
 			if _, ok := n.find(e.key); !ok {
@@ -762,7 +763,7 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 
 // add appends an entry.
 func (n *node) add(e entry) {
-	const few = 16 // that are as soon looked through as looked up
+	const few = 16 // up to so many, a search is as fast as the index
 	n.entries = append(n.entries, e)
 	switch {
 	case n.index != nil:
