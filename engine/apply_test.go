@@ -56,7 +56,7 @@ func peek(t testing.TB, e *engine.Engine, component string, want engine.Usage) {
 	}
 }
 
-// What stays the same goes on, whatever changes beside it.
+// A component that stays the same keeps its state, whatever changes beside it.
 func TestApplyKeeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ramp := policy.LoadRamp{
@@ -96,8 +96,8 @@ func TestApplyKeeps(t *testing.T) {
 	})
 }
 
-// A flow gives its slot back where it took it, embedded and by the names that it has over the wire, however often what it
-// took it from comes and goes.
+// A flow gives its slot back where it took it, embedded and by the names over the wire, however often the component
+// comes and goes.
 func TestApplyInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limit := func(n float64) policy.Component {
@@ -135,15 +135,15 @@ func TestApplyInFlight(t *testing.T) {
 	})
 }
 
-// Who waits in a queue that goes is decided about anew.
+// A flow that waits in a queue that is retired is decided about anew.
 func TestApplyWaiters(t *testing.T) {
 	first := slots(func(l *policy.ConcurrencyLimiter) { l.ID, l.Max, l.MaxInflight = "first", 10, time.Hour })[0]
 	full := quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Fill, q.Interval = "queue", 1, 1, time.Minute })
 	for _, tt := range []struct {
 		name    string
 		next    []policy.Component
-		run     int           // flows of the two that wait,
-		at      time.Duration // the last of them by then
+		run     int           // how many of the two that wait run
+		at      time.Duration // when the last of them does, at the latest
 		holding int           // slots of the first
 	}{
 		{"the same", []policy.Component{first, full}, 2, 2 * time.Minute, 3},
@@ -273,7 +273,7 @@ func TestApplyControls(t *testing.T) {
 	})
 }
 
-// Flows come, wait, end and are asked about while policies come and go; in the end nobody holds anything.
+// Flows come, wait and end, and usage is read, while policies come and go; in the end no flow holds anything.
 func TestApplyConcurrently(t *testing.T) {
 	kept := concurrency(func(c *policy.ConcurrencyScheduler) { c.ID, c.Max = "kept", 4 })
 	e, c := reloadable(t, []policy.Component{kept})
@@ -308,7 +308,7 @@ func TestApplyConcurrently(t *testing.T) {
 	peek(t, e, "new299", engine.Usage{Capacity: 100, Remaining: 100})
 }
 
-// Of many limiters, Apply keeps each that stays the same, and retires each that changes: the last one is looked at.
+// Of many limiters, Apply keeps each that stays the same, and retires each that changes. The last one is checked.
 func TestApplyManyLimiters(t *testing.T) {
 	n := race.Pick(1000, 5000)
 	all := func(limit float64) []policy.Policy {

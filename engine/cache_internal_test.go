@@ -12,7 +12,7 @@ import (
 func TestCacheTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache(100, 1<<20)
-		c.close() // its clock ticks every second of the weeks below; what has expired is not found all the same
+		c.close() // its clock would tick every second of the weeks below; an expired entry is not found without it either
 		for key, ttl := range map[string]time.Duration{"minute": time.Minute, "default": 0, "year": 365 * 24 * time.Hour} {
 			if err := c.store(cacheKey{"point", key}, []byte("v"), ttl); err != nil {
 				t.Fatal(err)

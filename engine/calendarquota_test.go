@@ -12,7 +12,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A flow of each period gets in up to its end, and not one more; then all is there again. Bubbles begin in the year 2000.
+// One flow gets in during each period, up to its end; then the quota is whole again. Bubbles begin in the year 2000.
 func TestCalendarQuotaOverAgents(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -57,7 +57,8 @@ func TestCalendarQuotaOverAgents(t *testing.T) {
 	}
 }
 
-// exhaust starts flows until one is rejected, which is to be after so many, and says to come back after retry.
+// exhaust starts flows until one is rejected, and checks that it is the one after so many, with the time retry to come
+// back.
 func exhaust(t *testing.T, c *flowctl.Client, who string, want int, retry time.Duration) {
 	t.Helper()
 	for n := 0; n <= want; n++ {

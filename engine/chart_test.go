@@ -17,7 +17,7 @@ type line struct {
 	xy          [][2]float64
 }
 
-// add adds a line, of which the chart shows what is within its axes from left to right.
+// add adds a line. The chart shows the part between its left and right axes.
 func (c *chart) add(name, color string, xy [][2]float64) {
 	c.lines = append(c.lines, line{name, color, xy})
 }

@@ -24,8 +24,7 @@ func dryRunClients(t *testing.T, components ...policy.Component) (e *engine.Engi
 	return e, dry, forReal
 }
 
-// To a component it is the same whether it is in dry run or the client: what it takes, what it counts, and what comes
-// back.
+// A component takes, counts and gets back the same, whether it is in dry run or the client is.
 func TestDryRunIsOneMechanism(t *testing.T) {
 	for _, tt := range []struct {
 		name string

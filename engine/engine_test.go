@@ -180,7 +180,7 @@ func TestRejection(t *testing.T) {
 	}
 }
 
-// rejection is what the error of a rejected flow at "point" tells the program.
+// rejection is what the error of a rejected flow at "point" says.
 type rejection struct {
 	reason                      flowctl.RejectReason
 	cause                       flowctl.RejectCause
@@ -421,7 +421,7 @@ func TestLabelMatcher(t *testing.T) {
 	}
 }
 
-// A flood of made-up users must not make room for those whose buckets are empty.
+// A flood of made-up users must not make the engine forget empty buckets.
 func TestKeyFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
@@ -454,7 +454,7 @@ func TestKeyFlood(t *testing.T) {
 	})
 }
 
-// Nor may it let those in whose slots are taken.
+// Nor may it admit flows of a user whose slots are taken.
 func TestKeyFloodOfSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.LimitBy, l.MaxInflight = 1, "user_id", time.Hour }), engine.WithKeyCap(100))
@@ -474,7 +474,7 @@ func TestKeyFloodOfSlots(t *testing.T) {
 	})
 }
 
-// Slots that came from the bucket which unknown keys share go back there.
+// Slots from the bucket that unknown keys share go back there.
 func TestKeyFloodSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.LimitBy, l.MaxInflight = 1, "user_id", time.Hour }), engine.WithKeyCap(1))
@@ -701,7 +701,7 @@ func TestConcurrentFlows(t *testing.T) {
 	}
 }
 
-// A wait of decades is none that a flow could be told.
+// A rejection has no time to retry if the wait is decades.
 func TestWaitOfDecades(t *testing.T) {
 	for _, step := range []bool{false, true} {
 		c := open(t, []policy.Component{policy.RateLimiter{

@@ -91,7 +91,7 @@ func TestFullQueueMakesRoomForOtherKeys(t *testing.T) {
 			{labels: "key=a", hold: s},
 			{labels: "key=a", in: s},
 			{labels: "key=a", in: s},
-			full(100*ms, "key=a"), // when the second of b comes
+			full(100*ms, "key=a"), // when the second flow of b comes
 			full(0, "key=a"),
 			at(100*ms, visit{labels: "key=b", hold: s, in: 100 * ms}),
 			at(100*ms, visit{labels: "key=b", in: 1100 * ms}),
@@ -129,8 +129,8 @@ func TestFullQueueMakesRoomForOtherKeys(t *testing.T) {
 	}
 }
 
-// A tenant with more callers than a queue has room for leaves the other one its half. One that makes up a value for each
-// flow leaves another workload its half.
+// A tenant with more callers than a queue has room for leaves half of it to the other one. One that makes up a value
+// for each flow leaves half to another workload.
 func TestFullQueueIsShared(t *testing.T) {
 	const took, last = 20 * time.Millisecond, 4 * time.Second
 	room := race.Pick(30, 100)

@@ -184,7 +184,7 @@ func ExampleNew_matching() {
 	// accepted
 }
 
-// A limiter that is new runs dry first: it decides, and rejects nobody.
+// A new limiter runs dry first: it decides, and rejects no flow.
 func ExampleNew_dryRun() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "orders",
@@ -226,8 +226,8 @@ func ExampleWithKeyCap() {
 	// Output: <nil>
 }
 
-// A new page for a tenth of the users at first, and for all of them after ten minutes, unless somebody holds the ramp. Who
-// has seen the new page goes on seeing it.
+// A new page for a tenth of the users at first, and for all of them after ten minutes, unless an operator holds the
+// ramp. A user that has seen the new page goes on seeing it.
 func ExampleComponent_Ramp() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "new-page",
@@ -266,7 +266,7 @@ func ExampleComponent_Ramp() {
 	// tester accepted
 }
 
-// Somebody pays for more today: what he has is looked at, and made new.
+// A user pays for more today: an operator looks at the user's bucket, and makes it full again.
 func ExampleComponent_Reset() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "per-user",
@@ -307,7 +307,7 @@ func ExampleComponent_Reset() {
 }
 
 // A quota that chats and batch jobs share, by what their prompts cost. Chats get nine times as much when both wait, and
-// tenants share alike. The call that would have to wait for half a minute is told so at once.
+// tenants share alike. The call that would have to wait for half a minute is rejected at once.
 func ExampleNew_quota() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "llm-quota",
@@ -346,8 +346,8 @@ func ExampleNew_quota() {
 	// rejected 30s
 }
 
-// Fewer searches are let in while there are more than eight at work, and step by step more again when there are not.
-// How many are at work is for the program to say; mean latencies the engine measures itself.
+// Fewer searches are let in while more than eight are at work, and step by step more again afterwards. The program
+// provides how many are at work; the engine measures mean latencies itself.
 func ExampleWithSignal() {
 	var searches atomic.Int64 // at work
 
@@ -377,7 +377,7 @@ func ExampleWithSignal() {
 	// Output: searching
 }
 
-// What became of four flows, for an admin page.
+// The decisions about four flows, for an admin page.
 func ExampleEngine_Stats() {
 	limits, err := engine.New([]policy.Policy{{
 		Name: "per-user",

@@ -29,8 +29,8 @@ spec:
             parameters: {interval: 1h, limit_by_label_key: user_id}
 `
 
-// A policy file that is not in order makes no engine, and the error says where to look. Finding out is cheap, whatever is
-// in the file.
+// A policy file that is not in order makes no engine, and the error says where to look. This is cheap, whatever is in
+// the file.
 func TestFaultyPolicyFiles(t *testing.T) {
 	edit := func(old, text string) string {
 		if !strings.Contains(goodFile, old) {

@@ -131,7 +131,7 @@ func TestLookAheadOfLoad(t *testing.T) {
 	}
 }
 
-// However many wait, a look ahead visits few of them, and is a bound as far as it got.
+// However many flows wait, a look ahead visits few of them, and returns a bound if it did not reach its flow.
 func TestLookAheadIsBounded(t *testing.T) {
 	for _, tt := range []struct {
 		name          string

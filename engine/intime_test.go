@@ -48,7 +48,7 @@ func comers(t *testing.T, c policy.Component, flows []comer, hold time.Duration)
 	return last, after
 }
 
-// A flow that can wait for as long as it takes is not rejected as it comes, whatever waits before it. Each random queue is
+// A flow that can wait for long enough is not rejected when it comes, whatever waits before it. Each random queue is
 // tried three times: with plenty of time, to see when its last flow is served, with just enough, and with a little less,
 // so that it cannot be.
 func TestFlowsInTimeAreServed(t *testing.T) {

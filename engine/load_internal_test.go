@@ -8,7 +8,8 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
-// learned is a load of so many tokens each second, of which so much is let in, at a time when it has learned that.
+// learned is a load of so many tokens each second, of which a share is let in, at the time when it has learned its
+// rate.
 func learned(rate, multiplier float64) (l *load, now int64) {
 	l = new(load)
 	rule := new(loadRule)
@@ -207,7 +208,7 @@ func TestLoadHugeCost(t *testing.T) {
 	}
 }
 
-// A load that is priced is one at the prices of now: what comes, what was let in, and what is owed.
+// What comes, what was let in and what is owed count at the prices of now.
 func TestLoadPrices(t *testing.T) {
 	heavy := &latencyCost{unknown: 1, noted: 1}
 	of := new(workload)

@@ -35,7 +35,7 @@ func loadScheduler(f func(*policy.LoadScheduler)) []policy.Component {
 // perSecond is how many flows come each second.
 const perSecond = 40
 
-// accepted is the share of flows that are, of those that come for a while. Each takes so long.
+// accepted returns the share of the flows that are accepted while flows come for a while. Each takes so long.
 func accepted(t *testing.T, c *flowctl.Client, last, each time.Duration, params flowctl.Params) float64 {
 	t.Helper()
 	var wg sync.WaitGroup
@@ -104,7 +104,7 @@ func TestLoadScheduler(t *testing.T) {
 	})
 }
 
-// Who waits is let in by priority, and when everything is let in again, at once.
+// Flows that wait are let in by priority, and all at once when everything is let in again.
 func TestLoadSchedulerQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var multiplier dial
@@ -149,8 +149,8 @@ func TestLoadSchedulerQueue(t *testing.T) {
 	})
 }
 
-// A load of callers who wait for as long as it takes does not come to an end because all of them wait: when nobody has
-// come for as long as the scheduler learns, they are let in.
+// A load does not come to an end because all its callers wait: after a silence of the time that the scheduler learns,
+// they are let in.
 func TestLoadSchedulerClosedLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
@@ -342,8 +342,8 @@ func TestWorkloadLatencyTokens(t *testing.T) {
 	})
 }
 
-// When it is first known what flows cost, or no more, half of them are let in as before: the load is what they ask for at
-// the prices of now. By what they asked for before, at a token each, next to none would be.
+// When the cost of flows becomes known, or is no longer known, half of them are let in as before: the load counts at
+// the prices of now. At the prices before, a token each, next to none would be let in.
 func TestWorkloadLatencyTokensArePriced(t *testing.T) {
 	for _, takes := range []time.Duration{100 * time.Millisecond, 35 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -379,8 +379,8 @@ func TestWorkloadLatencyTokensArePriced(t *testing.T) {
 	}
 }
 
-// Who waits pays the price of the moment when it is let in: at one that has fallen since, those who wait would be in the way
-// of all who come.
+// A flow that waits pays the price of the moment when it is let in: if it kept a higher price from before, it would be
+// in the way of all later flows.
 func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := open(t, loadScheduler(func(s *policy.LoadScheduler) {
@@ -389,7 +389,7 @@ func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
 		}))
 		var flows sync.WaitGroup
 		var in, out [30]atomic.Int64 // in each ten seconds
-		var longest atomic.Int64     // that somebody was told to stay away
+		var longest atomic.Int64     // time to retry of a rejection
 		begin := time.Now()
 		for i := range 10 * len(in) * 20 { // twenty each second
 			<-time.After(50 * time.Millisecond)
@@ -427,7 +427,7 @@ func TestWorkloadLatencyTokensOfThoseWhoWait(t *testing.T) {
 	})
 }
 
-// A workload that comes seldom, or is free, or whose cost is forgotten, lets nobody else in.
+// A workload that comes seldom, or is free, or whose cost is forgotten, does not let other flows in.
 func TestWorkloadLatencyTokensOfARareWorkload(t *testing.T) {
 	for _, tokens := range []float64{1, policy.NoTokens} {
 		synctest.Test(t, func(t *testing.T) {

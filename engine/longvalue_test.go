@@ -15,7 +15,7 @@ import (
 // dearRegex has a program of about 1,000 instructions: values of up to 262 bytes are matched.
 const dearRegex = "(?:x?){490}y"
 
-// A flow is rejected where a condition by which it would be limited takes too long to look at, and only there.
+// A flow is rejected where a condition by which it would be limited takes too long to match, and only there.
 func TestLongValuesOfSelectors(t *testing.T) {
 	matches, absent := policy.LabelMatches{Label: "l", Regex: dearRegex}, policy.LabelExists("absent")
 	exists := policy.LabelExists("l")
@@ -175,7 +175,7 @@ func TestLongValuesAreCheap(t *testing.T) {
 		policy.QuotaScheduler{Selectors: at, Capacity: 1e9, Interval: 1, Scheduler: all},
 		policy.ConcurrencyScheduler{Selectors: at, Max: 1e9, MaxInflight: time.Hour, Scheduler: all},
 	)
-	least := func(size int) time.Duration { // of some: others use the machine as well
+	least := func(size int) time.Duration { // of several runs, because others use the machine too
 		value, least := strings.Repeat("1", size), time.Hour
 		for range 20 {
 			start := time.Now()

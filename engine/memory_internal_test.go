@@ -48,8 +48,8 @@ func TestKeyMemory(t *testing.T) {
 	runtime.KeepAlive(names)
 }
 
-// A key at which a flow has waited keeps no queue: as many keys as peers make up would keep as many. Those at which flows
-// waited last keep theirs, and a busy one among these.
+// A key at which a flow has waited keeps no queue: peers may make up any number of keys. The keys at which flows waited
+// last keep theirs, and a busy key is one of them.
 func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
 	if race.Enabled {
 		t.Skip("the race detector has its own memory")

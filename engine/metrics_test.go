@@ -15,7 +15,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// Two engines that show themselves by one provider are told apart by their names, in every metric.
+// Two engines that report to one provider differ by their names in every metric.
 func TestEnginesAreToldApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		provider := new(metertest.Provider)

@@ -115,7 +115,7 @@ func TestNamedLabels(t *testing.T) {
 	}
 }
 
-// Labels that do not arrive are warned about, what limits by them first, and before what files say.
+// Labels that do not arrive are warned about: first those that a limit goes by, and all before the warnings of files.
 func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
 	limiter := func(by string) policy.Component {
 		return policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: by}
@@ -198,7 +198,8 @@ func TestWarningsOfOddNames(t *testing.T) {
 	}
 }
 
-// A header that carries credentials limits, and is in nothing that the engine tells. Peek and Reset take it as it is.
+// A header that carries credentials limits, and its value is in nothing that the engine returns. Peek and Reset take it
+// as it is.
 func TestCredentialsAreHidden(t *testing.T) {
 	const key, secret = "http.request.header.x_api_key", "sesame"
 	at := policy.At("point")

@@ -12,7 +12,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A rejection for want of a slot tells the log why it has no time to retry, for as long as no slot has come back.
+// While no slot has come back, the log says why a rejection for want of a slot has no time to retry.
 func TestWhyThereIsNoEstimate(t *testing.T) {
 	at := policy.At("point")
 	noQueue := policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}}

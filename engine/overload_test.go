@@ -21,9 +21,9 @@ import (
 
 var update = flag.Bool("update", false, "write the pictures of the documents anew")
 
-// A service has workers, who serve one request each, in the order in which they come. What a request takes varies. When
-// more come than the workers can serve, each waits longer than the one before it; and those that are served too late
-// have cost as much as the others.
+// A service has workers. Each serves one request at a time, in the order in which they come. What a request takes
+// varies. When more come than the workers can serve, each waits longer than the one before it; and those that are
+// served too late have cost as much as the others.
 type service struct {
 	random   *rand.Rand
 	free     times   // when each of the workers is
@@ -34,7 +34,7 @@ type service struct {
 const (
 	workers  = 4
 	takes    = 200 * time.Millisecond // on average
-	patience = time.Second            // of those who ask
+	patience = time.Second            // of the callers
 	capacity = float64(workers) / 0.2 // requests each second
 )
 
@@ -171,8 +171,8 @@ func rate(of []float64, from, to time.Duration) float64 {
 	return sum / (to - from).Seconds()
 }
 
-// A service that is asked for twice as much as it can do answers next to nobody in time, and for long afterwards, unless
-// a load scheduler keeps most of them out.
+// A service that is asked for twice as much as it can do answers almost no request in time, and for long afterwards,
+// unless a load scheduler keeps most of them out.
 func TestOverload(t *testing.T) {
 	opened := func(e *engine.Engine, err error) *engine.Engine {
 		if err != nil {

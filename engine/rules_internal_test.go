@@ -9,8 +9,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A limiter that is no longer in force is kept for as long as somebody holds a slot of it, and not for as long as
-// somebody could.
+// A limiter that is no longer in force is kept for as long as a flow holds a slot of it, not for as long as one could.
 func TestRetiredAreForgotten(t *testing.T) {
 	for _, by := range []string{"", "user_id"} {
 		synctest.Test(t, func(t *testing.T) {

@@ -29,7 +29,7 @@ func TestSampled(t *testing.T) {
 	}
 }
 
-// Who is in stays in when the share grows, and the share is what was asked for.
+// A value that is in stays in when the share grows, and the share is as configured.
 func TestSampledShare(t *testing.T) {
 	const values = 10_000
 	before := make([]bool, values)

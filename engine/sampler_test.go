@@ -151,7 +151,7 @@ func TestSamplerRejection(t *testing.T) {
 	}
 }
 
-// A ramp accepts more and more users, and loses none that it has accepted, until it is told to move back.
+// A ramp accepts more and more users, and loses none that it has accepted, until it moves back.
 func TestLoadRamp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "new-ui", Components: []policy.Component{
@@ -224,7 +224,7 @@ func TestLoadRamp(t *testing.T) {
 	})
 }
 
-// A load ramp that runs dry lets everybody in, and counts whom it would not have.
+// A load ramp in dry run lets every flow in, and counts those that it would have dropped.
 func TestLoadRampDryRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, c := reloadable(t, []policy.Component{policy.LoadRamp{

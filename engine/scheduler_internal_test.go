@@ -34,7 +34,7 @@ func openEngine(t *testing.T, components ...policy.Component) *Engine {
 	return e
 }
 
-// Ten thousand flows wait, change their minds, are too late, or go well; and then nothing is left of them.
+// Ten thousand flows wait, are canceled, time out or are admitted; then nothing is left of them.
 func TestNothingIsLeftOfWaiters(t *testing.T) {
 	everything := policy.Scheduler{PriorityLabel: "priority", WorkloadLabel: "workload", FairnessLabel: "user"}
 	at := policy.At("point")
@@ -119,7 +119,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 	})
 }
 
-// A key is not forgotten while somebody waits for it.
+// A key is not forgotten while a flow waits for it.
 func TestKeysWithWaitersAreKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := openEngine(t, policy.QuotaScheduler{
@@ -161,7 +161,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 	})
 }
 
-// Whoever is handed a slot while it gives up hands it on.
+// A flow that gets a slot while it gives up gives the slot back.
 func TestSlotOfCanceledWaiter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := openEngine(t, policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour})
@@ -202,7 +202,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 	})
 }
 
-// However late somebody looks, nothing is lost that came while flows waited for it.
+// However late the queue is served, no token is lost that came while flows waited for it.
 func TestLateAlarm(t *testing.T) {
 	const second = int64(time.Second)
 	enter := func(s *scheduler[bucket.State], now int64, d *agentapi.LimiterDecision) *waiter {

@@ -60,10 +60,10 @@ type visit struct {
 	hold    time.Duration
 
 	in    time.Duration       // when it is admitted; below 0: never
-	out   time.Duration       // else when it is rejected,
-	retry time.Duration       // when to come back,
-	cause flowctl.RejectCause // and what that was caused by
-	gone  time.Duration       // or else when its caller goes
+	out   time.Duration       // when it is rejected otherwise
+	retry time.Duration       // the rejection's time to retry
+	cause flowctl.RejectCause // the rejection's cause
+	gone  time.Duration       // when its caller goes, if it is neither
 }
 
 const never = -1
@@ -329,7 +329,7 @@ func TestConcurrencyScheduler(t *testing.T) {
 	}
 }
 
-// What a decision tells about the flow's workload, and a rejection about its reason.
+// What a decision says about the flow's workload, and a rejection about its reason.
 func TestWorkloads(t *testing.T) {
 	scheduler := byLabels2(policy.Workload{
 		Name: "gold", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}},
@@ -479,7 +479,7 @@ func TestKeyFloodQueue(t *testing.T) {
 	})
 }
 
-// Who is not admitted gives back what all stages gave, and whoever waits for it gets it at once.
+// A flow that is not admitted gives back what all stages gave it, and flows that wait get it at once.
 func TestRefundAcrossStages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cost := func(tokens string) flowctl.Params {
@@ -515,7 +515,7 @@ func TestRefundAcrossStages(t *testing.T) {
 		if impossible.ShouldRun() || len(m.GetLimiterDecisions()) != 3 || m.GetLimiterDecisions()[1].GetConcurrencySchedulerInfo().GetRequestId() != "" || end(impossible).Held != 0 {
 			t.Errorf("decisions = %v want the slot given back", m)
 		}
-		// The rate limiter had 3 tokens for those who were admitted, and has those back of the others.
+		// The rate limiter gave 3 tokens to the admitted flows, and got back those of the others.
 		if last := start(t, c, cost("1")); !last.ShouldRun() {
 			t.Errorf("%v, %v", last, last.Err())
 		}
@@ -594,8 +594,8 @@ func TestAnswerTellsWait(t *testing.T) {
 	})
 }
 
-// Whatever the interleaving: no more flows run than there are slots, who is admitted holds one, and in the end all are
-// back. Run with the race detector.
+// Whatever the interleaving: no more flows run than there are slots, each admitted flow holds one, and in the end all
+// are back. Run with the race detector.
 func TestConcurrentWaiters(t *testing.T) {
 	const slots, keys = 3, 4
 	e, err := engine.New([]policy.Policy{{Name: "test", Components: []policy.Component{

@@ -16,19 +16,19 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// A crowd is clients alike.
+// A crowd is a number of equal clients.
 type crowd struct {
 	name    string
 	labels  string
 	clients int           // that start a flow, and the next one when it has ended
-	every   time.Duration // or: a flow is started so often, whatever becomes of it
+	every   time.Duration // or: a flow is started so often, whatever is decided
 	timeout time.Duration
 	tokens  int // a flow costs 1 to so many, by the label "tokens"; 0: what the policy says
 
 	want, within float64 // percent of all that is admitted
 }
 
-// A tally is what became of a crowd's flows.
+// A tally counts the decisions about a crowd's flows.
 type tally struct {
 	started, admitted int
 	tokens            float64
@@ -141,7 +141,7 @@ func tenUsers(demand func(i int, c *crowd)) []crowd {
 	return users
 }
 
-// checkPauses says whether anybody had to wait for much longer than others who want the same.
+// checkPauses fails the test if one client had to wait for much longer than others that want the same.
 func checkPauses(t *testing.T, rows []tally, crowds []crowd, last time.Duration) {
 	t.Helper()
 	for i, row := range rows {

@@ -57,7 +57,7 @@ func decideAll(t *testing.T, client *flowctl.Client) {
 	}
 	end := func(f *flowctl.Flow) { _, _ = f.End(t.Context()) }
 
-	for range 4 { // two pass, and two give back what the dry one has
+	for range 4 { // two pass, and two give back what they got of the one in dry run
 		end(start(t.Context(), "rate", "user=a"))
 	}
 	for range 2 { // of which the dry one would drop one
@@ -65,7 +65,7 @@ func decideAll(t *testing.T, client *flowctl.Client) {
 	}
 
 	held := start(t.Context(), "slots")
-	end(start(t.Context(), "slots")) // neither of the two has anything left
+	end(start(t.Context(), "slots")) // neither of the two limiters has anything left
 	end(held)
 	end(start(t.Context(), "slots")) // the other one has none
 
@@ -211,7 +211,7 @@ func TestStatsAcrossApply(t *testing.T) {
 	}
 }
 
-// Many count at once, keys come and go, and nothing is counted twice or lost, or ever taken back.
+// Many goroutines count at once, keys come and go, and nothing is counted twice, lost or counted down.
 func TestStatsAreExact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
@@ -287,7 +287,7 @@ func TestStatsOfExtremeTokens(t *testing.T) {
 	}
 }
 
-// A queue is told about while it is there.
+// Stats show a queue while flows wait in it.
 func TestStatsOfQueues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
@@ -322,8 +322,8 @@ func TestStatsOfQueues(t *testing.T) {
 	})
 }
 
-// What there is only at times is shown then: queues, why flows did not wait or did in vain, keys beyond the cap, the share of
-// a load. Labels that name workloads, and whose values limiters keep apart, are nowhere.
+// Metrics show what there is only at times: queues, why flows did not wait or did in vain, keys beyond the cap, the
+// share of a load. They never show the values of labels that name workloads, or that limiters keep apart.
 func TestMetricsOfWhatComesAndGoes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{

@@ -88,7 +88,7 @@ func TestGivenUpPlacesDoNotCount(t *testing.T) {
 		{"for a slot, before any comes back", single, []visit{
 			{hold: s},
 			{in: s, hold: s},
-			{in: 2 * s, hold: 2 * s}, // of which nothing tells when it ends
+			{in: 2 * s, hold: 2 * s}, // nothing shows when it ends
 			{at: 2100 * ms, timeout: s, in: never, out: 3090 * ms, cause: flowctl.CauseTimeout},
 			{at: 2200 * ms, timeout: s, in: never, out: 3190 * ms, cause: flowctl.CauseTimeout},
 		}, visit{at: 3050 * ms, in: 4 * s}},

@@ -19,8 +19,8 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// Limits that admit no flow, or none for ever after some, are warned about, and others are not. What is warned about is
-// tried: no flow passes, or none after the first.
+// Limits that admit no flow, or none after the first ones, are warned about, and others are not. The test tries each
+// limit.
 func TestWarningsOfImpossibleLimits(t *testing.T) {
 	at := policy.At("point")
 	heavy := policy.Workload{

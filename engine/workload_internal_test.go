@@ -9,7 +9,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// No label takes so much of the clock that the others no longer share alike.
+// No priority from a label advances the clock so far that the others no longer share alike.
 func TestQueueExtremes(t *testing.T) {
 	w := &workloads{priorityLabel: "priority"}
 	of := newWorkload("", policy.WorkloadParameters{})

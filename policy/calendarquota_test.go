@@ -9,7 +9,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// What is wrong with a calendar quota, in Go and in a file.
+// Errors of a calendar quota, in Go and in a file.
 func TestCalendarQuotaMistakes(t *testing.T) {
 	const file = `circuit:
   components:

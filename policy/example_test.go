@@ -65,7 +65,7 @@ func ExampleLoad_variables() {
 	// warning: testdata/variables.yaml:6:5: spec.circuit.evaluation_interval: not used
 }
 
-// Policies written in Go are held to the same rules.
+// The same rules hold for policies written in Go.
 func ExamplePolicy_Validate() {
 	p := policy.Policy{Name: "per-user", Components: []policy.Component{
 		policy.RateLimiter{Selectors: policy.At("checkout"), Capacity: 10, Fill: 10},

@@ -920,7 +920,7 @@ func soon(t *testing.T, load func() ([]policy.Policy, error)) ([]policy.Policy, 
 	}
 }
 
-// TestLarge reads the largest files that somebody may want.
+// TestLarge reads files as large as anyone may want.
 func TestLarge(t *testing.T) {
 	tenants := func(format string, n int) string {
 		var b strings.Builder

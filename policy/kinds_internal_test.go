@@ -36,8 +36,8 @@ func TestKindsAreInTheirPlaces(t *testing.T) {
 	}
 }
 
-// A component without an ID has that of its kind and its index there, which components of other kinds do not shift. A
-// component's own ID leaves those of the others alone.
+// A component without an ID gets one from its kind and its index within the kind. Components of other kinds do not
+// shift it, nor does the ID of another component.
 func TestDefaultIDs(t *testing.T) {
 	for _, tt := range []struct {
 		name       string

@@ -50,7 +50,7 @@ func TestWarningsOfOddValues(t *testing.T) {
 	}
 }
 
-// Values that always pass are of no use without the label whose values they are, but for "", which is that of all flows.
+// Values that always pass are of no use without the label, except "", which is the value of all flows then.
 func TestWarningsOfValuesWithoutLabel(t *testing.T) {
 	for _, tt := range []struct{ label, values, want string }{
 		{"session_label_key: user", "[gold]", ""},

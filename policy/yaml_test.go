@@ -10,8 +10,8 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// TestUnbalancedBrackets tells that a bracket or brace which opens or closes nothing is no text: it would be part of a
-// control point or a label that no flow has, and the limit would be missing.
+// TestUnbalancedBrackets expects an error for a bracket or brace that opens or closes nothing. As text it would be part
+// of a control point or a label that no flow has, and the limit would be missing.
 func TestUnbalancedBrackets(t *testing.T) {
 	const selectors, parameters = "[{control_point: checkout}]", "interval: 1s"
 	for _, tt := range []struct {
@@ -83,7 +83,7 @@ func TestTextOfSeveralLines(t *testing.T) {
 	}
 }
 
-// TestScalars tells what each form of unquoted text of YAML 1.1 and 1.2 is. Digits that readers of the two take for different
+// TestScalars reads each form of unquoted text of YAML 1.1 and 1.2. Digits that readers of the two take for different
 // values are an error. The words, times and dates of YAML 1.1 are text, which is what they look like, and an error where
 // text is not wanted.
 func TestScalars(t *testing.T) {
@@ -343,7 +343,8 @@ func TestPlaceholders(t *testing.T) {
 	}
 }
 
-// A number in quotes is told to be written without, and text that is no number to YAML either way is not.
+// The error of a number in quotes says to write it without quotes. The error of text that is no number to YAML either
+// way does not.
 func TestHintOfQuotedNumbers(t *testing.T) {
 	for written, want := range map[string]string{
 		`"10"`: "; write it without quotes", `'1.5e3'`: "; write it without quotes", `"0x10"`: "; write it without quotes",

@@ -19,8 +19,8 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// knownFaults are what the other parser is known to take for something else than it says, and what package policy
-// refuses on purpose. The error of package policy, or the line that was changed, tells which it is.
+// knownFaults are what the other parser is known to misread, and what package policy refuses on purpose. Each is
+// recognized by the error of package policy, or by the line that was changed.
 var knownFaults = []struct {
 	name          string
 	refused, line *regexp.Regexp // of our error, or of the line; nil is none
@@ -104,7 +104,7 @@ func lineAt(data []byte, at int) string {
 	return string(data[begin:])
 }
 
-// disagreement tells how the parsers disagree about a file.
+// disagreement returns how the parsers disagree about a file.
 func disagreement(file string, data []byte) string {
 	ours, err := policy.Parse(file, data)
 	theirs, otherErr := parse(file, data)

@@ -63,7 +63,7 @@ func TestForecastExample(t *testing.T) {
 	}
 }
 
-// A step that is larger than the bucket brings no more than that holds.
+// A step that is larger than the bucket brings no more than the bucket holds.
 func TestBucketForecastLargeSteps(t *testing.T) {
 	r, b := &Rule{Capacity: 2, Fill: 10, Interval: 1e9, Step: true}, new(State)
 	r.Fresh(b, 0)
@@ -81,7 +81,7 @@ func TestBucketOfNothing(t *testing.T) {
 	}
 }
 
-// Who retries when it was told to must get in: rounding must not cost it another round.
+// A flow that retries after the time of its rejection must get in: rounding must not cost it another wait.
 func TestBucketWaitIsEnough(t *testing.T) {
 	for _, interval := range []float64{1, 1e6, 1e9, 7e9, 86400e9} {
 		for _, fill := range []float64{0.3, 1, 7, 1e6} {
@@ -106,7 +106,7 @@ func TestBucketWaitIsEnough(t *testing.T) {
 	}
 }
 
-// Fractions, whose sums a float does not have, cost nobody another step.
+// Fractions whose sums a float cannot hold cost no flow another step.
 func TestBucketStepsOfFractions(t *testing.T) {
 	for n := range 30 {
 		share := 1 / float64(n+1)
@@ -243,7 +243,7 @@ func (b *exactBucket) add(tokens *big.Rat) {
 	}
 }
 
-// The bucket decides, and tells waits, as one in exact arithmetic.
+// The bucket decides, and returns waits, like one in exact arithmetic.
 func TestBucketModel(t *testing.T) {
 	const rounding = 1e-6 // tokens, which may decide
 	rapid.Check(t, func(t *rapid.T) {

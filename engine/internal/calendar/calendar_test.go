@@ -124,8 +124,8 @@ func scaled(s int64) int64 {
 	return seconds(s)
 }
 
-// Whatever flows take and give back, at whatever times, in no period of the calendar more than the amount is used. A flow
-// that is told to wait gets its tokens then.
+// Whatever flows take and give back, at whatever times, in no period of the calendar more than the amount is used. A
+// flow that retries after its wait gets its tokens.
 func TestNeverMoreThanTheAmount(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		r := &Rule{Amount: float64(rapid.IntRange(0, 20).Draw(rt, "amount")), Periods: drawPeriods(t, rt)}

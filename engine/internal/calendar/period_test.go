@@ -176,7 +176,7 @@ func begins(p *Periods, old, now, latest time.Time) bool {
 	return false
 }
 
-// The end of a period is when somebody who looks at the clock of the zone sees it.
+// The end of a period is when the clock of the zone shows it.
 func TestPeriodsModel(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
 		p := drawPeriods(t, r)

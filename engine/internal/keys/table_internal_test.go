@@ -59,8 +59,8 @@ func TestTableSweep(t *testing.T) {
 	}
 }
 
-// At the cap a table forgets what nobody will miss, and lets the rest of the unknown keys share; what it must not do is
-// to forget somebody's debt.
+// At the cap a table forgets states as good as new, and has the rest of the unknown keys share. It must not forget a
+// debt.
 func TestTableFull(t *testing.T) {
 	tab := newTestTable(10)
 	for i := range 10 {

@@ -175,7 +175,7 @@ func TestForecastExample(t *testing.T) {
 	}
 }
 
-// One flow that held its slot for long, or never gave it back, does not have the next ones sent away.
+// One flow that held its slot for long, or never gave it back, does not get the next ones rejected.
 func TestSlotsForecastOfAnOutlier(t *testing.T) {
 	const ms, minute = 1_000_000, 60_000_000_000
 	for name, row := range map[string]struct{ first, then, reclaimed int64 }{

@@ -197,7 +197,7 @@ func (n *naive) remove(c Claim, number int) {
 	}
 }
 
-// The heaps and lists serve the same flows in the same order as a queue that looks at everybody.
+// The heaps and lists serve the same flows in the same order as a queue that looks at every waiter.
 func TestQueueModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		q := newQueue()
@@ -249,7 +249,7 @@ func TestQueueModel(t *testing.T) {
 	})
 }
 
-// fluid is what the queue comes close to: generalized processor sharing, which serves all who wait at once, drop by
+// fluid is what the queue comes close to: generalized processor sharing, which serves all waiters at once, drop by
 // drop, each workload by its priority and each value of it alike.
 type fluid struct{ backlog, served map[Claim]float64 }
 
@@ -277,7 +277,7 @@ func (f *fluid) serve(amount float64) {
 	}
 }
 
-// Nobody is ever further behind the fluid, or ahead of it, than one flow of each that it shares with.
+// No share is ever further behind the fluid, or ahead of it, than one flow of each share beside it.
 func TestQueueFluid(t *testing.T) {
 	worst := 0.0
 	rapid.Check(t, func(t *rapid.T) {
@@ -320,7 +320,7 @@ func TestQueueFluid(t *testing.T) {
 	t.Logf("at worst %.0f %% of the bound", 100*worst)
 }
 
-// Where all want the same, a flow is told exactly how many go before it.
+// If all want the same, the forecast of how many flows go before one is exact.
 func TestQueueAhead(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		q := newQueue()
@@ -364,7 +364,7 @@ func TestQueueAhead(t *testing.T) {
 	})
 }
 
-// Whatever they want: by what goes before it at the least, no flow is sent away that would have been served in time.
+// Whatever flows want, the least of what goes before a flow never rejects it if it would have been served in time.
 func TestQueueAheadAtLeast(t *testing.T) {
 	exact, all := 0, 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -400,7 +400,8 @@ func TestQueueAheadAtLeast(t *testing.T) {
 }
 
 // A flow that cost as much as any flow may, at the lowest priority, leaves the clock where the others still move it.
-// A preview serves in the order of the queue, also where finishes are equal but for rounding, and where clocks are set back.
+// A preview serves in the order of the queue, also where finishes differ only by rounding, and where clocks are set
+// back.
 func TestQueueCostBefore(t *testing.T) {
 	ties, setBack := 0, 0
 	rapid.Check(t, func(t *rapid.T) {
@@ -476,7 +477,7 @@ func TestQueueClockIsSetBack(t *testing.T) {
 	}
 }
 
-// When costs change, a queue is what it would be had all cost so from the beginning, but for what it has served.
+// When costs change, a queue is as if the new costs had been there from the beginning, except for what it has served.
 func TestQueueReprice(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		prices := []float64{1, 5, 2}
@@ -526,7 +527,7 @@ func TestQueueReprice(t *testing.T) {
 	})
 }
 
-// A flow that waits costs no more than by the logarithm of how many others do.
+// The cost of a flow that waits grows with the logarithm of how many others wait.
 func BenchmarkQueue(b *testing.B) {
 	for _, waiting := range []int{1, 100, 10_000} {
 		for _, values := range []int{1, 100} {

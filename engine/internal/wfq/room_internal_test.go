@@ -70,7 +70,7 @@ func TestRoom(t *testing.T) {
 	}
 }
 
-// Telling the room how many wait costs as much, however many queues there are.
+// To show the room how many flows wait costs the same, however many queues there are.
 func BenchmarkRoom(b *testing.B) {
 	for _, keys := range []int{0, 1, 10_000} {
 		b.Run(fmt.Sprintf("keys=%d", keys), func(b *testing.B) {
