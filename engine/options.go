@@ -26,7 +26,7 @@ const (
 	DefaultCacheBytes   = 64 << 20
 )
 
-// WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 100 bytes and the value.
+// WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 80 bytes and the value.
 // When there are more, full buckets are forgotten, which changes no decision. While no bucket is full, the values that
 // the limiter does not know yet share one bucket. The default is [DefaultKeyCap].
 func WithKeyCap(keys int) Option {
