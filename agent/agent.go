@@ -1,25 +1,28 @@
-// Package agent serves an engine to other processes: it speaks the Aperture flow-control protocol over gRPC, so that
+// Package agent serves an engine to other processes. It speaks the Aperture flow-control protocol over gRPC, so that
 // any number of clients, of Headgate and of other SDKs, share one set of limits.
 //
 //	server := grpc.NewServer(agent.ServerOptions()...)
 //	agent.Register(server, limits)
 //	err := server.Serve(listener)
 //
-// It speaks CheckHTTP too, for clients that ask about HTTP requests and leave it to the agent to make labels of them.
-// An engine classifies nothing: the labels are those of labels.FromRequest with all headers, and the members of the baggage
-// header. A member does not replace a label that the request has, because a peer can send baggage through a proxy that sets
-// the headers by which policies limit. Aperture's agent lets baggage replace labels of the request.
+// It also speaks CheckHTTP, for clients that send an HTTP request and let the agent make the labels. An engine has no
+// classifiers: the labels are those of labels.FromRequest with all headers, and the members of the baggage header. A
+// member never replaces a label of the request, because a peer can send baggage through a proxy that sets the headers
+// by which policies limit. Aperture's agent lets baggage replace labels of the request.
 //
-// An SDK runs the flow whose check is an error. So a check is refused only if it cannot be one: without a control point, or
-// beyond the size of a message. The engine sees all labels that policies name, and whole. Of the others it sees as many as
-// the answer reports: of more than 64 labels those that policies name, and headers last, and of those beyond the 1024th
-// none that no policy names; of a value its first 4096 bytes. Cache keys that are empty, longer than 255 bytes or
-// beyond the 1024th look up nothing, and the answer tells so by key; all cached values of an answer have 3 MiB at the
-// most. Of more decisions than an answer has room for, those that hold no slot are left out first, and a flow whose
-// slots alone do not fit is rejected: see [Service.Warnings]. A check's deadline, less a margin for the answer to
-// arrive, is the longest that it waits in queues; one that comes with less than 10 ms left is rejected by the limiters
-// and schedulers that it meets, because an answer that its client does not hear would cost it tokens and slots all the
-// same. Answers of up to 1 KiB are as compressed as the questions: gzip, or not.
+// SDKs run a flow if its check ends with an error. So for its content a check is refused only if it is malformed, has
+// no control point, or exceeds the size of a message. Everything else is bounded:
+//
+//   - Labels: the engine sees each label that a policy names, with its whole value. Of other labels it sees what an
+//     answer can report: at most 64, headers last, none from the 1024th on, and 4096 bytes of a value.
+//   - Cache keys: a key that is empty, longer than 255 bytes or beyond the 1024th is not looked up, and the answer says
+//     so. All cached values of an answer have at most 3 MiB.
+//   - Decisions: if an answer has no room for all of them, those that hold no slot are left out first. A flow whose
+//     slots alone do not fit is rejected: see [Service.Warnings].
+//   - Waits: a check waits in queues until its deadline, less a margin for the answer to arrive. If it comes with less
+//     than 10 ms left, the limiters and schedulers that it meets reject it. Otherwise it would cost tokens and slots
+//     although its client does not see the answer.
+//   - Compression: answers of up to 1 KiB are compressed as the questions are, by gzip or not.
 package agent
 
 import (
@@ -45,10 +48,10 @@ import (
 
 const margin = 10 * time.Millisecond // what an answer needs to arrive
 
-// answerTime is what an answer costs agent and client where hundreds of checks wait that have one deadline. If they were
-// all answered in the last moment, most answers would be too late. So a check ends its wait the sooner the more checks are
-// under way when it comes: by a twentieth of its time at the least, because more may come, and by a quarter at the most.
-// The first few of a burst end theirs by a twentieth too.
+// answerTime is the cost of an answer, for agent and client, when hundreds of checks wait for one deadline. If all were
+// answered at the last moment, most answers would be too late. So the more checks are under way when a check comes, the
+// earlier it ends its wait: by a twentieth of its time at least, because more may come, and by a quarter at most. The
+// first few of a burst end theirs a twentieth earlier too.
 const answerTime = 500 * time.Microsecond
 
 // A Service offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
@@ -60,9 +63,9 @@ type Service struct {
 	asking crowd
 }
 
-// Register offers the engine's services on s, a *grpc.Server or whatever else registers services, before it serves. The
-// engine remains the caller's to close. Closing it rejects the checks that wait, which lets a graceful stop of s end; a
-// check that comes later is answered with the status Unavailable. So begin the graceful stop first.
+// Register registers the engine's services on s, such as a *grpc.Server that does not serve yet. The caller still has
+// to close the engine. Closing it rejects the checks that wait, so that a graceful stop of s can end. Later checks end
+// with the status Unavailable, so begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
 	svc := &Service{engine: e.Agent()}
 	services := registrar{s, svc.engine.NamedLabels}
@@ -82,8 +85,8 @@ func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
 	r.ServiceRegistrar.RegisterService(bounded(*service, r.named), impl)
 }
 
-// Spans is how many records of flows clients have sent so far. They are accepted from every SDK, and looked at where a
-// policy wants to know how long flows take, and none is kept.
+// Spans returns how many flow records clients have sent so far. The agent accepts them from every SDK, and keeps none.
+// It reads them to measure flows if a policy needs that, and to free the slots of clients that do not end their flows.
 func (s *Service) Spans() uint64 { return s.spans.Load() }
 
 // handler is what gRPC calls: the service's side of the protocol.
@@ -115,8 +118,8 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about what a client wants to know. The request shares nothing with others. The answer has so many
-// bytes of decisions at the most.
+// decide asks the engine about a flow. The request shares nothing with others. room is the most bytes of decisions in
+// the answer.
 func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*checkv1.CheckResponse, error) {
 	c := callOf(ctx)
 	if c != nil && c.full { // it may not have been read
@@ -151,8 +154,8 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	named := s.service.engine.NamedLabels()
 	response, ok := wire.Answer(req, &v, named, room)
 	if !ok {
-		// A slot that the answer does not name would never come back, and an answer with all of them is an error to
-		// clients, which lets the flow run.
+		// A client can give back only slots that the answer names. If the answer named all of these, clients would take
+		// it for an error, and run the flow.
 		s.service.engine.Revert(ctx, req, &v)
 		if !v.Rejected() { // as one in dry run may be
 			v.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Status: http.StatusServiceUnavailable})
@@ -178,7 +181,7 @@ func rejection(controlPoint string, reason agentapi.Reason, denied checkv1.Statu
 	}
 }
 
-// FlowEnd gives back slots, the first of those that the client names.
+// FlowEnd gives back the slots that the client names, up to maxSlots.
 func (s handler) FlowEnd(ctx context.Context, m *checkv1.FlowEndRequest) (*checkv1.FlowEndResponse, error) {
 	refs := m.GetInflightRequests()
 	refs = refs[:min(len(refs), maxSlots)]
@@ -202,7 +205,7 @@ func (s *Service) end(ctx context.Context, ref *checkv1.InflightRequestRef) (kno
 
 func invalid(err error) error { return status.Error(codes.InvalidArgument, wire.Clip(err.Error())) }
 
-// closed is the status for an engine that no longer decides: the client is to go elsewhere.
+// closed is the status for an engine that no longer decides. Unavailable sends the client elsewhere.
 func closed(err error) error {
 	return status.Error(codes.Unavailable, wire.Clip("engine: "+err.Error()))
 }

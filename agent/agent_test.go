@@ -102,7 +102,7 @@ func TestVectors(t *testing.T) {
 	})
 }
 
-// A carrying client merges 200 labels into each check, as SDKs do with baggage, and leaves them out of what it is told.
+// A carrying client merges 200 labels into each check, as SDKs do with baggage, and removes them from the answer.
 type carrying struct {
 	checkv1.FlowControlServiceClient
 }
@@ -344,7 +344,7 @@ func TestCompression(t *testing.T) {
 	})
 }
 
-// Flows from the network have no service. A limit for one would be none, and nobody would know.
+// Flows from the network have no service. A limit for a service would have no effect, so there is a warning.
 func TestWarnings(t *testing.T) {
 	limiter := func(services ...string) policy.Component {
 		l := policy.RateLimiter{Interval: time.Second}
@@ -429,7 +429,7 @@ func scheduler() []policy.Policy {
 	}}}
 }
 
-// Flows of all clients wait in one queue, and are told before their clients give up.
+// Flows of all clients wait in one queue, and are answered before their clients give up.
 func TestWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := serve(t, scheduler())

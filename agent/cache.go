@@ -13,12 +13,12 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// Cache keys that are not looked up are answered one by one, so that neither a check nor the other keys suffer. Answers
-// are bounded: SDKs refuse those of more than 4 MiB.
+// A cache key that is not looked up gets its own answer, so that the check and the other keys are not affected. Answers
+// are bounded, because SDKs refuse those of more than 4 MiB.
 const (
 	maxCacheKeys   = 1024    // global keys of one call
 	maxCacheValues = 3 << 20 // bytes of all values of an answer, and of one that is stored
-	maxRefused     = 1 << 16 // bytes of the keys and errors that tell of refused keys
+	maxRefused     = 1 << 16 // bytes of refused keys and their errors
 )
 
 var (
@@ -26,7 +26,7 @@ var (
 	errNoCacheKey     = errors.New("cache key cannot be empty")           // also theirs
 )
 
-// checkResultKey tells what is wrong with the key of a result; nil when nothing is.
+// checkResultKey returns what is wrong with the key of a result; nil if nothing is.
 func checkResultKey(controlPoint, key string) error {
 	if controlPoint == "" {
 		return errNoControlPoint
@@ -34,7 +34,7 @@ func checkResultKey(controlPoint, key string) error {
 	return cmp.Or(bounds.CheckControlPoint(controlPoint), bounds.CheckCacheKeys(key))
 }
 
-// checkGlobalKey tells what is wrong with the i-th global key of a call; nil when nothing is.
+// checkGlobalKey returns what is wrong with the i-th global key of a call; nil if nothing is.
 func checkGlobalKey(i int, key string) error {
 	switch {
 	case key == "":
@@ -53,8 +53,8 @@ type refusal struct {
 	size   int
 }
 
-// refuse notes the key unless there is no room for more in the answer. SDKs read a key that the answer lacks as a miss
-// with an error.
+// refuse notes the key if there is room for it in the answer. SDKs read a key that the answer lacks as a miss with an
+// error.
 func (r *refusal) refuse(key string, err error) {
 	if _, ok := r.global[key]; ok {
 		return
@@ -68,7 +68,7 @@ func (r *refusal) refuse(key string, err error) {
 	r.global[key] = err
 }
 
-// lookupOf is what of a lookup the engine is asked for, and what it is not.
+// lookupOf returns what the engine is asked of a lookup, and what is refused of it.
 func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (*agentapi.Lookup, refusal) {
 	left, c := maxCacheValues, callOf(ctx)
 	room := func(size int) bool {
@@ -161,7 +161,7 @@ func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 	return response, nil
 }
 
-// ttlOf is an entry's time to live. One that is none, or that is absurd, is the default, like one that is not there.
+// ttlOf returns an entry's time to live; 0, the default, if it is missing, invalid or negative.
 func ttlOf(e *checkv1.CacheEntry) time.Duration {
 	if e.GetTtl().CheckValid() != nil {
 		return 0

@@ -20,12 +20,12 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// A loan is room for an answer until the client has taken it. A client can ask and not read: gRPC keeps the encoded answer
-// then, for as long as the connection lasts. So the answer's buffer gives the loan back when gRPC frees it, or with the
-// garbage where gRPC only forgets it, as it does when a connection breaks.
+// A loan is room for an answer until the client has read it. If a client does not read, gRPC keeps the encoded answer
+// for as long as the connection lasts. The answer's buffer gives the loan back when gRPC frees it. If gRPC only drops
+// the buffer, as when a connection breaks, the garbage collector gives the loan back.
 type loan struct{ *debt }
 
-// A debt is apart from its loan, so that it outlives it.
+// A debt is apart from its loan because it outlives it.
 type debt struct {
 	gate       *gate
 	connection any
@@ -46,8 +46,8 @@ func (d *debt) pay() {
 	}
 }
 
-// borrow takes room for a value in the call's answer, and reports whether there was any. Values that are small together
-// need none yet: the answer counts when it is made.
+// borrow takes room for a value in the call's answer, and reports whether there was room. Small values need none yet,
+// because they count with the answer.
 func (c *call) borrow(ctx context.Context, size int) bool {
 	if c == nil {
 		return true
@@ -59,8 +59,9 @@ func (c *call) borrow(ctx context.Context, size int) bool {
 	return true
 }
 
-// lend takes room for the call's answer, besides what was taken for it, and reports whether there was any, or it must be.
-// A connection with little that is unread always finds some: others that read nothing cannot keep it from answers.
+// lend takes room for the call's answer, in addition to what the call has, and reports whether there was room. If must
+// is set, it always takes room. A connection with few unread bytes always finds room, so that connections that do not
+// read cannot keep it from answers.
 func (c *call) lend(ctx context.Context, size int, must bool) bool {
 	more := size
 	if c.loan != nil {
@@ -87,8 +88,8 @@ func (c *call) lend(ctx context.Context, size int, must bool) bool {
 
 var errUnread = status.Error(codes.ResourceExhausted, "too many answers are unread")
 
-// answer has the answer count. One that finds no room goes without what its client can do without. A check is answered in
-// any case, because its client would take an error for leave to run the flow; what is left of the answer is small.
+// answer counts the answer. If there is no room, the answer loses what its client can do without. A check is always
+// answered, because its client would run the flow on an error. The rest of such an answer is small.
 func (c *call) answer(ctx context.Context, m proto.Message) (any, error) {
 	if c == nil {
 		return m, nil
@@ -143,7 +144,7 @@ func without(found *checkv1.KeyLookupResponse) *checkv1.KeyLookupResponse {
 
 var errUnreadValue = errors.New("there is no room for the cached value: too many answers are unread")
 
-// maxPooled is the largest answer whose buffer is one of gRPC's. The next larger ones of these have 1 MiB.
+// maxPooled is the largest answer whose buffer comes from gRPC's pool. The next larger buffers there have 1 MiB.
 const maxPooled = 32 << 10
 
 // kept is how many bytes the buffer of an answer has.
@@ -162,7 +163,7 @@ func (l *loan) Get(size int) *[]byte {
 		buf := make([]byte, size)
 		return &buf
 	}
-	return mem.DefaultBufferPool().Get(max(size, smallAnswer+1)) // gRPC does not tell of smaller ones
+	return mem.DefaultBufferPool().Get(max(size, smallAnswer+1)) // gRPC does not give smaller ones back
 }
 
 func (l *loan) Put(buf *[]byte) {

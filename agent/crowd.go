@@ -2,8 +2,7 @@ package agent
 
 import "sync"
 
-// few checks need no more than the margin. The first few of a burst cannot know what comes after them: they are told when it
-// has come.
+// few is how many checks need no more than the margin. The first few of a burst learn by a channel that more have come.
 const few = 3
 
 // A crowd counts the checks that are under way. The zero value is ready. It is safe for concurrent use.
@@ -14,7 +13,7 @@ type crowd struct {
 }
 
 // enter adds a check. It returns how many are under way, and a channel that is closed when they are more than few; nil
-// where they are already.
+// if they already are.
 func (c *crowd) enter() (size int, crowded <-chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

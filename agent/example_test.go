@@ -60,7 +60,7 @@ func ExampleRegister() {
 	// rejected
 }
 
-// newCertificate is for the example below: a certificate for this machine, and who vouches for it.
+// newCertificate is for the example below: a certificate for this machine, and the roots that it is verified with.
 func newCertificate() (certificate tls.Certificate, roots *x509.CertPool) {
 	site := httptest.NewTLSServer(nil)
 	defer site.Close()
@@ -69,7 +69,7 @@ func newCertificate() (certificate tls.Certificate, roots *x509.CertPool) {
 	return site.TLS.Certificates[0], roots
 }
 
-// An agent that speaks TLS, and answers only to those who have the key.
+// An agent that speaks TLS, and answers only callers with the key.
 func ExampleServerOptions() {
 	ctx := context.Background()
 	certificate, roots := newCertificate()

@@ -78,8 +78,8 @@ func (p *process) inFlight(t *testing.T) float64 {
 	return v.At(0).Component.Capacity - v.At(0).Remaining
 }
 
-// dialProcess makes a client whose flows wait longer than a slow machine may take: a check that times out after all may
-// have got a slot that nobody gives back.
+// dialProcess makes a client whose flows wait longer than a slow machine may take. A check that times out may hold a
+// slot that nothing gives back.
 func dialProcess(t *testing.T, address string, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
 	client, err := flowctl.Dial(address, append([]flowctl.Option{
@@ -94,7 +94,7 @@ func dialProcess(t *testing.T, address string, opts ...flowctl.Option) *flowctl.
 // decisions are those about the flows of a load, one by one, for a test that waits for some.
 type decisions chan flowctl.Decision
 
-// tell does not wait for somebody to listen.
+// tell does not block if nothing receives.
 func (d decisions) tell(decision flowctl.Decision) {
 	select {
 	case d <- decision:

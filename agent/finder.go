@@ -5,17 +5,16 @@ import (
 	"unicode/utf8"
 )
 
-// maxLooked is how many labels or headers of a request are looked at, whatever their keys. Among those that come after
-// them only those that policies name are looked for.
+// From the maxLooked-th label or header of a request on, only those that policies name are looked for.
 const maxLooked = 1 << 10
 
-// A finder finds those keys that policies name among the keys of a request, of which there can be a million. A map costs
-// several times as much for each.
+// A finder finds the keys that policies name among the keys of a request, which can have a million. A map would cost
+// several times as much for each key.
 type finder struct {
-	heads   [256]int32 // of the lists of keys with one hash, as places in keys, counted from 1
+	heads   [256]int32 // by hash, the place in keys of the first key, counted from 1
 	keys    []soughtKey
 	headers bool // keys are names of headers, as labels have them
-	repairs bool // a key has what text that is not UTF-8 becomes
+	repairs bool // a key has the replacement for text that is not UTF-8
 	scratch []byte
 }
 
@@ -36,7 +35,7 @@ func (f *finder) add(key string) {
 	f.repairs = f.repairs || strings.Contains(key, replacement)
 }
 
-// find returns the place of a key among those that were added; -1 if it is none of these. An empty key is none.
+// find returns the place of a key that was added; -1 for other keys and an empty one.
 func (f *finder) find(key []byte) int {
 	if len(key) == 0 {
 		return -1
@@ -55,7 +54,7 @@ func (f *finder) find(key []byte) int {
 	return -1
 }
 
-// hash is of few bytes: few keys are sought, and a long key that is none of them need not be read.
+// hash reads few bytes: there are few keys to find, and a long key that is none of them need not be read.
 func (f *finder) hash(key []byte) uint8 {
 	first, last := key[0], key[len(key)-1]
 	if f.headers {

@@ -19,21 +19,21 @@ import (
 // The bounds of a server, over all its connections.
 const (
 	maxArriving    = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
-	arrival        = 50 * time.Millisecond // that a message has to arrive before it is overdue
-	lateFor        = time.Second           // that a connection has its turn after others when it lost an overdue message
-	maxLate        = 1024                  // connections that are remembered for that, until they are looked through
+	arrival        = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
+	lateFor        = time.Second           // how long a connection that lost an overdue message goes after others
+	maxLate        = 1024                  // connections that are remembered for lateFor
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld        = 128 << 20             // bytes of requests that are being decided about, and of their metadata
-	smallHeld      = 4 << 10               // bytes of a request, and of its metadata, that do not count for that
-	large          = 64 << 10              // bytes from which a request counts
+	smallHeld      = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
+	large          = 64 << 10              // bytes from which a request counts for maxUnread
 	maxUnsent      = 64 << 20              // bytes of answers that clients have not read
 	maxUnsentByOne = maxUnsent / 4         // of one connection
-	ownUnsent      = 128 << 10             // of one connection, whatever others leave
-	smallAnswer    = 1 << 10               // bytes up to which an answer does not count: gRPC does not tell when it has sent it
-	smallValues    = 4 << 10               // bytes of values in an answer that count with the answer only
+	ownUnsent      = 128 << 10             // of one connection, even if others leave no room
+	smallAnswer    = 1 << 10               // bytes up to which an answer does not count: gRPC does not report when it has sent it
+	smallValues    = 4 << 10               // bytes of values up to which they count only with the answer
 )
 
-// A gate bounds what calls have under way together. Its calls are those of one server.
+// A gate bounds what the calls of one server have under way together.
 type gate struct {
 	mu       sync.Mutex
 	arriving []*call           // those with compressed messages, in the order in which they were let in
@@ -45,7 +45,7 @@ type gate struct {
 	sweep *time.Timer        // for the overdue ones among these
 	armed bool               // sweep is to fire
 
-	readers chan struct{} // holds as many as read large requests
+	readers chan struct{} // has an element for each call that reads a large request
 	unread  int
 	held    int
 	unsent  int
@@ -57,11 +57,11 @@ type gate struct {
 type turn struct {
 	connection any
 	calls      []*call
-	late       bool // after those that are not
+	late       bool // its turn comes after those that are not late
 }
 
-// newGate makes a gate. A request of 4 MiB can take 50 ms to read. Small ones are not to wait for it, so that at most half
-// of the processors read large ones.
+// newGate makes a gate. A request of 4 MiB can take 50 ms to read. At most half of the processors read large requests,
+// so that small ones do not wait for them.
 func newGate() *gate {
 	return &gate{
 		late:    make(map[any]time.Time),
@@ -73,7 +73,7 @@ func newGate() *gate {
 
 type callKey struct{}
 
-// A call is one that came through the gate, as long as it lasts. It is the call's context.
+// A call is an RPC that came through the gate. It is also the context of the RPC.
 type call struct {
 	context.Context
 	cancel     context.CancelFunc
@@ -102,8 +102,8 @@ func (g *gate) call(ctx context.Context, sent metadata.MD) context.Context {
 	return c
 }
 
-// weight is how many bytes metadata takes in memory, about: four times what its header list counts, as was measured for
-// many small pairs.
+// weight estimates the bytes that metadata takes in memory: four times its size as a header list, as measured for many
+// small pairs.
 func weight(sent metadata.MD) int {
 	n := 0
 	for key, values := range sent {
@@ -121,7 +121,7 @@ func (c *call) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// callOf returns the call that ctx belongs to; nil for none, on a server without our options.
+// callOf returns the call that ctx belongs to; nil on a server without our options.
 func callOf(ctx context.Context) *call {
 	c, _ := ctx.Value(callKey{}).(*call)
 	return c
@@ -129,14 +129,15 @@ func callOf(ctx context.Context) *call {
 
 // compresses reports whether the call's message may be compressed.
 func compresses(ctx context.Context) bool {
-	// It is the only way to ask without a handler of statistics, which costs every call.
+	// The other way to ask is a stats handler, which costs every call.
 	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
 	return !ok || s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity
 }
 
 // enter waits until the call's message may be read. Only a compressed message waits: a few bytes of it become 4 MiB at
-// once, so that their number must be bounded. Others take what has been sent. What is sent within the time of an arrival is
-// bounded by the network, and the number of those that take longer is bounded: so slow messages keep no other waiting.
+// once, so the number of such messages is bounded. Other messages take as much memory as was sent. The network bounds
+// what is sent within the time of an arrival, and the number of messages that take longer is bounded. So slow messages
+// make no other message wait.
 func (c *call) enter() error {
 	if c == nil {
 		return nil
@@ -185,7 +186,7 @@ func (g *gate) queue(t *turn) {
 	g.waiting = slices.Insert(g.waiting, i, t)
 }
 
-// arm has the calls that are overdue looked for, after some time.
+// arm calls endOverdue after some time.
 func (g *gate) arm(after time.Duration) {
 	g.armed = true
 	if g.sweep == nil {
@@ -195,8 +196,8 @@ func (g *gate) arm(after time.Duration) {
 	}
 }
 
-// endOverdue ends the calls that are overdue and too many: again and again, of the connection with the most of them, the
-// first.
+// endOverdue ends calls until no more than maxArriving are overdue. Each time it ends the oldest call of the connection
+// with the most overdue calls.
 func (g *gate) endOverdue() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -228,7 +229,7 @@ func (g *gate) endOverdue() {
 		}
 	}
 	if g.armed = false; len(g.plain) > maxArriving {
-		g.arm(max(next, arrival/8)) // all that are overdue by then at once
+		g.arm(max(next, arrival/8)) // one sweep for all that are overdue by then
 	}
 }
 
@@ -255,7 +256,8 @@ func (g *gate) admit(c *call) bool {
 	return true
 }
 
-// slowest finds the call that makes room: of the connection with the most that are overdue, the first. It is -1 for none.
+// slowest returns the place of the call that makes room: the oldest of the connection with the most overdue calls. It
+// returns -1 if no call is overdue.
 func (g *gate) slowest(now time.Time) int {
 	overdue := make(map[any]int)
 	most, of := 0, -1
@@ -271,7 +273,7 @@ func (g *gate) slowest(now time.Time) int {
 	return of
 }
 
-// next lets in the calls that may be let in, and sees to it that the others' time comes.
+// next lets calls in while there is room, and sets a timer for the others.
 func (g *gate) next() {
 	for len(g.waiting) > 0 {
 		t := g.waiting[0]
@@ -298,7 +300,7 @@ func (g *gate) next() {
 	}
 }
 
-// leave tells the gate that the message has arrived, or never will. It reports whether the gate ended the call before.
+// leave is called when the message has arrived, or never will. It reports whether the gate ended the call before.
 func (c *call) leave() (evicted bool) {
 	if c == nil {
 		return false
@@ -328,8 +330,9 @@ func (c *call) leave() (evicted bool) {
 
 var errEvicted = status.Error(codes.Unavailable, "the message took too long to arrive while others waited")
 
-// read reads a request that has arrived, by the function. Large ones are read one after the other. It reports whether there
-// was room for the request to wait for that. An error of its own is that of the call's context.
+// read reads a request that has arrived, by the function. At most half of the processors read large requests, and other
+// large requests wait. It reports whether there was room for the request to wait. An error of its own is that of the
+// call's context.
 func (c *call) read(size int, by func() error) (fits bool, err error) {
 	if c == nil || size < large {
 		return true, by()
@@ -357,8 +360,8 @@ func (c *call) read(size int, by func() error) (fits bool, err error) {
 	return true, by()
 }
 
-// hold counts what the call keeps in memory while it is decided about: the request, and its metadata, which gRPC keeps. It
-// reports whether there was room for it. Small requests need none, so that large ones cannot keep them from queues.
+// hold counts what the call keeps in memory until it is decided: the request, and its metadata, which gRPC keeps. It
+// reports whether there was room. Small requests need no room, so that large ones cannot keep them out of queues.
 func (c *call) hold(m proto.Message, size int) bool {
 	if c == nil || size <= smallHeld && c.metadata <= smallHeld {
 		return true

@@ -33,7 +33,7 @@ func many(some map[string]string) map[string]string {
 	return some
 }
 
-// Headers of which nobody can tell which one counts are answered as rejected, by 400, and never by an error.
+// If it is ambiguous which of several headers counts, the request is rejected with 400, and gets no error.
 func TestCheckHTTPRejectsAmbiguousHeaders(t *testing.T) {
 	for _, tt := range []struct {
 		name    string

@@ -26,7 +26,7 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 	carried, baggage := carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
 	derived := requestLabels(m.GetRequest(), chosen, named)
 	for key := range carried {
-		// A proxy sets headers of the request, and a peer can add baggage to it, which must not take their place.
+		// A peer can add baggage to a request through a proxy. It must not replace headers that the proxy sets.
 		if _, taken := derived[key]; taken {
 			delete(carried, key)
 		}
@@ -87,13 +87,13 @@ func flavor(protocol string) string {
 	}
 }
 
-// headersOf gives the header that each label is made of. A proxy sets x-user, and passes on what else came: nothing may
-// take the place of what it set. So x_user does not count where there is x-user. It is not ok if there are headers of
-// which nobody can tell which one counts: two that differ only by case, or two that only have "_" in different places.
+// headersOf returns the header that each label is made of. If a proxy sets x-user and passes on the other headers, none
+// of these may replace it. So x_user does not count if there is x-user. ok is false if headers are ambiguous: two that
+// differ only by case, or two that differ only in the places of "_".
 func headersOf(headers map[string]string) (chosen map[string]string, ok bool) {
 	chosen = make(map[string]string, len(headers))
 	var beside map[string]string  // headers with "_"
-	var ambiguous map[string]bool // labels of several such
+	var ambiguous map[string]bool // labels of several headers with "_"
 	carries := false
 	for name := range headers {
 		if wire.LowerHeader(name) == wire.HeaderBaggage {
@@ -144,8 +144,8 @@ func baggageOf(headers map[string]string) string {
 	return ""
 }
 
-// carriedLabels are the labels that the baggage header carries, and the header to go on with. Of a header that is longer
-// than others read, these are the labels that somebody looks at, and no header.
+// carriedLabels returns the labels in the baggage header, and the header to pass on. If the header is longer than
+// others read, it returns only the labels that are needed, and no header.
 func carriedLabels(header string, named map[string]bool) (carried map[string]string, baggage string) {
 	if len(header) <= wire.MaxBaggage {
 		carried = w3cbaggage.Read(header)
@@ -153,7 +153,7 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 	}
 	members := []byte(header)
 	labels := picked{named: named, escaped: bytes.IndexByte(members, '%') >= 0}
-	var keys []byte // that are escaped, as they are without
+	var keys []byte // of escaped keys, without the escapes
 	for m, rest := w3cbaggage.NextMember(members, 0); rest > 0; m, rest = w3cbaggage.NextMember(members, rest) {
 		key, value := members[m.KeyFrom:m.KeyTo], members[m.ValueFrom:m.ValueTo]
 		if labels.escaped && bytes.IndexByte(key, '%') >= 0 {

@@ -8,9 +8,9 @@ import (
 // maxIssued is how many answers an agent remembers until their flows are reported. It forgets the oldest first.
 const maxIssued = 1 << 17
 
-// issued is the answers to checks whose flows may be measured, by the times at which they were asked for. A span says
-// what its sender likes: so one counts for an answer that was given, once, and for no longer than since then. Then forged
-// spans say no more than what flows of the sender's own could.
+// issued holds the answers to checks whose flows may be measured, by the times of the checks. A peer can forge spans.
+// So an answer counts for one span, and for a latency no longer than the time since the answer. Then a forged span says
+// no more than a flow of the peer's own could.
 type issued struct {
 	mu    sync.Mutex
 	times map[int64]uint32 // how many, by Unix nanoseconds

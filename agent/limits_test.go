@@ -214,8 +214,8 @@ func TestTextThatIsNotUTF8(t *testing.T) {
 	})
 }
 
-// Neither junk headers nor junk members of baggage hide the label that a limiter goes by, and a header that carries
-// credentials limits if a policy says so, and is told to nobody.
+// Neither junk headers nor junk members of baggage hide the label that a limiter goes by. A header that carries
+// credentials limits if a policy names it, and is not reported.
 func TestCheckHTTPLimitsWhateverComesBeside(t *testing.T) {
 	const secret = "sesame-1234567890"
 	members := func(n int) string {
@@ -327,7 +327,7 @@ func TestCredentialsAreNotReported(t *testing.T) {
 	}
 }
 
-// Telemetry brings back the labels by which latencies are told apart, headers too, and no other headers.
+// Telemetry reports the labels by which latencies are measured, headers too, and no other headers.
 func TestTelemetryHasMeasuredHeaders(t *testing.T) {
 	stub := serve(t, []policy.Policy{{Name: "load", Components: []policy.Component{policy.LoadScheduler{
 		Selectors: policy.At("db"),

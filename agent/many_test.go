@@ -257,7 +257,8 @@ func TestOneFlowEndIsEnough(t *testing.T) {
 	}
 }
 
-// A server warns of control points whose answers may not tell all, first of those where flows are rejected for it.
+// A server warns of control points whose answers may leave out decisions. Those where flows are rejected for it come
+// first.
 func TestWarningsOfManyComponents(t *testing.T) {
 	const (
 		slots     = "control point %q: a flow that takes slots of all %d components is rejected if its slots do not fit into %s"

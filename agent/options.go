@@ -34,37 +34,37 @@ type options struct {
 	keys func(key string) (name string, ok bool)
 }
 
-// WithKeys has the server refuse calls without a valid API key, which clients send as the metadata x-api-key. A call with
-// several keys needs one that is valid: some clients send their key besides what they pass on. It holds
-// for all services of the server. The methods Check and Watch of gRPC's standard health service are the exception, because
-// balancers ask them without a key. A refused call ends with the status Unauthenticated before its message is read, and
-// no interceptor and no handler runs.
+// WithKeys makes the server refuse calls without a valid API key, which clients send as the metadata x-api-key. If a
+// call has several keys, one valid key is enough, because some clients add their own to metadata that they pass on. The
+// option applies to all services of the server. The methods Check and Watch of gRPC's standard health service are the
+// exception, because balancers call them without a key. A refused call ends with the status Unauthenticated before its
+// message is read, and no interceptor and no handler runs.
 //
-// Of the health service's calls without a key, 32 Checks and 256 Watches can be under way at a time. A Check has 1 s, and
-// so has the message of a Watch, which is refused if it is compressed or longer than 1 KiB.
+// At most 32 Checks and 256 Watches of the health service can be under way without a key. A Check may take 1 s. The
+// message of a Watch must arrive within 1 s, and is refused if it is compressed or longer than 1 KiB.
 //
-// The function valid reports whether the key is valid, and names its owner. It is called for each key of each call, at the same time
-// for calls of several connections, and the other calls of a connection wait for it: so it must not block. Let it compare
-// in constant time, as crypto/subtle does, or look up a hash of the key in a map: otherwise the time tells how much of a
-// key is right.
+// The function valid reports whether the key is valid, and names its owner. It is called for the keys of each call, at
+// the same time for calls of several connections. The other calls of a connection wait for it, so it must not block.
+// Let it compare in constant time, as crypto/subtle does, or look up a hash of the key in a map. Otherwise the time
+// reveals how much of a key is right.
 func WithKeys(valid func(key string) (name string, ok bool)) Option {
 	return func(o *options) { o.keys = valid }
 }
 
-// ServerOptions are what a gRPC server for agents should be made with. They bound what a peer can cost the agent; gRPC's
-// own options after these override them:
+// ServerOptions returns the options for a gRPC server that serves agents. They bound what a peer can cost the agent.
+// gRPC's own options override them if they come later:
 //
-//   - Clients may send pings every 5 s. gRPC's own default of 5 minutes ends the connections of those SDKs that ping more
-//     often, and every check that waits on them.
-//   - A connection may have 10,240 calls under way, which includes flows that wait in queues. One without a call for
-//     30 minutes ends; a handshake has 10 s.
-//   - A call's metadata may have 24 KiB, each entry with 32 bytes more than it has. The name of its method may have 256
+//   - Clients may send pings every 5 s. gRPC's own default of 5 minutes would end the connections of SDKs that ping more
+//     often, with every check that waits on them.
+//   - A connection may have 10,240 calls under way, flows in queues included. It ends after 30 minutes without a call.
+//     A handshake may take 10 s.
+//   - A call's metadata may have 24 KiB, where each entry counts 32 bytes more than its text. A method's name may have 256
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
-//   - Of the messages that take more than 50 ms to arrive there are 64 at a time. Beyond that the connection that sends the
-//     most of them loses the one that takes the longest. Compressed messages are 64 at a time, and others wait.
-//   - Requests that are being decided about have 128 MiB at the most, with their metadata. Those of up to 4 KiB do not
-//     count. A check beyond that is decided about at once: it does not wait.
-//   - Answers that clients do not read have 64 MiB at the most, and 16 MiB for one connection. Beyond that checks are
+//   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
+//     loses its oldest one. At most 64 compressed messages arrive at a time, and others wait.
+//   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
+//     beyond that is decided at once, and does not wait.
+//   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
 //     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
 //     are not compressed.
 //
@@ -119,7 +119,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 	}
 }
 
-// refusal tells why the call is refused; nil when it is not.
+// refusal returns why the call is refused; nil if it is not.
 func (o *options) refusal(info *tap.Info) error {
 	if o.keys == nil {
 		return nil
@@ -136,8 +136,8 @@ func (o *options) refusal(info *tap.Info) error {
 	return errWrongKey
 }
 
-// isPlain reports whether a method can have the name. gRPC repeats the names of methods that it does not know, in a
-// longer form, and again and again.
+// isPlain reports whether a method can have the name. gRPC repeats the name of an unknown method several times, in a
+// longer form.
 func isPlain(method string) bool {
 	return len(method) <= maxMethod && strings.IndexFunc(method, func(r rune) bool { return r < '!' || r > '~' }) < 0
 }
@@ -154,9 +154,9 @@ func refuse(ctx context.Context, err error) (context.Context, error) {
 	return ctx, err
 }
 
-// stopTimer stops the timer of the context that gRPC made for the call, and reports whether it did. Nobody else can: gRPC
-// drops the function that would cancel the context, and package context has no other way. So the timer is looked up
-// by reflection, and is not found if a future release of Go keeps it elsewhere.
+// stopTimer stops the timer of the context that gRPC made for the call, and reports whether it did. There is no other
+// way, because gRPC drops the function that would cancel the context. So the timer is looked up by reflection. If a
+// future release of Go keeps it elsewhere, it is not found.
 func stopTimer(ctx context.Context) bool {
 	for v := reflect.ValueOf(ctx); v.Kind() == reflect.Pointer && v.Elem().Kind() == reflect.Struct; {
 		s := v.Elem()
@@ -184,13 +184,13 @@ func refused(ctx context.Context, err error) context.Context {
 	return ctx
 }
 
-// refusalOf tells why the call is refused; nil when it is not.
+// refusalOf returns why the call is refused; nil if it is not.
 func refusalOf(ctx context.Context) error {
 	err, _ := ctx.Value(refusalKey{}).(error)
 	return err
 }
 
-// Without a status of their own gRPC makes PermissionDenied of a tap handle's errors.
+// gRPC turns errors of a tap handle into PermissionDenied if they have no status.
 var (
 	errNoKey    = status.Error(codes.Unauthenticated, "an API key is needed, as metadata "+keyHeader)
 	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
@@ -199,7 +199,7 @@ var (
 
 // connectionOf identifies the connection that a call came by.
 func connectionOf(ctx context.Context) any {
-	// A listener of the application's own can have addresses that are no keys of maps.
+	// The application's own listener can have addresses that cannot be keys of maps.
 	if p, ok := peer.FromContext(ctx); ok && reflect.ValueOf(p.Addr).Comparable() {
 		return p.Addr
 	}

@@ -10,19 +10,19 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// picked is the labels of a check that somebody looks at: of all of them those that policies name, and of the first
-// maxLooked those that the answer reports, which are the ones with the smallest keys, and headers last. Keys and values are
-// pieces of the message until labels copies them. Of several with one key the last one counts.
+// picked holds the labels of a check that are needed: all that policies name, and of the others those that the answer
+// reports. The answer reports those with the smallest keys among the first maxLooked, headers last. Keys and values are
+// pieces of the message until the method labels copies them. If a key is repeated, the last value counts.
 type picked struct {
 	named   map[string]bool
-	escaped bool // values are, as in baggage
+	escaped bool // values are escaped, as in baggage
 	hits    map[string][]byte
 	rest    []pair // in order once there are more than wire.MaxReported
 	room    [8]pair
 	many    bool
 	looked  int          // labels, up to maxLooked
 	finder  *finder      // of labels that policies name, once no others are looked at
-	values  []namedValue // of its keys
+	values  []namedValue // of the finder's keys
 }
 
 type pair struct{ key, value []byte }
@@ -76,7 +76,7 @@ func (p *picked) add(key, value []byte) {
 	p.insert(pair{key, value})
 }
 
-// onlyNamed has add look for no other labels than those that policies name.
+// onlyNamed makes add look only for labels that policies name.
 func (p *picked) onlyNamed() {
 	p.finder = new(finder)
 	for key := range p.named {
@@ -86,7 +86,7 @@ func (p *picked) onlyNamed() {
 	}
 }
 
-// insert keeps the pair if it is among the first, now that not all can be.
+// insert keeps the pair if it is among the first wire.MaxReported.
 func (p *picked) insert(one pair) {
 	if len(one.key) == 0 || len(one.key) > wire.MaxReportedKey ||
 		len(p.rest) == wire.MaxReported && compareKeys(one, p.rest[wire.MaxReported-1]) > 0 {
@@ -107,7 +107,7 @@ func compareKeys(a, b pair) int {
 	return wire.CompareReported(bytes.HasPrefix(a.key, prefix), bytes.HasPrefix(b.key, prefix), bytes.Compare(a.key, b.key))
 }
 
-// labels are the labels, as text of their own; nil for none.
+// labels returns copies of the labels; nil for none.
 func (p *picked) labels() map[string]string {
 	if p.finder != nil {
 		p.hits = make(map[string][]byte)
@@ -132,14 +132,14 @@ func (p *picked) labels() map[string]string {
 	return m
 }
 
-// plain is a value without escapes, of which the first bytes are enough.
+// plain returns a value without escapes. The caller needs only its first enough bytes.
 func (p *picked) plain(value []byte, enough int) []byte {
 	if !p.escaped || !bytes.ContainsRune(value, '%') {
 		return value
 	}
 	if len(value) > 3*enough {
 		value = value[:3*enough]
-		// An escape that is cut is none.
+		// An escape that was cut is left out.
 		if i := bytes.LastIndexByte(value, '%'); i >= len(value)-2 {
 			value = value[:i]
 		}
@@ -148,8 +148,8 @@ func (p *picked) plain(value []byte, enough int) []byte {
 	return plain
 }
 
-// headersRead is the headers of a CheckHTTP that somebody looks at, chosen as picked chooses labels. The header with
-// baggage is always among them. Of headers that become one label it keeps as many as it takes to see that.
+// headersRead holds the headers of a CheckHTTP that are needed, chosen as picked chooses labels. The baggage header is
+// always among them. If several headers become one label, it keeps enough of them to detect that.
 type headersRead struct {
 	named   map[string]bool
 	kept    map[string]*headerGroup // by label
@@ -159,7 +159,7 @@ type headersRead struct {
 	scratch []byte
 	looked  int            // headers, up to maxLooked
 	finder  *finder        // of headers that policies name, once no others are looked at
-	groups  []*headerGroup // of its keys; nil for none
+	groups  []*headerGroup // of the finder's keys; nil for none
 }
 
 // A headerGroup is the headers that become one label: at most one without "_", and two with it, and each in one other
@@ -222,7 +222,7 @@ func (h *headersRead) group(label string) *headerGroup {
 	return g
 }
 
-// onlyNamed has add look for no other headers than those that policies name, and those with baggage.
+// onlyNamed makes add look only for headers that policies name, and for baggage.
 func (h *headersRead) onlyNamed() {
 	h.finder = &finder{headers: true}
 	add := func(name string) {
@@ -248,8 +248,8 @@ func (g *headerGroup) add(name, value []byte) {
 		g.headers = append(g.headers, pair{name, value})
 		return
 	}
-	// A header without "_" counts, so it takes the place of one that has it. Two without it differ by case: both stay,
-	// for the request to be rejected.
+	// A header without "_" counts, so it replaces one with "_". Two headers without "_" differ by case: both stay, so
+	// that the request is rejected.
 	if bytes.IndexByte(name, '_') >= 0 {
 		return
 	}
@@ -258,7 +258,7 @@ func (g *headerGroup) add(name, value []byte) {
 	}
 }
 
-// place makes a place for the label in scratch, which no policy names, and reports whether it has one.
+// place makes room for the label in scratch, which no policy names. It reports whether there is room.
 func (h *headersRead) place() bool {
 	if len(h.scratch) > wire.MaxReportedKey || len(h.order) == wire.MaxReported && string(h.scratch) > h.order[wire.MaxReported-1] {
 		return false
@@ -273,7 +273,7 @@ func (h *headersRead) place() bool {
 	return true
 }
 
-// headers are the headers, as text of their own.
+// headers returns copies of the headers.
 func (h *headersRead) headers() map[string]string {
 	m := make(map[string]string, len(h.kept)+1)
 	for label, group := range h.kept {

@@ -19,8 +19,8 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// The bounds of messages, besides those of gRPC, which are 4 MiB. A check has no other: its error would let the flow run.
-// Elements are counted before they are decoded: two bytes of a message can become a hundred in memory.
+// The bounds of messages, besides gRPC's own of 4 MiB. A check has no other bound, because an error would let the flow
+// run. Elements are counted before they are decoded, because two bytes of a message can become a hundred in memory.
 const (
 	maxSlots        = 1 << 12   // that one FlowEnd gives back
 	maxKeysSize     = 320 << 10 // bytes of a CacheLookup or CacheDelete: as many of the longest keys as are looked up
@@ -29,15 +29,15 @@ const (
 	maxPoint        = 4096      // bytes of a control point; no policy names one that is longer than 255
 	maxRequestField = 4096      // bytes of the request's method, host and so on that no policy names
 
-	// The bytes of a FlowEnd. An SDK that sends one for each flow names all slots of an answer in it: a slot takes less
-	// than the decision that holds it. The rest is for the control point.
+	// The bytes of a FlowEnd. SDKs send one FlowEnd for a flow, so it has room for all slots of an answer: a slot takes
+	// less than the decision that holds it. The rest is for the control point.
 	maxEndSize = wire.MaxDecisions + 64<<10
 )
 
 // One FlowEnd gives back all slots of an answer.
 const _ = uint(maxSlots - wire.MostDecisions)
 
-// bounded is the service, for requests that are read as readRequest does, and that pass the gate of ServerOptions.
+// bounded returns the service with requests that are read by readRequest and pass the gate of ServerOptions.
 func bounded(service grpc.ServiceDesc, named func() map[string]bool) *grpc.ServiceDesc {
 	service.Methods = slices.Clone(service.Methods)
 	for i := range service.Methods {
@@ -51,7 +51,7 @@ func bounded(service grpc.ServiceDesc, named func() map[string]bool) *grpc.Servi
 	return &service
 }
 
-// through handles a call, whose message is read when the gate lets it. On a server without the gate it is read at once.
+// through handles a call. Its message is read when the gate admits it, or at once on a server without the gate.
 func through(ctx context.Context, decode func(any) error, handle func(decode func(any) error) (any, error), read func([]byte, proto.Message) error) (any, error) {
 	if err := refusalOf(ctx); err != nil {
 		return nil, err
@@ -116,7 +116,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 	return response, err
 }
 
-// isCheck reports whether the message is a check. One that finds no room is answered with a rejection.
+// isCheck reports whether the message is a check. A check that finds no room is answered with a rejection.
 func isCheck(m proto.Message) bool {
 	switch m.(type) {
 	case *checkv1.CheckRequest, *checkhttpv1.CheckHTTPRequest:
@@ -127,7 +127,7 @@ func isCheck(m proto.Message) bool {
 
 var errFull = status.Error(codes.ResourceExhausted, "too many large requests are under way")
 
-// A message is what the codec decodes into: it has the bytes read otherwise than protobuf does.
+// A message is what the codec decodes into. It reads the bytes by a function, and not as protobuf does.
 type message struct {
 	proto.Message
 	read func([]byte, proto.Message) error
@@ -152,9 +152,9 @@ func (r reflection) ProtoMethods() *protoiface.Methods {
 	}}
 }
 
-// readRequest decodes a request. Of a check it decodes what somebody looks at: the labels that policies name, whole, and
-// of the others those that the answer reports. What it decodes it decodes as protobuf does. It is not as strict: a label
-// or header whose entry is malformed has what comes before that, and a field that nothing looks at may hold anything.
+// readRequest decodes a request. Of a check it decodes what is needed: the labels that policies name, whole, and of the
+// others those that the answer reports. It decodes as protobuf does, but is less strict. If an entry of a label or
+// header is malformed, what comes before the error counts. A field that is not needed may hold anything.
 func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 	switch m := m.(type) {
 	case *checkv1.CheckRequest:
@@ -174,7 +174,7 @@ func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 	}
 }
 
-// readFew decodes a message, and of the field that repeats no more elements than most.
+// readFew decodes a message of at most size bytes, with at most most elements of the field that repeats.
 func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error { //nolint:unparam // the bounds are of different things
 	if len(data) > size {
 		return status.Error(codes.ResourceExhausted, fmt.Sprintf("message of %d bytes is larger than %d", len(data), size))
@@ -192,7 +192,7 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 	return unmarshal(few, m)
 }
 
-// Numbers of fields. Those of both kinds of checks are the same for none but our own.
+// Field numbers. The two kinds of checks share only the number of our own field.
 const (
 	checkRequestPoint     protowire.Number = 1
 	checkRequestLabels    protowire.Number = 2
@@ -264,7 +264,7 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 	return nil
 }
 
-// A lookupReader reads the lookup of a check, as far as an answer tells of it.
+// A lookupReader reads the lookup of a check, as far as an answer can report it.
 type lookupReader struct {
 	m             *checkv1.CacheLookupRequest
 	point, result []byte
@@ -301,7 +301,7 @@ func (l *lookupReader) done() *checkv1.CacheLookupRequest {
 	return l.m
 }
 
-// point is a control point. Of one that is too long for any policy the beginning is enough.
+// point returns a control point. If it is too long for any policy, the beginning is enough.
 func point(data []byte) string { return text(data[:min(len(data), maxPoint)]) }
 
 // entryOf is an entry of a map from text to text.
@@ -411,7 +411,7 @@ func (h *httpReader) fill(m *checkhttpv1.CheckHTTPRequest_HttpRequest) {
 	m.Headers = h.headers.headers()
 }
 
-// cutValue is a value that is reported, and no policy looks at.
+// cutValue returns a value that is only reported.
 func cutValue(data []byte) string {
 	return wire.Cut(text(data[:min(len(data), wire.MaxReportedValue+4)]), wire.MaxReportedValue)
 }

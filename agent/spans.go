@@ -16,10 +16,9 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// read tells the engine how long the flow took that the span is about, and ends it if its client said that it would not:
-// then the span is all that comes when the flow ends. A slot is freed by its name in the check's answer, which only the
-// client has that was given it, and once. A latency counts for an answer that was given, once, and is no longer than the
-// time since then.
+// read tells the engine how long the flow of the span took. If the client does not end its flows itself, read ends the
+// flow too, because no other message comes. A slot is freed once, by its name in the check's answer, which only the
+// client with that answer has. A latency counts once for each answer, and is at most the time since that answer.
 func (s *Service) read(ctx context.Context, span []byte) {
 	measured := s.engine.Measures("")
 	r, err := telemetry.Read(span)
@@ -61,20 +60,20 @@ const (
 	lookupResponseResult protowire.Number = 1 // of CacheLookupResponse
 )
 
-// longest is beyond what a flow takes: clocks are wrong then.
+// longest is the longest latency that counts. Beyond it, a clock is wrong.
 const longest = 24 * time.Hour
 
-// latencyOf is how long the work of a flow took that ran and ended well; ok is false where it did not, and where the times
-// make no sense. The latency of one SDK has the check's time in it, because there the work starts with the flow: then
-// waited is true.
+// latencyOf returns how long the work of a flow took. ok is false if the flow did not run, did not end well, or has
+// times that make no sense. waited is true if the latency includes the time of the check, because the work of one SDK
+// starts with the flow.
 func latencyOf(r *telemetry.Record) (latency time.Duration, waited, ok bool) {
 	latency = time.Duration(r.End - r.Work)
 	ok = r.Status == telemetry.OK && r.Work > 0 && r.End >= r.Work && latency <= longest
 	return latency, r.Work == r.Start, ok
 }
 
-// expectsEnd reports whether an answer says that its client ends the flow itself, as most do, without decoding the rest
-// of it where that is easy.
+// expectsEnd reports whether the client of an answer ends the flow itself, as most do. Where that is easy, it does not
+// decode the rest of the answer.
 func expectsEnd(r *telemetry.Record) bool {
 	if r.Check != nil {
 		_, expects := glance(r.Check)
@@ -88,7 +87,7 @@ func expectsEnd(r *telemetry.Record) bool {
 	return false
 }
 
-// glance reads what is of interest of every answer.
+// glance reads what is needed of every answer.
 func glance(check []byte) (controlPoint string, expectEnd bool) {
 	protofield.Walk(check, func(field protowire.Number, value []byte, number uint64) {
 		switch field { //nolint:exhaustive // of the numbers of fields that there are, two are of interest
@@ -101,8 +100,8 @@ func glance(check []byte) (controlPoint string, expectEnd bool) {
 	return controlPoint, expectEnd
 }
 
-// maxCheckJSON is how many bytes of JSON are decoded of an answer, in which three bytes can be a large object. In the other
-// form such elements are left out.
+// The bounds of an answer in a span. Three bytes of JSON can become a large object, so JSON is bounded by its size. In
+// the other form, elements beyond the bounds are left out.
 const (
 	maxCheckJSON = 256 << 10
 	maxDecisions = 1 << 10
@@ -141,7 +140,7 @@ func readCheck(r *telemetry.Record, wanted func(controlPoint string, expectEnd b
 	return m
 }
 
-// withoutValues is an answer without what it has of the global cache.
+// withoutValues returns an answer without its part about the global cache.
 func withoutValues(check []byte) []byte {
 	var lookups [][]byte
 	rest, err := protofield.Filter(check, func(field protowire.Number, data []byte) bool {
@@ -171,8 +170,8 @@ func checked(m *checkv1.CheckResponse) time.Duration {
 	return min(max(m.GetEnd().AsTime().Sub(m.GetStart().AsTime()), 0), longest)
 }
 
-// worked reports whether the flow had work to do: not if it was rejected, which some SDKs end as "OK" all the same, unless
-// its client was in dry run, and not if its result was in the cache.
+// worked reports whether the flow had work to do. It had none if it was rejected, except in dry run, or if its result
+// was in the cache. Some SDKs end rejected flows as "OK" too.
 func worked(m *checkv1.CheckResponse, dryRun bool) bool {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED && !dryRun {
 		return false

@@ -9,8 +9,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Some SDKs send text as they have it, a lone half of a surrogate pair for example. Go's decoder refuses text that is not
-// UTF-8, and an SDK takes the error for leave to run the flow. So text is repaired.
+// Some SDKs send text that is not UTF-8, such as half of a surrogate pair. Go's decoder would refuse it, and an SDK
+// runs the flow on an error. So text is repaired.
 
 const replacement = "\uFFFD"
 
@@ -22,10 +22,10 @@ func text(data []byte) string {
 	return string(appendText(make([]byte, 0, 2*len(data)+len(replacement)), data))
 }
 
-// appendText appends data as strings.ToValidUTF8 repairs it, for less: of a text of megabytes every other byte can be wrong,
-// and then it becomes twice as long, which is the most.
+// appendText appends data as strings.ToValidUTF8 repairs it, at less cost. The text becomes at most twice as long, if
+// every other byte is wrong.
 func appendText(to, data []byte) []byte {
-	wrong := false // the bytes before are
+	wrong := false // the bytes before are wrong
 	for i := 0; i < len(data); {
 		if b := data[i]; b < utf8.RuneSelf {
 			to, wrong = append(to, b), false
@@ -57,8 +57,8 @@ func unmarshal(data []byte, m proto.Message) error {
 	return proto.Unmarshal(repaired, m)
 }
 
-// repairText is the message with its text made UTF-8, as far as the descriptor knows the fields. It is not ok where the
-// bytes are no message at all.
+// repairText returns the message with its text made UTF-8, as far as the descriptor knows the fields. ok is false if
+// the bytes are no message.
 func repairText(message []byte, d protoreflect.MessageDescriptor) (repaired []byte, ok bool) {
 	for len(message) > 0 {
 		number, kind, n := protowire.ConsumeTag(message)

@@ -512,7 +512,7 @@ func TestLargeRequestsAreReadInTurn(t *testing.T) {
 	})
 }
 
-// A check whose request has no room does not wait in queues. It is decided about all the same.
+// A check whose request has no room is decided at once, and does not wait in queues.
 func TestChecksWithoutRoomDoNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{

@@ -22,7 +22,7 @@ const (
 	maxServiceOf = 1 << 10     // bytes of a health request, of any caller
 )
 
-// visitors are the calls of peers without a key that are let in: those to the health service.
+// visitors are the calls without a key that are let in: those to the health service.
 type visitors struct{ checks, watches *visits }
 
 func newVisitors() visitors {
@@ -52,7 +52,7 @@ type visits struct {
 
 type visitKey struct{}
 
-// A visit is one of them.
+// A visit is one call.
 type visit struct {
 	cancel     context.CancelFunc
 	connection any
@@ -67,7 +67,7 @@ func visitOf(ctx context.Context) *visit {
 	return v
 }
 
-// begin lets a call in, or tells why not. The context is the call's from then on.
+// begin lets a call in and returns its context, or returns why not.
 func (s *visits) begin(ctx context.Context) (context.Context, error) {
 	v := &visit{connection: connectionOf(ctx), begin: time.Now()}
 	s.mu.Lock()
@@ -87,8 +87,8 @@ func (s *visits) begin(ctx context.Context) (context.Context, error) {
 	return ctx, nil
 }
 
-// other returns the call that should make room for v; nil for none. It is the first of the connection with the most, if
-// it has had time to arrive. A connection with one call keeps it if the calls may last.
+// other returns the call that should make room for v; nil for none. It is the oldest call of the connection with the
+// most calls, among those that have had time to arrive. If calls may last, a connection keeps its only call.
 func (s *visits) other(v *visit) *visit {
 	count := make(map[any]int)
 	for _, one := range s.all {

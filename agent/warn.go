@@ -7,15 +7,15 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// Warnings lists what the engine's policies say that a server cannot do, the most important first:
+// Warnings lists what the engine's policies ask for and a server cannot do, the most important first:
 //
 //   - control points where a flow may hold more slots than an answer can name: the flow is rejected then,
 //   - selectors that name a service: they pick no flow of a client's, because the protocol has no place for the client's
 //     service,
 //   - control points with more components than an answer may have room for: it leaves out decisions that hold no slot.
 //
-// Whether an answer has room depends on how long the values of labels are. The warnings are about values of 256 bytes.
-// They matter more than the engine's own.
+// Whether an answer has room depends on the length of label values. The warnings assume 256 bytes. They matter more
+// than the engine's own.
 func (s *Service) Warnings() []string {
 	var slots, decisions []string
 	for at, components := range s.engine.Acting() {
