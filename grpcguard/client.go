@@ -16,9 +16,9 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 )
 
-// UnaryClientInterceptor returns an interceptor that makes each unary call of a client a flow at the control point:
-// before anything is sent, until the reply is there. What is sent is left as it is. Interceptors that retry go before
-// this one to make each attempt a flow, and after it to count all attempts as one.
+// UnaryClientInterceptor returns an interceptor that makes each unary call of a client a flow at the control point. The
+// flow begins before anything is sent, and ends when the reply is there. What is sent does not change. If an
+// interceptor that retries comes before this one, each attempt is a flow. If it comes after, all attempts are one flow.
 func UnaryClientInterceptor(client headgate.Starter, controlPoint string, opts ...Option) grpc.UnaryClientInterceptor {
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -34,10 +34,10 @@ func UnaryClientInterceptor(client headgate.Starter, controlPoint string, opts .
 	}
 }
 
-// StreamClientInterceptor returns an interceptor that makes each stream of a client one flow at the control point, from
-// before anything is sent until the stream has ended: when RecvMsg gave io.EOF, another error or the only response, when
-// SendMsg or Header failed for good, when the stream's context has ended, or when the connection was closed. As gRPC
-// says, one of these must happen, or else the stream leaks, and the flow with it.
+// StreamClientInterceptor returns an interceptor that makes each stream of a client one flow at the control point. The
+// flow begins before anything is sent, and ends with the stream: when RecvMsg returns io.EOF, another error or the only
+// response, when SendMsg or Header fails for good, when the stream's context ends, or when the connection is closed.
+// gRPC requires one of these too. Otherwise the stream leaks, and the flow with it.
 func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts ...Option) grpc.StreamClientInterceptor {
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -61,8 +61,8 @@ func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts 
 				s.end(nil)
 			}
 		}()
-		// Nothing else tells that the connection was closed, unless somebody reads. That gRPC has finished with the
-		// stream does not mean that in general: an interceptor after this one may be about to try again.
+		// If nothing reads, only OnFinish reports that the connection was closed. In other cases it does not mean that
+		// the stream has ended: an interceptor after this one may be about to try again.
 		opts = append(slices.Clip(opts), grpc.OnFinish(func(err error) {
 			if cc.GetState() == connectivity.Shutdown {
 				s.end(err)
@@ -84,7 +84,7 @@ type clientStream struct {
 	grpc.ClientStream
 	flow   *flowctl.Flow
 	single bool        // has one response
-	forget func() bool // stops to wait for the context
+	forget func() bool // stops waiting for the context
 	ended  atomic.Bool
 }
 
@@ -100,7 +100,7 @@ func (s *clientStream) SendMsg(m any) error {
 	return err
 }
 
-// failed ends the flow unless RecvMsg has still to tell how the stream ended.
+// failed ends the flow, except on io.EOF: RecvMsg then returns how the stream ended.
 func (s *clientStream) failed(err error) {
 	if err != nil && !errors.Is(err, io.EOF) {
 		s.end(err)
@@ -115,7 +115,7 @@ func (s *clientStream) RecvMsg(m any) error {
 	return err
 }
 
-// end ends the flow, once, whoever is first to know.
+// end ends the flow, the first time.
 func (s *clientStream) end(err error) {
 	s.forget()
 	s.finish(err)

@@ -189,7 +189,7 @@ func TestA5OutgoingMetadata(t *testing.T) {
 	}
 }
 
-// A call from within a handler is about the method that it calls, and whoever's request it is.
+// A call from within a handler has the labels of the method that it calls, and those of the handler's request.
 func TestClientWithinServer(t *testing.T) {
 	s := embeddedSide(t, false)
 	next, _ := serve(t, memory, new(service).register, nil, guarding(s)...)
@@ -320,7 +320,7 @@ func TestClientStreamEnds(t *testing.T) {
 			},
 		},
 		{
-			name: "server has gone, noticed by sending", open: true, // only who reads learns why
+			name: "server has gone, noticed by sending", open: true, // only RecvMsg returns why
 			do: func(context.Context) error { return status.Error(codes.Unavailable, "gone") },
 			use: func(t *testing.T, _ *grpc.ClientConn, stream duplex, _ context.CancelFunc) {
 				_ = stream.CloseSend()

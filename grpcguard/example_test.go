@@ -133,7 +133,7 @@ func ExampleStreamServerInterceptor() {
 	// third: <nil>
 }
 
-// A quota on what others allow: calls beyond it are not sent.
+// The quota of a third party's API: calls beyond it are not sent.
 func ExampleUnaryClientInterceptor() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("geocoder"), Capacity: 1, Fill: 1, Interval: time.Hour,
@@ -161,7 +161,7 @@ func ExampleUnaryClientInterceptor() {
 
 type userKey struct{}
 
-// A limit for each user of each method. Who the user is says the interceptor that authenticates, which comes first.
+// A limit for each user of each method. The interceptor that authenticates comes first, and says who the user is.
 func ExampleWithParams() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "user_id",
@@ -221,7 +221,7 @@ func ExampleWithParams_context() {
 	// ResourceExhausted
 }
 
-// What makes a flow's status Error can be said anew, on top of the default or instead of it.
+// A function can change what makes a flow's status Error, on top of the default or instead of it.
 func ExampleIsFailure() {
 	params := flowctl.Params{
 		IsFailure: func(err error) bool {
@@ -256,7 +256,8 @@ func ExampleWithControlPoint() {
 	// headgate: start "/grpc.testing.TestService/UnaryCall": rejected: rate limited
 }
 
-// A label of what the client sends: good enough to tell tenants of one's own apart, and not for what they may do.
+// A label from metadata that the client sends. It can separate tenants that you trust, but must not decide what they
+// may do.
 func ExampleWithMetadata() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "x-tenant",

@@ -5,26 +5,31 @@
 //		grpc.ChainUnaryInterceptor(grpcguard.UnaryServerInterceptor(client, "orders")),
 //		grpc.ChainStreamInterceptor(grpcguard.StreamServerInterceptor(client, "orders")))
 //
-// A call whose flow does not run is neither served nor sent. Its error is the flow's own: errors.Is and errors.As find
-// flowctl.ErrRejected and the rest in it, and to gRPC it is a status. That of a rejection is ResourceExhausted,
-// Unavailable, PermissionDenied and so on by the policy or the reason, never OK, with a RetryInfo where it is known when
-// a retry can succeed; a flow that nobody answered is Unavailable, one that is Invalid is Internal, and one whose context
-// ended first is Canceled or DeadlineExceeded. The status has the error's text, which names no policy and no label.
+// A call whose flow does not run is neither served nor sent. It fails with the flow's own error: errors.Is and
+// errors.As find flowctl.ErrRejected and the rest in it. To gRPC the error is a status:
 //
-// Interceptors recover nothing, and are safe for concurrent use. A nil client is flow control switched off.
+//   - ResourceExhausted, Unavailable, PermissionDenied and so on for a rejection, by the policy or the reason, never
+//     OK. It has a RetryInfo if it is known when a retry can succeed.
+//   - Unavailable if no agent answered.
+//   - Internal if the flow is Invalid.
+//   - Canceled or DeadlineExceeded if the call's context ended first.
+//
+// The status has the error's text, which names no policy and no label.
+//
+// Interceptors do not recover panics, and are safe for concurrent use. A nil client switches flow control off.
 //
 // # Labels
 //
-// The flow of a call has the labels rpc.service, such as shop.v1.Orders, and rpc.method, such as Get, and one for each
-// key that [WithMetadata] lists and the metadata has. Whoever sends the call decides what they are. Labels that decide
-// what a caller is allowed come from [WithParams] or from labels.With in the call's context: nothing that is sent
-// overrides these. What came with a call as baggage is put into the context of its handler, unless the application has
-// done so; it becomes labels for clients with flowctl.WithBaggage only.
+// The flow of a call has the labels rpc.service, such as shop.v1.Orders, and rpc.method, such as Get. It also has a
+// label for each key that [WithMetadata] lists, if the metadata has the key. The sender of the call controls them.
+// Labels that decide what a caller may do must come from [WithParams], or from labels.With in the call's context. What
+// a peer sends never replaces these. The baggage of a call is put into the context of its handler, unless the
+// application has already done so. It becomes labels only for clients with flowctl.WithBaggage.
 //
 // # Statuses
 //
-// A flow's status is Error when the handler or the call panicked, and when it failed with a code by which [IsFailure] is
-// true; Params.IsFailure overrides that, see [WithParams], and flow.SetStatus both.
+// A flow's status is Error if the handler or the call panicked, or failed with an error for which [IsFailure] is true.
+// Params.IsFailure overrides that, see [WithParams], and flow.SetStatus overrides both.
 //
 // # Skipped calls
 //
@@ -52,7 +57,7 @@ type Call struct {
 	Request    any    // the message of a unary call; nil for a stream, whose messages are still to come
 }
 
-// guard is what the interceptors have in common, and what their options come to.
+// guard is what the interceptors have in common, with the settings of their options.
 type guard struct {
 	adaptor.Guard[Call]
 	keys       []string // of metadata
@@ -105,11 +110,11 @@ func (g *guard) labels(fullMethod string, md metadata.MD) map[string]string {
 	if own == nil {
 		return shared
 	}
-	maps.Copy(own, shared) // metadata may have been given such names, but does not know better
+	maps.Copy(own, shared) // metadata with these names must not replace them
 	return own
 }
 
-// at gives the control point and the parameters of a call's flow. ctx is what it starts with.
+// at returns the control point and the parameters of a call's flow. ctx is the context that the flow starts with.
 func (g *guard) at(ctx context.Context, call Call) (controlPoint string, params flowctl.Params) {
 	controlPoint, params = g.ControlPoint(ctx, call), g.ParamsOf(ctx, call)
 	if params.IsFailure == nil {
@@ -118,10 +123,10 @@ func (g *guard) at(ctx context.Context, call Call) (controlPoint string, params 
 	return controlPoint, params
 }
 
-// IsFailure is the default for what makes a flow's status Error: an error that is no gRPC status, or one with the code
-// Unknown, DeadlineExceeded, Unimplemented, Internal, Unavailable or DataLoss, or a code that gRPC does not have. All
-// other codes are the caller's doing, or tell it about the state of things, and so do the errors of a context that was
-// canceled.
+// IsFailure reports whether an error makes a flow's status Error, by default. It is true for an error that is no gRPC
+// status, for the codes Unknown, DeadlineExceeded, Unimplemented, Internal, Unavailable and DataLoss, and for codes
+// that gRPC does not have. It is false for all other codes, which are the caller's fault or tell the caller about a
+// state, and for the errors of a canceled context.
 func IsFailure(err error) bool {
 	s, ok := status.FromError(err)
 	if !ok {

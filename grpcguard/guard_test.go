@@ -131,7 +131,7 @@ func (s *side) ends() (all []ended) {
 
 func (s *side) held() int { return s.Held() }
 
-// wantEnds checks how flows ended, that all did, and that nobody holds a slot any more.
+// wantEnds checks how flows ended, that all ended, and that no slot is held any more.
 func (s *side) wantEnds(t *testing.T, want ...ended) {
 	t.Helper()
 	if got := s.held(); got != 0 {

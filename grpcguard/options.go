@@ -8,30 +8,30 @@ import (
 	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
-// An Option configures an interceptor. Of several of a kind the last one counts, unless its comment says otherwise. Nil
-// options do nothing.
+// An Option configures an interceptor. If an option is repeated, the last one counts, unless its comment says
+// otherwise. Nil options do nothing.
 type Option interface{ apply(*guard) }
 
 type option func(*guard)
 
 func (o option) apply(g *guard) { o(g) }
 
-// WithControlPoint has fn find the control point of each call. Where it finds none, and returns "", the fixed one stays.
-// Where a service has limits for each of its methods, that is the method:
+// WithControlPoint makes fn find the control point of each call. If fn returns "", the call has the fixed one. To limit
+// single methods, return the method:
 //
 //	grpcguard.WithControlPoint(func(_ context.Context, call grpcguard.Call) string { return call.FullMethod })
 //
-// By default all calls have the fixed one. fn must be safe for concurrent use; nil changes nothing. A server with a
-// handler for unknown services should not do this: its peers can make up methods.
+// By default all calls have the fixed one. fn must be safe for concurrent use; nil means the default. If a server has a
+// handler for unknown services, do not do this, because its peers can make up methods.
 func WithControlPoint(fn func(ctx context.Context, call Call) string) Option {
 	return option(func(g *guard) { g.PointOf = fn })
 }
 
-// WithParams has fn say how the flow of each call is started: by labels that say whose it is, by how long it may wait,
-// by whether it runs when nobody answers. Its Labels override all that the call says of itself, and must not change
-// until the flow has ended; a value of the call among them that is too long, or no UTF-8, makes the flow Invalid, so
-// have it repaired by labels.Repair. Its IsFailure overrides [IsFailure], where it is set; it gets the error of the
-// handler or of the call, and never io.EOF.
+// WithParams makes fn return the Params of each call's flow: labels that say whose it is, how long it may wait, and
+// whether it runs if no agent answers. Its Labels override all labels of the call, and must not change until the flow
+// has ended. A label value that is too long or not UTF-8 makes the flow Invalid, so repair values of the call by
+// labels.Repair. If IsFailure is set, it overrides [IsFailure]. It gets the error of the handler or of the call, and
+// never io.EOF.
 //
 // ctx has the labels of the call and, on a server, its metadata. By default flows have the zero Params. fn must be safe
 // for concurrent use; nil means the default.
@@ -49,16 +49,15 @@ func WithMetadata(keys ...string) Option {
 	return option(func(g *guard) { g.keys = append(g.keys, lower...) })
 }
 
-// WithSkip passes calls on without a flow, for which fn says so. It goes together with [WithSkipMethods] and what is
-// skipped by default: one that says so is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips
-// nothing.
+// WithSkip passes calls on without a flow if fn returns true. It adds to [WithSkipMethods] and to what is skipped by
+// default: one match is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips nothing.
 func WithSkip(fn func(ctx context.Context, call Call) bool) Option {
 	return option(func(g *guard) { g.AddSkip(fn) })
 }
 
-// WithSkipMethods is [WithSkip] for calls whose full method is one of these, or, for one that ends in "*", begins with
-// what is before that: "/shop.v1.Orders/Get", "/shop.v1.Orders/*". The first "/" may be left out. What a "*" stands for is
-// never more than names: a call of "/shop.v1.Orders/../Payments/Get", which a proxy's peer can make up, is not skipped.
+// WithSkipMethods is [WithSkip] for calls of these full methods, such as "/shop.v1.Orders/Get". A name that ends in "*"
+// stands for all methods that begin with what is before it: "/shop.v1.Orders/*". The first "/" may be left out. The "*"
+// matches only names: a proxy's peer can make up a call of "/shop.v1.Orders/../Payments/Get", which is not skipped.
 func WithSkipMethods(methods ...string) Option {
 	listed := adaptor.MatchMethods(methods...)
 	return WithSkip(func(_ context.Context, call Call) bool { return listed(call.FullMethod) })

@@ -10,8 +10,8 @@ import (
 )
 
 // UnaryServerInterceptor returns an interceptor that makes each unary call that a server gets a flow at the control
-// point. The handler gets the flow's context, and what it returns goes back unchanged; the flow ends when it has
-// returned or panicked.
+// point. The handler gets the flow's context. Its reply and error are returned unchanged. The flow ends when the
+// handler returns or panics.
 func UnaryServerInterceptor(client headgate.Starter, controlPoint string, opts ...Option) grpc.UnaryServerInterceptor {
 	g := newGuard(client, controlPoint, opts)
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {

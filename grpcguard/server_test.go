@@ -478,7 +478,7 @@ func TestServerDecisions(t *testing.T) {
 	}
 }
 
-// A client that leaves is nobody's failure, and slow work is the service's.
+// A client that leaves is no failure, and slow work is one.
 func TestServerClientLeaves(t *testing.T) {
 	tests := []struct {
 		name  string

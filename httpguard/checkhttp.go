@@ -14,14 +14,14 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-// WithCheckHTTP has a remote agent asked by CheckHTTP instead of Check, for agents whose policies classify requests: it
-// gets the request's method, path, host, scheme, protocol, size and addresses, and the headers of [WithHeaders]. What it
-// answers is done: the headers that it adds to an accepted request are set in the one that the handler gets, and a
-// rejected request is answered with its status, headers and body. Its body gives way to [WithOnReject].
-// In a client's dry run nothing of that is done.
+// WithCheckHTTP asks a remote agent by CheckHTTP instead of Check, for agents whose policies classify requests. The
+// agent gets the request's method, path, host, scheme, protocol, size and addresses, and the headers of [WithHeaders].
+// The middleware does what the agent answers. Headers that the agent adds to an accepted request are set in the
+// handler's request. A rejected request is answered with the agent's status, headers and body, unless [WithOnReject]
+// sets the body. In a client's dry run nothing of that is done.
 //
-// A result cache or global cache cannot be looked up this way: the flow of Params with a cache key is Invalid. An
-// embedded engine, which makes the same labels of a request by itself, is asked as always.
+// CheckHTTP cannot look up a result cache or global cache: a flow with a cache key in its Params is Invalid. An
+// embedded engine is asked as always, because it makes the same labels of a request by itself.
 func WithCheckHTTP() MiddlewareOption {
 	return middlewareOption(func(g *guard) { g.checkHTTP = true })
 }
@@ -61,15 +61,15 @@ func (w *response) obey() {
 	if answer, ok := w.flow.HTTPAnswer(); ok && w.flow.Decision() == flowctl.Accepted && len(answer.Header) > 0 {
 		w.request.Header, w.obeyed = w.request.Header.Clone(), true
 		setHeaders(w.request.Header, answer.Header)
-		// The agent's word on labels is for the flows within the handler too.
+		// Labels that the agent sets are also for the flows within the handler.
 		if bag, _ := baggage.Parse(w.request.Header.Get("Baggage")); bag.Len() > 0 {
 			w.request = *w.request.WithContext(baggage.ContextWithBaggage(w.request.Context(), bag))
 		}
 	}
 }
 
-// refuse is how a request is answered that does not run, unless [WithOnReject] says: as the agent wants it, or else with
-// a [Problem].
+// refuse answers a request that does not run, unless [WithOnReject] is set: as the agent wants it, or else with a
+// [Problem].
 func refuse(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
 	answer, _ := flow.HTTPAnswer()
 	if answer.Body == "" || flow.Decision() != flowctl.Rejected {
@@ -85,7 +85,7 @@ func refuse(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
 	_, _ = io.WriteString(w, answer.Body) // a caller that has left does not get it
 }
 
-// setHeaders leaves out those that are for one connection, or about a body that may be another.
+// setHeaders leaves out headers that are for one connection, and those about the body, which may be another one.
 func setHeaders(h http.Header, from map[string]string) {
 	for name, value := range from {
 		switch name = http.CanonicalHeaderKey(name); name {

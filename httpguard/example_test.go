@@ -41,7 +41,7 @@ func send(h http.Handler, method, target string, header ...string) *http.Respons
 	return w.Result()
 }
 
-// One order a minute, and the second caller learns when to come back.
+// One order a minute. The second answer says when to retry.
 func ExampleMiddleware() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute,
@@ -68,7 +68,7 @@ func ExampleMiddleware() {
 	// {"title":"Too Many Requests","status":429,"detail":"rate limited"}
 }
 
-// Each user has a bucket, and users are told apart by what the service knows, not by what requests say of themselves.
+// Each user has a bucket. The label comes from what the service knows, not from what requests say of themselves.
 func ExampleWithParams() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("orders"), Capacity: 1, Fill: 1, Interval: time.Minute, LimitBy: "user_id",
@@ -114,7 +114,8 @@ func ExampleWithHeaders() {
 	// other 404 Not Found
 }
 
-// Each route is a control point: around a mux, the middleware has to ask it, for it has not routed the request yet.
+// Each route is a control point. Middleware around a mux must ask the mux for the route, because it runs before the
+// routing.
 func ExampleWithControlPoint() {
 	client, done := newClient(policy.RateLimiter{Selectors: policy.At("GET /reports/{month}"), Interval: time.Minute}) // no capacity
 	defer done()
@@ -199,7 +200,7 @@ func ExampleWithRateLimitHeaders() {
 	// RateLimit-Policy: "example/burst";q=10
 }
 
-// An agent whose policies classify requests is told of the request, and answers it.
+// An agent whose policies classify requests gets the request, and answers it.
 func ExampleWithCheckHTTP() {
 	client, done := newClient(policy.RateLimiter{
 		Selectors: policy.At("orders"), Capacity: 10, Fill: 10, Interval: time.Minute, LimitBy: "http.request.header.x_tenant",
@@ -215,7 +216,7 @@ func ExampleWithCheckHTTP() {
 	// 200 OK
 }
 
-// A service that only asks for what it has stored takes it for a failure when that is not found.
+// A service that asks only for what it has stored treats 404 as a failure.
 func ExampleStatusError() {
 	client, done := newClient(policy.RateLimiter{Selectors: policy.At("store"), Capacity: 1, Fill: 1, Interval: time.Minute})
 	defer done()
@@ -245,7 +246,7 @@ func ExampleStatusError() {
 	// 502 true
 }
 
-// Somebody else's API allows one call a minute, and calls beyond that are not even sent.
+// A third party's API allows one call a minute. Calls beyond that are not sent.
 func ExampleNewTransport() {
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, "EUR 0.92")

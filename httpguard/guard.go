@@ -1,4 +1,4 @@
-// Package httpguard puts flow control around HTTP: [Middleware] makes each request that comes in a flow, and a
+// Package httpguard puts flow control around HTTP. [Middleware] makes each request that comes in a flow, and a
 // [Transport] each request that goes out.
 //
 //	mux.Handle("GET /orders/{id}", httpguard.Middleware(client, "orders")(orders))
@@ -9,16 +9,16 @@
 //
 // # Labels
 //
-// The flow of a request has the labels of labels.FromRequest: http.method, http.target and so on, and of the headers that
-// [WithHeaders] lists. Whoever sends the request decides what they are. Labels that decide what a caller is allowed come
-// from [WithParams] or from labels.With in the request's context: nothing that is sent overrides these. Members of the
-// baggage header are labels for clients with flowctl.WithBaggage only.
+// The flow of a request has the labels of labels.FromRequest: http.method, http.target and so on, and the headers that
+// [WithHeaders] lists. The sender of the request controls them. Labels that decide what a caller may do must come from
+// [WithParams], or from labels.With in the request's context. What a peer sends never replaces these. Members of the
+// baggage header become labels only for clients with flowctl.WithBaggage.
 //
 // # Control points
 //
-// A control point is the name that limits are set for. It is fixed, or [WithControlPoint] finds it in the request; the
-// pattern that a router matched is a good one, and the path of a request is not, for peers make up paths. It has 1 to 255
-// bytes.
+// A control point is the name that limits are set for. It is fixed, or [WithControlPoint] finds it in the request. The
+// pattern that a router matched is a good control point. The path is not, because peers can make up paths. A control
+// point has 1 to 255 bytes.
 package httpguard
 
 import (
@@ -34,8 +34,8 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-// A StatusError is the error of a flow whose response says that the request failed. It is what Params.IsFailure gets to
-// judge by: every status from 400 on, where Params have such a function, and else those that are failures by default.
+// A StatusError is the error of a flow whose response says that the request failed. If Params.IsFailure is set, it gets
+// a StatusError for every status from 400 on. Otherwise only statuses that are failures by default have one.
 type StatusError struct {
 	StatusCode int
 }
@@ -45,13 +45,13 @@ func (e *StatusError) Error() string {
 	return strings.TrimSpace(fmt.Sprintf("headgate: HTTP status %d %s", e.StatusCode, http.StatusText(e.StatusCode)))
 }
 
-// guard is what a Middleware and a Transport have in common, and what their options come to.
+// guard is what a Middleware and a Transport have in common, with the settings of their options.
 type guard struct {
 	adaptor.Guard[*http.Request]
 	headers []string
 	label   func(context.Context, *http.Request) context.Context
 
-	// isFailure says which statuses are failures by default.
+	// isFailure reports whether a status is a failure by default.
 	isFailure func(status int) bool
 
 	onReject  func(http.ResponseWriter, *http.Request, *flowctl.Flow) // of a Middleware
@@ -72,7 +72,7 @@ func newGuard(client headgate.Starter, controlPoint string, isFailure func(int) 
 // ready is called after the options.
 func (g *guard) ready() { g.label = labels.RequestLabeler(g.headers...) }
 
-// start starts the flow of a request. ctx is the request's, and may know more.
+// start starts the flow of a request. ctx is the request's context, or derives from it.
 func (g *guard) start(ctx context.Context, controlPoint string, r *http.Request) started {
 	params := g.ParamsOf(ctx, r)
 	if g.checkHTTP && params.HTTP == nil {
@@ -88,11 +88,11 @@ func (g *guard) start(ctx context.Context, controlPoint string, r *http.Request)
 // A started flow knows which statuses are failures.
 type started struct {
 	*flowctl.Flow
-	judged    bool // by the Params
+	judged    bool // by Params.IsFailure
 	isFailure func(status int) bool
 }
 
-// failure is what the flow should know of a response's status; nil where that is nothing.
+// failure returns the error of a flow whose response has the status; nil for none.
 func (s started) failure(status int) error {
 	if s.judged && status >= http.StatusBadRequest || s.isFailure(status) {
 		return &StatusError{status}

@@ -8,32 +8,33 @@ import (
 	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
-// Middleware returns a function that wraps handlers so that each request is a flow. It fits net/http, chi and gorilla as
-// it is, and other routers by an adaptor; docs/http.md shows how. A nil client is flow control switched off.
+// Middleware returns a function that wraps handlers so that each request is a flow. It fits net/http, chi and gorilla
+// as it is, and other routers by an adaptor; docs/http.md shows how. A nil client switches flow control off.
 //
-// A request whose flow runs goes to the handler, with the flow in its context: flowctl.FromContext finds it. The flow
-// ends when the handler returns or panics, which is also the end of a stream, and of a connection that the handler
-// hijacked: whoever keeps that one beyond the handler does so without a flow. The body of the request is the handler's
-// alone, and so is the body of the response.
+// If the flow runs, the handler gets the request with the flow in its context, for flowctl.FromContext. The flow ends
+// when the handler returns or panics. A stream ends then too. A hijacked connection that outlives the handler has no
+// flow. The middleware does not touch the bodies of the request and the response.
 //
-// A flow's status is Error after a panic, http.ErrAbortHandler included, after a failed hijack, and when the response's
-// status is 500 or more; Params.IsFailure may judge otherwise, see [WithParams], and the handler may call
-// flow.SetStatus. A client that leaves is no failure, nor is a status that the handler gives after the client has left.
-// Nothing is recovered.
+// A flow's status is Error after a panic, http.ErrAbortHandler included, after a failed hijack, and if the response's
+// status is 500 or more. Params.IsFailure can decide otherwise, see [WithParams], and the handler can call
+// flow.SetStatus. A client that disconnects is no failure, nor is a status that the handler sets after that. Panics are
+// not recovered.
 //
-// A request whose flow does not run is answered by [WithOnReject]: by default with the status of the policy or of the
-// reason, 429, 503 or 403; with 503 when nobody answered and the flow fails closed; with 500 when the flow is Invalid,
-// which means that the control point or the labels of the Params cannot be. If the request's context ends before the agent
-// answers, the status is 503 when a deadline of the service's own has passed, and 408 when the client has left, which does not
-// read it.
+// If the flow does not run, [WithOnReject] answers the request. By default the status is
 //
-// When the handler has returned, the caller's request has what the handler's has: the pattern and the path values that a mux
-// found, for middleware that logs them, and parsed forms. It keeps its context.
+//   - the policy's, or 429, 503 or 403 by the reason, if the flow is rejected,
+//   - 503 if no agent answered and the flow fails closed,
+//   - 500 if the flow is Invalid, because the control point or the labels of the Params are invalid,
+//   - 503 if a deadline of the service's own passed before the agent answered,
+//   - 408 if the client disconnected before the agent answered; no client reads it.
 //
-// The ResponseWriter that the handler gets supports what the one below it does. Type assertions find an http.Flusher,
-// http.Hijacker and http.Pusher where there is one, and an http.ResponseController finds all else. An io.ReaderFrom, an
-// io.StringWriter and an http.CloseNotifier are found always; the first two write as the ResponseWriter below does, so
-// that files are sent by the kernel where they can be.
+// When the handler has returned, the caller's request gets what the handler's request has: parsed forms, and the
+// pattern and path values that a mux found, for middleware that logs them. It keeps its context.
+//
+// The handler's ResponseWriter supports what the one below it supports. Type assertions find http.Flusher,
+// http.Hijacker and http.Pusher if the one below has them, and an http.ResponseController finds the rest.
+// io.ReaderFrom, io.StringWriter and http.CloseNotifier are always found. The first two write as the ResponseWriter
+// below does, so that the kernel can still send files.
 func Middleware(client headgate.Starter, controlPoint string, opts ...MiddlewareOption) func(http.Handler) http.Handler {
 	g := newGuard(client, controlPoint, func(status int) bool { return status >= http.StatusInternalServerError })
 	for _, o := range opts {
@@ -89,7 +90,7 @@ func (g *guard) reject(w *response) {
 	}
 	setRetryAfter(w.Header(), w.flow.RetryAfter())
 	g.onReject(w.visible(), &w.request, w.flow.Flow)
-	if !w.decided { // an answer that is none would read as 200
+	if !w.decided { // without an answer the status would be 200
 		w.WriteHeader(w.flow.HTTPStatus())
 	}
 }

@@ -432,7 +432,7 @@ func TestRejections(t *testing.T) {
 					}))
 					r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/orders", failingBody{t})
 					w := httptest.NewRecorder()
-					w.Header().Set("Content-Length", "7") // of what somebody else had in mind
+					w.Header().Set("Content-Length", "7") // of another body
 					h.ServeHTTP(w, r)
 					resp := w.Result()
 					if got := resp.Header.Get("Retry-After"); resp.StatusCode != tt.want || got != tt.retryAfter {
@@ -613,7 +613,7 @@ func TestRateLimitHeaders(t *testing.T) {
 	})
 }
 
-// A request that was rejected has taken nothing, and is told so.
+// A rejected request takes nothing, and its response shows that.
 func TestRateLimitHeadersOfARefund(t *testing.T) {
 	client := newEngine(t,
 		policy.RateLimiter{ID: "wide", Selectors: policy.At(point), Capacity: 5, Fill: 1, Interval: time.Hour},
@@ -852,7 +852,7 @@ func TestOff(t *testing.T) {
 	}
 }
 
-// The handler gets the request as it came, but for its context. The caller's keeps its own.
+// The handler gets the request unchanged, except for the context. The caller's request keeps its own context.
 func TestRequestIsUnchanged(t *testing.T) {
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/orders/7", strings.NewReader("body"))
 	r.SetPathValue("id", "7")

@@ -13,8 +13,8 @@ import (
 	"github.com/headgate-go/headgate/internal/cleanpath"
 )
 
-// An Option configures a [Middleware] or a [Transport]. Of several of a kind the last one counts, unless its comment
-// says otherwise. Nil options do nothing.
+// An Option configures a [Middleware] or a [Transport]. If an option is repeated, the last one counts, unless its
+// comment says otherwise. Nil options do nothing.
 type Option interface {
 	MiddlewareOption
 	TransportOption
@@ -39,12 +39,12 @@ type transportOption func(*guard)
 
 func (o transportOption) applyToTransport(g *guard) { o(g) }
 
-// WithControlPoint has fn find the control point of each request. Where it finds none, and returns "", the fixed one
-// stays. What a router matched makes good control points, as long as routing comes first:
+// WithControlPoint makes fn find the control point of each request. If fn returns "", the request has the fixed one.
+// The pattern that a router matched is a good control point, if routing comes first:
 //
 //	httpguard.WithControlPoint(func(r *http.Request) string { return r.Pattern })
 //
-// By default all requests have the fixed one. fn must be safe for concurrent use; nil changes nothing.
+// By default all requests have the fixed one. fn must be safe for concurrent use; nil means the default.
 func WithControlPoint(fn func(*http.Request) string) Option {
 	return option(func(g *guard) {
 		g.PointOf = nil
@@ -54,11 +54,11 @@ func WithControlPoint(fn func(*http.Request) string) Option {
 	})
 }
 
-// WithParams has fn say how the flow of each request is started: by labels that say whose it is, by how long it may
-// wait, by whether it runs when nobody answers. Its Labels override all that the request says of itself, and must not
-// change until the flow has ended; a value of the request among them that is too long, or no UTF-8, makes the flow
-// Invalid, so have it repaired by labels.Repair. Its IsFailure is asked about what went wrong, where it is set: a
-// [StatusError] for a status from 400 on, the error of a hijack, or that of an outgoing request.
+// WithParams makes fn return the Params of each request's flow: labels that say whose it is, how long it may wait, and
+// whether it runs if no agent answers. Its Labels override all labels of the request, and must not change until the
+// flow has ended. A label value that is too long or not UTF-8 makes the flow Invalid, so repair values of the request
+// by labels.Repair. If IsFailure is set, it decides what is a failure: it gets a [StatusError] for a status from 400
+// on, the error of a hijack, or that of an outgoing request.
 //
 // By default flows have the zero Params. fn must be safe for concurrent use; nil means the default.
 func WithParams(fn func(*http.Request) flowctl.Params) Option {
@@ -77,11 +77,11 @@ func WithHeaders(names ...string) Option {
 	return option(func(g *guard) { g.headers = append(g.headers, names...) })
 }
 
-// WithSkip passes requests on without a flow if fn returns true. It goes together with [WithSkipPaths] and
-// [WithSkipPatterns]: one match is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips nothing.
+// WithSkip passes requests on without a flow if fn returns true. It adds to [WithSkipPaths] and [WithSkipPatterns]: one
+// match is enough. Repeated use adds more. fn must be safe for concurrent use; nil skips nothing.
 //
-// Callers choose the path of a request. Where fn looks at it, what handles the request must read it in the same way. Prefer
-// the other two, which skip no path that can be read in two ways.
+// Callers choose the path of a request. If fn looks at the path, the handler must read it in the same way. Prefer the
+// other two options, which skip no path that can be read in two ways.
 func WithSkip(fn func(*http.Request) bool) Option {
 	return option(func(g *guard) {
 		if fn != nil {
@@ -141,11 +141,11 @@ func clean(u *url.URL) bool {
 	return u.EscapedPath() == u.RawPath && !strings.Contains(sent, "%2e") && !strings.Contains(sent, "%2f")
 }
 
-// WithOnReject has fn answer the requests whose flow does not run, whatever the reason: [Problem], [PlainText] or a
-// function of yours. By default, and with nil, it is Problem, unless [WithCheckHTTP] brought an answer of the agent's.
-// Their flow has ended then, and is in the request's context. The header has what [WithRateLimitHeaders] adds and what
-// the agent of WithCheckHTTP wants, and a Retry-After where it is known when a retry can succeed. A function that
-// writes nothing leaves an empty response with flow.HTTPStatus. fn must be safe for concurrent use.
+// WithOnReject makes fn answer the requests whose flow does not run, whatever the reason: [Problem], [PlainText] or
+// your own function. By default, and if fn is nil, it is Problem, unless [WithCheckHTTP] brought an answer of the
+// agent. When fn is called, the flow has ended, and is in the request's context. The header already has what
+// [WithRateLimitHeaders] adds, what the agent of WithCheckHTTP wants, and a Retry-After if it is known when a retry can
+// succeed. If fn writes nothing, the response is empty and has flow.HTTPStatus. fn must be safe for concurrent use.
 func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow)) MiddlewareOption {
 	return middlewareOption(func(g *guard) {
 		if fn == nil {
@@ -155,19 +155,19 @@ func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.
 	})
 }
 
-// WithRateLimitHeaders tells in every response what is left, in the RateLimit and RateLimit-Policy header fields of
-// draft-ietf-httpapi-ratelimit-headers-11. They cover each rate or concurrency limiter and each quota or concurrency scheduler
-// that the request met. For each, they tell how many tokens or slots its bucket holds and how many are free, and when a rejected
-// request can be sent again. The slot of the request itself counts as free. Of a quota scheduler that rejects, agents do not
-// tell how many tokens there are: then RateLimit-Policy leaves it out. Load schedulers are not covered, since what they let in
-// changes with the load.
+// WithRateLimitHeaders adds to every response the RateLimit and RateLimit-Policy header fields of
+// draft-ietf-httpapi-ratelimit-headers-11. They cover each rate or concurrency limiter and each quota or concurrency
+// scheduler that the request met. For each, they say how many tokens or slots its bucket holds, how many are free, and
+// when a rejected request can be sent again. The request's own slot counts as free. If a quota scheduler rejects,
+// RateLimit-Policy leaves it out, because agents do not report its tokens then. Load schedulers are not covered,
+// because what they admit changes with the load.
 //
-// Limits that are not in force are not told of: a dry run has no such fields, and those of a limiter in dry run are left
-// out where the agent is Headgate's.
+// Limits that are not in force have no fields. A dry run has no fields at all, and a limiter in dry run is left out if
+// the agent is Headgate's.
 //
-// The names are those of the policies and their components, so that clients see how the limits are made. They do not see
-// how long a limiter's window is: an agent does not tell. By default there are no such fields. They cost several times what the
-// flow costs.
+// The names are those of the policies and their components, so clients see how the limits are made. They do not see how
+// long a limiter's window is, because agents do not report it. By default there are no such fields. They cost several
+// times what the flow costs.
 func WithRateLimitHeaders() MiddlewareOption {
 	return middlewareOption(func(g *guard) { g.rateLimit = true })
 }

@@ -45,7 +45,7 @@ func (e *PausedError) Error() string {
 		e.ControlPoint, max(e.RetryAfter().Round(time.Millisecond), time.Millisecond))
 }
 
-// Format prints what Error gives, whatever the verb.
+// Format prints what Error returns, whatever the verb.
 func (e *PausedError) Format(s fmt.State, verb rune) {
 	_, _ = fmt.Fprintf(s, fmt.FormatString(s, verb), e.Error())
 }
@@ -68,7 +68,7 @@ func (e *PausedError) LogValue() slog.Value {
 	)
 }
 
-// Unwrap gives the *flowctl.RejectedError.
+// Unwrap returns the *flowctl.RejectedError.
 func (e *PausedError) Unwrap() error { return &e.RejectedError }
 
 // A place is what a pause holds for.
@@ -81,7 +81,7 @@ func placeOf(controlPoint string, u *url.URL) place {
 	return place{controlPoint, upstreamOf(u)}
 }
 
-// clone has the place keep no more of a request than the place's own text.
+// clone copies the text of the place, so that the place does not keep a request in memory.
 func (p place) clone() place {
 	return place{strings.Clone(p.controlPoint), upstream{strings.Clone(p.upstream.host), strings.Clone(p.upstream.port)}}
 }
@@ -89,7 +89,7 @@ func (p place) clone() place {
 type pause struct {
 	until  time.Time
 	status int
-	seen   flowinfo.Pauses // of the client whose flow met it; nil: of none
+	seen   flowinfo.Pauses // of the client whose flow met the pause; nil for none
 }
 
 // pauses are those that upstreams asked for. The zero value has none.
@@ -98,7 +98,7 @@ type pauses struct {
 	at map[place]pause
 }
 
-// check gives the error of a request during a pause.
+// check returns the error of a request during a pause; nil without a pause.
 func (p *pauses) check(r *http.Request, controlPoint string) error {
 	found, left := p.find(r, controlPoint)
 	if left <= 0 {
@@ -114,7 +114,7 @@ func (p *pauses) check(r *http.Request, controlPoint string) error {
 	return newPausedError(controlPoint, host, found.status, left)
 }
 
-// find gives the pause that holds for a request, and what is left of it; zero or less where there is none.
+// find returns the pause that holds for a request, and what is left of it; zero or less if there is none.
 func (p *pauses) find(r *http.Request, controlPoint string) (pause, time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -133,8 +133,8 @@ func (p *pauses) find(r *http.Request, controlPoint string) (pause, time.Duratio
 	return found, left
 }
 
-// heed begins a pause, or makes one longer, where the response to a flow's request asks for it. A flow for which no limit
-// is in force begins none.
+// heed begins a pause, or makes one longer, if the response to a flow's request asks for it. It does nothing for a flow
+// without limits in force.
 func (p *pauses) heed(flow context.Context, r *http.Request, controlPoint string, resp *http.Response, longest time.Duration) {
 	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
 		return
@@ -157,7 +157,7 @@ func (p *pauses) heed(flow context.Context, r *http.Request, controlPoint string
 	}
 }
 
-// begin reports whether the pause holds. One that ends later goes before it.
+// begin begins the pause, unless there is one that ends later. It reports whether it did.
 func (p *pauses) begin(at place, asked pause) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -171,7 +171,7 @@ func (p *pauses) begin(at place, asked pause) bool {
 	return true
 }
 
-// makeRoom lets the pause go that ends first, or has ended, where there are too many for another one.
+// makeRoom drops the pause that ends first, or has ended, if there is no room for another one.
 func (p *pauses) makeRoom() {
 	if p.at == nil {
 		p.at = make(map[place]pause)
@@ -189,7 +189,7 @@ func (p *pauses) makeRoom() {
 	delete(p.at, first)
 }
 
-// retryAfter is how long the header asks to wait; zero or less where it does not, or not in a way that is known.
+// retryAfter is how long the header asks to wait; zero or less if it does not, or if its form is unknown.
 func retryAfter(h http.Header, now time.Time) time.Duration {
 	text := h.Get("Retry-After")
 	const most = math.MaxInt64 / int64(time.Second)
@@ -205,7 +205,7 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 		return 0
 	}
 	if sent, err := http.ParseTime(h.Get("Date")); err == nil {
-		now = sent // clocks differ, and this is the one that then was read from
+		now = sent // the clock that then was read from, which may differ from ours
 	}
 	return then.Sub(now)
 }

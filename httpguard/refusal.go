@@ -18,7 +18,7 @@ import (
 //
 //	{"title":"Too Many Requests","status":429,"detail":"rate limited"}
 //
-// It tells the kind of reason, and neither the policy nor a label. It is what a [Middleware] does by default.
+// The detail is the kind of reason, and names neither the policy nor a label. A [Middleware] answers so by default.
 func Problem(w http.ResponseWriter, _ *http.Request, flow *flowctl.Flow) {
 	body, err := json.Marshal(struct {
 		Title  string `json:"title"`
@@ -75,7 +75,8 @@ func wholeSeconds(d time.Duration) int64 {
 	return seconds
 }
 
-// setRateLimit tells of the limits in force that the flow met. An agent does not tell how long their windows are.
+// setRateLimit sets the fields for the limits in force that the flow met. Agents do not report how long their windows
+// are.
 func setRateLimit(h http.Header, flow *flowctl.Flow) {
 	if info, ok := flowinfo.From(flow.Context()); ok && info.DryRun() {
 		return
@@ -89,7 +90,7 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 			continue
 		}
 		left := tokens.GetRemaining()
-		if !slots && !d.GetDropped() && flow.Decision() == flowctl.Rejected { // by another, and so it gave back what it took
+		if !slots && !d.GetDropped() && flow.Decision() == flowctl.Rejected { // by another limiter, so this one got its tokens back
 			left += tokens.GetConsumed()
 		}
 		limit := name + ";r=" + integer(left)
@@ -101,7 +102,7 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 		switch {
 		case slots:
 			policies = append(policies, name+";q="+integer(capacity)+`;qu="concurrent-requests"`)
-		case capacity != 0: // agents leave it out where a quota scheduler rejects
+		case capacity != 0: // agents leave it out if a quota scheduler rejects
 			policies = append(policies, name+";q="+integer(capacity))
 		}
 	}
@@ -113,8 +114,8 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 	}
 }
 
-// counted gives the tokens of a limiter or scheduler whose capacity callers can plan by, and whether they are slots. A
-// sampler has none. What a load scheduler lets in changes with the load.
+// counted returns the tokens of a limiter or scheduler whose capacity callers can plan by, and whether they are slots.
+// They are nil for a sampler, and for a load scheduler, whose capacity changes with the load.
 func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_TokensInfo, slots bool) {
 	switch info := d.GetDetails().(type) {
 	case *checkv1.LimiterDecision_RateLimiterInfo_:
@@ -130,7 +131,7 @@ func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_Tokens
 	}
 }
 
-// quoted is a string of structured fields, RFC 9651; ok is false where there is none.
+// quoted is a string of structured fields, RFC 9651; ok is false if s cannot be one.
 func quoted(s string) (text string, ok bool) {
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {

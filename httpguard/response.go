@@ -16,15 +16,15 @@ type response struct {
 	flow    started
 	obeyed  bool  // the request's headers are the agent's
 	decided bool  // the final status is known, or there will be none
-	err     error // what the flow is told about it
+	err     error // the flow's error; nil for none
 }
 
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// handBack has the request that came look as if the handler had got it, and not a copy. Middleware around this one sees
-// the pattern and the path values that a mux found, to log them, and the server the form whose files it removes. The context
-// stays, and so do the headers where the agent's are for the handler alone.
+// handBack makes the original request look as if the handler had got it, and not a copy. Then middleware around this
+// one can log the pattern and path values that a mux found, and the server can remove the files of a parsed form. The
+// context stays. The headers stay too if the agent changed those of the copy.
 func (w *response) handBack(r *http.Request) {
 	header, trailer := r.Header, r.Trailer
 	*r = *w.request.WithContext(r.Context())
@@ -85,7 +85,7 @@ func (w *response) FlushError() error {
 	return err
 }
 
-// CloseNotify is what gin's Stream wants. The request's context tells the same.
+// CloseNotify is for gin's Stream. The request's context has the same information.
 func (w *response) CloseNotify() <-chan bool {
 	gone := make(chan bool, 1)
 	context.AfterFunc(w.request.Context(), func() { gone <- true })
@@ -101,8 +101,8 @@ func (w *response) hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
-// visible is the ResponseWriter for the handler. Many a handler finds out by a type assertion whether it can stream or
-// take over the connection, so those methods are there when they are there below, and not else.
+// visible returns the ResponseWriter for the handler. Handlers find out by type assertions whether they can stream or
+// take over the connection. So it has these methods only if the ResponseWriter below has them.
 func (w *response) visible() http.ResponseWriter {
 	_, flusher := w.ResponseWriter.(http.Flusher)
 	_, hijacker := w.ResponseWriter.(http.Hijacker)

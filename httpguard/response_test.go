@@ -18,7 +18,7 @@ import (
 	"github.com/headgate-go/headgate/httpguard"
 )
 
-// below is a ResponseWriter that can do what it is made of, and notes what it was told.
+// below is a ResponseWriter that can do what it is made of, and notes its calls.
 type below struct {
 	http.ResponseWriter
 	calls *[]string

@@ -393,8 +393,8 @@ func (w *watched) Close() error {
 	return w.ReadWriteCloser.Close()
 }
 
-// An upgrade, through a reverse proxy whose transport is guarded too: what goes to and fro is nobody's business, and
-// both flows end.
+// An upgrade, through a reverse proxy whose transport is guarded too: bytes pass unchanged in both directions, and both
+// flows end.
 func TestServerUpgrade(t *testing.T) {
 	back := flowtest.NewAgent(t)
 	front := flowtest.NewAgent(t)

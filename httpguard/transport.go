@@ -14,20 +14,20 @@ import (
 	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
-// A Transport is an http.RoundTripper that makes each request a flow: to keep to somebody else's quota, or to bound what
-// is in flight to them. Make one with [NewTransport].
+// A Transport is an http.RoundTripper that makes each request a flow. It can keep the quota of a third party, or bound
+// what is in flight to it. Make one with [NewTransport].
 //
-// The request goes out when its flow runs, which may mean a wait before it: in a queue of the agent's, for as long as the
-// check timeout of [WithParams] and the request's context allow. A request whose flow does not run is not sent. Its
-// error is the flow's, which http.Client puts into an *url.Error: errors.Is finds flowctl.ErrRejected in it, and
-// errors.AsType a *flowctl.RejectedError. A redirect is a request, and a flow, of its own.
+// A request is sent if its flow runs. Before that, it may wait in a queue of the agent, for as long as the check
+// timeout of [WithParams] and the request's context allow. If the flow does not run, the request is not sent, and fails
+// with the flow's error. http.Client wraps the error in a *url.Error: errors.Is finds flowctl.ErrRejected in it, and
+// errors.AsType a *flowctl.RejectedError. Each redirect is a request and a flow of its own.
 //
-// The flow ends when the response's body is closed or read to its end, and when there is no response. So bodies have to
-// be closed, as net/http demands anyway: a flow holds its slot until then. The flow of a connection that switched
-// protocols ends when that is closed.
+// The flow ends when the response's body is closed or read to its end, or when there is no response. So bodies must be
+// closed, as net/http requires anyway: until then the flow holds its slot. If a connection switches protocols, the flow
+// ends when the connection is closed.
 //
-// A flow's status is Error when the request fails, unless its own context was canceled; when the body breaks off; and
-// when the response's status is 429, or 500 or more. Params.IsFailure may judge otherwise, see [WithParams].
+// A flow's status is Error if the request fails and its own context was not canceled, if the body breaks off, or if the
+// response's status is 429, or 500 or more. Params.IsFailure can decide otherwise, see [WithParams].
 //
 // # Retry-After
 //
@@ -35,13 +35,13 @@ import (
 // not sent before that time, however they spell the host. They fail at once with a [PausedError], start no flow and take
 // nothing from a limit.
 //
-// If a flow waits in a queue when the pause begins, its request fails when its turn comes. What the flow was given goes back:
-// tokens and slots of an engine in this process, and slots of a remote agent. Tokens of a remote agent do not, because the
-// protocol has no message for it.
+// If a flow waits in a queue when the pause begins, its request fails when its turn comes. The flow gives back what it
+// got: tokens and slots of an engine in this process, and slots of a remote agent. Tokens of a remote agent stay taken,
+// because the protocol has no message to give them back.
 //
-// A pause lasts a minute at the most; [WithMaxPause] makes that more or less, or turns pauses off. A Transport remembers 1024
-// pauses; of more, those that end first give way. If the client is nil or in dry run, there are no pauses. The client counts
-// pauses by its meter provider, and logs them.
+// A pause lasts a minute at most. [WithMaxPause] changes that, or turns pauses off. A Transport remembers 1024 pauses,
+// and drops those that end first if there are more. If the client is nil or in dry run, there are no pauses. The client
+// counts pauses by its meter provider, and logs them.
 type Transport struct {
 	guard  *guard
 	base   http.RoundTripper
@@ -50,8 +50,8 @@ type Transport struct {
 
 var _ http.RoundTripper = (*Transport)(nil)
 
-// NewTransport makes a Transport that sends by base; nil means http.DefaultTransport. A nil client is flow control
-// switched off.
+// NewTransport makes a Transport that sends by base; nil means http.DefaultTransport. A nil client switches flow control
+// off.
 func NewTransport(client headgate.Starter, controlPoint string, base http.RoundTripper, opts ...TransportOption) *Transport {
 	if base == nil {
 		base = http.DefaultTransport //nolint:forbidigo // what nil means to http.Client too
@@ -68,7 +68,7 @@ func NewTransport(client headgate.Starter, controlPoint string, base http.RoundT
 	return &Transport{guard: g, base: base}
 }
 
-// CloseIdleConnections does so at the base, where it can. http.Client calls it.
+// CloseIdleConnections closes those of the base, if it can. http.Client calls it.
 func (t *Transport) CloseIdleConnections() {
 	if c, ok := t.base.(interface{ CloseIdleConnections() }); ok {
 		c.CloseIdleConnections()
@@ -100,7 +100,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.send(r, flow, controlPoint)
 }
 
-// send sends a request whose flow runs, and leaves the flow's end to the response's body where there is one.
+// send sends a request whose flow runs. If the response has a body, the body ends the flow.
 func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*http.Response, error) {
 	trip := &trip{ctx: r.Context(), flow: flow.Flow}
 	returned := false
@@ -136,8 +136,8 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 
 var errNoResponse = errors.New("the transport gave neither a response nor an error")
 
-// outgoing is the request as it will be sent: one that was received and is passed on, by a reverse proxy, still says what
-// it was there.
+// outgoing returns the request as it will be sent. A request that a reverse proxy passes on still has fields of the
+// request that it received.
 func outgoing(r *http.Request) *http.Request {
 	if r.RequestURI == "" && r.TLS == nil {
 		return r
@@ -157,7 +157,7 @@ func closeBody(r *http.Request) {
 type trip struct {
 	ctx     context.Context // of the request
 	flow    *flowctl.Flow
-	failure error // what the response's status comes to
+	failure error // by the response's status
 	closed  atomic.Bool
 	over    sync.Once
 }
@@ -206,8 +206,8 @@ func (c *content) Read(p []byte) (int, error) {
 
 func (c *content) Close() error { return c.trip.close(c.ReadCloser) }
 
-// switched is the body of a response after which the connection speaks another protocol. An end of what comes is not the
-// end of what goes.
+// switched is the body of a response after which the connection speaks another protocol. When reading has ended,
+// writing can go on.
 type switched struct {
 	io.ReadWriteCloser
 	trip *trip
@@ -223,7 +223,7 @@ func (s *switched) Read(p []byte) (int, error) {
 
 func (s *switched) Close() error { return s.trip.close(s.ReadWriteCloser) }
 
-// CloseWrite ends what goes, where that is possible: reverse proxies ask for it.
+// CloseWrite ends writing, if the connection can do that. Reverse proxies call it.
 func (s *switched) CloseWrite() error {
 	if c, ok := s.ReadWriteCloser.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()

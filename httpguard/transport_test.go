@@ -663,7 +663,7 @@ func TestTransportPauseIsNotCutShort(t *testing.T) {
 	})
 }
 
-// A pause has begun when the flow ends that learnt of it: whoever waits for its slot is not sent.
+// A pause begins before the flow of its response ends: a flow that waits for that slot is not sent.
 func TestTransportPauseBeginsBeforeTheEnd(t *testing.T) {
 	for name, body := range map[string]io.ReadCloser{"no body": http.NoBody, "a body": io.NopCloser(strings.NewReader("busy"))} {
 		t.Run(name, func(t *testing.T) {

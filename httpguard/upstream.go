@@ -12,10 +12,10 @@ import (
 // An upstream is a host and port in one of the many spellings that reach it.
 type upstream struct{ host, port string }
 
-// upstreamOf gives the upstream of an outgoing request's URL as net/http connects to it: a name in lower case and, as far as
-// it is not ASCII, in punycode, without the dot that ends it; an address in its shortest form, without the brackets of
-// IPv6 and as IPv4 if it is IPv4 within IPv6; and always a port where the scheme has one by default. The zone of an address
-// stays: each is another link.
+// upstreamOf returns the upstream of an outgoing request's URL as net/http connects to it. A name is in lower case and
+// in punycode, without the final dot. An address is in its shortest form, without the brackets of IPv6, and as IPv4 if
+// it is IPv4 within IPv6. Its zone stays, because each zone is another link. The port is always there if the scheme has
+// one by default.
 func upstreamOf(u *url.URL) upstream {
 	if u == nil || u.Host == "" {
 		return upstream{}
@@ -42,10 +42,10 @@ func canonicalHost(host string) string {
 	return host
 }
 
-// address gives an IP address in its canonical form.
+// address returns an IP address in its canonical form.
 func address(host string) (string, bool) {
 	if host == "" || !strings.Contains(host, ":") && (host[len(host)-1] < '0' || host[len(host)-1] > '9') {
-		return "", false // a name, which costs no error to find out
+		return "", false // a name, found without the error of ParseAddr
 	}
 	addr, err := netip.ParseAddr(host)
 	if err != nil {
