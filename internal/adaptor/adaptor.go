@@ -29,7 +29,7 @@ type Guard[C any] struct {
 	skips        []func(context.Context, C) bool
 }
 
-// New makes a guard whose calls have a fixed control point. A nil client is flow control switched off.
+// New makes a guard whose calls have a fixed control point. A nil client switches flow control off.
 func New[C any](client headgate.Starter, controlPoint string) Guard[C] {
 	if client == nil {
 		client = (*flowctl.Client)(nil)
@@ -72,8 +72,8 @@ func (g *Guard[C]) ParamsOf(ctx context.Context, call C) flowctl.Params {
 	return g.Params(ctx, call)
 }
 
-// WithBaggage gives ctx the baggage that a call brought in headers of that name, unless the application has seen to that.
-// What is more than OpenTelemetry reads is there for package labels.
+// WithBaggage puts the baggage of a call's headers into ctx, unless the application has already done so. Package labels
+// also finds what exceeds the bounds of OpenTelemetry.
 func WithBaggage(ctx context.Context, headers []string) context.Context {
 	if len(headers) == 0 {
 		return ctx
@@ -92,10 +92,10 @@ func WithBaggage(ctx context.Context, headers []string) context.Context {
 	return baggage.ContextWithBaggage(ctx, bag)
 }
 
-// End ends a flow. It drops the error: the client has logged it, and it is none of the call's.
+// End ends a flow. It drops the error: the client has logged it, and it is not the call's.
 func End(ctx context.Context, flow *flowctl.Flow) { _, _ = flow.End(ctx) }
 
-// EndUnused ends a flow that was let in, and whose call is not made after all. What the flow was given goes back.
+// EndUnused ends an accepted flow whose call is not made after all, and gives back what the flow got.
 func EndUnused(ctx context.Context, flow *flowctl.Flow) {
 	if info, ok := flowinfo.From(flow.Context()); ok {
 		info.EndUnused(ctx)

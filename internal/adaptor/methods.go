@@ -8,10 +8,10 @@ import (
 	"github.com/headgate-go/headgate/internal/cleanpath"
 )
 
-// Methods keeps the labels of remote procedures, which the flows of one share. The zero value is ready. It is safe for
-// concurrent use.
+// Methods keeps the labels of remote procedures. The flows of a procedure share them. The zero value is ready. It is
+// safe for concurrent use.
 type Methods struct {
-	known sync.Map // of full methods, to maps that nobody changes
+	known sync.Map // from full methods to maps that do not change
 	count atomic.Int64
 }
 
@@ -21,8 +21,8 @@ const (
 	maxMethodLen = 255 // bytes
 )
 
-// Labels are the labels rpc.service and rpc.method of a procedure, by its name /package.Service/Method. Nobody may change
-// the map.
+// Labels returns the labels rpc.service and rpc.method of a procedure, by its name /package.Service/Method. The map
+// must not be changed.
 func (m *Methods) Labels(fullMethod string) map[string]string {
 	if known, ok := m.known.Load(fullMethod); ok {
 		return known.(map[string]string)
@@ -40,8 +40,9 @@ func (m *Methods) Labels(fullMethod string) map[string]string {
 	return made
 }
 
-// MatchMethods returns a function that reports whether a procedure is one of these, or, for one that ends in "*", begins
-// with what is before that. The first "/" of a name may be left out. What a "*" stands for is never more than names.
+// MatchMethods returns a function that reports whether a procedure is one of these. A name that ends in "*" stands for
+// all procedures that begin with what is before it. The first "/" of a name may be left out. The "*" matches only
+// names.
 func MatchMethods(methods ...string) func(fullMethod string) bool {
 	names := make([]string, len(methods))
 	for i, method := range methods {

@@ -1,6 +1,6 @@
-// Package agentapi is the interface between a client and an agent in one process: a [Request], a [Verdict], and the
-// [Agent] that turns one into the other. It has plain Go values. The messages of the wire exist only in the remote
-// agent and in the server that offers an engine to others.
+// Package agentapi is what connects a client and an agent in one process: the [Agent] turns a [Request] into a
+// [Verdict]. All are plain Go values. Messages of the wire exist only in the remote agent and in the server that offers
+// an engine to others.
 package agentapi
 
 import (
@@ -18,13 +18,13 @@ var ErrClosed = errors.New("closed")
 
 // An Agent decides about flows. Its methods are safe for concurrent use.
 type Agent interface {
-	// Check fills v, which is zero, with the answer to req. An error means that nobody answered in time; if v.Details.Remote
-	// is set all the same, an answer came after ctx had ended, and End gives back what the flow holds. The agent keeps
-	// neither req nor v; both live in the flow and come back in End.
+	// Check fills v, which is zero, with the answer to req. An error means that no answer came in time. If
+	// v.Details.Remote is set nevertheless, an answer came after ctx had ended, and End gives back what the flow holds.
+	// The agent keeps neither req nor v; both live in the flow and come back in End.
 	Check(ctx context.Context, req *Request, v *Verdict) error
 
-	// End ends a flow that Check answered, be it after ctx had ended: it gives back what the flow holds and reports how it went. It is called
-	// once, and does not fail because ctx was canceled.
+	// End ends a flow that Check answered, even after ctx had ended. It gives back what the flow holds, and reports how
+	// the flow went. It is called once, and does not fail because ctx was canceled.
 	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
 
 	// Store and Delete change one cache entry. A ttl of 0 is the agent's default.
@@ -54,31 +54,30 @@ type Local interface {
 	Reverter
 	Closer
 
-	// EndSlot gives back a slot by the names that it has over the wire, as nobody keeps the flow. It reports whether the
+	// EndSlot gives back a slot by its names on the wire, because a server does not keep flows. It reports whether the
 	// agent knows the limiter, and whether the slot was still taken.
 	EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool)
 
-	// Lookup finds a value in a cache. If room is not nil, it takes room for the value's bytes in the answer or reports that
-	// there is none, which is a miss, and the value must not be changed. Flows look up with their check.
+	// Lookup finds a value in a cache. If room is not nil, it takes room for the value in the answer, or reports that
+	// there is none, which makes a miss. Then the value must not be changed. Flows look up with their check.
 	Lookup(key CacheKey, room func(size int) bool) CacheAnswer
 
-	// Measures reports whether a policy wants to know how long flows of the control point take; for "", whether any does of
-	// any flows.
+	// Measures reports whether a policy needs the latencies of flows at the control point, or at any if it is "".
 	Measures(controlPoint string) bool
 
 	// Observe measures a flow that has run and ended well, by what its client reports.
 	Observe(controlPoint string, labels map[string]string, latency time.Duration)
 
-	// NamedLabels returns the keys of the labels that the policies in force read. A key is true where measured latencies are
-	// told apart by the label, so that telemetry must bring it back. Nobody may change the map.
+	// NamedLabels returns the keys of the labels that the policies in force read. A key is true if latencies are
+	// measured by the label, so that telemetry must report it. The map must not be changed.
 	NamedLabels() map[string]bool
 
-	// ServiceWarnings lists the selectors that name a service, which no flow has that is asked about over the wire: first
-	// those of components that no other selector picks a flow for.
+	// ServiceWarnings lists the selectors that name a service, because flows over the wire have none. Those of
+	// components that no other selector applies to come first.
 	ServiceWarnings() []string
 
-	// Acting gives the components that act on flows without a service, as those are that are asked about over the wire, at
-	// each control point. Both are in order.
+	// Acting returns, for each control point, the components that act on flows without a service, as flows over the
+	// wire are. Both are in order.
 	Acting() iter.Seq2[string, []*Component]
 }
 
@@ -87,7 +86,7 @@ type Host interface {
 	Agent() Local
 }
 
-// A Closer is an agent that tells when it is closed.
+// A Closer is an agent that signals when it is closed.
 type Closer interface {
 	Closed() <-chan struct{}
 }
@@ -120,22 +119,22 @@ const (
 	Reasons // how many there are
 )
 
-// Cause is what came between a flow and its tokens. Only agents of Headgate tell it.
+// Cause is what caused a rejection, besides its reason. Only agents of Headgate report it.
 type Cause uint8
 
 // The causes, numbered as on the wire.
 const (
 	CauseNone      Cause = iota // none but the reason
 	CauseLate                   // too little time was left for the answer to arrive
-	CauseQueueFull              // as many wait as may
+	CauseQueueFull              // as many flows wait as may
 	CauseLongQueue              // the wait would have been longer than the flow had time
-	CauseTimeout                // it waited for as long as it could
+	CauseTimeout                // the flow waited for as long as it could
 	CauseClosed                 // the engine or the client was closed while the flow waited
 	CauseLongLabel              // a label's value is too long for a component to go by
 	Causes                      // how many there are
 )
 
-// String gives the cause in words; "" for none.
+// String returns the cause in words; "" for none.
 func (c Cause) String() string {
 	switch c {
 	case CauseLate:
@@ -162,9 +161,9 @@ type Verdict struct {
 	Details *VerdictDetails
 }
 
-// VerdictDetails hold the parts of a verdict that flows in a hurry do without.
+// VerdictDetails hold the parts of a verdict that most flows do not need.
 type VerdictDetails struct {
-	err       atomic.Pointer[error] // of the flow, which has no room for it: see Verdict.Fail
+	err       atomic.Pointer[error] // of the flow: see Verdict.Fail
 	rejection Rejection
 
 	Decisions []LimiterDecision // after the first
@@ -172,31 +171,31 @@ type VerdictDetails struct {
 	Result    CacheAnswer
 	Global    map[string]CacheAnswer
 
-	// Remote is the answer itself where a remote agent gave it; else nil.
+	// Remote is the answer of a remote agent; nil for any other agent.
 	Remote RemoteAnswer
 }
 
-// A RemoteAnswer is the answer of a remote agent, as it is kept until the flow has ended. It speaks of messages in their
-// encoded form, so that an engine links no protocol.
+// A RemoteAnswer is the answer of a remote agent, as it is kept until the flow has ended. Its messages are encoded, so
+// that an engine links no protocol.
 type RemoteAnswer interface {
-	// CheckResponse is the answer as an encoded CheckResponse. Nobody may change it.
+	// CheckResponse is the answer as an encoded CheckResponse. It must not be changed.
 	CheckResponse() ([]byte, error)
 
-	// HTTP is what the agent wants done with the HTTP request; nil when it was not told of one.
+	// HTTP is what the agent wants done with the HTTP request; nil if the check had none.
 	HTTP(*HTTPRequest) *HTTPAnswer
 
 	// End gives back what the flow holds, and reports how it went.
 	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
 }
 
-// HTTPAnswer is what an agent wants done with an HTTP request: headers to set in it if it was accepted, and else those of
-// the answer, with its body. The map is the caller's.
+// HTTPAnswer is what an agent wants done with an HTTP request. If the request was accepted, Header is set in it.
+// Otherwise Header and Body are the answer's. The map is the caller's.
 type HTTPAnswer struct {
 	Header map[string]string
 	Body   string
 }
 
-// More gives v.Details, which it makes where there is none.
+// More returns v.Details, and makes it if there is none.
 func (v *Verdict) More() *VerdictDetails {
 	if v.Details == nil {
 		v.Details = new(VerdictDetails)
@@ -209,13 +208,13 @@ type Rejection struct {
 	Status   int16 // HTTP status; 0: by reason
 	Reason   Reason
 	Cause    Cause
-	rejected bool // it is one
+	rejected bool // false in a zero Rejection, which is none
 
 	// RetryAfter is how long until a retry can succeed; 0 when unknown.
 	RetryAfter time.Duration
 
-	// NoReturns tells why RetryAfter is 0: a flow may be admitted, but no slot has come back yet to tell when. It does
-	// not travel.
+	// NoReturns means that a flow can be admitted, but RetryAfter is unknown, because no slot has come back yet. The
+	// wire does not carry it.
 	NoReturns bool
 
 	// By is the component that rejected the flow; nil for none in particular.
@@ -228,9 +227,9 @@ func (v *Verdict) Reject(r Rejection) {
 	v.More().rejection = r
 }
 
-// Fail notes the flow's error, unless one is noted already, and returns the noted one. An agent does not call it: the
-// error is the client's, and is here because a flow is as large as its size class allows, and few have one. For a verdict
-// that is a rejection it is safe for concurrent use.
+// Fail notes the flow's error, unless one is noted already, and returns the noted one. Agents do not call it. The error
+// is the client's, and is here because few flows have one and the flow itself has no room. For a verdict that is a
+// rejection it is safe for concurrent use.
 func (v *Verdict) Fail(err error) error {
 	if x := v.More(); !x.err.CompareAndSwap(nil, &err) {
 		return *x.err.Load()
@@ -284,7 +283,7 @@ func (v *Verdict) Len() int {
 	}
 }
 
-// At gives decision i of Len.
+// At returns decision i of Len.
 func (v *Verdict) At(i int) *LimiterDecision {
 	if i == 0 {
 		return &v.first
@@ -292,10 +291,10 @@ func (v *Verdict) At(i int) *LimiterDecision {
 	return &v.Details.Decisions[i-1]
 }
 
-// Info is the information of the protocol by which a component tells of its decisions.
+// Info is the kind of message by which the protocol reports a component's decisions.
 type Info uint8
 
-// The infos: the protocol has these.
+// The infos of the protocol.
 const (
 	InfoRateLimiter Info = iota
 	InfoConcurrencyLimiter
@@ -306,10 +305,11 @@ const (
 	Infos // how many there are
 )
 
-// A Settler learns what became of a flow that it decided about.
+// A Settler ends the decisions that it made about flows.
 type Settler interface {
-	// Settle ends the decision d, which did not drop the flow: what d took or holds goes back, as far as the outcome says.
-	// It reports whether anything went back: not if that has happened before. It does not fail because ctx was canceled.
+	// Settle ends the decision d, which did not drop the flow: what d took or holds goes back, as far as the outcome
+	// says. It reports whether anything went back. A second call gives back nothing. It does not fail because ctx was
+	// canceled.
 	Settle(ctx context.Context, d *LimiterDecision, o Outcome) bool
 }
 
@@ -328,7 +328,7 @@ const (
 	EndedFailed
 )
 
-// Component identifies a limiter or scheduler to those outside the engine.
+// Component identifies a limiter or scheduler outside the engine.
 type Component struct {
 	Policy string
 	Hash   string // of the component as the engine read it
@@ -338,7 +338,7 @@ type Component struct {
 	// Slots reports whether flows hold slots of the component until they end.
 	Slots bool
 
-	// LabelKey is the label that the limiter has a bucket for each value of; "" when it has one for all.
+	// LabelKey is the label that has a bucket for each value; "" if one bucket is for all flows.
 	LabelKey string
 
 	// DeniedStatus is the configured HTTP status of a rejection; 0: by reason.
@@ -350,11 +350,11 @@ type Component struct {
 	// DryRun marks a component in dry run: flows that it drops pass.
 	DryRun bool
 
-	// Workload says which workload of a scheduler a flow belongs to, and its priority there; nil for limiters. Decisions
-	// leave it out because hardly anybody asks.
+	// Workload returns the workload of a scheduler that a flow belongs to, and its priority there; nil for limiters.
+	// Decisions leave it out because it is rarely needed.
 	Workload func(*Labels) (label string, priority float64)
 
-	// Settler is the component at work in an engine; nil where another agent has it.
+	// Settler is the component at work in an engine; nil for a component of another agent.
 	Settler Settler
 }
 
@@ -362,15 +362,15 @@ type Component struct {
 type LimiterDecision struct {
 	Component *Component
 
-	// Label is the value of the component's label. Together with Found it says which bucket decided.
+	// Label is the value of the component's label. Together with Scope it says which bucket decided.
 	Label string
 
-	// Remaining is the tokens that are free, of the component's capacity: below 0 where more are in use. Consumed is
-	// those that this flow took.
+	// Remaining is how many tokens of the component's capacity are free; below 0 if more are in use. Consumed is how
+	// many this flow took.
 	Remaining, Consumed float64
 
 	slot uint64        // what a flow that was not dropped holds, or what Settle needs of it; 0 for nothing
-	wait time.Duration // until a flow that was dropped could pass; 0 when nobody knows
+	wait time.Duration // until a flow that was dropped could pass; 0 if unknown
 
 	Scope Scope
 	Cause Cause
@@ -378,27 +378,27 @@ type LimiterDecision struct {
 	// Dropped marks a decision that drops the flow, or would without a dry run.
 	Dropped bool
 
-	// Spilled says that the label's value had no bucket of its own, and the one that all such values share decided.
+	// Spilled marks a decision by the bucket that all label values without a bucket of their own share.
 	Spilled bool
 
-	// DryRun marks a decision in a dry run, the component's or the request's: the flow passes if it is dropped too.
+	// DryRun marks a decision in a dry run, the component's or the request's: the flow passes even if it is dropped.
 	DryRun bool
 }
 
-// Passed reports whether the component let the flow pass, be it by a dry run.
+// Passed reports whether the flow passes the component, in a dry run even if it is dropped.
 func (d *LimiterDecision) Passed() bool { return !d.Dropped || d.DryRun }
 
-// Hold notes what the flow holds until it ends; 0 for nothing. It was not dropped. A component without slots notes what it
-// needs to take back what was not used.
+// Hold notes what a flow that was not dropped holds until it ends; 0 for nothing. A component without slots notes what
+// it needs to take back what was not used.
 func (d *LimiterDecision) Hold(slot uint64) { d.slot = slot }
 
 // Slot identifies what the flow holds; 0 when it holds nothing.
 func (d *LimiterDecision) Slot() uint64 { return d.slot }
 
-// Drop drops the flow, which could pass after the wait; 0 when nobody knows. A flow that is dropped holds nothing.
+// Drop drops the flow, which then holds nothing. It could pass after the wait; 0 means unknown.
 func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.slot, d.wait = true, 0, wait }
 
-// Wait is how long until the flow could pass; 0 when it did or when nobody knows.
+// Wait is how long until the flow could pass; 0 if it passed or if that is unknown.
 func (d *LimiterDecision) Wait() time.Duration { return d.wait }
 
 // Scope is which of a limiter's buckets decided.

@@ -31,11 +31,11 @@ func (r *Request) RampMode() bool { return r.Labels.Shared != nil && r.Labels.Sh
 // what they granted.
 func (r *Request) Late() bool { return r.Labels.Shared != nil && r.Labels.Shared.Late }
 
-// DryRun reports whether the flow runs whatever the answer: no component has it wait, and it keeps what components give
-// it although others drop it.
+// DryRun reports whether the flow runs whatever the answer. No component makes it wait, and it keeps what components
+// give it even if others drop it.
 func (r *Request) DryRun() bool { return r.Labels.Shared != nil && r.Labels.Shared.DryRun }
 
-// Crowded is closed when the flow is to end its waits a twentieth of its time before it has to; nil for never.
+// Crowded is closed when the flow should end its waits a twentieth of its time early; nil for never.
 func (r *Request) Crowded() <-chan struct{} {
 	if r.Labels.Shared == nil {
 		return nil
@@ -43,22 +43,22 @@ func (r *Request) Crowded() <-chan struct{} {
 	return r.Labels.Shared.Crowded
 }
 
-// Labels are a flow's labels, in layers that are never merged unless somebody asks: the embedded engine looks up one or
-// two keys, so a merged map would be the dearest part of a check. Nobody writes to the maps.
+// Labels are a flow's labels, in layers. Only Merged merges the layers: the embedded engine looks up one or two keys,
+// and a merged map would be the most expensive part of a check. The maps do not change.
 type Labels struct {
 	Params  map[string]string
 	Context map[string]string
 	Shared  *Shared // nil: the layers below are empty, and the options are their zero values
 }
 
-// Shared is the part of a request that flows may share: the flows of a client that differ in nothing of it have the same
-// one, which nobody changes. It is one object with two parts, because a flow has room for one pointer.
+// Shared is the part of a request that flows may share. Flows of a client that do not differ in it have the same one,
+// which does not change. It is one object with two parts, because a flow has room for one pointer.
 type Shared struct {
 	Layers
 	Options
 }
 
-// Layers are the layers of labels that are not the application's word on the flow.
+// Layers are the layers of labels below those that the application sets for the flow.
 type Layers struct {
 	Baggage   map[string]string
 	Transport map[string]string
@@ -70,8 +70,8 @@ type Options struct {
 	// Lookup names the cache entries to look up with the check; nil looks up none.
 	Lookup *Lookup
 
-	// HTTP is the request that the flow is about, for an agent that makes labels of it itself; it stands in for the
-	// transport's layer. Nil: the labels are all there is.
+	// HTTP is the request that the flow is about, for an agent that makes labels of it itself. It takes the place of
+	// the transport's layer. Nil means that there are only labels.
 	HTTP *HTTPRequest
 
 	// Service names the client's service, for selectors.
@@ -114,7 +114,7 @@ func (l *Labels) Service() string {
 	return l.Shared.Service
 }
 
-// HTTP is the request that the agent is to make labels of; nil when there is none.
+// HTTP is the request that the agent makes labels of; nil if there is none.
 func (l *Labels) HTTP() *HTTPRequest {
 	if l.Shared == nil {
 		return nil
@@ -122,7 +122,7 @@ func (l *Labels) HTTP() *HTTPRequest {
 	return l.Shared.HTTP
 }
 
-// Merged gives all labels as one map, which the caller must not change: it is one of the layers where the others are
+// Merged returns all labels as one map, which the caller must not change. It is one of the layers if the others are
 // empty.
 func (l *Labels) Merged() map[string]string {
 	var layers [5]map[string]string
@@ -168,8 +168,8 @@ type Lookup struct {
 	Result string   // "" looks up none
 	Global []string // empty ones are skipped
 
-	// Room takes room for a value of so many bytes in the answer, and reports whether there was any. The result's value
-	// goes first. A value that does not fit is a miss, and the others are the cache's own, which nobody may change. Nil is
-	// room for any, and the values are copies.
+	// Room takes room for a value of so many bytes in the answer, and reports whether there was room. The result's
+	// value goes first. A value that does not fit is a miss. Values that fit are the cache's own, and must not be
+	// changed. If Room is nil, all values fit and are copies.
 	Room func(size int) bool
 }

@@ -17,8 +17,8 @@ import (
 // Runs holds the runs under way that callers may share: those of one client. The zero value is ready. Runs is safe for
 // concurrent use.
 type Runs struct {
-	// Unstored, unless it is nil, hears of values that a run made and that were not stored. It is set before the first
-	// run, and is safe for concurrent use.
+	// Unstored, if it is not nil, is called with values that a run made and that were not stored. It is set before the
+	// first run, and is safe for concurrent use.
 	Unstored func(controlPoint string, err error)
 
 	mu  sync.Mutex
@@ -29,7 +29,7 @@ type Runs struct {
 type place struct {
 	controlPoint, key string
 	value             reflect.Type
-	within            *core // nil: any caller finds the run; else only the calls from within that run do
+	within            *core // nil: any caller finds the run; otherwise only calls from within that run do
 }
 
 // underway is a run of any value.
@@ -84,8 +84,8 @@ var (
 
 type coreKey struct{}
 
-// within finds the run that ctx comes from. A run that has ended waits for nothing, so a call in a context that such a
-// run has left behind counts as one of the run around it.
+// within finds the run that ctx comes from. A run that has ended waits for nothing. So a call in the context of such a
+// run counts as one of the run around it.
 func within(ctx context.Context) *core {
 	c, _ := ctx.Value(coreKey{}).(*core)
 	for c != nil && c.ended.Load() {
@@ -105,10 +105,10 @@ func (c *core) isIn(other *core) bool {
 }
 
 // Join finds the run of a V under the control point and the key, or begins one, which the caller leads. A leader must
-// have the run end, by [Run.End], [Run.Go] or [Run.Abort]. All others, and the leader after Go, call [Run.Wait].
+// end the run, by [Run.End], [Run.Go] or [Run.Abort]. All others, and the leader after Go, call [Run.Wait].
 //
-// A call from within a run waits only for runs that were begun inside it. For any other, the calls from within that run
-// have one of their own. So each run waits only for runs below it, and no two wait for each other.
+// A call from within a run waits only for runs that were begun inside it. If the value has another run, the calls from
+// within share a run of their own. So each run waits only for runs below it, and no two wait for each other.
 func Join[V any](ctx context.Context, runs *Runs, controlPoint, key string) (run *Run[V], leads bool) {
 	in := within(ctx)
 	at := place{controlPoint: controlPoint, key: key, value: reflect.TypeFor[V]()}
@@ -151,7 +151,7 @@ func (r *Run[V]) End(v V) {
 }
 
 // Abort ends a run that its leader will not end, because the leader panicked or called runtime.Goexit itself. It does
-// nothing where the run was ended, or has begun to work.
+// nothing if the run was ended, or has begun to work.
 func (r *Run[V]) Abort() {
 	r.runs.mu.Lock()
 	defer r.runs.mu.Unlock()
@@ -161,10 +161,10 @@ func (r *Run[V]) Abort() {
 	}
 }
 
-// Go calls work in a goroutine of its own, which ends when work and what that returned have returned. The work's context
-// has the values of ctx, and is canceled when the last caller has left. The run ends with the value that work returns.
-// Where work returns a function too, the run is still found until that function has returned; else the next call begins
-// another run.
+// Go calls work in a goroutine of its own, which ends when work and the function that it returned have returned. The
+// work's context has the values of ctx, and is canceled when the last caller has left. The run ends with the value that
+// work returns. If work returns a function too, calls find the run until that function has returned. Otherwise the next
+// call begins another run.
 func (r *Run[V]) Go(ctx context.Context, work func(context.Context) (V, func())) {
 	ctx, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), coreKey{}, &r.core))
 	r.runs.mu.Lock()
@@ -188,8 +188,8 @@ func (r *Run[V]) Go(ctx context.Context, work func(context.Context) (V, func()))
 	}()
 }
 
-// observe calls work and ends the run. It recovers because a panic here would end the process, where callers may have
-// their ways to deal with one. A panic that no caller waits for is not recovered.
+// observe calls work and ends the run. It recovers a panic, because callers may handle it, and here it would end the
+// process. If no caller waits, it does not recover.
 func (r *Run[V]) observe(ctx context.Context, work func(context.Context) (V, func())) (after func()) {
 	how := exited
 	defer func() {
@@ -219,7 +219,7 @@ func (c *core) end(how ending, found bool) {
 	}
 }
 
-// forget has the next call begin another run. The runs are locked.
+// forget makes the next call begin another run. The runs are locked.
 func (c *core) forget() {
 	if found, ok := c.runs.all[c.at]; ok && found.base() == c {
 		delete(c.runs.all, c.at)
@@ -227,8 +227,8 @@ func (c *core) forget() {
 }
 
 // Wait waits until the run has ended, and returns its value. When ctx ends first, the caller leaves, and the error is
-// ErrLeft. A panic of the run, or a Goexit, goes on in the leader, or if that has left in one of the others; the rest get
-// ErrNotReturned.
+// ErrLeft. A panic or Goexit of the run goes on in the leader, or in one of the others if the leader has left. The rest
+// get ErrNotReturned.
 func (r *Run[V]) Wait(ctx context.Context, leads bool) (v V, err error) {
 	r.runs.mu.Lock()
 	how, done := r.how, r.done
@@ -251,8 +251,8 @@ func (r *Run[V]) Wait(ctx context.Context, leads bool) (v V, err error) {
 	if r.how == exited {
 		runtime.Goexit()
 	}
-	// It is the work's panic that goes on. Where it was recovered is a panic of its own, which it replaces: who recovers
-	// gets the value as it was, and a program that nobody recovers in prints both.
+	// The panic that says where the work panicked comes first, and the work's own panic replaces it. A caller that
+	// recovers gets the original value. A program without a recover prints both.
 	defer panic(r.panicked)                                                            //nolint:forbidigo // see above
 	panic("headgate: the run of a cached function panicked at:\n\n" + string(r.stack)) //nolint:forbidigo // see above
 }

@@ -14,17 +14,17 @@ import (
 	"github.com/headgate-go/headgate/internal/version"
 )
 
-// A Record is what telemetry tells of a flow that has ended. Times are Unix nanoseconds; one that is not told is 0.
+// A Record is what telemetry reports of a flow that has ended. Times are Unix nanoseconds; 0 is not reported.
 type Record struct {
-	Start, Work, End int64 // of the flow, of its work, and of both
+	Start, Work, End int64 // the starts of the flow and of its work, and the end of both
 
-	Status string // OK or Error; "" where it is not told
+	Status string // OK or Error; "" if it is not reported
 	DryRun bool   // the flow ran although the answer is a rejection: its client is in dry run
 
-	// Check is the answer to the flow's check, as an encoded CheckResponse; nil where it is not told.
+	// Check is the answer to the flow's check, as an encoded CheckResponse; nil if it is not reported.
 	Check []byte
 
-	// JSON is the answer as JSON, as some SDKs tell it; Check is nil then. It is not written.
+	// JSON is the answer as JSON, as some SDKs send it; Check is nil then. It is only read.
 	JSON []byte
 }
 
@@ -44,7 +44,7 @@ const (
 	keyCheck  = "aperture.check_response"
 	keyDryRun = "headgate.dry_run" // Headgate's own; its value is "true"
 
-	// Some SDKs tell these in milliseconds instead.
+	// Some SDKs send these in milliseconds instead.
 	keyWorkMillis = "aperture.workload_start_timestamp_ms"
 	keyEndMillis  = "aperture.flow_end_timestamp_ms"
 )
@@ -70,7 +70,7 @@ const (
 	valueInt    protowire.Number = 3
 )
 
-// Read reads the record in a span, of whatever SDK. It shares the span's bytes. The error tells that the answer in it is
+// Read reads the record in a span of any SDK. It shares the span's bytes. The error means that the answer in it is
 // neither base64 nor JSON; the rest of the record has been read.
 func Read(span []byte) (Record, error) {
 	var r Record
@@ -138,7 +138,7 @@ func readStatus(text []byte) string {
 	return Error
 }
 
-// ofMillis is a time in nanoseconds; 0, which is none, where it has no room for it.
+// ofMillis returns a time in nanoseconds; 0, which is none, if it does not fit.
 func ofMillis(n int64) int64 {
 	if n <= 0 || n > math.MaxInt64/int64(time.Millisecond) {
 		return 0
@@ -146,8 +146,8 @@ func ofMillis(n int64) int64 {
 	return n * int64(time.Millisecond)
 }
 
-// A Batch encodes records straight into the bytes of an OTLP request, opentelemetry.proto.trace.v1.TracesData: as
-// messages each would cost more than twenty objects. Its buffers are used again.
+// A Batch encodes records straight into the bytes of an OTLP request, opentelemetry.proto.trace.v1.TracesData. As
+// messages, each would cost more than twenty objects. It uses its buffers again.
 type Batch struct {
 	message []byte
 	span    []byte
@@ -167,8 +167,8 @@ func appendResource(b []byte) []byte {
 // headroom is for what goes before the spans: the resource and three lengths.
 const headroom = 128
 
-// Encode gives a request with as many of the records as fit into so many bytes, but one at least, and says how many. It is
-// good until the next call.
+// Encode returns a request with as many of the records as fit into most bytes, but at least one, and their number. The
+// request is valid until the next call.
 func (x *Batch) Encode(records []Record, most int) (message []byte, n int) {
 	x.message = append(x.message[:0], make([]byte, headroom)...)
 	for n = range records {
@@ -196,10 +196,10 @@ func (x *Batch) wrap() []byte {
 	return x.message[begin:]
 }
 
-// Size is how many bytes a record has in a request at the most, if its answer has so many.
+// Size is the most bytes that a record has in a request, if its answer has check bytes.
 func Size(check int) int { return base64.StdEncoding.EncodedLen(check) + spanBytes }
 
-// spanBytes is what a span has at the most besides the answer to its check.
+// spanBytes is the most that a span has besides the answer to its check.
 const spanBytes = 384
 
 // appendSpan appends the span of a record.
@@ -241,7 +241,7 @@ func appendText(b []byte, field protowire.Number, key, value string) []byte {
 	return append(b, value...)
 }
 
-// appendTextHead appends all of such an attribute but the string, of which it needs the length.
+// appendTextHead appends such an attribute up to its string, which has that length.
 func appendTextHead(b []byte, field protowire.Number, key string, length int) []byte {
 	b = appendKey(b, field, key, protowire.SizeTag(valueString)+protowire.SizeBytes(length))
 	b = protowire.AppendTag(b, valueString, protowire.BytesType)

@@ -1,4 +1,4 @@
-// Package telemetry has the records of flows that clients send to agents, as spans of OpenTelemetry's, and the service
+// Package telemetry reports flows to agents. It has the record of a flow, as a span of OpenTelemetry's, and the service
 // that takes spans. Clients write records; agents and the test kit read them.
 //
 // The service is written by hand because the generated package links an HTTP gateway. On the wire a request to it is a
@@ -23,8 +23,8 @@ const (
 	method  = "Export"
 )
 
-// Register offers the service on s, for requests that are read as an M, a message: those of opentelemetry.proto.trace.v1
-// are linked where they are wanted, and into no client. The error of export is the call's status.
+// Register registers the service on s. Requests are read as an M, a message, so that no client links those of
+// opentelemetry.proto.trace.v1. The error of export is the call's status.
 func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m *M) error) {
 	handle := func(ctx context.Context, req any) (any, error) {
 		m, _ := req.(*M)
@@ -49,12 +49,11 @@ func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m
 	}, nil)
 }
 
-// maxRead is how many spans of an export are read. Those that tell of flows take some 300 bytes each, in exports of 4 MiB.
+// maxRead is how many spans of an export are read. The span of a flow has some 300 bytes, and an export 4 MiB.
 const maxRead = 1 << 14
 
-// RegisterCounter offers the service on s for an agent that only wants to know how many spans clients export, and may
-// read the bytes of each. It reads no more of them itself than it takes to find them: decoding a span costs some thirty
-// objects, for each flow of every client. A nil read is not called.
+// RegisterCounter registers the service on s for an agent that only counts the spans that clients export, and may read
+// the bytes of each. It does not decode spans, because each would cost some thirty objects. A nil read is not called.
 func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(ctx context.Context, span []byte)) {
 	// A message without fields of its own keeps all that comes.
 	Register(s, func(ctx context.Context, data *emptypb.Empty) error {

@@ -11,8 +11,8 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// The bounds of an answer, besides what it repeats of the question. Package flowctl takes no more, and package agent
-// sends no more: the flow would be Unreachable, and run. All of one side derives from the other.
+// The bounds of an answer, besides what it repeats of the question. Package flowctl accepts no more, and package agent
+// sends no more: the flow would be Unreachable, and run. The bounds of one side derive from those of the other.
 const (
 	MaxAnswer   = 256 << 10 // bytes
 	MaxElements = 4096      // messages, entries and elements of lists
@@ -20,7 +20,7 @@ const (
 	// MaxDecisions is the most bytes of decisions in the answer to Check. The rest of an answer is for texts of its own.
 	MaxDecisions = MaxAnswer * 3 / 4
 
-	// MaxHTTPDecisions is that in the answer to CheckHTTP, which has its check response once more, in base64.
+	// MaxHTTPDecisions is the same for the answer to CheckHTTP, which repeats its check response in base64.
 	MaxHTTPDecisions = MaxDecisions * 3 / 7
 
 	// MostDecisions is the most decisions in an answer. 512 elements are left for labels and cache keys.
@@ -71,8 +71,8 @@ func rankOf(v *agentapi.Verdict, d *agentapi.LimiterDecision) int {
 	}
 }
 
-// fit gives the decisions that fit into so many bytes, in order. If not all do, they go in by rank, because the first
-// ones of 40,000 are enough to build. It reports whether all slots are among them.
+// fit returns the decisions that fit into room bytes, in order. If not all fit, they go in by rank, so that of 40,000
+// only the first ones are built. It reports whether all slots are among them.
 func fit(req *agentapi.Request, v *agentapi.Verdict, room int) (kept []*checkv1.LimiterDecision, ok bool) {
 	if v.Len() == 0 {
 		return nil, true
@@ -117,7 +117,8 @@ ranks:
 // maxBucketName is the longest value in the name of a bucket, in bytes.
 const maxBucketName = 256
 
-// MostLoad is the most that decisions of the components take of an answer, and those of them that hold slots.
+// MostLoad returns the most that the decisions of the components take of an answer, and the same for those that hold
+// slots.
 func MostLoad(components []*agentapi.Component) (all, holding Load) {
 	req := new(agentapi.Request)
 	for _, c := range components {
@@ -135,7 +136,7 @@ func MostLoad(components []*agentapi.Component) (all, holding Load) {
 	return all, holding
 }
 
-// Ended gives how many of the slots a client names in one FlowEnd: as many as fit, and at least one.
+// Ended returns how many of the slots a client names in one FlowEnd: as many as fit, and at least one.
 func Ended(controlPoint string, refs []*checkv1.InflightRequestRef) int {
 	refs = refs[:min(len(refs), mostEnded)]
 	size := 1 + protowire.SizeBytes(len(controlPoint))

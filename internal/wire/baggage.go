@@ -13,8 +13,8 @@ const HeaderBaggage = "baggage"
 // MaxBaggage is the longest baggage header that agents read, in bytes: of a longer one they read nothing.
 const MaxBaggage = 8192
 
-// Baggage is the labels as a W3C baggage header; "" for none. Keys that a header cannot hold are escaped as values are,
-// which the W3C does not know: others than package w3cbaggage see them escaped.
+// Baggage returns the labels as a W3C baggage header; "" for none. Keys that a header cannot hold are escaped like
+// values. The W3C's format has no such escapes, so only package w3cbaggage reads them.
 func Baggage(labels map[string]string) string {
 	var b strings.Builder
 	for i, key := range slices.Sorted(maps.Keys(labels)) {
@@ -28,13 +28,13 @@ func Baggage(labels map[string]string) string {
 	return b.String()
 }
 
-// escapeKey leaves of what url.PathEscape leaves just what a token may hold.
+// escapeKey escapes all that a token may not hold, which is more than url.PathEscape does.
 func escapeKey(key string) string {
 	return strings.NewReplacer("=", "%3D", ":", "%3A", "@", "%40").Replace(url.PathEscape(key))
 }
 
-// addedBaggage is the members of a header that are not in another. It decodes none, so that what others wrote stays as
-// it is.
+// addedBaggage returns the members of a header that are not in another. It does not decode them, so they stay as they
+// were written.
 func addedBaggage(header, other string) []string {
 	known := make(map[string]bool)
 	for member := range strings.SplitSeq(other, ",") {

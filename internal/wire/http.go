@@ -63,9 +63,9 @@ func socket(a netip.AddrPort) *checkhttpv1.SocketAddress {
 	return &checkhttpv1.SocketAddress{Address: a.Addr().Unmap().WithZone("").String(), Port: uint32(a.Port())}
 }
 
-// HTTPResponse is the answer to CheckHTTP that tells of a check response, which becomes part of it. The request was
-// accepted with this baggage header, which goes back unless it is longer than others read. Telemetry has no labels of
-// headers, except those that are wanted in it.
+// HTTPResponse is the answer to CheckHTTP with a check response, which becomes part of it. An accepted request gets its
+// baggage header back, unless the header is longer than others read. Telemetry has labels of headers only if they are
+// wanted.
 func HTTPResponse(c *checkv1.CheckResponse, baggage string, wanted map[string]bool) *checkhttpv1.CheckHTTPResponse {
 	if c.GetTelemetryFlowLabels() == nil {
 		c.TelemetryFlowLabels = make(map[string]string)
@@ -106,7 +106,7 @@ func deniedHTTPStatus(c *checkv1.CheckResponse) int32 {
 	return int32(cmp.Or(c.GetDeniedResponseStatusCode(), byReason, checkv1.StatusCode_Forbidden))
 }
 
-// retryAfter is the wait in seconds, rounded up: who comes back sooner comes in vain.
+// retryAfter is the wait in seconds. It is rounded up, because an earlier retry would be rejected.
 func retryAfter(wait time.Duration) string {
 	seconds := int64(wait / time.Second)
 	if wait%time.Second > 0 {
@@ -115,9 +115,8 @@ func retryAfter(wait time.Duration) string {
 	return strconv.FormatInt(seconds, 10)
 }
 
-// ReadHTTP fills the verdict from an agent's answer to CheckHTTP, as [Read] does. What the agent says outside of the
-// answer's check response goes into it: the decision, and of a rejection the status and the wait. Where there is no
-// check response, there is one afterwards.
+// ReadHTTP fills the verdict from an agent's answer to CheckHTTP, as [Read] does. It copies the decision, and the
+// status and wait of a rejection, into the answer's check response. If there is no check response, it makes one.
 func ReadHTTP(req *agentapi.Request, m *checkhttpv1.CheckHTTPResponse, v *agentapi.Verdict) {
 	accepted := isAccepted(m)
 	if m.GetCheckResponse() == nil {
@@ -137,7 +136,7 @@ func ReadHTTP(req *agentapi.Request, m *checkhttpv1.CheckHTTPResponse, v *agenta
 	Read(req, c, v)
 }
 
-// readRetryAfter is the wait that the headers tell in seconds; 0 when they do not.
+// readRetryAfter is the wait that the headers have in seconds; 0 if they have none.
 func readRetryAfter(headers map[string]string) time.Duration {
 	seconds, err := strconv.ParseUint(header(headers, headerRetryAfter), 10, 32)
 	if err != nil {
@@ -146,8 +145,8 @@ func readRetryAfter(headers map[string]string) time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// isAccepted says what an answer decides: its status does. One without a status is a rejection, as is everything that
-// is not OK, unless the rest of it has no doubt that the request may run.
+// isAccepted reports whether the answer accepts the request, by its status. Without a status it does so only if the
+// rest of the answer leaves no doubt.
 func isAccepted(m *checkhttpv1.CheckHTTPResponse) bool {
 	if m.GetStatus() != nil {
 		return m.GetStatus().GetCode() == int32(codes.OK)
@@ -156,8 +155,8 @@ func isAccepted(m *checkhttpv1.CheckHTTPResponse) bool {
 		m.GetCheckResponse().GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED
 }
 
-// LowerHeader returns a header's name in lower case. Only ASCII letters have a case in it: if others had, a header that is
-// no other's name would count as that other one.
+// LowerHeader returns a header's name in lower case. Only ASCII letters change. If others did, a header could count as
+// another one.
 func LowerHeader(name string) string {
 	for i := range len(name) {
 		if b := name[i]; b >= 'A' && b <= 'Z' {
@@ -186,8 +185,8 @@ func header(headers map[string]string, name string) string {
 	return ""
 }
 
-// OKHeaders are the headers that the agent wants set in the request that it accepted. A baggage header among them is
-// the request's own and what the agent added: the flow's labels were sent in it for the agent alone.
+// OKHeaders returns the headers that the agent wants set in the accepted request. A baggage header among them has the
+// request's own members and those that the agent added. The flow's labels in it were for the agent alone.
 func OKHeaders(r *agentapi.HTTPRequest, m *checkhttpv1.CheckHTTPResponse) map[string]string {
 	headers := maps.Clone(m.GetOkResponse().GetHeaders())
 	for key, value := range headers {

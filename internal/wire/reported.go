@@ -10,12 +10,13 @@ import (
 	"github.com/headgate-go/headgate/internal/credential"
 )
 
-// What an answer tells of a flow's labels. SDKs refuse answers of more than 4 MiB, and run the flow then. So an answer is
-// bounded whatever its request holds. A flow may have more labels and longer values than this: the engine sees them whole.
+// The bounds of a flow's labels in an answer. SDKs refuse answers of more than 4 MiB, and then run the flow. So an
+// answer is bounded, whatever its request holds. A flow may have more labels and longer values: the engine sees them
+// whole.
 //
-// Package agent decodes no more of the labels that no policy names, and picks them by [CompareReported] too: what it
-// leaves out would not be reported. The rule of package flowctl for a flow with too many labels is another one. It says
-// which labels a flow has at all, when nobody knows yet what policies name, and goes by where a label comes from.
+// Of labels that no policy names, package agent decodes only those that would be reported, and picks them by
+// [CompareReported] too. Package flowctl has another rule for a flow with too many labels. It decides which labels the
+// flow has at all, before it is known what policies name. So it goes by where a label comes from.
 const (
 	MaxReported      = 64   // labels, unless policies name more
 	MaxReportedKey   = 255  // bytes
@@ -25,10 +26,11 @@ const (
 	maxReportedPoint = 4096    // bytes of the control point
 )
 
-// Answer is [Response] for clients across the network. Of too many labels it reports those that policies name, then those
-// that are no headers, and then those with the smallest keys. It reports no value of a header that carries credentials.
-// Of more decisions than fit into so many bytes it has the one that rejects the flow, then those that hold slots, then
-// those that drop the flow. If not all slots fit, there is no answer and ok is false: the flow must hold none.
+// Answer is [Response] for clients across the network. If there are too many labels, those that policies name go first,
+// then those that are no headers, then those with the smallest keys. It reports no value of a header that carries
+// credentials. If the decisions do not fit into room bytes, the one that rejects the flow goes first, then those that
+// hold slots, then those that drop the flow. If not all slots fit, ok is false and there is no answer: the flow must
+// hold no slot.
 func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool, room int) (m *checkv1.CheckResponse, ok bool) {
 	decisions, ok := fit(req, v, room)
 	if !ok {
@@ -45,7 +47,7 @@ func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool, r
 	return m, true
 }
 
-// reported is what an answer tells of the labels, which may be the map itself.
+// reported returns the labels that an answer reports. The map may be all itself.
 func reported(all map[string]string, named map[string]bool) map[string]string {
 	if fits(all) {
 		return all
@@ -80,8 +82,8 @@ func compare(a, b string) int {
 	return CompareReported(strings.HasPrefix(a, HeaderLabel), strings.HasPrefix(b, HeaderLabel), strings.Compare(a, b))
 }
 
-// CompareReported says which of two labels is reported first: negative for a. A label of a header comes after all that are
-// none, because a peer says how many headers there are; else the keys decide, which compare as byKey says.
+// CompareReported orders labels as answers report them: it is negative if a goes first. Labels of headers go last,
+// because a peer controls how many there are. Otherwise the result is byKey, the comparison of the keys.
 func CompareReported(aIsHeader, bIsHeader bool, byKey int) int {
 	switch {
 	case aIsHeader == bIsHeader:

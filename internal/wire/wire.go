@@ -50,7 +50,7 @@ func Lookup(req *agentapi.Request) *checkv1.CacheLookupRequest {
 	}
 }
 
-// Response is the message that tells of a verdict, with whose cached values it shares its own.
+// Response is the message for a verdict. It shares the verdict's cached values.
 func Response(req *agentapi.Request, v *agentapi.Verdict) *checkv1.CheckResponse {
 	var all []*checkv1.LimiterDecision
 	for i := range v.Len() {
@@ -59,7 +59,7 @@ func Response(req *agentapi.Request, v *agentapi.Verdict) *checkv1.CheckResponse
 	return response(req, v, req.Labels.Merged(), all)
 }
 
-// response is Response that reports the labels and the decisions.
+// response is Response with these labels and decisions.
 func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]string, decisions []*checkv1.LimiterDecision) *checkv1.CheckResponse {
 	telemetry := make(map[string]string, len(labels)+1)
 	maps.Copy(telemetry, labels)
@@ -99,8 +99,8 @@ func response(req *agentapi.Request, v *agentapi.Verdict, labels map[string]stri
 	return m
 }
 
-// deniedStatus is the rejection's status, or that of the stage which rejected. A flow in ramp mode that no ramp matches
-// has none: nothing got to see it.
+// deniedStatus is the rejection's status, or that of the stage that rejected. A flow in ramp mode that no ramp matches
+// has none, because no stage saw it.
 func deniedStatus(r agentapi.Rejection) checkv1.StatusCode {
 	switch {
 	case r.Status != 0:
@@ -158,7 +158,7 @@ func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.Limit
 	return m
 }
 
-// An infoOf says how the wire tells of decisions of components with an info.
+// An infoOf encodes the decisions of components with one info.
 type infoOf struct {
 	tell  func(m *checkv1.LimiterDecision, t telling)
 	waits bool // the wait is always there
@@ -174,10 +174,10 @@ var infos = [...]infoOf{ //nolint:gochecknoglobals // a table, never written to
 	{tellSampler, false},
 }
 
-// While a row is missing this does not compile: the table is shorter then than Infos says.
+// This does not compile if a row is missing, because the table is then shorter than Infos.
 var _ [agentapi.Infos]infoOf = infos
 
-// telling is what there is to tell of a decision.
+// telling is what the wire reports of a decision.
 type telling struct {
 	d      *agentapi.LimiterDecision
 	tokens *checkv1.LimiterDecision_TokensInfo
@@ -276,7 +276,7 @@ func cacheLookup(asked *agentapi.Lookup, x *agentapi.VerdictDetails) *checkv1.Ca
 	return m
 }
 
-// KeyLookup is the message that tells what became of one lookup. It shares the value.
+// KeyLookup is the message for the outcome of one lookup. It shares the value.
 func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 	m := &checkv1.KeyLookupResponse{Value: a.Value}
 	if !a.Hit {
@@ -289,9 +289,9 @@ func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 	return m
 }
 
-// Read fills the verdict from an agent's answer to req. Whatever the answer holds, there is a verdict: a decision other
-// than ACCEPTED is a rejection, as all clients of the protocol have it. What the caches had is read with a rejection too
-// where the flow runs all the same.
+// Read fills the verdict from an agent's answer to req. Every answer makes a verdict: a decision other than ACCEPTED is
+// a rejection, as for all clients of the protocol. Of a rejection it reads what the caches had only in dry run, because
+// the flow runs then.
 func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
 		r := agentapi.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
@@ -317,7 +317,7 @@ func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) 
 // ReadLookup fills the verdict with what an agent found of the request's lookup.
 func ReadLookup(req *agentapi.Request, found *checkv1.CacheLookupResponse, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
-	// Only what was asked for is read: an answer that is not there would read as a hit, which is the wire's zero.
+	// Only what was asked for is read: an answer that is missing would be a hit, which is the wire's zero value.
 	if asked.Result != "" {
 		x.Result = cacheAnswer(found.GetResultCacheResponse())
 	}
@@ -327,7 +327,8 @@ func ReadLookup(req *agentapi.Request, found *checkv1.CacheLookupResponse, v *ag
 	}
 }
 
-// rejectedBy is the limiter that dropped the flow: of several the one with the longest wait, which is the answer's.
+// rejectedBy is the limiter that dropped the flow. If several did, it is the one with the longest wait, which is also
+// the answer's.
 func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
@@ -339,7 +340,7 @@ func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 	if by == nil {
 		return nil
 	}
-	return &agentapi.Component{ // for errors: what ends the flow has its names from the answer
+	return &agentapi.Component{ // for errors; the end of the flow takes names from the answer
 		Policy: Clip(by.GetPolicyName()), Hash: Clip(by.GetPolicyHash()), ID: Clip(by.GetComponentId()), LabelKey: Clip(labelKey(by)),
 	}
 }
@@ -374,8 +375,8 @@ func CacheError(text string) error {
 	return fmt.Errorf("the agent reports: %s", Clip(text))
 }
 
-// Held gives references to the slots that the answer says the flow holds, also where it was rejected: a stage before
-// the one that rejected may have admitted it. A dropped decision holds nothing, whatever it says.
+// Held returns references to the slots that the flow holds by the answer. A rejected flow may hold slots too, of a
+// stage before the one that rejected it. A dropped decision holds nothing, whatever it says.
 func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 	var refs []*checkv1.InflightRequestRef
 	for _, d := range m.GetLimiterDecisions() {

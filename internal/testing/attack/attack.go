@@ -4,16 +4,16 @@
 // measured: the suite watches the process's peak, VmHWM in /proc, and sets GOMEMLIMIT. All traffic stays on loopback. The
 // suite runs on Linux only.
 //
-// Times are those of a machine that may have other work. A process beside the victim measures for how long the machine
-// lets work wait, and the bounds of times are longer by some of that. Attacks of less than 10 s hold all bounds but those of
-// times, which they only show.
+// The machine may have other work. A process beside the victim measures for how long the machine lets work wait, and
+// the bounds of times are longer by some of that. Attacks of less than 10 s check all bounds except those of times,
+// which they only show.
 //
 // # Adding an attack on a server
 //
 // Write a function of type assault in server_test.go, and add a row to the table in TestServers. The function gets the
-// victim's address, and attacks until its context ends; what it opens it closes before it returns. It is bounded in
-// count: so many connections, and so many calls under way, as constants say. The row names the victim, which is an agent,
-// a guarded HTTP server or a guarded gRPC server, and its bounds:
+// victim's address, and attacks until its context ends. Before it returns, it closes what it opened. Constants bound
+// how many connections it has, and how many calls are under way. The row names the victim, which is an agent, a guarded
+// HTTP server or a guarded gRPC server, and its bounds:
 //
 //   - memory: the peak of the victim's memory.
 //   - slower: how many times longer than before the innocent client's calls may take while the attack lasts, at the 99th
@@ -32,13 +32,12 @@ package attack
 
 import "time"
 
-// Stats is what a server that is a victim tells of itself.
+// Stats is what a server that is a victim reports.
 type Stats struct {
 	Address    string `json:"address"`
 	Goroutines int    `json:"goroutines"`
 
-	// Starved is by how much a piece of work has outlasted itself at the most since the last Stats, in a process that
-	// only measures that.
+	// Starved is the longest delay of a piece of work since the last Stats, in a process that only measures that.
 	Starved time.Duration `json:"starved"`
 }
 
@@ -53,13 +52,12 @@ type Report struct {
 	// LongestError is the number of bytes of the longest error.
 	LongestError int `json:"longest_error"`
 
-	// Close is how long Close took with a context of CloseTimeout, and Goroutines how many are left 6 s later at the
-	// most.
+	// Close is how long Close took with a context of CloseTimeout. Goroutines is how many were left at most 6 s later.
 	Close      time.Duration `json:"close"`
 	Goroutines int           `json:"goroutines"`
 }
 
-// What a client that is a victim works with.
+// The timeouts of a client that is a victim.
 const (
 	CheckTimeout = 200 * time.Millisecond
 	CloseTimeout = 200 * time.Millisecond

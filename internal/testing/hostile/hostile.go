@@ -80,7 +80,7 @@ func Agents() []Agent {
 			if begin(conn, setting(settingInitialWindow, 1<<30)) != nil {
 				return
 			}
-			if _, _, _, err := read(conn); err != nil { // so that the client gets to know the settings where nothing is buffered
+			if _, _, _, err := read(conn); err != nil { // so that the client reads the settings even if nothing is buffered
 				return
 			}
 			if write(conn, frameWindowUpdate, 0, 0, number(1<<30)) == nil {
@@ -184,7 +184,7 @@ func Text(code, text string) Agent {
 	return streams("refuses", func(w io.Writer, stream uint32) error { return status(w, stream, code, text) })
 }
 
-// Gzipped is an agent that answers with a message that it compresses, whoever asks.
+// Gzipped is an agent that answers with a compressed message, even if the client did not compress its own.
 func Gzipped(message []byte) Agent {
 	zipped := zip(message)
 	return streams("compresses", func(w io.Writer, stream uint32) error { return answer(w, stream, zipped, "gzip") })
@@ -294,7 +294,7 @@ type watched struct {
 
 func (w *watched) Close() error { return errors.Join(w.Conn.Close(), w.l.Close()) }
 
-// flood is an agent that sends the same frame as fast as it can, once it has been asked something.
+// flood is an agent that sends the same frame as fast as it can after a question.
 func flood(name string, f []byte) Agent {
 	many := bytes.Repeat(f, max(1, 64<<10/len(f)))
 	return Agent{name, func(_ context.Context, conn net.Conn) {
@@ -319,7 +319,7 @@ func streams(name string, respond func(w io.Writer, stream uint32) error) Agent 
 	}}
 }
 
-// HTTP/2, as far as it takes.
+// The parts of HTTP/2 that the agents need.
 const (
 	frameData         = 0
 	frameHeaders      = 1

@@ -24,7 +24,7 @@ type Provider struct {
 	callbacks map[*registration]metric.Callback
 }
 
-// Read gives what there is, by "name key=value …" with the keys in order. Of a histogram it is how often something was
+// Read returns the values, by "name key=value …" with the keys in order. Of a histogram it is how often something was
 // recorded.
 func (p *Provider) Read(ctx context.Context) map[string]float64 {
 	p.mu.Lock()
@@ -52,7 +52,7 @@ func (p *Provider) add(name string, set attribute.Set, n float64) {
 	p.sums[key(name, set)] += n
 }
 
-// key is as what something is shown.
+// key is what Read shows a value by.
 func key(name string, set attribute.Set) string {
 	parts := []string{name}
 	for _, a := range set.ToSlice() {
@@ -160,7 +160,7 @@ func (o observableGauge) String() string        { return o.name }
 func (o observableFloatCounter) String() string { return o.name }
 func (o observableFloatGauge) String() string   { return o.name }
 
-// observer keeps what callbacks tell. Something that is told twice is the sum, as in OpenTelemetry's SDK.
+// observer keeps what callbacks observe. If they observe something twice, it is the sum, as in OpenTelemetry's SDK.
 type observer struct {
 	noop.Observer
 	seen map[string]float64

@@ -1,9 +1,9 @@
-// Package race sizes tests by whether the race detector is on. It makes code some ten times as slow, and it finds what it
-// finds in a part of the rounds: tests that do one thing very often do it less often under it, and run in full without it,
-// by `make test-long`.
+// Package race sizes tests by whether the race detector is on. The detector makes code some ten times as slow, and
+// needs only some of the rounds. So tests that do one thing very often do it less often under it. `make test-long` runs
+// them in full without it.
 package race
 
-// Pick gives the first value under the race detector, and the second without it.
+// Pick returns the first value under the race detector, and the second without it.
 func Pick[T any](under, without T) T {
 	if Enabled {
 		return under

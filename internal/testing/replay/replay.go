@@ -1,14 +1,14 @@
 // Package replay replays recordings of an Aperture agent against an engine, and compares what it answers with what the
 // recorded agent did. Tests use it.
 //
-// A scenario is a policy and calls at set times. They are made by the stub that the protocol generates, as SDKs of others
-// do, or by a client of the toolkit, which [Stub] makes look like one. Decisions, reasons, statuses, labels, slots that
-// come back and cache outcomes must be the same; token counts and waits may differ by what the recorder's clock drifted.
-// In a bubble of testing/synctest the replay has no drift of its own.
+// A scenario is a policy and calls at set times. The protocol's generated stub makes the calls, as in other SDKs, or
+// [Stub] does by a client of the toolkit. Decisions, reasons, statuses, labels, slots that come back and cache outcomes
+// must be the same. Token counts and waits may differ by the drift of the recorder's clock. In a bubble of
+// testing/synctest the replay has no drift of its own.
 //
-// Where the engine is meant to do better than the recorded agent, the better is demanded: who waits is served in the
-// right order and at the right time, no count of tokens is negative, what is invalid is refused, and how long to wait
-// after a rejection may be told where the recorded agent does not know.
+// The engine must do better than the recorded agent in some points: flows that wait are served in the right order and
+// at the right time, no count of tokens is negative, and what is invalid is refused. After a rejection it may report a
+// wait where the recorded agent does not.
 package replay
 
 import (
@@ -104,8 +104,8 @@ type Options struct {
 	// Invalid names the checks that are to be refused as such, although the recorded agent accepts them.
 	Invalid []string
 
-	// Refused wants a check to be rejected that meets a limiter, although the recorded agent accepts it, and compares
-	// just whether it meets one.
+	// Refused means that each check that meets a limiter must be rejected, although the recorded agent accepts it, and
+	// that nothing else is compared.
 	Refused bool
 
 	// TokensPerSecond is how fast the policy's buckets fill, which makes token counts drift.
@@ -115,7 +115,7 @@ type Options struct {
 	Answered map[string]time.Duration
 }
 
-// scenarios are those of what the engine can do, with what to compare of each.
+// scenarios are the recordings of what the engine can do, with what to compare of each.
 func scenarios() map[string]Options {
 	return map[string]Options{
 		"rl-burst-then-refill":     {TokensPerSecond: 2},
@@ -228,7 +228,7 @@ func read[Req, Resp proto.Message](r *replay, st step, req Req, want Resp) (Req,
 	return req, want
 }
 
-// call makes a call in the background, and has its answer looked at when it has come in time.
+// call makes a call in the background, and passes its answer to look if it comes in time.
 func call[Req, Resp proto.Message](r *replay, st step, rpc func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req, look func(Resp)) {
 	r.calls.Go(func() {
 		ctx := r.t.Context()
@@ -264,7 +264,7 @@ func call[Req, Resp proto.Message](r *replay, st step, rpc func(context.Context,
 // own are the fields of Headgate's own, which no recorded answer has.
 func own() cmp.Option { return protocmp.IgnoreFields(&checkv1.CheckResponse{}, "cause") }
 
-// compare looks at an answer that has nothing in it of the time or the agent.
+// compare compares answers that depend on neither the time nor the agent.
 func compare[Resp proto.Message](r *replay, st step, want Resp) func(Resp) {
 	return func(got Resp) {
 		if diff := cmp.Diff(want, got, protocmp.Transform(), own()); diff != "" {
@@ -273,7 +273,7 @@ func compare[Resp proto.Message](r *replay, st step, want Resp) func(Resp) {
 	}
 }
 
-// rename has an end, and the answer to it, name slots as our answer to the check did.
+// rename makes an end, and the answer to it, name slots as our answer to the check did.
 func (r *replay) rename(st step, req *checkv1.FlowEndRequest, want *checkv1.FlowEndResponse) {
 	r.t.Helper()
 	r.mu.Lock()
@@ -404,8 +404,7 @@ func (r *replay) compareWait(st step, name string, got, want *durationpb.Duratio
 	}
 }
 
-// estimated says whether what dropped the flow is no rate limiter: then the recorded agent does not tell how long to
-// wait.
+// estimated reports whether no rate limiter dropped the flow. Then the recorded agent does not report a wait.
 func estimated(m *checkv1.CheckResponse) bool {
 	return !slices.ContainsFunc(m.GetLimiterDecisions(), func(d *checkv1.LimiterDecision) bool {
 		return d.GetDropped() && d.GetRateLimiterInfo() != nil

@@ -16,8 +16,8 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// Stub makes the protocol's calls by flows of a client of the toolkit. What a client does not tell of is as an agent has
-// it: the statuses of slots and of cache entries, where nothing went wrong.
+// Stub makes the protocol's calls by flows of a client of the toolkit. What a client does not report is as an agent has
+// it if nothing went wrong: the statuses of slots and of cache entries.
 func Stub(client *flowctl.Client) checkv1.FlowControlServiceClient {
 	return &stub{client: client, flows: make(map[string]*flowctl.Flow)}
 }
@@ -29,8 +29,7 @@ type stub struct {
 	flows map[string]*flowctl.Flow // by the slot that they hold; no recorded flow holds several
 }
 
-// start starts a flow that has until ctx's deadline. It is the flow's own time that runs out, and not that of a caller,
-// which would make it Canceled.
+// start starts a flow whose check timeout is ctx's deadline. With the deadline of a caller it would be Canceled.
 func (s *stub) start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
 	if deadline, ok := ctx.Deadline(); ok {
 		params.CheckTimeout = time.Until(deadline)

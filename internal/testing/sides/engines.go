@@ -189,13 +189,13 @@ func endOf(span *tracev1.Span) (e End) {
 	return e
 }
 
-// Serve has the server answer in memory until the test ends, and gives the option that dials it.
+// Serve runs the server in memory until the test ends, and returns the option that dials it.
 func Serve(t testing.TB, server *grpc.Server) grpc.DialOption {
 	t.Helper()
 	return serveFar(t, server, 0)
 }
 
-// serveFar is Serve of a server from which everything takes so long to arrive.
+// serveFar is Serve of a server whose messages take so long to arrive.
 func serveFar(t testing.TB, server *grpc.Server, travel time.Duration) grpc.DialOption {
 	t.Helper()
 	listener := bufconn.Listen(1 << 20)
@@ -239,7 +239,7 @@ func (f *far) Close() error {
 	return f.Conn.Close()
 }
 
-// Dial has the server answer in memory, and makes a client of it. Both are closed when the test ends.
+// Dial runs the server in memory, and makes a client of it. Both are closed when the test ends.
 func Dial(t testing.TB, server *grpc.Server, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
 	return dial(t, server, 0, opts...)

@@ -46,7 +46,7 @@ func (s *Side) Asked() int {
 	return len(s.log.checks)
 }
 
-// Ends are how flows were ended. It closes the client, which sends what the agent has not been told yet.
+// Ends returns how flows were ended. It closes the client, which then sends what it has not sent yet.
 func (s *Side) Ends() []End {
 	s.t.Helper()
 	if err := s.Client.Close(context.WithoutCancel(s.t.Context())); err != nil {
@@ -74,8 +74,8 @@ func (s *Side) Held() int {
 	return s.log.held
 }
 
-// Returned is how many calls have ended flows, and how many slots these gave back. An agent across a connection is called
-// for flows that hold slots only.
+// Returned returns how many calls have ended flows, and how many slots these gave back. An agent across a connection is
+// called only for flows that hold slots.
 func (s *Side) Returned() (calls, slots int) {
 	if s.Script == nil {
 		s.log.mu.Lock()

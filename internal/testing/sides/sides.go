@@ -5,7 +5,7 @@
 //		…
 //	})
 //
-// A side also tells what its agent saw of the client's flows.
+// A side also reports what its agent saw of the client's flows.
 package sides
 
 import (
@@ -51,7 +51,7 @@ type Setup struct {
 	// Side.Answer.
 	Answers []flowtest.Answer
 
-	// Travel is how long what a served agent sends takes to arrive.
+	// Travel is how long messages of a served agent take to arrive.
 	Travel time.Duration
 
 	// EngineOptions are an engine's, Options the client's.
@@ -75,7 +75,7 @@ type Side struct {
 	// Engine is that of an embedded or served side; nil for a scripted one.
 	Engine *engine.Engine
 
-	// Agent is that engine as a client asks it. What it is asked here, the side does not see. nil for a scripted side.
+	// Agent asks the engine directly. The side does not see these checks. It is nil for a scripted side.
 	Agent agentapi.Agent
 
 	// Script is the agent of a scripted side; nil for the others.
@@ -131,9 +131,9 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 	return side
 }
 
-// Answer sets what becomes of checks from now on, whatever the kind: the first check gets the first answer, and so on; the
-// last one stays. No answers accept every flow, at an engine those that its policies accept. At an engine an answer may
-// reject a flow, with Reason and RetryAfter, or Fail; one that does neither leaves the decision to the policies.
+// Answer sets the answers to checks from now on, for every kind: the first check gets the first answer, and so on; the
+// last answer stays. Without answers a scripted agent accepts every flow, and an engine decides by its policies. At an
+// engine an answer can reject a flow, with Reason and RetryAfter, or Fail. If it does neither, the policies decide.
 func (s *Side) Answer(answers ...flowtest.Answer) {
 	if s.Script != nil {
 		s.Script.Answer(answers...)
@@ -142,7 +142,7 @@ func (s *Side) Answer(answers ...flowtest.Answer) {
 	s.log.script(answers)
 }
 
-// Silence makes the agent answer no check any more, as one that is gone: an engine is closed.
+// Silence makes the agent answer no more checks, as if it were gone. An engine is closed.
 func (s *Side) Silence() {
 	if s.Script != nil {
 		s.Script.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "gone")})

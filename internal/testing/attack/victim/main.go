@@ -143,7 +143,7 @@ func answer(address string, starved *atomic.Int64) error {
 	}
 }
 
-// measure works a little, again and again, and keeps by how much the longest time outlasts the shortest.
+// measure repeats a little work, and keeps the difference of the longest and the shortest time that it took.
 func measure() *atomic.Int64 {
 	starved := new(atomic.Int64)
 	go func() {
@@ -165,7 +165,7 @@ func measure() *atomic.Int64 {
 	return starved
 }
 
-// newEngine makes one of the policies in the file, or one that limits users but not the innocent.
+// newEngine makes an engine of the policies in the file, or of policies that limit users but not the innocent client.
 func newEngine() (*engine.Engine, error) {
 	if *policies == "" {
 		return engine.New([]policy.Policy{{Name: "built-in", Components: []policy.Component{
@@ -180,7 +180,7 @@ func newEngine() (*engine.Engine, error) {
 	return engine.New(p)
 }
 
-// runClient has flows of all kinds under way, one after the other in each of so many goroutines.
+// runClient runs flows of all kinds, one after the other in each of so many goroutines.
 func runClient() (*attack.Report, error) {
 	before := runtime.NumGoroutine()
 	client, err := flowctl.Dial(*address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(attack.CheckTimeout))
