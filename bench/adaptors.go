@@ -53,7 +53,7 @@ func (e *engines) adaptorRows() []*row {
 
 var reply = []byte("hello")
 
-// nowhere is where responses go that nobody gets.
+// nowhere discards responses.
 type nowhere struct {
 	header http.Header
 	status int

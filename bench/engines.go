@@ -89,7 +89,7 @@ func openEngines(ctx context.Context, keys int) (*engines, error) {
 	return &engines{ctx: ctx, engine: limits, client: client}, nil
 }
 
-// fill makes the many users, and has the limiter of theirs know them.
+// fill makes the many users, and gives each a key in their limiter.
 func (e *engines) fill(keys int) error {
 	e.users = make([]map[string]string, keys)
 	text := 0
@@ -127,7 +127,7 @@ const (
 )
 
 func (e *engines) rows() []*row {
-	pass := []target{{inTime, keyedLimiter, 2, false}, {inAllocs, "", 2, false}} // of a scheduler where nobody waits
+	pass := []target{{inTime, keyedLimiter, 2, false}, {inAllocs, "", 2, false}} // of a scheduler where no flow waits
 	return []*row{
 		{name: "Guard, no policy", call: e.guard(nothing)},
 		{name: "Do, no policy", call: e.do(nothing)},
@@ -218,8 +218,8 @@ func (e *engines) guardOwn(controlPoint string) func() func() error {
 	}
 }
 
-// leastWork is what a flow cannot do without: it reads the monotonic clock once, has memory of its own, and takes a mutex,
-// for which nobody else waits.
+// leastWork is what a flow cannot do without: it reads the monotonic clock once, has memory of its own, and takes an
+// uncontended mutex.
 func leastWork() func() error {
 	var state struct {
 		mu   sync.Mutex
@@ -251,7 +251,7 @@ func (e *engines) do(controlPoint string) func() func() error {
 	}
 }
 
-// rotate does one user after the other, from anywhere on.
+// rotate calls for one user after the other, and starts anywhere.
 func (e *engines) rotate(controlPoint string) func() func() error {
 	return func() func() error {
 		next := rand.IntN(len(e.users))

@@ -3,9 +3,9 @@
 //
 //	make bench
 //
-// Machines are noisy and differ, so only ratios of one run say something: all rows take turns, for several rounds, and
-// what is printed is the median over the rounds, of the ratios too. Bench is a module of its own, so that nobody who
-// uses Headgate gets its peers.
+// Machines differ and are noisy, so only ratios of one run are meaningful. All rows take turns, for several rounds. The
+// table shows the median over the rounds, for the ratios too. Bench is a module of its own, so that users of Headgate
+// do not get its peers.
 package main
 
 import (
@@ -33,12 +33,12 @@ func main() {
 	}
 }
 
-// overGRPC is how many times as long the rows over gRPC take: each goroutine's first calls make its stack grow, which is
-// not to be what is measured where a call takes long.
+// overGRPC is how many times as long the rows over gRPC take. A goroutine's first calls make its stack grow, which
+// would dominate a short row of long calls.
 const overGRPC = 8
 
-// liveBytes is what all rows, and the agent, have on the heap besides what they measure. Go collects when the heap has grown
-// by what is live: a program with nothing on its heap collects every 4 MiB, and no service is one.
+// liveBytes is what all rows, and the agent, have on the heap besides what they measure. Go collects when the heap has
+// grown by what is live. A program with nothing on its heap collects every 4 MiB, which no service does.
 const liveBytes = 16 << 20
 
 // A live object is one of many that the collector follows.
@@ -123,7 +123,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	return nil
 }
 
-// measureQueues has those who wait wait no longer than their rows take, for they fill the heap.
+// measureQueues keeps flows waiting only while their rows are measured, because they fill the heap.
 func measureQueues(ctx context.Context, t *table, rounds int, each time.Duration) (err error) {
 	q, err := openQueues(ctx)
 	if err != nil {

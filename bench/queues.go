@@ -16,9 +16,9 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// queues are the rows about flows that wait. There is one slot, and workers who want it, over and over: one of them has
-// it and the others wait. What is measured is the time from one who gets it to the next: one flow comes back and
-// queues, and another is woken and leaves the queue.
+// queues are the rows about flows that wait. Workers take one slot over and over: one has it, and the others wait. A
+// row measures the time from one slot holder to the next: one flow gives the slot back and queues again, and another is
+// woken and leaves the queue.
 type queues struct {
 	engine  *engine.Engine
 	stop    context.CancelFunc
@@ -75,7 +75,7 @@ func openQueues(ctx context.Context) (_ *queues, err error) {
 	return q, nil
 }
 
-// add makes a row of workers, one more than those who wait, and has all of them queue.
+// add makes a row with one more worker than waiters, and makes all of them queue.
 func (q *queues) add(ctx context.Context, name string, waiters int, targets []target, worker func(i int, work func() (int, error)) func() error) {
 	turns := make(chan error)
 	tell := func(err error) {

@@ -30,7 +30,7 @@ const (
 )
 
 // serveAgent is the other process: package agent with an engine. It prints its address, and serves until standard input
-// ends, which it does with whoever started it.
+// ends, which is when its parent ends.
 func serveAgent(ctx context.Context, stdout io.Writer) error {
 	limits, err := engine.New(policies(1))
 	if err != nil {
@@ -116,7 +116,7 @@ func (r *remotes) startAgent(ctx context.Context) (address string, err error) {
 	return strings.TrimSpace(line), err
 }
 
-// serveVariable has a test binary serve as well: it has its own flags.
+// serveVariable makes a test binary serve too, because it has flags of its own.
 const serveVariable = "HEADGATE_BENCH_SERVE"
 
 // openBreaker makes a client whose agent does not answer, and waits until it no longer asks.

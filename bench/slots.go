@@ -17,15 +17,15 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// Flows that want a few slots, and work by waiting, so that the processors are idle when one is woken.
+// The flows want a few slots. They work by sleeping, so that the processors are idle when one is woken.
 const (
 	busySlots = 4
 	busyFlows = 64
 	busyWork  = time.Millisecond
 )
 
-// measureSlots says how much of the time slots are in use that many flows wait for, and how long one is free between two
-// flows, for as long.
+// measureSlots prints how much of the time slots are in use while many flows wait for them, and how long a slot is free
+// between two flows.
 func measureSlots(ctx context.Context, stdout io.Writer, each time.Duration) (err error) {
 	const at = "slots"
 	limits, err := engine.New([]policy.Policy{{Name: at, Components: []policy.Component{policy.ConcurrencyScheduler{
@@ -73,8 +73,8 @@ func measureSlots(ctx context.Context, stdout io.Writer, each time.Duration) (er
 	return nil
 }
 
-// saturate makes the call from many goroutines at once, over and over for as long, and says how often and how long in
-// all. The slots are not all in use while the last flows end, so that nobody measures by few turns.
+// saturate makes the call from many goroutines at once, over and over for that time. It returns how often it did, and
+// how long that took. While the last flows end, slots are free, so few turns would make a wrong measurement.
 func saturate(call func() (int, error), each time.Duration) (turns int64, elapsed time.Duration, err error) {
 	var flows sync.WaitGroup
 	var done atomic.Int64

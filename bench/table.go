@@ -40,7 +40,7 @@ type target struct {
 	than   string // name of the other row
 	most   float64
 
-	// aside marks a ratio that is told and has no bound.
+	// aside marks a ratio that is shown and has no bound.
 	aside bool
 }
 
@@ -55,8 +55,8 @@ const (
 	// moreAllocs is a bound on the difference, where the other row may have none.
 	moreAllocs column = "allocs more"
 
-	// inScaling is the time of a call in parallel over that of one by itself: with two processors that are not in each
-	// other's way it is a half.
+	// inScaling is the time of a call in parallel over that of one by itself. Two processors that do not hinder each
+	// other halve it.
 	inScaling column = "parallel to alone"
 )
 
@@ -173,7 +173,7 @@ func (t *table) print(w io.Writer) {
 			fmt.Fprintf(tw, "%s\t\t\t\t\t\n", line)
 		}
 	}
-	_ = tw.Flush() // what w cannot take is w's to tell
+	_ = tw.Flush() // w reports its own errors
 }
 
 // row finds a row that was measured; nil when it was left out.

@@ -6,15 +6,16 @@
 //
 //	go run ./examples/quickstart -agent localhost:8089
 //
-// Compare what bob is told with what he is told when quickstart runs alone: the two of him have one limit.
+// Compare what bob gets with what he gets when quickstart runs alone: both programs share his limit.
 //
-// A hangup signal (kill -HUP) has it read the policies again. It serves gRPC's health service, by which a balancer learns
-// that it serves, or that it has begun to stop, and gRPC's reflection, by which tools such as grpcurl find its methods.
+// A hangup signal (kill -HUP) makes it read the policies again. It serves gRPC's health service, by which a balancer
+// learns that it serves, or that it has begun to stop. It also serves gRPC's reflection, by which tools such as grpcurl
+// find its methods.
 //
-// With -keys it answers only clients that have an API key. They are lines of a file, each a name and a key: what stands on a
-// command line is seen by everybody on the machine.
+// With -keys it answers only clients that have an API key. The keys are in a file, because everybody on the machine can
+// see a command line. Each line has a name and a key.
 //
-// It listens on this machine only, in plaintext. To serve others give gRPC credentials as well.
+// It listens on this machine only, in plaintext. To serve other machines, also give gRPC credentials.
 package main
 
 import (
@@ -135,7 +136,7 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	return nil
 }
 
-// readKeys gives the owners of keys, by the keys' hashes: how long a look-up takes tells nothing of a key then.
+// readKeys returns the owners of keys, by the hashes of the keys. So the time of a look-up reveals nothing of a key.
 func readKeys(file string) (map[[sha256.Size]byte]string, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -160,7 +161,7 @@ func readKeys(file string) (map[[sha256.Size]byte]string, error) {
 	return keys, nil
 }
 
-// warn tells what is in the policies in force and has no effect, the most important first.
+// warn prints what has no effect in the policies in force, the most important first.
 func warn(stderr io.Writer, limits *engine.Engine, served *agent.Service) {
 	for _, warning := range slices.Concat(served.Warnings(), limits.Warnings()) {
 		fmt.Fprintln(stderr, "warning:", warning)

@@ -103,7 +103,7 @@ func TestRun(t *testing.T) {
 	if m, err := health.Recv(); m.GetStatus() != healthv1.HealthCheckResponse_NOT_SERVING {
 		t.Errorf("health = %v, %v want NOT_SERVING as it stops", m, err)
 	}
-	_ = conn.Close() // it waits for nobody who only watches
+	_ = conn.Close() // the agent does not wait for clients that only watch
 	rest, err := io.ReadAll(out)
 	if err != nil || !strings.Contains(string(rest), "clients reported 2 flows") {
 		t.Errorf("last words = %q, %v", rest, err)

@@ -1,4 +1,4 @@
-// Cache has many callers ask for a report that takes a second to make, and makes it as seldom as it can.
+// Cache lets many callers ask for a report that takes a second to make, and makes it as seldom as it can.
 //
 //	go run ./examples/cache
 //

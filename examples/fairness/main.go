@@ -1,10 +1,9 @@
-// Fairness has tenants of very unequal demand share a few slots.
+// Fairness lets tenants of very unequal demand share a few slots.
 //
 //	go run ./examples/fairness
 //
-// Each caller of a tenant makes one call after the other, and all are more than there are slots. First come, first
-// served, a tenant gets the more the more callers it has; with the tenant as the fairness label all get the same, and
-// no slot is idle for that.
+// Each caller of a tenant makes one call after the other, and there are more callers than slots. Without fairness,
+// tenants with more callers get more. With the tenant as the fairness label all get the same, and no slot is idle.
 package main
 
 import (
@@ -41,7 +40,7 @@ const (
 	takes = 20 * time.Millisecond // a call
 )
 
-// The control points: at one the tenants queue, at the other theirs do.
+// The control points: at one all calls wait in one queue, at the other each tenant has its share.
 var points = []string{"query-in-order", "query"}
 
 func policies() []policy.Policy {
@@ -104,7 +103,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	return nil
 }
 
-// demand has all tenants call for a while, and counts the calls of each.
+// demand makes all tenants call for a while, and counts the calls of each.
 func demand(ctx context.Context, client headgate.Starter, point string, last time.Duration) []int64 {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

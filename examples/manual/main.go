@@ -2,8 +2,8 @@
 //
 //	go run ./examples/manual
 //
-// Watch the fourth upload: its flow is rejected, and accepted once the program has waited just as long as it was told.
-// The limit is a policy written in Go; no file is needed.
+// Watch the fourth upload: its flow is rejected, and accepted once the program has waited for exactly the time that the
+// rejection says. The limit is a policy written in Go; no file is needed.
 package main
 
 import (
@@ -48,7 +48,7 @@ func run(ctx context.Context, out io.Writer) error {
 	}
 	defer client.Close(ctx)
 
-	// Whatever starts with this context is alice's, however deep in the calls: no function has to pass her on.
+	// Flows that start with this context are alice's, however deep in the calls: no function has to pass her on.
 	ctx = labels.With(ctx, "user_id", "alice")
 
 	files := []string{"a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"}
@@ -70,8 +70,8 @@ func run(ctx context.Context, out io.Writer) error {
 	return nil
 }
 
-// upload is one flow. Its result has a name for EndWith's sake, which ends the flow however upload ends, and finds out
-// from err how it went.
+// upload is one flow. Its result has a name for EndWith, which ends the flow however upload ends, and learns from err
+// how it went.
 func upload(ctx context.Context, client *flowctl.Client, out io.Writer, name string) (err error) {
 	flow := client.Start(ctx, "upload", flowctl.Params{})
 	defer flow.EndWith(&err)

@@ -2,16 +2,16 @@
 //
 //	go run ./examples/overload
 //
-// The service serves one call after the other, and callers give up after a quarter of a second; what they asked for is
-// done all the same. So when it lets everything in, nobody gets an answer in time any more. When it lets in a share that
-// it can bear, most of those do. A fixed share is a guess, and turns callers away when there is no need. With
+// The service serves one call after the other. Callers give up after a quarter of a second, but the service still does
+// their work. So when it admits everything, no caller gets an answer in time any more. When it admits a share that it
+// can bear, most of the admitted callers do. A fixed share is a guess, and rejects calls when there is no need. With
 //
 //	go run ./examples/overload -aimd
 //
-// which takes two minutes, a load scheduler finds the share out. It knows nothing but how many calls are waiting in the
-// service: while there are more than five it lets in less, and else step by step more, by steps that grow until it is too
-// much again. So it goes up and down, and small steps keep it from going far. It looks every ten seconds, and learns what
-// is usual in the first half minute, when callers ask for less than the service can do.
+// which takes two minutes, a load scheduler finds the share. It knows only how many calls are waiting in the service.
+// While there are more than five, it admits less. Otherwise it admits more, by steps that grow until it is too much
+// again. So the share goes up and down, and small steps keep it from going far. The scheduler looks every ten seconds.
+// In the first half minute, when callers ask for less than the service can do, it learns what is usual.
 package main
 
 import (
@@ -53,7 +53,7 @@ const (
 // A service works off one call after the other.
 type service struct {
 	mu    sync.Mutex
-	ready time.Time // when all who came are served
+	ready time.Time // when all calls so far are served
 }
 
 // backlog is how many calls wait to be served.
@@ -65,7 +65,8 @@ func (s *service) backlog() float64 {
 
 var errLate = errors.New("no answer in time")
 
-// serve answers a call when those before it have been served. A caller who gives up does not spare it the work.
+// serve answers a call when those before it have been served. A caller that gives up does not save the service the
+// work.
 func (s *service) serve(ctx context.Context) (string, error) {
 	s.mu.Lock()
 	if now := time.Now(); s.ready.Before(now) {

@@ -1,18 +1,19 @@
-// Quickstart guards one function, and has three users call it more often than two of them may.
+// Quickstart guards one function, and lets three users call it more often than two of them may.
 //
 //	go run ./examples/quickstart
 //
-// Look at bob: he is told when to come back, and then gets through. Carol need not come back: beyond her limit she gets
-// a fallback. The limits are in policy.yaml beside this file; change one and run it again, or take them from elsewhere:
+// Look at bob: his rejection says when to retry, and then he gets through. Carol need not retry: beyond her limit she
+// gets a fallback. The limits are in policy.yaml beside this file. Change one and run it again, or take the limits from
+// elsewhere:
 //
 //	go run ./examples/quickstart -policies my-policies/
 //
-// What decides is an engine in this process. The same code can ask an agent that speaks the Aperture protocol, and that
-// has policies of its own:
+// An engine in this process decides. The same code can ask an agent that speaks the Aperture protocol, and that has
+// policies of its own:
 //
 //	go run ./examples/quickstart -agent localhost:8089
 //
-// It does so in plaintext on this machine, and by TLS elsewhere, and wants the agent to be there when it starts. For an
+// It asks in plaintext on this machine, and by TLS elsewhere. The agent must be there when the program starts. For an
 // agent that wants a key, set APERTURE_AGENT_ADDRESS and APERTURE_API_KEY instead of the flag, and
 // APERTURE_AGENT_INSECURE=true for plaintext: see flowctl.DialEnv.
 package main
@@ -40,8 +41,8 @@ import (
 
 type user struct{ name, tier string }
 
-// recommend is the work to protect: imagine that it is slow. It returns what this program prints, which is how it came
-// to run: "accepted", or "unreachable" when nobody answered, for then it runs too, unless its Params say otherwise.
+// recommend is the work to protect: imagine that it is slow. It returns why it ran, which this program prints:
+// "accepted", or "unreachable" if no agent answered. In that case it runs too, unless its Params say otherwise.
 func recommend(ctx context.Context, _ user) (string, error) {
 	flow, _ := flowctl.FromContext(ctx)
 	return flow.Decision().String(), nil
@@ -52,8 +53,8 @@ func describe(_ context.Context, u user) flowctl.Params {
 	return flowctl.Params{Labels: map[string]string{"user_id": u.name, "user_tier": u.tier}}
 }
 
-// instead is what users get when recommend may not run. Those who pay get the error, which says when to come back; for
-// the others something is ready.
+// instead is what users get if recommend may not run. Paying users get the error, which says when to retry. The others
+// get something that is ready.
 func instead(ctx context.Context, u user, err error) (string, error) {
 	if u.tier == "free" {
 		return bestsellers(ctx, err)
@@ -64,7 +65,7 @@ func instead(ctx context.Context, u user, err error) (string, error) {
 // bestsellers would be a list that is the same for everybody; here it is the word to print.
 var bestsellers = fallback.Value("fallback")
 
-// demonstrate has three users call recommend in two bursts, between which their limits recover.
+// demonstrate makes three users call recommend in two bursts. Between the bursts their limits recover.
 func demonstrate(ctx context.Context, client headgate.Starter, out io.Writer) error {
 	guarded := headgate.GuardFunc(client, "recommend", describe, recommend, instead)
 
@@ -75,7 +76,7 @@ func demonstrate(ctx context.Context, client headgate.Starter, out io.Writer) er
 		headings = append(headings, u.name+" ("+u.tier+")")
 		counts[u] = make(map[string]int)
 	}
-	defer summarize(out, users, counts) // of what there was, if Ctrl-C ends it early
+	defer summarize(out, users, counts) // also if Ctrl-C ends it early
 
 	const row = "%-7s%-26s%-26s%s\n"
 	start := time.Now()
@@ -145,7 +146,7 @@ func main() {
 	}
 }
 
-// run finds out who is to decide, and demonstrates.
+// run makes the client, of an agent or an engine, and demonstrates.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("quickstart", flag.ExitOnError)
 	agent := flags.String("agent", "", "ask the agent at `host:port`, in plaintext if that is this machine")
@@ -188,7 +189,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		client.Close(ctx) // what an agent is not told any more, the client logs
+		client.Close(ctx) // the client logs what it can no longer send
 	}()
 
 	fmt.Fprintf(stdout, `Three users call one function ten times a second. For whom it runs is up to

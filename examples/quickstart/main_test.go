@@ -133,7 +133,7 @@ circuit:
 	})
 }
 
-// With an agent that nobody answers for, calls run, and the summary says so.
+// If the agent does not answer, calls run, and the summary says so.
 func TestUnanswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		agent := flowtest.NewAgent(t)

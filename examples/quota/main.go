@@ -1,11 +1,11 @@
-// Quota has people and a batch job share a language model that allows so many tokens a second.
+// Quota lets people and a batch job share a language model that allows so many tokens a second.
 //
 //	go run ./examples/quota
 //
-// The batch takes whatever it gets, and waits. People wait for a second at the most. First come, first served, they find
-// the batch before them and give up; by priority they hardly wait, and the batch gets what they leave. The tokens are
-// used up either way: 1000 a second, and the 1000 that the bucket holds when they begin. Prompts cost what their label
-// says; the policies are in policy.yaml beside this file.
+// The batch takes whatever it gets, and waits. People wait for a second at most. Without priorities, the batch is
+// before them in the queue, and they give up. With priorities they hardly wait, and the batch gets the rest. The tokens
+// are used up either way: 1000 a second, and the 1000 that the bucket holds when they begin. Prompts cost what their
+// label says. The policies are in policy.yaml beside this file.
 package main
 
 import (
@@ -41,7 +41,7 @@ func main() {
 //go:embed policy.yaml
 var limits []byte
 
-// A job is callers alike, who ask for one answer after the other.
+// A job is a number of equal callers. Each asks for one answer after the other.
 type job struct {
 	name    string
 	callers int
@@ -65,7 +65,7 @@ func describe(_ context.Context, p prompt) flowctl.Params {
 	return flowctl.Params{
 		Labels:        map[string]string{"job": p.job.name, "tokens": strconv.Itoa(p.job.tokens)},
 		CheckTimeout:  p.job.timeout,
-		OnUnreachable: flowctl.FailClosed, // it is somebody else's quota
+		OnUnreachable: flowctl.FailClosed, // it is the quota of a third party
 	}
 }
 
@@ -129,11 +129,11 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	return nil
 }
 
-// demand has the callers of all jobs ask for a while.
+// demand makes the callers of all jobs ask for a while.
 func demand(ctx context.Context, ask func(context.Context, prompt) (time.Duration, error), last time.Duration) []tally {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	end := time.AfterFunc(last, cancel) // a deadline would have flows that cannot be in time rejected
+	end := time.AfterFunc(last, cancel) // a deadline would reject flows that cannot be in time
 	defer end.Stop()
 	var mu sync.Mutex
 	tallies := make([]tally, len(jobs))

@@ -2,9 +2,9 @@
 //
 //	go run ./examples/ramp
 //
-// Each column is a user, by the first letter of the name, and a letter stands for one whose flow was accepted. Somebody
-// is in or out by the name, so that who is in stays in while the ramp goes up, and those who came last go first when it
-// goes down. The ramp is that of a policy; this program moves it, as an operator would.
+// Each column is a user. If the user's flow was accepted, it has the first letter of the name. The name decides whether
+// a user is in. So users who are in stay in while the ramp goes up, and the last to come in are the first to go out
+// when it goes down. The ramp is that of a policy. This program moves it, as an operator would.
 package main
 
 import (
@@ -35,7 +35,7 @@ func main() {
 	}
 }
 
-// newPage is everybody's four seconds after it has begun. Tester is in from the start.
+// newPage lets everybody in four seconds after it has begun. Tester is in from the start.
 var newPage = policy.Policy{Name: "new-page", Components: []policy.Component{policy.LoadRamp{
 	Selectors: policy.At("page"), SessionLabel: "user_id", PassThroughValues: []string{"tester"},
 	Steps: []policy.RampStep{{Target: 0}, {Target: 100, Duration: 4 * time.Second}},
@@ -87,7 +87,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	defer client.Close(context.WithoutCancel(ctx))
 
-	// In ramp mode the new page is only for those whom a ramp lets in, and for nobody when there is no answer.
+	// In ramp mode only users that a ramp lets in get the new page. If there is no answer, no user gets it.
 	page := headgate.GuardFunc(client, "page",
 		func(_ context.Context, user string) flowctl.Params {
 			return flowctl.Params{Labels: map[string]string{"user_id": user}, RampMode: true}

@@ -33,7 +33,7 @@ var routers = map[string]func(client headgate.Starter) http.Handler{
 	"echo":     newEcho,
 }
 
-// orders lets two orders through at once, and one more each second. Routers write the route's pattern each in their own
+// orders lets two orders through at once, and one more each second. Each router writes the route's pattern in its own
 // way, and only ServeMux has the method in it.
 var orders = policy.Policy{Name: "orders", Components: []policy.Component{policy.RateLimiter{
 	Selectors: policy.At("GET /orders/{id}", "/orders/{id}", "/orders/:id"), Capacity: 2, Fill: 1, Interval: time.Second,

@@ -15,7 +15,7 @@ import (
 	"github.com/headgate-go/headgate/grpcguard"
 )
 
-// newGRPCServer has the services. That of health is no work to guard, and the interceptors know that.
+// newGRPCServer makes a server with the services. The interceptors do not guard the health service.
 func newGRPCServer(client headgate.Starter) *grpc.Server {
 	byTenant := grpcguard.WithParams(func(ctx context.Context, _ grpcguard.Call) flowctl.Params {
 		key := strings.Join(metadata.ValueFromIncomingContext(ctx, "x-api-key"), ",")
@@ -33,8 +33,8 @@ func newGRPCServer(client headgate.Starter) *grpc.Server {
 // countMethod takes a google.protobuf.StringValue, and returns the number of words in it as an Int64Value.
 const countMethod = "/headgate.examples.Words/Count"
 
-// words is written by hand, for its messages are in protobuf's library. Generated code looks the same, and also works
-// on a server without interceptors.
+// words is written by hand, because its messages are in protobuf's library. Generated code looks the same, and also
+// works on a server without interceptors.
 var words = grpc.ServiceDesc{
 	ServiceName: "headgate.examples.Words",
 	Methods: []grpc.MethodDesc{{

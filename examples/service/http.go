@@ -35,7 +35,7 @@ func newHandler(client *flowctl.Client, forecasts *forecasts, reportTime time.Du
 // connectTime is how long /connected waits for an agent, which an idle connection takes to come up.
 const connectTime = 500 * time.Millisecond
 
-// connected says whether flows can be decided.
+// connected answers whether flows can be decided.
 func connected(client *flowctl.Client) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), connectTime)
@@ -48,8 +48,8 @@ func connected(client *flowctl.Client) http.HandlerFunc {
 	}
 }
 
-// super has a feature in it that is guarded, rather than the request: it could be called from anywhere. When no agent
-// can be asked it runs, as flows do unless told otherwise.
+// super guards a feature and not the request: the feature could be called from anywhere. If no agent can be asked, it
+// runs, as flows do by default.
 func super(client headgate.Starter) http.HandlerFunc {
 	feature := headgate.Guard(client, "awesomeFeature", flowctl.Params{}, awesome, nil)
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -69,8 +69,8 @@ func super(client headgate.Starter) http.HandlerFunc {
 // awesome is the feature.
 func awesome(context.Context) (string, error) { return "awesome", nil }
 
-// unavailable answers a request for which err let nothing run, and says when to come back if that is known. Behind the
-// middleware there is no need for this.
+// unavailable answers a request for which err let nothing run, and says when to retry if that is known. Behind the
+// middleware it is not needed.
 func unavailable(w http.ResponseWriter, err error) {
 	if wait, ok := fallback.RetryAfter(err); ok {
 		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
@@ -78,13 +78,13 @@ func unavailable(w http.ResponseWriter, err error) {
 	http.Error(w, "come back later", http.StatusServiceUnavailable)
 }
 
-// byTenant tells the policies whose request it is: as this service knows it, and not as the request says.
+// byTenant labels the flow with the tenant that this service knows, and not with one that the request names.
 func byTenant(r *http.Request) flowctl.Params {
 	return flowctl.Params{Labels: map[string]string{"tenant": tenantOf(r.Header.Get("X-API-Key"))}}
 }
 
-// tenantOf finds out who uses a key. Those without a good one are one tenant together: a flow without the label would
-// pass its limiter.
+// tenantOf returns the tenant of a key. All callers without a good key are one tenant, because a flow without the label
+// would pass its limiter.
 func tenantOf(key string) string {
 	switch key {
 	case "key-of-acme":
@@ -98,7 +98,7 @@ func tenantOf(key string) string {
 
 func listOrders(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "no orders") }
 
-// makeReport is slow, so that there is a limit on how many are made at a time. Those whose client has left are not made.
+// makeReport is slow, so the number of reports at a time is limited. It stops when its client has disconnected.
 func makeReport(reportTime time.Duration) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintln(w, "working on it")
@@ -113,14 +113,14 @@ func makeReport(reportTime time.Duration) http.HandlerFunc {
 	}
 }
 
-// forecasts are somebody else's, who wants to be asked now and then only.
+// forecasts are those of a third party, which allows only a few requests.
 type forecasts struct {
 	client *http.Client
 	url    string
 }
 
-// newForecasts guards what goes out to the API at the address. Not to be let down by its owner matters more than a
-// forecast does, so nothing goes out when no agent can be asked.
+// newForecasts guards the requests to the API at the address. To stay within the third party's limits matters more than
+// a forecast, so no request is sent when no agent can be asked.
 func newForecasts(client headgate.Starter, address string) *forecasts {
 	politely := httpguard.WithParams(func(*http.Request) flowctl.Params {
 		return flowctl.Params{OnUnreachable: flowctl.FailClosed}
@@ -155,7 +155,7 @@ func (f *forecasts) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.Copy(w, resp.Body)
 }
 
-// serveUpstream stands for somebody else's API, so that this program needs none. It serves until it is closed.
+// serveUpstream stands for the third party's API, so that this program needs none. It serves until it is closed.
 func serveUpstream(ctx context.Context) (address string, closeServer func() error, err error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -165,6 +165,6 @@ func serveUpstream(ctx context.Context) (address string, closeServer func() erro
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "sunny") }),
 		ReadHeaderTimeout: 10 * time.Second,
 	}
-	go func() { _ = server.Serve(listener) }() // of an error those who ask hear
+	go func() { _ = server.Serve(listener) }() // its callers see an error
 	return listener.Addr().String(), server.Close, nil
 }

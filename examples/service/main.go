@@ -1,10 +1,10 @@
-// Service is a service that is guarded wherever work gets in or out: a feature, HTTP handlers, gRPC methods, and requests
-// to somebody else's API.
+// Service is a service that is guarded wherever work gets in or out: a feature, HTTP handlers, gRPC methods, and
+// requests to a third party's API.
 //
 //	go run ./examples/service
 //
-// It serves HTTP on port 8080 and gRPC on port 8081, of this machine alone unless -host says otherwise. What decides is
-// an engine in the process, by the limits of policy.yaml beside this file. Try, in another terminal:
+// It serves HTTP on port 8080 and gRPC on port 8081, of this machine alone unless -host says otherwise. An engine in
+// the process decides, by the limits of policy.yaml beside this file. Try, in another terminal:
 //
 //	curl -i http://127.0.0.1:8080/health                     # Healthy, guarded by nothing
 //	curl -i http://127.0.0.1:8080/connected                  # 200: flows can be decided
@@ -13,14 +13,14 @@
 //	for i in 1 2 3; do curl -i http://127.0.0.1:8080/report & done; wait
 //	for i in 1 2 3 4; do curl -i http://127.0.0.1:8080/weather; done
 //
-// The last answer of each row is a refusal, and says when to come back where that is known. Other tenants have orders of
-// their own to make: try key-of-globex, or no key. A gRPC client can have words counted, and curl can be one:
+// The last answer of each row is a refusal, and says when to retry if that is known. Each tenant has a limit of its own
+// for orders: try key-of-globex, or no key. A gRPC client can have words counted, and curl can be one:
 //
 //	printf '\0\0\0\0\013\012\011two words' | curl -i --http2-prior-knowledge --data-binary @- --output - \
 //		-H 'Content-Type: application/grpc' -H 'TE: trailers' http://127.0.0.1:8081/headgate.examples.Words/Count
 //
-// With -i it shows grpc-status: 0, which is OK, after the answer, and from the sixth on 8, ResourceExhausted: sooner if
-// you have asked for orders without a key, which count together.
+// With -i it shows grpc-status: 0, which is OK, after the answer. From the sixth call on it shows 8, ResourceExhausted.
+// Orders without a key count too.
 //
 // On Ctrl-C and SIGTERM what has begun is finished before the program ends.
 //
@@ -37,8 +37,8 @@
 //	go run ./examples/agent -policies examples/service/policy.yaml
 //	APERTURE_AGENT_ADDRESS=localhost:8089 APERTURE_AGENT_INSECURE=true go run ./examples/service
 //
-// Then stop the agent, and look at /connected, and at what still runs. How much the service can do is measured by load.sh
-// beside this file.
+// Then stop the agent, and look at /connected, and at what still runs. load.sh beside this file measures how much the
+// service can do.
 package main
 
 import (
@@ -77,7 +77,8 @@ func main() {
 	}
 }
 
-// grace is how long what has begun may take once the program is to end, and then how long the last telemetry.
+// grace is how long the work under way may take when the program is to end, and then how long the last telemetry may
+// take.
 const grace = 15 * time.Second
 
 // run serves until ctx ends.
@@ -133,7 +134,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = closeUpstream() }() // who asked it has gone
+	defer func() { _ = closeUpstream() }() // its callers have ended
 	forecasts := newForecasts(client, upstream)
 	defer forecasts.client.CloseIdleConnections()
 
@@ -154,8 +155,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return servers.Wait()
 }
 
-// soon bounds the pauses between attempts to connect to the agent: with gRPC's own, of up to two minutes, /connected
-// would hear late that it is back.
+// soon bounds the pauses between attempts to connect to the agent. With gRPC's own, of up to two minutes, /connected
+// would learn late that the agent is back.
 func soon() grpc.ConnectParams {
 	pauses := backoff.DefaultConfig
 	pauses.MaxDelay = 5 * time.Second

@@ -71,7 +71,7 @@ func startAgent(t *testing.T, address, policies string) *agentServer {
 	return a
 }
 
-// freeAddress is one where nobody listens.
+// freeAddress is an address where nothing listens.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -187,7 +187,7 @@ func (s *service) ask(t *testing.T, route, key string) answer {
 	return a
 }
 
-// situations are those in which somebody decides.
+// situations are those in which flows are decided.
 var situations = []struct {
 	name  string
 	agent func(t *testing.T) string
@@ -260,7 +260,7 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// Two reports are made at a time. What a reader who leaves has held comes back.
+// Two reports are made at a time. A client that disconnects gives back its slot.
 func TestReports(t *testing.T) {
 	for _, situation := range situations {
 		t.Run(situation.name, func(t *testing.T) {
@@ -310,7 +310,7 @@ func (s *service) open(ctx context.Context) (*http.Response, error) {
 	return s.http.Do(r)
 }
 
-// Without its agent the service goes on, but for what goes out. When the agent comes it is asked.
+// Without its agent the service goes on, except for outgoing requests. When the agent comes, it is asked.
 func TestAgentDown(t *testing.T) {
 	address := freeAddress(t)
 	s := start(t, address, append(patient, "-report-time", "1ms")...)
@@ -358,7 +358,7 @@ func TestHealthOverGRPC(t *testing.T) {
 	}
 }
 
-// A service that is told to stop under load finishes what has begun, and its agent hears of every flow.
+// A service that stops under load finishes what has begun, and its agent gets a report of every flow.
 func TestShutdownUnderLoad(t *testing.T) {
 	agent := startAgent(t, "127.0.0.1:0", "load.yaml")
 	s := start(t, agent.address, append(patient, "-report-time", "100ms")...)

@@ -1,10 +1,10 @@
-// Web is a service that counts words, and lets each user ask 5 times at once and once a second from then on.
+// Web is a service that counts words. It lets each user ask 5 times at once, and then once a second.
 //
 //	go run ./examples/web
 //	for i in 1 2 3 4 5 6; do curl -i -H 'X-User: alice' -d 'four words are counted' http://127.0.0.1:8080/words; done
 //
-// Look at the sixth answer: 429 Too Many Requests, and a Retry-After that keeps its promise. Bob has 5 of his own. On
-// Ctrl-C the requests that have begun are answered before the program ends.
+// Look at the sixth answer: 429 Too Many Requests, with a Retry-After that is exact. Bob has 5 of his own. On Ctrl-C
+// the requests that have begun are answered before the program ends.
 package main
 
 import (
@@ -94,17 +94,17 @@ func newHandler(client headgate.Starter) http.Handler {
 	return http.MaxBytesHandler(mux, 1<<20)
 }
 
-// byUser tells the policies who asks.
+// byUser labels the flow with the user.
 func byUser(r *http.Request) flowctl.Params {
 	return flowctl.Params{
 		Labels: map[string]string{"user_id": r.Header.Get("X-User")},
-		// By default flows run when nobody can be asked. This service would rather answer 503 than be overrun.
+		// By default flows run if no agent can be asked. This service answers 503 rather than be overrun.
 		OnUnreachable: flowctl.FailClosed,
 	}
 }
 
-// identified lets requests pass that say whose they are: without the label a flow would pass unlimited. That it is true
-// is for real services to check.
+// identified lets requests pass that name their user, because a flow without the label would pass unlimited. A real
+// service must check that the name is true.
 func identified(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		user := r.Header.Get("X-User")

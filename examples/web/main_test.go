@@ -131,7 +131,7 @@ func TestA30Answers(t *testing.T) {
 	}
 }
 
-// A30: an example shut its client down while requests ran. Here a request that has begun when the service is told to stop
+// A30: an example shut its client down while requests ran. Here a request that has begun before the service stops
 // gets its answer, and then nothing listens any more.
 func TestA30Shutdown(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
