@@ -158,6 +158,38 @@ func TestAllocationsByParams(t *testing.T) {
 	}
 }
 
+// A settled flow allocates one object more, at its first Settle.
+func TestAllocationsOfSettle(t *testing.T) {
+	s := policy.Scheduler{TokensLabel: "tokens", WorkloadLabel: "user_id", FairnessLabel: "user_id"}
+	for kind, c := range map[string]policy.Component{
+		"rate limiter": policy.RateLimiter{
+			Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+		},
+		"quota scheduler": policy.QuotaScheduler{
+			Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", Scheduler: s,
+		},
+		"calendar quota": policy.CalendarQuota{
+			Selectors: policy.At(point), Amount: 1e12, Period: policy.PeriodHour, LimitBy: "user_id", TokensLabel: "tokens",
+		},
+		"load scheduler": policy.LoadScheduler{Selectors: policy.At(point), Scheduler: s, LoadMultiplier: policy.Constant(1)},
+		"sampler":        policy.Sampler{Selectors: policy.At(point), AcceptPercentage: 100},
+	} {
+		client := engineClient(t, c)
+		for _, tokens := range []float64{0, 1, 2} {
+			if got := testing.AllocsPerRun(1000, func() {
+				flow := client.Start(t.Context(), point, userParams)
+				flow.Settle("tokens", 100)
+				flow.Settle("tokens", tokens)
+				if r, err := flow.End(t.Context()); err != nil || !r.Settled {
+					t.Error(r, err)
+				}
+			}); got != 2 {
+				t.Errorf("%s, %v tokens: %v allocations a flow want 2", kind, tokens, got)
+			}
+		}
+	}
+}
+
 // one is a codec that allocates nothing.
 type one struct{}
 
@@ -205,6 +237,25 @@ func BenchmarkEngine(b *testing.B) {
 					_ = call(ctx)
 				}
 			})
+		})
+	}
+}
+
+func BenchmarkSettle(b *testing.B) {
+	client := engineClient(b, policy.RateLimiter{
+		Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+	})
+	for _, name := range []string{"kept", "settled"} {
+		b.Run(name, func(b *testing.B) {
+			ctx := b.Context()
+			b.ReportAllocs()
+			for b.Loop() {
+				flow := client.Start(ctx, point, userParams)
+				if name == "settled" {
+					flow.Settle("tokens", 2)
+				}
+				_, _ = flow.End(ctx)
+			}
 		})
 	}
 }

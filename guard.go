@@ -23,6 +23,9 @@ type Starter interface {
 //
 // params.IsFailure decides what fn's error means for the flow's status. The error is returned unchanged.
 //
+// Within fn, flowctl.FromContext finds the flow: to settle it for what the call has really cost, by flowctl's Flow.Settle, or to
+// set its status.
+//
 // The maps and slices of params are copied, once. The guarded function is safe for concurrent use if fn and onReject
 // are.
 func Guard[T any](client Starter, controlPoint string, params flowctl.Params,

@@ -60,21 +60,18 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 	return nil
 }
 
-// End settles the flow with the components that admitted it, which gives back its slots. If a policy asks for it, End
-// measures how long the flow's work took.
-func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
+// End settles the flow with the components that admitted it, which gives back its slots and corrects its costs. If a policy
+// asks for it, End measures how long the flow's work took.
+func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	e := a.engine()
-	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !failed {
+	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !o.Failed() {
 		e.measure(sinks, req, v)
-	}
-	o := agentapi.Outcome{Ended: agentapi.EndedOK}
-	if failed {
-		o.Ended = agentapi.EndedFailed
 	}
 	var r agentapi.Returns
 	if v.Rejected() && !req.DryRun() { // it was undone when it was rejected
 		return r, nil
 	}
+	r.Settled = o.Costs != nil && !req.DryRun()
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Dropped {

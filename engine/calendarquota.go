@@ -21,8 +21,10 @@ func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agenta
 		Amount:  p.Amount,
 		Periods: calendar.Periods{Unit: calendarUnit(p.Period), Zone: zone, First: weekStart(p.WeekStart)},
 		Epoch:   e.epoch.Round(0), // without the monotonic reading: calendars go by the wall clock
+		MaxDebt: p.MaxDebt,
 	})
-	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
+	l.costsBy(p.TokensLabel)
+	l.passThrough = p.PassThrough
 	return l, nil
 }
 

@@ -79,6 +79,7 @@ type keyed[S any] struct {
 	maxIdle     time.Duration // 0: forever
 	retired     chan struct{} // closed when the component is
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
+	settlements *counts       // nil where nothing is settled
 	namer       keys.Namer    // of buckets
 	engine      *Engine
 

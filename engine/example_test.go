@@ -109,7 +109,7 @@ func ExampleNew_concurrency() {
 	_, _ = third.End(ctx)
 	// Output:
 	// accepted rejected
-	// {Held:1 Returned:1} <nil>
+	// {Held:1 Returned:1 Settled:false} <nil>
 	// accepted
 }
 

@@ -43,7 +43,7 @@ func TestKindsDecide(t *testing.T) {
 		if kinds[i].about().slots {
 			held = 1
 		}
-		if r, err := e.Agent().End(t.Context(), req, &v, true); err != nil || r != (agentapi.Returns{Held: held, Returned: held}) {
+		if r, err := e.Agent().End(t.Context(), req, &v, agentapi.Outcome{Ended: agentapi.EndedFailed}); err != nil || r != (agentapi.Returns{Held: held, Returned: held}) {
 			t.Errorf("%s: End = %+v, %v want %d slots", d.Name, r, err, held)
 		}
 		if got := e.Stats().Components[0]; got.Kind != d.Name || got.ID != d.Name+".0" || got.Accepted != 1 {

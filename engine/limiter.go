@@ -15,14 +15,22 @@ import (
 type limiter[S any] struct {
 	keyed[S]
 	source      source.Source[S]
+	settler     source.Settler[S] // the source; nil where it is none
 	tokensLabel string
 	beyond      atomic.Uint64 // flows that entries admitted beyond what their counts hold
 }
 
 func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
 	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.Fresh, s.Idle), source: s}
+	l.settler, _ = s.(source.Settler[S])
 	l.component.Settler = l
 	return l
+}
+
+// costsBy sets the label that says how many tokens a flow takes.
+func (l *limiter[S]) costsBy(label string) {
+	l.tokensLabel = label
+	l.settles(label, l.settler != nil)
 }
 
 // ask decides at once: no flow waits for a limiter.
@@ -81,9 +89,12 @@ func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, 
 	l.counts.decision(d)
 }
 
-// Settle gives back what was not used, and slots.
+// Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (l *limiter[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
 	unused := o.Ended == agentapi.EndedUnused
+	if o.Costs != nil {
+		l.correct(d, o)
+	}
 	return (unused || l.component.Slots && d.Slot() != 0) && l.giveBack(l.engine.now(), d, unused)
 }
 

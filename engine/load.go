@@ -217,6 +217,12 @@ func (*loadRule) GiveBack(l *load, _ int64, tokens float64, _ uint64, _ bool) bo
 	return true
 }
 
+// Settle corrects nothing. A load scheduler lets in a share of what comes, and flows that it keeps out have no cost that
+// is known: if only the others were corrected, those would look cheap, and the share would shrink or grow with each error
+// of the estimates. Flows that cost more than they said show in the signal by which the share is set. What is learned of
+// them is for the queue: see [ratio].
+func (*loadRule) Settle(*load, int64, float64, float64, uint64) (forgiven float64) { return 0 }
+
 // Usage returns what is let in during a second, and what is left of it.
 func (*loadRule) Usage(l *load, now int64) source.Usage {
 	if l.open() {

@@ -65,10 +65,11 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 	}
 	if l.tokens.setPrices(now) && waiting {
 		l.queue.Reprice(func(w *waiter) float64 {
-			if w.Flow.by != nil {
-				w.Flow.tokens = s.meter.price(w.Flow.by)
+			if w.Flow.by == nil {
+				return w.Cost // a label says what it takes
 			}
-			return s.source.Cost(w.Flow.tokens)
+			w.Flow.tokens = s.meter.price(w.Flow.by)
+			return s.source.Cost(w.Flow.by.ratio.of(w.Flow.tokens))
 		})
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))

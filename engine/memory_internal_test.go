@@ -71,7 +71,7 @@ func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
 			if _, in := ask(key); in.Rejection().Cause != agentapi.CauseTimeout {
 				t.Fatalf("the second flow of %s has the cause %v want one that waited", key, in.Rejection().Cause)
 			}
-			if _, err := e.Agent().End(t.Context(), req, v, false); err != nil {
+			if _, err := e.Agent().End(t.Context(), req, v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -128,8 +128,9 @@ type metrics struct {
 
 	requests, rejectReasons, workloads, rejections counter
 	dryDrops, unlimited, refunds, overflows        counter
+	settlements                                    counter
 
-	incomingTokens, acceptedTokens, rejectedTokens metric.Float64ObservableCounter
+	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
 	queued, keys, cacheEntries metric.Int64ObservableGauge
 
@@ -163,6 +164,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.dryDrops, "flowcontrol_dry_run_drops_total", "Flows that components would have dropped without a dry run."},
 		{&m.unlimited, "limiter_unlimited_total", "Flows that a limiter or scheduler had nothing to limit by."},
 		{&m.refunds, "limiter_refunds_total", "Flows that gave back what a limiter or scheduler had given them, and did not run."},
+		{&m.settlements, "limiter_settlements_total", "Flows that a limiter or scheduler corrected by what they cost, or could not."},
 		{&m.overflows, "limiter_overflows_total", "Decisions by the bucket that values beyond the cap share."},
 		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
 		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
@@ -188,6 +190,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.incomingTokens, "incoming_tokens_total", "Tokens that flows came for, by workload."},
 		{&m.acceptedTokens, "accepted_tokens_total", "Tokens of flows that were accepted."},
 		{&m.rejectedTokens, "rejected_tokens_total", "Tokens of flows that were rejected."},
+		{&m.forgivenTokens, "limiter_forgiven_tokens_total", "Tokens that flows cost beyond what a limiter or scheduler lets them owe."},
 	} {
 		var err error
 		*c.to, err = meter.Float64ObservableCounter(c.name, metric.WithDescription(c.what))
@@ -349,6 +352,13 @@ func (o *observation) buckets() {
 	s := o.component
 	o.to.ObserveInt64(o.unlimited, int64(s.Unlimited), o.own)
 	o.to.ObserveInt64(o.refunds, int64(s.Refunded), o.own)
+	for _, n := range []struct {
+		settled bool
+		n       uint64
+	}{{true, s.Settled}, {false, s.Unsettled}} {
+		o.to.ObserveInt64(o.settlements, int64(n.n), metric.WithAttributes(append(slices.Clone(o.named), attribute.Bool("settled", n.settled))...))
+	}
+	o.to.ObserveFloat64(o.forgivenTokens, s.ForgivenTokens, o.own)
 	if s.LabelKey != "" {
 		o.to.ObserveInt64(o.keys, int64(s.Keys), o.own)
 		o.to.ObserveInt64(o.overflows, int64(s.Overflows), o.own)

@@ -15,6 +15,7 @@ func newQuotaScheduler(e *Engine, in *installed, p policy.QuotaScheduler, c agen
 		Interval: float64(p.Interval),
 		Step:     p.StepFill,
 		Delay:    p.DelayInitialFill,
+		MaxDebt:  p.MaxDebt,
 	})
 	if err != nil {
 		return nil, err

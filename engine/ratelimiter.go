@@ -19,8 +19,10 @@ func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.C
 		Interval: float64(p.Interval),
 		Step:     p.StepFill,
 		Delay:    p.DelayInitialFill,
+		MaxDebt:  p.MaxDebt,
 	})
-	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
+	l.costsBy(p.TokensLabel)
+	l.passThrough = p.PassThrough
 	return l, nil
 }
 

@@ -44,7 +44,7 @@ func TestRoomOfManyKeys(t *testing.T) {
 					return
 				}
 				<-time.After(time.Duration(rng.IntN(20)) * time.Millisecond)
-				if _, err := e.Agent().End(t.Context(), req, &v, false); err != nil {
+				if _, err := e.Agent().End(t.Context(), req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil {
 					t.Error(err)
 				}
 			})

@@ -40,7 +40,7 @@ func TestRetiredAreForgotten(t *testing.T) {
 			if retired, holders := kept(); retired != 1 || holders != 2 {
 				t.Errorf("%d retired, %d holders want the one with a slot, and the one in force", retired, holders)
 			}
-			if r, err := e.Agent().End(t.Context(), req, &v, false); err != nil || r != (agentapi.Returns{Held: 1, Returned: 1}) {
+			if r, err := e.Agent().End(t.Context(), req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil || r != (agentapi.Returns{Held: 1, Returned: 1}) {
 				t.Errorf("End() = %+v, %v want the slot given back", r, err)
 			}
 			<-time.After(sweepEvery)

@@ -26,7 +26,8 @@ var errRetired = errors.New("the scheduler is no longer in force")
 type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source.Source[S]
-	meter     meter[S] // the source, if it is one
+	settler   source.Settler[S] // the source, if it is one
+	meter     meter[S]          // the source, if it is one
 	workloads *workloads
 	margin    time.Duration
 	room      *wfq.Room // for flows that wait, over all keys: peers may make up any number of keys
@@ -101,12 +102,14 @@ func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		margin:    cmp.Or(p.Margin, policy.DefaultMargin),
 		room:      wfq.NewRoom(int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)), c.LabelKey != ""),
 	}
+	s.settler, _ = from.(source.Settler[S])
 	s.meter, _ = from.(meter[S])
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
 		func(l *line[S], now int64) bool { return !l.waiting() && from.Idle(&l.tokens, now) })
 	s.component.Settler = s
 	s.component.Workload = s.workload
+	s.settles(p.TokensLabel, s.settler != nil)
 	return s, nil
 }
 
@@ -223,7 +226,7 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 		return nil, 0
 	}
 	t.patience = patience(t.of)
-	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: s.source.Cost(d.Consumed)}
+	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: s.source.Cost(t.of.ratio.of(d.Consumed))}
 	likely, ok := s.judge(now, d, t)
 	if !ok {
 		return nil, 0
@@ -555,9 +558,13 @@ func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision
 	s.count(of, req, d)
 }
 
-// Settle gives back what was not used, and slots. Flows that wait get them.
+// Settle gives back what was not used, and slots, and corrects what the flow took by what it cost. Flows that wait get what
+// goes back.
 func (s *scheduler[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
 	unused := o.Ended == agentapi.EndedUnused
+	if o.Costs != nil {
+		s.correct(d, o)
+	}
 	return (unused || d.Slot() != 0) && s.giveBack(s.engine.now(), d, unused)
 }
 

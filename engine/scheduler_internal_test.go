@@ -77,7 +77,7 @@ func TestNothingIsLeftOfWaiters(t *testing.T) {
 				default:
 					<-time.After(hold)
 				}
-				if _, err := e.Agent().End(ctx, req, &v, false); err != nil {
+				if _, err := e.Agent().End(ctx, req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil {
 					t.Error(err)
 				}
 				mu.Lock()
@@ -268,7 +268,7 @@ func TestUnusedSlots(t *testing.T) {
 			t.Fatalf("Check() = %v, %+v", err, v)
 		}
 		<-time.After(time.Second)
-		if _, err := e.Agent().End(t.Context(), req, &v, false); err != nil {
+		if _, err := e.Agent().End(t.Context(), req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil {
 			t.Fatal(err)
 		}
 		v = agentapi.Verdict{}

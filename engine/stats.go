@@ -59,6 +59,12 @@ type ComponentStats struct {
 	// what they had got, because another component dropped them or their caller left.
 	DryRunDrops, Unlimited, Refunded uint64
 
+	// Settled counts the flows whose charge was corrected by what they cost, as Settle of flowctl's Flow says. Unsettled counts
+	// those whose charge stayed, because their values shared the bucket beyond the cap. ForgivenTokens are the tokens that flows
+	// cost and no bucket was charged with: what is beyond MaxDebt, and what Unsettled flows cost beyond their charge.
+	Settled, Unsettled uint64
+	ForgivenTokens     float64
+
 	// LabelTooLong counts the flows that were dropped, or would have been without a dry run, because a label's value is
 	// too long to match a regular expression, or for the component to go by. They are in Dropped or DryRunDrops too.
 	LabelTooLong uint64
@@ -174,6 +180,11 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 // stats returns those of a component with buckets. The function usage returns what a bucket has.
 func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
 	s := statsOf(&k.component, k.counts)
+	if k.settlements != nil {
+		s.Settled = k.settlements.sum(settlementsTaken)
+		s.Unsettled = k.settlements.sum(settlementsMissed)
+		s.ForgivenTokens = k.settlements.sumFloat(tokensForgiven)
+	}
 	if k.table == nil {
 		s.Usage = usage("", now)
 		return s

@@ -27,6 +27,7 @@ type workload struct {
 	label            string
 	priority, tokens float64
 	timeout          time.Duration // in the queue; 0: the flow's own; below 0: the flow does not wait
+	ratio            *ratio        // of what its flows cost in the end
 
 	counts *counts
 	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
@@ -60,6 +61,7 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 		priority: cmp.Or(p.Priority, 1),
 		tokens:   max(cmp.Or(p.Tokens, 1), 0),
 		timeout:  p.QueueTimeout,
+		ratio:    new(ratio),
 		counts:   new(counts),
 		drops:    new([agentapi.Causes]atomic.Uint64),
 		waits:    new(waits),

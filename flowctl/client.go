@@ -74,6 +74,7 @@ type Client struct {
 	pauseLog     limitedLog
 	pausedLog    limitedLog
 	labelLog     limitedLog
+	settleLog    limitedLog
 	closed       atomic.Bool
 	done         chan struct{} // closed by Close
 	runs         flight.Runs   // of package headgate's cached functions
@@ -269,13 +270,22 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 			return EndResponse{}, nil
 		}
 	}
-	r, err := c.agent.End(ctx, &f.req, &f.verdict, s == StatusError)
+	o := agentapi.Outcome{Ended: agentapi.EndedOK}
+	if s == StatusError {
+		o.Ended = agentapi.EndedFailed
+	}
+	if f.run && !unused {
+		if o.Costs = f.costs.Close(); o.Costs != nil {
+			o.Labels = &f.req.Labels
+		}
+	}
+	r, err := c.agent.End(ctx, &f.req, &f.verdict, o)
 	if err != nil {
 		c.endLog.warn(c.logger, "headgate: slots may not have been given back", "control_point", f.req.ControlPoint, "error", err)
 		// The end is detached from ctx, so ctx is not why it failed.
 		err = c.callError(context.WithoutCancel(ctx), opEnd, f.req.ControlPoint, err)
 	}
-	return EndResponse{Held: r.Held, Returned: r.Returned}, err
+	return EndResponse{Held: r.Held, Returned: r.Returned, Settled: r.Settled}, err
 }
 
 // Ready waits until the agent can be asked. If ctx ends first, the error matches the context's. Its method Cause()

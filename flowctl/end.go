@@ -9,18 +9,18 @@ import (
 )
 
 // End gives back what the flow holds at the agent, and records it for telemetry.
-func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
+func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	if v.Details == nil || v.Details.Remote == nil {
 		return agentapi.Returns{}, nil
 	}
-	return v.Details.Remote.End(ctx, req, v, failed)
+	return v.Details.Remote.End(ctx, req, v, o)
 }
 
 // End ends the flow of this check.
-func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
+func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	r := c.remote
 	if r.exporter != nil && !c.late { // a flow that was not let in did no work to report
-		r.exporter.record(c, failed, req.DryRun() && v.Rejected())
+		r.exporter.record(c, o.Failed(), req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())
 	if len(refs) == 0 {

@@ -251,6 +251,51 @@ func ExampleFlow_SetStatus() {
 	// 502 <nil>
 }
 
+// What a call to a language model costs is known when the answer is there. The label has an estimate.
+func ExampleFlow_Settle() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "per-tenant",
+		Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("prompt"), LimitBy: "tenant", Capacity: 1000, Fill: 1000, Interval: time.Hour, TokensLabel: "tokens",
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	// complete asks a language model, and counts the tokens that the answer has taken.
+	complete := func(context.Context, string) (answer string, tokens int, err error) { return "Gladly.", 1500, nil }
+
+	ask := headgate.GuardFunc(client, "prompt",
+		func(_ context.Context, question string) flowctl.Params { // the estimate
+			tokens := strconv.Itoa(len(question) / 4)
+			return flowctl.Params{Labels: map[string]string{"tenant": "acme", "tokens": tokens}}
+		},
+		func(ctx context.Context, question string) (string, error) {
+			answer, tokens, err := complete(ctx, question)
+			if flow, ok := flowctl.FromContext(ctx); ok && err == nil {
+				flow.Settle("tokens", float64(tokens)) // what it really cost
+			}
+			return answer, err
+		}, nil)
+
+	for range 2 {
+		answer, err := ask(context.Background(), "Write a poem about bridges.")
+		if wait, ok := fallback.RetryAfter(err); ok {
+			fmt.Println("in debt, for", wait.Round(time.Minute))
+			continue
+		}
+		fmt.Println(answer)
+	}
+	// Output:
+	// Gladly.
+	// in debt, for 30m0s
+}
+
 // The first flow finds nothing and stores a value, the second finds it.
 func ExampleFlow_ResultCache() {
 	client, done := newClient("thumbnail", 10)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -29,9 +28,8 @@ type Flow struct {
 	verdict agentapi.Verdict
 	fails   func(error) bool
 
-	ended   atomic.Bool
-	status  atomicStatus // set by SetStatus
-	derived atomicStatus // derived by SetError
+	costs    agentapi.Costs
+	progress progress
 
 	// These do not change once Start has returned the flow.
 	decision Decision
@@ -93,10 +91,15 @@ func (s Status) String() string {
 	}
 }
 
-// EndResponse counts the concurrency slots of a flow that ended.
+// EndResponse tells what became of the concurrency slots of a flow that ended, and of its settlements.
 type EndResponse struct {
 	Held     int // slots that the flow took
 	Returned int // those that it still held; the agent had taken the others back because it took too long
+
+	// Settled reports whether the agent took all that [Flow.Settle] said. It is false if nothing was said, if the flow did not
+	// run or was not decided about, in a client's dry run, and for agents across the network, which do not take settlements. Then
+	// the flow keeps its charge.
+	Settled bool
 }
 
 // Decision is what was decided.
@@ -212,28 +215,22 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 	return f, ok
 }
 
-// atomicStatus is a Status that goroutines share. The zero value is StatusUnset.
-type atomicStatus struct{ v atomic.Uint32 }
-
-func (a *atomicStatus) Load() Status   { return Status(a.v.Load()) }
-func (a *atomicStatus) Store(s Status) { a.v.Store(uint32(s)) }
-
 // SetStatus sets how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error. Only a
 // panic overrides it, and a Goexit in package headgate's guards. After the flow has ended it does nothing.
-func (f *Flow) SetStatus(s Status) { f.status.Store(s) }
+func (f *Flow) SetStatus(s Status) { f.progress.setStatus(s) }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
 func (f *Flow) SetError(err error) {
-	if err == nil && f.derived.Load() == StatusUnset {
+	if err == nil && f.progress.derived() == StatusUnset {
 		return // which is OK, and a load is cheaper than a store
 	}
 	if err != nil {
-		f.derived.Store(StatusError) // in case IsFailure panics
+		f.progress.setDerived(StatusError) // in case IsFailure panics
 		if f.isFailure(err) {
 			return
 		}
 	}
-	f.derived.Store(StatusOK)
+	f.progress.setDerived(StatusOK)
 }
 
 func (f *Flow) isFailure(err error) bool {
@@ -249,7 +246,7 @@ func (f *Flow) isFailure(err error) bool {
 
 // endStatus is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
 func (f *Flow) endStatus() Status {
-	switch set, derived := f.status.Load(), f.derived.Load(); {
+	switch set, derived := f.progress.set(), f.progress.derived(); {
 	case !f.run:
 		return StatusError
 	case set != StatusUnset:
@@ -261,16 +258,16 @@ func (f *Flow) endStatus() Status {
 	}
 }
 
-// End ends the flow. It gives back the concurrency slots that the flow holds, even if the flow was rejected, and
-// reports the flow's status. The status is Error if the flow did not run, and OK if it ran and no status was set. End
-// does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and does not wait for an
-// agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return [ErrEnded]. Any other
-// error means that slots may not have been given back. The agent takes them back later by itself.
+// End ends the flow. It gives back the concurrency slots that the flow holds, even if the flow was rejected, settles
+// what [Flow.Settle] said, and reports the flow's status. The status is Error if the flow did not run, and OK if it ran
+// and no status was set. End does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and
+// does not wait for an agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return
+// [ErrEnded]. Any other error means that slots may not have been given back. The agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) { return f.end(ctx, false) }
 
 // end is End. An unused flow did not run although it was let in.
 func (f *Flow) end(ctx context.Context, unused bool) (EndResponse, error) {
-	if f.ended.Swap(true) {
+	if f.progress.end() {
 		return EndResponse{}, ErrEnded
 	}
 	if f.client == nil {
@@ -296,7 +293,7 @@ func (f *Flow) EndWith(errp *error) {
 		_, _ = f.End(f.parent)
 		panic(p) //nolint:forbidigo // it is the caller's panic, which goes on
 	}
-	if f.ended.Load() {
+	if f.progress.ended() {
 		return
 	}
 	defer func() { _, _ = f.End(f.parent) }() // also when IsFailure panics

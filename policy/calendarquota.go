@@ -8,7 +8,7 @@ import (
 )
 
 // CalendarQuota is a number of tokens in each hour, day, week or month of a time zone, for each value of a label. A
-// period begins with all tokens; what is left of the one before is not carried over. A flow takes tokens
+// period begins with all tokens, less a debt; what is left of the one before is not carried over. A flow takes tokens
 // and is rejected while too few are left: with DeniedStatus, and with the time until the next period, unless it wants more
 // than Amount.
 //
@@ -47,6 +47,12 @@ type CalendarQuota struct {
 	// TokensLabel is the label that says how many tokens a flow takes: a decimal number, not negative. A flow
 	// without it, or with anything else in it, takes 1.
 	TokensLabel string
+
+	// MaxDebt is how far below zero flows may take a quota that cost more than they took, as flowctl's Flow.Settle says. What is
+	// beyond is forgiven, and counted in the engine's Stats. The next periods pay the debt, before flows get their tokens.
+	// Tokens that come back are of the period in which they were taken. Zero means Amount, and a negative value forgives
+	// nothing. math.SmallestNonzeroFloat64 is as good as no debt. It needs a TokensLabel.
+	MaxDebt float64
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
@@ -92,6 +98,7 @@ func (q CalendarQuota) check(wrong report) {
 	checkWeekStart(wrong.sub(".WeekStart"), q.WeekStart, q.Period)
 	checkName(wrong.sub(".LimitBy"), q.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), q.TokensLabel)
+	checkDebt(wrong.sub(".MaxDebt"), q.MaxDebt, "TokensLabel", q.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), q.DeniedStatus)
 }
 
@@ -123,7 +130,7 @@ func checkWeekStart(wrong report, day string, p Period) {
 }
 
 func (d *decoder) calendarQuota(c component) Component {
-	f := d.fields(c.get("parameters"), "amount period time_zone week_start limit_by_label_key max_idle_time", "")
+	f := d.fields(c.get("parameters"), "amount period time_zone week_start limit_by_label_key max_idle_time max_debt", "")
 	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
 	return CalendarQuota{
 		ID:           c.id,
@@ -134,6 +141,7 @@ func (d *decoder) calendarQuota(c component) Component {
 		WeekStart:    d.text(d.fill(f, "WeekStart", "week_start")),
 		LimitBy:      d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		MaxIdle:      d.optional(f.get("max_idle_time"), KeepIdle),
+		MaxDebt:      d.explicit(d.fill(f, "MaxDebt", "max_debt")),
 		TokensLabel:  d.text(d.fill(request, "TokensLabel", "tokens_label_key")),
 		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
 		PassThrough:  d.passThrough(c),

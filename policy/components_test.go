@@ -36,7 +36,7 @@ func TestLoadKinds(t *testing.T) {
 			Components: []policy.Component{
 				policy.QuotaScheduler{
 					ID: "root.0", Selectors: policy.At("llm"), Capacity: 60, Fill: 30, Interval: time.Minute, LimitBy: "api_key",
-					StepFill: true, DelayInitialFill: true, MaxIdle: policy.KeepIdle, Scheduler: scheduler, PassThrough: true, DryRun: true,
+					StepFill: true, DelayInitialFill: true, MaxIdle: policy.KeepIdle, MaxDebt: 120, Scheduler: scheduler, PassThrough: true, DryRun: true,
 				},
 				policy.ConcurrencyScheduler{
 					ID: "root.1", Selectors: policy.At("export"), Max: 64, MaxInflight: 30 * time.Second, LimitBy: "tenant",
@@ -72,14 +72,14 @@ func TestLoadKinds(t *testing.T) {
 				},
 				policy.CalendarQuota{
 					ID: "root.9", Selectors: policy.At("prompt"), Amount: 1e6, Period: policy.PeriodWeek, TimeZone: "Europe/Berlin",
-					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", DeniedStatus: 403,
+					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", MaxDebt: -1, DeniedStatus: 403,
 					PassThrough: true, DryRun: true,
 				},
 			},
 			Warnings: []string{
-				"26:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",
-				"55:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
-				"97:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
+				"27:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",
+				"56:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
+				"98:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
 				"10:15: spec.resources.flow_control.flux_meters.idle: not used: no port of a load scheduler names it",
 			},
 		}}},

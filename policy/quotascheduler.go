@@ -32,6 +32,9 @@ type QuotaScheduler struct {
 	DelayInitialFill bool
 	MaxIdle          time.Duration
 
+	// MaxDebt is as in [RateLimiter]. It needs the TokensLabel of Scheduler.
+	MaxDebt float64
+
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
@@ -58,6 +61,7 @@ func (s QuotaScheduler) check(wrong report) {
 	checkAmount(wrong.sub(".Fill"), s.Fill)
 	checkPositive(wrong.sub(".Interval"), s.Interval)
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
+	checkDebt(wrong.sub(".MaxDebt"), s.MaxDebt, "Scheduler.TokensLabel", s.Scheduler.TokensLabel)
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 
@@ -73,6 +77,7 @@ func (d *decoder) quotaScheduler(c component) Component {
 		StepFill:         l.StepFill,
 		DelayInitialFill: l.DelayInitialFill,
 		MaxIdle:          l.MaxIdle,
+		MaxDebt:          l.MaxDebt,
 		Scheduler:        d.scheduler(c.value),
 		PassThrough:      d.passThrough(c),
 		DryRun:           d.dryRun(c),

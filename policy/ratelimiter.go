@@ -31,7 +31,7 @@ type RateLimiter struct {
 	StepFill bool
 
 	// DelayInitialFill delays the refill of a full bucket that is drawn on, by the time that it takes to fill the whole
-	// bucket.
+	// bucket. A flow that cost less than it took may fill the bucket, and then the delay begins anew.
 	DelayInitialFill bool
 
 	// MaxIdle is how long an unused bucket is remembered once it is full again. Zero means DefaultMaxIdle, KeepIdle
@@ -41,6 +41,11 @@ type RateLimiter struct {
 	// TokensLabel is the label that says how many tokens a flow takes: a decimal number, not negative. A flow
 	// without it, or with anything else in it, takes 1.
 	TokensLabel string
+
+	// MaxDebt is how far below zero flows may take a bucket that cost more than they took, as flowctl's Flow.Settle says. What is
+	// beyond is forgiven, and counted in the engine's Stats. Zero means Capacity, and a negative value forgives nothing.
+	// math.SmallestNonzeroFloat64 is as good as no debt. It needs a TokensLabel.
+	MaxDebt float64
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
@@ -69,6 +74,7 @@ func (l RateLimiter) check(wrong report) {
 	checkPositive(wrong.sub(".Interval"), l.Interval)
 	checkName(wrong.sub(".LimitBy"), l.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
+	checkDebt(wrong.sub(".MaxDebt"), l.MaxDebt, "TokensLabel", l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
 }
 
@@ -88,13 +94,14 @@ func (d *decoder) rateLimiter(c component) Component {
 
 // bucket reads the parameters of a rate limiter.
 func (d *decoder) bucket(v value) RateLimiter {
-	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill", "lazy_sync")
+	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill max_debt", "lazy_sync")
 	limiter := RateLimiter{
 		Interval:         d.duration(d.fill(f, "Interval", "interval")),
 		LimitBy:          d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		StepFill:         !d.boolean(f.get("continuous_fill"), true),
 		DelayInitialFill: d.boolean(f.get("delay_initial_fill"), false),
 		MaxIdle:          d.optional(f.get("max_idle_time"), KeepIdle),
+		MaxDebt:          d.explicit(d.fill(f, "MaxDebt", "max_debt")),
 	}
 	if old := f.get("label_key"); limiter.LimitBy == "" {
 		limiter.LimitBy = d.text(d.fill(f, "LimitBy", "label_key"))

@@ -77,6 +77,14 @@ func checkAmount(wrong report, amount float64) {
 	}
 }
 
+// checkDebt checks a MaxDebt, and that there is a label by which flows come to owe something.
+func checkDebt(wrong report, debt float64, labelField, label string) {
+	checkNumber(wrong, debt)
+	if debt != 0 && label == "" {
+		wrong("", "needs a %s: without one no flow owes anything", labelField)
+	}
+}
+
 func checkPercentage(wrong report, percentage float64) {
 	if !(percentage >= 0 && percentage <= 100) { // NaN is not >= 0
 		wrong("", "must be a percentage from 0 to 100, is %v", percentage)

@@ -23,9 +23,10 @@ type Agent interface {
 	// The agent keeps neither req nor v; both live in the flow and come back in End.
 	Check(ctx context.Context, req *Request, v *Verdict) error
 
-	// End ends a flow that Check answered, even after ctx had ended. It gives back what the flow holds, and reports how
-	// the flow went. It is called once, and does not fail because ctx was canceled.
-	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
+	// End ends a flow that Check answered, even after ctx had ended. It gives back what the flow holds, corrects what the
+	// flow took by what it cost, and reports how the flow went. The outcome is that of a flow that ran. It is called once,
+	// and does not fail because ctx was canceled.
+	End(ctx context.Context, req *Request, v *Verdict, o Outcome) (Returns, error)
 
 	// Store and Delete change one cache entry. A ttl of 0 is the agent's default.
 	Store(ctx context.Context, key CacheKey, value []byte, ttl time.Duration) error
@@ -185,7 +186,7 @@ type RemoteAnswer interface {
 	HTTP(*HTTPRequest) *HTTPAnswer
 
 	// End gives back what the flow holds, and reports how it went.
-	End(ctx context.Context, req *Request, v *Verdict, failed bool) (Returns, error)
+	End(ctx context.Context, req *Request, v *Verdict, o Outcome) (Returns, error)
 }
 
 // HTTPAnswer is what an agent wants done with an HTTP request. If the request was accepted, Header is set in it.
@@ -308,15 +309,25 @@ const (
 // A Settler ends the decisions that it made about flows.
 type Settler interface {
 	// Settle ends the decision d, which did not drop the flow: what d took or holds goes back, as far as the outcome
-	// says. It reports whether anything went back. A second call gives back nothing. It does not fail because ctx was
-	// canceled.
+	// says, and tokens that d took by a label are corrected by the flow's cost. It reports whether anything that was not
+	// used, or a slot, went back. A second call gives back nothing. It does not fail because ctx was canceled.
 	Settle(ctx context.Context, d *LimiterDecision, o Outcome) bool
 }
 
 // An Outcome is what became of a flow.
 type Outcome struct {
 	Ended Ended
+
+	// Costs are what the flow has cost, by label, as far as that is known; they are closed. What is not known, and what a flow
+	// that ended unused has cost, changes nothing.
+	Costs *Cost
+
+	// Labels are the flow's. Schedulers charge its share in the queue by them. Nil charges no share.
+	Labels *Labels
 }
+
+// Failed reports whether the flow ran, and ended as an error.
+func (o Outcome) Failed() bool { return o.Ended == EndedFailed }
 
 // Ended is how a flow ended.
 type Ended uint8
@@ -340,6 +351,10 @@ type Component struct {
 
 	// LabelKey is the label that has a bucket for each value; "" if one bucket is for all flows.
 	LabelKey string
+
+	// TokensLabel is the label that says how many tokens a flow takes, by which the component corrects what it took when the
+	// flow's cost is known; "" where it corrects nothing, as slots are not corrected.
+	TokensLabel string
 
 	// DeniedStatus is the configured HTTP status of a rejection; 0: by reason.
 	DeniedStatus int
@@ -411,8 +426,9 @@ const (
 	ScopeLabel                // the one of the label's value
 )
 
-// Returns counts the concurrency slots of a flow that ended.
+// Returns are what became of what a flow had when it ended.
 type Returns struct {
-	Held     int // what the flow held
-	Returned int // what was still the flow's when it ended
+	Held     int  // the concurrency slots that the flow held
+	Returned int  // those that were still the flow's when it ended
+	Settled  bool // there were costs, and the agent took them
 }

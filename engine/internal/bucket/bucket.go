@@ -18,6 +18,9 @@ type Rule struct {
 
 	// Delay has a full bucket begin to refill only after the time that it takes to fill it.
 	Delay bool
+
+	// MaxDebt is how far below 0 a settlement may take a bucket: by the capacity if it is 0, by any debt if it is negative.
+	MaxDebt float64
 }
 
 // A State is one bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up to date when it is
@@ -65,8 +68,10 @@ func (r *Rule) refill(b *State, now int64) {
 // there never will be.
 func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int64) {
 	r.refill(b, now)
-	left := b.tokens - want
-	if left >= -source.Slack || want == 0 {
+	if want == 0 {
+		return true, 0 // whatever the bucket owes
+	}
+	if left := b.tokens - want; left >= -source.Slack {
 		b.tokens = max(left, 0)
 		return true, 0
 	}
@@ -83,10 +88,16 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 	if missing <= source.Slack {
 		return 0
 	}
+	var debt int64 // the time that it takes to pay it, with what the last step brings beyond
 	if r.Step {
 		missing -= source.Slack / 2 // otherwise what floating point loses would cost another interval
+		if b.tokens < 0 && r.Fill > r.Capacity {
+			steps := math.Ceil(-b.tokens / r.Fill)
+			debt = source.Nanos(steps * r.Interval)
+			missing = tokens - min(b.tokens+steps*r.Fill, r.Capacity) - source.Slack/2
+		}
 	}
-	wait := b.last - now + r.timeToFill(missing)
+	wait := b.last - now + debt + r.timeToFill(max(missing, 0))
 	if now <= b.start {
 		wait = max(wait, b.start-now+1)
 	}
@@ -111,7 +122,17 @@ func (r *Rule) GiveBack(b *State, _ int64, tokens float64, _ uint64, _ bool) boo
 	return true
 }
 
-// Usage returns what the bucket holds.
+// Settle corrects a Take. A refund that fills the bucket begins its delay anew, as all that fills it does.
+func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forgiven float64) {
+	r.refill(b, now) // what comes from now on pays the debt
+	if cost > tokens {
+		return source.Owe(&b.tokens, cost-tokens, source.Lowest(r.MaxDebt, r.Capacity))
+	}
+	b.tokens = min(b.tokens+(tokens-cost), r.Capacity)
+	return 0
+}
+
+// Usage returns what the bucket holds, which is less than nothing if it is in debt.
 func (r *Rule) Usage(b *State, now int64) source.Usage {
 	r.refill(b, now)
 	return source.Usage{Capacity: r.Capacity, Remaining: b.tokens}

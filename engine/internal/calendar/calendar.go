@@ -2,6 +2,7 @@
 package calendar
 
 import (
+	"math"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
@@ -12,22 +13,34 @@ type Rule struct {
 	Amount  float64 // tokens in each period
 	Periods Periods
 	Epoch   time.Time // when the caller's time was 0
+
+	// MaxDebt is how far below 0 a settlement may take a quota: by the amount if it is 0, by any debt if it is negative.
+	MaxDebt float64
 }
 
 // A State is what one key has in the period that ends at end. Its zero value is not ready; see [Rule.Fresh].
 type State struct {
-	left float64
+	left float64 // below 0 for a debt
 	end  int64
 }
 
 // Fresh makes the quota whole.
 func (r *Rule) Fresh(q *State, _ int64) { *q = State{left: r.Amount} }
 
-// renew makes the quota whole if its period has ended. A clock that steps back changes nothing.
+// renew makes the quota whole if its period has ended, but for a debt: each period that has begun since pays its amount. A
+// clock that steps back changes nothing.
 func (r *Rule) renew(q *State, now int64) {
-	if now >= q.end {
-		*q = State{r.Amount, int64(r.Periods.End(r.Epoch.Add(time.Duration(now))).Sub(r.Epoch))}
+	for now >= q.end && q.left < 0 && r.Amount > 0 {
+		*q = State{min(q.left+r.Amount, r.Amount), r.next(q.end)}
 	}
+	if now >= q.end {
+		*q = State{min(q.left+r.Amount, r.Amount), r.next(now)}
+	}
+}
+
+// next returns the end of the period that a time is in.
+func (r *Rule) next(at int64) int64 {
+	return int64(r.Periods.End(r.Epoch.Add(time.Duration(at))).Sub(r.Epoch))
 }
 
 // Take takes tokens of the period. A flow that costs nothing always gets its tokens. The slot is the end of the period,
@@ -35,19 +48,34 @@ func (r *Rule) renew(q *State, now int64) {
 func (r *Rule) Take(q *State, now int64, tokens float64) source.Taken {
 	r.renew(q, now)
 	left := q.left - tokens
-	if left >= -source.Slack || tokens == 0 {
+	switch {
+	case tokens == 0: // whatever the quota owes
+	case left >= -source.Slack:
 		q.left = max(left, 0)
-		return source.Taken{OK: true, Slot: uint64(q.end), Left: q.left}
+	default:
+		return source.Taken{Left: q.left, Wait: max(r.wait(q, now, tokens), 0)}
 	}
-	return source.Taken{Left: q.left, Wait: max(r.wait(q, now, tokens), 0)}
+	return source.Taken{OK: true, Slot: uint64(q.end), Left: q.left}
 }
+
+// exactPeriods is how many periods a wait is exact for. The ones after them count as the mean of these: each costs a look at
+// the calendar, for a flow that is rejected.
+const exactPeriods = 12
 
 // wait returns how long until the tokens may be there. They are not there now.
 func (r *Rule) wait(q *State, now int64, tokens float64) int64 {
-	if tokens > r.Amount+source.Slack {
+	if tokens > r.Amount+source.Slack || r.Amount == 0 {
 		return source.Never
 	}
-	return q.end - now
+	at, missing := q.end, tokens-r.Amount-min(q.left, 0) // when the next period begins
+	for range exactPeriods {
+		if missing <= source.Slack {
+			return at - now
+		}
+		at, missing = r.next(at), missing-r.Amount
+	}
+	each := float64(at-q.end) / exactPeriods
+	return source.Nanos(float64(at-now) + math.Ceil(max(missing, 0)/r.Amount)*each)
 }
 
 // Cost returns the tokens, up to [source.MaxCost].
@@ -66,7 +94,19 @@ func (r *Rule) GiveBack(q *State, now int64, tokens float64, period uint64, unus
 	return true
 }
 
-// Usage returns what is left of the quota.
+// Settle corrects a Take. A refund is of the period of the Take only; a debt is of the period that it is settled in.
+func (r *Rule) Settle(q *State, now int64, tokens, cost float64, period uint64) (forgiven float64) {
+	r.renew(q, now)
+	switch {
+	case cost > tokens:
+		return source.Owe(&q.left, cost-tokens, source.Lowest(r.MaxDebt, r.Amount))
+	case period == uint64(q.end):
+		q.left = min(q.left+(tokens-cost), r.Amount)
+	}
+	return 0
+}
+
+// Usage returns what is left of the quota, which is less than nothing if it is in debt.
 func (r *Rule) Usage(q *State, now int64) source.Usage {
 	r.renew(q, now)
 	return source.Usage{Capacity: r.Amount, Remaining: q.left}
@@ -85,4 +125,9 @@ func (r *Rule) Forecast(q *State, now int64, ahead source.Ahead, tokens float64)
 }
 
 // Idle reports whether the quota is whole, or will be when it is used.
-func (r *Rule) Idle(q *State, now int64) bool { return now >= q.end || q.left >= r.Amount }
+func (r *Rule) Idle(q *State, now int64) bool {
+	if q.left < 0 {
+		r.renew(q, now)
+	}
+	return q.left >= r.Amount || now >= q.end && q.left >= 0
+}

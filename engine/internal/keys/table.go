@@ -134,6 +134,26 @@ func (t *Table[S]) Lock(key string, now int64) *Entry[S] {
 	}
 }
 
+// LockOwn returns what [Table.Lock] does, but nil when the key has no entry of its own because the table is full.
+func (t *Table[S]) LockOwn(key string, now int64) *Entry[S] {
+	h := maphash.String(t.seed, key)
+	s := &t.shards[h&t.mask]
+	for {
+		e := s.find(uint32(h>>32), key)
+		if e == nil {
+			if e = t.insert(s, uint32(h>>32), key, now); e == nil {
+				return nil
+			}
+		}
+		e.mu.Lock()
+		if !e.gone {
+			e.used = second(now)
+			return e
+		}
+		e.mu.Unlock()
+	}
+}
+
 // LockKnown returns the key's entry, locked, or nil when the key is not known. It counts as no use.
 func (t *Table[S]) LockKnown(key string) *Entry[S] {
 	h := maphash.String(t.seed, key)

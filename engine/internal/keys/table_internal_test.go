@@ -154,3 +154,29 @@ func TestTableIsSmallWithoutKeys(t *testing.T) {
 		})
 	}
 }
+
+// LockOwn makes a key that has room, and nothing of one that has none.
+func TestTableLockOwn(t *testing.T) {
+	tab := newTestTable(2)
+	tab.update("0", 0, func(n *int) { *n = 5 })
+	for _, tt := range []struct {
+		key  string
+		want int // of its state; -1 without an entry
+	}{{"0", 5}, {"1", 0}, {"2", -1}} {
+		e := tab.LockOwn(tt.key, int64(time.Hour))
+		if (e == nil) != (tt.want < 0) {
+			t.Fatalf("LockOwn(%s) = %v", tt.key, e)
+		}
+		if e == nil {
+			continue
+		}
+		if e.key != tt.key || e.State != tt.want || e.used != 3600 {
+			t.Errorf("LockOwn(%s) = %+v want the state %d, used now", tt.key, &e.State, tt.want)
+		}
+		e.State = 7
+		e.Unlock()
+	}
+	if tab.Len() != 2 || tab.Spilled() != 0 || tab.spill.State != 0 {
+		t.Errorf("%d keys, %d spilled want 2, 0", tab.Len(), tab.Spilled())
+	}
+}

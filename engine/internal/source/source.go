@@ -4,6 +4,8 @@
 // Times are nanoseconds since an epoch of the caller's, by a monotonic clock.
 package source
 
+import "math"
+
 // A Source gives tokens, and says when it will have some. S is the state of one key. A Source has no state of its own that
 // changes; the caller guards the state that it hands in.
 type Source[S any] interface {
@@ -36,6 +38,14 @@ type Source[S any] interface {
 	Timed() bool
 }
 
+// A Settler is a source whose tokens are corrected when it is known what a flow has cost.
+type Settler[S any] interface {
+	// Settle corrects a Take of tokens by a flow that has cost so much. What it cost less comes back, as far as there is room.
+	// What it cost more is taken although it is not there. Forgiven is what is not taken either, because the debt has come to
+	// its bound. The slot is that of Take. It is called once for each Take, and not after GiveBack.
+	Settle(state *S, now int64, tokens, cost float64, slot uint64) (forgiven float64)
+}
+
 // Taken is the result of [Source.Take].
 type Taken struct {
 	OK   bool
@@ -47,7 +57,7 @@ type Taken struct {
 // Usage is how much of a source is in use.
 type Usage struct {
 	Capacity  float64
-	Remaining float64 // below 0 where flows cost more than was free
+	Remaining float64 // below 0 where flows cost more than was free: a debt
 	InFlight  int     // flows that hold slots
 }
 
@@ -69,6 +79,29 @@ const MaxCost = 1e9
 // Century is the longest time there is, in nanoseconds: the sum of two is within an int64, and buckets that take
 // decades to fill are as good as stopped.
 const Century = 100 * 365 * 24 * 3600 * 1_000_000_000
+
+// Owe takes a debt from a balance, down to the lowest, and returns the rest. A balance that is lower stays.
+func Owe(balance *float64, debt, lowest float64) (forgiven float64) {
+	left := *balance - debt
+	if to := max(left, min(*balance, lowest)); to != left {
+		left, forgiven = to, to-left
+	}
+	*balance = left
+	return forgiven
+}
+
+// Lowest returns the least that a balance may be: -maxDebt, -capacity if that is 0, and no less than a float64 has if it is
+// negative.
+func Lowest(maxDebt, capacity float64) float64 {
+	switch {
+	case maxDebt < 0:
+		return -math.MaxFloat64
+	case maxDebt == 0:
+		return 0 - capacity // which is 0 for 0, not -0
+	default:
+		return -maxDebt
+	}
+}
 
 // Nanos converts a time in nanoseconds, which is at most a [Century].
 func Nanos(ns float64) int64 { return int64(min(ns, Century)) }

@@ -135,6 +135,23 @@ func (q *Queue[T]) Pop() {
 	q.Remove(w)
 }
 
+// Charge charges the shares of a claim that have waiting flows as if they had been served that much more: one of their flows
+// has cost more than it counted for. The workload and its fairness value are charged apart. A share that does not wait has no state, and is
+// not charged.
+func (q *Queue[T]) Charge(c Claim, workload, fairness float64) {
+	at := q.shares[c.ofWorkload()]
+	if at == nil {
+		return
+	}
+	at.start += workload / at.weight
+	if own := q.shares[c]; own != nil {
+		own.start += fairness / own.weight
+		at = own
+	}
+	q.version++
+	q.settle(at)
+}
+
 // Remove removes a waiter, and returns its room. Nothing is charged for it.
 func (q *Queue[T]) Remove(w *Waiter[T]) {
 	if w.Placed {

@@ -546,3 +546,73 @@ func BenchmarkQueue(b *testing.B) {
 		}
 	}
 }
+
+// A share that is charged waits for its turn as if it had been served so much more, and nobody else does.
+func TestQueueCharge(t *testing.T) {
+	ann, bob, cid := Claim{Priority: 1, Fairness: "ann"}, Claim{Priority: 1, Fairness: "bob"}, Claim{Workload: "other", Priority: 2}
+	for _, tt := range []struct {
+		name    string
+		charge  Claim
+		by      float64
+		waiting []Claim
+		want    string // whose flows are served
+	}{
+		{"nobody", Claim{Workload: "unknown", Priority: 1}, 5, []Claim{ann, bob}, "abababab"},
+		{"a fairness value", ann, 2, []Claim{ann, bob}, "bbababaa"},
+		{"a workload, by its priority", cid, 4, []Claim{ann, cid}, "aaccacac"},
+		{"a value that does not wait, whose workload does", bob, 2, []Claim{ann, cid}, "ccccaaaa"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q := newQueue()
+			for range 8 / len(tt.waiting) {
+				for _, c := range tt.waiting {
+					push(q, c, 1)
+				}
+			}
+			version := q.Version()
+			q.Charge(tt.charge, tt.by, tt.by)
+			if changed := q.Version() != version; changed != (tt.name != "nobody") {
+				t.Errorf("changed = %v", changed)
+			}
+			names := map[Claim]string{ann: "a", bob: "b", cid: "c"}
+			got := ""
+			for q.Len() > 0 {
+				got += names[q.First().Claim()]
+				q.Pop()
+			}
+			if got != tt.want {
+				t.Errorf("served %s want %s", got, tt.want)
+			}
+		})
+	}
+}
+
+// Whatever was charged, a preview serves in the order of the queue, and nobody is told of more before it than there is.
+func TestQueueChargeAndPreview(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		q, all := newQueue(), claims([]float64{1, 5, 0.1}, 2)
+		claim := func() Claim { return rapid.SampledFrom(all).Draw(t, "claim") }
+		cost := func() float64 { return rapid.SampledFrom([]float64{1, 0.5, 8}).Draw(t, "cost") }
+		for range rapid.IntRange(1, 30).Draw(t, "waiting") {
+			push(q, claim(), cost())
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"push":   func(*rapid.T) { push(q, claim(), cost()) },
+			"charge": func(*rapid.T) { q.Charge(claim(), 3*cost(), 2*cost()) },
+			"pop": func(*rapid.T) {
+				if q.length > 0 {
+					q.Pop()
+				}
+			},
+		})
+		c, own := claim(), cost()
+		told, least := q.CostBefore(c, own, 1<<20), q.Ahead(c, own).Least
+		w, got := push(q, c, own), 0.0
+		for ; q.First() != w; q.Pop() {
+			got += q.First().Cost
+		}
+		if told != got || least > got+1e-6 && q.root.smallest != q.root.largest {
+			t.Fatalf("%v went before it, %v were told, %v by formula", got, told, least)
+		}
+	})
+}

@@ -69,12 +69,12 @@ func held(v *agentapi.Verdict) (slots int) {
 	return slots
 }
 
-func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, failed bool) (agentapi.Returns, error) {
+func (r *recorder) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	end := End{req.ControlPoint, flowctl.StatusOK}
-	if failed {
+	if o.Failed() {
 		end.Status = flowctl.StatusError
 	}
-	returns, err := r.Local.End(ctx, req, v, failed)
+	returns, err := r.Local.End(ctx, req, v, o)
 	r.log.ended(end)
 	r.log.gave(returns.Returned)
 	return returns, err

@@ -1,0 +1,70 @@
+package flowctl
+
+import (
+	"math"
+	"sync/atomic"
+)
+
+// Settle says how many tokens the flow has really cost by a label. The label is the TokensLabel of limiters and schedulers, which
+// took what its value said when the flow started, or what their policy says if there was none. They correct that when the
+// flow ends:
+//
+//   - If the flow cost less, what is too much goes back, up to the capacity of the bucket.
+//   - If it cost more, the rest becomes a debt: the bucket has less than no tokens, and rejects flows, or has them wait,
+//     until the debt has been filled up. The policy's MaxDebt bounds the debt. The engine's Stats count what is beyond.
+//
+// The last call before End counts for each label. After the flow has ended, Settle does nothing. If nothing is said, as after a panic,
+// the flow keeps its charge: what it cost is not known. Settle(label, 0) is for work that has certainly not begun.
+// Tokens that are negative, infinite or not a number, and an empty label, are ignored and logged once a minute: what was
+// said before still counts.
+//
+// Settle changes nothing at components that took no tokens by the label: another label is theirs, they let the flow
+// pass without a bucket, they are in dry run or the client is, or they have slots, which come back anyway. The same holds for a flow that
+// did not run. Until now only an engine in this process takes settlements: see EndResponse.Settled.
+//
+// Within a function that package headgate guards, and within a handler of an adaptor, [FromContext] finds the flow. Settle
+// allocates once for each label.
+func (f *Flow) Settle(label string, tokens float64) {
+	if f.client == nil || f.progress.ended() {
+		return
+	}
+	if !(tokens >= 0 && tokens <= math.MaxFloat64) || label == "" {
+		f.client.settleLog.warn(f.client.logger, "headgate: a flow was not settled: tokens must be a number from 0 up, and need a label",
+			"control_point", f.req.ControlPoint, "label", label, "tokens", tokens)
+		return
+	}
+	f.costs.Say(label, tokens)
+}
+
+// A progress is whether a flow has ended, and the two statuses that it may end with. It is one word, because a flow is as
+// large as its size class allows. The zero value is that of a flow which has just begun. It is safe for concurrent use.
+type progress struct{ word atomic.Uint32 }
+
+// Where the parts of the word are. The status that was set is in the lowest bits.
+const (
+	derivedShift = 8
+	hasEnded     = 1 << 16
+)
+
+func (p *progress) ended() bool { return p.word.Load()&hasEnded != 0 }
+
+// end notes the end, and reports whether it was noted already.
+func (p *progress) end() (again bool) { return p.word.Or(hasEnded)&hasEnded != 0 }
+
+// set is the status that SetStatus was given.
+func (p *progress) set() Status { return Status(p.word.Load()) }
+
+// derived is the status that SetError came to.
+func (p *progress) derived() Status { return Status(p.word.Load() >> derivedShift) }
+
+func (p *progress) setStatus(s Status)  { p.replace(s, 0) }
+func (p *progress) setDerived(s Status) { p.replace(s, derivedShift) }
+
+func (p *progress) replace(s Status, shift int) {
+	for {
+		old := p.word.Load()
+		if p.word.CompareAndSwap(old, old&^(math.MaxUint8<<shift)|uint32(s)<<shift) {
+			return
+		}
+	}
+}
