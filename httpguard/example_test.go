@@ -304,3 +304,37 @@ func ExampleTransport_retryAfter() {
 	// the API is called
 	// not again in the next 30s
 }
+
+// An upstream counts what a response costs while it streams it, and says so in a trailer.
+func ExampleWithCostHeader() {
+	model := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Trailer", "X-Tokens-Used")
+		fmt.Fprint(w, "Gladly.")
+		w.Header().Set("X-Tokens-Used", "150")
+	}))
+	defer model.Close()
+	client, done := newClient(policy.RateLimiter{
+		Selectors: policy.At("model"), Capacity: 100, Fill: 100, Interval: time.Hour, TokensLabel: "tokens",
+	})
+	defer done()
+
+	prompts := &http.Client{Transport: httpguard.NewTransport(client, "model", nil,
+		httpguard.WithCostHeader("tokens", "X-Tokens-Used"))}
+
+	for range 2 {
+		resp, err := prompts.Get(model.URL)
+		if wait, ok := fallback.RetryAfter(err); ok { // for 51 tokens
+			fmt.Println("in debt, for", wait.Round(time.Minute))
+			continue
+		}
+		if err != nil {
+			panic(err)
+		}
+		answer, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		fmt.Printf("%s\n", answer)
+	}
+	// Output:
+	// Gladly.
+	// in debt, for 31m0s
+}

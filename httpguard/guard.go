@@ -49,6 +49,7 @@ func (e *StatusError) Error() string {
 type guard struct {
 	adaptor.Guard[*http.Request]
 	headers []string
+	costs   costHeaders
 	label   func(context.Context, *http.Request) context.Context
 
 	// isFailure reports whether a status is a failure by default.

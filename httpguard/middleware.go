@@ -75,6 +75,7 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 			resp.obey()
 		}
 		next.ServeHTTP(resp.visible(), &resp.request)
+		g.costs.settleWritten(flow.Flow, w.Header())
 		flow.SetError(resp.err)
 	} else {
 		adaptor.End(r.Context(), flow.Flow)

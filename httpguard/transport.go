@@ -122,6 +122,10 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 	}
 	t.pauses.heed(flow.Context(), r, controlPoint, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
 	trip.failure = flow.failure(resp.StatusCode)
+	if len(t.guard.costs) > 0 {
+		t.guard.costs.settle(flow.Flow, resp.Header)
+		trip.response, trip.costs = resp, t.guard.costs
+	}
 	body, both := resp.Body.(io.ReadWriteCloser)
 	switch {
 	case resp.Body == nil, resp.Body == http.NoBody:
@@ -160,6 +164,10 @@ type trip struct {
 	failure error // by the response's status
 	closed  atomic.Bool
 	over    sync.Once
+
+	// Where there may be a trailer that says what the flow costs.
+	response *http.Response
+	costs    costHeaders
 }
 
 // end ends the flow, the first time.
@@ -171,6 +179,14 @@ func (t *trip) end(err error) {
 		}
 		t.flow.SetError(err)
 	})
+}
+
+// complete ends the flow of a body that has been read to its end.
+func (t *trip) complete() {
+	if t.response != nil {
+		t.costs.settle(t.flow, t.response.Trailer)
+	}
+	t.end(nil)
 }
 
 // broke is called with the errors of a body.
@@ -197,7 +213,7 @@ func (c *content) Read(p []byte) (int, error) {
 	switch err {
 	case nil:
 	case io.EOF:
-		c.trip.end(nil)
+		c.trip.complete()
 	default:
 		c.trip.broke(err)
 	}
