@@ -30,6 +30,7 @@ const (
 	oneKey      = "one-key"     // the same, for the rows with label maps in turn
 	manyKeys    = "many-keys"   // the same
 	concurrency = "concurrency" // a concurrency limiter
+	settled     = "settled"     // a rate limiter, keyed by user, whose flows are settled
 	quota       = "quota"       // a quota scheduler, keyed by user
 	slots       = "slots"       // a concurrency scheduler
 	sampled     = "sampled"     // a sampler, which goes by the user
@@ -44,6 +45,9 @@ func policies(keys int) []policy.Policy {
 		{Name: "per-user", Components: []policy.Component{limit(rateLimited, "user_id")}},
 		{Name: "per-tenant", Components: []policy.Component{limit(oneKey, "tenant")}},
 		{Name: fmt.Sprintf("%d-users", keys), Components: []policy.Component{limit(manyKeys, "user_id")}},
+		{Name: "user-costs", Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At(settled), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+		}}},
 		{Name: "at-once", Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute,
 		}}},
@@ -122,6 +126,7 @@ func (e *engines) close() error { return e.engine.Close() }
 const (
 	keyedLimiter = "Guard, one keyed rate limiter"
 	ownKeys      = "Guard, one keyed rate limiter, a key for each caller"
+	doKeyed      = "Do, one keyed rate limiter"
 	floor        = "floor: clock read, allocation of a flow, mutex"
 	queueing     = "failsafe-go bulkhead with queueing"
 )
@@ -143,9 +148,13 @@ func (e *engines) rows() []*row {
 			{inParallel, keyedLimiter, 0, true},
 		}},
 		{name: floor, call: leastWork, targets: []target{{inScaling, "", 0, true}}},
-		{name: "Do, one keyed rate limiter", call: e.do(rateLimited), targets: []target{
+		{name: doKeyed, call: e.do(rateLimited), targets: []target{
 			{inTime, "failsafe-go rate limiter", 0, true},
 			{inTime, "gobreaker", 0, true},
+		}},
+		{name: "Do, one keyed rate limiter, settled", call: e.settle, targets: []target{ // no more than one more keyed check
+			{inTime, doKeyed, 2, false},
+			{moreAllocs, doKeyed, 1, false},
 		}},
 		{name: "Guard, one concurrency limiter", call: e.guard(concurrency), targets: []target{
 			{inTime, "failsafe-go bulkhead", 0, true},
@@ -249,6 +258,17 @@ func (e *engines) do(controlPoint string) func() func() error {
 	return func() func() error {
 		return func() error { return headgate.Do(e.ctx, e.client, controlPoint, params, workFlow) }
 	}
+}
+
+// settle runs flows that cost more than they took.
+func (e *engines) settle() func() error {
+	params := flowctl.Params{Labels: oneLabel()}
+	work := func(_ context.Context, flow *flowctl.Flow) error {
+		flow.Settle("tokens", 2)
+		_, err := work()
+		return err
+	}
+	return func() error { return headgate.Do(e.ctx, e.client, settled, params, work) }
 }
 
 // rotate calls for one user after the other, and starts anywhere.
