@@ -132,7 +132,7 @@ func TestCloseLetsTheServerStop(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l := bufconn.Listen(1 << 20)
+		l := bufconn.Listen(1 << 16)
 		server := grpc.NewServer(agent.ServerOptions()...)
 		agent.Register(server, e)
 		done := make(chan error, 1)

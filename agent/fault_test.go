@@ -338,7 +338,7 @@ func TestLongWaitOnADefaultServer(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := bufconn.Listen(1 << 20)
+				l := bufconn.Listen(1 << 16)
 				server := grpc.NewServer(grpc.WaitForHandlers(true))
 				checkv1.RegisterFlowControlServiceServer(server, waiting{wait: tt.wait})
 				served := make(chan error, 1)

@@ -38,7 +38,7 @@ func TestKeys(t *testing.T) {
 	agent.Register(server, e)
 	healthv1.RegisterHealthServer(server, health.NewServer())
 	reflection.Register(server)
-	l := bufconn.Listen(1 << 20)
+	l := bufconn.Listen(1 << 16)
 	go func() { _ = server.Serve(l) }()
 	defer server.Stop()
 	conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),

@@ -255,7 +255,7 @@ func TestSaturatedAgentAfterAnOutage(t *testing.T) {
 // inMemory serves until the test ends, and gives the dialer that leads there.
 func inMemory(t *testing.T, server *grpc.Server) flowctl.Option {
 	t.Helper()
-	l := bufconn.Listen(1 << 20)
+	l := bufconn.Listen(1 << 16)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	t.Cleanup(func() {

@@ -536,7 +536,7 @@ func TestHTTPAgentBreaker(t *testing.T) {
 // An agent that does not know CheckHTTP is one that refuses to decide, and the operator gets to know.
 func TestHTTPUnimplemented(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := bufconn.Listen(1 << 20)
+		l := bufconn.Listen(1 << 16)
 		server := grpc.NewServer(grpc.WaitForHandlers(true))
 		checkv1.RegisterFlowControlServiceServer(server, new(acceptAll))
 		served := make(chan error, 1)

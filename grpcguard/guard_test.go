@@ -167,7 +167,7 @@ func loopback(t testing.TB) (net.Listener, grpc.DialOption) {
 }
 
 func memory(testing.TB) (net.Listener, grpc.DialOption) {
-	l := bufconn.Listen(1 << 20)
+	l := bufconn.Listen(1 << 16)
 	return l, grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) })
 }
 

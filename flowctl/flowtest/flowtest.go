@@ -122,7 +122,7 @@ func NewAgent(t testing.TB) *Agent {
 	t.Helper()
 	a := &Agent{
 		t:        t,
-		listener: &listener{Listener: bufconn.Listen(1 << 20)},
+		listener: &listener{Listener: bufconn.Listen(1 << 16)},
 		stopping: make(chan struct{}),
 		scripts:  make(map[string][]Answer),
 		held:     make(map[string]bool),
