@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -263,18 +262,6 @@ func onlyNamed(labels map[string]string, named map[string]bool) map[string]strin
 		}
 	}
 	return m
-}
-
-func FuzzUnescape(f *testing.F) {
-	f.Add("a%41b%")
-	f.Add("%zz+%2B%c3%bc")
-	f.Fuzz(func(t *testing.T, s string) {
-		want, err := url.PathUnescape(s)
-		got, ok := w3cbaggage.Unescape([]byte("x"), s)
-		if ok != (err == nil) || string(got) != "x"+want || w3cbaggage.Unescapes([]byte(s)) != ok {
-			t.Errorf("%q becomes %q, %v want %q, %v", s, got, ok, want, err)
-		}
-	})
 }
 
 func FuzzText(f *testing.F) {
