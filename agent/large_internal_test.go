@@ -207,7 +207,7 @@ func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
 	for name, junk := range junk {
 		t.Run(name, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(1, 2))
-			for range 200 {
+			for range race.Pick(40, 200) {
 				var labels, headers []byte
 				var header, few strings.Builder
 				for i := range maxLooked + r.IntN(3) - 1 {

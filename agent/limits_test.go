@@ -46,11 +46,12 @@ func junk(n int) map[string]string {
 // tooMuch is what callers, or strangers by way of baggage, can add to a check of user "u".
 func tooMuch() map[string]func(*checkv1.CheckRequest) {
 	keys := slices.Collect(maps.Keys(junk(race.Pick(10_000, 100_000))))
-	long := strings.Repeat("x", 1<<20)
+	hundreds, thousands := junk(200), junk(5000)
+	long := strings.Repeat("x", race.Pick(1<<17, 1<<20)) // longer than any of these may be
 	return map[string]func(*checkv1.CheckRequest){
 		"nothing":         func(*checkv1.CheckRequest) {},
-		"200 labels":      func(m *checkv1.CheckRequest) { maps.Copy(m.Labels, junk(200)) },
-		"5000 labels":     func(m *checkv1.CheckRequest) { maps.Copy(m.Labels, junk(5000)) },
+		"200 labels":      func(m *checkv1.CheckRequest) { maps.Copy(m.Labels, hundreds) },
+		"5000 labels":     func(m *checkv1.CheckRequest) { maps.Copy(m.Labels, thousands) },
 		"a long value":    func(m *checkv1.CheckRequest) { m.Labels["z"] = long },
 		"a long key":      func(m *checkv1.CheckRequest) { m.Labels[long] = "" },
 		"an empty key":    func(m *checkv1.CheckRequest) { m.Labels[""] = long },
@@ -69,47 +70,64 @@ func tooMuch() map[string]func(*checkv1.CheckRequest) {
 // A limiter holds whatever else the check has in it: an error would let the flow run, and so would an answer that is
 // larger than SDKs take.
 func TestChecksHoldWhateverTheyCarry(t *testing.T) {
-	at := policy.At("point")
-	components := map[string]policy.Component{
-		"rate limiter":          policy.RateLimiter{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", TokensLabel: "cost"},
-		"calendar quota":        policy.CalendarQuota{Selectors: at, Amount: 2, Period: policy.PeriodMonth, LimitBy: "user_id", TokensLabel: "cost"},
-		"concurrency limiter":   policy.ConcurrencyLimiter{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", TokensLabel: "cost"},
-		"quota scheduler":       policy.QuotaScheduler{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}, WorkloadLabel: "user_id", FairnessLabel: "user_id"}},
-		"concurrency scheduler": policy.ConcurrencyScheduler{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}, TokensLabel: "cost", PriorityLabel: "user_id"}},
+	noQueue := policy.WorkloadParameters{QueueTimeout: policy.NoQueue}
+	components := map[string]func(at []policy.Selector) policy.Component{
+		"rate limiter": func(at []policy.Selector) policy.Component {
+			return policy.RateLimiter{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", TokensLabel: "cost"}
+		},
+		"calendar quota": func(at []policy.Selector) policy.Component {
+			return policy.CalendarQuota{Selectors: at, Amount: 2, Period: policy.PeriodMonth, LimitBy: "user_id", TokensLabel: "cost"}
+		},
+		"concurrency limiter": func(at []policy.Selector) policy.Component {
+			return policy.ConcurrencyLimiter{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", TokensLabel: "cost"}
+		},
+		"quota scheduler": func(at []policy.Selector) policy.Component {
+			return policy.QuotaScheduler{Selectors: at, Capacity: 2, Interval: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: noQueue, WorkloadLabel: "user_id", FairnessLabel: "user_id"}}
+		},
+		"concurrency scheduler": func(at []policy.Selector) policy.Component {
+			return policy.ConcurrencyScheduler{Selectors: at, Max: 2, MaxInflight: time.Hour, LimitBy: "user_id", Scheduler: policy.Scheduler{Default: noQueue, TokensLabel: "cost", PriorityLabel: "user_id"}}
+		},
 	}
+	carried := tooMuch()
+	var policies []policy.Policy // one for each subtest, whose control point has its name
 	for component, c := range components {
-		for name, add := range tooMuch() {
-			t.Run(component+"/"+name, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					stub := serve(t, []policy.Policy{{Name: "p", Components: []policy.Component{c}}}).stub(t)
-					var flows []*checkv1.CheckResponse
-					for i := range 4 {
-						req := &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, ExpectEnd: true}
-						add(req)
-						m, err := stub.Check(t.Context(), req) // of at most 4 MiB
-						if err != nil {
-							t.Fatalf("Check() = %v", err)
-						}
-						if got, want := m.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED, i < 2; got != want {
-							t.Fatalf("flow %d accepted: %v want %v", i, got, want)
-						}
-						if info := m.GetLimiterDecisions()[0]; proto.Size(info) > 1024 {
-							t.Errorf("a decision of %d bytes", proto.Size(info))
-						}
-						flows = append(flows, m)
+		for name := range carried {
+			point := component + "/" + name
+			policies = append(policies, policy.Policy{Name: point, Components: []policy.Component{c(policy.At(point))}})
+		}
+	}
+	stub := serve(t, policies).stub(t)
+	for component := range components {
+		for name, add := range carried {
+			point := component + "/" + name
+			t.Run(point, func(t *testing.T) {
+				var flows []*checkv1.CheckResponse
+				for i := range 4 {
+					req := &checkv1.CheckRequest{ControlPoint: point, Labels: map[string]string{"user_id": "u"}, ExpectEnd: true}
+					add(req)
+					m, err := stub.Check(t.Context(), req) // of at most 4 MiB
+					if err != nil {
+						t.Fatalf("Check() = %v", err)
 					}
-					for i, m := range flows[:2] { // slots come back by the names in the answer
-						ended, err := stub.FlowEnd(t.Context(), &checkv1.FlowEndRequest{ControlPoint: "point", InflightRequests: wire.Held(m)})
-						if err != nil {
-							t.Fatal(err)
-						}
-						for _, s := range ended.GetTokenReturnStatuses() {
-							if !s.GetReturned() {
-								t.Errorf("flow %d: %v", i, s.GetError())
-							}
+					if got, want := m.GetDecisionType() == checkv1.CheckResponse_DECISION_TYPE_ACCEPTED, i < 2; got != want {
+						t.Fatalf("flow %d accepted: %v want %v", i, got, want)
+					}
+					if info := m.GetLimiterDecisions()[0]; proto.Size(info) > 1024 {
+						t.Errorf("a decision of %d bytes", proto.Size(info))
+					}
+					flows = append(flows, m)
+				}
+				for i, m := range flows[:2] { // slots come back by the names in the answer
+					ended, err := stub.FlowEnd(t.Context(), &checkv1.FlowEndRequest{ControlPoint: point, InflightRequests: wire.Held(m)})
+					if err != nil {
+						t.Fatal(err)
+					}
+					for _, s := range ended.GetTokenReturnStatuses() {
+						if !s.GetReturned() {
+							t.Errorf("flow %d: %v", i, s.GetError())
 						}
 					}
-				})
+				}
 			})
 		}
 	}

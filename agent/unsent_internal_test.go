@@ -230,9 +230,10 @@ func TestRequestsShareRoom(t *testing.T) {
 		heavy.Append(fmt.Sprint(1000+i), "")
 	}
 	var held []*call
+	full := request(4 << 20)
 	for g.held+4<<20 <= maxHeld {
 		c := g.callFrom("a")
-		if m := request(4 << 20); !c.hold(m, proto.Size(m)) {
+		if !c.hold(full, proto.Size(full)) {
 			t.Fatalf("there is no room for request %d", len(held))
 		}
 		held = append(held, c)
