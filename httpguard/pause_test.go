@@ -3,6 +3,7 @@ package httpguard_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -355,8 +356,9 @@ func TestPauseIsOverInTime(t *testing.T) {
 		})
 }
 
-// A PausedError tells its text only, however it is printed: the host is not for those that read logs.
-func TestPausedErrorIsPrintedAsText(t *testing.T) {
+// A PausedError tells its text only, however it is printed, and no encoding of it shows the host, which is the value of a
+// label.
+func TestPausedErrorHidesItsHost(t *testing.T) {
 	sent := 0
 	rt := httpguard.NewTransport(newEngine(t), point, busy(&sent))
 	_ = try(t, rt, "https://api.example/")
@@ -365,5 +367,9 @@ func TestPausedErrorIsPrintedAsText(t *testing.T) {
 		if got := fmt.Sprintf(verb, err); !strings.Contains(got, "paused by the upstream, retry after ") || strings.Contains(got, "example") {
 			t.Errorf("%s: %s", verb, got)
 		}
+	}
+	paused, _ := errors.AsType[*httpguard.PausedError](err)
+	if data, err := json.Marshal(paused); err != nil || strings.Contains(string(data), "example") || !strings.Contains(string(data), point) {
+		t.Errorf("Marshal() = %s, %v want the control point, and no host", data, err)
 	}
 }
