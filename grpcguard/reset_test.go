@@ -9,13 +9,15 @@ import (
 	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // Calls that are reset while the agent's answers are on their way leave no slot taken.
 func TestResetCalls(t *testing.T) {
-	const calls, slots = 200, 20
+	const slots = 20
+	calls := race.Pick(slots+10, 200)
 	components := map[string]policy.Component{
 		"limiter":   policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: slots, MaxInflight: time.Hour},
 		"scheduler": policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: slots, MaxInflight: time.Hour},

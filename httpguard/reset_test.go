@@ -12,13 +12,15 @@ import (
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // Requests whose clients leave while the agent's answers are on their way leave no slot taken.
 func TestResetRequests(t *testing.T) {
-	const requests, slots = 200, 20
+	const slots = 20
+	requests := race.Pick(slots+10, 200)
 	components := map[string]policy.Component{
 		"limiter":   policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: slots, MaxInflight: time.Hour},
 		"scheduler": policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: slots, MaxInflight: time.Hour},
