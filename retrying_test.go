@@ -24,6 +24,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -34,6 +35,10 @@ func overScripts(t *testing.T, answers []flowtest.Answer, f func(t *testing.T, a
 	t.Helper()
 	sides.Setup{Answers: answers, Options: opts}.InBubbles(t, sides.All, f)
 }
+
+// reckoning are the kinds of agents for tests of what a client works out by itself in hundreds of calls. The one in the
+// process is asked in a tenth of the time that others take.
+var reckoning = race.Pick([]sides.Kind{sides.Embedded}, sides.All)
 
 // overLimits runs f in a bubble over engines with a real limit that lets one flow a second in.
 func overLimits(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
@@ -264,7 +269,7 @@ func TestRetryingJitter(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			overScripts(t, []flowtest.Answer{rejected(after)}, func(t *testing.T, agent *sides.Side) {
+			sides.Setup{Answers: []flowtest.Answer{rejected(after)}}.InBubbles(t, reckoning, func(t *testing.T, agent *sides.Side) {
 				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2, Jitter: tt.jitter, Budget: -1}), point, flowctl.Params{}, work, fallback.Value(0))
 				shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
 				for range calls {
@@ -461,12 +466,13 @@ func TestRetryingNested(t *testing.T) {
 	})
 }
 
-// A thousand callers who are all rejected must not become three thousand.
+// Callers who are all rejected must not become three times as many.
 func TestRetryingFlood(t *testing.T) {
+	calls := race.Pick(300, 1000)
 	overScripts(t, []flowtest.Answer{rejected(time.Second)}, func(t *testing.T, agent *sides.Side) {
 		retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, fallback.Value(-1))
 		var wg sync.WaitGroup
-		for range 1000 {
+		for range calls {
 			wg.Go(func() {
 				if got, err := retry(t.Context()); got != -1 || err != nil {
 					t.Errorf("retry() = %d, %v want the fallback", got, err)
@@ -474,21 +480,22 @@ func TestRetryingFlood(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		// Ten that there were, a hundred that a thousand calls add, and of these those are lost that find a full budget.
-		if retries := agent.Asked() - 1000; retries < 100 || retries > 110 {
-			t.Errorf("%d retries want 100 to 110", retries)
+		// Ten that there were, a tenth that calls add, and of these those are lost that find a full budget.
+		if retries := agent.Asked() - calls; retries < calls/10 || retries > calls/10+10 {
+			t.Errorf("%d retries want %d to %d", retries, calls/10, calls/10+10)
 		}
 	})
 }
 
 // The same against a limit that lets some of them in.
 func TestRetryingFloodOfALimit(t *testing.T) {
+	calls := race.Pick(300, 1000)
 	overLimits(t, func(t *testing.T, client *flowctl.Client) {
 		starts := &starter{client: client}
 		retry := headgate.Guard(headgate.Retrying(starts, headgate.RetryPolicy{}), point, flowctl.Params{CheckTimeout: -1}, work, nil)
 		var good atomic.Int64
 		var wg sync.WaitGroup
-		for range 1000 {
+		for range calls {
 			wg.Go(func() {
 				switch got, err := retry(t.Context()); {
 				case err == nil && got == 42:
@@ -502,8 +509,8 @@ func TestRetryingFloodOfALimit(t *testing.T) {
 		if n := good.Load(); n < 2 || n > 4 { // the first, and one for each second of waiting
 			t.Errorf("%d calls were let in want 2 to 4", n)
 		}
-		if retries := len(starts.flows) - 1000; retries > 110 {
-			t.Errorf("%d retries want at most 110", retries)
+		if retries := len(starts.flows) - calls; retries > calls/10+10 {
+			t.Errorf("%d retries want at most %d", retries, calls/10+10)
 		}
 		allEnded(t, starts)
 	})
@@ -531,7 +538,7 @@ func TestRetryingBudget(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			answers := append(slices.Repeat([]flowtest.Answer{accepted}, tt.calm), rejected(time.Second))
-			overScripts(t, answers, func(t *testing.T, agent *sides.Side) {
+			sides.Setup{Answers: answers}.InBubbles(t, reckoning, func(t *testing.T, agent *sides.Side) {
 				retry := headgate.Guard(headgate.Retrying(agent.Client, headgate.RetryPolicy{Attempts: 2, Budget: tt.budget}), point, flowctl.Params{}, work, nil)
 				for range tt.calm + tt.calls {
 					_, _ = retry(t.Context())
