@@ -104,7 +104,7 @@ func newSide(t testing.TB, kind sides.Kind, rejects bool) *side {
 	case rejects: // the first was let in
 		req, v := agentapi.Request{ControlPoint: point}, agentapi.Verdict{}
 		err := s.Agent.Check(t.Context(), &req, &v)
-		if _, endErr := s.Agent.End(t.Context(), &req, &v, false); err != nil || endErr != nil || v.Rejected() {
+		if _, endErr := s.Agent.End(t.Context(), &req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}); err != nil || endErr != nil || v.Rejected() {
 			t.Fatal(err, endErr, v.Rejected())
 		}
 	}
