@@ -74,9 +74,7 @@ func fromRequest(r *http.Request, headers []header) map[string]string {
 	set("http.request_content_length", contentLength(r))
 
 	for _, h := range headers {
-		if values := r.Header[h.name]; len(values) > 0 {
-			m[h.key] = strings.Join(values, ",")
-		}
+		addField(m, h.key, r.Header[h.name])
 	}
 	return repair(m)
 }
