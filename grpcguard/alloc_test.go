@@ -49,6 +49,20 @@ func TestAllocations(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	streams := grpcguard.StreamClientInterceptor(client, point)
+	desc, stream := new(grpc.StreamDesc), fakeStream{} // with one response
+	streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+		return &stream, nil
+	}
+	streamed := func() {
+		s, err := streams(ctx, desc, nil, method, streamer)
+		if err == nil {
+			err = s.RecvMsg(nil)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
 	fixed := flowctl.Params{Labels: map[string]string{"tenant": "acme"}}
 
 	tests := []struct {
@@ -65,6 +79,8 @@ func TestAllocations(t *testing.T) {
 		{"server that skips", serves(client, grpcguard.WithSkipMethods("/shop.v1.*")), 0},
 		{"server without flow control", serves(nil), 2},
 		{"client", calls, 3},
+		// And the stream, its option with a function, and the wait for its context.
+		{"client's stream", streamed, 9},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

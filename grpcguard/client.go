@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"slices"
-	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
 // UnaryClientInterceptor returns an interceptor that makes each unary call of a client a flow at the control point. The
@@ -49,30 +49,29 @@ func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts 
 		point, params := g.at(ctx, call)
 		flow := g.Client.Start(ctx, point, params)
 		if !flow.ShouldRun() {
-			_, _ = flow.End(ctx)
+			adaptor.End(ctx, flow)
 			return nil, flow.Err()
 		}
-		s := &clientStream{flow: flow, single: !desc.ServerStreams}
-		s.forget = context.AfterFunc(ctx, func() { s.finish(status.FromContextError(ctx.Err()).Err()) })
+		s := &clientStream{flow: adaptor.NewEnder(flow.Context(), flow), single: !desc.ServerStreams}
+		s.flow.EndAfter(ctx, func(err error) error { return status.FromContextError(err).Err() })
 		streamed := false
 		defer func() {
 			if !streamed {
-				flow.SetStatus(flowctl.StatusError)
-				s.end(nil)
+				s.flow.Fail()
 			}
 		}()
 		// If nothing reads, only OnFinish reports that the connection was closed. In other cases it does not mean that
 		// the stream has ended: an interceptor after this one may be about to try again.
 		opts = append(slices.Clip(opts), grpc.OnFinish(func(err error) {
 			if cc.GetState() == connectivity.Shutdown {
-				s.end(err)
+				s.flow.EndStream(err)
 			}
 		}))
 		var err error
 		s.ClientStream, err = streamer(flow.Context(), desc, cc, method, opts...)
 		streamed = true
 		if err != nil {
-			s.end(err)
+			s.flow.EndStream(err)
 			return nil, err
 		}
 		return s, nil
@@ -82,10 +81,8 @@ func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts 
 // clientStream ends its flow when it has ended itself.
 type clientStream struct {
 	grpc.ClientStream
-	flow   *flowctl.Flow
-	single bool        // has one response
-	forget func() bool // stops waiting for the context
-	ended  atomic.Bool
+	flow   adaptor.Ender
+	single bool // has one response
 }
 
 func (s *clientStream) Header() (metadata.MD, error) {
@@ -103,31 +100,14 @@ func (s *clientStream) SendMsg(m any) error {
 // failed ends the flow, except on io.EOF: RecvMsg then returns how the stream ended.
 func (s *clientStream) failed(err error) {
 	if err != nil && !errors.Is(err, io.EOF) {
-		s.end(err)
+		s.flow.EndStream(err)
 	}
 }
 
 func (s *clientStream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
 	if err != nil || s.single {
-		s.end(err)
+		s.flow.EndStream(err)
 	}
 	return err
-}
-
-// end ends the flow, the first time.
-func (s *clientStream) end(err error) {
-	s.forget()
-	s.finish(err)
-}
-
-func (s *clientStream) finish(err error) {
-	if s.ended.Swap(true) {
-		return
-	}
-	defer func() { _, _ = s.flow.End(s.flow.Context()) }() // also when IsFailure panics
-	if errors.Is(err, io.EOF) {
-		err = nil
-	}
-	s.flow.SetError(err)
 }

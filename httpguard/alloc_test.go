@@ -1,6 +1,7 @@
 package httpguard_test
 
 import (
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -54,6 +55,30 @@ func TestA29Allocations(t *testing.T) {
 	skipping := httpguard.Middleware(off, point, httpguard.WithSkipPaths("/orders"))(bare)
 	if got := testing.AllocsPerRun(1000, func() { skipping.ServeHTTP(w, r) }) - plain; got != 0 {
 		t.Errorf("%v allocations for a request that is skipped, want 0", got)
+	}
+}
+
+// A request that goes out takes 8 allocations more than its bare transport, the body that ends its flow among them.
+func TestTransportAllocations(t *testing.T) {
+	client := newEngine(t, policy.RateLimiter{Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "http.host"})
+	resp := new(http.Response)
+	bare := base(func(r *http.Request) (*http.Response, error) {
+		*resp = http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(http.NoBody), Request: r}
+		return resp, nil
+	})
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "https://upstream.example/", http.NoBody)
+	r.RequestURI, r.TLS = "", nil
+	allocs := func(rt http.RoundTripper) float64 {
+		return testing.AllocsPerRun(1000, func() {
+			resp, err := rt.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+		})
+	}
+	if got := allocs(httpguard.NewTransport(client, point, bare)) - allocs(bare); got > 8 {
+		t.Errorf("%v allocations beyond the bare transport, want 8 at the most", got)
 	}
 }
 

@@ -1,16 +1,13 @@
 package httpguard
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"sync"
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/adaptor"
 )
 
@@ -102,12 +99,11 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // send sends a request whose flow runs. If the response has a body, the body ends the flow.
 func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*http.Response, error) {
-	trip := &trip{ctx: r.Context(), flow: flow.Flow}
+	trip := &trip{flow: adaptor.NewEnder(r.Context(), flow.Flow)}
 	returned := false
 	defer func() {
 		if !returned {
-			flow.SetStatus(flowctl.StatusError)
-			trip.end(nil)
+			trip.flow.Fail()
 		}
 	}()
 	resp, err := t.base.RoundTrip(r.WithContext(flow.Context()))
@@ -159,11 +155,9 @@ func closeBody(r *http.Request) {
 
 // A trip is the flow of a request that was sent.
 type trip struct {
-	ctx     context.Context // of the request
-	flow    *flowctl.Flow
+	flow    adaptor.Ender
 	failure error // by the response's status
 	closed  atomic.Bool
-	over    sync.Once
 
 	// Where there may be a trailer that says what the flow costs.
 	response *http.Response
@@ -172,19 +166,16 @@ type trip struct {
 
 // end ends the flow, the first time.
 func (t *trip) end(err error) {
-	t.over.Do(func() {
-		defer adaptor.End(t.ctx, t.flow) // also when IsFailure panics
-		if t.failure != nil {
-			err = t.failure
-		}
-		t.flow.SetError(err)
-	})
+	if t.failure != nil {
+		err = t.failure
+	}
+	t.flow.End(err)
 }
 
 // complete ends the flow of a body that has been read to its end.
 func (t *trip) complete() {
 	if t.response != nil {
-		t.costs.settle(t.flow, t.response.Trailer)
+		t.costs.settle(t.flow.Flow, t.response.Trailer)
 	}
 	t.end(nil)
 }
