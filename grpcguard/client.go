@@ -27,8 +27,7 @@ func UnaryClientInterceptor(client headgate.Starter, controlPoint string, opts .
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		ctx = g.outgoing(ctx, method)
-		point, params := g.at(ctx, call)
-		return headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
+		return headgate.Do(ctx, g.Client, g.ControlPoint(ctx, call), g.ParamsOf(ctx, call), func(ctx context.Context, _ *flowctl.Flow) error {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		})
 	}
@@ -46,8 +45,7 @@ func StreamClientInterceptor(client headgate.Starter, controlPoint string, opts 
 			return streamer(ctx, desc, cc, method, opts...)
 		}
 		ctx = g.outgoing(ctx, method)
-		point, params := g.at(ctx, call)
-		flow := g.Client.Start(ctx, point, params)
+		flow := g.Client.Start(ctx, g.ControlPoint(ctx, call), g.ParamsOf(ctx, call))
 		if !flow.ShouldRun() {
 			adaptor.End(ctx, flow)
 			return nil, flow.Err()

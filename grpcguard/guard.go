@@ -39,14 +39,11 @@ package grpcguard
 
 import (
 	"context"
-	"maps"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/headgate-go/headgate"
-	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/adaptor"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -58,69 +55,38 @@ type Call struct {
 }
 
 // guard is what the interceptors have in common, with the settings of their options.
-type guard struct {
-	adaptor.Guard[Call]
-	keys       []string // of metadata
-	noDefaults bool
-	methods    adaptor.Methods
-}
+type guard struct{ adaptor.RPC[Call] }
 
 func newGuard(client headgate.Starter, controlPoint string, opts []Option) *guard {
-	g := &guard{Guard: adaptor.New[Call](client, controlPoint)}
+	g := &guard{adaptor.NewRPC[Call](client, controlPoint, IsFailure)}
 	for _, o := range opts {
 		if o != nil {
 			o.apply(g)
 		}
 	}
-	if !g.noDefaults {
-		WithSkipMethods("/grpc.health.v1.Health/*",
-			"/grpc.reflection.v1.ServerReflection/*", "/grpc.reflection.v1alpha.ServerReflection/*").apply(g)
-	}
+	g.Ready(func(call Call) string { return call.FullMethod })
 	return g
 }
 
 // incoming is the context of a call that a server got.
 func (g *guard) incoming(ctx context.Context, fullMethod string) context.Context {
-	md := make(metadata.MD, len(g.keys))
-	for _, key := range g.keys {
+	md := make(metadata.MD, len(g.Metadata))
+	for _, key := range g.Metadata {
 		// Not by FromIncomingContext, which copies all that was sent.
 		if values := metadata.ValueFromIncomingContext(ctx, key); len(values) > 0 {
 			md[key] = values
 		}
 	}
-	return labels.WithTransport(adaptor.WithBaggage(ctx, metadata.ValueFromIncomingContext(ctx, "baggage")), g.labels(fullMethod, md))
+	return g.Incoming(ctx, fullMethod, metadata.ValueFromIncomingContext(ctx, "baggage"), labels.FromMetadata(md, g.Metadata...))
 }
 
 // outgoing is the context of a call that a client makes.
 func (g *guard) outgoing(ctx context.Context, fullMethod string) context.Context {
 	var md metadata.MD
-	if len(g.keys) > 0 {
+	if len(g.Metadata) > 0 {
 		md, _ = metadata.FromOutgoingContext(ctx)
 	}
-	return labels.WithTransport(ctx, g.labels(fullMethod, md))
-}
-
-// labels are those of a call's method and metadata.
-func (g *guard) labels(fullMethod string, md metadata.MD) map[string]string {
-	shared := g.methods.Labels(fullMethod)
-	if len(md) == 0 {
-		return shared
-	}
-	own := labels.FromMetadata(md, g.keys...)
-	if own == nil {
-		return shared
-	}
-	maps.Copy(own, shared) // metadata with these names must not replace them
-	return own
-}
-
-// at returns the control point and the parameters of a call's flow. ctx is the context that the flow starts with.
-func (g *guard) at(ctx context.Context, call Call) (controlPoint string, params flowctl.Params) {
-	controlPoint, params = g.ControlPoint(ctx, call), g.ParamsOf(ctx, call)
-	if params.IsFailure == nil {
-		params.IsFailure = IsFailure
-	}
-	return controlPoint, params
+	return g.Outgoing(ctx, fullMethod, labels.FromMetadata(md, g.Metadata...))
 }
 
 // IsFailure reports whether an error makes a flow's status Error, by default. It is true for an error that is no gRPC
@@ -132,11 +98,5 @@ func IsFailure(err error) bool {
 	if !ok {
 		s = status.FromContextError(err)
 	}
-	switch s.Code() {
-	case codes.OK, codes.Canceled, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.PermissionDenied,
-		codes.ResourceExhausted, codes.FailedPrecondition, codes.Aborted, codes.OutOfRange, codes.Unauthenticated:
-		return false
-	default:
-		return true
-	}
+	return adaptor.IsFailureCode(s.Code())
 }

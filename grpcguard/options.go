@@ -46,7 +46,7 @@ func WithMetadata(keys ...string) Option {
 	for i, key := range keys {
 		lower[i] = strings.ToLower(key)
 	}
-	return option(func(g *guard) { g.keys = append(g.keys, lower...) })
+	return option(func(g *guard) { g.Metadata = append(g.Metadata, lower...) })
 }
 
 // WithSkip passes calls on without a flow if fn returns true. It adds to [WithSkipMethods] and to what is skipped by
@@ -65,5 +65,5 @@ func WithSkipMethods(methods ...string) Option {
 
 // WithoutDefaultSkips makes calls of the health and the reflection service flows like all others.
 func WithoutDefaultSkips() Option {
-	return option(func(g *guard) { g.noDefaults = true })
+	return option(func(g *guard) { g.NoDefaultSkips = true })
 }

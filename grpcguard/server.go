@@ -20,8 +20,7 @@ func UnaryServerInterceptor(client headgate.Starter, controlPoint string, opts .
 			return handler(ctx, req)
 		}
 		ctx = g.incoming(ctx, call.FullMethod)
-		point, params := g.at(ctx, call)
-		err = headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) (err error) {
+		err = headgate.Do(ctx, g.Client, g.ControlPoint(ctx, call), g.ParamsOf(ctx, call), func(ctx context.Context, _ *flowctl.Flow) (err error) {
 			resp, err = handler(ctx, req)
 			return err
 		})
@@ -41,8 +40,7 @@ func StreamServerInterceptor(client headgate.Starter, controlPoint string, opts 
 			return handler(srv, stream)
 		}
 		ctx = g.incoming(ctx, call.FullMethod)
-		point, params := g.at(ctx, call)
-		return headgate.Do(ctx, g.Client, point, params, func(ctx context.Context, _ *flowctl.Flow) error {
+		return headgate.Do(ctx, g.Client, g.ControlPoint(ctx, call), g.ParamsOf(ctx, call), func(ctx context.Context, _ *flowctl.Flow) error {
 			return handler(srv, &serverStream{stream, ctx})
 		})
 	}

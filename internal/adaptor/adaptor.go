@@ -1,5 +1,5 @@
 // Package adaptor is what the adaptors for HTTP and gRPC have in common: which calls become flows, how the flows start, and
-// how they end.
+// how they end. docs/contributing/adaptors.md says how to add an adaptor.
 package adaptor
 
 import (
@@ -24,6 +24,9 @@ type Guard[C any] struct {
 
 	// Params say how the flow of a call is started; nil stands for the zero Params.
 	Params func(context.Context, C) flowctl.Params
+
+	// IsFailure is the Params.IsFailure of flows whose Params have none; nil leaves it out.
+	IsFailure func(error) bool
 
 	controlPoint string
 	skips        []func(context.Context, C) bool
@@ -66,10 +69,14 @@ func (g *Guard[C]) ControlPoint(ctx context.Context, call C) string {
 
 // ParamsOf are the parameters of a call's flow.
 func (g *Guard[C]) ParamsOf(ctx context.Context, call C) flowctl.Params {
-	if g.Params == nil {
-		return flowctl.Params{}
+	var params flowctl.Params
+	if g.Params != nil {
+		params = g.Params(ctx, call)
 	}
-	return g.Params(ctx, call)
+	if params.IsFailure == nil {
+		params.IsFailure = g.IsFailure
+	}
+	return params
 }
 
 // WithBaggage puts the baggage of a call's headers into ctx, unless the application has already done so. Package labels
