@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -357,6 +358,73 @@ func TestErrorsTellStrangersNothing(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The error of a flow has one place for its code and its time to retry, from which an adaptor for any protocol answers: its
+// gRPC status.
+func TestErrorsOfFlowsHaveAStatus(t *testing.T) {
+	type row struct {
+		name string
+		make func(t *testing.T) error
+		code codes.Code
+		wait bool // the time to retry is known
+	}
+	rows := []row{
+		{"paused", func(t *testing.T) error {
+			transport := httpguard.NewTransport(limitedClient(t, sides.Embedded), "other", answering(http.StatusTooManyRequests))
+			_ = roundTrip(t.Context(), transport)
+			return roundTrip(t.Context(), transport)
+		}, codes.ResourceExhausted, true},
+		{"unreachable", func(t *testing.T) error { return sesameFlow(t.Context(), noAgent(t), sesameParams) }, codes.Unavailable, false},
+	}
+	for _, kind := range sides.All {
+		of := func(start func(t *testing.T, client *flowctl.Client) error) func(t *testing.T) error {
+			return func(t *testing.T) error { return start(t, limitedClient(t, kind)) }
+		}
+		name := ", " + string(kind)
+		rows = append(
+			rows,
+			row{"rejected, for good" + name, of(func(t *testing.T, client *flowctl.Client) error {
+				return sesameFlow(t.Context(), client, sesameParams)
+			}), codes.ResourceExhausted, false},
+			row{"rejected, for a while" + name, func(t *testing.T) error {
+				side := sides.Setup{Answers: []flowtest.Answer{{Reason: flowctl.ReasonNoTokens, RetryAfter: 1500 * time.Millisecond}}}.New(t, kind)
+				return sesameFlow(t.Context(), side.Client, sesameParams)
+			}, codes.Unavailable, true},
+			row{"canceled" + name, of(func(t *testing.T, client *flowctl.Client) error {
+				return sesameFlow(canceledBySesame(t), client, sesameParams)
+			}), codes.Canceled, false},
+			row{"expired" + name, of(func(t *testing.T, client *flowctl.Client) error {
+				return sesameFlow(within(t, -1), client, sesameParams)
+			}), codes.DeadlineExceeded, false},
+			row{"invalid" + name, of(func(t *testing.T, client *flowctl.Client) error {
+				return sesameFlow(t.Context(), client, flowctl.Params{Labels: map[string]string{"": ""}})
+			}), codes.Internal, false},
+		)
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				err := r.make(t)
+				_, answered := fallback.Error[int](errors.New("busy"))(t.Context(), err)
+				for _, e := range []error{err, fmt.Errorf("charge the card: %w", err), errors.Join(errors.New("other"), err), answered} {
+					s, ok := status.FromError(e)
+					var wait time.Duration
+					for _, d := range s.Details() {
+						if retry, ok := d.(*errdetails.RetryInfo); ok {
+							wait = retry.GetRetryDelay().AsDuration()
+						}
+					}
+					if !ok || s.Code() != r.code || wait > 0 != r.wait {
+						t.Errorf("the status of %q is %v, retry after %s; want %v, and a time: %t", e, s, wait, r.code, r.wait)
+					}
+					if known, _ := fallback.RetryAfter(e); known != wait {
+						t.Errorf("RetryAfter(%q) = %s, and its status has %s", e, known, wait)
+					}
+				}
+			})
+		})
+	}
 }
 
 // Errors with a deadline in them are timeouts to net and net/http, and others are not.
