@@ -16,11 +16,11 @@ import (
 	"testing"
 )
 
-// documents gives all documents: those in the root and those in docs.
+// documents gives all documents: those in the root, those in docs, and those for contributors.
 func documents(t *testing.T) []string {
 	t.Helper()
 	var found []string
-	for _, pattern := range []string{"*.md", "docs/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/contributing/*.md"} {
 		names, err := filepath.Glob(filepath.FromSlash(pattern))
 		if err != nil || len(names) == 0 {
 			t.Fatalf("no documents match %s: %v", pattern, err)
@@ -168,14 +168,77 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestReadmeLinks checks that README.md leads to every other document.
+// TestReadmeLinks checks that README.md leads to every other document, and CONTRIBUTING.md to those for contributors.
 func TestReadmeLinks(t *testing.T) {
-	readme := read(t, "README.md")
 	for _, document := range documents(t) {
-		if document != "README.md" && !strings.Contains(readme, "("+document+")") {
-			t.Errorf("README.md has no link to %s", document)
+		from := "README.md"
+		if path.Dir(document) == "docs/contributing" {
+			from = "CONTRIBUTING.md"
+		}
+		if document != from && !strings.Contains(read(t, from), "("+document+")") {
+			t.Errorf("%s has no link to %s", from, document)
 		}
 	}
+}
+
+// TestAdaptorsAreListed checks that each adaptor is in the lists that docs/contributing/adaptors.md names, and has a name by
+// which the linter knows it.
+func TestAdaptorsAreListed(t *testing.T) {
+	found := 0
+	for _, dir := range directories(t) {
+		if !imports(t, dir, "github.com/headgate-go/headgate/internal/adaptor") {
+			continue
+		}
+		found++
+		if !strings.HasSuffix(dir, "guard") {
+			t.Errorf("the adaptor %s is not called …guard", dir)
+		}
+		lists := []string{"README.md"}
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err != nil { // tests of this module can import it
+			lists = append(lists, "dryrun_test.go", "errors_test.go", "retrying_test.go",
+				"bench/adaptors.go", "internal/testing/attack/victim/main.go")
+		}
+		for _, list := range lists {
+			if !strings.Contains(read(t, list), dir) {
+				t.Errorf("%s does not list the adaptor %s", list, dir)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(dir, "peers_test.go")); err != nil {
+			t.Errorf("the adaptor %s does not run internal/testing/adaptortest: %v", dir, err)
+		}
+	}
+	if found < 2 {
+		t.Errorf("%d adaptors were found", found)
+	}
+}
+
+// directories gives the directories in the root.
+func directories(t *testing.T) []string {
+	t.Helper()
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for _, entry := range entries {
+		if entry.IsDir() {
+			found = append(found, entry.Name())
+		}
+	}
+	return found
+}
+
+// imports reports whether a source file in dir, which is no test, imports the package.
+func imports(t *testing.T, dir, pkg string) bool {
+	t.Helper()
+	for _, file := range sources(t, dir) {
+		for _, spec := range parse(t, file).Imports {
+			if spec.Path.Value == strconv.Quote(pkg) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // TestReadmeFigures keeps README.md from quoting other figures than docs/benchmarks.md has.
