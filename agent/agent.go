@@ -19,8 +19,8 @@
 //     so. All cached values of an answer have at most 3 MiB.
 //   - Decisions: if an answer has no room for all of them, those that hold no slot are left out first. A flow whose
 //     slots alone do not fit is rejected: see [Service.Warnings].
-//   - Waits: a check waits in queues until its deadline, less a margin for the answer to arrive. If it comes with less
-//     than 10 ms left, the limiters and schedulers that it meets reject it. Otherwise it would cost tokens and slots
+//   - Waits: a check waits in queues until its deadline, less a margin for the answer to arrive, and no longer than its
+//     max_wait, a field of Headgate's own. If it comes with less than 10 ms left, the limiters and schedulers that it meets reject it. Otherwise it would cost tokens and slots
 //     although its client does not see the answer.
 //   - Compression: answers of up to 1 KiB are compressed as the questions are, by gzip or not.
 package agent
@@ -97,7 +97,9 @@ type handler struct {
 }
 
 func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
-	own := &agentapi.Shared{Options: agentapi.Options{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()}}
+	own := &agentapi.Shared{Options: agentapi.Options{
+		RampMode: m.GetRampMode(), DryRun: m.GetDryRun(), Waiting: wire.Waiting(m.GetMaxWait()),
+	}}
 	req := agentapi.Request{
 		ControlPoint: m.GetControlPoint(),
 		Labels:       agentapi.Labels{Params: m.GetLabels(), Shared: own},

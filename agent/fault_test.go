@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/agent"
@@ -199,6 +200,7 @@ func FuzzCheck(f *testing.F) {
 		{ControlPoint: "point", Labels: map[string]string{"user_id": "u"}, ExpectEnd: true},
 		{ControlPoint: "point", RampMode: true, CacheLookupRequest: &checkv1.CacheLookupRequest{ResultCacheKey: "r", GlobalCacheKeys: []string{"g", ""}}},
 		{ControlPoint: "rate", Labels: map[string]string{"cost": "1e300"}},
+		{ControlPoint: "point", MaxWait: &durationpb.Duration{Seconds: math.MaxInt64, Nanos: -1}},
 		{ControlPoint: "rate", Labels: map[string]string{"cost": "-0", "user_id": ""}},
 		{ControlPoint: strings.Repeat("p", 256), Labels: map[string]string{strings.Repeat("k", 256): strings.Repeat("v", 4097)}},
 	} {

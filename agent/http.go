@@ -36,8 +36,10 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		Labels: agentapi.Labels{
 			Params: carried,
 			Shared: &agentapi.Shared{
-				Layers:  agentapi.Layers{Transport: derived},
-				Options: agentapi.Options{RampMode: m.GetRampMode(), DryRun: m.GetDryRun()},
+				Layers: agentapi.Layers{Transport: derived},
+				Options: agentapi.Options{
+					RampMode: m.GetRampMode(), DryRun: m.GetDryRun(), Waiting: wire.Waiting(m.GetMaxWait()),
+				},
 			},
 		},
 	}

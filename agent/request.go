@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/runtime/protoiface"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
@@ -192,7 +193,7 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 	return unmarshal(few, m)
 }
 
-// Field numbers. The two kinds of checks share only the number of our own field.
+// Field numbers. The two kinds of checks share only the numbers of our own fields.
 const (
 	checkRequestPoint     protowire.Number = 1
 	checkRequestLabels    protowire.Number = 2
@@ -213,7 +214,11 @@ const (
 	requestSize     protowire.Number = 6
 	requestProtocol protowire.Number = 7
 
-	requestDryRun protowire.Number = 1001
+	requestDryRun  protowire.Number = 1001
+	requestMaxWait protowire.Number = 1002
+
+	durationSeconds protowire.Number = 1
+	durationNanos   protowire.Number = 2
 
 	lookupPoint  protowire.Number = 1
 	lookupResult protowire.Number = 2
@@ -254,6 +259,13 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 			if !lookup.read(data) {
 				return protofield.ErrMalformed
 			}
+		case requestMaxWait:
+			if m.MaxWait == nil {
+				m.MaxWait = new(durationpb.Duration)
+			}
+			if !readDuration(m.GetMaxWait(), data) {
+				return protofield.ErrMalformed
+			}
 		}
 	}
 	m.ControlPoint = point(controlPoint)
@@ -262,6 +274,19 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 		m.CacheLookupRequest = lookup.done()
 	}
 	return nil
+}
+
+// readDuration reads more of a duration, and reports whether it is well-formed.
+func readDuration(d *durationpb.Duration, data []byte) bool {
+	return protofield.Walk(data, func(field protowire.Number, data []byte, n uint64) {
+		switch {
+		case data != nil:
+		case field == durationSeconds:
+			d.Seconds = int64(n)
+		case field == durationNanos:
+			d.Nanos = int32(n)
+		}
+	})
 }
 
 // A lookupReader reads the lookup of a check, as far as an answer can report it.
@@ -355,6 +380,13 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 			}
 		case httpRequestPoint:
 			controlPoint = data
+		case requestMaxWait:
+			if m.MaxWait == nil {
+				m.MaxWait = new(durationpb.Duration)
+			}
+			if !readDuration(m.GetMaxWait(), data) {
+				return protofield.ErrMalformed
+			}
 		}
 	}
 	m.ControlPoint = point(controlPoint)

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
@@ -45,6 +47,7 @@ func TestRequestsAreBoundedInMemory(t *testing.T) {
 		{"labels", append(point, distinct(2)...), new(checkv1.CheckRequest)},
 		{"one label", append(point, bytesField(2, append(bytesField(1, []byte("k")), bytesField(2, make([]byte, 4<<20-64))...))...), new(checkv1.CheckRequest)},
 		{"a check's empty keys", append(point, bytesField(4, repeat([]byte{0x1a, 0}))...), new(checkv1.CheckRequest)},
+		{"waits", append(point, repeat(bytesField(1002, nil))...), new(checkv1.CheckRequest)},
 		{"lookups", append(point, repeat([]byte{0x22, 0})...), new(checkv1.CheckRequest)},
 		{"a control point", bytesField(1, make([]byte, 4<<20-64)), new(checkv1.CheckRequest)},
 		{"headers", bytesField(3, distinct(2)), new(checkhttpv1.CheckHTTPRequest)},
@@ -79,7 +82,10 @@ func TestRequestsAreReadAsProtobufReadsThem(t *testing.T) {
 		&checkv1.CheckRequest{
 			ControlPoint: "point", Labels: map[string]string{"a": "1", "": "empty", "b": ""}, RampMode: true, ExpectEnd: true, DryRun: true,
 			CacheLookupRequest: &checkv1.CacheLookupRequest{ControlPoint: "point", ResultCacheKey: "r", GlobalCacheKeys: []string{"g", "", "h"}},
+			MaxWait:            &durationpb.Duration{Seconds: -3, Nanos: -7},
 		},
+		&checkv1.CheckRequest{MaxWait: new(durationpb.Duration)},
+		&checkhttpv1.CheckHTTPRequest{MaxWait: durationpb.New(time.Minute + 1)},
 		&checkv1.CheckRequest{CacheLookupRequest: new(checkv1.CacheLookupRequest)},
 		&checkhttpv1.CheckHTTPRequest{
 			ControlPoint: "web", RampMode: true, ExpectEnd: true, DryRun: true,

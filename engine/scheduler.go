@@ -148,6 +148,9 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 	})
 	if a.wait && d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
 		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
+		if req.MaxWait() > 0 && s.answerLeft(ctx, req, a.now-a.start) > 0 {
+			d.Cause = agentapi.CauseLongQueue // it has time, and may not wait any longer
+		}
 	}
 	now := a.now
 	if t.waiter != nil {
@@ -517,20 +520,41 @@ func (s *scheduler[S]) count(of *workload, req *agentapi.Request, d *agentapi.Li
 const forever time.Duration = math.MaxInt64
 
 // patience returns how long a flow of the workload may wait after it has asked for so long: until it needs its answer,
-// less the time that the answer takes to arrive.
+// less the time that the answer takes to arrive, and no longer than its MaxWait.
 func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *workload, asked int64) time.Duration {
-	if of.timeout < 0 {
+	if of.timeout < 0 || req.MaxWait() == agentapi.NoWait {
 		return 0
 	}
 	wait := s.timeLeft(ctx, req, asked)
 	if of.timeout > 0 {
+		of.cut(req.MaxWait())
 		wait = min(wait, of.timeout)
 	}
 	return wait
 }
 
-// timeLeft returns how long the flow may wait by its deadline and its own timeout.
+// shortestWait returns the shortest MaxWait that cut the timeout of a workload short; 0 where there was none.
+func (s *scheduler[S]) shortestWait(workload int) time.Duration {
+	for of := range s.workloads.all {
+		if of.index == workload {
+			return time.Duration(of.shortest.Load())
+		}
+	}
+	return 0
+}
+
+// timeLeft returns how long the flow may wait by its deadline, its own timeout and its MaxWait. The last is no time for
+// an answer, so neither the margin nor a crowd takes any of it.
 func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
+	left := s.answerLeft(ctx, req, asked)
+	if most := req.MaxWait(); most > 0 {
+		left = min(left, max(most-time.Duration(asked), 0))
+	}
+	return left
+}
+
+// answerLeft returns how long the flow may wait by its deadline and its own timeout, so that the answer is in time.
+func (s *scheduler[S]) answerLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
 	left := forever
 	if at, ok := ctx.Deadline(); ok {
 		left = time.Until(at)

@@ -32,6 +32,20 @@ type workload struct {
 	counts *counts
 	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
 	waits  *waits
+
+	// shortest is the shortest MaxWait of a flow that had to wait, in nanoseconds, if it is shorter than the timeout; 0
+	// while there is none.
+	shortest *atomic.Int64
+}
+
+// cut notes a flow's MaxWait if it cuts the workload's timeout short. A flow that is not to wait at all is left out.
+func (w *workload) cut(most time.Duration) {
+	for most > agentapi.NoWait && most < w.timeout {
+		old := w.shortest.Load()
+		if old > 0 && old <= int64(most) || w.shortest.CompareAndSwap(old, int64(most)) {
+			return
+		}
+	}
 }
 
 func compileWorkloads(p *policy.Scheduler) (*workloads, error) {
@@ -65,6 +79,7 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 		counts:   new(counts),
 		drops:    new([agentapi.Causes]atomic.Uint64),
 		waits:    new(waits),
+		shortest: new(atomic.Int64),
 	}
 }
 

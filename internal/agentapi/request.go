@@ -16,6 +16,25 @@ type Request struct {
 	Timeout time.Duration
 }
 
+// NoWait is the shortest MaxWait: the flow does not wait.
+const NoWait time.Duration = 1
+
+// MaxWait is the longest that the flow may wait in queues, besides Timeout; 0 is no limit of its own.
+func (r *Request) MaxWait() time.Duration {
+	if r.Labels.Shared == nil || r.Labels.Shared.Waiting == nil {
+		return 0
+	}
+	return r.Labels.Shared.Waiting.MaxWait
+}
+
+// Silence is how long a remote agent may bring no sign of life while the flow waits; 0 is no limit but Timeout.
+func (r *Request) Silence() time.Duration {
+	if r.Labels.Shared == nil || r.Labels.Shared.Waiting == nil {
+		return 0
+	}
+	return r.Labels.Shared.Waiting.Silence
+}
+
 // Lookup names the cache entries to look up with the check; nil looks up none.
 func (r *Request) Lookup() *Lookup {
 	if r.Labels.Shared == nil {
@@ -74,6 +93,9 @@ type Options struct {
 	// the transport's layer. Nil means that there are only labels.
 	HTTP *HTTPRequest
 
+	// Waiting says how long the flow may wait, apart from how long the agent may take. Nil means that Timeout bounds both.
+	Waiting *Waiting
+
 	// Service names the client's service, for selectors.
 	Service string
 
@@ -83,6 +105,12 @@ type Options struct {
 	RampMode bool // a ramp must let the flow in
 	DryRun   bool // the flow runs whatever the answer
 	Late     bool // the client will not see the answer in time
+}
+
+// Waiting is how long a flow may wait. See Request for its fields.
+type Waiting struct {
+	MaxWait time.Duration
+	Silence time.Duration
 }
 
 // Lookup finds a label; the layer with the highest precedence wins.

@@ -53,6 +53,7 @@ func HTTPRequest(req *agentapi.Request) *checkhttpv1.CheckHTTPRequest {
 		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
 		DryRun:       req.DryRun(),
+		MaxWait:      maxWait(req),
 	}
 }
 

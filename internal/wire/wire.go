@@ -33,11 +33,28 @@ func Request(req *agentapi.Request) *checkv1.CheckRequest {
 		RampMode:     req.RampMode(),
 		ExpectEnd:    true,
 		DryRun:       req.DryRun(),
+		MaxWait:      maxWait(req),
 	}
 	if req.Lookup() != nil {
 		m.CacheLookupRequest = Lookup(req)
 	}
 	return m
+}
+
+// maxWait is the request's MaxWait; nil where the deadline is the only bound.
+func maxWait(req *agentapi.Request) *durationpb.Duration {
+	if most := req.MaxWait(); most > 0 {
+		return durationpb.New(most)
+	}
+	return nil
+}
+
+// Waiting is what the max_wait of a check says; nil where it says nothing.
+func Waiting(maxWait *durationpb.Duration) *agentapi.Waiting {
+	if maxWait == nil {
+		return nil
+	}
+	return &agentapi.Waiting{MaxWait: max(maxWait.AsDuration(), agentapi.NoWait)}
 }
 
 // Lookup is the message that asks for the request's cache entries.

@@ -652,7 +652,12 @@ type CheckRequest struct {
 	// Headgate's own: the client runs the flow whatever the answer. An agent that
 	// knows the field decides and counts as usual, and answers without queueing
 	// the flow.
-	DryRun        bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	DryRun bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// Headgate's own: how long the flow may wait in queues, besides the time that
+	// the call's deadline leaves. An agent that knows the field answers when the
+	// time is up. Zero or less: the flow does not wait. Absent: the deadline is
+	// the only bound.
+	MaxWait       *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -727,6 +732,13 @@ func (x *CheckRequest) GetDryRun() bool {
 		return x.DryRun
 	}
 	return false
+}
+
+func (x *CheckRequest) GetMaxWait() *durationpb.Duration {
+	if x != nil {
+		return x.MaxWait
+	}
+	return nil
 }
 
 // CheckResponse is the agent's decision with everything that led to it.
@@ -2578,7 +2590,7 @@ var File_aperture_flowcontrol_check_v1_check_proto protoreflect.FileDescriptor
 
 const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\n" +
-	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfa\x02\n" +
+	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x03\n" +
 	"\fCheckRequest\x12#\n" +
 	"\rcontrol_point\x18\x01 \x01(\tR\fcontrolPoint\x12O\n" +
 	"\x06labels\x18\x02 \x03(\v27.aperture.flowcontrol.check.v1.CheckRequest.LabelsEntryR\x06labels\x12\x1b\n" +
@@ -2586,7 +2598,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x14cache_lookup_request\x18\x04 \x01(\v21.aperture.flowcontrol.check.v1.CacheLookupRequestR\x12cacheLookupRequest\x12\x1d\n" +
 	"\n" +
 	"expect_end\x18\x05 \x01(\bR\texpectEnd\x12\x18\n" +
-	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a9\n" +
+	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x125\n" +
+	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\f\n" +
@@ -2906,74 +2919,75 @@ var file_aperture_flowcontrol_check_v1_check_proto_goTypes = []any{
 	(*LimiterDecision_QuotaSchedulerInfo)(nil),     // 37: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
 	(*LimiterDecision_ConcurrencyLimiterInfo)(nil), // 38: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
 	(*LimiterDecision_ConcurrencySchedulerInfo)(nil), // 39: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
-	(*timestamppb.Timestamp)(nil),                    // 40: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),                      // 41: google.protobuf.Duration
+	(*durationpb.Duration)(nil),                      // 40: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),                    // 41: google.protobuf.Timestamp
 }
 var file_aperture_flowcontrol_check_v1_check_proto_depIdxs = []int32{
 	27, // 0: aperture.flowcontrol.check.v1.CheckRequest.labels:type_name -> aperture.flowcontrol.check.v1.CheckRequest.LabelsEntry
 	10, // 1: aperture.flowcontrol.check.v1.CheckRequest.cache_lookup_request:type_name -> aperture.flowcontrol.check.v1.CacheLookupRequest
-	40, // 2: aperture.flowcontrol.check.v1.CheckResponse.start:type_name -> google.protobuf.Timestamp
-	40, // 3: aperture.flowcontrol.check.v1.CheckResponse.end:type_name -> google.protobuf.Timestamp
-	28, // 4: aperture.flowcontrol.check.v1.CheckResponse.telemetry_flow_labels:type_name -> aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
-	5,  // 5: aperture.flowcontrol.check.v1.CheckResponse.decision_type:type_name -> aperture.flowcontrol.check.v1.CheckResponse.DecisionType
-	4,  // 6: aperture.flowcontrol.check.v1.CheckResponse.reject_reason:type_name -> aperture.flowcontrol.check.v1.CheckResponse.RejectReason
-	20, // 7: aperture.flowcontrol.check.v1.CheckResponse.classifier_infos:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo
-	22, // 8: aperture.flowcontrol.check.v1.CheckResponse.flux_meter_infos:type_name -> aperture.flowcontrol.check.v1.FluxMeterInfo
-	21, // 9: aperture.flowcontrol.check.v1.CheckResponse.limiter_decisions:type_name -> aperture.flowcontrol.check.v1.LimiterDecision
-	41, // 10: aperture.flowcontrol.check.v1.CheckResponse.wait_time:type_name -> google.protobuf.Duration
-	2,  // 11: aperture.flowcontrol.check.v1.CheckResponse.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
-	11, // 12: aperture.flowcontrol.check.v1.CheckResponse.cache_lookup_response:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse
-	3,  // 13: aperture.flowcontrol.check.v1.CheckResponse.cause:type_name -> aperture.flowcontrol.check.v1.CheckResponse.Cause
-	12, // 14: aperture.flowcontrol.check.v1.CacheLookupResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
-	29, // 15: aperture.flowcontrol.check.v1.CacheLookupResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
-	0,  // 16: aperture.flowcontrol.check.v1.KeyLookupResponse.lookup_status:type_name -> aperture.flowcontrol.check.v1.CacheLookupStatus
-	1,  // 17: aperture.flowcontrol.check.v1.KeyLookupResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	14, // 18: aperture.flowcontrol.check.v1.CacheUpsertRequest.result_cache_entry:type_name -> aperture.flowcontrol.check.v1.CacheEntry
-	30, // 19: aperture.flowcontrol.check.v1.CacheUpsertRequest.global_cache_entries:type_name -> aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
-	41, // 20: aperture.flowcontrol.check.v1.CacheEntry.ttl:type_name -> google.protobuf.Duration
-	16, // 21: aperture.flowcontrol.check.v1.CacheUpsertResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
-	31, // 22: aperture.flowcontrol.check.v1.CacheUpsertResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
-	1,  // 23: aperture.flowcontrol.check.v1.KeyUpsertResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	19, // 24: aperture.flowcontrol.check.v1.CacheDeleteResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
-	32, // 25: aperture.flowcontrol.check.v1.CacheDeleteResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
-	1,  // 26: aperture.flowcontrol.check.v1.KeyDeleteResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
-	6,  // 27: aperture.flowcontrol.check.v1.ClassifierInfo.error:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo.Error
-	7,  // 28: aperture.flowcontrol.check.v1.LimiterDecision.reason:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
-	2,  // 29: aperture.flowcontrol.check.v1.LimiterDecision.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
-	41, // 30: aperture.flowcontrol.check.v1.LimiterDecision.wait_time:type_name -> google.protobuf.Duration
-	34, // 31: aperture.flowcontrol.check.v1.LimiterDecision.rate_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
-	35, // 32: aperture.flowcontrol.check.v1.LimiterDecision.load_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
-	36, // 33: aperture.flowcontrol.check.v1.LimiterDecision.sampler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
-	37, // 34: aperture.flowcontrol.check.v1.LimiterDecision.quota_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
-	38, // 35: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
-	39, // 36: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
-	23, // 37: aperture.flowcontrol.check.v1.TokenReturnStatus.inflight_request_ref:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
-	23, // 38: aperture.flowcontrol.check.v1.FlowEndRequest.inflight_requests:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
-	24, // 39: aperture.flowcontrol.check.v1.FlowEndResponse.token_return_statuses:type_name -> aperture.flowcontrol.check.v1.TokenReturnStatus
-	12, // 40: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
-	14, // 41: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry.value:type_name -> aperture.flowcontrol.check.v1.CacheEntry
-	16, // 42: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
-	19, // 43: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
-	33, // 44: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	33, // 45: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	33, // 46: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	33, // 47: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	33, // 48: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
-	8,  // 49: aperture.flowcontrol.check.v1.FlowControlService.Check:input_type -> aperture.flowcontrol.check.v1.CheckRequest
-	10, // 50: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:input_type -> aperture.flowcontrol.check.v1.CacheLookupRequest
-	13, // 51: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:input_type -> aperture.flowcontrol.check.v1.CacheUpsertRequest
-	17, // 52: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:input_type -> aperture.flowcontrol.check.v1.CacheDeleteRequest
-	25, // 53: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:input_type -> aperture.flowcontrol.check.v1.FlowEndRequest
-	9,  // 54: aperture.flowcontrol.check.v1.FlowControlService.Check:output_type -> aperture.flowcontrol.check.v1.CheckResponse
-	11, // 55: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:output_type -> aperture.flowcontrol.check.v1.CacheLookupResponse
-	15, // 56: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:output_type -> aperture.flowcontrol.check.v1.CacheUpsertResponse
-	18, // 57: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:output_type -> aperture.flowcontrol.check.v1.CacheDeleteResponse
-	26, // 58: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:output_type -> aperture.flowcontrol.check.v1.FlowEndResponse
-	54, // [54:59] is the sub-list for method output_type
-	49, // [49:54] is the sub-list for method input_type
-	49, // [49:49] is the sub-list for extension type_name
-	49, // [49:49] is the sub-list for extension extendee
-	0,  // [0:49] is the sub-list for field type_name
+	40, // 2: aperture.flowcontrol.check.v1.CheckRequest.max_wait:type_name -> google.protobuf.Duration
+	41, // 3: aperture.flowcontrol.check.v1.CheckResponse.start:type_name -> google.protobuf.Timestamp
+	41, // 4: aperture.flowcontrol.check.v1.CheckResponse.end:type_name -> google.protobuf.Timestamp
+	28, // 5: aperture.flowcontrol.check.v1.CheckResponse.telemetry_flow_labels:type_name -> aperture.flowcontrol.check.v1.CheckResponse.TelemetryFlowLabelsEntry
+	5,  // 6: aperture.flowcontrol.check.v1.CheckResponse.decision_type:type_name -> aperture.flowcontrol.check.v1.CheckResponse.DecisionType
+	4,  // 7: aperture.flowcontrol.check.v1.CheckResponse.reject_reason:type_name -> aperture.flowcontrol.check.v1.CheckResponse.RejectReason
+	20, // 8: aperture.flowcontrol.check.v1.CheckResponse.classifier_infos:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo
+	22, // 9: aperture.flowcontrol.check.v1.CheckResponse.flux_meter_infos:type_name -> aperture.flowcontrol.check.v1.FluxMeterInfo
+	21, // 10: aperture.flowcontrol.check.v1.CheckResponse.limiter_decisions:type_name -> aperture.flowcontrol.check.v1.LimiterDecision
+	40, // 11: aperture.flowcontrol.check.v1.CheckResponse.wait_time:type_name -> google.protobuf.Duration
+	2,  // 12: aperture.flowcontrol.check.v1.CheckResponse.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
+	11, // 13: aperture.flowcontrol.check.v1.CheckResponse.cache_lookup_response:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse
+	3,  // 14: aperture.flowcontrol.check.v1.CheckResponse.cause:type_name -> aperture.flowcontrol.check.v1.CheckResponse.Cause
+	12, // 15: aperture.flowcontrol.check.v1.CacheLookupResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
+	29, // 16: aperture.flowcontrol.check.v1.CacheLookupResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry
+	0,  // 17: aperture.flowcontrol.check.v1.KeyLookupResponse.lookup_status:type_name -> aperture.flowcontrol.check.v1.CacheLookupStatus
+	1,  // 18: aperture.flowcontrol.check.v1.KeyLookupResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	14, // 19: aperture.flowcontrol.check.v1.CacheUpsertRequest.result_cache_entry:type_name -> aperture.flowcontrol.check.v1.CacheEntry
+	30, // 20: aperture.flowcontrol.check.v1.CacheUpsertRequest.global_cache_entries:type_name -> aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry
+	40, // 21: aperture.flowcontrol.check.v1.CacheEntry.ttl:type_name -> google.protobuf.Duration
+	16, // 22: aperture.flowcontrol.check.v1.CacheUpsertResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
+	31, // 23: aperture.flowcontrol.check.v1.CacheUpsertResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry
+	1,  // 24: aperture.flowcontrol.check.v1.KeyUpsertResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	19, // 25: aperture.flowcontrol.check.v1.CacheDeleteResponse.result_cache_response:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
+	32, // 26: aperture.flowcontrol.check.v1.CacheDeleteResponse.global_cache_responses:type_name -> aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry
+	1,  // 27: aperture.flowcontrol.check.v1.KeyDeleteResponse.operation_status:type_name -> aperture.flowcontrol.check.v1.CacheOperationStatus
+	6,  // 28: aperture.flowcontrol.check.v1.ClassifierInfo.error:type_name -> aperture.flowcontrol.check.v1.ClassifierInfo.Error
+	7,  // 29: aperture.flowcontrol.check.v1.LimiterDecision.reason:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.LimiterReason
+	2,  // 30: aperture.flowcontrol.check.v1.LimiterDecision.denied_response_status_code:type_name -> aperture.flowcontrol.check.v1.StatusCode
+	40, // 31: aperture.flowcontrol.check.v1.LimiterDecision.wait_time:type_name -> google.protobuf.Duration
+	34, // 32: aperture.flowcontrol.check.v1.LimiterDecision.rate_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo
+	35, // 33: aperture.flowcontrol.check.v1.LimiterDecision.load_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo
+	36, // 34: aperture.flowcontrol.check.v1.LimiterDecision.sampler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.SamplerInfo
+	37, // 35: aperture.flowcontrol.check.v1.LimiterDecision.quota_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo
+	38, // 36: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_limiter_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo
+	39, // 37: aperture.flowcontrol.check.v1.LimiterDecision.concurrency_scheduler_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo
+	23, // 38: aperture.flowcontrol.check.v1.TokenReturnStatus.inflight_request_ref:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	23, // 39: aperture.flowcontrol.check.v1.FlowEndRequest.inflight_requests:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	24, // 40: aperture.flowcontrol.check.v1.FlowEndResponse.token_return_statuses:type_name -> aperture.flowcontrol.check.v1.TokenReturnStatus
+	12, // 41: aperture.flowcontrol.check.v1.CacheLookupResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyLookupResponse
+	14, // 42: aperture.flowcontrol.check.v1.CacheUpsertRequest.GlobalCacheEntriesEntry.value:type_name -> aperture.flowcontrol.check.v1.CacheEntry
+	16, // 43: aperture.flowcontrol.check.v1.CacheUpsertResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyUpsertResponse
+	19, // 44: aperture.flowcontrol.check.v1.CacheDeleteResponse.GlobalCacheResponsesEntry.value:type_name -> aperture.flowcontrol.check.v1.KeyDeleteResponse
+	33, // 45: aperture.flowcontrol.check.v1.LimiterDecision.RateLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 46: aperture.flowcontrol.check.v1.LimiterDecision.SchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 47: aperture.flowcontrol.check.v1.LimiterDecision.QuotaSchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 48: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencyLimiterInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	33, // 49: aperture.flowcontrol.check.v1.LimiterDecision.ConcurrencySchedulerInfo.tokens_info:type_name -> aperture.flowcontrol.check.v1.LimiterDecision.TokensInfo
+	8,  // 50: aperture.flowcontrol.check.v1.FlowControlService.Check:input_type -> aperture.flowcontrol.check.v1.CheckRequest
+	10, // 51: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:input_type -> aperture.flowcontrol.check.v1.CacheLookupRequest
+	13, // 52: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:input_type -> aperture.flowcontrol.check.v1.CacheUpsertRequest
+	17, // 53: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:input_type -> aperture.flowcontrol.check.v1.CacheDeleteRequest
+	25, // 54: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:input_type -> aperture.flowcontrol.check.v1.FlowEndRequest
+	9,  // 55: aperture.flowcontrol.check.v1.FlowControlService.Check:output_type -> aperture.flowcontrol.check.v1.CheckResponse
+	11, // 56: aperture.flowcontrol.check.v1.FlowControlService.CacheLookup:output_type -> aperture.flowcontrol.check.v1.CacheLookupResponse
+	15, // 57: aperture.flowcontrol.check.v1.FlowControlService.CacheUpsert:output_type -> aperture.flowcontrol.check.v1.CacheUpsertResponse
+	18, // 58: aperture.flowcontrol.check.v1.FlowControlService.CacheDelete:output_type -> aperture.flowcontrol.check.v1.CacheDeleteResponse
+	26, // 59: aperture.flowcontrol.check.v1.FlowControlService.FlowEnd:output_type -> aperture.flowcontrol.check.v1.FlowEndResponse
+	55, // [55:60] is the sub-list for method output_type
+	50, // [50:55] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_aperture_flowcontrol_check_v1_check_proto_init() }

@@ -20,6 +20,7 @@ import (
 	status "google.golang.org/genproto/googleapis/rpc/status"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
@@ -101,7 +102,10 @@ type CheckHTTPRequest struct {
 	ExpectEnd bool `protobuf:"varint,6,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
 	// Headgate's own: the client runs the flow whatever the answer, as dry_run
 	// of CheckRequest.
-	DryRun        bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	DryRun bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// Headgate's own: how long the flow may wait in queues, as max_wait of
+	// CheckRequest.
+	MaxWait       *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -183,6 +187,13 @@ func (x *CheckHTTPRequest) GetDryRun() bool {
 		return x.DryRun
 	}
 	return false
+}
+
+func (x *CheckHTTPRequest) GetMaxWait() *durationpb.Duration {
+	if x != nil {
+		return x.MaxWait
+	}
+	return nil
 }
 
 // DeniedHttpResponse is how to answer a request that must not run.
@@ -600,7 +611,7 @@ var File_aperture_flowcontrol_checkhttp_v1_checkhttp_proto protoreflect.FileDesc
 
 const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\n" +
-	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xd6\x05\n" +
+	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\x8d\x06\n" +
 	"\x10CheckHTTPRequest\x12H\n" +
 	"\x06source\x18\x01 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\x06source\x12R\n" +
 	"\vdestination\x18\x02 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\vdestination\x12Y\n" +
@@ -609,7 +620,8 @@ const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\tramp_mode\x18\x05 \x01(\bR\brampMode\x12\x1d\n" +
 	"\n" +
 	"expect_end\x18\x06 \x01(\bR\texpectEnd\x12\x18\n" +
-	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x1a\xcd\x02\n" +
+	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x125\n" +
+	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a\xcd\x02\n" +
 	"\vHttpRequest\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12f\n" +
 	"\aheaders\x18\x02 \x03(\v2L.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntryR\aheaders\x12\x12\n" +
@@ -678,31 +690,33 @@ var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_goTypes = []any{
 	nil,                                  // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
 	nil,                                  // 8: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
 	nil,                                  // 9: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
-	(*structpb.Struct)(nil),              // 10: google.protobuf.Struct
-	(*status.Status)(nil),                // 11: google.rpc.Status
-	(*v1.CheckResponse)(nil),             // 12: aperture.flowcontrol.check.v1.CheckResponse
+	(*durationpb.Duration)(nil),          // 10: google.protobuf.Duration
+	(*structpb.Struct)(nil),              // 11: google.protobuf.Struct
+	(*status.Status)(nil),                // 12: google.rpc.Status
+	(*v1.CheckResponse)(nil),             // 13: aperture.flowcontrol.check.v1.CheckResponse
 }
 var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_depIdxs = []int32{
 	5,  // 0: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.source:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress
 	5,  // 1: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.destination:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress
 	6,  // 2: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.request:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest
-	8,  // 3: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
-	9,  // 4: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
-	10, // 5: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.dynamic_metadata:type_name -> google.protobuf.Struct
-	11, // 6: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.status:type_name -> google.rpc.Status
-	2,  // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.denied_response:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse
-	3,  // 8: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.ok_response:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse
-	10, // 9: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.dynamic_metadata:type_name -> google.protobuf.Struct
-	12, // 10: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.check_response:type_name -> aperture.flowcontrol.check.v1.CheckResponse
-	0,  // 11: aperture.flowcontrol.checkhttp.v1.SocketAddress.protocol:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress.Protocol
-	7,  // 12: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.headers:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
-	1,  // 13: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:input_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest
-	4,  // 14: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:output_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse
-	14, // [14:15] is the sub-list for method output_type
-	13, // [13:14] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	10, // 3: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.max_wait:type_name -> google.protobuf.Duration
+	8,  // 4: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
+	9,  // 5: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
+	11, // 6: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.dynamic_metadata:type_name -> google.protobuf.Struct
+	12, // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.status:type_name -> google.rpc.Status
+	2,  // 8: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.denied_response:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse
+	3,  // 9: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.ok_response:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse
+	11, // 10: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.dynamic_metadata:type_name -> google.protobuf.Struct
+	13, // 11: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.check_response:type_name -> aperture.flowcontrol.check.v1.CheckResponse
+	0,  // 12: aperture.flowcontrol.checkhttp.v1.SocketAddress.protocol:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress.Protocol
+	7,  // 13: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.headers:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
+	1,  // 14: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:input_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest
+	4,  // 15: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:output_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse
+	15, // [15:16] is the sub-list for method output_type
+	14, // [14:15] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_init() }
