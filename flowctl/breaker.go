@@ -20,6 +20,9 @@ import (
 // A new connection counts for the agent when it has brought an answer, or has lasted for a second. What a shorter one
 // brings does not count: a proxy that accepts connections and ends them is no agent.
 //
+// A flow with a Params.MaxWait may wait for longer than an agent may be silent. While it waits, the client asks the
+// agent for signs of life. If none comes, the flow counts as a failure, whose time begins with the silence.
+//
 // On a connection of [WithConn], only answers that come in time are seen. So an agent whose answers are all too late
 // opens the breaker there. Set Failures to a negative number if that is worse than waiting for a dead agent.
 //
@@ -111,9 +114,9 @@ func (g *breaker) outdated(received uint64) bool {
 	return g.count.Load() != 0 && g.seen.Load() != received
 }
 
-// failed counts a failure. received is how much had come from the agent by then. It reports whether that opened the
-// breaker.
-func (g *breaker) failed(now time.Time, received uint64) bool {
+// failed counts a failure. The agent has been silent since then, and received is how much had come from it by now. It
+// reports whether that opened the breaker.
+func (g *breaker) failed(now, since time.Time, received uint64) bool {
 	if g.Failures < 0 {
 		return false
 	}
@@ -122,7 +125,7 @@ func (g *breaker) failed(now time.Time, received uint64) bool {
 	g.seen.Store(received)
 	t := int64(now.Sub(g.epoch))
 	if g.count.Load() == 0 {
-		g.first = t
+		g.first = int64(since.Sub(g.epoch))
 	}
 	if g.count.Add(1) < int64(g.Failures) || t-g.first < int64(g.Span) || g.open.Load() {
 		return false

@@ -62,9 +62,17 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	c := &check{remote: r, start: start, seen: seen}
 	call, release := outlast(ctx, req.Timeout)
 	defer release()
+	if silence := req.Silence(); silence > 0 {
+		var leave func()
+		call, leave = r.vigil.attend(call, silence)
+		defer leave()
+	}
 	err := c.ask(call, req)
 	c.returned = time.Now()
 	if err != nil {
+		if silent := silenceOf(call); silent != nil {
+			err = silent
+		}
 		r.failed(ctx, call, err, c)
 		return err
 	}

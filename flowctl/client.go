@@ -32,10 +32,12 @@
 package flowctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -62,6 +64,7 @@ type Client struct {
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
 	shared       *agentapi.Shared // what every flow has; nil when that is nothing
+	patient      atomic.Pointer[patient]
 	baggage      bool
 	baggageKeys  []string
 	dryRun       bool
@@ -123,7 +126,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 }
 
 // Start asks the agent about a flow, and returns the flow with its decision. It waits for the answer for the check
-// timeout at the most. If ctx ends first, it waits up to 200 ms more for a remote agent's answer. The control point has
+// timeout at the most, and longer if Params.MaxWait says so. If ctx ends first, it waits up to 200 ms more for a remote agent's answer. The control point has
 // 1 to 255 bytes. Every flow must be ended, whatever the decision; see [Flow.End] and [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
 	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
@@ -216,17 +219,12 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 	if err != nil {
 		return err
 	}
-	switch {
-	case params.CheckTimeout > 0:
-		req.Timeout = params.CheckTimeout
-	case params.CheckTimeout == 0 && c.checkTimeout > 0:
-		req.Timeout = c.checkTimeout
-	case c.dryRun: // an agent that does not know dry runs could hold the flow without limit
-		req.Timeout = defaultCheckTimeout
-	}
+	waits := c.bound(req, params)
 	req.Labels.Params, req.Labels.Context = params.Labels, explicit
 	if transport == nil && !c.baggage && !looks && !params.RampMode && params.HTTP == nil {
-		req.Labels.Shared = c.shared
+		if req.Labels.Shared = c.shared; waits != nil {
+			req.Labels.Shared = &waits.Shared
+		}
 		return c.fit(&req.Labels)
 	}
 	own := req.Labels.Shared
@@ -235,6 +233,9 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 		req.Labels.Shared = own
 	}
 	own.RampMode = params.RampMode
+	if waits != nil {
+		own.Waiting = &waits.waiting
+	}
 	if c.shared != nil {
 		own.Defaults, own.Service, own.DryRun = c.shared.Defaults, c.shared.Service, c.shared.DryRun
 	}
@@ -246,6 +247,52 @@ func (c *Client) prepare(ctx context.Context, req *agentapi.Request, params *Par
 		own.Baggage = labels.FromBaggage(ctx, c.baggageKeys...)
 	}
 	return c.fit(&req.Labels)
+}
+
+// bound sets how long the check may take. It returns how long the flow may wait if that is apart, and nil otherwise.
+func (c *Client) bound(req *agentapi.Request, params *Params) *patient {
+	switch {
+	case params.CheckTimeout > 0:
+		req.Timeout = params.CheckTimeout
+	case params.CheckTimeout == 0 && c.checkTimeout > 0:
+		req.Timeout = c.checkTimeout
+	case c.dryRun: // an agent that does not know dry runs could hold the flow without limit
+		req.Timeout = defaultCheckTimeout
+	}
+	if params.MaxWait == 0 || c.dryRun {
+		return nil
+	}
+	waiting := agentapi.Waiting{MaxWait: max(params.MaxWait, 0)}
+	switch {
+	case c.remote == nil:
+		req.Timeout = 0
+	case params.MaxWait < 0:
+		waiting.Silence, req.Timeout = req.Timeout, 0
+	default: // bounded in any case, because the agent may not know MaxWait
+		waiting.Silence = req.Timeout
+		req.Timeout = cmp.Or(req.Timeout, defaultCheckTimeout)
+		req.Timeout += min(params.MaxWait, math.MaxInt64-req.Timeout)
+	}
+	if waiting == (agentapi.Waiting{}) {
+		return nil
+	}
+	p := c.patient.Load()
+	if p == nil || p.waiting != waiting {
+		p = &patient{waiting: waiting}
+		if c.shared != nil {
+			p.Shared = *c.shared
+		}
+		p.Waiting = &p.waiting
+		c.patient.Store(p)
+	}
+	return p
+}
+
+// patient is what flows with the same MaxWait and CheckTimeout share. A client keeps the one that it made last, because
+// most programs have only one MaxWait.
+type patient struct {
+	agentapi.Shared
+	waiting agentapi.Waiting
 }
 
 // looking is what a flow with cache keys has of its own, in one object.

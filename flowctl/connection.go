@@ -46,6 +46,8 @@ var (
 type connections struct {
 	epoch    time.Time
 	received *atomic.Uint64 // counts reads on connections that have proved themselves
+	opened   atomic.Uint64  // counts the calls that were sent
+	writing  atomic.Int64   // how many connections are being written to
 	underWay atomic.Int64   // bytes of answers that have not come whole
 
 	mu   sync.Mutex
@@ -206,6 +208,8 @@ func (c *connection) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	c.out.each(p, c.sends, c.sendsData)
 	c.mu.Unlock()
+	c.connections.writing.Add(1)
+	defer c.connections.writing.Add(-1)
 	return c.Conn.Write(p)
 }
 
@@ -313,6 +317,7 @@ func (f *frames) each(p []byte, begin func(frame), data func(f frame, p []byte, 
 func (c *connection) sends(f frame) {
 	switch f.kind {
 	case frameHeaders:
+		c.connections.opened.Add(1)
 		c.streams[f.stream] = stream{}
 		c.newest = max(c.newest, f.stream)
 		c.earn(framesPerCall)

@@ -100,6 +100,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			plaintext: plaintextKey,
 		}))
 	}
+	r.vigil.remote = r
 	r.bounded = append(slices.Clone(r.calls), grpc.ForceCodecV2(r.codec), grpc.MaxCallRecvMsgSize(maxAnswer))
 	return r, nil
 }

@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -25,19 +26,27 @@ func (r *remote) answered() {
 // failed decides whether a check that got no answer counts against the agent.
 func (r *remote) failed(ctx, call context.Context, err error, c *check) {
 	received, code := r.received.Load(), status.Code(err)
+	silent, isSilent := errors.AsType[*silentError](err)
 	switch {
+	case isSilent: // what came before the silence does not count
+		r.silent(c.returned, silent.since, received, err)
 	case c.heard(received):
 		r.answered()
 	case r.links != nil && r.links.stirred(c.start):
 		// There is a connection, and nothing is known of it. That counts neither against the agent nor for it.
 	case code == codes.Unavailable && ctx.Err() == nil,
 		code == codes.DeadlineExceeded && !callerEnded(ctx, err) && call.Err() != nil:
-		if r.breaker.failed(c.returned, received) {
-			r.breakerLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
-		}
+		r.silent(c.returned, c.returned, received, err)
 	}
 	if refused(code) {
 		r.refusals.warn(r.logger, "headgate: the agent refuses to decide", "error", err)
+	}
+}
+
+// silent counts a check against the agent: nothing has come from it since then.
+func (r *remote) silent(now, since time.Time, received uint64, err error) {
+	if r.breaker.failed(now, since, received) {
+		r.breakerLog.warn(r.logger, "headgate: the agent does not answer; flows are Unreachable at once", "error", err)
 	}
 }
 

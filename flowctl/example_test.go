@@ -646,8 +646,8 @@ func ExampleWithCheckTimeout() {
 	if err != nil {
 		panic(err)
 	}
-	nightly := flowctl.Params{CheckTimeout: 30 * time.Second} // nobody waits for this one
+	nightly := flowctl.Params{MaxWait: 30 * time.Second} // nobody waits for this one
 
-	fmt.Println(nightly.CheckTimeout, client.Close(context.Background()))
+	fmt.Println(nightly.MaxWait, client.Close(context.Background()))
 	// Output: 30s <nil>
 }

@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"context"
+	"math"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -47,7 +48,7 @@ func (f *flowInfo) EndUnused(ctx context.Context) {
 const timeUp = 25 * time.Millisecond
 
 // ShortOfTime reports whether the flow was rejected, just now, because its caller's deadline was too near, and not
-// because of the check timeout.
+// because of the check timeout or its MaxWait.
 func (f *flowInfo) ShortOfTime() bool {
 	if f.decision != Rejected {
 		return false
@@ -62,6 +63,9 @@ func (f *flowInfo) ShortOfTime() bool {
 		return left <= timeUp
 	case r.Cause == agentapi.CauseLate, r.Cause == agentapi.CauseLongQueue,
 		r.Cause == agentapi.CauseNone && r.Reason == agentapi.ReasonNoTokens: // an agent that does not say
+		if most := f.req.MaxWait(); most > 0 { // agents answer a moment before a deadline, and not before MaxWait is over
+			return most > agentapi.NoWait && left < min(most, math.MaxInt64-timeUp)+timeUp
+		}
 		return f.req.Timeout <= 0 || left < f.req.Timeout
 	default:
 		return false

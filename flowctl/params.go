@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/labels"
 )
@@ -18,12 +19,28 @@ type Params struct {
 	// until the flow has ended.
 	Labels map[string]string
 
-	// CheckTimeout is how long the agent may take to answer, and so also the longest that the flow waits in a queue.
-	// Zero means the client's. A negative value sets no limit except the context's; a client's dry run still has one.
-	// CheckTimeout should be well below the deadlines of callers: if a caller's deadline passes first, the flow is
+	// CheckTimeout is how long the agent may take to answer. Without MaxWait it is also the longest that the flow waits
+	// in a queue. Zero means the client's. A negative value sets no limit except the context's; a client's dry run
+	// still has one. CheckTimeout should be well below the deadlines of callers: if a caller's deadline passes first, the flow is
 	// Canceled, and does not fail open. Across the network it should be well above 10 ms: with less time left, an agent
 	// rejects a flow that a limiter or scheduler acts on.
 	CheckTimeout time.Duration
+
+	// MaxWait is the longest that the flow waits in queues, apart from CheckTimeout. Zero means that CheckTimeout bounds
+	// the whole check. A negative value lets the flow wait until the context's deadline. [NoWait] has the agent decide at
+	// once. A policy's queue timeout can end the wait earlier. A client's dry run ignores MaxWait: no flow of it waits.
+	//
+	// With MaxWait, CheckTimeout is how long a remote agent may be silent while the flow waits; an engine in this
+	// process ignores it. If the check takes longer than CheckTimeout, or than 1 s, the client asks the agent once a
+	// second for a sign of life. If none comes for CheckTimeout, and for at least 1 s, the flow is Unreachable. So an
+	// agent that hangs is found within CheckTimeout and 2 s, however long flows wait. On a connection to several agents,
+	// another agent may give the sign.
+	//
+	// An agent of Headgate ends the wait after MaxWait. Other agents do not know MaxWait: the deadline of the check,
+	// which is MaxWait and CheckTimeout from now, ends the wait there. If CheckTimeout is negative, the deadline has
+	// 200 ms in its place. So such an agent may hold a flow with NoWait for the check timeout. The client does not use
+	// a shorter deadline: a flow whose answer is late is Unreachable, and may run.
+	MaxWait time.Duration
 
 	// RampMode is for new code: the flow runs only if a ramp of the policies accepts it. If no usable answer comes, it
 	// does not run.
@@ -58,6 +75,9 @@ type Params struct {
 	inOrder map[string]string
 }
 
+// NoWait is for Params.MaxWait: the agent decides at once, and rejects a flow that would have to wait in a queue.
+const NoWait = agentapi.NoWait
+
 // Clone copies p with its maps and slices. It is for flows that start with the same parameters again and again: Clone
 // checks the labels, and the flows need not. The labels in the copy's map must not change, but Labels may be replaced.
 func (p Params) Clone() Params {
@@ -78,7 +98,7 @@ func (p Params) Clone() Params {
 // Equal reports whether p and q start flows alike. Of functions it only sees whether they are nil. It is for tests, and
 // package go-cmp finds it.
 func (p Params) Equal(q Params) bool {
-	return maps.Equal(p.Labels, q.Labels) && p.CheckTimeout == q.CheckTimeout && p.RampMode == q.RampMode &&
+	return maps.Equal(p.Labels, q.Labels) && p.CheckTimeout == q.CheckTimeout && p.MaxWait == q.MaxWait && p.RampMode == q.RampMode &&
 		p.OnUnreachable == q.OnUnreachable && p.ResultCacheKey == q.ResultCacheKey &&
 		slices.Equal(p.GlobalCacheKeys, q.GlobalCacheKeys) && p.HTTP.equal(q.HTTP) && (p.IsFailure == nil) == (q.IsFailure == nil)
 }

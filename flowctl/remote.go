@@ -42,6 +42,7 @@ type remote struct {
 	shown       metric.Registration // of the breaker; nil without a meter
 	dryDrops    metric.Int64Counter // nil without a meter
 	backLog     limitedLog
+	vigil       vigil     // over the checks that wait for long
 	exporter    *exporter // nil: no telemetry
 }
 
@@ -88,8 +89,7 @@ func (r *remote) Expect(time.Duration) {}
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {
-	err := r.invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
-		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), grpc.WaitForReady(true))
+	err := r.askNothing(ctx, grpc.WaitForReady(true))
 	switch code := status.Code(err); {
 	case err == nil:
 		r.answered()
@@ -102,6 +102,24 @@ func (r *remote) Ready(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// alive asks for a sign of life, and reports whether the agent gave it. It returns false at once if there is no
+// connection, and when ctx ends. What else comes from the agent meanwhile does not end it.
+func (r *remote) alive(ctx context.Context) bool {
+	err := r.askNothing(ctx)
+	switch status.Code(err) { //nolint:exhaustive // of the codes, gRPC itself makes these
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return false
+	}
+	r.answered()
+	return true
+}
+
+// askNothing makes a call that changes nothing, and that every agent answers.
+func (r *remote) askNothing(ctx context.Context, opts ...grpc.CallOption) error {
+	return r.invoke(ctx, checkv1.FlowControlService_CacheLookup_FullMethodName,
+		&checkv1.CacheLookupRequest{}, new(checkv1.CacheLookupResponse), opts...)
 }
 
 // closeGrace is how long the connection has to close, when ctx has ended already.
