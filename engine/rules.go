@@ -187,7 +187,11 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
+		from := len(r.warnings.waits)
 		kind.look(&r.warnings, fmt.Sprintf("policy %q: component %q", p.Name, d.ID), c)
+		for i := range r.warnings.waits[from:] {
+			r.warnings.waits[from+i].by = built.component
+		}
 		r.installed = append(r.installed, built)
 		r.name(built.identity(), d.Reads)
 		for at, sinks := range built.sinks {

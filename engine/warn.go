@@ -15,7 +15,7 @@ import (
 //   - limits that no flow can ever meet,
 //   - control points with odd names, such as "search]", which hardly any flow has,
 //   - labels that do not arrive or have odd names, in the order of what components read them for,
-//   - waits that are longer than a client's check timeout,
+//   - waits that are longer than a client's check timeout, or than the MaxWait of a flow that came to the queue,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
 // The engine logs each when policies come into force. A limit of 0 is no warning: it refuses all flows on purpose.
@@ -37,25 +37,39 @@ type warnings struct {
 
 // A longWait is what a workload, or a scheduler, says about how long flows wait.
 type longWait struct {
-	of      string        // the component, or its workload, in words
-	timeout time.Duration // of the workload; 0 for the component
-	margin  time.Duration
+	of       string        // the component, or its workload, in words
+	timeout  time.Duration // of the workload; 0 for the component
+	margin   time.Duration
+	workload int       // its index
+	by       component // at work
 }
 
-// cutShort returns a warning for each wait that the shortest check timeout of a client cuts short.
+// shortest returns the shortest MaxWait that cut a wait short; 0 where there was none.
+func (w *longWait) shortest() time.Duration {
+	if p, ok := w.by.(interface {
+		shortestWait(workload int) time.Duration
+	}); ok && w.timeout > 0 {
+		return p.shortestWait(w.workload)
+	}
+	return 0
+}
+
+// cutShort returns a warning for each wait that clients cut short: by the shortest of their check timeouts, or by the
+// MaxWait of a flow.
 func (e *Engine) cutShort() (all []string) {
 	timeout := time.Duration(e.checkTimeout.Load())
-	if timeout == 0 {
-		return nil
-	}
 	for _, w := range e.rules.Load().warnings.waits {
 		switch {
+		case timeout == 0:
 		case w.timeout == 0 && w.margin >= timeout:
-			all = append(all, fmt.Sprintf("%s: no flow waits: the margin of %v leaves none of a client's check timeout of %v",
-				w.of, w.margin, timeout))
+			all = append(all, fmt.Sprintf("%s: no flow waits, unless Params.MaxWait says so: the margin of %v leaves none of a client's "+
+				"check timeout of %v", w.of, w.margin, timeout))
 		case w.timeout > timeout && w.margin < timeout:
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: a client's check timeout of %v lets flows wait for %v, unless "+
-				"Params.CheckTimeout says more", w.of, w.timeout, timeout, timeout-w.margin))
+				"Params.MaxWait or Params.CheckTimeout says more", w.of, w.timeout, timeout, timeout-w.margin))
+		}
+		if most := w.shortest(); most > 0 {
+			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.MaxWait of a flow let it wait for %v", w.of, w.timeout, most))
 		}
 	}
 	return all
@@ -74,14 +88,16 @@ func (w *warnings) scheduler(of string, p *policy.Scheduler, dryRun bool) {
 		return
 	}
 	margin, waits := cmp.Or(p.Margin, policy.DefaultMargin), false
+	workload := 0
 	workloadsOf(of, p, func(named string, p policy.WorkloadParameters) {
 		waits = waits || p.QueueTimeout >= 0
 		if p.QueueTimeout > 0 {
-			w.waits = append(w.waits, longWait{named, p.QueueTimeout, margin})
+			w.waits = append(w.waits, longWait{of: named, timeout: p.QueueTimeout, margin: margin, workload: workload})
 		}
+		workload++
 	})
 	if waits {
-		w.waits = append(w.waits, longWait{of, 0, margin})
+		w.waits = append(w.waits, longWait{of: of, margin: margin})
 	}
 }
 

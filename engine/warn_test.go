@@ -128,7 +128,7 @@ func TestWarningsOfQueueTimeouts(t *testing.T) {
 	}
 	warning := func(workload string, timeout, check, allowed time.Duration) string {
 		return fmt.Sprintf(`policy "p": component "x": workload %q: queue timeout of %v: a client's check timeout of %v lets flows wait for %v, `+
-			"unless Params.CheckTimeout says more", workload, timeout, check, allowed)
+			"unless Params.MaxWait or Params.CheckTimeout says more", workload, timeout, check, allowed)
 	}
 	for _, tt := range []struct {
 		name     string
@@ -147,7 +147,7 @@ func TestWarningsOfQueueTimeouts(t *testing.T) {
 			warning("gold", 2*time.Second, 700*ms, 690*ms), warning("default", time.Second, 700*ms, 690*ms),
 		}},
 		{"a margin", scheduled(policy.Scheduler{Margin: 300 * ms}), []time.Duration{0}, []string{
-			`policy "p": component "x": no flow waits: the margin of 300ms leaves none of a client's check timeout of 200ms`,
+			`policy "p": component "x": no flow waits, unless Params.MaxWait says so: the margin of 300ms leaves none of a client's check timeout of 200ms`,
 		}},
 		{"a margin without a queue", scheduled(policy.Scheduler{Margin: 300 * ms, Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}}), []time.Duration{0}, nil},
 		{"a dry run, in which no flow waits", []policy.Policy{{Name: "p", Components: []policy.Component{
@@ -280,5 +280,51 @@ func TestNoWarningsOfQueueTimeoutsInDryRun(t *testing.T) {
 		if got := e.Warnings(); (len(got) == 0) != dryRun {
 			t.Errorf("dry run %v: Warnings() = %q", dryRun, got)
 		}
+	}
+}
+
+// A queue timeout that a flow's MaxWait cuts short is reported too. A flow that is not to wait is none.
+func TestWarningsOfMaxWaits(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		waits []time.Duration // of flows
+		want  time.Duration   // 0: no warning
+	}{
+		{"none", []time.Duration{0, -1}, 0},
+		{"long enough", []time.Duration{5 * time.Second, time.Hour}, 0},
+		{"no wait", []time.Duration{flowctl.NoWait}, 0},
+		{"the shortest", []time.Duration{2 * time.Second, time.Second, 4 * time.Second, flowctl.NoWait}, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+					concurrency(func(c *policy.ConcurrencyScheduler) { c.Scheduler.Default.QueueTimeout = 5 * time.Second }),
+				}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				client, err := flowctl.New(e, flowctl.WithCheckTimeout(time.Minute))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for { // until the slots are taken
+					if flow := client.Start(t.Context(), "point", flowctl.Params{MaxWait: flowctl.NoWait}); !flow.ShouldRun() {
+						break
+					}
+				}
+				for _, d := range tt.waits {
+					end(client.Start(t.Context(), "point", flowctl.Params{MaxWait: d}))
+				}
+				var want []string
+				if tt.want > 0 {
+					want = []string{fmt.Sprintf(`policy "p": component "concurrency_scheduler.0": workload "default": queue timeout of 5s: `+
+						"the Params.MaxWait of a flow let it wait for %v", tt.want)}
+				}
+				if diff := cmp.Diff(want, e.Warnings()); diff != "" {
+					t.Errorf("Warnings() (-want +got):\n%s", diff)
+				}
+			})
+		})
 	}
 }
