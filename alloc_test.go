@@ -142,6 +142,9 @@ func TestAllocationsByParams(t *testing.T) {
 	}{
 		"IsFailure":      {func(p *flowctl.Params) { p.IsFailure = func(error) bool { return false } }, 1},
 		"CheckTimeout":   {func(p *flowctl.Params) { p.CheckTimeout = time.Minute }, 1},
+		"MaxWait":        {func(p *flowctl.Params) { p.MaxWait = time.Minute }, 1},
+		"NoWait":         {func(p *flowctl.Params) { p.MaxWait = flowctl.NoWait }, 1},
+		"no MaxWait":     {func(p *flowctl.Params) { p.MaxWait = -1 }, 1},
 		"FailClosed":     {func(p *flowctl.Params) { p.OnUnreachable = flowctl.FailClosed }, 1},
 		"ResultCacheKey": {func(p *flowctl.Params) { p.ResultCacheKey = "missing" }, 3},
 	} {

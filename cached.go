@@ -187,6 +187,9 @@ type outcome[T any] struct {
 
 	// deadline is the first call's, if a call with a later one asks again; else zero.
 	deadline time.Time
+
+	// maxWait is the first call's, if a call that may wait for longer asks again; else zero.
+	maxWait time.Duration
 }
 
 // expiry is when the result of a run expires; nil if it is not stored. All functions that share the run share it.
@@ -250,8 +253,14 @@ func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params) bool 
 		return !params.RampMode && params.OnUnreachable == flowctl.FailOpen
 	default:
 		deadline, ok := ctx.Deadline()
-		return !o.deadline.IsZero() && (!ok || deadline.After(o.deadline))
+		return !o.deadline.IsZero() && (!ok || deadline.After(o.deadline)) || o.maxWait > 0 && waitsLonger(params.MaxWait, o.maxWait)
 	}
+}
+
+// waitsLonger reports whether a flow with one MaxWait may wait for longer than a flow with another, which is positive.
+// How long a flow without one may wait is not known here, except that it is longer than not at all.
+func waitsLonger(maxWait, than time.Duration) bool {
+	return maxWait < 0 || maxWait > than || maxWait == 0 && than == flowctl.NoWait
 }
 
 // lead starts the flow of a run. If the flow runs and no result is found, it starts fn. It reports whether the run has
@@ -264,8 +273,11 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 	if !flow.ShouldRun() {
 		end(ctx, flow)
 		out = outcome[T]{err: flow.Err(), decision: flow.Decision()}
-		if shortOfTime(ctx, c.client, flow) {
+		if shortOfTime(ctx, c.client, flow, params.MaxWait) {
 			out.deadline, _ = ctx.Deadline()
+		}
+		if couldWait(c.client, flow) {
+			out.maxWait = max(params.MaxWait, 0)
 		}
 		run.End(out)
 		return out, true
@@ -283,12 +295,31 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 }
 
 // shortOfTime reports whether the flow was rejected because the call had too little time. Another call may have more.
-func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow) bool {
+func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow, most time.Duration) bool {
 	if info, ok := flowinfo.From(flow.Context()); ok && info.ShortOfTime() {
 		return true
 	}
 	r, ok := client.(*retrier)
-	return ok && r.shortOfTime(ctx, flow)
+	return ok && r.shortOfTime(ctx, flow, most)
+}
+
+// couldWait reports whether the flow was rejected because it could wait no longer.
+func couldWait(client Starter, flow *flowctl.Flow) bool {
+	rejected, ok := errors.AsType[*flowctl.RejectedError](flow.Err())
+	if !ok {
+		return false
+	}
+	if _, retries := client.(*retrier); retries && rejected.RetryAfter() > 0 {
+		return true
+	}
+	switch rejected.Cause() {
+	case flowctl.CauseTimeout, flowctl.CauseQueueTooLong:
+		return true
+	case flowctl.CauseNone: // an agent that does not say
+		return rejected.Reason == flowctl.ReasonNoTokens
+	default:
+		return false
+	}
 }
 
 // find decodes the result that came with the check. If it returns one, it ends the flow.

@@ -243,3 +243,45 @@ func TestCachedFuncConcurrently(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+// A flow that could wait no longer decides for calls that may wait no longer than it, and not for others.
+func TestCachedFuncMaxWait(t *testing.T) {
+	for _, tt := range []struct {
+		first, second time.Duration // the MaxWait of a call, and of one that joins its run
+		runs          bool          // the second
+	}{
+		{time.Second, time.Second, false},
+		{time.Second, flowctl.NoWait, false},
+		{time.Second, 0, false},
+		{time.Second, time.Minute, true},
+		{time.Second, -1, true},
+	} {
+		t.Run(fmt.Sprintf("%v, %v", tt.first, tt.second), func(t *testing.T) {
+			setup := sides.Setup{Policies: sides.Policies(policy.ConcurrencyScheduler{
+				Selectors: policy.At("report"), Max: 1, MaxInflight: time.Hour,
+			})}
+			setup.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+				report := headgate.CachedFunc(side.Client, "report",
+					func(_ context.Context, maxWait time.Duration) flowctl.Params {
+						return flowctl.Params{ResultCacheKey: "May", MaxWait: maxWait}
+					},
+					func(context.Context, time.Duration) (int, error) { return 1, nil }, nil, headgate.CachePolicy[int]{})
+				holder := side.Client.Start(t.Context(), "report", flowctl.Params{})
+				time.AfterFunc(3*time.Second, func() { _, _ = holder.End(t.Context()) })
+				var calls sync.WaitGroup
+				calls.Go(func() {
+					if _, err := report(t.Context(), tt.first); !errors.Is(err, flowctl.ErrRejected) {
+						t.Errorf("the first call: %v", err)
+					}
+				})
+				<-time.After(500 * time.Millisecond)
+				_, err := report(t.Context(), tt.second)
+				if tt.runs != (err == nil) || err != nil && !errors.Is(err, flowctl.ErrRejected) {
+					t.Errorf("the second call: %v", err)
+				}
+				calls.Wait()
+				<-time.After(3 * time.Second)
+			})
+		})
+	}
+}

@@ -65,6 +65,34 @@ func ExampleGuard() {
 	// come back in a minute
 }
 
+// Work at night waits for its turn, and a user does not.
+func ExampleGuard_maxWait() {
+	client, done := newClient(policy.ConcurrencyScheduler{Selectors: policy.At("render"), Max: 1, MaxInflight: time.Minute})
+	defer done()
+
+	ctx := context.Background()
+	render := func(context.Context) (string, error) { return "a page", nil }
+	nightly := headgate.Guard(client, "render", flowctl.Params{MaxWait: 10 * time.Minute}, render, nil)
+	live := headgate.Guard(client, "render", flowctl.Params{MaxWait: flowctl.NoWait}, render, nil)
+
+	queued := make(chan string)
+	err := headgate.Do(ctx, client, "render", flowctl.Params{}, func(ctx context.Context, _ *flowctl.Flow) error {
+		go func() {
+			page, err := nightly(ctx)
+			queued <- fmt.Sprint(page, ", ", err)
+		}()
+		_, err := live(ctx)
+		fmt.Println(err)
+		return nil
+	})
+	fmt.Println(err)
+	fmt.Println(<-queued)
+	// Output:
+	// headgate: start "render": rejected: no tokens
+	// <nil>
+	// a page, <nil>
+}
+
 // Rejected callers get the last quote that was fetched, if it is recent, and else a plain answer.
 func ExampleGuard_fallback() {
 	client, done := newClient(policy.RateLimiter{

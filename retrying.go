@@ -44,6 +44,8 @@ type RetryPolicy struct {
 // a retry can succeed before the deadline, the wait does not miss it: near a deadline, waits are hardly longer than
 // RetryAfter. Start does not wait if
 //   - the rejection does not say when a retry can succeed, or says more than policy.MaxWait;
+//   - a retry could not succeed within the MaxWait of its Params, which bounds all waits of a call together, in queues
+//     and between flows: with flowctl.NoWait there is no retry;
 //   - a retry could not succeed before the context's deadline;
 //   - it has started policy.Attempts flows;
 //   - policy.Budget is used up, so that retries never become the load.
@@ -109,6 +111,11 @@ func share(field, zero float64) float64 {
 // Start starts flows with the client, as [Retrying] says, and returns the last one.
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
 	r.budget.deposit()
+	var begin time.Time
+	most := params.MaxWait
+	if most > 0 {
+		begin = time.Now()
+	}
 	var rejected *flowctl.Flow
 	for attempt := 1; ; attempt++ {
 		flow := r.client.Start(ctx, controlPoint, params)
@@ -119,7 +126,11 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || attempt == r.attempts {
 			return flow
 		}
-		wait, ok := r.wait(ctx, flow.RetryAfter())
+		left := time.Duration(math.MaxInt64)
+		if most > 0 {
+			left = most - time.Since(begin)
+		}
+		wait, ok := r.wait(ctx, flow.RetryAfter(), left)
 		if !ok || !r.budget.withdraw() {
 			return flow
 		}
@@ -133,6 +144,9 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 			// The next flow is Canceled, with the usual error. No agent is asked about it.
 		}
 		rejected = flow
+		if most > 0 {
+			params.MaxWait = max(most-time.Since(begin), flowctl.NoWait)
+		}
 	}
 }
 
@@ -153,17 +167,19 @@ const (
 	lateMargin = 25 * time.Millisecond
 )
 
-// wait returns how long to wait if a rejection says after, and whether to wait at all. What it adds to after is at most
-// half of the time that is left then. Jitter uses only what exceeds lateMargin.
-func (r *retrier) wait(ctx context.Context, after time.Duration) (time.Duration, bool) {
+// wait returns how long to wait if a rejection says after, and whether to wait at all. The call may wait for as long as
+// is left, and until its deadline. What wait adds to after is at most half of the time that is left then. Jitter uses
+// only what exceeds lateMargin.
+func (r *retrier) wait(ctx context.Context, after, left time.Duration) (time.Duration, bool) {
 	if after <= 0 || r.maxWait > 0 && after > r.maxWait {
 		return 0, false
 	}
-	spare := time.Duration(math.MaxInt64) - after
 	if deadline, ok := ctx.Deadline(); ok {
-		if spare = time.Until(deadline) - after; spare <= 0 {
-			return 0, false
-		}
+		left = min(left, time.Until(deadline))
+	}
+	spare := left - after
+	if spare <= 0 && left < math.MaxInt64 {
+		return 0, false
 	}
 	if short := minWait - after; short > 0 {
 		short = min(short, spare/2)
@@ -176,10 +192,12 @@ func (r *retrier) wait(ctx context.Context, after time.Duration) (time.Duration,
 }
 
 // shortOfTime reports whether the flow was not retried because its caller's deadline came before a retry could succeed.
-func (r *retrier) shortOfTime(ctx context.Context, flow *flowctl.Flow) bool {
+// most is the MaxWait of its parameters.
+func (r *retrier) shortOfTime(ctx context.Context, flow *flowctl.Flow, most time.Duration) bool {
 	deadline, ok := ctx.Deadline()
 	after := flow.RetryAfter()
-	return ok && flow.Decision() == flowctl.Rejected && after > 0 && time.Until(deadline) <= after && (r.maxWait <= 0 || after <= r.maxWait)
+	return ok && flow.Decision() == flowctl.Rejected && after > 0 && time.Until(deadline) <= after &&
+		(r.maxWait <= 0 || after <= r.maxWait) && (most <= 0 || after < most)
 }
 
 // How a pause ends.

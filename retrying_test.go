@@ -129,6 +129,27 @@ func TestRetryingAttempts(t *testing.T) {
 			name: "a negative longest wait is none", policy: headgate.RetryPolicy{MaxWait: -1}, answers: []flowtest.Answer{rejected(time.Hour), accepted},
 			flows: 2, waited: time.Hour,
 		},
+		{
+			name: "within the flow's MaxWait", params: flowctl.Params{MaxWait: 2*time.Second + 1},
+			answers: []flowtest.Answer{rejected(time.Second), rejected(time.Second), accepted}, flows: 3, waited: 2 * time.Second,
+		},
+		{
+			name: "not within the flow's MaxWait", params: flowctl.Params{MaxWait: time.Second}, answers: []flowtest.Answer{rejected(time.Second), accepted},
+			flows: 1, err: flowctl.ErrRejected, wait: time.Second,
+		},
+		{
+			name: "not within what is left of the flow's MaxWait", params: flowctl.Params{MaxWait: 3 * time.Second},
+			answers: []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second), accepted},
+			flows:   2, waited: time.Second, err: flowctl.ErrRejected, wait: 2 * time.Second,
+		},
+		{
+			name: "the flow is not to wait", params: flowctl.Params{MaxWait: flowctl.NoWait}, answers: []flowtest.Answer{rejected(time.Millisecond), accepted},
+			flows: 1, err: flowctl.ErrRejected, wait: time.Millisecond,
+		},
+		{
+			name: "the flow may wait as long as it takes", params: flowctl.Params{MaxWait: -1}, answers: []flowtest.Answer{rejected(time.Hour), accepted},
+			flows: 2, waited: time.Hour,
+		},
 		{name: "unreachable open", answers: []flowtest.Answer{silent, accepted}, flows: 1},
 		{
 			name: "unreachable closed", params: closed, answers: []flowtest.Answer{silent, accepted},

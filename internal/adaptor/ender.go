@@ -16,7 +16,7 @@ type Ender struct {
 	Flow *flowctl.Flow // which may be settled; it does not change
 
 	ctx    context.Context // that the flow ends with
-	forget func() bool // stops the wait for a context; nil without one
+	forget func() bool     // stops the wait for a context; nil without one
 	ended  atomic.Bool
 }
 
