@@ -75,7 +75,7 @@ func (p *process) inFlight(t *testing.T) float64 {
 	if err := p.engine.Agent().Check(t.Context(), req, &v); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _, _ = p.engine.Agent().End(t.Context(), req, &v, false) }()
+	defer func() { _, _ = p.engine.Agent().End(t.Context(), req, &v, agentapi.Outcome{Ended: agentapi.EndedOK}) }()
 	return v.At(0).Component.Capacity - v.At(0).Remaining
 }
 

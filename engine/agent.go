@@ -67,6 +67,12 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !o.Failed() {
 		e.measure(sinks, req, v)
 	}
+	if v.Details != nil {
+		o.Waited = v.Details.Waited
+		if v.Details.Result.Hit && o.Ended == agentapi.EndedOK { // a hit spared the work, so the end says nothing about it
+			o.Ended = agentapi.EndedUnknown
+		}
+	}
 	var r agentapi.Returns
 	if v.Rejected() && !req.DryRun() { // it was undone when it was rejected
 		return r, nil

@@ -317,10 +317,7 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 			return EndResponse{}, nil
 		}
 	}
-	o := agentapi.Outcome{Ended: agentapi.EndedOK}
-	if s == StatusError {
-		o.Ended = agentapi.EndedFailed
-	}
+	o := agentapi.Outcome{Ended: f.ending(s)}
 	if f.run && !unused {
 		if o.Costs = f.costs.Close(); o.Costs != nil {
 			o.Labels = &f.req.Labels

@@ -20,7 +20,7 @@ func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Ver
 func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	r := c.remote
 	if r.exporter != nil && !c.late { // a flow that was not let in did no work to report
-		r.exporter.record(c, o.Failed(), req.DryRun() && v.Rejected())
+		r.exporter.record(c, o.Ended, req.DryRun() && v.Rejected())
 	}
 	refs := wire.Held(c.answer())
 	if len(refs) == 0 {

@@ -67,7 +67,7 @@ func newExporter(invoke invoker, logger *slog.Logger, answered func()) *exporter
 }
 
 // record adds the record of a flow that ends now.
-func (x *exporter) record(c *check, failed, dryRun bool) {
+func (x *exporter) record(c *check, ended agentapi.Ended, dryRun bool) {
 	check, err := c.record()
 	start := c.start.UnixNano()
 	r := telemetry.Record{
@@ -77,8 +77,10 @@ func (x *exporter) record(c *check, failed, dryRun bool) {
 		Status: telemetry.OK,
 		DryRun: dryRun,
 		Check:  check,
+
+		Canceled: ended == agentapi.EndedUnknown,
 	}
-	if failed {
+	if ended == agentapi.EndedFailed {
 		r.Status = telemetry.Error
 	}
 	size := telemetry.Size(len(check))

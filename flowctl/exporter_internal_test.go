@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
 // A silent connection answers nothing.
@@ -39,7 +40,7 @@ func TestRecordsAreBounded(t *testing.T) {
 				}()
 				c := &check{remote: new(remote), raw: make([]byte, tt.bytes), response: checkv1.CheckResponse{}}
 				for range tt.flows {
-					x.record(c, false, false)
+					x.record(c, agentapi.EndedOK, false)
 				}
 				x.mu.Lock()
 				defer x.mu.Unlock()

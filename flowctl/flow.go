@@ -75,6 +75,10 @@ const (
 	StatusUnset Status = iota
 	StatusOK
 	StatusError
+
+	// statusCanceled is derived from the error of a flow that its caller has canceled. It counts as StatusOK, but says nothing
+	// about the work.
+	statusCanceled
 )
 
 // String gives the status as telemetry does: "OK", "Error" or "Unset".
@@ -226,7 +230,11 @@ func (f *Flow) SetError(err error) {
 	}
 	if err != nil {
 		f.progress.setDerived(StatusError) // in case IsFailure panics
-		if f.isFailure(err) {
+		switch {
+		case f.isFailure(err):
+			return
+		case f.isCanceled(err):
+			f.progress.setDerived(statusCanceled)
 			return
 		}
 	}
@@ -234,14 +242,17 @@ func (f *Flow) SetError(err error) {
 }
 
 func (f *Flow) isFailure(err error) bool {
-	switch {
-	case f.fails != nil:
+	if f.fails != nil {
 		return f.fails(err)
-	case !errors.Is(f.parent.Err(), context.Canceled): // an expired deadline is a failure: slow work is what overload looks like
-		return true
-	default:
-		return !errors.Is(err, context.Canceled) && !errors.Is(err, context.Cause(f.parent)) && status.Code(err) != codes.Canceled
 	}
+	return !f.isCanceled(err)
+}
+
+// isCanceled reports whether an error comes from the caller's cancellation. An expired deadline is a failure: slow work is what
+// overload looks like.
+func (f *Flow) isCanceled(err error) bool {
+	return errors.Is(f.parent.Err(), context.Canceled) &&
+		(errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(f.parent)) || status.Code(err) == codes.Canceled)
 }
 
 // endStatus is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
@@ -251,10 +262,22 @@ func (f *Flow) endStatus() Status {
 		return StatusError
 	case set != StatusUnset:
 		return set
-	case derived != StatusUnset:
-		return derived
+	case derived == StatusError:
+		return StatusError
 	default:
 		return StatusOK
+	}
+}
+
+// ending is how the flow ends for its agent, with the status.
+func (f *Flow) ending(s Status) agentapi.Ended {
+	switch {
+	case s == StatusError:
+		return agentapi.EndedFailed
+	case f.progress.set() == StatusUnset && f.progress.derived() == statusCanceled:
+		return agentapi.EndedUnknown
+	default:
+		return agentapi.EndedOK
 	}
 }
 

@@ -324,6 +324,12 @@ type Outcome struct {
 
 	// Labels are the flow's. Schedulers charge its share in the queue by them. Nil charges no share.
 	Labels *Labels
+
+	// Waited is how long the flow has waited in queues since its check began.
+	Waited time.Duration
+
+	// Took is how long the work took, if the client says so; 0 if the flow ends just now.
+	Took time.Duration
 }
 
 // Failed reports whether the flow ran, and ended as an error.
@@ -337,6 +343,7 @@ const (
 	EndedUnused Ended = iota // it did not run: another component rejected it, or its caller has gone
 	EndedOK
 	EndedFailed
+	EndedUnknown // it ran, with an unknown result: its caller canceled it, or a cache had its result
 )
 
 // Component identifies a limiter or scheduler outside the engine.

@@ -21,6 +21,8 @@ type Record struct {
 	Status string // OK or Error; "" if it is not reported
 	DryRun bool   // the flow ran although the answer is a rejection: its client is in dry run
 
+	Canceled bool // its caller canceled it: the status is OK, and says nothing about the work
+
 	// Check is the answer to the flow's check, as an encoded CheckResponse; nil if it is not reported.
 	Check []byte
 
@@ -42,7 +44,10 @@ const (
 	keyEnd    = "aperture.flow_end_timestamp"
 	keyStatus = "aperture.flow.status"
 	keyCheck  = "aperture.check_response"
-	keyDryRun = "headgate.dry_run" // Headgate's own; its value is "true"
+
+	// Headgate's own; their value is "true".
+	keyDryRun   = "headgate.dry_run"
+	keyCanceled = "headgate.canceled"
 
 	// Some SDKs send these in milliseconds instead.
 	keyWorkMillis = "aperture.workload_start_timestamp_ms"
@@ -97,6 +102,8 @@ func Read(span []byte) (Record, error) {
 			check = text
 		case keyDryRun:
 			r.DryRun = string(text) == "true"
+		case keyCanceled:
+			r.Canceled = string(text) == "true"
 		}
 	})
 	if len(check) > 0 && check[0] == '{' {
@@ -225,6 +232,9 @@ func appendSpan(b []byte, r *Record) []byte {
 	b = appendText(b, spanAttribute, keyStatus, r.Status)
 	if r.DryRun {
 		b = appendText(b, spanAttribute, keyDryRun, "true")
+	}
+	if r.Canceled {
+		b = appendText(b, spanAttribute, keyCanceled, "true")
 	}
 	b = appendTextHead(b, spanAttribute, keyCheck, base64.StdEncoding.EncodedLen(len(r.Check)))
 	return base64.StdEncoding.AppendEncode(b, r.Check)

@@ -32,6 +32,7 @@ func TestBatch(t *testing.T) {
 		{Start: 1, Work: 2, End: 3, Check: []byte("check"), Status: Error},
 		{Start: 1 << 60, Work: -1, End: 1<<63 - 1, Status: OK},
 		{Check: bytes.Repeat([]byte{0xff}, 1000), Status: OK, DryRun: true},
+		{Start: 4, Work: 5, End: 6, Status: OK, Canceled: true},
 	}
 	var want []*tracev1.Span
 	for _, r := range records {
@@ -44,6 +45,9 @@ func TestBatch(t *testing.T) {
 		}
 		if r.DryRun {
 			attributes = append(attributes, text("headgate.dry_run", "true"))
+		}
+		if r.Canceled {
+			attributes = append(attributes, text("headgate.canceled", "true"))
 		}
 		want = append(want, &tracev1.Span{
 			Name: "Aperture Check", Kind: tracev1.Span_SPAN_KIND_INTERNAL,
@@ -122,7 +126,7 @@ func TestBatchAllocations(t *testing.T) {
 // What the exporter counts on is what spans come to.
 func TestSize(t *testing.T) {
 	for _, check := range [][]byte{nil, make([]byte, 300), make([]byte, 100<<10)} {
-		r := Record{Start: -1, Work: -1, End: -1, Check: check, Status: Error, DryRun: true} // the longest there are
+		r := Record{Start: -1, Work: -1, End: -1, Check: check, Status: Error, DryRun: true, Canceled: true} // the longest there are
 		span := appendBytes(nil, spans, appendSpan(nil, &r))
 		if got, most := len(span), Size(len(check)); got > most || got < most-64 {
 			t.Errorf("span with a check of %d bytes: %d bytes want %d or a few less", len(check), got, most)
@@ -136,6 +140,7 @@ func TestReadWritten(t *testing.T) {
 		{Start: 1, Work: 2, End: 3, Status: OK, Check: []byte("check")},
 		{Start: 1 << 60, Work: -1, End: 1<<63 - 1, Status: Error, DryRun: true, Check: bytes.Repeat([]byte{0xff}, 1000)},
 		{Status: OK},
+		{Status: OK, Canceled: true},
 	} {
 		got, err := Read(appendSpan(nil, &want))
 		if err != nil {
