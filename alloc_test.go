@@ -41,6 +41,10 @@ func components() map[string]policy.Component {
 		"calendar quota": policy.CalendarQuota{
 			Selectors: policy.At(point), Amount: 1e12, Period: policy.PeriodHour, TimeZone: "Europe/Berlin", LimitBy: "user_id",
 		},
+		"circuit breaker": policy.CircuitBreaker{
+			Selectors: policy.At(point), FailureRatio: 0.5, MinFlows: 10, SlowAfter: time.Minute, Window: 10 * time.Second,
+			OpenDuration: 5 * time.Second, LimitBy: "user_id",
+		},
 	}
 }
 

@@ -61,6 +61,8 @@ type Service struct {
 	spans  atomic.Uint64
 	issued issued
 	asking crowd
+
+	outcomes outcomes
 }
 
 // Register registers the engine's services on s, such as a *grpc.Server that does not serve yet. The caller still has
@@ -86,7 +88,8 @@ func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
 }
 
 // Spans returns how many flow records clients have sent so far. The agent accepts them from every SDK, and keeps none.
-// It reads them to measure flows if a policy needs that, and to free the slots of clients that do not end their flows.
+// It reads them to measure flows if a policy needs that, to tell circuit breakers how flows end, and to free the slots of
+// clients that do not end their flows.
 func (s *Service) Spans() uint64 { return s.spans.Load() }
 
 // handler is what gRPC calls: the service's side of the protocol.
@@ -168,6 +171,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	if s.service.engine.Measures(req.ControlPoint) {
 		s.service.issued.add(response.GetStart().AsTime())
 	}
+	s.service.outcomes.add(&v)
 	return response, nil
 }
 

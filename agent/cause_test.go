@@ -39,6 +39,9 @@ func TestCausesTravel(t *testing.T) {
 			}}},
 			Capacity: 9, Interval: time.Hour,
 		}}}}, time.Second, flowctl.CauseLabelTooLong},
+		{"circuit open", []policy.Policy{{Name: "breaker", Components: []policy.Component{policy.CircuitBreaker{
+			Selectors: policy.At("point"), FailureCount: 1, Window: time.Hour, OpenDuration: time.Hour,
+		}}}}, time.Second, flowctl.CauseCircuitOpen},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			overEngines(t, tt.policies, func(t *testing.T, _ *engine.Engine, client *flowctl.Client) {
@@ -55,6 +58,11 @@ func TestCausesTravel(t *testing.T) {
 					synctest.Wait() // it waits
 					defer func() { <-done }()
 					defer cancel()
+				}
+				if tt.want == flowctl.CauseCircuitOpen {
+					first.SetStatus(flowctl.StatusError)
+					_, _ = first.End(t.Context())
+					<-time.After(3 * time.Second) // until its end is known
 				}
 				flow := client.Start(t.Context(), "point", params)
 				defer func() { _, _ = flow.End(t.Context()) }()

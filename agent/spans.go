@@ -11,23 +11,24 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/protofield"
 	"github.com/headgate-go/headgate/internal/telemetry"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// read tells the engine how long the flow of the span took. If the client does not end its flows itself, read ends the
-// flow too, because no other message comes. A slot is freed once, by its name in the check's answer, which only the
-// client with that answer has. A latency counts once for each answer, and is at most the time since that answer.
+// read tells the engine how long the flow of the span took, and how it ended. If the client does not end its flows itself,
+// read ends the flow too, because no other message comes. A slot is freed once, by its name in the check's answer, which
+// only the client with that answer has. A latency counts once for each answer, and is at most the time since that answer.
 func (s *Service) read(ctx context.Context, span []byte) {
-	measured := s.engine.Measures("")
+	measured, awaited := s.engine.Measures(""), s.outcomes.any()
 	r, err := telemetry.Read(span)
-	if err != nil || r.Check == nil && r.JSON == nil || !measured && expectsEnd(&r) {
+	if err != nil || r.Check == nil && r.JSON == nil || !measured && !awaited && expectsEnd(&r) {
 		return
 	}
 	latency, waited, ok := latencyOf(&r)
 	m := readCheck(&r, func(controlPoint string, expectEnd bool) bool {
-		return !expectEnd || measured && ok && s.engine.Measures(controlPoint)
+		return !expectEnd || awaited || measured && ok && s.engine.Measures(controlPoint)
 	})
 	if m == nil {
 		return
@@ -37,13 +38,37 @@ func (s *Service) read(ctx context.Context, span []byte) {
 			s.end(ctx, ref)
 		}
 	}
-	if start := m.GetStart(); measured && ok && worked(m, r.DryRun) && start.IsValid() && s.issued.take(start.AsTime()) {
-		latency = min(latency, max(time.Since(start.AsTime()), 0))
-		if waited {
-			latency = max(latency-checked(m), 0)
-		}
-		s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), latency)
+	if awaited && m.GetStart().IsValid() {
+		s.outcomes.settle(ctx, m.GetStart().AsTime(), m.GetLimiterDecisions(), outcomeOf(&r, m))
 	}
+	if start := m.GetStart(); measured && ok && worked(m, r.DryRun) && start.IsValid() && s.issued.take(start.AsTime()) {
+		s.engine.Observe(m.GetControlPoint(), m.GetTelemetryFlowLabels(), believable(m, latency, waited))
+	}
+}
+
+// believable is the latency of the work, of which latencyOf tells, as far as it can be.
+func believable(m *checkv1.CheckResponse, latency time.Duration, waited bool) time.Duration {
+	latency = min(latency, max(time.Since(m.GetStart().AsTime()), 0))
+	if waited {
+		latency = max(latency-checked(m), 0)
+	}
+	return latency
+}
+
+// outcomeOf is what the span says of how the flow ended. One that had no work to do, or whose caller canceled it, says
+// nothing. Work that took no time is told as the shortest: zero is for what is not told.
+func outcomeOf(r *telemetry.Record, m *checkv1.CheckResponse) agentapi.Outcome {
+	switch {
+	case r.Canceled || !worked(m, r.DryRun):
+		return agentapi.Outcome{Ended: agentapi.EndedUnknown}
+	case r.Status != telemetry.OK:
+		return agentapi.Outcome{Ended: agentapi.EndedFailed}
+	}
+	o := agentapi.Outcome{Ended: agentapi.EndedOK, Took: 1}
+	if latency, waited, ok := latencyOf(r); ok {
+		o.Took = max(believable(m, latency, waited), 1)
+	}
+	return o
 }
 
 // Numbers of fields of CheckResponse.

@@ -15,7 +15,7 @@ type stage int
 const (
 	stageRamp        stage = iota // samplers in ramp mode and load ramps; a flow in ramp mode needs at least one
 	stageSample                   // samplers
-	stageLimit                    // rate limiters, calendar quotas and concurrency limiters
+	stageLimit                    // rate limiters, calendar quotas, concurrency limiters and circuit breakers
 	stageConcurrency              // concurrency schedulers
 	stageLoad                     // quota and load schedulers, unless the flow's result is in the cache
 	stages
@@ -177,6 +177,9 @@ func reject(v *agentapi.Verdict, from int, reason agentapi.Reason) {
 	}
 	if v.Rejected() {
 		return
+	}
+	if own := by.Component.Reason; own != agentapi.ReasonNone {
+		reason = own
 	}
 	r := agentapi.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
 	if !hopeless && !closed {

@@ -62,6 +62,12 @@ func TestDryRunIsOneMechanism(t *testing.T) {
 				Selectors: policy.At("point"), Amount: 3, Period: policy.PeriodHour, LimitBy: "user", TokensLabel: "tokens", DryRun: dry,
 			}
 		}},
+		{"circuit breaker", func(dry bool) policy.Component { // which slow flows open
+			return policy.CircuitBreaker{
+				Selectors: policy.At("point"), FailureCount: 2, SlowAfter: time.Second, Window: time.Minute, OpenDuration: 5 * time.Second,
+				LimitBy: "user", DryRun: dry,
+			}
+		}},
 		{"sampler", func(dry bool) policy.Component {
 			return policy.Sampler{Selectors: policy.At("point"), AcceptPercentage: 50, SessionLabel: "user", DryRun: dry}
 		}},

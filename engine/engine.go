@@ -13,8 +13,9 @@
 // # How it decides
 //
 // A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
-// samplers, then rate limiters, calendar quotas and concurrency limiters, then concurrency schedulers, then, unless its
-// result is in the cache, quota schedulers and load schedulers. Within a stage, they come in the order of the policies.
+// samplers, then rate limiters, calendar quotas, concurrency limiters and circuit breakers, then concurrency schedulers,
+// then, unless its result is in the cache, quota schedulers and load schedulers. Within a stage, they come in the order of
+// the policies.
 // The flow is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave it
 // goes back. If several components of a stage drop it, the longest wait counts, then the order. Flows that no component
 // picks are accepted, except in ramp mode: a flow in ramp mode needs at least one ramp that picks it, and none that

@@ -21,10 +21,15 @@ type Usage struct {
 
 	// Waiting counts the flows in the queue.
 	Waiting int
+
+	// State is "closed", "open" or "half-open" at a circuit breaker, and empty elsewhere. The numbers of a circuit breaker are about
+	// probes: Capacity is how many there may be at a time, Remaining how many more it lets through, and InFlight how many are
+	// under way. A circuit breaker that is closed lets through all flows, and has the whole Capacity left.
+	State string
 }
 
-// A Component lets the engine's host inspect, reset or move a limiter, a scheduler, a sampler or a load ramp. Get one
-// with [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one if its
+// A Component lets the engine's host inspect, reset or move a limiter, a circuit breaker, a scheduler, a sampler or a load
+// ramp. Get one with [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one if its
 // policy has changed. It is safe for concurrent use.
 type Component struct {
 	engine *Engine
@@ -63,9 +68,10 @@ func (c *Component) Peek(value string) (Usage, error) {
 	return i.usage(value, c.engine.now()), nil
 }
 
-// Reset gives a value of the component's label a new bucket or new slots; see [Component.Peek] for the value and the
-// errors. Flows that wait are served from them. Slots that flows hold are forgotten, and do not come back when those
-// flows end: for a while, more flows may run than there are slots. A load scheduler learns its load
+// Reset gives a value of the component's label a new bucket or new slots, and closes its circuit breaker; see
+// [Component.Peek] for the value and the errors. Flows that wait are served from the new state. Slots that flows hold are
+// forgotten, and do not come back when those flows end: for a while, more flows may run than there are slots. A load
+// scheduler learns its load
 // again, and lets everything in meanwhile.
 func (c *Component) Reset(value string) error {
 	i, err := c.inspected(value)

@@ -47,6 +47,10 @@ func TestPeekAndReset(t *testing.T) {
 			id: "calendar_quota.0", c: calendarQuota(func(q *policy.CalendarQuota) { q.LimitBy = "user_id" }),
 		},
 		{
+			name: "a circuit breaker", value: "ann", is: engine.Usage{Capacity: 2, Remaining: 2, State: "closed"}, reset: engine.Usage{Capacity: 2, Remaining: 2, State: "closed"},
+			id: "circuit_breaker.0", c: circuitBreaker(func(b *policy.CircuitBreaker) { b.LimitBy = "user_id" }),
+		},
+		{
 			name: "a concurrency limiter", value: "ann", is: engine.Usage{Capacity: 2, InFlight: 2}, reset: engine.Usage{Capacity: 2, Remaining: 2},
 			id: "concurrency_limiter.0", c: slots(func(l *policy.ConcurrencyLimiter) { l.Max, l.LimitBy = 2, "user_id" })[0],
 		},

@@ -33,6 +33,7 @@ func TestStatsEncodeAsJSON(t *testing.T) {
 				MaxLoadMultiplier: n, LinearIncrement: n, Scheduler: all, DryRun: true,
 			},
 			policy.Sampler{Selectors: at, AcceptPercentage: min(n, 100), DryRun: true},
+			policy.CircuitBreaker{Selectors: at, FailureRatio: min(n, 1), FailureCount: 1, Window: math.MaxInt64, OpenDuration: math.MaxInt64, DryRun: true},
 			policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: min(n, 100), Duration: math.MaxInt64}}, DryRun: true},
 		)
 	}

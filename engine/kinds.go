@@ -62,6 +62,13 @@ var kinds = [...]row{ //nolint:gochecknoglobals // a table, never written to
 		},
 		build: newCalendarQuota, warn: warnCalendarQuota,
 	},
+	&kindOf[policy.CircuitBreaker]{
+		kind: kind{
+			stage: stageLimit, info: agentapi.InfoRateLimiter, reason: agentapi.ReasonNoTokens, outcomes: true, observe: observeBreaker,
+			counter: counterName{"circuit_breaker_counter_total", "Flows that met a circuit breaker."},
+		},
+		build: newCircuitBreaker, warn: warnCircuitBreaker,
+	},
 }
 
 // This does not compile while a row is missing: the table would be shorter than package policy's.
@@ -69,18 +76,20 @@ var _ [policy.Kinds]row = kinds
 
 // A kind is what the engine knows of all components of a kind.
 type kind struct {
-	stage   stage         // a component may have another; see installed
-	info    agentapi.Info // how the protocol reports decisions
-	slots   bool          // flows hold slots until they end
-	observe func(*observation)
-	counter counterName // of the metric that counts decisions; none for schedulers, which count them by workload
+	stage    stage           // a component may have another; see installed
+	info     agentapi.Info   // how the protocol reports decisions
+	reason   agentapi.Reason // of its rejections; none if it is that of the stage
+	slots    bool            // flows hold slots until they end
+	outcomes bool            // it decides by how flows end
+	observe  func(*observation)
+	counter  counterName // of the metric that counts decisions; none for schedulers, which count them by workload
 }
 
 // A kindOf is a row of the table: the kind of component that a P of package policy describes.
 type kindOf[P policy.Component] struct {
 	kind
 
-	// build makes a component of a P. The identity c has the policy, hash, ID, info and slots already. In the
+	// build makes a component of a P. The identity c has the policy, hash, ID, and what the kind says, already. In the
 	// installed, build notes on which flows the component acts, and where it differs from others of its kind.
 	build func(e *Engine, in *installed, p P, c agentapi.Component) (component, error)
 
@@ -104,7 +113,7 @@ func (k *kindOf[P]) install(e *Engine, c policy.Component, d components.Descript
 		return nil, fmt.Errorf("the engine cannot run a %T", c)
 	}
 	in := &installed{kind: &k.kind, named: identity{id.Policy, id.Hash, d.ID}, name: d.Name, stage: k.stage}
-	id.ID, id.Info, id.Slots = d.ID, k.info, k.slots
+	id.ID, id.Info, id.Slots, id.Outcomes, id.Reason = d.ID, k.info, k.slots, k.outcomes, k.reason
 	var err error
 	if in.component, err = k.build(e, in, p, id); err != nil {
 		return nil, err

@@ -21,6 +21,7 @@ func oneOfEach() [policy.Kinds]policy.Component {
 		policy.Sampler{Selectors: at, AcceptPercentage: 100},
 		policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true},
 		policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay},
+		policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute},
 	}
 }
 

@@ -30,6 +30,8 @@ func anyKind(kind string, dry bool, selector policy.Selector) policy.Component {
 		return policy.Sampler{Selectors: at, AcceptPercentage: 100, DryRun: dry}
 	case "calendar":
 		return policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay, DryRun: dry}
+	case "breaker":
+		return policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute, DryRun: dry}
 	default:
 		return policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true, DryRun: dry}
 	}

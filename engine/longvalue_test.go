@@ -34,7 +34,7 @@ func TestLongValuesOfSelectors(t *testing.T) {
 		{"not any, and another holds", policy.Not{Of: policy.Any{matches, exists}}, false},
 		{"not all, and another does not hold", policy.Not{Of: policy.All{matches, absent}}, false},
 	} {
-		for _, kind := range []string{"rate", "slots", "quota", "places", "load", "aimd", "sampler", "ramp", "calendar"} {
+		for _, kind := range []string{"rate", "slots", "quota", "places", "load", "aimd", "sampler", "ramp", "calendar", "breaker"} {
 			for _, dry := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/dry=%v", tt.name, kind, dry), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
@@ -138,6 +138,7 @@ func TestLongValuesThatAreHashed(t *testing.T) {
 		{"concurrency scheduler", policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: 1, LimitBy: "l"}},
 		{"sampler", policy.Sampler{Selectors: at, AcceptPercentage: 100, SessionLabel: "l"}},
 		{"calendar quota", policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay, LimitBy: "l"}},
+		{"circuit breaker", policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute, LimitBy: "l"}},
 	} {
 		for size, want := range map[int]flowctl.RejectCause{64 << 10: flowctl.CauseNone, 64<<10 + 1: flowctl.CauseLabelTooLong} {
 			t.Run(fmt.Sprintf("%s/%d bytes", tt.name, size), func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine/internal/breaker"
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/slots"
@@ -46,6 +47,36 @@ func TestKeyMemory(t *testing.T) {
 	}
 	runtime.KeepAlive(tab)
 	runtime.KeepAlive(names)
+}
+
+// The budget of a circuit breaker is 98 bytes a key, as long as it has not opened there: 80 for its entry, and the rest for the slots of
+// the table, which are at most three quarters full.
+func TestCircuitBreakerMemory(t *testing.T) {
+	if race.Enabled {
+		t.Skip("the race detector has its own memory")
+	}
+	const many = 1_000_000
+	r := &breaker.Rule{Ratio: 0.5, Least: 2, Step: breaker.StepOf(1e10), Open: 1e9, Probes: 1, Successes: 1, Timeout: 1e9}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	tab := keys.New(many, func(*breaker.State, int64) {}, r.Idle, nil)
+	text := 0
+	for i := range many {
+		name := fmt.Sprintf("user-%d", i) // of which the table makes a copy
+		text += (len(name) + 7) / 8 * 8
+		e := tab.Lock(name, 0)
+		r.End(&e.State, 0, r.Admit(&e.State, 0).Ticket, breaker.Success, 0)
+		e.Unlock()
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	perKey := (float64(after.HeapAlloc-before.HeapAlloc) - float64(text)) / many
+	t.Logf("%.0f bytes a key", perKey)
+	if perKey > 98 {
+		t.Errorf("%.1f bytes a key want at most 98", perKey)
+	}
+	runtime.KeepAlive(tab)
 }
 
 // A key at which a flow has waited keeps no queue: peers may make up any number of keys. The keys at which flows waited

@@ -129,10 +129,11 @@ type metrics struct {
 	requests, rejectReasons, workloads, rejections counter
 	dryDrops, unlimited, refunds, overflows        counter
 	settlements                                    counter
+	opened                                         counter
 
 	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
-	queued, keys, cacheEntries metric.Int64ObservableGauge
+	queued, keys, cacheEntries, open metric.Int64ObservableGauge
 
 	capacity, available, fillRate, multiplier, percentage metric.Float64ObservableGauge
 
@@ -166,6 +167,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.refunds, "limiter_refunds_total", "Flows that gave back what a limiter or scheduler had given them, and did not run."},
 		{&m.settlements, "limiter_settlements_total", "Flows that a limiter or scheduler corrected by what they cost, or could not."},
 		{&m.overflows, "limiter_overflows_total", "Decisions by the bucket that values beyond the cap share."},
+		{&m.opened, "circuit_breaker_opened_total", "How often a circuit breaker has opened."},
 		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
 		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
 		{&m.cacheOperations, "cache_operation_results_total", "Changes of the caches."},
@@ -203,6 +205,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.queued, "requests_in_queue", "Flows that wait in a scheduler."},
 		{&m.keys, "limiter_keys", "Values of its label that a limiter keeps apart."},
 		{&m.cacheEntries, "cache_entries", "Entries of a cache."},
+		{&m.open, "circuit_breaker_open", "Values of its label for which a circuit breaker is open or half-open."},
 	} {
 		var err error
 		*g.to, err = meter.Int64ObservableGauge(g.name, metric.WithDescription(g.what))

@@ -45,7 +45,7 @@ type ComponentStats struct {
 	Policy, PolicyHash, ID string
 
 	// Kind is what policy files call such a component: rate_limiter, concurrency_limiter, quota_scheduler,
-	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler, load_ramp or calendar_quota.
+	// concurrency_scheduler, load_scheduler, aimd_load_scheduler, sampler, load_ramp, calendar_quota or circuit_breaker.
 	Kind string
 
 	// LabelKey is the label whose values the component keeps apart; "" if it has none.
@@ -77,6 +77,11 @@ type ComponentStats struct {
 	// Usage is set for a component without a label. With a label, only Waiting is set: it counts the flows in all
 	// queues.
 	Usage Usage
+
+	// Opened is how often a circuit breaker has opened, and Open for how many values of its label, or for all flows, it is open or
+	// half-open. One that is open becomes half-open when a flow comes.
+	Opened uint64
+	Open   int
 
 	// AcceptPercentage is what a sampler or ramp accepts now.
 	AcceptPercentage float64

@@ -12,7 +12,7 @@ import (
 
 // Warnings lists what the policies in force say that an operator is unlikely to want. The most important come first:
 //
-//   - limits that no flow can ever meet,
+//   - limits that no flow can ever meet, and circuit breakers that a single flow opens,
 //   - control points with odd names, such as "search]", which hardly any flow has,
 //   - labels that do not arrive or have odd names, in the order of what components read them for,
 //   - waits that are longer than a client's check timeout, or than the MaxWait of a flow that came to the queue,

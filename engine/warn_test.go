@@ -47,6 +47,11 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 	slotQueue := func(limit float64, w ...policy.Workload) policy.Component {
 		return policy.ConcurrencyScheduler{ID: "x", Selectors: at, Max: limit, MaxInflight: time.Hour, Scheduler: policy.Scheduler{Workloads: w}}
 	}
+	breaker := func(f func(*policy.CircuitBreaker)) policy.Component {
+		b := policy.CircuitBreaker{ID: "x", Selectors: at, Window: time.Minute, OpenDuration: time.Minute}
+		f(&b)
+		return b
+	}
 	for _, tt := range []struct {
 		name   string
 		c      policy.Component
@@ -74,6 +79,11 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"no slot, which refuses", slots(0), "", "", 0},
 		{"half a slot with a queue", slotQueue(0.5), "", "", 2},
 		{"a workload that costs more than there are slots", slotQueue(2, heavy), "job=heavy", "", 2},
+		{"a breaker that one failure opens", breaker(func(b *policy.CircuitBreaker) { b.FailureCount = 1 }), "", "a single flow that fails opens the breaker", 2},
+		{"a breaker that one of one opens", breaker(func(b *policy.CircuitBreaker) { b.FailureRatio, b.MinFlows = 0.5, 1 }), "", "a single flow that fails opens the breaker", 2},
+		{"a breaker that one of two opens", breaker(func(b *policy.CircuitBreaker) { b.FailureRatio, b.MinFlows = 0.5, 2 }), "", "", 2},
+		{"a breaker that two failures open", breaker(func(b *policy.CircuitBreaker) { b.FailureCount = 2 }), "", "", 2},
+		{"a breaker that one failure opens, and that lets all pass", breaker(func(b *policy.CircuitBreaker) { b.FailureCount, b.PassThrough = 1, true }), "", "", 2},
 		{"a sampler of nothing, which refuses", policy.Sampler{ID: "x", Selectors: at}, "", "", 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -51,7 +51,7 @@ type RejectReason uint8
 const (
 	ReasonNone           = RejectReason(agentapi.ReasonNone)           // it was not rejected, or the agent does not say
 	ReasonRateLimited    = RejectReason(agentapi.ReasonRateLimited)    // a rate or concurrency limit is exhausted
-	ReasonNoTokens       = RejectReason(agentapi.ReasonNoTokens)       // a scheduler had no room in time
+	ReasonNoTokens       = RejectReason(agentapi.ReasonNoTokens)       // a scheduler had no room in time, or a circuit breaker is open
 	ReasonNotSampled     = RejectReason(agentapi.ReasonNotSampled)     // a sampler left it out
 	ReasonNoMatchingRamp = RejectReason(agentapi.ReasonNoMatchingRamp) // in ramp mode, no ramp let it in
 )
@@ -98,6 +98,10 @@ const (
 	CauseTimeout      = RejectCause(agentapi.CauseTimeout)   // the flow waited for as long as it could
 	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine or the client was closed while the flow waited
 	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // the value of a label was too long for the policy
+
+	// CauseCircuitOpen is the cause of a policy.CircuitBreaker that is open, or half-open without room for another probe. The
+	// reason is ReasonNoTokens, because the protocol has none for it.
+	CauseCircuitOpen = RejectCause(agentapi.CauseCircuitOpen)
 )
 
 // String gives the cause in words.

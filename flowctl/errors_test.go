@@ -97,7 +97,8 @@ func TestRejectCause(t *testing.T) {
 		{"timeout", flowctl.CauseTimeout, flowctl.CauseTimeout},
 		{"closed", flowctl.CauseClosed, flowctl.CauseClosed},
 		{"label too long", flowctl.CauseLabelTooLong, flowctl.CauseLabelTooLong},
-		{"the first unknown one", flowctl.CauseLabelTooLong + 1, flowctl.CauseNone},
+		{"circuit open", flowctl.CauseCircuitOpen, flowctl.CauseCircuitOpen},
+		{"the first unknown one", flowctl.CauseCircuitOpen + 1, flowctl.CauseNone},
 		{"another unknown one", 200, flowctl.CauseNone},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -75,6 +75,11 @@ func TestLoadKinds(t *testing.T) {
 					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", MaxDebt: -1, DeniedStatus: 403,
 					PassThrough: true, DryRun: true,
 				},
+				policy.CircuitBreaker{
+					ID: "root.10", Selectors: policy.At("prompt"), FailureRatio: 0.5, FailureCount: 20, MinFlows: 10, SlowAfter: 2 * time.Second,
+					Window: 10 * time.Second, OpenDuration: 5 * time.Second, Probes: 3, Successes: 2, ProbeTimeout: 30 * time.Second,
+					LimitBy: "upstream", MaxIdle: policy.KeepIdle, DeniedStatus: 502, PassThrough: true, DryRun: true,
+				},
 			},
 			Warnings: []string{
 				"27:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",

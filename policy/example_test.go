@@ -113,6 +113,19 @@ func ExampleCalendarQuota() {
 	// Output: 1e+06 tokens a month of Europe/Berlin for each tenant
 }
 
+// A file says a circuit breaker by a key that Aperture does not have.
+func ExampleCircuitBreaker() {
+	policies, err := policy.Load("testdata/breaker.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	if b, ok := policies[0].Components[0].(policy.CircuitBreaker); ok {
+		fmt.Printf("opens for %v when %g of %d flows to a %s fail in %v\n", b.OpenDuration, b.FailureRatio, b.MinFlows, b.LimitBy, b.Window)
+	}
+	// Output: opens for 10s when 0.5 of 20 flows to a provider fail in 30s
+}
+
 func ExampleParse() {
 	_, err := policy.Parse("limits.yaml", []byte(`circuit:
   components:
@@ -162,6 +175,10 @@ func ExampleComponent() {
 		policy.CalendarQuota{
 			Selectors: policy.At("prompt"), LimitBy: "tenant", TokensLabel: "tokens",
 			Amount: 1_000_000, Period: policy.PeriodMonth, TimeZone: "Europe/Berlin",
+		},
+		policy.CircuitBreaker{
+			Selectors: policy.At("payment"), LimitBy: "provider",
+			FailureRatio: 0.5, MinFlows: 20, Window: 30 * time.Second, OpenDuration: 10 * time.Second,
 		},
 	}
 	p := policy.Policy{Name: "all-kinds", Components: components}

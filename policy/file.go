@@ -45,10 +45,10 @@ func Load(paths ...string) ([]Policy, error) {
 // concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
 // blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, with three exceptions: dry_run, which any component may have;
-// calendar_quota, which is a [CalendarQuota]; and keys at the top of a document that begin with "x-", a place for
-// anchors that is otherwise ignored. Keys of Aperture's format that are of no use here end up in [Policy.Warnings]. The
-// placeholder __REQUIRED_FIELD__ of Aperture's blueprints is an error.
+// Keys that Aperture's format does not have are errors, with four exceptions: dry_run, which any component may have;
+// calendar_quota, which is a [CalendarQuota]; circuit_breaker, which is a [CircuitBreaker]; and keys at the top of a
+// document that begin with "x-", a place for anchors that is otherwise ignored. Keys of Aperture's format that are of no
+// use here end up in [Policy.Warnings]. The placeholder __REQUIRED_FIELD__ of Aperture's blueprints is an error.
 //
 // The components of flow_control that this package has a type for are read; others are errors. An
 // adaptive_load_scheduler is an [AIMDLoadScheduler] by an old name. An input port is connected to a constant or to the

@@ -33,6 +33,8 @@ func FuzzParse(f *testing.F) {
 		"{\"circuit\": {}}\n---\n# c\n[a: b]\n...\n%YAML 1.2\n", "a: &a {<<: [*a]}\nb: 010\n", "a: b\n  - c\n", "a: {b: c\nd}\r\ne: \"\\q\"\r}\n---\n]\n",
 		"circuit: {components: [{flow_control: {rate_limiter: {in_ports: {interval: __REQUIRED_FIELD__}, parametrs: {}}}}]}",
 		"circuit: {components: [{flow_control: {calendar_quota: {selectors: [{control_point: a}], parameters: {amount: 1, period: week, week_start: sunday, time_zone: Asia/Kolkata}}}}]}",
+		"circuit: {components: [{flow_control: {circuit_breaker: {selectors: [{control_point: a}], parameters: {failure_count: 2147483647, window: 5ms, open_duration: 1ns}}}}]}",
+		"circuit: {components: [{flow_control: {circuit_breaker: {parameters: {failure_ratio: .nan, failure_count: 1.5, min_flows: 1e300, probes: -1, window: 1ns}}}}]}",
 		"circuit: {components: [{flow_control: {calendar_quota: {in_ports: {pass_through: ~}, parameters: {amount: .nan, period: 1, week_start: [], time_zone: ../../etc}}}}]}",
 	} {
 		f.Add([]byte(seed))

@@ -22,6 +22,7 @@ const (
 	sampler
 	loadRamp
 	calendarQuota
+	circuitBreaker
 	count
 )
 
@@ -58,6 +59,9 @@ var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
 	}}},
 	{"calendar_quota", valueOf[CalendarQuota], []form{{
 		"calendar_quota", "selectors parameters request_parameters", "", "pass_through", (*decoder).calendarQuota,
+	}}},
+	{"circuit_breaker", valueOf[CircuitBreaker], []form{{
+		"circuit_breaker", "selectors parameters request_parameters", "", "pass_through", (*decoder).circuitBreaker,
 	}}},
 }
 

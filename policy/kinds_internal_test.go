@@ -18,6 +18,7 @@ func oneOfEach() [Kinds]Component {
 		Sampler{},
 		LoadRamp{},
 		CalendarQuota{},
+		CircuitBreaker{},
 	}
 }
 
@@ -46,7 +47,7 @@ func TestDefaultIDs(t *testing.T) {
 	}{
 		{"of each kind", slice(oneOfEach()), []string{
 			"rate_limiter.0", "concurrency_limiter.0", "quota_scheduler.0", "concurrency_scheduler.0", "load_scheduler.0",
-			"aimd_load_scheduler.0", "sampler.0", "load_ramp.0", "calendar_quota.0",
+			"aimd_load_scheduler.0", "sampler.0", "load_ramp.0", "calendar_quota.0", "circuit_breaker.0",
 		}},
 		{"of one kind", []Component{RateLimiter{}, &RateLimiter{}, RateLimiter{}}, []string{"rate_limiter.0", "rate_limiter.1", "rate_limiter.2"}},
 		{"insertion of another kind", []Component{RateLimiter{}, Sampler{}, RateLimiter{}}, []string{"rate_limiter.0", "sampler.0", "rate_limiter.1"}},

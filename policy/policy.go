@@ -27,8 +27,8 @@ type Policy struct {
 }
 
 // A Component is one part of a policy that decides about flows: a [RateLimiter], [ConcurrencyLimiter], [QuotaScheduler],
-// [ConcurrencyScheduler], [LoadScheduler], [AIMDLoadScheduler], [Sampler], [LoadRamp] or [CalendarQuota], or a pointer to
-// one, which is not nil. The interface is sealed, so that kinds can be added.
+// [ConcurrencyScheduler], [LoadScheduler], [AIMDLoadScheduler], [Sampler], [LoadRamp], [CalendarQuota] or [CircuitBreaker], or
+// a pointer to one, which is not nil. The interface is sealed, so that kinds can be added.
 type Component interface {
 	kind() index
 	id() string                               // its own, "" for the default

@@ -125,14 +125,15 @@ type Cause uint8
 
 // The causes, numbered as on the wire.
 const (
-	CauseNone      Cause = iota // none but the reason
-	CauseLate                   // too little time was left for the answer to arrive
-	CauseQueueFull              // as many flows wait as may
-	CauseLongQueue              // the wait would have been longer than the flow had time
-	CauseTimeout                // the flow waited for as long as it could
-	CauseClosed                 // the engine or the client was closed while the flow waited
-	CauseLongLabel              // a label's value is too long for a component to go by
-	Causes                      // how many there are
+	CauseNone        Cause = iota // none but the reason
+	CauseLate                     // too little time was left for the answer to arrive
+	CauseQueueFull                // as many flows wait as may
+	CauseLongQueue                // the wait would have been longer than the flow had time
+	CauseTimeout                  // the flow waited for as long as it could
+	CauseClosed                   // the engine or the client was closed while the flow waited
+	CauseLongLabel                // a label's value is too long for a component to go by
+	CauseCircuitOpen              // a circuit breaker is open, or half-open without room for another probe
+	Causes                        // how many there are
 )
 
 // String returns the cause in words; "" for none.
@@ -150,6 +151,8 @@ func (c Cause) String() string {
 		return "closed"
 	case CauseLongLabel:
 		return "label too long"
+	case CauseCircuitOpen:
+		return "circuit open"
 	default:
 		return ""
 	}
@@ -355,6 +358,12 @@ type Component struct {
 
 	// Slots reports whether flows hold slots of the component until they end.
 	Slots bool
+
+	// Outcomes reports whether the component decides by how flows end. Over the network, the clients' telemetry says it.
+	Outcomes bool
+
+	// Reason is why the component rejects flows; ReasonNone if it is the reason of its stage.
+	Reason Reason
 
 	// LabelKey is the label that has a bucket for each value; "" if one bucket is for all flows.
 	LabelKey string

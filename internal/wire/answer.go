@@ -53,7 +53,7 @@ func sizeIn(m proto.Message) int { return 1 + protowire.SizeBytes(proto.Size(m))
 const (
 	rankDecides = iota // it is why the flow is rejected
 	rankHolds          // it names a slot, which comes back by that name
-	rankDrops
+	rankTells          // it drops the flow, or the component goes by how the flow ends
 	rankPasses
 	ranks
 )
@@ -62,10 +62,10 @@ func rankOf(v *agentapi.Verdict, d *agentapi.LimiterDecision) int {
 	switch {
 	case d.Dropped && d.Component == v.Rejection().By:
 		return rankDecides
-	case d.Slot() != 0:
+	case d.Component.Slots && d.Slot() != 0:
 		return rankHolds
-	case d.Dropped:
-		return rankDrops
+	case d.Dropped, d.Component.Outcomes:
+		return rankTells
 	default:
 		return rankPasses
 	}
@@ -106,7 +106,7 @@ ranks:
 			switch rank {
 			case rankHolds:
 				return nil, false
-			case rankDrops, rankPasses:
+			case rankTells, rankPasses:
 				break ranks
 			}
 		}

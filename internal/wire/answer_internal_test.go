@@ -111,11 +111,12 @@ func TestEnded(t *testing.T) {
 // Of decisions that do not all fit, those that matter most are kept, in order.
 func TestFit(t *testing.T) {
 	drops, holds, passes := "drops", "holds", "passes"
+	takes, awaits := "takes", "awaits" // what needs no end by name: tokens of a quota, the outcome at a circuit breaker
 	build := func(rejected bool, all ...string) *agentapi.Verdict {
 		v := new(agentapi.Verdict)
 		for i, what := range all {
 			c := *full(agentapi.InfoConcurrencyLimiter).Component
-			c.ID = fmt.Sprint(what, i)
+			c.ID, c.Slots, c.Outcomes = fmt.Sprint(what, i), what == holds, what == awaits
 			d := v.Add(&c)
 			switch what {
 			case drops:
@@ -123,7 +124,7 @@ func TestFit(t *testing.T) {
 				if rejected { // the last one decides
 					v.Reject(agentapi.Rejection{By: &c})
 				}
-			case holds:
+			case holds, takes, awaits:
 				d.Hold(uint64(i + 1))
 			}
 		}
@@ -142,6 +143,8 @@ func TestFit(t *testing.T) {
 		{"those that hold", build(false, passes, holds, drops, passes, holds), 2, "[holds1 holds4]"},
 		{"those that hold, in a dry run", build(true, holds, passes, drops), 2, "[holds0 drops2]"},
 		{"too many that hold", build(false, holds, passes, holds), 1, "not ok"},
+		{"those whose outcome is awaited", build(false, passes, takes, awaits, holds), 2, "[awaits2 holds3]"},
+		{"too many that hold no slot", build(false, takes, awaits, takes), 1, "[awaits1]"},
 		{"no room", build(true, drops), 0, "[]"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

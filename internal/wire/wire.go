@@ -206,13 +206,13 @@ type telling struct {
 
 func tellRateLimiter(m *checkv1.LimiterDecision, t telling) {
 	m.Details = &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{
-		Label: label(t.d), TokensInfo: t.tokens,
+		Label: Label(t.d), TokensInfo: t.tokens,
 	}}
 }
 
 func tellConcurrencyLimiter(m *checkv1.LimiterDecision, t telling) {
 	m.Details = &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{
-		Label: label(t.d), TokensInfo: t.tokens, RequestId: slotID(t.d.Slot()),
+		Label: Label(t.d), TokensInfo: t.tokens, RequestId: slotID(t.d.Slot()),
 	}}
 }
 
@@ -221,14 +221,14 @@ func tellQuotaScheduler(m *checkv1.LimiterDecision, t telling) {
 		t.tokens.Reset() // as agents have it
 	}
 	m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
-		Label: label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority,
+		Label: Label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority,
 	}}
 }
 
 func tellConcurrencyScheduler(m *checkv1.LimiterDecision, t telling) {
 	t.tokens.Remaining = max(t.d.Remaining, 0)
 	m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
-		Label: label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority, RequestId: slotID(t.d.Slot()),
+		Label: Label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority, RequestId: slotID(t.d.Slot()),
 	}}
 }
 
@@ -245,13 +245,13 @@ func tellLoadScheduler(m *checkv1.LimiterDecision, t telling) {
 func tellSampler(m *checkv1.LimiterDecision, t telling) {
 	info := &checkv1.LimiterDecision_SamplerInfo{}
 	if t.d.Scope == agentapi.ScopeLabel {
-		info.Label = label(t.d)
+		info.Label = Label(t.d)
 	}
 	m.Details = &checkv1.LimiterDecision_SamplerInfo_{SamplerInfo: info}
 }
 
-// label is how the wire names the bucket that decided.
-func label(d *agentapi.LimiterDecision) string {
+// Label is how the wire names the bucket that decided.
+func Label(d *agentapi.LimiterDecision) string {
 	switch d.Scope {
 	case agentapi.ScopeDefault:
 		return "default"

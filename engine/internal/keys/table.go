@@ -193,6 +193,16 @@ func (t *Table[S]) LockPeek(key string, now int64) *Entry[S] {
 	}
 }
 
+// Find returns the key's entry, or nil when the key is not known. The entry is not locked, and may leave the table at any time: it is for
+// what may be read without a lock. It counts as no use.
+func (t *Table[S]) Find(key string) *Entry[S] {
+	h := maphash.String(t.seed, key)
+	return t.shards[h&t.mask].find(uint32(h>>32), key)
+}
+
+// Full reports whether there is no room for another key.
+func (t *Table[S]) Full() bool { return t.size.Load() >= t.limit }
+
 // Spill returns the entry that unknown keys share when the table is full. It is not locked.
 func (t *Table[S]) Spill() *Entry[S] { return &t.spill }
 

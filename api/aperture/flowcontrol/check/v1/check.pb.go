@@ -359,6 +359,8 @@ const (
 	CheckResponse_CAUSE_CLOSED CheckResponse_Cause = 5
 	// A label's value is too long for the policies to go by.
 	CheckResponse_CAUSE_LABEL_TOO_LONG CheckResponse_Cause = 6
+	// A circuit breaker is open, or half-open and waits for its probes.
+	CheckResponse_CAUSE_CIRCUIT_OPEN CheckResponse_Cause = 7
 )
 
 // Enum value maps for CheckResponse_Cause.
@@ -371,6 +373,7 @@ var (
 		4: "CAUSE_TIMEOUT",
 		5: "CAUSE_CLOSED",
 		6: "CAUSE_LABEL_TOO_LONG",
+		7: "CAUSE_CIRCUIT_OPEN",
 	}
 	CheckResponse_Cause_value = map[string]int32{
 		"CAUSE_NONE":           0,
@@ -380,6 +383,7 @@ var (
 		"CAUSE_TIMEOUT":        4,
 		"CAUSE_CLOSED":         5,
 		"CAUSE_LABEL_TOO_LONG": 6,
+		"CAUSE_CIRCUIT_OPEN":   7,
 	}
 )
 
@@ -2602,7 +2606,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\f\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\r\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2624,7 +2628,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x96\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x01\n" +
 	"\x05Cause\x12\x0e\n" +
 	"\n" +
 	"CAUSE_NONE\x10\x00\x12\x0e\n" +
@@ -2634,7 +2638,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x14CAUSE_QUEUE_TOO_LONG\x10\x03\x12\x11\n" +
 	"\rCAUSE_TIMEOUT\x10\x04\x12\x10\n" +
 	"\fCAUSE_CLOSED\x10\x05\x12\x18\n" +
-	"\x14CAUSE_LABEL_TOO_LONG\x10\x06\"\xa6\x01\n" +
+	"\x14CAUSE_LABEL_TOO_LONG\x10\x06\x12\x16\n" +
+	"\x12CAUSE_CIRCUIT_OPEN\x10\a\"\xa6\x01\n" +
 	"\fRejectReason\x12\x16\n" +
 	"\x12REJECT_REASON_NONE\x10\x00\x12\x1e\n" +
 	"\x1aREJECT_REASON_RATE_LIMITED\x10\x01\x12\x1b\n" +

@@ -1,0 +1,221 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/breaker"
+	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// probeTimeout is the ProbeTimeout of zero.
+const probeTimeout = time.Minute
+
+// A circuitBreaker rejects flows for a while after others have failed. It has nothing to give, except the places of probes.
+//
+// Most flows come to a closed circuit. They take no lock when they come, because all that they need to know is that it is
+// closed. When they end they are counted under the lock of their key.
+type circuitBreaker struct {
+	keyed[breaker.State]
+	rule  breaker.Rule
+	slow  time.Duration // how long a flow may take; 0 for any time
+	plain bool          // flows that end well need not be counted
+
+	opened   atomic.Uint64 // how often a circuit has opened
+	unclosed atomic.Int64  // how many circuits are not closed
+
+	// floor is when a circuit that is forgotten changed last. Flows that it had admitted before do not count when its key is known again.
+	floor atomic.Int64
+}
+
+func newCircuitBreaker(e *Engine, in *installed, p policy.CircuitBreaker, c agentapi.Component) (component, error) {
+	in.selectors = p.Selectors
+	probes := cmp.Or(p.Probes, 1)
+	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, cmp.Or(p.DeniedStatus, http.StatusServiceUnavailable), float64(probes), p.DryRun
+	b := &circuitBreaker{
+		rule: breaker.Rule{
+			Ratio: p.FailureRatio, Count: uint64(p.FailureCount), Least: uint64(p.MinFlows),
+			Step:   breaker.StepOf(min(int64(p.Window), source.Century)),
+			Open:   min(int64(p.OpenDuration), source.Century),
+			Probes: probes, Successes: cmp.Or(p.Successes, probes),
+			Timeout: min(int64(cmp.Or(p.ProbeTimeout, probeTimeout)), source.Century),
+		},
+		slow:  p.SlowAfter,
+		plain: p.FailureRatio == 0 && p.MinFlows <= p.FailureCount,
+	}
+	b.keyed = newKeyed(e, c, p.MaxIdle, func(s *breaker.State, _ int64) { *s = breaker.State{} }, b.forget)
+	b.passThrough = p.PassThrough
+	b.component.Settler = b
+	return b, nil
+}
+
+// forget reports whether the state's key may be forgotten, and notes what must not be forgotten with it.
+func (b *circuitBreaker) forget(s *breaker.State, now int64) bool {
+	if !b.rule.Idle(s, now) {
+		return false
+	}
+	for floor := s.Floor(); ; {
+		if old := b.floor.Load(); floor <= old || b.floor.CompareAndSwap(old, floor) {
+			break
+		}
+	}
+	if s.Phase() != breaker.Closed {
+		b.close(s, now)
+	}
+	return true
+}
+
+// close closes the circuit. Flows that are under way do not count any more.
+func (b *circuitBreaker) close(s *breaker.State, now int64) {
+	if s.Phase() != breaker.Closed {
+		b.unclosed.Add(-1)
+	}
+	s.Close(now)
+}
+
+// ask decides at once: no flow waits for a circuit to close.
+func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+	now := a.now
+	if !b.scope(&req.Labels, d) {
+		b.counts.decision(d)
+		return now, nil
+	}
+	if ticket, ok := b.pass(d, now); ok {
+		d.Hold(uint64(ticket))
+		d.Remaining = b.component.Capacity
+		b.counts.decision(d)
+		return now, nil
+	}
+	e := b.lock(d, now)
+	got := b.rule.Admit(&e.State, now)
+	e.Unlock()
+	d.Remaining = float64(got.Free)
+	if got.Ticket == 0 {
+		b.drop(d, agentapi.CauseCircuitOpen, got.Wait)
+	} else {
+		d.Hold(uint64(got.Ticket))
+		if got.Ticket.Probe() {
+			d.Consumed = 1
+		}
+	}
+	b.counts.decision(d)
+	return now, nil
+}
+
+// pass admits a flow without a lock if its circuit is closed. That of a key that is not known is, unless there is no room for the
+// key: then it is for the table to say which circuit decides.
+func (b *circuitBreaker) pass(d *agentapi.LimiterDecision, now int64) (breaker.Ticket, bool) {
+	if b.table == nil {
+		return b.single.State.Pass(now)
+	}
+	if e := b.table.Find(d.Label); e != nil {
+		return e.State.Pass(now)
+	}
+	if b.table.Full() {
+		return 0, false
+	}
+	return (*breaker.State)(nil).Pass(now)
+}
+
+func (b *circuitBreaker) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
+	if b.scope(&req.Labels, d) {
+		b.drop(d, cause, 0)
+	}
+	b.counts.decision(d)
+}
+
+// Settle learns how the flow ended. It reports whether a probe gave its place back.
+func (b *circuitBreaker) Settle(_ context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
+	ticket := breaker.Ticket(d.Slot())
+	if ticket == 0 {
+		return false
+	}
+	if !ticket.Probe() && (o.Ended == agentapi.EndedUnused || o.Ended == agentapi.EndedUnknown || o.Ended == agentapi.EndedOK && b.plain && b.slow == 0) {
+		return false // nothing of it is counted
+	}
+	now := b.engine.now()
+	e := b.held(d, now)
+	back, change := b.rule.End(&e.State, now, ticket, b.outcome(now, ticket, o), b.floor.Load())
+	e.Unlock()
+	switch change {
+	case breaker.Opened:
+		b.opened.Add(1)
+		b.unclosed.Add(1)
+	case breaker.Reopened:
+		b.opened.Add(1)
+	case breaker.Recovered:
+		b.unclosed.Add(-1)
+	case breaker.None:
+	}
+	if back && o.Ended == agentapi.EndedUnused {
+		count(b.counts, d, decisionsRefunded)
+	}
+	return back
+}
+
+// held returns the entry that decided, locked. A key that has been forgotten is known again: else the flows of a key would
+// not count that are longer than it is remembered.
+func (b *circuitBreaker) held(d *agentapi.LimiterDecision, now int64) *keys.Entry[breaker.State] {
+	if d.Spilled {
+		e := b.table.Spill()
+		e.Lock()
+		return e
+	}
+	return b.lock(d, now)
+}
+
+// outcome is what the flow's end says about what it did.
+func (b *circuitBreaker) outcome(now int64, t breaker.Ticket, o agentapi.Outcome) breaker.Outcome {
+	switch {
+	case o.Ended == agentapi.EndedFailed:
+		return breaker.Failure
+	case o.Ended != agentapi.EndedOK:
+		return breaker.Nothing
+	case b.slow > 0 && cmp.Or(o.Took, time.Duration(now-t.Begin())-o.Waited) > b.slow:
+		return breaker.Failure
+	default:
+		return breaker.Success
+	}
+}
+
+func (b *circuitBreaker) stats(now int64) ComponentStats {
+	all := b.keyed.stats(b.usage, now)
+	all.Opened = b.opened.Load()
+	all.Open = int(b.unclosed.Load())
+	return all
+}
+
+func (b *circuitBreaker) usage(value string, now int64) Usage {
+	e := b.met(value, now)
+	defer e.Unlock()
+	phase, probes, free := b.rule.Usage(&e.State, now)
+	return Usage{Capacity: b.component.Capacity, Remaining: float64(free), InFlight: probes, State: phase.String()}
+}
+
+func (b *circuitBreaker) reset(value string, now int64) {
+	e := b.met(value, now)
+	defer e.Unlock()
+	b.close(&e.State, now)
+}
+
+func warnCircuitBreaker(w *warnings, of string, p policy.CircuitBreaker) {
+	if !p.PassThrough && p.MinFlows <= 1 && (p.FailureRatio > 0 || p.FailureCount == 1) {
+		w.impossible = append(w.impossible, fmt.Sprintf("%s: a single flow that fails opens the breaker: say by MinFlows how many must have ended", of))
+	}
+}
+
+// observeBreaker shows a circuit breaker.
+func observeBreaker(o *observation) {
+	s := o.component
+	o.decided(o.decisions[o.kind.counter], s.Accepted, s.Dropped)
+	o.to.ObserveInt64(o.opened, int64(s.Opened), o.own)
+	o.to.ObserveInt64(o.open, int64(s.Open), o.own)
+	o.buckets()
+}
