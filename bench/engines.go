@@ -13,6 +13,7 @@ import (
 	"github.com/failsafe-go/failsafe-go"
 	"github.com/failsafe-go/failsafe-go/adaptivelimiter"
 	"github.com/failsafe-go/failsafe-go/bulkhead"
+	"github.com/failsafe-go/failsafe-go/circuitbreaker"
 	"github.com/failsafe-go/failsafe-go/ratelimiter"
 	"github.com/sony/gobreaker/v2"
 	"golang.org/x/time/rate"
@@ -34,6 +35,7 @@ const (
 	quota       = "quota"       // a quota scheduler, keyed by user
 	slots       = "slots"       // a concurrency scheduler
 	sampled     = "sampled"     // a sampler, which goes by the user
+	breaker     = "breaker"     // a circuit breaker, keyed by user
 )
 
 // policies never reject: what is measured is a call that is let through.
@@ -59,6 +61,9 @@ func policies(keys int) []policy.Policy {
 		}}},
 		{Name: "sampled", Components: []policy.Component{policy.Sampler{
 			Selectors: policy.At(sampled), AcceptPercentage: 100, SessionLabel: "user_id",
+		}}},
+		{Name: "breaker", Components: []policy.Component{policy.CircuitBreaker{
+			Selectors: policy.At(breaker), FailureRatio: 0.5, MinFlows: 20, Window: 10 * time.Second, OpenDuration: 10 * time.Second, LimitBy: "user_id",
 		}}},
 	}
 }
@@ -164,6 +169,13 @@ func (e *engines) rows() []*row {
 		}},
 		{name: "Guard, one keyed quota scheduler", call: e.guard(quota), targets: pass},
 		{name: "Guard, one concurrency scheduler", call: e.guard(slots), targets: append(pass, target{inTime, queueing, 0, true})},
+		{name: "Guard, one keyed circuit breaker", call: e.guard(breaker), targets: []target{
+			{inTime, keyedLimiter, 1.2, false},
+			{inAllocs, "", 1, false},
+			{inTime, "gobreaker", 0, true},
+			{inTime, "failsafe-go circuit breaker", 0, true},
+			{inParallel, keyedLimiter, 0, true},
+		}},
 		{name: "Guard, one sampler", call: e.guard(sampled), targets: []target{{inTime, keyedLimiter, 0, true}}},
 		{name: "Cached, a hit", call: e.cached},
 		{name: "failsafe-go rate limiter", call: func() func() error {
@@ -177,6 +189,10 @@ func (e *engines) rows() []*row {
 		{name: queueing, call: func() func() error {
 			limited := failsafe.With[int](bulkhead.NewBuilder[int](1_000_000).WithMaxWaitTime(time.Minute).Build())
 			return func() error { _, err := limited.Get(work); return err }
+		}},
+		{name: "failsafe-go circuit breaker", call: func() func() error {
+			guarded := failsafe.With[int](circuitbreaker.NewBuilder[int]().WithFailureRateThreshold(0.5, 20, 10*time.Second).WithDelay(10 * time.Second).Build())
+			return func() error { _, err := guarded.Get(work); return err }
 		}},
 		{name: "failsafe-go adaptive limiter", call: func() func() error {
 			limited := failsafe.With[int](adaptivelimiter.NewWithDefaults[int]())
