@@ -5,13 +5,15 @@ import (
 	"sync/atomic"
 )
 
-// Settle says how many tokens the flow has really cost by a label. The label is the TokensLabel of limiters and schedulers, which
-// took what its value said when the flow started, or what their policy says if there was none. They correct that when the
-// flow ends:
+// Settle says how many tokens the flow has really cost by a label. The label is the TokensLabel of rate limiters, calendar quotas
+// and quota schedulers. When the flow started, they took what the label said, or what they take without it. They correct that
+// when the flow ends:
 //
 //   - If the flow cost less, what is too much goes back, up to the capacity of the bucket.
-//   - If it cost more, the rest becomes a debt: the bucket has less than no tokens, and rejects flows, or has them wait,
-//     until the debt has been filled up. The policy's MaxDebt bounds the debt. The engine's Stats count what is beyond.
+//   - If it cost more, the rest becomes a debt: the balance of the bucket is below zero, and flows are rejected, or wait, until
+//     the debt is paid. The policy's MaxDebt bounds the debt. The engine's Stats count what is beyond.
+//
+// A load scheduler lets in the same share of the load. Its queue, and that of a quota scheduler, learn what flows cost.
 //
 // The last call before End counts for each label. After the flow has ended, Settle does nothing. If nothing is said, as after a panic,
 // the flow keeps its charge: what it cost is not known. Settle(label, 0) is for work that has certainly not begun.
@@ -20,7 +22,7 @@ import (
 //
 // Settle changes nothing at components that took no tokens by the label: another label is theirs, they let the flow
 // pass without a bucket, they are in dry run or the client is, or they have slots, which come back anyway. The same holds for a flow that
-// did not run. Until now only an engine in this process takes settlements: see EndResponse.Settled.
+// did not run. Today only an engine in this process takes settlements: see EndResponse.Settled.
 //
 // Within a function that package headgate guards, and within a handler of an adaptor, [FromContext] finds the flow. Settle
 // allocates once for each label.
