@@ -332,6 +332,8 @@ func TestAgentThatReadsNothingIsFoundWhileFlowsWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.AfterFunc(10*time.Second+time.Millisecond, func() { stuck.Store(true) })
+		// A check that cannot be sent whole keeps the question from being sent.
+		time.AfterFunc(10*time.Second+100*time.Millisecond, func() { client.Start(t.Context(), "point", flowctl.Params{}) })
 		begin := time.Now()
 		flow := client.Start(t.Context(), "point", flowctl.Params{MaxWait: -1})
 		if took := time.Since(begin); flow.Decision() != flowctl.Unreachable || took > 12*time.Second+201*time.Millisecond {
