@@ -105,11 +105,21 @@ test32: ## Run PACKAGES32 of the root module with ints of 32 bits, where this ma
 lint: ## Run the linters, and check formatting and go.mod files
 	@$(call in-modules,golangci-lint,$(TOOL) golangci-lint run --config='$(CURDIR)/.golangci.yml' ./...)
 	@$(call in-modules,go vet,go vet ./...)
-	@$(call in-modules,go vet for 32 bits,for arch in 386 arm; do GOOS=linux GOARCH=$$arch CGO_ENABLED=0 go vet ./... || exit 1; done)
+	@$(call in-modules,go vet for 32 bits,$(vet-32))
 	@$(call in-modules,go mod tidy,go mod tidy -diff)
 	@$(call in-modules,go mod verify,go mod verify)
 	cd api && $(BUF) lint
 	cd api && $(BUF) format --diff --exit-code
+
+# Types are of the same size on 386 and arm. So vet finds for arm what it finds
+# for 386, except in packages that have other files there. Without them, nothing
+# is compiled for arm.
+define vet-32
+export GOOS=linux CGO_ENABLED=0 && \
+files() { GOARCH=$$1 go list -f '{{.ImportPath}} {{.GoFiles}} {{.SFiles}} {{.TestGoFiles}} {{.XTestGoFiles}}' ./... | sort; } && \
+GOARCH=386 go vet ./... && on386=$$(files 386) && onarm=$$(files arm) && \
+{ packages=$$(comm -13 <(echo "$$on386") <(echo "$$onarm") | cut -d ' ' -f 1); [ -z "$$packages" ] || GOARCH=arm go vet $$packages; }
+endef
 
 .PHONY: format
 format: ## Format all sources
