@@ -55,6 +55,10 @@ const defaultLastGood = 256
 // Canceled or Invalid, or was rejected because the first call's deadline was too near, one of the calls asks again. If
 // the flow was Unreachable, a call that fails open asks again.
 //
+// If the client or its engine is closed while a call waits, the call does not run when it asks again. It is rejected with
+// [flowctl.CauseClosed]. If the first call was rejected and no agent answers when another call asks again, that rejection
+// is the other call's too, as with [Retrying]. This holds even if the rejection came after the first call had given up.
+//
 // Calls share a run if the client, the control point, the key and T are the same. The function need not be the same, so
 // a cached function can be made for each request: all calls get what the function that began the run returns. Without a
 // client, only the calls of one function share runs. The same holds for a [Starter] that is no client, embeds none, and
@@ -190,6 +194,46 @@ type outcome[T any] struct {
 
 	// maxWait is the first call's, if a call that may wait for longer asks again; else zero.
 	maxWait time.Duration
+
+	// rejection is how a limit rejected the call that led, although its flow may have ended otherwise after that; nil if
+	// none did.
+	rejection error
+
+	// held is what kept a flow from running that no agent had decided about; else zero.
+	held hold
+}
+
+// A hold is why a call that was held back may not run, if no agent decides about it when it asks anew.
+type hold uint8
+
+const (
+	heldByClose     hold = iota + 1 // it waited when its client or engine was closed
+	heldByRejection                 // the flow that it waited for was rejected
+)
+
+// heldBack is what a call has met in the runs that it waited for, before it asks anew. The zero value is nothing.
+type heldBack struct {
+	waited    bool  // for a decision, when neither the client nor its engine was closed
+	rejection error // of the flow that it waited for; nil for none
+}
+
+// rejects reports whether a call that asks anew may not run, and its error then.
+func (h *heldBack) rejects(flow *flowctl.Flow) (hold, error) {
+	if flow.Decision() != flowctl.Unreachable {
+		return 0, nil
+	}
+	if info, ok := flowinfo.From(flow.Context()); ok && h.waited && errors.Is(flow.Err(), flowctl.ErrClosed) {
+		return heldByClose, info.ClosedError()
+	}
+	if h.rejection != nil && flow.ShouldRun() {
+		return heldByRejection, h.rejection
+	}
+	return 0, nil
+}
+
+// isBy reports whether the call is held back as another one was.
+func (h *heldBack) isBy(other hold) bool {
+	return other == heldByClose && h.waited || other == heldByRejection && h.rejection != nil
 }
 
 // expiry is when the result of a run expires; nil if it is not stored. All functions that share the run share it.
@@ -209,13 +253,16 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 	if key == "" || ctx.Err() != nil { // it cannot wait for a run, but a dry run still runs it
 		return guarded(ctx, c.client, c.controlPoint, *params, fn, onReject)
 	}
+	var held heldBack
 	for {
 		run, leads := flight.Join[outcome[T]](ctx, c.runs, c.controlPoint, key)
 		var out outcome[T]
 		var err error
-		ended := false
+		ended, open := false, false
 		if leads {
-			out, ended = c.lead(ctx, run, params, fn)
+			out, ended = c.lead(ctx, run, params, fn, held)
+		} else {
+			open = c.runs.Closed == nil || !c.runs.Closed()
 		}
 		if !ended {
 			out, err = run.Wait(ctx, leads)
@@ -230,10 +277,11 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 				c.kept.keep(key, out.value, out.seen, out.stored)
 			}
 			return out.value, out.err
-		case !leads && out.asksAnew(ctx, params):
+		case !leads && out.asksAnew(ctx, params, held):
 			if ctx.Err() != nil {
 				return out.value, c.gaveUp(ctx)
 			}
+			out.holdsBack(&held, open)
 			continue
 		case onReject == nil || !offersFallback(out.decision):
 			return out.value, out.err
@@ -245,7 +293,10 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 
 // asksAnew reports whether a call that waited for a flow that did not run starts another one, because the decision was
 // about the call that led.
-func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params) bool {
+func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params, held heldBack) bool {
+	if o.held != 0 {
+		return !held.isBy(o.held) // it may run although the call that led may not
+	}
 	switch o.decision {
 	case flowctl.Canceled, flowctl.Invalid:
 		return true
@@ -263,16 +314,34 @@ func waitsLonger(maxWait, than time.Duration) bool {
 	return maxWait < 0 || maxWait > than || maxWait == 0 && than == flowctl.NoWait
 }
 
+// holdsBack notes what has held back a call that waited for the flow. open reports whether the client and its engine
+// were open when the wait began.
+func (o *outcome[T]) holdsBack(held *heldBack, open bool) {
+	if open && (o.decision == flowctl.Canceled || o.decision == flowctl.Rejected) {
+		held.waited = true
+	}
+	// Too little time is no limit.
+	if r, ok := errors.AsType[*flowctl.RejectedError](o.rejection); ok && r.Cause() != flowctl.CauseLate {
+		held.rejection = r
+	}
+}
+
 // lead starts the flow of a run. If the flow runs and no result is found, it starts fn. It reports whether the run has
 // ended.
 func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params *flowctl.Params,
-	fn func(context.Context) (T, error),
+	fn func(context.Context) (T, error), held heldBack,
 ) (out outcome[T], ended bool) {
 	defer run.Abort() // in case this panics
-	flow := c.client.Start(ctx, c.controlPoint, *params)
+	flow, before := start(ctx, c.client, c.controlPoint, *params)
+	if by, err := held.rejects(flow); err != nil {
+		endUnused(ctx, flow)
+		out = outcome[T]{err: err, decision: flowctl.Rejected, held: by}
+		run.End(out)
+		return out, true
+	}
 	if !flow.ShouldRun() {
 		end(ctx, flow)
-		out = outcome[T]{err: flow.Err(), decision: flow.Decision()}
+		out = outcome[T]{err: flow.Err(), decision: flow.Decision(), rejection: rejectionOf(flow, before)}
 		if shortOfTime(ctx, c.client, flow, params.MaxWait) {
 			out.deadline, _ = ctx.Deadline()
 		}
@@ -292,6 +361,22 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 	key := params.ResultCacheKey
 	run.Go(flow.Context(), func(ctx context.Context) (outcome[T], func()) { return c.work(ctx, flow, key, fn) })
 	return out, false
+}
+
+// rejectionOf is how a limit rejected a flow that did not run, or the flow before it; nil if none did.
+func rejectionOf(flow, before *flowctl.Flow) error {
+	if flow.Decision() == flowctl.Rejected {
+		return flow.Err()
+	}
+	if info, ok := flowinfo.From(flow.Context()); ok {
+		if err := info.LateRejection(); err != nil {
+			return err
+		}
+	}
+	if before != nil {
+		return before.Err()
+	}
+	return nil
 }
 
 // shortOfTime reports whether the flow was rejected because the call had too little time. Another call may have more.

@@ -52,6 +52,11 @@ type RetryPolicy struct {
 //
 // A flow that no agent answered is not retried. Start returns the last flow, and its error goes to onReject.
 //
+// If no agent answers a retry, the call does not run, because a limit has held it back. Start returns the flow that was
+// rejected before, which has ended already. So it does not matter whether the agent crashes, shuts down or hangs while a
+// call waits for its retry. If the retry may not run anyway, as a flow that fails closed, Start returns its flow, which
+// is Unreachable.
+//
 // All calls with the Starter share its budget. Make one Starter for each kind of work, when the program starts. A
 // Starter that is made for each call has a new budget each time, which never runs out.
 //
@@ -110,21 +115,29 @@ func share(field, zero float64) float64 {
 
 // Start starts flows with the client, as [Retrying] says, and returns the last one.
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
+	flow, _ := r.start(ctx, controlPoint, params)
+	return flow
+}
+
+// start is Start. It also returns the flow that was rejected before the last one; nil if there was none.
+func (r *retrier) start(ctx context.Context, controlPoint string, params flowctl.Params) (last, rejected *flowctl.Flow) {
 	r.budget.deposit()
 	var begin time.Time
 	most := params.MaxWait
 	if most > 0 {
 		begin = time.Now()
 	}
-	var rejected *flowctl.Flow
 	for attempt := 1; ; attempt++ {
-		flow := r.client.Start(ctx, controlPoint, params)
-		if rejected != nil && errors.Is(flow.Err(), flowctl.ErrClosed) {
+		flow, before := start(ctx, r.client, controlPoint, params)
+		if before != nil {
+			rejected = before
+		}
+		if rejected != nil && flow.Decision() == flowctl.Unreachable && (flow.ShouldRun() || errors.Is(flow.Err(), flowctl.ErrClosed)) {
 			endUnused(ctx, flow)
-			return rejected
+			return rejected, nil
 		}
 		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || attempt == r.attempts {
-			return flow
+			return flow, rejected
 		}
 		left := time.Duration(math.MaxInt64)
 		if most > 0 {
@@ -132,13 +145,13 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 		}
 		wait, ok := r.wait(ctx, flow.RetryAfter(), left)
 		if !ok || !r.budget.withdraw() {
-			return flow
+			return flow, rejected
 		}
 		switch pause(ctx, flow, wait) {
 		case pauseOver:
 		case pauseClosed:
 			r.budget.add(oneRetry)
-			return flow
+			return flow, rejected
 		case pauseCanceled:
 			r.budget.add(oneRetry)
 			// The next flow is Canceled, with the usual error. No agent is asked about it.
@@ -148,6 +161,14 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 			params.MaxWait = max(most-time.Since(begin), flowctl.NoWait)
 		}
 	}
+}
+
+// start starts a flow. If the client is made by [Retrying], it also returns the flow that was rejected before.
+func start(ctx context.Context, client Starter, controlPoint string, params flowctl.Params) (last, rejected *flowctl.Flow) {
+	if r, ok := client.(*retrier); ok {
+		return r.start(ctx, controlPoint, params)
+	}
+	return client.Start(ctx, controlPoint, params), nil
 }
 
 // endUnused ends a flow that may run and does not.

@@ -160,8 +160,16 @@ func TestRetryingAttempts(t *testing.T) {
 			flows: 2, waited: time.Second, err: flowctl.ErrUnreachable,
 		},
 		{
+			name: "unreachable in ramp mode the second time", params: flowctl.Params{RampMode: true}, answers: []flowtest.Answer{rejected(time.Second), silent, accepted},
+			flows: 2, waited: time.Second, err: flowctl.ErrUnreachable,
+		},
+		{
 			name: "unreachable open the second time", answers: []flowtest.Answer{rejected(time.Second), silent, accepted},
-			flows: 2, waited: time.Second,
+			flows: 2, waited: time.Second, err: flowctl.ErrRejected, wait: time.Second,
+		},
+		{
+			name: "unreachable open the third time", answers: []flowtest.Answer{rejected(time.Second), rejected(3 * time.Second), silent, accepted},
+			flows: 3, waited: 4 * time.Second, err: flowctl.ErrRejected, wait: 3 * time.Second,
 		},
 		{
 			name: "dry run", opts: []flowctl.Option{flowctl.WithDryRun()}, answers: []flowtest.Answer{rejected(time.Second), accepted},

@@ -83,11 +83,7 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 		c.late = true
 		return err
 	}
-	if c.http != nil {
-		wire.ReadHTTP(req, c.http, v)
-	} else {
-		wire.Read(req, &c.response, v)
-	}
+	c.read(req, v)
 	if req.DryRun() && v.Rejected() && req.Lookup() != nil && c.answer().GetCacheLookupResponse() == nil {
 		r.lookUp(call, req, v)
 		c.returned = time.Now()
@@ -189,6 +185,15 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	err := c.remote.conn.Invoke(c.ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
 	clipDenied(c.http)
 	return clipError(err)
+}
+
+// read reads the answer into v.
+func (c *check) read(req *agentapi.Request, v *agentapi.Verdict) {
+	if c.http != nil {
+		wire.ReadHTTP(req, c.http, v)
+	} else {
+		wire.Read(req, &c.response, v)
+	}
 }
 
 // textSize is about how many bytes an encoded map has.

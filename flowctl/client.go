@@ -106,6 +106,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		done:         make(chan struct{}),
 	}
 	c.runs.Unstored = c.unstored
+	c.runs.Closed = c.isClosed
 	cfg.shared.DryRun = cfg.dryRun
 	if len(cfg.shared.Defaults) > 0 || cfg.shared.Service != "" || cfg.shared.DryRun {
 		c.shared = &cfg.shared
@@ -177,7 +178,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 	case callerEnded(ctx, err):
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	case c.closed.Load() && c.remote != nil: // during the check: a shutdown must not let flows run that limits held back
-		f.verdict.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Cause: agentapi.CauseClosed})
+		f.verdict.Reject(byClose())
 		return Rejected, nil
 	default:
 		if !errors.Is(err, errBreakerOpen) && !refused(status.Code(err)) { // which are logged by themselves
@@ -186,6 +187,11 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		}
 		return Unreachable, &UnreachableError{f.req.ControlPoint, err}
 	}
+}
+
+// byClose is the rejection of flows that waited when their client or engine was closed.
+func byClose() agentapi.Rejection {
+	return agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Cause: agentapi.CauseClosed}
 }
 
 // callerEnded reports whether a check failed because the caller's context ended, and not by the check's own timeout.
@@ -371,6 +377,21 @@ func (c *Client) Close(ctx context.Context) error {
 		e.match = ended
 	}
 	return e
+}
+
+// isClosed reports whether the client or its agent in this process is closed.
+func (c *Client) isClosed() bool {
+	if c.closed.Load() {
+		return true
+	}
+	if agent, ok := c.agent.(agentapi.Closer); ok {
+		select {
+		case <-agent.Closed():
+			return true
+		default:
+		}
+	}
+	return false
 }
 
 // A limitedLog logs one kind of event once a minute at most. The zero value is ready.

@@ -129,6 +129,22 @@ type RejectedError struct {
 	policy, component, labelKey string
 }
 
+// newRejectedError makes the error of a rejection.
+func newRejectedError(controlPoint string, r agentapi.Rejection) *RejectedError {
+	e := &RejectedError{
+		ControlPoint: controlPoint,
+		Reason:       RejectReason(r.Reason),
+		HTTPStatus:   deniedStatus(r),
+		cause:        RejectCause(r.Cause),
+		retryAfter:   r.RetryAfter,
+		noReturns:    r.NoReturns,
+	}
+	if by := r.By; by != nil {
+		e.policy, e.component, e.labelKey = by.Policy, by.ID, by.LabelKey
+	}
+	return e
+}
+
 // Error names the control point and the reason, and how long until a retry can succeed.
 func (e *RejectedError) Error() string {
 	text := fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason)

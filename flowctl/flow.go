@@ -123,19 +123,7 @@ func (f *Flow) Err() error {
 	if err := f.verdict.Err(); err != nil || f.decision != Rejected {
 		return err
 	}
-	r := f.verdict.Rejection()
-	e := &RejectedError{
-		ControlPoint: f.req.ControlPoint,
-		Reason:       RejectReason(r.Reason),
-		HTTPStatus:   f.deniedStatus(),
-		cause:        RejectCause(r.Cause),
-		retryAfter:   r.RetryAfter,
-		noReturns:    r.NoReturns,
-	}
-	if by := r.By; by != nil {
-		e.policy, e.component, e.labelKey = by.Policy, by.ID, by.LabelKey
-	}
-	return f.verdict.Fail(e)
+	return f.verdict.Fail(newRejectedError(f.req.ControlPoint, f.verdict.Rejection()))
 }
 
 // RejectReason is why the agent rejected the flow; ReasonNone when it did not.
@@ -154,7 +142,7 @@ func (f *Flow) HTTPStatus() int {
 	case f.run:
 		return http.StatusOK
 	case f.decision == Rejected:
-		return f.deniedStatus()
+		return deniedStatus(f.verdict.Rejection())
 	case f.decision == Unreachable:
 		return http.StatusServiceUnavailable
 	case f.decision == Canceled && f.callerLeft():
@@ -172,11 +160,12 @@ func (f *Flow) callerLeft() bool {
 	return errors.Is(f.parent.Err(), context.Canceled) && context.Cause(f.parent) == context.Canceled //nolint:errorlint // see above
 }
 
-func (f *Flow) deniedStatus() int {
-	if s := int(f.verdict.Rejection().Status); s >= 400 && s <= 599 {
+// deniedStatus is the HTTP status of a rejection.
+func deniedStatus(r agentapi.Rejection) int {
+	if s := int(r.Status); s >= 400 && s <= 599 {
 		return s
 	}
-	return f.RejectReason().httpStatus()
+	return RejectReason(r.Reason).httpStatus()
 }
 
 // ControlPoint is where the flow was started.

@@ -78,7 +78,7 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 	}
 	answer = HTTPAnswer{Header: said.Header, Body: said.Body}
 	if f.decision == Rejected {
-		answer.Status = f.deniedStatus()
+		answer.Status = deniedStatus(f.verdict.Rejection())
 	}
 	return answer, true
 }

@@ -36,6 +36,28 @@ func (f *flowInfo) Closed() (client, agent <-chan struct{}) {
 	return f.client.done, agent
 }
 
+// ClosedError is the rejection by a close.
+func (f *flowInfo) ClosedError() error {
+	return newRejectedError(f.req.ControlPoint, byClose())
+}
+
+// LateRejection reads the answer that the flow itself does not use.
+func (f *flowInfo) LateRejection() error {
+	if !(*Flow)(f).holds() {
+		return nil
+	}
+	c, ok := f.verdict.Details.Remote.(*check)
+	if !ok || !c.late {
+		return nil
+	}
+	var v agentapi.Verdict
+	c.read(&f.req, &v)
+	if !v.Rejected() {
+		return nil
+	}
+	return newRejectedError(f.req.ControlPoint, v.Rejection())
+}
+
 // EndUnused ends the flow as an error.
 func (f *flowInfo) EndUnused(ctx context.Context) {
 	flow := (*Flow)(f)

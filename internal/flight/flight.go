@@ -21,6 +21,10 @@ type Runs struct {
 	// first run, and is safe for concurrent use.
 	Unstored func(controlPoint string, err error)
 
+	// Closed, if it is not nil, reports whether the client or its agent in this process is closed. It is set before the
+	// first run, and is safe for concurrent use.
+	Closed func() bool
+
 	mu  sync.Mutex
 	all map[place]underway
 }

@@ -23,6 +23,13 @@ type Info interface {
 	// is never closed.
 	Closed() (client, agent <-chan struct{})
 
+	// ClosedError is the error of a flow at the same control point that waited when its client or engine was closed.
+	ClosedError() error
+
+	// LateRejection is the rejection of a Canceled flow whose answer came when its caller's context had ended; nil if
+	// there was no such answer, or if it was no rejection.
+	LateRejection() error
+
 	// EndUnused ends a flow that was let in and did not run after all, as an error. It gives back what the flow was given,
 	// tokens too, as far as the agent can be told.
 	EndUnused(ctx context.Context)
