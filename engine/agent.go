@@ -226,7 +226,7 @@ func (a *agent) ServiceWarnings() []string {
 	for _, at := range slices.Sorted(maps.Keys(points)) {
 		for _, placements := range points[at].stages {
 			for _, m := range placements {
-				acts := slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" })
+				acts := slices.ContainsFunc(m.selectors, func(s *selector) bool { return s.service == "" })
 				for _, s := range m.selectors {
 					if s.service == "" {
 						continue
@@ -254,7 +254,7 @@ func (a *agent) Acting() iter.Seq2[string, []*agentapi.Component] {
 			var acting []*agentapi.Component
 			for _, placements := range points[at].stages {
 				for _, m := range placements {
-					if slices.ContainsFunc(m.selectors, func(s selector) bool { return s.service == "" }) {
+					if slices.ContainsFunc(m.selectors, func(s *selector) bool { return s.service == "" }) {
 						acting = append(acting, m.id)
 					}
 				}

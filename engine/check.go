@@ -48,7 +48,7 @@ type placement struct {
 	selectors selectors
 }
 
-func (p *controlPoint) add(in *installed, s selector) {
+func (p *controlPoint) add(in *installed, s *selector) {
 	placements := &p.stages[in.stage]
 	if n := len(*placements); n == 0 || (*placements)[n-1].component != in.component {
 		*placements = append(*placements, placement{component: in.component, id: in.identity()})

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/source"
@@ -40,21 +41,24 @@ type Component struct {
 // has its kind and its index among the policy's components of that kind, as in "rate_limiter.0"; in files in Aperture's
 // shapes, the ID is "root.<index>". The error names what the engine does not have: the policy, or its component.
 func (e *Engine) Component(policyName, id string) (*Component, error) {
-	known := false
-	for _, p := range e.rules.Load().installed {
-		switch {
-		case p.named.policy != policyName:
-		case p.named.id == id:
-			return &Component{engine: e, of: p}, nil
-		default:
-			known = true
-		}
+	r := e.rules.Load()
+	if p := r.byName[componentName{policyName, id}]; p != nil {
+		return &Component{engine: e, of: p}, nil
 	}
-	if !known {
+	if !slices.ContainsFunc(r.installed, func(p *installed) bool { return p.named.policy == policyName }) {
 		return nil, fmt.Errorf("headgate: engine: no policy %q", policyName)
 	}
 	return nil, fmt.Errorf("headgate: engine: policy %q: no component %q", policyName, id)
 }
+
+// Policy returns the name of the component's policy.
+func (c *Component) Policy() string { return c.of.named.policy }
+
+// ID returns the component's ID in its policy; see [Engine.Component].
+func (c *Component) ID() string { return c.of.named.id }
+
+// Kind returns what policy files call such a component; see [ComponentStats].
+func (c *Component) Kind() string { return c.of.name }
 
 // Peek returns the usage of a value of the component's label, at a limiter or a scheduler. It takes nothing. The value
 // is "" for a component without a label. A value that no flow has had yet has everything. For a value without a bucket

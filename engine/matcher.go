@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync/atomic"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/pattern"
@@ -14,6 +15,10 @@ import (
 type selector struct {
 	service string // "" for all
 	match   []condition
+	picked  atomic.Bool // it has picked a flow
+
+	controlPoint, labels string // for people; see policy.LabelMatcher
+	since                uint64 // flows that the control point had accepted before the component came into force
 }
 
 // A condition looks at a flow's labels.
@@ -44,14 +49,20 @@ func (s *selector) selects(labels *agentapi.Labels) truth {
 }
 
 // selectors act on a flow that one of them selects.
-type selectors []selector
+type selectors []*selector
 
+// selects reports whether one of them selects the flow. The first that does has picked it.
 func (s selectors) selects(labels *agentapi.Labels) truth {
-	most := no
-	for i := range s {
-		if most = max(most, s[i].selects(labels)); most == yes {
-			break
+	most, by := no, (*selector)(nil)
+	for _, one := range s {
+		if t := one.selects(labels); t > most {
+			if most, by = t, one; t == yes {
+				break
+			}
 		}
+	}
+	if by != nil && !by.picked.Load() { // so that it is written once
+		by.picked.Store(true)
 	}
 	return most
 }
@@ -76,8 +87,8 @@ func holdAny(conditions []condition, labels *agentapi.Labels) truth {
 	return most
 }
 
-func compileSelector(s policy.Selector) (selector, error) {
-	compiled := selector{service: s.Service}
+func compileSelector(s policy.Selector) (*selector, error) {
+	compiled := &selector{service: s.Service, controlPoint: s.ControlPoint}
 	if s.Service == "any" {
 		compiled.service = ""
 	}

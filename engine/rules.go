@@ -17,6 +17,7 @@ type rules struct {
 	controlPoints map[string]*controlPoint
 	sinks         map[string][]latencySink // by control point
 	named         map[string]bool          // labels that policies read; see [Engine.NamedLabels]
+	byName        map[componentName]*installed
 	warnings      warnings
 }
 
@@ -30,7 +31,8 @@ type installed struct {
 	name      string // of the kind
 	named     identity
 	stage     stage
-	selectors []policy.Selector // until it is placed
+	selectors []policy.Selector // until they are compiled
+	acts      selectors         // in the order of the policy
 	sinks     map[string][]latencySink
 	controls  []func(now int64) // what the controller does
 	retired   atomic.Bool       // it is no longer in force
@@ -40,6 +42,9 @@ type installed struct {
 // identity names a component over the wire. The hash covers all that is configured, so two components with one identity
 // can stand for each other.
 type identity struct{ policy, hash, id string }
+
+// A componentName is what people call a component.
+type componentName struct{ policy, id string }
 
 // retired is a component that is no longer in force, kept for as long as flows may hold slots of it.
 type retired struct {
@@ -153,6 +158,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 		components += len(p.Components)
 	}
 	r.installed = make([]*installed, 0, components)
+	r.byName = make(map[componentName]*installed, components)
 	var errs []error
 	names := make(map[string]bool, len(policies))
 	for _, p := range policies {
@@ -179,10 +185,13 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 			selectors := built.selectors
 			built.selectors = nil
 			r.acts(built.identity(), selectors)
+			before := e.rules.Load().controlPoints
 			if k := kept[built.named]; k != nil {
 				built = k
+			} else {
+				built.acts, err = compileSelectors(selectors, before)
 			}
-			err = r.place(built, selectors, e.rules.Load().controlPoints)
+			r.place(built, before)
 		}
 		if err != nil {
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
@@ -193,6 +202,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 			r.warnings.waits[from+i].by = built.component
 		}
 		r.installed = append(r.installed, built)
+		r.byName[componentName{p.Name, d.ID}] = built
 		r.name(built.identity(), d.Reads)
 		for at, sinks := range built.sinks {
 			r.sinks[at] = append(r.sinks[at], sinks...)
@@ -201,24 +211,44 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 	return nil
 }
 
-// place registers the component at each of its control points, once. The counters of a control point go on.
-func (r *rules) place(in *installed, selectors []policy.Selector, before map[string]*controlPoint) error {
-	for _, s := range selectors {
-		compiled, err := compileSelector(s)
-		if err != nil {
-			return err
+// compileSelectors compiles those of a component that comes into force. It notes how many flows came before.
+func compileSelectors(list []policy.Selector, before map[string]*controlPoint) (selectors, error) {
+	all := make(selectors, len(list))
+	for i, s := range list {
+		var err error
+		if all[i], err = compileSelector(s); err != nil {
+			return nil, err
 		}
-		p := r.controlPoints[s.ControlPoint]
+		all[i].labels = s.Labels.String()
+		if b := before[s.ControlPoint]; b != nil {
+			all[i].since = b.counts.sum(decided(agentapi.ReasonNone))
+		}
+	}
+	return all, nil
+}
+
+// place registers the component at each of its control points, once. The counters of a control point go on.
+func (r *rules) place(in *installed, before map[string]*controlPoint) {
+	for _, s := range in.acts {
+		p := r.controlPoints[s.controlPoint]
 		if p == nil {
 			p = new(controlPoint)
-			if b := before[s.ControlPoint]; b != nil {
+			if b := before[s.controlPoint]; b != nil {
 				p.counts = b.counts
 			} else {
 				p.counts = new(counts)
 			}
-			r.controlPoints[s.ControlPoint] = p
+			r.controlPoints[s.controlPoint] = p
 		}
-		p.add(in, compiled)
+		p.add(in, s)
 	}
-	return nil
+}
+
+// missed returns how many flows were accepted at the selector's control point while the component is in force, if the
+// selector has picked none.
+func (r *rules) missed(s *selector) uint64 {
+	if s.picked.Load() {
+		return 0
+	}
+	return r.controlPoints[s.controlPoint].counts.sum(decided(agentapi.ReasonNone)) - s.since
 }

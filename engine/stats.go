@@ -51,6 +51,15 @@ type ComponentStats struct {
 	// LabelKey is the label whose values the component keeps apart; "" if it has none.
 	LabelKey string
 
+	// Selectors are those of the component, in the order of its policy.
+	Selectors []SelectorStats
+
+	// DryRun means that the component drops no flow.
+	DryRun bool
+
+	// DeniedStatus is the HTTP status that the policy gives to flows that the component drops; 0 if it says none.
+	DeniedStatus int
+
 	// Accepted counts the flows that the component let pass, and Dropped those that it did not.
 	Accepted, Dropped uint64
 
@@ -74,8 +83,8 @@ type ComponentStats struct {
 	Keys      int
 	Overflows uint64
 
-	// Usage is set for a component without a label. With a label, only Waiting is set: it counts the flows in all
-	// queues.
+	// Usage is set for a component without a label. With a label, only two fields are set: Capacity, which each value
+	// has, and Waiting, which counts the flows in all queues.
 	Usage Usage
 
 	// Opened is how often a circuit breaker has opened, and Open for how many values of its label, or for all flows, it is open or
@@ -92,6 +101,23 @@ type ComponentStats struct {
 	// Workloads are a scheduler's, in the order of its policy; the default one is the last. A flow whose workload a
 	// label names counts in the workload that it matches without the label.
 	Workloads []WorkloadStats
+}
+
+// SelectorStats say on which flows a component acts, and whether there were any.
+type SelectorStats struct {
+	// ControlPoint is the selector's. Service is "" for all services.
+	ControlPoint, Service string
+
+	// Labels is the selector's matcher as text; see [policy.LabelMatcher]. It is "" if all labels match.
+	Labels string
+
+	// Picked reports whether the selector has picked a flow. The first of a component's selectors that matches a flow
+	// picks it.
+	Picked bool
+
+	// Missed is how many flows the control point has accepted while the component is in force. It is 0 once the
+	// selector has picked a flow.
+	Missed uint64
 }
 
 // WorkloadStats are those of one workload of a scheduler; see [ComponentStats].
@@ -142,9 +168,19 @@ func (e *Engine) stats(r *rules) Stats {
 	for _, at := range slices.Sorted(maps.Keys(r.controlPoints)) {
 		s.ControlPoints = append(s.ControlPoints, r.controlPoints[at].stats(at))
 	}
+	selectors := 0
+	for _, p := range r.installed {
+		selectors += len(p.acts)
+	}
+	slab := make([]SelectorStats, 0, selectors) // one, because a file may have 100,000 components
 	for _, p := range r.installed {
 		of := p.stats(now)
 		of.Kind = p.name
+		from := len(slab)
+		for _, at := range p.acts {
+			slab = append(slab, SelectorStats{at.controlPoint, at.service, at.labels, at.picked.Load(), r.missed(at)})
+		}
+		of.Selectors = slab[from:len(slab):len(slab)]
 		s.Components = append(s.Components, of)
 	}
 	return s
@@ -172,12 +208,14 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 		PolicyHash:  c.Hash,
 		ID:          c.ID,
 		LabelKey:    c.LabelKey,
+		DryRun:      c.DryRun,
 		Accepted:    n.sum(decisionsAccepted),
 		Dropped:     n.sum(decisionsDropped),
 		DryRunDrops: n.sum(decisionsDry),
 		Unlimited:   n.sum(decisionsFree),
 		Refunded:    n.sum(decisionsRefunded),
 
+		DeniedStatus: c.DeniedStatus,
 		LabelTooLong: n.sum(decisionsLong),
 	}
 }
@@ -194,6 +232,7 @@ func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) C
 		s.Usage = usage("", now)
 		return s
 	}
+	s.Usage.Capacity = k.component.Capacity
 	s.Keys = k.table.Len()
 	s.Overflows = k.table.Spilled()
 	return s

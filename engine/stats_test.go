@@ -118,9 +118,9 @@ func wantStats() engine.Stats {
 			{ControlPoint: "slots", Accepted: 1, RateLimited: 2},
 		},
 		Components: []engine.ComponentStats{
-			{Policy: "limits", Kind: "rate_limiter", ID: "rate", LabelKey: "user", Accepted: 5, Dropped: 2, Unlimited: 3, Keys: 1},
+			{Policy: "limits", Kind: "rate_limiter", ID: "rate", LabelKey: "user", Accepted: 5, Dropped: 2, Unlimited: 3, Keys: 1, Usage: engine.Usage{Capacity: 2}},
 			{
-				Policy: "limits", Kind: "rate_limiter", ID: "dry", Accepted: 7, DryRunDrops: 2, Refunded: 2,
+				Policy: "limits", Kind: "rate_limiter", ID: "dry", DryRun: true, Accepted: 7, DryRunDrops: 2, Refunded: 2,
 				Usage: engine.Usage{Capacity: 3},
 			},
 			{
@@ -148,7 +148,8 @@ func wantStats() engine.Stats {
 	}
 }
 
-var withoutHash = cmpopts.IgnoreFields(engine.ComponentStats{}, "PolicyHash")
+// withoutHash leaves out the selectors too, which TestSelectorStats looks at.
+var withoutHash = cmpopts.IgnoreFields(engine.ComponentStats{}, "PolicyHash", "Selectors")
 
 func countedEngine(t *testing.T) *engine.Engine {
 	e, err := engine.New(countedPolicies, engine.WithCacheBounds(10, 1000))

@@ -15,6 +15,7 @@ import (
 //   - limits that no flow can ever meet, and circuit breakers that a single flow opens,
 //   - control points with odd names, such as "search]", which hardly any flow has,
 //   - labels that do not arrive or have odd names, in the order of what components read them for,
+//   - selectors that have picked no flow, although their control points had some,
 //   - waits that are longer than a client's check timeout, or than the MaxWait of a flow that came to the queue,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
@@ -25,7 +26,7 @@ func (e *Engine) Warnings() []string {
 	for _, m := range w.missing {
 		all = append(all, m.text)
 	}
-	return slices.Concat(all, e.cutShort(), w.unused)
+	return slices.Concat(all, e.rules.Load().unpicked(), e.cutShort(), w.unused)
 }
 
 // warnings are those of the policies in force.
@@ -70,6 +71,19 @@ func (e *Engine) cutShort() (all []string) {
 		}
 		if most := w.shortest(); most > 0 {
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.MaxWait of a flow let it wait for %v", w.of, w.timeout, most))
+		}
+	}
+	return all
+}
+
+// unpicked returns a warning for each selector that has picked none of its control point's flows.
+func (r *rules) unpicked() (all []string) {
+	for _, p := range r.installed {
+		for i, s := range p.acts {
+			if n := r.missed(s); n > 0 {
+				all = append(all, fmt.Sprintf("policy %q: component %q: selectors[%d] has picked none of the %d flows that the control point %q "+
+					"has accepted since", p.named.policy, p.named.id, i, n, s.controlPoint))
+			}
 		}
 	}
 	return all
