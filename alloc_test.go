@@ -129,6 +129,12 @@ func TestAllocations(t *testing.T) {
 			}
 		}
 	}
+	hook := flowctl.WithOnDecision(func(_ context.Context, f *flowctl.Flow) { _ = f.Decision() })
+	for name, call := range calls(engineClientWith(t, hook)) {
+		if got := testing.AllocsPerRun(1000, func() { _ = call(ctx) }); got != 1 {
+			t.Errorf("%s with a hook: %v allocations a call want 1", name, got)
+		}
+	}
 	for name, call := range calls(nil) {
 		if got := testing.AllocsPerRun(1000, func() { _ = call(ctx) }); got != 1 {
 			t.Errorf("%s with a nil client: %v allocations a call want 1", name, got)

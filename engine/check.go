@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"sync/atomic"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -39,6 +40,33 @@ func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 type controlPoint struct {
 	stages [stages][]placement
 	counts *counts // of its flows; carried over from the rules before
+
+	// unpicked counts the accepted flows that no component picked. It is carried over too, and nil where there are no
+	// components.
+	unpicked *atomic.Pointer[counts]
+}
+
+// countUnpicked counts a flow that no component picked.
+func (p *controlPoint) countUnpicked(req *agentapi.Request) {
+	c := p.unpicked.Load()
+	if c == nil { // most control points have no such flow
+		c = new(counts)
+		if !p.unpicked.CompareAndSwap(nil, c) {
+			c = p.unpicked.Load()
+		}
+	}
+	count(c, req, decided(agentapi.ReasonNone))
+}
+
+// unpickedFlows returns how many flows were accepted that no component picked.
+func (p *controlPoint) unpickedFlows() uint64 {
+	if p.unpicked == nil {
+		return p.counts.sum(decided(agentapi.ReasonNone))
+	}
+	if c := p.unpicked.Load(); c != nil {
+		return c.sum(decided(agentapi.ReasonNone))
+	}
+	return 0
 }
 
 // A placement is a component in its place at one control point.
@@ -68,8 +96,12 @@ func (e *Engine) controlPoint(controlPoint string) *controlPoint {
 // count counts a flow that has been decided about.
 func (p *controlPoint) count(req *agentapi.Request, v *agentapi.Verdict) {
 	reason := agentapi.ReasonNone
-	if v.Rejected() {
+	switch {
+	case v.Rejected():
 		reason = v.Rejection().Reason
+	case v.Len() > 0 || p.unpicked == nil:
+	case v.Details == nil || !v.Details.Result.Hit || len(p.stages[stageLoad]) == 0: // else some were not asked
+		p.countUnpicked(req)
 	}
 	count(p.counts, req, decided(reason))
 }

@@ -81,6 +81,7 @@ type keyed[S any] struct {
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
 	settlements *counts       // nil where nothing is settled
 	namer       keys.Namer    // of buckets
+	tops        top           // values that are rejected
 	engine      *Engine
 
 	table  *keys.Table[S] // nil without a label

@@ -405,6 +405,56 @@ func ExampleEngine_Stats() {
 	// Output: per-user/orders: 3 passed, 1 did not
 }
 
+// Whose flows a limiter rejects most, and which flows meet no limit.
+func ExampleComponent_Top() {
+	limits, err := engine.New([]policy.Policy{{
+		Name: "per-user",
+		Components: []policy.Component{policy.RateLimiter{
+			ID: "orders", Capacity: 2, Fill: 2, Interval: 30 * time.Second, LimitBy: "user_id",
+			Selectors: []policy.Selector{{ControlPoint: "checkout", Labels: policy.LabelMatcher{Equal: map[string]string{"tier": "free"}}}},
+		}},
+	}})
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	client, err := flowctl.New(limits)
+	if err != nil {
+		panic(err)
+	}
+	ctx := context.Background()
+	for range 5 {
+		flow := client.Start(ctx, "checkout", flowctl.Params{Labels: map[string]string{"user_id": "ann", "tier": "free"}})
+		_, _ = flow.End(ctx)
+	}
+	_, _ = client.Start(ctx, "checkout", flowctl.Params{Labels: map[string]string{"user_id": "bob", "tier": "Free"}}).End(ctx)
+
+	orders, err := limits.Component("per-user", "orders")
+	if err != nil {
+		panic(err)
+	}
+	for _, top := range orders.Top() {
+		fmt.Printf("%s: about %d rejections, %d of them uncertain\n", top.Value, top.Rejected, top.Excess)
+	}
+
+	stats := limits.Stats()
+	for _, at := range stats.ControlPoints {
+		fmt.Printf("%q: %d accepted, %d of them met no limit\n", at.ControlPoint, at.Accepted, at.Unpicked)
+	}
+	for _, c := range stats.Components {
+		for _, s := range c.Selectors {
+			fmt.Printf("%s/%s acts at %q where %s: %d flows missed it\n", c.Policy, c.ID, s.ControlPoint, s.Labels, s.Missed)
+		}
+		fmt.Printf("%d flows lacked the label %s\n", c.Unlimited, c.LabelKey)
+	}
+	// Output:
+	// ann: about 3 rejections, 0 of them uncertain
+	// "": 0 accepted, 0 of them met no limit
+	// "checkout": 3 accepted, 1 of them met no limit
+	// per-user/orders acts at "checkout" where tier = "free": 0 flows missed it
+	// 0 flows lacked the label user_id
+}
+
 // The host of an engine that package agent serves says where to show it: there is no client in the process.
 func ExampleEngine_Instrument() {
 	serve := func(limits *engine.Engine) error {

@@ -51,6 +51,7 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 	}
 	_, likely := l.source.Forecast(&e.State, now, source.Ahead{}, d.Consumed)
 	e.Unlock()
+	l.rejected(e, d, now)
 	d.Remaining = got.Left
 	l.drop(d, agentapi.CauseNone, likely)
 	l.counts.decision(d)

@@ -126,10 +126,10 @@ type metrics struct {
 
 	decisions map[counterName]counter // of the kinds that have one
 
-	requests, rejectReasons, workloads, rejections counter
-	dryDrops, unlimited, refunds, overflows        counter
-	settlements                                    counter
-	opened                                         counter
+	requests, unpicked, rejectReasons, workloads, rejections counter
+	dryDrops, unlimited, refunds, overflows                  counter
+	settlements                                              counter
+	opened                                                   counter
 
 	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
@@ -159,6 +159,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		name, what string
 	}{
 		{&m.requests, "flowcontrol_requests_total", "Flows that the engine was asked about, by what it decided."},
+		{&m.unpicked, "flowcontrol_unpicked_flows_total", "Accepted flows that no component's selector picked."},
 		{&m.rejectReasons, "flowcontrol_reject_reasons_total", "Flows that the engine rejected, by the reason."},
 		{&m.workloads, "workload_requests_total", "Flows that met a scheduler, by workload."},
 		{&m.rejections, "workload_rejections_total", "Flows that did not wait in a scheduler, or did in vain, by the cause."},
@@ -273,6 +274,7 @@ func (m *metrics) observePoint(o metric.Observer, s *ControlPointStats) {
 		}
 		o.ObserveInt64(m.requests, int64(d.n), metric.WithAttributes(attrs...))
 	}
+	o.ObserveInt64(m.unpicked, int64(s.Unpicked), metric.WithAttributes(point))
 	lookup := metric.WithAttributes(attribute.String("type", "result"), point)
 	o.ObserveInt64(m.cacheHits, int64(s.CacheHits), lookup)
 	o.ObserveInt64(m.cacheMisses, int64(s.CacheMisses), lookup)

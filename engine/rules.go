@@ -234,9 +234,9 @@ func (r *rules) place(in *installed, before map[string]*controlPoint) {
 		if p == nil {
 			p = new(controlPoint)
 			if b := before[s.controlPoint]; b != nil {
-				p.counts = b.counts
+				p.counts, p.unpicked = b.counts, b.unpicked
 			} else {
-				p.counts = new(counts)
+				p.counts, p.unpicked = new(counts), new(atomic.Pointer[counts])
 			}
 			r.controlPoints[s.controlPoint] = p
 		}

@@ -162,6 +162,9 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 			return now, err
 		}
 	}
+	if d.Dropped && t.entry != nil && d.Cause != agentapi.CauseClosed {
+		s.rejected(t.entry, d, now)
+	}
 	s.count(t.of, req, d)
 	return now, nil
 }

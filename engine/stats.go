@@ -29,6 +29,9 @@ type ControlPointStats struct {
 
 	Accepted uint64
 
+	// Unpicked counts those of the accepted flows that no component limited, because no selector picks them.
+	Unpicked uint64
+
 	// The flows that were rejected, by the reason.
 	RateLimited, NoTokens, NotSampled, NoMatchingRamp uint64
 
@@ -191,6 +194,7 @@ func (p *controlPoint) stats(controlPoint string) ControlPointStats {
 	return ControlPointStats{
 		ControlPoint:   controlPoint,
 		Accepted:       flows(agentapi.ReasonNone),
+		Unpicked:       p.unpickedFlows(),
 		RateLimited:    flows(agentapi.ReasonRateLimited),
 		NoTokens:       flows(agentapi.ReasonNoTokens),
 		NotSampled:     flows(agentapi.ReasonNotSampled),

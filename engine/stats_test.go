@@ -109,7 +109,7 @@ func wantStats() engine.Stats {
 	const second = time.Second
 	return engine.Stats{
 		ControlPoints: []engine.ControlPointStats{
-			{Accepted: 2, NoMatchingRamp: 1, CacheHits: 1, CacheMisses: 1},
+			{Accepted: 2, Unpicked: 2, NoMatchingRamp: 1, CacheHits: 1, CacheMisses: 1},
 			{ControlPoint: "load", Accepted: 1},
 			{ControlPoint: "queue", Accepted: 2, NoTokens: 1, Canceled: 1},
 			{ControlPoint: "ramp", NoMatchingRamp: 1},
@@ -201,7 +201,7 @@ func TestStatsAcrossApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := engine.Stats{
-		ControlPoints: []engine.ControlPointStats{{Accepted: 1}, {ControlPoint: "point", Accepted: 1}},
+		ControlPoints: []engine.ControlPointStats{{Accepted: 1, Unpicked: 1}, {ControlPoint: "point", Accepted: 1}},
 		Components: []engine.ComponentStats{
 			{Policy: "p", Kind: "rate_limiter", ID: "stays", Accepted: 1, Usage: engine.Usage{Capacity: 10, Remaining: 9}},
 			{Policy: "p", Kind: "rate_limiter", ID: "changes", Usage: engine.Usage{Capacity: 11, Remaining: 11}},
@@ -470,6 +470,7 @@ func TestMetrics(t *testing.T) {
 			"flowcontrol_requests_total control_point=share decision_type=rejected reject_reason=not sampled":                      2,
 			"flowcontrol_requests_total control_point=slots decision_type=accepted":                                                1,
 			"flowcontrol_requests_total control_point=slots decision_type=rejected reject_reason=rate limited":                     2,
+			"flowcontrol_unpicked_flows_total control_point=":                                                                      2,
 			"flowcontrol_reject_reasons_total control_point= reject_reason=no matching ramp":                                       1,
 			"flowcontrol_reject_reasons_total control_point=queue reject_reason=no tokens":                                         1,
 			"flowcontrol_reject_reasons_total control_point=ramp reject_reason=no matching ramp":                                   1,

@@ -70,6 +70,7 @@ type Client struct {
 	dryRun       bool
 	logger       *slog.Logger
 	observer     *observer // nil without a tracer and a meter
+	onDecision   func(context.Context, *Flow)
 	endLog       limitedLog
 	silenceLog   limitedLog
 	invalidLog   limitedLog
@@ -103,6 +104,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		baggageKeys:  cfg.baggageKeys,
 		dryRun:       cfg.dryRun,
 		logger:       cfg.logger,
+		onDecision:   cfg.onDecision,
 		done:         make(chan struct{}),
 	}
 	c.runs.Unstored = c.unstored
@@ -155,7 +157,22 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 	if c.observer != nil {
 		c.observer.decided(f)
 	}
+	if c.onDecision != nil {
+		c.tell(f)
+	}
 	return f
+}
+
+// tell calls the hook for decisions. If that panics, the caller never gets the flow, so it ends here.
+func (c *Client) tell(f *Flow) {
+	told := false
+	defer func() {
+		if !told {
+			_, _ = f.end(f.parent, true)
+		}
+	}()
+	c.onDecision(f.parent, f)
+	told = true
 }
 
 // decide gets the agent's decision into the flow.

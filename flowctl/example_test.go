@@ -490,6 +490,29 @@ func ExampleWithLogger() {
 	// level=WARN msg="headgate: a flow cannot be asked about" error.control_point="" error.problem="control point is empty" unlogged_before=0
 }
 
+// Who was rejected, and by which limit, for the people who answer customers.
+func ExampleWithOnDecision() {
+	type customerKey struct{}
+	customerOf := func(ctx context.Context) any { return ctx.Value(customerKey{}) }
+
+	audit := flowctl.WithOnDecision(func(ctx context.Context, flow *flowctl.Flow) {
+		if rejected, ok := errors.AsType[*flowctl.RejectedError](flow.Err()); ok {
+			fmt.Println(customerOf(ctx), rejected.ControlPoint, rejected.Policy(), rejected.Component(), rejected.Reason)
+		}
+	})
+	limits := newLimits("search", 1)
+	defer limits.Close()
+	client, err := flowctl.New(limits, audit)
+	if err != nil {
+		panic(err)
+	}
+	for _, customer := range []string{"ann", "bob"} {
+		ctx := context.WithValue(context.Background(), customerKey{}, customer)
+		_, _ = client.Start(ctx, "search", flowctl.Params{}).End(ctx)
+	}
+	// Output: bob search example rate_limiter.0 rate limited
+}
+
 // The application's own traces get a span for each flow, its metrics a count of decisions.
 func ExampleWithTracerProvider() {
 	limits := newLimits("search", 10)

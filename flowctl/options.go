@@ -1,6 +1,7 @@
 package flowctl
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -63,6 +64,7 @@ type config struct {
 	baggageKeys  []string
 	dryRun       bool
 	logger       *slog.Logger
+	onDecision   func(context.Context, *Flow)
 	tracer       trace.TracerProvider
 	meter        metric.MeterProvider
 }
@@ -319,6 +321,18 @@ func WithLogger(logger *slog.Logger) Option {
 			logger = slog.New(slog.DiscardHandler)
 		}
 		c.logger = logger
+		return nil
+	}}
+}
+
+// WithOnDecision calls f with each flow when it is decided, before Start returns: with accepted flows and with all
+// others, in a dry run too, whatever the agent is. It is for programs that record decisions by what metrics must not
+// hold, such as a customer's ID. Ctx is that of Start's caller, with the flow's span. A call of f delays its flow, and f
+// is called by many goroutines at once. It must not end the flow. If f panics, Start ends the flow, and the panic goes
+// on. Without this option, and with nil, no call is made.
+func WithOnDecision(f func(ctx context.Context, flow *Flow)) Option {
+	return option{"WithOnDecision", false, func(c *config) error {
+		c.onDecision = f
 		return nil
 	}}
 }

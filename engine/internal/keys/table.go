@@ -64,6 +64,9 @@ type Entry[S any] struct {
 	State S
 }
 
+// Key returns the entry's key and its hash, which never change. An entry of no table, and the spill, have none.
+func (e *Entry[S]) Key() (key string, hash uint32) { return e.key, e.hash }
+
 // Lock locks the entry.
 func (e *Entry[S]) Lock() { e.mu.Lock() }
 
