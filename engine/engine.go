@@ -82,6 +82,7 @@ type Engine struct {
 	globals *cache
 
 	instruments instruments
+	reloads     reloads
 
 	checkTimeout atomic.Int64 // the shortest of all clients, in nanoseconds; 0 while none is known
 

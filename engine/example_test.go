@@ -70,6 +70,29 @@ func ExampleLoad() {
 	// rejected
 }
 
+// The limits follow their file. A change that is wrong leaves them as they are.
+func ExampleEngine_Watch() {
+	const path = "testdata/limits.yaml"
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+
+	limits, err := engine.Load(path)
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	if err := limits.Watch(ctx, path, engine.WatchParams{OnReload: func(err error) {
+		if err != nil {
+			slog.Error("the limits stay as they were", "error", err)
+		}
+	}}); err != nil {
+		panic(err)
+	}
+
+	fmt.Println(limits.Stats().Reloads.Applied)
+	// Output: 1
+}
+
 // A mistake in a file is an error that says where it is.
 func ExampleLoad_mistake() {
 	_, err := engine.Load("testdata/typo.yaml")

@@ -133,11 +133,11 @@ type metrics struct {
 
 	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
-	queued, keys, cacheEntries, open metric.Int64ObservableGauge
+	queued, keys, cacheEntries, open, reloaded metric.Int64ObservableGauge
 
 	capacity, available, fillRate, multiplier, percentage metric.Float64ObservableGauge
 
-	cacheHits, cacheMisses, cacheOperations counter
+	cacheHits, cacheMisses, cacheOperations, reloads counter
 
 	all []metric.Observable
 }
@@ -172,6 +172,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
 		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
 		{&m.cacheOperations, "cache_operation_results_total", "Changes of the caches."},
+		{&m.reloads, "policy_reloads_total", "Changes of the watched policy files, by what became of them."},
 	} {
 		var err error
 		*c.to, err = meter.Int64ObservableCounter(c.name, metric.WithDescription(c.what))
@@ -207,6 +208,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.keys, "limiter_keys", "Values of its label that a limiter keeps apart."},
 		{&m.cacheEntries, "cache_entries", "Entries of a cache."},
 		{&m.open, "circuit_breaker_open", "Values of its label for which a circuit breaker is open or half-open."},
+		{&m.reloaded, "policy_last_reload_successful", "1 if what is in the watched policy files is in force, otherwise 0."},
 	} {
 		var err error
 		*g.to, err = meter.Int64ObservableGauge(g.name, metric.WithDescription(g.what))
@@ -247,10 +249,25 @@ func (m *metrics) observe(o metric.Observer, r *rules, s Stats) {
 	for i := range s.Components {
 		m.observeComponent(o, r.installed[i].kind, &s.Components[i])
 	}
+	m.observeReloads(o, &s.Reloads)
 	m.observeCache(o, "result", &s.ResultCache)
 	m.observeCache(o, "global", &s.GlobalCache)
 	o.ObserveInt64(m.cacheHits, int64(s.GlobalCache.Hits), metric.WithAttributes(attribute.String("type", "global")))
 	o.ObserveInt64(m.cacheMisses, int64(s.GlobalCache.Misses), metric.WithAttributes(attribute.String("type", "global")))
+}
+
+// observeReloads shows nothing where no file is watched.
+func (m *metrics) observeReloads(o metric.Observer, s *ReloadStats) {
+	if s.Applied+s.Failed == 0 {
+		return
+	}
+	o.ObserveInt64(m.reloads, int64(s.Applied), metric.WithAttributes(attribute.String("status", "success")))
+	o.ObserveInt64(m.reloads, int64(s.Failed), metric.WithAttributes(attribute.String("status", "error")))
+	good := int64(1)
+	if s.Error != "" {
+		good = 0
+	}
+	o.ObserveInt64(m.reloaded, good)
 }
 
 func (m *metrics) observePoint(o metric.Observer, s *ControlPointStats) {

@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync/atomic"
 
@@ -87,7 +88,9 @@ func (e *Engine) install(next *rules) {
 	}
 	e.mu.Unlock()
 	e.rules.Store(next)
-	e.warn(e.Warnings())
+	if !maps.Equal(before, after) || !slices.Equal(old.warnings.unused, next.warnings.unused) { // else all were logged
+		e.warn(e.Warnings())
+	}
 	// From here on, a flow that a retired component sends away does not come back to it.
 	for _, p := range old.installed {
 		if after[p] {

@@ -21,6 +21,9 @@ type Stats struct {
 	Components []ComponentStats
 
 	ResultCache, GlobalCache CacheStats
+
+	// Reloads is what [Engine.Watch] has done.
+	Reloads ReloadStats
 }
 
 // ControlPointStats count what the engine was asked at a control point.
@@ -166,6 +169,7 @@ func (e *Engine) stats(r *rules) Stats {
 		Components:    make([]ComponentStats, 0, len(r.installed)),
 		ResultCache:   e.results.stats(),
 		GlobalCache:   e.globals.stats(),
+		Reloads:       e.reloads.read(),
 	}
 	s.ControlPoints = append(s.ControlPoints, e.unlisted.stats(""))
 	for _, at := range slices.Sorted(maps.Keys(r.controlPoints)) {

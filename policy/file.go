@@ -3,12 +3,12 @@ package policy
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/headgate-go/headgate/internal/policyfiles"
 )
 
 // Load reads the policies of files and directories, in the given order. Of a directory it reads the files whose names
@@ -25,7 +25,7 @@ func Load(paths ...string) ([]Policy, error) {
 			l.errs = append(l.errs, err)
 		}
 		for _, file := range files {
-			data, err := read(file)
+			data, err := policyfiles.Read(file)
 			if err != nil {
 				l.errs = append(l.errs, err)
 				continue
@@ -62,43 +62,11 @@ func Parse(name string, data []byte) ([]Policy, error) {
 
 // list returns the files that a path of Load stands for.
 func list(path string) ([]string, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
+	files, err := policyfiles.List(path)
+	if err == nil && files == nil {
+		err = &Error{File: path, Message: "the directory has no .yaml or .yml file"}
 	}
-	if !info.IsDir() {
-		return []string{path}, nil
-	}
-	entries, err := os.ReadDir(path)
-	if err != nil {
-		return nil, err
-	}
-	var files []string
-	for _, e := range entries {
-		ext := filepath.Ext(e.Name())
-		if (ext == ".yaml" || ext == ".yml") && !strings.HasPrefix(e.Name(), ".") && !e.IsDir() {
-			files = append(files, filepath.Join(path, e.Name()))
-		}
-	}
-	if files == nil {
-		return nil, &Error{File: path, Message: "the directory has no .yaml or .yml file"}
-	}
-	return files, nil
-}
-
-// read returns a file's content. Of a file that is too large, it returns enough for Parse to report that.
-func read(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var data bytes.Buffer
-	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
-		data.Grow(int(min(info.Size(), maxSize+1)) + bytes.MinRead) // so that the buffer does not grow by doubling
-	}
-	_, err = data.ReadFrom(io.LimitReader(f, maxSize+1))
-	return data.Bytes(), err
+	return files, err
 }
 
 // filePosition is a position in a file.

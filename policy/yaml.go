@@ -13,11 +13,13 @@ import (
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v4"
+
+	"github.com/headgate-go/headgate/internal/policyfiles"
 )
 
 // Bounds of what is read.
 const (
-	maxSize  = 16 << 20 // bytes of a file
+	maxSize  = policyfiles.MaxSize
 	maxAlias = 32 << 20 // bytes that its aliases stand for, 32 more for each value
 	maxDepth = 64       // mappings and sequences in each other; errors have paths as long as that
 	maxFlow  = 300_000  // indicators in a list or mapping in brackets; see checkFlow
