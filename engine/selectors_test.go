@@ -55,7 +55,7 @@ func TestSelectorStats(t *testing.T) {
 		return []engine.SelectorStats{gold, all, shop, export}
 	}
 	warning := func(component string, i, flows int) string {
-		return fmt.Sprintf("policy \"test\": component %q: selectors[%d] has picked none of the %d flows that the control point \"search\" has accepted since",
+		return fmt.Sprintf("policy \"test\": component %q: selectors[%d] has picked none of the %d flows that the control point \"search\" has accepted since the component came into force",
 			component, i, flows)
 	}
 	type s = engine.SelectorStats

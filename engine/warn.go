@@ -82,7 +82,7 @@ func (r *rules) unpicked() (all []string) {
 		for i, s := range p.acts {
 			if n := r.missed(s); n > 0 {
 				all = append(all, fmt.Sprintf("policy %q: component %q: selectors[%d] has picked none of the %d flows that the control point %q "+
-					"has accepted since", p.named.policy, p.named.id, i, n, s.controlPoint))
+					"has accepted since the component came into force", p.named.policy, p.named.id, i, n, s.controlPoint))
 			}
 		}
 	}
