@@ -305,13 +305,13 @@ func TestSharedRunsKeepRejections(t *testing.T) {
 					_, err := headgate.Cached(starts, point, flowctl.Params{CheckTimeout: -1, OnUnreachable: on}, work, nil, headgate.CachePolicy[int]{TTL: -1})(ctx)
 					return err
 				}
-				first, leave := context.WithCancel(t.Context())
-				if tt.deadline {
-					first, leave = context.WithTimeout(t.Context(), 5*time.Second)
-				} else {
-					time.AfterFunc(time.Second, leave)
-				}
+				first, leave := context.WithTimeout(t.Context(), 5*time.Second)
 				defer leave()
+				if !tt.deadline {
+					canceled, cancel := context.WithCancel(t.Context())
+					time.AfterFunc(time.Second, cancel)
+					first = canceled
+				}
 				var waiting sync.WaitGroup
 				waiting.Go(func() {
 					if err := call(first, flowctl.FailOpen); err == nil {
