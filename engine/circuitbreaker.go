@@ -98,6 +98,7 @@ func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking,
 	e.Unlock()
 	d.Remaining = float64(got.Free)
 	if got.Ticket == 0 {
+		b.rejected(e, d, now)
 		b.drop(d, agentapi.CauseCircuitOpen, got.Wait)
 	} else {
 		d.Hold(uint64(got.Ticket))

@@ -81,7 +81,7 @@ type keyed[S any] struct {
 	counts      *counts       // of a limiter; a scheduler's workloads have their own
 	settlements *counts       // nil where nothing is settled
 	namer       keys.Namer    // of buckets
-	tops        top           // values that are rejected
+	tops        *top          // values that are rejected; nil without a label
 	engine      *Engine
 
 	table  *keys.Table[S] // nil without a label
@@ -100,7 +100,7 @@ func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		k.maxIdle = 0
 	}
 	if c.LabelKey != "" {
-		k.table = keys.New(e.keyCap, fresh, idle, e.full)
+		k.table, k.tops = keys.New(e.keyCap, fresh, idle, e.full), new(top)
 	} else {
 		k.single = new(keys.Entry[S])
 		fresh(&k.single.State, 0)

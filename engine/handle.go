@@ -87,8 +87,8 @@ func (c *Component) Reset(value string) error {
 }
 
 // Top returns the values of the component's label whose flows it rejects most often, the most frequent first. It is for
-// people who look for a cause: values of labels are in no metric, log or error. A limiter or scheduler with a label
-// keeps 64 values. All values with more than a 64th of its rejections are among them. In a dry run it counts flows that
+// people who look for a cause: values of labels are in no metric, log or error. A limiter, circuit breaker or scheduler
+// with a label keeps 64 values. All values with more than a 64th of its rejections are among them. In a dry run it counts flows that
 // it would have rejected. It leaves out flows that it cannot tell apart, which share a bucket (see [WithKeyCap]), flows
 // that came with too little time, and some of those that were rejected in the same moment. Other components have no
 // values.

@@ -88,7 +88,12 @@ type rejecting interface {
 	top(epoch time.Time) []TopValue
 }
 
-func (k *keyed[S]) top(epoch time.Time) []TopValue { return k.tops.values(epoch) }
+func (k *keyed[S]) top(epoch time.Time) []TopValue {
+	if k.tops == nil {
+		return nil
+	}
+	return k.tops.values(epoch)
+}
 
 // rejected counts a flow that the entry dropped, by the key that the table holds. The values that share the spill are not
 // known.

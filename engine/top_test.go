@@ -73,6 +73,23 @@ func TestTop(t *testing.T) {
 	}
 }
 
+// A circuit breaker knows for whom it is open.
+func TestTopOfCircuitBreakers(t *testing.T) {
+	sides.Setup{Policies: sides.Policies(policy.CircuitBreaker{
+		Selectors: policy.At("point"), LimitBy: "user", FailureCount: 1, MinFlows: 1, Window: time.Minute, OpenDuration: time.Minute,
+	})}.InBubbles(t, []sides.Kind{sides.Embedded}, func(t *testing.T, side *sides.Side) {
+		for range 3 {
+			flow := side.Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+			flow.SetStatus(flowctl.StatusError)
+			end(flow)
+		}
+		end(side.Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "bob"}}))
+		if got := topOf(t, side.Engine, "circuit_breaker.0"); len(got) != 1 || got[0].Value != "ann" || got[0].Rejected != 2 {
+			t.Errorf("Top() = %+v want ann rejected twice", got)
+		}
+	})
+}
+
 // A value that must not be shown is not, and one that is too long has its name. Values that share a bucket are not
 // counted, nor are flows that a shutdown rejects.
 func TestTopOfOddValues(t *testing.T) {
