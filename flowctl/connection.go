@@ -18,20 +18,21 @@ const (
 	connectBurst = 3
 
 	maxHeaderList = 64 << 10 // bytes of a header or trailer
-	maxUnderWay   = 48 << 20 // bytes of answers that have come in part
+	maxUnderWay   = 48 << 20 // bytes of answers that have come in part, and of what follows answers
 
 	// A connection counts for the agent when it has brought an answer, or has lasted for so long.
 	provingAge = time.Second
 
 	// What frames cost: one each, and one for each KiB. Headers expand, so they cost one for each 32 bytes, and more if
-	// they are not those of an answer. Data of an answer are free. The client earns credit by what it sends, and by the
-	// time that passes.
+	// they are not those of an answer. Data of an answer are free, and data that follow it are not. The client earns credit
+	// by what it sends, and by the time that passes.
 	frameCredit    = 8192
 	frameCreditMax = 65536
 	framesPerCall  = 64 // headers, data, trailers, window updates and pings
 	framesPerFrame = 4
 	framesEvery    = time.Second / 4096
-	smallData      = 256 // DATA frames of fewer bytes are not free, even in an answer
+	smallData      = 256 // DATA frames with fewer bytes are not free, even in an answer
+	mostPadding    = 256 // of a frame, with the byte that says how much it is
 )
 
 var (
@@ -48,7 +49,7 @@ type connections struct {
 	received *atomic.Uint64 // counts reads on connections that have proved themselves
 	opened   atomic.Uint64  // counts the calls that were sent
 	writing  atomic.Int64   // how many connections are being written to
-	underWay atomic.Int64   // bytes of answers that have not come whole
+	underWay atomic.Int64   // bytes of answers that have not come whole, and of what follows answers
 
 	mu   sync.Mutex
 	open map[*connection]struct{}
@@ -171,15 +172,17 @@ type connection struct {
 	underWay int64
 }
 
-// A stream is a call.
+// A stream is a call. All calls are unary, so its answer is one message. gRPC keeps what follows the answer until the
+// stream ends.
 type stream struct {
 	asked    bool    // the first byte of the question has been seen
 	compress bool    // the question is compressed, so the answer may be
+	whole    bool    // the answer has come
 	blocks   uint8   // of headers that have come: an answer has two
-	have     uint8   // bytes of the answer's prefix
+	have     uint8   // bytes of a message's prefix
 	prefix   [5]byte // compressed or not, and length
-	rest     uint32  // bytes of the answer to come
-	underWay uint32  // bytes that have come of it, until it is whole
+	rest     uint32  // bytes of the message to come
+	underWay uint32  // bytes that have come of the answer, and once it is whole, of what follows
 }
 
 func (c *connection) Read(p []byte) (int, error) {
@@ -346,7 +349,7 @@ func (c *connection) ended(id uint32) {
 	}
 }
 
-// carry counts bytes of answers that have not come whole.
+// carry counts bytes of answers that have not come whole, and of what follows answers.
 func (c *connection) carry(n int64) {
 	c.underWay += n
 	c.connections.underWay.Add(n)
@@ -373,11 +376,15 @@ func (c *connection) arrived(p []byte, now time.Duration) error {
 
 // receives notes a frame that the agent sends.
 func (c *connection) receives(f frame) {
-	_, known := c.streams[f.stream]
+	s, known := c.streams[f.stream]
+	small := smallData
+	if f.flags&flagPadded != 0 {
+		small += mostPadding
+	}
 	switch {
 	case f.kind == frameHeaders:
 		c.shift = 3
-		if s, open := c.streams[f.stream]; open && s.blocks < 2 {
+		if known && s.blocks < 2 {
 			s.blocks++
 			c.streams[f.stream] = s
 			c.shift = 5
@@ -385,7 +392,7 @@ func (c *connection) receives(f frame) {
 		c.credit -= 1 + f.length>>c.shift
 	case f.kind == frameContinuation:
 		c.credit -= 1 + f.length>>c.shift
-	case f.kind != frameData || !known || f.length < smallData:
+	case f.kind != frameData || !known || s.whole || f.length < small:
 		c.credit -= 1 + f.length>>10
 	}
 	switch f.kind {
@@ -412,35 +419,39 @@ const (
 	refusedFormat = "unexpected payload format 255" // how gRPC's error then ends
 )
 
-// receivesData follows the messages that the agent sends. An answer should be only one.
+// receivesData follows the messages that the agent sends. An answer is only one. What follows it is under way until the
+// stream ends, which is when the agent or the client says so: the client does that once gRPC has let go of the stream.
 func (c *connection) receivesData(f frame, p []byte, end bool) {
 	s, known := c.streams[f.stream]
 	if !known {
 		return
 	}
+	before := s.underWay
 	for len(p) > 0 {
+		var n int
 		if s.rest > 0 {
-			n := uint32(min(uint64(s.rest), uint64(len(p))))
-			s.rest -= n
-			s.underWay += n
-			c.carry(int64(n))
-			if s.rest == 0 {
-				c.carry(-int64(s.underWay))
-				s.underWay = 0
+			n = int(min(uint64(s.rest), uint64(len(p))))
+			s.rest -= uint32(n)
+			s.underWay += uint32(n)
+		} else {
+			if s.have == 0 && p[0] != formatPlain && !s.compress {
+				p[0] = formatRefused
 			}
-			p = p[n:]
-			continue
+			n = copy(s.prefix[s.have:], p)
+			s.have += uint8(n)
+			if s.whole {
+				s.underWay += uint32(n)
+			}
+			if s.have == uint8(len(s.prefix)) {
+				s.have, s.rest = 0, binary.BigEndian.Uint32(s.prefix[1:])
+			}
 		}
-		if s.have == 0 && p[0] != formatPlain && !s.compress {
-			p[0] = formatRefused
+		if !s.whole && s.have == 0 && s.rest == 0 {
+			s.whole, s.underWay = true, 0
 		}
-		n := copy(s.prefix[s.have:], p)
-		s.have += uint8(n)
 		p = p[n:]
-		if s.have == uint8(len(s.prefix)) {
-			s.have, s.rest = 0, binary.BigEndian.Uint32(s.prefix[1:])
-		}
 	}
+	c.carry(int64(s.underWay) - int64(before))
 	c.streams[f.stream] = s
 	if end && f.flags&flagEndStream != 0 {
 		c.ended(f.stream)

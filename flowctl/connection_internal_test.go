@@ -137,6 +137,12 @@ func TestAnswersUnderWay(t *testing.T) {
 		{"ended by data", asked, encodeFrame(frameData, flagEndStream, 1, 0, 0, 0, 0, 3, 'a', 'b'), 0},
 		{"of two", asked, append(slices.Clone(begun), encodeFrame(frameData, 0, 3, 0, 0, 0, 0, 3, 'a')...), 3},
 		{"not asked for", asked, encodeFrame(frameData, 0, 5, 0, 0, 0, 0, 3, 'a', 'b'), 0},
+		{"an empty answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 0), 0},
+		{"messages behind the answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a', 0, 0, 0, 0, 1, 'b', 0, 0, 0, 0, 0), 11},
+		{"a part of a message behind the answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 'a'), 6},
+		{"empty messages behind the answers of two", asked, slices.Concat(encodeFrame(frameData, 0, 1, make([]byte, 15)...), encodeFrame(frameData, 0, 3, make([]byte, 7)...)), 12},
+		{"a message behind the answer, ended by trailers", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameHeaders, flagEndStream, 1, 't')...), 0},
+		{"a message behind the answer, reset by the agent", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0)...), 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c, _, err := follow(t, tt.said, tt.answered, 4)
@@ -154,9 +160,21 @@ func TestAnswersUnderWay(t *testing.T) {
 	}
 	cs := newConnections(new(atomic.Uint64))
 	cs.underWay.Store(maxUnderWay)
-	c := &connection{connections: cs, streams: map[uint32]stream{1: {}, 3: {}}, credit: frameCredit}
+	near, far := net.Pipe()
+	defer near.Close()
+	go func() { _, _ = io.Copy(io.Discard, far) }() // ends with near
+	c := &connection{Conn: near, connections: cs, streams: map[uint32]stream{1: {}, 3: {}}, credit: frameCredit}
 	if err := c.arrived(encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a'), 0); err != nil {
 		t.Errorf("an answer that comes whole, beside much that has not: %v", err)
+	}
+	if err := c.arrived(encodeFrame(frameData, 0, 3, make([]byte, 10)...), 0); !errors.Is(err, errUnderWay) {
+		t.Errorf("a message behind an answer, beside much that has not come whole: %v want %v", err, errUnderWay)
+	}
+	if _, err := c.Write(encodeFrame(frameRSTStream, 0, 3, 0, 0, 0, 8)); err != nil {
+		t.Fatal(err)
+	}
+	if got := cs.underWay.Load(); got != maxUnderWay {
+		t.Errorf("%d bytes are under way want %d, after a reset by the client", got, maxUnderWay)
 	}
 	if err := c.arrived(begun, 0); !errors.Is(err, errUnderWay) {
 		t.Errorf("a byte too much is under way: %v want %v", err, errUnderWay)
@@ -178,6 +196,12 @@ func TestFloods(t *testing.T) {
 		{"headers", ask, bytes.Repeat(headers, 2*frameCredit), errFlood},
 		{"empty data", ask, bytes.Repeat(encodeFrame(frameData, 0, 1), 2*frameCredit), errFlood},
 		{"data that nobody asked for", ask, bytes.Repeat(encodeFrame(frameData, 0, 3, make([]byte, 16384)...), frameCredit/16), errFlood},
+		{"messages behind an answer", ask, bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 16384)...), frameCredit/16), errFlood},
+		{"a large answer", ask, slices.Concat(
+			encodeFrame(frameData, 0, 1, append([]byte{0, 1, 0, 0, 0}, make([]byte, 16379)...)...),
+			bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 16384)...), 1<<10-1)), nil},
+		{"padding", ask, bytes.Repeat(encodeFrame(frameData, flagPadded, 1, append([]byte{255}, make([]byte, 255)...)...), 2*frameCredit), errFlood},
+		{"two answers to each question", bytes.Repeat(ask, 1000), bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 10)...), 1000), nil},
 		{"answers with pings", bytes.Repeat(ask, 1000), bytes.Repeat(append(slices.Clone(headers), ping...), 1000), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

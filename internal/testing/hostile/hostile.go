@@ -166,6 +166,9 @@ func Agents() []Agent {
 			}
 			return write(w, frameData, 0, stream, []byte{0, 0x7f, 0xff, 0xff, 0xff})
 		}),
+		endless("answers without end", func(stream uint32) []byte {
+			return frame(frameData, 0, stream, make([]byte, 16380)) // of messages that are empty
+		}),
 		streams("resets each question", func(w io.Writer, stream uint32) error {
 			return write(w, frameRSTStream, 0, stream, number(7))
 		}),
@@ -306,6 +309,48 @@ func flood(name string, f []byte) Agent {
 				return
 			}
 		}
+	}}
+}
+
+// endless is an agent that begins an answer to each question, and then sends the same on each stream, in turn and as fast
+// as it can, also when the client has given the question up.
+func endless(name string, f func(stream uint32) []byte) Agent {
+	return Agent{name, func(_ context.Context, conn net.Conn) {
+		if begin(conn) != nil {
+			return
+		}
+		var mu sync.Mutex
+		var newest []byte // of the streams that came last
+		streams := 0
+		var running sync.WaitGroup
+		defer running.Wait()
+		defer func() { _ = conn.Close() }() // which ends the writer
+		_ = each(conn, func(stream uint32) error {
+			block := field(":status", "200") + field("content-type", "application/grpc")
+			if err := headers(conn, stream, 0, block); err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			one := f(stream)
+			newest = append(newest, one...)
+			newest = newest[max(0, len(newest)-256*len(one)):]
+			if streams++; streams > 1 {
+				return nil
+			}
+			running.Go(func() {
+				var many []byte
+				for {
+					mu.Lock()
+					many = append(many[:0], newest...)
+					mu.Unlock()
+					if _, err := conn.Write(many); err != nil {
+						return
+					}
+				}
+			})
+			return nil
+		})
 	}}
 }
 
