@@ -440,7 +440,15 @@ func TestMalformedAnswers(t *testing.T) {
 			answer: rejected(func(m *checkv1.CheckResponse) { m.WaitTime = durationpb.New(-time.Hour) }),
 		},
 		{
-			name: "huge wait", want: flowctl.Rejected, reason: flowctl.ReasonRateLimited, status: 429, wait: math.MaxInt64,
+			name: "wait of 49 years", want: flowctl.Rejected, reason: flowctl.ReasonRateLimited, status: 429, wait: 49 * 365 * 24 * time.Hour,
+			answer: rejected(func(m *checkv1.CheckResponse) { m.WaitTime = durationpb.New(49 * 365 * 24 * time.Hour) }),
+		},
+		{
+			name: "wait of 50 years", want: flowctl.Rejected, reason: flowctl.ReasonRateLimited, status: 429,
+			answer: rejected(func(m *checkv1.CheckResponse) { m.WaitTime = durationpb.New(50 * 365 * 24 * time.Hour) }),
+		},
+		{
+			name: "huge wait", want: flowctl.Rejected, reason: flowctl.ReasonRateLimited, status: 429,
 			answer: rejected(func(m *checkv1.CheckResponse) { m.WaitTime = &durationpb.Duration{Seconds: math.MaxInt64} }),
 		},
 		{

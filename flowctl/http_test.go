@@ -460,8 +460,8 @@ func TestHTTPRetryAfter(t *testing.T) {
 	agent := flowtest.NewAgent(t)
 	client := patient(agent)
 	for header, want := range map[string]time.Duration{
-		"0": 0, "1": time.Second, "86400": 24 * time.Hour, "-1": 0, "1.5": 0, "": 0, "4294967295": 4294967295 * time.Second,
-		"99999999999999999999": 0, "Wed, 21 Oct 2026 07:28:00 GMT": 0,
+		"0": 0, "1": time.Second, "86400": 24 * time.Hour, "-1": 0, "1.5": 0, "": 0, "1576799999": 1576799999 * time.Second,
+		"1576800000": 0, "4294967295": 0, "99999999999999999999": 0, // half a century and more "Wed, 21 Oct 2026 07:28:00 GMT": 0,
 	} {
 		agent.Answer(flowtest.Answer{HTTPResponse: &checkhttpv1.CheckHTTPResponse{
 			HttpResponse: &checkhttpv1.CheckHTTPResponse_DeniedResponse{DeniedResponse: &checkhttpv1.DeniedHttpResponse{

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -27,6 +28,9 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
@@ -625,6 +629,41 @@ func TestRateLimitHeadersOfARefund(t *testing.T) {
 		if limit, _, _ := strings.Cut(w.Result().Header.Get("RateLimit"), ","); !strings.HasSuffix(limit, `/wide";r=4`) {
 			t.Errorf("request %d: RateLimit: %s want one that has 4 left", i, limit)
 		}
+	}
+}
+
+// A limiter may say a time that is none, or that no retry would outlive.
+func TestRateLimitHeadersOfAbsurdWaits(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		wait *durationpb.Duration
+		want string
+	}{
+		{"negative", durationpb.New(-time.Hour), `"p/c";r=0`},
+		{"short", durationpb.New(time.Hour), `"p/c";r=0;t=3600`},
+		{"too long", &durationpb.Duration{Seconds: math.MaxInt64}, `"p/c";r=0`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			agent.Answer(flowtest.Answer{Response: &checkv1.CheckResponse{
+				DecisionType: checkv1.CheckResponse_DECISION_TYPE_REJECTED,
+				RejectReason: checkv1.CheckResponse_REJECT_REASON_RATE_LIMITED,
+				WaitTime:     tt.wait,
+				LimiterDecisions: []*checkv1.LimiterDecision{{
+					PolicyName: "p", ComponentId: "c", Dropped: true, WaitTime: tt.wait,
+					Details: &checkv1.LimiterDecision_RateLimiterInfo_{RateLimiterInfo: &checkv1.LimiterDecision_RateLimiterInfo{TokensInfo: &checkv1.LimiterDecision_TokensInfo{}}},
+				}},
+			}})
+			w := httptest.NewRecorder()
+			httpguard.Middleware(agent.Client(flowctl.WithCheckTimeout(time.Minute)), point, httpguard.WithRateLimitHeaders())(http.NotFoundHandler()).
+				ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+			if got := w.Result().Header.Get("RateLimit"); got != tt.want {
+				t.Errorf("RateLimit: %s want %s", got, tt.want)
+			}
+			if got := w.Result().Header.Get("Retry-After"); (got == "3600") != (tt.name == "short") || got != "" && got != "3600" {
+				t.Errorf("Retry-After: %q", got)
+			}
+		})
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flowinfo"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // Problem answers a request whose flow does not run with flow.HTTPStatus and problem details, RFC 9457:
@@ -94,7 +95,7 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 			left += tokens.GetConsumed()
 		}
 		limit := name + ";r=" + integer(left)
-		if wait := d.GetWaitTime().AsDuration(); d.GetDropped() && wait > 0 {
+		if wait := wire.Wait(d.GetWaitTime()); d.GetDropped() && wait > 0 {
 			limit += ";t=" + strconv.FormatInt(wholeSeconds(wait), 10)
 		}
 		limits = append(limits, limit)

@@ -311,7 +311,7 @@ func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 // the flow runs then.
 func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		r := agentapi.Rejection{RetryAfter: max(m.GetWaitTime().AsDuration(), 0), By: rejectedBy(m)}
+		r := agentapi.Rejection{RetryAfter: Wait(m.GetWaitTime()), By: rejectedBy(m)}
 		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
 			r.Reason = agentapi.Reason(reason)
 		}
@@ -344,13 +344,24 @@ func ReadLookup(req *agentapi.Request, found *checkv1.CacheLookupResponse, v *ag
 	}
 }
 
+// longestWait is half a century. Engines say of a longer wait that no retry can succeed.
+const longestWait = 50 * 365 * 24 * time.Hour
+
+// Wait returns the time after which an agent says that a retry can succeed; 0 if it is negative, or so long that none can.
+func Wait(d *durationpb.Duration) time.Duration {
+	if wait := d.AsDuration(); wait > 0 && wait < longestWait {
+		return wait
+	}
+	return 0
+}
+
 // rejectedBy is the limiter that dropped the flow. If several did, it is the one with the longest wait, which is also
 // the answer's.
 func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
 	for _, d := range m.GetLimiterDecisions() {
-		if wait := max(d.GetWaitTime().AsDuration(), 0); d.GetDropped() && !d.GetDryRun() && wait > longest {
+		if wait := Wait(d.GetWaitTime()); d.GetDropped() && !d.GetDryRun() && wait > longest {
 			by, longest = d, wait
 		}
 	}
