@@ -84,6 +84,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 			grpc.WithConnectParams(connectParams(r.breaker)),
 			grpc.WithUserAgent("headgate-go/" + version.Version),
 			grpc.WithMaxHeaderListSize(maxHeaderList),
+			grpc.WithDisableRetry(), // a service config could ask for retries of checks, also one from DNS
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxCachedAnswer)),
 		}, cfg.dialOptions...)
 		conn, err := grpc.NewClient(address, opts...)

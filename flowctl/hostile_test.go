@@ -259,6 +259,22 @@ func TestCompressionThatWasAskedFor(t *testing.T) {
 	}
 }
 
+// An agent that answered nothing may have admitted the flow all the same. So a check is made once, whatever a service
+// config says. A check that the agent certainly did not process is made twice, which is gRPC's.
+func TestChecksAreNotRetried(t *testing.T) {
+	const retries = `{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.001s",
+		"maxBackoff": "0.001s", "backoffMultiplier": 1, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`
+	agent := flowtest.NewAgent(t)
+	agent.Answer(flowtest.Answer{Fail: status.Error(codes.Unavailable, "no")})
+	client := agent.Client(flowctl.WithCheckTimeout(time.Minute), flowctl.WithDialOptions(grpc.WithDefaultServiceConfig(retries)))
+	if flow := client.Start(t.Context(), "point", flowctl.Params{}); flow.Decision() != flowctl.Unreachable {
+		t.Errorf("%v want unreachable", flow)
+	}
+	if n := len(agent.Checks()); n != 1 {
+		t.Errorf("%d checks want 1", n)
+	}
+}
+
 // inFull is the text of an error with what it has for the program's own logs; "" for nil.
 func inFull(err error) string {
 	if err == nil {
