@@ -171,7 +171,10 @@ func labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
 			if _, known := kept[key]; known {
 				continue
 			}
-			member := len(wire.Baggage(map[string]string{key: value})) + comma
+			member := len(key) + len("=") + len(value) + comma // or more, where it is escaped
+			if size+member <= wire.MaxBaggage+comma {
+				member = len(wire.Baggage(map[string]string{key: value})) + comma
+			}
 			if size+member > wire.MaxBaggage+comma {
 				left++
 				continue

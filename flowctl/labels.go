@@ -1,7 +1,6 @@
 package flowctl
 
 import (
-	"cmp"
 	"maps"
 	"slices"
 	"strings"
@@ -58,28 +57,91 @@ func labelsSize(m map[string]string) int {
 	return size
 }
 
-// shed returns the labels without the largest, so that the rest fits into the room, and how many it left out. If all
-// fit, it returns m itself.
+// shed returns the labels without the largest, so that the rest fits into the room, and how many it left out. Of labels
+// of one size it leaves out those with the greatest keys. If all fit, it returns m itself.
 func shed(m map[string]string, room int) (kept map[string]string, left int) {
-	size := labelsSize(m)
-	if size <= room {
+	if labelsSize(m) <= room {
 		return m, 0
 	}
-	kept = maps.Clone(m)
-	for _, key := range bySize(m) {
-		if size <= room {
+	// A peer may send a hundred thousand labels, so they are not sorted, and what is kept is a map without their room.
+	count := make(map[int]int)
+	for key, value := range m {
+		count[labelSize(key, value)]++
+	}
+	n, limit, fit := 0, 0, 0 // how many are kept, the size of which some are, and how many of these
+	for _, limit = range slices.Sorted(maps.Keys(count)) {
+		fit = min(max(room, 0)/limit, count[limit])
+		n += fit
+		if fit < count[limit] {
 			break
 		}
-		size -= labelSize(key, m[key])
-		delete(kept, key)
-		left++
+		room -= fit * limit
 	}
-	return kept, left
+	kept = make(map[string]string, n)
+	some := make([]string, 0, count[limit])
+	for key, value := range m {
+		switch size := labelSize(key, value); {
+		case size < limit:
+			kept[key] = value
+		case size == limit:
+			some = append(some, key)
+		}
+	}
+	least(some, fit)
+	for _, key := range some[:fit] {
+		kept[key] = m[key]
+	}
+	return kept, len(m) - n
+}
+
+// least moves the n least keys to the front. The keys differ, and are in the order of a map, which no peer can choose.
+func least(keys []string, n int) {
+	for from, to := 0, len(keys); to-from > 1; {
+		pivot := keys[from+(to-from)/2]
+		i, j := from, to-1
+		for i <= j {
+			for keys[i] < pivot {
+				i++
+			}
+			for keys[j] > pivot {
+				j--
+			}
+			if i <= j {
+				keys[i], keys[j] = keys[j], keys[i]
+				i++
+				j--
+			}
+		}
+		switch {
+		case n <= j:
+			to = j + 1
+		case n >= i:
+			from = i
+		default:
+			return
+		}
+	}
 }
 
 // bySize returns the keys of labels, the largest label first.
 func bySize(m map[string]string) []string {
-	return slices.SortedFunc(maps.Keys(m), func(a, b string) int {
-		return cmp.Or(labelSize(b, m[b])-labelSize(a, m[a]), strings.Compare(b, a))
+	type sized struct {
+		key  string
+		size int
+	}
+	all := make([]sized, 0, len(m)) // because a peer may send a hundred thousand, and looking one up takes time
+	for key, value := range m {
+		all = append(all, sized{key, labelSize(key, value)})
+	}
+	slices.SortFunc(all, func(a, b sized) int {
+		if a.size != b.size {
+			return b.size - a.size
+		}
+		return strings.Compare(b.key, a.key)
 	})
+	keys := make([]string, len(all))
+	for i, s := range all {
+		keys[i] = s.key
+	}
+	return keys
 }

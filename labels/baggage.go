@@ -2,6 +2,7 @@ package labels
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 
@@ -56,20 +57,24 @@ func isServers(key string) bool {
 // beginning of a long header, and a gateway adds its member at the end. So the last member with a key counts. If the
 // context has a value that is none of the header's, it is the application's own, and stays.
 func addSent(m map[string]string, header string, keys []string) {
+	inContext := maps.Clone(m) // which has few, while the header may have a hundred thousand
 	sent := make(map[string]string)
 	fromHeader := make(map[string]bool)
 	for key, value := range w3cbaggage.All(header) {
 		if IsCredential(key) || len(keys) == 0 && isServers(key) || len(keys) > 0 && !slices.Contains(keys, key) {
 			continue
 		}
+		known, ok := inContext[key]
+		if !ok {
+			m[key] = value
+			continue
+		}
 		sent[key] = value
-		if known, ok := m[key]; ok && known == value {
+		if known == value {
 			fromHeader[key] = true
 		}
 	}
-	for key, value := range sent {
-		if _, known := m[key]; !known || fromHeader[key] {
-			m[key] = value
-		}
+	for key := range fromHeader {
+		m[key] = sent[key]
 	}
 }
