@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -20,6 +21,9 @@ import (
 const (
 	maxArriving    = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
 	arrival        = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
+	patience       = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
+	maxOpening     = 128 << 20             // bytes that calls take whose messages have not been read
+	callSize       = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
 	lateFor        = time.Second           // how long a connection that lost an overdue message goes after others
 	maxLate        = 1024                  // connections that are remembered for lateFor
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
@@ -41,9 +45,13 @@ type gate struct {
 	late     map[any]time.Time // when a connection lost an overdue message
 	timer    *time.Timer
 
-	plain map[*call]struct{} // those that arrive with other messages
-	sweep *time.Timer        // for the overdue ones among these
-	armed bool               // sweep is to fire
+	opening shares      // calls whose messages have not been read to their end, by what they take
+	begun   queue       // those of them that no handler has, as far as is known
+	plain   queue       // those that arrive with messages that are not compressed
+	overdue shares      // those that take longer
+	lost    queue       // in opening, for calls that have been ended because they were overdue: their room is taken for lateFor
+	sweep   *time.Timer // for these
+	due     time.Time   // when sweep fires; zero if it does not
 
 	readers chan struct{} // has an element for each call that reads a large request
 	unread  int
@@ -65,7 +73,6 @@ type turn struct {
 func newGate() *gate {
 	return &gate{
 		late:    make(map[any]time.Time),
-		plain:   make(map[*call]struct{}),
 		by:      make(map[any]int),
 		readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
 	}
@@ -83,11 +90,16 @@ type call struct {
 	metadata   int  // bytes that it takes in memory, about
 
 	// Guarded by the gate's mutex.
-	begin   time.Time     // of the arrival
-	in      chan struct{} // closed when a call that waits is let in; nil for one that need not wait
-	evicted bool
+	begin time.Time     // of the arrival
+	open  place         // among those that are opening
+	turn  place         // in begun, plain, overdue or lost
+	in    chan struct{} // closed when a call that waits is let in; nil for one that need not wait
+
+	// Set with the gate's mutex. Unless the message is compressed, nothing of the gate's has the call then.
+	evicted atomic.Bool
 
 	// The rest is the handler's.
+	opened bool  // the message has been read to its end, or never will be
 	kept   int   // bytes that count as held
 	full   bool  // there was no room to read the request
 	still  bool  // there is no room to hold it for long: the flow does not wait
@@ -95,11 +107,69 @@ type call struct {
 	loan   *loan // for the answer; nil for one that does not count
 }
 
-// call makes a context that the gate can end.
-func (g *gate) call(ctx context.Context, sent metadata.MD) context.Context {
-	c := &call{gate: g, connection: connectionOf(ctx), metadata: weight(sent)}
+// call makes a context that the gate can end. It counts the call, whose message has not arrived, until ready. All such
+// calls share their room by connection: if there is none, a connection with more than the others loses its oldest call. If
+// that is the call's own connection, the call is refused, which costs less.
+func (g *gate) call(ctx context.Context, connection any, sent metadata.MD) (*call, error) {
+	c := &call{gate: g, connection: connection, metadata: weight(sent)}
+	c.open.call, c.turn.call = c, c
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c.begin = time.Now()
+	g.forget(c.begin)
+	for g.opening.size+c.size() > maxOpening {
+		most := g.opening.most()
+		if most == nil || g.opening.of(c.connection)+c.size() >= most.size {
+			return nil, errOpening
+		}
+		g.evict(most.calls.first.call).end()
+	}
 	c.Context, c.cancel = context.WithCancel(ctx)
+	g.opening.add(&c.open, c.size())
+	g.begun.push(&c.turn)
+	g.arm()
+	return c, nil
+}
+
+var errOpening = status.Error(codes.Unavailable, "too many calls are under way whose messages have not arrived")
+
+// size is what the call takes before its message arrives.
+func (c *call) size() int { return callSize + c.metadata }
+
+// forget drops calls that ended before a handler had them, as those with an unknown compression do, and the room of those
+// that were ended.
+func (g *gate) forget(now time.Time) {
+	for p := g.begun.first; p != nil && p.call.Err() != nil; p = g.begun.first {
+		g.drop(p.call)
+	}
+	for p := g.lost.first; p != nil && now.Sub(p.call.begin) >= lateFor; p = g.lost.first {
+		g.drop(p.call)
+	}
+}
+
+// evict takes a call whose message has not arrived out of everything. The caller then ends it.
+func (g *gate) evict(c *call) *call {
+	c.evicted.Store(true)
+	g.drop(c)
 	return c
+}
+
+// end ends a call that was evicted. What was lost has ended before.
+func (c *call) end() {
+	if c.cancel != nil {
+		c.cancel()
+	}
+}
+
+// drop ends what call and enter began.
+func (g *gate) drop(c *call) {
+	g.unqueue(c)
+	g.opening.remove(&c.open, c.size())
+}
+
+func (g *gate) unqueue(c *call) {
+	g.overdue.remove(&c.turn, 1)
+	c.turn.leave()
 }
 
 // weight estimates the bytes that metadata takes in memory: four times its size as a header list, as measured for many
@@ -142,15 +212,21 @@ func (c *call) enter() error {
 	if c == nil {
 		return nil
 	}
+	if c.evicted.Load() {
+		return errEvicted // without the mutex, because there can be many
+	}
 	g := c.gate
 	g.mu.Lock()
+	g.unqueue(c)
+	if c.evicted.Load() {
+		g.mu.Unlock()
+		return errEvicted
+	}
 	if !c.compressed {
 		defer g.mu.Unlock()
 		c.begin = time.Now()
-		g.plain[c] = struct{}{}
-		if len(g.plain) > maxArriving && !g.armed {
-			g.arm(arrival)
-		}
+		g.plain.push(&c.turn)
+		g.arm()
 		return nil
 	}
 	if len(g.waiting) == 0 && g.admit(c) {
@@ -186,9 +262,28 @@ func (g *gate) queue(t *turn) {
 	g.waiting = slices.Insert(g.waiting, i, t)
 }
 
-// arm calls endOverdue after some time.
-func (g *gate) arm(after time.Duration) {
-	g.armed = true
+// arm calls endOverdue when the next call becomes overdue, if there are more than may be.
+func (g *gate) arm() {
+	var next time.Time
+	if p := g.lost.first; p != nil {
+		next = p.call.begin.Add(lateFor)
+	} else if g.begun.size+g.plain.size+g.overdue.size <= maxArriving {
+		return
+	}
+	sooner := func(q *queue, after time.Duration) {
+		if p := q.first; p != nil {
+			if then := p.call.begin.Add(after); next.IsZero() || then.Before(next) {
+				next = then
+			}
+		}
+	}
+	sooner(&g.begun, patience)
+	sooner(&g.plain, arrival)
+	if next.IsZero() || !g.due.IsZero() && !next.Before(g.due) {
+		return
+	}
+	after := max(time.Until(next), arrival/8) // one sweep for all that are overdue by then
+	g.due = next
 	if g.sweep == nil {
 		g.sweep = time.AfterFunc(after, g.endOverdue)
 	} else {
@@ -197,39 +292,33 @@ func (g *gate) arm(after time.Duration) {
 }
 
 // endOverdue ends calls until no more than maxArriving are overdue. Each time it ends the oldest call of the connection
-// with the most overdue calls.
+// with the most overdue calls. Each call is looked at once, however many there are.
 func (g *gate) endOverdue() {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	now, next := time.Now(), arrival
-	type late struct {
-		*call
-		newer int // of its connection
-	}
-	var overdue []late
-	for c := range g.plain {
-		if age := now.Sub(c.begin); age >= arrival {
-			overdue = append(overdue, late{call: c})
-		} else {
-			next = min(next, arrival-age)
+	now := time.Now()
+	g.due = time.Time{}
+	g.forget(now)
+	late := func(q *queue, after time.Duration) {
+		for p := q.first; p != nil && now.Sub(p.call.begin) >= after; p = q.first {
+			p.leave()
+			g.overdue.add(p, 1)
 		}
 	}
-	if len(overdue) > maxArriving {
-		slices.SortFunc(overdue, func(a, b late) int { return b.begin.Compare(a.begin) })
-		of := make(map[any]int)
-		for i, c := range overdue {
-			overdue[i].newer = of[c.connection]
-			of[c.connection]++
-		}
-		slices.SortStableFunc(overdue, func(a, b late) int { return a.newer - b.newer })
-		for _, c := range overdue[maxArriving:] {
-			c.evicted = true
-			c.cancel()
-			delete(g.plain, c.call)
-		}
+	late(&g.begun, patience)
+	late(&g.plain, arrival)
+	var ended []*call
+	for g.overdue.size > maxArriving {
+		c := g.evict(g.overdue.most().calls.first.call)
+		ended = append(ended, c)
+		room := &call{connection: c.connection, metadata: c.metadata, begin: now}
+		room.open.call, room.turn.call = room, room
+		g.opening.add(&room.open, room.size())
+		g.lost.push(&room.turn)
 	}
-	if g.armed = false; len(g.plain) > maxArriving {
-		g.arm(max(next, arrival/8)) // one sweep for all that are overdue by then
+	g.arm()
+	g.mu.Unlock()
+	for _, c := range ended {
+		c.end()
 	}
 }
 
@@ -241,7 +330,7 @@ func (g *gate) admit(c *call) bool {
 		if i < 0 {
 			return false
 		}
-		g.arriving[i].evicted = true
+		g.arriving[i].evicted.Store(true)
 		g.arriving[i].cancel()
 		if len(g.late) >= maxLate {
 			maps.DeleteFunc(g.late, func(_ any, lost time.Time) bool { return now.Sub(lost) >= lateFor })
@@ -308,14 +397,36 @@ func (c *call) leave() (evicted bool) {
 	g := c.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.left(c)
+}
+
+// ready is called when the message has been read to its end, or never will be. It reports whether the gate ended the call
+// before.
+func (c *call) ready() (evicted bool) {
+	if c == nil || c.opened {
+		return false
+	}
+	c.opened = true
+	if c.evicted.Load() && !c.compressed {
+		return true
+	}
+	g := c.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	evicted = g.left(c)
+	g.drop(c)
+	return evicted
+}
+
+func (g *gate) left(c *call) (evicted bool) {
 	if !c.compressed {
-		delete(g.plain, c)
-		return c.evicted
+		g.unqueue(c)
+		return c.evicted.Load()
 	}
 	if i := slices.Index(g.arriving, c); i >= 0 {
 		g.arriving = slices.Delete(g.arriving, i, i+1)
 		g.next()
-		return false
+		return c.evicted.Load()
 	}
 	for i, t := range g.waiting {
 		if j := slices.Index(t.calls, c); j >= 0 {
@@ -325,7 +436,7 @@ func (c *call) leave() (evicted bool) {
 			break
 		}
 	}
-	return c.evicted
+	return c.evicted.Load()
 }
 
 var errEvicted = status.Error(codes.Unavailable, "the message took too long to arrive while others waited")

@@ -60,6 +60,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     A handshake may take 10 s.
 //   - A call's metadata may have 24 KiB, where each entry counts 32 bytes more than its text. A method's name may have 256
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
+//   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
+//     connection with the most of them loses a call.
 //   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
 //     loses its oldest one. At most 64 compressed messages arrive at a time, and others wait.
 //   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
@@ -90,7 +92,11 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			}
 			err := o.refusal(info)
 			if err == nil {
-				return g.call(ctx, info.Header), nil
+				c, err := g.call(ctx, connectionOf(ctx), info.Header)
+				if err != nil {
+					return refuse(ctx, err)
+				}
+				return c, nil
 			}
 			if visits := visitors.of(info.FullMethodName); visits != nil {
 				c, err := visits.begin(ctx)
@@ -105,11 +111,17 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if err := refusalOf(ctx); err != nil {
 				return nil, err
 			}
+			if callOf(ctx).ready() {
+				return nil, errEvicted
+			}
 			return handle(ctx, request)
 		}),
 		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			if err := refusalOf(stream.Context()); err != nil {
 				return err
+			}
+			if callOf(stream.Context()).ready() {
+				return errEvicted
 			}
 			if v := visitOf(stream.Context()); v != nil {
 				stream = visitingStream{stream, v}

@@ -62,9 +62,10 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		c.compressed = compresses(ctx)
 	}
 	if err := c.enter(); err != nil {
+		c.ready()
 		return nil, err
 	}
-	arrived, size := false, 0
+	size := 0
 	response, err := handle(func(into any) error {
 		m, ok := into.(proto.Message)
 		if !ok {
@@ -72,28 +73,33 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		}
 		var refused error // gRPC has a status of its own for what a codec returns
 		err := decode(message{m, func(data []byte, m proto.Message) error {
-			arrived = true
+			size = len(data)
+			if c == nil || !c.compressed && size < large {
+				return read(data, m)
+			}
+			// The time in which it is read is not the network's. Then gRPC waits for the end of the stream.
 			if c.leave() {
 				refused = errEvicted
 				return nil
 			}
-			size = len(data)
 			fits, err := c.read(size, func() error { return read(data, m) })
-			switch _, ok := status.FromError(err); {
+			_, isStatus := status.FromError(err)
+			c.compressed = false
+			again := c.enter()
+			switch {
 			case !fits && !isCheck(m):
 				refused = errFull
-				return nil
-			case ok:
+			case isStatus && err != nil:
 				refused = err
-				return nil
+			case err != nil:
+				return err
+			default:
+				refused = again
 			}
-			return err
+			return nil
 		}})
-		if !arrived {
-			arrived = true
-			if c.leave() {
-				return errEvicted
-			}
+		if c.ready() {
+			return errEvicted
 		}
 		if refused != nil {
 			return refused
@@ -103,9 +109,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		}
 		return err
 	})
-	if !arrived {
-		c.leave()
-	}
+	c.ready()
 	c.done()
 	m, ok := response.(proto.Message)
 	if err == nil && ok {

@@ -31,8 +31,10 @@ import (
 
 // callFrom is a call by a connection.
 func (g *gate) callFrom(connection any) *call {
-	c := g.call(context.Background(), nil).(*call)
-	c.connection = connection
+	c, err := g.call(context.Background(), connection, nil)
+	if err != nil {
+		panic(err) // no test has so many
+	}
 	return c
 }
 
@@ -199,7 +201,8 @@ func TestAnswersCount(t *testing.T) {
 func TestForgottenAnswersGiveTheirRoomBack(t *testing.T) {
 	g := newGate()
 	func() {
-		if !g.callFrom("a").borrow(context.Background(), 1<<20) {
+		c := g.callFrom("a")
+		if c.ready() || !c.borrow(context.Background(), 1<<20) {
 			t.Fatal("there is no room")
 		}
 	}()
@@ -258,7 +261,10 @@ func TestRequestsShareRoom(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			c := g.call(context.Background(), tt.metadata).(*call)
+			c, err := g.call(context.Background(), "a", tt.metadata)
+			if err != nil {
+				t.Fatal(err)
+			}
 			if got := c.hold(request(tt.size), tt.size); got != tt.fits || c.still == tt.fits || c.full {
 				t.Errorf("hold() = %v, still %v, full %v want %v, %v, false", got, c.still, c.full, tt.fits, !tt.fits)
 			}
@@ -461,8 +467,8 @@ func TestFewSlowMessagesLast(t *testing.T) {
 				t.Errorf("call %d: ended %v want %v", i, !want, want)
 			}
 		}
-		if len(g.plain) != 0 {
-			t.Errorf("%d calls are left", len(g.plain))
+		if n := g.plain.size + g.overdue.size; n != 0 {
+			t.Errorf("%d calls are left", n)
 		}
 	})
 }

@@ -271,6 +271,21 @@ func resets(method string) assault {
 	}
 }
 
+// openCalls begins calls, and sends no message.
+func openCalls(method string) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		const calls = 5000
+		each(ctx, 48, address, func(p *peer) {
+			for range calls {
+				if _, err := p.call(method, nil); err != nil || ctx.Err() != nil {
+					return
+				}
+			}
+			sleep(ctx, patience)
+		})
+	}
+}
+
 // slowBodies begins calls with messages that are large and never end. Each piece is as large as the first window.
 func slowBodies(methods ...string) assault {
 	return func(ctx context.Context, _ *testing.T, address string) {

@@ -73,6 +73,7 @@ func TestServers(t *testing.T) {
 		{"resets", "agent", nil, resets(methodCheck), standard},
 		{"resets", "grpc", nil, resets(methodHealth), standard},
 		{"slow bodies", "agent", nil, slowBodies(methodCheck, methodHTTP), standard},
+		{"calls without messages", "agent", nil, openCalls(methodCheck), standard},
 		{"slow messages", "agent", nil, slowMessages(methodCheck), standard},
 		{"slow bodies", "grpc", nil, slowBodies(methodHealth), standard},
 		{"slow headers and bodies", "http", nil, slowHeaders, standard},
