@@ -24,6 +24,8 @@ const (
 	patience       = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
 	maxOpening     = 128 << 20             // bytes that calls take whose messages have not been read
 	callSize       = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
+	maxRefusals    = 256                   // calls of a connection that are refused within lateFor for want of that room; then it ends
+	maxLost        = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it finds no room
 	lateFor        = time.Second           // how long a connection that lost an overdue message goes after others
 	maxLate        = 1024                  // connections that are remembered for lateFor
 	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
@@ -117,10 +119,13 @@ func (g *gate) call(ctx context.Context, connection any, sent metadata.MD) (*cal
 	defer g.mu.Unlock()
 	c.begin = time.Now()
 	g.forget(c.begin)
+	if own := g.opening.by[connection]; own != nil && own.lost >= maxLost {
+		return nil, g.refuse(c)
+	}
 	for g.opening.size+c.size() > maxOpening {
 		most := g.opening.most()
 		if most == nil || g.opening.of(c.connection)+c.size() >= most.size {
-			return nil, errOpening
+			return nil, g.refuse(c)
 		}
 		g.evict(most.calls.first.call).end()
 	}
@@ -131,7 +136,26 @@ func (g *gate) call(ctx context.Context, connection any, sent metadata.MD) (*cal
 	return c, nil
 }
 
-var errOpening = status.Error(codes.Unavailable, "too many calls are under way whose messages have not arrived")
+var (
+	errOpening = status.Error(codes.Unavailable, "too many calls are under way whose messages have not arrived")
+	errFlood   = status.Error(codes.Unavailable, "the connection keeps beginning calls whose messages do not arrive")
+)
+
+// refuse returns the error of a call that finds no room. A refusal costs as much as the call's header, which is too much
+// for millions of them. So it is errFlood if the connection should end.
+func (g *gate) refuse(c *call) error {
+	own := g.opening.by[c.connection]
+	if own == nil { // one call takes more than there is
+		return errOpening
+	}
+	if c.begin.Sub(own.since) >= lateFor {
+		own.since, own.refused = c.begin, 0
+	}
+	if own.refused++; own.refused <= maxRefusals {
+		return errOpening
+	}
+	return errFlood
+}
 
 // size is what the call takes before its message arrives.
 func (c *call) size() int { return callSize + c.metadata }
@@ -143,6 +167,7 @@ func (g *gate) forget(now time.Time) {
 		g.drop(p.call)
 	}
 	for p := g.lost.first; p != nil && now.Sub(p.call.begin) >= lateFor; p = g.lost.first {
+		g.opening.by[p.call.connection].lost--
 		g.drop(p.call)
 	}
 }
@@ -150,6 +175,9 @@ func (g *gate) forget(now time.Time) {
 // evict takes a call whose message has not arrived out of everything. The caller then ends it.
 func (g *gate) evict(c *call) *call {
 	c.evicted.Store(true)
+	if c.turn.queue == &g.lost {
+		g.opening.by[c.connection].lost--
+	}
 	g.drop(c)
 	return c
 }
@@ -313,6 +341,7 @@ func (g *gate) endOverdue() {
 		room := &call{connection: c.connection, metadata: c.metadata, begin: now}
 		room.open.call, room.turn.call = room, room
 		g.opening.add(&room.open, room.size())
+		g.opening.by[c.connection].lost++
 		g.lost.push(&room.turn)
 	}
 	g.arm()

@@ -2,14 +2,22 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
+	"google.golang.org/grpc/test/bufconn"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 )
 
 // Calls whose messages do not arrive share their room. A connection that has few loses none, and finds room while others
@@ -107,6 +115,18 @@ func TestLostCallsTakeRoom(t *testing.T) {
 		if n := fill(); n != 0 {
 			t.Errorf("%d more calls are let in want none", n)
 		}
+		var others []*call
+		for i := range 2 * most {
+			if c, err := g.call(context.Background(), i%100, nil); err == nil {
+				others = append(others, c)
+			}
+		}
+		if len(others) < most*9/10 {
+			t.Errorf("%d calls of other connections find room want about %d", len(others), most)
+		}
+		for _, c := range others {
+			c.ready()
+		}
 		few := g.callFrom("few") // one of those that are lost makes room
 		if few.enter() != nil || few.ready() {
 			t.Error("a call of another connection was ended")
@@ -116,6 +136,63 @@ func TestLostCallsTakeRoom(t *testing.T) {
 			t.Errorf("%d more calls are let in later want %d", n, most-maxArriving)
 		}
 	})
+}
+
+// A connection that goes on beginning calls while it has the most ends.
+func TestFloodsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		for range maxOpening / callSize {
+			g.callFrom("many")
+		}
+		for i := range 2 * maxRefusals {
+			want := errOpening
+			if i >= maxRefusals {
+				want = errFlood
+			}
+			if _, err := g.call(context.Background(), "many", nil); !errors.Is(err, want) {
+				t.Fatalf("call %d: %v want %v", i, err, want)
+			}
+			<-time.After(time.Millisecond)
+		}
+		<-time.After(lateFor - 2*maxRefusals*time.Millisecond)
+		if _, err := g.call(context.Background(), "many", nil); !errors.Is(err, errOpening) {
+			t.Errorf("a call after a second: %v want %v", err, errOpening)
+		}
+	})
+}
+
+// A connection is closed from the tap handle, where a call has a deadline and where it has none.
+func TestCloseConnection(t *testing.T) {
+	for _, timeout := range []time.Duration{0, time.Hour} {
+		listener := bufconn.Listen(1 << 16)
+		closed := make(chan bool, 1)
+		server := grpc.NewServer(grpc.InTapHandle(func(ctx context.Context, _ *tap.Info) (context.Context, error) {
+			closed <- closeConnection(ctx)
+			return ctx, nil
+		}))
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(listener) }()
+		conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		if timeout > 0 {
+			ctx, cancel = context.WithTimeout(t.Context(), timeout)
+		}
+		_, err = checkv1.NewFlowControlServiceClient(conn).Check(ctx, new(checkv1.CheckRequest))
+		if !<-closed || status.Code(err) != codes.Unavailable {
+			t.Errorf("with a timeout of %v: a call over a connection that is closed: %v want Unavailable", timeout, err)
+		}
+		cancel()
+		_ = conn.Close()
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // The connection with the most is always known.

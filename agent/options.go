@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"net"
 	"reflect"
 	"strings"
 	"time"
@@ -94,6 +96,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if err == nil {
 				c, err := g.call(ctx, connectionOf(ctx), info.Header)
 				if err != nil {
+					if errors.Is(err, errFlood) {
+						closeConnection(ctx)
+					}
 					return refuse(ctx, err)
 				}
 				return c, nil
@@ -176,6 +181,29 @@ func stopTimer(ctx context.Context) bool {
 			timer := s.FieldByName("timer")
 			return timer.IsValid() && timer.Type() == reflect.TypeFor[*time.Timer]() && !timer.IsNil() &&
 				reflect.NewAt(reflect.TypeFor[time.Timer](), timer.UnsafePointer()).Interface().(*time.Timer).Stop() //nolint:forcetypeassert // it is what NewAt was told
+		}
+		parent := s.FieldByName("Context")
+		if parent.Kind() != reflect.Interface {
+			return false
+		}
+		v = parent.Elem()
+	}
+	return false
+}
+
+// closeConnection closes the connection that the call came by, and reports whether it did. A server cannot close a
+// connection of its own accord otherwise, so the connection is looked up by reflection in the context that gRPC made. If
+// a future release of gRPC keeps it elsewhere, it is not found.
+func closeConnection(ctx context.Context) bool {
+	for v := reflect.ValueOf(ctx); v.Kind() == reflect.Pointer && v.Elem().Kind() == reflect.Struct; {
+		s := v.Elem()
+		key, value := s.FieldByName("key"), s.FieldByName("val")
+		if key.Kind() == reflect.Interface && value.Kind() == reflect.Interface && value.Type() == reflect.TypeFor[any]() && !key.IsNil() {
+			if of := key.Elem().Type(); of.Name() == "connectionKey" && of.PkgPath() == "google.golang.org/grpc/internal/transport" {
+				kept, _ := reflect.NewAt(reflect.TypeFor[any](), value.Addr().UnsafePointer()).Interface().(*any)
+				conn, ok := (*kept).(net.Conn)
+				return ok && conn.Close() == nil
+			}
 		}
 		parent := s.FieldByName("Context")
 		if parent.Kind() != reflect.Interface {

@@ -1,6 +1,9 @@
 package agent
 
-import "container/heap"
+import (
+	"container/heap"
+	"time"
+)
 
 // A queue is calls in the order in which they came. A call can leave from any place.
 type queue struct {
@@ -61,6 +64,10 @@ type share struct {
 	size       int
 	calls      queue
 	index      int
+
+	lost    int // of the calls
+	refused int // calls, from since
+	since   time.Time
 }
 
 // of returns what the connection has.
