@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/runtime/protoiface"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
@@ -27,6 +28,7 @@ const (
 	maxKeysSize     = 320 << 10 // bytes of a CacheLookup or CacheDelete: as many of the longest keys as are looked up
 	maxKeysRead     = 1 << 12   // global keys that are decoded; the refused ones among them are answered
 	maxEntriesRead  = 1 << 12   // entries of a CacheUpsert that are decoded
+	maxFields       = 1 << 16   // of a message and those in it, known or not, besides checks
 	maxPoint        = 4096      // bytes of a control point; no policy names one that is longer than 255
 	maxRequestField = 4096      // bytes of the request's method, host and so on that no policy names
 
@@ -174,6 +176,12 @@ func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 		return readFew(data, m, 3, maxKeysRead, maxKeysSize)
 	case *checkv1.CacheUpsertRequest:
 		return readFew(data, m, 3, maxEntriesRead, len(data))
+	case *emptypb.Empty: // an export: what reads it looks at few of its fields
+		if protofield.Count(data, maxFields) > maxFields {
+			return errFields
+		}
+		m.ProtoReflect().SetUnknown(slices.Clone(data))
+		return nil
 	default:
 		return unmarshal(data, m)
 	}
@@ -183,6 +191,10 @@ func readRequest(data []byte, m proto.Message, named map[string]bool) error {
 func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size int) error { //nolint:unparam // the bounds are of different things
 	if len(data) > size {
 		return status.Error(codes.ResourceExhausted, fmt.Sprintf("message of %d bytes is larger than %d", len(data), size))
+	}
+	left := maxFields
+	if countFields(data, m.ProtoReflect().Descriptor(), &left); left < 0 {
+		return errFields
 	}
 	n := 0
 	few, err := protofield.Filter(data, func(number protowire.Number, _ []byte) bool {
@@ -195,6 +207,23 @@ func readFew(data []byte, m proto.Message, repeats protowire.Number, most, size 
 		return err
 	}
 	return unmarshal(few, m)
+}
+
+var errFields = status.Error(codes.ResourceExhausted, fmt.Sprintf("the message has more than %d fields", maxFields))
+
+// countFields subtracts how many fields a message and those in it have, and ends when none are left.
+func countFields(data []byte, of protoreflect.MessageDescriptor, left *int) {
+	if *left -= protofield.Count(data, *left); *left < 0 {
+		return
+	}
+	protofield.Walk(data, func(field protowire.Number, data []byte, _ uint64) {
+		if *left < 0 || len(data) == 0 {
+			return
+		}
+		if d := of.Fields().ByNumber(field); d != nil && d.Message() != nil {
+			countFields(data, d.Message(), left)
+		}
+	})
 }
 
 // Field numbers. The two kinds of checks share only the numbers of our own fields.

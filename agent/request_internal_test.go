@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"runtime"
 	"testing"
@@ -72,6 +73,36 @@ func TestRequestsAreBoundedInMemory(t *testing.T) {
 				t.Errorf("%d KiB are allocated for a message of %d", n>>10, len(tt.data)>>10)
 			}
 		})
+	}
+}
+
+// A message that is no check is refused before it is decoded if it has many fields, wherever they are and whether or not
+// they are known.
+func TestMessagesOfManyFieldsAreRefused(t *testing.T) {
+	of := func(field []byte) []byte { return bytes.Repeat(field, maxEndSize/len(field)-1) }
+	for _, m := range []proto.Message{new(checkv1.FlowEndRequest), new(checkv1.CacheLookupRequest), new(checkv1.CacheDeleteRequest), new(checkv1.CacheUpsertRequest)} {
+		for name, fields := range map[string][]byte{
+			"numbers":          of([]byte{0x78, 0}),
+			"text":             of([]byte{0x7a, 0}),
+			"groups":           of([]byte{0x7b, 0x7c}),
+			"groups in groups": of(append(bytes.Repeat([]byte{0x7b}, 5000), bytes.Repeat([]byte{0x7c}, 5000)...)),
+		} {
+			if err := readRequest(fields, m, nil); !errors.Is(err, errFields) {
+				t.Errorf("%T with many %s: %v want %v", m, name, err, errFields)
+			}
+		}
+	}
+	many := repeat([]byte{0x78, 0})
+	for name, data := range map[string][]byte{
+		"in an entry":              bytesField(2, many),
+		"in an entry of a map":     bytesField(3, many),
+		"in the entry's value":     bytesField(3, bytesField(2, many)),
+		"in a duration":            bytesField(2, bytesField(3, many)),
+		"in many entries of a map": repeat(bytesField(3, bytes.Repeat([]byte{0x78, 0}, 100))),
+	} {
+		if err := readRequest(data, new(checkv1.CacheUpsertRequest), nil); !errors.Is(err, errFields) {
+			t.Errorf("many fields %s: %v want %v", name, err, errFields)
+		}
 	}
 }
 

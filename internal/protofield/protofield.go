@@ -93,6 +93,31 @@ func nextOf(message []byte) (field protowire.Number, data []byte, n uint64, rest
 	return 0, nil, 0, nil, groups == 0
 }
 
+// Count returns how many fields the message has, up to where it is malformed, and most+1 if there are more than most. Fields
+// in groups count, and so do the beginnings and ends of groups. It does not look into fields that hold bytes, and stops
+// when it has seen enough, so it costs little whatever the message is.
+func Count(message []byte, most int) (n int) {
+	for len(message) > 0 && n <= most {
+		tag, size := protowire.ConsumeVarint(message)
+		if size < 0 {
+			return n
+		}
+		n++
+		message = message[size:]
+		switch protowire.Type(tag & 7) {
+		case protowire.StartGroupType, protowire.EndGroupType:
+			continue
+		default:
+			size = protowire.ConsumeFieldValue(1, protowire.Type(tag&7), message)
+		}
+		if size < 0 {
+			return n
+		}
+		message = message[size:]
+	}
+	return n
+}
+
 // Walk calls visit with each field of the message that has bytes or a number, up to where the message is malformed. The
 // data of a number are nil, and those of bytes are not. It reports whether the message is well-formed.
 func Walk(message []byte, visit func(field protowire.Number, data []byte, number uint64)) bool {

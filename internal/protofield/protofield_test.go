@@ -73,3 +73,30 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 }
+
+// Fields are counted up to a number, those of groups too, and what they hold is not looked at.
+func TestCount(t *testing.T) {
+	group := []byte{0x7b, 0x78, 0, 0x7b, 0x7c, 0x7c} // with a number and a group in it
+	for _, tt := range []struct {
+		name    string
+		message []byte
+		most    int
+		want    int
+	}{
+		{"nothing", nil, 10, 0},
+		{"all kinds", message(), 10, 6},
+		{"as many as may be", message(), 6, 6},
+		{"more", message(), 5, 6},
+		{"many more", bytes.Repeat([]byte{0x78, 0}, 1000), 5, 6},
+		{"a group", group, 10, 5},
+		{"deep groups", bytes.Repeat([]byte{0x7b}, 100_000), 10, 11},
+		{"malformed", append(message(), 0x7f), 10, 7},
+		{"a tag that is cut short", append(message(), 0x80), 10, 6},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := protofield.Count(tt.message, tt.most); got != tt.want {
+				t.Errorf("Count() = %d want %d", got, tt.want)
+			}
+		})
+	}
+}

@@ -7,12 +7,15 @@ package telemetry
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/headgate-go/headgate/internal/protofield"
 )
 
 // Export is the full name of the service's one method.
@@ -52,60 +55,59 @@ func Register[M any](s grpc.ServiceRegistrar, export func(ctx context.Context, m
 // maxRead is how many spans of an export are read. The span of a flow has some 300 bytes, and an export 4 MiB.
 const maxRead = 1 << 14
 
+// maxFields is how many fields an export may have down to its spans, whose own do not count.
+const maxFields = 1 << 16
+
+var errFields = status.Error(codes.ResourceExhausted, "the export has too many fields")
+
 // RegisterCounter registers the service on s for an agent that only counts the spans that clients export, and may read
 // the bytes of each. It does not decode spans, because each would cost some thirty objects. A nil read is not called.
 func RegisterCounter(s grpc.ServiceRegistrar, add func(n int), read func(ctx context.Context, span []byte)) {
 	// A message without fields of its own keeps all that comes.
 	Register(s, func(ctx context.Context, data *emptypb.Empty) error {
-		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, resourceSpans, scopeSpans, spans)
+		left := maxFields
+		n, err := each(data.ProtoReflect().GetUnknown(), func([]byte) {}, &left, resourceSpans, scopeSpans, spans)
+		if errors.Is(err, errFields) {
+			return err
+		}
 		if err != nil {
 			return status.Error(codes.InvalidArgument, err.Error())
 		}
 		add(n)
 		if read != nil {
-			left := maxRead
+			left, spansLeft := maxFields, maxRead
 			_, _ = each(data.ProtoReflect().GetUnknown(), func(span []byte) {
-				if left--; left >= 0 {
+				if spansLeft--; spansLeft >= 0 {
 					read(ctx, span)
 				}
-			}, resourceSpans, scopeSpans, spans)
+			}, &left, resourceSpans, scopeSpans, spans)
 		}
 		return nil
 	})
 }
 
-// each calls visit with each field at the end of the path, and counts them.
-func each(message []byte, visit func([]byte), path ...protowire.Number) (n int, err error) {
-	for len(message) > 0 {
-		// A message can have millions of empty spans.
-		if len(path) == 1 && len(message) > 1 && path[0] < 16 && message[0] == byte(path[0]<<3)|byte(protowire.BytesType) && message[1] == 0 {
-			visit(message[2:2:2])
+// each calls visit with each field at the end of the path, and counts them. It looks at no more fields than are left.
+func each(message []byte, visit func([]byte), left *int, path ...protowire.Number) (n int, err error) {
+	if *left -= protofield.Count(message, *left); *left < 0 {
+		return 0, errFields
+	}
+	ok := protofield.Walk(message, func(field protowire.Number, data []byte, _ uint64) {
+		switch {
+		case err != nil || field != path[0] || data == nil:
+		case len(path) == 1:
+			visit(data)
 			n++
-			message = message[2:]
-			continue
+		default:
+			var more int
+			more, err = each(data, visit, left, path[1:]...)
+			n += more
 		}
-		number, kind, size := protowire.ConsumeTag(message)
-		if size < 0 {
-			return 0, protowire.ParseError(size)
-		}
-		message = message[size:]
-		if size = protowire.ConsumeFieldValue(number, kind, message); size < 0 {
-			return 0, protowire.ParseError(size)
-		}
-		if number == path[0] && kind == protowire.BytesType {
-			inner, _ := protowire.ConsumeBytes(message)
-			if len(path) == 1 {
-				visit(inner)
-				n++
-			} else {
-				more, err := each(inner, visit, path[1:]...)
-				if err != nil {
-					return 0, err
-				}
-				n += more
-			}
-		}
-		message = message[size:]
+	})
+	if err == nil && !ok {
+		err = protofield.ErrMalformed
+	}
+	if err != nil {
+		return 0, err
 	}
 	return n, nil
 }

@@ -437,9 +437,13 @@ func bombs() map[string]assault {
 			{flowService + "CacheLookup", of([]byte{0x1a, 0})},
 			{flowService + "CacheDelete", of([]byte{0x1a, 0})},
 			{flowService + "CacheUpsert", manyLabels(3)},
+			{flowService + "CacheUpsert", of([]byte{0xc3, 0x3e, 0xc4, 0x3e})},
 		}...),
 		"bombs of spans": bomb(pauseOfBombs, []request{
 			{telemetry.Export, field(1, field(2, of([]byte{0x12, 0})))},
+			{telemetry.Export, of([]byte{0x0a, 0})},
+			{telemetry.Export, of([]byte{0x78, 0})},
+			{telemetry.Export, of(append(bytes.Repeat([]byte{0x7b}, 9990), bytes.Repeat([]byte{0x7c}, 9990)...))},
 			{telemetry.Export, span([]byte(`{"limiterDecisions":[` + strings.Repeat("{},", largest/4) + `{}]}`))},
 		}...),
 	}
