@@ -71,6 +71,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
 //     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
 //     are not compressed.
+//   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
+//     is not among them. What such streams send counts as answers do.
 //
 // The options include a codec and a tap handle. A server can have only one tap handle: gRPC panics if it is given another.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
@@ -80,6 +82,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 	}
 	g := newGate()
 	visitors := newVisitors()
+	others := new(foreign)
 	return []grpc.ServerOption{
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
@@ -121,7 +124,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			}
 			return handle(ctx, request)
 		}),
-		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			if err := refusalOf(stream.Context()); err != nil {
 				return err
 			}
@@ -130,6 +133,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			}
 			if v := visitOf(stream.Context()); v != nil {
 				stream = visitingStream{stream, v}
+			}
+			if c := callOf(stream.Context()); c != nil {
+				return others.serve(c, server, stream, info.FullMethod, handle)
 			}
 			return handle(server, stream)
 		}),

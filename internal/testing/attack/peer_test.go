@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -407,6 +408,21 @@ func unreadLabels(ctx context.Context, _ *testing.T, address string) {
 				return
 			}
 			sleep(ctx, 5*time.Millisecond)
+		}
+		sleep(ctx, patience)
+	})
+}
+
+// unreadReflection asks reflection much on each of many streams, and reads nothing.
+func unreadReflection(ctx context.Context, _ *testing.T, address string) {
+	question := field(7, []byte("x")) // which services there are
+	questions := bytes.Repeat(envelope(len(question), question), 1500)
+	each(ctx, 12, address, func(p *peer) {
+		for range streamsOfPeer {
+			stream, err := p.call(reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName, nil)
+			if err != nil || p.data(stream, false, questions) != nil || ctx.Err() != nil {
+				return
+			}
 		}
 		sleep(ctx, patience)
 	})

@@ -89,6 +89,7 @@ func TestServers(t *testing.T) {
 		{"connections", "http", nil, connections, standard},
 		{"answers that are not read", "agent", nil, unread, standard},
 		{"labels that are not read", "agent", nil, unreadLabels, standard},
+		{"reflection that is not read", "agent", nil, unreadReflection, standard},
 		{"zeros", "agent", nil, zeros(methodCheck), standard},
 		{"zeros", "grpc", nil, zeros(methodHealth), standard},
 		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless},

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
@@ -94,6 +95,7 @@ func run(kind string) error {
 		s := grpc.NewServer(agent.ServerOptions(opts...)...)
 		agent.Register(s, e)
 		healthv1.RegisterHealthServer(s, health.NewServer())
+		reflection.Register(s)
 		go func() { served <- s.Serve(l) }()
 		stop = s.Stop
 	case "http":
