@@ -24,6 +24,7 @@ const (
 var (
 	errNoControlPoint = errors.New("cache control_point cannot be empty") // in the words of other agents
 	errNoCacheKey     = errors.New("cache key cannot be empty")           // also theirs
+	errNegativeTTL    = errors.New("the time to live is negative")
 )
 
 // checkResultKey returns what is wrong with the key of a result; nil if nothing is.
@@ -130,6 +131,9 @@ func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 		if n := len(e.GetValue()); n > maxCacheValues {
 			return fmt.Errorf("cache entry of %d bytes is larger than %d", n, maxCacheValues)
 		}
+		if e.GetTtl().CheckValid() == nil && e.GetTtl().AsDuration() < 0 {
+			return errNegativeTTL
+		}
 		return s.service.engine.Store(ctx, key, e.GetValue(), ttlOf(e))
 	}
 	told := func(err error) *checkv1.KeyUpsertResponse {
@@ -161,12 +165,12 @@ func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 	return response, nil
 }
 
-// ttlOf returns an entry's time to live; 0, the default, if it is missing, invalid or negative.
+// ttlOf returns an entry's time to live; 0, the default, if it is missing or invalid.
 func ttlOf(e *checkv1.CacheEntry) time.Duration {
 	if e.GetTtl().CheckValid() != nil {
 		return 0
 	}
-	return max(e.GetTtl().AsDuration(), 0)
+	return e.GetTtl().AsDuration()
 }
 
 func (s handler) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {

@@ -389,7 +389,7 @@ func TestBadCacheKeys(t *testing.T) {
 		ResultCacheEntry: &checkv1.CacheEntry{Key: "r", Value: []byte("v")},
 		GlobalCacheEntries: map[string]*checkv1.CacheEntry{
 			"g": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: -5, Nanos: 7}}, "h": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: 1 << 62, Nanos: -1}},
-			long: {}, "": {}, "big": {Value: make([]byte, 3<<20+1)},
+			"n": {Value: []byte("v"), Ttl: durationpb.New(-time.Second)}, long: {}, "": {}, "big": {Value: make([]byte, 3<<20+1)},
 		},
 	})
 	if err != nil {
@@ -398,7 +398,7 @@ func TestBadCacheKeys(t *testing.T) {
 	if got := up.GetResultCacheResponse(); got.GetOperationStatus() != failed || got.GetError() != "cache control_point cannot be empty" {
 		t.Errorf("result = %v", got)
 	}
-	for key, want := range map[string]string{"g": "", "h": "", long: tooLong, "": empty, "big": "cache entry of 3145729 bytes is larger than 3145728"} {
+	for key, want := range map[string]string{"g": "", "h": "", "n": "the time to live is negative", long: tooLong, "": empty, "big": "cache entry of 3145729 bytes is larger than 3145728"} {
 		if got := up.GetGlobalCacheResponses()[key]; got == nil || got.GetError() != want {
 			t.Errorf("entry %.10q: %v want %q", key, got, want)
 		}
