@@ -53,9 +53,10 @@ func AnyName(value string) string {
 }
 
 // short returns the value if it has at most MaxName bytes, and otherwise a name of that length for it: its beginning and
-// 128 bits of its SHA-256.
+// 128 bits of its SHA-256. A value that looks like such a name gets one too, because it is shown, and must not be that of
+// a longer value.
 func short(value string) string {
-	if len(value) <= MaxName {
+	if len(value) <= MaxName && !looksShort(value) {
 		return value
 	}
 	sum := sha256.Sum256([]byte(value))
@@ -65,4 +66,15 @@ func short(value string) string {
 		n--
 	}
 	return value[:n] + code
+}
+
+// looksShort reports whether short can have made the value.
+func looksShort(value string) bool {
+	const code = 2 * 16 // hexadecimal digits
+	from := len(value) - code - 1
+	if len(value) <= MaxName-utf8.UTFMax || value[from] != '#' {
+		return false
+	}
+	_, err := hex.DecodeString(value[from+1:])
+	return err == nil
 }

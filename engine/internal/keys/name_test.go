@@ -10,10 +10,13 @@ import (
 
 func TestAnyName(t *testing.T) {
 	long := strings.Repeat("é", keys.MaxValue)
+	ascii := strings.Repeat("a", 1000)
 	for _, tt := range []struct {
 		name, a, b string
 		same       bool
 	}{
+		{"a name that is shown", ascii, keys.AnyName(ascii), false},
+		{"a name that is shown, of runes", long[:1000], keys.AnyName(long[:1000]), false},
 		{"short", "a", "b", false},
 		{"longer than a name", long[:1000] + "a", long[:1000] + "b", false},
 		{"too long, alike at the beginning", long + "a", long + "b", true},
