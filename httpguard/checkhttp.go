@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"go.opentelemetry.io/otel/baggage"
+	"golang.org/x/net/http/httpguts"
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flowinfo"
@@ -85,9 +86,13 @@ func refuse(w http.ResponseWriter, r *http.Request, flow *flowctl.Flow) {
 	_, _ = io.WriteString(w, answer.Body) // a caller that has left does not get it
 }
 
-// setHeaders leaves out headers that are for one connection, and those about the body, which may be another one.
+// setHeaders leaves out headers that are for one connection, those about the body, which may be another one, and what no
+// HTTP header can be.
 func setHeaders(h http.Header, from map[string]string) {
 	for name, value := range from {
+		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
+			continue
+		}
 		switch name = http.CanonicalHeaderKey(name); name {
 		case "Connection", "Content-Encoding", "Content-Length", "Content-Range", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade":
 		default:
