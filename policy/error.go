@@ -109,7 +109,12 @@ func suggest(wrong string, known []string) string {
 	wrong = fold.Replace(strings.ToLower(wrong))
 	best, nearest := len(wrong)/3+1, ""
 	for _, word := range known {
-		if d := distance(wrong, fold.Replace(strings.ToLower(word))); d < best {
+		folded := fold.Replace(strings.ToLower(word))
+		d := distance(wrong, folded)
+		if len(wrong) == 2 && len(folded) == 2 && wrong[0] == folded[1] && wrong[1] == folded[0] {
+			d = 0 // of is as near to fo as a short word can be
+		}
+		if d < best {
 			best, nearest = d, word
 		}
 	}
@@ -141,23 +146,25 @@ func abridged(wrong string, known []string, fold *strings.Replacer) (word string
 	return word
 }
 
-// distance counts the bytes to insert, delete or replace to turn a into b.
+// distance counts the bytes to insert, delete or replace, and the neighbors to swap, to turn a into b.
 func distance(a, b string) int {
-	row := make([]int, len(b)+1)
+	before, row, next := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j
 	}
 	for i := range len(a) {
-		diagonal := row[0]
-		row[0]++
+		next[0] = i + 1
 		for j := range len(b) {
-			replace := diagonal
+			replace := row[j]
 			if a[i] != b[j] {
 				replace++
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(replace, row[j]+1, row[j+1]+1)
+			next[j+1] = min(replace, next[j]+1, row[j+1]+1)
+			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
+				next[j+1] = min(next[j+1], before[j-1]+1)
+			}
 		}
+		before, row, next = row, next, before
 	}
 	return row[len(b)]
 }

@@ -49,6 +49,9 @@ func (d *decoder) unknown(key value, own string) {
 	if hint == "" {
 		hint = d.home(key)
 	}
+	if hint == "" && suggest(key.key, []string{"dynamicConfig"}) != "" {
+		hint = "; dynamicConfig belongs at the top of a resource, or of blueprint values"
+	}
 	d.errorf(key, "unknown key%s", hint)
 }
 

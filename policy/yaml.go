@@ -97,7 +97,7 @@ func newReader(file string, data []byte) (*yamlReader, []*Error) {
 		message := fmt.Sprintf("is larger than %d MiB; split it into several files", maxSize>>20)
 		return nil, []*Error{{File: file, Line: 1, Column: 1, Message: message}}
 	}
-	r := &yamlReader{file: file, text: strings.TrimPrefix(string(data), "\ufeff"), left: maxAlias}
+	r := &yamlReader{file: file, text: withoutMarks(string(data)), left: maxAlias}
 	if problem, at := checkSource(r.text); problem != "" {
 		r.fail(r.position(at), problem)
 		return nil, r.errs
@@ -110,6 +110,33 @@ func newReader(file string, data []byte) (*yamlReader, []*Error) {
 	}
 	r.findFlows()
 	return r, nil
+}
+
+// withoutMarks returns the text without the byte order marks at the beginning of its documents. Files that are put together have
+// them there. A mark anywhere else stays.
+func withoutMarks(text string) string {
+	const mark = "\ufeff"
+	text = strings.TrimPrefix(text, mark)
+	if !strings.Contains(text, mark) {
+		return text
+	}
+	var b strings.Builder
+	offsets := append(lines(text), len(text))
+	begins := false // the line before is the first or the last of a document
+	for i, at := range offsets[:len(offsets)-1] {
+		line := text[at:offsets[i+1]]
+		if bare := strings.TrimPrefix(line, mark); begins || startsDocument(bare) {
+			line = bare
+		}
+		b.WriteString(line)
+		behind, ended := strings.CutPrefix(line, "...")
+		if startsDocument(line) {
+			behind, ended = line[len("---"):], true
+		}
+		behind = strings.TrimSpace(behind)
+		begins = ended && (behind == "" || behind[0] == '#')
+	}
+	return b.String()
 }
 
 // all returns the documents that are not empty and not broken, and what is wrong with the others.

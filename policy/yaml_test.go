@@ -265,7 +265,11 @@ func TestParseYAML(t *testing.T) {
 		{"line separator", edit(t, "checkout", "check\u2028out"), "5:44: holds U+2028, which may be a line end or text"},
 		{"line separator in a comment", "# a\u2028b: c\n" + base, "1:4: holds U+2028, which may be a line end or text"},
 		{"next line", edit(t, "checkout", "check\u0085out"), "5:44: holds U+0085, which may be a line end or text"},
-		{"byte order mark of a second file", base + "---\n\ufeff" + base, "12:1: holds a byte order mark that is not at its beginning"},
+		{"byte order mark in a document", base + "\ufeff" + base, "11:1: holds a byte order mark that is not at its beginning"},
+		{"anchor in ASCII", edit(t, "1s", "&a.b/C-9 1s"), ""},
+		{"anchor in other characters", edit(t, "1s", "&\u00fc 1s"), "10:24: bad YAML: did not find expected alphabetic or numeric character while scanning an anchor"},
+		{"colons in brackets, behind the mapping around them", edit(t, "\n            interval: 1s", " {\n    \"interval\": \"1s\"\n}"), ""},
+		{"colon in brackets, before the mapping around them", edit(t, "\n            interval: 1s", " {\n\"interval\": \"1s\"\n}"), "10:11: bad YAML: a colon is not allowed here"},
 		{"errors of several documents", resource("a]") + "\n---\n" + resource("b]") + "\n", "\nlimits.yaml:19:19: bad YAML: "},
 		{"JSON with surrogates", `{"x-note": "a \ud83d\ude00"}`, `1:15: JSON's escapes of two surrogates are not supported; write the character itself, or \U0001F600`},
 		{"JSON with half of a pair", `{"x-note": "a \ud83d"}`, `1:15: bad YAML: this escape is no character of YAML`},
@@ -308,6 +312,13 @@ func TestMisplacedKeys(t *testing.T) {
 		{"labels", edit(t, "checkout}", "checkout, label_matcher: {labels: {}}}"), `labels: unknown key; did you mean "match_labels"?`},
 		{"labels beside the control point", edit(t, "checkout}", "checkout, labels: {}}"), `labels: unknown key; did you mean "label_matcher"?`},
 		{"constant", edit(t, "{constant_signal: {value: 10}}", "{constant: {value: 10}}"), `constant: unknown key; did you mean "constant_signal"?`},
+		{"dynamicConfig in a plain file", edit(t, "          parameters:", "          dynamicConfig: {}\n          parameters:"), limiter + ".dynamicConfig: unknown key; dynamicConfig belongs at the top of a resource, or of blueprint values"},
+		{"dynamicConfig at the top of a plain file", "dynamic_config: {}\n" + base, "dynamic_config: unknown key; dynamicConfig belongs at the top of a resource, or of blueprint values"},
+		{"dynamicConfig in a resource", strings.Replace(resource("x"), "name: x", "name: x, dynamicConfig: {}", 1), "metadata.dynamicConfig: unknown key; it belongs in the top of the document"},
+		{"two bytes swapped", strings.Replace(resource("x"), "kind:", "knid:", 1), `knid: unknown key; did you mean "kind"?`},
+		{"two bytes swapped in a name", strings.Replace(resource("x"), "name:", "nmae:", 1), `nmae: unknown key; did you mean "name"?`},
+		{"two bytes swapped in spec", strings.Replace(resource("x"), "spec:", "sepc:", 1), `sepc: unknown key; did you mean "spec"?`},
+		{"two bytes swapped of two", edit(t, "checkout}", "checkout, label_matcher: {expression: {any: {fo: []}}}}"), `fo: unknown key; did you mean "of"?`},
 		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, contiuous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.contiuous_fill: unknown key; did you mean "continuous_fill"?`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -353,6 +364,36 @@ func TestHintOfQuotedNumbers(t *testing.T) {
 		_, err := policy.Parse("limits.yaml", []byte(edit(t, "{constant_signal: {value: 10}}", "{constant_signal: {value: "+written+"}}")))
 		if err == nil || !strings.HasSuffix(err.Error(), "value: want a number, have a string"+want) {
 			t.Errorf("Parse of %s = %v, want an error that ends with %q", written, err, want)
+		}
+	}
+}
+
+// Files that are put together have a byte order mark at the beginning of each document, and not only of the first.
+func TestByteOrderMarks(t *testing.T) {
+	const mark = "\ufeff"
+	one, two := resource("one")+"\n", resource("two")+"\n"
+	for _, end := range []string{"\n", "\r\n", "\r"} {
+		for _, tt := range []struct {
+			name, data string
+			ok         bool
+		}{
+			{"none", one + "---\n" + two, true},
+			{"the first", mark + one + "---\n" + two, true},
+			{"before the line between", one + mark + "---\n" + two, true},
+			{"after the line between", one + "---\n" + mark + two, true},
+			{"after a comment in the line between", mark + "---\n" + one + "--- # two\n" + mark + two, true},
+			{"after the end of a document", one + "...\n" + mark + "---\n" + two, true},
+			{"in brackets", one + "---\n" + mark + `{"blueprint": "rate-limiting/base", "policy": {"policy_name": "two", "rate_limiter": {"bucket_capacity": 1, "fill_amount": 1, "selectors": [{"control_point": "a"}], "parameters": {"interval": "1s"}}}}` + "\n", true},
+			{"twice", one + "---\n" + mark + mark + two, false},
+			{"in a document", one + "---\n" + strings.Replace(two, "kind:", mark+"kind:", 1), false},
+			{"in a value", one + "---\n" + strings.Replace(two, "two", mark+"two", 1), false},
+		} {
+			t.Run(fmt.Sprintf("%s/%q", tt.name, end), func(t *testing.T) {
+				policies, err := policy.Parse("limits.yaml", []byte(strings.ReplaceAll(tt.data, "\n", end)))
+				if ok := err == nil && len(policies) == 2 && policies[1].Name == "two"; ok != tt.ok || !tt.ok && !strings.Contains(fmt.Sprint(err), "holds a byte order mark") {
+					t.Errorf("Parse = %d policies, %v", len(policies), err)
+				}
+			})
 		}
 	}
 }
