@@ -599,8 +599,8 @@ func TestRateLimitHeaders(t *testing.T) {
 			return w.Result().Header
 		}
 		const (
-			policies = `"odd \"name\" \\/burst";q=2, "in-flight/concurrency_limiter.0";q=3;qu="concurrent-requests", "huge/rate_limiter.0";q=999999999999999`
-			rest     = `, "in-flight/concurrency_limiter.0";r=3, "huge/rate_limiter.0";r=999999999999999` // a request's own slot will be free again
+			policies = `"odd \"name\" \\/burst";q=2, "in-flight/concurrency_limiter.0";q=3;qu="concurrent-requests", "%c3%bcberall/rate_limiter.0";q=999999999999999, "huge/rate_limiter.0";q=999999999999999`
+			rest     = `, "in-flight/concurrency_limiter.0";r=3, "%c3%bcberall/rate_limiter.0";r=999999999999999, "huge/rate_limiter.0";r=999999999999999` // a request's own slot will be free again
 		)
 		for i, want := range []string{`;r=1`, `;r=0`, `;r=0;t=10`} {
 			got := get()

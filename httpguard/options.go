@@ -156,8 +156,8 @@ func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.
 }
 
 // WithRateLimitHeaders adds to every response the RateLimit and RateLimit-Policy header fields of
-// draft-ietf-httpapi-ratelimit-headers-11. They cover each rate or concurrency limiter and each quota or concurrency
-// scheduler that the request met. For each, they say how many tokens or slots its bucket holds, how many are free, and
+// draft-ietf-httpapi-ratelimit-headers-11. They cover each rate or concurrency limiter, each calendar quota, and each quota or
+// concurrency scheduler that the request met. For each, they say how many tokens or slots its bucket holds, how many are free, and
 // when a rejected request can be sent again. The request's own slot counts as free. If a quota scheduler rejects,
 // RateLimit-Policy leaves it out, because agents do not report its tokens then. Load schedulers are not covered,
 // because what they admit changes with the load.
@@ -165,9 +165,11 @@ func WithOnReject(fn func(w http.ResponseWriter, r *http.Request, flow *flowctl.
 // Limits that are not in force have no fields. A dry run has no fields at all, and a limiter in dry run is left out if
 // the agent is Headgate's.
 //
-// The names are those of the policies and their components, so clients see how the limits are made. They do not see how
-// long a limiter's window is, because agents do not report it. By default there are no such fields. They cost several
-// times what the flow costs.
+// The names are those of the policies and their components, so clients see how the limits are made. In a name "%", and each byte
+// that is no printable ASCII, is written as "%" and two hexadecimal digits. Clients do not see how
+// long a limiter's window is, because agents do not report it.
+//
+// By default there are no such fields. They cost several times what the flow costs.
 func WithRateLimitHeaders() MiddlewareOption {
 	return middlewareOption(func(g *guard) { g.rateLimit = true })
 }

@@ -48,6 +48,43 @@ func TestRateLimitHeadersOfEachKind(t *testing.T) {
 			},
 		},
 		{
+			name:       "rate limiter of nothing",
+			components: []policy.Component{policy.RateLimiter{ID: "a", Selectors: at, Fill: 1, Interval: time.Minute}},
+			want:       []told{{429, `"limits/a";r=0`, `"limits/a";q=0`}},
+		},
+		{
+			name:       "calendar quota",
+			components: []policy.Component{policy.CalendarQuota{ID: "a", Selectors: at, Amount: 2, Period: policy.PeriodMonth}},
+			want:       []told{{200, `"limits/a";r=1`, `"limits/a";q=2`}, {200, `"limits/a";r=0`, `"limits/a";q=2`}},
+		},
+		{
+			name:       "calendar quota of nothing",
+			components: []policy.Component{policy.CalendarQuota{ID: "a", Selectors: at, Period: policy.PeriodMonth}},
+			want:       []told{{429, `"limits/a";r=0`, `"limits/a";q=0`}},
+		},
+		{
+			name:       "concurrency limiter of nothing",
+			components: []policy.Component{policy.ConcurrencyLimiter{ID: "a", Selectors: at, MaxInflight: time.Minute}},
+			want:       []told{{429, `"limits/a";r=0`, `"limits/a";q=0` + slots}},
+		},
+		{
+			name:       "quota scheduler of nothing",
+			components: []policy.Component{policy.QuotaScheduler{ID: "a", Selectors: at, Fill: 1, Interval: time.Minute}},
+			want:       []told{{503, `"limits/a";r=0`, ``}},
+		},
+		{
+			name: "quota scheduler of nothing that lets a flow in for nothing",
+			components: []policy.Component{policy.QuotaScheduler{
+				ID: "a", Selectors: at, Fill: 1, Interval: time.Minute, Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{Tokens: policy.NoTokens}},
+			}},
+			want: []told{{200, `"limits/a";r=0`, `"limits/a";q=0`}},
+		},
+		{
+			name:       "a name of other characters",
+			components: []policy.Component{policy.RateLimiter{ID: "\u00fc\n\"\\ 5%", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Minute}},
+			want:       []told{{200, `"limits/%c3%bc%0a\"\\ 5%25";r=1`, `"limits/%c3%bc%0a\"\\ 5%25";q=2`}},
+		},
+		{
 			name:       "quota scheduler",
 			components: []policy.Component{policy.QuotaScheduler{ID: "a", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Minute}},
 			want: []told{

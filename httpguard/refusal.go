@@ -3,6 +3,7 @@ package httpguard
 import (
 	"cmp"
 	"encoding/json"
+	"fmt"
 	"math"
 	"net/http"
 	"strconv"
@@ -85,9 +86,9 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 	var limits, policies []string
 	for _, d := range flow.CheckResponse().GetLimiterDecisions() {
 		tokens, slots := counted(d)
-		name, ok := quoted(d.GetPolicyName() + "/" + d.GetComponentId())
+		name := quoted(d.GetPolicyName() + "/" + d.GetComponentId())
 		met := tokens != nil && d.GetReason() == 0 // else the flow has no label to limit it by
-		if !ok || !met || d.GetDryRun() {
+		if !met || d.GetDryRun() {
 			continue
 		}
 		left := tokens.GetRemaining()
@@ -100,10 +101,11 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 		}
 		limits = append(limits, limit)
 		capacity := tokens.GetRemaining() + tokens.GetCurrent()
+		leftOut := capacity == 0 && d.GetDropped() && d.GetQuotaSchedulerInfo() != nil // as agents do
 		switch {
 		case slots:
 			policies = append(policies, name+";q="+integer(capacity)+`;qu="concurrent-requests"`)
-		case capacity != 0: // agents leave it out if a quota scheduler rejects
+		case !leftOut:
 			policies = append(policies, name+";q="+integer(capacity))
 		}
 	}
@@ -132,14 +134,21 @@ func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_Tokens
 	}
 }
 
-// quoted is a string of structured fields, RFC 9651; ok is false if s cannot be one.
-func quoted(s string) (text string, ok bool) {
+// quoted is a string of structured fields, RFC 9651. Such a string holds printable ASCII only. Other bytes, and "%", become "%"
+// and two digits, as in the RFC's Display Strings, which the draft has no place for.
+func quoted(s string) string {
+	text := []byte{'"'}
 	for i := range len(s) {
-		if s[i] < ' ' || s[i] > '~' {
-			return "", false
+		switch c := s[i]; {
+		case c < ' ' || c > '~' || c == '%':
+			text = fmt.Appendf(text, "%%%02x", c)
+		case c == '"' || c == '\\':
+			text = append(text, '\\', c)
+		default:
+			text = append(text, c)
 		}
 	}
-	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s) + `"`, true
+	return string(append(text, '"'))
 }
 
 // integer is a count in structured fields: whole, not negative, of 15 digits at most.
