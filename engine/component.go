@@ -2,12 +2,11 @@ package engine
 
 import (
 	"context"
-	"math"
-	"strconv"
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/decimal"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -234,18 +233,6 @@ func tokensSaid(labels *agentapi.Labels, label string) (tokens float64, ok bool)
 	if !ok {
 		return 0, false
 	}
-	tokens, ok = number(text)
+	tokens, ok = decimal.Parse(text)
 	return tokens, ok && tokens >= 0
-}
-
-// maxNumber is the longest text of a number, in bytes: no float64 needs as many digits.
-const maxNumber = 1 << 10
-
-// number reads a finite number that a label says.
-func number(text string) (n float64, ok bool) {
-	if len(text) > maxNumber {
-		return 0, false
-	}
-	n, err := strconv.ParseFloat(text, 64)
-	return n, err == nil && !math.IsInf(n, 0) && !math.IsNaN(n)
 }

@@ -23,24 +23,3 @@ func TestOneOf(t *testing.T) {
 		}
 	}
 }
-
-func TestNumber(t *testing.T) {
-	for _, tt := range []struct {
-		text string
-		want float64
-		ok   bool
-	}{
-		{"1.5", 1.5, true},
-		{strings.Repeat("0", maxNumber-1) + "7", 7, true},
-		{strings.Repeat("0", maxNumber) + "7", 0, false},
-		{"1e999", 0, false},
-		{"NaN", 0, false},
-		{"-Inf", 0, false},
-		{"-2", -2, true},
-		{"", 0, false},
-	} {
-		if got, ok := number(tt.text); ok != tt.ok || ok && got != tt.want {
-			t.Errorf("number(%.20q) = %v, %v want %v, %v", tt.text, got, ok, tt.want, tt.ok)
-		}
-	}
-}

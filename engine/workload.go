@@ -10,6 +10,7 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/wfq"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/decimal"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -119,7 +120,7 @@ func (w *workloads) claim(of *workload, labels *agentapi.Labels) wfq.Claim {
 	}
 	if w.priorityLabel != "" {
 		if text, ok := labels.Lookup(w.priorityLabel); ok {
-			if p, ok := number(text); ok && p > 0 {
+			if p, ok := decimal.Parse(text); ok && p > 0 {
 				c.Priority = p
 			}
 		}

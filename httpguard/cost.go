@@ -3,9 +3,9 @@ package httpguard
 import (
 	"math"
 	"net/http"
-	"strconv"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/decimal"
 )
 
 // WithCostHeader settles the flow of each request for the tokens that a header of the response says, or a trailer, as
@@ -16,7 +16,7 @@ import (
 // header and the trailers that the handler has set when the handler returns, not when it panics. They are sent as always: let
 // the handler call Settle for what callers must not see.
 //
-// A flow whose response has neither keeps its charge. So does one whose header is no number from 0 up, or has several values:
+// A flow whose response has neither keeps its charge. So does one whose header is no decimal number from 0 up, or has several values:
 // the client logs this once a minute. Whoever writes the response decides what the flow costs. By default no header is read.
 // Repeated use adds more labels.
 func WithCostHeader(label, header string) Option {
@@ -48,8 +48,8 @@ func (c costHeader) settle(flow *flowctl.Flow, values []string) {
 	if len(values) == 0 {
 		return
 	}
-	tokens, err := strconv.ParseFloat(values[0], 64)
-	if err != nil || len(values) > 1 {
+	tokens, ok := decimal.Parse(values[0])
+	if !ok || len(values) > 1 {
 		tokens = math.NaN() // which Settle ignores, and logs
 	}
 	flow.Settle(c.label, tokens)

@@ -22,8 +22,8 @@ type Scheduler struct {
 	// DefaultMargin. Not negative.
 	Margin time.Duration
 
-	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name. A
-	// number of tokens that is negative, or a priority that is not above 0, is ignored. Accept these labels only from
+	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name. What is
+	// no decimal number, a number of tokens that is negative, or a priority that is not above 0, is ignored. Accept these labels only from
 	// callers that you trust: a flow takes the tokens that it asks for, and a load scheduler counts them as load.
 	// The real cost of a flow, which flowctl's Flow.Settle says, corrects the bucket of a quota scheduler, and teaches
 	// the queue what flows of a workload cost. It changes neither slots nor the share that a load scheduler lets in.
