@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
@@ -184,19 +185,41 @@ func (a *agent) Ready(context.Context) error {
 	return nil
 }
 
-// Expect notes the shortest check timeout of all clients, and logs the waits that it cuts short.
-func (a *agent) Expect(timeout time.Duration) {
+// Expect notes the check timeout of a client until forget is called. It logs the waits that the timeout cuts short, if it is the
+// shortest of all clients.
+func (a *agent) Expect(timeout time.Duration) (forget func()) {
 	e := a.engine()
 	if timeout <= 0 {
-		return
+		return func() {}
 	}
 	e.applying.Lock() // so that each warning is logged once
 	defer e.applying.Unlock()
-	if old := time.Duration(e.checkTimeout.Load()); old > 0 && old <= timeout {
+	if e.checkTimeouts == nil {
+		e.checkTimeouts = make(map[time.Duration]int)
+	}
+	e.checkTimeouts[timeout]++
+	if old := time.Duration(e.checkTimeout.Load()); old == 0 || timeout < old {
+		e.checkTimeout.Store(int64(timeout))
+		e.warn(e.cutShort())
+	}
+	return sync.OnceFunc(func() { e.unexpect(timeout) })
+}
+
+// unexpect forgets the check timeout of one client.
+func (e *Engine) unexpect(timeout time.Duration) {
+	e.applying.Lock()
+	defer e.applying.Unlock()
+	if e.checkTimeouts[timeout]--; e.checkTimeouts[timeout] > 0 {
 		return
 	}
-	e.checkTimeout.Store(int64(timeout))
-	e.warn(e.cutShort())
+	delete(e.checkTimeouts, timeout)
+	shortest := time.Duration(0)
+	for of := range e.checkTimeouts {
+		if shortest == 0 || of < shortest {
+			shortest = of
+		}
+	}
+	e.checkTimeout.Store(int64(shortest))
 }
 
 // Measures reports whether a policy measures latencies at the control point or, for "", at any.

@@ -84,7 +84,8 @@ type Engine struct {
 	instruments instruments
 	reloads     reloads
 
-	checkTimeout atomic.Int64 // the shortest of all clients, in nanoseconds; 0 while none is known
+	checkTimeout  atomic.Int64          // the shortest of all clients, in nanoseconds; 0 while none is known
+	checkTimeouts map[time.Duration]int // how many clients have it; guarded by applying
 
 	applying             sync.Mutex // held by Apply, and by Close as it begins
 	sweeping, controlled bool       // the goroutines run; guarded by applying

@@ -47,27 +47,40 @@ const headerPrefix = "http.request.header."
 // neverComes returns why no label has the key unless an application sets it itself, or why applications hardly set it
 // either; "" if a label may have it.
 func neverComes(key string) string {
-	if name, ok := strings.CutPrefix(key, headerPrefix); ok {
-		right := strings.ReplaceAll(strings.ToLower(name), "-", "_")
+	lower := strings.ToLower(key)
+	if name, ok := strings.CutPrefix(lower, headerPrefix); ok {
+		right := headerPrefix + strings.ReplaceAll(name, "-", "_")
 		switch {
 		case name == "" || name[0] == ':':
 			return "no header has this label"
-		case right == "baggage":
+		case right == headerPrefix+"baggage":
 			return "the members of this header become labels, and not the header"
-		case name != right:
-			return fmt.Sprintf("the label of a header is in lower case and has _ for -: it is %q", headerPrefix+right)
+		case key != right:
+			return fmt.Sprintf("the label of a header is in lower case and has _ for -: it is %q", right)
 		case credential.Named(name):
 			return "Headgate's clients make no label of this header, because it carries credentials: it arrives where the " +
 				"application sets the label itself, and where a proxy asks about the request by CheckHTTP"
 		}
 		return ""
 	}
-	lower := strings.ToLower(key)
+	if key != lower && ofRequest(lower) {
+		return fmt.Sprintf("the labels of requests and calls are in lower case: it is %q", lower)
+	}
 	if credential.Named(key) && (strings.Contains(key, "-") || lower == "authorization" || lower == "cookie") {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
 	return oddName(key)
+}
+
+// ofRequest reports whether adaptors set the label, besides those of headers.
+func ofRequest(key string) bool {
+	switch key {
+	case "http.method", "http.target", "http.host", "http.scheme", "http.flavor", "http.request_content_length", "rpc.service", "rpc.method":
+		return true
+	default:
+		return false
+	}
 }
 
 // acts warns of control points that hardly any flow has.

@@ -31,8 +31,6 @@ func warnQuotaScheduler(w *warnings, of string, p policy.QuotaScheduler) {
 	w.bucket(of, p.Capacity, p.Fill, p.Interval)
 	w.scheduler(of, &p.Scheduler, p.DryRun)
 	workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
-		if work.Tokens > 0 || p.Scheduler.TokensLabel == "" {
-			w.cost(of, p.Capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
-		}
+		w.cost(of, p.Capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
 	})
 }

@@ -31,9 +31,7 @@ func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
 		return
 	}
 	w.bucket(of, p.Capacity, p.Fill, p.Interval)
-	if p.TokensLabel == "" {
-		w.cost(of, p.Capacity, 1, p.TokensLabel)
-	}
+	w.cost(of, p.Capacity, 1, p.TokensLabel)
 }
 
 // bucket warns of one that does not refill.

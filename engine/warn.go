@@ -16,7 +16,8 @@ import (
 //   - control points with odd names, such as "search]", which hardly any flow has,
 //   - labels that do not arrive or have odd names, in the order of what components read them for,
 //   - selectors that have picked no flow, although their control points had some,
-//   - waits that are longer than a client's check timeout, or than the MaxWait of a flow that came to the queue,
+//   - waits that are longer than the check timeout of a client that has not been closed, or than the MaxWait of a flow that came
+//     to the queue,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
 // The engine logs each when policies come into force. A limit of 0 is no warning: it refuses all flows on purpose.

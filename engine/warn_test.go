@@ -41,6 +41,9 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		}
 		return q
 	}
+	calendar := func(amount float64, label string) policy.Component {
+		return policy.CalendarQuota{ID: "x", Selectors: at, Amount: amount, Period: policy.PeriodMonth, TokensLabel: label}
+	}
 	slots := func(limit float64) policy.Component {
 		return policy.ConcurrencyLimiter{ID: "x", Selectors: at, Max: limit, MaxInflight: time.Hour}
 	}
@@ -60,7 +63,10 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		admits int    // flows, of two in two minutes
 	}{
 		{"a bucket below the cost", rate(0.5, 0.5, nil), "", "it takes 1 tokens, and the bucket holds 0.5", 0},
-		{"a bucket below the cost, with a label for it", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.TokensLabel = "tokens" }), "tokens=0.5", "", 2},
+		{"a bucket below the cost, with a label for it", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.TokensLabel = "tokens" }), "", `component "x": no flow without the label "tokens" is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
+		{"the same bucket, for a flow that has the label", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.TokensLabel = "tokens" }), "tokens=0.5", `no flow without the label "tokens"`, 2},
+		{"a calendar quota below the cost", calendar(0.5, ""), "", "it takes 1 tokens, and the bucket holds 0.5", 0},
+		{"a calendar quota below the cost, with a label for it", calendar(0.5, "tokens"), "", `no flow without the label "tokens" is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
 		{"a bucket below the cost that lets all pass", rate(0.5, 0.5, func(l *policy.RateLimiter) { l.PassThrough = true }), "", "", 2},
 		{"a bucket that does not refill", rate(1, 0, nil), "", "never refills", 1},
 		{"a bucket that refills in many centuries", rate(1, 1e-12, nil), "", "never refills", 1},
@@ -69,7 +75,8 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"a limit of 0 that refills", rate(0, 1, nil), "", "", 0},
 		{"a limit of 0 with a queue", quota(0, 0, nil), "", "", 0},
 		{"a quota below the cost", quota(0.5, 1, nil), "", `workload "default": no flow is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
-		{"a quota below the cost, with a label for it", quota(0.5, 1, func(s *policy.Scheduler) { s.TokensLabel = "tokens" }), "tokens=0.5", "", 2},
+		{"a quota below the cost, with a label for it", quota(0.5, 1, func(s *policy.Scheduler) { s.TokensLabel = "tokens" }), "", `workload "default": no flow without the label "tokens" is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
+		{"the same quota, for a flow that has the label", quota(0.5, 1, func(s *policy.Scheduler) { s.TokensLabel = "tokens" }), "tokens=0.5", `no flow without the label "tokens"`, 2},
 		{"a quota that does not refill", quota(1, 0, nil), "", "never refills", 1},
 		{"a workload that costs more than the quota", quota(8, 1, func(s *policy.Scheduler) { s.Workloads = []policy.Workload{heavy} }), "job=heavy", `workload "heavy": no flow is ever admitted: it takes 9 tokens, and the bucket holds 8`, 0},
 		{"the same with a label for it", quota(8, 1, func(s *policy.Scheduler) { s.Workloads, s.TokensLabel = []policy.Workload{heavy}, "tokens" }), "job=heavy", `workload "heavy": no flow without the label "tokens" is ever admitted: it takes 9`, 0},
@@ -336,5 +343,37 @@ func TestWarningsOfMaxWaits(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The check timeout of a client counts until the client is closed.
+func TestWarningsOfClosedClients(t *testing.T) {
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.QuotaScheduler{
+		Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: time.Second,
+		Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: time.Minute}},
+	}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	var clients []*flowctl.Client
+	for _, d := range []time.Duration{2 * time.Minute, 30 * time.Second, time.Second, time.Second, -1} {
+		client, err := flowctl.New(e, flowctl.WithCheckTimeout(d))
+		if err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, client)
+	}
+	for _, step := range []struct {
+		closes int // of the clients; below 0: none
+		want   string
+	}{{-1, "1s"}, {2, "1s"}, {4, "1s"}, {3, "30s"}, {3, "30s"}, {0, "30s"}, {1, ""}} {
+		if step.closes >= 0 {
+			_ = clients[step.closes].Close(t.Context())
+		}
+		got := strings.Join(e.Warnings(), "; ")
+		if (got == "") != (step.want == "") || !strings.Contains(got, "check timeout of "+step.want) && step.want != "" {
+			t.Errorf("client %d was closed: Warnings() = %q want a check timeout of %q", step.closes, got, step.want)
+		}
 	}
 }

@@ -63,6 +63,7 @@ type Client struct {
 	agent        agentapi.Agent
 	remote       *remote // the agent, when it is one
 	checkTimeout time.Duration
+	forget       func()           // has the agent forget the check timeout; nil if it does not know it
 	shared       *agentapi.Shared // what every flow has; nil when that is nothing
 	patient      atomic.Pointer[patient]
 	baggage      bool
@@ -123,7 +124,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		}
 	}
 	if !cfg.dryRun { // no flow of a dry run waits
-		agent.Expect(cfg.checkTimeout)
+		c.forget = agent.Expect(cfg.checkTimeout)
 	}
 	return c, nil
 }
@@ -382,6 +383,9 @@ func (c *Client) Close(ctx context.Context) error {
 		return nil
 	}
 	close(c.done)
+	if c.forget != nil {
+		c.forget()
+	}
 	if c.remote == nil {
 		return nil
 	}

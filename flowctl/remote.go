@@ -85,7 +85,7 @@ func (r *remote) Instrument(provider metric.MeterProvider) error {
 }
 
 // Expect does nothing: the protocol has no place for it, and each check has its deadline.
-func (r *remote) Expect(time.Duration) {}
+func (r *remote) Expect(time.Duration) (forget func()) { return func() {} }
 
 // Ready makes a call that asks for nothing, as soon as there is a connection.
 func (r *remote) Ready(ctx context.Context) error {

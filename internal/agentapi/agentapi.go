@@ -37,7 +37,7 @@ type Agent interface {
 
 	// Expect tells the agent how long the checks of a client may take; 0 or less is no limit. A check may still ask for
 	// another time.
-	Expect(timeout time.Duration)
+	Expect(timeout time.Duration) (forget func())
 
 	// Instrument shows what the agent knows of itself by the provider, until it is closed. Another call with the same
 	// provider does nothing.
