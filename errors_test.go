@@ -335,9 +335,10 @@ func TestErrorsTellStrangersNothing(t *testing.T) {
 	overFailures(t, func(t *testing.T, _ failure, err error) {
 		var texts []string
 		wrapped := fmt.Errorf("charge the card: %w", err)
+		type result struct{ err error } // package fmt calls no methods of what is in it
 		for _, e := range []error{err, wrapped, errors.Join(wrapped, errors.New("other"))} {
-			for _, verb := range []string{"%v", "%s", "%q", "%+v", "%#v", "%d"} {
-				texts = append(texts, fmt.Sprintf(verb, e))
+			for _, verb := range []string{"%v", "%s", "%q", "%+v", "%#v", "%d", "%t"} {
+				texts = append(texts, fmt.Sprintf(verb, e), fmt.Sprintf(verb, []*result{{e}}), fmt.Sprintf(verb, result{e}))
 			}
 			encoded, jsonErr := json.Marshal(e)
 			if jsonErr != nil {

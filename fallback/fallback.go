@@ -38,7 +38,7 @@ func Error[T any](err error) Func[T] {
 		if err == nil {
 			return zero, flowErr
 		}
-		return zero, &failure{errs: []error{err, flowErr}}
+		return zero, &failure{&failures{[]error{err, flowErr}}}
 	}
 }
 
@@ -77,7 +77,7 @@ func First[T any](fns ...Func[T]) Func[T] {
 			return zero, err
 		}
 		slices.Reverse(errs)
-		return zero, &failure{errs: errs}
+		return zero, &failure{&failures{errs}}
 	}
 }
 
@@ -110,9 +110,11 @@ func RetryAfter(err error) (time.Duration, bool) {
 
 // failure has the text of the first of its errors and matches all of them. So a user sees only the text of the
 // fallback, which may be chosen for users.
-type failure struct {
-	errs []error
-}
+type failure struct{ *failures }
+
+// failures are behind a pointer, because a verb that fits no pointer, such as %s, prints the fields of an error in an unexported
+// field of a struct, and calls none of its methods.
+type failures struct{ errs []error }
 
 func (f *failure) Error() string   { return f.errs[0].Error() }
 func (f *failure) Unwrap() []error { return f.errs }

@@ -25,9 +25,9 @@ func Stale[T any](grace time.Duration) Func[T] {
 		}
 		var zero T
 		if other, mismatch := ctx.Value(lastType{}).(reflect.Type); !ok && mismatch {
-			return zero, &failure{errs: []error{
+			return zero, &failure{&failures{[]error{
 				fmt.Errorf("fallback: Stale[%s] finds no result: the guard keeps results of type %s", reflect.TypeFor[T](), other), err,
-			}}
+			}}}
 		}
 		return zero, err
 	}

@@ -185,7 +185,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 		return Canceled, newCanceledError(ctx, f.req.ControlPoint)
 	}
 	if c.closed.Load() {
-		return Unreachable, &UnreachableError{f.req.ControlPoint, agentapi.ErrClosed}
+		return Unreachable, newUnreachableError(f.req.ControlPoint, agentapi.ErrClosed)
 	}
 	err := c.agent.Check(ctx, &f.req, &f.verdict)
 	switch {
@@ -203,7 +203,7 @@ func (c *Client) decide(ctx context.Context, f *Flow, params *Params) (Decision,
 			c.silenceLog.warn(c.logger, "headgate: the agent did not decide about a flow",
 				"control_point", f.req.ControlPoint, "error", err)
 		}
-		return Unreachable, &UnreachableError{f.req.ControlPoint, err}
+		return Unreachable, newUnreachableError(f.req.ControlPoint, err)
 	}
 }
 
@@ -393,7 +393,7 @@ func (c *Client) Close(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	e := &callError{op: opClose, cause: err}
+	e := newCallError(callDetails{op: opClose, cause: err})
 	if ended := ctx.Err(); ended != nil && errors.Is(err, ended) {
 		e.match = ended
 	}

@@ -115,7 +115,8 @@ func (c RejectCause) String() string {
 // RejectedError is the error of a flow that the agent rejected. It matches [ErrRejected].
 //
 // Its text has only what the callers of a service may know, whatever verb prints it: a gRPC handler that wraps the
-// error sends the text to its caller. The methods and LogValue have the rest, for the program alone.
+// error sends the text to its caller. The methods and LogValue have the rest, for the program alone. Error and LogValue may be
+// called on a nil pointer.
 type RejectedError struct {
 	ControlPoint string
 	Reason       RejectReason
@@ -123,30 +124,50 @@ type RejectedError struct {
 	// HTTPStatus is the status to answer with: the policy's, or one that fits the reason. It is within 400 to 599.
 	HTTPStatus int
 
+	retryAfter time.Duration
+	details    *rejectionDetails // nil for an error that a program has made
+}
+
+// rejectionDetails are what the text of a RejectedError does not show. They are behind a pointer, because a verb that fits no
+// pointer, such as %s, prints the fields of an error in an unexported field of a struct, and calls none of its methods.
+type rejectionDetails struct {
 	cause                       RejectCause
-	retryAfter                  time.Duration
-	noReturns                   bool // so retryAfter is 0
+	noReturns                   bool // so there is no time to retry after
 	policy, component, labelKey string
 }
 
-// newRejectedError makes the error of a rejection.
-func newRejectedError(controlPoint string, r agentapi.Rejection) *RejectedError {
-	e := &RejectedError{
-		ControlPoint: controlPoint,
-		Reason:       RejectReason(r.Reason),
-		HTTPStatus:   deniedStatus(r),
-		cause:        RejectCause(r.Cause),
-		retryAfter:   r.RetryAfter,
-		noReturns:    r.NoReturns,
+// detailed returns what the text does not show.
+func (e *RejectedError) detailed() rejectionDetails {
+	if e.details == nil {
+		return rejectionDetails{}
 	}
-	if by := r.By; by != nil {
-		e.policy, e.component, e.labelKey = by.Policy, by.ID, by.LabelKey
-	}
-	return e
+	return *e.details
 }
+
+// newRejectedError makes the error of a rejection, with its details in one allocation.
+func newRejectedError(controlPoint string, r agentapi.Rejection) *RejectedError {
+	made := &struct {
+		err     RejectedError
+		details rejectionDetails
+	}{
+		RejectedError{ControlPoint: controlPoint, Reason: RejectReason(r.Reason), HTTPStatus: deniedStatus(r), retryAfter: r.RetryAfter},
+		rejectionDetails{cause: RejectCause(r.Cause), noReturns: r.NoReturns},
+	}
+	made.err.details = &made.details
+	if by := r.By; by != nil {
+		made.details.policy, made.details.component, made.details.labelKey = by.Policy, by.ID, by.LabelKey
+	}
+	return &made.err
+}
+
+// noError is the text of an error that is a nil pointer, as package fmt prints it.
+const noError = "<nil>"
 
 // Error names the control point and the reason, and how long until a retry can succeed.
 func (e *RejectedError) Error() string {
+	if e == nil {
+		return noError
+	}
 	text := fmt.Sprintf("headgate: start %q: rejected: %s", e.ControlPoint, e.Reason)
 	if e.retryAfter > 0 {
 		text += fmt.Sprintf(", retry after %s", max(e.retryAfter.Round(time.Millisecond), time.Millisecond))
@@ -161,16 +182,16 @@ func (e *RejectedError) Format(s fmt.State, verb rune) { format(s, verb, e) }
 func (e *RejectedError) Is(target error) bool { return target == ErrRejected }
 
 // Cause says why the flow was rejected, in more detail than the reason.
-func (e *RejectedError) Cause() RejectCause { return e.cause }
+func (e *RejectedError) Cause() RejectCause { return e.detailed().cause }
 
 // Policy names the policy that rejected the flow; "" when the agent does not say.
-func (e *RejectedError) Policy() string { return e.policy }
+func (e *RejectedError) Policy() string { return e.detailed().policy }
 
 // Component names the policy's component that rejected the flow; "" when the agent does not say.
-func (e *RejectedError) Component() string { return e.component }
+func (e *RejectedError) Component() string { return e.detailed().component }
 
 // LabelKey is the key of the label that the component limits by; "" when it limits by none, or the agent does not say.
-func (e *RejectedError) LabelKey() string { return e.labelKey }
+func (e *RejectedError) LabelKey() string { return e.detailed().labelKey }
 
 // RetryAfter is how long until a retry can succeed; 0 if that is not known, or if no retry can succeed. A concurrency
 // limiter or scheduler does not know it until a flow has given a slot back. Until then, LogValue has
@@ -189,12 +210,16 @@ func (e *RejectedError) WithRetryAfter(after time.Duration) *RejectedError {
 // cause, policy, component, label_key and retry_after if they are known. It has no label's value. If a retry can
 // succeed, but the engine cannot estimate when, it has retry_after_unknown, in words.
 func (e *RejectedError) LogValue() slog.Value {
+	if e == nil {
+		return slog.Value{}
+	}
+	details := e.detailed()
 	attrs := []slog.Attr{slog.String("control_point", e.ControlPoint), slog.String("reason", e.Reason.String())}
-	if e.cause != CauseNone {
-		attrs = append(attrs, slog.String("cause", e.cause.String()))
+	if details.cause != CauseNone {
+		attrs = append(attrs, slog.String("cause", details.cause.String()))
 	}
 	for _, named := range []slog.Attr{
-		slog.String("policy", e.policy), slog.String("component", e.component), slog.String("label_key", e.labelKey),
+		slog.String("policy", details.policy), slog.String("component", details.component), slog.String("label_key", details.labelKey),
 	} {
 		if named.Value.String() != "" {
 			attrs = append(attrs, named)
@@ -203,7 +228,7 @@ func (e *RejectedError) LogValue() slog.Value {
 	attrs = append(attrs, slog.Int("status", e.HTTPStatus))
 	if e.retryAfter > 0 {
 		attrs = append(attrs, slog.Duration("retry_after", e.retryAfter))
-	} else if e.noReturns {
+	} else if details.noReturns {
 		attrs = append(attrs, slog.String("retry_after_unknown", "no flow has given a slot back yet"))
 	}
 	return slog.GroupValue(attrs...)
@@ -249,14 +274,32 @@ func grpcCode(httpStatus int) codes.Code {
 }
 
 // UnreachableError is the error of a flow that no agent decided about. It matches [ErrUnreachable], and [ErrClosed] if
-// the client or the engine was closed. Its text does not show the cause, which may name an address.
+// the client or the engine was closed. Its text does not show the cause, which may name an address. Error and LogValue may be
+// called on a nil pointer.
 type UnreachableError struct {
 	ControlPoint string
-	cause        error
+
+	details *unreachableDetails // nil for an error that a program has made
+}
+
+// unreachableDetails are behind a pointer as rejectionDetails are.
+type unreachableDetails struct{ cause error }
+
+// newUnreachableError makes the error in one allocation.
+func newUnreachableError(controlPoint string, cause error) *UnreachableError {
+	made := &struct {
+		err     UnreachableError
+		details unreachableDetails
+	}{UnreachableError{ControlPoint: controlPoint}, unreachableDetails{cause}}
+	made.err.details = &made.details
+	return &made.err
 }
 
 // Error names the control point.
 func (e *UnreachableError) Error() string {
+	if e == nil {
+		return noError
+	}
 	return fmt.Sprintf("headgate: start %q: agent unreachable", e.ControlPoint)
 }
 
@@ -265,22 +308,30 @@ func (e *UnreachableError) Format(s fmt.State, verb rune) { format(s, verb, e) }
 
 // Is matches ErrUnreachable, and ErrClosed where it applies.
 func (e *UnreachableError) Is(target error) bool {
-	return target == ErrUnreachable || target == ErrClosed && errors.Is(e.cause, agentapi.ErrClosed)
+	return target == ErrUnreachable || target == ErrClosed && errors.Is(e.Cause(), agentapi.ErrClosed)
 }
 
 // Cause is why no agent decided; for a remote agent it is the gRPC status. It is not unwrapped, so that a gRPC handler
 // that returns the error does not pass the agent's status on as its own.
-func (e *UnreachableError) Cause() error { return e.cause }
+func (e *UnreachableError) Cause() error {
+	if e.details == nil {
+		return nil
+	}
+	return e.details.cause
+}
 
 // Timeout reports whether the agent did not answer in time.
-func (e *UnreachableError) Timeout() bool { return timedOut(e.cause) }
+func (e *UnreachableError) Timeout() bool { return timedOut(e.Cause()) }
 
 // Temporary is Timeout. It makes the error a net.Error.
 func (e *UnreachableError) Temporary() bool { return e.Timeout() }
 
 // LogValue is for the program's own logs: a group with the control point and the cause.
 func (e *UnreachableError) LogValue() slog.Value {
-	return slog.GroupValue(slog.String("control_point", e.ControlPoint), slog.Any("cause", e.cause))
+	if e == nil {
+		return slog.Value{}
+	}
+	return slog.GroupValue(slog.String("control_point", e.ControlPoint), slog.Any("cause", e.Cause()))
 }
 
 // GRPCStatus is Unavailable, with the text of Error.
@@ -354,11 +405,24 @@ func (e ownError) Error() string { return string(e) }
 
 // callError is the error of a call other than a check. Its text does not show the cause, which may have the agent's
 // words or name an address. The cause is not unwrapped, see UnreachableError.
-type callError struct {
+type callError struct{ *callDetails }
+
+// callDetails are behind a pointer as rejectionDetails are.
+type callDetails struct {
 	op           string
 	controlPoint string
 	cause        error
 	match        error // nil: nothing
+}
+
+// newCallError makes the error in one allocation.
+func newCallError(details callDetails) *callError {
+	made := &struct {
+		err     callError
+		details callDetails
+	}{details: details}
+	made.err.callDetails = &made.details
+	return &made.err
 }
 
 // callError makes the error of a call; nil when err is.
@@ -366,7 +430,7 @@ func (c *Client) callError(ctx context.Context, op, controlPoint string, err err
 	if err == nil {
 		return nil
 	}
-	e := &callError{op: op, controlPoint: controlPoint, cause: err}
+	e := newCallError(callDetails{op: op, controlPoint: controlPoint, cause: err})
 	switch code := status.Code(err); {
 	case c.closed.Load(), errors.Is(err, agentapi.ErrClosed):
 		e.match = ErrClosed

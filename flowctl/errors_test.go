@@ -149,3 +149,28 @@ func TestErrorsOfLongControlPoints(t *testing.T) {
 		}
 	}
 }
+
+// An error that is a nil pointer is logged and printed in a few words, as package fmt does for other pointers.
+func TestNilErrors(t *testing.T) {
+	for name, err := range map[string]error{
+		"RejectedError":    (*flowctl.RejectedError)(nil),
+		"UnreachableError": (*flowctl.UnreachableError)(nil),
+	} {
+		var log strings.Builder
+		slog.New(slog.NewTextHandler(&log, nil)).Info("m", "error", err)
+		if got := fmt.Sprintf("%v %s %s", err, err.Error(), log.String()[strings.Index(log.String(), "msg="):]); got != "<nil> <nil> msg=m error=<nil>\n" {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+}
+
+// Errors that programs make have no details.
+func TestErrorsOfPrograms(t *testing.T) {
+	rejected, unreachable := &flowctl.RejectedError{ControlPoint: "point"}, &flowctl.UnreachableError{ControlPoint: "point"}
+	if rejected.Cause() != flowctl.CauseNone || rejected.Policy() != "" || rejected.Component() != "" || rejected.LabelKey() != "" {
+		t.Errorf("%v has details", slog.AnyValue(rejected).Resolve())
+	}
+	if unreachable.Cause() != nil || unreachable.Timeout() || errors.Is(unreachable, flowctl.ErrClosed) || !errors.Is(unreachable, flowctl.ErrUnreachable) {
+		t.Errorf("%v has a cause", slog.AnyValue(unreachable).Resolve())
+	}
+}

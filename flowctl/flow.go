@@ -21,6 +21,10 @@ import (
 
 // A Flow is one run of guarded work, from [Client.Start] to [Flow.End]. It is never nil, and every method is safe to
 // call at any time and from any goroutine.
+//
+// Every verb that prints a flow, or the context that it gives, prints no label. A struct with a flow in an unexported field is
+// another matter: package fmt prints such fields without calling methods, and a verb that fits no pointer, such as %s, shows the
+// flow's labels. Print the flow itself, or give the struct a method String.
 type Flow struct {
 	parent  context.Context // of the caller, with the flow's trace span where there is one
 	client  *Client         // nil: flow control is off
@@ -389,7 +393,7 @@ func (f *Flow) unanswered() error {
 
 func (f *Flow) cacheAnswer(a agentapi.CacheAnswer) ([]byte, bool, error) {
 	if a.Err != nil {
-		return nil, false, &callError{op: opFind, controlPoint: f.req.ControlPoint, cause: a.Err}
+		return nil, false, newCallError(callDetails{op: opFind, controlPoint: f.req.ControlPoint, cause: a.Err})
 	}
 	return a.Value, a.Hit, nil
 }
@@ -428,12 +432,12 @@ func (f *Flow) store(ctx context.Context, key agentapi.CacheKey, value []byte, t
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &callError{opStore, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
+		return newCallError(callDetails{opStore, f.req.ControlPoint, errNoCacheKey, ErrInvalid})
 	case ttl < 0:
-		return &callError{opStore, f.req.ControlPoint, errNegativeTTL, ErrInvalid}
+		return newCallError(callDetails{opStore, f.req.ControlPoint, errNegativeTTL, ErrInvalid})
 	}
 	if err := bounds.CheckCacheKeys(key.Key); err != nil {
-		return &callError{opStore, f.req.ControlPoint, err, ErrInvalid}
+		return newCallError(callDetails{opStore, f.req.ControlPoint, err, ErrInvalid})
 	}
 	return f.client.callError(ctx, opStore, f.req.ControlPoint, f.client.agent.Store(ctx, key, value, ttl))
 }
@@ -443,7 +447,7 @@ func (f *Flow) remove(ctx context.Context, key agentapi.CacheKey) error {
 	case f.client == nil:
 		return nil
 	case key.Key == "":
-		return &callError{opDelete, f.req.ControlPoint, errNoCacheKey, ErrInvalid}
+		return newCallError(callDetails{opDelete, f.req.ControlPoint, errNoCacheKey, ErrInvalid})
 	}
 	return f.client.callError(ctx, opDelete, f.req.ControlPoint, f.client.agent.Delete(ctx, key))
 }

@@ -26,21 +26,37 @@ const (
 
 // A PausedError is the error of a request that a [Transport] did not send, because the upstream has asked for a pause.
 // It matches flowctl.ErrRejected, and errors.AsType finds a *flowctl.RejectedError in it: its HTTPStatus is what the
-// upstream answered, and its RetryAfter what is left of the pause.
+// upstream answered, and its RetryAfter what is left of the pause. Error and LogValue may be called on a nil pointer.
 type PausedError struct {
 	flowctl.RejectedError
 
-	// Host is the host and port of the upstream, as in the request's URL. The error's text does not show it.
-	Host string `json:"-"`
+	host *string // behind a pointer, which fmt does not follow where it calls no methods
 }
 
 func newPausedError(controlPoint, host string, status int, left time.Duration) *PausedError {
 	rejected := &flowctl.RejectedError{ControlPoint: controlPoint, HTTPStatus: status}
-	return &PausedError{RejectedError: *rejected.WithRetryAfter(left), Host: host}
+	made := &struct { // one allocation
+		err  PausedError
+		host string
+	}{PausedError{RejectedError: *rejected.WithRetryAfter(left)}, host}
+	made.err.host = &made.host
+	return &made.err
+}
+
+// Host is the host and port of the upstream, as in the request's URL; "" for an error that a program has made. The error's text
+// does not show it.
+func (e *PausedError) Host() string {
+	if e.host == nil {
+		return ""
+	}
+	return *e.host
 }
 
 // Error names the control point and what is left of the pause.
 func (e *PausedError) Error() string {
+	if e == nil {
+		return "<nil>"
+	}
 	return fmt.Sprintf("headgate: start %q: paused by the upstream, retry after %s",
 		e.ControlPoint, max(e.RetryAfter().Round(time.Millisecond), time.Millisecond))
 }
@@ -60,6 +76,9 @@ func (e *PausedError) GRPCStatus() *status.Status {
 // LogValue is for the program's own logs: a group with the control point, the reason, the status and what is left of the
 // pause. It does not have the host, which is the value of a label.
 func (e *PausedError) LogValue() slog.Value {
+	if e == nil {
+		return slog.Value{}
+	}
 	return slog.GroupValue(
 		slog.String("control_point", e.ControlPoint),
 		slog.String("reason", "paused by the upstream"),

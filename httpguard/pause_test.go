@@ -149,8 +149,8 @@ func TestPauseHoldsForAllSpellings(t *testing.T) {
 				if _, err := rt.RoundTrip(r); sent != 1 {
 					t.Errorf("%s was sent after a pause of %s: %v", target, first, err)
 					sent = 1
-				} else if paused, ok := errors.AsType[*httpguard.PausedError](err); ok && paused.Host != r.URL.Host {
-					t.Errorf("Host = %q want %q, as the URL has it", paused.Host, r.URL.Host)
+				} else if paused, ok := errors.AsType[*httpguard.PausedError](err); ok && paused.Host() != r.URL.Host {
+					t.Errorf("Host = %q want %q, as the URL has it", paused.Host(), r.URL.Host)
 				}
 			}
 		}
@@ -363,6 +363,12 @@ func TestPausedErrorHidesItsHost(t *testing.T) {
 	rt := httpguard.NewTransport(newEngine(t), point, busy(&sent))
 	_ = try(t, rt, "https://api.example/")
 	err := try(t, rt, "https://api.example/")
+	type result struct{ err error } // package fmt calls no methods of what is in it
+	for _, verb := range []string{"%v", "%s", "%q", "%t", "%+v", "%#v"} {
+		if got := fmt.Sprintf(verb, result{err}); strings.Contains(got, "example") {
+			t.Errorf("%s of a struct: %s", verb, got)
+		}
+	}
 	for _, verb := range []string{"%v", "%s", "%+v", "%#v"} {
 		if got := fmt.Sprintf(verb, err); !strings.Contains(got, "paused by the upstream, retry after ") || strings.Contains(got, "example") {
 			t.Errorf("%s: %s", verb, got)
@@ -371,5 +377,18 @@ func TestPausedErrorHidesItsHost(t *testing.T) {
 	paused, _ := errors.AsType[*httpguard.PausedError](err)
 	if data, err := json.Marshal(paused); err != nil || strings.Contains(string(data), "example") || !strings.Contains(string(data), point) {
 		t.Errorf("Marshal() = %s, %v want the control point, and no host", data, err)
+	}
+}
+
+// A nil pointer is logged and printed in a few words, and an error that a program has made has no host.
+func TestPausedErrorsOfPrograms(t *testing.T) {
+	var none *httpguard.PausedError
+	var log strings.Builder
+	slog.New(slog.NewTextHandler(&log, nil)).Info("m", "error", none)
+	if got := fmt.Sprintf("%v %s %s", none, none.Error(), log.String()[strings.Index(log.String(), "msg="):]); got != "<nil> <nil> msg=m error=<nil>\n" {
+		t.Error(got)
+	}
+	if got := new(httpguard.PausedError).Host(); got != "" {
+		t.Errorf("Host() = %q", got)
 	}
 }

@@ -611,7 +611,7 @@ func TestTransportPauses(t *testing.T) {
 				if !ok || !errors.Is(err, flowctl.ErrRejected) || wait != tt.want {
 					t.Fatalf("got %v, RetryAfter %v; want a pause of %v", err, wait, tt.want)
 				}
-				if paused.Host != "pay.example" || rejected.ControlPoint != point || rejected.HTTPStatus != tt.status {
+				if paused.Host() != "pay.example" || rejected.ControlPoint != point || rejected.HTTPStatus != tt.status {
 					t.Errorf("got %+v", paused)
 				}
 				if want := fmt.Sprintf("headgate: start %q: paused by the upstream, retry after %s", point, tt.want); err.Error() != want {

@@ -88,7 +88,11 @@ func checkLabel(key, value string) error {
 }
 
 // keyError is what is wrong with the label of a key.
-type keyError struct {
+type keyError struct{ *keyProblem }
+
+// keyProblem is behind a pointer, because a verb that fits no pointer, such as %s, prints the fields of an error in an
+// unexported field of a struct, and calls none of its methods.
+type keyProblem struct {
 	key     string
 	problem string
 }
@@ -98,7 +102,7 @@ func labelError(key, problem string) error {
 	if short := cut(key, shown); short != key {
 		key = short + "…"
 	}
-	return &keyError{key, problem}
+	return &keyError{&keyProblem{key, problem}}
 }
 
 func (e *keyError) Error() string { return "label: " + e.problem }

@@ -15,14 +15,23 @@ import (
 
 // An Error matches the error of the context that ended, and its cause. It does not show the cause: a program writes
 // causes for its logs, and the text of a returned error reaches the peers of a gRPC server.
-type Error struct {
+type Error struct{ *details }
+
+// details are behind a pointer, because a verb that fits no pointer, such as %s, prints the fields of an error in an unexported
+// field of a struct, and calls none of its methods.
+type details struct {
 	op, controlPoint string
 	err, cause       error
 }
 
 // New makes the error of a call of the kind op at the control point, from a context's error and its cause.
 func New(op, controlPoint string, err, cause error) *Error {
-	return &Error{op, controlPoint, err, cause}
+	made := &struct { // one allocation
+		err     Error
+		details details
+	}{details: details{op, controlPoint, err, cause}}
+	made.err.details = &made.details
+	return &made.err
 }
 
 // Text is the text of a context's error. A context of the program's own may have others than those of package context,
