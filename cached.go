@@ -22,7 +22,8 @@ type CachePolicy[T any] struct {
 	// that. If TTL is negative, nothing is stored; calls still share runs.
 	TTL time.Duration
 
-	// Codec turns results into the bytes that are stored, and back. Nil means JSON.
+	// Codec turns results into the bytes that are stored, and back. Nil means JSON. The bytes do not say what T is, so a key
+	// must not be used for two types: see [Cached].
 	Codec Codec[T]
 
 	// Exact stores results without a test. Set it for a Codec that gives back every T that it encodes, and for types
@@ -84,6 +85,10 @@ const defaultLastGood = 256
 // [time.Time.Equal], and that NaN equals NaN. The client logs results that are not stored, once a minute at most, by
 // type and not by value. A failure of the cache is never the call's error. A cached value that cannot be decoded counts
 // as none.
+//
+// The key must say the shape of the result too. Results are stored without their type, so a function with another T and the
+// same key finds them, and so does another release of the program. JSON leaves fields that it does not find at zero. If T
+// changes, change the key with it, for example from "v1" to "v2".
 //
 // An agent gives no value with a rejection, and forgets what has expired. So a cached function keeps the last result
 // that a call of it found or made, for onReject: fallback.Stale returns it until a grace period after it has expired.

@@ -59,3 +59,30 @@ func TestDrawn(t *testing.T) {
 		}
 	}
 }
+
+// The hash is Aperture's, and its figures for similar names are those that the documents tell.
+func TestSampledSimilarNames(t *testing.T) {
+	user := func(i int) string { return fmt.Sprintf("user%d", i) }
+	address := func(i int) string { return fmt.Sprintf("10.0.%d.%d", i/256, i%256) }
+	for _, tt := range []struct {
+		name       string
+		value      func(i int) string
+		of         int
+		percentage float64
+		want       int
+	}{
+		{"a hundred users", user, 100, 33.3, 0},
+		{"more users", user, 5000, 33.3, 1408},
+		{"addresses", address, 20_000, 10, 1660},
+	} {
+		in := 0
+		for i := range tt.of {
+			if sampled(tt.value(i), tt.percentage) {
+				in++
+			}
+		}
+		if in != tt.want {
+			t.Errorf("%s: %d of %d are in at %v %%, want %d", tt.name, in, tt.of, tt.percentage, tt.want)
+		}
+	}
+}
