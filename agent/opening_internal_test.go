@@ -109,6 +109,7 @@ func TestLostCallsTakeRoom(t *testing.T) {
 			t.Errorf("%d calls are let in want %d", n, most)
 		}
 		<-time.After(2 * arrival)
+		synctest.Wait()
 		if g.overdue.size != maxArriving || g.lost.size != most-maxArriving {
 			t.Errorf("%d calls are overdue, and %d lost", g.overdue.size, g.lost.size)
 		}
