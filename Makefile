@@ -34,7 +34,7 @@ LOAD ?= 10
 # too when it fails in one, and then fails. $(call in-modules,NAME,COMMAND,MODULES)
 # does so in these.
 in-modules = failed=; \
-	for module in $(or $(3),$(MODULES)); do \
+	for module in $(or $(value 3),$(MODULES)); do \
 		echo "$(1) ($$module)"; \
 		(cd "$$module" && $(2)) || failed+=" $$module"; \
 	done; \
