@@ -206,7 +206,7 @@ func closeConnection(ctx context.Context) bool {
 		key, value := s.FieldByName("key"), s.FieldByName("val")
 		if key.Kind() == reflect.Interface && value.Kind() == reflect.Interface && value.Type() == reflect.TypeFor[any]() && !key.IsNil() {
 			if of := key.Elem().Type(); of.Name() == "connectionKey" && of.PkgPath() == "google.golang.org/grpc/internal/transport" {
-				kept, _ := reflect.NewAt(reflect.TypeFor[any](), value.Addr().UnsafePointer()).Interface().(*any)
+				kept, _ := reflect.TypeAssert[*any](reflect.NewAt(reflect.TypeFor[any](), value.Addr().UnsafePointer()))
 				conn, ok := (*kept).(net.Conn)
 				return ok && conn.Close() == nil
 			}

@@ -293,7 +293,7 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 				return protofield.ErrMalformed
 			}
 		case requestMaxWait:
-			if m.MaxWait == nil {
+			if m.GetMaxWait() == nil {
 				m.MaxWait = new(durationpb.Duration)
 			}
 			if !readDuration(m.GetMaxWait(), data) {
@@ -414,7 +414,7 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 		case httpRequestPoint:
 			controlPoint = data
 		case requestMaxWait:
-			if m.MaxWait == nil {
+			if m.GetMaxWait() == nil {
 				m.MaxWait = new(durationpb.Duration)
 			}
 			if !readDuration(m.GetMaxWait(), data) {

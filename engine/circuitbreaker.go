@@ -3,7 +3,6 @@ package engine
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -208,7 +207,7 @@ func (b *circuitBreaker) reset(value string, now int64) {
 
 func warnCircuitBreaker(w *warnings, of string, p policy.CircuitBreaker) {
 	if !p.PassThrough && p.MinFlows <= 1 && (p.FailureRatio > 0 || p.FailureCount == 1) {
-		w.impossible = append(w.impossible, fmt.Sprintf("%s: a single flow that fails opens the breaker: say by MinFlows how many must have ended", of))
+		w.impossible = append(w.impossible, of+": a single flow that fails opens the breaker: say by MinFlows how many must have ended")
 	}
 }
 

@@ -488,7 +488,10 @@ func TestCircuitBreakerProbesAtOnce(t *testing.T) {
 							ran.Add(1)
 							n := under.Add(1)
 							defer under.Add(-1)
-							for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+							for old := most.Load(); n > old; old = most.Load() {
+								if most.CompareAndSwap(old, n) {
+									break
+								}
 							}
 							runtime.Gosched()
 							switch dice := random.IntN(10); {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/fallback"
+	"github.com/headgate-go/headgate/flowctl"
 )
 
 // Each of these goes where a guard takes its onReject. The examples call them as a guard does, with the error of a flow
@@ -50,6 +51,22 @@ func ExampleFirst() {
 	fmt.Println(onReject(context.Background(), flowErr))
 	// Output:
 	// the usual suggestions <nil>
+}
+
+func ExampleRescue() {
+	price := func(context.Context) (int, error) { return 0, flowctl.ErrRejected } // guarded
+
+	offer := fallback.Rescue(func(ctx context.Context) (string, error) {
+		cents, err := price(ctx)
+		if err != nil {
+			return "", fmt.Errorf("offer: %w", err)
+		}
+		return fmt.Sprintf("%d cents", cents), nil
+	}, fallback.Value("ask in the shop"))
+
+	fmt.Println(offer(context.Background()))
+	// Output:
+	// ask in the shop <nil>
 }
 
 func ExampleFor() {

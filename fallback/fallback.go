@@ -4,6 +4,8 @@
 // several. A [LastGood] remembers the last good result of the guarded function. [Stale] returns the last result that a
 // guard with a cache has kept. [For] adapts any of them to a guard whose function takes an argument.
 //
+// [Rescue] is for functions that are not guarded themselves, but call guarded ones.
+//
 // A guard calls its fallback only for flows that were rejected or whose agent was unreachable. It does not call it for
 // errors and panics of the guarded function itself. Nothing here recovers panics.
 package fallback

@@ -18,6 +18,7 @@ import (
 	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/canceled"
 	"github.com/headgate-go/headgate/internal/deadline"
+	"github.com/headgate-go/headgate/internal/sentinel"
 )
 
 // The errors of flows, to match with errors.Is.
@@ -27,10 +28,10 @@ import (
 // Timeout returns true, as net.Error requires.
 var (
 	// ErrRejected matches when the agent said no. The error is a [*RejectedError].
-	ErrRejected = errors.New("headgate: flow rejected")
+	ErrRejected = sentinel.ErrRejected
 
 	// ErrUnreachable matches when no usable answer came. The error of a flow is an [*UnreachableError].
-	ErrUnreachable = errors.New("headgate: agent unreachable")
+	ErrUnreachable = sentinel.ErrUnreachable
 
 	// ErrInvalid matches when the flow could not be asked about: its control point, labels or cache keys are
 	// not what an agent accepts. The error's text says what is wrong.

@@ -158,7 +158,7 @@ func TestNilErrors(t *testing.T) {
 	} {
 		var log strings.Builder
 		slog.New(slog.NewTextHandler(&log, nil)).Info("m", "error", err)
-		if got := fmt.Sprintf("%v %s %s", err, err.Error(), log.String()[strings.Index(log.String(), "msg="):]); got != "<nil> <nil> msg=m error=<nil>\n" {
+		if got := fmt.Sprintf("%v %s %s", err, err.Error(), log.String()[max(0, strings.Index(log.String(), "msg=")):]); got != "<nil> <nil> msg=m error=<nil>\n" {
 			t.Errorf("%s: %s", name, got)
 		}
 	}

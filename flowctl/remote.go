@@ -108,12 +108,13 @@ func (r *remote) Ready(ctx context.Context) error {
 // connection, and when ctx ends. What else comes from the agent meanwhile does not end it.
 func (r *remote) alive(ctx context.Context) bool {
 	err := r.askNothing(ctx)
-	switch status.Code(err) { //nolint:exhaustive // of the codes, gRPC itself makes these
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled: // of the codes, gRPC itself makes these
 		return false
+	default:
+		r.answered()
+		return true
 	}
-	r.answered()
-	return true
 }
 
 // askNothing makes a call that changes nothing, and that every agent answers.

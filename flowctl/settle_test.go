@@ -91,6 +91,7 @@ func TestSettle(t *testing.T) {
 					return
 				case sides.Embedded:
 					want = tt.left
+				case sides.Served:
 				}
 				if got := remaining(t, side); got != want {
 					t.Errorf("%v left want %v", got, want)

@@ -385,7 +385,7 @@ func TestPausedErrorsOfPrograms(t *testing.T) {
 	var none *httpguard.PausedError
 	var log strings.Builder
 	slog.New(slog.NewTextHandler(&log, nil)).Info("m", "error", none)
-	if got := fmt.Sprintf("%v %s %s", none, none.Error(), log.String()[strings.Index(log.String(), "msg="):]); got != "<nil> <nil> msg=m error=<nil>\n" {
+	if got := fmt.Sprintf("%v %s %s", none, none.Error(), log.String()[max(0, strings.Index(log.String(), "msg=")):]); got != "<nil> <nil> msg=m error=<nil>\n" {
 		t.Error(got)
 	}
 	if got := new(httpguard.PausedError).Host(); got != "" {

@@ -25,12 +25,18 @@ func TestLabelMatcherString(t *testing.T) {
 		{"everything", policy.LabelMatcher{}, ""},
 		{"equal", policy.LabelMatcher{Equal: map[string]string{"tier": "gold", "plan": ""}}, `plan = "" and tier = "gold"`},
 		{"require", policy.LabelMatcher{Require: []policy.Requirement{
-			{Key: "region", Operator: policy.In, Values: []string{"eu", "us"}}, {Key: "tier", Operator: policy.NotIn, Values: []string{"free"}},
-			{Key: "user", Operator: policy.Exists}, {Key: "bot", Operator: policy.DoesNotExist}, {Key: "odd"},
+			{Key: "region", Operator: policy.In, Values: []string{"eu", "us"}},
+			{Key: "tier", Operator: policy.NotIn, Values: []string{"free"}},
+			{Key: "user", Operator: policy.Exists},
+			{Key: "bot", Operator: policy.DoesNotExist},
+			{Key: "odd"},
 		}}, `region in ["eu", "us"] and tier not in ["free"] and user exists and bot does not exist and odd `},
 		{"expression", policy.LabelMatcher{Equal: map[string]string{"tier": "gold"}, Expression: policy.Any{
 			policy.Not{Of: policy.LabelMatches{Label: "path", Regex: "^/api"}},
-			policy.All{policy.LabelExists("user"), policy.LabelEquals{Label: "plan", Value: "pro"}}, policy.All{}, policy.Any{}, policy.Not{},
+			policy.All{policy.LabelExists("user"), policy.LabelEquals{Label: "plan", Value: "pro"}},
+			policy.All{},
+			policy.Any{},
+			policy.Not{},
 		}}, `tier = "gold" and (not (path matches "^/api") or (user exists and plan = "pro") or true or false or not ())`},
 		{"lines", policy.LabelMatcher{Equal: map[string]string{"a\nb": "c\n\"d"}}, `a\nb = "c\n\"d"`},
 		{"credentials", policy.LabelMatcher{

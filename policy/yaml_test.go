@@ -316,7 +316,7 @@ func TestMisplacedKeys(t *testing.T) {
 		{"dynamicConfig at the top of a plain file", "dynamic_config: {}\n" + base, "dynamic_config: unknown key; dynamicConfig belongs at the top of a resource, or of blueprint values"},
 		{"dynamicConfig in a resource", strings.Replace(resource("x"), "name: x", "name: x, dynamicConfig: {}", 1), "metadata.dynamicConfig: unknown key; it belongs in the top of the document"},
 		{"two bytes swapped", strings.Replace(resource("x"), "kind:", "knid:", 1), `knid: unknown key; did you mean "kind"?`},
-		{"two bytes swapped in a name", strings.Replace(resource("x"), "name:", "nmae:", 1), `nmae: unknown key; did you mean "name"?`},
+		{"two bytes swapped in a name", strings.Replace(resource("x"), "name:", "nmae:", 1), `nmae: unknown key; did you mean "name"?`}, //nolint:misspell // on purpose
 		{"two bytes swapped in spec", strings.Replace(resource("x"), "spec:", "sepc:", 1), `sepc: unknown key; did you mean "spec"?`},
 		{"two bytes swapped of two", edit(t, "checkout}", "checkout, label_matcher: {expression: {any: {fo: []}}}}"), `fo: unknown key; did you mean "of"?`},
 		{"two misspelt keys", edit(t, "interval: 1s", "{intervall: 1s, contiuous_fill: true}"), `did you mean "interval"?` + "\n" + "limits.yaml:10:29: " + limiter + `.parameters.contiuous_fill: unknown key; did you mean "continuous_fill"?`},

@@ -207,6 +207,7 @@ func (r *Rule) endProbe(s *State, c *circuit, now int64, t Ticket, o Outcome) (b
 			s.change(Closed, now)
 			return back, Recovered
 		}
+	case Nothing:
 	}
 	return back, None
 }

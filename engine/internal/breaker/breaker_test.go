@@ -224,6 +224,7 @@ func (m *model) admit(now int64) *modelFlow {
 			return nil
 		}
 		m.probes = append(m.probes, f)
+	case breaker.Closed:
 	}
 	return f
 }
@@ -366,7 +367,10 @@ func probesAtOnce(t *testing.T, places int64, fails bool) {
 				if ticket.Probe() {
 					probes.Add(1)
 					n := under.Add(1)
-					for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+					for old := most.Load(); n > old; old = most.Load() {
+						if most.CompareAndSwap(old, n) {
+							break
+						}
 					}
 					runtime.Gosched()
 					under.Add(-1) // before its place goes back

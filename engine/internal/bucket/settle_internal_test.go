@@ -112,7 +112,7 @@ func (e *exact) balance(now int64) (tokens, forgiven *big.Rat) {
 		last = to
 		if e.rule.Step {
 			whole := new(big.Int).Quo(units.Num(), units.Denom())
-			last = to - int64(new(big.Int).Mod(big.NewInt(to), big.NewInt(int64(e.rule.Interval))).Int64())
+			last = to - new(big.Int).Mod(big.NewInt(to), big.NewInt(int64(e.rule.Interval))).Int64()
 			units = new(big.Rat).SetInt(whole)
 		}
 		tokens = tokens.Add(tokens, units.Mul(units, rat(e.rule.Fill)))
