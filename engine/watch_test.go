@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -42,21 +43,36 @@ const brokenText = "circuit:\n  components: [\n"
 // watched is an engine that watches a path, in a bubble.
 type watched struct {
 	*engine.Engine
-	t        *testing.T
+	t *testing.T
+
+	mu       sync.Mutex // a bubble's time orders the reads of the test and the writes of the watch, but not for the race detector
 	outcomes []error
 	log      bytes.Buffer
 }
 
-// watchPath begins to watch. The log and the outcomes may be read after synctest.Wait.
+// Write writes to the log.
+func (w *watched) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.log.Write(line)
+}
+
+func (w *watched) reloaded(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.outcomes = append(w.outcomes, err)
+}
+
+// watchPath begins to watch.
 func watchPath(t *testing.T, path string) *watched {
 	t.Helper()
 	w := &watched{t: t}
 	var err error
-	if w.Engine, err = engine.New(nil, engine.WithLogger(slog.New(slog.NewTextHandler(&w.log, nil)))); err != nil {
+	if w.Engine, err = engine.New(nil, engine.WithLogger(slog.New(slog.NewTextHandler(w, nil)))); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = w.Close() })
-	if err := w.Watch(t.Context(), path, engine.WatchParams{OnReload: func(err error) { w.outcomes = append(w.outcomes, err) }}); err != nil {
+	if err := w.Watch(t.Context(), path, engine.WatchParams{OnReload: w.reloaded}); err != nil {
 		t.Fatal(err)
 	}
 	return w
@@ -80,6 +96,8 @@ func (w *watched) after(looks int, want string) {
 func (w *watched) reloads(applied, failed int, problem string) {
 	w.t.Helper()
 	got := w.Stats().Reloads
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if got.Applied != uint64(applied) || got.Failed != uint64(failed) || (got.Error == "") != (problem == "") || !strings.Contains(got.Error, problem) {
 		w.t.Errorf("Reloads = %+v want %d applied, %d failed, %q", got, applied, failed, problem)
 	}
