@@ -460,7 +460,7 @@ func TestCachedKeepsWhatOthersMade(t *testing.T) {
 	})
 }
 
-// Who began the run may go: it is for those who still wait.
+// The call that began the run may give up. The run goes on for the calls that still wait.
 func TestCachedLeaderGivesUp(t *testing.T) {
 	overAll(t, func(t *testing.T, client *flowctl.Client) {
 		gone := errors.New("gone")
@@ -588,7 +588,7 @@ func TestCachedPanic(t *testing.T) {
 	}
 }
 
-// The call that began the run gives up just as the run panics: one of the two is told.
+// The call that began the run gives up just as the run panics: one of the two gets the panic.
 func TestCachedPanicAsLeaderGivesUp(t *testing.T) {
 	for range 10 {
 		overAll(t, func(t *testing.T, client *flowctl.Client) {

@@ -319,7 +319,7 @@ func TestRetryingJitter(t *testing.T) {
 	}
 }
 
-// A wait that is too long for the clock is no wait at all, but for ever.
+// A wait that is too long for the clock is endless, not short.
 func TestRetryingForever(t *testing.T) {
 	const year = 365 * 24 * time.Hour
 	for _, after := range []time.Duration{49 * year, 25 * year} { // clients take a longer one for none

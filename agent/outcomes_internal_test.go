@@ -18,8 +18,8 @@ func (s settled) Settle(_ context.Context, d *agentapi.LimiterDecision, _ agenta
 	return true
 }
 
-// The agent remembers so many decisions, the latest ones, and each until it is settled. Those of one time are told apart by
-// their labels.
+// The agent remembers the latest decisions, up to a bound, and each until it is settled. Labels distinguish decisions of the
+// same time.
 func TestOutcomesAreBounded(t *testing.T) {
 	const many = maxAwaited + 1000
 	got := make(settled)

@@ -55,8 +55,8 @@ func believable(m *checkv1.CheckResponse, latency time.Duration, waited bool) ti
 	return latency
 }
 
-// outcomeOf is what the span says of how the flow ended. One that had no work to do, or whose caller canceled it, says
-// nothing. Work that took no time is told as the shortest: zero is for what is not told.
+// outcomeOf returns how the flow ended, by its span. The outcome is unknown if the flow had no work to do, or if its
+// caller canceled it. Work that took no time counts as a nanosecond, because zero means that the time is not known.
 func outcomeOf(r *telemetry.Record, m *checkv1.CheckResponse) agentapi.Outcome {
 	switch {
 	case r.Canceled || !worked(m, r.DryRun):

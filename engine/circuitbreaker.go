@@ -30,7 +30,7 @@ type circuitBreaker struct {
 	opened   atomic.Uint64 // how often a circuit has opened
 	unclosed atomic.Int64  // how many circuits are not closed
 
-	// floor is when a circuit that is forgotten changed last. Flows that it had admitted before do not count when its key is known again.
+	// floor is the last change of any forgotten circuit. Flows admitted before it do not count when their key comes back.
 	floor atomic.Int64
 }
 
@@ -109,8 +109,8 @@ func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking,
 	return now, nil
 }
 
-// pass admits a flow without a lock if its circuit is closed. That of a key that is not known is, unless there is no room for the
-// key: then it is for the table to say which circuit decides.
+// pass admits a flow without a lock if its circuit is closed. The circuit of an unknown key is closed. If the table has no
+// room for the key, pass admits nothing, because the spill's circuit decides.
 func (b *circuitBreaker) pass(d *agentapi.LimiterDecision, now int64) (breaker.Ticket, bool) {
 	if b.table == nil {
 		return b.single.State.Pass(now)
@@ -160,8 +160,8 @@ func (b *circuitBreaker) Settle(_ context.Context, d *agentapi.LimiterDecision, 
 	return back
 }
 
-// held returns the entry that decided, locked. A key that has been forgotten is known again: else the flows of a key would
-// not count that are longer than it is remembered.
+// held returns the entry that decided, locked. It makes a forgotten key again. Otherwise flows that take longer than their
+// key is remembered would not count.
 func (b *circuitBreaker) held(d *agentapi.LimiterDecision, now int64) *keys.Entry[breaker.State] {
 	if d.Spilled {
 		e := b.table.Spill()

@@ -276,8 +276,8 @@ func TestCircuitBreakerRejections(t *testing.T) {
 	})
 }
 
-// Flows that a breaker has admitted do not count when its state has changed, whatever that was. The flows of one moment are told
-// apart.
+// Flows that a breaker admitted do not count after its state has changed, whatever the states are. This also holds for
+// flows of the same moment.
 func TestCircuitBreakerForgetsWhatWasBefore(t *testing.T) {
 	sides.Setup{Policies: sides.Policies(circuitBreaker(nil))}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
 		fail := func(flows []*flowctl.Flow) {

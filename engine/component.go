@@ -12,7 +12,7 @@ import (
 
 // A component is a policy's component at work. The interfaces below are for what only some components have.
 type component interface {
-	// ask fills the decision, which names the component and says whether this is a dry run. If it admits the flow, it
+	// ask fills the decision, which has the component and the dry run already. If it admits the flow, it
 	// takes the flow's tokens or slots. It may have the flow wait if asking allows it. In a dry run it decides the
 	// same, and the caller lets the flow pass. It returns the time of the decision. An error means that it did not
 	// decide: the flow's caller has gone or, with errRetired, the component is no longer in force.
@@ -165,8 +165,8 @@ func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(
 			return true
 		}
 	}
-	// Over the wire nothing says whether a slot is of the spill, so that is tried too. For tokens it is known: theirs
-	// is a forgotten key, whose next bucket is full.
+	// A slot's name over the wire does not distinguish the spill, so the spill is tried too. Tokens are different: their
+	// key was forgotten, and its next bucket is full.
 	return k.component.Slots && d.Slot() != 0 && locked(k.table.Spill(), give)
 }
 

@@ -165,9 +165,9 @@ func interleave(t *testing.T, next func(n int) int, steps int) {
 	}
 }
 
-// bounded checks that flows which began within any span have cost no more than the capacity, what came meanwhile and the
-// largest debt; but for what is not known yet of those that have not ended at its end, and for what flows gave back
-// meanwhile that began before it.
+// bounded checks the cost of the flows that began within any span. The bound is the capacity, the fill of the span and the
+// largest debt. Two things come on top: under-estimates of flows that have not ended when the span ends, and refunds of
+// flows from before the span.
 func bounded(t *testing.T, l *ledger, user string, runs []*run, last int64) {
 	t.Helper()
 	lowest := l.maxDebt
@@ -254,8 +254,7 @@ func FuzzSettlements(f *testing.F) {
 	})
 }
 
-// Flows that say 1 and cost more, as many as are let in, cost no more than comes in the long run, but for what is forgiven
-// beyond MaxDebt.
+// Flows that say 1 and cost more keep to the fill in the long run, except for the cost that is forgiven beyond MaxDebt.
 func TestLongRunRate(t *testing.T) {
 	const seconds = 2000
 	for _, tt := range []struct {

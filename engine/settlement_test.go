@@ -79,7 +79,7 @@ func left(t *testing.T, e *engine.Engine, user string) float64 {
 	return u.Remaining
 }
 
-// A debt rejects flows until it is paid, and what is told of it is exact. Flows that cost nothing pass, and forgive none.
+// A debt rejects flows until it is paid, and RetryAfter is exact. Flows that cost nothing pass, and forgive nothing.
 func TestDebt(t *testing.T) {
 	for name, c := range settling(0) {
 		t.Run(name, func(t *testing.T) {
@@ -278,7 +278,7 @@ func TestSettleOfSlots(t *testing.T) {
 	}
 }
 
-// A refund serves those who wait, and a debt has them wait for longer.
+// A refund serves waiting flows, and a debt makes them wait longer.
 func TestSettleServesTheQueue(t *testing.T) {
 	for _, tt := range []struct {
 		name string

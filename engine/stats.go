@@ -74,9 +74,10 @@ type ComponentStats struct {
 	// what they had got, because another component dropped them or their caller left.
 	DryRunDrops, Unlimited, Refunded uint64
 
-	// Settled counts the flows whose charge was corrected by what they cost, as Settle of flowctl's Flow says. Unsettled counts
-	// those whose charge stayed, because their values shared the bucket beyond the cap. ForgivenTokens are the tokens that flows
-	// cost and no bucket was charged with: what is beyond MaxDebt, and what Unsettled flows cost beyond their charge.
+	// Settled counts the flows whose charge was corrected by their real cost, see Settle of flowctl's Flow. Unsettled
+	// counts the flows whose charge was not corrected, because their values share the bucket beyond the cap.
+	// ForgivenTokens are the tokens that flows cost and no bucket was charged with: the part beyond MaxDebt, and what
+	// Unsettled flows cost beyond their charge.
 	Settled, Unsettled uint64
 	ForgivenTokens     float64
 

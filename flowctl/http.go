@@ -66,7 +66,7 @@ type HTTPAnswer struct {
 }
 
 // HTTPAnswer returns what the agent wants done with the flow's [HTTPRequest]. It is a copy. ok is false if the flow has
-// no HTTPRequest, or if no remote agent answered. [Flow.Decision] says whether the request was accepted.
+// no HTTPRequest, or if no remote agent answered. [Flow.Decision] is the decision about the request.
 func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 	remote := f.remoteAnswer()
 	if remote == nil {

@@ -227,7 +227,7 @@ func TestHTTPLabelsBounds(t *testing.T) {
 	}
 }
 
-// CheckHTTP looks up no cache entries. A flow that wants both is told, over an engine too.
+// CheckHTTP looks up no cache entries. A flow that wants both is Invalid, also with an engine.
 func TestHTTPWithCacheKeys(t *testing.T) {
 	for name, params := range map[string]flowctl.Params{
 		"result": {ResultCacheKey: "k"},
@@ -455,7 +455,7 @@ func TestA21MalformedHTTPAnswers(t *testing.T) {
 	}
 }
 
-// How a wait that is told in a header reads.
+// Waits are read from headers.
 func TestHTTPRetryAfter(t *testing.T) {
 	agent := flowtest.NewAgent(t)
 	client := patient(agent)

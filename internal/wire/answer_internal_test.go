@@ -143,7 +143,7 @@ func TestFit(t *testing.T) {
 		{"those that hold", build(false, passes, holds, drops, passes, holds), 2, "[holds1 holds4]"},
 		{"those that hold, in a dry run", build(true, holds, passes, drops), 2, "[holds0 drops2]"},
 		{"too many that hold", build(false, holds, passes, holds), 1, "not ok"},
-		{"those whose outcome is awaited", build(false, passes, takes, awaits, holds), 2, "[awaits2 holds3]"},
+		{"decisions with an awaited outcome", build(false, passes, takes, awaits, holds), 2, "[awaits2 holds3]"},
 		{"too many that hold no slot", build(false, takes, awaits, takes), 1, "[awaits1]"},
 		{"no room", build(true, drops), 0, "[]"},
 	} {

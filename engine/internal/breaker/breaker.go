@@ -52,7 +52,7 @@ const (
 	Failure
 )
 
-// A State is the circuit of one key. The caller guards it, but for what [State.Pass] reads. The zero value is closed.
+// A State is the circuit of one key. The caller guards it, except in [State.Pass]. The zero value is closed.
 type State struct {
 	circuit atomic.Pointer[circuit] // nil: closed since the key was made
 	window  window
@@ -86,9 +86,9 @@ func (t Ticket) Begin() int64 { return int64(t&^probe) - 1 }
 // Probe reports whether the flow is a probe.
 func (t Ticket) Probe() bool { return t&probe != 0 }
 
-// Pass admits a flow if the circuit is closed. It needs no guard: it reads what does not change. The state may be nil, for a key
-// that no flow has ended of. The first moment of a circuit that has closed again is that after its closing, so that a ticket may be a
-// nanosecond later than now.
+// Pass admits a flow if the circuit is closed. It needs no guard, because it reads only what does not change. The state may
+// be nil: then no flow of the key has ended yet. A circuit that closes again admits flows from the next nanosecond on, so a
+// ticket may be a nanosecond later than now.
 func (s *State) Pass(now int64) (t Ticket, ok bool) {
 	var c *circuit
 	if s != nil {
@@ -135,8 +135,8 @@ func (r *Rule) Admit(s *State, now int64) Admission {
 	return Admission{Ticket: begun(begin) | probe, Free: free - 1}
 }
 
-// free is how many more probes a half-open circuit lets through: no more than it has places, and none that it would not
-// wait for.
+// free returns how many more probes a half-open circuit lets through: no more than it has places, and no more in all than the
+// larger of Probes and Successes.
 func (r *Rule) free(c *circuit) int {
 	under := len(c.places)
 	return max(min(r.Probes-under, max(r.Probes, r.Successes)-c.successes-under), 0)
@@ -168,7 +168,7 @@ const (
 	Recovered
 )
 
-// End takes the outcome of a flow that was admitted with the ticket, and counts it if that was in the present phase, and not before
+// End takes the outcome of the flow with the ticket. It counts if the flow was admitted in the present phase, and not before
 // the time floor. Back reports whether a probe gave its place back. End is called once for each ticket.
 func (r *Rule) End(s *State, now int64, t Ticket, o Outcome, floor int64) (back bool, change Change) {
 	c := s.circuit.Load()
@@ -265,8 +265,7 @@ func (r *Rule) Idle(s *State, now int64) bool {
 	return len(c.places) == 0 && now-c.until >= r.Step*(steps-1)
 }
 
-// Floor is the time before which no flow counts any more that the circuit has admitted, if it were closed now; 0 where it has never
-// changed.
+// Floor returns the time from which admitted flows would count if the circuit closed now; 0 if it has never changed.
 func (s *State) Floor() int64 {
 	c := s.circuit.Load()
 	switch {

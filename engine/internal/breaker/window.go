@@ -64,7 +64,7 @@ func (s *State) widen(c *circuit) *circuit {
 	return c
 }
 
-// advance begins a later step, and clears those whose places it and the steps before it take.
+// advance begins a later step. It clears the places of that step, and of the steps in between.
 func (w *window) advance(step int64, clearAt func(i int64)) {
 	for n := max(w.newest+1, step-steps+1); n <= step; n++ {
 		clearAt(n % steps)

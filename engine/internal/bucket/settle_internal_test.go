@@ -57,7 +57,7 @@ func TestBucketSettle(t *testing.T) {
 			}
 			least, likely := r.Forecast(b, now, source.Ahead{}, 1)
 			if tt.wait == 0 {
-				likely = least // which is told where a take fails
+				likely = least // callers use likely only after a Take has failed
 			}
 			if math.Abs(float64(likely)-tt.wait*1e9) > 2 {
 				t.Errorf("a token in %v s want %v", float64(likely)/1e9, tt.wait)

@@ -27,8 +27,8 @@ type State struct {
 // Fresh makes the quota whole.
 func (r *Rule) Fresh(q *State, _ int64) { *q = State{left: r.Amount} }
 
-// renew makes the quota whole if its period has ended, but for a debt: each period that has begun since pays its amount. A
-// clock that steps back changes nothing.
+// renew makes the quota whole if its period has ended. A debt is paid first: each period that has begun since then pays its
+// amount. A clock that steps back changes nothing.
 func (r *Rule) renew(q *State, now int64) {
 	for now >= q.end && q.left < 0 && r.Amount > 0 {
 		*q = State{min(q.left+r.Amount, r.Amount), r.next(q.end)}

@@ -86,7 +86,7 @@ func TestSettleOfNothing(t *testing.T) {
 	}
 }
 
-// A debt that the calendar pays in decades takes as long, and one that it never pays has no end that is told.
+// The wait for a debt that takes decades is as long, and a debt that is never paid has no wait.
 func TestSettleHugeDebt(t *testing.T) {
 	for _, cost := range []float64{1e9, 1e30, math.MaxFloat64} {
 		r, q := hourly(t)

@@ -587,7 +587,7 @@ func TestQueueCharge(t *testing.T) {
 	}
 }
 
-// Whatever was charged, a preview serves in the order of the queue, and nobody is told of more before it than there is.
+// After any charges, a preview serves in the order of the queue, and no flow sees more cost ahead than there is.
 func TestQueueChargeAndPreview(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		q, all := newQueue(), claims([]float64{1, 5, 0.1}, 2)
