@@ -122,7 +122,7 @@ func summarize(out io.Writer, users []user, counts map[user]map[string]int) {
 		unanswered += c["unreachable"]
 	}
 	if unanswered > 0 {
-		fmt.Fprintf(out, "\n%d calls ran although nobody answered: flows fail open unless told otherwise.\n", unanswered)
+		fmt.Fprintf(out, "\n%d calls ran although no agent answered: flows fail open by default.\n", unanswered)
 	}
 }
 
@@ -192,9 +192,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		client.Close(ctx) // the client logs what it can no longer send
 	}()
 
-	fmt.Fprintf(stdout, `Three users call one function ten times a second. For whom it runs is up to
+	fmt.Fprintf(stdout, `Three users call one function ten times a second. The limits come from
 %s.
-When it may not run, free users get a fallback, others the time to retry.
+A rejected call of a free user gets a fallback. Others get the time to retry.
 `, decider)
 	ready, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

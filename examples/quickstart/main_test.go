@@ -26,9 +26,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var errInterrupt = errors.New("interrupt")
 
-const output = `Three users call one function ten times a second. For whom it runs is up to
+const output = `Three users call one function ten times a second. The limits come from
 examples/quickstart/policy.yaml: change a limit and run this again.
-When it may not run, free users get a fallback, others the time to retry.
+A rejected call of a free user gets a fallback. Others get the time to retry.
 
        alice (gold)              bob (silver)              carol (free)
 0.00s  accepted                  accepted                  accepted
@@ -144,7 +144,7 @@ func TestUnanswered(t *testing.T) {
 		}
 		for _, want := range []string{
 			"0.00s  accepted                  unreachable               unreachable\n",
-			"47 calls ran although nobody answered",
+			"47 calls ran although no agent answered",
 		} {
 			if !strings.Contains(stdout.String(), want) {
 				t.Errorf("stdout lacks %q:\n%s", want, &stdout)
@@ -216,7 +216,7 @@ func TestAgent(t *testing.T) {
 			if diff := cmp.Diff(map[string]string{"alice": "gold", "bob": "silver", "carol": "free"}, tiers); diff != "" {
 				t.Errorf("users and tiers that the agent was asked about (-want +got):\n%s", diff)
 			}
-			if want := "up to\nthe policies of the agent at " + address + ".\n"; !strings.Contains(stdout.String(), want) {
+			if want := "come from\nthe policies of the agent at " + address + ".\n"; !strings.Contains(stdout.String(), want) {
 				t.Errorf("stdout lacks %q:\n%s", want, &stdout)
 			}
 		})
