@@ -79,7 +79,7 @@ func TestCachedBurst(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if usage, err := calls.Peek(""); err != nil || usage.Remaining < 9 || usage.Remaining > 9.1 {
+					if usage, err := calls.Peek(t.Context(), ""); err != nil || usage.Remaining < 9 || usage.Remaining > 9.1 {
 						t.Errorf("%v tokens are left, %v want 9", usage.Remaining, err)
 					}
 				}

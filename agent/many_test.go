@@ -69,7 +69,7 @@ func inFlight(t *testing.T, e *engine.Engine, plan int, user string) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u, err := c.Peek(user)
+	u, err := c.Peek(t.Context(), user)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -90,7 +90,7 @@ func TestOutcomes(t *testing.T) {
 					t.Fatal(err)
 				}
 				for upstream, want := range map[string]string{"a": tt.want, "b": "closed"} {
-					if got, err := c.Peek(upstream); err != nil || got.State != want {
+					if got, err := c.Peek(t.Context(), upstream); err != nil || got.State != want {
 						t.Errorf("Peek(%s) = %+v, %v want it %s", upstream, got, err, want)
 					}
 				}

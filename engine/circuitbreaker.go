@@ -192,6 +192,10 @@ func (b *circuitBreaker) stats(now int64) ComponentStats {
 	return all
 }
 
+func (b *circuitBreaker) peek(_ context.Context, value string, now int64) (Usage, error) {
+	return b.usage(value, now), nil
+}
+
 func (b *circuitBreaker) usage(value string, now int64) Usage {
 	e := b.met(value, now)
 	defer e.Unlock()
@@ -199,10 +203,11 @@ func (b *circuitBreaker) usage(value string, now int64) Usage {
 	return Usage{Capacity: b.component.Capacity, Remaining: float64(free), InFlight: probes, State: phase.String()}
 }
 
-func (b *circuitBreaker) reset(value string, now int64) {
+func (b *circuitBreaker) reset(_ context.Context, value string, now int64) error {
 	e := b.met(value, now)
 	defer e.Unlock()
 	b.close(&e.State, now)
+	return nil
 }
 
 func warnCircuitBreaker(w *warnings, of string, p policy.CircuitBreaker) {

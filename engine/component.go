@@ -25,7 +25,8 @@ type component interface {
 	// another component. Over the network it is called only for decisions with a slot.
 	agentapi.Settler
 
-	// stats returns what the component has decided, and its usage now.
+	// stats returns what the component has decided, and its usage now. It does not wait: a component that has its state
+	// outside the process returns the usage that it last learned.
 	stats(now int64) ComponentStats
 
 	// identity names the component to others.
@@ -65,10 +66,11 @@ type moved interface {
 	course() *ramp
 }
 
-// An inspected component has a state that the engine's host may look at and reset.
+// An inspected component has a state that the engine's host may look at and reset. A component that has its state in memory
+// does not look at ctx, and does not fail.
 type inspected interface {
-	usage(value string, now int64) Usage
-	reset(value string, now int64)
+	peek(ctx context.Context, value string, now int64) (Usage, error)
+	reset(ctx context.Context, value string, now int64) error
 }
 
 // keyed is what components have in common: a state for each value of a label, or one for all flows.

@@ -313,16 +313,16 @@ func ExampleComponent_Reset() {
 	if err != nil {
 		panic(err)
 	}
-	usage, err := uploads.Peek("ann")
+	usage, err := uploads.Peek(ctx, "ann")
 	if err != nil {
 		panic(err)
 	}
 	fmt.Printf("%v of %v left\n", usage.Remaining, usage.Capacity)
-	if err := uploads.Reset("ann"); err != nil {
+	if err := uploads.Reset(ctx, "ann"); err != nil {
 		panic(err)
 	}
 
-	usage, err = uploads.Peek("ann")
+	usage, err = uploads.Peek(ctx, "ann")
 	fmt.Println(usage.Remaining, err)
 	// Output:
 	// 2 of 3 left

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 	"slices"
 
@@ -63,13 +64,14 @@ func (c *Component) Kind() string { return c.of.name }
 // Peek returns the usage of a value of the component's label, at a limiter or a scheduler. It takes nothing. The value
 // is "" for a component without a label. A value that no flow has had yet has everything. For a value without a bucket
 // of its own, Peek returns the usage of the shared one (see [WithKeyCap]). It is an error if the component has no
-// buckets, if it has no label and the value is not "", or if it is no longer in force.
-func (c *Component) Peek(value string) (Usage, error) {
+// buckets, if it has no label and the value is not "", or if it is no longer in force. The context bounds the wait for a state outside the
+// process; components in memory do not look at it.
+func (c *Component) Peek(ctx context.Context, value string) (Usage, error) {
 	i, err := c.inspected(value)
 	if err != nil {
 		return Usage{}, err
 	}
-	return i.usage(value, c.engine.now()), nil
+	return i.peek(ctx, value, c.engine.now())
 }
 
 // Reset gives a value of the component's label a new bucket or new slots, and closes its circuit breaker; see
@@ -77,13 +79,12 @@ func (c *Component) Peek(value string) (Usage, error) {
 // forgotten, and do not come back when those flows end: for a while, more flows may run than there are slots. A load
 // scheduler learns its load
 // again, and lets everything in meanwhile.
-func (c *Component) Reset(value string) error {
+func (c *Component) Reset(ctx context.Context, value string) error {
 	i, err := c.inspected(value)
 	if err != nil {
 		return err
 	}
-	i.reset(value, c.engine.now())
-	return nil
+	return i.reset(ctx, value, c.engine.now())
 }
 
 // Top returns the values of the component's label whose flows it rejects most often, the most frequent first. It is for
@@ -135,16 +136,25 @@ func (k *keyed[S]) met(value string, now int64) *keys.Entry[S] {
 	return k.table.LockPeek(k.namer.Name(value), now)
 }
 
+func (l *limiter[S]) peek(_ context.Context, value string, now int64) (Usage, error) {
+	return l.usage(value, now), nil
+}
+
 func (l *limiter[S]) usage(value string, now int64) Usage {
 	e := l.met(value, now)
 	defer e.Unlock()
 	return usageOf(l.source.Usage(&e.State, now))
 }
 
-func (l *limiter[S]) reset(value string, now int64) {
+func (l *limiter[S]) reset(_ context.Context, value string, now int64) error {
 	e := l.met(value, now)
 	defer e.Unlock()
 	l.source.Fresh(&e.State, now)
+	return nil
+}
+
+func (s *scheduler[S]) peek(_ context.Context, value string, now int64) (Usage, error) {
+	return s.usage(value, now), nil
 }
 
 func (s *scheduler[S]) usage(value string, now int64) Usage {
@@ -161,7 +171,7 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 	return u
 }
 
-func (s *scheduler[S]) reset(value string, now int64) {
+func (s *scheduler[S]) reset(_ context.Context, value string, now int64) error {
 	e := s.met(value, now)
 	defer e.Unlock()
 	s.source.Fresh(&e.State.tokens, now)
@@ -169,6 +179,7 @@ func (s *scheduler[S]) reset(value string, now int64) {
 		e.State.queue.changes++
 		s.serve(e, now)
 	}
+	return nil
 }
 
 func usageOf(u source.Usage) Usage {

@@ -194,20 +194,20 @@ func TestComponentAfterApply(t *testing.T) {
 	end(start(t, client, flowctl.Params{}))
 	apply(t, e, policy.Sampler{Selectors: policy.At("point"), AcceptPercentage: 100}, limiter(still)[0]) // which shifts no ID of another kind
 	want := engine.Usage{Capacity: 2, Remaining: 1}
-	if got, err := before.Peek(""); err != nil || got != want {
+	if got, err := before.Peek(t.Context(), ""); err != nil || got != want {
 		t.Errorf("Peek = %+v, %v want %+v", got, err, want)
 	}
 	apply(t, e, limiter(func(l *policy.RateLimiter) { l.Capacity = 3 })[0])
 	const gone = `headgate: engine: policy "test": component "rate_limiter.0": it is no longer in force`
-	if _, err := before.Peek(""); err == nil || err.Error() != gone {
+	if _, err := before.Peek(t.Context(), ""); err == nil || err.Error() != gone {
 		t.Errorf("Peek after the policy has changed = %v want %q", err, gone)
 	}
-	if err := before.Reset(""); err == nil || err.Error() != gone {
+	if err := before.Reset(t.Context(), ""); err == nil || err.Error() != gone {
 		t.Errorf("Reset after the policy has changed = %v want %q", err, gone)
 	}
 	if after, err := e.Component("test", "rate_limiter.0"); err != nil {
 		t.Error(err)
-	} else if got, err := after.Peek(""); err != nil || got != (engine.Usage{Capacity: 3, Remaining: 3}) {
+	} else if got, err := after.Peek(t.Context(), ""); err != nil || got != (engine.Usage{Capacity: 3, Remaining: 3}) {
 		t.Errorf("Peek at the new one = %+v, %v", got, err)
 	}
 }

@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -94,7 +95,7 @@ func peekAt(e *engine.Engine, policyName, id, value string) (engine.Usage, error
 	if err != nil {
 		return engine.Usage{}, err
 	}
-	return c.Peek(value)
+	return c.Peek(context.Background(), value)
 }
 
 func resetAt(e *engine.Engine, policyName, id, value string) error {
@@ -102,7 +103,7 @@ func resetAt(e *engine.Engine, policyName, id, value string) error {
 	if err != nil {
 		return err
 	}
-	return c.Reset(value)
+	return c.Reset(context.Background(), value)
 }
 
 func rampOf(e *engine.Engine, policyName, id string) (*engine.Ramp, bool) {

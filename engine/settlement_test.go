@@ -72,7 +72,7 @@ func first(t *testing.T, e *engine.Engine) (*engine.Component, engine.ComponentS
 func left(t *testing.T, e *engine.Engine, user string) float64 {
 	t.Helper()
 	c, _ := first(t, e)
-	u, err := c.Peek(user)
+	u, err := c.Peek(t.Context(), user)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +205,7 @@ func TestSettleAfterReset(t *testing.T) {
 					e, client := opened(t, c)
 					flow := client.Start(t.Context(), "point", costs("ann", "4"))
 					c, _ := first(t, e)
-					if err := c.Reset("ann"); err != nil {
+					if err := c.Reset(t.Context(), "ann"); err != nil {
 						t.Fatal(err)
 					}
 					flow.Settle("tokens", tt.cost)

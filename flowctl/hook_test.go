@@ -96,7 +96,7 @@ func peekSlots(t *testing.T, e *engine.Engine) engine.Usage {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u, err := c.Peek("")
+	u, err := c.Peek(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

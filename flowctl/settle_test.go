@@ -37,7 +37,7 @@ func remaining(t *testing.T, side *sides.Side) float64 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	usage, err := c.Peek("")
+	usage, err := c.Peek(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,7 +230,7 @@ func reset(t *testing.T, side *sides.Side) {
 	t.Helper()
 	c, err := side.Engine.Component("test", "rate_limiter.0")
 	if err == nil {
-		err = c.Reset("")
+		err = c.Reset(t.Context(), "")
 	}
 	if err != nil {
 		t.Fatal(err)

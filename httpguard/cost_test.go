@@ -47,7 +47,7 @@ func (m *meter) cost() float64 {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	u, err := c.Peek("")
+	u, err := c.Peek(m.t.Context(), "")
 	if err != nil {
 		m.t.Fatal(err)
 	}

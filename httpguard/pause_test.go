@@ -297,7 +297,7 @@ func TestPauseGivesBack(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					usage, err := c.Peek(by)
+					usage, err := c.Peek(t.Context(), by)
 					if err != nil {
 						t.Fatal(err)
 					}

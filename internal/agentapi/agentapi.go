@@ -313,7 +313,8 @@ const (
 type Settler interface {
 	// Settle ends the decision d, which did not drop the flow: what d took or holds goes back, as far as the outcome
 	// says, and tokens that d took by a label are corrected by the flow's cost. It reports whether anything that was not
-	// used, or a slot, went back. A second call gives back nothing. It does not fail because ctx was canceled.
+	// used, or a slot, went back. A second call gives back nothing. It does not fail because ctx was canceled. A component that has
+	// its state outside the process counts what it could not give back: neither the flow nor its caller could do more.
 	Settle(ctx context.Context, d *LimiterDecision, o Outcome) bool
 }
 
