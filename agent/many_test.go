@@ -88,7 +88,7 @@ func forms(user string) map[string]flowctl.Params {
 // Any number of limiters rejects. An answer that is too large would be an error, and let the flow run. That of 1400 would
 // be too large for stubs and for our client.
 func TestManyLimitersReject(t *testing.T) {
-	for _, n := range race.Pick([]int{1, 300, 1400}, []int{1, 300, 900, 1400, 5000}) {
+	for _, n := range race.Pick([]int{1, 1400}, []int{1, 300, 900, 1400, 5000}) {
 		for _, user := range []string{"ann", strings.Repeat("a", 256)} {
 			t.Run(fmt.Sprintf("%d limiters, %d bytes", n, len(user)), func(t *testing.T) {
 				limits := plans(n, refuses())

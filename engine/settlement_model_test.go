@@ -256,7 +256,7 @@ func FuzzSettlements(f *testing.F) {
 
 // Flows that say 1 and cost more keep to the fill in the long run, except for the cost that is forgiven beyond MaxDebt.
 func TestLongRunRate(t *testing.T) {
-	const seconds = 2000
+	seconds := race.Pick(400.0, 2000)
 	for _, tt := range []struct {
 		name     string
 		maxDebt  float64
@@ -276,7 +276,7 @@ func TestLongRunRate(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					e, client := opened(t, c)
 					spent := 0.0
-					for over := time.Now().Add(seconds * time.Second); time.Now().Before(over); <-time.After(100 * time.Millisecond) {
+					for over := time.Now().Add(time.Duration(seconds) * time.Second); time.Now().Before(over); <-time.After(100 * time.Millisecond) {
 						flow := client.Start(t.Context(), "point", costs("ann", "1"))
 						if flow.ShouldRun() {
 							spent += tt.cost

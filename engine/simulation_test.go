@@ -154,7 +154,7 @@ func checkPauses(t *testing.T, rows []tally, crowds []crowd, last time.Duration)
 
 func TestSimulations(t *testing.T) {
 	const fill, slots, hold = 100.0, 10, 50 * time.Millisecond
-	last := race.Pick(10*time.Second, time.Minute)
+	last := race.Pick(6*time.Second, time.Minute)
 	tokens := quota(func(q *policy.QuotaScheduler) { q.Capacity, q.Fill, q.Scheduler = fill, fill, byLabels })
 	places := concurrency(func(c *policy.ConcurrencyScheduler) { c.Max, c.Scheduler = slots, byLabels })
 	oneToThree := []crowd{
