@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"math"
-	"math/rand/v2"
-	"sync/atomic"
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/flight"
 	"github.com/headgate-go/headgate/internal/flowinfo"
+	"github.com/headgate-go/headgate/internal/retries"
 )
 
 // RetryPolicy says how far [Retrying] goes. The zero value is right for most.
@@ -69,49 +68,17 @@ func Retrying(client Starter, policy RetryPolicy) Starter {
 	if isOff(client) {
 		return client
 	}
-	r := &retrier{
-		client:   client,
-		attempts: policy.Attempts,
-		maxWait:  policy.MaxWait,
-		jitter:   share(policy.Jitter, defaultJitter),
-		budget:   newBudget(policy.Budget),
-	}
-	if policy.Attempts == 0 {
-		r.attempts = defaultAttempts
-	}
-	return r
+	return &retrier{client: client, rules: retries.New(retries.Policy(policy))}
 }
-
-// The defaults of a RetryPolicy.
-const (
-	defaultAttempts = 3
-	defaultJitter   = 0.2
-	defaultBudget   = 0.1
-)
 
 // A retrier is a Starter that retries rejected flows, and returns the last one.
 type retrier struct {
-	client   Starter
-	attempts int
-	maxWait  time.Duration
-	jitter   float64
-	budget   *budget
+	client Starter
+	rules  *retries.Rules
 }
 
 // Runs returns the client's runs: cached functions with retries share them with those without.
 func (r *retrier) Runs() *flight.Runs { return runsOf(r.client) }
-
-// share returns what a field means: zero stands for the default, and a negative value or NaN for 0.
-func share(field, zero float64) float64 {
-	switch {
-	case field == 0:
-		return zero
-	case field > 0:
-		return field
-	default: // NaN too
-		return 0
-	}
-}
 
 // Start starts flows with the client, as [Retrying] says, and returns the last one.
 func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl.Params) *flowctl.Flow {
@@ -121,7 +88,7 @@ func (r *retrier) Start(ctx context.Context, controlPoint string, params flowctl
 
 // start is Start. It also returns the flow that was rejected before the last one; nil if there was none.
 func (r *retrier) start(ctx context.Context, controlPoint string, params flowctl.Params) (last, rejected *flowctl.Flow) {
-	r.budget.deposit()
+	r.rules.Budget.Deposit()
 	var begin time.Time
 	most := params.MaxWait
 	if most > 0 {
@@ -136,24 +103,24 @@ func (r *retrier) start(ctx context.Context, controlPoint string, params flowctl
 			endUnused(ctx, flow)
 			return rejected, nil
 		}
-		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || attempt == r.attempts {
+		if flow.ShouldRun() || flow.Decision() != flowctl.Rejected || r.rules.Last(attempt) {
 			return flow, rejected
 		}
 		left := time.Duration(math.MaxInt64)
 		if most > 0 {
 			left = most - time.Since(begin)
 		}
-		wait, ok := r.wait(ctx, flow.RetryAfter(), left)
-		if !ok || !r.budget.withdraw() {
+		wait, ok := r.rules.Wait(ctx, flow.RetryAfter(), left)
+		if !ok || !r.rules.Budget.Withdraw() {
 			return flow, rejected
 		}
 		switch pause(ctx, flow, wait) {
-		case pauseOver:
-		case pauseClosed:
-			r.budget.add(oneRetry)
+		case retries.Over:
+		case retries.Closed:
+			r.rules.Budget.Return()
 			return flow, rejected
-		case pauseCanceled:
-			r.budget.add(oneRetry)
+		case retries.Canceled:
+			r.rules.Budget.Return()
 			// The next flow is Canceled, with the usual error. No agent is asked about it.
 		}
 		rejected = flow
@@ -178,60 +145,17 @@ func endUnused(ctx context.Context, flow *flowctl.Flow) {
 	}
 }
 
-const (
-	// minWait is the shortest wait. For slots RetryAfter is an estimate, which can be microseconds. While it is wrong,
-	// a call without a limit would try again and again without a pause.
-	minWait = time.Millisecond
-
-	// lateMargin is the time before the deadline that jitter does not use. An agent rejects flows whose callers have
-	// some 10 ms left, and the work needs time as well.
-	lateMargin = 25 * time.Millisecond
-)
-
-// wait returns how long to wait if a rejection says after, and whether to wait at all. The call may wait for as long as
-// is left, and until its deadline. What wait adds to after is at most half of the time that is left then. Jitter uses
-// only what exceeds lateMargin.
-func (r *retrier) wait(ctx context.Context, after, left time.Duration) (time.Duration, bool) {
-	if after <= 0 || r.maxWait > 0 && after > r.maxWait {
-		return 0, false
-	}
-	if deadline, ok := ctx.Deadline(); ok {
-		left = min(left, time.Until(deadline))
-	}
-	spare := left - after
-	if spare <= 0 && left < math.MaxInt64 {
-		return 0, false
-	}
-	if short := minWait - after; short > 0 {
-		short = min(short, spare/2)
-		after += short
-		spare -= short
-	}
-	room := max(spare-lateMargin, 0) / 2
-	more := rand.Float64() * min(r.jitter*float64(after), float64(room))
-	return after + min(time.Duration(more), room), true
-}
-
 // shortOfTime reports whether the flow was not retried because its caller's deadline came before a retry could succeed.
 // most is the MaxWait of its parameters.
 func (r *retrier) shortOfTime(ctx context.Context, flow *flowctl.Flow, most time.Duration) bool {
 	deadline, ok := ctx.Deadline()
 	after := flow.RetryAfter()
 	return ok && flow.Decision() == flowctl.Rejected && after > 0 && time.Until(deadline) <= after &&
-		(r.maxWait <= 0 || after <= r.maxWait) && (most <= 0 || after < most)
+		!r.rules.TooLong(after) && (most <= 0 || after < most)
 }
 
-// How a pause ends.
-type pauseEnd uint8
-
-const (
-	pauseOver     pauseEnd = iota // its time has passed
-	pauseCanceled                 // the caller's context ended
-	pauseClosed                   // the client was closed, or its engine
-)
-
 // pause ends the flow and waits. The time that the end takes is part of the wait.
-func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) pauseEnd {
+func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) retries.End {
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	end(ctx, flow)
@@ -239,68 +163,5 @@ func pause(ctx context.Context, flow *flowctl.Flow, wait time.Duration) pauseEnd
 	if info, ok := flowinfo.From(flow.Context()); ok {
 		client, agent = info.Closed()
 	}
-	select {
-	case <-timer.C:
-		return pauseOver
-	case <-ctx.Done():
-		return pauseCanceled
-	case <-client:
-		return pauseClosed
-	case <-agent:
-		return pauseClosed
-	}
-}
-
-// A budget holds the retries of all calls with one Starter, in millionths of a retry. It is a token bucket that calls
-// fill and retries empty, like Finagle's RetryBudget. Deposits expire there, and each needs a time. Here the balance
-// has a maximum instead, as in gRPC's retry throttling (proposal A6), so that a quiet day cannot pay for a flood of
-// retries.
-type budget struct {
-	unlimited bool
-	perCall   int64
-	balance   atomic.Int64
-}
-
-const (
-	oneRetry   = 1_000_000
-	newBalance = 10 * oneRetry // for the first calls, and for work that is seldom done
-	maxBalance = 100 * oneRetry
-)
-
-func newBudget(field float64) *budget {
-	b := &budget{
-		unlimited: field < 0,
-		perCall:   int64(math.Round(min(share(field, defaultBudget)*oneRetry, maxBalance))),
-	}
-	b.balance.Store(newBalance)
-	return b
-}
-
-// deposit adds the share of one call.
-func (b *budget) deposit() { b.add(b.perCall) }
-
-func (b *budget) add(n int64) {
-	for !b.unlimited {
-		// If few flows are rejected, the balance is full. Calls on many processors then only load it, which is cheap.
-		have := b.balance.Load()
-		if have >= maxBalance || b.balance.CompareAndSwap(have, min(have+n, maxBalance)) {
-			return
-		}
-	}
-}
-
-// withdraw takes a retry, and reports whether there was one.
-func (b *budget) withdraw() bool {
-	if b.unlimited {
-		return true
-	}
-	for {
-		have := b.balance.Load()
-		if have < oneRetry {
-			return false
-		}
-		if b.balance.CompareAndSwap(have, have-oneRetry) {
-			return true
-		}
-	}
+	return retries.Await(ctx, timer, client, agent)
 }
