@@ -1,6 +1,7 @@
 package httpguard_test
 
 import (
+	"bufio"
 	"bytes"
 	"io"
 	"log/slog"
@@ -8,6 +9,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/headgate-go/headgate/engine"
@@ -240,5 +242,65 @@ func TestCostHeaders(t *testing.T) {
 		if got := side.Engine.Stats().Components[i].Usage.Remaining; got != want {
 			t.Errorf("component %d has %v left want %v", i, got, want)
 		}
+	}
+}
+
+// The last bytes of a body can settle the flow, even if the end comes with them. A trailer counts then too, also if the caller
+// closes the body without reading the end.
+func TestCostInTheLastBytes(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		read    func(t *testing.T, flow *flowctl.Flow, body io.Reader)
+		trailer http.Header
+		want    float64
+	}{
+		{"settled by a line", func(t *testing.T, flow *flowctl.Flow, body io.Reader) {
+			lines := bufio.NewScanner(body)
+			for lines.Scan() {
+				if lines.Text() == "cost 30" {
+					flow.Settle("tokens", 30)
+				}
+			}
+			if err := lines.Err(); err != nil {
+				t.Error(err)
+			}
+		}, nil, 30},
+		{"settled after the end", func(t *testing.T, flow *flowctl.Flow, body io.Reader) {
+			if text, err := io.ReadAll(body); err != nil || string(text) != "hello\ncost 30\n" {
+				t.Errorf("read %q, %v", text, err)
+			}
+			flow.Settle("tokens", 30)
+		}, nil, 10},
+		{"closed at the last bytes", func(t *testing.T, _ *flowctl.Flow, body io.Reader) {
+			if n, err := body.Read(make([]byte, 100)); n != len("hello\ncost 30\n") || err != nil {
+				t.Errorf("Read() = %d, %v", n, err)
+			}
+		}, http.Header{"X-Cost": {"7"}}, 7},
+		{"read to the end, twice", func(t *testing.T, _ *flowctl.Flow, body io.Reader) {
+			for range 2 {
+				if _, err := io.Copy(io.Discard, body); err != nil {
+					t.Error(err)
+				}
+			}
+		}, http.Header{"X-Cost": {"7"}}, 7},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := newMeter(t)
+			rt := httpguard.NewTransport(m.client, point, base(func(r *http.Request) (*http.Response, error) {
+				body := io.NopCloser(iotest.DataErrReader(strings.NewReader("hello\ncost 30\n")))
+				return &http.Response{StatusCode: 200, Body: body, Trailer: tt.trailer, Request: r}, nil
+			}), httpguard.WithCostHeader("tokens", "X-Cost"))
+			resp, err := rt.RoundTrip(to(t, "https://api.example/"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			tt.read(t, flowOf(t, resp.Request), resp.Body)
+			if err := resp.Body.Close(); err != nil {
+				t.Error(err)
+			}
+			if got := m.cost(); got != tt.want {
+				t.Errorf("it cost %v want %v", got, tt.want)
+			}
+		})
 	}
 }

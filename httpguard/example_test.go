@@ -1,14 +1,20 @@
 package httpguard_test
 
 import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
+	"strings"
 	"time"
 
+	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
@@ -337,4 +343,140 @@ func ExampleWithCostHeader() {
 	// Output:
 	// Gladly.
 	// in debt, for 31m0s
+}
+
+// Requests wait while the upstream pauses, and are sent again if it says when. All waits of a request come to 10 seconds at most.
+func ExampleWithRetries() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("rates"), Capacity: 10, Fill: 10, Interval: time.Second})
+	defer done()
+
+	rates := &http.Client{Transport: httpguard.NewTransport(client, "rates", nil,
+		httpguard.WithMaxWait(10*time.Second),
+		httpguard.WithRetries(headgate.RetryPolicy{}),
+	)}
+
+	resp, err := rates.Get("https://rates.example/EUR")
+	if err != nil {
+		fmt.Println("no rates:", err)
+		return
+	}
+	defer resp.Body.Close()
+	fmt.Println(resp.Status) // still 429 or 503 if no retry helped
+}
+
+// A handler whose work is guarded within answers as a middleware does. Other errors are its own.
+func ExampleAnswer() {
+	client, done := newClient(policy.RateLimiter{Selectors: policy.At("reports"), Interval: time.Minute}) // no capacity
+	defer done()
+	report := headgate.Guard(client, "reports", flowctl.Params{}, func(context.Context) (string, error) { return "fine", nil }, nil)
+
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		text, err := report(r.Context())
+		switch {
+		case err == nil:
+			fmt.Fprintln(w, text)
+		case httpguard.Answer(w, r, err):
+		default:
+			http.Error(w, "the report failed", http.StatusInternalServerError)
+		}
+	})
+
+	resp := send(h, http.MethodGet, "/")
+	body, _ := io.ReadAll(resp.Body)
+	fmt.Printf("%s\n%s", resp.Status, body)
+	// Output:
+	// 429 Too Many Requests
+	// {"title":"Too Many Requests","status":429,"detail":"rate limited"}
+}
+
+// A proxy in front of a language model. The model streams server-sent events, and says in one of the last how many tokens the
+// answer took. Until then a request counts as 100 tokens. If the stream is cut, nobody knows the cost, and these stay taken.
+func ExampleTransport_streamedUsage() {
+	model := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		fmt.Fprint(w, "data: {\"text\":\"Gladly.\"}\n\n")
+		if r.URL.Path == "/cut" {
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}
+		fmt.Fprint(w, "data: {\"usage\":{\"total_tokens\":30}}\n\n")
+		fmt.Fprint(w, "data: [DONE]\n\n")
+	}))
+	defer model.Close()
+	client, done := newClient(policy.RateLimiter{
+		ID: "budget", Selectors: policy.At("model"), Capacity: 1000, Interval: time.Hour, TokensLabel: "tokens",
+	})
+	defer done()
+
+	// usage is what a line of the stream says of the tokens.
+	usage := func(line []byte) (tokens float64, ok bool) {
+		var event struct {
+			Usage *struct {
+				Tokens float64 `json:"total_tokens"`
+			} `json:"usage"`
+		}
+		data, ok := bytes.CutPrefix(line, []byte("data: "))
+		if !ok || json.Unmarshal(data, &event) != nil || event.Usage == nil {
+			return 0, false
+		}
+		return event.Usage.Tokens, true
+	}
+	prompts := &http.Client{Transport: httpguard.NewTransport(client, "model", nil,
+		httpguard.WithParams(func(*http.Request) flowctl.Params {
+			return flowctl.Params{Labels: map[string]string{"tokens": "100"}} // an estimate
+		}))}
+	proxy := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		prompt, err := http.NewRequestWithContext(r.Context(), http.MethodPost, model.URL+r.URL.Path, r.Body)
+		if err != nil {
+			http.Error(w, "no prompt", http.StatusBadRequest)
+			return
+		}
+		answer, err := prompts.Do(prompt)
+		if err != nil {
+			if !httpguard.Answer(w, r, err) {
+				http.Error(w, "the model does not answer", http.StatusBadGateway)
+			}
+			return
+		}
+		defer answer.Body.Close()
+		flow, guarded := flowctl.FromContext(answer.Request.Context())
+
+		w.Header().Set("Content-Type", answer.Header.Get("Content-Type"))
+		w.WriteHeader(answer.StatusCode)
+		lines := bufio.NewReader(answer.Body)
+		for err == nil {
+			var line []byte
+			line, err = lines.ReadBytes('\n')
+			if tokens, ok := usage(line); ok && guarded {
+				flow.Settle("tokens", tokens) // before the read that finds the end, which ends the flow
+			}
+			_, _ = w.Write(line)
+			_ = http.NewResponseController(w).Flush()
+		}
+		if err != io.EOF {
+			panic(http.ErrAbortHandler) // the caller must see that the answer was cut
+		}
+	})
+
+	server := httptest.NewServer(proxy)
+	defer server.Close()
+	for _, path := range []string{"/whole", "/cut"} {
+		resp, err := http.Post(server.URL+path, "text/plain", strings.NewReader("Hello"))
+		if err != nil {
+			panic(err)
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		_ = resp.Body.Close()
+		fmt.Printf("%s: complete %t\n", path, err == nil)
+	}
+	for _, tokens := range []string{"871", "870"} { // 1000, less 30 and 100
+		flow := client.Start(context.Background(), "model", flowctl.Params{Labels: map[string]string{"tokens": tokens}})
+		fmt.Println(tokens, "tokens are there:", flow.ShouldRun())
+		_, _ = flow.End(context.Background())
+	}
+	// Output:
+	// /whole: complete true
+	// /cut: complete false
+	// 871 tokens are there: false
+	// 870 tokens are there: true
 }

@@ -58,7 +58,12 @@ type guard struct {
 	onReject  func(http.ResponseWriter, *http.Request, *flowctl.Flow) // of a Middleware
 	rateLimit bool                                                    // of a Middleware
 	checkHTTP bool                                                    // of a Middleware
-	maxPause  time.Duration                                           // of a Transport
+
+	// These are a Transport's.
+	maxPause    time.Duration
+	maxWait     time.Duration // negative: until the request's deadline
+	retries     bool
+	retryPolicy headgate.RetryPolicy
 }
 
 func newGuard(client headgate.Starter, controlPoint string, isFailure func(int) bool) *guard {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/cleanpath"
 )
@@ -178,4 +179,45 @@ func WithRateLimitHeaders() MiddlewareOption {
 // of an upstream must not keep requests from all others for long. Zero or less turns pauses off. See [Transport].
 func WithMaxPause(d time.Duration) TransportOption {
 	return transportOption(func(g *guard) { g.maxPause = d })
+}
+
+// WithMaxWait has a request wait while the upstream pauses, for d at most. It is sent when the pause is over, a little later
+// by a random part of the pause, so that not all requests come back at once. If the pause takes longer, or until after the
+// deadline of the request's context, the request fails at once with a [PausedError]. So it does if the client or its engine
+// is closed while it waits. If the context ends, the error matches the context's, and its cause.
+//
+// All waits of a request count together: for pauses, and before the retries of [WithRetries]. Waits in queues do not count;
+// Params.MaxWait bounds those. A redirect is a request of its own. While a request waits, it has no flow.
+//
+// By default, and if d is zero, requests do not wait for pauses. A negative d lets them wait until the deadline of their
+// context, and without limit if there is none.
+func WithMaxWait(d time.Duration) TransportOption {
+	return transportOption(func(g *guard) { g.maxWait = d })
+}
+
+// WithRetries sends requests again that the upstream answers with 429 or 503 and a Retry-After of more than zero. It waits for as
+// long as the Retry-After says, and longer by a random part of policy.Jitter. Other responses, and errors, are never
+// retried. The method does not matter: such an upstream says that it has not done what was asked. Do not use WithRetries for an
+// upstream that answers so after it has begun the work.
+//
+// The caller gets the response as it is, at once, if
+//   - the request has a body and no GetBody, or GetBody fails;
+//   - it was sent policy.Attempts times;
+//   - the upstream asks for more than policy.MaxWait;
+//   - the wait does not end before the deadline of the request's context, or takes longer than [WithMaxWait] allows.
+//     Without WithMaxWait, the waits of a request take a minute at most;
+//   - policy.Budget is used up, so that retries never become the load. All requests of the [Transport] share the budget.
+//
+// Each attempt is a flow of its own: a quota counts all attempts. The flow of an attempt ends before the wait, as Error, and
+// holds no slot meanwhile. If the flow of a retry is rejected, its error is the request's. To wait for the limits as well,
+// give [NewTransport] a headgate.Retrying. During the wait the upstream pauses for other requests too, see [Transport]. If it asks
+// another request for more, the retry waits for that as well, or fails with a [PausedError]. It fails as with WithMaxWait if the
+// context ends, or the client is closed.
+//
+// Of a response that is not returned, up to 64 KiB are read, for a second at most, so that its connection can be used again.
+//
+// By default requests are not retried. If the client is nil or in dry run, they are not retried either. policy.Jitter and
+// policy.MaxWait hold for the waits of WithMaxWait too.
+func WithRetries(policy headgate.RetryPolicy) TransportOption {
+	return transportOption(func(g *guard) { g.retries, g.retryPolicy = true, policy })
 }

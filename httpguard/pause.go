@@ -109,6 +109,8 @@ type pause struct {
 	until  time.Time
 	status int
 	seen   flowinfo.Pauses // of the client whose flow met the pause; nil for none
+
+	client, agent <-chan struct{} // are closed when that client or its engine is
 }
 
 // pauses are those that upstreams asked for. The zero value has none.
@@ -117,20 +119,16 @@ type pauses struct {
 	at map[place]pause
 }
 
-// check returns the error of a request during a pause; nil without a pause.
-func (p *pauses) check(r *http.Request, controlPoint string) error {
-	found, left := p.find(r, controlPoint)
-	if left <= 0 {
-		return nil
-	}
-	if found.seen != nil {
-		found.seen.Refused(r.Context(), controlPoint, left)
+// refuse returns the error of a request that is not sent because of a pause.
+func (p *pauses) refuse(r *http.Request, controlPoint string, during pause, left time.Duration) error {
+	if during.seen != nil {
+		during.seen.Refused(r.Context(), controlPoint, left)
 	}
 	host := ""
 	if r.URL != nil {
 		host = r.URL.Host
 	}
-	return newPausedError(controlPoint, host, found.status, left)
+	return newPausedError(controlPoint, host, during.status, left)
 }
 
 // find returns the pause that holds for a request, and what is left of it; zero or less if there is none.
@@ -170,6 +168,7 @@ func (p *pauses) heed(flow context.Context, r *http.Request, controlPoint string
 	asked := pause{until: now.Add(wait), status: resp.StatusCode}
 	if ok {
 		asked.seen = info.Pauses()
+		asked.client, asked.agent = info.Closed()
 	}
 	if p.begin(placeOf(controlPoint, r.URL), asked) && asked.seen != nil {
 		asked.seen.Began(flow, controlPoint, asked.status, wait)

@@ -2,7 +2,9 @@ package httpguard
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -12,9 +14,39 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/canceled"
 	"github.com/headgate-go/headgate/internal/flowinfo"
 	"github.com/headgate-go/headgate/internal/wire"
 )
+
+// Answer answers a request with err, if err is the error of a flow that did not run, as a [Middleware] does by default: with
+// the status, a Retry-After if it is known when a retry can succeed, and problem details. It reports whether it did. If not,
+// it wrote nothing, and err is another error or nil. Call it before anything is written:
+//
+//	rates, err := guardedRates(r.Context())
+//	if httpguard.Answer(w, r, err) {
+//		return
+//	}
+//
+// It finds the errors of functions that package headgate guards, of flows, and of a [Transport], also where they are wrapped:
+//
+//   - a *flowctl.RejectedError has its HTTPStatus, and so has a [PausedError];
+//   - a *flowctl.UnreachableError has 503;
+//   - an error that matches flowctl.ErrInvalid has 500;
+//   - the error of a flow whose context ended has 408 if the request's context was canceled because the client disconnected,
+//     and 503 otherwise.
+//
+// The response names no policy, label or host. Header fields that are there stay, such as those that a Middleware has set by
+// [WithRateLimitHeaders]; only a Content-Length goes.
+func Answer(w http.ResponseWriter, r *http.Request, err error) bool {
+	said, ok := refusalOf(r.Context(), err)
+	if !ok {
+		return false
+	}
+	setRetryAfter(w.Header(), said.retryAfter)
+	said.write(w)
+	return true
+}
 
 // Problem answers a request whose flow does not run with flow.HTTPStatus and problem details, RFC 9457:
 //
@@ -22,20 +54,9 @@ import (
 //
 // The detail is the kind of reason, and names neither the policy nor a label. A [Middleware] answers so by default.
 func Problem(w http.ResponseWriter, _ *http.Request, flow *flowctl.Flow) {
-	body, err := json.Marshal(struct {
-		Title  string `json:"title"`
-		Status int    `json:"status"`
-		Detail string `json:"detail,omitempty"`
-	}{title(flow.HTTPStatus()), flow.HTTPStatus(), detail(flow)})
-	if err != nil { // strings and a number cannot fail
-		body = []byte("{}")
-	}
-	h := w.Header()
-	h.Del("Content-Length")
-	h.Set("Content-Type", "application/problem+json")
-	h.Set("X-Content-Type-Options", "nosniff")
-	w.WriteHeader(flow.HTTPStatus())
-	_, _ = w.Write(append(body, '\n')) // a caller that has left does not get it
+	said, _ := refusalOf(flow.Context(), flow.Err())
+	said.status = flow.HTTPStatus()
+	said.write(w)
 }
 
 // PlainText answers a request whose flow does not run with flow.HTTPStatus and its text, for [WithOnReject].
@@ -45,21 +66,68 @@ func PlainText(w http.ResponseWriter, _ *http.Request, flow *flowctl.Flow) {
 
 func title(status int) string { return cmp.Or(http.StatusText(status), "Rejected") }
 
-// detail is what the peer may know of the reason.
-func detail(flow *flowctl.Flow) string {
-	switch flow.Decision() {
-	case flowctl.Rejected:
-		return flow.RejectReason().String()
-	case flowctl.Unreachable:
-		return "nobody can say whether the request may run"
-	case flowctl.Canceled:
-		if flow.HTTPStatus() == http.StatusServiceUnavailable {
-			return "the service ran out of time"
-		}
-		return "the request was canceled"
-	default: // the service's own mistake
-		return ""
+// A refusal is what the peer may know of a flow that did not run.
+type refusal struct {
+	status     int
+	detail     string // "" for the service's own mistake
+	retryAfter time.Duration
+}
+
+// refusalOf returns what an error of a flow means for a request with the context ctx. ok is false for other errors.
+func refusalOf(ctx context.Context, err error) (said refusal, ok bool) {
+	if err == nil {
+		return refusal{}, false
 	}
+	if errors.Is(err, flowctl.ErrRejected) {
+		return rejection(err), true
+	}
+	if _, ok := errors.AsType[*flowctl.UnreachableError](err); ok {
+		return refusal{status: http.StatusServiceUnavailable, detail: "nobody can say whether the request may run"}, true
+	}
+	if errors.Is(err, flowctl.ErrInvalid) {
+		return refusal{status: http.StatusInternalServerError}, true
+	}
+	if _, ok := errors.AsType[*canceled.Error](err); !ok {
+		return refusal{}, false
+	}
+	if errors.Is(ctx.Err(), context.Canceled) && context.Cause(ctx) == context.Canceled { //nolint:errorlint // as for flow.HTTPStatus
+		return refusal{status: http.StatusRequestTimeout, detail: "the request was canceled"}, true
+	}
+	return refusal{status: http.StatusServiceUnavailable, detail: "the service ran out of time"}, true
+}
+
+// rejection is what an error says that matches flowctl.ErrRejected. A program can have made it, without a status.
+func rejection(err error) refusal {
+	rejected, ok := errors.AsType[*flowctl.RejectedError](err)
+	if !ok || rejected == nil {
+		rejected = new(flowctl.RejectedError)
+	}
+	said := refusal{status: rejected.HTTPStatus, detail: rejected.Reason.String(), retryAfter: rejected.RetryAfter()}
+	if said.status < 400 || said.status > 599 {
+		said.status = http.StatusServiceUnavailable
+	}
+	if _, ok := errors.AsType[*PausedError](err); ok {
+		said.detail = "an upstream asks for a pause"
+	}
+	return said
+}
+
+// write answers with problem details.
+func (r refusal) write(w http.ResponseWriter) {
+	body, err := json.Marshal(struct {
+		Title  string `json:"title"`
+		Status int    `json:"status"`
+		Detail string `json:"detail,omitempty"`
+	}{title(r.status), r.status, r.detail})
+	if err != nil { // strings and a number cannot fail
+		body = []byte("{}")
+	}
+	h := w.Header()
+	h.Del("Content-Length")
+	h.Set("Content-Type", "application/problem+json")
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(r.status)
+	_, _ = w.Write(append(body, '\n')) // a caller that has left does not get it
 }
 
 func setRetryAfter(h http.Header, wait time.Duration) {

@@ -1,6 +1,7 @@
 package httpguard
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/internal/adaptor"
+	"github.com/headgate-go/headgate/internal/retries"
 )
 
 // A Transport is an http.RoundTripper that makes each request a flow. It can keep the quota of a third party, or bound
@@ -21,7 +23,8 @@ import (
 //
 // The flow ends when the response's body is closed or read to its end, or when there is no response. So bodies must be
 // closed, as net/http requires anyway: until then the flow holds its slot. If a connection switches protocols, the flow
-// ends when the connection is closed.
+// ends when the connection is closed. The flow is in the context of the response's Request, for flowctl.FromContext. A body
+// that says what the request cost can settle it: when Read returns the last bytes, the flow has not ended.
 //
 // A flow's status is Error if the request fails and its own context was not canceled, if the body breaks off, or if the
 // response's status is 429, or 500 or more. Params.IsFailure can decide otherwise, see [WithParams].
@@ -30,10 +33,11 @@ import (
 //
 // When an upstream answers 429 or 503 with a Retry-After, requests for the same host and port at the same control point are
 // not sent before that time, however they spell the host. They fail at once with a [PausedError], start no flow and take
-// nothing from a limit.
+// nothing from a limit. With [WithMaxWait] they wait instead. The request that got the answer can be sent again, see
+// [WithRetries].
 //
-// If a flow waits in a queue when the pause begins, its request fails when its turn comes. The flow gives back what it
-// got: tokens and slots of an engine in this process, and slots of a remote agent. Tokens of a remote agent stay taken,
+// If a flow waits in a queue when the pause begins, its request fails when its turn comes, or waits until the pause is over
+// and starts another flow. The flow gives back what it got: tokens and slots of an engine in this process, and slots of a remote agent. Tokens of a remote agent stay taken,
 // because the protocol has no message to give them back.
 //
 // A pause lasts a minute at most. [WithMaxPause] changes that, or turns pauses off. A Transport remembers 1024 pauses,
@@ -42,6 +46,7 @@ import (
 type Transport struct {
 	guard  *guard
 	base   http.RoundTripper
+	rules  *retries.Rules // of waits and retries
 	pauses pauses
 }
 
@@ -62,7 +67,7 @@ func NewTransport(client headgate.Starter, controlPoint string, base http.RoundT
 		}
 	}
 	g.ready()
-	return &Transport{guard: g, base: base}
+	return &Transport{guard: g, base: base, rules: retries.New(retries.Policy(g.retryPolicy))}
 }
 
 // CloseIdleConnections closes those of the base, if it can. http.Client calls it.
@@ -72,41 +77,52 @@ func (t *Transport) CloseIdleConnections() {
 	}
 }
 
-// RoundTrip sends the request when its flow runs. It does not change the request, and closes its body in any case.
+// RoundTrip sends the request when its flow runs, and again where [WithRetries] says so. It does not change the request,
+// and closes its body in any case.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.guard.Skip(r.Context(), r) {
 		return t.base.RoundTrip(r)
 	}
-	controlPoint := t.guard.ControlPoint(r.Context(), r)
-	if err := t.pauses.check(r, controlPoint); err != nil {
-		closeBody(r)
-		return nil, err
+	s := sending{transport: t, request: r, controlPoint: t.guard.ControlPoint(r.Context(), r)}
+	if t.guard.retries {
+		t.rules.Budget.Deposit()
 	}
-	flow := t.guard.start(r.Context(), controlPoint, outgoing(r))
-	if !flow.ShouldRun() {
-		err := flow.Err()
-		adaptor.End(r.Context(), flow.Flow)
-		closeBody(r)
-		return nil, err
+	for {
+		flow, err := s.admit()
+		if err != nil {
+			closeBody(s.request)
+			return nil, err
+		}
+		s.attempt++
+		resp, sent, err := t.send(s.request, flow, s.controlPoint)
+		if err != nil || resp == nil || !t.guard.retries {
+			return resp, err
+		}
+		again, err := s.again(resp, sent)
+		if err != nil {
+			closeBody(s.request)
+			return nil, err
+		}
+		if !again {
+			return resp, nil
+		}
 	}
-	if err := t.pauses.check(r, controlPoint); err != nil { // it began while the flow waited
-		adaptor.EndUnused(r.Context(), flow.Flow)
-		closeBody(r)
-		return nil, err
-	}
-	return t.send(r, flow, controlPoint)
 }
 
 // send sends a request whose flow runs. If the response has a body, the body ends the flow.
-func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*http.Response, error) {
+func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*http.Response, *trip, error) {
 	trip := &trip{flow: adaptor.NewEnder(r.Context(), flow.Flow)}
+	ctx := flow.Context()
+	if t.guard.retries {
+		ctx, trip.cancel = context.WithCancel(ctx)
+	}
 	returned := false
 	defer func() {
 		if !returned {
-			trip.flow.Fail()
+			trip.fail()
 		}
 	}()
-	resp, err := t.base.RoundTrip(r.WithContext(flow.Context()))
+	resp, err := t.base.RoundTrip(r.WithContext(ctx))
 	returned = true
 	if err != nil || resp == nil {
 		if err == nil { // http.Client says what is wrong with that
@@ -114,7 +130,7 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 		} else {
 			trip.end(err)
 		}
-		return resp, err
+		return resp, trip, err
 	}
 	t.pauses.heed(flow.Context(), r, controlPoint, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
 	trip.failure = flow.failure(resp.StatusCode)
@@ -131,7 +147,7 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 	default:
 		resp.Body = &content{resp.Body, trip}
 	}
-	return resp, nil
+	return resp, trip, nil
 }
 
 var errNoResponse = errors.New("the transport gave neither a response nor an error")
@@ -156,8 +172,10 @@ func closeBody(r *http.Request) {
 // A trip is the flow of a request that was sent.
 type trip struct {
 	flow    adaptor.Ender
-	failure error // by the response's status
+	cancel  context.CancelFunc // ends the request, where it may be retried; else nil
+	failure error              // by the response's status
 	closed  atomic.Bool
+	read    atomic.Bool // the body, to its end, which the caller has not seen
 
 	// Where there may be a trailer that says what the flow costs.
 	response *http.Response
@@ -169,7 +187,18 @@ func (t *trip) end(err error) {
 	if t.failure != nil {
 		err = t.failure
 	}
+	if t.cancel != nil {
+		defer t.cancel()
+	}
 	t.flow.End(err)
+}
+
+// fail ends the flow after a panic.
+func (t *trip) fail() {
+	if t.cancel != nil {
+		defer t.cancel()
+	}
+	t.flow.Fail()
 }
 
 // complete ends the flow of a body that has been read to its end.
@@ -193,25 +222,38 @@ func (t *trip) close(body io.Closer) error {
 	return body.Close()
 }
 
-// content is the body of a response.
+// content is the body of a response. It returns the last bytes without io.EOF, so that the flow has not ended when they are read:
+// they may say what it costs.
 type content struct {
 	io.ReadCloser
 	trip *trip
 }
 
 func (c *content) Read(p []byte) (int, error) {
-	n, err := c.ReadCloser.Read(p)
-	switch err {
-	case nil:
-	case io.EOF:
+	if c.trip.read.Load() {
 		c.trip.complete()
-	default:
+		return 0, io.EOF
+	}
+	n, err := c.ReadCloser.Read(p)
+	switch {
+	case err == nil:
+	case err != io.EOF: //nolint:errorlint // a wrapped one is no end
 		c.trip.broke(err)
+	case n > 0:
+		c.trip.read.Store(true)
+		return n, nil
+	default:
+		c.trip.complete()
 	}
 	return n, err
 }
 
-func (c *content) Close() error { return c.trip.close(c.ReadCloser) }
+func (c *content) Close() error {
+	if c.trip.read.Load() {
+		c.trip.complete()
+	}
+	return c.trip.close(c.ReadCloser)
+}
 
 // switched is the body of a response after which the connection speaks another protocol. When reading has ended,
 // writing can go on.
