@@ -113,8 +113,8 @@ func demand(ctx context.Context, client headgate.Starter, point string, last tim
 	var callers sync.WaitGroup
 	for k, t := range tenants {
 		params := flowctl.Params{
-			Labels:       map[string]string{"tenant": t.name},
-			CheckTimeout: -1, // they wait as long as it takes
+			Labels:  map[string]string{"tenant": t.name},
+			MaxWait: -1, // they wait as long as it takes
 		}
 		call := headgate.Guard(client, point, params, func(ctx context.Context) (int64, error) {
 			select {

@@ -47,12 +47,12 @@ type job struct {
 	callers int
 	tokens  int           // that a prompt and its answer take
 	pause   time.Duration // before the next prompt
-	timeout time.Duration // that a caller waits; below 0: as long as it takes
+	maxWait time.Duration // that a caller waits; below 0: as long as it takes
 }
 
 var jobs = []job{
-	{name: "chat", callers: 3, tokens: 100, pause: 500 * time.Millisecond, timeout: time.Second},
-	{name: "batch", callers: 8, tokens: 400, timeout: -1},
+	{name: "chat", callers: 3, tokens: 100, pause: 500 * time.Millisecond, maxWait: time.Second},
+	{name: "batch", callers: 8, tokens: 400, maxWait: -1},
 }
 
 // A prompt is one call of the model.
@@ -64,7 +64,7 @@ type prompt struct {
 func describe(_ context.Context, p prompt) flowctl.Params {
 	return flowctl.Params{
 		Labels:        map[string]string{"job": p.job.name, "tokens": strconv.Itoa(p.job.tokens)},
-		CheckTimeout:  p.job.timeout,
+		MaxWait:       p.job.maxWait,
 		OnUnreachable: flowctl.FailClosed, // it is the quota of a third party
 	}
 }
