@@ -3,7 +3,6 @@ package labels_test
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"net/http/httptest"
 
 	"github.com/headgate-go/headgate/labels"
@@ -59,15 +58,6 @@ func ExampleFromMetadata() {
 	md := metadata.Pairs("tenant", "acme", "plan", "gold", "authorization", "Bearer secret")
 
 	fmt.Println(labels.FromMetadata(md, "tenant", "authorization"))
-	// Output:
-	// map[tenant:acme]
-}
-
-// Connect sends its metadata as headers. A policy for gRPC finds the same labels.
-func ExampleFromHeader() {
-	header := http.Header{"Tenant": {"acme"}, "Authorization": {"Bearer secret"}}
-
-	fmt.Println(labels.FromHeader(header, "Tenant", "Authorization"))
 	// Output:
 	// map[tenant:acme]
 }

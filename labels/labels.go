@@ -5,8 +5,8 @@
 //
 //	layer               set by                                       controlled by    beyond the limits
 //	1 client defaults   an option of the client                      the application  the client is refused
-//	2 transport         WithTransport (FromRequest, FromMetadata,    the peer         repaired or dropped
-//	                    FromHeader), RequestLabeler
+//	2 transport         WithTransport (FromRequest, FromMetadata),   the peer         repaired or dropped
+//	                    RequestLabeler
 //	3 baggage           FromBaggage, in clients that opted in        the peer         repaired or dropped
 //	4 labels.With       With                                         the application  the flow is Invalid
 //	5 Params.Labels     the call that starts the flow                the application  the flow is Invalid

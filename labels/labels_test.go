@@ -144,7 +144,6 @@ func TestA18CredentialsStay(t *testing.T) {
 	sources := map[string]set{
 		"FromRequest":            labels.FromRequest(r, names...),
 		"FromMetadata":           labels.FromMetadata(md, names...),
-		"FromHeader":             labels.FromHeader(r.Header, names...),
 		"FromBaggage":            labels.FromBaggage(ctx),
 		"FromBaggage with names": labels.FromBaggage(ctx, names...),
 	}
@@ -226,13 +225,8 @@ func TestFromBaggage(t *testing.T) {
 	}
 }
 
-// A protocol whose metadata is a header has the labels that it would have over gRPC.
 func TestFromMetadata(t *testing.T) {
 	md := metadata.Pairs("tenant", "acme", "plan", "a", "plan", "b", "trace-bin", "\x00\xff", "x-long-name", "\xff")
-	header := make(http.Header, len(md))
-	for key, values := range md {
-		header[http.CanonicalHeaderKey(key)] = values
-	}
 	tests := []struct {
 		name string
 		keys []string
@@ -249,9 +243,6 @@ func TestFromMetadata(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			if diff := cmp.Diff(tt.want, labels.FromMetadata(md, tt.keys...)); diff != "" {
 				t.Errorf("FromMetadata(%q) (-want +got):\n%s", tt.keys, diff)
-			}
-			if diff := cmp.Diff(tt.want, labels.FromHeader(header, tt.keys...)); diff != "" {
-				t.Errorf("FromHeader(%q) (-want +got):\n%s", tt.keys, diff)
 			}
 		})
 	}
@@ -667,7 +658,6 @@ func FuzzSources(f *testing.F) {
 		sources := map[string]set{
 			"request":        labels.FromRequest(r, key),
 			"metadata":       labels.FromMetadata(md, key),
-			"header":         labels.FromHeader(r.Header, key),
 			"baggage":        labels.FromBaggage(ctx),
 			"listed baggage": labels.FromBaggage(ctx, key),
 		}
@@ -684,7 +674,7 @@ func FuzzSources(f *testing.F) {
 				if slices.Contains(credentials, strings.ReplaceAll(name, "_", "-")) {
 					t.Errorf("%s lets %q out", source, name)
 				}
-				if (source == "metadata" || source == "header") && strings.HasSuffix(name, "-bin") {
+				if source == "metadata" && strings.HasSuffix(name, "-bin") {
 					t.Errorf("%s lets binary %q out", source, name)
 				}
 			}
