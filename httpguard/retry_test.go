@@ -633,6 +633,43 @@ func TestRetriesShareABudget(t *testing.T) {
 	})
 }
 
+// A retry that is not made after all does not take from the budget.
+func TestRetriesThatAreNotMade(t *testing.T) {
+	for name, try := range map[string]func(t *testing.T, rt http.RoundTripper){
+		"GetBody fails": func(t *testing.T, rt http.RoundTripper) {
+			resp, err := rt.RoundTrip((&source{text: "body", fails: errBroken}).request(t.Context(), t, true))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+		},
+		"the context ends": func(t *testing.T, rt http.RoundTripper) {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(time.Millisecond, cancel)
+			if _, err := rt.RoundTrip((*source)(nil).request(ctx, t, false)); !errors.Is(err, context.Canceled) { //nolint:bodyclose // there is none
+				t.Errorf("RoundTrip() = %v", err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			sides.Setup{}.InBubbles(t, []sides.Kind{sides.Embedded}, func(t *testing.T, side *sides.Side) {
+				up := newUpstream(reply{status: 429, retryAfter: "1"})
+				rt := httpguard.NewTransport(side.Client, point, up, httpguard.WithMaxPause(0),
+					httpguard.WithRetries(headgate.RetryPolicy{Attempts: -1, Budget: 1e-300}))
+				for range 20 {
+					try(t, rt)
+				}
+				if _, err := rt.RoundTrip((*source)(nil).request(t.Context(), t, false)); err != nil { //nolint:bodyclose // it is in memory
+					t.Error(err)
+				}
+				if n := len(up.requests()); n != 20+1+10 {
+					t.Errorf("%d requests were sent want 20, and one with 10 retries", n)
+				}
+			})
+		})
+	}
+}
+
 // A panic while a request waits to be sent again leaves no flow behind.
 func TestRetryPanics(t *testing.T) {
 	for name, tt := range map[string]struct {
