@@ -591,6 +591,29 @@ func TestWaitsForLongerPauses(t *testing.T) {
 	}
 }
 
+// A response that asks for less than the pause that another one has begun is returned at once if the pause is too long.
+func TestRetryWithinALongerPause(t *testing.T) {
+	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+		rt := httpguard.NewTransport(side.Client, point, base(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Path == "/long" {
+				return responding(429, http.NoBody, "Retry-After", "50")(r)
+			}
+			<-time.After(time.Second)
+			return responding(503, text("busy"), "Retry-After", "4")(r)
+		}), httpguard.WithMaxWait(30*time.Second), httpguard.WithRetries(headgate.RetryPolicy{}))
+		time.AfterFunc(500*time.Millisecond, func() { _ = try(t, rt, "https://api.example/long") })
+		begin := time.Now()
+		resp, err := rt.RoundTrip(to(t, "https://api.example/short"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if got, err := io.ReadAll(resp.Body); err != nil || string(got) != "busy" || resp.StatusCode != 503 || time.Since(begin) != time.Second {
+			t.Errorf("got %d, %q, %v after %s want the response at once", resp.StatusCode, got, err, time.Since(begin))
+		}
+	})
+}
+
 // A flow that waits in a queue when a pause begins gives its place up, and another one is started after the pause.
 func TestMaxWaitInQueues(t *testing.T) {
 	one := policy.ConcurrencyScheduler{ID: "one", Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour}
