@@ -101,8 +101,8 @@ func (s *sending) await(ctx context.Context, timer *time.Timer, during pause, le
 	}
 }
 
-// again waits until the request can be sent again, and reports whether it shall be. If not, the response is the caller's,
-// unless there is an error.
+// again waits until the request can be sent again, and reports whether to send it. If it returns false and no error, the
+// response is the caller's.
 func (s *sending) again(resp *http.Response, sent *trip) (bool, error) {
 	decided := false
 	defer func() {
@@ -115,7 +115,7 @@ func (s *sending) again(resp *http.Response, sent *trip) (bool, error) {
 	return retry, err
 }
 
-// decide is again without what a panic needs.
+// decide is again, without the end of the flow after a panic.
 func (s *sending) decide(resp *http.Response, sent *trip) (bool, error) {
 	rules, r := s.transport.rules, s.request
 	if rules.Last(s.attempt) || resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
