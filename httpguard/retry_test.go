@@ -346,7 +346,7 @@ func TestRetriesAndLimits(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					usage, err := c.Peek("")
+					usage, err := c.Peek(t.Context(), "")
 					if err != nil {
 						t.Fatal(err)
 					}
