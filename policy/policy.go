@@ -1,5 +1,5 @@
-// Package policy holds what an embedded engine enforces: plain Go values, written by hand or read from files in
-// Aperture's YAML shapes by [Load].
+// Package policy holds what an embedded engine enforces: plain Go values, written by hand or read from files by [Load].
+// Headgate's own files have the fields of these values for keys. Files in Aperture's YAML shapes are read, too.
 //
 // Names of labels and control points have up to 255 bytes of valid UTF-8 wherever a policy has one: no flow has others.
 //
