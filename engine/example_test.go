@@ -98,7 +98,7 @@ func ExampleLoad_mistake() {
 	_, err := engine.Load("testdata/typo.yaml")
 	fmt.Println(err)
 	// Output:
-	// testdata/typo.yaml:9:39: circuit.components[0].flow_control.rate_limiter.parameters.limit_by_label: unknown key; did you mean "limit_by_label_key"?
+	// testdata/typo.yaml:7:11: policies[0].components[0].rate_limiter.limit_on: unknown key; did you mean "limit_by"?
 }
 
 // One export at a time: the second is rejected until the first has ended.
