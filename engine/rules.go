@@ -182,7 +182,8 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, d := range p.Describe() {
-		c, kind := p.Components[i], kinds[d.Kind]
+		c, _ := d.Component.(policy.Component)
+		kind := kinds[d.Kind]
 		built, err := kind.install(e, c, d, agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c)})
 		if err == nil {
 			selectors := built.selectors

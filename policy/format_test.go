@@ -264,6 +264,9 @@ func (m maker) expression(depth int) policy.Expression {
 func random(seed uint64) policy.Policy {
 	m := maker{rand.New(rand.NewPCG(seed, 1))}
 	p := policy.Policy{Name: pick(m, words...)}
+	if m.IntN(2) == 0 {
+		p.Labels = map[string]string{"user_type": pick(m, words...), "1": "b"}
+	}
 	for i, kind := range allKinds {
 		c := reflect.New(reflect.TypeOf(kind)).Elem()
 		c.Set(reflect.ValueOf(m.component(kind)))

@@ -16,6 +16,7 @@ type keyRow struct {
 	rule  keyRule // what a file may say
 	zero  float64 // what a 0 in a file becomes, where Go's zero means a default; 0 for none
 	value bool    // flows are compared with it
+	label bool    // it names a label
 }
 
 // A keyRule is what a file may say about a field.
@@ -32,6 +33,7 @@ const (
 // meaning. A field without a row cannot be said in a file, and a test finds it.
 var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "Policy.Name", rule: required},
+	{field: "Policy.Labels"},
 	{field: "Components", rule: required},
 
 	{field: "ID"},
@@ -39,8 +41,8 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "PassThrough"},
 	{field: "DryRun"},
 	{field: "DeniedStatus", rule: nonzero},
-	{field: "LimitBy"},
-	{field: "TokensLabel"},
+	{field: "LimitBy", label: true},
+	{field: "TokensLabel", label: true},
 	{field: "MaxIdle", zero: float64(KeepIdle)},
 	{field: "MaxDebt", zero: math.SmallestNonzeroFloat64},
 
@@ -77,9 +79,9 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "Workloads"},
 	{field: "Default"},
 	{field: "Margin", zero: float64(time.Nanosecond)}, // practically none
-	{field: "PriorityLabel"},
-	{field: "WorkloadLabel"},
-	{field: "FairnessLabel"},
+	{field: "PriorityLabel", label: true},
+	{field: "WorkloadLabel", label: true},
+	{field: "FairnessLabel", label: true},
 	{field: "MaxQueue", rule: nonzero},
 	{field: "Workload.Name"},
 	{field: "WorkloadParameters", rule: inline},
@@ -104,7 +106,7 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 
 	// Samplers and load ramps.
 	{field: "AcceptPercentage", rule: required},
-	{field: "SessionLabel"},
+	{field: "SessionLabel", label: true},
 	{field: "PassThroughValues", value: true},
 	{field: "RampMode"},
 	{field: "Steps", rule: required},

@@ -162,7 +162,8 @@ func (p Policy) Describe() []components.Description {
 	var ids identifier
 	for i, c := range p.Components {
 		c, _ := asValue(c)
-		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Reads: c.reads}
+		c = reading(c, p.Labels)
+		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Component: c, Reads: c.reads}
 	}
 	return described
 }

@@ -7,6 +7,9 @@ type Description struct {
 	Name string // of its kind, as in policy files
 	ID   string // its own, or the default
 
+	// Component is the policy.Component with the labels that it reads under the names of its policy.
+	Component any
+
 	// Reads calls read with each label that the component reads, and with "" where it could name one and does not.
 	Reads func(read func(of Role, label string))
 }
