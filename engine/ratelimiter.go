@@ -13,14 +13,16 @@ import (
 func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Capacity, p.DryRun
-	l := newLimiter(e, c, p.MaxIdle, &bucket.Rule{
+	rule := &bucket.Rule{
 		Capacity: p.Capacity,
 		Fill:     p.Fill,
 		Interval: float64(p.Interval),
 		Step:     p.StepFill,
 		Delay:    p.DelayInitialFill,
 		MaxDebt:  p.MaxDebt,
-	})
+	}
+	in.escalate(e, p.When, rule, nil)
+	l := newLimiter(e, c, p.MaxIdle, rule)
 	l.costsBy(p.TokensLabel)
 	l.passThrough = p.PassThrough
 	return l, nil

@@ -36,6 +36,7 @@ type installed struct {
 	acts      selectors         // in the order of the policy
 	sinks     map[string][]latencySink
 	controls  []func(now int64) // what the controller does
+	looks     []func(now int64) // what it does each second
 	retired   atomic.Bool       // it is no longer in force
 	reported  uint64            // overflows that were logged; only the sweeper uses it
 }

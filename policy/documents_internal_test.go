@@ -516,7 +516,7 @@ func keyTables(s sources) string {
 var inlineTitles = map[string]string{
 	"Scheduler": "A queue", "Workload": "A workload", "WorkloadParameters": "How a workload waits", "Selector": "A selector",
 	"LabelMatcher": "Conditions", "Requirement": "A requirement", "Gradient": "A gradient", "RampStep": "A step of a ramp",
-	"MeanLatency": "A mean latency",
+	"MeanLatency": "A mean latency", "Escalation": "An escalation",
 }
 
 func anchor(title string) string { return strings.ReplaceAll(strings.ToLower(title), " ", "-") }

@@ -44,6 +44,31 @@ func ExampleLoad() {
 	// cl-basic: 2 flows at once for each user_id
 }
 
+// Policies in Aperture's format become a file in Headgate's own.
+func ExampleFormat() {
+	policies, err := policy.Load("testdata/rl-basic.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	text, err := policy.Format(policies)
+	fmt.Print(string(text), err)
+	// Output:
+	// headgate: 1
+	// policies:
+	//   - name: rl-basic
+	//     components:
+	//       - rate_limiter:
+	//           id: root.0
+	//           at: [rl-basic]
+	//           capacity: 5
+	//           fill: 2
+	//           interval: 1s
+	//           limit_by: user_id
+	//           tokens_label: tokens
+	// <nil>
+}
+
 // A port may take its number from a variable, and dynamicConfig may set that. What a file says that is of no use here is
 // a warning.
 func ExampleLoad_variables() {

@@ -150,6 +150,8 @@ func (m maker) fill(v reflect.Value, name string, depth int) {
 		if m.IntN(3) == 0 {
 			return
 		}
+	case "When": // needs another component
+		return
 	}
 	switch p := v.Addr().Interface().(type) {
 	case *time.Duration:
@@ -276,6 +278,10 @@ func random(seed uint64) policy.Policy {
 		}
 		p.Components = append(p.Components, c.Interface().(policy.Component))
 	}
+	when := policy.Escalation{Load: p.Describe()[4].ID, Below: m.Float64() + 0.1, For: time.Minute, Capacity: pick(m, 0, 2.5)}
+	limit, queue := p.Components[0].(policy.RateLimiter), p.Components[2].(policy.QuotaScheduler)
+	limit.When, queue.When = when, when
+	p.Components[0], p.Components[2] = limit, queue
 	return p
 }
 

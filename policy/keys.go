@@ -52,6 +52,10 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "Interval", rule: required},
 	{field: "StepFill"},
 	{field: "DelayInitialFill"},
+	{field: "When"},
+	{field: "Load", rule: required},
+	{field: "Below", rule: required},
+	{field: "For"},
 
 	// Concurrency limiters and schedulers.
 	{field: "Max", rule: required},

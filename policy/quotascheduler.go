@@ -35,6 +35,9 @@ type QuotaScheduler struct {
 	// MaxDebt is as in [RateLimiter]. It needs the TokensLabel of Scheduler.
 	MaxDebt float64
 
+	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
+	When Escalation
+
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
@@ -62,6 +65,7 @@ func (s QuotaScheduler) check(wrong report) {
 	checkPositive(wrong.sub(".Interval"), s.Interval)
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	checkDebt(wrong.sub(".MaxDebt"), s.MaxDebt, "Scheduler.TokensLabel", s.Scheduler.TokensLabel)
+	s.When.check(wrong.sub(".When"))
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 

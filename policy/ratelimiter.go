@@ -50,6 +50,9 @@ type RateLimiter struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
+	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
+	When Escalation
+
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
@@ -76,6 +79,7 @@ func (l RateLimiter) check(wrong report) {
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkDebt(wrong.sub(".MaxDebt"), l.MaxDebt, "TokensLabel", l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	l.When.check(wrong.sub(".When"))
 }
 
 func (d *decoder) rateLimiter(c component) Component {

@@ -139,7 +139,9 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 	case reflect.Int:
 		to.SetInt(int64(d.shortCount(v, field)))
 	case reflect.Struct:
-		d.structure(v, to)
+		if v.node != nil || d.learned != nil {
+			d.structure(v, to)
+		}
 	case reflect.Pointer:
 		if v.node != nil || d.learned != nil {
 			made := reflect.New(to.Type().Elem())

@@ -64,6 +64,7 @@ func (p Policy) check(wrong report) {
 			taken[id] = i
 		}
 	}
+	checkEscalations(wrong, p.Components)
 }
 
 func checkNumber(wrong report, n float64) {

@@ -242,6 +242,34 @@ func (t *Table[S]) Counted() uint64 {
 	return n
 }
 
+// Each calls f with each entry, locked, and with the spill. It locks one entry at a time. Keys that are made meanwhile may be left
+// out.
+func (t *Table[S]) Each(f func(*Entry[S])) {
+	var entries []*Entry[S]
+	for i := range t.shards {
+		s := &t.shards[i]
+		entries = entries[:0]
+		s.mu.Lock()
+		slots := *s.slots.Load()
+		for j := range slots {
+			if e := slots[j].Load(); e != nil && e != s.tombstone {
+				entries = append(entries, e)
+			}
+		}
+		s.mu.Unlock()
+		for _, e := range entries {
+			e.mu.Lock()
+			if !e.gone {
+				f(e)
+			}
+			e.mu.Unlock()
+		}
+	}
+	t.spill.mu.Lock()
+	f(&t.spill)
+	t.spill.mu.Unlock()
+}
+
 func (s *shard[S]) find(hash uint32, key string) *Entry[S] {
 	slots := *s.slots.Load()
 	mask := uint32(len(slots) - 1)
