@@ -184,13 +184,16 @@ func (w *writer) mapping(v reflect.Value, at string) *written {
 		values[key.String()] = value
 	}
 	out := &written{}
-	for _, key := range slices.Sorted(maps.Keys(values)) {
-		at := equal(at, key)
-		entry := writtenEntry{key: w.text(key, at).scalar}
+	for i, key := range slices.Sorted(maps.Keys(values)) {
+		part := equal(at, key)
+		if v.Type().Elem().Kind() == reflect.Struct { // the key is a value of a label, which no error shows
+			part = at + "[" + strconv.Itoa(i) + "]"
+		}
+		entry := writtenEntry{key: w.text(key, part).scalar}
 		if value := values[key]; value.Kind() == reflect.String {
-			entry.value = w.text(value.String(), at)
+			entry.value = w.text(value.String(), part)
 		} else {
-			entry.value = w.structure(value, at+".")
+			entry.value = w.structure(value, part+".")
 		}
 		out.entries = append(out.entries, entry)
 	}

@@ -11,7 +11,7 @@ import (
 
 // A keyRow says how short files say a field of a Go value.
 type keyRow struct {
-	field string  // its name, or its type's name and its own, for that type only
+	field string  // its name; or its type's name and its own, or a star for all of a type
 	key   string  // "" is its name in snake case
 	rule  keyRule // what a file may say
 	zero  float64 // what a 0 in a file becomes, where Go's zero means a default; 0 for none
@@ -180,6 +180,12 @@ var shapes = sync.OnceValue(func() map[reflect.Type]*shape { //nolint:gochecknog
 		var keys []string
 		for field := range t.Fields() {
 			row, ok := rows[t.Name()+"."+field.Name]
+			if !ok {
+				row, ok = rows[t.Name()+".*"]
+				if field.Type.Kind() != reflect.Float64 {
+					row.zero = 0 // there is no number that is as good as 0
+				}
+			}
 			if !ok {
 				row, ok = rows[field.Name]
 			}

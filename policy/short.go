@@ -3,9 +3,12 @@ package policy
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/slip"
 )
 
 // Headgate's own files have the fields of this package's values for keys; see keys.go. The decoder reads them by
@@ -166,26 +169,37 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 }
 
 // shortMap reads a mapping whose keys are the user's: names or values of labels. Its values are text, or structs.
-func (d *decoder) shortMap(v value, field *shapeField, to reflect.Value) {
+func (d *decoder) shortMap(v value, f *shapeField, to reflect.Value) {
 	of := to.Type().Elem()
 	if d.learned != nil {
 		if of.Kind() == reflect.Struct {
-			// A star stands for all keys of the user's among the paths that a decoder learns.
-			d.structure(v.missing("*"), reflect.New(of).Elem())
+			d.structure(value{up: d.keep(v)}, reflect.New(of).Elem())
 		}
 		return
 	}
 	if !d.is(v, mapping) {
 		return
 	}
-	made := reflect.MakeMapWithSize(to.Type(), len(v.entries))
-	for _, e := range v.entries {
+	entries := slices.SortedFunc(slices.Values(v.entries), func(a, b entry) int { return strings.Compare(a.key, b.key) })
+	made := reflect.MakeMapWithSize(to.Type(), len(entries))
+	if of.Kind() == reflect.Struct {
+		v.here = d.keep(v)
+	}
+	for i, e := range entries {
 		part, element := v.part(e), reflect.New(of).Elem()
+		field := equal(v.field, e.key)
+		if of.Kind() == reflect.Struct { // the key is a value of a label, which no error shows
+			part.named, part.index = false, i
+			field = v.field + "[" + strconv.Itoa(i) + "]"
+			if why := slip.In(e.key); why != "" {
+				d.warn(part, "flows hardly have this value: "+why)
+			}
+		}
 		if d.sources != nil {
-			part.field = equal(v.field, e.key)
+			part.field = field
 			at := part
 			at.line, at.column = e.line, e.column // what is wrong is mostly the key
-			d.note(part.field, at)
+			d.note(field, at)
 		}
 		switch {
 		case of.Kind() == reflect.Struct:
@@ -195,7 +209,7 @@ func (d *decoder) shortMap(v value, field *shapeField, to reflect.Value) {
 			d.structure(part, element)
 		case part.node == nil:
 			d.errorf(part, "want %s, have %s", text, null)
-		case field.value:
+		case f.value:
 			element.SetString(d.labelValue(part))
 		default:
 			element.SetString(d.text(part))
