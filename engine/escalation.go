@@ -9,18 +9,13 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// escalate has the rule have other numbers while a load scheduler lets in too little. Changed is called after each change;
-// it may be nil.
-func (p *installed) escalate(e *Engine, when policy.Escalation, rule *bucket.Rule, changed func()) {
+// escalate returns the changes to other numbers and back, while a load scheduler lets in too little; nil if there is no
+// escalation. Changed is called after each change; it may be nil.
+func (p *installed) escalate(e *Engine, when policy.Escalation, changed func()) *bucket.Changes {
 	if when.Load == "" {
-		return
+		return nil
 	}
-	other := *rule
-	other.Capacity, other.Fill = when.Capacity, when.Fill
-	if other.MaxDebt == 0 { // which is the capacity; a debt is not forgiven because of a smaller one
-		other.MaxDebt = cmp.Or(rule.Capacity, math.SmallestNonzeroFloat64)
-	}
-	rule.Other, rule.Changes = &other, new(bucket.Changes)
+	changes := new(bucket.Changes)
 	from := componentName{p.named.policy, when.Load}
 	below, escalated := int64(-1), false // since when it is below; -1 if it is not
 	p.looks = append(p.looks, func(now int64) {
@@ -37,7 +32,7 @@ func (p *installed) escalate(e *Engine, when policy.Escalation, rule *bucket.Rul
 			return
 		}
 		escalated = is
-		rule.Changes.Set(e.now(), is)
+		changes.Set(e.now(), is)
 		if changed != nil {
 			changed()
 		}
@@ -48,6 +43,21 @@ func (p *installed) escalate(e *Engine, when policy.Escalation, rule *bucket.Rul
 			e.logger.Info("headgate: a limiter has its own numbers again", "policy", from.policy, "component", p.named.id)
 		}
 	})
+	return changes
+}
+
+// escalated gives the rule the other numbers for the times that changes say, if that is not nil.
+func escalated(rule *bucket.Rule, when policy.Escalation, changes *bucket.Changes) *bucket.Rule {
+	if changes == nil {
+		return rule
+	}
+	other := *rule
+	other.Capacity, other.Fill = when.Capacity, when.Fill
+	if other.MaxDebt == 0 { // which is the capacity; a debt is not forgiven because of a smaller one
+		other.MaxDebt = cmp.Or(rule.Capacity, math.SmallestNonzeroFloat64)
+	}
+	rule.Other, rule.Changes = &other, changes
+	return rule
 }
 
 // desired returns the load multiplier that a load scheduler was last set to; NaN if it accepts every flow.

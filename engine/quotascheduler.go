@@ -9,20 +9,20 @@ import (
 func newQuotaScheduler(e *Engine, in *installed, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Capacity, p.DryRun
-	rule := &bucket.Rule{
+	var s *scheduler[bucket.State]
+	changes := in.escalate(e, p.When, func() { s.wake() })
+	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, escalated(&bucket.Rule{
 		Capacity: p.Capacity,
 		Fill:     p.Fill,
 		Interval: float64(p.Interval),
 		Step:     p.StepFill,
 		Delay:    p.DelayInitialFill,
 		MaxDebt:  p.MaxDebt,
-	}
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, rule)
+	}, p.When, changes))
 	if err != nil {
 		return nil, err
 	}
 	s.passThrough = p.PassThrough
-	in.escalate(e, p.When, rule, s.wake)
 	return s, nil
 }
 

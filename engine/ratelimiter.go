@@ -13,16 +13,14 @@ import (
 func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Capacity, p.DryRun
-	rule := &bucket.Rule{
+	l := newLimiter(e, c, p.MaxIdle, escalated(&bucket.Rule{
 		Capacity: p.Capacity,
 		Fill:     p.Fill,
 		Interval: float64(p.Interval),
 		Step:     p.StepFill,
 		Delay:    p.DelayInitialFill,
 		MaxDebt:  p.MaxDebt,
-	}
-	in.escalate(e, p.When, rule, nil)
-	l := newLimiter(e, c, p.MaxIdle, rule)
+	}, p.When, in.escalate(e, p.When, nil)))
 	l.costsBy(p.TokensLabel)
 	l.passThrough = p.PassThrough
 	return l, nil
