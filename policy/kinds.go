@@ -162,6 +162,9 @@ func (p Policy) Describe() []components.Description {
 	for i, c := range p.Components {
 		c, _ := asValue(c)
 		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Reads: c.reads}
+		if l, ok := c.(limited); ok {
+			described[i].With = withOf(l)
+		}
 	}
 	return described
 }
