@@ -191,6 +191,9 @@ func (k *kept[S, R]) of(e *keys.Entry[S]) *numbers[R] {
 
 // others is of for an entry with numbers that are not the component's own, or are not in force any more.
 func (k *kept[S, R]) others(e *keys.Entry[S], t *terms[R]) *numbers[R] {
+	if e.Gone() { // a flow that has waited there was slow to notice; nobody else comes there, and it is not moved any more
+		return t.own
+	}
 	if e.Mark()&1 != t.turn {
 		k.move(e, t)
 	}

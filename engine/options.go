@@ -81,13 +81,14 @@ func WithLogger(logger *slog.Logger) Option {
 
 // WithOverrides has f say which numbers a value of a component's label has, such as those of a customer that live in a database. It
 // returns false for those of the component. It is asked about a value that the component does not know, before the flow is decided
-// about, and about all values that it knows whenever [Engine.Apply] or a reload comes into force. It is not asked where the policy's
+// about, by [Component.Peek], and about all values that it knows whenever [Engine.Apply] or a reload comes into force. It is not asked where the policy's
 // own Overrides have the value. Component is the ID of the component: give components IDs of their own if f is to tell apart those of
 // several policies. By default there is no such function.
 //
 // The engine calls f from the goroutines of flows, for several at once, and holds no lock meanwhile. A value that has just come to be
 // known may be asked about twice. A flow waits for f, and so does Apply, so f must be quick: it answers from memory, and
-// does not ask the database. A panic of f is not recovered. Whoever can make up values has f called for each of them; WithKeyCap
+// does not ask the database. It must not
+// call Apply or Close. A panic of f is not recovered. Whoever can make up values has f called for each of them; WithKeyCap
 // bounds how many of them are remembered, and for those beyond f is not called.
 //
 // Numbers that the component cannot have are not used: those of the component hold. They are counted in

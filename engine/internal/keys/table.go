@@ -76,7 +76,8 @@ func (e *Entry[S]) Mark() uint32 { return e.mark &^ goneMark }
 // SetMark notes a number below 1<<31 with the entry. The lock guards it.
 func (e *Entry[S]) SetMark(mark uint32) { e.mark = e.mark&goneMark | mark&^goneMark }
 
-func (e *Entry[S]) gone() bool { return e.mark&goneMark != 0 }
+// Gone reports whether the entry, which is locked, has left its table.
+func (e *Entry[S]) Gone() bool { return e.mark&goneMark != 0 }
 
 // Lock locks the entry.
 func (e *Entry[S]) Lock() { e.mu.Lock() }
@@ -141,7 +142,7 @@ func (t *Table[S]) Lock(key string, now int64) *Entry[S] {
 			}
 		}
 		e.mu.Lock()
-		if !e.gone() {
+		if !e.Gone() {
 			e.used = second(now)
 			return e
 		}
@@ -184,7 +185,7 @@ func (t *Table[S]) LockOwn(key string, now int64, fresh func(*Entry[S], int64)) 
 			}
 		}
 		e.mu.Lock()
-		if !e.gone() {
+		if !e.Gone() {
 			e.used = second(now)
 			return e
 		}
@@ -205,7 +206,7 @@ func (t *Table[S]) LockKnown(key string) *Entry[S] {
 			return nil
 		}
 		e.mu.Lock()
-		if !e.gone() {
+		if !e.Gone() {
 			return e
 		}
 		e.mu.Unlock()
@@ -226,7 +227,7 @@ func (t *Table[S]) LockPeek(key string) *Entry[S] {
 			return nil
 		}
 		e.mu.Lock()
-		if !e.gone() {
+		if !e.Gone() {
 			return e
 		}
 		e.mu.Unlock()
@@ -336,7 +337,7 @@ func (t *Table[S]) crowd(s *shard[S], now int64) {
 func (t *Table[S]) Each(f func(*Entry[S])) {
 	for e := range t.Entries {
 		e.mu.Lock()
-		if !e.gone() {
+		if !e.Gone() {
 			f(e)
 		}
 		e.mu.Unlock()

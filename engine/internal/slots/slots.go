@@ -67,7 +67,7 @@ func (r *Rule) Take(f *State, now int64, tokens float64) source.Taken {
 		d.Slot = f.take(now, min(tokens, source.MaxCost))
 	default:
 		d.OK = false
-		if f.oldest != none {
+		if f.oldest != none && r.Limit > 0 {
 			d.Wait = f.slots[f.oldest].since + r.MaxInflight - now
 		}
 	}
