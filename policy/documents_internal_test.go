@@ -28,7 +28,7 @@ var Update = flag.Bool("update", false, "write the files that tests compare with
 // zeroMeans says what a 0 in a file means, for the fields whose zero in Go means a default.
 var zeroMeans = map[string]string{
 	"MaxIdle": "as long as there is room", "MaxDebt": "none", "Margin": "none", "Tokens": "free", "QueueTimeout": "it does not wait",
-	"LinearIncrement": "nothing is added", "Gradient.Min": "0", "Gradient.Max": "0",
+	"LinearIncrement": "nothing is added", "Gradient.Min": "0", "Gradient.Max": "0", "Override.*": "0",
 }
 
 // sources are the comments and constants of this package.
@@ -516,7 +516,7 @@ func keyTables(s sources) string {
 var inlineTitles = map[string]string{
 	"Scheduler": "A queue", "Workload": "A workload", "WorkloadParameters": "How a workload waits", "Selector": "A selector",
 	"LabelMatcher": "Conditions", "Requirement": "A requirement", "Gradient": "A gradient", "RampStep": "A step of a ramp",
-	"MeanLatency": "A mean latency", "Escalation": "An escalation",
+	"MeanLatency": "A mean latency", "Escalation": "An escalation", "Override": "An override",
 }
 
 func anchor(title string) string { return strings.ReplaceAll(strings.ToLower(title), " ", "-") }

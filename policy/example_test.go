@@ -3,6 +3,7 @@ package policy_test
 import (
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/headgate-go/headgate/policy"
@@ -207,6 +208,21 @@ func ExampleComponent() {
 		},
 	}
 	p := policy.Policy{Name: "all-kinds", Components: components}
+	fmt.Println(p.Validate())
+	// Output: <nil>
+}
+
+// Two tenants with numbers of their own: one that may do more, and one that may do nothing.
+func ExampleOverride() {
+	search := policy.RateLimiter{
+		Selectors: policy.At("search"), LimitBy: "tenant",
+		Capacity: 20, Fill: 10, Interval: time.Minute,
+		Overrides: map[string]policy.Override{
+			"acme":    {Capacity: 200, Fill: 100},
+			"trial-7": {Capacity: math.SmallestNonzeroFloat64}, // which means 0
+		},
+	}
+	p := policy.Policy{Name: "search", Components: []policy.Component{search}}
 	fmt.Println(p.Validate())
 	// Output: <nil>
 }

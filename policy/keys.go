@@ -43,6 +43,8 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "DeniedStatus", rule: nonzero},
 	{field: "LimitBy", label: true},
 	{field: "TokensLabel", label: true},
+	{field: "Overrides"},
+	{field: "Override.*", rule: nonzero, zero: math.SmallestNonzeroFloat64},
 	{field: "MaxIdle", zero: float64(KeepIdle)},
 	{field: "MaxDebt", zero: math.SmallestNonzeroFloat64},
 

@@ -164,6 +164,9 @@ func (p Policy) Describe() []components.Description {
 		c, _ := asValue(c)
 		c = reading(c, p.Labels)
 		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Component: c, Reads: c.reads}
+		if l, ok := c.(limited); ok {
+			described[i].With = withOf(l)
+		}
 	}
 	return described
 }

@@ -139,6 +139,28 @@ func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forg
 	return 0
 }
 
+// Inherit carries the balance over. A step that is under way goes on, unless steps are shorter now: then it begins anew, so that the
+// time before counts for one of them at the most.
+func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
+	old, ok := before.(*Rule)
+	if !ok || *old == *r {
+		return
+	}
+	old = old.inForce(b, now)
+	old.refill(b, now)
+	b.tokens = source.Carry(b.tokens, old.Capacity, r.Capacity)
+	switch {
+	case r.Delay && b.start > now: // no longer than it takes to fill by the new numbers
+		b.start = min(b.start, now+r.timeToFill(r.Capacity))
+		b.last = b.start
+		if r.Step {
+			b.last -= int64(r.Interval)
+		}
+	case r.Step && r.Interval < old.Interval:
+		b.last = max(b.last, now)
+	}
+}
+
 // Usage returns what the bucket holds, which is less than nothing if it is in debt.
 func (r *Rule) Usage(b *State, now int64) source.Usage {
 	r = r.inForce(b, now)
