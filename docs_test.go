@@ -310,6 +310,11 @@ func TestPolicyKeys(t *testing.T) {
 		}
 	}
 
+	// Other tables are written by a test of package policy.
+	if before, rest, found := strings.Cut(text, "<!-- generated: keys -->"); found {
+		_, after, _ := strings.Cut(rest, "<!-- /generated -->")
+		text = before + after
+	}
 	var header []string
 	for line := range strings.Lines(text) {
 		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")

@@ -30,6 +30,9 @@ const (
 	rateLimited = "rate"        // a rate limiter, keyed by user
 	oneKey      = "one-key"     // the same, for the rows with label maps in turn
 	manyKeys    = "many-keys"   // the same
+	exception   = "exception"   // a rate limiter, keyed by user, with an override for the user
+	exceptions  = "exceptions"  // the same, with overrides for others too
+	indebted    = "indebted"    // a rate limiter, keyed by user, whose flows cost more than they took
 	concurrency = "concurrency" // a concurrency limiter
 	settled     = "settled"     // a rate limiter, keyed by user, whose flows are settled
 	quota       = "quota"       // a quota scheduler, keyed by user
@@ -38,12 +41,28 @@ const (
 	breaker     = "breaker"     // a circuit breaker, keyed by user
 )
 
+// manyOverrides is how many overrides the limiter with many of them has.
+const manyOverrides = 10_000
+
 // policies never reject: what is measured is a call that is let through.
 func policies(keys int) []policy.Policy {
 	limit := func(at, by string) policy.RateLimiter {
 		return policy.RateLimiter{Selectors: policy.At(at), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: by}
 	}
+	overriding := func(at string, many int) policy.RateLimiter {
+		l := limit(at, "user_id")
+		l.Overrides = map[string]policy.Override{"u": {Capacity: 2e12, Fill: 2e12}}
+		for i := range many - 1 {
+			l.Overrides["user-"+strconv.Itoa(i)] = policy.Override{Capacity: float64(1 + i)}
+		}
+		return l
+	}
 	return []policy.Policy{
+		{Name: "exception", Components: []policy.Component{overriding(exception, 1)}},
+		{Name: "exceptions", Components: []policy.Component{overriding(exceptions, manyOverrides)}},
+		{Name: "indebted", Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At(indebted), Capacity: 10, Fill: 1e-6, Interval: time.Second, LimitBy: "user_id", TokensLabel: "tokens",
+		}}},
 		{Name: "per-user", Components: []policy.Component{limit(rateLimited, "user_id")}},
 		{Name: "per-tenant", Components: []policy.Component{limit(oneKey, "tenant")}},
 		{Name: fmt.Sprintf("%d-users", keys), Components: []policy.Component{limit(manyKeys, "user_id")}},
@@ -79,11 +98,12 @@ func workFlow(context.Context, *flowctl.Flow) error { _, err := work(); return e
 
 // engines are the rows that need no network.
 type engines struct {
-	ctx         context.Context //nolint:containedctx // the run's
-	engine      *engine.Engine
-	client      *flowctl.Client
-	users       []map[string]string // of different users of one tenant
-	bytesPerKey float64
+	ctx    context.Context //nolint:containedctx // the run's
+	engine *engine.Engine
+	client *flowctl.Client
+	users  []map[string]string // of different users of one tenant
+
+	bytesPerKey, bytesPerDebt float64
 }
 
 func openEngines(ctx context.Context, keys int) (*engines, error) {
@@ -98,7 +118,7 @@ func openEngines(ctx context.Context, keys int) (*engines, error) {
 	return &engines{ctx: ctx, engine: limits, client: client}, nil
 }
 
-// fill makes the many users, and gives each a key in their limiter.
+// fill makes the many users, and gives each a key in their limiter, and one in debt in another.
 func (e *engines) fill(keys int) error {
 	e.users = make([]map[string]string, keys)
 	text := 0
@@ -113,7 +133,18 @@ func (e *engines) fill(keys int) error {
 			return err
 		}
 	}
-	e.bytesPerKey = (heap() - before - float64(text)) / float64(keys)
+	between := heap()
+	owe := func(_ context.Context, flow *flowctl.Flow) error {
+		flow.Settle("tokens", 15)
+		return nil
+	}
+	for _, labels := range e.users {
+		if err := headgate.Do(e.ctx, e.client, indebted, flowctl.Params{Labels: labels}, owe); err != nil {
+			return err
+		}
+	}
+	e.bytesPerKey = (between - before - float64(text)) / float64(keys)
+	e.bytesPerDebt = (heap() - between - float64(text)) / float64(keys)
 	return nil
 }
 
@@ -132,6 +163,7 @@ const (
 	keyedLimiter = "Guard, one keyed rate limiter"
 	ownKeys      = "Guard, one keyed rate limiter, a key for each caller"
 	doKeyed      = "Do, one keyed rate limiter"
+	oneOverride  = "Guard, one keyed rate limiter, 1 override"
 	floor        = "floor: clock read, allocation of a flow, mutex"
 	queueing     = "failsafe-go bulkhead with queueing"
 )
@@ -151,6 +183,10 @@ func (e *engines) rows() []*row {
 			{inScaling, "", 0, true},
 			{inScaling, floor, 1, false},
 			{inParallel, keyedLimiter, 0, true},
+		}},
+		{name: oneOverride, call: e.guard(exception), targets: []target{{inTime, keyedLimiter, 0, true}}},
+		{name: fmt.Sprintf("Guard, one keyed rate limiter, %d overrides", manyOverrides), call: e.guard(exceptions), targets: []target{
+			{inTime, oneOverride, 1.05, false},
 		}},
 		{name: floor, call: leastWork, targets: []target{{inScaling, "", 0, true}}},
 		{name: doKeyed, call: e.do(rateLimited), targets: []target{

@@ -120,6 +120,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	}
 	fmt.Fprintf(stdout, "limiter with %d keys: %.0f bytes a key beyond its text; target ≤ 96: %s\n",
 		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 96))
+	fmt.Fprintf(stdout, "limiter with %d keys in debt: %.0f bytes a key beyond its text; target ≤ 96: %s\n",
+		*keys, e.bytesPerDebt, verdict(e.bytesPerDebt <= 96))
 	return nil
 }
 

@@ -74,6 +74,9 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 			o.Ended = agentapi.EndedUnknown
 		}
 	}
+	if e.overrides != nil && o.Labels == nil { // a key may be made again, and its value may be longer than its name
+		o.Labels = &req.Labels
+	}
 	var r agentapi.Returns
 	if v.Rejected() && !req.DryRun() { // it was undone when it was rejected
 		return r, nil

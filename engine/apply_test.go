@@ -56,7 +56,7 @@ func peek(t testing.TB, e *engine.Engine, component string, want engine.Usage) {
 	}
 }
 
-// A component that stays the same keeps its state, whatever changes beside it.
+// A component that stays the same keeps its state, whatever changes beside it, and so does one whose numbers change.
 func TestApplyKeeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ramp := policy.LoadRamp{
@@ -75,7 +75,7 @@ func TestApplyKeeps(t *testing.T) {
 		apply(t, e, changed(7), ramp, held, rate)
 		peek(t, e, "rate", engine.Usage{Capacity: 10, Remaining: 9})
 		peek(t, e, "held", engine.Usage{Capacity: 10, Remaining: 9, InFlight: 1})
-		peek(t, e, "changed", engine.Usage{Capacity: 7, Remaining: 7})
+		peek(t, e, "changed", engine.Usage{Capacity: 7, Remaining: 6})
 		if r, ok := rampOf(e, "test", "ramp"); !ok || r.Percentage() != 50 {
 			t.Errorf("the ramp does not go on: %v", ok)
 		}
@@ -105,11 +105,12 @@ func TestApplyInFlight(t *testing.T) {
 		}
 		e, c := reloadable(t, []policy.Component{limit(1)})
 		embedded := start(t, c, flowctl.Params{})
-		apply(t, e, limit(2))
+		apply(t, e, limit(3))
 		served, late := start(t, c, flowctl.Params{}), start(t, c, flowctl.Params{})
 		apply(t, e, limit(1))
-		apply(t, e, limit(2))
-		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 2, Remaining: 2})
+		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 1, Remaining: -2, InFlight: 3})
+		apply(t, e, limit(3))
+		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 3, InFlight: 3})
 
 		if got := end(embedded); got.Returned != 1 {
 			t.Errorf("End = %+v want the slot given back", got)
@@ -122,7 +123,7 @@ func TestApplyInFlight(t *testing.T) {
 		if got := endSlot(served); got != "true true" {
 			t.Errorf("EndSlot = %s want it returned", got)
 		}
-		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 2, Remaining: 2})
+		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 3, Remaining: 2, InFlight: 1})
 		if got := endSlot(served); got != "true false" {
 			t.Errorf("the second EndSlot = %s want it known", got)
 		}
@@ -135,7 +136,8 @@ func TestApplyInFlight(t *testing.T) {
 	})
 }
 
-// A flow that waits in a queue that is retired is decided about anew.
+// A flow that waits in a queue that is retired is decided about anew. A queue whose numbers change goes on. The flows that never get
+// their tokens by the new numbers are decided about anew.
 func TestApplyWaiters(t *testing.T) {
 	first := slots(func(l *policy.ConcurrencyLimiter) { l.ID, l.Max, l.MaxInflight = "first", 10, time.Hour })[0]
 	full := quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Fill, q.Interval = "queue", 1, 1, time.Minute })
@@ -153,7 +155,12 @@ func TestApplyWaiters(t *testing.T) {
 		{"a larger one", []policy.Component{first, quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity = "queue", 3 })}, 2, 0, 3},
 		{"one with less time", []policy.Component{first, quota(func(q *policy.QuotaScheduler) {
 			q.ID, q.Capacity, q.Fill, q.Interval = "queue", 1, 1, time.Hour
+		})}, 0, 0, 1},
+		{"one that fills at other times", []policy.Component{first, quota(func(q *policy.QuotaScheduler) {
+			q.ID, q.Capacity, q.Fill, q.Interval, q.StepFill = "queue", 1, 1, time.Hour, true
 		})}, 1, 0, 2},
+		{"a dry one", []policy.Component{first, quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.Fill, q.DryRun = "queue", 1, 0, true })}, 2, 0, 3},
+		{"one that lets all pass", []policy.Component{first, quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity, q.PassThrough = "queue", 1, true })}, 2, 0, 3},
 		{"one that refuses", []policy.Component{first, quota(func(q *policy.QuotaScheduler) { q.ID, q.Capacity = "queue", 0 })}, 0, 0, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -308,7 +315,7 @@ func TestApplyConcurrently(t *testing.T) {
 	peek(t, e, "new299", engine.Usage{Capacity: 100, Remaining: 100})
 }
 
-// Of many limiters, Apply keeps each that stays the same, and retires each that changes. The last one is checked.
+// Of many limiters, Apply keeps each. The last one is checked.
 func TestApplyManyLimiters(t *testing.T) {
 	n := race.Pick(1000, 5000)
 	all := func(limit float64) []policy.Policy {
@@ -336,7 +343,7 @@ func TestApplyManyLimiters(t *testing.T) {
 		want  flowctl.Decision
 	}{
 		{1, flowctl.Rejected}, // the same limiter, whose slot is taken
-		{2, flowctl.Accepted}, // another
+		{2, flowctl.Accepted}, // with a slot more
 	} {
 		if err := e.Apply(all(tt.limit)); err != nil {
 			t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/calendar"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -17,15 +18,32 @@ func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agenta
 	}
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Amount, p.DryRun
-	l := newLimiter(e, c, p.MaxIdle, &calendar.Rule{
-		Amount:  p.Amount,
-		Periods: calendar.Periods{Unit: calendarUnit(p.Period), Zone: zone, First: weekStart(p.WeekStart)},
-		Epoch:   e.epoch.Round(0), // without the monotonic reading: calendars go by the wall clock
-		MaxDebt: p.MaxDebt,
+	own := func(p policy.CalendarQuota) *numbers[source.Source[calendar.State]] {
+		return numbersOf(p.Amount, &calendar.Rule{
+			Amount:  p.Amount,
+			Periods: calendar.Periods{Unit: calendarUnit(p.Period), Zone: zone, First: weekStart(p.WeekStart)},
+			Epoch:   e.epoch.Round(0), // without the monotonic reading: calendars go by the wall clock
+			MaxDebt: p.MaxDebt,
+		})
+	}
+	l, err := newLimiter(e, limits[calendar.State]{
+		component: c, maxIdle: p.MaxIdle, mode: calendarMode{p.LimitBy, p.Period, p.TimeZone, weekStart(p.WeekStart)},
+		own: own(p), with: withNumbers(in, own), overrides: p.Overrides,
 	})
+	if err != nil {
+		return nil, err
+	}
 	l.costsBy(p.TokensLabel)
 	l.passThrough = p.PassThrough
 	return l, nil
+}
+
+// calendarMode is what must not change if quotas are to be kept: the label, and the periods.
+type calendarMode struct {
+	label  string
+	period policy.Period
+	zone   string
+	week   time.Weekday
 }
 
 func calendarUnit(p policy.Period) calendar.Unit {
@@ -52,7 +70,11 @@ func weekStart(name string) time.Weekday {
 }
 
 func warnCalendarQuota(w *warnings, of string, p policy.CalendarQuota) {
-	if !p.PassThrough {
-		w.cost(of, p.Amount, 1, p.TokensLabel)
+	if p.PassThrough {
+		return
 	}
+	w.cost(of, p.Amount, 1, p.TokensLabel)
+	overridden(of, p.Overrides, func(of string, o policy.Override) {
+		w.cost(of, replaced(p.Amount, o.Amount), 1, p.TokensLabel)
+	})
 }

@@ -181,7 +181,7 @@ func undo(ctx context.Context, v *agentapi.Verdict) {
 
 // slotsToCome reports whether the flow was dropped only because all slots were taken.
 func slotsToCome(d *agentapi.LimiterDecision) bool {
-	return d.Component.Slots && d.Component.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
+	return d.Component.Slots && d.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
 }
 
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,

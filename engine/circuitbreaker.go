@@ -22,11 +22,14 @@ const probeTimeout = time.Minute
 // Most flows come to a closed circuit. They take no lock when they come, because all that they need to know is that it is
 // closed. When they end they are counted under the lock of their key.
 type circuitBreaker struct {
-	keyed[breaker.State]
-	rule  breaker.Rule
+	keyed[breaker.State, *breaker.Rule]
 	slow  time.Duration // how long a flow may take; 0 for any time
 	plain bool          // flows that end well need not be counted
+	*circuits
+}
 
+// circuits are what circuit breakers keep of all keys, when another one follows too.
+type circuits struct {
 	opened   atomic.Uint64 // how often a circuit has opened
 	unclosed atomic.Int64  // how many circuits are not closed
 
@@ -36,45 +39,84 @@ type circuitBreaker struct {
 
 func newCircuitBreaker(e *Engine, in *installed, p policy.CircuitBreaker, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
-	probes := cmp.Or(p.Probes, 1)
-	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, cmp.Or(p.DeniedStatus, http.StatusServiceUnavailable), float64(probes), p.DryRun
+	own := breakerNumbers(p)
+	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, cmp.Or(p.DeniedStatus, http.StatusServiceUnavailable), own.capacity, p.DryRun
+	all := new(circuits)
 	b := &circuitBreaker{
-		rule: breaker.Rule{
-			Ratio: p.FailureRatio, Count: uint64(p.FailureCount), Least: uint64(p.MinFlows),
-			Step:   breaker.StepOf(min(int64(p.Window), source.Century)),
-			Open:   min(int64(p.OpenDuration), source.Century),
-			Probes: probes, Successes: cmp.Or(p.Successes, probes),
-			Timeout: min(int64(cmp.Or(p.ProbeTimeout, probeTimeout)), source.Century),
-		},
-		slow:  p.SlowAfter,
-		plain: p.FailureRatio == 0 && p.MinFlows <= p.FailureCount,
+		slow:     p.SlowAfter,
+		plain:    e.overrides == nil && len(p.Overrides) == 0 && p.FailureRatio == 0 && p.MinFlows <= p.FailureCount,
+		circuits: all,
 	}
-	b.keyed = newKeyed(e, c, p.MaxIdle, func(s *breaker.State, _ int64) { *s = breaker.State{} }, b.forget)
+	var err error
+	b.keyed, err = newKeyed(e, config[breaker.State, *breaker.Rule]{
+		component: c, maxIdle: p.MaxIdle, mode: breakerMode{p.LimitBy}, own: own, with: withNumbers(in, breakerNumbers), overrides: p.Overrides,
+		ruling: ruling[breaker.State, *breaker.Rule]{
+			fresh:   func(_ *breaker.Rule, s *breaker.State, _ int64) { *s = breaker.State{} },
+			idle:    all.forget,
+			inherit: (*breaker.Rule).Inherit,
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
 	b.passThrough = p.PassThrough
 	b.component.Settler = b
 	return b, nil
 }
 
+// breakerMode is what must not change if circuits are to be kept.
+type breakerMode struct{ label string }
+
+// breakerNumbers returns the numbers of a circuit breaker. Its capacity is that for probes.
+func breakerNumbers(p policy.CircuitBreaker) *numbers[*breaker.Rule] {
+	probes := cmp.Or(p.Probes, 1)
+	return &numbers[*breaker.Rule]{capacity: float64(probes), rule: &breaker.Rule{
+		Ratio: p.FailureRatio, Count: uint64(p.FailureCount), Least: uint64(p.MinFlows),
+		Step:   breaker.StepOf(min(int64(p.Window), source.Century)),
+		Open:   min(int64(p.OpenDuration), source.Century),
+		Probes: probes, Successes: cmp.Or(p.Successes, probes),
+		Timeout: min(int64(cmp.Or(p.ProbeTimeout, probeTimeout)), source.Century),
+	}}
+}
+
+// follow has the breaker follow one of the same label. Circuits stay open or closed.
+func (b *circuitBreaker) follow(other component) bool {
+	before, ok := other.(*circuitBreaker)
+	if !ok || before.mode != b.mode {
+		return false
+	}
+	b.followed(&before.keyed)
+	b.circuits = before.circuits
+	return true
+}
+
+func (b *circuitBreaker) takeOver() { b.change(nil) }
+
+func (b *circuitBreaker) askAgain() { b.reconsider(nil) }
+
+// oldest reports nothing: flows hold no slots of a breaker.
+func (*circuitBreaker) oldest(int64) (since int64, ok bool) { return 0, false }
+
 // forget reports whether the state's key may be forgotten, and notes what must not be forgotten with it.
-func (b *circuitBreaker) forget(s *breaker.State, now int64) bool {
-	if !b.rule.Idle(s, now) {
+func (c *circuits) forget(rule *breaker.Rule, s *breaker.State, now int64) bool {
+	if !rule.Idle(s, now) {
 		return false
 	}
 	for floor := s.Floor(); ; {
-		if old := b.floor.Load(); floor <= old || b.floor.CompareAndSwap(old, floor) {
+		if old := c.floor.Load(); floor <= old || c.floor.CompareAndSwap(old, floor) {
 			break
 		}
 	}
 	if s.Phase() != breaker.Closed {
-		b.close(s, now)
+		c.close(s, now)
 	}
 	return true
 }
 
 // close closes the circuit. Flows that are under way do not count any more.
-func (b *circuitBreaker) close(s *breaker.State, now int64) {
+func (c *circuits) close(s *breaker.State, now int64) {
 	if s.Phase() != breaker.Closed {
-		b.unclosed.Add(-1)
+		c.unclosed.Add(-1)
 	}
 	s.Close(now)
 }
@@ -92,9 +134,11 @@ func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking,
 		b.counts.decision(d)
 		return now, nil
 	}
-	e := b.lock(d, now)
-	got := b.rule.Admit(&e.State, now)
+	e := b.lock(&req.Labels, d, now)
+	n := b.of(e)
+	got := n.rule.Admit(&e.State, now)
 	e.Unlock()
+	d.Capacity = n.capacity
 	d.Remaining = float64(got.Free)
 	if got.Ticket == 0 {
 		b.rejected(e, d, now)
@@ -141,8 +185,8 @@ func (b *circuitBreaker) Settle(_ context.Context, d *agentapi.LimiterDecision, 
 		return false // nothing of it is counted
 	}
 	now := b.engine.now()
-	e := b.held(d, now)
-	back, change := b.rule.End(&e.State, now, ticket, b.outcome(now, ticket, o), b.floor.Load())
+	e := b.held(d, o.Labels, now)
+	back, change := b.of(e).rule.End(&e.State, now, ticket, b.outcome(now, ticket, o), b.floor.Load())
 	e.Unlock()
 	switch change {
 	case breaker.Opened:
@@ -162,13 +206,13 @@ func (b *circuitBreaker) Settle(_ context.Context, d *agentapi.LimiterDecision, 
 
 // held returns the entry that decided, locked. It makes a forgotten key again. Otherwise flows that take longer than their
 // key is remembered would not count.
-func (b *circuitBreaker) held(d *agentapi.LimiterDecision, now int64) *keys.Entry[breaker.State] {
+func (b *circuitBreaker) held(d *agentapi.LimiterDecision, labels *agentapi.Labels, now int64) *keys.Entry[breaker.State] {
 	if d.Spilled {
 		e := b.table.Spill()
 		e.Lock()
 		return e
 	}
-	return b.lock(d, now)
+	return b.lock(labels, d, now)
 }
 
 // outcome is what the flow's end says about what it did.
@@ -197,23 +241,32 @@ func (b *circuitBreaker) peek(_ context.Context, value string, now int64) (Usage
 }
 
 func (b *circuitBreaker) usage(value string, now int64) Usage {
-	e := b.met(value, now)
+	e, n := b.met(value, now)
 	defer e.Unlock()
-	phase, probes, free := b.rule.Usage(&e.State, now)
-	return Usage{Capacity: b.component.Capacity, Remaining: float64(free), InFlight: probes, State: phase.String()}
+	phase, probes, free := n.rule.Usage(&e.State, now)
+	return Usage{Capacity: n.capacity, Remaining: float64(free), InFlight: probes, State: phase.String()}
 }
 
 func (b *circuitBreaker) reset(_ context.Context, value string, now int64) error {
-	e := b.met(value, now)
+	e, _ := b.met(value, now)
 	defer e.Unlock()
 	b.close(&e.State, now)
 	return nil
 }
 
 func warnCircuitBreaker(w *warnings, of string, p policy.CircuitBreaker) {
-	if !p.PassThrough && p.MinFlows <= 1 && (p.FailureRatio > 0 || p.FailureCount == 1) {
-		w.impossible = append(w.impossible, of+": a single flow that fails opens the breaker: say by MinFlows how many must have ended")
+	if p.PassThrough {
+		return
 	}
+	look := func(of string, ratio float64, count, least int) {
+		if least <= 1 && (ratio > 0 || count == 1) {
+			w.impossible = append(w.impossible, of+": a single flow that fails opens the breaker: say by MinFlows how many must have ended")
+		}
+	}
+	look(of, p.FailureRatio, p.FailureCount, p.MinFlows)
+	overridden(of, p.Overrides, func(of string, o policy.Override) {
+		look(of, replaced(p.FailureRatio, o.FailureRatio), cmp.Or(o.FailureCount, p.FailureCount), cmp.Or(o.MinFlows, p.MinFlows))
+	})
 }
 
 // observeBreaker shows a circuit breaker.

@@ -621,6 +621,12 @@ func TestCircuitBreakerOverApply(t *testing.T) {
 		breaker.OpenDuration = time.Second
 		apply(breaker)
 		fail(flows[3:])
+		want("open")
+		breaker.LimitBy = "upstream"
+		apply(breaker)
+		want("")
+		breaker.LimitBy = ""
+		apply(breaker)
 		want("closed")
 	})
 }

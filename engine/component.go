@@ -71,49 +71,70 @@ type moved interface {
 type inspected interface {
 	peek(ctx context.Context, value string, now int64) (Usage, error)
 	reset(ctx context.Context, value string, now int64) error
+
+	// gone reports whether neither the component nor one that has followed it is in force.
+	gone() bool
 }
 
-// keyed is what components have in common: a state for each value of a label, or one for all flows.
-type keyed[S any] struct {
+// keyed is what components have in common: a state for each value of a label, or one for all flows. Keys go by rules of type R.
+// What it has of its own is configured. What it keeps is in kept, which it shares with the component that follows it when a policy
+// changes its numbers: flows of before end here, at the same states.
+type keyed[S, R any] struct {
 	component   agentapi.Component
 	passThrough bool
 	maxIdle     time.Duration // 0: forever
-	retired     chan struct{} // closed when the component is
-	counts      *counts       // of a limiter; a scheduler's workloads have their own
 	settlements *counts       // nil where nothing is settled
-	namer       keys.Namer    // of buckets
-	tops        *top          // values that are rejected; nil without a label
 	engine      *Engine
+	mode        any       // what must not change if another component is to follow; nil if none can
+	next        *terms[R] // to be put into force
+	asking      bool      // the host's function is asked about keys
 
-	table  *keys.Table[S] // nil without a label
-	single *keys.Entry[S] // the state of all flows, without a label
-	idle   func(state *S, now int64) bool
+	*kept[S, R]
 }
 
-func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
-	fresh func(*S, int64), idle func(*S, int64) bool,
-) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, e.secret[:]), engine: e}
+// A config is how a keyed component is configured.
+type config[S, R any] struct {
+	component agentapi.Component
+	maxIdle   time.Duration
+	mode      any // see keyed
+	ruling    ruling[S, R]
+
+	own       *numbers[R]
+	with      func(policy.Override) (*numbers[R], error) // nil if numbers are the same for all values
+	overrides map[string]policy.Override
+}
+
+func newKeyed[S, R any](e *Engine, c config[S, R]) (keyed[S, R], error) {
+	label := c.component.LabelKey
+	k := keyed[S, R]{component: c.component, maxIdle: c.maxIdle, engine: e, mode: c.mode, asking: e.overrides != nil && label != "" && c.with != nil, kept: &kept[S, R]{
+		ruling: c.ruling, retired: make(chan struct{}), counts: new(counts), namer: keys.NewNamer(label, e.secret[:]),
+	}}
 	switch {
-	case maxIdle == 0:
+	case c.maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
-	case maxIdle < 0:
+	case c.maxIdle < 0:
 		k.maxIdle = 0
 	}
-	if c.LabelKey != "" {
-		k.table, k.tops = keys.New(e.keyCap, fresh, idle, e.full), new(top)
+	t, err := newTerms(c.own, c.with, c.overrides, k.namer.Name)
+	if err != nil {
+		return k, err
+	}
+	k.terms.Store(t)
+	if label != "" {
+		unasked := func(e *keys.Entry[S], now int64) { k.kept.begin(e, now, policy.Override{}) }
+		k.table, k.tops = keys.New(e.keyCap, unasked, k.kept.forget, e.full), new(top)
 	} else {
 		k.single = new(keys.Entry[S])
-		fresh(&k.single.State, 0)
+		c.ruling.fresh(c.own.rule, &k.single.State, 0)
 	}
-	return k
+	return k, nil
 }
 
-func (k *keyed[S]) identity() *agentapi.Component { return &k.component }
+func (k *keyed[S, R]) identity() *agentapi.Component { return &k.component }
 
 // scope notes in d which state decides, and reports whether one does. If not, the flow passes, or is dropped because
 // its value is too long.
-func (k *keyed[S]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) bool {
+func (k *keyed[S, R]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) bool {
 	if k.passThrough {
 		return false
 	}
@@ -134,20 +155,25 @@ func (k *keyed[S]) scope(labels *agentapi.Labels, d *agentapi.LimiterDecision) b
 	return true
 }
 
-// lock returns the entry that decides, locked.
-func (k *keyed[S]) lock(d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
+// lock returns the entry that decides, locked. The labels are those of the flow; nil if they are not known any more.
+func (k *keyed[S, R]) lock(labels *agentapi.Labels, d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
 	if k.table == nil {
 		k.single.Lock()
 		return k.single
 	}
-	e := k.table.Lock(d.Label, now)
+	var e *keys.Entry[S]
+	if !k.asking {
+		e = k.table.Lock(d.Label, now)
+	} else {
+		e = k.lockAsking(labels, d.Label, now)
+	}
 	d.Spilled = e == k.table.Spill()
 	return e
 }
 
 // returned calls give with the entry that decided, locked. Give returns something to the entry, and reports whether it
 // came from there.
-func (k *keyed[S]) returned(d *agentapi.LimiterDecision, unused bool, give func(*keys.Entry[S]) bool) bool {
+func (k *keyed[S, R]) returned(d *agentapi.LimiterDecision, unused bool, give func(*keys.Entry[S]) bool) bool {
 	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
 		return false
 	}
@@ -179,7 +205,7 @@ func locked[S any](e *keys.Entry[S], f func(*keys.Entry[S]) bool) bool {
 	return f(e)
 }
 
-func (k *keyed[S]) sweep(now int64, full bool) {
+func (k *keyed[S, R]) sweep(now int64, full bool) {
 	if k.table == nil || full && !k.table.Crowded() {
 		return
 	}
@@ -191,7 +217,7 @@ func (k *keyed[S]) sweep(now int64, full bool) {
 	}
 }
 
-func (k *keyed[S]) vacant(now int64) bool {
+func (k *keyed[S, R]) vacant(now int64) bool {
 	e := k.single
 	if k.table != nil {
 		if k.table.Len() > 0 {
@@ -199,12 +225,21 @@ func (k *keyed[S]) vacant(now int64) bool {
 		}
 		e = k.table.Spill()
 	}
-	return locked(e, func(e *keys.Entry[S]) bool { return k.idle(&e.State, now) })
+	return locked(e, func(e *keys.Entry[S]) bool { return k.idle(e, now) })
 }
 
-func (k *keyed[S]) retire() { close(k.retired) }
+func (k *keyed[S, R]) gone() bool {
+	select {
+	case <-k.retired:
+		return true
+	default:
+		return false
+	}
+}
 
-func (k *keyed[S]) overflow() uint64 {
+func (k *keyed[S, R]) retire() { close(k.retired) }
+
+func (k *keyed[S, R]) overflow() uint64 {
 	if k.table == nil {
 		return 0
 	}
@@ -212,7 +247,7 @@ func (k *keyed[S]) overflow() uint64 {
 }
 
 // drop turns the decision into a refusal.
-func (k *keyed[S]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wait int64) {
+func (k *keyed[S, R]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wait int64) {
 	d.Consumed = 0
 	d.Cause = cause
 	d.Drop(time.Duration(wait))

@@ -10,7 +10,20 @@ import (
 func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Max, p.DryRun
-	l := newLimiter(e, c, p.MaxIdle, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
+	l, err := newLimiter(e, limits[slots.State]{
+		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},
+		own: slotNumbers(p), with: withNumbers(in, slotNumbers), overrides: p.Overrides,
+	})
+	if err != nil {
+		return nil, err
+	}
 	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
 	return l, nil
+}
+
+// slotsMode is what must not change if slots are to be kept.
+type slotsMode struct{ label string }
+
+func slotNumbers(p policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
+	return numbersOf(p.Max, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
 }

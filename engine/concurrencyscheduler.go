@@ -10,7 +10,13 @@ import (
 func newConcurrencyScheduler(e *Engine, in *installed, p policy.ConcurrencyScheduler, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Max, p.DryRun
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
+	own := func(p policy.ConcurrencyScheduler) *numbers[source.Source[slots.State]] {
+		return slotNumbers(policy.ConcurrencyLimiter{Max: p.Max, MaxInflight: p.MaxInflight})
+	}
+	s, err := newScheduler(e, limits[slots.State]{
+		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},
+		own: own(p), with: withNumbers(in, own), overrides: p.Overrides,
+	}, &p.Scheduler)
 	if err != nil {
 		return nil, err
 	}

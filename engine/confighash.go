@@ -60,6 +60,13 @@ func appendValue(b []byte, v reflect.Value) []byte {
 		}
 		return appendValue(appendText(b, v.Elem().Type().String()), v.Elem())
 	default:
+		if all, ok := reflect.TypeAssert[map[string]policy.Override](v); ok {
+			b = binary.AppendUvarint(b, uint64(len(all)))
+			for _, key := range slices.Sorted(maps.Keys(all)) {
+				b = appendValue(appendText(b, key), reflect.ValueOf(all[key]))
+			}
+			return b
+		}
 		m, ok := reflect.TypeAssert[map[string]string](v)
 		if !ok {
 			return appendText(b, fmt.Sprintf("%#v", v)) // of a type that no component has

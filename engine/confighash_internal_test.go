@@ -27,6 +27,8 @@ func TestConfigHash(t *testing.T) {
 		policy.AIMDLoadScheduler{},
 		policy.Sampler{},
 		policy.LoadRamp{},
+		policy.CalendarQuota{},
+		policy.CircuitBreaker{},
 	} {
 		name := fmt.Sprintf("%T", c)
 		note(name, configHash("p", c))
@@ -76,6 +78,12 @@ func changes(t *testing.T, path string, v reflect.Value, changed func(path strin
 			changes(t, path+"."+v.Type().Field(i).Name, v.Field(i), changed)
 		}
 	case reflect.Map:
+		if v.Type() == reflect.TypeFor[map[string]policy.Override]() {
+			one, two := policy.Override{Capacity: 1}, policy.Override{Fill: 1}
+			set(map[string]policy.Override{"a": one}, map[string]policy.Override{"a": two}, map[string]policy.Override{"b": one},
+				map[string]policy.Override{"a": one, "b": two}, map[string]policy.Override{"a": two, "b": one})
+			return
+		}
 		set(map[string]string{"a": "b"}, map[string]string{"a": "c"}, map[string]string{"a": "b", "c": "d"}, map[string]string{"ab": ""})
 	default:
 		var values []any

@@ -71,6 +71,8 @@ type Engine struct {
 	secret  [32]byte                  // that hides credentials in the names of buckets
 	signals map[string]func() float64 // of the host, by name
 
+	overrides func(component, value string) (policy.Override, bool) // of the host; nil for none
+
 	rules    atomic.Pointer[rules] // in force
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
 
@@ -190,10 +192,17 @@ func (e *Engine) sweep() {
 					continue
 				}
 				p.keeper.sweep(e.now(), false)
-				if n := p.keeper.overflow(); n > p.reported {
+				if n := p.keeper.overflow(); n > p.reported.Load() {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
-						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported)
-					p.reported = n
+						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported.Load())
+					p.reported.Store(n)
+				}
+				if a, ok := p.component.(asker); ok {
+					if n, last := a.invalidOverrides(); n > p.reportedInvalid.Load() {
+						e.logger.Warn("headgate: WithOverrides: the function returned numbers that a component cannot have; its own count instead",
+							"policy", p.identity().Policy, "component", p.identity().ID, "times", n-p.reportedInvalid.Load(), "error", last)
+						p.reportedInvalid.Store(n)
+					}
 				}
 			}
 			e.sweepRetired()

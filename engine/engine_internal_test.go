@@ -34,9 +34,9 @@ func TestGiveBackSpilled(t *testing.T) {
 	}
 	check := func(when string, own, spill float64) {
 		t.Helper()
-		gotOwn, gotSpill := -1.0, l.source.Usage(&l.table.Spill().State, 0).Remaining
+		gotOwn, gotSpill := -1.0, l.terms.Load().own.rule.Usage(&l.table.Spill().State, 0).Remaining
 		if u := l.table.LockKnown("b"); u != nil {
-			gotOwn = l.source.Usage(&u.State, 0).Remaining
+			gotOwn = l.terms.Load().own.rule.Usage(&u.State, 0).Remaining
 			u.Unlock()
 		}
 		if gotOwn != own || gotSpill != spill {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -98,7 +99,7 @@ func ExampleLoad_mistake() {
 	_, err := engine.Load("testdata/typo.yaml")
 	fmt.Println(err)
 	// Output:
-	// testdata/typo.yaml:9:39: circuit.components[0].flow_control.rate_limiter.parameters.limit_by_label: unknown key; did you mean "limit_by_label_key"?
+	// testdata/typo.yaml:7:11: policies[0].components[0].rate_limiter.limit_on: unknown key; did you mean "limit_by"?
 }
 
 // One export at a time: the second is rejected until the first has ended.
@@ -247,6 +248,51 @@ func ExampleWithKeyCap() {
 	}
 	fmt.Println(limits.Close())
 	// Output: <nil>
+}
+
+// Numbers of single customers that a program keeps in memory. After a customer's plan has changed, Apply asks again.
+func ExampleWithOverrides() {
+	var plans sync.Map // of customers who have another one, by their names
+	plans.Store("acme", policy.Override{Capacity: 3})
+
+	policies := []policy.Policy{{Name: "per-customer", Components: []policy.Component{policy.RateLimiter{
+		ID: "exports", Selectors: policy.At("export"), LimitBy: "customer",
+		Capacity: 1, Fill: 1, Interval: time.Hour,
+	}}}}
+	limits, err := engine.New(policies, engine.WithOverrides(func(component, value string) (policy.Override, bool) {
+		plan, ok := plans.Load(value)
+		if !ok || component != "exports" {
+			return policy.Override{}, false
+		}
+		return plan.(policy.Override), true
+	}))
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	exports, err := limits.Component("per-customer", "exports")
+	if err != nil {
+		panic(err)
+	}
+	show := func(customer string) {
+		usage, err := exports.Peek(context.Background(), customer)
+		if err != nil {
+			panic(err)
+		}
+		fmt.Printf("%s: %v\n", customer, usage.Capacity)
+	}
+	show("acme")
+	show("globex")
+
+	plans.Store("globex", policy.Override{Capacity: 2})
+	if err := limits.Apply(policies); err != nil {
+		panic(err)
+	}
+	show("globex")
+	// Output:
+	// acme: 3
+	// globex: 1
+	// globex: 2
 }
 
 // A new page for a tenth of the users at first, and for all of them after ten minutes, unless an operator holds the

@@ -50,8 +50,8 @@ const (
 )
 
 // forecast returns how long the flow would wait, by sums.
-func (s *scheduler[S]) forecast(l *line[S], now int64, w wish) (least, likely int64) {
-	return s.source.Forecast(&l.tokens, now, l.ahead(w), w.tokens)
+func forecast[S any](from source.Source[S], l *line[S], now int64, w wish) (least, likely int64) {
+	return from.Forecast(&l.tokens, now, l.ahead(w), w.tokens)
 }
 
 // ahead returns the cost of the flows that are served before this one.
@@ -62,22 +62,22 @@ func (l *line[S]) ahead(w wish) source.Ahead {
 	return source.Ahead(l.queue.Ahead(w.claim, w.cost)) // package wfq has a type of its own
 }
 
-// reconsider corrects a forecast for a flow that can wait until the deadline: flows before it may give up.
-func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
+// rethink corrects a forecast for a flow that can wait until the deadline: flows before it may give up.
+func rethink[S any](from source.Source[S], l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
 	switch {
 	case !l.waiting():
 		return least, likely
-	case !s.source.Timed():
+	case !from.Timed():
 		cost, all := l.queue.Outlast(w.claim, deadline)
 		if all {
-			cost = s.costBefore(l, w)
+			cost = costBefore(l, w)
 		}
 		ahead := l.ahead(w)
 		ahead.Least = cost
-		sure, _ := s.source.Forecast(&l.tokens, now, ahead, w.tokens)
+		sure, _ := from.Forecast(&l.tokens, now, ahead, w.tokens)
 		return min(least, sure), likely
 	}
-	o := s.outlook(l, now, forecastKey{w, mostVisits})
+	o := outlookOf(from, l, now, forecastKey{w, mostVisits})
 	wait := max(o.at-now, 0)
 	if o.known {
 		likely = min(likely, max(wait, 1))
@@ -86,24 +86,24 @@ func (s *scheduler[S]) reconsider(l *line[S], now, deadline int64, w wish, least
 }
 
 // estimate returns how long a rejected flow would likely wait if it came back now.
-func (s *scheduler[S]) estimate(l *line[S], now int64, w wish) int64 {
-	_, likely := s.forecast(l, now, w)
-	if likely > 0 && l.waiting() && l.queue.HasDeadlines() && s.source.Timed() {
-		if o := s.outlook(l, now, forecastKey{w, fewVisits}); o.known {
+func estimate[S any](from source.Source[S], l *line[S], now int64, w wish) int64 {
+	_, likely := forecast(from, l, now, w)
+	if likely > 0 && l.waiting() && l.queue.HasDeadlines() && from.Timed() {
+		if o := outlookOf(from, l, now, forecastKey{w, fewVisits}); o.known {
 			likely = min(likely, max(o.at-now, 1))
 		}
 	}
 	return likely
 }
 
-// outlook returns the look ahead for a flow, which is made anew only after a change.
-func (s *scheduler[S]) outlook(l *line[S], now int64, key forecastKey) outlook {
-	return l.queue.remembered(key, func() outlook { return lookAhead(s.source, l.tokens, l.queue.Queue, now, key) })
+// outlookOf returns the look ahead for a flow, which is made anew only after a change.
+func outlookOf[S any](from source.Source[S], l *line[S], now int64, key forecastKey) outlook {
+	return l.queue.remembered(key, func() outlook { return lookAhead(from, l.tokens, l.queue.Queue, now, key) })
 }
 
 // costBefore returns the cost of the flows that are served before this one if none gives up. It is computed anew only
 // after a change.
-func (s *scheduler[S]) costBefore(l *line[S], w wish) float64 {
+func costBefore[S any](l *line[S], w wish) float64 {
 	return l.queue.remembered(forecastKey{w, mostVisits}, func() outlook {
 		return outlook{before: l.queue.CostBefore(w.claim, w.cost, mostVisits)}
 	}).before

@@ -97,7 +97,7 @@ func TestLookAheadForetells(t *testing.T) {
 					var told outlook
 					if s.serve(s.single, e.now()); l.waiting() {
 						tokens := tokensOf(req, "tokens", 1)
-						told = s.outlook(l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, mostVisits})
+						told = outlookOf(s.of(s.single).rule, l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, mostVisits})
 					}
 					s.single.Unlock()
 					at, ok := check(last, 0)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/policy"
 )
 
 // A Usage is what one value of a limiter's or scheduler's label has, at one time.
@@ -121,19 +122,36 @@ func (c *Component) inspected(value string) (inspected, error) {
 		return nil, wrong("a " + c.of.name + " has no buckets")
 	case value != "" && c.of.identity().LabelKey == "":
 		return nil, wrong("it has no label whose value could be given")
-	case c.of.retired.Load():
+	case i.gone():
 		return nil, wrong("it is no longer in force")
 	}
 	return i, nil
 }
 
-// met returns the entry that a flow with the value would meet, locked. It counts as no use.
-func (k *keyed[S]) met(value string, now int64) *keys.Entry[S] {
+// met returns the entry that a flow with the value would meet, locked, and its numbers. It counts as no use. A value that no flow has
+// had yet has an entry that is in no table.
+func (k *keyed[S, R]) met(value string, now int64) (*keys.Entry[S], *numbers[R]) {
 	if k.table == nil {
 		k.single.Lock()
-		return k.single
+		return k.single, k.of(k.single)
 	}
-	return k.table.LockPeek(k.namer.Name(value), now)
+	name := k.namer.Name(value)
+	if e := k.table.LockPeek(name); e != nil {
+		return e, k.of(e)
+	}
+	t := k.terms.Load()
+	n := t.number(t.named[name])
+	if k.asking {
+		if o := k.ask(value, name); o != (policy.Override{}) {
+			if other, err := t.with(o); err == nil {
+				n = other
+			}
+		}
+	}
+	e := new(keys.Entry[S])
+	e.Lock()
+	k.ruling.fresh(n.rule, &e.State, now)
+	return e, n
 }
 
 func (l *limiter[S]) peek(_ context.Context, value string, now int64) (Usage, error) {
@@ -141,15 +159,15 @@ func (l *limiter[S]) peek(_ context.Context, value string, now int64) (Usage, er
 }
 
 func (l *limiter[S]) usage(value string, now int64) Usage {
-	e := l.met(value, now)
+	e, n := l.met(value, now)
 	defer e.Unlock()
-	return usageOf(l.source.Usage(&e.State, now))
+	return usageOf(n.rule.Usage(&e.State, now))
 }
 
 func (l *limiter[S]) reset(_ context.Context, value string, now int64) error {
-	e := l.met(value, now)
+	e, n := l.met(value, now)
 	defer e.Unlock()
-	l.source.Fresh(&e.State, now)
+	n.rule.Fresh(&e.State, now)
 	return nil
 }
 
@@ -158,13 +176,13 @@ func (s *scheduler[S]) peek(_ context.Context, value string, now int64) (Usage, 
 }
 
 func (s *scheduler[S]) usage(value string, now int64) Usage {
-	e := s.met(value, now)
+	e, n := s.met(value, now)
 	defer e.Unlock()
 	l := &e.State
 	if l.waiting() {
 		s.serve(e, now) // what has come by now is for the flows that wait
 	}
-	u := usageOf(s.source.Usage(&l.tokens, now))
+	u := usageOf(n.rule.Usage(&l.tokens, now))
 	if l.queue != nil {
 		u.Waiting = l.queue.Len()
 	}
@@ -172,9 +190,9 @@ func (s *scheduler[S]) usage(value string, now int64) Usage {
 }
 
 func (s *scheduler[S]) reset(_ context.Context, value string, now int64) error {
-	e := s.met(value, now)
+	e, n := s.met(value, now)
 	defer e.Unlock()
-	s.source.Fresh(&e.State.tokens, now)
+	n.rule.Fresh(&e.State.tokens, now)
 	if e.State.waiting() {
 		e.State.queue.changes++
 		s.serve(e, now)

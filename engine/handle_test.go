@@ -197,7 +197,12 @@ func TestComponentAfterApply(t *testing.T) {
 	if got, err := before.Peek(t.Context(), ""); err != nil || got != want {
 		t.Errorf("Peek = %+v, %v want %+v", got, err, want)
 	}
-	apply(t, e, limiter(func(l *policy.RateLimiter) { l.Capacity = 3 })[0])
+	apply(t, e, limiter(func(l *policy.RateLimiter) { l.Capacity, l.Fill = 3, 0 })[0])
+	want = engine.Usage{Capacity: 3, Remaining: 2}
+	if got, err := before.Peek(t.Context(), ""); err != nil || got != want {
+		t.Errorf("Peek = %+v, %v want %+v", got, err, want)
+	}
+	apply(t, e, limiter(func(l *policy.RateLimiter) { l.Capacity, l.StepFill = 3, !l.StepFill })[0])
 	const gone = `headgate: engine: policy "test": component "rate_limiter.0": it is no longer in force`
 	if _, err := before.Peek(t.Context(), ""); err == nil || err.Error() != gone {
 		t.Errorf("Peek after the policy has changed = %v want %q", err, gone)

@@ -112,7 +112,7 @@ func (k *kindOf[P]) install(e *Engine, c policy.Component, d components.Descript
 	if !ok {
 		return nil, fmt.Errorf("the engine cannot run a %T", c)
 	}
-	in := &installed{kind: &k.kind, named: identity{id.Policy, id.Hash, d.ID}, name: d.Name, stage: k.stage}
+	in := &installed{kind: &k.kind, named: identity{id.Policy, id.Hash, d.ID}, name: d.Name, stage: k.stage, override: d.With}
 	id.ID, id.Info, id.Slots, id.Outcomes, id.Reason = d.ID, k.info, k.slots, k.outcomes, k.reason
 	var err error
 	if in.component, err = k.build(e, in, p, id); err != nil {

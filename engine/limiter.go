@@ -3,8 +3,6 @@ package engine
 import (
 	"context"
 	"math"
-	"sync/atomic"
-	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/source"
@@ -13,24 +11,82 @@ import (
 
 // A limiter admits a flow at once or not at all.
 type limiter[S any] struct {
-	keyed[S]
-	source      source.Source[S]
-	settler     source.Settler[S] // the source; nil where it is none
+	keyed[S, source.Source[S]]
 	tokensLabel string
-	beyond      atomic.Uint64 // flows that entries admitted beyond what their counts hold
 }
 
-func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
-	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.Fresh, s.Idle), source: s}
-	l.settler, _ = s.(source.Settler[S])
+// A limits is how a limiter, or a scheduler, is configured whose keys have states of type S.
+type limits[S any] = config[S, source.Source[S]]
+
+func newLimiter[S any](e *Engine, c limits[S]) (*limiter[S], error) {
+	c.ruling = sourceRuling[S]()
+	k, err := newKeyed(e, c)
+	if err != nil {
+		return nil, err
+	}
+	l := &limiter[S]{keyed: k}
 	l.component.Settler = l
-	return l
+	return l, nil
+}
+
+// sourceRuling is how sources go about the states of a limiter.
+func sourceRuling[S any]() ruling[S, source.Source[S]] {
+	return ruling[S, source.Source[S]]{
+		fresh:   func(from source.Source[S], state *S, now int64) { from.Fresh(state, now) },
+		idle:    func(from source.Source[S], state *S, now int64) bool { return from.Idle(state, now) },
+		inherit: inherit[S],
+	}
+}
+
+// inherit has a state go by other numbers.
+func inherit[S any](from source.Source[S], state *S, before source.Source[S], now int64) {
+	if h, ok := from.(source.Heir[S]); ok {
+		h.Inherit(state, before, now)
+	}
+}
+
+// numbersOf returns those of a source.
+func numbersOf[S any](capacity float64, from source.Source[S]) *numbers[source.Source[S]] {
+	return &numbers[source.Source[S]]{rule: from, capacity: capacity}
+}
+
+// follow has the limiter follow one of the same label and mode.
+func (l *limiter[S]) follow(other component) bool {
+	before, ok := other.(*limiter[S])
+	if !ok || l.mode == nil || before.mode != l.mode {
+		return false
+	}
+	l.followed(&before.keyed)
+	return true
+}
+
+func (l *limiter[S]) takeOver() { l.change(nil) }
+
+func (l *limiter[S]) askAgain() { l.reconsider(nil) }
+
+func (l *limiter[S]) oldest(now int64) (since int64, ok bool) {
+	l.each(func(e *keys.Entry[S]) { older(l.of(e).rule, &e.State, now, &since, &ok) })
+	return since, ok
+}
+
+// older sets since to when the slot was taken that the state has held the longest, if that is earlier.
+func older[S any](from source.Source[S], state *S, now int64, since *int64, ok *bool) {
+	h, holds := from.(interface {
+		Oldest(state *S, now int64) (since int64, ok bool)
+	})
+	if !holds {
+		return
+	}
+	if at, any := h.Oldest(state, now); any && (!*ok || at < *since) {
+		*since, *ok = at, true
+	}
 }
 
 // costsBy sets the label that says how many tokens a flow takes.
 func (l *limiter[S]) costsBy(label string) {
 	l.tokensLabel = label
-	l.settles(label, l.settler != nil)
+	_, can := l.terms.Load().own.rule.(source.Settler[S])
+	l.settles(label, can)
 }
 
 // ask decides at once: no flow waits for a limiter.
@@ -41,15 +97,17 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 		l.counts.decision(d)
 		return now, nil
 	}
-	e := l.lock(d, now)
-	got := l.source.Take(&e.State, now, d.Consumed)
+	e := l.lock(&req.Labels, d, now)
+	n := l.of(e)
+	d.Capacity = n.capacity
+	got := n.rule.Take(&e.State, now, d.Consumed)
 	if got.OK {
 		l.admit(e)
 		e.Unlock()
 		fill(d, got)
 		return now, nil
 	}
-	_, likely := l.source.Forecast(&e.State, now, source.Ahead{}, d.Consumed)
+	_, likely := n.rule.Forecast(&e.State, now, source.Ahead{}, d.Consumed)
 	e.Unlock()
 	l.rejected(e, d, now)
 	d.Remaining = got.Left
@@ -102,7 +160,7 @@ func (l *limiter[S]) Settle(_ context.Context, d *agentapi.LimiterDecision, o ag
 // giveBack returns to the entry what the decision gave the flow. It reports whether there was anything to return.
 func (l *limiter[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused bool) bool {
 	return l.returned(d, unused, func(e *keys.Entry[S]) bool {
-		return l.source.GiveBack(&e.State, now, d.Consumed, d.Slot(), unused)
+		return l.of(e).rule.GiveBack(&e.State, now, d.Consumed, d.Slot(), unused)
 	})
 }
 

@@ -36,7 +36,7 @@ func newLoad(e *Engine, in *installed, p policy.LoadScheduler, c agentapi.Compon
 	in.selectors = p.Selectors
 	c.DeniedStatus, c.DryRun = p.Scheduler.DeniedStatus, p.DryRun
 	rule := new(loadRule)
-	s, err := newScheduler(e, c, 0, &p.Scheduler, rule)
+	s, err := newScheduler(e, limits[load]{component: c, own: numbersOf[load](0, rule)}, &p.Scheduler)
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +69,7 @@ func steer(s *scheduler[load], multiplier func(l *load, now int64) float64) {
 				return w.Cost // a label says what it takes
 			}
 			w.Flow.tokens = s.meter.price(w.Flow.by)
-			return s.source.Cost(w.Flow.by.ratio.of(w.Flow.tokens))
+			return s.of(e).rule.Cost(w.Flow.by.ratio.of(w.Flow.tokens))
 		})
 	}
 	l.tokens.steer(now, multiplier(&l.tokens, now))

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"unicode/utf8"
+
+	"github.com/headgate-go/headgate/policy"
 )
 
 // An Option configures an engine. If an option is given twice, the last one counts; a signal replaces only one of the
@@ -28,7 +30,7 @@ const (
 
 // WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 80 bytes and the value.
 // When there are more, full buckets are forgotten, which changes no decision. While no bucket is full, the values that
-// the limiter does not know yet share one bucket. The default is [DefaultKeyCap].
+// the limiter does not know yet share one bucket, which has the component's own numbers whatever overrides they have. The default is [DefaultKeyCap].
 func WithKeyCap(keys int) Option {
 	return option(func(e *Engine) error {
 		if keys < 1 {
@@ -73,6 +75,30 @@ func WithLogger(logger *slog.Logger) Option {
 			logger = slog.New(slog.DiscardHandler)
 		}
 		e.logger = logger
+		return nil
+	})
+}
+
+// WithOverrides has f say which numbers a value of a component's label has, such as those of a customer that live in a database. It
+// returns false for those of the component. It is asked about a value that the component does not know, before the flow is decided
+// about, by [Component.Peek], and about all values that it knows whenever [Engine.Apply] or a reload comes into force. It is not asked where the policy's
+// own Overrides have the value. Component is the ID of the component: give components IDs of their own if f is to tell apart those of
+// several policies. By default there is no such function.
+//
+// The engine calls f from the goroutines of flows, for several at once, and holds no lock meanwhile. A value that has just come to be
+// known may be asked about twice. A flow waits for f, and so does Apply, so f must be quick: it answers from memory, and
+// does not ask the database. It must not
+// call Apply or Close. A panic of f is not recovered. Whoever can make up values has f called for each of them; WithKeyCap
+// bounds how many of them are remembered, and for those beyond f is not called.
+//
+// Numbers that the component cannot have are not used: those of the component hold. They are counted in
+// ComponentStats.InvalidOverrides, and logged once a minute.
+//
+// A value that is longer than 256 bytes is only asked about when it comes: the engine does not keep it, and its numbers remain when a
+// policy is applied. The same is true for values of headers that carry credentials.
+func WithOverrides(f func(component, value string) (policy.Override, bool)) Option {
+	return option(func(e *Engine) error {
+		e.overrides = f
 		return nil
 	})
 }

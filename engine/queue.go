@@ -25,7 +25,9 @@ type pending struct {
 	demand
 	slot  uint64        // that it got when it was served
 	left  float64       // tokens left when it was served
-	ready chan struct{} // closed when it has been served, or evicted
+	ready chan struct{} // closed when it has been served, evicted or dismissed
+
+	dismissed bool // it is out of the queue, to be decided about anew
 }
 
 type waiter = wfq.Waiter[pending]
@@ -37,6 +39,15 @@ func (q *queue) version() uint64 { return q.Version() + q.changes }
 func (q *queue) evict(w *waiter) {
 	q.Evict(w)
 	close(w.Flow.ready)
+}
+
+// dismiss sends a waiter away, to be decided about anew.
+func (q *queue) dismiss(w *waiter) {
+	q.Remove(w)
+	w.Flow.dismissed = true
+	if w.Flow.ready != nil {
+		close(w.Flow.ready)
+	}
 }
 
 // makeRoom evicts the newest flow of the largest share for one of the claim, and reports whether it has.

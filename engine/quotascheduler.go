@@ -1,7 +1,10 @@
 package engine
 
 import (
+	"cmp"
+
 	"github.com/headgate-go/headgate/engine/internal/bucket"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -9,19 +12,27 @@ import (
 func newQuotaScheduler(e *Engine, in *installed, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Capacity, p.DryRun
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &bucket.Rule{
-		Capacity: p.Capacity,
-		Fill:     p.Fill,
-		Interval: float64(p.Interval),
-		Step:     p.StepFill,
-		Delay:    p.DelayInitialFill,
-		MaxDebt:  p.MaxDebt,
-	})
+	var s *scheduler[bucket.State]
+	of := quotaNumbers(in.escalate(e, p.When, func() { s.wake() }))
+	s, err := newScheduler(e, limits[bucket.State]{
+		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
+		own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+	}, &p.Scheduler)
 	if err != nil {
 		return nil, err
 	}
 	s.passThrough = p.PassThrough
 	return s, nil
+}
+
+func quotaNumbers(changes *bucket.Changes) func(p policy.QuotaScheduler) *numbers[source.Source[bucket.State]] {
+	of := rateNumbers(changes)
+	return func(p policy.QuotaScheduler) *numbers[source.Source[bucket.State]] {
+		return of(policy.RateLimiter{
+			Capacity: p.Capacity, Fill: p.Fill, Interval: p.Interval, StepFill: p.StepFill, DelayInitialFill: p.DelayInitialFill,
+			MaxDebt: p.MaxDebt, When: p.When,
+		})
+	}
 }
 
 func warnQuotaScheduler(w *warnings, of string, p policy.QuotaScheduler) {
@@ -32,5 +43,12 @@ func warnQuotaScheduler(w *warnings, of string, p policy.QuotaScheduler) {
 	w.scheduler(of, &p.Scheduler, p.DryRun)
 	workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
 		w.cost(of, p.Capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
+	})
+	overridden(of, p.Overrides, func(of string, o policy.Override) {
+		capacity := replaced(p.Capacity, o.Capacity)
+		w.bucket(of, capacity, replaced(p.Fill, o.Fill), cmp.Or(o.Interval, p.Interval))
+		workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
+			w.cost(of, capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
+		})
 	})
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"fmt"
 	"time"
 
@@ -13,17 +14,37 @@ import (
 func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Capacity, p.DryRun
-	l := newLimiter(e, c, p.MaxIdle, &bucket.Rule{
-		Capacity: p.Capacity,
-		Fill:     p.Fill,
-		Interval: float64(p.Interval),
-		Step:     p.StepFill,
-		Delay:    p.DelayInitialFill,
-		MaxDebt:  p.MaxDebt,
+	of := rateNumbers(in.escalate(e, p.When, nil))
+	l, err := newLimiter(e, limits[bucket.State]{
+		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
+		own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
 	})
+	if err != nil {
+		return nil, err
+	}
 	l.costsBy(p.TokensLabel)
 	l.passThrough = p.PassThrough
 	return l, nil
+}
+
+// bucketMode is what must not change if buckets are to be kept: the label, and how they fill.
+type bucketMode struct {
+	label       string
+	step, delay bool
+}
+
+// rateNumbers returns the function that makes the numbers of a limiter's keys, with the changes of its escalation.
+func rateNumbers(changes *bucket.Changes) func(p policy.RateLimiter) *numbers[source.Source[bucket.State]] {
+	return func(p policy.RateLimiter) *numbers[source.Source[bucket.State]] {
+		return numbersOf(p.Capacity, escalated(&bucket.Rule{
+			Capacity: p.Capacity,
+			Fill:     p.Fill,
+			Interval: float64(p.Interval),
+			Step:     p.StepFill,
+			Delay:    p.DelayInitialFill,
+			MaxDebt:  p.MaxDebt,
+		}, p.When, changes))
+	}
 }
 
 func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
@@ -32,6 +53,10 @@ func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
 	}
 	w.bucket(of, p.Capacity, p.Fill, p.Interval)
 	w.cost(of, p.Capacity, 1, p.TokensLabel)
+	overridden(of, p.Overrides, func(of string, o policy.Override) {
+		w.bucket(of, replaced(p.Capacity, o.Capacity), replaced(p.Fill, o.Fill), cmp.Or(o.Interval, p.Interval))
+		w.cost(of, replaced(p.Capacity, o.Capacity), 1, p.TokensLabel)
+	})
 }
 
 // bucket warns of one that does not refill.

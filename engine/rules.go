@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"sync/atomic"
 
@@ -36,8 +37,16 @@ type installed struct {
 	acts      selectors         // in the order of the policy
 	sinks     map[string][]latencySink
 	controls  []func(now int64) // what the controller does
-	retired   atomic.Bool       // it is no longer in force
-	reported  uint64            // overflows that were logged; only the sweeper uses it
+	looks     []func(now int64) // what it does each second
+	override  func(any) (any, error)
+	picks     string // an encoding of the selectors
+
+	// follows is the component whose state it takes over when it comes into force, because only numbers differ.
+	follows *installed
+
+	// What was logged. The sweeper uses it.
+	reported        atomic.Uint64 // overflows
+	reportedInvalid atomic.Uint64 // overrides that the host's function returned
 }
 
 // identity names a component over the wire. The hash covers all that is configured, so two components with one identity
@@ -47,21 +56,33 @@ type identity struct{ policy, hash, id string }
 // A componentName is what people call a component.
 type componentName struct{ policy, id string }
 
-// retired is a component that is no longer in force, kept for as long as flows may hold slots of it.
+// retired is a component that is no longer in force, kept for as long as flows may hold slots of it. If another component has
+// followed it, it is only a name that the slots of before have.
 type retired struct {
 	*installed
-	since int64
+	since    int64
+	followed bool
 }
 
 // Apply replaces the policies in force, all at once. There may be none. If a policy is invalid, the old policies stay
 // in force; the error joins every problem. Flows are decided about meanwhile.
 //
 // A component keeps its buckets, slots, queues, course and measurements if its policy's name, its ID and its
-// configuration stay the same. Others begin with full buckets and free slots. Without an ID, a component is known by
-// its kind and its index among the policy's components of that kind: give it an ID if it is to keep its state when the
-// index changes. A flow in flight gives its slots back where it got them, over the network too, until their MaxInflight
-// has passed; a new limiter does not count them. A flow that waits in a queue that is no longer in force gives back
+// configuration stay the same. Without an ID, a component is known by its kind and its index among the policy's components of that
+// kind: give it an ID if it is to keep its state when the index changes.
+//
+// A limiter, a circuit breaker, and a scheduler that has a LimitBy field, also keep their state if anything changes besides the label
+// and how buckets fill: StepFill and DelayInitialFill, or the period, the time zone and the start of the week of a calendar quota. The
+// new numbers hold at once. A bucket gets what has come by the old ones, and keeps what it has used: with 5 more of Capacity, it has 5
+// tokens more. With less Capacity it has less, but owes nothing that it has not owed before. Slots stay taken, also more than the new
+// Max. Flows that wait keep their places, and are served by the new numbers. They are decided about anew if no number of tokens to
+// come is enough for them, or if no flow waits any more, because of a dry run or PassThrough.
+//
+// Others begin with full buckets and free slots. A flow in flight gives its slots back where it got them, over the network too, until
+// their MaxInflight has passed; a new limiter does not count them. A flow that waits in a queue that is no longer in force gives back
 // what it has. The new policies decide about it, within the time that it has left.
+//
+// If there are overrides by [WithOverrides], Apply asks for those of all keys, one after the other, before it returns.
 func (e *Engine) Apply(policies []policy.Policy) error {
 	e.applying.Lock()
 	defer e.applying.Unlock()
@@ -88,6 +109,15 @@ func (e *Engine) install(next *rules) {
 	}
 	e.mu.Unlock()
 	e.rules.Store(next)
+	followed := make(map[*installed]bool)
+	for _, p := range next.installed {
+		if p.follows != nil {
+			followed[p.follows] = true
+			p.reported.Store(p.follows.reported.Load())
+			p.reportedInvalid.Store(p.follows.reportedInvalid.Load())
+			p.component.(successor).takeOver() //nolint:forcetypeassert // it has said that it can
+		}
+	}
 	if !maps.Equal(before, after) || !slices.Equal(old.warnings.unused, next.warnings.unused) { // else all were logged
 		e.warn(e.Warnings())
 	}
@@ -96,13 +126,14 @@ func (e *Engine) install(next *rules) {
 		if after[p] {
 			continue
 		}
-		p.retired.Store(true)
-		if p.retiree != nil {
-			p.retiree.retire()
+		if !followed[p] {
+			if p.retiree != nil {
+				p.retiree.retire()
+			}
 		}
 		if p.kind.slots {
 			e.mu.Lock()
-			e.retired = append(e.retired, retired{installed: p, since: e.now()})
+			e.retired = append(e.retired, retired{installed: p, since: e.now(), followed: followed[p]})
 			e.mu.Unlock()
 		}
 	}
@@ -114,6 +145,16 @@ func (e *Engine) install(next *rules) {
 	if !e.controlled && slices.ContainsFunc(next.installed, steered) {
 		e.controlled = true
 		e.running.Go(e.control)
+	}
+	for _, p := range next.installed {
+		p.follows = nil
+	}
+	if e.overrides != nil {
+		for _, p := range next.installed {
+			if a, ok := p.component.(asker); ok {
+				a.askAgain()
+			}
+		}
 	}
 }
 
@@ -132,21 +173,57 @@ func setOf(all []*installed) map[*installed]bool {
 // the network is that nothing came back.
 func (e *Engine) sweepRetired() {
 	now := e.now()
+	held := e.heldSince(now)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.retired = slices.DeleteFunc(e.retired, func(r retired) bool {
+		if r.followed {
+			since, ok := held[r.keeps()]
+			if now-r.since < int64(sweepEvery) || ok && since < r.since+int64(sweepEvery) {
+				return false
+			}
+			e.dropHolder(r.installed)
+			return true
+		}
 		if r.keeper != nil {
 			r.keeper.sweep(now, false)
 		}
 		if now-r.since < int64(sweepEvery) || r.retiree != nil && !r.retiree.vacant(now) {
 			return false
 		}
-		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
-		if e.holders[r.named] = left; len(left) == 0 {
-			delete(e.holders, r.named)
-		}
+		e.dropHolder(r.installed)
 		return true
 	})
+}
+
+// dropHolder has slots no longer known by the component's name. The lock is held.
+func (e *Engine) dropHolder(p *installed) {
+	left := slices.DeleteFunc(slices.Clone(e.holders[p.named]), func(c component) bool { return c == p.component })
+	if e.holders[p.named] = left; len(left) == 0 {
+		delete(e.holders, p.named)
+	}
+}
+
+// keeps identifies the state of a component that another one has followed.
+func (r retired) keeps() any { return r.component.(successor).keeps() } //nolint:forcetypeassert // only those are followed
+
+// heldSince returns when the slots were taken that are held the longest, for each state that a component has taken over. It looks at
+// all keys of these, so it holds no lock meanwhile.
+func (e *Engine) heldSince(now int64) map[any]int64 {
+	e.mu.RLock()
+	all := slices.Clone(e.retired)
+	e.mu.RUnlock()
+	held, seen := make(map[any]int64), make(map[any]bool)
+	for _, r := range all {
+		if !r.followed || seen[r.keeps()] {
+			continue
+		}
+		seen[r.keeps()] = true
+		if since, ok := r.component.(successor).oldest(now); ok { //nolint:forcetypeassert // only those are followed
+			held[r.keeps()] = since
+		}
+	}
+	return held
 }
 
 // compile makes rules of the policies. It keeps the components in force that stay the same.
@@ -182,7 +259,8 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
 	for i, d := range p.Describe() {
-		c, kind := p.Components[i], kinds[d.Kind]
+		c, _ := d.Component.(policy.Component)
+		kind := kinds[d.Kind]
 		built, err := kind.install(e, c, d, agentapi.Component{Policy: p.Name, Hash: configHash(p.Name, c)})
 		if err == nil {
 			selectors := built.selectors
@@ -192,7 +270,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 			if k := kept[built.named]; k != nil {
 				built = k
 			} else {
-				built.acts, err = compileSelectors(selectors, before)
+				err = built.come(e.rules.Load().byName[componentName{p.Name, d.ID}], selectors, before)
 			}
 			r.place(built, before)
 		}
@@ -212,6 +290,23 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		}
 	}
 	return nil
+}
+
+// come prepares the component to come into force after the one of the same name, which may be nil.
+func (p *installed) come(after *installed, list []policy.Selector, before map[string]*controlPoint) error {
+	p.picks = string(appendValue(nil, reflect.ValueOf(list)))
+	if after != nil && after.kind == p.kind {
+		if s, ok := p.component.(successor); ok && s.follow(after.component) {
+			p.follows = after
+			if after.picks == p.picks { // they go on counting
+				p.acts = after.acts
+				return nil
+			}
+		}
+	}
+	var err error
+	p.acts, err = compileSelectors(list, before)
+	return err
 }
 
 // compileSelectors compiles those of a component that comes into force. It notes how many flows came before.

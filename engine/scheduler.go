@@ -24,14 +24,13 @@ var errRetired = errors.New("the scheduler is no longer in force")
 // flow that waits is woken when it has its tokens. If tokens come by themselves, the queue has a timer, set for the
 // first flow.
 type scheduler[S any] struct {
-	keyed[line[S]]
-	source    source.Source[S]
-	settler   source.Settler[S] // the source, if it is one
-	meter     meter[S]          // the source, if it is one
+	keyed[line[S], source.Source[S]]
+	meter     meter[S] // the source, if it is one
 	workloads *workloads
 	margin    time.Duration
-	room      *wfq.Room // for flows that wait, over all keys: peers may make up any number of keys
-	rested    rested[S]
+	most      int64      // flows that may wait, if no other component follows
+	room      *wfq.Room  // for flows that wait, over all keys: peers may make up any number of keys
+	rested    *rested[S] // shared with a component that follows, as the room is
 }
 
 // mostRested is how many keys keep a queue although no flow waits.
@@ -91,26 +90,82 @@ type line[S any] struct {
 	queue  *queue // nil while no flow has waited lately
 }
 
-func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, p *policy.Scheduler, from source.Source[S]) (*scheduler[S], error) {
+func newScheduler[S any](e *Engine, c limits[S], p *policy.Scheduler) (*scheduler[S], error) {
 	w, err := compileWorkloads(p)
 	if err != nil {
 		return nil, err
 	}
 	s := &scheduler[S]{
-		source:    from,
 		workloads: w,
 		margin:    cmp.Or(p.Margin, policy.DefaultMargin),
-		room:      wfq.NewRoom(int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)), c.LabelKey != ""),
+		most:      int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)),
+		rested:    new(rested[S]),
 	}
-	s.settler, _ = from.(source.Settler[S])
-	s.meter, _ = from.(meter[S])
-	s.keyed = newKeyed(e, c, maxIdle,
-		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
-		func(l *line[S], now int64) bool { return !l.waiting() && from.Idle(&l.tokens, now) })
+	s.room = wfq.NewRoom(s.most, c.component.LabelKey != "")
+	s.meter, _ = c.own.rule.(meter[S])
+	s.keyed, err = newKeyed(e, config[line[S], source.Source[S]]{
+		component: c.component, maxIdle: c.maxIdle, mode: c.mode, own: c.own, with: c.with, overrides: c.overrides,
+		ruling: lineRuling[S](),
+	})
+	if err != nil {
+		return nil, err
+	}
 	s.component.Settler = s
 	s.component.Workload = s.workload
-	s.settles(p.TokensLabel, s.settler != nil)
+	_, can := c.own.rule.(source.Settler[S])
+	s.settles(p.TokensLabel, can)
 	return s, nil
+}
+
+// lineRuling is how sources go about the states of a scheduler.
+func lineRuling[S any]() ruling[line[S], source.Source[S]] {
+	return ruling[line[S], source.Source[S]]{
+		fresh: func(from source.Source[S], l *line[S], now int64) { from.Fresh(&l.tokens, now) },
+		idle: func(from source.Source[S], l *line[S], now int64) bool {
+			return !l.waiting() && from.Idle(&l.tokens, now)
+		},
+		inherit: func(from source.Source[S], l *line[S], before source.Source[S], now int64) {
+			inherit(from, &l.tokens, before, now)
+			if l.queue != nil {
+				l.queue.changes++
+			}
+		},
+	}
+}
+
+// follow has the scheduler follow one of the same label and mode. Workloads of the same name go on counting.
+func (s *scheduler[S]) follow(other component) bool {
+	before, ok := other.(*scheduler[S])
+	if !ok || s.mode == nil || before.mode != s.mode {
+		return false
+	}
+	s.followed(&before.keyed)
+	s.room, s.rested = before.room, before.rested
+	s.workloads.follow(before.workloads)
+	return true
+}
+
+// takeOver serves the flows that wait, by the new numbers. If no flow waits any more, because of a dry run or PassThrough, they are
+// decided about anew.
+func (s *scheduler[S]) takeOver() {
+	s.room.Resize(s.most)
+	s.change(func(e *keys.Entry[line[S]]) {
+		if s.passThrough || s.component.DryRun {
+			for e.State.waiting() {
+				e.State.queue.dismiss(e.State.queue.First())
+			}
+		}
+		s.serve(e, s.engine.now())
+	})
+}
+
+func (s *scheduler[S]) askAgain() {
+	s.reconsider(func(e *keys.Entry[line[S]]) { s.serve(e, s.engine.now()) })
+}
+
+func (s *scheduler[S]) oldest(now int64) (since int64, ok bool) {
+	s.each(func(e *keys.Entry[line[S]]) { older(s.of(e).rule, &e.State.tokens, now, &since, &ok) })
+	return since, ok
 }
 
 // waiting reports whether any flow waits.
@@ -226,13 +281,15 @@ type reservation struct {
 func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S],
 	patience func(*workload) time.Duration, r *reservation,
 ) (turnOut func(leave int) bool, leave int) {
-	t.entry = s.lock(d, now)
+	t.entry = s.lock(&req.Labels, d, now)
 	defer t.entry.Unlock()
+	n := s.of(t.entry)
+	d.Capacity = n.capacity
 	if s.answer(now, d, t) {
 		return nil, 0
 	}
 	t.patience = patience(t.of)
-	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: s.source.Cost(t.of.ratio.of(d.Consumed))}
+	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: n.rule.Cost(t.of.ratio.of(d.Consumed))}
 	likely, ok := s.judge(now, d, t)
 	if !ok {
 		return nil, 0
@@ -266,7 +323,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 	if l.waiting() && d.Consumed != 0 {
 		return false
 	}
-	got := s.source.Take(&l.tokens, now, d.Consumed)
+	got := s.of(t.entry).rule.Take(&l.tokens, now, d.Consumed)
 	if !got.OK {
 		return false
 	}
@@ -280,17 +337,18 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 // judge drops a flow that would wait in vain. For the others OK is true, and likely is how long they would wait.
 func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S]) (likely int64, ok bool) {
 	l := &t.entry.State
-	least, likely := s.forecast(l, now, t.wish)
-	d.Remaining = s.source.Usage(&l.tokens, now).Remaining
+	from := s.of(t.entry).rule
+	least, likely := forecast(from, l, now, t.wish)
+	d.Remaining = from.Usage(&l.tokens, now).Remaining
 	switch {
 	case likely == source.Never:
 		s.drop(d, agentapi.CauseNone, likely)
 		return 0, false
 	case t.patience == 0 && (!l.waiting() || least > 0):
-		s.drop(d, agentapi.CauseNone, s.estimate(l, now, t.wish))
+		s.drop(d, agentapi.CauseNone, estimate(from, l, now, t.wish))
 		return 0, false
 	case least > int64(t.patience):
-		if least, likely = s.reconsider(l, now, t.deadline(now), t.wish, least, likely); least > int64(t.patience) {
+		if least, likely = rethink(from, l, now, t.deadline(now), t.wish, least, likely); least > int64(t.patience) {
 			s.drop(d, agentapi.CauseLongQueue, likely)
 			return 0, false
 		}
@@ -310,8 +368,12 @@ func (t *ticket[S]) deadline(now int64) int64 {
 // otherwise. It is in the queue only for a moment, and needs no room.
 func (s *scheduler[S]) pass(now int64, d *agentapi.LimiterDecision, t *ticket[S], likely int64) {
 	w := s.push(now, t, false)
-	if w.Served() {
+	switch {
+	case w.Served():
 		fillServed(d, w)
+		return
+	case w.Flow.dismissed:
+		s.drop(d, agentapi.CauseNone, source.Never)
 		return
 	}
 	t.entry.State.queue.Remove(w)
@@ -336,15 +398,19 @@ func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticke
 	if l.queue.makeRoom(t.wish.claim) {
 		return nil, 0, true
 	}
-	s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.wish))
+	s.drop(d, agentapi.CauseQueueFull, estimate(s.of(t.entry).rule, l, now, t.wish))
 	return nil, 0, false
 }
 
 // enqueue puts a flow that has room into the queue.
 func (s *scheduler[S]) enqueue(now int64, d *agentapi.LimiterDecision, t *ticket[S]) {
 	w := s.push(now, t, true)
-	if w.Served() {
+	switch {
+	case w.Served():
 		fillServed(d, w)
+		return
+	case w.Flow.dismissed:
+		s.drop(d, agentapi.CauseNone, source.Never)
 		return
 	}
 	w.Flow.ready = make(chan struct{})
@@ -412,17 +478,20 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	defer e.Unlock()
 	now := s.engine.now()
 	s.serve(e, now) // at the last moment
+	n := s.of(e)
+	from := n.rule
+	d.Capacity = n.capacity // which may have changed meanwhile
 	gone := ctx.Err()
 	switch {
 	case t.Served() && gone == nil:
 		fillServed(d, t.waiter)
 		return now, nil
 	case t.Served():
-		s.source.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.slot, true)
+		from.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.slot, true)
 		if l.queue != nil {
 			l.queue.changes++
 		}
-	case !t.Evicted():
+	case !t.Evicted() && !t.Flow.dismissed:
 		l.queue.Remove(t.waiter)
 	}
 	s.serve(e, now)
@@ -434,11 +503,11 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		s.drop(d, agentapi.CauseClosed, 0)
 		return now, nil
 	case t.Evicted():
-		s.drop(d, agentapi.CauseQueueFull, s.estimate(l, now, t.wish))
+		s.drop(d, agentapi.CauseQueueFull, estimate(from, l, now, t.wish))
 		return now, nil
 	}
-	s.drop(d, agentapi.CauseTimeout, s.estimate(l, now, t.wish))
-	if retired {
+	s.drop(d, agentapi.CauseTimeout, estimate(from, l, now, t.wish))
+	if retired || t.Flow.dismissed {
 		return now, errRetired
 	}
 	return now, nil
@@ -475,7 +544,11 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		return
 	}
 	for w := q.First(); w != nil; w = q.First() {
-		got := s.source.Take(&e.State.tokens, at, w.Flow.tokens)
+		got := s.of(e).rule.Take(&e.State.tokens, at, w.Flow.tokens)
+		if !got.OK && got.Wait <= 0 && s.meter == nil { // by numbers that have changed since it came
+			q.dismiss(w)
+			continue
+		}
 		if !got.OK {
 			if got.Wait > 0 {
 				q.alarm.due = at + got.Wait
@@ -602,7 +675,7 @@ func (s *scheduler[S]) giveBack(now int64, d *agentapi.LimiterDecision, unused b
 		if waiting {
 			s.catchUp(e, now)
 		}
-		ok := s.source.GiveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
+		ok := s.of(e).rule.GiveBack(&e.State.tokens, now, d.Consumed, d.Slot(), unused)
 		if waiting {
 			e.State.queue.changes++
 			s.serve(e, now)

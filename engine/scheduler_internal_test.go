@@ -145,7 +145,7 @@ func TestKeysWithWaitersAreKept(t *testing.T) {
 			synctest.Wait()
 		}
 		u := s.table.LockKnown("u")
-		if s.idle(&u.State, e.now()+int64(time.Hour*100)) {
+		if s.idle(u, e.now()+int64(time.Hour*100)) {
 			t.Error("the key would be forgotten if its timer were late")
 		}
 		u.Unlock()
@@ -190,7 +190,7 @@ func TestSlotOfCanceledWaiter(t *testing.T) {
 		begin := time.Now()
 		s.single.Lock()
 		cancel()
-		if !s.source.GiveBack(&s.single.State.tokens, e.now(), 1, first.At(0).Slot(), false) {
+		if !s.of(s.single).rule.GiveBack(&s.single.State.tokens, e.now(), 1, first.At(0).Slot(), false) {
 			t.Error("the first slot was gone")
 		}
 		s.serve(s.single, e.now())
@@ -278,7 +278,7 @@ func TestUnusedSlots(t *testing.T) {
 		<-time.After(time.Millisecond)
 		e.Agent().Revert(t.Context(), req, &v)
 		s := e.rules.Load().installed[0].component.(*scheduler[slots.State])
-		_, likely := s.source.Forecast(&s.single.State.tokens, e.now(), source.Ahead{}, 1)
+		_, likely := s.of(s.single).rule.Forecast(&s.single.State.tokens, e.now(), source.Ahead{}, 1)
 		if n := s.usage("", e.now()).InFlight; n != 0 || likely != int64(time.Second) {
 			t.Errorf("%d in flight, and a forecast of %v want none, a second", n, time.Duration(likely))
 		}

@@ -100,21 +100,37 @@ func (e *Engine) recordLatency(sinks []latencySink, labels *agentapi.Labels, now
 	}
 }
 
-// controlEvery is how often load schedulers look at their signals.
-const controlEvery = 10 * time.Second
+// How often load schedulers look at their signals, and limiters with an escalation at load schedulers.
+const (
+	controlEvery = 10 * time.Second
+	lookEvery    = time.Second
+)
 
-// control steers the load schedulers until the engine is closed.
+// control steers the load schedulers until the engine is closed, and has limiters look at them. One goroutine does both, so
+// that no limiter looks at what is about to change.
 func (e *Engine) control() {
-	tick := time.NewTicker(controlEvery)
+	due := e.now() + int64(controlEvery)
+	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-e.done:
 			return
 		case <-tick.C:
-			for _, p := range e.rules.Load().installed {
-				for _, steer := range p.controls {
-					steer(e.now())
+			installed := e.rules.Load().installed
+			if now := e.now(); now >= due {
+				if due += int64(controlEvery); due <= now { // the machine has slept
+					due = now + int64(controlEvery)
+				}
+				for _, p := range installed {
+					for _, steer := range p.controls {
+						steer(e.now())
+					}
+				}
+			}
+			for _, p := range installed {
+				for _, look := range p.looks {
+					look(e.now())
 				}
 			}
 		}

@@ -90,8 +90,11 @@ type ComponentStats struct {
 	Keys      int
 	Overflows uint64
 
+	// InvalidOverrides counts what the function of [WithOverrides] returned and the component cannot have.
+	InvalidOverrides uint64
+
 	// Usage is set for a component without a label. With a label, only two fields are set: Capacity, which each value
-	// has, and Waiting, which counts the flows in all queues.
+	// has that has no override, and Waiting, which counts the flows in all queues.
 	Usage Usage
 
 	// Opened is how often a circuit breaker has opened, and Open for how many values of its label, or for all flows, it is open or
@@ -230,7 +233,7 @@ func statsOf(c *agentapi.Component, n *counts) ComponentStats {
 }
 
 // stats returns those of a component with buckets. The function usage returns what a bucket has.
-func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
+func (k *keyed[S, R]) stats(usage func(value string, now int64) Usage, now int64) ComponentStats {
 	s := statsOf(&k.component, k.counts)
 	if k.settlements != nil {
 		s.Settled = k.settlements.sum(settlementsTaken)
@@ -244,6 +247,7 @@ func (k *keyed[S]) stats(usage func(value string, now int64) Usage, now int64) C
 	s.Usage.Capacity = k.component.Capacity
 	s.Keys = k.table.Len()
 	s.Overflows = k.table.Spilled()
+	s.InvalidOverrides = k.invalid.Load()
 	return s
 }
 

@@ -174,7 +174,7 @@ func TestStats(t *testing.T) {
 	})
 }
 
-// What stays the same in the policies goes on counting; what is new begins at nothing.
+// What stays in the policies goes on counting, with other numbers too; what is new begins at nothing.
 func TestStatsAcrossApply(t *testing.T) {
 	limits := policy.Policy{Name: "p", Components: []policy.Component{
 		policy.RateLimiter{ID: "stays", Selectors: policy.At("point"), Capacity: 10, Interval: time.Hour},
@@ -204,7 +204,7 @@ func TestStatsAcrossApply(t *testing.T) {
 		ControlPoints: []engine.ControlPointStats{{Accepted: 1, Unpicked: 1}, {ControlPoint: "point", Accepted: 1}},
 		Components: []engine.ComponentStats{
 			{Policy: "p", Kind: "rate_limiter", ID: "stays", Accepted: 1, Usage: engine.Usage{Capacity: 10, Remaining: 9}},
-			{Policy: "p", Kind: "rate_limiter", ID: "changes", Usage: engine.Usage{Capacity: 11, Remaining: 11}},
+			{Policy: "p", Kind: "rate_limiter", ID: "changes", Accepted: 1, Usage: engine.Usage{Capacity: 11, Remaining: 10}},
 		},
 	}
 	if diff := cmp.Diff(want, e.Stats(), withoutHash); diff != "" {

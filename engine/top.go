@@ -88,7 +88,7 @@ type rejecting interface {
 	top(epoch time.Time) []TopValue
 }
 
-func (k *keyed[S]) top(epoch time.Time) []TopValue {
+func (k *keyed[S, R]) top(epoch time.Time) []TopValue {
 	if k.tops == nil {
 		return nil
 	}
@@ -97,7 +97,7 @@ func (k *keyed[S]) top(epoch time.Time) []TopValue {
 
 // rejected counts a flow that the entry dropped, by the key that the table holds. The values that share the spill are not
 // known.
-func (k *keyed[S]) rejected(e *keys.Entry[S], d *agentapi.LimiterDecision, now int64) {
+func (k *keyed[S, R]) rejected(e *keys.Entry[S], d *agentapi.LimiterDecision, now int64) {
 	if k.table != nil && !d.Spilled {
 		key, hash := e.Key()
 		k.tops.add(key, hash, now)

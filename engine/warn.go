@@ -3,8 +3,12 @@ package engine
 import (
 	"cmp"
 	"fmt"
+	"maps"
+	"math"
+	"reflect"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/headgate-go/headgate/policy"
@@ -113,6 +117,55 @@ func (w *warnings) scheduler(of string, p *policy.Scheduler, dryRun bool) {
 	})
 	if waits {
 		w.waits = append(w.waits, longWait{of: of, margin: margin})
+	}
+}
+
+// mostOverridden is how many overrides of a component are looked at for warnings.
+const mostOverridden = 100
+
+// overridden calls each with the overrides that differ, in the order of their values. Of says by its numbers which one it is: values of
+// labels are in no log.
+func overridden(of string, all map[string]policy.Override, each func(of string, o policy.Override)) {
+	seen := make(map[policy.Override]bool)
+	for _, value := range slices.Sorted(maps.Keys(all)) {
+		o := all[value]
+		if seen[o] {
+			continue
+		}
+		if seen[o] = true; len(seen) > mostOverridden {
+			return
+		}
+		each(fmt.Sprintf("%s: an override (%s)", of, numbersIn(o)), o)
+	}
+}
+
+// numbersIn lists the numbers of an override, as in "Capacity 5, Interval 1s".
+func numbersIn(o policy.Override) string {
+	var list []string
+	v := reflect.ValueOf(o)
+	for i := range v.NumField() { //nolint:modernize // Fields makes a StructField of each
+		number := v.Field(i)
+		if number.IsZero() {
+			continue
+		}
+		said := number.Interface()
+		if f, ok := said.(float64); ok {
+			said = replaced(0, f)
+		}
+		list = append(list, fmt.Sprintf("%s %v", v.Type().Field(i).Name, said))
+	}
+	return strings.Join(list, ", ")
+}
+
+// replaced returns a number of a component, or that of an override if it says one.
+func replaced(own, other float64) float64 {
+	switch other {
+	case 0:
+		return own
+	case math.SmallestNonzeroFloat64:
+		return 0
+	default:
+		return other
 	}
 }
 

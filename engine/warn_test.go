@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -71,6 +72,25 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"a bucket that does not refill", rate(1, 0, nil), "", "never refills", 1},
 		{"a bucket that refills in many centuries", rate(1, 1e-12, nil), "", "never refills", 1},
 		{"a bucket that refills once a minute", rate(1, 1.0/60, nil), "", "", 2},
+		{"an override that does not refill", rate(5, 5, func(l *policy.RateLimiter) {
+			l.LimitBy, l.Overrides = "job", map[string]policy.Override{"heavy": {Capacity: 1, Fill: math.SmallestNonzeroFloat64}}
+		}), "job=heavy", `component "x": an override (Capacity 1, Fill 0): a fill of 0 in 1s never refills`, 1},
+		{"an override below the cost", rate(5, 5, func(l *policy.RateLimiter) {
+			l.LimitBy, l.Overrides = "job", map[string]policy.Override{"heavy": {Capacity: 0.5}}
+		}), "job=heavy", `component "x": an override (Capacity 0.5): no flow is ever admitted: it takes 1 tokens, and the bucket holds 0.5`, 0},
+		{"an override of 0, which refuses", rate(5, 5, func(l *policy.RateLimiter) {
+			l.LimitBy, l.Overrides = "job", map[string]policy.Override{"heavy": {Capacity: math.SmallestNonzeroFloat64}}
+		}), "job=heavy", "", 0},
+		{"an override below the cost of a workload", policy.QuotaScheduler{
+			ID: "x", Selectors: at, Capacity: 9, Fill: 9, Interval: time.Second, LimitBy: "job", Scheduler: policy.Scheduler{Workloads: []policy.Workload{heavy}},
+			Overrides: map[string]policy.Override{"heavy": {Capacity: 8}},
+		}, "job=heavy", `an override (Capacity 8): workload "heavy": no flow is ever admitted`, 0},
+		{"a calendar quota with an override below the cost", policy.CalendarQuota{
+			ID: "x", Selectors: at, Amount: 9, Period: policy.PeriodMonth, LimitBy: "job", Overrides: map[string]policy.Override{"heavy": {Amount: 0.5}},
+		}, "job=heavy", "an override (Amount 0.5): no flow is ever admitted", 0},
+		{"a breaker that one failure opens by an override", breaker(func(b *policy.CircuitBreaker) {
+			b.FailureCount, b.LimitBy, b.Overrides = 2, "job", map[string]policy.Override{"heavy": {FailureCount: 1}}
+		}), "job=heavy", "an override (FailureCount 1): a single flow that fails opens the breaker", 2},
 		{"a limit of 0, which refuses", rate(0, 0, nil), "", "", 0},
 		{"a limit of 0 that refills", rate(0, 1, nil), "", "", 0},
 		{"a limit of 0 with a queue", quota(0, 0, nil), "", "", 0},

@@ -84,6 +84,24 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 	}
 }
 
+// follow has workloads with names of before go on counting.
+func (w *workloads) follow(before *workloads) {
+	named := make(map[string]*workload)
+	for of := range before.all {
+		named[of.label] = of
+	}
+	for of := range w.all {
+		b := named[of.label]
+		if b == nil {
+			continue
+		}
+		of.ratio, of.counts, of.drops, of.waits = b.ratio, b.counts, b.drops, b.waits
+		if of.timeout == b.timeout {
+			of.shortest = b.shortest
+		}
+	}
+}
+
 // of returns the first workload that matches. Known is false if a value is too long to match, and no workload before
 // matches. The flow must not be admitted by the default workload then, because a caller could choose it by a long
 // value.

@@ -61,8 +61,11 @@ type Gradient struct {
 	// means -1.
 	Slope float64
 
-	// Min and Max bound the factor. Zeros mean 0.1 and 1. Max is not negative, and not less than Min.
-	Min, Max float64
+	// Min is the smallest factor. Zero means 0.1.
+	Min float64
+
+	// Max is the largest factor. Zero means 1. Not negative, and not less than Min.
+	Max float64
 }
 
 func (s AIMDLoadScheduler) check(wrong report) {

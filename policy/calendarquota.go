@@ -40,6 +40,10 @@ type CalendarQuota struct {
 	// passes unlimited.
 	LimitBy string
 
+	// Overrides are other numbers for single values of the label; see [Override]. They need a LimitBy. A check costs the same with
+	// any number of them.
+	Overrides map[string]Override
+
 	// MaxIdle is how long an unused quota is remembered once its period has ended, or all tokens have come back. Zero means
 	// DefaultMaxIdle, KeepIdle (or any negative value) as long as there is room.
 	MaxIdle time.Duration
@@ -92,14 +96,21 @@ func (q CalendarQuota) reads(read func(components.Role, string)) {
 
 func (q CalendarQuota) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), q.Selectors)
-	checkAmount(wrong.sub(".Amount"), q.Amount)
+	q.numbers(wrong)
 	checkPeriod(wrong, q.Period)
 	checkZone(wrong.sub(".TimeZone"), q.TimeZone)
 	checkWeekStart(wrong.sub(".WeekStart"), q.WeekStart, q.Period)
 	checkName(wrong.sub(".LimitBy"), q.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), q.TokensLabel)
-	checkDebt(wrong.sub(".MaxDebt"), q.MaxDebt, "TokensLabel", q.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), q.DeniedStatus)
+	checkOverrides(wrong, q)
+}
+
+func (q CalendarQuota) limits() (string, map[string]Override) { return q.LimitBy, q.Overrides }
+
+func (q CalendarQuota) numbers(wrong report) {
+	checkAmount(wrong.sub(".Amount"), q.Amount)
+	checkDebt(wrong.sub(".MaxDebt"), q.MaxDebt, "TokensLabel", q.TokensLabel)
 }
 
 func checkPeriod(wrong report, p Period) {
@@ -130,7 +141,7 @@ func checkWeekStart(wrong report, day string, p Period) {
 }
 
 func (d *decoder) calendarQuota(c component) Component {
-	f := d.fields(c.get("parameters"), "amount period time_zone week_start limit_by_label_key max_idle_time max_debt", "")
+	f := d.fields(c.get("parameters"), "amount period time_zone week_start limit_by_label_key max_idle_time max_debt overrides", "")
 	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
 	return CalendarQuota{
 		ID:           c.id,
@@ -142,6 +153,7 @@ func (d *decoder) calendarQuota(c component) Component {
 		LimitBy:      d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		MaxIdle:      d.optional(f.get("max_idle_time"), KeepIdle),
 		MaxDebt:      d.explicit(d.fill(f, "MaxDebt", "max_debt")),
+		Overrides:    d.overrides(f, CalendarQuota{}),
 		TokensLabel:  d.text(d.fill(request, "TokensLabel", "tokens_label_key")),
 		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
 		PassThrough:  d.passThrough(c),

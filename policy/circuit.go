@@ -306,7 +306,7 @@ func (d *decoder) labelMatcher(v value) LabelMatcher {
 }
 
 func (d *decoder) expression(v value) Expression {
-	kind, part := d.one(v, "not all any label_exists label_equals label_matches")
+	kind, part := d.one(v, expressionKeys)
 	switch kind {
 	case "not":
 		part.field = child(v.field, "Of")
@@ -331,7 +331,10 @@ func (d *decoder) expression(v value) Expression {
 
 func (d *decoder) expressions(v value) []Expression {
 	var expressions []Expression
-	for _, item := range d.items(d.fields(v, "of", "").get("of")) {
+	if !d.isShort {
+		v = d.fields(v, "of", "").get("of")
+	}
+	for _, item := range d.items(v) {
 		expressions = append(expressions, d.expression(item))
 	}
 	return expressions

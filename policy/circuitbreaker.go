@@ -68,6 +68,10 @@ type CircuitBreaker struct {
 	// label passes.
 	LimitBy string
 
+	// Overrides are other numbers for single values of the label; see [Override]. They need a LimitBy. A check costs the same with
+	// any number of them.
+	Overrides map[string]Override
+
 	// MaxIdle is how long an unused breaker is remembered once no flow counts any more. A breaker that is not closed counts as
 	// unused when no flow has come for Window after it could have let one through. Make MaxIdle longer than flows take. Zero
 	// means DefaultMaxIdle, KeepIdle (or any negative value) as long as there is room.
@@ -97,11 +101,6 @@ const minWindow = 5 * time.Millisecond
 
 func (b CircuitBreaker) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), b.Selectors)
-	if !(b.FailureRatio >= 0 && b.FailureRatio <= 1) { // NaN is not >= 0
-		wrong(".FailureRatio", "must be a share from 0 to 1, is %v", b.FailureRatio)
-	}
-	checkCount(wrong.sub(".FailureCount"), b.FailureCount)
-	checkCount(wrong.sub(".MinFlows"), b.MinFlows)
 	checkNotNegative(wrong.sub(".SlowAfter"), b.SlowAfter)
 	switch {
 	case b.Window == 0:
@@ -109,12 +108,24 @@ func (b CircuitBreaker) check(wrong report) {
 	case b.Window < minWindow:
 		wrong(".Window", "must be at least %s, is %s", minWindow, b.Window)
 	}
-	checkPositive(wrong.sub(".OpenDuration"), b.OpenDuration)
 	checkCount(wrong.sub(".Probes"), b.Probes)
 	checkCount(wrong.sub(".Successes"), b.Successes)
 	checkNotNegative(wrong.sub(".ProbeTimeout"), b.ProbeTimeout)
 	checkName(wrong.sub(".LimitBy"), b.LimitBy)
 	checkStatus(wrong.sub(".DeniedStatus"), b.DeniedStatus)
+	checkOverrides(wrong, b)
+	b.numbers(wrong)
+}
+
+func (b CircuitBreaker) limits() (string, map[string]Override) { return b.LimitBy, b.Overrides }
+
+func (b CircuitBreaker) numbers(wrong report) {
+	if !(b.FailureRatio >= 0 && b.FailureRatio <= 1) { // NaN is not >= 0
+		wrong(".FailureRatio", "must be a share from 0 to 1, is %v", b.FailureRatio)
+	}
+	checkCount(wrong.sub(".FailureCount"), b.FailureCount)
+	checkCount(wrong.sub(".MinFlows"), b.MinFlows)
+	checkPositive(wrong.sub(".OpenDuration"), b.OpenDuration)
 	if b.FailureRatio == 0 && b.FailureCount == 0 { // last: in a file nothing below the component is reported after it
 		wrong("", "needs a failure ratio or a failure count above 0: without one it never opens")
 	}
@@ -127,7 +138,7 @@ func checkCount(wrong report, n int) {
 }
 
 func (d *decoder) circuitBreaker(c component) Component {
-	f := d.fields(c.get("parameters"), "failure_ratio failure_count min_flows slow_after window open_duration probes successes probe_timeout limit_by_label_key max_idle_time", "")
+	f := d.fields(c.get("parameters"), "failure_ratio failure_count min_flows slow_after window open_duration probes successes probe_timeout limit_by_label_key max_idle_time overrides", "")
 	request := d.fields(c.get("request_parameters"), "denied_response_status_code", "")
 	return CircuitBreaker{
 		ID:           c.id,
@@ -143,6 +154,7 @@ func (d *decoder) circuitBreaker(c component) Component {
 		ProbeTimeout: d.duration(d.fill(f, "ProbeTimeout", "probe_timeout")),
 		LimitBy:      d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		MaxIdle:      d.optional(f.get("max_idle_time"), KeepIdle),
+		Overrides:    d.overrides(f, CircuitBreaker{}),
 		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
 		PassThrough:  d.passThrough(c),
 		DryRun:       d.dryRun(c),

@@ -42,10 +42,15 @@ func (d *decoder) passThroughValues(c component, sessionLabel string) []string {
 // valuesToPass reads values of a label. Without the label, only "" has an effect: it lets all flows pass.
 func (d *decoder) valuesToPass(v value, sessionLabel string) []string {
 	values := d.labelValues(v)
-	if sessionLabel == "" && len(values) > 0 && !slices.Contains(values, "") {
-		d.unused(v, ", because there is no session_label_key")
-	}
+	d.needsLabel(v, values, sessionLabel, "session_label_key")
 	return values
+}
+
+// needsLabel warns of values of a label when there is no such label.
+func (d *decoder) needsLabel(v value, values []string, label, key string) {
+	if label == "" && len(values) > 0 && !slices.Contains(values, "") {
+		d.unused(v, ", because there is no "+key)
+	}
 }
 
 // The keys that several kinds have.

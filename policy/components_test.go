@@ -36,11 +36,14 @@ func TestLoadKinds(t *testing.T) {
 			Components: []policy.Component{
 				policy.QuotaScheduler{
 					ID: "root.0", Selectors: policy.At("llm"), Capacity: 60, Fill: 30, Interval: time.Minute, LimitBy: "api_key",
-					StepFill: true, DelayInitialFill: true, MaxIdle: policy.KeepIdle, MaxDebt: 120, Scheduler: scheduler, PassThrough: true, DryRun: true,
+					StepFill: true, DelayInitialFill: true, MaxIdle: policy.KeepIdle, MaxDebt: 120, Scheduler: scheduler, Overrides: map[string]policy.Override{
+						"acme":   {Capacity: 600, Fill: 300, Interval: 30 * time.Second, MaxDebt: math.SmallestNonzeroFloat64},
+						"banned": {Capacity: math.SmallestNonzeroFloat64},
+					}, PassThrough: true, DryRun: true,
 				},
 				policy.ConcurrencyScheduler{
 					ID: "root.1", Selectors: policy.At("export"), Max: 64, MaxInflight: 30 * time.Second, LimitBy: "tenant",
-					MaxIdle: time.Minute, Scheduler: policy.Scheduler{Margin: 1}, PassThrough: true, DryRun: true,
+					MaxIdle: time.Minute, Overrides: map[string]policy.Override{"acme": {Max: 128, MaxInflight: time.Minute}}, Scheduler: policy.Scheduler{Margin: 1}, PassThrough: true, DryRun: true,
 				},
 				policy.LoadScheduler{
 					ID: "root.3", Selectors: policy.At("db-read"), LoadMultiplier: policy.Named("SHARE"), WorkloadLatencyTokens: true,
@@ -73,18 +76,19 @@ func TestLoadKinds(t *testing.T) {
 				policy.CalendarQuota{
 					ID: "root.9", Selectors: policy.At("prompt"), Amount: 1e6, Period: policy.PeriodWeek, TimeZone: "Europe/Berlin",
 					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", MaxDebt: -1, DeniedStatus: 403,
+					Overrides:   map[string]policy.Override{"acme": {Amount: 5e6, MaxDebt: math.SmallestNonzeroFloat64}},
 					PassThrough: true, DryRun: true,
 				},
 				policy.CircuitBreaker{
 					ID: "root.10", Selectors: policy.At("prompt"), FailureRatio: 0.5, FailureCount: 20, MinFlows: 10, SlowAfter: 2 * time.Second,
 					Window: 10 * time.Second, OpenDuration: 5 * time.Second, Probes: 3, Successes: 2, ProbeTimeout: 30 * time.Second,
-					LimitBy: "upstream", MaxIdle: policy.KeepIdle, DeniedStatus: 502, PassThrough: true, DryRun: true,
+					LimitBy: "upstream", Overrides: map[string]policy.Override{"flaky": {FailureRatio: 0.9, FailureCount: 200, MinFlows: 100, OpenDuration: time.Second}}, MaxIdle: policy.KeepIdle, DeniedStatus: 502, PassThrough: true, DryRun: true,
 				},
 			},
 			Warnings: []string{
-				"27:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",
-				"56:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
-				"98:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
+				"28:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",
+				"57:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
+				"99:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
 				"10:15: spec.resources.flow_control.flux_meters.idle: not used: no port of a load scheduler names it",
 			},
 		}}},

@@ -27,6 +27,10 @@ type ConcurrencyLimiter struct {
 	// label passes unlimited.
 	LimitBy string
 
+	// Overrides are other numbers for single values of the label; see [Override]. They need a LimitBy. A check costs the same with
+	// any number of them.
+	Overrides map[string]Override
+
 	// MaxIdle is how long a key without flows in flight is remembered. Zero means DefaultMaxIdle, KeepIdle (or any
 	// negative value) as long as there is room.
 	MaxIdle time.Duration
@@ -57,11 +61,18 @@ func (l ConcurrencyLimiter) reads(read func(components.Role, string)) {
 
 func (l ConcurrencyLimiter) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
-	checkAmount(wrong.sub(".Max"), l.Max)
-	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
+	l.numbers(wrong)
 	checkName(wrong.sub(".LimitBy"), l.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	checkOverrides(wrong, l)
+}
+
+func (l ConcurrencyLimiter) limits() (string, map[string]Override) { return l.LimitBy, l.Overrides }
+
+func (l ConcurrencyLimiter) numbers(wrong report) {
+	checkAmount(wrong.sub(".Max"), l.Max)
+	checkPositive(wrong.sub(".MaxInflight"), l.MaxInflight)
 }
 
 func (d *decoder) concurrencyLimiter(c component) Component {
@@ -79,10 +90,11 @@ func (d *decoder) concurrencyLimiter(c component) Component {
 
 // slots reads the parameters of a concurrency limiter.
 func (d *decoder) slots(v value) ConcurrencyLimiter {
-	f := d.fields(v, "max_inflight_duration max_idle_time limit_by_label_key", "")
+	f := d.fields(v, "max_inflight_duration max_idle_time limit_by_label_key overrides", "")
 	return ConcurrencyLimiter{
 		MaxInflight: d.duration(d.fill(f, "MaxInflight", "max_inflight_duration")),
 		LimitBy:     d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
 		MaxIdle:     d.optional(f.get("max_idle_time"), KeepIdle),
+		Overrides:   d.overrides(f, ConcurrencyLimiter{}),
 	}
 }

@@ -28,6 +28,9 @@ type ConcurrencyScheduler struct {
 	// without the label passes unlimited.
 	LimitBy string
 
+	// Overrides are as in [ConcurrencyLimiter].
+	Overrides map[string]Override
+
 	// MaxIdle is how long a key without flows in flight is remembered. Zero means DefaultMaxIdle, KeepIdle (or any
 	// negative value) as long as there is room.
 	MaxIdle time.Duration
@@ -54,10 +57,17 @@ func (s ConcurrencyScheduler) reads(read func(components.Role, string)) {
 
 func (s ConcurrencyScheduler) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
-	checkAmount(wrong.sub(".Max"), s.Max)
-	checkPositive(wrong.sub(".MaxInflight"), s.MaxInflight)
+	s.numbers(wrong)
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	s.Scheduler.check(wrong.sub(".Scheduler"))
+	checkOverrides(wrong, s)
+}
+
+func (s ConcurrencyScheduler) limits() (string, map[string]Override) { return s.LimitBy, s.Overrides }
+
+func (s ConcurrencyScheduler) numbers(wrong report) {
+	checkAmount(wrong.sub(".Max"), s.Max)
+	checkPositive(wrong.sub(".MaxInflight"), s.MaxInflight)
 }
 
 func (d *decoder) concurrencyScheduler(c component) Component {
@@ -69,6 +79,7 @@ func (d *decoder) concurrencyScheduler(c component) Component {
 		MaxInflight: l.MaxInflight,
 		LimitBy:     l.LimitBy,
 		MaxIdle:     l.MaxIdle,
+		Overrides:   l.Overrides,
 		Scheduler:   d.scheduler(c.value),
 		PassThrough: d.passThrough(c),
 		DryRun:      d.dryRun(c),

@@ -48,7 +48,9 @@ type decoder struct {
 	learned  map[string]string  // keys of each mapping, by path; only in a decoder that learns
 	shape    func(*decoder)     // reads an empty document of the same shape
 	homes    map[string]string  // what another decoder has learned by shape
-	name     value              // the policy's
+	isShort  bool               // the document is in Headgate's own shape
+	names    []value            // the policies', also if they lack one
+	name     value              // that of the one policy of Aperture's shapes
 	dynamic  value              // dynamicConfig
 	used     map[string]bool    // keys of dynamicConfig
 	signals  map[string]float64 // the constant ones, by name

@@ -3,6 +3,7 @@ package policy_test
 import (
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/headgate-go/headgate/policy"
@@ -42,6 +43,31 @@ func ExampleLoad() {
 	// Output:
 	// rl-basic: 2 tokens every 1s for each user_id
 	// cl-basic: 2 flows at once for each user_id
+}
+
+// Policies in Aperture's format become a file in Headgate's own.
+func ExampleFormat() {
+	policies, err := policy.Load("testdata/rl-basic.yaml")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	text, err := policy.Format(policies)
+	fmt.Print(string(text), err)
+	// Output:
+	// headgate: 1
+	// policies:
+	//   - name: rl-basic
+	//     components:
+	//       - rate_limiter:
+	//           id: root.0
+	//           at: [rl-basic]
+	//           capacity: 5
+	//           fill: 2
+	//           interval: 1s
+	//           limit_by: user_id
+	//           tokens_label: tokens
+	// <nil>
 }
 
 // A port may take its number from a variable, and dynamicConfig may set that. What a file says that is of no use here is
@@ -182,6 +208,21 @@ func ExampleComponent() {
 		},
 	}
 	p := policy.Policy{Name: "all-kinds", Components: components}
+	fmt.Println(p.Validate())
+	// Output: <nil>
+}
+
+// Two tenants with numbers of their own: one that may do more, and one that may do nothing.
+func ExampleOverride() {
+	search := policy.RateLimiter{
+		Selectors: policy.At("search"), LimitBy: "tenant",
+		Capacity: 20, Fill: 10, Interval: time.Minute,
+		Overrides: map[string]policy.Override{
+			"acme":    {Capacity: 200, Fill: 100},
+			"trial-7": {Capacity: math.SmallestNonzeroFloat64}, // which means 0
+		},
+	}
+	p := policy.Policy{Name: "search", Components: []policy.Component{search}}
 	fmt.Println(p.Validate())
 	// Output: <nil>
 }

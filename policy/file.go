@@ -14,7 +14,7 @@ import (
 // Load reads the policies of files and directories, in the given order. Of a directory it reads the files whose names
 // end in .yaml or .yml and do not begin with a dot, in the order of their names, and no directories below it.
 //
-// A file holds one or several YAML documents, each a policy in one of the shapes that [Parse] describes. A path without
+// A file holds one or several YAML documents in the shapes that [Parse] describes: Headgate's own, or Aperture's. A path without
 // a policy is an error, and so are two policies of one name. If there is an error, Load returns no policies. The error
 // joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read.
 func Load(paths ...string) ([]Policy, error) {
@@ -38,17 +38,25 @@ func Load(paths ...string) ([]Policy, error) {
 
 // Parse reads the policies of a file's content; name stands for the file in errors and warnings.
 //
-// A document is a policy in Aperture's format, in one of three shapes: the resource, with apiVersion
+// A document in Headgate's own shape has the keys headgate, which is 1, and policies. Its policies have the fields of
+// [Policy] in snake case for keys, and each component stands under the name of its kind, as in rate_limiter: {at:
+// [checkout], capacity: 10, fill: 10, interval: 30s}. The key at has control points, and selectors whole selectors.
+// Durations are like 1m30s. A key that is left out has the default of its field. A 0 means zero where Go's zero means a
+// default, or it is an error. The fields of Scheduler and of WorkloadParameters stand with those of what has them. The
+// fields of LabelMatcher do, too: when has Equal. [Format] writes such files.
+//
+// Any other document is a policy in Aperture's format, in one of three shapes: the resource, with apiVersion
 // fluxninja.com/v1alpha1, kind Policy, the policy's name in metadata and its circuit in spec; the plain policy, with
 // circuit at the top, which is named like the file without directory and extension; or blueprint values, with blueprint
 // and policy at the top and the policy's name in policy_name, for the blueprints rate-limiting, quota-scheduling,
 // concurrency-limiting, concurrency-scheduling, load-ramping and load-scheduling/average-latency. Resources and
 // blueprint values may have a dynamicConfig. Empty documents are skipped.
 //
-// Keys that Aperture's format does not have are errors, with four exceptions: dry_run, which any component may have;
-// calendar_quota, which is a [CalendarQuota]; circuit_breaker, which is a [CircuitBreaker]; and keys at the top of a
-// document that begin with "x-", a place for anchors that is otherwise ignored. Keys of Aperture's format that are of no
-// use here end up in [Policy.Warnings]. The placeholder __REQUIRED_FIELD__ of Aperture's blueprints is an error.
+// Keys that a document's format does not have are errors, except those at its top that begin with "x-", a place for
+// anchors that is otherwise ignored. Three of Headgate's keys may stand in Aperture's format: dry_run, which any component
+// may have; calendar_quota, which is a [CalendarQuota]; and circuit_breaker, which is a [CircuitBreaker]. Keys of
+// Aperture's format that are of no use here end up in [Policy.Warnings]. The placeholder __REQUIRED_FIELD__ of Aperture's
+// blueprints is an error.
 //
 // The components of flow_control that this package has a type for are read; others are errors. An
 // adaptive_load_scheduler is an [AIMDLoadScheduler] by an old name. An input port is connected to a constant or to the
@@ -117,7 +125,7 @@ func (l *loader) inspect(file, plain string, docs []*node, errs []*Error, unfini
 	}
 	for _, doc := range docs {
 		d := newDecoder(file)
-		p := d.policy(doc, plain)
+		policies := d.policies(doc, plain)
 		if len(errs) >= mostErrors {
 			break
 		}
@@ -125,21 +133,24 @@ func (l *loader) inspect(file, plain string, docs []*node, errs []*Error, unfini
 			d = newDecoder(file)
 			d.sources = map[string]value{}
 			d.placeholders(value{node: doc, line: doc.line, column: doc.column})
-			p = d.policy(doc, plain)
+			policies = d.policies(doc, plain)
 		}
-		if first, taken := l.places[p.Name]; taken {
-			hint := ""
-			if d.name.up == nil {
-				hint = "; a plain policy has the name of its file"
+		for i, p := range policies {
+			name := d.names[i]
+			if first, taken := l.places[p.Name]; taken {
+				hint := ""
+				if name.up == nil {
+					hint = "; a plain policy has the name of its file"
+				}
+				d.errs = append(d.errs, &Error{
+					File: file, Line: name.line, Column: name.column, Field: name.path(),
+					Message: fmt.Sprintf("policy %s is at %s:%d:%d already%s", quote(p.Name), first.file, first.line, first.column, hint),
+				})
+			} else if p.Name != "" {
+				l.note(p.Name, filePosition{file, position{name.line, name.column}})
 			}
-			d.errs = append(d.errs, &Error{
-				File: file, Line: d.name.line, Column: d.name.column, Field: d.name.path(),
-				Message: fmt.Sprintf("policy %s is at %s:%d:%d already%s", quote(p.Name), first.file, first.line, first.column, hint),
-			})
-		} else if p.Name != "" {
-			l.note(p.Name, filePosition{file, position{d.name.line, d.name.column}})
 		}
-		l.policies = append(l.policies, p)
+		l.policies = append(l.policies, policies...)
 		errs = append(errs, d.errs...)
 	}
 	inOrder(errs)
@@ -203,8 +214,8 @@ func (d *decoder) placeholders(v value) {
 	}
 }
 
-// policy reads a document; a plain policy gets the name.
-func (d *decoder) policy(doc *node, plain string) Policy {
+// policies reads a document, which has several policies only in Headgate's own shape. A plain policy gets the name.
+func (d *decoder) policies(doc *node, plain string) []Policy {
 	known := *doc
 	known.index = nil
 	known.entries = slices.DeleteFunc(slices.Clone(doc.entries), func(e entry) bool { return strings.HasPrefix(e.key, "x-") })
@@ -212,10 +223,20 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 	has := func(keys ...string) bool {
 		return slices.ContainsFunc(keys, func(key string) bool { _, ok := doc.find(key); return ok })
 	}
+	if doc.kind == mapping && isShort(doc) {
+		return d.short(top)
+	}
+	p := d.policy(top, has, plain)
+	d.names = append(d.names, d.name)
+	return []Policy{p}
+}
+
+// policy reads a document in one of Aperture's shapes, which has tells apart.
+func (d *decoder) policy(top value, has func(keys ...string) bool, plain string) Policy {
 	var p Policy
 	switch {
-	case doc.kind != mapping:
-		d.errorf(top, "want a policy, have %s", doc.kind)
+	case top.kind != mapping:
+		d.errorf(top, "want a policy, have %s", top.kind)
 		return p
 	case has("blueprint"):
 		d.values(top, &p)
@@ -232,13 +253,18 @@ func (d *decoder) policy(doc *node, plain string) Policy {
 		p.Name, p.Components = plain, d.spec(top)
 	}
 	d.unusedSettings()
+	d.finish(&p, 0)
+	return p
+}
+
+// finish checks a policy that has been read. There were so many errors before it.
+func (d *decoder) finish(p *Policy, before int) {
 	if d.sources == nil {
 		p.check(func(string, string, ...any) { d.invalid = true })
-	} else if len(p.Components) > 0 || len(d.errs) == 0 {
+	} else if len(p.Components) > 0 || len(d.errs) == before {
 		p.check(d.recheck)
 	}
 	p.Warnings = d.warnings
-	return p
 }
 
 // resource reads a document in the shape of a Kubernetes resource.

@@ -31,36 +31,36 @@ const Kinds = int(count)
 
 // kinds has a row for each kind of component, in the order of the indices.
 var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
-	{"rate_limiter", valueOf[RateLimiter], []form{{
+	{"rate_limiter", RateLimiter{}, valueOf[RateLimiter], []form{{
 		"rate_limiter", "selectors parameters request_parameters", "bucket_capacity fill_amount", "pass_through", (*decoder).rateLimiter,
 	}}},
-	{"concurrency_limiter", valueOf[ConcurrencyLimiter], []form{{
+	{"concurrency_limiter", ConcurrencyLimiter{}, valueOf[ConcurrencyLimiter], []form{{
 		"concurrency_limiter", "selectors parameters request_parameters", "max_concurrency", "pass_through", (*decoder).concurrencyLimiter,
 	}}},
-	{"quota_scheduler", valueOf[QuotaScheduler], []form{{
+	{"quota_scheduler", QuotaScheduler{}, valueOf[QuotaScheduler], []form{{
 		"quota_scheduler", "selectors rate_limiter scheduler", "bucket_capacity fill_amount", "pass_through", (*decoder).quotaScheduler,
 	}}},
-	{"concurrency_scheduler", valueOf[ConcurrencyScheduler], []form{{
+	{"concurrency_scheduler", ConcurrencyScheduler{}, valueOf[ConcurrencyScheduler], []form{{
 		"concurrency_scheduler", "selectors concurrency_limiter scheduler", "max_concurrency", "pass_through", (*decoder).concurrencyScheduler,
 	}}},
-	{"load_scheduler", valueOf[LoadScheduler], []form{{
+	{"load_scheduler", LoadScheduler{}, valueOf[LoadScheduler], []form{{
 		"load_scheduler", "parameters dry_run_config_key", "", "load_multiplier", (*decoder).loadScheduler,
 	}}},
-	{"aimd_load_scheduler", valueOf[AIMDLoadScheduler], []form{{
+	{"aimd_load_scheduler", AIMDLoadScheduler{}, valueOf[AIMDLoadScheduler], []form{{
 		"aimd_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).aimdLoadScheduler,
 	}, {
 		"adaptive_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).adaptiveLoadScheduler,
 	}}},
-	{"sampler", valueOf[Sampler], []form{{
+	{"sampler", Sampler{}, valueOf[Sampler], []form{{
 		"sampler", samplerKeys, "", "accept_percentage", (*decoder).sampler,
 	}}},
-	{"load_ramp", valueOf[LoadRamp], []form{{
+	{"load_ramp", LoadRamp{}, valueOf[LoadRamp], []form{{
 		"load_ramp", samplerKeys, "", "forward backward reset", (*decoder).loadRamp,
 	}}},
-	{"calendar_quota", valueOf[CalendarQuota], []form{{
+	{"calendar_quota", CalendarQuota{}, valueOf[CalendarQuota], []form{{
 		"calendar_quota", "selectors parameters request_parameters", "", "pass_through", (*decoder).calendarQuota,
 	}}},
-	{"circuit_breaker", valueOf[CircuitBreaker], []form{{
+	{"circuit_breaker", CircuitBreaker{}, valueOf[CircuitBreaker], []form{{
 		"circuit_breaker", "selectors parameters request_parameters", "", "pass_through", (*decoder).circuitBreaker,
 	}}},
 }
@@ -72,6 +72,7 @@ var _ [Kinds]kindOf = kinds
 // A kindOf is a row of the table of kinds.
 type kindOf struct {
 	name  string                              // in the engine's Stats, and in the IDs of components that have none of their own
+	zero  Component                           // a value of the kind
 	value func(c Component) (Component, bool) // the component as a value; false if it is of another kind
 	forms []form                              // how files say it
 }
@@ -161,7 +162,11 @@ func (p Policy) Describe() []components.Description {
 	var ids identifier
 	for i, c := range p.Components {
 		c, _ := asValue(c)
-		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Reads: c.reads}
+		c = reading(c, p.Labels)
+		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Component: c, Reads: c.reads}
+		if l, ok := c.(limited); ok {
+			described[i].With = withOf(l)
+		}
 	}
 	return described
 }

@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -66,3 +68,50 @@ func TestDefaultIDs(t *testing.T) {
 }
 
 func slice(all [Kinds]Component) []Component { return all[:] }
+
+// Each kind that has a label has overrides, and each of their numbers replaces a field of some kind. The names of the other fields that
+// are numbers are here with the reason.
+func TestEachLabelHasOverrides(t *testing.T) {
+	replaced := map[string]bool{}
+	for _, c := range oneOfEach() {
+		v := reflect.TypeOf(c)
+		_, labelled := v.FieldByName("LimitBy")
+		_, has := v.FieldByName("Overrides")
+		l, limited := c.(limited)
+		if labelled != has || labelled != limited {
+			t.Errorf("%T: a label: %v, overrides: %v, limits: %v want all or none", c, labelled, has, limited)
+		}
+		if !labelled {
+			continue
+		}
+		with := reflect.New(v).Elem()
+		with.FieldByName("LimitBy").SetString("label")
+		with.FieldByName("Overrides").Set(reflect.ValueOf(map[string]Override{"value": {Capacity: 1}}))
+		by, overrides := with.Interface().(interface {
+			limits() (string, map[string]Override)
+		}).limits()
+		if by != "label" || len(overrides) != 1 {
+			t.Errorf("%T: limits = %q, %v", c, by, overrides)
+		}
+		keys := strings.Fields(overrideKeys(l))
+		if len(keys) == 0 {
+			t.Errorf("%T has no number that an override could replace", c)
+		}
+		for _, key := range keys {
+			replaced[key] = true
+		}
+	}
+	all := strings.Fields(numberKeys)
+	if n := reflect.TypeFor[Override]().NumField(); n != len(all) {
+		t.Fatalf("%d keys for %d numbers", len(all), n)
+	}
+	for i, key := range all {
+		name := reflect.TypeFor[Override]().Field(i).Name
+		if !strings.EqualFold(strings.ReplaceAll(key, "_", ""), name) {
+			t.Errorf("the key of %s is %s", name, key)
+		}
+		if !replaced[key] {
+			t.Errorf("no kind has the number %s", name)
+		}
+	}
+}

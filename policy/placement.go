@@ -36,8 +36,8 @@ func (d *decoder) unknown(key value, own string) {
 		return
 	}
 	known := strings.Fields(own)
-	if key.up.up == nil {
-		known = append(known, "blueprint", "policy", "apiVersion", "kind", "metadata", "spec") // of the other shapes
+	if key.up.up == nil && !d.isShort {
+		known = append(known, "blueprint", "policy", "apiVersion", "kind", "metadata", "spec", "headgate", "policies") // of the other shapes
 	}
 	hint := ""
 	if before, _, ok := strings.Cut(key.key, ":"); ok && before != "" && slices.Contains(known, before) {
@@ -49,7 +49,10 @@ func (d *decoder) unknown(key value, own string) {
 	if hint == "" {
 		hint = d.home(key)
 	}
-	if hint == "" && suggest(key.key, []string{"dynamicConfig"}) != "" {
+	if hint == "" && d.isShort {
+		hint = longer(key.key, known)
+	}
+	if hint == "" && !d.isShort && suggest(key.key, []string{"dynamicConfig"}) != "" {
 		hint = "; dynamicConfig belongs at the top of a resource, or of blueprint values"
 	}
 	d.errorf(key, "unknown key%s", hint)
@@ -139,6 +142,8 @@ func place(path string) string {
 	if path == "" {
 		return "the top of the document"
 	}
+	path = strings.TrimPrefix(path, "policies[0].")
+	path = strings.TrimPrefix(path, "components[0].")
 	if i := strings.Index(path, "flow_control"); i >= 0 {
 		path = strings.TrimPrefix(path[i:], "flow_control.")
 	}

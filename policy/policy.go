@@ -1,5 +1,5 @@
-// Package policy holds what an embedded engine enforces: plain Go values, written by hand or read from files in
-// Aperture's YAML shapes by [Load].
+// Package policy holds what an embedded engine enforces: plain Go values, written by hand or read from files by [Load].
+// Headgate's own files have the fields of these values for keys. Files in Aperture's YAML shapes are read, too.
 //
 // Names of labels and control points have up to 255 bytes of valid UTF-8 wherever a policy has one: no flow has others.
 //
@@ -17,6 +17,12 @@ import (
 type Policy struct {
 	// Name identifies the policy in decisions, errors and metrics. Required; unique within an engine.
 	Name string
+
+	// Labels are names of this policy for labels of the flow: {"user_type": "http.request.header.user_type"}. Where a
+	// component names user_type, it reads the other label. A label user_type that the flow has itself counts for nothing in
+	// this policy, so callers cannot claim with it what the other label does not say. Answers, warnings and telemetry have the
+	// flow's label, and so has a caller that settles a cost. A name cannot stand for another name.
+	Labels map[string]string
 
 	// Components run in this order within their stage. Required.
 	Components []Component

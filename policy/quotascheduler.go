@@ -27,6 +27,9 @@ type QuotaScheduler struct {
 	// label passes unlimited.
 	LimitBy string
 
+	// Overrides are as in [RateLimiter].
+	Overrides map[string]Override
+
 	// StepFill, DelayInitialFill and MaxIdle are as in [RateLimiter].
 	StepFill         bool
 	DelayInitialFill bool
@@ -34,6 +37,9 @@ type QuotaScheduler struct {
 
 	// MaxDebt is as in [RateLimiter]. It needs the TokensLabel of Scheduler.
 	MaxDebt float64
+
+	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
+	When Escalation
 
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
@@ -57,11 +63,20 @@ func (s QuotaScheduler) reads(read func(components.Role, string)) {
 
 func (s QuotaScheduler) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
+	s.numbers(wrong)
+	checkName(wrong.sub(".LimitBy"), s.LimitBy)
+	s.Scheduler.check(wrong.sub(".Scheduler"))
+	checkOverrides(wrong, s)
+}
+
+func (s QuotaScheduler) limits() (string, map[string]Override) { return s.LimitBy, s.Overrides }
+
+func (s QuotaScheduler) numbers(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), s.Capacity)
 	checkAmount(wrong.sub(".Fill"), s.Fill)
 	checkPositive(wrong.sub(".Interval"), s.Interval)
-	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	checkDebt(wrong.sub(".MaxDebt"), s.MaxDebt, "Scheduler.TokensLabel", s.Scheduler.TokensLabel)
+	s.When.check(wrong.sub(".When"))
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 
@@ -78,6 +93,7 @@ func (d *decoder) quotaScheduler(c component) Component {
 		DelayInitialFill: l.DelayInitialFill,
 		MaxIdle:          l.MaxIdle,
 		MaxDebt:          l.MaxDebt,
+		Overrides:        l.Overrides,
 		Scheduler:        d.scheduler(c.value),
 		PassThrough:      d.passThrough(c),
 		DryRun:           d.dryRun(c),

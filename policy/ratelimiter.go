@@ -27,6 +27,10 @@ type RateLimiter struct {
 	// label passes unlimited.
 	LimitBy string
 
+	// Overrides are other numbers for single values of the label; see [Override]. They need a LimitBy. A check costs the same with
+	// any number of them.
+	Overrides map[string]Override
+
 	// StepFill adds Fill tokens at once at the end of each Interval; by default they trickle in continuously.
 	StepFill bool
 
@@ -50,6 +54,9 @@ type RateLimiter struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
+	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
+	When Escalation
+
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
@@ -69,13 +76,22 @@ func (l RateLimiter) reads(read func(components.Role, string)) {
 
 func (l RateLimiter) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), l.Selectors)
+	l.numbers(wrong)
+	checkName(wrong.sub(".LimitBy"), l.LimitBy)
+	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
+	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	checkOverrides(wrong, l)
+}
+
+func (l RateLimiter) limits() (string, map[string]Override) { return l.LimitBy, l.Overrides }
+
+func (l RateLimiter) numbers(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), l.Capacity)
 	checkAmount(wrong.sub(".Fill"), l.Fill)
 	checkPositive(wrong.sub(".Interval"), l.Interval)
-	checkName(wrong.sub(".LimitBy"), l.LimitBy)
-	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkDebt(wrong.sub(".MaxDebt"), l.MaxDebt, "TokensLabel", l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	l.When.check(wrong.sub(".When"))
 }
 
 func (d *decoder) rateLimiter(c component) Component {
@@ -94,7 +110,7 @@ func (d *decoder) rateLimiter(c component) Component {
 
 // bucket reads the parameters of a rate limiter.
 func (d *decoder) bucket(v value) RateLimiter {
-	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill max_debt", "lazy_sync")
+	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill max_debt overrides", "lazy_sync")
 	limiter := RateLimiter{
 		Interval:         d.duration(d.fill(f, "Interval", "interval")),
 		LimitBy:          d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
@@ -102,6 +118,7 @@ func (d *decoder) bucket(v value) RateLimiter {
 		DelayInitialFill: d.boolean(f.get("delay_initial_fill"), false),
 		MaxIdle:          d.optional(f.get("max_idle_time"), KeepIdle),
 		MaxDebt:          d.explicit(d.fill(f, "MaxDebt", "max_debt")),
+		Overrides:        d.overrides(f, RateLimiter{}),
 	}
 	if old := f.get("label_key"); limiter.LimitBy == "" {
 		limiter.LimitBy = d.text(d.fill(f, "LimitBy", "label_key"))

@@ -14,8 +14,8 @@ type Sampler struct {
 	// Selectors say which flows the component acts on: those that at least one of them selects. Required.
 	Selectors []Selector
 
-	// AcceptPercentage is the share of flows that are accepted, 0 to 100. Zero accepts none. (In a file, a missing key means
-	// 100, or 0 in ramp mode.)
+	// AcceptPercentage is the share of flows that are accepted, 0 to 100. Zero accepts none. (In Aperture's files, a missing
+	// key means 100, or 0 in ramp mode.)
 	AcceptPercentage float64
 
 	// SessionLabel is the label whose value decides, by its FNV-1a hash, as Aperture's agents do. The hash is uneven for values

@@ -81,8 +81,10 @@ func (s *section) read(r yamlReader, plain string) bool {
 		} else if doc.kind != null {
 			d := newDecoder(r.file)
 			d.kept = &kept
-			s.policies = append(s.policies, d.policy(doc, plain))
-			s.names = append(s.names, position{d.name.line, d.name.column})
+			s.policies = append(s.policies, d.policies(doc, plain)...)
+			for _, name := range d.names {
+				s.names = append(s.names, position{name.line, name.column})
+			}
 			good = !d.invalid
 		}
 		r.nodes.reset()

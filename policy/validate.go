@@ -46,6 +46,7 @@ func (p Policy) check(wrong report) {
 	if len(p.Components) == 0 {
 		wrong("components", "needs at least one flow-control component")
 	}
+	checkLabels(wrong.sub("labels"), p.Labels)
 	taken := map[string]int{}
 	var ids identifier
 	for i, c := range p.Components {
@@ -63,6 +64,7 @@ func (p Policy) check(wrong report) {
 			taken[id] = i
 		}
 	}
+	checkEscalations(wrong, p.Components)
 }
 
 func checkNumber(wrong report, n float64) {

@@ -271,7 +271,7 @@ func (v *Verdict) Add(c *Component) *LimiterDecision {
 		x.Decisions = append(x.Decisions, LimiterDecision{})
 		d = &x.Decisions[len(x.Decisions)-1]
 	}
-	d.Component = c
+	d.Component, d.Capacity = c, c.Capacity
 	return d
 }
 
@@ -376,7 +376,7 @@ type Component struct {
 	// DeniedStatus is the configured HTTP status of a rejection; 0: by reason.
 	DeniedStatus int
 
-	// Capacity is the most tokens that a bucket holds, or the slots that there are.
+	// Capacity is the most tokens that a bucket holds, or the slots that there are, unless a value has numbers of its own.
 	Capacity float64
 
 	// DryRun marks a component in dry run: flows that it drops pass.
@@ -401,8 +401,12 @@ type LimiterDecision struct {
 	// many this flow took.
 	Remaining, Consumed float64
 
-	slot uint64        // what a flow that was not dropped holds, or what Settle needs of it; 0 for nothing
-	wait time.Duration // until a flow that was dropped could pass; 0 if unknown
+	// Capacity is the most tokens that the bucket which decided holds, or its slots. It is the component's, unless the value has
+	// numbers of its own.
+	Capacity float64
+
+	// held is the slot of a flow that was not dropped, see Hold, or the wait of one that was: no flow has both.
+	held uint64
 
 	Scope Scope
 	Cause Cause
@@ -422,16 +426,26 @@ func (d *LimiterDecision) Passed() bool { return !d.Dropped || d.DryRun }
 
 // Hold notes what a flow that was not dropped holds until it ends; 0 for nothing. A component without slots notes what
 // it needs to take back what was not used.
-func (d *LimiterDecision) Hold(slot uint64) { d.slot = slot }
+func (d *LimiterDecision) Hold(slot uint64) { d.held = slot }
 
 // Slot identifies what the flow holds; 0 when it holds nothing.
-func (d *LimiterDecision) Slot() uint64 { return d.slot }
+func (d *LimiterDecision) Slot() uint64 {
+	if d.Dropped {
+		return 0
+	}
+	return d.held
+}
 
 // Drop drops the flow, which then holds nothing. It could pass after the wait; 0 means unknown.
-func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.slot, d.wait = true, 0, wait }
+func (d *LimiterDecision) Drop(wait time.Duration) { d.Dropped, d.held = true, uint64(wait) }
 
 // Wait is how long until the flow could pass; 0 if it passed or if that is unknown.
-func (d *LimiterDecision) Wait() time.Duration { return d.wait }
+func (d *LimiterDecision) Wait() time.Duration {
+	if !d.Dropped {
+		return 0
+	}
+	return time.Duration(d.held)
+}
 
 // Scope is which of a limiter's buckets decided.
 type Scope uint8

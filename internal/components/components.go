@@ -7,8 +7,15 @@ type Description struct {
 	Name string // of its kind, as in policy files
 	ID   string // its own, or the default
 
+	// Component is the policy.Component with the labels that it reads under the names of its policy.
+	Component any
+
 	// Reads calls read with each label that the component reads, and with "" where it could name one and does not.
 	Reads func(read func(of Role, label string))
+
+	// With returns the component with the numbers of a policy.Override, which is not named because package policy imports this
+	// one. The error says what is wrong with the override. It is nil for a component without a state for each value of a label.
+	With func(override any) (component any, err error)
 }
 
 // Value returns the component as a value of its kind P. It reports false if the component is neither a P nor a pointer to

@@ -165,7 +165,7 @@ func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.Limit
 	}
 	tokens := &checkv1.LimiterDecision_TokensInfo{Remaining: d.Remaining, Consumed: d.Consumed}
 	if d.Scope != agentapi.ScopeNone {
-		tokens.Current = c.Capacity - d.Remaining
+		tokens.Current = d.Capacity - d.Remaining
 	}
 	told := telling{d: d, tokens: tokens}
 	if c.Workload != nil {

@@ -234,6 +234,18 @@ func (r *Rule) count(s *State, now int64, o Outcome) bool {
 	return failed > 0 && flows >= r.Least && (r.Count > 0 && failed >= r.Count || r.Ratio > 0 && float64(failed)/float64(flows) >= r.Ratio)
 }
 
+// Inherit makes the state one of this rule, which follows the rule before. The circuit stays as it is, for as long as it was to be.
+// Steps of another length count nothing of what was counted.
+func (r *Rule) Inherit(s *State, before *Rule, now int64) {
+	if r.Step == before.Step {
+		return
+	}
+	if c := s.circuit.Load(); c != nil {
+		c.wide = nil
+	}
+	s.window = window{newest: now / r.Step}
+}
+
 // Close closes the circuit. Flows that are under way do not count any more.
 func (s *State) Close(now int64) { s.change(Closed, now) }
 

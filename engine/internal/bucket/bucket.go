@@ -7,7 +7,8 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
-// A Rule is what the buckets of one component have in common. It is a [source.Source], and does not change.
+// A Rule is what the buckets of one component have in common. It is a [source.Source], and does not change, but for
+// Changes.
 type Rule struct {
 	Capacity float64 // the most tokens that a bucket holds; it starts with as many
 	Fill     float64 // tokens that come in each interval; with 0, none ever come
@@ -21,6 +22,10 @@ type Rule struct {
 
 	// MaxDebt is how far below 0 a settlement may take a bucket: by the capacity if it is 0, by any debt if it is negative.
 	MaxDebt float64
+
+	// Other are the numbers of the times that Changes says, in place of these; they have neither. Both are nil for none.
+	Other   *Rule
+	Changes *Changes
 }
 
 // A State is one bucket: a leaky bucket as a meter (ITU-T I.371), kept as a count that is brought up to date when it is
@@ -34,6 +39,7 @@ type State struct {
 // Fresh makes the bucket full.
 func (r *Rule) Fresh(b *State, now int64) {
 	*b = State{tokens: r.Capacity, last: now, start: math.MinInt64}
+	r.inForce(b, now)
 }
 
 // refill brings the bucket up to now. A clock that steps back changes nothing.
@@ -106,7 +112,7 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 
 // Take takes tokens. A flow that costs nothing always gets its tokens.
 func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
-	ok, wait := r.takeOrWait(b, now, tokens)
+	ok, wait := r.inForce(b, now).takeOrWait(b, now, tokens)
 	return source.Taken{OK: ok, Left: b.tokens, Wait: wait}
 }
 
@@ -117,13 +123,14 @@ func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost)
 func (r *Rule) Timed() bool { return true }
 
 // GiveBack undoes a Take.
-func (r *Rule) GiveBack(b *State, _ int64, tokens float64, _ uint64, _ bool) bool {
-	b.tokens = min(b.tokens+tokens, r.Capacity)
+func (r *Rule) GiveBack(b *State, now int64, tokens float64, _ uint64, _ bool) bool {
+	b.tokens = min(b.tokens+tokens, r.inForce(b, now).Capacity)
 	return true
 }
 
 // Settle corrects a Take. A refund that fills the bucket begins its delay anew, as all that fills it does.
 func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forgiven float64) {
+	r = r.inForce(b, now)
 	r.refill(b, now) // what comes from now on pays the debt
 	if cost > tokens {
 		return source.Owe(&b.tokens, cost-tokens, source.Lowest(r.MaxDebt, r.Capacity))
@@ -132,8 +139,31 @@ func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forg
 	return 0
 }
 
+// Inherit carries the balance over. A step that is under way goes on, unless steps are shorter now: then it begins anew, so that the
+// time before counts for one of them at the most.
+func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
+	old, ok := before.(*Rule)
+	if !ok || *old == *r {
+		return
+	}
+	old = old.inForce(b, now)
+	old.refill(b, now)
+	b.tokens = source.Carry(b.tokens, old.Capacity, r.Capacity)
+	switch {
+	case r.Delay && b.start > now: // no longer than it takes to fill by the new numbers
+		b.start = min(b.start, now+r.timeToFill(r.Capacity))
+		b.last = b.start
+		if r.Step {
+			b.last -= int64(r.Interval)
+		}
+	case r.Step && r.Interval < old.Interval:
+		b.last = max(b.last, now)
+	}
+}
+
 // Usage returns what the bucket holds, which is less than nothing if it is in debt.
 func (r *Rule) Usage(b *State, now int64) source.Usage {
+	r = r.inForce(b, now)
 	r.refill(b, now)
 	return source.Usage{Capacity: r.Capacity, Remaining: b.tokens}
 }
@@ -144,6 +174,7 @@ func (r *Rule) Usage(b *State, now int64) source.Usage {
 // wants one too: it is served when 4 tokens have come, in 0.8 s, which is the least and likely. If flows of a higher
 // priority are likely to come meanwhile, and get 2 tokens, ahead is {Least: 3, Likely: 5}, and likely is 1.2 s.
 func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+	r = r.inForce(b, now)
 	r.refill(b, now)
 	if tokens > r.Capacity || r.Fill == 0 {
 		return source.Never, source.Never
@@ -155,8 +186,16 @@ func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64)
 	return least, max(likely, 1)
 }
 
-// Idle reports whether the bucket is full, just like a fresh one: to forget it changes nothing.
+// Idle reports whether the bucket is full, just like a fresh one: to forget it changes nothing. A bucket with other numbers
+// must be as full as it would be by its own, too, because a fresh one is full when those come back.
 func (r *Rule) Idle(b *State, now int64) bool {
+	is := r.inForce(b, now)
+	if is != r {
+		own, other := *b, *b // so that the time of both goes on
+		r.refill(&own, now)
+		is.refill(&other, now)
+		return own.tokens >= r.Capacity && other.tokens >= is.Capacity
+	}
 	r.refill(b, now)
 	return b.tokens >= r.Capacity
 }

@@ -106,6 +106,14 @@ func (r *Rule) Settle(q *State, now int64, tokens, cost float64, period uint64) 
 	return 0
 }
 
+// Inherit carries over what is left of the period.
+func (r *Rule) Inherit(q *State, before source.Source[State], now int64) {
+	if old, ok := before.(*Rule); ok && *old != *r {
+		old.renew(q, now)
+		q.left = source.Carry(q.left, old.Amount, r.Amount)
+	}
+}
+
 // Usage returns what is left of the quota, which is less than nothing if it is in debt.
 func (r *Rule) Usage(q *State, now int64) source.Usage {
 	r.renew(q, now)

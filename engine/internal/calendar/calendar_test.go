@@ -202,3 +202,30 @@ func TestTakeAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations want 0", got)
 	}
 }
+
+// A quota keeps what it has used in its period when the amount changes.
+func TestInherit(t *testing.T) {
+	for _, tt := range []struct {
+		name                     string
+		used, amount, left, next float64
+	}{
+		{"more", 4, 20, 16, 20},
+		{"less", 4, 7, 3, 7},
+		{"less than is used", 9, 7, 0, 7},
+		{"unused", 0, 5, 5, 5},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			before, q := hourly(t)
+			before.Take(q, 0, tt.used)
+			after := *before
+			after.Amount = tt.amount
+			after.Inherit(q, before, seconds(10))
+			if got := after.Usage(q, seconds(10)); got.Remaining != tt.left || got.Capacity != tt.amount {
+				t.Errorf("Usage = %+v want %v of %v", got, tt.left, tt.amount)
+			}
+			if got := after.Usage(q, seconds(600)).Remaining; got != tt.next {
+				t.Errorf("the next period has %v want %v", got, tt.next)
+			}
+		})
+	}
+}

@@ -44,6 +44,9 @@ func (n Namer) Name(value string) string {
 	return "hidden:" + hex.EncodeToString(code.Sum(nil)[:16])
 }
 
+// IsValue reports whether a name that Name has returned is the value itself.
+func (n Namer) IsValue(name string) bool { return n.secret == nil && !looksShort(name) }
+
 // AnyName returns the name of a value of any length. Values beyond [MaxValue] have one name if they begin alike.
 func AnyName(value string) string {
 	if len(value) > MaxValue {

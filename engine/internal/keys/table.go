@@ -21,8 +21,8 @@ import (
 // Library caches do not fit: they cost more memory for a key than its state, and they forget exhausted buckets when
 // keys flood in, which is when limits matter.
 type Table[S any] struct {
-	fresh       func(state *S, now int64)
-	forgettable func(state *S, now int64) bool
+	fresh       func(e *Entry[S], now int64)
+	forgettable func(e *Entry[S], now int64) bool
 
 	seed   maphash.Seed
 	mask   uint64
@@ -52,7 +52,7 @@ type shard[S any] struct {
 // zero value is ready.
 type Entry[S any] struct {
 	mu   sync.Mutex
-	gone bool // out of the table: look the key up again
+	mark uint32 // see Mark; goneMark is out of the table: look the key up again
 	hash uint32
 	key  string
 	used uint32 // last use, in seconds
@@ -66,6 +66,18 @@ type Entry[S any] struct {
 
 // Key returns the entry's key and its hash, which never change. An entry of no table, and the spill, have none.
 func (e *Entry[S]) Key() (key string, hash uint32) { return e.key, e.hash }
+
+// goneMark is the bit of a mark that is not the caller's.
+const goneMark = 1 << 31
+
+// Mark returns what [Entry.SetMark] has noted, and 0 at first. It takes no memory. The lock guards it.
+func (e *Entry[S]) Mark() uint32 { return e.mark &^ goneMark }
+
+// SetMark notes a number below 1<<31 with the entry. The lock guards it.
+func (e *Entry[S]) SetMark(mark uint32) { e.mark = e.mark&goneMark | mark&^goneMark }
+
+// Gone reports whether the entry, which is locked, has left its table.
+func (e *Entry[S]) Gone() bool { return e.mark&goneMark != 0 }
 
 // Lock locks the entry.
 func (e *Entry[S]) Lock() { e.mu.Lock() }
@@ -87,12 +99,13 @@ func (e *Entry[S]) Counted() uint64 {
 // cause.
 const FullSweepEvery = time.Second
 
-// New makes a table of up to limit keys. The function fresh initializes a state. The function forgettable reports
-// whether a fresh state would behave like this one. Both are called with the state's entry locked.
+// New makes a table of up to limit keys. The function fresh initializes the state of an entry. The function forgettable reports
+// whether a fresh state would behave like that of an entry, which is forgotten then. Both are called with the entry locked, or
+// before others know it.
 //
 // When a key does not fit, the table sends to full without blocking: a channel with room for one keeps the news. Full may
 // be nil.
-func New[S any](limit int, fresh func(*S, int64), forgettable func(*S, int64) bool, full chan<- struct{}) *Table[S] {
+func New[S any](limit int, fresh func(*Entry[S], int64), forgettable func(*Entry[S], int64) bool, full chan<- struct{}) *Table[S] {
 	// A shard for some 16 000 keys, so that growing one is short; the count is a power of two.
 	shards := 1 << min(bits.Len(uint(limit)>>14), 8)
 	t := &Table[S]{
@@ -106,12 +119,12 @@ func New[S any](limit int, fresh func(*S, int64), forgettable func(*S, int64) bo
 	}
 	// Most limiters of a large file have no key yet, and few have many. So the shards begin with the same slot, which stays
 	// empty: the first key of a shard has it rebuilt.
-	slots, tombstone := make([]atomic.Pointer[Entry[S]], 1), &Entry[S]{gone: true}
+	slots, tombstone := make([]atomic.Pointer[Entry[S]], 1), &Entry[S]{mark: goneMark}
 	for i := range t.shards {
 		t.shards[i].slots.Store(&slots)
 		t.shards[i].tombstone = tombstone
 	}
-	fresh(&t.spill.State, 0)
+	fresh(&t.spill, 0)
 	return t
 }
 
@@ -123,13 +136,13 @@ func (t *Table[S]) Lock(key string, now int64) *Entry[S] {
 	for {
 		e := s.find(uint32(h>>32), key)
 		if e == nil {
-			if e = t.insert(s, uint32(h>>32), key, now); e == nil {
+			if e = t.insert(s, uint32(h>>32), key, now, t.fresh); e == nil {
 				t.spilled.Add(1)
 				e = &t.spill
 			}
 		}
 		e.mu.Lock()
-		if !e.gone {
+		if !e.Gone() {
 			e.used = second(now)
 			return e
 		}
@@ -137,25 +150,51 @@ func (t *Table[S]) Lock(key string, now int64) *Entry[S] {
 	}
 }
 
-// LockOwn returns what [Table.Lock] does, but nil when the key has no entry of its own because the table is full.
-func (t *Table[S]) LockOwn(key string, now int64) *Entry[S] {
+// LockSpill returns what [Table.Lock] does for a key that does not fit.
+func (t *Table[S]) LockSpill() *Entry[S] {
+	t.spilled.Add(1)
+	t.spill.mu.Lock()
+	return &t.spill
+}
+
+// HasRoom reports whether there is room for the key, which is not known. It makes room if it can, as [Table.Lock] does.
+func (t *Table[S]) HasRoom(key string, now int64) bool {
+	if t.size.Load() < t.limit {
+		return true
+	}
+	s := &t.shards[maphash.String(t.seed, key)&t.mask]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.crowd(s, now)
+	return t.size.Load() < t.limit
+}
+
+// LockOwn returns what [Table.Lock] does, but nil when the key has no entry of its own because the table is full. If it makes an
+// entry, it calls fresh for it, or the table's own function if that is nil.
+func (t *Table[S]) LockOwn(key string, now int64, fresh func(*Entry[S], int64)) *Entry[S] {
+	if fresh == nil {
+		fresh = t.fresh
+	}
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
 		e := s.find(uint32(h>>32), key)
 		if e == nil {
-			if e = t.insert(s, uint32(h>>32), key, now); e == nil {
+			if e = t.insert(s, uint32(h>>32), key, now, fresh); e == nil {
 				return nil
 			}
 		}
 		e.mu.Lock()
-		if !e.gone {
+		if !e.Gone() {
 			e.used = second(now)
 			return e
 		}
 		e.mu.Unlock()
 	}
 }
+
+// Use notes that the entry, which is locked, is used now.
+func (e *Entry[S]) Use(now int64) { e.used = second(now) }
 
 // LockKnown returns the key's entry, locked, or nil when the key is not known. It counts as no use.
 func (t *Table[S]) LockKnown(key string) *Entry[S] {
@@ -167,16 +206,16 @@ func (t *Table[S]) LockKnown(key string) *Entry[S] {
 			return nil
 		}
 		e.mu.Lock()
-		if !e.gone {
+		if !e.Gone() {
 			return e
 		}
 		e.mu.Unlock()
 	}
 }
 
-// LockPeek returns the entry that [Table.Lock] would return, locked, without adding the key: a key that is not known gets
-// a new entry that is in no table, or the spill when the table is full. It counts as no use.
-func (t *Table[S]) LockPeek(key string, now int64) *Entry[S] {
+// LockPeek returns the entry that [Table.Lock] would return, locked, without adding the key. It is nil for a key that is not known
+// and would get a new entry. It counts as no use.
+func (t *Table[S]) LockPeek(key string) *Entry[S] {
 	h := maphash.String(t.seed, key)
 	s := &t.shards[h&t.mask]
 	for {
@@ -185,11 +224,10 @@ func (t *Table[S]) LockPeek(key string, now int64) *Entry[S] {
 			e = &t.spill
 		}
 		if e == nil {
-			e = new(Entry[S])
-			t.fresh(&e.State, now)
+			return nil
 		}
 		e.mu.Lock()
-		if !e.gone {
+		if !e.Gone() {
 			return e
 		}
 		e.mu.Unlock()
@@ -257,22 +295,14 @@ func (s *shard[S]) find(hash uint32, key string) *Entry[S] {
 }
 
 // insert adds the key, unless another goroutine just did. It returns nil when the table is full.
-func (t *Table[S]) insert(s *shard[S], hash uint32, key string, now int64) *Entry[S] {
+func (t *Table[S]) insert(s *shard[S], hash uint32, key string, now int64, fresh func(*Entry[S], int64)) *Entry[S] {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if e := s.find(hash, key); e != nil {
 		return e
 	}
 	if t.size.Add(1) > t.limit {
-		t.crowded.Store(true)
-		select {
-		case t.full <- struct{}{}: // for the sweep of the other shards
-		default:
-		}
-		if now >= s.nextSweep {
-			s.nextSweep = now + int64(FullSweepEvery)
-			t.sweepShard(s, now, 0)
-		}
+		t.crowd(s, now)
 		if t.size.Load() > t.limit {
 			t.size.Add(-1)
 			return nil
@@ -283,10 +313,60 @@ func (t *Table[S]) insert(s *shard[S], hash uint32, key string, now int64) *Entr
 		slots = s.rebuild()
 	}
 	e := &Entry[S]{hash: hash, key: strings.Clone(key), used: second(now)}
-	t.fresh(&e.State, now)
+	fresh(e, now)
 	place(slots, e)
 	s.live++
 	return e
+}
+
+// crowd has room made for a key that does not fit, in its shard at once. The shard's mutex is held.
+func (t *Table[S]) crowd(s *shard[S], now int64) {
+	t.crowded.Store(true)
+	select {
+	case t.full <- struct{}{}: // for the sweep of the other shards
+	default:
+	}
+	if now >= s.nextSweep {
+		s.nextSweep = now + int64(FullSweepEvery)
+		t.sweepShard(s, now, 0)
+	}
+}
+
+// Each calls f with each entry, locked, and with the spill. It locks one entry at a time. It leaves out no key that was made before
+// it is called.
+func (t *Table[S]) Each(f func(*Entry[S])) {
+	for e := range t.Entries {
+		e.mu.Lock()
+		if !e.Gone() {
+			f(e)
+		}
+		e.mu.Unlock()
+	}
+	t.spill.mu.Lock()
+	f(&t.spill)
+	t.spill.mu.Unlock()
+}
+
+// Entries yields the entry of each key. It is not locked, and may leave the table at any time.
+func (t *Table[S]) Entries(yield func(*Entry[S]) bool) {
+	var entries []*Entry[S]
+	for i := range t.shards {
+		s := &t.shards[i]
+		entries = entries[:0]
+		s.mu.Lock() // so that an entry which is made meanwhile is seen
+		slots := *s.slots.Load()
+		for j := range slots {
+			if e := slots[j].Load(); e != nil && e != s.tombstone {
+				entries = append(entries, e)
+			}
+		}
+		s.mu.Unlock()
+		for _, e := range entries {
+			if !yield(e) {
+				return
+			}
+		}
+	}
 }
 
 // place puts the entry into the first empty slot of its probe. Slots of removed keys are left to rebuild: a reader may
@@ -349,8 +429,8 @@ func (t *Table[S]) sweepShard(s *shard[S], now, idle int64) {
 		if e == nil || e == s.tombstone || !e.mu.TryLock() { // a locked one is in use
 			continue
 		}
-		if now-int64(e.used)*int64(time.Second) >= idle && t.forgettable(&e.State, now) {
-			e.gone = true
+		if now-int64(e.used)*int64(time.Second) >= idle && t.forgettable(e, now) {
+			e.mark |= goneMark
 			s.forgotten += uint64(e.Count)
 			slots[i].Store(s.tombstone)
 			s.live--

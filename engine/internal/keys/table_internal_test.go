@@ -11,7 +11,7 @@ import (
 )
 
 func newTestTable(limit int) *Table[int] {
-	return New(limit, func(n *int, _ int64) { *n = 0 }, func(n *int, _ int64) bool { return *n == 0 }, nil)
+	return New(limit, func(e *Entry[int], _ int64) { e.State = 0 }, func(e *Entry[int], _ int64) bool { return e.State == 0 }, nil)
 }
 
 func (t *Table[S]) update(key string, now int64, f func(*S)) {
@@ -163,7 +163,7 @@ func TestTableLockOwn(t *testing.T) {
 		key  string
 		want int // of its state; -1 without an entry
 	}{{"0", 5}, {"1", 0}, {"2", -1}} {
-		e := tab.LockOwn(tt.key, int64(time.Hour))
+		e := tab.LockOwn(tt.key, int64(time.Hour), nil)
 		if (e == nil) != (tt.want < 0) {
 			t.Fatalf("LockOwn(%s) = %v", tt.key, e)
 		}

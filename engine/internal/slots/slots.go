@@ -67,7 +67,7 @@ func (r *Rule) Take(f *State, now int64, tokens float64) source.Taken {
 		d.Slot = f.take(now, min(tokens, source.MaxCost))
 	default:
 		d.OK = false
-		if f.oldest != none {
+		if f.oldest != none && r.Limit > 0 {
 			d.Wait = f.slots[f.oldest].since + r.MaxInflight - now
 		}
 	}
@@ -94,6 +94,22 @@ func (r *Rule) GiveBack(f *State, now int64, _ float64, id uint64, unused bool) 
 		f.end(now - since)
 	}
 	return true
+}
+
+// Inherit takes back what was to be taken back by the numbers before. All other slots stay taken.
+func (*Rule) Inherit(f *State, before source.Source[State], now int64) {
+	if old, ok := before.(*Rule); ok {
+		old.reclaim(f, now)
+	}
+}
+
+// Oldest returns when the slot was taken that is held the longest; ok is false if none is.
+func (r *Rule) Oldest(f *State, now int64) (since int64, ok bool) {
+	r.reclaim(f, now)
+	if f.oldest == none {
+		return 0, false
+	}
+	return f.slots[f.oldest].since, true
 }
 
 // Usage counts the slots that are free, and the flows that hold some.

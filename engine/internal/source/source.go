@@ -46,6 +46,19 @@ type Settler[S any] interface {
 	Settle(state *S, now int64, tokens, cost float64, slot uint64) (forgiven float64)
 }
 
+// An Heir is a source that can follow another one of its type, whose numbers differ.
+type Heir[S any] interface {
+	// Inherit makes a state of the source before one of this source, from the time on. What came until then came by the numbers
+	// before. The key keeps what it has used.
+	Inherit(state *S, before Source[S], now int64)
+}
+
+// Carry returns the balance of a key when its capacity changes: what was used remains used. A smaller capacity makes no debt,
+// which would keep flows out for as long as the new rate takes to pay what the old numbers have granted.
+func Carry(balance, before, after float64) float64 {
+	return min(max(after-(before-balance), min(balance, 0)), after)
+}
+
 // Taken is the result of [Source.Take].
 type Taken struct {
 	OK   bool

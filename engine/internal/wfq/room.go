@@ -9,7 +9,7 @@ import (
 // is no room. All that it does takes constant time. It is safe for concurrent use: its lock is taken while those of queues
 // are held, and none is taken under it.
 type Room struct {
-	size   int64
+	size   atomic.Int64
 	free   atomic.Int64
 	shared bool
 
@@ -26,10 +26,14 @@ type member struct {
 
 // NewRoom makes room for so many flows. Shared means that several queues share it; then their lengths are compared.
 func NewRoom(size int64, shared bool) *Room {
-	r := &Room{size: size, shared: shared}
+	r := &Room{shared: shared}
+	r.size.Store(size)
 	r.free.Store(size)
 	return r
 }
+
+// Resize makes it room for so many flows. Flows that wait keep theirs. It is not called twice at once.
+func (r *Room) Resize(size int64) { r.free.Add(size - r.size.Swap(size)) }
 
 // Take takes the room of one flow, and reports whether there was any.
 func (r *Room) Take() bool {
@@ -44,7 +48,7 @@ func (r *Room) Take() bool {
 func (r *Room) Return() { r.free.Add(1) }
 
 // Used returns how much of the room is taken.
-func (r *Room) Used() int { return int(min(r.size-r.free.Load(), r.size)) } // a flow that finds none takes it for a moment
+func (r *Room) Used() int { return int(min(r.size.Load()-r.free.Load(), r.size.Load())) } // a flow that finds none takes it for a moment
 
 // Longest returns the function turnOut of the longest queue; nil if no more flows than that wait in it. Of equals it is
 // the queue that came to that length last. The caller holds no queue's lock when it calls the function.

@@ -1,0 +1,151 @@
+package engine_test
+
+import (
+	"math"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A multiplier is the load multiplier of a load scheduler, for tests to set.
+type multiplier struct{ bits atomic.Uint64 }
+
+func (s *multiplier) set(to float64)    { s.bits.Store(math.Float64bits(to)) }
+func (s *multiplier) signal() float64   { return math.Float64frombits(s.bits.Load()) }
+func (s *multiplier) of() engine.Option { return engine.WithSignal("share", s.signal) }
+
+// protect is the load scheduler, of which no flow has anything.
+func protect() policy.LoadScheduler {
+	return policy.LoadScheduler{ID: "protect", Selectors: policy.At("elsewhere"), LoadMultiplier: policy.Named("share")}
+}
+
+func escalation() policy.Escalation {
+	return policy.Escalation{Load: "protect", Below: 1, For: 30 * time.Second}
+}
+
+// The share is looked at every ten seconds. Other numbers come into force when it has been below 1 for half a minute, and go
+// with the first look at which it is not.
+func TestEscalation(t *testing.T) {
+	type event struct {
+		at     time.Duration
+		share  float64 // to set; 0 to start a flow
+		accept bool
+	}
+	flow := func(at float64, accept bool) event {
+		return event{time.Duration(at * float64(time.Second)), 0, accept}
+	}
+	set := func(at, share float64) event { return event{time.Duration(at * float64(time.Second)), share, false} }
+	for _, tt := range []struct {
+		name   string
+		when   policy.Escalation
+		events []event
+	}{
+		{"below for half a minute", escalation(), []event{set(5, 0.5), flow(39.5, true), flow(40.5, false), flow(49.5, false)}},
+		{"and not any more", escalation(), []event{set(5, 0.5), flow(40.5, false), set(45, 1), flow(49.5, false), flow(51.5, true)}},
+		{"with a break", escalation(), []event{set(5, 0.5), set(25, 1), set(35, 0.5), flow(50, true), flow(69.5, true), flow(70.5, false)}},
+		{"not known", escalation(), []event{set(5, math.NaN()), flow(50, true)}},
+		{"not known any more", escalation(), []event{set(5, 0.5), flow(40.5, false), set(45, math.NaN()), flow(51.5, true)}},
+		{"not below", escalation(), []event{set(5, 1), flow(50, true)}},
+		{"at once", policy.Escalation{Load: "protect", Below: 0.3}, []event{set(5, 0.3), flow(15, true), set(16, 0.2), flow(19.5, true), flow(20.5, false)}},
+		{"to less", policy.Escalation{Load: "protect", Below: 1, Capacity: 1, Fill: 0}, []event{set(5, 0.5), flow(10.5, true), flow(19, false)}},
+	} {
+		for _, kind := range sides.Engines {
+			t.Run(tt.name+"/"+string(kind), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					share := new(multiplier)
+					share.set(1)
+					limit := policy.RateLimiter{Selectors: policy.At("point"), Capacity: 5, Fill: 1, Interval: time.Second, When: tt.when}
+					start := time.Now()
+					side := sides.Setup{
+						Policies: sides.Policies(limit, protect()), EngineOptions: []engine.Option{share.of()},
+					}.New(t, kind)
+					for _, event := range tt.events {
+						<-time.After(time.Until(start.Add(event.at)))
+						if event.share != 0 {
+							share.set(event.share)
+							continue
+						}
+						f := side.Client.Start(t.Context(), "point", flowctl.Params{})
+						if got := f.Decision() == flowctl.Accepted; got != event.accept {
+							t.Errorf("at %v: accepted = %t", event.at, got)
+						}
+						end(f)
+					}
+				})
+			})
+		}
+	}
+}
+
+// A flow that waits for a token gets none while there are none, and its own when they come again. One that comes meanwhile
+// does not wait for what may never be.
+func TestEscalationOfQueues(t *testing.T) {
+	for _, by := range []string{"", "user"} {
+		synctest.Test(t, func(t *testing.T) {
+			share := new(multiplier)
+			share.set(0.5)
+			start := time.Now()
+			limit := policy.QuotaScheduler{
+				ID: "limit", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 20 * time.Second, LimitBy: by,
+				When: policy.Escalation{Load: "protect", Below: 1},
+			}
+			_, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+			at := func(s float64) { <-time.After(time.Until(start.Add(time.Duration(s * float64(time.Second))))) }
+			ask := func(wait time.Duration) *flowctl.Flow {
+				return c.Start(t.Context(), "point", flowctl.Params{MaxWait: wait, Labels: map[string]string{"user": "ann"}})
+			}
+			end(ask(flowctl.NoWait))
+			waited := make(chan time.Duration)
+			go func() {
+				f := ask(time.Minute)
+				defer end(f)
+				if f.Decision() != flowctl.Accepted {
+					t.Errorf("%v, want it accepted in the end", f)
+				}
+				waited <- time.Since(start)
+			}()
+			at(15) // half of its token has come, and was lost at 10 s
+			if f := ask(time.Minute); f.Decision() != flowctl.Rejected || time.Since(start) != 15*time.Second {
+				t.Errorf("after %v: %v, want it rejected at once", time.Since(start), f)
+			}
+			share.set(1)
+			if got := <-waited; got != 40*time.Second {
+				t.Errorf("waited %v, want it to begin anew at 20 s", got)
+			}
+		})
+	}
+}
+
+// A limiter that stays the same looks at the load scheduler that there is now.
+func TestEscalationAfterApply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		share := new(multiplier)
+		share.set(0.5)
+		limit := policy.RateLimiter{ID: "limit", Selectors: policy.At("point"), Capacity: 5, Fill: 5, Interval: time.Second, When: escalation()}
+		e, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+		accepted := func() bool {
+			f := c.Start(t.Context(), "point", flowctl.Params{})
+			defer end(f)
+			return f.Decision() == flowctl.Accepted
+		}
+		<-time.After(25*time.Second + time.Second/2)
+		replaced := protect()
+		replaced.Selectors = policy.At("somewhere")
+		apply(t, e, limit, replaced) // whose multiplier is known at 30 s
+		<-time.After(20 * time.Second)
+		if !accepted() {
+			t.Error("the other numbers are in force, although there was a break")
+		}
+		<-time.After(15 * time.Second)
+		if accepted() {
+			t.Error("the other numbers are not in force")
+		}
+		peek(t, e, "limit", engine.Usage{})
+	})
+}

@@ -1,0 +1,57 @@
+package bucket
+
+import (
+	"math"
+	"testing"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/source"
+)
+
+// A bucket keeps what it has used when its numbers change, after what has come by the old ones.
+func TestInherit(t *testing.T) {
+	const s = int64(time.Second)
+	rule := func(capacity, fill float64, interval int64) *Rule {
+		return &Rule{Capacity: capacity, Fill: fill, Interval: float64(interval)}
+	}
+	step := func(r *Rule) *Rule { r.Step = true; return r }
+	delay := func(r *Rule) *Rule { r.Delay = true; return r }
+	for _, tt := range []struct {
+		name          string
+		before, after *Rule
+		used          float64
+		at            int64   // of the change
+		is            float64 // then
+		later         int64   // after the change
+		then          float64
+	}{
+		{"more", rule(10, 1, s), rule(20, 1, s), 6, 0, 14, s, 15},
+		{"less", rule(10, 1, s), rule(5, 1, s), 3, 0, 2, s, 3},
+		{"less than is used", rule(10, 1, s), rule(5, 1, s), 6, 0, 0, s, 1},
+		{"full stays full", rule(10, 1, s), rule(5, 1, s), 0, 0, 5, s, 5},
+		{"what has come by the old rate", rule(10, 1, s), rule(10, 5, s), 9, 2 * s, 3, s, 8},
+		{"no more than the old capacity", rule(10, 1, s), rule(20, 1, s), 2, 100 * s, 20, s, 20},
+		{"debt stays", rule(10, 1, s), rule(5, 1, s), 13, 0, -3, s, -2},
+		{"debt is paid by more capacity", rule(10, 1, s), rule(20, 1, s), 13, 0, 7, s, 8},
+		{"a refusal", rule(10, 1, s), rule(0, 0, s), 6, 0, 0, s, 0},
+		{"a step that is under way", step(rule(10, 1, 10*s)), step(rule(10, 2, 10*s)), 6, 9 * s, 4, s, 6},
+		{"longer steps", step(rule(10, 1, 10*s)), step(rule(10, 1, 20*s)), 6, 9 * s, 4, 11 * s, 5},
+		{"shorter steps", step(rule(10, 1, 3600*s)), step(rule(10, 1, s)), 6, 3000 * s, 4, 2 * s, 6},
+		{"a delay that would be over", delay(rule(10, 0.001, s)), delay(rule(10, 1, s)), 6, s, 4, 12 * s, 6},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := new(State)
+			tt.before.Fresh(b, 0)
+			tt.before.Take(b, 0, min(tt.used, tt.before.Capacity))
+			tt.before.MaxDebt = -1
+			tt.before.Settle(b, 0, 0, max(tt.used-tt.before.Capacity, 0), 0)
+			tt.after.Inherit(b, tt.before, tt.at)
+			if got := tt.after.Usage(b, tt.at); math.Abs(got.Remaining-tt.is) > source.Slack || got.Capacity != tt.after.Capacity {
+				t.Errorf("after the change %+v want %v", got, tt.is)
+			}
+			if got := tt.after.Usage(b, tt.at+tt.later).Remaining; math.Abs(got-tt.then) > source.Slack {
+				t.Errorf("later %v want %v", got, tt.then)
+			}
+		})
+	}
+}

@@ -1,0 +1,70 @@
+package policy
+
+import (
+	"slices"
+	"time"
+)
+
+// An Escalation gives a limiter other numbers while a load scheduler of its policy lets in too little of the load: those who
+// matter less are kept out before the others have to wait. The zero value does nothing.
+//
+// The engine looks at the scheduler each second. Tokens beyond a capacity are lost when it comes into force, and a capacity
+// that grows brings none, so a bucket never grants more than the numbers of each time. A limiter has its own numbers when it
+// comes into force. Answers have its own capacity at all times.
+type Escalation struct {
+	// Load is the ID, own or default, of a [LoadScheduler] or an [AIMDLoadScheduler] of the same policy. Required.
+	Load string
+
+	// Below is the load multiplier below which the scheduler lets in too little: 1 for whenever it keeps flows out. A scheduler
+	// that accepts every flow, or whose multiplier is not known, does not. Required, positive.
+	Below float64
+
+	// For is how long the multiplier must have been below, without a break, before the other numbers are in force. They end
+	// as soon as it is not. Zero means no time. Not negative.
+	For time.Duration
+
+	// Capacity and Fill are those of the limiter meanwhile. Zero refuses every flow, and never refills. Not negative.
+	Capacity, Fill float64
+}
+
+// check reports what is wrong with an escalation, except its Load.
+func (e Escalation) check(wrong report) {
+	if e == (Escalation{}) {
+		return
+	}
+	if e.Load == "" {
+		wrong(".Load", "is required")
+	}
+	checkAmount(wrong.sub(".Below"), e.Below)
+	if e.Below == 0 {
+		wrong(".Below", "must be positive, is 0: no multiplier is below")
+	}
+	checkNotNegative(wrong.sub(".For"), e.For)
+	checkAmount(wrong.sub(".Capacity"), e.Capacity)
+	checkAmount(wrong.sub(".Fill"), e.Fill)
+}
+
+// checkEscalations reports the escalations of a policy that go by no load scheduler of its.
+func checkEscalations(wrong report, components []Component) {
+	var ids identifier
+	var loads []string
+	for _, c := range components {
+		if c, why := asValue(c); why == "" {
+			if id := ids.id(c); c.kind() == loadScheduler || c.kind() == aimdLoadScheduler {
+				loads = append(loads, id)
+			}
+		}
+	}
+	for i, c := range components {
+		var e Escalation
+		switch c, _ := asValue(c); c := c.(type) {
+		case RateLimiter:
+			e = c.When
+		case QuotaScheduler:
+			e = c.When
+		}
+		if e.Load != "" && !slices.Contains(loads, e.Load) {
+			wrong.at("components", i)(".When.Load", "no load scheduler of the policy has the ID %s%s", quote(e.Load), suggest(e.Load, loads))
+		}
+	}
+}
