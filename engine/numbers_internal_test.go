@@ -28,6 +28,8 @@ func TestPlacesOfOverrides(t *testing.T) {
 		terms := func(places, asked, free int) {
 			t.Helper()
 			tt := l.terms.Load()
+			tt.mu.Lock()
+			defer tt.mu.Unlock()
 			if len(*tt.list.Load()) != places || len(tt.asked) != asked || len(tt.free) != free {
 				t.Errorf("%d places, %d of the host, %d free want %d, %d, %d", len(*tt.list.Load()), len(tt.asked), len(tt.free), places, asked, free)
 			}
