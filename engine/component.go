@@ -5,8 +5,10 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/decimal"
+	"github.com/headgate-go/headgate/internal/statefile"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -71,6 +73,19 @@ type inspected interface {
 	reset(value string, now int64)
 }
 
+// A lasting component has a state that can outlive the process.
+type lasting interface {
+	// mode says what the state means besides the component's kind and label. Ok is false if there is nothing to write: see
+	// source.Lasting.
+	mode() (mode string, ok bool)
+
+	// save writes the state as it is at the time now. It returns how many states it wrote.
+	save(w *statefile.Writer, now int64) int
+
+	// restore takes a state that save has written. It returns how many slots it took; ok is false if it could not take it.
+	restore(r *statefile.Record, at source.Restoring) (slots int, ok bool)
+}
+
 // keyed is what components have in common: a state for each value of a label, or one for all flows.
 type keyed[S any] struct {
 	component   agentapi.Component
@@ -91,7 +106,7 @@ type keyed[S any] struct {
 func newKeyed[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 	fresh func(*S, int64), idle func(*S, int64) bool,
 ) keyed[S] {
-	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, e.secret[:]), engine: e}
+	k := keyed[S]{component: c, maxIdle: maxIdle, retired: make(chan struct{}), counts: new(counts), idle: idle, namer: keys.NewNamer(c.LabelKey, &e.secret), engine: e}
 	switch {
 	case maxIdle == 0:
 		k.maxIdle = policy.DefaultMaxIdle
@@ -214,6 +229,13 @@ func (k *keyed[S]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wait 
 	d.Consumed = 0
 	d.Cause = cause
 	d.Drop(time.Duration(wait))
+}
+
+// heldOff counts a flow that was rejected while no flow gets slots.
+func (k *keyed[S]) heldOff(d *agentapi.LimiterDecision, now int64) {
+	if k.component.Slots && !d.Passed() {
+		k.engine.hold.Reject(now)
+	}
 }
 
 // tokensOf returns how many tokens the flow's label says, or otherwise if it says no number of tokens.

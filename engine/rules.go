@@ -31,6 +31,7 @@ type installed struct {
 	kind      *kind
 	name      string // of the kind
 	named     identity
+	before    []identity // by which flows of before a restart end, too; guarded by Engine.mu
 	stage     stage
 	selectors []policy.Selector // until they are compiled
 	acts      selectors         // in the order of the policy
@@ -141,10 +142,7 @@ func (e *Engine) sweepRetired() {
 		if now-r.since < int64(sweepEvery) || r.retiree != nil && !r.retiree.vacant(now) {
 			return false
 		}
-		left := slices.DeleteFunc(slices.Clone(e.holders[r.named]), func(c component) bool { return c == r.component })
-		if e.holders[r.named] = left; len(left) == 0 {
-			delete(e.holders, r.named)
-		}
+		e.forget(r.installed)
 		return true
 	})
 }

@@ -5,6 +5,7 @@ package keys
 
 import (
 	"hash/maphash"
+	"iter"
 	"math/bits"
 	"strings"
 	"sync"
@@ -72,6 +73,16 @@ func (e *Entry[S]) Lock() { e.mu.Lock() }
 
 // TryLock locks the entry unless it is locked, and reports whether it has.
 func (e *Entry[S]) TryLock() bool { return e.mu.TryLock() }
+
+// LockLive locks the entry unless it has left its table, and reports whether it has.
+func (e *Entry[S]) LockLive() bool {
+	e.mu.Lock()
+	if e.gone {
+		e.mu.Unlock()
+		return false
+	}
+	return true
+}
 
 // Unlock unlocks the entry.
 func (e *Entry[S]) Unlock() { e.mu.Unlock() }
@@ -201,6 +212,22 @@ func (t *Table[S]) LockPeek(key string, now int64) *Entry[S] {
 func (t *Table[S]) Find(key string) *Entry[S] {
 	h := maphash.String(t.seed, key)
 	return t.shards[h&t.mask].find(uint32(h>>32), key)
+}
+
+// All yields the entries, unlocked, except the spill. It locks nothing, so keys that come meanwhile may be missed, and some of
+// the entries may have left the table: see [Entry.LockLive].
+func (t *Table[S]) All() iter.Seq[*Entry[S]] {
+	return func(yield func(*Entry[S]) bool) {
+		for i := range t.shards {
+			s := &t.shards[i]
+			slots := *s.slots.Load()
+			for j := range slots {
+				if e := slots[j].Load(); e != nil && e != s.tombstone && !yield(e) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // Full reports whether there is no room for another key.
