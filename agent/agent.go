@@ -27,6 +27,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -54,10 +55,11 @@ const margin = 10 * time.Millisecond // what an answer needs to arrive
 // first few of a burst end theirs a twentieth earlier too.
 const answerTime = 500 * time.Microsecond
 
-// A Service offers an engine over gRPC. Make one with [Register]. It is safe for concurrent use, and has no goroutine of
-// its own.
+// A Service offers an engine over gRPC. Make one with [Register] or [New]. It is safe for concurrent use. It has a goroutine of
+// its own only if it keeps a state, see [WithState].
 type Service struct {
 	engine agentapi.Local
+	memory memory
 	spans  atomic.Uint64
 	issued issued
 	asking crowd
@@ -69,13 +71,53 @@ type Service struct {
 // to close the engine. Closing it rejects the checks that wait, so that a graceful stop of s can end. Later checks end
 // with the status Unavailable, so begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
-	svc := &Service{engine: e.Agent()}
-	services := registrar{s, svc.engine.NamedLabels}
-	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: svc})
-	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: svc})
-	telemetry.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
+	svc := &Service{memory: memory{engine: e.Agent()}, engine: e.Agent()}
+	svc.Register(s)
 	return svc
 }
+
+// New makes a Service with options, for [Service.Register]. Call it before the engine decides about flows: the state that
+// [WithState] has it read is that of before. The caller still has to close the engine, and then the Service. The error joins what
+// is wrong with the options.
+func New(e *engine.Engine, opts ...ServiceOption) (*Service, error) {
+	var o serviceOptions
+	for _, opt := range opts {
+		if opt != nil {
+			opt(&o)
+		}
+	}
+	if err := o.check(); err != nil {
+		return nil, fmt.Errorf("headgate: agent: %w", err)
+	}
+	svc := &Service{engine: e.Agent()}
+	svc.memory.start(svc.engine, o)
+	return svc, nil
+}
+
+// Register registers the engine's services on s, as the function [Register] does. Call it once.
+func (s *Service) Register(r grpc.ServiceRegistrar) {
+	services := registrar{r, s.engine.NamedLabels}
+	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: s})
+	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: s})
+	telemetry.RegisterCounter(services, func(spans int) { s.spans.Add(uint64(spans)) }, s.read)
+}
+
+// Close writes the state for the last time, see [WithState]. Call it when the server has stopped and the engine is closed: no
+// other order is good, because a flow that is admitted later would be forgotten. So in another order, the next start counts as
+// one after a kill. The error says why the state could not be written. A second Close does nothing. Without a state, Close is not
+// needed.
+func (s *Service) Close() error {
+	drained := false
+	select {
+	case <-s.engine.Closed():
+		drained = s.asking.none()
+	default:
+	}
+	return s.memory.close(drained)
+}
+
+// State says what the agent remembers of before its start, and of its copies; see [WithState].
+func (s *Service) State() State { return s.memory.now() }
 
 // A registrar registers services that are bounded.
 type registrar struct {

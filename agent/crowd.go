@@ -37,3 +37,10 @@ func (c *crowd) leave() {
 	defer c.mu.Unlock()
 	c.size--
 }
+
+// none reports whether no check is under way.
+func (c *crowd) none() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.size == 0
+}

@@ -5,9 +5,12 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"net"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"time"
 
 	"google.golang.org/grpc"
@@ -55,6 +58,46 @@ func ExampleRegister() {
 	}
 	server.Stop()
 	<-stopped
+	// Output:
+	// accepted
+	// rejected
+}
+
+// An agent that starts again goes on where the one before was.
+func ExampleNew() {
+	folder, err := os.MkdirTemp("", "agent")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(folder)
+	for range 2 {
+		limits, err := engine.New([]policy.Policy{{Name: "mail", Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At("send-mail"), Capacity: 1, Fill: 1, Interval: time.Hour,
+		}}}})
+		if err != nil {
+			panic(err)
+		}
+		served, err := agent.New(limits, agent.WithState(filepath.Join(folder, "agent.state")), agent.WithHoldOff(10*time.Second))
+		if err != nil {
+			panic(err)
+		}
+		server := grpc.NewServer(agent.ServerOptions()...)
+		served.Register(server)
+
+		client, err := flowctl.New(limits) // in place of one in another process
+		if err != nil {
+			panic(err)
+		}
+		flow := client.Start(context.Background(), "send-mail", flowctl.Params{})
+		fmt.Println(flow.Decision())
+		_, _ = flow.End(context.Background())
+		_ = client.Close(context.Background())
+
+		server.GracefulStop()
+		if err := errors.Join(limits.Close(), served.Close()); err != nil {
+			panic(err)
+		}
+	}
 	// Output:
 	// accepted
 	// rejected

@@ -7,7 +7,8 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// Warnings lists what the engine's policies ask for and a server cannot do, the most important first:
+// Warnings lists what a restart has lost or would lose, see [WithState], and what the engine's policies ask for and a server cannot
+// do, the most important first:
 //
 //   - control points where a flow may hold more slots than an answer can name: the flow is rejected then,
 //   - selectors that name a service: they pick no flow of a client's, because the protocol has no place for the client's
@@ -29,7 +30,7 @@ func (s *Service) Warnings() []string {
 				"leaves out those that hold no slot", at, all.Number, answer))
 		}
 	}
-	return slices.Concat(slots, s.engine.ServiceWarnings(), decisions)
+	return slices.Concat(s.memory.warnings(), slots, s.engine.ServiceWarnings(), decisions)
 }
 
 // tooSmall names the answer that the load does not fit into; "" for none.

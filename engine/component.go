@@ -5,8 +5,10 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/decimal"
+	"github.com/headgate-go/headgate/internal/statefile"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -76,6 +78,19 @@ type inspected interface {
 	gone() bool
 }
 
+// A lasting component has a state that can outlive the process.
+type lasting interface {
+	// lasts says what the state means besides the component's kind and label. Ok is false if there is nothing to write: see
+	// source.Lasting.
+	lasts() (mode string, ok bool)
+
+	// save writes the state as it is at the time now. It returns how many states it wrote.
+	save(w *statefile.Writer, now int64) int
+
+	// restore takes a state that save has written. It returns how many slots it took; ok is false if it could not take it.
+	restore(r *statefile.Record, at source.Restoring) (slots int, ok bool)
+}
+
 // keyed is what components have in common: a state for each value of a label, or one for all flows. Keys go by rules of type R.
 // What it has of its own is configured. What it keeps is in kept, which it shares with the component that follows it when a policy
 // changes its numbers: flows of before end here, at the same states.
@@ -107,7 +122,7 @@ type config[S, R any] struct {
 func newKeyed[S, R any](e *Engine, c config[S, R]) (keyed[S, R], error) {
 	label := c.component.LabelKey
 	k := keyed[S, R]{component: c.component, maxIdle: c.maxIdle, engine: e, mode: c.mode, asking: e.overrides != nil && label != "" && c.with != nil, kept: &kept[S, R]{
-		ruling: c.ruling, retired: make(chan struct{}), counts: new(counts), namer: keys.NewNamer(label, e.secret[:]),
+		ruling: c.ruling, retired: make(chan struct{}), counts: new(counts), namer: keys.NewNamer(label, &e.secret),
 	}}
 	switch {
 	case c.maxIdle == 0:
@@ -115,7 +130,7 @@ func newKeyed[S, R any](e *Engine, c config[S, R]) (keyed[S, R], error) {
 	case c.maxIdle < 0:
 		k.maxIdle = 0
 	}
-	t, err := newTerms(c.own, c.with, c.overrides, k.namer.Name)
+	t, err := newTerms(c.own, c.with, c.overrides, k.namer)
 	if err != nil {
 		return k, err
 	}
@@ -251,6 +266,13 @@ func (k *keyed[S, R]) drop(d *agentapi.LimiterDecision, cause agentapi.Cause, wa
 	d.Consumed = 0
 	d.Cause = cause
 	d.Drop(time.Duration(wait))
+}
+
+// heldOff counts a flow that was rejected while no flow gets slots.
+func (k *keyed[S, R]) heldOff(d *agentapi.LimiterDecision, now int64) {
+	if k.component.Slots && !d.Passed() {
+		k.engine.hold.Reject(now)
+	}
 }
 
 // tokensOf returns how many tokens the flow's label says, or otherwise if it says no number of tokens.

@@ -12,7 +12,7 @@ func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Max, p.DryRun
 	l, err := newLimiter(e, limits[slots.State]{
 		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},
-		own: slotNumbers(p), with: withNumbers(in, slotNumbers), overrides: p.Overrides,
+		own: slotNumbers(e)(p), with: withNumbers(in, slotNumbers(e)), overrides: p.Overrides,
 	})
 	if err != nil {
 		return nil, err
@@ -24,6 +24,8 @@ func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter
 // slotsMode is what must not change if slots are to be kept.
 type slotsMode struct{ label string }
 
-func slotNumbers(p policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
-	return numbersOf(p.Max, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
+func slotNumbers(e *Engine) func(policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
+	return func(p policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
+		return numbersOf(p.Max, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century), Hold: &e.hold})
+	}
 }

@@ -11,7 +11,7 @@ func newConcurrencyScheduler(e *Engine, in *installed, p policy.ConcurrencySched
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Max, p.DryRun
 	own := func(p policy.ConcurrencyScheduler) *numbers[source.Source[slots.State]] {
-		return slotNumbers(policy.ConcurrencyLimiter{Max: p.Max, MaxInflight: p.MaxInflight})
+		return slotNumbers(e)(policy.ConcurrencyLimiter{Max: p.Max, MaxInflight: p.MaxInflight})
 	}
 	s, err := newScheduler(e, limits[slots.State]{
 		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},

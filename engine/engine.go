@@ -56,6 +56,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -68,7 +69,8 @@ type Engine struct {
 	logger       *slog.Logger
 
 	epoch   time.Time
-	secret  [32]byte                  // that hides credentials in the names of buckets
+	secret  keys.Secret               // that hides credentials in the names of buckets
+	hold    slots.Hold                // of flows that want slots
 	signals map[string]func() float64 // of the host, by name
 
 	overrides func(component, value string) (policy.Override, bool) // of the host; nil for none
@@ -114,7 +116,9 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		done:         make(chan struct{}),
 		unlisted:     controlPoint{counts: new(counts)},
 	}
-	_, _ = rand.Read(e.secret[:]) // it does not fail
+	secret := make([]byte, 32)
+	_, _ = rand.Read(secret) // it does not fail
+	e.secret.Set(secret)
 	var errs []error
 	for _, o := range opts {
 		if o != nil {

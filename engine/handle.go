@@ -140,7 +140,8 @@ func (k *keyed[S, R]) met(value string, now int64) (*keys.Entry[S], *numbers[R])
 		return e, k.of(e)
 	}
 	t := k.terms.Load()
-	n := t.number(t.named[name])
+	place, _ := t.placed(name) // that of its own numbers if there is none
+	n := t.number(place)
 	if k.asking {
 		if o := k.ask(value, name); o != (policy.Override{}) {
 			if other, err := t.with(o); err == nil {

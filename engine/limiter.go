@@ -112,6 +112,7 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 	l.rejected(e, d, now)
 	d.Remaining = got.Left
 	l.drop(d, agentapi.CauseNone, likely)
+	l.heldOff(d, now)
 	l.counts.decision(d)
 	return now, nil
 }

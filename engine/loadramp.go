@@ -65,11 +65,12 @@ type position struct {
 type ramp struct {
 	steps  []policy.RampStep
 	length int64
+	starts bool // by itself
 	now    atomic.Pointer[position]
 }
 
 func newRamp(p policy.LoadRamp, now int64) *ramp {
-	r := &ramp{steps: slices.Clone(p.Steps)}
+	r := &ramp{steps: slices.Clone(p.Steps), starts: p.Start}
 	for _, s := range p.Steps {
 		r.length = min(r.length+min(int64(s.Duration), source.Century), source.Century) // so that the sum fits an int64
 	}

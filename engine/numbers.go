@@ -23,7 +23,8 @@ type terms[R any] struct {
 	turn  uint32 // 0 or 1, by turns: the lowest bit in the marks of the entries that go by these terms; the others are a place
 	own   *numbers[R]
 	with  func(policy.Override) (*numbers[R], error) // nil for a component without a state for each value of a label
-	named map[string]uint32                          // the places of the policy's overrides, by the names of values
+	named atomic.Pointer[map[string]uint32]          // the places of the policy's overrides, by the names of values
+	plain map[string]uint32                          // the same by values; nil where names tell the value
 	fixed uint32                                     // how many places are never given up: of own, and of the policy's overrides
 
 	list atomic.Pointer[[]*numbers[R]] // by place; own is the first
@@ -49,12 +50,13 @@ const ownPlace = 0
 
 // newTerms makes the terms of a component. Overrides are valid, and name says by which name an entry knows a value.
 func newTerms[R any](own *numbers[R], with func(policy.Override) (*numbers[R], error), overrides map[string]policy.Override,
-	name func(string) string,
+	namer keys.Namer,
 ) (*terms[R], error) {
 	t := &terms[R]{own: own, with: with}
 	list := []*numbers[R]{own}
-	if len(overrides) > 0 {
-		t.named = make(map[string]uint32, len(overrides))
+	named := make(map[string]uint32, len(overrides))
+	if namer.Hides() && len(overrides) > 0 {
+		t.plain = make(map[string]uint32, len(overrides))
 	}
 	places := make(map[policy.Override]uint32)
 	for value, o := range overrides {
@@ -69,12 +71,34 @@ func newTerms[R any](own *numbers[R], with func(policy.Override) (*numbers[R], e
 			list = append(list, n)
 		}
 		if len(value) <= keys.MaxValue { // flows with longer ones are rejected
-			t.named[name(value)] = place
+			named[namer.Name(value)] = place
+			if t.plain != nil {
+				t.plain[value] = place
+			}
 		}
 	}
 	t.fixed = uint32(len(list))
 	t.list.Store(&list)
+	t.named.Store(&named)
 	return t, nil
+}
+
+// rename names the values of overrides again, because the secret of their names is another one.
+func (t *terms[R]) rename(namer keys.Namer) {
+	if t.plain == nil {
+		return
+	}
+	named := make(map[string]uint32, len(t.plain))
+	for value, place := range t.plain {
+		named[namer.Name(value)] = place
+	}
+	t.named.Store(&named)
+}
+
+// placed returns the place of the policy's override for the value with the name; ok is false if there is none.
+func (t *terms[R]) placed(name string) (place uint32, ok bool) {
+	place, ok = (*t.named.Load())[name]
+	return place, ok
 }
 
 // withNumbers returns the function that gives a component, which is a P, the numbers of an override.
@@ -217,7 +241,7 @@ func (k *kept[S, R]) placeOf(e *keys.Entry[S], t *terms[R], other policy.Overrid
 		return ownPlace, nil
 	}
 	name, _ := e.Key()
-	if place, ok := t.named[name]; ok {
+	if place, ok := t.placed(name); ok {
 		return place, nil
 	}
 	return t.register(other)
@@ -256,6 +280,9 @@ func (k *kept[S, R]) forget(e *keys.Entry[S], now int64) bool {
 	return true
 }
 
+// rename has overrides found by the names that values have by the engine's secret.
+func (k *kept[S, R]) rename() { k.terms.Load().rename(k.namer) }
+
 // each calls f with each entry, locked.
 func (k *kept[S, R]) each(f func(*keys.Entry[S])) {
 	if k.table != nil {
@@ -269,7 +296,7 @@ func (k *kept[S, R]) each(f func(*keys.Entry[S])) {
 
 // ask asks the host's function about a value, unless the policy has an override for it. No lock is held.
 func (k *keyed[S, R]) ask(value, name string) policy.Override {
-	if _, ok := k.terms.Load().named[name]; ok {
+	if _, ok := k.terms.Load().placed(name); ok {
 		return policy.Override{}
 	}
 	if o, ok := k.engine.overrides(k.component.ID, value); ok {

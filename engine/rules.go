@@ -32,6 +32,7 @@ type installed struct {
 	kind      *kind
 	name      string // of the kind
 	named     identity
+	before    []identity // by which flows of before a restart end, too; guarded by Engine.mu
 	stage     stage
 	selectors []policy.Selector // until they are compiled
 	acts      selectors         // in the order of the policy
@@ -182,7 +183,7 @@ func (e *Engine) sweepRetired() {
 			if now-r.since < int64(sweepEvery) || ok && since < r.since+int64(sweepEvery) {
 				return false
 			}
-			e.dropHolder(r.installed)
+			e.forget(r.installed)
 			return true
 		}
 		if r.keeper != nil {
@@ -191,17 +192,9 @@ func (e *Engine) sweepRetired() {
 		if now-r.since < int64(sweepEvery) || r.retiree != nil && !r.retiree.vacant(now) {
 			return false
 		}
-		e.dropHolder(r.installed)
+		e.forget(r.installed)
 		return true
 	})
-}
-
-// dropHolder has slots no longer known by the component's name. The lock is held.
-func (e *Engine) dropHolder(p *installed) {
-	left := slices.DeleteFunc(slices.Clone(e.holders[p.named]), func(c component) bool { return c == p.component })
-	if e.holders[p.named] = left; len(left) == 0 {
-		delete(e.holders, p.named)
-	}
 }
 
 // keeps identifies the state of a component that another one has followed.

@@ -37,7 +37,7 @@ func samplerOf(e *Engine, in *installed, p policy.Sampler, c agentapi.Component)
 		percentage: func(int64) float64 { return p.AcceptPercentage },
 		pass:       slices.Clone(p.PassThroughValues),
 		counts:     new(counts),
-		namer:      keys.NewNamer(p.SessionLabel, e.secret[:]),
+		namer:      keys.NewNamer(p.SessionLabel, &e.secret),
 		engine:     e,
 	}
 	s.component.Settler = s

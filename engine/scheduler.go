@@ -189,7 +189,7 @@ func (s *scheduler[S]) workload(labels *agentapi.Labels) (label string, priority
 	if c.Workload == of.label {
 		return c.Workload, c.Priority
 	}
-	return keys.NewNamer(s.workloads.workloadLabel, s.engine.secret[:]).Name(c.Workload), c.Priority
+	return keys.NewNamer(s.workloads.workloadLabel, &s.engine.secret).Name(c.Workload), c.Priority
 }
 
 // ask has the flow wait, if it may, at the longest until its deadline less the margin.
@@ -218,6 +218,7 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 		}
 	}
 	if d.Dropped && t.entry != nil && d.Cause != agentapi.CauseClosed {
+		s.heldOff(d, now)
 		s.rejected(t.entry, d, now)
 	}
 	s.count(t.of, req, d)

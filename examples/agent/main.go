@@ -15,6 +15,9 @@
 // With -keys it answers only clients that have an API key. The keys are in a file, because everybody on the machine can
 // see a command line. Each line has a name and a key.
 //
+// With -state it keeps what its limits hold in a file, and goes on from there when it starts again. With -hold-off it admits no
+// flows to concurrency limits for that long after it was killed, because flows of before may still run.
+//
 // It listens on this machine only, in plaintext. To serve other machines, also give gRPC credentials.
 package main
 
@@ -25,6 +28,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -58,12 +62,14 @@ func main() {
 }
 
 // run serves until ctx ends, and reads the policies again at each hangup.
-func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	listen := flags.String("listen", "127.0.0.1:8089", "`address` to serve at")
 	policies := flags.String("policies", "examples/quickstart/policy.yaml", "`file` or directory of policies")
 	keyFile := flags.String("keys", "", "`file` of API keys, in lines of a name and a key; none for an agent that asks for no key")
+	state := flags.String("state", "", "`file` for what limits hold, to go on from after a restart; none to start afresh")
+	holdOff := flags.Duration("hold-off", 0, "`time` in which concurrency limits admit no flows, unless the agent before was stopped in good order and wrote the file of -state")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -82,7 +88,9 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 			return name, ok
 		}))
 	}
-	limits, err := engine.Load(*policies)
+	// Warnings are printed anyway.
+	logger := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	limits, err := engine.Load(*policies, engine.WithLogger(logger))
 	if err != nil {
 		return err
 	}
@@ -92,8 +100,21 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 		return err
 	}
 
+	kept := []agent.ServiceOption{agent.WithHoldOff(*holdOff)}
+	if *state != "" {
+		kept = append(kept, agent.WithState(*state))
+	}
+	served, err := agent.New(limits, kept...)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer func() { // last, so that nothing is admitted that the file does not have
+		if closed := errors.Join(limits.Close(), served.Close()); err == nil {
+			err = closed
+		}
+	}()
 	server := grpc.NewServer(agent.ServerOptions(opts...)...)
-	served := agent.Register(server, limits)
+	served.Register(server)
 	healthy := health.NewServer() // SERVING from the start: the policies are in force
 	healthv1.RegisterHealthServer(server, healthy)
 	reflection.Register(server)

@@ -25,7 +25,13 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(asAgent) != "" { // started by TestProcessRestart
+		main()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func TestRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())

@@ -6,11 +6,15 @@ package agentapi
 import (
 	"context"
 	"errors"
+	"io"
 	"iter"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
+
+	"github.com/headgate-go/headgate/internal/statefile"
 )
 
 // ErrClosed is what an agent answers with after it was closed.
@@ -80,6 +84,28 @@ type Local interface {
 	// Acting returns, for each control point, the components that act on flows without a service, as flows over the
 	// wire are. Both are in order.
 	Acting() iter.Seq2[string, []*Component]
+
+	// WriteState writes what limits hold to a file of at most limit bytes. Drained says that the agent decides about no more
+	// flows. It stalls no check: it locks one key at a time.
+	WriteState(to io.Writer, drained bool, limit int) (StateCount, error)
+
+	// ReadState takes what was written into the limits in force, and leaves to no flow more than was written. It is called
+	// once, before flows come. It logs what it drops.
+	ReadState(*statefile.File) StateCount
+
+	// HoldOff rejects flows that want slots for so long from now on. HeldOff counts them.
+	HoldOff(time.Duration)
+	HeldOff() uint64
+
+	// Logger is the agent's. It is never nil.
+	Logger() *slog.Logger
+}
+
+// A StateCount counts what a state has, or what was taken from one.
+type StateCount struct {
+	Keys    int // states of keys, and those without a key
+	Slots   int // those that were taken
+	Dropped int // states that were not taken, or had no room in the file
 }
 
 // A Host has an agent in this process: an engine.

@@ -12,6 +12,9 @@ type window struct {
 	counts [steps]tally
 }
 
+// place returns where the tally of a step is. Steps of before the epoch have numbers below 0.
+func place(step int64) int64 { return (step%steps + steps) % steps }
+
 // A tally is of one step: the step numbered n has the one at n modulo steps.
 type tally struct{ flows, failed uint16 }
 
@@ -29,7 +32,7 @@ func (s *State) add(step int64, failed bool) (flows, failures uint64) {
 		if step > w.newest {
 			w.advance(step, func(i int64) { w.counts[i] = tally{} })
 		}
-		t := &w.counts[w.newest%steps]
+		t := &w.counts[place(w.newest)]
 		if t.flows < math.MaxUint16 {
 			t.flows++
 			if failed {
@@ -42,7 +45,7 @@ func (s *State) add(step int64, failed bool) (flows, failures uint64) {
 	if step > w.newest {
 		w.advance(step, func(i int64) { c.wide[i].flows, c.wide[i].failed = 0, 0 })
 	}
-	t := &c.wide[w.newest%steps]
+	t := &c.wide[place(w.newest)]
 	t.flows++
 	if failed {
 		t.failed++
@@ -67,7 +70,7 @@ func (s *State) widen(c *circuit) *circuit {
 // advance begins a later step. It clears the places of that step, and of the steps in between.
 func (w *window) advance(step int64, clearAt func(i int64)) {
 	for n := max(w.newest+1, step-steps+1); n <= step; n++ {
-		clearAt(n % steps)
+		clearAt(place(n))
 	}
 	w.newest = step
 }

@@ -1,10 +1,12 @@
 package keys
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
 	"strings"
+	"sync/atomic"
 	"unicode/utf8"
 
 	"github.com/headgate-go/headgate/internal/credential"
@@ -24,10 +26,27 @@ const MaxValue = 64 << 10
 // is a code of the value by a secret, so that neither an answer nor a program's memory shows the credentials.
 //
 // The zero value is a Namer for labels without credentials.
-type Namer struct{ secret []byte }
+type Namer struct{ secret *Secret }
 
-// NewNamer makes a Namer of the label's values. It keeps the secret.
-func NewNamer(label string, secret []byte) Namer {
+// A Secret is what names of credentials are made with. It is safe for concurrent use.
+type Secret struct{ bytes atomic.Pointer[[]byte] }
+
+// Set replaces the secret: names that were made with the old one are not made any more.
+func (s *Secret) Set(secret []byte) {
+	secret = bytes.Clone(secret)
+	s.bytes.Store(&secret)
+}
+
+// Bytes returns the secret, which must not be changed; nil if none has been set.
+func (s *Secret) Bytes() []byte {
+	if b := s.bytes.Load(); b != nil {
+		return *b
+	}
+	return nil
+}
+
+// NewNamer makes a Namer of the label's values, with the secret that there is whenever it makes a name.
+func NewNamer(label string, secret *Secret) Namer {
 	if credential.HeaderLabel(label) {
 		return Namer{secret}
 	}
@@ -39,10 +58,13 @@ func (n Namer) Name(value string) string {
 	if n.secret == nil {
 		return short(value)
 	}
-	code := hmac.New(sha256.New, n.secret)
+	code := hmac.New(sha256.New, n.secret.Bytes())
 	_, _ = code.Write([]byte(value))
 	return "hidden:" + hex.EncodeToString(code.Sum(nil)[:16])
 }
+
+// Hides reports whether names are codes by the secret.
+func (n Namer) Hides() bool { return n.secret != nil }
 
 // IsValue reports whether a name that Name has returned is the value itself.
 func (n Namer) IsValue(name string) bool { return n.secret == nil && !looksShort(name) }

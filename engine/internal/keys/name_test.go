@@ -30,7 +30,8 @@ func TestAnyName(t *testing.T) {
 }
 
 func TestName(t *testing.T) {
-	secret := []byte("secret")
+	secret := new(keys.Secret)
+	secret.Set([]byte("secret"))
 	for _, tt := range []struct {
 		name, label, value string
 		own                bool // the value is its own name

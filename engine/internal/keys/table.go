@@ -85,6 +85,16 @@ func (e *Entry[S]) Lock() { e.mu.Lock() }
 // TryLock locks the entry unless it is locked, and reports whether it has.
 func (e *Entry[S]) TryLock() bool { return e.mu.TryLock() }
 
+// LockLive locks the entry unless it has left its table, and reports whether it has.
+func (e *Entry[S]) LockLive() bool {
+	e.mu.Lock()
+	if e.Gone() {
+		e.mu.Unlock()
+		return false
+	}
+	return true
+}
+
 // Unlock unlocks the entry.
 func (e *Entry[S]) Unlock() { e.mu.Unlock() }
 

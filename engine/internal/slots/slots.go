@@ -12,6 +12,9 @@ import (
 type Rule struct {
 	Limit       float64 // how many slots a key has
 	MaxInflight int64   // nanoseconds after which a slot is taken back
+
+	// Hold is until when no flow is admitted; nil for none.
+	Hold *Hold
 }
 
 // A State is what one key has in flight: the slots in order of admission, which is the order in which they expire too.
@@ -34,7 +37,7 @@ type State struct {
 type slot struct {
 	id     uint64 // 0: unused
 	tokens float64
-	since  int64
+	since  int64 // below 0 for one of another process
 	prev   int32
 	next   int32
 }
@@ -63,6 +66,8 @@ func (r *Rule) Take(f *State, now int64, tokens float64) source.Taken {
 	d := source.Taken{OK: true, Left: r.Limit - f.used}
 	switch {
 	case tokens == 0:
+	case r.Hold.left(now) > 0:
+		d.OK, d.Left, d.Wait = false, 0, r.Hold.left(now)
 	case r.Limit-f.used > source.Slack, f.count == 0 && r.Limit > 0: // a sum of fractions may be a little short
 		d.Slot = f.take(now, min(tokens, source.MaxCost))
 	default:
@@ -85,11 +90,13 @@ func (r *Rule) GiveBack(f *State, now int64, _ float64, id uint64, unused bool) 
 	r.reclaim(f, now)
 	i := int64(id>>32) - 1
 	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
-		return false
+		if i = f.restored(id); i == int64(none) {
+			return false
+		}
 	}
 	since := f.slots[i].since
 	f.remove(int32(i))
-	if !unused {
+	if !unused && since >= 0 {
 		f.learn(now - since)
 		f.end(now - since)
 	}
@@ -125,12 +132,15 @@ func (r *Rule) Usage(f *State, now int64) source.Usage {
 // Two flows hold the two slots. Flows have held a slot for 100 ms lately, and none for less than 80 ms. Three flows are
 // ahead of the next one, and each wants a slot. At the least, two of them start at once and end 80 ms later, when the
 // third and the next one start: 80 ms. Likely, a slot comes back every 50 ms, and the next one gets the fourth: 200 ms.
-func (r *Rule) Forecast(f *State, _ int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+//
+// While no flow is admitted, both are when that ends.
+func (r *Rule) Forecast(f *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
+	hold := r.Hold.left(now)
 	switch {
 	case r.Limit == 0:
 		return source.Never, source.Never
-	case f.returns == 0:
-		return 0, 0
+	case f.returns == 0 || hold > 0:
+		return hold, hold
 	}
 	over := max(f.used-r.Limit, 0)
 	cost := r.Cost(tokens)
@@ -146,8 +156,11 @@ func (r *Rule) Forecast(f *State, _ int64, ahead source.Ahead, tokens float64) (
 // reclaim takes back the slots whose time is over.
 func (r *Rule) reclaim(f *State, now int64) {
 	for f.oldest != none && now-f.slots[f.oldest].since >= r.MaxInflight {
+		began := f.slots[f.oldest].since
 		f.remove(f.oldest)
-		f.learn(r.MaxInflight)
+		if began >= 0 {
+			f.learn(r.MaxInflight)
+		}
 	}
 }
 

@@ -59,6 +59,52 @@ func Carry(balance, before, after float64) float64 {
 	return min(max(after-(before-balance), min(balance, 0)), after)
 }
 
+// A Lasting is a source whose states can be written down, and read by another process.
+type Lasting[S any] interface {
+	// Mode says what states mean besides the numbers, which may differ where they are read. It is the same where the same
+	// sequence of calls, with other numbers perhaps, leads to the same kind of state.
+	Mode() string
+
+	// Append appends the state as it is at the time now, and nothing if a fresh state would behave like it. Times are
+	// written relative to now, except those of a calendar.
+	Append(b []byte, state *S, now int64) []byte
+
+	// Restore takes what Append has written into a state that may have been used meanwhile: afterwards it has no more
+	// tokens than either of both. It returns how many slots are taken by what was written. OK is false if nothing could be
+	// taken from what was written.
+	Restore(state *S, written []byte, at Restoring) (slots int, ok bool)
+}
+
+// Restoring says when a state is read, and when it was written.
+type Restoring struct {
+	Now  int64
+	Then int64 // when it was written, in the time of the reader. It is no later than now, whatever clocks say
+
+	// Copy means that the state is a copy: flows have come and ended after it.
+	Copy bool
+}
+
+// At returns the time that was so long after the writing; before it if offset is negative.
+func (r Restoring) At(offset int64) int64 { return r.Then + min(max(offset, -Century), Century) }
+
+// Used is a balance as it is written: what is missing from the capacity, so that what was taken still counts where the capacity
+// is another one. Whether it was a debt matters, because a smaller capacity must not make one.
+type Used struct {
+	Missing float64
+	Debt    bool
+}
+
+// UsedOf returns what is used of a balance.
+func UsedOf(balance, capacity float64) Used { return Used{capacity - balance, balance < 0} }
+
+// Balance returns what is left of a capacity.
+func (u Used) Balance(capacity, lowest float64) float64 {
+	if !u.Debt {
+		lowest = 0
+	}
+	return min(max(capacity-u.Missing, lowest), capacity)
+}
+
 // Taken is the result of [Source.Take].
 type Taken struct {
 	OK   bool
