@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -188,6 +190,30 @@ func TestShow(t *testing.T) {
 			t.Errorf("stdout (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// The recipe of this program shows its output, and says how long it is.
+func TestRecipe(t *testing.T) {
+	recipe, err := os.ReadFile("../../docs/recipes/gateway.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(pause.ReplaceAllString(string(recipe), "${1}1.n s"), output) {
+		t.Errorf("the recipe has another output than this:\n%s", output)
+	}
+	program, err := os.ReadFile("gateway.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := 0
+	for line := range strings.Lines(string(program)) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+			lines++
+		}
+	}
+	if sum := fmt.Sprintf("| **%d** |\n", lines); !strings.Contains(string(recipe), sum) {
+		t.Errorf("the recipe's table does not end with the %d lines that gateway.go has", lines)
+	}
 }
 
 func TestAnswers(t *testing.T) {
