@@ -150,6 +150,7 @@ func (g *gateway) chat(w http.ResponseWriter, r *http.Request) {
 			send(w, event{Text: a.Text})
 		}
 		send(w, event{Model: a.Model, Usage: usage{a.Tokens}})
+		fmt.Fprint(w, "data: [DONE]\n\n")
 	case begun:
 		panic(http.ErrAbortHandler) // the caller must see that the answer was cut
 	case httpguard.Answer(w, r, err):
@@ -261,7 +262,7 @@ func events(r io.Reader) iter.Seq2[event, error] {
 		lines := bufio.NewScanner(r)
 		for lines.Scan() {
 			data, ok := bytes.CutPrefix(lines.Bytes(), []byte("data: "))
-			if !ok {
+			if !ok || string(data) == "[DONE]" {
 				continue
 			}
 			var e event

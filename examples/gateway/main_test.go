@@ -368,8 +368,8 @@ func TestStream(t *testing.T) {
 				t.Errorf("the answer came from %v to %v, want from %v to %v", begins, ends, want.begins, want.ends)
 			}
 			words, pieces := strings.Count(string(text), "word "), strings.Count(string(text), `"text"`)
-			if words != 100 || pieces != want.pieces {
-				t.Errorf("%d words in %d pieces, want 100 in %d", words, pieces, want.pieces)
+			if words != 100 || pieces != want.pieces || !strings.HasSuffix(string(text), "data: [DONE]\n\n") {
+				t.Errorf("%d words in %d pieces, want 100 in %d, and an end:\n%s", words, pieces, want.pieces, text)
 			}
 		}
 	})

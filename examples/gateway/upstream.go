@@ -58,6 +58,7 @@ func (u *upstream) answer(w http.ResponseWriter, r *http.Request) {
 		wait = 2 * time.Millisecond
 	}
 	send(w, event{Usage: usage{len(strings.Fields(p.Text)) + words}})
+	fmt.Fprint(w, "data: [DONE]\n\n")
 }
 
 // called counts a call, and returns for how long the model refuses it.
