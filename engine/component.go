@@ -71,6 +71,18 @@ type inspected interface {
 	reset(value string, now int64)
 }
 
+// A binder is a source whose slots can run out with the session of the flow that holds them.
+type binder[S any] interface {
+	Bind(state *S, slot uint64, session [16]byte)
+}
+
+// bind has the slot that a flow was given run out with the flow's session, if both are there.
+func bind[S any](by binder[S], state *S, slot uint64, session [16]byte) {
+	if by != nil && slot != 0 && session != ([16]byte{}) {
+		by.Bind(state, slot, session)
+	}
+}
+
 // keyed is what components have in common: a state for each value of a label, or one for all flows.
 type keyed[S any] struct {
 	component   agentapi.Component

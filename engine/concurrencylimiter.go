@@ -10,7 +10,7 @@ import (
 func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Max, p.DryRun
-	l := newLimiter(e, c, p.MaxIdle, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
+	l := newLimiter(e, c, p.MaxIdle, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century), Leases: &e.leases})
 	l.tokensLabel, l.passThrough = p.TokensLabel, p.PassThrough
 	return l, nil
 }

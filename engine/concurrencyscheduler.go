@@ -10,7 +10,7 @@ import (
 func newConcurrencyScheduler(e *Engine, in *installed, p policy.ConcurrencyScheduler, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Max, p.DryRun
-	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century)})
+	s, err := newScheduler(e, c, p.MaxIdle, &p.Scheduler, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century), Leases: &e.leases})
 	if err != nil {
 		return nil, err
 	}

@@ -56,6 +56,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -77,6 +78,8 @@ type Engine struct {
 	mu      sync.RWMutex             // guards the next two
 	holders map[identity][]component // components with slots, for EndSlot; lists are replaced, not changed
 	retired []retired
+
+	leases slots.Leases // of the sessions of clients across the network
 
 	results *cache
 	globals *cache

@@ -16,6 +16,7 @@ type limiter[S any] struct {
 	keyed[S]
 	source      source.Source[S]
 	settler     source.Settler[S] // the source; nil where it is none
+	binder      binder[S]         // the source, if it is one
 	tokensLabel string
 	beyond      atomic.Uint64 // flows that entries admitted beyond what their counts hold
 }
@@ -23,6 +24,7 @@ type limiter[S any] struct {
 func newLimiter[S any](e *Engine, c agentapi.Component, maxIdle time.Duration, s source.Source[S]) *limiter[S] {
 	l := &limiter[S]{keyed: newKeyed(e, c, maxIdle, s.Fresh, s.Idle), source: s}
 	l.settler, _ = s.(source.Settler[S])
+	l.binder, _ = s.(binder[S])
 	l.component.Settler = l
 	return l
 }
@@ -44,6 +46,9 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 	e := l.lock(d, now)
 	got := l.source.Take(&e.State, now, d.Consumed)
 	if got.OK {
+		if l.binder != nil {
+			bind(l.binder, &e.State, got.Slot, req.Session())
+		}
 		l.admit(e)
 		e.Unlock()
 		fill(d, got)

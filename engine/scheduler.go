@@ -27,6 +27,7 @@ type scheduler[S any] struct {
 	keyed[line[S]]
 	source    source.Source[S]
 	settler   source.Settler[S] // the source, if it is one
+	binder    binder[S]         // the source, if it is one
 	meter     meter[S]          // the source, if it is one
 	workloads *workloads
 	margin    time.Duration
@@ -103,6 +104,7 @@ func newScheduler[S any](e *Engine, c agentapi.Component, maxIdle time.Duration,
 		room:      wfq.NewRoom(int64(cmp.Or(p.MaxQueue, policy.DefaultMaxQueue)), c.LabelKey != ""),
 	}
 	s.settler, _ = from.(source.Settler[S])
+	s.binder, _ = from.(binder[S])
 	s.meter, _ = from.(meter[S])
 	s.keyed = newKeyed(e, c, maxIdle,
 		func(l *line[S], now int64) { from.Fresh(&l.tokens, now) },
@@ -175,6 +177,7 @@ type ticket[S any] struct {
 
 	of       *workload
 	known    bool // the flow's labels could be matched
+	session  [16]byte
 	demand   demand
 	wish     wish
 	entry    *keys.Entry[line[S]]
@@ -185,7 +188,7 @@ type ticket[S any] struct {
 // once, because patience reads the clock.
 func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], patience func(*workload) time.Duration) {
 	t.of, t.known = s.workloads.of(&req.Labels)
-	t.demand = s.demand(&req.Labels, t.of)
+	t.demand, t.session = s.demand(&req.Labels, t.of), req.Session()
 	d.Consumed = t.demand.tokens
 	if !s.scope(&req.Labels, d) {
 		return
@@ -273,6 +276,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 	if s.meter != nil && !d.DryRun {
 		s.meter.gave(&l.tokens, now, t.demand)
 	}
+	bind(s.binder, &l.tokens, got.Slot, t.session)
 	fill(d, got)
 	return true
 }
@@ -358,7 +362,7 @@ func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
 	if l.queue == nil {
 		l.queue = s.newQueue(t.entry)
 	}
-	w := &waiter{Flow: pending{demand: t.demand}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
+	w := &waiter{Flow: pending{demand: t.demand, session: t.session}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
 	l.queue.rests = 0
 	l.queue.Push(w, t.wish.claim)
 	s.serve(t.entry, now)
@@ -391,7 +395,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		defer timer.Stop()
 		expired, crowded = timer.C, req.Crowded()
 	}
-	retired := false
+	retired, closing := false, false
 	for waiting := true; waiting; {
 		waiting = false
 		select {
@@ -399,6 +403,8 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		case <-expired:
 		case <-ctx.Done():
 		case <-s.engine.done:
+		case <-req.Closing():
+			closing = true
 		case <-s.retired:
 			retired = true
 		case <-crowded:
@@ -430,7 +436,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	case gone != nil: // no caller is left to retry
 		s.drop(d, agentapi.CauseTimeout, 0)
 		return now, gone
-	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
+	case closing, s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
 		s.drop(d, agentapi.CauseClosed, 0)
 		return now, nil
 	case t.Evicted():
@@ -486,6 +492,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		if s.meter != nil {
 			s.meter.gave(&e.State.tokens, at, w.Flow.demand)
 		}
+		bind(s.binder, &e.State.tokens, got.Slot, w.Flow.session)
 		w.Flow.slot, w.Flow.left = got.Slot, got.Left
 		if w.Flow.ready != nil {
 			close(w.Flow.ready)

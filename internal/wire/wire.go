@@ -469,6 +469,8 @@ func WithoutValues(m *checkv1.CheckResponse) *checkv1.CheckResponse {
 		CacheLookupResponse:      lean,
 		ExpectEnd:                m.GetExpectEnd(),
 		Cause:                    m.GetCause(),
+		SettlementId:             m.GetSettlementId(),
+		AgentId:                  m.GetAgentId(),
 	}
 }
 
