@@ -39,6 +39,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/bounds"
@@ -63,6 +64,7 @@ type Service struct {
 	asking crowd
 
 	outcomes outcomes
+	sessions *sessions
 }
 
 // Register registers the engine's services on s, such as a *grpc.Server that does not serve yet. The caller still has
@@ -70,9 +72,11 @@ type Service struct {
 // with the status Unavailable, so begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
 	svc := &Service{engine: e.Agent()}
+	svc.sessions = newSessions(svc.engine)
 	services := registrar{s, svc.engine.NamedLabels}
 	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: svc})
 	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: svc})
+	services.RegisterService(&sessionv1.SessionService_ServiceDesc, handler{service: svc})
 	telemetry.RegisterCounter(services, func(spans int) { svc.spans.Add(uint64(spans)) }, svc.read)
 	return svc
 }
@@ -96,6 +100,7 @@ func (s *Service) Spans() uint64 { return s.spans.Load() }
 type handler struct {
 	checkv1.UnimplementedFlowControlServiceServer
 	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
+	sessionv1.UnimplementedSessionServiceServer
 	service *Service
 }
 
@@ -146,6 +151,11 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	if c != nil && c.still {
 		req.Timeout = 1 // the shortest; zero is none
 	}
+	req.Labels.Shared.Closing = s.service.sessions.draining
+	session := s.service.sessions.of(ctx)
+	if session != nil {
+		req.Labels.Shared.Session = session.id
+	}
 	begin := time.Now()
 	var v agentapi.Verdict
 	if err := s.service.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
@@ -156,6 +166,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		s.service.engine.Revert(ctx, req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
+	s.service.sessions.comesBack(&v)
 	named := s.service.engine.NamedLabels()
 	response, ok := wire.Answer(req, &v, named, room)
 	if !ok {
@@ -172,6 +183,10 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		s.service.issued.add(response.GetStart().AsTime())
 	}
 	s.service.outcomes.add(&v)
+	if session != nil && (!v.Rejected() || req.DryRun()) { // else it holds nothing
+		response.AgentId = s.service.sessions.agentID
+		response.SettlementId = s.service.sessions.charge(session, req, &v)
+	}
 	return response, nil
 }
 

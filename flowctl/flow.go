@@ -206,6 +206,17 @@ func (c *flowContext) Value(key any) any {
 	}
 }
 
+// cancelOnLostSlot has the flow's context end when the flow's slots are lost.
+func (f *Flow) cancelOnLostSlot() {
+	if f.verdict.Details == nil {
+		return
+	}
+	if c, ok := f.verdict.Details.Remote.(*check); ok && c.stay != nil {
+		f.parent, c.cancel = context.WithCancelCause(f.parent)
+		c.remote.session.watch(c.stay, c, c.cancel)
+	}
+}
+
 // FromContext finds the innermost flow that ctx comes from.
 func FromContext(ctx context.Context) (*Flow, bool) {
 	f, ok := ctx.Value(flowKey{}).(*Flow)
