@@ -160,6 +160,14 @@ func notify(c chan struct{}) {
 	}
 }
 
+// forget takes back what notify has let nobody know yet.
+func forget(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+	}
+}
+
 // A connection follows the frames that it carries.
 type connection struct {
 	net.Conn

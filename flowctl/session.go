@@ -225,15 +225,8 @@ type sign struct {
 
 // open opens a stream, when there is a connection.
 func (s *session) open() (*line, error) {
-	if s.remote.links != nil {
-		select { // what was is known
-		case <-s.remote.links.fresh:
-		default:
-		}
-		select {
-		case <-s.remote.links.goAway:
-		default:
-		}
+	if s.remote.links != nil { // it is of connections before
+		forget(s.remote.links.goAway)
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
@@ -242,6 +235,9 @@ func (s *session) open() (*line, error) {
 	if err != nil {
 		cancel()
 		return nil, err
+	}
+	if s.remote.links != nil { // the stream is on that connection
+		forget(s.remote.links.fresh)
 	}
 	l := &line{
 		session: s, stream: stream, cancel: cancel,
