@@ -714,3 +714,31 @@ func TestDrain(t *testing.T) {
 		}
 	})
 }
+
+// While a flow waits at an agent of Headgate, heartbeats say that the agent lives. It is asked nothing else, and one that
+// falls silent is found within the check timeout and 2 s.
+func TestHeartbeatsAreSignsOfLife(t *testing.T) {
+	for name, disturb := range map[string]func(*network){"unplugged": (*network).unplug, "muzzled": (*network).muzzle} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var calls atomic.Int32
+				a := serveSessions(t, oneSlot(time.Hour), append(agent.ServerOptions(), grpc.ChainUnaryInterceptor(
+					func(ctx context.Context, m any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+						calls.Add(1)
+						return handle(ctx, m)
+					}))...)
+				client := a.dial(t)
+				client.Start(t.Context(), "point", flowctl.Params{})
+				begin := time.Now()
+				time.AfterFunc(5*time.Minute, func() { disturb(a.network) })
+				flow := client.Start(t.Context(), "point", flowctl.Params{MaxWait: time.Hour})
+				if took := time.Since(begin) - 5*time.Minute; flow.Decision() != flowctl.Unreachable || took < 0 || took > 2*time.Second+200*time.Millisecond {
+					t.Errorf("%v, %v %v after the agent fell silent", flow, flow.Err(), took)
+				}
+				if got := calls.Load(); got != 2 {
+					t.Errorf("the agent had %d calls want only the checks of two flows", got)
+				}
+			})
+		})
+	}
+}
