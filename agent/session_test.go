@@ -473,6 +473,29 @@ func TestStreamsOfASessionAreBounded(t *testing.T) {
 	})
 }
 
+// A client that has nothing to do keeps its session all the same.
+func TestSessionsOfIdleClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAgentOfSessions(t, oneSlot(time.Hour))
+		client := a.dial(t)
+		<-time.After(24*time.Hour + 30*time.Second)
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		if flow.Decision() != flowctl.Accepted || flow.CheckResponse().GetAgentId() == 0 {
+			t.Errorf("%v, %v want it part of the session", flow, flow.CheckResponse())
+		}
+		<-time.After(time.Minute)
+		if a.inFlight() != 1 {
+			t.Error("its slot is lost")
+		}
+		a.unplug()
+		<-time.After(10 * time.Second)
+		if a.inFlight() != 0 {
+			t.Error("the slot of a client that is gone is still held")
+		}
+		a.cut()
+	})
+}
+
 // A client takes its slots for lost 9 s after the last heartbeat that was acknowledged, before anybody else can have them.
 func TestLostSlots(t *testing.T) {
 	for _, tt := range []struct {

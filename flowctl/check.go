@@ -66,7 +66,8 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 	c := &check{remote: r, start: start, seen: seen}
 	if r.session != nil {
-		defer r.session.begins(start)()
+		r.session.begins(start)
+		defer r.session.ends()
 	}
 	call, release := outlast(ctx, req.Timeout)
 	defer release()

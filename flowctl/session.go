@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	mathrand "math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -87,26 +88,22 @@ func (s *session) close() {
 	s.runs.Wait()
 }
 
-// begins notes that a check begins. Call the function when it has ended.
-func (s *session) begins(at time.Time) (ends func()) {
+// begins notes that a check begins.
+func (s *session) begins(at time.Time) {
 	s.checks.Add(1)
 	s.checked.Store(int64(at.Sub(s.began)))
 	if s.resting.Load() {
 		s.wake()
 	}
-	return s.ends
 }
 
+// ends notes that a check has ended.
 func (s *session) ends() { s.checks.Add(-1) }
 
 // wake has the lines look at what is to be done.
 func (s *session) wake() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.wakeLocked()
-}
-
-func (s *session) wakeLocked() {
 	for l := range s.lines {
 		l.poke()
 	}
@@ -130,6 +127,7 @@ func (s *session) keep() {
 	pause := reopenFirst
 	for s.ctx.Err() == nil {
 		l, err := s.open()
+		begin := time.Now()
 		if err == nil {
 			select {
 			case <-l.retired: // the next one takes its place, and it goes on for a while
@@ -138,6 +136,9 @@ func (s *session) keep() {
 				err = l.err
 				if l.told {
 					pause = reopenFirst
+				}
+				if l.told && time.Since(begin) >= reopenFirst { // it was lost
+					err = nil
 				}
 			case <-s.ctx.Done():
 			}
@@ -343,9 +344,6 @@ func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Du
 		}
 		m.Heartbeat = &sessionv1.Heartbeat{Number: l.number, Acknowledges: l.theirs}
 	}
-	if every == wire.RestingEvery { // and if a check has begun in the meantime, when it ends
-		next = min(next, wire.RestingEvery)
-	}
 	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 {
 		m = nil
 	}
@@ -466,6 +464,9 @@ func (s *session) alive(ctx context.Context) (alive, known bool) {
 			return true, true
 		}
 	case <-ctx.Done():
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		by.asked = slices.DeleteFunc(by.asked, func(other *sign) bool { return other == one })
 		return false, true
 	}
 }
