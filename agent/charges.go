@@ -17,7 +17,7 @@ const (
 	maxChargesBytes  = 16 << 20  // of one session
 	maxCharged       = 128 << 20 // bytes, over all sessions
 	ownCharged       = 16 << 10  // bytes of one session, even if others leave no room
-	chargeSize       = 256       // bytes that a flow takes, besides its decisions and labels
+	chargeSize       = 128       // bytes that a flow takes, besides its decisions and labels
 	decisionSize     = 128
 	maxChargedLabels = 4 << 10 // bytes of labels; those of a flow with more are not kept, and its share in a queue is not charged
 )
