@@ -40,6 +40,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/bounds"
@@ -65,13 +66,14 @@ type Service struct {
 	asking crowd
 
 	outcomes outcomes
+	sessions *sessions
 }
 
 // Register registers the engine's services on s, such as a *grpc.Server that does not serve yet. The caller still has
 // to close the engine. Closing it rejects the checks that wait, so that a graceful stop of s can end. Later checks end
 // with the status Unavailable, so begin the graceful stop first.
 func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
-	svc := &Service{memory: memory{engine: e.Agent()}, engine: e.Agent()}
+	svc := newService(e)
 	svc.Register(s)
 	return svc
 }
@@ -89,9 +91,14 @@ func New(e *engine.Engine, opts ...ServiceOption) (*Service, error) {
 	if err := o.check(); err != nil {
 		return nil, fmt.Errorf("headgate: agent: %w", err)
 	}
-	svc := &Service{engine: e.Agent()}
+	svc := newService(e)
 	svc.memory.start(svc.engine, o)
 	return svc, nil
+}
+
+func newService(e *engine.Engine) *Service {
+	a := e.Agent()
+	return &Service{engine: a, memory: memory{engine: a}, sessions: newSessions(a)}
 }
 
 // Register registers the engine's services on s, as the function [Register] does. Call it once.
@@ -99,6 +106,7 @@ func (s *Service) Register(r grpc.ServiceRegistrar) {
 	services := registrar{r, s.engine.NamedLabels}
 	services.RegisterService(&checkv1.FlowControlService_ServiceDesc, handler{service: s})
 	services.RegisterService(&checkhttpv1.FlowControlServiceHTTP_ServiceDesc, handler{service: s})
+	services.RegisterService(&sessionv1.SessionService_ServiceDesc, handler{service: s})
 	telemetry.RegisterCounter(services, func(spans int) { s.spans.Add(uint64(spans)) }, s.read)
 }
 
@@ -138,6 +146,7 @@ func (s *Service) Spans() uint64 { return s.spans.Load() }
 type handler struct {
 	checkv1.UnimplementedFlowControlServiceServer
 	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
+	sessionv1.UnimplementedSessionServiceServer
 	service *Service
 }
 
@@ -188,6 +197,11 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	if c != nil && c.still {
 		req.Timeout = 1 // the shortest; zero is none
 	}
+	req.Labels.Shared.Closing = s.service.sessions.draining
+	session := s.service.sessions.of(ctx)
+	if session != nil {
+		req.Labels.Shared.Session = session.id
+	}
 	begin := time.Now()
 	var v agentapi.Verdict
 	if err := s.service.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
@@ -198,6 +212,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		s.service.engine.Revert(ctx, req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
+	s.service.sessions.comesBack(&v)
 	named := s.service.engine.NamedLabels()
 	response, ok := wire.Answer(req, &v, named, room)
 	if !ok {
@@ -214,6 +229,10 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		s.service.issued.add(response.GetStart().AsTime())
 	}
 	s.service.outcomes.add(&v)
+	if session != nil && (!v.Rejected() || req.DryRun()) { // else it holds nothing
+		response.AgentId = s.service.sessions.agentID
+		response.SettlementId = s.service.sessions.charge(session, req, &v)
+	}
 	return response, nil
 }
 

@@ -8,6 +8,8 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
 
 // The bounds of the streams of other services of the server, such as reflection.
@@ -17,6 +19,7 @@ const (
 )
 
 // foreign are the streams of other services. A Watch of the health service does not count: it says little and lasts.
+// Sessions are the agent's own, and have bounds of their own.
 type foreign struct {
 	mu  sync.Mutex
 	all int
@@ -28,7 +31,7 @@ var errForeign = status.Error(codes.ResourceExhausted, "too many streams of serv
 // serve handles a stream of the call, if there is room for it. What the stream sends counts as the agent's own answers do.
 func (f *foreign) serve(c *call, server any, stream grpc.ServerStream, method string, handle grpc.StreamHandler) error {
 	stream = countedStream{stream, c}
-	if method == healthv1.Health_Watch_FullMethodName {
+	if method == healthv1.Health_Watch_FullMethodName || method == sessionv1.SessionService_Session_FullMethodName {
 		return handle(server, stream)
 	}
 	if !f.enter(c.connection) {

@@ -90,6 +90,8 @@ type call struct {
 	connection any
 	compressed bool // the message may be
 	metadata   int  // bytes that it takes in memory, about
+	hasKey     bool // the call has an API key, because calls need one
+	owner      string
 
 	// Guarded by the gate's mutex.
 	begin time.Time     // of the arrival

@@ -268,6 +268,7 @@ func TestCheckHTTPDecidesAsCheck(t *testing.T) {
 						maps.DeleteFunc(m.TelemetryFlowLabels, func(k, _ string) bool { return k == "aperture.control_point_type" || k == tenant })
 						// Compared above: the one is in whole seconds, the other there for every rejection.
 						m.WaitTime, m.DeniedResponseStatusCode = nil, checkv1.StatusCode_Empty
+						m.AgentId, m.SettlementId = 0, 0 // one of two agents, and random
 					}
 					slotID := protocmp.IgnoreFields(&checkv1.LimiterDecision_ConcurrencyLimiterInfo{}, "request_id")
 					if diff := cmp.Diff(want, got, protocmp.Transform(), slotID); diff != "" {

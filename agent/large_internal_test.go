@@ -140,7 +140,7 @@ func largeService(tb testing.TB) handler {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = e.Close() })
-	return handler{service: &Service{engine: e.Agent()}}
+	return handler{service: &Service{engine: e.Agent(), sessions: newSessions(e.Agent())}}
 }
 
 func BenchmarkLargeRequest(b *testing.B) {

@@ -71,6 +71,9 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
 //     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
 //     are not compressed.
+//   - There can be 8192 sessions of clients, of which one API key, or one certificate, can have 2048. So can all clients
+//     without either. A message of a session may have 16 KiB, and 1000 of them are read a second. What is remembered of
+//     flows that can be settled takes at most 16 MiB for one session, and 128 MiB, with 16 KiB more for each session.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
@@ -95,7 +98,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if !isPlain(info.FullMethodName) {
 				return refuse(ctx, errMethod)
 			}
-			err := o.refusal(info)
+			owner, err := o.owner(info)
 			if err == nil {
 				c, err := g.call(ctx, connectionOf(ctx), info.Header)
 				if err != nil {
@@ -104,6 +107,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 					}
 					return refuse(ctx, err)
 				}
+				c.owner, c.hasKey = owner, o.keys != nil
 				return c, nil
 			}
 			if visits := visitors.of(info.FullMethodName); visits != nil {
@@ -142,21 +146,21 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 	}
 }
 
-// refusal returns why the call is refused; nil if it is not.
-func (o *options) refusal(info *tap.Info) error {
+// owner returns who owns the call's API key; empty if no key is needed. The error says why the call is refused.
+func (o *options) owner(info *tap.Info) (string, error) {
 	if o.keys == nil {
-		return nil
+		return "", nil
 	}
 	sent := info.Header.Get(keyHeader)
 	if len(sent) == 0 {
-		return errNoKey
+		return "", errNoKey
 	}
 	for _, key := range sent {
-		if _, ok := o.keys(key); ok {
-			return nil
+		if name, ok := o.keys(key); ok {
+			return name, nil
 		}
 	}
-	return errWrongKey
+	return "", errWrongKey
 }
 
 // isPlain reports whether a method can have the name. gRPC repeats the name of an unknown method several times, in a

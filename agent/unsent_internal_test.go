@@ -529,7 +529,7 @@ func TestChecksWithoutRoomDoNotWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer e.Close()
-		s := handler{service: &Service{engine: e.Agent()}}
+		s := handler{service: &Service{engine: e.Agent(), sessions: newSessions(e.Agent())}}
 		begin := time.Now()
 		for _, want := range []checkv1.CheckResponse_DecisionType{checkv1.CheckResponse_DECISION_TYPE_ACCEPTED, checkv1.CheckResponse_DECISION_TYPE_REJECTED} {
 			c := newGate().callFrom("a")

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"sync"
 	"time"
 
@@ -134,30 +135,49 @@ type visitingStream struct {
 }
 
 func (s visitingStream) RecvMsg(into any) error {
+	m, isMessage := into.(proto.Message)
+	if !isMessage {
+		return errUnreadable
+	}
+	data, err := receive(s, maxServiceOf)
+	switch {
+	case errors.Is(err, errNoTransport):
+		return errUnreadable
+	case errors.Is(err, errMessage):
+		return errTooLong
+	case err != nil:
+		return visitError(s.Context())
+	}
+	s.visit.late.Stop()
+	return proto.Unmarshal(data, m)
+}
+
+var errNoTransport = status.Error(codes.Unimplemented, "the server's transport is not gRPC's own")
+
+// receive reads a message of at most so many bytes, which is not compressed.
+func receive(stream grpc.ServerStream, most uint32) ([]byte, error) {
 	// GRPC's own type, which has no name here.
-	transport, ok := grpc.ServerTransportStreamFromContext(s.Context()).(interface {
+	transport, ok := grpc.ServerTransportStreamFromContext(stream.Context()).(interface {
 		ReadMessageHeader(header []byte) error
 		Read(n int) (mem.BufferSlice, error)
 	})
-	m, isMessage := into.(proto.Message)
-	if !ok || !isMessage {
-		return errUnreadable
+	if !ok {
+		return nil, errNoTransport
 	}
 	var header [5]byte
 	if err := transport.ReadMessageHeader(header[:]); err != nil {
-		return visitError(s.Context())
+		return nil, err
 	}
 	size := binary.BigEndian.Uint32(header[1:])
-	if header[0] != 0 || size > maxServiceOf {
-		return errTooLong
+	if header[0] != 0 || size > most {
+		return nil, errMessage
 	}
 	data, err := transport.Read(int(size))
 	if err != nil {
-		return visitError(s.Context())
+		return nil, err
 	}
 	defer data.Free()
-	s.visit.late.Stop()
-	return proto.Unmarshal(data.Materialize(), m)
+	return data.Materialize(), nil
 }
 
 // visitError is the error of a call whose message has not arrived.

@@ -14,6 +14,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -26,6 +27,8 @@ var (
 	checkContract string
 	//go:embed testdata/checkhttp.txt
 	checkHTTPContract string
+	//go:embed testdata/session.txt
+	sessionContract string
 )
 
 // TestDescriptors turns the descriptors into the words of the contract and
@@ -38,6 +41,7 @@ func TestDescriptors(t *testing.T) {
 	}{
 		{checkContract, checkv1.File_aperture_flowcontrol_check_v1_check_proto},
 		{checkHTTPContract, checkhttpv1.File_aperture_flowcontrol_checkhttp_v1_checkhttp_proto},
+		{sessionContract, sessionv1.File_headgate_session_v1_session_proto},
 	}
 	for _, tt := range tests {
 		t.Run(string(tt.file.Package()), func(t *testing.T) {
@@ -87,6 +91,12 @@ func TestService(t *testing.T) {
 			check: checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName,
 			want:  "/aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP/CheckHTTP",
 		},
+		{
+			file:  sessionv1.File_headgate_session_v1_session_proto,
+			desc:  sessionv1.SessionService_ServiceDesc,
+			check: sessionv1.SessionService_Session_FullMethodName,
+			want:  "/headgate.session.v1.SessionService/Session",
+		},
 	}
 	for _, tt := range tests {
 		t.Run(string(tt.file.Package()), func(t *testing.T) {
@@ -98,16 +108,16 @@ func TestService(t *testing.T) {
 			if got, want := tt.desc.Metadata, any(tt.file.Path()); got != want {
 				t.Errorf("Metadata = %q, want %q", got, want)
 			}
-			if len(tt.desc.Streams) != 0 {
-				t.Errorf("Streams = %v, want none", tt.desc.Streams)
-			}
-			got := make(map[string]bool)
+			got := make(map[string]bool) // whether they are streams
 			for _, method := range tt.desc.Methods {
-				got[method.MethodName] = true
+				got[method.MethodName] = false
+			}
+			for _, stream := range tt.desc.Streams {
+				got[stream.StreamName] = stream.ClientStreams && stream.ServerStreams
 			}
 			want := make(map[string]bool)
 			for method := range each(service.Methods()) {
-				want[string(method.Name())] = true
+				want[string(method.Name())] = method.IsStreamingClient() && method.IsStreamingServer()
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("Methods differ (-want +got):\n%s", diff)

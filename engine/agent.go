@@ -142,6 +142,13 @@ func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label 
 	return len(holders) > 0, false
 }
 
+// Renew has a client's session live for so long from now on.
+func (a *agent) Renew(session [16]byte, lasts time.Duration) {
+	e := a.engine()
+	now := e.now()
+	e.leases.Renew(session, now, now+int64(lasts))
+}
+
 // Lookup finds a value in a cache, as a flow's check does.
 func (a *agent) Lookup(key agentapi.CacheKey, room func(size int) bool) agentapi.CacheAnswer {
 	e := a.engine()

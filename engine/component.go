@@ -91,6 +91,21 @@ type lasting interface {
 	restore(r *statefile.Record, at source.Restoring) (slots int, ok bool)
 }
 
+// A binder is a source whose slots can run out with the session of the flow that holds them.
+type binder[S any] interface {
+	Bind(state *S, slot uint64, session [16]byte)
+}
+
+// bind has the slot that a flow was given run out with the flow's session, if both are there.
+func bind[S any](by source.Source[S], state *S, slot uint64, session [16]byte) {
+	if slot == 0 || session == ([16]byte{}) {
+		return
+	}
+	if b, ok := by.(binder[S]); ok {
+		b.Bind(state, slot, session)
+	}
+}
+
 // keyed is what components have in common: a state for each value of a label, or one for all flows. Keys go by rules of type R.
 // What it has of its own is configured. What it keeps is in kept, which it shares with the component that follows it when a policy
 // changes its numbers: flows of before end here, at the same states.

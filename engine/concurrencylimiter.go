@@ -26,6 +26,6 @@ type slotsMode struct{ label string }
 
 func slotNumbers(e *Engine) func(policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
 	return func(p policy.ConcurrencyLimiter) *numbers[source.Source[slots.State]] {
-		return numbersOf(p.Max, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century), Hold: &e.hold})
+		return numbersOf(p.Max, &slots.Rule{Limit: p.Max, MaxInflight: min(int64(p.MaxInflight), source.Century), Hold: &e.hold, Leases: &e.leases})
 	}
 }

@@ -82,6 +82,8 @@ type Engine struct {
 	holders map[identity][]component // components with slots, for EndSlot; lists are replaced, not changed
 	retired []retired
 
+	leases slots.Leases // of the sessions of clients across the network
+
 	results *cache
 	globals *cache
 

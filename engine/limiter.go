@@ -102,6 +102,9 @@ func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *
 	d.Capacity = n.capacity
 	got := n.rule.Take(&e.State, now, d.Consumed)
 	if got.OK {
+		if got.Slot != 0 {
+			bind(n.rule, &e.State, got.Slot, req.Session())
+		}
 		l.admit(e)
 		e.Unlock()
 		fill(d, got)

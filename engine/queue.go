@@ -23,9 +23,10 @@ type queue struct {
 // A pending flow is one that waits.
 type pending struct {
 	demand
-	slot  uint64        // that it got when it was served
-	left  float64       // tokens left when it was served
-	ready chan struct{} // closed when it has been served, evicted or dismissed
+	session [16]byte
+	slot    uint64        // that it got when it was served
+	left    float64       // tokens left when it was served
+	ready   chan struct{} // closed when it has been served, evicted or dismissed
 
 	dismissed bool // it is out of the queue, to be decided about anew
 }

@@ -231,6 +231,7 @@ type ticket[S any] struct {
 
 	of       *workload
 	known    bool // the flow's labels could be matched
+	session  [16]byte
 	demand   demand
 	wish     wish
 	entry    *keys.Entry[line[S]]
@@ -241,7 +242,7 @@ type ticket[S any] struct {
 // once, because patience reads the clock.
 func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, t *ticket[S], patience func(*workload) time.Duration) {
 	t.of, t.known = s.workloads.of(&req.Labels)
-	t.demand = s.demand(&req.Labels, t.of)
+	t.demand, t.session = s.demand(&req.Labels, t.of), req.Session()
 	d.Consumed = t.demand.tokens
 	if !s.scope(&req.Labels, d) {
 		return
@@ -331,6 +332,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 	if s.meter != nil && !d.DryRun {
 		s.meter.gave(&l.tokens, now, t.demand)
 	}
+	bind(s.of(t.entry).rule, &l.tokens, got.Slot, t.session)
 	fill(d, got)
 	return true
 }
@@ -425,7 +427,7 @@ func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
 	if l.queue == nil {
 		l.queue = s.newQueue(t.entry)
 	}
-	w := &waiter{Flow: pending{demand: t.demand}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
+	w := &waiter{Flow: pending{demand: t.demand, session: t.session}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
 	l.queue.rests = 0
 	l.queue.Push(w, t.wish.claim)
 	s.serve(t.entry, now)
@@ -458,7 +460,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		defer timer.Stop()
 		expired, crowded = timer.C, req.Crowded()
 	}
-	retired := false
+	retired, closing := false, false
 	for waiting := true; waiting; {
 		waiting = false
 		select {
@@ -466,6 +468,8 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		case <-expired:
 		case <-ctx.Done():
 		case <-s.engine.done:
+		case <-req.Closing():
+			closing = true
 		case <-s.retired:
 			retired = true
 		case <-crowded:
@@ -500,7 +504,7 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	case gone != nil: // no caller is left to retry
 		s.drop(d, agentapi.CauseTimeout, 0)
 		return now, gone
-	case s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
+	case closing, s.engine.closed.Load(): // also where another event came first: no flow may run because of a shutdown
 		s.drop(d, agentapi.CauseClosed, 0)
 		return now, nil
 	case t.Evicted():
@@ -560,6 +564,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 		if s.meter != nil {
 			s.meter.gave(&e.State.tokens, at, w.Flow.demand)
 		}
+		bind(s.of(e).rule, &e.State.tokens, got.Slot, w.Flow.session)
 		w.Flow.slot, w.Flow.left = got.Slot, got.Left
 		if w.Flow.ready != nil {
 			close(w.Flow.ready)

@@ -38,9 +38,14 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
+	stay   *stay                   // at the agent, whose slots last as long as the session; nil if the flow has none
+	slots  int                     // those
+	cancel context.CancelCauseFunc // of the flow's context; nil if nothing cancels it
+
 	late bool // the caller's context had ended; the answer only says what to give back
 
 	ctx      context.Context // of the call
+	named    sessionContext  // ctx, if the caller has no metadata to send
 	codec    grpc.ForceCodecV2CallOption
 	repeated int                           // elements that the answer may repeat of the question
 	limit    grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
@@ -60,6 +65,10 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 		return errBreakerOpen
 	}
 	c := &check{remote: r, start: start, seen: seen}
+	if r.session != nil {
+		r.session.begins(start)
+		defer r.session.ends()
+	}
 	call, release := outlast(ctx, req.Timeout)
 	defer release()
 	if silence := req.Silence(); silence > 0 {
@@ -78,6 +87,11 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 	r.answered()
 	c.Remote = c
+	if agent := c.answer().GetAgentId(); agent != 0 && r.session != nil {
+		if c.slots = wire.Holds(c.answer()); c.slots > 0 {
+			c.stay = r.session.join(agent, c.slots, start)
+		}
+	}
 	v.Start, v.Details = start.UnixNano(), &c.VerdictDetails
 	if err := ctx.Err(); err != nil {
 		c.late = true
@@ -166,7 +180,7 @@ func (r *remote) countDryRuns(ctx context.Context, req *agentapi.Request, m *che
 
 // ask asks the agent.
 func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
-	c.ctx = c.remote.sendable(ctx)
+	c.ctx = c.remote.sendableWith(ctx, &c.named)
 	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {
 		m := wire.Request(req)

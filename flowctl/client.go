@@ -72,6 +72,7 @@ type Client struct {
 	logger       *slog.Logger
 	observer     *observer // nil without a tracer and a meter
 	onDecision   func(context.Context, *Flow)
+	cancelLost   bool // flows whose slots are lost
 	endLog       limitedLog
 	silenceLog   limitedLog
 	invalidLog   limitedLog
@@ -106,6 +107,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		dryRun:       cfg.dryRun,
 		logger:       cfg.logger,
 		onDecision:   cfg.onDecision,
+		cancelLost:   cfg.cancelLost,
 		done:         make(chan struct{}),
 	}
 	c.runs.Unstored = c.unstored
@@ -151,6 +153,9 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 		f.run = true
 	case f.decision == Unreachable:
 		f.run = !params.RampMode && params.OnUnreachable == FailOpen
+	}
+	if c.cancelLost {
+		f.cancelOnLostSlot()
 	}
 	if f.decision == Invalid {
 		c.invalidLog.warn(c.logger, "headgate: a flow cannot be asked about", "error", err)

@@ -47,9 +47,11 @@ var (
 type connections struct {
 	epoch    time.Time
 	received *atomic.Uint64 // counts reads on connections that have proved themselves
-	opened   atomic.Uint64  // counts the calls that were sent
+	opened   atomic.Uint64  // counts the calls that were sent, and what is said in sessions
 	writing  atomic.Int64   // how many connections are being written to
 	underWay atomic.Int64   // bytes of answers that have not come whole, and of what follows answers
+	fresh    chan struct{}  // receives when a connection is made
+	goAway   chan struct{}  // receives when an agent asks for another connection
 
 	mu   sync.Mutex
 	open map[*connection]struct{}
@@ -58,7 +60,7 @@ type connections struct {
 
 func newConnections(received *atomic.Uint64) *connections {
 	return &connections{
-		epoch: time.Now(), received: received,
+		epoch: time.Now(), received: received, fresh: make(chan struct{}, 1), goAway: make(chan struct{}, 1),
 		open: make(map[*connection]struct{}), next: make(map[string]time.Duration),
 	}
 }
@@ -142,11 +144,28 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 	cs.mu.Lock()
 	cs.open[c] = struct{}{}
 	cs.mu.Unlock()
+	notify(cs.fresh)
 	return c, info, nil
 }
 
 func (t *trackedCredentials) Clone() credentials.TransportCredentials {
 	return &trackedCredentials{t.TransportCredentials.Clone(), t.connections}
+}
+
+// notify lets one receiver know, now or later.
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// forget takes back what notify has let nobody know yet.
+func forget(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+	}
 }
 
 // A connection follows the frames that it carries.
@@ -172,9 +191,11 @@ type connection struct {
 	underWay int64
 }
 
-// A stream is a call. All calls are unary, so its answer is one message. gRPC keeps what follows the answer until the
-// stream ends.
+// A stream is a call. The answer to a unary call is one message. gRPC keeps what follows the answer until the stream ends. A
+// session's stream is one on which the client says more than one thing. What comes there is read at once.
 type stream struct {
+	says     framing // of the client's messages
+	session  bool    // the client has said more than one thing
 	asked    bool    // the first byte of the question has been seen
 	compress bool    // the question is compressed, so the answer may be
 	whole    bool    // the answer has come
@@ -333,10 +354,54 @@ func (c *connection) sends(f frame) {
 }
 
 func (c *connection) sendsData(f frame, p []byte, _ bool) {
-	if s, ok := c.streams[f.stream]; ok && !s.asked && len(p) > 0 {
-		s.asked, s.compress = true, p[0] != 0
-		c.streams[f.stream] = s
+	s, ok := c.streams[f.stream]
+	if !ok || len(p) == 0 {
+		return
 	}
+	if !s.asked {
+		s.asked, s.compress = true, p[0] != 0
+	}
+	if more := s.says.follow(p); more > 0 {
+		s.session, s.whole = true, false
+		c.carry(-int64(s.underWay))
+		s.underWay = 0
+		c.connections.opened.Add(uint64(more))
+	}
+	c.streams[f.stream] = s
+}
+
+// A framing follows the messages of a stream, each of which has a prefix of five bytes that ends with its length.
+type framing struct {
+	began bool // the first message has
+	have  uint8
+	rest  uint32
+}
+
+// follow returns how many messages begin in p, without the first one of the stream.
+func (f *framing) follow(p []byte) (more int) {
+	for len(p) > 0 {
+		if f.have == 5 { // within a message
+			n := min(uint64(f.rest), uint64(len(p)))
+			p = p[n:]
+			if f.rest -= uint32(n); f.rest == 0 {
+				f.have = 0
+			}
+			continue
+		}
+		if f.have == 0 {
+			if f.began {
+				more++
+			}
+			f.began = true
+		} else {
+			f.rest = f.rest<<8 | uint32(p[0])
+		}
+		if f.have++; f.have == 5 && f.rest == 0 {
+			f.have = 0
+		}
+		p = p[1:]
+	}
+	return more
 }
 
 func (c *connection) earn(n int) { c.credit = min(c.credit+n, frameCreditMax) }
@@ -397,6 +462,7 @@ func (c *connection) receives(f frame) {
 	}
 	switch f.kind {
 	case frameGoAway:
+		notify(c.connections.goAway)
 		if !c.proved.Load() {
 			c.gone.Store(true)
 		}
@@ -447,7 +513,7 @@ func (c *connection) receivesData(f frame, p []byte, end bool) {
 			}
 		}
 		if !s.whole && s.have == 0 && s.rest == 0 {
-			s.whole, s.underWay = true, 0
+			s.whole, s.underWay = !s.session, 0
 		}
 		p = p[n:]
 	}

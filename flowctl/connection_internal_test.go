@@ -86,6 +86,23 @@ func follow(t *testing.T, said, answered []byte, piece int) (*connection, []byte
 	return c, got, err
 }
 
+// The messages that begin on a stream are counted, however they come. The first is the call.
+func TestFraming(t *testing.T) {
+	said := []byte{0, 0, 0, 0, 2, 'a', 'b', 1, 0, 0, 0, 0, 0, 0, 0, 1, 4}
+	said = append(said, make([]byte, 260)...)
+	said = append(said, 0, 0, 0)
+	for piece := 1; piece <= len(said); piece++ {
+		var f framing
+		got := 0
+		for part := range slices.Chunk(said, piece) {
+			got += f.follow(part)
+		}
+		if got != 3 {
+			t.Errorf("in pieces of %d bytes: %d more messages want 3", piece, got)
+		}
+	}
+}
+
 // A compressed answer is refused, unless the question was compressed, and however it comes.
 func TestCompressedAnswersAreRefused(t *testing.T) {
 	question := func(compressed byte) []byte {
@@ -124,6 +141,8 @@ func TestCompressedAnswersAreRefused(t *testing.T) {
 func TestAnswersUnderWay(t *testing.T) {
 	asked := slices.Concat(encodeFrame(frameHeaders, 4, 1, 'h'), encodeFrame(frameHeaders, 4, 3, 'h'))
 	begun := encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 3, 'a', 'b')
+	message := func(text string) []byte { return append([]byte{0, 0, 0, 0, byte(len(text))}, text...) }
+	says := func(data ...byte) []byte { return slices.Concat(asked, encodeFrame(frameData, 0, 1, data...)) }
 	for _, tt := range []struct {
 		name     string
 		said     []byte
@@ -142,6 +161,10 @@ func TestAnswersUnderWay(t *testing.T) {
 		{"a part of a message behind the answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 'a'), 6},
 		{"empty messages behind the answers of two", asked, slices.Concat(encodeFrame(frameData, 0, 1, make([]byte, 15)...), encodeFrame(frameData, 0, 3, make([]byte, 7)...)), 12},
 		{"a message behind the answer, ended by trailers", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameHeaders, flagEndStream, 1, 't')...), 0},
+		{"several messages of a session", says(append(message("q"), message("r")...)...), encodeFrame(frameData, 0, 1, append(message("a"), message("bc")...)...), 0},
+		{"a part of a message of a session", says(append(message("q"), message("")...)...), encodeFrame(frameData, 0, 1, append(message("a"), 0, 0, 0, 0, 3, 'b')...), 1},
+		{"messages behind the answer to one message", says(message("question")...), encodeFrame(frameData, 0, 1, append(message("a"), message("b")...)...), 6},
+		{"messages behind the answer to a part of one", says(0, 0, 0, 0, 9, 'q', 0, 0, 0, 0, 0, 0), encodeFrame(frameData, 0, 1, append(message("a"), message("b")...)...), 6},
 		{"a message behind the answer, reset by the agent", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0)...), 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -17,23 +17,33 @@ func (r *remote) End(ctx context.Context, req *agentapi.Request, v *agentapi.Ver
 }
 
 // End ends the flow of this check.
-func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
+func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (returns agentapi.Returns, first error) {
 	r := c.remote
 	if r.exporter != nil && !c.late { // a flow that was not let in did no work to report
 		r.exporter.record(c, o.Ended, req.DryRun() && v.Rejected())
 	}
+	if c.stay != nil {
+		defer c.leave()
+	}
 	refs := wire.Held(c.answer())
-	if len(refs) == 0 {
+	settles := o.Costs != nil && !c.late && !v.Rejected() && c.answer().GetAgentId() != 0 && r.session != nil
+	if len(refs) == 0 && !settles {
 		return agentapi.Returns{}, nil
 	}
-	returns := agentapi.Returns{Held: len(refs)}
+	returns.Held = len(refs)
 	if r.spares() {
+		if len(refs) == 0 {
+			return returns, nil
+		}
 		return returns, errNotEnded
 	}
 	// Detached, because slots must come back even if the caller has gone.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
-	var first error
+	if settles {
+		settled := c.settle(o.Costs)
+		defer func() { returns.Settled = settled(call) }()
+	}
 	for len(refs) > 0 && call.Err() == nil {
 		n := wire.Ended(req.ControlPoint, refs)
 		returned, err := r.endSlots(call, req.ControlPoint, refs[:n])
@@ -47,6 +57,27 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		first = call.Err()
 	}
 	return returns, first
+}
+
+// settle sends what the flow has cost. The function waits for the answer, and reports whether the agent has taken it.
+func (c *check) settle(costs *agentapi.Cost) func(context.Context) bool {
+	id := c.answer().GetSettlementId()
+	if id == 0 { // nothing of the flow can be corrected
+		return func(context.Context) bool { return true }
+	}
+	one := c.remote.session.settle(c.answer().GetAgentId(), id, costs)
+	if one == nil {
+		return func(context.Context) bool { return false }
+	}
+	return one.await
+}
+
+// leave ends what the client keeps of the flow's slots.
+func (c *check) leave() {
+	c.remote.session.leave(c.stay, c)
+	if c.cancel != nil {
+		c.cancel(nil)
+	}
 }
 
 // endSlots gives back slots by one call.

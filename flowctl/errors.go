@@ -43,6 +43,10 @@ var (
 	// ErrClosed matches when the client or its engine was closed. A flow's error that matches it matches ErrUnreachable
 	// too.
 	ErrClosed = errors.New("headgate: client closed")
+
+	// ErrSlotLost is why the context of a flow ended that [WithCancelOnLostSlot] has canceled: [context.Cause] returns it.
+	// No flow's error matches it.
+	ErrSlotLost = errors.New("headgate: slot lost: the agent has not acknowledged a heartbeat for 9s")
 )
 
 // RejectReason is why the agent rejected a flow.

@@ -105,8 +105,10 @@ type EndResponse struct {
 	Returned int // those that it still held; the agent had taken the others back because it took too long
 
 	// Settled reports whether the agent took all that [Flow.Settle] said. It is false if nothing was said, if the flow did not
-	// run or was not decided about, in a client's dry run, and for agents across the network, which do not take settlements. Then
-	// the flow keeps its charge.
+	// run or was not decided about, and in a client's dry run. For an agent across the network it is also false if the agent
+	// is not Headgate's, has been restarted, or remembers too many later flows, and if the check came before the client's session
+	// had begun. Then the flow keeps its charge. If no answer came in time it is false too, although the agent may take the
+	// settlement yet.
 	Settled bool
 }
 
@@ -203,6 +205,17 @@ func (c *flowContext) Value(key any) any {
 		return (*flowInfo)(c)
 	default:
 		return c.parent.Value(key)
+	}
+}
+
+// cancelOnLostSlot has the flow's context end when the flow's slots are lost.
+func (f *Flow) cancelOnLostSlot() {
+	if f.verdict.Details == nil {
+		return
+	}
+	if c, ok := f.verdict.Details.Remote.(*check); ok && c.stay != nil {
+		f.parent, c.cancel = context.WithCancelCause(f.parent)
+		c.remote.session.watch(c.stay, c, c.cancel)
 	}
 }
 

@@ -584,6 +584,10 @@ func (c *told) Invoke(_ context.Context, _ string, req, reply any, _ ...grpc.Cal
 	return err
 }
 
+func (c *told) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "it knows no sessions")
+}
+
 // Whatever a peer puts into a request, the agent can be asked about it, with the application's labels and without
 // credentials.
 func FuzzHTTPRequest(f *testing.F) {

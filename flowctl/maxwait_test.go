@@ -407,7 +407,8 @@ func TestFlowsWaitWhileTheAgentLives(t *testing.T) {
 	}
 }
 
-// A question that cannot be sent, because as many calls are under way as the agent allows, proves nothing.
+// A question that cannot be sent, because as many calls are under way as the agent allows, proves nothing. The agent knows
+// no sessions.
 func TestFlowsWaitAtAnAgentWithoutRoomForAQuestion(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, err := engine.New(sides.Policies(policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour}))
@@ -415,7 +416,7 @@ func TestFlowsWaitAtAnAgentWithoutRoomForAQuestion(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer e.Close()
-		server := grpc.NewServer(append(agent.ServerOptions(), grpc.MaxConcurrentStreams(2))...)
+		server := grpc.NewServer(append(agent.ServerOptions(), grpc.MaxConcurrentStreams(2), sides.WithoutSessions())...)
 		agent.Register(server, e)
 		client := sides.Dial(t, server, flowctl.WithoutTelemetry())
 		local, err := flowctl.New(e)

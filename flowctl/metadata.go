@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"google.golang.org/grpc/metadata"
+
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 // keyHeader is the metadata that carries the API key.
@@ -22,11 +24,39 @@ const (
 // sendable returns the context for a call to the agent, without the caller's outgoing metadata that cannot travel. A
 // proxy may pass on metadata of a stranger, and gRPC or the agent would refuse the whole call because of it. A flow
 // whose check is refused has no limits.
-func (r *remote) sendable(ctx context.Context) context.Context {
-	md, ok := metadata.FromOutgoingContext(ctx) // a copy, with keys in lower case
-	if !ok {
-		return ctx
+func (r *remote) sendable(ctx context.Context) context.Context { return r.sendableWith(ctx, nil) }
+
+// A sessionContext is a context with the metadata that names a session. It is part of a check, so that a check allocates
+// nothing for it.
+type sessionContext struct {
+	context.Context
+	sent context.Context // has the metadata
+}
+
+// Value finds the metadata where the caller's context has none. It has none, or the context would be another one.
+func (c *sessionContext) Value(key any) any {
+	if v := c.Context.Value(key); v != nil {
+		return v
 	}
+	return c.sent.Value(key)
+}
+
+// sendableWith is sendable for a check, which is part of the session. Room is for the context.
+func (r *remote) sendableWith(ctx context.Context, room *sessionContext) context.Context {
+	var names []string
+	if room != nil && r.session != nil && !r.session.foreign.Load() {
+		room.sent = r.session.sent
+		names = r.session.names
+	}
+	md, ok := metadata.FromOutgoingContext(ctx) // a copy, with keys in lower case
+	switch {
+	case !ok && names == nil:
+		return ctx
+	case !ok:
+		room.Context = ctx
+		return room
+	}
+	delete(md, wire.SessionHeader) // another client's, if it is there
 	left, size := 0, 0
 	for key, values := range md {
 		switch {
@@ -44,6 +74,9 @@ func (r *remote) sendable(ctx context.Context) context.Context {
 	}
 	if left > 0 {
 		r.metadataLog.warn(r.logger, "headgate: metadata did not go with a call to the agent", "left_out", left)
+	}
+	if names != nil {
+		md[wire.SessionHeader] = names
 	}
 	return metadata.NewOutgoingContext(ctx, md)
 }

@@ -65,6 +65,7 @@ type config struct {
 	dryRun       bool
 	logger       *slog.Logger
 	onDecision   func(context.Context, *Flow)
+	cancelLost   bool
 	tracer       trace.TracerProvider
 	meter        metric.MeterProvider
 }
@@ -309,6 +310,19 @@ func WithService(name string) Option {
 func WithDryRun() Option {
 	return option{"WithDryRun", false, func(c *config) error {
 		c.dryRun = true
+		return nil
+	}}
+}
+
+// WithCancelOnLostSlot cancels the context of a flow when its slots are lost: an agent of Headgate has acknowledged no
+// heartbeat for 9 s, so it may soon give them to other flows. [context.Cause] of the flow's context is [ErrSlotLost] then.
+// Use it for work that must never run more often than the limit says. Without this option, such flows go on, because an
+// agent's outage should not become the application's. The context is [Flow.Context], or what package headgate's guards
+// pass on. With this option it also ends when a flow with slots ends. It has no effect on slots at other agents, and on
+// those whose check came before the session had begun: they do not run out with the session.
+func WithCancelOnLostSlot() Option {
+	return option{"WithCancelOnLostSlot", true, func(c *config) error {
+		c.cancelLost = true
 		return nil
 	}}
 }

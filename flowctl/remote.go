@@ -42,8 +42,10 @@ type remote struct {
 	shown       metric.Registration // of the breaker; nil without a meter
 	dryDrops    metric.Int64Counter // nil without a meter
 	backLog     limitedLog
-	vigil       vigil     // over the checks that wait for long
-	exporter    *exporter // nil: no telemetry
+	lostSlots   metric.Int64Counter // nil without a meter
+	vigil       vigil               // over the checks that wait for long
+	session     *session            // nil in a dry run
+	exporter    *exporter           // nil: no telemetry
 }
 
 var _ agentapi.Agent = (*remote)(nil)
@@ -55,6 +57,10 @@ func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...
 
 // start runs what the remote has in the background.
 func (r *remote) start(cfg *config) {
+	if !cfg.dryRun {
+		r.session = newSession(r)
+		r.session.runs.Go(r.session.keep)
+	}
 	if !cfg.noTelemetry {
 		r.exporter = newExporter(r.invoke, cfg.logger, r.answered)
 	}
@@ -70,6 +76,10 @@ func (r *remote) Instrument(provider metric.MeterProvider) error {
 	}
 	if r.dryDrops, err = meter.Int64Counter("flowcontrol_dry_run_drops_total",
 		metric.WithDescription("Flows that components would have dropped without a dry run.")); err != nil {
+		return err
+	}
+	if r.lostSlots, err = meter.Int64Counter("flowcontrol_lost_slots_total",
+		metric.WithDescription("Slots of flows in flight that the agent may give to others, because it has acknowledged no heartbeat for 9 s.")); err != nil {
 		return err
 	}
 	at := metric.WithAttributes(attribute.String("server_address", r.address))
@@ -107,6 +117,11 @@ func (r *remote) Ready(ctx context.Context) error {
 // alive asks for a sign of life, and reports whether the agent gave it. It returns false at once if there is no
 // connection, and when ctx ends. What else comes from the agent meanwhile does not end it.
 func (r *remote) alive(ctx context.Context) bool {
+	if r.session != nil {
+		if alive, known := r.session.alive(ctx); known {
+			return alive
+		}
+	}
 	err := r.askNothing(ctx)
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled: // of the codes, gRPC itself makes these
@@ -156,6 +171,9 @@ func (r *remote) close(ctx context.Context) error {
 
 // release closes the connection if it is ours, and unregisters the metrics.
 func (r *remote) release() error {
+	if r.session != nil {
+		r.session.close()
+	}
 	if r.shown != nil {
 		_ = r.shown.Unregister() // fails where the provider is gone already
 	}

@@ -22,7 +22,8 @@ import (
 //
 // Settle changes nothing at components that took no tokens by the label: another label is theirs, they let the flow
 // pass without a bucket, they are in dry run or the client is, or they have slots, which come back anyway. The same holds for a flow that
-// did not run. Today only an engine in this process takes settlements: see EndResponse.Settled.
+// did not run. An agent across the network takes settlements if it is Headgate's, and the flow's check was part of a session with it:
+// see EndResponse.Settled. End then waits for its answer. Flows that settle nothing make no call for it.
 //
 // Within a function that package headgate guards, and within a handler of an adaptor, [FromContext] finds the flow. Settle
 // allocates once for each label.

@@ -44,14 +44,14 @@ func remaining(t *testing.T, side *sides.Side) float64 {
 	return usage.Remaining
 }
 
-// What is left of 100 tokens after a flow that took 10 of them, by what it said, over all agents. Those across the network
-// do not take settlements yet.
+// What is left of 100 tokens after a flow that took 10 of them, by what it said, over all agents. Those that know no
+// sessions take no settlements.
 func TestSettle(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		say     func(f *flowctl.Flow)
 		settled bool
-		left    float64 // of an embedded engine
+		left    float64
 	}{
 		{"nothing", func(*flowctl.Flow) {}, false, 90},
 		{"less", func(f *flowctl.Flow) { f.Settle("tokens", 2.5) }, true, 97.5},
@@ -72,29 +72,25 @@ func TestSettle(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			sides.Setup{Policies: budget()}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+				synctest.Wait() // for the session
 				flow := side.Client.Start(t.Context(), "point", estimated("10"))
 				if flow.Decision() != flowctl.Accepted {
 					t.Fatal(flow)
 				}
 				tt.say(flow)
 				r, err := flow.End(t.Context())
-				if err != nil || r.Settled != (tt.settled && side.Kind == sides.Embedded) {
+				if err != nil || r.Settled != (tt.settled && side.Kind != sides.Scripted) {
 					t.Errorf("End() = %+v, %v want Settled %v", r, err, tt.settled)
 				}
 				flow.Settle("tokens", 1)
 				if r, err := flow.End(t.Context()); r.Settled || !errors.Is(err, flowctl.ErrEnded) {
 					t.Errorf("the second End() = %+v, %v", r, err)
 				}
-				want := 90.0
-				switch side.Kind {
-				case sides.Scripted:
+				if side.Engine == nil {
 					return
-				case sides.Embedded:
-					want = tt.left
-				case sides.Served:
 				}
-				if got := remaining(t, side); got != want {
-					t.Errorf("%v left want %v", got, want)
+				if got := remaining(t, side); got != tt.left {
+					t.Errorf("%v left want %v", got, tt.left)
 				}
 			})
 		})
@@ -130,8 +126,9 @@ func TestSettleOfFlowsThatTookNothing(t *testing.T) {
 		{"estimated at nothing", limited, nil, "0", true, true, 50},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sides.Setup{Policies: sides.Policies(tt.limit), Options: tt.options}.InBubbles(t, []sides.Kind{sides.Embedded},
+			sides.Setup{Policies: sides.Policies(tt.limit), Options: tt.options}.InBubbles(t, sides.Engines,
 				func(t *testing.T, side *sides.Side) {
+					synctest.Wait() // for the session
 					params := flowctl.Params{}
 					if tt.estimate != "" {
 						params = estimated(tt.estimate)

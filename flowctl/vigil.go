@@ -29,7 +29,7 @@ func silenceOf(call context.Context) error {
 
 // A vigil finds out whether the agent lives while checks wait for long. An agent that has a flow wait in a queue sends
 // nothing, and so does an agent that hangs. So while such checks wait, one goroutine asks the agent once a second for a
-// sign of life. The checks end if none comes. Whatever comes on the connection is one, because a busy agent must not be
+// sign of life: in the session, or by a call if the agent knows no sessions. The checks end if none comes. Whatever comes on the connection is one, because a busy agent must not be
 // taken for a dead one.
 //
 // How long an agent may be silent is a check's own. The time begins with a question, because before it the agent had

@@ -121,19 +121,19 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	warn(stderr, limits, served)
 	stopped := context.AfterFunc(ctx, func() {
 		healthy.Shutdown() // NOT_SERVING, so that balancers send no more checks here
-		// Checks under way get their answers. Those that wait in queues are rejected after 2 s, and a client that just
-		// holds its connection loses it after 3 s.
-		reject := time.AfterFunc(2*time.Second, func() { _ = limits.Close() })
-		defer reject.Stop()
+		served.Drain()     // flows that wait in queues come back to another agent
+		// Clients whose flows hold slots keep their sessions for 2 s. One that just holds its connection loses it after 3 s.
+		end := time.AfterFunc(2*time.Second, func() { _ = limits.Close() })
+		defer end.Stop()
 		late := time.AfterFunc(3*time.Second, server.Stop)
 		defer late.Stop()
 		server.GracefulStop()
 	})
 	defer stopped()
-	serving, end := context.WithCancel(ctx)
+	serving, endServing := context.WithCancel(ctx)
 	var reloading sync.WaitGroup
 	defer reloading.Wait()
-	defer end()
+	defer endServing()
 	reloading.Go(func() {
 		for {
 			select {

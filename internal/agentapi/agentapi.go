@@ -63,6 +63,10 @@ type Local interface {
 	// agent knows the limiter, and whether the slot was still taken.
 	EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool)
 
+	// Renew has a client's session live for so long from now on. Slots of flows that named it run out when it does. A
+	// session that has run out begins anew: it does not bring slots back.
+	Renew(session [16]byte, lasts time.Duration)
+
 	// Lookup finds a value in a cache. If room is not nil, it takes room for the value in the answer, or reports that
 	// there is none, which makes a miss. Then the value must not be changed. Flows look up with their check.
 	Lookup(key CacheKey, room func(size int) bool) CacheAnswer

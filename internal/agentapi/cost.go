@@ -1,6 +1,7 @@
 package agentapi
 
 import (
+	"iter"
 	"math"
 	"sync/atomic"
 )
@@ -68,6 +69,17 @@ func (c *Cost) By(label string) (tokens float64, ok bool) {
 		return of.tokens, true
 	}
 	return 0, false
+}
+
+// All yields each label with the tokens that the flow has cost by it. It is for costs that are closed.
+func (c *Cost) All() iter.Seq2[string, float64] {
+	return func(yield func(string, float64) bool) {
+		for of := c; of != nil; of = of.next {
+			if !yield(of.label, of.tokens) {
+				return
+			}
+		}
+	}
 }
 
 func (c *Cost) find(label string) *Cost {

@@ -62,6 +62,22 @@ func (r *Request) Crowded() <-chan struct{} {
 	return r.Labels.Shared.Crowded
 }
 
+// Session is the session that what the flow holds runs out with; zero for none.
+func (r *Request) Session() [16]byte {
+	if r.Labels.Shared == nil {
+		return [16]byte{}
+	}
+	return r.Labels.Shared.Session
+}
+
+// Closing is closed when flows may not wait any longer, because their agent is about to stop; nil for never.
+func (r *Request) Closing() <-chan struct{} {
+	if r.Labels.Shared == nil {
+		return nil
+	}
+	return r.Labels.Shared.Closing
+}
+
 // Labels are a flow's labels, in layers. Only Merged merges the layers: the embedded engine looks up one or two keys,
 // and a merged map would be the most expensive part of a check. The maps do not change.
 type Labels struct {
@@ -101,6 +117,13 @@ type Options struct {
 
 	// Crowded is closed when so many checks are under way that the flow is to end its waits earlier. Nil means never.
 	Crowded <-chan struct{}
+
+	// Closing is closed when the agent is about to stop. Then the flow's waits end, and it is rejected. Nil means never.
+	Closing <-chan struct{}
+
+	// Session is the client's session, which lives at the agent. Slots that the flow takes run out with it. Zero means that
+	// there is none.
+	Session [16]byte
 
 	RampMode bool // a ramp must let the flow in
 	DryRun   bool // the flow runs whatever the answer

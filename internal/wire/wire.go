@@ -415,6 +415,16 @@ func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 	return refs
 }
 
+// Holds returns how many slots the flow holds by the answer.
+func Holds(m *checkv1.CheckResponse) (slots int) {
+	for _, d := range m.GetLimiterDecisions() {
+		if !d.GetDropped() && cmp.Or(d.GetConcurrencyLimiterInfo().GetRequestId(), d.GetConcurrencySchedulerInfo().GetRequestId()) != "" {
+			slots++
+		}
+	}
+	return slots
+}
+
 // held is a reference to the slot that the decision says the flow holds; nil for none.
 func held(d *checkv1.LimiterDecision) *checkv1.InflightRequestRef {
 	if d.GetDropped() {
@@ -469,6 +479,8 @@ func WithoutValues(m *checkv1.CheckResponse) *checkv1.CheckResponse {
 		CacheLookupResponse:      lean,
 		ExpectEnd:                m.GetExpectEnd(),
 		Cause:                    m.GetCause(),
+		SettlementId:             m.GetSettlementId(),
+		AgentId:                  m.GetAgentId(),
 	}
 }
 

@@ -45,6 +45,10 @@ const flagSession = 1 << 0 // a session's ID of sessionSize bytes follows
 
 const sessionSize = 16
 
+// revival is how long the session of a restored slot lives if its client does not renew it. It is as long as a session that is
+// not renewed lives otherwise: see package agent.
+const revival = 10 * time.Second
+
 // Mode returns the only one that there is.
 func (r *Rule) Mode() string { return "slots" }
 
@@ -57,13 +61,19 @@ func (r *Rule) Append(b []byte, f *State, now int64) []byte {
 		binary.BigEndian.PutUint64(name[:], s.id)
 		b = statefile.AppendText(b, name[:])
 		b = binary.AppendVarint(statefile.AppendFloat(b, s.tokens), s.since-now)
-		b = append(b, 0)
+		if s.session == ([16]byte{}) {
+			b = append(b, 0)
+		} else {
+			b = append(append(b, flagSession), s.session[:]...)
+		}
 	}
 	return b
 }
 
 // Restore takes the slots whose flows may still run, besides those that are taken already. Each is taken back when MaxInflight
 // has passed since its admission, as if there had been no restart.
+//
+// A slot that was bound to a session is bound to it again: its client has revival to renew the session.
 //
 // Some flows of a copy have ended meanwhile, and nobody will say so again. A flow that had run for long is likely to run on, and
 // a flow that had just begun is not. So a slot of a copy counts for as long again as its flow had run, and for grace at the
@@ -75,7 +85,7 @@ func (r *Rule) Restore(f *State, written []byte, at source.Restoring) (taken int
 		name, s := c.Text(), slot{tokens: c.Float()}
 		age := -min(max(c.Varint(), -source.Century), 0)
 		if c.Byte()&flagSession != 0 {
-			c.Bytes(sessionSize)
+			copy(s.session[:], c.Bytes(sessionSize))
 		}
 		if len(name) != 8 || !(s.tokens > 0) || s.tokens > source.MaxCost {
 			return 0, false
@@ -92,18 +102,21 @@ func (r *Rule) Restore(f *State, written []byte, at source.Restoring) (taken int
 	if !c.Whole() {
 		return 0, false
 	}
-	r.add(f, all)
+	r.add(f, all, at.Now)
 	return len(all), true
 }
 
 // add takes the slots, whatever there is in use.
-func (r *Rule) add(f *State, all []slot) {
+func (r *Rule) add(f *State, all []slot, now int64) {
 	if len(all) == 0 {
 		return
 	}
 	for _, s := range all {
-		f.take(s.since, s.tokens)
-		f.slots[f.newest].id = s.id
+		f.put(s.id, s.since, s.tokens)
+		if s.session != ([16]byte{}) && r.Leases != nil {
+			r.Leases.revive(s.session, now)
+			r.Bind(f, s.id, s.session)
+		}
 	}
 	order := make([]int32, 0, f.count)
 	for i := f.oldest; i != none; i = f.slots[i].next {
@@ -120,14 +133,4 @@ func (r *Rule) add(f *State, all []slot) {
 		before = i
 	}
 	f.oldest, f.newest = order[0], before
-}
-
-// restored returns the place of the restored slot with the ID, which does not say where it is. They are the oldest ones.
-func (f *State) restored(id uint64) int64 {
-	for i := f.oldest; i != none && f.slots[i].since < 0; i = f.slots[i].next {
-		if f.slots[i].id == id {
-			return int64(i)
-		}
-	}
-	return int64(none)
 }

@@ -101,3 +101,46 @@ func TestRestoreOfOddSlots(t *testing.T) {
 		}
 	}
 }
+
+// A restored slot keeps its session, and runs out with it unless the client renews it.
+func TestRestoreOfSessions(t *testing.T) {
+	session := [16]byte{1}
+	for _, tt := range []struct {
+		name    string
+		renewed bool
+		after   time.Duration
+		want    int
+	}{
+		{"the client comes back", true, 15 * time.Second, 1},
+		{"the client has not come back yet", false, 9 * time.Second, 1},
+		{"the client is gone", false, 11 * time.Second, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			before := &Rule{Limit: 3, MaxInflight: int64(time.Hour), Leases: new(Leases)}
+			before.Leases.Renew(session, 0, int64(10*time.Second))
+			var old State
+			before.Fresh(&old, 0)
+			slot := before.Take(&old, int64(time.Second), 1).Slot
+			before.Bind(&old, slot, session)
+			written := before.Append(nil, &old, int64(2*time.Second))
+
+			r := &Rule{Limit: 3, MaxInflight: int64(time.Hour), Leases: new(Leases)}
+			var state State
+			r.Fresh(&state, 0)
+			now := int64(time.Minute)
+			if n, ok := r.Restore(&state, written, source.Restoring{Now: now, Then: now}); n != 1 || !ok {
+				t.Fatalf("Restore() = %d, %v", n, ok)
+			}
+			later := now + int64(tt.after)
+			if tt.renewed {
+				r.Leases.Renew(session, now+int64(5*time.Second), later+1)
+			}
+			if got := r.Usage(&state, later).InFlight; got != tt.want {
+				t.Errorf("%d in flight after %v want %d", got, tt.after, tt.want)
+			}
+			if got := r.GiveBack(&state, later, 1, slot, false); got != (tt.want == 1) {
+				t.Errorf("GiveBack() = %v", got)
+			}
+		})
+	}
+}

@@ -1,4 +1,5 @@
-// Package slots is the concurrency slots of concurrency limiters and concurrency schedulers.
+// Package slots is the concurrency slots of concurrency limiters and concurrency schedulers, and the sessions that such
+// slots run out with.
 package slots
 
 import (
@@ -13,20 +14,28 @@ type Rule struct {
 	Limit       float64 // how many slots a key has
 	MaxInflight int64   // nanoseconds after which a slot is taken back
 
+	// Leases are those of the sessions that slots are bound to; nil if there are no sessions.
+	Leases *Leases
+
 	// Hold is until when no flow is admitted; nil for none.
 	Hold *Hold
 }
 
-// A State is what one key has in flight: the slots in order of admission, which is the order in which they expire too.
-// They live in one slice and link by index, so that taking and giving back allocate nothing once the slice has grown to
-// the limit. Its zero value is not ready; see [Rule.Fresh].
+// A State is what one key has in flight: the slots in order of admission. They live in one slice and link by index, so
+// that taking and giving back allocate nothing once the slice has grown to the limit. Its zero value is not ready; see
+// [Rule.Fresh].
 type State struct {
 	used   float64
 	count  int
 	slots  []slot
+	places places
 	free   int32 // first of the unused slots
 	oldest int32
 	newest int32
+
+	// due is when a session of one of the slots may have run out. Sessions are renewed every second, and the slots are
+	// looked at only then.
+	due int64
 
 	// How long slots have been held lately, in nanoseconds: a moving average over the latest returns, and the shortest.
 	hold     float64
@@ -35,11 +44,12 @@ type State struct {
 }
 
 type slot struct {
-	id     uint64 // 0: unused
-	tokens float64
-	since  int64 // below 0 for one of another process
-	prev   int32
-	next   int32
+	id      uint64 // a random number, by which peers name the slot; 0: unused
+	tokens  float64
+	since   int64    // below 0 for one of another process
+	session [16]byte // zero: none
+	prev    int32
+	next    int32
 }
 
 // none ends a list of slots.
@@ -50,7 +60,7 @@ const maxReturns = 16
 
 // Fresh makes all slots free.
 func (r *Rule) Fresh(f *State, _ int64) {
-	*f = State{free: none, oldest: none, newest: none}
+	*f = State{free: none, oldest: none, newest: none, due: math.MaxInt64}
 }
 
 // Idle reports whether no slot is taken.
@@ -73,7 +83,7 @@ func (r *Rule) Take(f *State, now int64, tokens float64) source.Taken {
 	default:
 		d.OK = false
 		if f.oldest != none && r.Limit > 0 {
-			d.Wait = f.slots[f.oldest].since + r.MaxInflight - now
+			d.Wait = min(f.slots[f.oldest].since+r.MaxInflight, f.due) - now
 		}
 	}
 	return d
@@ -88,14 +98,12 @@ func (r *Rule) Timed() bool { return false }
 // GiveBack takes a slot back, unless that has been done already.
 func (r *Rule) GiveBack(f *State, now int64, _ float64, id uint64, unused bool) bool {
 	r.reclaim(f, now)
-	i := int64(id>>32) - 1
-	if id == 0 || i < 0 || i >= int64(len(f.slots)) || f.slots[i].id != id {
-		if i = f.restored(id); i == int64(none) {
-			return false
-		}
+	i := f.find(id)
+	if i == none {
+		return false
 	}
 	since := f.slots[i].since
-	f.remove(int32(i))
+	f.remove(i)
 	if !unused && since >= 0 {
 		f.learn(now - since)
 		f.end(now - since)
@@ -117,6 +125,14 @@ func (r *Rule) Oldest(f *State, now int64) (since int64, ok bool) {
 		return 0, false
 	}
 	return f.slots[f.oldest].since, true
+}
+
+// Bind has a slot run out when the session does, if that is sooner.
+func (r *Rule) Bind(f *State, id uint64, session [16]byte) {
+	if i := f.find(id); i != none {
+		f.slots[i].session = session
+		f.due = min(f.due, r.Leases.of(session).end(f.slots[i].since))
+	}
 }
 
 // Usage counts the slots that are free, and the flows that hold some.
@@ -162,9 +178,43 @@ func (r *Rule) reclaim(f *State, now int64) {
 			f.learn(r.MaxInflight)
 		}
 	}
+	if now >= f.due {
+		r.expire(f, now)
+	}
+}
+
+// expire takes back the slots whose sessions have run out. It is not known how long their flows have taken.
+func (r *Rule) expire(f *State, now int64) {
+	f.due = math.MaxInt64
+	var last [16]byte // slots of a session are often taken one after the other
+	var of lease
+	for i := f.oldest; i != none; {
+		s := f.slots[i]
+		if s.session != ([16]byte{}) {
+			if s.session != last {
+				last, of = s.session, r.Leases.of(s.session)
+			}
+			if end := of.end(s.since); end <= now {
+				f.remove(i)
+			} else {
+				f.due = min(f.due, end)
+			}
+		}
+		i = s.next
+	}
 }
 
 func (f *State) take(now int64, tokens float64) (id uint64) {
+	// It is random, so that neither a late end nor a guessed one frees another flow's slot.
+	for id == 0 {
+		id = rand.Uint64()
+	}
+	f.put(id, now, tokens)
+	return id
+}
+
+// put takes a slot with the ID.
+func (f *State) put(id uint64, now int64, tokens float64) {
 	i := f.free
 	if i == none {
 		i = int32(len(f.slots))
@@ -172,9 +222,8 @@ func (f *State) take(now int64, tokens float64) (id uint64) {
 	} else {
 		f.free = f.slots[i].next
 	}
-	// The index finds the slot; the random half keeps a late or a guessed end from freeing another flow's slot.
-	id = uint64(i+1)<<32 | uint64(rand.Uint32())
 	f.slots[i] = slot{id: id, tokens: tokens, since: now, prev: f.newest, next: none}
+	f.places.add(f.slots, i)
 	if f.newest == none {
 		f.oldest = i
 	} else {
@@ -183,7 +232,6 @@ func (f *State) take(now int64, tokens float64) (id uint64) {
 	f.newest = i
 	f.used += tokens
 	f.count++
-	return id
 }
 
 func (f *State) remove(i int32) {
@@ -200,12 +248,13 @@ func (f *State) remove(i int32) {
 	}
 	f.used -= s.tokens
 	f.count--
+	f.places.remove(f.slots, s.id)
 	*s = slot{next: f.free}
 	f.free = i
 	if f.count == 0 {
 		f.used = 0 // forget what fractions of tokens left behind
 		if len(f.slots) > 64 {
-			f.slots, f.free = nil, none
+			f.slots, f.places, f.free = nil, places{}, none
 		}
 	}
 }

@@ -11,6 +11,8 @@ import (
 
 	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -19,6 +21,7 @@ import (
 	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
@@ -187,6 +190,16 @@ func endOf(span *tracev1.Span) (e End) {
 		}
 	}
 	return e
+}
+
+// WithoutSessions makes a server of package agent one that knows no sessions, as agents other than Headgate's.
+func WithoutSessions() grpc.ServerOption {
+	return grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		if info.FullMethod == sessionv1.SessionService_Session_FullMethodName {
+			return status.Error(codes.Unimplemented, "unknown service headgate.session.v1.SessionService")
+		}
+		return handle(server, stream)
+	})
 }
 
 // Serve runs the server in memory until the test ends, and returns the option that dials it.

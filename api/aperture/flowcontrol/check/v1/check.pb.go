@@ -779,7 +779,14 @@ type CheckResponse struct {
 	// What the request said.
 	ExpectEnd bool `protobuf:"varint,16,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
 	// Headgate's own: what the rejection was caused by.
-	Cause         CheckResponse_Cause `protobuf:"varint,1001,opt,name=cause,proto3,enum=aperture.flowcontrol.check.v1.CheckResponse_Cause" json:"cause,omitempty"`
+	Cause CheckResponse_Cause `protobuf:"varint,1001,opt,name=cause,proto3,enum=aperture.flowcontrol.check.v1.CheckResponse_Cause" json:"cause,omitempty"`
+	// Headgate's own: names the flow when its session says what it has cost. Zero:
+	// nothing of the flow can be settled.
+	SettlementId uint64 `protobuf:"fixed64,1002,opt,name=settlement_id,json=settlementId,proto3" json:"settlement_id,omitempty"`
+	// Headgate's own: the agent at which the session that the check named lives.
+	// The slots of the flow last no longer than the session. Zero: no such session
+	// lives there, and the slots do not depend on it.
+	AgentId       uint64 `protobuf:"fixed64,1003,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -924,6 +931,20 @@ func (x *CheckResponse) GetCause() CheckResponse_Cause {
 		return x.Cause
 	}
 	return CheckResponse_CAUSE_NONE
+}
+
+func (x *CheckResponse) GetSettlementId() uint64 {
+	if x != nil {
+		return x.SettlementId
+	}
+	return 0
+}
+
+func (x *CheckResponse) GetAgentId() uint64 {
+	if x != nil {
+		return x.AgentId
+	}
+	return 0
 }
 
 // CacheLookupRequest names the cache entries to read.
@@ -2606,7 +2627,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc8\r\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2625,7 +2646,9 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x15cache_lookup_response\x18\x0f \x01(\v22.aperture.flowcontrol.check.v1.CacheLookupResponseR\x13cacheLookupResponse\x12\x1d\n" +
 	"\n" +
 	"expect_end\x18\x10 \x01(\bR\texpectEnd\x12I\n" +
-	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x1aF\n" +
+	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x12$\n" +
+	"\rsettlement_id\x18\xea\a \x01(\x06R\fsettlementId\x12\x1a\n" +
+	"\bagent_id\x18\xeb\a \x01(\x06R\aagentId\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x01\n" +

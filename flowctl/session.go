@@ -1,0 +1,672 @@
+package flowctl
+
+import (
+	"context"
+	"crypto/rand"
+	mathrand "math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/wire"
+)
+
+// A session tells agents of Headgate that the client lives, and what flows have cost. It learns from their heartbeats
+// whether they live. Agents that do not know sessions refuse the first stream, and are not asked again on that
+// connection.
+type session struct {
+	remote *remote
+	id     [16]byte
+	names  []string        // the metadata that names the session
+	sent   context.Context // has this metadata, and nothing else
+	began  time.Time
+
+	ctx  context.Context // ends when the client is closed
+	stop context.CancelFunc
+	runs sync.WaitGroup // of its goroutines
+
+	foreign atomic.Bool  // the agent knows no sessions
+	checks  atomic.Int64 // that are under way
+	checked atomic.Int64 // when the last one began, since began
+	resting atomic.Bool  // heartbeats are rare, because there is nothing at the agent
+
+	mu       sync.Mutex
+	lines    map[*line]struct{} // those that are open
+	stays    map[uint64]*stay   // by agent
+	pending  map[uint64]*settlement
+	pruned   time.Time // when the pending ones were last looked at
+	lostLog  limitedLog
+	isClosed bool
+}
+
+// The times of a session, besides those that both sides go by.
+const (
+	busyFor      = 10 * time.Second // after a check, heartbeats are not rare
+	reopenFirst  = time.Second
+	reopenMost   = time.Minute
+	maxUnacked   = 64      // heartbeats whose times are kept
+	maxPending   = 1 << 16 // settlements, as many as an agent remembers
+	settledBy    = 30 * time.Second
+	settlingSize = 64 // bytes of a settlement on the wire, besides its labels, at the most
+)
+
+func newSession(r *remote) *session {
+	s := &session{
+		remote: r, began: time.Now(),
+		lines: make(map[*line]struct{}), stays: make(map[uint64]*stay), pending: make(map[uint64]*settlement),
+	}
+	_, _ = rand.Read(s.id[:]) // it does not fail
+	// A background context, because the session is no caller's. It ends when the client is closed.
+	background := context.Background() //nolint:forbidigo // see above
+	s.names = []string{wire.SessionText(s.id)}
+	s.sent = metadata.NewOutgoingContext(background, metadata.MD{wire.SessionHeader: s.names})
+	s.ctx, s.stop = context.WithCancel(s.sent)
+	return s
+}
+
+// close ends all streams, and waits for that.
+func (s *session) close() {
+	s.mu.Lock()
+	s.isClosed = true
+	for _, at := range s.stays {
+		at.timer.Stop()
+	}
+	for _, one := range s.pending {
+		s.resolve(one, false)
+	}
+	s.mu.Unlock()
+	s.stop()
+	s.runs.Wait()
+}
+
+// begins notes that a check begins.
+func (s *session) begins(at time.Time) {
+	s.checks.Add(1)
+	s.checked.Store(int64(at.Sub(s.began)))
+	if s.resting.Load() {
+		s.wake()
+	}
+}
+
+// ends notes that a check has ended.
+func (s *session) ends() { s.checks.Add(-1) }
+
+// wake has the lines look at what is to be done.
+func (s *session) wake() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range s.lines {
+		l.poke()
+	}
+}
+
+// busy reports whether the client has anything at an agent, or is about to.
+func (s *session) busy(now time.Time) bool {
+	if s.checks.Load() > 0 || len(s.pending) > 0 || now.Sub(s.began)-time.Duration(s.checked.Load()) < busyFor {
+		return true
+	}
+	for _, at := range s.stays {
+		if at.slots > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// keep has a stream open until the client is closed.
+func (s *session) keep() {
+	pause := reopenFirst
+	for s.ctx.Err() == nil {
+		l, err := s.open()
+		begin := time.Now()
+		if err == nil {
+			select {
+			case <-l.retired: // the next one takes its place, and it goes on for a while
+				pause = reopenFirst
+			case <-l.ended:
+				err = l.err
+				if l.told {
+					pause = reopenFirst
+				}
+				if l.told && time.Since(begin) >= reopenFirst { // it was lost
+					err = nil
+				}
+			case <-s.ctx.Done():
+			}
+		}
+		switch {
+		case s.ctx.Err() != nil:
+			return
+		case status.Code(err) == codes.Unimplemented:
+			s.foreign.Store(true)
+			if !s.remote.nextConnection(s.ctx) {
+				return
+			}
+			s.foreign.Store(false)
+			continue
+		case err == nil:
+			if s.idle(reopenFirst / 10) {
+				continue
+			}
+		case s.idle(pause + mathrand.N(pause/4)):
+			pause = min(2*pause, reopenMost)
+		}
+	}
+}
+
+// idle waits, and reports whether the session goes on.
+func (s *session) idle(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-s.ctx.Done():
+		return false
+	}
+}
+
+// nextConnection waits for a connection that is made from now on. It reports false if ctx ends first, or if connections are the
+// application's.
+func (r *remote) nextConnection(ctx context.Context) bool {
+	if r.links == nil {
+		return false
+	}
+	select {
+	case <-r.links.fresh:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// A line is one stream of the session.
+type line struct {
+	session *session
+	stream  grpc.BidiStreamingClient[sessionv1.SessionRequest, sessionv1.SessionResponse]
+	cancel  context.CancelFunc
+	woken   chan struct{}
+	retired chan struct{} // closed when another stream is to take its place
+	ended   chan struct{} // closed after err is set
+	err     error
+
+	// Guarded by the session's mutex.
+	told     bool   // the agent has answered
+	agent    uint64 // 0 until then
+	leaves   bool   // another stream is to take its place
+	number   uint64 // of heartbeats that were sent
+	theirs   uint64 // the agent's newest heartbeat
+	beaten   time.Time
+	unacked  []beat
+	asked    []*sign
+	fresh    []*settlement // that are to be sent
+	underWay int           // settlements of the batch that was sent
+}
+
+// A beat is a heartbeat that the agent has not acknowledged.
+type beat struct {
+	number uint64
+	at     time.Time
+}
+
+// A sign is wanted of the agent: that it acknowledges a heartbeat after this one.
+type sign struct {
+	after uint64
+	given chan struct{}
+}
+
+// open opens a stream, when there is a connection.
+func (s *session) open() (*line, error) {
+	if s.remote.links != nil { // it is of connections before
+		forget(s.remote.links.goAway)
+	}
+	ctx, cancel := context.WithCancel(s.ctx)
+	r := s.remote
+	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(r.bounded[:len(r.bounded):len(r.bounded)],
+		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity))...)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	if s.remote.links != nil { // the stream is on that connection
+		forget(s.remote.links.fresh)
+	}
+	l := &line{
+		session: s, stream: stream, cancel: cancel,
+		woken: make(chan struct{}, 1), retired: make(chan struct{}), ended: make(chan struct{}),
+	}
+	s.mu.Lock()
+	s.lines[l] = struct{}{}
+	s.mu.Unlock()
+	s.runs.Go(l.send)
+	s.runs.Go(l.receive)
+	return l, nil
+}
+
+func (l *line) poke() {
+	select {
+	case l.woken <- struct{}{}:
+	default:
+	}
+}
+
+// retire has another stream take the place of this one.
+func (l *line) retire() {
+	if !l.leaves {
+		l.leaves = true
+		close(l.retired)
+	}
+	l.poke()
+}
+
+// send sends what there is to be said until the stream ends.
+func (l *line) send() {
+	s := l.session
+	defer l.cancel()
+	var goAway <-chan struct{}
+	if s.remote.links != nil {
+		goAway = s.remote.links.goAway
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-l.woken:
+		case <-goAway:
+			s.mu.Lock()
+			for one := range s.lines {
+				one.retire()
+			}
+			s.mu.Unlock()
+		case <-l.ended:
+			return
+		}
+		m, next := l.message(time.Now())
+		if m == nil && next == 0 {
+			_ = l.stream.CloseSend() // the agent then ends the stream
+			select {
+			case <-l.ended:
+			case <-s.ctx.Done():
+			}
+			return
+		}
+		if m != nil {
+			if err := l.stream.Send(m); err != nil {
+				select { // whose error is the stream's
+				case <-l.ended:
+				case <-s.ctx.Done():
+				}
+				return
+			}
+		}
+		timer.Reset(next)
+	}
+}
+
+// message returns what is to be said now, nil for nothing, and when there will be more. No time means that nothing more is
+// to be said.
+func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Duration) {
+	s := l.session
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.leaves && l.over() {
+		return nil, 0
+	}
+	s.prune(now)
+	m = new(sessionv1.SessionRequest)
+	if l.underWay == 0 && len(l.fresh) > 0 {
+		m.Settlements = l.batch()
+		l.underWay = len(m.GetSettlements())
+	}
+	s.resting.Store(true)
+	every := wire.RestingEvery
+	if s.busy(now) { // after resting is set, so that a check which begins wakes the line
+		s.resting.Store(false)
+		every = wire.HeartbeatEvery
+	}
+	next = every - now.Sub(l.beaten)
+	if next <= 0 || len(l.asked) > 0 && l.asked[len(l.asked)-1].after == l.number {
+		l.number++
+		l.beaten, next = now, every
+		l.unacked = append(l.unacked, beat{l.number, now})
+		if len(l.unacked) > maxUnacked {
+			l.unacked = l.unacked[1:]
+		}
+		m.Heartbeat = &sessionv1.Heartbeat{Number: l.number, Acknowledges: l.theirs}
+	}
+	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 {
+		m = nil
+	}
+	return m, next
+}
+
+// over reports whether the line is of no use any more: another one has taken its place, or the agent drains, and nothing of the
+// client's is left at its agent.
+func (l *line) over() bool {
+	s := l.session
+	for other := range s.lines {
+		if other != l && other.told && !other.leaves && other.agent == l.agent {
+			return true
+		}
+	}
+	if at := s.stays[l.agent]; at != nil && at.slots > 0 {
+		return false
+	}
+	for _, one := range s.pending {
+		if one.agent == l.agent {
+			return false
+		}
+	}
+	return true
+}
+
+// receive reads what the agent says until the stream ends.
+func (l *line) receive() {
+	s := l.session
+	for {
+		m, err := l.stream.Recv()
+		if err != nil {
+			s.mu.Lock()
+			delete(s.lines, l)
+			for _, one := range l.asked {
+				close(one.given)
+			}
+			l.asked = nil
+			l.err = clipError(err)
+			s.mu.Unlock()
+			close(l.ended)
+			return
+		}
+		s.remote.answered()
+		l.heard(m)
+	}
+}
+
+// heard notes what the agent says.
+func (l *line) heard(m *sessionv1.SessionResponse) {
+	s := l.session
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id := m.GetAgentId(); id != 0 && (!l.told || l.agent != id) {
+		l.told, l.agent, l.fresh = true, id, nil
+		for _, one := range s.pending {
+			if one.agent == id {
+				l.fresh = append(l.fresh, one)
+			}
+		}
+		l.underWay = 0
+		for other := range s.lines {
+			if other != l && other.leaves {
+				other.poke()
+			}
+		}
+	}
+	if h := m.GetHeartbeat(); h != nil {
+		l.theirs = max(l.theirs, h.GetNumber())
+		for len(l.unacked) > 0 && l.unacked[0].number <= h.GetAcknowledges() {
+			if l.unacked[0].number == h.GetAcknowledges() {
+				s.acknowledged(l.agent, l.unacked[0].at)
+			}
+			l.unacked = l.unacked[1:]
+		}
+		for len(l.asked) > 0 && l.asked[0].after < h.GetAcknowledges() && h.GetAcknowledges() <= l.number {
+			close(l.asked[0].given)
+			l.asked = l.asked[1:]
+		}
+	}
+	for _, result := range m.GetResults() {
+		if one := s.pending[result.GetId()]; one != nil && one.agent == l.agent {
+			s.resolve(one, result.GetSettled())
+		}
+		l.underWay = max(l.underWay-1, 0)
+	}
+	if m.GetDrain() {
+		l.retire()
+	}
+	if len(l.fresh) > 0 && l.underWay == 0 {
+		l.poke()
+	}
+}
+
+// alive asks the agent for a sign of life. Known is false if no agent is known to have a session.
+func (s *session) alive(ctx context.Context) (alive, known bool) {
+	s.mu.Lock()
+	var by *line
+	for l := range s.lines {
+		if l.told && (by == nil || by.leaves && !l.leaves) {
+			by = l
+		}
+	}
+	if by == nil {
+		s.mu.Unlock()
+		return false, false
+	}
+	one := &sign{after: by.number, given: make(chan struct{})}
+	by.asked = append(by.asked, one)
+	by.poke()
+	s.mu.Unlock()
+	select {
+	case <-one.given:
+		select {
+		case <-by.ended:
+			return false, false
+		default:
+			return true, true
+		}
+	case <-ctx.Done():
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		by.asked = slices.DeleteFunc(by.asked, func(other *sign) bool { return other == one })
+		return false, true
+	}
+}
+
+// A stay is the time in which an agent has the session, as far as the client knows.
+type stay struct {
+	acked time.Time // when the last heartbeat was sent that the agent has acknowledged
+	slots int       // of flows that have not ended
+	lost  bool
+	timer *time.Timer // while there are slots
+	flows map[*check]context.CancelCauseFunc
+}
+
+// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time.
+func (s *session) acknowledged(agent uint64, at time.Time) {
+	of := s.stays[agent]
+	if of == nil {
+		for id, other := range s.stays {
+			if other.slots == 0 && time.Since(other.acked) >= wire.SessionLost {
+				delete(s.stays, id)
+			}
+		}
+		of = s.newStay(agent)
+	}
+	if at.After(of.acked) {
+		of.acked = at
+	}
+}
+
+func (s *session) newStay(agent uint64) *stay {
+	of := &stay{flows: make(map[*check]context.CancelCauseFunc)}
+	of.timer = time.AfterFunc(wire.SessionLost, func() { s.judge(agent, of) })
+	of.timer.Stop()
+	s.stays[agent] = of
+	return of
+}
+
+// join notes that a flow holds slots at the agent, whose answer says that they last as long as the session. The check began
+// at the time, and the answer acknowledges it as it does a heartbeat.
+func (s *session) join(agent uint64, slots int, began time.Time) *stay {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.isClosed {
+		return nil
+	}
+	of := s.stays[agent]
+	if of == nil {
+		of = s.newStay(agent)
+	}
+	if began.After(of.acked) {
+		of.acked = began
+	}
+	if of.slots == 0 {
+		of.timer.Reset(time.Until(of.acked.Add(wire.SessionLost)))
+	}
+	of.slots += slots
+	return of
+}
+
+// leave notes that a flow with slots has ended.
+func (s *session) leave(of *stay, c *check) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(of.flows, c)
+	if of.slots -= c.slots; of.slots == 0 && !of.lost {
+		of.timer.Stop()
+		for l := range s.lines {
+			if l.leaves {
+				l.poke()
+			}
+		}
+	}
+}
+
+// watch has the function called if the slots of a flow are lost.
+func (s *session) watch(of *stay, c *check, cancel context.CancelCauseFunc) {
+	s.mu.Lock()
+	lost := of.lost
+	if !lost {
+		of.flows[c] = cancel
+	}
+	s.mu.Unlock()
+	if lost {
+		cancel(ErrSlotLost)
+	}
+}
+
+// judge takes the slots for lost if the agent has acknowledged nothing for so long.
+func (s *session) judge(agent uint64, of *stay) {
+	s.mu.Lock()
+	if of.slots == 0 || of.lost || s.isClosed {
+		s.mu.Unlock()
+		return
+	}
+	if left := time.Until(of.acked.Add(wire.SessionLost)); left > 0 {
+		of.timer.Reset(left)
+		s.mu.Unlock()
+		return
+	}
+	of.lost = true
+	if s.stays[agent] == of {
+		delete(s.stays, agent)
+	}
+	slots, flows := of.slots, of.flows
+	of.flows = nil
+	s.mu.Unlock()
+	for _, cancel := range flows {
+		cancel(ErrSlotLost)
+	}
+	r := s.remote
+	if r.lostSlots != nil {
+		r.lostSlots.Add(s.ctx, int64(slots))
+	}
+	s.lostLog.warn(r.logger, "headgate: the agent has not acknowledged a heartbeat for 9s: it may give slots of flows that run to others",
+		"slots", slots)
+}
+
+// A settlement is on its way to the agent.
+type settlement struct {
+	message *sessionv1.Settlement
+	agent   uint64
+	since   time.Time
+	taken   bool
+	done    chan struct{} // closed when the agent has answered, or never will
+}
+
+// settle sends what a flow has cost, and again after a stream was lost. It is nil if that cannot be sent.
+func (s *session) settle(agent, id uint64, costs *agentapi.Cost) *settlement {
+	m := &sessionv1.Settlement{Id: id}
+	size := settlingSize
+	for label, tokens := range costs.All() {
+		m.Costs = append(m.Costs, &sessionv1.Cost{Label: label, Tokens: tokens})
+		size += len(label) + settlingSize
+	}
+	one := &settlement{message: m, agent: agent, since: time.Now(), done: make(chan struct{})}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.prune(one.since)
+	if s.isClosed || size > wire.MaxSessionMessage || len(s.pending) >= maxPending {
+		return nil
+	}
+	s.pending[id] = one
+	for l := range s.lines {
+		if l.told && l.agent == agent {
+			l.fresh = append(l.fresh, one)
+			l.poke()
+			break
+		}
+	}
+	return one
+}
+
+// prune gives up settlements that no agent has answered.
+func (s *session) prune(now time.Time) {
+	if len(s.pending) == 0 || now.Sub(s.pruned) < settledBy/3 {
+		return
+	}
+	s.pruned = now
+	for _, old := range s.pending {
+		if now.Sub(old.since) >= settledBy {
+			s.resolve(old, false)
+		}
+	}
+}
+
+// await waits for the agent's answer, and reports whether it has taken the settlement.
+func (one *settlement) await(ctx context.Context) bool {
+	select {
+	case <-one.done:
+		return one.taken
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s *session) resolve(one *settlement, taken bool) {
+	if s.pending[one.message.GetId()] == one {
+		delete(s.pending, one.message.GetId())
+		one.taken = taken
+		close(one.done)
+	}
+}
+
+// batch takes as many settlements as fit into one message.
+func (l *line) batch() []*sessionv1.Settlement {
+	var batch []*sessionv1.Settlement
+	size := settlingSize // a heartbeat goes with it
+	for len(l.fresh) > 0 && len(batch) < wire.MostSettlements {
+		one := l.fresh[0]
+		need := settlingSize
+		for _, cost := range one.message.GetCosts() {
+			need += len(cost.GetLabel()) + settlingSize
+		}
+		if size += need; size > wire.MaxSessionMessage && len(batch) > 0 {
+			break
+		}
+		l.fresh = l.fresh[1:]
+		if l.session.pending[one.message.GetId()] == one { // else it was answered on another stream, or given up
+			batch = append(batch, one.message)
+		}
+	}
+	return batch
+}
