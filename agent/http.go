@@ -23,12 +23,15 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 		denied.ExpectEnd = m.GetExpectEnd()
 		return wire.HTTPResponse(denied, "", named), nil
 	}
-	carried, baggage := carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
 	derived := requestLabels(m.GetRequest(), chosen, named)
-	for key := range carried {
-		// A peer can add baggage to a request through a proxy. It must not replace headers that the proxy sets.
-		if _, taken := derived[key]; taken {
-			delete(carried, key)
+	carried, baggage := m.GetLabels(), ""
+	if len(carried) == 0 {
+		carried, baggage = carriedLabels(baggageOf(m.GetRequest().GetHeaders()), named)
+		for key := range carried {
+			// A peer can add baggage to a request through a proxy. It must not replace headers that the proxy sets.
+			if _, taken := derived[key]; taken {
+				delete(carried, key)
+			}
 		}
 	}
 	req := agentapi.Request{
@@ -155,22 +158,8 @@ func carriedLabels(header string, named map[string]bool) (carried map[string]str
 	}
 	members := []byte(header)
 	labels := picked{named: named, escaped: bytes.IndexByte(members, '%') >= 0}
-	var keys []byte // of escaped keys, without the escapes
 	for m, rest := w3cbaggage.NextMember(members, 0); rest > 0; m, rest = w3cbaggage.NextMember(members, rest) {
-		key, value := members[m.KeyFrom:m.KeyTo], members[m.ValueFrom:m.ValueTo]
-		if labels.escaped && bytes.IndexByte(key, '%') >= 0 {
-			if labels.finder != nil {
-				keys = keys[:0] // nothing keeps them
-			}
-			before := len(keys)
-			var ok bool
-			if keys, ok = w3cbaggage.Unescape(keys, key); ok {
-				key = keys[before:len(keys):len(keys)]
-			}
-		}
-		if !labels.escaped || w3cbaggage.Unescapes(value) {
-			labels.add(key, value)
-		}
+		labels.add(members[m.KeyFrom:m.KeyTo], members[m.ValueFrom:m.ValueTo])
 	}
 	return labels.labels(), ""
 }

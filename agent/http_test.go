@@ -46,6 +46,7 @@ func TestCheckHTTPLabels(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		request *request
+		labels  map[string]string
 		want    map[string]string // those that telemetry has
 		more    string            // those that it does not, by their keys
 	}{
@@ -81,7 +82,25 @@ func TestCheckHTTPLabels(t *testing.T) {
 			request: &request{Method: "GET", Path: "/", Size: -1, Headers: map[string]string{
 				"baggage": "user_id=42,http.method=PUT;p=q,a%20b=1%2C2,api_key=k,=bad",
 			}},
-			want: map[string]string{"http.method": "GET", "http.target": "/", "user_id": "42", "a b": "1,2", "api_key": "k"},
+			want: map[string]string{"http.method": "GET", "http.target": "/", "user_id": "42", "a%20b": "1,2", "api_key": "k"},
+		},
+		{
+			name: "keys are not decoded, and what is no member replaces none",
+			request: &request{Method: "GET", Path: "/", Size: -1, Headers: map[string]string{
+				"baggage": `tenant=other,tenant=acme,%74enant=evil,tenant="x,tenant=%,tenant=a b,tenant=c;",user id=1`,
+			}},
+			want: map[string]string{"http.method": "GET", "http.target": "/", "tenant": "acme", "%74enant": "evil"},
+		},
+		{
+			name: "labels go before the request, and instead of baggage",
+			request: &request{Method: "GET", Path: "/", Host: "h", Size: 7, Headers: map[string]string{
+				"baggage": "user_id=41,tenant=other,user%20id=41", "x-tenant": "acme",
+			}},
+			labels: map[string]string{
+				"user_id": "42", "user id": "43", "http.method": "", "http.target": "mine", "http.request_content_length": "1000", "http.request.header.x_tenant": "mine",
+			},
+			want: map[string]string{"http.method": "", "http.target": "mine", "http.host": "h", "user_id": "42", "user id": "43"},
+			more: "http.request_content_length http.request.header.x_tenant",
 		},
 		{
 			name: "too long",
@@ -107,7 +126,7 @@ func TestCheckHTTPLabels(t *testing.T) {
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			m, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: "point", Request: tt.request})
+			m, err := stub.CheckHTTP(t.Context(), &checkhttpv1.CheckHTTPRequest{ControlPoint: "point", Request: tt.request, Labels: tt.labels})
 			if err != nil {
 				t.Fatal(err)
 			}

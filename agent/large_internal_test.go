@@ -123,6 +123,7 @@ func largeRequests() []largeRequest {
 		largeRequest{"many paths", append(slices.Clone(web), bytesField(3, repeat(bytesField(3, bytes.Repeat([]byte{'p'}, 120))))...), new(checkhttpv1.CheckHTTPRequest)},
 		largeRequest{"baggage headers", append(slices.Clone(web), bytesField(3, repeat(bytesField(2, entry("baggage", "a=b"))))...), new(checkhttpv1.CheckHTTPRequest)},
 		largeRequest{"Baggage headers", append(slices.Clone(web), bytesField(3, repeat(bytesField(2, entry("Baggage", "a=b"))))...), new(checkhttpv1.CheckHTTPRequest)},
+		largeRequest{"labels beside a request", append(slices.Clone(web), repeat(bytesField(1003, entry("a", "b")))...), new(checkhttpv1.CheckHTTPRequest)},
 		largeRequest{"a body", append(slices.Clone(web), bytesField(3, bytesField(8, make([]byte, largest)))...), new(checkhttpv1.CheckHTTPRequest)},
 	)
 }
@@ -208,10 +209,11 @@ func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(1, 2))
 			for range race.Pick(40, 200) {
-				var labels, headers []byte
+				var labels, beside, headers []byte
 				var header, few strings.Builder
 				for i := range maxLooked + r.IntN(3) - 1 {
 					labels = append(labels, bytesField(2, entry(junk(i), ""))...)
+					beside = append(beside, bytesField(1003, entry(junk(i), ""))...)
 					headers = append(headers, bytesField(2, entry(junk(i), ""))...)
 					fmt.Fprintf(&header, "%s=,", junk(i))
 				}
@@ -220,6 +222,7 @@ func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
 				for i := range 1 + r.IntN(12) {
 					key, value := keys[r.IntN(len(keys))], fmt.Sprint(i)
 					labels = append(labels, bytesField(2, entry(key, value))...)
+					beside = append(beside, bytesField(1003, entry(key, value))...)
 					want.add([]byte(key), []byte(value))
 					name, value := keys[r.IntN(len(keys))], fmt.Sprint(i)
 					headers = append(headers, bytesField(2, entry(name, value))...)
@@ -232,11 +235,14 @@ func TestLargeRequestsKeepWhatPoliciesName(t *testing.T) {
 				if err := readRequest(labels, check, named); err != nil {
 					t.Fatal(err)
 				}
-				if err := readRequest(bytesField(3, headers), checkHTTP, named); err != nil {
+				if err := readRequest(append(beside, bytesField(3, headers)...), checkHTTP, named); err != nil {
 					t.Fatal(err)
 				}
 				if diff := cmp.Diff(onlyNamed(want.labels(), named), onlyNamed(check.GetLabels(), named)); diff != "" {
 					t.Fatalf("labels (-of few +of many):\n%s", diff)
+				}
+				if diff := cmp.Diff(check.GetLabels(), checkHTTP.GetLabels()); diff != "" {
+					t.Fatalf("labels (-Check +CheckHTTP):\n%s", diff)
 				}
 				chosen, ok := headersOf(wantHeaders.headers())
 				wantLabels := requestLabels(&checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: wantHeaders.headers()}, chosen, named)

@@ -144,8 +144,7 @@ func (p *picked) plain(value []byte, enough int) []byte {
 			value = value[:i]
 		}
 	}
-	plain, _ := w3cbaggage.Unescape(nil, value)
-	return plain
+	return w3cbaggage.Decode(value)
 }
 
 // headersRead holds the headers of a CheckHTTP that are needed, chosen as picked chooses labels. The baggage header is

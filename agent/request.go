@@ -250,6 +250,8 @@ const (
 	requestDryRun  protowire.Number = 1001
 	requestMaxWait protowire.Number = 1002
 
+	httpRequestLabels protowire.Number = 1003
+
 	durationSeconds protowire.Number = 1
 	durationNanos   protowire.Number = 2
 
@@ -385,6 +387,7 @@ func entryOf(data []byte) (key, value []byte) {
 
 func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named map[string]bool) error {
 	request := httpReader{headers: headersRead{named: named}}
+	labels := picked{named: named}
 	var controlPoint []byte
 	for rest := data; len(rest) > 0; {
 		field, data, n, after, ok := protofield.Next(rest)
@@ -413,6 +416,9 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 			}
 		case httpRequestPoint:
 			controlPoint = data
+		case httpRequestLabels:
+			key, value := entryOf(data)
+			labels.add(key, value)
 		case requestMaxWait:
 			if m.GetMaxWait() == nil {
 				m.MaxWait = new(durationpb.Duration)
@@ -423,6 +429,7 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 		}
 	}
 	m.ControlPoint = point(controlPoint)
+	m.Labels = labels.labels()
 	if m.GetRequest() != nil {
 		request.fill(m.GetRequest())
 	}

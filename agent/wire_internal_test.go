@@ -134,6 +134,8 @@ func TestOddMessagesAreReadAsProtobufReadsThem(t *testing.T) {
 		{"names of headers that become one as UTF-8", checkHTTP, bytesField(3, slices.Concat(bytesField(2, slices.Concat(bytesField(1, []byte("n\xff")), x)), bytesField(2, slices.Concat(bytesField(1, []byte("n\xfe")), y))))},
 		{"baggage twice", checkHTTP, bytesField(3, slices.Concat(bytesField(2, slices.Concat(bytesField(1, []byte("baggage")), x)), bytesField(2, slices.Concat(bytesField(1, []byte("baggage")), y))))},
 		{"baggage without a value", checkHTTP, bytesField(3, bytesField(2, bytesField(1, []byte("baggage"))))},
+		{"labels beside a request", checkHTTP, slices.Concat(bytesField(1003, slices.Concat(a, x)), bytesField(3, a), bytesField(1003, b), bytesField(1003, slices.Concat(a, y)))},
+		{"a number in the place of labels beside a request", checkHTTP, varint(1003, 1)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if err := unmarshal(tt.data, tt.m.ProtoReflect().New().Interface()); err != nil {

@@ -195,7 +195,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	m := wire.HTTPRequest(req)
 	c.http = new(checkhttpv1.CheckHTTPResponse)
 	// The answer has its check response twice, once in base64, and the labels in a header.
-	c.limit.MaxRecvMsgSize = maxAnswer + 5*textSize(m.GetRequest().GetHeaders())
+	c.limit.MaxRecvMsgSize = maxAnswer + 5*(textSize(m.GetRequest().GetHeaders())+textSize(m.GetLabels()))
 	err := c.remote.conn.Invoke(c.ctx, checkhttpv1.FlowControlServiceHTTP_CheckHTTP_FullMethodName, m, c.http, c.options()...)
 	clipDenied(c.http)
 	return clipError(err)

@@ -17,7 +17,15 @@ import (
 )
 
 // HTTPRequest describes an HTTP request to an agent, see [Params]. All of it may come from a peer: what an agent would
-// not take is repaired or left out, and never makes a flow Invalid. Start keeps nothing of it.
+// not take is repaired or left out. Only headers beyond 1 MiB make a flow Invalid. Start keeps nothing of it.
+//
+// The agent makes labels of the request, such as http.method. They are in the place of the transport's, see package
+// labels: [WithLabels] does not replace them, and all other sources do.
+//
+// The flow's other labels travel beside the request to agents of Headgate, and in a baggage header to all others. The
+// header has at most 8192 bytes and 180 labels. A label in it has at most 4096 bytes, with its key and its escapes. If
+// labels of Params, labels.With or WithLabels do not fit, or members that [WithBaggage] names, then the flow is Invalid,
+// whatever the agent. Other members of baggage are left out of the header, the largest first, and the client logs that.
 type HTTPRequest struct {
 	Method string
 
@@ -32,8 +40,8 @@ type HTTPRequest struct {
 	Size int64
 
 	// Headers are the headers that the agent may see, by names in lower case. Repeated values are joined with ",".
-	// Headers that carry credentials are never sent, see package labels. If all exceed 1 MiB, the largest are left out,
-	// so give only those that policies need. Clients with [WithBaggage] take labels of the peer from a baggage header.
+	// Headers that carry credentials are never sent, see package labels. Give only those that policies need. Clients with
+	// [WithBaggage] take labels of the peer from a baggage header.
 	Headers map[string]string
 
 	// Source and Destination are the ends of the connection; the zero value when unknown.
@@ -86,110 +94,149 @@ func (f *Flow) HTTPAnswer() (answer HTTPAnswer, ok bool) {
 var errHTTPCache = errors.New("the parameters have both an HTTP request and cache keys, which its check cannot look up")
 
 // describe puts an HTTP request into the flow's own Shared, for the agent to be asked about. The agent makes labels of
-// the request; the flow's other labels travel in the baggage header. Agents differ in which of the two wins. So if the
-// application sets one of the request's labels, the value goes into the request as well.
+// the request. The flow's other labels travel beside it, and once more in the baggage header, for agents that are not
+// Headgate's. Aperture's let the header's labels replace those of the request.
 func (c *Client) describe(ctx context.Context, l *agentapi.Labels, of *HTTPRequest) error {
-	r, lost := of.bounded()
+	r := of.bounded()
 	l.Shared.HTTP = r
+	l.Shared.Defaults = besides(l.Shared.Defaults, r)
 	if c.baggage {
 		l.Shared.Baggage = c.httpBaggage(ctx, r.Own)
 	}
-	for _, layer := range []map[string]string{l.Shared.Baggage, l.Context, l.Params} {
-		for key, value := range layer {
-			replace(r, key, value)
-		}
+	if labelsSize(r.Headers) > maxPeerLabels {
+		return errPeerLabels
 	}
-	carried, left, err := labelsHeader(l)
-	if left += lost; left > 0 {
-		c.labelLog.warn(c.logger, "headgate: labels were left out of a flow", "left_out", left)
+	if err := c.fit(l); err != nil {
+		return err
 	}
-	if carried != "" {
-		r.Headers[wire.HeaderBaggage] = carried
+	header, left, err := c.labelsHeader(l)
+	if err != nil {
+		return err
 	}
-	return err
+	if left > 0 {
+		c.labelLog.warn(c.logger, "headgate: labels were left out of the baggage header of a check", "left_out", left)
+	}
+	if header != "" {
+		r.Headers[wire.HeaderBaggage] = header
+	}
+	return nil
 }
 
-// replace puts a label of the flow into the request, if agents make that label of it.
-func replace(r *agentapi.HTTPRequest, key, value string) {
-	switch key {
-	case "http.method":
-		r.Method = value
-	case "http.target":
-		r.Path = value
-	case "http.host":
-		r.Host = value
-	case "http.scheme":
-		r.Scheme = value
-	case "http.flavor":
-		r.Protocol = value
-	default:
-		label, ok := strings.CutPrefix(key, wire.HeaderLabel)
-		if !ok {
-			return
+// besides returns the defaults without those that the request has a label for.
+func besides(defaults map[string]string, r *agentapi.HTTPRequest) map[string]string {
+	var taken map[string]bool
+	for key := range defaults {
+		if !strings.HasPrefix(key, "http.") {
+			continue
 		}
-		for name := range r.Headers {
-			if strings.ReplaceAll(name, "-", "_") == label {
-				r.Headers[name] = value
+		if taken == nil {
+			taken = map[string]bool{
+				"http.method":                 true, // GET if the request does not say
+				"http.target":                 r.Path != "",
+				"http.host":                   r.Host != "",
+				"http.scheme":                 r.Scheme != "",
+				"http.flavor":                 r.Protocol != "",
+				"http.request_content_length": r.Size >= 0,
+			}
+			for name := range r.Headers {
+				taken[wire.HeaderLabel+strings.ReplaceAll(name, "-", "_")] = true
 			}
 		}
 	}
+	if taken == nil {
+		return defaults
+	}
+	rest := make(map[string]string, len(defaults))
+	for key, value := range defaults {
+		if !taken[key] {
+			rest[key] = value
+		}
+	}
+	return rest
 }
 
-// httpBaggage returns the labels of the context's baggage and of the request's own, which may not be in the context.
+// httpBaggage returns the labels of the context's baggage, and of the request's own members that are not in the
+// context.
 func (c *Client) httpBaggage(ctx context.Context, own string) map[string]string {
-	if own != "" {
-		ctx = w3cbaggage.With(ctx, own)
+	if own == "" || own == w3cbaggage.From(ctx) {
+		return labels.FromBaggage(ctx, c.baggageKeys...)
 	}
-	return labels.FromBaggage(ctx, c.baggageKeys...)
+	all := labels.FromBaggage(w3cbaggage.With(ctx, own), c.baggageKeys...)
+	if len(all) > 0 && !w3cbaggage.Exceeds(own) {
+		maps.Copy(all, labels.FromBaggage(ctx, c.baggageKeys...))
+	}
+	return all
 }
 
-// labelsHeader returns the flow's labels as a header, and how many were left out of it. Explicit ones that do not fit
-// are an error. Of the others the largest are left out first, and those of peers before defaults.
-func labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
-	explicit := agentapi.Labels{Params: l.Params, Context: l.Context}
-	kept := maps.Clone(explicit.Merged())
-	if len(kept) > labels.MaxLabels {
-		return "", 0, tooManyLabels(len(kept))
+// labelsHeader returns the flow's labels as a header, and how many were left out of it. What the application's code
+// names goes first, and is an error if it does not fit. Of the rest, which comes from peers, the largest are left out.
+func (c *Client) labelsHeader(l *agentapi.Labels) (header string, left int, err error) {
+	layers := []map[string]string{l.Params, l.Context, l.Shared.Defaults}
+	var others []string
+	if len(c.baggageKeys) > 0 {
+		layers = append(layers, l.Shared.Baggage)
+	} else {
+		others = bySize(l.Shared.Baggage)
 	}
-	size := len(wire.Baggage(kept))
-	if size > wire.MaxBaggage {
-		return "", 0, fmt.Errorf("the labels make a header of %d bytes for the check of an HTTP request, more than %d", size, wire.MaxBaggage)
-	}
-	if kept == nil {
-		kept = make(map[string]string)
-	}
-	const comma = len(",") // after each member, and so one too many
-	if size > 0 {
-		size += comma
-	}
-	for _, layer := range []map[string]string{l.Shared.Defaults, l.Shared.Baggage} {
-		keys := bySize(layer)
-		slices.Reverse(keys)
-		for _, key := range keys {
-			// The layers come here in the order in which they are given up, which is not their precedence.
-			value, _ := l.Lookup(key)
-			if _, known := kept[key]; known {
-				continue
-			}
-			member := len(key) + len("=") + len(value) + comma // or more, where it is escaped
-			if size+member <= wire.MaxBaggage+comma {
-				member = len(wire.Baggage(map[string]string{key: value})) + comma
-			}
-			if size+member > wire.MaxBaggage+comma {
-				left++
-				continue
-			}
-			size += member
-			kept[key] = value
+	named := make(map[string]bool)
+	for _, layer := range layers {
+		for key := range layer {
+			named[key] = true
 		}
 	}
-	return wire.Baggage(kept), left, nil
+	h := headerOf{labels: l}
+	for _, key := range slices.Sorted(maps.Keys(named)) {
+		if value, _ := l.Lookup(key); !h.add(key, value) {
+			return "", 0, errLabelsHeader
+		}
+	}
+	for _, key := range slices.Backward(others) {
+		if !named[key] && !h.add(key, l.Shared.Baggage[key]) {
+			left++
+		}
+	}
+	return h.String(), left, nil
 }
 
-// bounded returns the request as an agent takes it, and how many headers were left out because they are too large
-// together.
-func (r *HTTPRequest) bounded() (b *agentapi.HTTPRequest, left int) {
-	b = &agentapi.HTTPRequest{
+var errLabelsHeader = fmt.Errorf("the labels do not fit into the header for the check of an HTTP request, of %d bytes, %d labels and %d bytes for each",
+	wire.MaxBaggage, wire.MaxBaggageMembers, wire.MaxBaggageMember)
+
+// headerOf is a baggage header with some of the labels.
+type headerOf struct {
+	strings.Builder
+	labels *agentapi.Labels // all of the flow
+	n      int
+}
+
+// add adds a label, and reports whether it fits.
+func (h *headerOf) add(key, value string) bool {
+	if written := wire.BaggageKey(key); written != key {
+		if _, taken := h.labels.Lookup(written); taken {
+			return true // the header cannot tell one from the other
+		}
+	}
+	if h.n == wire.MaxBaggageMembers || len(key)+len(value) > wire.MaxBaggageMember {
+		return false
+	}
+	member := wire.BaggageMember(key, value)
+	size := len(member)
+	if h.n > 0 {
+		size += len(",")
+	}
+	if len(member) > wire.MaxBaggageMember || h.Len()+size > wire.MaxBaggage {
+		return false
+	}
+	if h.n > 0 {
+		h.WriteByte(',')
+	}
+	h.WriteString(member)
+	h.n++
+	return true
+}
+
+// bounded returns the request as an agent takes it.
+func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
+	b := &agentapi.HTTPRequest{
 		Method:      boundedText(r.Method),
 		Path:        boundedText(r.Path),
 		Host:        boundedText(r.Host),
@@ -217,8 +264,7 @@ func (r *HTTPRequest) bounded() (b *agentapi.HTTPRequest, left int) {
 			b.Headers[key] = boundedText(r.Headers[name])
 		}
 	}
-	b.Headers, left = shed(b.Headers, maxPeerLabels)
-	return b, left
+	return b
 }
 
 // boundedText makes a text of a peer's fit what labels may be.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/netip"
@@ -28,6 +29,7 @@ import (
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 	"github.com/headgate-go/headgate/labels"
 )
 
@@ -69,7 +71,7 @@ func TestCheckHTTPRequest(t *testing.T) {
 			},
 			want: &checkhttpv1.CheckHTTPRequest{
 				Source: &checkhttpv1.SocketAddress{Address: "10.0.0.1", Port: 4711}, Destination: &checkhttpv1.SocketAddress{Address: "fe80::1", Port: 443},
-				RampMode: true,
+				RampMode: true, Labels: map[string]string{"user_id": "u:1"},
 				Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{
 					Method: "POST", Path: "/a%20b?q=1", Host: "shop.example:8443", Scheme: "https", Protocol: "HTTP/2", Size: 12,
 					Headers: map[string]string{"x-tenant": "acme", "accept": "*/*", "baggage": "user_id=u:1"},
@@ -187,32 +189,47 @@ func TestHTTPLabels(t *testing.T) {
 	}
 }
 
-// A header holds fewer labels than a check. Explicit ones that it does not hold make the flow Invalid; others give way.
+// A header holds fewer labels than a check. What the application names does not give way: the flow is Invalid. Other
+// members of baggage are left out of the header, and not of what agents of Headgate read.
 func TestHTTPLabelsBounds(t *testing.T) {
 	value := strings.Repeat("v", 4000)
 	large := map[string]string{"l1": value, "l2": value}
 	huge := map[string]string{"l1": value, "l2": value, "l3": value}
+	invalid := map[string]string(nil)
 	for _, tt := range []struct {
 		name     string
 		defaults map[string]string
+		named    []string // members of baggage
 		baggage  string
 		explicit map[string]string
-		want     map[string]string // nil: the flow is Invalid
+		want     map[string]string // in the header
+		left     bool
 	}{
 		{name: "all fit", defaults: map[string]string{"d": "1"}, baggage: "b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1", "d": "1"}},
-		{name: "baggage gives way", defaults: map[string]string{"d": "1"}, baggage: "b=" + value, explicit: large, want: map[string]string{"l1": value, "l2": value, "d": "1"}},
-		{name: "defaults give way", defaults: map[string]string{"d": value}, baggage: "b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1"}},
-		{name: "explicit ones do not", explicit: huge},
-		{name: "the largest of baggage gives way", baggage: "a=" + value + ",b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1"}},
+		{name: "baggage gives way", defaults: map[string]string{"d": "1"}, baggage: "b=" + value, explicit: large, want: map[string]string{"l1": value, "l2": value, "d": "1"}, left: true},
+		{name: "the largest of baggage gives way", baggage: "a=" + value + ",b=1", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "1"}, left: true},
+		{name: "named members do not", named: []string{"b"}, baggage: "b=" + value, explicit: large, want: invalid},
+		{name: "named members go before others", named: []string{"b"}, baggage: "a=1,b=2", explicit: large, want: map[string]string{"l1": value, "l2": value, "b": "2"}},
+		{name: "defaults do not", defaults: map[string]string{"d": value}, baggage: "b=1", explicit: large, want: invalid},
+		{name: "nor does what replaces one", defaults: map[string]string{"d": "1"}, baggage: "d=" + value, explicit: large, want: invalid},
+		{name: "a small default does not", defaults: map[string]string{"d": "1"}, explicit: map[string]string{"l1": value, "l2": strings.Repeat("v", 4083), "l3": strings.Repeat("v", 8192-4003-1-4086-1-3-3)}, want: invalid},
+		{name: "explicit ones do not", explicit: huge, want: invalid},
+		{name: "a member of 4096 bytes", explicit: map[string]string{"m": strings.Repeat("v", 4094)}, want: map[string]string{"m": strings.Repeat("v", 4094)}},
+		{name: "a member of 4097 bytes", explicit: map[string]string{"m": strings.Repeat("v", 4095)}, want: invalid},
+		{name: "a member of 4097 bytes with its escapes", explicit: map[string]string{"m": strings.Repeat("v", 4092) + " "}, want: invalid},
 		{name: "most", explicit: many("k", 64), want: many("k", 64)},
-		{name: "too many", explicit: many("k", 65)},
+		{name: "most members", explicit: many("k", 64), baggage: members(many("b", 150)), want: joined(many("k", 64), many("b", 116)), left: true},
+		{name: "too many", explicit: many("k", 65), want: invalid},
+		{name: "too large ones of peers", baggage: members(many("b", 30_000)), want: invalid},
+		{name: "a named one among them", named: []string{"b77"}, baggage: members(many("b", 30_000)), want: map[string]string{"b77": many("b", 78)["b77"]}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			agent := flowtest.NewAgent(t)
-			client := patient(agent, flowctl.WithLabels(tt.defaults), flowctl.WithBaggage())
-			flow := client.Start(parsed(t, tt.baggage), "point", flowctl.Params{Labels: tt.explicit, HTTP: get(nil)})
+			var log bytes.Buffer
+			client := patient(agent, flowctl.WithLabels(tt.defaults), flowctl.WithBaggage(tt.named...), logTo(&log))
+			flow := client.Start(w3cbaggage.With(t.Context(), tt.baggage), "point", flowctl.Params{Labels: tt.explicit, HTTP: get(nil)})
 			if tt.want == nil {
-				if flow.Decision() != flowctl.Invalid || !errors.Is(flow.Err(), flowctl.ErrInvalid) || strings.Contains(flow.Err().Error(), "vvv") {
+				if flow.Decision() != flowctl.Invalid || flow.ShouldRun() || !errors.Is(flow.Err(), flowctl.ErrInvalid) || strings.Contains(flow.Err().Error(), "vvv") {
 					t.Errorf("%v, %v want invalid, and no label in the error", flow.Decision(), flow.Err())
 				}
 				return
@@ -220,8 +237,109 @@ func TestHTTPLabelsBounds(t *testing.T) {
 			if flow.Decision() != flowctl.Accepted {
 				t.Fatalf("%v, %v want accepted", flow.Decision(), flow.Err())
 			}
-			if diff := cmp.Diff(tt.want, agent.Checks()[0].Request.GetLabels()); diff != "" {
+			if logged := strings.Contains(log.String(), "labels were left out of the baggage header"); logged != tt.left {
+				t.Errorf("the log has %q", log.String())
+			}
+			header := agent.Checks()[0].HTTP.GetRequest().GetHeaders()["baggage"]
+			if diff := cmp.Diff(tt.want, w3cbaggage.Read(header)); diff != "" {
+				t.Errorf("labels in the header (-want +got):\n%s", diff)
+			}
+			all := joined(tt.explicit, tt.defaults)
+			for key, value := range w3cbaggage.All(tt.baggage) {
+				if tt.named == nil || slices.Contains(tt.named, key) {
+					all[key] = value
+				}
+			}
+			if diff := cmp.Diff(all, agent.Checks()[0].HTTP.GetLabels()); diff != "" {
 				t.Errorf("labels (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// members is a baggage header.
+func members(labels map[string]string) string {
+	var all []string
+	for _, key := range slices.Sorted(maps.Keys(labels)) {
+		all = append(all, key+"="+labels[key])
+	}
+	return strings.Join(all, ",")
+}
+
+func joined(of ...map[string]string) map[string]string {
+	all := make(map[string]string)
+	for _, m := range of {
+		maps.Copy(all, m)
+	}
+	return all
+}
+
+// Headers beyond 1 MiB make a flow Invalid, because a stranger could choose which of them are left out.
+func TestHTTPHeadersBounds(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	client := patient(agent)
+	for n, want := range map[int]flowctl.Decision{200: flowctl.Accepted, 300: flowctl.Invalid} {
+		headers := make(map[string]string)
+		for i := range n {
+			headers[fmt.Sprint("x-", i)] = strings.Repeat("v", 4096)
+		}
+		if flow := client.Start(t.Context(), "point", flowctl.Params{HTTP: get(headers)}); flow.Decision() != want {
+			t.Errorf("%d headers: %v, %v want %v", n, flow.Decision(), flow.Err(), want)
+		}
+	}
+}
+
+// A default does not take the place of a label that the request has, in the header either. Labels whose keys a header
+// cannot have take no place of others.
+func TestHTTPLabelsInTheHeader(t *testing.T) {
+	agent := flowtest.NewAgent(t)
+	client := patient(agent, flowctl.WithBaggage("http.host", "a%20b"), flowctl.WithLabels(map[string]string{
+		"http.method": "default", "http.target": "default", "http.host": "default", "http.scheme": "default", "http.flavor": "default",
+		"http.request_content_length": "default", "http.request.header.x_a": "default", "http.request.header.x_b": "default",
+	}))
+	ctx := labels.With(parsed(t, "http.host=baggage,a%20b=member"), "http.scheme", "", "a b", "with")
+	flow := client.Start(ctx, "point", flowctl.Params{HTTP: get(map[string]string{"x-a": "1"}), Labels: map[string]string{"http.request.header.x_a": "params", "c d": "params"}})
+	if flow.Decision() != flowctl.Accepted {
+		t.Fatalf("%v, %v want accepted", flow.Decision(), flow.Err())
+	}
+	m := agent.Checks()[0].HTTP
+	want := map[string]string{
+		"http.host": "baggage", "http.scheme": "", "http.request_content_length": "default", "http.request.header.x_a": "params",
+		"http.request.header.x_b": "default", "a b": "with", "a%20b": "member", "c d": "params",
+	}
+	if diff := cmp.Diff(want, m.GetLabels()); diff != "" {
+		t.Errorf("labels (-want +got):\n%s", diff)
+	}
+	delete(want, "a b")
+	delete(want, "c d")
+	want["c%20d"] = "params"
+	if diff := cmp.Diff(want, w3cbaggage.Read(m.GetRequest().GetHeaders()["baggage"])); diff != "" {
+		t.Errorf("labels in the header (-want +got):\n%s", diff)
+	}
+	if got := m.GetRequest(); got.GetMethod() != "GET" || got.GetHost() != "shop.example" || got.GetHeaders()["x-a"] != "1" {
+		t.Errorf("the request was not described as it is: %v", got)
+	}
+}
+
+// The context's baggage is read as by Check: a header of the request replaces none of it, unless it is what
+// OpenTelemetry has not read to its end.
+func TestHTTPBaggageOfTheContext(t *testing.T) {
+	for _, tt := range []struct{ name, context, header, want string }{
+		{"none in the context", "", "tenant=acme,tenant=evil", "evil"},
+		{"that of the header", "tenant=acme", "tenant=acme", "acme"},
+		{"one of the header's", "tenant=acme", "tenant=acme,tenant=evil", "acme"},
+		{"another", "tenant=acme", "tenant=evil", "acme"},
+		{"another, of a long header", "tenant=acme", members(many("k", 70)) + ",tenant=evil", "acme"},
+		{"the first of a long header", "tenant=evil", "tenant=evil," + members(many("k", 70)) + ",tenant=acme", "acme"},
+		{"an escaped key", "tenant=acme", "tenant=acme,%74enant=evil", "acme"},
+		{"a bad member", "", `tenant=acme,tenant="x`, "acme"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			agent := flowtest.NewAgent(t)
+			client := patient(agent, flowctl.WithBaggage("tenant"))
+			client.Start(parsed(t, tt.context), "point", flowctl.Params{HTTP: get(map[string]string{"baggage": tt.header})})
+			if got := agent.Checks()[0].Request.GetLabels(); got["tenant"] != tt.want || len(got) != 1 {
+				t.Errorf("labels %v want the tenant %s", got, tt.want)
 			}
 		})
 	}

@@ -272,7 +272,8 @@ func WithLabels(m map[string]string) Option {
 
 // WithBaggage makes labels of members of the context's OpenTelemetry baggage: of those with the given keys. If no key
 // is given, it takes all members except those that begin with "http." or "rpc.". Name the keys if peers send baggage: a
-// named member is found behind any number of others, and the others cost nothing. A flow with Params.HTTP also gets
+// named member is found behind any number of others, and the others cost nothing. Without names, members of more than 1
+// MiB make a flow Invalid, and CheckHTTP may leave some out, see [HTTPRequest]. A flow with Params.HTTP also gets
 // members of the request's baggage header that the context does not have. Without this option no member becomes a
 // label.
 func WithBaggage(keys ...string) Option {

@@ -60,10 +60,10 @@ type Params struct {
 
 	// HTTP describes the HTTP request that the flow is about, for agents whose policies classify requests. A remote
 	// agent is then asked by CheckHTTP instead of Check. It makes labels of the request, in place of those of the
-	// transport layer. The flow's other labels override these. They travel in a header of at most 8192 bytes. If not
-	// all fit, labels of baggage are left out, the largest first, and then defaults. [Flow.HTTPAnswer] has what the
-	// agent wants done with the request. CheckHTTP cannot look up caches, so with a cache key the flow is Invalid. An
-	// engine ignores HTTP. Nil means no request.
+	// transport layer. The flow's other labels override these. They also travel in a header of at most 8192 bytes: see
+	// [HTTPRequest] for what becomes of a flow whose labels do not fit. [Flow.HTTPAnswer] has what the agent wants done
+	// with the request. CheckHTTP cannot look up caches, so with a cache key the flow is Invalid. An engine ignores HTTP.
+	// Nil means no request.
 	HTTP *HTTPRequest
 
 	// IsFailure reports whether an error of the function makes the flow's status Error. Nil means that every error

@@ -12,7 +12,8 @@
 //	5 Params.Labels     the call that starts the flow                the application  the flow is Invalid
 //
 // The number of labels from peers has no limit, so that a stranger who sends many cannot push out a label that a
-// gateway adds. A flow carries up to 1 MiB of them, see package flowctl.
+// gateway adds. A flow carries up to 1 MiB of them, with 32 bytes counted for each besides its key and value. With more
+// it is Invalid: to leave out some of them could leave out the one that a limit goes by.
 //
 // So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
 // that decides what a caller is allowed belongs in layer 4 or 5.

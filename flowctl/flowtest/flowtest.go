@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -334,10 +335,13 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 	carried := req.GetRequest().GetHeaders()[wire.HeaderBaggage]
 	same := &checkv1.CheckRequest{
 		ControlPoint: req.GetControlPoint(),
-		Labels:       w3cbaggage.Read(carried),
+		Labels:       maps.Clone(req.GetLabels()),
 		RampMode:     req.GetRampMode(),
 		ExpectEnd:    req.GetExpectEnd(),
 		DryRun:       req.GetDryRun(),
+	}
+	if len(same.GetLabels()) == 0 {
+		same.Labels = w3cbaggage.Read(carried)
 	}
 	n, err := a.asked(ctx, Check{Request: proto.CloneOf(same), HTTP: proto.CloneOf(req)})
 	switch {

@@ -5,31 +5,43 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+
+	"github.com/headgate-go/headgate/internal/w3cbaggage"
 )
 
 // HeaderBaggage is the header by which CheckHTTP carries labels, as requests have it.
 const HeaderBaggage = "baggage"
 
-// MaxBaggage is the longest baggage header that agents read, in bytes: of a longer one they read nothing.
-const MaxBaggage = 8192
+// What Aperture's agents read of a baggage header, which is what OpenTelemetry's package read then. Of a header that is
+// beyond one of these they read nothing.
+const (
+	MaxBaggage        = 8192 // bytes
+	MaxBaggageMember  = 4096 // bytes of a member
+	MaxBaggageMembers = 180
+)
 
-// Baggage returns the labels as a W3C baggage header; "" for none. Keys that a header cannot hold are escaped like
-// values. The W3C's format has no such escapes, so only package w3cbaggage reads them.
+// Baggage returns the labels as a W3C baggage header; "" for none.
 func Baggage(labels map[string]string) string {
 	var b strings.Builder
 	for i, key := range slices.Sorted(maps.Keys(labels)) {
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		b.WriteString(escapeKey(key))
-		b.WriteByte('=')
-		b.WriteString(url.PathEscape(labels[key]))
+		b.WriteString(BaggageMember(key, labels[key]))
 	}
 	return b.String()
 }
 
-// escapeKey escapes all that a token may not hold, which is more than url.PathEscape does.
-func escapeKey(key string) string {
+// BaggageMember returns a label as a member of a baggage header. The W3C's format has no escapes in keys. A key that
+// could be none is written with some all the same, so that the header stays one, and who reads it finds the label by
+// the escaped key.
+func BaggageMember(key, value string) string { return BaggageKey(key) + "=" + url.PathEscape(value) }
+
+// BaggageKey is the key by which who reads a baggage header finds the label.
+func BaggageKey(key string) string {
+	if w3cbaggage.IsToken(key) {
+		return key
+	}
 	return strings.NewReplacer("=", "%3D", ":", "%3A", "@", "%40").Replace(url.PathEscape(key))
 }
 

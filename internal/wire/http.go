@@ -34,7 +34,8 @@ const (
 	metadataResponse = "aperture.check_response"
 )
 
-// HTTPRequest is the message that asks about a flow that is an HTTP request.
+// HTTPRequest is the message that asks about a flow that is an HTTP request. The request is in the place of the
+// transport's layer, so no default is among the labels that the request has by itself.
 func HTTPRequest(req *agentapi.Request) *checkhttpv1.CheckHTTPRequest {
 	r := req.Labels.HTTP()
 	return &checkhttpv1.CheckHTTPRequest{
@@ -54,6 +55,7 @@ func HTTPRequest(req *agentapi.Request) *checkhttpv1.CheckHTTPRequest {
 		ExpectEnd:    true,
 		DryRun:       req.DryRun(),
 		MaxWait:      maxWait(req),
+		Labels:       req.Labels.Merged(),
 	}
 }
 

@@ -28,10 +28,6 @@ type Server struct {
 
 	// Tenant is the label that "x-tenant" becomes.
 	Tenant string
-
-	// ListedBaggageOnly leaves out clients that take all members of the baggage, which may be more than the adaptor can
-	// send to an agent.
-	ListedBaggageOnly bool
 }
 
 // Test tests the server with engines in this process and across the network.
@@ -50,8 +46,8 @@ func limiting(by string, opts ...flowctl.Option) sides.Setup {
 	}
 }
 
-// junk tests that the label that a limiter goes by is found, however much baggage a stranger sends: the member that a
-// gateway adds, and the header or metadata that the service itself lists.
+// junk tests that the label that a limiter goes by is found, whatever baggage a stranger sends: the member that a
+// gateway adds, and the header or metadata that the service itself lists. A "#" in a header is the number of the call.
 func (s Server) junk(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -64,21 +60,24 @@ func (s Server) junk(t *testing.T) {
 		{"8 KiB", []string{"a=" + strings.Repeat("1", 8192) + ",tenant=acme"}},
 		{"another header", []string{members(3), "tenant=acme"}},
 		{"two headers of junk", []string{members(64), members(64) + ",tenant=acme"}},
-		{"the stranger's own member", []string{"tenant=other," + members(64) + ",tenant=acme"}},
+		{"the stranger's own member", []string{"tenant=other#," + members(64) + ",tenant=acme"}},
+		{"the stranger's own member before", []string{"tenant=other#,tenant=acme"}},
+		{"an escaped key", []string{"tenant=acme,%74enant=other#"}},
+		{"an escaped key in a long header", []string{"tenant=acme,%74enant=other#," + members(64)}},
+		{"what is no member", []string{`tenant=acme,tenant="other#,tenant=other #,tenant=other#%,tenant=other#;"`}},
+		{"what is no member in a long header", []string{members(64) + `,tenant=acme,tenant="other#,tenant=other #,tenant=other#%,tenant=other#;"`}},
+		{"escapes that grow", []string{"a=" + strings.Repeat("%ff", 2000) + ",tenant=acme"}},
 	} {
 		for _, by := range []string{"tenant", s.Tenant} {
 			for _, listed := range []bool{true, false} {
-				if by == "tenant" && !listed && s.ListedBaggageOnly {
-					continue
-				}
 				withBaggage := flowctl.WithBaggage()
 				if listed {
 					withBaggage = flowctl.WithBaggage("tenant")
 				}
 				t.Run(fmt.Sprintf("%s by %s, listed %t", tt.name, by, listed), func(t *testing.T) {
 					limiting(by, withBaggage).Over(t, sides.Engines, func(t *testing.T, side *sides.Side) {
-						first := s.Serve(t.Context(), side.Client, tt.headers)
-						if second := s.Serve(t.Context(), side.Client, tt.headers); !first || second {
+						first := s.Serve(t.Context(), side.Client, numbered(tt.headers, "1"))
+						if second := s.Serve(t.Context(), side.Client, numbered(tt.headers, "2")); !first || second {
 							t.Errorf("two calls were handled: %t, %t; want one call of the tenant", first, second)
 						}
 					})
@@ -86,6 +85,14 @@ func (s Server) junk(t *testing.T) {
 			}
 		}
 	}
+}
+
+func numbered(headers []string, call string) []string {
+	all := make([]string, len(headers))
+	for i, header := range headers {
+		all[i] = strings.ReplaceAll(header, "#", call)
+	}
+	return all
 }
 
 // members returns n members of baggage.

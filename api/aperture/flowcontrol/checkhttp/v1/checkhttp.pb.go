@@ -105,7 +105,12 @@ type CheckHTTPRequest struct {
 	DryRun bool `protobuf:"varint,1001,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	// Headgate's own: how long the flow may wait in queues, as max_wait of
 	// CheckRequest.
-	MaxWait       *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	MaxWait *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	// Headgate's own: the flow's labels. They go before those that the request
+	// comes to. If there are any, the members of the header "baggage" are these
+	// labels again, as far as the header can hold them, for agents that do not
+	// know this field.
+	Labels        map[string]string `protobuf:"bytes,1003,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -192,6 +197,13 @@ func (x *CheckHTTPRequest) GetDryRun() bool {
 func (x *CheckHTTPRequest) GetMaxWait() *durationpb.Duration {
 	if x != nil {
 		return x.MaxWait
+	}
+	return nil
+}
+
+func (x *CheckHTTPRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
 	}
 	return nil
 }
@@ -502,8 +514,9 @@ type CheckHTTPRequest_HttpRequest struct {
 	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
 	// The headers, by their names in lower case. Several of one name are one,
 	// their values joined with commas. The members of the header "baggage" are
-	// labels of the flow. Agents differ in which goes before the other: a member,
-	// or a label that the rest of the request comes to.
+	// labels of the flow, unless labels has any. Agents differ in which goes
+	// before the other: a member, or a label that the rest of the request comes
+	// to.
 	Headers map[string]string `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The path as it was sent, still escaped, with or without the query.
 	Path string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
@@ -611,7 +624,7 @@ var File_aperture_flowcontrol_checkhttp_v1_checkhttp_proto protoreflect.FileDesc
 
 const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\n" +
-	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\x8d\x06\n" +
+	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xa2\a\n" +
 	"\x10CheckHTTPRequest\x12H\n" +
 	"\x06source\x18\x01 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\x06source\x12R\n" +
 	"\vdestination\x18\x02 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\vdestination\x12Y\n" +
@@ -621,7 +634,8 @@ const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\n" +
 	"expect_end\x18\x06 \x01(\bR\texpectEnd\x12\x18\n" +
 	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x125\n" +
-	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a\xcd\x02\n" +
+	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x12X\n" +
+	"\x06labels\x18\xeb\a \x03(\v2?.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.LabelsEntryR\x06labels\x1a\xcd\x02\n" +
 	"\vHttpRequest\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12f\n" +
 	"\aheaders\x18\x02 \x03(\v2L.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntryR\aheaders\x12\x12\n" +
@@ -632,6 +646,9 @@ const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\bprotocol\x18\a \x01(\tR\bprotocol\x12\x12\n" +
 	"\x04body\x18\b \x01(\tR\x04body\x1a:\n" +
 	"\fHeadersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xda\x01\n" +
 	"\x12DeniedHttpResponse\x12\x16\n" +
@@ -678,7 +695,7 @@ func file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDescGZIP() []byte
 }
 
 var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_goTypes = []any{
 	(SocketAddress_Protocol)(0),          // 0: aperture.flowcontrol.checkhttp.v1.SocketAddress.Protocol
 	(*CheckHTTPRequest)(nil),             // 1: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest
@@ -687,36 +704,38 @@ var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_goTypes = []any{
 	(*CheckHTTPResponse)(nil),            // 4: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse
 	(*SocketAddress)(nil),                // 5: aperture.flowcontrol.checkhttp.v1.SocketAddress
 	(*CheckHTTPRequest_HttpRequest)(nil), // 6: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest
-	nil,                                  // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
-	nil,                                  // 8: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
-	nil,                                  // 9: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
-	(*durationpb.Duration)(nil),          // 10: google.protobuf.Duration
-	(*structpb.Struct)(nil),              // 11: google.protobuf.Struct
-	(*status.Status)(nil),                // 12: google.rpc.Status
-	(*v1.CheckResponse)(nil),             // 13: aperture.flowcontrol.check.v1.CheckResponse
+	nil,                                  // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.LabelsEntry
+	nil,                                  // 8: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
+	nil,                                  // 9: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
+	nil,                                  // 10: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
+	(*durationpb.Duration)(nil),          // 11: google.protobuf.Duration
+	(*structpb.Struct)(nil),              // 12: google.protobuf.Struct
+	(*status.Status)(nil),                // 13: google.rpc.Status
+	(*v1.CheckResponse)(nil),             // 14: aperture.flowcontrol.check.v1.CheckResponse
 }
 var file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_depIdxs = []int32{
 	5,  // 0: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.source:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress
 	5,  // 1: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.destination:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress
 	6,  // 2: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.request:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest
-	10, // 3: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.max_wait:type_name -> google.protobuf.Duration
-	8,  // 4: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
-	9,  // 5: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
-	11, // 6: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.dynamic_metadata:type_name -> google.protobuf.Struct
-	12, // 7: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.status:type_name -> google.rpc.Status
-	2,  // 8: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.denied_response:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse
-	3,  // 9: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.ok_response:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse
-	11, // 10: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.dynamic_metadata:type_name -> google.protobuf.Struct
-	13, // 11: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.check_response:type_name -> aperture.flowcontrol.check.v1.CheckResponse
-	0,  // 12: aperture.flowcontrol.checkhttp.v1.SocketAddress.protocol:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress.Protocol
-	7,  // 13: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.headers:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
-	1,  // 14: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:input_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest
-	4,  // 15: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:output_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse
-	15, // [15:16] is the sub-list for method output_type
-	14, // [14:15] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	11, // 3: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.max_wait:type_name -> google.protobuf.Duration
+	7,  // 4: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.labels:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.LabelsEntry
+	9,  // 5: aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse.HeadersEntry
+	10, // 6: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.headers:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse.HeadersEntry
+	12, // 7: aperture.flowcontrol.checkhttp.v1.OkHttpResponse.dynamic_metadata:type_name -> google.protobuf.Struct
+	13, // 8: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.status:type_name -> google.rpc.Status
+	2,  // 9: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.denied_response:type_name -> aperture.flowcontrol.checkhttp.v1.DeniedHttpResponse
+	3,  // 10: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.ok_response:type_name -> aperture.flowcontrol.checkhttp.v1.OkHttpResponse
+	12, // 11: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.dynamic_metadata:type_name -> google.protobuf.Struct
+	14, // 12: aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse.check_response:type_name -> aperture.flowcontrol.check.v1.CheckResponse
+	0,  // 13: aperture.flowcontrol.checkhttp.v1.SocketAddress.protocol:type_name -> aperture.flowcontrol.checkhttp.v1.SocketAddress.Protocol
+	8,  // 14: aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.headers:type_name -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntry
+	1,  // 15: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:input_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest
+	4,  // 16: aperture.flowcontrol.checkhttp.v1.FlowControlServiceHTTP.CheckHTTP:output_type -> aperture.flowcontrol.checkhttp.v1.CheckHTTPResponse
+	16, // [16:17] is the sub-list for method output_type
+	15, // [15:16] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_init() }
@@ -734,7 +753,7 @@ func file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc), len(file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
