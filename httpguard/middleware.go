@@ -76,7 +76,9 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 		}
 		next.ServeHTTP(resp.visible(), &resp.request)
 		g.costs.settleWritten(flow.Flow, w.Header())
-		flow.SetError(resp.err)
+		if !resp.failed {
+			flow.SetError(nil)
+		}
 	} else {
 		adaptor.End(r.Context(), flow.Flow)
 		g.reject(resp)

@@ -14,9 +14,9 @@ type response struct {
 	http.ResponseWriter
 	request http.Request
 	flow    started
-	obeyed  bool  // the request's headers are the agent's
-	decided bool  // the final status is known, or there will be none
-	err     error // the flow's error; nil for none
+	obeyed  bool // the request's headers are the agent's
+	decided bool // the final status is known, or there will be none
+	failed  bool // the flow knows that the handler has failed
 }
 
 // Unwrap is for http.ResponseController.
@@ -49,7 +49,15 @@ func (w *response) decide(status int) {
 	if ctx := w.request.Context(); errors.Is(ctx.Err(), context.Canceled) {
 		err = errors.Join(err, context.Cause(ctx)) // so that the flow sees whose cancellation it was
 	}
-	w.err = err
+	w.fail(err)
+}
+
+// fail tells the flow of an error at once, because the client may leave before the handler returns.
+func (w *response) fail(err error) {
+	if w.flow.ShouldRun() {
+		w.flow.SetError(err)
+		w.failed = true
+	}
 }
 
 func (w *response) WriteHeader(status int) {
@@ -96,7 +104,7 @@ func (w *response) hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	w.decided = true
 	if err != nil {
-		w.err = err
+		w.fail(err)
 	}
 	return conn, rw, err
 }

@@ -107,8 +107,8 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 		}
 	}()
 	resp, err := t.base.RoundTrip(r.WithContext(flow.Context()))
-	returned = true
 	if err != nil || resp == nil {
+		returned = true
 		if err == nil { // http.Client says what is wrong with that
 			trip.end(errNoResponse)
 		} else {
@@ -117,7 +117,11 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 		return resp, err
 	}
 	t.pauses.heed(flow.Context(), r, controlPoint, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
-	trip.failure = flow.failure(resp.StatusCode)
+	if err := flow.failure(resp.StatusCode); err != nil {
+		flow.SetError(err) // now, because the caller may cancel before the body has ended
+		trip.failed = true
+	}
+	returned = true
 	if len(t.guard.costs) > 0 {
 		t.guard.costs.settle(flow.Flow, resp.Header)
 		trip.response, trip.costs = resp, t.guard.costs
@@ -156,8 +160,8 @@ func closeBody(r *http.Request) {
 // A trip is the flow of a request that was sent.
 type trip struct {
 	flow    adaptor.Ender
-	failure error // by the response's status
-	closed  atomic.Bool
+	failed bool // by the response's status, which the flow knows
+	closed atomic.Bool
 
 	// Where there may be a trailer that says what the flow costs.
 	response *http.Response
@@ -166,10 +170,11 @@ type trip struct {
 
 // end ends the flow, the first time.
 func (t *trip) end(err error) {
-	if t.failure != nil {
-		err = t.failure
+	if t.failed {
+		t.flow.EndAsIs()
+	} else {
+		t.flow.End(err)
 	}
-	t.flow.End(err)
 }
 
 // complete ends the flow of a body that has been read to its end.
