@@ -159,7 +159,7 @@ func closeBody(r *http.Request) {
 
 // A trip is the flow of a request that was sent.
 type trip struct {
-	flow    adaptor.Ender
+	flow   adaptor.Ender
 	failed bool // by the response's status, which the flow knows
 	closed atomic.Bool
 
