@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -13,11 +14,19 @@ import (
 type response struct {
 	http.ResponseWriter
 	request http.Request
+	ctx     requestContext // of the request
 	flow    started
 	obeyed  bool // the request's headers are the agent's
 	decided bool // the final status is known, or there will be none
 	failed  bool // the flow knows that the handler has failed
 }
+
+// A requestContext is the flow's context. A request keeps it in an unexported field, where package fmt calls no method. It shows
+// what a pointer there leads to, which is another pointer here, and not the flow with its labels.
+type requestContext struct{ context.Context }
+
+func (c *requestContext) String() string             { return "httpguard.Context" }
+func (c *requestContext) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, c.String()) }
 
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
