@@ -214,7 +214,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	}
 	s.service.sessions.comesBack(&v)
 	named := s.service.engine.NamedLabels()
-	response, ok := wire.Answer(req, &v, named, room)
+	response, unnamed, ok := wire.Answer(req, &v, named, room)
 	if !ok {
 		// A client can give back only slots that the answer names. If the answer named all of these, clients would take
 		// it for an error, and run the flow.
@@ -222,7 +222,11 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		if !v.Rejected() { // as one in dry run may be
 			v.Reject(agentapi.Rejection{Reason: agentapi.ReasonNoTokens, Status: http.StatusServiceUnavailable})
 		}
-		response, _ = wire.Answer(req, &v, named, room)
+		response, unnamed, _ = wire.Answer(req, &v, named, room)
+	}
+	for _, d := range unnamed { // no end names them
+		d.Component.Settler.Settle(ctx, d, agentapi.Outcome{Ended: agentapi.EndedOK})
+		d.Hold(0)
 	}
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
 	if s.service.engine.Measures(req.ControlPoint) {

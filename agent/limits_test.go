@@ -335,10 +335,11 @@ func TestCheckHTTPLimitsWhateverComesBeside(t *testing.T) {
 	}
 }
 
-// A label of a header that carries credentials is reported by no answer to Check either.
+// A label that carries credentials is reported by no answer to Check either.
 func TestCredentialsAreNotReported(t *testing.T) {
 	m, err := serve(t, nil).stub(t).Check(t.Context(), &checkv1.CheckRequest{ControlPoint: "point", Labels: map[string]string{
 		"http.request.header.authorization": "sesame", "http.request.header.x_user": "u",
+		"cookie": "sesame", "X-API-Key": "sesame", "api_key": "sesame",
 	}})
 	if err != nil || strings.Contains(m.String(), "sesame") || m.GetTelemetryFlowLabels()["http.request.header.x_user"] != "u" {
 		t.Errorf("Check() = %v, %v", m, err)

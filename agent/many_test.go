@@ -14,6 +14,9 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	"google.golang.org/grpc"
+
+	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/race"
@@ -352,4 +355,46 @@ func TestAnswersFitWithoutAWarning(t *testing.T) {
 		}
 	}
 	t.Error("no warning")
+}
+
+// Slots of components in dry run reject no flow, however many there are. Those without room in the answer come back at once,
+// and the others at the flow's end.
+func TestSlotsInDryRunRejectNoFlow(t *testing.T) {
+	const many = wire.MostDecisions + 100
+	components := make([]policy.Component, 0, many+2)
+	for range many {
+		components = append(components,
+			policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 100, MaxInflight: time.Minute, LimitBy: "user", DryRun: true})
+	}
+	components = append(components, policy.ConcurrencyLimiter{ID: "in force", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Minute},
+		policy.ConcurrencyScheduler{ID: "dry", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Minute, DryRun: true})
+	s := serve(t, []policy.Policy{{Name: "p", Components: components}})
+	for _, warning := range agent.Register(grpc.NewServer(), s.engine).Warnings() {
+		if strings.Contains(warning, "is rejected") {
+			t.Errorf("Warnings() = %q", warning)
+		}
+	}
+	client := s.client(t)
+	for _, user := range []string{"a", strings.Repeat("u", 256)} {
+		flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute})
+		if flow.Decision() != flowctl.Accepted {
+			t.Errorf("a user of %d bytes: %v, %v", len(user), flow, flow.Err())
+		}
+		if got, err := flow.End(t.Context()); err != nil || got.Held != got.Returned || got.Held == 0 || got.Held >= many {
+			t.Errorf("End() = %+v, %v", got, err)
+		}
+		for _, c := range s.engine.Stats().Components {
+			k, err := s.engine.Component("p", c.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			value := user
+			if c.LabelKey == "" {
+				value = ""
+			}
+			if u, err := k.Peek(t.Context(), value); err != nil || u.InFlight != 0 {
+				t.Errorf("%s: %+v, %v", c.ID, u, err)
+			}
+		}
+	}
 }

@@ -181,7 +181,7 @@ func (b *circuitBreaker) Settle(_ context.Context, d *agentapi.LimiterDecision, 
 	if ticket == 0 {
 		return false
 	}
-	if !ticket.Probe() && (o.Ended == agentapi.EndedUnused || o.Ended == agentapi.EndedUnknown || o.Ended == agentapi.EndedOK && b.plain && b.slow == 0) {
+	if !ticket.Probe() && (!o.Ended.Told() || o.Ended == agentapi.EndedOK && b.plain && b.slow == 0) {
 		return false // nothing of it is counted
 	}
 	now := b.engine.now()

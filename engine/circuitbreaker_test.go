@@ -58,6 +58,42 @@ func call(t *testing.T, side *sides.Side, word string, labels map[string]string)
 		work = func(ctx context.Context) (int, error) { cancel(); return 0, ctx.Err() }
 	case "canceled, and an error of its own":
 		work = func(context.Context) (int, error) { cancel(); return 0, errUpstream }
+	case "canceled, and a failure":
+		params.IsFailure = func(error) bool { return true }
+		work = func(ctx context.Context) (int, error) { cancel(); return 0, ctx.Err() }
+	case "canceled, and no failure":
+		params.IsFailure = func(error) bool { return false }
+		work = func(context.Context) (int, error) { cancel(); return 0, errUpstream }
+	case "canceled, and a panic":
+		work = func(context.Context) (int, error) { cancel(); panic("the upstream") }
+	case "canceled, and a status":
+		work = func(ctx context.Context) (int, error) {
+			cancel()
+			flow, _ := flowctl.FromContext(ctx)
+			flow.SetStatus(flowctl.StatusError)
+			return 0, nil
+		}
+	case "canceled, and ok":
+		work = func(context.Context) (int, error) { cancel(); return 0, nil }
+	case "an error, then canceled":
+		work = func(ctx context.Context) (int, error) {
+			flow, _ := flowctl.FromContext(ctx)
+			flow.SetError(errUpstream)
+			cancel()
+			return 0, errUpstream
+		}
+	case "a status, then canceled":
+		work = func(ctx context.Context) (int, error) {
+			flow, _ := flowctl.FromContext(ctx)
+			flow.SetStatus(flowctl.StatusError)
+			cancel()
+			return 0, errUpstream
+		}
+	case "the caller's deadline":
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(ctx, time.Second)
+		defer stop()
+		work = func(ctx context.Context) (int, error) { <-ctx.Done(); return 0, errUpstream }
 	case "no failure":
 		params.IsFailure = func(error) bool { return false }
 		work = func(context.Context) (int, error) { return 0, errUpstream }
@@ -136,7 +172,15 @@ func TestCircuitBreakerOpens(t *testing.T) {
 		{"deadlines", upstream, []string{"deadline", "deadline", "deadline"}, "upstream=a", true},
 		{"errors that are no failures", upstream, []string{"no failure", "no failure", "no failure"}, "upstream=a", false},
 		{"cancellations", upstream, []string{"canceled", "canceled", "canceled"}, "upstream=a", false},
-		{"errors of canceled flows", upstream, []string{"canceled, and an error of its own", "error", "error"}, "upstream=a", true},
+		{"errors of canceled flows", upstream, []string{"canceled, and an error of its own", "error", "error"}, "upstream=a", false},
+		{"errors of canceled flows that are failures", upstream, []string{"canceled, and a failure", "error", "error"}, "upstream=a", false},
+		{"panics of canceled flows", upstream, []string{"canceled, and a panic", "error", "error"}, "upstream=a", false},
+		{"statuses of canceled flows", upstream, []string{"canceled, and a status", "error", "error"}, "upstream=a", false},
+		{"errors of flows that are canceled then", upstream, []string{"an error, then canceled", "error", "error"}, "upstream=a", true},
+		{"statuses of flows that are canceled then", upstream, []string{"a status, then canceled", "error", "error"}, "upstream=a", true},
+		{"the caller's deadline", upstream, []string{"the caller's deadline", "error", "error"}, "upstream=a", true},
+		{"canceled flows that went well", ratio, []string{"canceled, and ok", "error", "error"}, "upstream=a", true},
+		{"canceled flows whose error is no failure", ratio, []string{"canceled, and no failure", "error", "error"}, "upstream=a", false},
 		{"rejections", upstream, []string{"rejected", "rejected", "rejected"}, "upstream=a", false},
 		{"slow flows", slow, []string{"6s", "6s", "6s"}, "upstream=a", true},
 		{"flows that are not slow", slow, []string{"6s", "6s", "4s"}, "upstream=a", false},

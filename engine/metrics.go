@@ -386,7 +386,7 @@ func (o *observation) buckets() {
 		o.to.ObserveInt64(o.overflows, int64(s.Overflows), o.own)
 		return
 	}
-	if math.IsInf(s.Usage.Capacity, 1) { // a load scheduler that lets everything in
+	if o.kind.outcomes || math.IsInf(s.Usage.Capacity, 1) { // a circuit breaker has no tokens, nor has a load scheduler that lets everything in
 		return
 	}
 	o.to.ObserveFloat64(o.capacity, s.Usage.Capacity, o.own)

@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -102,4 +103,24 @@ func (m gaugeMeter) Int64ObservableGauge(name string, opts ...metric.Int64Observ
 func (m gaugeMeter) Float64ObservableGauge(name string, opts ...metric.Float64ObservableGaugeOption) (metric.Float64ObservableGauge, error) {
 	m.of.names = append(m.of.names, name)
 	return m.Meter.Float64ObservableGauge(name, opts...)
+}
+
+// A circuit breaker has no tokens, so no gauge of tokens shows it.
+func TestBreakersHaveNoTokens(t *testing.T) {
+	provider := new(metertest.Provider)
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+		circuitBreaker(nil), policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if err := e.Instrument(provider); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"token_bucket_capacity", "token_bucket_available_tokens"} {
+		if got := fmt.Sprint(provider.Read(t.Context())); strings.Count(got, name) != 1 {
+			t.Errorf("%s is shown %d times want once", name, strings.Count(got, name))
+		}
+	}
 }

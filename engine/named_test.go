@@ -207,33 +207,42 @@ func TestWarningsOfOddNames(t *testing.T) {
 	}
 }
 
-// A header that carries credentials limits, and its value is in nothing that the engine returns. Peek and Reset take it
-// as it is.
+// credentials are labels that carry them: of headers, of metadata and baggage, and of applications.
+var credentials = []string{"http.request.header.x_api_key", "x-api-key", "authorization", "Cookie", "api_key"}
+
+// A label that carries credentials limits, and its value is in nothing that the engine returns. Peek and Reset take it as it is.
 func TestCredentialsAreHidden(t *testing.T) {
-	const key, secret = "http.request.header.x_api_key", "sesame"
-	at := policy.At("point")
-	e, client := reloadable(t, []policy.Component{
-		policy.ConcurrencyLimiter{ID: "slots", Selectors: at, Max: 1, MaxInflight: time.Hour, LimitBy: key},
-		policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: time.Hour, Scheduler: policy.Scheduler{WorkloadLabel: key}},
-		policy.Sampler{Selectors: at, AcceptPercentage: 0, SessionLabel: key, PassThroughValues: []string{secret}},
-	})
-	params := flowctl.Params{Labels: map[string]string{key: secret}}
-	first, second := client.Start(t.Context(), "point", params), client.Start(t.Context(), "point", params)
-	if !first.ShouldRun() || second.ShouldRun() {
-		t.Fatalf("%v, %v want one flow", first, second)
-	}
-	for _, d := range first.CheckResponse().GetLimiterDecisions() {
-		if strings.Contains(d.String(), secret) {
-			t.Errorf("a decision tells the key: %v", d)
-		}
-	}
-	if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 1 {
-		t.Errorf("Peek() = %+v, %v", u, err)
-	}
-	if got, err := first.End(t.Context()); err != nil || got.Returned != 2 {
-		t.Errorf("End() = %+v, %v", got, err)
-	}
-	if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 0 {
-		t.Errorf("Peek() = %+v, %v", u, err)
+	for _, key := range credentials {
+		t.Run(key, func(t *testing.T) {
+			const secret = "sesame"
+			at := policy.At("point")
+			e, client := reloadable(t, []policy.Component{
+				policy.ConcurrencyLimiter{ID: "slots", Selectors: at, Max: 1, MaxInflight: time.Hour, LimitBy: key},
+				policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: time.Hour, Scheduler: policy.Scheduler{WorkloadLabel: key}},
+				policy.Sampler{Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Equal: map[string]string{key: secret}}}}, AcceptPercentage: 0, SessionLabel: key, PassThroughValues: []string{secret}},
+			})
+			params := flowctl.Params{Labels: map[string]string{key: secret}}
+			first, second := client.Start(t.Context(), "point", params), client.Start(t.Context(), "point", params)
+			if !first.ShouldRun() || second.ShouldRun() {
+				t.Fatalf("%v, %v want one flow", first, second)
+			}
+			for _, d := range first.CheckResponse().GetLimiterDecisions() {
+				if strings.Contains(d.String(), secret) {
+					t.Errorf("a decision tells the key: %v", d)
+				}
+			}
+			if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 1 {
+				t.Errorf("Peek() = %+v, %v", u, err)
+			}
+			if got, err := first.End(t.Context()); err != nil || got.Returned != 2 {
+				t.Errorf("End() = %+v, %v", got, err)
+			}
+			if u, err := peekAt(e, "test", "slots", secret); err != nil || u.InFlight != 0 {
+				t.Errorf("Peek() = %+v, %v", u, err)
+			}
+			if text := fmt.Sprint(e.Stats(), e.Warnings()); strings.Contains(text, secret) {
+				t.Errorf("the engine's numbers or warnings tell the key: %s", text)
+			}
+		})
 	}
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,9 @@ type WatchParams struct {
 // the same, which takes one to two intervals: a file that is still being written is left alone. All files are applied at
 // once, or none. If a file is missing or wrong, the policies in force stay, and the error is reported once. Reports go to
 // the callback, to the log (see [WithLogger]) and to [Stats].
+//
+// A file that is not regular, such as a FIFO, is an error. If a file system does not answer, Watch and Close do not wait for it
+// once ctx has ended or the engine is closed: the read goes on in a goroutine until it fails, and its result is dropped.
 //
 // An engine watches one path at a time; a second call is an error. If other policies are put into force by Apply, they
 // stay until the files change.
@@ -81,12 +85,33 @@ func (w *watch) failed(err error) error {
 	return fmt.Errorf("headgate: engine: watch %q: %w", w.path, err)
 }
 
-func (w *watch) look() finding {
-	digest, err := policyfiles.DigestOf(w.path)
-	if err != nil {
-		return finding{err: err.Error()}
+// look is what is in the files now. The error says that the watch is to end.
+func (w *watch) look(ctx context.Context) (finding, error) {
+	return whileOpen(ctx, w.engine, func() finding {
+		digest, err := policyfiles.DigestOf(w.path)
+		if err != nil {
+			return finding{err: err.Error()}
+		}
+		return finding{digest: digest}
+	})
+}
+
+// errEnded is why a watch that has begun to read does not go on.
+var errEnded = errors.New("the watch has ended")
+
+// whileOpen calls read, and waits for it until ctx ends or the engine is closed. Nothing can end a read of a file system
+// that does not answer, so read has a goroutine of its own, which may outlive the engine.
+func whileOpen[T any](ctx context.Context, e *Engine, read func() T) (T, error) {
+	result := make(chan T, 1)
+	go func() { result <- read() }()
+	select {
+	case got := <-result:
+		return got, nil
+	case <-ctx.Done():
+		return *new(T), errors.Join(errEnded, ctx.Err())
+	case <-e.done:
+		return *new(T), errors.Join(errEnded, agentapi.ErrClosed)
 	}
-	return finding{digest: digest}
 }
 
 // mostTries is how often the first look is repeated if the files change while they are read.
@@ -95,8 +120,14 @@ const mostTries = 10
 // first applies the policies, and begins to watch them.
 func (w *watch) first(ctx context.Context) error {
 	for tries := 1; ; tries++ {
-		w.seen = w.look()
-		settled, err := w.apply()
+		var err error
+		if w.seen, err = w.look(ctx); err != nil {
+			return whyEnded(ctx)
+		}
+		settled, err := w.apply(ctx)
+		if errors.Is(err, errEnded) {
+			return whyEnded(ctx)
+		}
 		if err != nil {
 			return err
 		}
@@ -119,6 +150,9 @@ func (w *watch) first(ctx context.Context) error {
 	return nil
 }
 
+// whyEnded is why the first look has not ended.
+func whyEnded(ctx context.Context) error { return cmp.Or(ctx.Err(), agentapi.ErrClosed) }
+
 // run looks at the files until ctx ends or the engine is closed.
 func (w *watch) run(ctx context.Context) {
 	defer w.engine.reloads.end()
@@ -132,17 +166,27 @@ func (w *watch) run(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		now := w.look()
+		now, err := w.look(ctx)
+		if err != nil {
+			return
+		}
 		before := w.seen
 		w.seen = now
 		if now == w.reported || now != before { // a change must last for two looks: the file may be half written
 			continue
 		}
-		settled, err := w.apply()
-		if errors.Is(err, agentapi.ErrClosed) {
+		settled, err := w.apply(ctx)
+		if errors.Is(err, errEnded) || errors.Is(err, agentapi.ErrClosed) {
 			return
 		}
-		if settled || err != nil && w.look() == now {
+		if !settled && err != nil {
+			again, ended := w.look(ctx)
+			if ended != nil {
+				return
+			}
+			settled = again == now
+		}
+		if settled {
 			w.reported = now
 			w.report(err)
 		}
@@ -151,15 +195,25 @@ func (w *watch) run(ctx context.Context) {
 
 // apply puts the policies into force. It reports false if the files have changed since the last look: then it has put
 // nothing into force.
-func (w *watch) apply() (settled bool, err error) {
-	policies, err := policy.Load(w.path)
-	if err != nil {
+func (w *watch) apply(ctx context.Context) (settled bool, err error) {
+	type loaded struct {
+		policies []policy.Policy
+		err      error
+	}
+	files, err := whileOpen(ctx, w.engine, func() (l loaded) {
+		l.policies, l.err = policy.Load(w.path)
+		return l
+	})
+	if err = cmp.Or(err, files.err); err != nil {
 		return false, err
 	}
-	if w.look() != w.seen {
+	switch now, err := w.look(ctx); {
+	case err != nil:
+		return false, err
+	case now != w.seen:
 		return false, nil
 	}
-	return true, w.engine.Apply(policies)
+	return true, w.engine.Apply(files.policies)
 }
 
 // report says what has become of a change.

@@ -38,19 +38,19 @@ func Stale[T any](grace time.Duration) Func[T] {
 // untyped constant: WithLast[int64](ctx, 42, expires). The zero time means that there is no result, and hides one of an
 // outer context.
 func WithLast[T any](ctx context.Context, v T, expires time.Time) context.Context {
-	return &lastContext[T]{ctx, last[T]{v, expires}}
+	return &lastContext[T]{ctx, &last[T]{v, expires}}
 }
 
 // lastContext is a context with a result, and its type for a Stale of another.
 type lastContext[T any] struct {
 	context.Context
-	last last[T]
+	last *last[T] // a pointer, which package fmt does not show what is behind
 }
 
 func (c *lastContext[T]) Value(key any) any {
 	switch key.(type) {
 	case lastKey[T]:
-		return c.last
+		return *c.last
 	case lastType:
 		return reflect.TypeFor[T]()
 	default:

@@ -78,9 +78,9 @@ func (x *exporter) record(c *check, ended agentapi.Ended, dryRun bool) {
 		DryRun: dryRun,
 		Check:  check,
 
-		Canceled: ended == agentapi.EndedUnknown,
+		Canceled: ended == agentapi.EndedUnknown || ended == agentapi.EndedGone,
 	}
-	if ended == agentapi.EndedFailed {
+	if ended.Failed() {
 		r.Status = telemetry.Error
 	}
 	size := telemetry.Size(len(check))

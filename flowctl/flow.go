@@ -1,6 +1,7 @@
 package flowctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,9 +81,9 @@ const (
 	StatusOK
 	StatusError
 
-	// statusCanceled is derived from the error of a flow that its caller has canceled. It counts as StatusOK, but says nothing
-	// about the work.
-	statusCanceled
+	// These are of flows that their caller had canceled when they failed. They say nothing about the work.
+	statusCanceled // derived from the error of the cancellation; it is StatusOK
+	statusGone     // of any other failure, because what a driver makes of a cancellation has any form; it is StatusError
 )
 
 // String gives the status as telemetry does: "OK", "Error" or "Unset".
@@ -227,25 +228,42 @@ func FromContext(ctx context.Context) (*Flow, bool) {
 
 // SetStatus sets how the work went. It overrides what [Flow.SetError] or [Flow.EndWith] derives from an error. Only a
 // panic overrides it, and a Goexit in package headgate's guards. After the flow has ended it does nothing.
-func (f *Flow) SetStatus(s Status) { f.progress.setStatus(s) }
+func (f *Flow) SetStatus(s Status) {
+	if s == StatusError {
+		s = f.failed(f.progress.set())
+	}
+	f.progress.setStatus(s)
+}
 
-// SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK.
+// SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK. If the caller
+// has canceled the flow by then, circuit breakers do not count the error, whatever it is.
 func (f *Flow) SetError(err error) {
 	if err == nil && f.progress.derived() == StatusUnset {
 		return // which is OK, and a load is cheaper than a store
 	}
 	if err != nil {
-		f.progress.setDerived(StatusError) // in case IsFailure panics
+		f.progress.setDerived(f.failed(f.progress.derived())) // in case IsFailure panics
 		switch {
 		case f.isFailure(err):
 			return
-		case f.isCanceled(err):
+		case f.callerCanceled():
 			f.progress.setDerived(statusCanceled)
 			return
 		}
 	}
 	f.progress.setDerived(StatusOK)
 }
+
+// failed is the status of work that has failed, which had the status before. What failed before its caller canceled stays a
+// failure.
+func (f *Flow) failed(before Status) Status {
+	if before != StatusError && f.callerCanceled() {
+		return statusGone
+	}
+	return StatusError
+}
+
+func (f *Flow) callerCanceled() bool { return errors.Is(f.parent.Err(), context.Canceled) }
 
 func (f *Flow) isFailure(err error) bool {
 	if f.fails != nil {
@@ -257,18 +275,18 @@ func (f *Flow) isFailure(err error) bool {
 // isCanceled reports whether an error comes from the caller's cancellation. An expired deadline is a failure: slow work is what
 // overload looks like.
 func (f *Flow) isCanceled(err error) bool {
-	return errors.Is(f.parent.Err(), context.Canceled) &&
+	return f.callerCanceled() &&
 		(errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(f.parent)) || status.Code(err) == codes.Canceled)
 }
 
 // endStatus is how the flow ends: one that did not run ends as Error, one of which nothing was said as OK.
 func (f *Flow) endStatus() Status {
 	switch set, derived := f.progress.set(), f.progress.derived(); {
-	case !f.run:
+	case !f.run, set == statusGone:
 		return StatusError
 	case set != StatusUnset:
 		return set
-	case derived == StatusError:
+	case derived == StatusError, derived == statusGone:
 		return StatusError
 	default:
 		return StatusOK
@@ -277,10 +295,12 @@ func (f *Flow) endStatus() Status {
 
 // ending is how the flow ends for its agent, with the status.
 func (f *Flow) ending(s Status) agentapi.Ended {
-	switch {
+	switch said := cmp.Or(f.progress.set(), f.progress.derived()); {
+	case s == StatusError && f.run && said == statusGone:
+		return agentapi.EndedGone
 	case s == StatusError:
 		return agentapi.EndedFailed
-	case f.progress.set() == StatusUnset && f.progress.derived() == statusCanceled:
+	case said == statusCanceled:
 		return agentapi.EndedUnknown
 	default:
 		return agentapi.EndedOK

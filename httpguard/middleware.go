@@ -58,7 +58,8 @@ func Middleware(client headgate.Starter, controlPoint string, opts ...Middleware
 func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	flow := g.start(adaptor.WithBaggage(r.Context(), r.Header["Baggage"]), g.ControlPoint(r.Context(), r), r)
 	// The response and the request are one object, which saves an allocation.
-	resp := &response{ResponseWriter: w, flow: flow, request: *r.WithContext(flow.Context())}
+	resp := &response{ResponseWriter: w, flow: flow, ctx: requestContext{flow.Context()}}
+	resp.request = *r.WithContext(&resp.ctx)
 	returned := false
 	defer func() {
 		if !returned {
@@ -76,7 +77,9 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 		}
 		next.ServeHTTP(resp.visible(), &resp.request)
 		g.costs.settleWritten(flow.Flow, w.Header())
-		flow.SetError(resp.err)
+		if !resp.failed {
+			flow.SetError(nil)
+		}
 	} else {
 		adaptor.End(r.Context(), flow.Flow)
 		g.reject(resp)

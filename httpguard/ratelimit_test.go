@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -204,6 +206,64 @@ func TestRateLimitHeadersOfDryRuns(t *testing.T) {
 						}
 					}
 				})
+			})
+		})
+	}
+}
+
+// What has no quota, and what was not asked, is in no field, by every agent that decides.
+func TestRateLimitHeadersOfWhatWasNotAsked(t *testing.T) {
+	limiter := policy.RateLimiter{ID: "limit", Selectors: policy.At(point), Capacity: 9, Fill: 9, Interval: time.Hour}
+	breaker := policy.CircuitBreaker{Selectors: policy.At(point), FailureCount: 1, Window: time.Minute, OpenDuration: time.Minute}
+	long := policy.LabelMatcher{Expression: policy.LabelMatches{
+		Label: "text", Regex: "(?i)bot|crawl|spider|slurp|" + strings.Repeat("a", 48) + "b",
+	}}
+	at := []policy.Selector{{ControlPoint: point, Labels: long}}
+	text := map[string]string{"text": strings.Repeat("a", 4096)}
+	most := flowctl.Params{Labels: text, CheckTimeout: time.Minute}
+	hurried := flowctl.Params{CheckTimeout: 9 * time.Millisecond}
+	for _, tt := range []struct {
+		name       string
+		on         []sides.Kind
+		components []policy.Component
+		params     flowctl.Params
+		status     int // of the handler
+		want       []string
+	}{
+		{"closed breaker", sides.Engines, []policy.Component{limiter, breaker}, flowctl.Params{}, 200, []string{`"test/limit";r=8`, `"test/limit";r=7`}},
+		{"open breaker", sides.Engines, []policy.Component{limiter, breaker}, flowctl.Params{}, 500, []string{`"test/limit";r=8`, `"test/limit";r=8`}},
+		{"open breaker alone", sides.Engines, []policy.Component{breaker}, flowctl.Params{}, 500, []string{"", ""}},
+		{"late", []sides.Kind{sides.Served}, []policy.Component{
+			limiter,
+			policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 3, MaxInflight: time.Minute},
+			policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: 3, MaxInflight: time.Minute},
+			policy.QuotaScheduler{Selectors: policy.At(point), Capacity: 9, Fill: 9, Interval: time.Hour},
+			policy.LoadScheduler{Selectors: policy.At(point), LoadMultiplier: policy.Constant(0.5)},
+		}, hurried, 200, []string{"", ""}},
+		{"long label", sides.Engines, []policy.Component{
+			policy.RateLimiter{Selectors: at, Capacity: 9, Fill: 9, Interval: time.Hour},
+			policy.ConcurrencyLimiter{Selectors: at, Max: 3, MaxInflight: time.Minute},
+			policy.ConcurrencyScheduler{Selectors: at, Max: 3, MaxInflight: time.Minute},
+			policy.QuotaScheduler{Selectors: at, Capacity: 9, Fill: 9, Interval: time.Hour},
+			limiter,
+		}, most, 200, []string{`"test/limit";r=9`, `"test/limit";r=9`}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			setup := sides.Setup{Policies: sides.Policies(tt.components...)}
+			setup.InBubbles(t, tt.on, func(t *testing.T, side *sides.Side) {
+				h := httpguard.Middleware(side.Client, point, httpguard.WithRateLimitHeaders(), httpguard.WithParams(func(*http.Request) flowctl.Params { return tt.params }))(
+					http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(tt.status) }))
+				for i, want := range tt.want {
+					w := httptest.NewRecorder()
+					h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
+					if got := w.Header().Get("RateLimit"); got != want {
+						t.Errorf("request %d, %d: RateLimit: %s want %s", i, w.Code, got, want)
+					}
+					if limits := w.Header().Get("RateLimit-Policy"); strings.Contains(limits, "breaker") || (limits == "") != (want == "") {
+						t.Errorf("request %d: RateLimit-Policy: %s", i, limits)
+					}
+					<-time.After(3 * time.Second) // a served breaker learns of ends by telemetry
+				}
 			})
 		})
 	}

@@ -186,7 +186,8 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 }
 
 // counted returns the tokens of a limiter or scheduler whose capacity callers can plan by, and whether they are slots.
-// They are nil for a sampler, and for a load scheduler, whose capacity changes with the load.
+// They are nil for a sampler, for a load scheduler, whose capacity changes with the load, for a circuit breaker, which has none,
+// and for a limit that was not asked.
 func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_TokensInfo, slots bool) {
 	switch info := d.GetDetails().(type) {
 	case *checkv1.LimiterDecision_RateLimiterInfo_:

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -13,11 +14,19 @@ import (
 type response struct {
 	http.ResponseWriter
 	request http.Request
+	ctx     requestContext // of the request
 	flow    started
-	obeyed  bool  // the request's headers are the agent's
-	decided bool  // the final status is known, or there will be none
-	err     error // the flow's error; nil for none
+	obeyed  bool // the request's headers are the agent's
+	decided bool // the final status is known, or there will be none
+	failed  bool // the flow knows that the handler has failed
 }
+
+// A requestContext is the flow's context. A request keeps it in an unexported field, where package fmt calls no method. It shows
+// what a pointer there leads to, which is another pointer here, and not the flow with its labels.
+type requestContext struct{ context.Context }
+
+func (c *requestContext) String() string             { return "httpguard.Context" }
+func (c *requestContext) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, c.String()) }
 
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -49,7 +58,15 @@ func (w *response) decide(status int) {
 	if ctx := w.request.Context(); errors.Is(ctx.Err(), context.Canceled) {
 		err = errors.Join(err, context.Cause(ctx)) // so that the flow sees whose cancellation it was
 	}
-	w.err = err
+	w.fail(err)
+}
+
+// fail tells the flow of an error at once, because the client may leave before the handler returns.
+func (w *response) fail(err error) {
+	if w.flow.ShouldRun() {
+		w.flow.SetError(err)
+		w.failed = true
+	}
 }
 
 func (w *response) WriteHeader(status int) {
@@ -96,7 +113,7 @@ func (w *response) hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	w.decided = true
 	if err != nil {
-		w.err = err
+		w.fail(err)
 	}
 	return conn, rw, err
 }

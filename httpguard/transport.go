@@ -123,8 +123,8 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 		}
 	}()
 	resp, err := t.base.RoundTrip(r.WithContext(ctx))
-	returned = true
 	if err != nil || resp == nil {
+		returned = true
 		if err == nil { // http.Client says what is wrong with that
 			trip.end(errNoResponse)
 		} else {
@@ -133,7 +133,11 @@ func (t *Transport) send(r *http.Request, flow started, controlPoint string) (*h
 		return resp, trip, err
 	}
 	t.pauses.heed(flow.Context(), r, controlPoint, resp, t.guard.maxPause) // before the flow ends: then the next may have its slot
-	trip.failure = flow.failure(resp.StatusCode)
+	if err := flow.failure(resp.StatusCode); err != nil {
+		flow.SetError(err) // now, because the caller may cancel before the body has ended
+		trip.failed = true
+	}
+	returned = true
 	if len(t.guard.costs) > 0 {
 		t.guard.costs.settle(flow.Flow, resp.Header)
 		trip.response, trip.costs = resp, t.guard.costs
@@ -171,11 +175,11 @@ func closeBody(r *http.Request) {
 
 // A trip is the flow of a request that was sent.
 type trip struct {
-	flow    adaptor.Ender
-	cancel  context.CancelFunc // ends the request, where it may be retried; else nil
-	failure error              // by the response's status
-	closed  atomic.Bool
-	read    atomic.Bool // the body, to its end, which the caller has not seen
+	flow   adaptor.Ender
+	cancel context.CancelFunc // ends the request, where it may be retried; else nil
+	failed bool               // by the response's status, which the flow knows
+	closed atomic.Bool
+	read   atomic.Bool // the body, to its end, which the caller has not seen
 
 	// Where there may be a trailer that says what the flow costs.
 	response *http.Response
@@ -184,13 +188,14 @@ type trip struct {
 
 // end ends the flow, the first time.
 func (t *trip) end(err error) {
-	if t.failure != nil {
-		err = t.failure
-	}
 	if t.cancel != nil {
 		defer t.cancel()
 	}
-	t.flow.End(err)
+	if t.failed {
+		t.flow.EndAsIs()
+	} else {
+		t.flow.End(err)
+	}
 }
 
 // fail ends the flow after a panic.

@@ -15,15 +15,26 @@ type layers struct {
 	err                 error // the first problem of With
 }
 
-// labelled is a context with labels: one object, where context.WithValue would make two.
+// labelled is a context with labels: one object, where context.WithValue would make two. Package fmt calls no method of
+// what is in an unexported field, as a request's context is, and shows what a pointer there leads to. So the labels are
+// behind one more pointer, into the same object.
 type labelled struct {
 	context.Context
-	layers layers
+	layers *layers
+}
+
+func newLabelled(ctx context.Context, l layers) context.Context {
+	all := &struct {
+		labelled
+		layers layers
+	}{layers: l}
+	all.labelled = labelled{ctx, &all.layers}
+	return &all.labelled
 }
 
 func (c *labelled) Value(key any) any {
 	if key == (contextKey{}) {
-		return &c.layers
+		return c.layers
 	}
 	return c.Context.Value(key)
 }
@@ -65,7 +76,7 @@ func With(ctx context.Context, key, value string, more ...string) context.Contex
 	if len(explicit) > MaxLabels {
 		next.fail(Check(explicit))
 	}
-	return &labelled{ctx, next}
+	return newLabelled(ctx, next)
 }
 
 func (l *layers) add(key, value string) {
@@ -98,7 +109,7 @@ func WithTransport(ctx context.Context, m map[string]string) context.Context {
 		m = repair(transport)
 	}
 	next.transport = m
-	return &labelled{ctx, next}
+	return newLabelled(ctx, next)
 }
 
 // FromContext returns the labels that [With] and [WithTransport] put into ctx, and the first problem of With; nils if

@@ -40,7 +40,7 @@ func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request
 			}
 		}
 		next.transport = repair(m)
-		return &labelled{ctx, next}
+		return newLabelled(ctx, next)
 	}
 }
 

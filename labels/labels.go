@@ -179,5 +179,6 @@ const (
 
 // IsCredential reports whether a header, metadata key or baggage member of that name carries credentials, and so never
 // becomes a label. The name may come in any case, and as the label that a header becomes. "_" counts as "-", because
-// some servers and proxies take the two for one.
+// some servers and proxies take the two for one. The values of an application's own label of such a name are not shown either:
+// the text of matchers, the engine's statistics and what agents report hide them.
 func IsCredential(name string) bool { return credential.Named(name) }

@@ -16,8 +16,8 @@ import (
 // opens again.
 //
 // A flow counts when it ends, and only in the state in which it was admitted. A flow that does not run, because another
-// component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that its
-// caller cancels while it runs, and one whose result a cache has.
+// component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that fails
+// after its caller has canceled it, whatever the error, and one whose result a cache has. A caller's deadline is no cancellation.
 //
 // In the process a breaker knows how a flow went as soon as it ends. A served breaker learns it from the telemetry of its clients, a
 // second or so later. Only the outcome of a flow that the agent has admitted counts, and only once. A client without telemetry

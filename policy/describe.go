@@ -61,7 +61,7 @@ func (d *description) label(name string) { d.add(printable(name)) }
 
 // value adds a value of the label, or what stands for it.
 func (d *description) value(label, value string) {
-	if credential.HeaderLabel(label) {
+	if credential.Named(label) {
 		d.add("(hidden)")
 		return
 	}

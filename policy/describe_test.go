@@ -45,6 +45,11 @@ func TestLabelMatcherString(t *testing.T) {
 			Expression: policy.LabelMatches{Label: "http.request.header.authorization", Regex: "sesame"},
 		}, "http.request.header.authorization = (hidden) and http.request.header.cookie in [(hidden)] and " +
 			"http.request.header.authorization matches (hidden)"},
+		{"credentials that are no headers", policy.LabelMatcher{
+			Equal:      map[string]string{"x-api-key": "sesame"},
+			Require:    []policy.Requirement{{Key: "Cookie", Operator: policy.NotIn, Values: []string{"sesame"}}},
+			Expression: policy.LabelEquals{Label: "api_key", Value: "sesame"},
+		}, "x-api-key = (hidden) and Cookie not in [(hidden)] and api_key = (hidden)"},
 		{"a long value", policy.LabelMatcher{Equal: map[string]string{"a": strings.Repeat("x", 101)}}, `a = "` + strings.Repeat("x", 100) + `…"`},
 		{"many values", policy.LabelMatcher{Require: []policy.Requirement{{Key: "a", Operator: policy.In, Values: many}}}, `a in ["value-0", "value-1", …`},
 		{"many parts", policy.LabelMatcher{Expression: policy.Any(func() (all []policy.Expression) {

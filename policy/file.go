@@ -16,7 +16,8 @@ import (
 //
 // A file holds one or several YAML documents in the shapes that [Parse] describes: Headgate's own, or Aperture's. A path without
 // a policy is an error, and so are two policies of one name. If there is an error, Load returns no policies. The error
-// joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read.
+// joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read. A FIFO, a device
+// and a socket are not read.
 func Load(paths ...string) ([]Policy, error) {
 	var l loader
 	for _, path := range paths {

@@ -31,6 +31,16 @@ func (e *Ender) End(err error) {
 	e.end(err)
 }
 
+// EndAsIs ends the flow with the status that it has.
+func (e *Ender) EndAsIs() {
+	if e.forget != nil {
+		e.forget()
+	}
+	if !e.ended.Swap(true) {
+		End(e.ctx, e.Flow)
+	}
+}
+
 // EndStream is End for the error of a stream of messages, where io.EOF says that all have been received.
 func (e *Ender) EndStream(err error) {
 	if errors.Is(err, io.EOF) {

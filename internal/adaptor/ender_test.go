@@ -39,6 +39,9 @@ func TestEnder(t *testing.T) {
 		{"context", func(_ *adaptor.Ender, cancel context.CancelFunc) { cancel() }, flowctl.StatusError},
 		{"context, then none", func(e *adaptor.Ender, cancel context.CancelFunc) { cancel(); synctest.Wait(); e.End(nil) }, flowctl.StatusError},
 		{"none, then context", func(e *adaptor.Ender, cancel context.CancelFunc) { e.End(nil); cancel() }, flowctl.StatusOK},
+		{"as it is", func(e *adaptor.Ender, _ context.CancelFunc) { e.EndAsIs() }, flowctl.StatusOK},
+		{"an error, then as it is", func(e *adaptor.Ender, _ context.CancelFunc) { e.Flow.SetError(errBroken); e.EndAsIs(); e.End(nil) }, flowctl.StatusError},
+		{"as it is, then context", func(e *adaptor.Ender, cancel context.CancelFunc) { e.EndAsIs(); cancel() }, flowctl.StatusOK},
 		{"all at once", func(e *adaptor.Ender, cancel context.CancelFunc) {
 			var wg sync.WaitGroup
 			wg.Go(cancel)

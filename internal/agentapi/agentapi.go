@@ -367,7 +367,7 @@ type Outcome struct {
 }
 
 // Failed reports whether the flow ran, and ended as an error.
-func (o Outcome) Failed() bool { return o.Ended == EndedFailed }
+func (o Outcome) Failed() bool { return o.Ended.Failed() }
 
 // Ended is how a flow ended.
 type Ended uint8
@@ -378,7 +378,14 @@ const (
 	EndedOK
 	EndedFailed
 	EndedUnknown // it ran, with an unknown result: its caller canceled it, or a cache had its result
+	EndedGone    // it failed after its caller had canceled it, which says nothing about the work either
 )
+
+// Failed reports whether the flow ran, and ended as an error.
+func (e Ended) Failed() bool { return e == EndedFailed || e == EndedGone }
+
+// Told reports whether the end says how the work went.
+func (e Ended) Told() bool { return e == EndedOK || e == EndedFailed }
 
 // Component identifies a limiter or scheduler outside the engine.
 type Component struct {

@@ -1,4 +1,4 @@
-// Package credential names the headers that carry credentials.
+// Package credential names what carries credentials.
 package credential
 
 import "strings"
@@ -6,8 +6,8 @@ import "strings"
 // headerPrefix is what the label of a header begins with.
 const headerPrefix = "http.request.header."
 
-// Named reports whether a header, metadata key or baggage member of that name carries credentials. The name may come in
-// any case, and as the label that a header becomes. "_" counts as "-", because some servers and proxies take the two for
+// Named reports whether a header, metadata key, baggage member or label of that name carries credentials. The name may come in
+// any case, and as the label that a header becomes. An application's own label of such a name counts too. "_" counts as "-", because some servers and proxies take the two for
 // one.
 func Named(name string) bool {
 	name = strings.TrimPrefix(strings.ToLower(name), headerPrefix)
@@ -23,6 +23,3 @@ func Named(name string) bool {
 	}
 	return false
 }
-
-// HeaderLabel reports whether the label is that of a header which carries credentials.
-func HeaderLabel(key string) bool { return strings.HasPrefix(key, headerPrefix) && Named(key) }

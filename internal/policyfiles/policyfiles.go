@@ -5,8 +5,9 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
-	"fmt"
+	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -39,17 +40,38 @@ func List(path string) ([]string, error) {
 	return files, nil
 }
 
-// Read returns a file's content. Of a file that is too large, it returns one byte more than MaxSize.
+var errNotRegular = errors.New("it is not a regular file")
+
+// open opens a regular file. Any other may keep its opener or reader waiting.
+func open(path string) (*os.File, int64, error) {
+	info, err := os.Stat(path) // before it is opened, because that may do something to a device
+	if err == nil && !info.Mode().IsRegular() {
+		return nil, 0, &fs.PathError{Op: "open", Path: path, Err: errNotRegular}
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|nonblocking, 0) // because the file may have become another since then
+	if err != nil {
+		return nil, 0, err
+	}
+	if info, err = f.Stat(); err == nil && !info.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: path, Err: errNotRegular}
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, 0, err
+	}
+	return f, info.Size(), nil
+}
+
+// Read returns a file's content. Of a file that is too large, it returns one byte more than MaxSize. A file that is not
+// regular is an error.
 func Read(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, size, err := open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	var data bytes.Buffer
-	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
-		data.Grow(int(min(info.Size(), MaxSize+1)) + bytes.MinRead) // so that the buffer does not grow by doubling
-	}
+	data.Grow(int(min(size, MaxSize+1)) + bytes.MinRead) // so that the buffer does not grow by doubling
 	_, err = data.ReadFrom(io.LimitReader(f, MaxSize+1))
 	return data.Bytes(), err
 }
@@ -78,14 +100,7 @@ func DigestOf(path string) (Digest, error) {
 }
 
 func digestOf(file string) ([]byte, error) {
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: is not a regular file", file)
-	}
-	f, err := os.Open(file)
+	f, _, err := open(file)
 	if err != nil {
 		return nil, err
 	}

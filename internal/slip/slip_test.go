@@ -11,7 +11,7 @@ func TestIn(t *testing.T) {
 	for want, texts := range map[string][]string{
 		"": {
 			"", "search", "GET /orders/{id}", "/pkg.Service/Method", "a b", "it's", "O\u2019Brien", "suche-f\u00fcr-alle", "f(x)[0]", `a "b"`, "a 'b'", "a `b`",
-			"http://a/b#c", "a//b", "#1", "a, b", "a;b", "k8s:app", "example.com.", "abc=", "C++", "*", "/api/*", "a/", "-a", "$a", "50%",
+			"fr'ee", "free#", "#free", "http://a/b#c", "a//b", "#1", "a, b", "a;b", "k8s:app", "example.com.", "abc=", "C++", "*", "/api/*", "a/", "-a", "$a", "50%",
 		},
 		"a quote or a bracket": {
 			"search]", "search}", "(search", "[search)", `search"`, "}{", "search'", "'search", "search`", "free}", "dogs'", "it's'",

@@ -27,13 +27,15 @@ type contextKey struct{}
 
 // With returns a context with the header that a call brought.
 func With(ctx context.Context, header string) context.Context {
-	return context.WithValue(ctx, contextKey{}, header)
+	return context.WithValue(ctx, contextKey{}, &header) // a pointer, which package fmt does not show what is behind
 }
 
 // From is the header that [With] put into ctx; "" if there is none.
 func From(ctx context.Context) string {
-	header, _ := ctx.Value(contextKey{}).(string)
-	return header
+	if header, ok := ctx.Value(contextKey{}).(*string); ok {
+		return *header
+	}
+	return ""
 }
 
 // Read is the members of a header. Of several with one key the last one counts.

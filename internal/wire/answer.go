@@ -54,6 +54,7 @@ const (
 	rankDecides = iota // it is why the flow is rejected
 	rankHolds          // it names a slot, which comes back by that name
 	rankTells          // it drops the flow, or the component goes by how the flow ends
+	rankTries          // it names a slot of a component in dry run, which rejects no flow, not by its name's size either
 	rankPasses
 	ranks
 )
@@ -62,20 +63,25 @@ func rankOf(v *agentapi.Verdict, d *agentapi.LimiterDecision) int {
 	switch {
 	case d.Dropped && d.Component == v.Rejection().By:
 		return rankDecides
-	case d.Component.Slots && d.Slot() != 0:
+	case holds(d) && !d.Component.DryRun:
 		return rankHolds
 	case d.Dropped, d.Component.Outcomes:
 		return rankTells
+	case holds(d):
+		return rankTries
 	default:
 		return rankPasses
 	}
 }
 
+func holds(d *agentapi.LimiterDecision) bool { return d.Component.Slots && d.Slot() != 0 }
+
 // fit returns the decisions that fit into room bytes, in order. If not all fit, they go in by rank, so that of 40,000
-// only the first ones are built. It reports whether all slots are among them.
-func fit(req *agentapi.Request, v *agentapi.Verdict, room int) (kept []*checkv1.LimiterDecision, ok bool) {
+// only the first ones are built. It returns those that are left out although they hold slots, which are of components in dry
+// run, and reports whether all other slots are among those that fit.
+func fit(req *agentapi.Request, v *agentapi.Verdict, room int) (kept []*checkv1.LimiterDecision, unnamed []*agentapi.LimiterDecision, ok bool) {
 	if v.Len() == 0 {
-		return nil, true
+		return nil, nil, true
 	}
 	kept = make([]*checkv1.LimiterDecision, v.Len())
 	var load Load
@@ -93,7 +99,7 @@ func fit(req *agentapi.Request, v *agentapi.Verdict, room int) (kept []*checkv1.
 		all = take(i)
 	}
 	if all {
-		return kept, true
+		return kept, nil, true
 	}
 	clear(kept)
 	load = Load{}
@@ -105,20 +111,25 @@ ranks:
 			}
 			switch rank {
 			case rankHolds:
-				return nil, false
-			case rankTells, rankPasses:
+				return nil, nil, false
+			case rankTells, rankTries, rankPasses:
 				break ranks
 			}
 		}
 	}
-	return slices.DeleteFunc(kept, func(m *checkv1.LimiterDecision) bool { return m == nil }), true
+	for i, m := range kept {
+		if d := v.At(i); m == nil && holds(d) {
+			unnamed = append(unnamed, d)
+		}
+	}
+	return slices.DeleteFunc(kept, func(m *checkv1.LimiterDecision) bool { return m == nil }), unnamed, true
 }
 
 // maxBucketName is the longest value in the name of a bucket, in bytes.
 const maxBucketName = 256
 
 // MostLoad returns the most that the decisions of the components take of an answer, and the same for those that hold
-// slots.
+// slots and are not in dry run.
 func MostLoad(components []*agentapi.Component) (all, holding Load) {
 	req := new(agentapi.Request)
 	for _, c := range components {
@@ -129,7 +140,7 @@ func MostLoad(components []*agentapi.Component) (all, holding Load) {
 		d.Hold(1<<64 - 1)
 		m := decision(req, &d)
 		all = all.and(m)
-		if c.Slots {
+		if c.Slots && !c.DryRun {
 			holding = holding.and(m)
 		}
 	}

@@ -152,7 +152,7 @@ func TestFit(t *testing.T) {
 			for i := range tt.v.Len() {
 				size = max(size, sizeIn(decision(new(agentapi.Request), tt.v.At(i))))
 			}
-			kept, ok := fit(new(agentapi.Request), tt.v, tt.room*size)
+			kept, _, ok := fit(new(agentapi.Request), tt.v, tt.room*size)
 			ids := []string{}
 			for _, m := range kept {
 				ids = append(ids, m.GetComponentId())

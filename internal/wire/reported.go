@@ -27,24 +27,24 @@ const (
 )
 
 // Answer is [Response] for clients across the network. If there are too many labels, those that policies name go first,
-// then those that are no headers, then those with the smallest keys. It reports no value of a header that carries
+// then those that are no headers, then those with the smallest keys. It reports no label that carries
 // credentials. If the decisions do not fit into room bytes, the one that rejects the flow goes first, then those that
 // hold slots, then those that drop the flow. If not all slots fit, ok is false and there is no answer: the flow must
-// hold no slot.
-func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool, room int) (m *checkv1.CheckResponse, ok bool) {
-	decisions, ok := fit(req, v, room)
+// hold no slot. Slots of components in dry run need not fit: the flow must give back those that are unnamed.
+func Answer(req *agentapi.Request, v *agentapi.Verdict, named map[string]bool, room int) (m *checkv1.CheckResponse, unnamed []*agentapi.LimiterDecision, ok bool) {
+	decisions, unnamed, ok := fit(req, v, room)
 	if !ok {
-		return nil, false
+		return nil, nil, false
 	}
 	all := req.Labels.Merged()
 	m = response(req, v, reported(all, named), decisions)
 	for key := range m.GetTelemetryFlowLabels() {
-		if credential.HeaderLabel(key) {
+		if credential.Named(key) {
 			delete(m.GetTelemetryFlowLabels(), key)
 		}
 	}
 	m.ControlPoint = Cut(req.ControlPoint, maxReportedPoint)
-	return m, true
+	return m, unnamed, true
 }
 
 // reported returns the labels that an answer reports. The map may be all itself.

@@ -171,8 +171,17 @@ func decision(req *agentapi.Request, d *agentapi.LimiterDecision) *checkv1.Limit
 	if c.Workload != nil {
 		told.workload, told.priority = c.Workload(&req.Labels)
 	}
+	if !hasTokens(d) {
+		told.tokens = nil
+	}
 	info.tell(m, told)
 	return m
+}
+
+// hasTokens reports whether the component has a quota, and was asked for what is left of it. The probes of a circuit breaker
+// are no quota.
+func hasTokens(d *agentapi.LimiterDecision) bool {
+	return !d.Component.Outcomes && !(d.Dropped && (d.Cause == agentapi.CauseLate || d.Cause == agentapi.CauseLongLabel))
 }
 
 // An infoOf encodes the decisions of components with one info.
@@ -197,7 +206,7 @@ var _ [agentapi.Infos]infoOf = infos
 // telling is what the wire reports of a decision.
 type telling struct {
 	d      *agentapi.LimiterDecision
-	tokens *checkv1.LimiterDecision_TokensInfo
+	tokens *checkv1.LimiterDecision_TokensInfo // nil if there is nothing to tell of them
 
 	// Of a scheduler.
 	workload string
@@ -217,7 +226,7 @@ func tellConcurrencyLimiter(m *checkv1.LimiterDecision, t telling) {
 }
 
 func tellQuotaScheduler(m *checkv1.LimiterDecision, t telling) {
-	if t.d.Dropped {
+	if t.d.Dropped && t.tokens != nil {
 		t.tokens.Reset() // as agents have it
 	}
 	m.Details = &checkv1.LimiterDecision_QuotaSchedulerInfo_{QuotaSchedulerInfo: &checkv1.LimiterDecision_QuotaSchedulerInfo{
@@ -226,16 +235,21 @@ func tellQuotaScheduler(m *checkv1.LimiterDecision, t telling) {
 }
 
 func tellConcurrencyScheduler(m *checkv1.LimiterDecision, t telling) {
-	t.tokens.Remaining = max(t.d.Remaining, 0)
+	if t.tokens != nil {
+		t.tokens.Remaining = max(t.d.Remaining, 0)
+	}
 	m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
 		Label: Label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority, RequestId: slotID(t.d.Slot()),
 	}}
 }
 
 func tellLoadScheduler(m *checkv1.LimiterDecision, t telling) {
-	t.tokens.Current = 0 // what its bucket holds changes with the load
-	if t.d.Dropped {
+	switch {
+	case t.tokens == nil:
+	case t.d.Dropped:
 		t.tokens.Reset()
+	default:
+		t.tokens.Current = 0 // what its bucket holds changes with the load
 	}
 	m.Details = &checkv1.LimiterDecision_LoadSchedulerInfo{LoadSchedulerInfo: &checkv1.LimiterDecision_SchedulerInfo{
 		WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority,

@@ -22,7 +22,7 @@ const MaxValue = 64 << 10
 // A Namer gives values of one label the names that their states are kept by. Answers hold the name in place of the value,
 // over the wire too, where the name finds the state again when the flow ends.
 //
-// Most values are their own names; long ones are shortened. Where the label is a header that carries credentials, the name
+// Most values are their own names; long ones are shortened. Where the label carries credentials, the name
 // is a code of the value by a secret, so that neither an answer nor a program's memory shows the credentials.
 //
 // The zero value is a Namer for labels without credentials.
@@ -47,7 +47,7 @@ func (s *Secret) Bytes() []byte {
 
 // NewNamer makes a Namer of the label's values, with the secret that there is whenever it makes a name.
 func NewNamer(label string, secret *Secret) Namer {
-	if credential.HeaderLabel(label) {
+	if credential.Named(label) {
 		return Namer{secret}
 	}
 	return Namer{}

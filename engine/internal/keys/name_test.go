@@ -40,6 +40,7 @@ func TestName(t *testing.T) {
 		{"the longest that names itself", "user", strings.Repeat("x", keys.MaxName), true},
 		{"a long value", "user", strings.Repeat("x", keys.MaxName+1), false},
 		{"credentials", "http.request.header.authorization", "Bearer x", false},
+		{"credentials that are no header", "X-API-Key", "Bearer x", false},
 	} {
 		n := keys.NewNamer(tt.label, secret)
 		got := n.Name(tt.value)
