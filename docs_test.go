@@ -16,11 +16,11 @@ import (
 	"testing"
 )
 
-// documents gives all documents: those in the root, those in docs, and those for contributors.
+// documents gives all documents: those in the root, those in docs, the recipes, and those for contributors.
 func documents(t *testing.T) []string {
 	t.Helper()
 	var found []string
-	for _, pattern := range []string{"*.md", "docs/*.md", "docs/contributing/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/recipes/*.md", "docs/contributing/*.md"} {
 		names, err := filepath.Glob(filepath.FromSlash(pattern))
 		if err != nil || len(names) == 0 {
 			t.Fatalf("no documents match %s: %v", pattern, err)
