@@ -81,7 +81,7 @@ func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int6
 		b.tokens = max(left, 0)
 		return true, 0
 	}
-	if want > r.Capacity || r.Fill == 0 {
+	if !r.brings(want) {
 		return false, 0
 	}
 	return false, max(r.until(b, now, want), 1)
@@ -110,11 +110,16 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 	return wait
 }
 
-// Take takes tokens. A flow that costs nothing always gets its tokens.
+// Take takes tokens. A flow that costs nothing always gets its tokens. Tokens that never come by other numbers may come by the
+// rule's own.
 func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
-	ok, wait := r.inForce(b, now).takeOrWait(b, now, tokens)
-	return source.Taken{OK: ok, Left: b.tokens, Wait: wait}
+	is := r.inForce(b, now)
+	ok, wait := is.takeOrWait(b, now, tokens)
+	return source.Taken{OK: ok, Left: b.tokens, Wait: wait, Later: !ok && wait == 0 && is != r && r.brings(tokens)}
 }
+
+// brings reports whether so many tokens come, given time.
+func (r *Rule) brings(tokens float64) bool { return tokens <= r.Capacity && r.Fill > 0 }
 
 // Cost returns the tokens, up to [source.MaxCost].
 func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
