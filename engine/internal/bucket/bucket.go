@@ -146,14 +146,21 @@ func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forg
 
 // Inherit carries the balance over. A step that is under way goes on, unless steps are shorter now: then it begins anew, so that the
 // time before counts for one of them at the most.
+//
+// While both rules go by their other numbers, the balance is carried from those to those. If only one does, it is carried by the own
+// numbers of both, and what is beyond the other capacity is lost: other numbers that come or go bring no tokens.
 func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
 	old, ok := before.(*Rule)
 	if !ok || *old == *r {
 		return
 	}
-	old = old.inForce(b, now)
-	old.refill(b, now)
-	b.tokens = source.Carry(b.tokens, old.Capacity, r.Capacity)
+	was, is := old.inForce(b, now), r.current()
+	was.refill(b, now)
+	if was == old || is == r {
+		b.tokens = min(source.Carry(b.tokens, old.Capacity, r.Capacity), is.Capacity)
+	} else {
+		b.tokens = source.Carry(b.tokens, was.Capacity, is.Capacity)
+	}
 	switch {
 	case r.Delay && b.start > now: // no longer than it takes to fill by the new numbers
 		b.start = min(b.start, now+r.timeToFill(r.Capacity))
@@ -181,7 +188,7 @@ func (r *Rule) Usage(b *State, now int64) source.Usage {
 func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	r = r.inForce(b, now)
 	r.refill(b, now)
-	if tokens > r.Capacity || r.Fill == 0 {
+	if !r.brings(tokens) {
 		return source.Never, source.Never
 	}
 	least = max(r.until(b, now, ahead.Least+tokens), 0)
