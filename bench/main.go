@@ -4,8 +4,8 @@
 //	make bench
 //
 // Machines differ and are noisy, so only ratios of one run are meaningful. All rows take turns, for several rounds. The
-// table shows the median over the rounds, for the ratios too. Bench is a module of its own, so that users of Headgate
-// do not get its peers.
+// table shows the median over the rounds. A ratio is the median of the ratios of the rounds, which is another number than
+// the ratio of two medians. Bench is a module of its own, so that users of Headgate do not get its peers.
 package main
 
 import (
@@ -109,6 +109,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), processor(), *rounds, *each, overGRPC**each)
 	t.print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight over gRPC, and one for each processor elsewhere; ns/op is then the time of the run over its calls.\n", inFlight)
+	fmt.Fprintln(stdout, "A ratio is the median of the ratios of the rounds, not the ratio of two medians. It is not clear if the bound is within the middle half of the rounds.")
 	fmt.Fprintf(stdout, "All rows, and the agent, have %d MiB of live objects on the heap besides.\n", liveBytes>>20)
 	fmt.Fprintln(stdout, "Queue and wake is the time from one flow that gets the only slot to the next.")
 	if check := t.row(bareCheck); check != nil {

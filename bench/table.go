@@ -187,6 +187,10 @@ func (t *table) row(name string) *row {
 }
 
 // compare gives the columns on a target. A target without another row is a bound on the column itself.
+//
+// A ratio is the median of the ratios of the rounds. Rows of one round share what the machine is busy with, so this varies less from
+// run to run than the ratio of the two medians, which the table shows beside it, and may be on the other side of a bound. A verdict
+// is marked if the rounds differ by more than what is left to the bound.
 func (t *table) compare(r *row, target target) string {
 	unit := ""
 	ours := r.in(target.column)
@@ -213,6 +217,9 @@ func (t *table) compare(r *row, target target) string {
 	bound := ""
 	if !target.aside {
 		bound = fmt.Sprintf("≤ %s%s: %s", strconv.FormatFloat(target.most, 'g', 3, 64), unit, verdict(value <= target.most))
+		if low, high := middle(ours); low <= target.most && target.most < high {
+			bound += fmt.Sprintf(", not clear: %.2f to %.2f", low, high)
+		}
 	}
 	return fmt.Sprintf("%s%s\t%s\t%s\t%s\t", text, unit, target.column, target.than, bound)
 }
@@ -222,6 +229,16 @@ func verdict(met bool) string {
 		return "met"
 	}
 	return "missed"
+}
+
+// middle returns the bounds of the middle half of the values.
+func middle(values []float64) (low, high float64) {
+	sorted := slices.Sorted(slices.Values(values))
+	if len(sorted) == 0 {
+		return 0, 0
+	}
+	n := len(sorted) / 4
+	return sorted[n], sorted[len(sorted)-1-n]
 }
 
 func median(values []float64) float64 {

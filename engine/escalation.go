@@ -9,30 +9,43 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
+// An escalation is the course of the escalation of one limiter. The controller alone goes on with it, so it has no lock. A limiter whose
+// policy changes leaves it to the next one of its name: a load scheduler that keeps flows out does so whatever Apply changes.
+type escalation struct {
+	below   int64 // since when the load scheduler is below; -1 if it is not
+	is      bool  // the other numbers are in force
+	changes bucket.Changes
+}
+
 // escalate returns the changes to other numbers and back, while a load scheduler lets in too little; nil if there is no
 // escalation. Changed is called after each change; it may be nil.
 func (p *installed) escalate(e *Engine, when policy.Escalation, changed func()) *bucket.Changes {
 	if when.Load == "" {
 		return nil
 	}
-	changes := new(bucket.Changes)
+	if before := e.rules.Load().byName[componentName{p.named.policy, p.named.id}]; before != nil {
+		p.escalation = before.escalation
+	}
+	if p.escalation == nil {
+		p.escalation = &escalation{below: -1}
+	}
+	c := p.escalation
 	from := componentName{p.named.policy, when.Load}
-	below, escalated := int64(-1), false // since when it is below; -1 if it is not
 	p.looks = append(p.looks, func(now int64) {
 		// The scheduler is looked up each time, because Apply may replace it and keep the limiter. What is not a number is not
 		// below.
 		switch multiplier := desired(e.rules.Load().byName[from]); {
 		case !(multiplier < when.Below):
-			below = -1
-		case below < 0:
-			below = now
+			c.below = -1
+		case c.below < 0:
+			c.below = now
 		}
-		is := below >= 0 && now-below >= int64(when.For)
-		if is == escalated {
+		is := c.below >= 0 && now-c.below >= int64(when.For)
+		if is == c.is {
 			return
 		}
-		escalated = is
-		changes.Set(e.now(), is)
+		c.is = is
+		c.changes.Set(e.now(), is)
 		if changed != nil {
 			changed()
 		}
@@ -43,7 +56,14 @@ func (p *installed) escalate(e *Engine, when policy.Escalation, changed func()) 
 			e.logger.Info("headgate: a limiter has its own numbers again", "policy", from.policy, "component", p.named.id)
 		}
 	})
-	return changes
+	return &c.changes
+}
+
+// atMost returns the escalation of a value with an override, which gives it no more than it has otherwise: an override may be there to
+// refuse the value.
+func atMost(when policy.Escalation, capacity, fill float64) policy.Escalation {
+	when.Capacity, when.Fill = min(when.Capacity, capacity), min(when.Fill, fill)
+	return when
 }
 
 // escalated gives the rule the other numbers for the times that changes say, if that is not nil.
@@ -76,17 +96,10 @@ func desired(p *installed) float64 {
 
 // wake serves the flows that wait for tokens, at any key, after the numbers have changed.
 func (s *scheduler[S]) wake() {
-	serve := func(e *keys.Entry[line[S]]) {
+	s.each(func(e *keys.Entry[line[S]]) {
 		if e.State.waiting() {
 			e.State.queue.changes++
 			s.serve(e, s.engine.now())
 		}
-	}
-	if s.table != nil {
-		s.table.Each(serve)
-		return
-	}
-	s.single.Lock()
-	defer s.single.Unlock()
-	serve(s.single)
+	})
 }

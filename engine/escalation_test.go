@@ -149,3 +149,136 @@ func TestEscalationAfterApply(t *testing.T) {
 		peek(t, e, "limit", engine.Usage{})
 	})
 }
+
+// A value with an override has the lesser of its own numbers and the escalation's: one that is refused stays so.
+func TestEscalationOfOverrides(t *testing.T) {
+	overrides := map[string]policy.Override{
+		"acme": {Capacity: 10, Fill: 10}, "small": {Capacity: 1}, "banned": {Capacity: math.SmallestNonzeroFloat64}, "slow": {Interval: time.Hour},
+	}
+	host := func(_, value string) (policy.Override, bool) { return policy.Override{Capacity: 1}, value == "asked" }
+	when := policy.Escalation{Load: "protect", Below: 1, Capacity: 2, Fill: 2}
+	for name, limit := range map[string]policy.Component{
+		"limiter": policy.RateLimiter{Selectors: policy.At("point"), Capacity: 5, Fill: 5, Interval: time.Second, LimitBy: "user_id", Overrides: overrides, When: when},
+		"scheduler": policy.QuotaScheduler{
+			Selectors: policy.At("point"), Capacity: 5, Fill: 5, Interval: time.Second, LimitBy: "user_id", Overrides: overrides, When: when,
+			Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}},
+		},
+	} {
+		for _, kind := range sides.Engines {
+			t.Run(name+"/"+string(kind), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					share := new(multiplier)
+					share.set(1)
+					start := time.Now()
+					side := sides.Setup{
+						Policies: sides.Policies(limit, protect()), EngineOptions: []engine.Option{share.of(), engine.WithOverrides(host)},
+					}.New(t, kind)
+					for _, tt := range []struct {
+						at    time.Duration
+						share float64
+						want  map[string]int
+					}{
+						{5 * time.Second, 0.5, map[string]int{"ann": 5, "acme": 10, "small": 1, "banned": 0, "slow": 5, "asked": 1}},
+						{15 * time.Second, 1, map[string]int{"ann": 2, "acme": 2, "small": 1, "banned": 0, "slow": 0, "asked": 1}},
+						{25 * time.Second, 1, map[string]int{"ann": 5, "acme": 10, "small": 1, "banned": 0, "slow": 0, "asked": 1}},
+					} {
+						<-time.After(time.Until(start.Add(tt.at)))
+						for who, want := range tt.want {
+							if got := (kindWithOverrides{}).admitted(t, side.Client, who); got != want {
+								t.Errorf("at %v: %s: %d flows were admitted want %d", tt.at, who, got, want)
+							}
+						}
+						share.set(tt.share)
+					}
+				})
+			})
+		}
+	}
+}
+
+// Other numbers that are in force stay in force when Apply changes a limiter, and the bucket gets no tokens by it that the limiter's own
+// numbers would not have brought. The escalation ends at 50 s.
+func TestEscalationAcrossApply(t *testing.T) {
+	limit := func(change func(*policy.RateLimiter)) policy.RateLimiter {
+		l := policy.RateLimiter{ID: "limit", Selectors: policy.At("point"), Capacity: 10, Fill: 1, Interval: time.Second, When: escalation()}
+		change(&l)
+		return l
+	}
+	for _, tt := range []struct {
+		name      string
+		change    func(*policy.RateLimiter)
+		is, later engine.Usage // at once, and 5 s after the escalation
+	}{
+		{"a dry run", func(l *policy.RateLimiter) { l.DryRun = true }, engine.Usage{}, engine.Usage{Capacity: 10, Remaining: 5}},
+		{"more", func(l *policy.RateLimiter) { l.Capacity = 20 }, engine.Usage{}, engine.Usage{Capacity: 20, Remaining: 5}},
+		{"other numbers", func(l *policy.RateLimiter) { l.When.Capacity, l.When.Fill = 2, 1 }, engine.Usage{Capacity: 2, Remaining: 2}, engine.Usage{Capacity: 10, Remaining: 7}},
+		{"another bound", func(l *policy.RateLimiter) { l.When.Below = 0.9 }, engine.Usage{}, engine.Usage{Capacity: 10, Remaining: 5}},
+		{"buckets that fill in steps", func(l *policy.RateLimiter) { l.StepFill = true }, engine.Usage{}, engine.Usage{Capacity: 10, Remaining: 5}},
+		{"no escalation", func(l *policy.RateLimiter) { l.When = policy.Escalation{} }, engine.Usage{Capacity: 10}, engine.Usage{Capacity: 10, Remaining: 9.5}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				share := new(multiplier)
+				share.set(0.5)
+				start := time.Now()
+				e, _ := reloadable(t, []policy.Component{limit(func(*policy.RateLimiter) {}), protect()}, share.of())
+				at := func(s float64) { <-time.After(time.Until(start.Add(time.Duration(s * float64(time.Second))))) }
+				at(45.5)
+				peek(t, e, "limit", engine.Usage{})
+				apply(t, e, limit(tt.change), protect())
+				peek(t, e, "limit", tt.is)
+				share.set(1)
+				at(55)
+				peek(t, e, "limit", tt.later)
+			})
+		})
+	}
+}
+
+// A flow that waits keeps its place when Apply changes a scheduler whose other numbers are in force, unless it never gets its tokens by
+// the scheduler's own ones.
+func TestEscalationOfQueuesAcrossApply(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		capacity float64
+		override map[string]policy.Override
+		want     flowctl.Decision
+		after    time.Duration
+	}{
+		{"sooner", 1, nil, flowctl.Accepted, 30 * time.Second},
+		{"sooner by an override", 0, map[string]policy.Override{"ann": {Capacity: 1}}, flowctl.Accepted, 30 * time.Second},
+		{"never", 0, nil, flowctl.Rejected, 15 * time.Second},
+		{"never by an override", 1, map[string]policy.Override{"ann": {Fill: math.SmallestNonzeroFloat64}}, flowctl.Rejected, 15 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				share := new(multiplier)
+				share.set(0.5)
+				start := time.Now()
+				limit := policy.QuotaScheduler{
+					ID: "limit", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 20 * time.Second, LimitBy: "user",
+					When: policy.Escalation{Load: "protect", Below: 1},
+				}
+				e, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+				ask := func() *flowctl.Flow {
+					return c.Start(t.Context(), "point", flowctl.Params{MaxWait: time.Minute, Labels: map[string]string{"user": "ann"}})
+				}
+				end(ask())
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					f := ask()
+					defer end(f)
+					if after := time.Since(start); f.Decision() != tt.want || after != tt.after {
+						t.Errorf("after %v: %v want %v after %v", after, f, tt.want, tt.after)
+					}
+				}()
+				<-time.After(15 * time.Second)
+				limit.Capacity, limit.Interval, limit.Overrides = tt.capacity, 10*time.Second, tt.override
+				apply(t, e, limit, protect())
+				share.set(1) // which is looked at at 20 s
+				<-done
+			})
+		})
+	}
+}

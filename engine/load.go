@@ -156,7 +156,7 @@ func (l *load) refill(now int64) {
 }
 
 // Take lets in a flow that wants more than the bucket holds if the bucket is full: later flows wait until what it took
-// has come.
+// has come. If nothing is let in, that may change.
 func (*loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	tokens = min(tokens, source.MaxCost)
 	if l.open() {
@@ -164,7 +164,7 @@ func (*loadRule) Take(l *load, now int64, tokens float64) source.Taken {
 	}
 	l.refill(now)
 	if full := min(tokens, l.rate); tokens > 0 && (l.rate == 0 || l.tokens < full-source.Slack) {
-		return source.Taken{Left: max(l.tokens, 0), Wait: max(l.until(full), 0)}
+		return source.Taken{Left: max(l.tokens, 0), Wait: max(l.until(full), 0), Later: l.rate == 0}
 	}
 	l.tokens -= tokens
 	return source.Taken{OK: true, Left: max(l.tokens, 0)}

@@ -16,7 +16,11 @@ func newQuotaScheduler(e *Engine, in *installed, p policy.QuotaScheduler, c agen
 	of := quotaNumbers(in.escalate(e, p.When, func() { s.wake() }))
 	s, err := newScheduler(e, limits[bucket.State]{
 		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
-		own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+		own: of(p), overrides: p.Overrides,
+		with: withNumbers(in, func(p policy.QuotaScheduler) *numbers[source.Source[bucket.State]] {
+			p.When = atMost(p.When, p.Capacity, p.Fill)
+			return of(p)
+		}),
 	}, &p.Scheduler)
 	if err != nil {
 		return nil, err

@@ -17,7 +17,11 @@ func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.C
 	of := rateNumbers(in.escalate(e, p.When, nil))
 	l, err := newLimiter(e, limits[bucket.State]{
 		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
-		own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+		own: of(p), overrides: p.Overrides,
+		with: withNumbers(in, func(p policy.RateLimiter) *numbers[source.Source[bucket.State]] {
+			p.When = atMost(p.When, p.Capacity, p.Fill)
+			return of(p)
+		}),
 	})
 	if err != nil {
 		return nil, err

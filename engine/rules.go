@@ -42,6 +42,8 @@ type installed struct {
 	override  func(any) (any, error)
 	picks     string // an encoding of the selectors
 
+	escalation *escalation // nil for none
+
 	// follows is the component whose state it takes over when it comes into force, because only numbers differ.
 	follows *installed
 
@@ -77,7 +79,8 @@ type retired struct {
 // new numbers hold at once. A bucket gets what has come by the old ones, and keeps what it has used: with 5 more of Capacity, it has 5
 // tokens more. With less Capacity it has less, but owes nothing that it has not owed before. Slots stay taken, also more than the new
 // Max. Flows that wait keep their places, and are served by the new numbers. They are decided about anew if no number of tokens to
-// come is enough for them, or if no flow waits any more, because of a dry run or PassThrough.
+// come is enough for them, or if no flow waits any more, because of a dry run or PassThrough. A [policy.Escalation] goes on: its new
+// numbers hold at once if it is in force.
 //
 // Others begin with full buckets and free slots. A flow in flight gives its slots back where it got them, over the network too, until
 // their MaxInflight has passed; a new limiter does not count them. A flow that waits in a queue that is no longer in force gives back

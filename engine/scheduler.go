@@ -550,7 +550,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 	}
 	for w := q.First(); w != nil; w = q.First() {
 		got := s.of(e).rule.Take(&e.State.tokens, at, w.Flow.tokens)
-		if !got.OK && got.Wait <= 0 && s.meter == nil { // by numbers that have changed since it came
+		if !got.OK && got.Wait <= 0 && !got.Later { // by numbers that have changed since it came
 			q.dismiss(w)
 			continue
 		}

@@ -250,7 +250,7 @@ func (f *shapeField) property(s sources) object {
 		return text
 	case t.Kind() == reflect.Bool:
 		return object{"type": "boolean"}
-	case t.Kind() == reflect.Float64 && f.rule == nonzero:
+	case t.Kind() == reflect.Float64 && f.rule == nonzero && f.zero == 0:
 		return object{"type": "number", "not": object{"const": 0}}
 	case t.Kind() == reflect.Float64:
 		return object{"type": "number"}

@@ -9,8 +9,14 @@ import (
 // matter less are kept out before the others have to wait. The zero value does nothing.
 //
 // The engine looks at the scheduler each second. Tokens beyond a capacity are lost when it comes into force, and a capacity
-// that grows brings none, so a bucket never grants more than the numbers of each time. A limiter has its own numbers when it
-// comes into force. Answers have its own capacity at all times.
+// that grows brings none, so a bucket never grants more than the numbers of each time. A limiter that is new has its own numbers. One
+// that replaces another of its policy and ID goes on with the escalation of that one. Answers have the limiter's own capacity, or
+// that of an [Override], at all times.
+//
+// A flow that waits goes on waiting, for as long as it may, if the other numbers never give it its tokens and the own ones do. A flow
+// that comes meanwhile is rejected then.
+//
+// A value with an [Override] has the lesser of its own Capacity and those here, and so with Fill. It keeps its Interval and MaxDebt.
 type Escalation struct {
 	// Load is the ID, own or default, of a [LoadScheduler] or an [AIMDLoadScheduler] of the same policy. Required.
 	Load string

@@ -53,7 +53,10 @@ func TestEscalationInGo(t *testing.T) {
 		{"by the default ID", policy.Escalation{Load: "load_scheduler.0", Below: 1}, ""},
 		{"by nothing", policy.Escalation{Capacity: 1}, `policy "p": components[0].When.Load: is required` + "\n" + `policy "p": components[0].When.Below: must be positive, is 0: no multiplier is below`},
 	} {
-		c := policy.QuotaScheduler{Selectors: policy.At("a"), Interval: time.Second, When: tt.when}
+		c := policy.QuotaScheduler{
+			Selectors: policy.At("a"), Interval: time.Second, When: tt.when,
+			LimitBy: "user", Overrides: map[string]policy.Override{"ann": {Capacity: 1}},
+		}
 		load := policy.LoadScheduler{Selectors: policy.At("a"), LoadMultiplier: policy.Constant(1)}
 		err := (policy.Policy{Name: "p", Components: []policy.Component{&c, &load}}).Validate()
 		if got := message(err); got != tt.want {

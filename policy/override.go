@@ -20,6 +20,8 @@ import (
 // A flow gets the numbers of the value that its label has. Callers that set the label themselves can claim any override:
 // have only labels with overrides that callers do not control.
 //
+// While a limiter has the numbers of an [Escalation], a value with an override has these as far as they are less than its own.
+//
 // A number that the kind of component does not have is an error, and so is an override without a number. Errors name an
 // override by its index in the order of the values, because a value may be a customer's name.
 type Override struct {

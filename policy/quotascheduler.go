@@ -65,6 +65,7 @@ func (s QuotaScheduler) check(wrong report) {
 	checkSelectors(wrong.sub(".Selectors"), s.Selectors)
 	s.numbers(wrong)
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
+	s.When.check(wrong.sub(".When"))
 	s.Scheduler.check(wrong.sub(".Scheduler"))
 	checkOverrides(wrong, s)
 }
@@ -76,8 +77,6 @@ func (s QuotaScheduler) numbers(wrong report) {
 	checkAmount(wrong.sub(".Fill"), s.Fill)
 	checkPositive(wrong.sub(".Interval"), s.Interval)
 	checkDebt(wrong.sub(".MaxDebt"), s.MaxDebt, "Scheduler.TokensLabel", s.Scheduler.TokensLabel)
-	s.When.check(wrong.sub(".When"))
-	s.Scheduler.check(wrong.sub(".Scheduler"))
 }
 
 func (d *decoder) quotaScheduler(c component) Component {

@@ -80,6 +80,7 @@ func (l RateLimiter) check(wrong report) {
 	checkName(wrong.sub(".LimitBy"), l.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	l.When.check(wrong.sub(".When"))
 	checkOverrides(wrong, l)
 }
 
@@ -90,8 +91,6 @@ func (l RateLimiter) numbers(wrong report) {
 	checkAmount(wrong.sub(".Fill"), l.Fill)
 	checkPositive(wrong.sub(".Interval"), l.Interval)
 	checkDebt(wrong.sub(".MaxDebt"), l.MaxDebt, "TokensLabel", l.TokensLabel)
-	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
-	l.When.check(wrong.sub(".When"))
 }
 
 func (d *decoder) rateLimiter(c component) Component {

@@ -172,8 +172,13 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 func (d *decoder) shortMap(v value, f *shapeField, to reflect.Value) {
 	of := to.Type().Elem()
 	if d.learned != nil {
-		if of.Kind() == reflect.Struct {
-			d.structure(value{up: d.keep(v)}, reflect.New(of).Elem())
+		switch element := (value{up: d.keep(v)}); {
+		case of == reflect.TypeFor[Override](): // only the numbers of its component belong there
+			if c, ok := kindNamed(v.up.key); ok {
+				d.fields(element, overrideKeys(c), "")
+			}
+		case of.Kind() == reflect.Struct:
+			d.structure(element, reflect.New(of).Elem())
 		}
 		return
 	}

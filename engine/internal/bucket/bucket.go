@@ -81,7 +81,7 @@ func (r *Rule) takeOrWait(b *State, now int64, want float64) (ok bool, wait int6
 		b.tokens = max(left, 0)
 		return true, 0
 	}
-	if want > r.Capacity || r.Fill == 0 {
+	if !r.brings(want) {
 		return false, 0
 	}
 	return false, max(r.until(b, now, want), 1)
@@ -110,11 +110,16 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 	return wait
 }
 
-// Take takes tokens. A flow that costs nothing always gets its tokens.
+// Take takes tokens. A flow that costs nothing always gets its tokens. Tokens that never come by other numbers may come by the
+// rule's own.
 func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
-	ok, wait := r.inForce(b, now).takeOrWait(b, now, tokens)
-	return source.Taken{OK: ok, Left: b.tokens, Wait: wait}
+	is := r.inForce(b, now)
+	ok, wait := is.takeOrWait(b, now, tokens)
+	return source.Taken{OK: ok, Left: b.tokens, Wait: wait, Later: !ok && wait == 0 && is != r && r.brings(tokens)}
 }
+
+// brings reports whether so many tokens come, given time.
+func (r *Rule) brings(tokens float64) bool { return tokens <= r.Capacity && r.Fill > 0 }
 
 // Cost returns the tokens, up to [source.MaxCost].
 func (r *Rule) Cost(tokens float64) float64 { return min(tokens, source.MaxCost) }
@@ -141,14 +146,21 @@ func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forg
 
 // Inherit carries the balance over. A step that is under way goes on, unless steps are shorter now: then it begins anew, so that the
 // time before counts for one of them at the most.
+//
+// While both rules go by their other numbers, the balance is carried from those to those. If only one does, it is carried by the own
+// numbers of both, and what is beyond the other capacity is lost: other numbers that come or go bring no tokens.
 func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
 	old, ok := before.(*Rule)
 	if !ok || *old == *r {
 		return
 	}
-	old = old.inForce(b, now)
-	old.refill(b, now)
-	b.tokens = source.Carry(b.tokens, old.Capacity, r.Capacity)
+	was, is := old.inForce(b, now), r.current()
+	was.refill(b, now)
+	if was == old || is == r {
+		b.tokens = min(source.Carry(b.tokens, old.Capacity, r.Capacity), is.Capacity)
+	} else {
+		b.tokens = source.Carry(b.tokens, was.Capacity, is.Capacity)
+	}
 	switch {
 	case r.Delay && b.start > now: // no longer than it takes to fill by the new numbers
 		b.start = min(b.start, now+r.timeToFill(r.Capacity))
@@ -176,7 +188,7 @@ func (r *Rule) Usage(b *State, now int64) source.Usage {
 func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
 	r = r.inForce(b, now)
 	r.refill(b, now)
-	if tokens > r.Capacity || r.Fill == 0 {
+	if !r.brings(tokens) {
 		return source.Never, source.Never
 	}
 	least = max(r.until(b, now, ahead.Least+tokens), 0)

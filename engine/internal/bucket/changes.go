@@ -25,6 +25,16 @@ func (c *Changes) Set(now int64, other bool) {
 	c.latest.Store(&latest)
 }
 
+// current returns the rule, or its other numbers if they are in force now. It does nothing to a bucket.
+func (r *Rule) current() *Rule {
+	if r.Changes != nil {
+		if latest := r.Changes.latest.Load(); latest != nil && (*latest)[len(*latest)-1].other {
+			return r.Other
+		}
+	}
+	return r
+}
+
 // inForce has the bucket go by the numbers that were in force, one after the other, and returns those that are now. Tokens
 // beyond a capacity are lost when it comes into force, and a capacity that grows brings none: what a bucket grants is
 // within the numbers of each time.

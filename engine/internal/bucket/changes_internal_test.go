@@ -106,3 +106,33 @@ func TestChangesAndIdleBuckets(t *testing.T) {
 		}
 	}
 }
+
+// Tokens that the other numbers never bring come later if the own ones bring them.
+func TestChangesAndTokensThatComeLater(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		other  bool
+		tokens float64
+		change func(*Rule)
+		want   bool
+	}{
+		{"own numbers, some time", false, 5, nil, false},
+		{"own numbers, never", false, 11, nil, false},
+		{"others, some time", true, 3, nil, false},
+		{"others, never", true, 5, nil, true},
+		{"others without a fill", true, 3, func(r *Rule) { r.Other.Fill = 0 }, true},
+		{"neither", true, 11, nil, false},
+		{"neither fills", true, 3, func(r *Rule) { r.Fill, r.Other.Fill = 0, 0 }, false},
+	} {
+		r, b := changing(false, false), new(State)
+		if tt.change != nil {
+			tt.change(r)
+		}
+		r.Fresh(b, 0)
+		r.Take(b, 0, 10)
+		r.Changes.Set(0, tt.other)
+		if got := r.Take(b, 0, tt.tokens); got.OK || got.Later != tt.want {
+			t.Errorf("%s: Take = %+v", tt.name, got)
+		}
+	}
+}

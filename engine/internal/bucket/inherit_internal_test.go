@@ -55,3 +55,49 @@ func TestInherit(t *testing.T) {
 		})
 	}
 }
+
+// Other numbers that come into force with a change of the numbers, or go with it, bring no tokens.
+func TestInheritOfOtherNumbers(t *testing.T) {
+	const s = int64(time.Second)
+	rule := func(capacity float64, other bool, otherCapacity float64) *Rule {
+		r := &Rule{Capacity: capacity, Fill: 1, Interval: float64(s), Changes: new(Changes)}
+		r.Other = &Rule{Capacity: otherCapacity, Fill: 1, Interval: float64(s)}
+		if other {
+			r.Changes.Set(0, true)
+		}
+		return r
+	}
+	for _, tt := range []struct {
+		name          string
+		before, after *Rule
+		used          float64
+		is, later     float64 // at once, and when the own numbers are in force
+	}{
+		{"none", rule(10, false, 0), rule(20, false, 0), 6, 14, 14},
+		{"both, the same", rule(10, true, 4), rule(20, true, 4), 3, 1, 1},
+		{"both, more", rule(10, true, 4), rule(10, true, 6), 3, 3, 3},
+		{"both, less", rule(10, true, 4), rule(10, true, 2), 1, 1, 1},
+		{"they go", rule(10, true, 4), rule(10, false, 4), 4, 0, 0},
+		{"they go, with more", rule(10, true, 4), rule(12, false, 4), 4, 2, 2},
+		{"they go, of a larger capacity", rule(10, true, 40), rule(10, false, 40), 0, 10, 10},
+		{"they come", rule(10, false, 4), rule(10, true, 4), 2, 4, 4},
+		{"they come, of a larger capacity", rule(10, false, 40), rule(10, true, 40), 2, 8, 8},
+		{"they come, to a debt", rule(10, false, 0), rule(10, true, 0), 12, -2, -2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := new(State)
+			tt.before.Fresh(b, 0)
+			tt.before.Take(b, 0, min(tt.used, tt.before.current().Capacity))
+			tt.before.MaxDebt = -1
+			tt.before.Settle(b, 0, 0, max(tt.used-tt.before.current().Capacity, 0), 0)
+			tt.after.Inherit(b, tt.before, 0)
+			if got := tt.after.Usage(b, 0).Remaining; got != tt.is {
+				t.Errorf("%v tokens want %v", got, tt.is)
+			}
+			tt.after.Changes.Set(0, false)
+			if got := tt.after.Usage(b, 0).Remaining; got != tt.later {
+				t.Errorf("%v tokens by the own numbers want %v", got, tt.later)
+			}
+		})
+	}
+}

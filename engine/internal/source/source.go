@@ -110,7 +110,11 @@ type Taken struct {
 	OK   bool
 	Slot uint64  // what GiveBack needs
 	Left float64 // the tokens that are left, for the decision to tell
-	Wait int64   // if not OK, how long until the tokens may be there if none is given back; 0 for never
+	Wait int64   // if not OK, how long until the tokens may be there if none is given back; 0 for never, or not known
+
+	// Later says, if Wait is 0, that the tokens may come yet: the source has other numbers for a time. A flow that waits goes on
+	// waiting.
+	Later bool
 }
 
 // Usage is how much of a source is in use.
