@@ -232,10 +232,11 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 	if s.service.engine.Measures(req.ControlPoint) {
 		s.service.issued.add(response.GetStart().AsTime())
 	}
-	s.service.outcomes.add(&v)
+	awaited := s.service.outcomes.add(&v)
 	if session != nil && (!v.Rejected() || req.DryRun()) { // else it holds nothing
 		response.AgentId = s.service.sessions.agentID
-		response.SettlementId = s.service.sessions.charge(session, req, &v)
+		response.SettlementId = s.service.sessions.charge(session, req, &v, awaited)
+		response.AwaitsOutcome = response.GetSettlementId() != 0 && len(awaited) > 0
 	}
 	return response, nil
 }

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"time"
 
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -34,20 +35,27 @@ type charges struct {
 	over  bool // the session has run out
 }
 
-// A charge is what a flow took that can be corrected.
+// A charge is what a flow took that can be corrected, and what waits for its outcome.
 type charge struct {
 	id        uint64
 	size      int
 	decisions []agentapi.LimiterDecision
 	labels    *agentapi.Labels // nil if no scheduler wants them
+
+	began   int64      // when the check did, in Unix nanoseconds
+	awaited []*awaited // what goes by how the flow ends
 }
 
-// charge remembers what of the verdict can be settled, and returns the id of it; 0 if nothing can.
-func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdict) uint64 {
+// charge remembers what of the verdict can be settled, with what of it awaits an outcome. It returns the id of that; 0 if nothing can
+// be settled.
+func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdict, awaits []*awaited) uint64 {
 	if v.Rejected() || req.DryRun() {
 		return 0
 	}
 	var c *charge
+	if len(awaits) > 0 {
+		c = &charge{size: chargeSize + decisionSize*len(awaits), awaited: awaits}
+	}
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Dropped || d.DryRun || d.Component.TokensLabel == "" || d.Scope == agentapi.ScopeNone {
@@ -67,6 +75,7 @@ func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdi
 	if c == nil {
 		return 0
 	}
+	c.began = v.Start
 	if c.labels != nil {
 		size := 0
 		for key, value := range c.labels.Params {
@@ -133,8 +142,9 @@ func (own *charges) drop() int64 {
 	return int64(n)
 }
 
-// settle corrects what a flow took, and reports whether the settlement is taken, now or earlier.
-func (s *sessions) settle(ctx context.Context, one *session, m *sessionv1.Settlement) bool {
+// settle corrects what a flow took, and tells how it ended, as far as the settlement says so. It reports whether the settlement is
+// taken, now or earlier.
+func (one *session) settle(ctx context.Context, m *sessionv1.Settlement, awaited *outcomes) bool {
 	var costs agentapi.Costs
 	for _, cost := range m.GetCosts() {
 		if !(cost.GetTokens() >= 0 && cost.GetTokens() <= math.MaxFloat64) || cost.GetLabel() == "" {
@@ -142,23 +152,53 @@ func (s *sessions) settle(ctx context.Context, one *session, m *sessionv1.Settle
 		}
 		costs.Say(cost.GetLabel(), cost.GetTokens())
 	}
-	decisions, labels, ok := one.charges.take(m.GetId())
-	o := agentapi.Outcome{Ended: agentapi.EndedOK, Costs: costs.Close(), Labels: labels}
-	for i := range decisions {
-		decisions[i].Component.Settler.Settle(ctx, &decisions[i], o)
+	if took := m.GetOutcome().GetTook(); took != nil && (!took.IsValid() || took.AsDuration() < 0) {
+		return false
 	}
+	ended, said := endedOf(m.GetOutcome())
+	c, ok := one.charges.take(m.GetId(), len(m.GetCosts()) > 0, said)
+	o := agentapi.Outcome{Ended: agentapi.EndedOK, Costs: costs.Close(), Labels: c.labels}
+	for i := range c.decisions {
+		c.decisions[i].Component.Settler.Settle(ctx, &c.decisions[i], o)
+	}
+	o = agentapi.Outcome{Ended: ended}
+	if ended == agentapi.EndedOK { // as by a span: no longer than since the check, and no time is a nanosecond
+		o.Took = max(min(m.GetOutcome().GetTook().AsDuration(), time.Since(time.Unix(0, c.began))), 1)
+	}
+	awaited.end(ctx, c.awaited, o)
 	return ok
 }
 
-// take returns what is to be corrected of a flow, once. It is ok if the flow is remembered.
-func (own *charges) take(id uint64) (decisions []agentapi.LimiterDecision, labels *agentapi.Labels, ok bool) {
+// endedOf returns how the flow ended, by what its session says. It reports false if that says nothing.
+func endedOf(m *sessionv1.Outcome) (agentapi.Ended, bool) {
+	switch m.GetStatus() {
+	case sessionv1.Outcome_STATUS_OK:
+		return agentapi.EndedOK, true
+	case sessionv1.Outcome_STATUS_ERROR:
+		return agentapi.EndedFailed, true
+	case sessionv1.Outcome_STATUS_UNKNOWN:
+		return agentapi.EndedUnknown, true
+	case sessionv1.Outcome_STATUS_UNSPECIFIED:
+	}
+	return agentapi.EndedUnknown, false
+}
+
+// take returns what is to be corrected of a flow if there are costs, and what goes by how it ended if that is said, each once. It
+// is ok if the flow is remembered.
+func (own *charges) take(id uint64, costs, ended bool) (taken charge, ok bool) {
 	own.mu.Lock()
 	defer own.mu.Unlock()
 	c := own.by[id]
 	if c == nil {
-		return nil, nil, false
+		return charge{}, false
 	}
-	decisions, labels = c.decisions, c.labels
-	c.decisions, c.labels = nil, nil
-	return decisions, labels, true
+	taken.began = c.began
+	if costs {
+		taken.decisions, taken.labels = c.decisions, c.labels
+		c.decisions, c.labels = nil, nil
+	}
+	if ended {
+		taken.awaited, c.awaited = c.awaited, nil
+	}
+	return taken, true
 }

@@ -15,9 +15,10 @@ import (
 // maxAwaited is how many decisions an agent remembers until it hears how their flows have ended. It forgets the oldest first.
 const maxAwaited = 1 << 16
 
-// outcomes are the decisions of components that go by how flows end, by the times at which they were asked for. A span says what its
-// sender likes: so it settles only decisions of an answer that was given, each once, and its labels settle none of another value.
-// Then forged spans say no more than what flows of the sender's own could. The zero value is ready.
+// outcomes are the decisions of components that go by how flows end, by the times at which they were asked for. A session says how
+// its own flows have ended, else a span says it. A span says what its sender likes: so it settles only decisions of an answer that was
+// given, and its labels settle none of another value. Each decision is settled once, by whichever comes first. Then forged spans and
+// settlements say no more than what flows of the sender's own could. The zero value is ready.
 type outcomes struct {
 	mu    sync.Mutex
 	asked map[int64][]*awaited // by Unix nanoseconds
@@ -28,19 +29,20 @@ type outcomes struct {
 // awaited is a decision of which the outcome is awaited.
 type awaited struct {
 	at       int64
-	decision agentapi.LimiterDecision
+	decision agentapi.LimiterDecision // has no component once it is forgotten
 }
 
-// add remembers what the flow of the verdict has of components that go by outcomes.
-func (o *outcomes) add(v *agentapi.Verdict) {
+// add remembers what the flow of the verdict has of components that go by outcomes, and returns it.
+func (o *outcomes) add(v *agentapi.Verdict) (added []*awaited) {
 	for i := range v.Len() {
 		if d := v.At(i); d.Component.Outcomes && !d.Dropped && d.Slot() != 0 {
-			o.await(v.Start, *d)
+			added = append(added, o.await(v.Start, *d))
 		}
 	}
+	return added
 }
 
-func (o *outcomes) await(at int64, d agentapi.LimiterDecision) {
+func (o *outcomes) await(at int64, d agentapi.LimiterDecision) *awaited {
 	d.Label = strings.Clone(d.Label) // of a request, which may be large
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -51,11 +53,12 @@ func (o *outcomes) await(at int64, d agentapi.LimiterDecision) {
 	o.asked[at] = append(o.asked[at], a)
 	if len(o.order) < maxAwaited {
 		o.order = append(o.order, a)
-		return
+		return a
 	}
 	o.forget(o.order[o.next])
 	o.order[o.next] = a
 	o.next = (o.next + 1) % maxAwaited
+	return a
 }
 
 // any reports whether an outcome is awaited.
@@ -77,6 +80,21 @@ func (o *outcomes) settle(ctx context.Context, start time.Time, told []*checkv1.
 	}
 }
 
+// end ends those of the decisions that are still awaited.
+func (o *outcomes) end(ctx context.Context, of []*awaited, outcome agentapi.Outcome) {
+	for _, a := range of {
+		o.mu.Lock()
+		d := a.decision
+		if d.Component != nil {
+			o.forget(a)
+		}
+		o.mu.Unlock()
+		if d.Component != nil {
+			d.Component.Settler.Settle(ctx, &d, outcome)
+		}
+	}
+}
+
 // take finds the decision that the message tells of, and forgets it. It reports false if none is remembered.
 func (o *outcomes) take(at int64, m *checkv1.LimiterDecision) (agentapi.LimiterDecision, bool) {
 	o.mu.Lock()
@@ -92,7 +110,7 @@ func (o *outcomes) take(at int64, m *checkv1.LimiterDecision) (agentapi.LimiterD
 	return agentapi.LimiterDecision{}, false
 }
 
-// forget forgets the decision, if it is remembered. It keeps its place in the ring, and nothing else.
+// forget forgets the decision, if it is remembered. It keeps its place in the ring, and its time.
 func (o *outcomes) forget(a *awaited) {
 	rest := slices.DeleteFunc(o.asked[a.at], func(other *awaited) bool { return other == a })
 	if len(rest) > 0 {

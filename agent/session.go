@@ -241,7 +241,7 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 			}
 			for _, settlement := range m.GetSettlements() {
 				response.Results = append(response.Results, &sessionv1.SettlementResult{
-					Id: settlement.GetId(), Settled: all.settle(ctx, one, settlement),
+					Id: settlement.GetId(), Settled: one.settle(ctx, settlement, &s.service.outcomes),
 				})
 			}
 		case <-draining:

@@ -65,7 +65,7 @@ func TestChargesAreBounded(t *testing.T) {
 		var v agentapi.Verdict
 		d := v.Add(component)
 		d.Scope, d.Label = agentapi.ScopeLabel, label
-		return all.charge(one, new(agentapi.Request), &v)
+		return all.charge(one, new(agentapi.Request), &v, nil)
 	}
 	known := func(one *session, id uint64) bool {
 		one.charges.mu.Lock()

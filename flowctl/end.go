@@ -2,8 +2,12 @@ package flowctl
 
 import (
 	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 )
@@ -26,7 +30,15 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		defer c.leave()
 	}
 	refs := wire.Held(c.answer())
-	settles := o.Costs != nil && !c.late && !v.Rejected() && c.answer().GetAgentId() != 0 && r.session != nil
+	lives := c.answer().GetAgentId() != 0 && r.session != nil
+	settles := o.Costs != nil && !c.late && !v.Rejected() && lives
+	var outcome *sessionv1.Outcome
+	if lives && c.answer().GetAwaitsOutcome() {
+		outcome = c.outcome(v, o)
+	}
+	if outcome != nil && !settles { // nobody waits for the answer
+		c.settle(nil, outcome)
+	}
 	if len(refs) == 0 && !settles {
 		return agentapi.Returns{}, nil
 	}
@@ -41,7 +53,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 	defer cancel()
 	if settles {
-		settled := c.settle(o.Costs)
+		settled := c.settle(o.Costs, outcome)
 		defer func() { returns.Settled = settled(call) }()
 	}
 	for len(refs) > 0 && call.Err() == nil {
@@ -59,13 +71,26 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	return returns, first
 }
 
-// settle sends what the flow has cost. The function waits for the answer, and reports whether the agent has taken it.
-func (c *check) settle(costs *agentapi.Cost) func(context.Context) bool {
+// outcome is how the flow ended, as its span says it too. Of a flow that came late there is no span: it did not run.
+func (c *check) outcome(v *agentapi.Verdict, o agentapi.Outcome) *sessionv1.Outcome {
+	switch {
+	case c.late, o.Ended == agentapi.EndedUnknown, v.Details.Result.Hit:
+		return &sessionv1.Outcome{Status: sessionv1.Outcome_STATUS_UNKNOWN}
+	case o.Ended == agentapi.EndedFailed:
+		return &sessionv1.Outcome{Status: sessionv1.Outcome_STATUS_ERROR}
+	default:
+		return &sessionv1.Outcome{Status: sessionv1.Outcome_STATUS_OK, Took: durationpb.New(time.Since(c.returned))}
+	}
+}
+
+// settle sends what the flow has cost, and how it has ended if the outcome is not nil. The function waits for the answer, and reports
+// whether the agent has taken it.
+func (c *check) settle(costs *agentapi.Cost, outcome *sessionv1.Outcome) func(context.Context) bool {
 	id := c.answer().GetSettlementId()
 	if id == 0 { // nothing of the flow can be corrected
 		return func(context.Context) bool { return true }
 	}
-	one := c.remote.session.settle(c.answer().GetAgentId(), id, costs)
+	one := c.remote.session.settle(c.answer().GetAgentId(), id, costs, outcome)
 	if one == nil {
 		return func(context.Context) bool { return false }
 	}

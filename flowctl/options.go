@@ -206,7 +206,7 @@ func WithConn(conn grpc.ClientConnInterface) Option {
 }
 
 // WithoutTelemetry sends no flow records to the agent. The agent's policies on latency and load then see nothing of
-// this client.
+// this client. Circuit breakers of an agent of Headgate learn how flows end by the client's session.
 func WithoutTelemetry() Option {
 	return option{"WithoutTelemetry", true, func(c *config) error {
 		c.noTelemetry = true

@@ -20,7 +20,7 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// A session tells agents of Headgate that the client lives, and what flows have cost. It learns from their heartbeats
+// A session tells agents of Headgate that the client lives, what flows have cost, and how they have ended where that is awaited. It learns from their heartbeats
 // whether they live. Agents that do not know sessions refuse the first stream, and are not asked again on that
 // connection.
 type session struct {
@@ -593,9 +593,9 @@ type settlement struct {
 	done    chan struct{} // closed when the agent has answered, or never will
 }
 
-// settle sends what a flow has cost, and again after a stream was lost. It is nil if that cannot be sent.
-func (s *session) settle(agent, id uint64, costs *agentapi.Cost) *settlement {
-	m := &sessionv1.Settlement{Id: id}
+// settle sends what a flow has cost and how it has ended, and again after a stream was lost. It is nil if that cannot be sent.
+func (s *session) settle(agent, id uint64, costs *agentapi.Cost, outcome *sessionv1.Outcome) *settlement {
+	m := &sessionv1.Settlement{Id: id, Outcome: outcome}
 	size := settlingSize
 	for label, tokens := range costs.All() {
 		m.Costs = append(m.Costs, &sessionv1.Cost{Label: label, Tokens: tokens})

@@ -19,9 +19,9 @@ import (
 // component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that fails
 // after its caller has canceled it, whatever the error, and one whose result a cache has. A caller's deadline is no cancellation.
 //
-// In the process a breaker knows how a flow went as soon as it ends. A served breaker learns it from the telemetry of its clients, a
-// second or so later. Only the outcome of a flow that the agent has admitted counts, and only once. A client without telemetry
-// tells nothing: then a breaker never opens. A probe whose outcome does not come keeps its place until ProbeTimeout.
+// In the process a breaker knows how a flow went as soon as it ends. A served breaker learns it at once from clients that have a session
+// with their agent, and from the telemetry of others a second or so later. Only the outcome of a flow that the agent has admitted
+// counts, and only once. A client with neither tells nothing. A probe whose outcome does not come keeps its place until ProbeTimeout.
 //
 // A flowctl.AgentBreaker is something else: it stops checks to an agent that does not answer.
 type CircuitBreaker struct {

@@ -397,7 +397,7 @@ type Component struct {
 	// Slots reports whether flows hold slots of the component until they end.
 	Slots bool
 
-	// Outcomes reports whether the component decides by how flows end. Over the network, the clients' telemetry says it.
+	// Outcomes reports whether the component decides by how flows end. Over the network, sessions say it, else the clients' telemetry.
 	Outcomes bool
 
 	// Reason is why the component rejects flows; ReasonNone if it is the reason of its stage.

@@ -495,6 +495,7 @@ func WithoutValues(m *checkv1.CheckResponse) *checkv1.CheckResponse {
 		Cause:                    m.GetCause(),
 		SettlementId:             m.GetSettlementId(),
 		AgentId:                  m.GetAgentId(),
+		AwaitsOutcome:            m.GetAwaitsOutcome(),
 	}
 }
 

@@ -6,7 +6,7 @@
 
 // Package headgate.session.v1 is what a client of Headgate and an agent of
 // Headgate say to each other besides single flows: that both live, what flows
-// have cost, and that the agent is about to stop.
+// have cost and how they have ended, and that the agent is about to stop.
 //
 // It is Headgate's own. Other agents do not implement it, and other clients do
 // not call it.
@@ -16,6 +16,7 @@ package sessionv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -28,13 +29,71 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Status is how the work of a flow went.
+type Outcome_Status int32
+
+const (
+	// Nothing is said. So is a status that the agent does not know.
+	Outcome_STATUS_UNSPECIFIED Outcome_Status = 0
+	// It went well.
+	Outcome_STATUS_OK Outcome_Status = 1
+	// It failed.
+	Outcome_STATUS_ERROR Outcome_Status = 2
+	// The flow counts neither way: its caller canceled it, a cache had its result,
+	// or it did not run.
+	Outcome_STATUS_UNKNOWN Outcome_Status = 3
+)
+
+// Enum value maps for Outcome_Status.
+var (
+	Outcome_Status_name = map[int32]string{
+		0: "STATUS_UNSPECIFIED",
+		1: "STATUS_OK",
+		2: "STATUS_ERROR",
+		3: "STATUS_UNKNOWN",
+	}
+	Outcome_Status_value = map[string]int32{
+		"STATUS_UNSPECIFIED": 0,
+		"STATUS_OK":          1,
+		"STATUS_ERROR":       2,
+		"STATUS_UNKNOWN":     3,
+	}
+)
+
+func (x Outcome_Status) Enum() *Outcome_Status {
+	p := new(Outcome_Status)
+	*p = x
+	return p
+}
+
+func (x Outcome_Status) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Outcome_Status) Descriptor() protoreflect.EnumDescriptor {
+	return file_headgate_session_v1_session_proto_enumTypes[0].Descriptor()
+}
+
+func (Outcome_Status) Type() protoreflect.EnumType {
+	return &file_headgate_session_v1_session_proto_enumTypes[0]
+}
+
+func (x Outcome_Status) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Outcome_Status.Descriptor instead.
+func (Outcome_Status) EnumDescriptor() ([]byte, []int) {
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{4, 0}
+}
+
 // SessionRequest is what a client says.
 type SessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// That the client lives. Absent: nothing is said of that.
 	Heartbeat *Heartbeat `protobuf:"bytes,1,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
-	// What flows have cost. A client may send a settlement again until it has the
-	// result.
+	// What flows have cost, and how they have ended. A client may send a settlement
+	// again until it has the result.
 	Settlements   []*Settlement `protobuf:"bytes,2,rep,name=settlements,proto3" json:"settlements,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -214,13 +273,16 @@ func (x *Heartbeat) GetAcknowledges() uint64 {
 	return 0
 }
 
-// Settlement is what one flow has cost.
+// Settlement is what one flow has cost, and how it has ended.
 type Settlement struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The settlement_id of the answer to the flow's check.
 	Id uint64 `protobuf:"fixed64,1,opt,name=id,proto3" json:"id,omitempty"`
-	// What it has cost, by labels.
-	Costs         []*Cost `protobuf:"bytes,2,rep,name=costs,proto3" json:"costs,omitempty"`
+	// What it has cost, by labels. The first settlement with costs counts.
+	Costs []*Cost `protobuf:"bytes,2,rep,name=costs,proto3" json:"costs,omitempty"`
+	// How it has ended, where the answer to its check has awaits_outcome. The first
+	// outcome with a status counts, whether it comes here or by a span.
+	Outcome       *Outcome `protobuf:"bytes,3,opt,name=outcome,proto3" json:"outcome,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -269,6 +331,69 @@ func (x *Settlement) GetCosts() []*Cost {
 	return nil
 }
 
+func (x *Settlement) GetOutcome() *Outcome {
+	if x != nil {
+		return x.Outcome
+	}
+	return nil
+}
+
+// Outcome is how a flow has ended.
+type Outcome struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How the work went.
+	Status Outcome_Status `protobuf:"varint,1,opt,name=status,proto3,enum=headgate.session.v1.Outcome_Status" json:"status,omitempty"`
+	// How long the work took, without the check: 0 or more. The agent takes no more
+	// than the time since the check began. Absent is as good as 0.
+	Took          *durationpb.Duration `protobuf:"bytes,2,opt,name=took,proto3" json:"took,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Outcome) Reset() {
+	*x = Outcome{}
+	mi := &file_headgate_session_v1_session_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Outcome) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Outcome) ProtoMessage() {}
+
+func (x *Outcome) ProtoReflect() protoreflect.Message {
+	mi := &file_headgate_session_v1_session_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Outcome.ProtoReflect.Descriptor instead.
+func (*Outcome) Descriptor() ([]byte, []int) {
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Outcome) GetStatus() Outcome_Status {
+	if x != nil {
+		return x.Status
+	}
+	return Outcome_STATUS_UNSPECIFIED
+}
+
+func (x *Outcome) GetTook() *durationpb.Duration {
+	if x != nil {
+		return x.Took
+	}
+	return nil
+}
+
 // Cost is what a flow has cost by one label.
 type Cost struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -282,7 +407,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_headgate_session_v1_session_proto_msgTypes[4]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -294,7 +419,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_headgate_session_v1_session_proto_msgTypes[4]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -307,7 +432,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{4}
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Cost) GetLabel() string {
@@ -330,7 +455,7 @@ type SettlementResult struct {
 	// The settlement.
 	Id uint64 `protobuf:"fixed64,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The agent has taken it, now or earlier. Otherwise it does not know the id,
-	// or the costs are malformed.
+	// or the costs or the outcome are malformed.
 	Settled       bool `protobuf:"varint,2,opt,name=settled,proto3" json:"settled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -338,7 +463,7 @@ type SettlementResult struct {
 
 func (x *SettlementResult) Reset() {
 	*x = SettlementResult{}
-	mi := &file_headgate_session_v1_session_proto_msgTypes[5]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +475,7 @@ func (x *SettlementResult) String() string {
 func (*SettlementResult) ProtoMessage() {}
 
 func (x *SettlementResult) ProtoReflect() protoreflect.Message {
-	mi := &file_headgate_session_v1_session_proto_msgTypes[5]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +488,7 @@ func (x *SettlementResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SettlementResult.ProtoReflect.Descriptor instead.
 func (*SettlementResult) Descriptor() ([]byte, []int) {
-	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{5}
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SettlementResult) GetId() uint64 {
@@ -384,7 +509,7 @@ var File_headgate_session_v1_session_proto protoreflect.FileDescriptor
 
 const file_headgate_session_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"!headgate/session/v1/session.proto\x12\x13headgate.session.v1\"\x91\x01\n" +
+	"!headgate/session/v1/session.proto\x12\x13headgate.session.v1\x1a\x1egoogle/protobuf/duration.proto\"\x91\x01\n" +
 	"\x0eSessionRequest\x12<\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x1e.headgate.session.v1.HeartbeatR\theartbeat\x12A\n" +
 	"\vsettlements\x18\x02 \x03(\v2\x1f.headgate.session.v1.SettlementR\vsettlements\"\xc1\x01\n" +
@@ -395,11 +520,20 @@ const file_headgate_session_v1_session_proto_rawDesc = "" +
 	"\bagent_id\x18\x04 \x01(\x06R\aagentId\"G\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\"\n" +
-	"\facknowledges\x18\x02 \x01(\x04R\facknowledges\"M\n" +
+	"\facknowledges\x18\x02 \x01(\x04R\facknowledges\"\x85\x01\n" +
 	"\n" +
 	"Settlement\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x06R\x02id\x12/\n" +
-	"\x05costs\x18\x02 \x03(\v2\x19.headgate.session.v1.CostR\x05costs\"4\n" +
+	"\x05costs\x18\x02 \x03(\v2\x19.headgate.session.v1.CostR\x05costs\x126\n" +
+	"\aoutcome\x18\x03 \x01(\v2\x1c.headgate.session.v1.OutcomeR\aoutcome\"\xcc\x01\n" +
+	"\aOutcome\x12;\n" +
+	"\x06status\x18\x01 \x01(\x0e2#.headgate.session.v1.Outcome.StatusR\x06status\x12-\n" +
+	"\x04took\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04took\"U\n" +
+	"\x06Status\x12\x16\n" +
+	"\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tSTATUS_OK\x10\x01\x12\x10\n" +
+	"\fSTATUS_ERROR\x10\x02\x12\x12\n" +
+	"\x0eSTATUS_UNKNOWN\x10\x03\"4\n" +
 	"\x04Cost\x12\x14\n" +
 	"\x05label\x18\x01 \x01(\tR\x05label\x12\x16\n" +
 	"\x06tokens\x18\x02 \x01(\x01R\x06tokens\"<\n" +
@@ -421,28 +555,35 @@ func file_headgate_session_v1_session_proto_rawDescGZIP() []byte {
 	return file_headgate_session_v1_session_proto_rawDescData
 }
 
-var file_headgate_session_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_headgate_session_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_headgate_session_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_headgate_session_v1_session_proto_goTypes = []any{
-	(*SessionRequest)(nil),   // 0: headgate.session.v1.SessionRequest
-	(*SessionResponse)(nil),  // 1: headgate.session.v1.SessionResponse
-	(*Heartbeat)(nil),        // 2: headgate.session.v1.Heartbeat
-	(*Settlement)(nil),       // 3: headgate.session.v1.Settlement
-	(*Cost)(nil),             // 4: headgate.session.v1.Cost
-	(*SettlementResult)(nil), // 5: headgate.session.v1.SettlementResult
+	(Outcome_Status)(0),         // 0: headgate.session.v1.Outcome.Status
+	(*SessionRequest)(nil),      // 1: headgate.session.v1.SessionRequest
+	(*SessionResponse)(nil),     // 2: headgate.session.v1.SessionResponse
+	(*Heartbeat)(nil),           // 3: headgate.session.v1.Heartbeat
+	(*Settlement)(nil),          // 4: headgate.session.v1.Settlement
+	(*Outcome)(nil),             // 5: headgate.session.v1.Outcome
+	(*Cost)(nil),                // 6: headgate.session.v1.Cost
+	(*SettlementResult)(nil),    // 7: headgate.session.v1.SettlementResult
+	(*durationpb.Duration)(nil), // 8: google.protobuf.Duration
 }
 var file_headgate_session_v1_session_proto_depIdxs = []int32{
-	2, // 0: headgate.session.v1.SessionRequest.heartbeat:type_name -> headgate.session.v1.Heartbeat
-	3, // 1: headgate.session.v1.SessionRequest.settlements:type_name -> headgate.session.v1.Settlement
-	2, // 2: headgate.session.v1.SessionResponse.heartbeat:type_name -> headgate.session.v1.Heartbeat
-	5, // 3: headgate.session.v1.SessionResponse.results:type_name -> headgate.session.v1.SettlementResult
-	4, // 4: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
-	0, // 5: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
-	1, // 6: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
-	6, // [6:7] is the sub-list for method output_type
-	5, // [5:6] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	3, // 0: headgate.session.v1.SessionRequest.heartbeat:type_name -> headgate.session.v1.Heartbeat
+	4, // 1: headgate.session.v1.SessionRequest.settlements:type_name -> headgate.session.v1.Settlement
+	3, // 2: headgate.session.v1.SessionResponse.heartbeat:type_name -> headgate.session.v1.Heartbeat
+	7, // 3: headgate.session.v1.SessionResponse.results:type_name -> headgate.session.v1.SettlementResult
+	6, // 4: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
+	5, // 5: headgate.session.v1.Settlement.outcome:type_name -> headgate.session.v1.Outcome
+	0, // 6: headgate.session.v1.Outcome.status:type_name -> headgate.session.v1.Outcome.Status
+	8, // 7: headgate.session.v1.Outcome.took:type_name -> google.protobuf.Duration
+	1, // 8: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
+	2, // 9: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
+	9, // [9:10] is the sub-list for method output_type
+	8, // [8:9] is the sub-list for method input_type
+	8, // [8:8] is the sub-list for extension type_name
+	8, // [8:8] is the sub-list for extension extendee
+	0, // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_headgate_session_v1_session_proto_init() }
@@ -455,13 +596,14 @@ func file_headgate_session_v1_session_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_headgate_session_v1_session_proto_rawDesc), len(file_headgate_session_v1_session_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   6,
+			NumEnums:      1,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_headgate_session_v1_session_proto_goTypes,
 		DependencyIndexes: file_headgate_session_v1_session_proto_depIdxs,
+		EnumInfos:         file_headgate_session_v1_session_proto_enumTypes,
 		MessageInfos:      file_headgate_session_v1_session_proto_msgTypes,
 	}.Build()
 	File_headgate_session_v1_session_proto = out.File

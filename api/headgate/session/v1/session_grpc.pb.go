@@ -6,7 +6,7 @@
 
 // Package headgate.session.v1 is what a client of Headgate and an agent of
 // Headgate say to each other besides single flows: that both live, what flows
-// have cost, and that the agent is about to stop.
+// have cost and how they have ended, and that the agent is about to stop.
 //
 // It is Headgate's own. Other agents do not implement it, and other clients do
 // not call it.

@@ -780,13 +780,16 @@ type CheckResponse struct {
 	ExpectEnd bool `protobuf:"varint,16,opt,name=expect_end,json=expectEnd,proto3" json:"expect_end,omitempty"`
 	// Headgate's own: what the rejection was caused by.
 	Cause CheckResponse_Cause `protobuf:"varint,1001,opt,name=cause,proto3,enum=aperture.flowcontrol.check.v1.CheckResponse_Cause" json:"cause,omitempty"`
-	// Headgate's own: names the flow when its session says what it has cost. Zero:
-	// nothing of the flow can be settled.
+	// Headgate's own: names the flow when its session says what it has cost, or how
+	// it has ended. Zero: nothing of the flow can be settled.
 	SettlementId uint64 `protobuf:"fixed64,1002,opt,name=settlement_id,json=settlementId,proto3" json:"settlement_id,omitempty"`
 	// Headgate's own: the agent at which the session that the check named lives.
 	// The slots of the flow last no longer than the session. Zero: no such session
 	// lives there, and the slots do not depend on it.
-	AgentId       uint64 `protobuf:"fixed64,1003,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	AgentId uint64 `protobuf:"fixed64,1003,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// Headgate's own: something at the agent goes by how the flow ends. The session
+	// says it by the settlement_id, as soon as the flow has ended.
+	AwaitsOutcome bool `protobuf:"varint,1004,opt,name=awaits_outcome,json=awaitsOutcome,proto3" json:"awaits_outcome,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -945,6 +948,13 @@ func (x *CheckResponse) GetAgentId() uint64 {
 		return x.AgentId
 	}
 	return 0
+}
+
+func (x *CheckResponse) GetAwaitsOutcome() bool {
+	if x != nil {
+		return x.AwaitsOutcome
+	}
+	return false
 }
 
 // CacheLookupRequest names the cache entries to read.
@@ -2627,7 +2637,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc8\r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\r\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2648,7 +2658,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"expect_end\x18\x10 \x01(\bR\texpectEnd\x12I\n" +
 	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x12$\n" +
 	"\rsettlement_id\x18\xea\a \x01(\x06R\fsettlementId\x12\x1a\n" +
-	"\bagent_id\x18\xeb\a \x01(\x06R\aagentId\x1aF\n" +
+	"\bagent_id\x18\xeb\a \x01(\x06R\aagentId\x12&\n" +
+	"\x0eawaits_outcome\x18\xec\a \x01(\bR\rawaitsOutcome\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x01\n" +
