@@ -30,7 +30,8 @@ func (a *agent) engine() *Engine { return (*Engine)(a) }
 func (a *agent) Closed() <-chan struct{} { return a.done }
 
 // Check asks the components of the flow's control point, which may have it wait. If the engine is closed meanwhile, the flow is
-// rejected. If it was closed before, the error is agentapi.ErrClosed. Any other error is that of ctx.
+// rejected. If it was closed before, the error is agentapi.ErrClosed. Any other error is that of ctx, or of a component that could
+// not decide. The flow holds nothing then.
 func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	e := a.engine()
 	if e.closed.Load() {

@@ -17,14 +17,17 @@ type component interface {
 	// ask fills the decision, which has the component and the dry run already. If it admits the flow, it
 	// takes the flow's tokens or slots. It may have the flow wait if asking allows it. In a dry run it decides the
 	// same, and the caller lets the flow pass. It returns the time of the decision. An error means that it did not
-	// decide: the flow's caller has gone or, with errRetired, the component is no longer in force.
+	// decide. With errRetired the component is no longer in force, and the engine asks those that are. With any other error nobody
+	// has decided: the flow is Canceled if its caller has gone, and Unreachable if not. Only the caller bounds ctx. The check timeout
+	// is req.Timeout.
 	ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (now int64, err error)
 
 	// refuse fills the decision without asking: the flow is dropped for the cause if the component limits it.
 	refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause)
 
-	// Settle is called for each decision that did not drop its flow, once, when the flow has ended or was rejected by
-	// another component. Over the network it is called only for decisions with a slot.
+	// Settle is called for each decision that did not drop its flow, when the flow has ended or was rejected by another
+	// component. In the process it is called once. Over the network it is called for each piece that the client tells of the end: for
+	// a slot, for costs, and for the outcome if the component goes by outcomes.
 	agentapi.Settler
 
 	// stats returns what the component has decided, and its usage now. It does not wait: a component that has its state

@@ -47,6 +47,7 @@ type AIMDLoadScheduler struct {
 
 func (AIMDLoadScheduler) kind() index  { return aimdLoadScheduler }
 func (s AIMDLoadScheduler) id() string { return s.ID }
+func (AIMDLoadScheduler) sheds()       {}
 
 func (s AIMDLoadScheduler) reads(read func(components.Role, string)) {
 	loadReads(s.Selectors, &s.Scheduler, s.WorkloadLatencyTokens, read)

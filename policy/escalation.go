@@ -33,6 +33,18 @@ type Escalation struct {
 	Capacity, Fill float64
 }
 
+// An escalating component has other numbers while a load scheduler lets in too little. Its field is called When.
+type escalating interface {
+	Component
+	escalation() Escalation
+}
+
+// A shedding component lets in a part of the load, by a load multiplier that an Escalation may go by.
+type shedding interface {
+	Component
+	sheds()
+}
+
 // check reports what is wrong with an escalation, except its Load.
 func (e Escalation) check(wrong report) {
 	if e == (Escalation{}) {
@@ -56,20 +68,19 @@ func checkEscalations(wrong report, components []Component) {
 	var loads []string
 	for _, c := range components {
 		if c, why := asValue(c); why == "" {
-			if id := ids.id(c); c.kind() == loadScheduler || c.kind() == aimdLoadScheduler {
+			id := ids.id(c)
+			if _, ok := c.(shedding); ok {
 				loads = append(loads, id)
 			}
 		}
 	}
 	for i, c := range components {
-		var e Escalation
-		switch c, _ := asValue(c); c := c.(type) {
-		case RateLimiter:
-			e = c.When
-		case QuotaScheduler:
-			e = c.When
+		c, _ := asValue(c)
+		l, ok := c.(escalating)
+		if !ok {
+			continue
 		}
-		if e.Load != "" && !slices.Contains(loads, e.Load) {
+		if e := l.escalation(); e.Load != "" && !slices.Contains(loads, e.Load) {
 			wrong.at("components", i)(".When.Load", "no load scheduler of the policy has the ID %s%s", quote(e.Load), suggest(e.Load, loads))
 		}
 	}

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -68,6 +69,35 @@ func TestDefaultIDs(t *testing.T) {
 }
 
 func slice(all [Kinds]Component) []Component { return all[:] }
+
+// What only some kinds have is found by an interface, which a kind with the field implements.
+func TestEachFieldHasItsInterface(t *testing.T) {
+	for _, c := range oneOfEach() {
+		v := reflect.New(reflect.TypeOf(c)).Elem()
+		if when := v.FieldByName("When"); when.IsValid() {
+			when.Set(reflect.ValueOf(Escalation{Load: "load"}))
+			if e, ok := v.Interface().(escalating); !ok || e.escalation().Load != "load" {
+				t.Errorf("%T has a When, and escalation does not return it", c)
+			}
+		}
+		if values := v.FieldByName("PassThroughValues"); values.IsValid() {
+			values.Set(reflect.ValueOf([]string{"value"}))
+			v.FieldByName("SessionLabel").SetString("label")
+			p, ok := v.Interface().(passing)
+			if !ok {
+				t.Errorf("%T has a PassThroughValues, and passes does not return it", c)
+				continue
+			}
+			if label, values := p.passes(); label != "label" || !slices.Equal(values, []string{"value"}) {
+				t.Errorf("%T: passes = %q, %q", c, label, values)
+			}
+		}
+		_, sheds := c.(shedding)
+		if loads := v.FieldByName("WorkloadLatencyTokens").IsValid(); loads != sheds { // which load schedulers alone have
+			t.Errorf("%T: a load scheduler: %v, sheds: %v, want both or neither", c, loads, sheds)
+		}
+	}
+}
 
 // Each kind that has a label has overrides, and each of their numbers replaces a field of some kind. The names of the other fields that
 // are numbers are here with the reason.

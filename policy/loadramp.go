@@ -36,6 +36,8 @@ type LoadRamp struct {
 func (LoadRamp) kind() index  { return loadRamp }
 func (r LoadRamp) id() string { return r.ID }
 
+func (r LoadRamp) passes() (string, []string) { return r.SessionLabel, r.PassThroughValues }
+
 func (r LoadRamp) reads(read func(components.Role, string)) {
 	read(components.SamplesBy, r.SessionLabel)
 	selectorsRead(r.Selectors, components.SelectsBy, read)

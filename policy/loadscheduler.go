@@ -34,6 +34,7 @@ type LoadScheduler struct {
 
 func (LoadScheduler) kind() index  { return loadScheduler }
 func (s LoadScheduler) id() string { return s.ID }
+func (LoadScheduler) sheds()       {}
 
 func (s LoadScheduler) reads(read func(components.Role, string)) {
 	loadReads(s.Selectors, &s.Scheduler, s.WorkloadLatencyTokens, read)

@@ -72,6 +72,8 @@ func (s QuotaScheduler) check(wrong report) {
 
 func (s QuotaScheduler) limits() (string, map[string]Override) { return s.LimitBy, s.Overrides }
 
+func (s QuotaScheduler) escalation() Escalation { return s.When }
+
 func (s QuotaScheduler) numbers(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), s.Capacity)
 	checkAmount(wrong.sub(".Fill"), s.Fill)

@@ -86,6 +86,8 @@ func (l RateLimiter) check(wrong report) {
 
 func (l RateLimiter) limits() (string, map[string]Override) { return l.LimitBy, l.Overrides }
 
+func (l RateLimiter) escalation() Escalation { return l.When }
+
 func (l RateLimiter) numbers(wrong report) {
 	checkAmount(wrong.sub(".Capacity"), l.Capacity)
 	checkAmount(wrong.sub(".Fill"), l.Fill)

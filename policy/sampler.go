@@ -41,6 +41,8 @@ type Sampler struct {
 func (Sampler) kind() index  { return sampler }
 func (s Sampler) id() string { return s.ID }
 
+func (s Sampler) passes() (string, []string) { return s.SessionLabel, s.PassThroughValues }
+
 func (s Sampler) reads(read func(components.Role, string)) {
 	read(components.SamplesBy, s.SessionLabel)
 	selectorsRead(s.Selectors, components.SelectsBy, read)

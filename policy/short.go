@@ -346,15 +346,17 @@ func (d *decoder) shortComponents(v value) []Component {
 	return components
 }
 
+// A passing component lets flows pass that have certain values of its session label.
+type passing interface {
+	Component
+	passes() (label string, values []string)
+}
+
 // withoutEffect warns of values of a label that the component does not look at.
 func (d *decoder) withoutEffect(v value, c Component) {
-	values := v.get("pass_through_values")
-	label := "session_label"
-	switch c := c.(type) {
-	case Sampler:
-		d.needsLabel(values, c.PassThroughValues, c.SessionLabel, label)
-	case LoadRamp:
-		d.needsLabel(values, c.PassThroughValues, c.SessionLabel, label)
+	if p, ok := c.(passing); ok {
+		label, values := p.passes()
+		d.needsLabel(v.get("pass_through_values"), values, label, "session_label")
 	}
 }
 

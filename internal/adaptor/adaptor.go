@@ -1,4 +1,4 @@
-// Package adaptor is what the adaptors for HTTP and gRPC have in common: which calls become flows, how the flows start, and
+// Package adaptor is what all adaptors have in common: which calls become flows, how the flows start, and
 // how they end. docs/contributing/adaptors.md says how to add an adaptor.
 package adaptor
 
