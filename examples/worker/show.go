@@ -70,7 +70,7 @@ func play(ctx context.Context, w *witness, parts *parts, folder string) error {
 		return err
 	}
 
-	inFlight, _ := w.now()
+	inFlight := w.now()
 	victim := slices.MaxFunc(slices.Collect(maps.Keys(workers)), func(a, b string) int { return inFlight[a] - inFlight[b] })
 	begin = time.Now()
 	if err := end(syscall.SIGKILL, workers[victim]); err != nil {
@@ -81,13 +81,14 @@ func play(ctx context.Context, w *witness, parts *parts, folder string) error {
 	if err := putBack(folder, victim); err != nil {
 		return err
 	}
-	if err := w.awaitEnd(ctx, victim); err != nil {
+	if err := w.await(ctx, func(inFlight map[string]int, _, _ int) bool { return inFlight[victim] == 0 }); err != nil {
 		return err
 	}
-	if err := w.await(ctx, atOnce); err != nil {
+	if err := w.await(ctx, func(_ map[string]int, sum, _ int) bool { return sum == atOnce }); err != nil {
 		return err
 	}
-	w.say("The other workers have its slots, after %.1f s.", time.Since(begin).Seconds())
+	w.say("The other workers have its slots, after %.1f s. Now calls take 4 s.", time.Since(begin).Seconds())
+	w.slow(4 * time.Second) // so that calls are in flight when the next agent begins
 	if err := pause(ctx, 2*time.Second); err != nil {
 		return err
 	}
@@ -100,10 +101,12 @@ func play(ctx context.Context, w *witness, parts *parts, folder string) error {
 	if agent, _, err = parts.startAgent(address, state); err != nil {
 		return err
 	}
-	if err := w.await(ctx, atOnce); err != nil {
+	before, _ := w.seen()
+	w.slow(time.Second)
+	if err := w.await(ctx, func(_ map[string]int, _, calls int) bool { return calls >= before+atOnce }); err != nil {
 		return err
 	}
-	w.say("All slots are in use again, after %.1f s.", time.Since(begin).Seconds())
+	w.say("It has admitted %d more calls, after %.1f s.", atOnce, time.Since(begin).Seconds())
 	if err := pause(ctx, 2*time.Second); err != nil {
 		return err
 	}

@@ -91,29 +91,20 @@ func (w *witness) seen() (calls, most int) {
 	return w.calls, w.most
 }
 
-// now returns the calls in flight, by process and in all.
-func (w *witness) now() (inFlight map[string]int, sum int) {
+// now returns the calls in flight by process.
+func (w *witness) now() map[string]int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return maps.Clone(w.inFlight), w.sum
+	return maps.Clone(w.inFlight)
 }
 
-// await waits until that many calls are in flight.
-func (w *witness) await(ctx context.Context, calls int) error {
+// await waits until the calls in flight, by process and in all, and those that there ever were, are as wanted.
+func (w *witness) await(ctx context.Context, wanted func(inFlight map[string]int, sum, calls int) bool) error {
 	for {
-		if _, sum := w.now(); sum == calls {
-			return nil
-		}
-		if err := pause(ctx, 10*time.Millisecond); err != nil {
-			return err
-		}
-	}
-}
-
-// awaitEnd waits until the process has no calls in flight.
-func (w *witness) awaitEnd(ctx context.Context, pid string) error {
-	for {
-		if inFlight, _ := w.now(); inFlight[pid] == 0 {
+		w.mu.Lock()
+		so := wanted(w.inFlight, w.sum, w.calls)
+		w.mu.Unlock()
+		if so {
 			return nil
 		}
 		if err := pause(ctx, 10*time.Millisecond); err != nil {
