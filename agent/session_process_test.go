@@ -203,7 +203,7 @@ func startRole(t *testing.T, name string) *role {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(exe, "-test.run=^TestProcessSessions$", "-test.v") //nolint:noctx // it ends with its input
+	cmd := exec.Command(exe, "-test.run=^TestProcessSessions$", "-test.v")
 	cmd.Env = append(os.Environ(), sessionRole+"="+name)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()

@@ -236,7 +236,7 @@ func (b *circuitBreaker) stats(now int64) ComponentStats {
 	return all
 }
 
-func (b *circuitBreaker) peek(_ context.Context, value string, now int64) (Usage, error) {
+func (b *circuitBreaker) peek(_ context.Context, value string, now int64) (Usage, error) { //nolint:unparam // it is an inspected
 	return b.usage(value, now), nil
 }
 

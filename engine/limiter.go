@@ -77,7 +77,7 @@ func older[S any](from source.Source[S], state *S, now int64, since *int64, ok *
 	if !holds {
 		return
 	}
-	if at, any := h.Oldest(state, now); any && (!*ok || at < *since) {
+	if at, held := h.Oldest(state, now); held && (!*ok || at < *since) {
 		*since, *ok = at, true
 	}
 }

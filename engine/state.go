@@ -287,7 +287,7 @@ func (b *circuitBreaker) restore(r *statefile.Record, at source.Restoring) (slot
 }
 
 // lasts says whether the ramp begins by itself: one that is told to begin otherwise begins anew.
-func (l *loadRamp) lasts() (string, bool) {
+func (l *loadRamp) lasts() (string, bool) { //nolint:unparam // it is a lasting
 	if l.ramp.starts {
 		return "starts", true
 	}
@@ -310,7 +310,7 @@ func (l *loadRamp) save(w *statefile.Writer, now int64) int {
 }
 
 // restore puts the ramp where it would be now. It has gone on meanwhile.
-func (l *loadRamp) restore(r *statefile.Record, at source.Restoring) (slots int, ok bool) {
+func (l *loadRamp) restore(r *statefile.Record, at source.Restoring) (slots int, ok bool) { //nolint:unparam // it is a lasting
 	c := statefile.NewCursor(r.State)
 	p := &position{at: c.Varint(), since: at.Then, direction: c.Varint(), left: c.Byte() != 0}
 	if !c.Done() || p.direction < -1 || p.direction > 1 || !r.Shared {

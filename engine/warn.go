@@ -143,7 +143,7 @@ func overridden(of string, all map[string]policy.Override, each func(of string, 
 func numbersIn(o policy.Override) string {
 	var list []string
 	v := reflect.ValueOf(o)
-	for i := range v.NumField() { //nolint:modernize // Fields makes a StructField of each
+	for i := range v.NumField() {
 		number := v.Field(i)
 		if number.IsZero() {
 			continue

@@ -231,7 +231,7 @@ func (s *session) open() (*line, error) {
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
-	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(r.bounded[:len(r.bounded):len(r.bounded)],
+	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(slices.Clip(r.bounded),
 		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity))...)
 	if err != nil {
 		cancel()

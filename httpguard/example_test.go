@@ -453,7 +453,7 @@ func ExampleTransport_streamedUsage() {
 			_, _ = w.Write(line)
 			_ = http.NewResponseController(w).Flush()
 		}
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			panic(http.ErrAbortHandler) // the caller must see that the answer was cut
 		}
 	})

@@ -501,7 +501,7 @@ func TestWaitsEnd(t *testing.T) {
 						time.AfterFunc(2*time.Second, func() { tt.end(side, cancel) })
 					}
 					client := &http.Client{Transport: rt}
-					_, err := client.Do(body.request(ctx, t, true)) //nolint:bodyclose // there is none
+					_, err := client.Do(body.request(ctx, t, true))
 					if took := time.Since(begin); took != 2*time.Second || len(up.requests()) != 1 {
 						t.Errorf("it took %s, and %d requests were sent, want 2s and 1", took, len(up.requests()))
 					}
@@ -669,7 +669,7 @@ func TestRetriesThatAreNotMade(t *testing.T) {
 		"the context ends": func(t *testing.T, rt http.RoundTripper) {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Millisecond, cancel)
-			if _, err := rt.RoundTrip((*source)(nil).request(ctx, t, false)); !errors.Is(err, context.Canceled) { //nolint:bodyclose // there is none
+			if _, err := rt.RoundTrip((*source)(nil).request(ctx, t, false)); !errors.Is(err, context.Canceled) {
 				t.Errorf("RoundTrip() = %v", err)
 			}
 		},
@@ -682,7 +682,7 @@ func TestRetriesThatAreNotMade(t *testing.T) {
 				for range 20 {
 					try(t, rt)
 				}
-				if _, err := rt.RoundTrip((*source)(nil).request(t.Context(), t, false)); err != nil { //nolint:bodyclose // it is in memory
+				if _, err := rt.RoundTrip((*source)(nil).request(t.Context(), t, false)); err != nil {
 					t.Error(err)
 				}
 				if n := len(up.requests()); n != 20+1+10 {

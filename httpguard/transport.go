@@ -242,7 +242,7 @@ func (c *content) Read(p []byte) (int, error) {
 	n, err := c.ReadCloser.Read(p)
 	switch {
 	case err == nil:
-	case err != io.EOF: //nolint:errorlint // a wrapped one is no end
+	case err != io.EOF: // a wrapped one is no end
 		c.trip.broke(err)
 	case n > 0:
 		c.trip.read.Store(true)

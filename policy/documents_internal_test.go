@@ -368,8 +368,9 @@ func plainValue(n *node) any {
 			o[e.key] = plainValue(e.value)
 		}
 		return o
+	default:
+		return nil
 	}
-	return nil
 }
 
 // A validator checks values by what our schema uses of JSON Schema.

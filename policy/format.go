@@ -97,7 +97,7 @@ func (w *writer) add(out *written, v reflect.Value, field string) {
 			continue
 		}
 		key := f.key
-		if selectors, ok := part.Interface().([]Selector); ok && onlyPoints(selectors) {
+		if selectors, ok := reflect.TypeAssert[[]Selector](part); ok && onlyPoints(selectors) {
 			points := &written{list: true}
 			for _, s := range selectors {
 				points.items = append(points.items, w.text(s.ControlPoint, at))

@@ -146,12 +146,12 @@ func (m maker) fill(v reflect.Value, name string, depth int) {
 	switch name {
 	case "Selectors", "Components", "Interval", "MaxInflight", "Window", "OpenDuration", "Over", "Period", "ControlPoint", "Key", "Operator", "Label", "Regex", "Steps",
 		"Signal", "Setpoint", "LoadMultiplier", "":
+	case "When": // needs another component
+		return
 	default:
 		if m.IntN(3) == 0 {
 			return
 		}
-	case "When": // needs another component
-		return
 	}
 	switch p := v.Addr().Interface().(type) {
 	case *time.Duration:
@@ -287,8 +287,16 @@ func random(seed uint64) policy.Policy {
 
 // allKinds has a component of each kind.
 var allKinds = [policy.Kinds]policy.Component{
-	policy.RateLimiter{}, policy.ConcurrencyLimiter{}, policy.QuotaScheduler{}, policy.ConcurrencyScheduler{}, policy.LoadScheduler{},
-	policy.AIMDLoadScheduler{}, policy.Sampler{}, policy.LoadRamp{}, policy.CalendarQuota{}, policy.CircuitBreaker{},
+	policy.RateLimiter{},
+	policy.ConcurrencyLimiter{},
+	policy.QuotaScheduler{},
+	policy.ConcurrencyScheduler{},
+	policy.LoadScheduler{},
+	policy.AIMDLoadScheduler{},
+	policy.Sampler{},
+	policy.LoadRamp{},
+	policy.CalendarQuota{},
+	policy.CircuitBreaker{},
 }
 
 // Any policies are the same after they were written and read.

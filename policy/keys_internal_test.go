@@ -23,6 +23,7 @@ func structs(visit func(t reflect.Type)) {
 			for field := range t.Fields() {
 				walk(field.Type)
 			}
+		default:
 		case reflect.Interface:
 			switch t {
 			case reflect.TypeFor[Component]():

@@ -38,7 +38,7 @@ func reading(c Component, labels map[string]string) Component {
 	v := reflect.New(reflect.TypeOf(c)).Elem()
 	v.Set(reflect.ValueOf(c))
 	relabel(v, labels)
-	c, _ = v.Interface().(Component)
+	c, _ = reflect.TypeAssert[Component](v)
 	return c
 }
 

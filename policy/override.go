@@ -55,7 +55,7 @@ func overriding(c Component, o Override) (with Component, foreign []string) {
 	v := reflect.New(reflect.TypeOf(c)).Elem()
 	v.Set(reflect.ValueOf(c))
 	from := reflect.ValueOf(o)
-	for i := range from.NumField() { //nolint:modernize // Fields makes a StructField of each
+	for i := range from.NumField() {
 		number := from.Field(i)
 		if number.IsZero() {
 			continue

@@ -19,7 +19,7 @@ const version = 1
 
 // isShort reports whether a document is in Headgate's own shape.
 func isShort(doc *node) bool {
-	for _, key := range strings.Fields(shapeKeys) {
+	for key := range strings.FieldsSeq(shapeKeys) {
 		if _, ok := doc.find(key); ok {
 			return true
 		}
@@ -36,12 +36,12 @@ func (d *decoder) short(top value) []Policy {
 		d.shortPolicy(d.items(f.get("policies"))[0])
 	}
 	f := d.fields(top, shapeKeys, "")
-	if v := d.need(f.get("headgate")); v.node != nil && v.kind == number && v.number != version {
+	v := d.need(f.get("headgate"))
+	if v.node != nil && v.kind == number && v.number != version {
 		d.errorf(v, "is version %v of the format; this Headgate reads version %d", v.number, version)
 		return nil // the rest may be right
-	} else {
-		d.number(v)
 	}
+	d.number(v)
 	list := d.need(f.get("policies"))
 	items := d.items(list)
 	if list.node != nil && list.kind == sequence && len(items) == 0 {
@@ -95,7 +95,7 @@ func (d *decoder) shapeFields(f value, s *shape, into reflect.Value) {
 			d.shapeFields(part, field.inner, to)
 			continue
 		}
-		if selectors, ok := to.Addr().Interface().(*[]Selector); ok {
+		if selectors, ok := reflect.TypeAssert[*[]Selector](to.Addr()); ok {
 			*selectors = d.shortSelectors(f, field.name)
 			continue
 		}
@@ -339,7 +339,7 @@ func (d *decoder) shortComponents(v value) []Component {
 		}
 		made := reflect.New(reflect.TypeOf(zero)).Elem()
 		d.structure(part, made)
-		c, _ := made.Interface().(Component)
+		c, _ := reflect.TypeAssert[Component](made)
 		d.withoutEffect(part, c)
 		components = append(components, c)
 	}

@@ -127,8 +127,8 @@ func TestMistakesInShortFiles(t *testing.T) {
 		{"a misspelt version", editIn(t, short, "headgate:", "headgat:"), "limits.yaml:1:1: headgat: unknown key; did you mean \"headgate\"?\nlimits.yaml:1:1: headgate: is required"},
 		{"another file's key", editIn(t, short, "headgate: 1", "headgate: 1\nkind: Policy"), "limits.yaml:2:1: kind: unknown key"},
 		{"no name", editIn(t, short, "name: orders\n    ", ""), "limits.yaml:3:5: policies[0].name: is required"},
-		{"no components", editIn(t, short, short[strings.Index(short, "    components"):], ""), "limits.yaml:3:5: policies[0].components: is required"},
-		{"a component without a kind", editIn(t, short, short[strings.Index(short, "rate_limiter"):], "{}\n"), "limits.yaml:5:9: policies[0].components[0]: wants one of rate_limiter, concurrency_limiter, quota_scheduler, concurrency_scheduler, load_scheduler, aimd_load…"},
+		{"no components", editIn(t, short, shortFrom(t, "    components"), ""), "limits.yaml:3:5: policies[0].components: is required"},
+		{"a component without a kind", editIn(t, short, shortFrom(t, "rate_limiter"), "{}\n"), "limits.yaml:5:9: policies[0].components[0]: wants one of rate_limiter, concurrency_limiter, quota_scheduler, concurrency_scheduler, load_scheduler, aimd_load…"},
 		{"a misspelt kind", editIn(t, short, "rate_limiter", "rate-limitr"), `limits.yaml:5:9: policies[0].components[0].rate-limitr: unknown key; did you mean "rate_limiter"?`},
 		{"a misspelt key", editIn(t, short, "limit_by", "limitby"), `limits.yaml:10:11: policies[0].components[0].rate_limiter.limitby: unknown key; did you mean "limit_by"?`},
 		{"a Go name", editIn(t, short, "limit_by", "LimitBy"), `limits.yaml:10:11: policies[0].components[0].rate_limiter.LimitBy: unknown key; did you mean "limit_by"?`},
@@ -165,8 +165,8 @@ func TestMistakesInShortFiles(t *testing.T) {
 		{"a duplicate key", editIn(t, short, "fill: 5", "capacity: 5"), at + ".fill: is required\nlimits.yaml:8:11: duplicate key \"capacity\", first at line 7"},
 		{"a tab", editIn(t, short, "          fill", "\tfill"), "limits.yaml:8:1: bad YAML: tab in the indentation; indent with spaces"},
 		{"a placeholder", editIn(t, short, "user", "__REQUIRED_FIELD__"), "limits.yaml:10:21: policies[0].components[0].rate_limiter.limit_by: __REQUIRED_FIELD__ is to be replaced by a value"},
-		{"a name twice", short + short[strings.Index(short, "  - name"):], "limits.yaml:11:11: policies[1].name: policy \"orders\" is at limits.yaml:3:11 already"},
-		{"an ID twice", short + strings.Replace(short[strings.Index(short, "      - rate"):], "at:", "id: rate_limiter.0\n          at:", 1), "limits.yaml:12:15: policies[0].components[1].rate_limiter.id: \"rate_limiter.0\" is the ID of components[0] too"},
+		{"a name twice", short + shortFrom(t, "  - name"), "limits.yaml:11:11: policies[1].name: policy \"orders\" is at limits.yaml:3:11 already"},
+		{"an ID twice", short + strings.Replace(shortFrom(t, "      - rate"), "at:", "id: rate_limiter.0\n          at:", 1), "limits.yaml:12:15: policies[0].components[1].rate_limiter.id: \"rate_limiter.0\" is the ID of components[0] too"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			policies, err := policy.Parse("limits.yaml", []byte(tt.file))
@@ -189,7 +189,7 @@ func TestShortFileWithMark(t *testing.T) {
 
 // Values that flows hardly have are warned about, at the policy that has them.
 func TestWarningsOfShortFiles(t *testing.T) {
-	file := short + strings.Replace(short[strings.Index(short, "  - name"):], "orders", "exports", 1)
+	file := short + strings.Replace(shortFrom(t, "  - name"), "orders", "exports", 1)
 	file = strings.Replace(file, "at: [checkout]", "selectors: [{control_point: checkout, service: 'a,', when: {plan: 'free,'}, require: [{key: a, operator: In, values: ['b;']}],\n"+
 		"            expression: {label_equals: {label: a, value: 'c}'}}}]", 1)
 	file += "      - sampler: {at: [a], accept_percentage: 10, pass_through_values: [gold]}\n"
@@ -233,4 +233,14 @@ func TestFilesAsShortFiles(t *testing.T) {
 			roundTrip(t, policies)
 		})
 	}
+}
+
+// shortFrom returns the rest of short from the text on.
+func shortFrom(t *testing.T, text string) string {
+	t.Helper()
+	_, rest, ok := strings.Cut(short, text)
+	if !ok {
+		t.Fatalf("%q is not in the file", text)
+	}
+	return text + rest
 }

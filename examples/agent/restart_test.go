@@ -70,7 +70,9 @@ type witness struct {
 // see counts a flow until the function that it returns is called.
 func (w *witness) see() (gone func()) {
 	n := w.inFlight.Add(1)
-	for most := w.most.Load(); n > most && !w.most.CompareAndSwap(most, n); most = w.most.Load() {
+	most := w.most.Load()
+	for n > most && !w.most.CompareAndSwap(most, n) {
+		most = w.most.Load()
 	}
 	w.accepted.Add(1)
 	w.mu.Lock()

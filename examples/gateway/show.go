@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -119,7 +120,7 @@ func ask(ctx context.Context, client *http.Client, url, tenant, kind, text strin
 		if after := resp.Header.Get("Retry-After"); after != "" {
 			return fmt.Sprintf("%d, again in %s s", resp.StatusCode, after)
 		}
-		return fmt.Sprint(resp.StatusCode)
+		return strconv.Itoa(resp.StatusCode)
 	}
 	var last event
 	for e, err := range events(resp.Body) {

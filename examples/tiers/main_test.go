@@ -295,8 +295,12 @@ func TestInterrupt(t *testing.T) {
 
 func TestArguments(t *testing.T) {
 	for _, args := range [][]string{
-		{"now"}, {"-listen", "nowhere"}, {"-limits", "limits.yaml"}, {"-listen", "127.0.0.1:0", "-limits", "nowhere.yaml"},
-		{"-listen", "127.0.0.1:0", "-admin", "nowhere"}, {"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-grpc", "nowhere"},
+		{"now"},
+		{"-listen", "nowhere"},
+		{"-limits", "limits.yaml"},
+		{"-listen", "127.0.0.1:0", "-limits", "nowhere.yaml"},
+		{"-listen", "127.0.0.1:0", "-admin", "nowhere"},
+		{"-listen", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-grpc", "nowhere"},
 	} {
 		if err := run(t.Context(), args, io.Discard); err == nil {
 			t.Errorf("run(%q) = nil, want an error", args)

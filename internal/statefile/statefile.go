@@ -126,7 +126,7 @@ func NewWriter(to io.Writer, h Header, limit int) *Writer {
 
 // Component begins a component. If it does not fit, its states do not either.
 func (w *Writer) Component(c Component) {
-	b := append(w.scratch[:0], sectionComponent)
+	b := append(w.scratch[:0], sectionComponent) //nolint:gocritic // the scratch is kept by section
 	for _, text := range []string{c.Policy, c.ID, c.Hash, c.Kind, c.Label, c.Mode} {
 		b = AppendText(b, text)
 	}

@@ -39,7 +39,7 @@ type State struct {
 // Fresh makes the bucket full.
 func (r *Rule) Fresh(b *State, now int64) {
 	*b = State{tokens: r.Capacity, last: now, start: math.MinInt64}
-	r.inForce(b, now)
+	r.inForce(b)
 }
 
 // refill brings the bucket up to now. A clock that steps back changes nothing.
@@ -113,7 +113,7 @@ func (r *Rule) until(b *State, now int64, tokens float64) int64 {
 // Take takes tokens. A flow that costs nothing always gets its tokens. Tokens that never come by other numbers may come by the
 // rule's own.
 func (r *Rule) Take(b *State, now int64, tokens float64) source.Taken {
-	is := r.inForce(b, now)
+	is := r.inForce(b)
 	ok, wait := is.takeOrWait(b, now, tokens)
 	return source.Taken{OK: ok, Left: b.tokens, Wait: wait, Later: !ok && wait == 0 && is != r && r.brings(tokens)}
 }
@@ -129,13 +129,13 @@ func (r *Rule) Timed() bool { return true }
 
 // GiveBack undoes a Take.
 func (r *Rule) GiveBack(b *State, now int64, tokens float64, _ uint64, _ bool) bool {
-	b.tokens = min(b.tokens+tokens, r.inForce(b, now).Capacity)
+	b.tokens = min(b.tokens+tokens, r.inForce(b).Capacity)
 	return true
 }
 
 // Settle corrects a Take. A refund that fills the bucket begins its delay anew, as all that fills it does.
 func (r *Rule) Settle(b *State, now int64, tokens, cost float64, _ uint64) (forgiven float64) {
-	r = r.inForce(b, now)
+	r = r.inForce(b)
 	r.refill(b, now) // what comes from now on pays the debt
 	if cost > tokens {
 		return source.Owe(&b.tokens, cost-tokens, source.Lowest(r.MaxDebt, r.Capacity))
@@ -154,7 +154,7 @@ func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
 	if !ok || *old == *r {
 		return
 	}
-	was, is := old.inForce(b, now), r.current()
+	was, is := old.inForce(b), r.current()
 	was.refill(b, now)
 	if was == old || is == r {
 		b.tokens = min(source.Carry(b.tokens, old.Capacity, r.Capacity), is.Capacity)
@@ -175,7 +175,7 @@ func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
 
 // Usage returns what the bucket holds, which is less than nothing if it is in debt.
 func (r *Rule) Usage(b *State, now int64) source.Usage {
-	r = r.inForce(b, now)
+	r = r.inForce(b)
 	r.refill(b, now)
 	return source.Usage{Capacity: r.Capacity, Remaining: b.tokens}
 }
@@ -186,7 +186,7 @@ func (r *Rule) Usage(b *State, now int64) source.Usage {
 // wants one too: it is served when 4 tokens have come, in 0.8 s, which is the least and likely. If flows of a higher
 // priority are likely to come meanwhile, and get 2 tokens, ahead is {Least: 3, Likely: 5}, and likely is 1.2 s.
 func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64) (least, likely int64) {
-	r = r.inForce(b, now)
+	r = r.inForce(b)
 	r.refill(b, now)
 	if !r.brings(tokens) {
 		return source.Never, source.Never
@@ -201,7 +201,7 @@ func (r *Rule) Forecast(b *State, now int64, ahead source.Ahead, tokens float64)
 // Idle reports whether the bucket is full, just like a fresh one: to forget it changes nothing. A bucket with other numbers
 // must be as full as it would be by its own, too, because a fresh one is full when those come back.
 func (r *Rule) Idle(b *State, now int64) bool {
-	is := r.inForce(b, now)
+	is := r.inForce(b)
 	if is != r {
 		own, other := *b, *b // so that the time of both goes on
 		r.refill(&own, now)

@@ -1,6 +1,9 @@
 package bucket
 
-import "sync/atomic"
+import (
+	"slices"
+	"sync/atomic"
+)
 
 // Changes says from when to when the buckets of one component have other numbers: see [Rule.Other]. The zero value says that
 // they have their own. One goroutine sets it, and any number go by it.
@@ -21,7 +24,7 @@ func (c *Changes) Set(now int64, other bool) {
 	if before := c.latest.Load(); before != nil {
 		latest = (*before)[max(len(*before)-mostChanges+1, 0):]
 	}
-	latest = append(latest[:len(latest):len(latest)], change{now, other})
+	latest = append(slices.Clip(latest), change{now, other})
 	c.latest.Store(&latest)
 }
 
@@ -41,7 +44,7 @@ func (r *Rule) current() *Rule {
 //
 // A bucket has been there up to last, which in steps is earlier than when it was used, and while its fill is delayed later.
 // Some changes may happen to it again then, which takes nothing but what was given back since.
-func (r *Rule) inForce(b *State, now int64) *Rule {
+func (r *Rule) inForce(b *State) *Rule {
 	if r.Changes == nil {
 		return r
 	}

@@ -15,7 +15,7 @@ func changing(step, delay bool) *Rule {
 }
 
 func TestChanges(t *testing.T) {
-	at := func(s float64) int64 { return seconds(s) }
+	at := seconds
 	for _, tt := range []struct {
 		name    string
 		changes map[float64]bool

@@ -36,7 +36,7 @@ func TestRestoredSlots(t *testing.T) {
 		if n, ok := r.Restore(next, written, at); !ok || n != len(ids) || next.count != own+len(ids) || next.used != float64(next.count) {
 			t.Fatalf("Restore = %d, %v and %d in flight want %d more than %d", n, ok, next.count, len(ids), own)
 		}
-		since := int64(-shift)
+		since := -shift
 		for i := next.oldest; i != none; i = next.slots[i].next {
 			if next.slots[i].since < since {
 				t.Fatalf("slots are out of order")
