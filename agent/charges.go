@@ -47,7 +47,8 @@ type charge struct {
 }
 
 // charge remembers what of the verdict can be settled, with what of it awaits an outcome. It returns the id of that; 0 if nothing can
-// be settled.
+// be settled. If there is no room, or the session has run out, it returns an id all the same, so that the client learns that its
+// settlement was not taken.
 func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdict, awaits []*awaited) uint64 {
 	if v.Rejected() || req.DryRun() {
 		return 0
@@ -90,21 +91,26 @@ func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdi
 	own := &one.charges
 	own.mu.Lock()
 	defer own.mu.Unlock()
+	for c.id == 0 || own.by[c.id] != nil {
+		c.id = rand.Uint64()
+	}
 	if own.over {
-		return 0
+		return c.id
 	}
 	if own.by == nil {
 		own.by = make(map[uint64]*charge)
 	}
-	for c.id == 0 || own.by[c.id] != nil {
-		c.id = rand.Uint64()
-	}
 	before := own.bytes
-	for own.count > 0 && (own.count >= maxCharges || own.bytes+c.size > maxChargesBytes ||
-		own.bytes+c.size > ownCharged && s.charged.Load()+int64(own.bytes-before+c.size) > maxCharged) {
+	full := func() bool {
+		return own.count >= maxCharges || own.bytes+c.size > maxChargesBytes ||
+			own.bytes+c.size > ownCharged && s.charged.Load()+int64(own.bytes-before+c.size) > maxCharged
+	}
+	for own.count > 0 && full() {
 		own.forget()
 	}
-	own.remember(c)
+	if !full() { // with nothing that could be forgotten, one flow may be too large alone
+		own.remember(c)
+	}
 	s.charged.Add(int64(own.bytes - before))
 	return c.id
 }

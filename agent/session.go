@@ -58,7 +58,9 @@ type session struct {
 	heard atomic.Int64 // when the client last said that it lives, in nanoseconds since began
 	began time.Time
 
-	streams int // guarded by sessions.mu
+	// Guarded by sessions.mu.
+	streams int
+	end     *time.Timer // forgets the session when it has run out; nil while no stream has ended
 
 	charges charges
 }
@@ -128,10 +130,12 @@ func (s *sessions) of(ctx context.Context) *session {
 	return one
 }
 
-// renew notes that the client lives.
+// renew notes that the client lives. Checks at the same time go by heard, so the engine hears of it first: a slot that is bound to
+// a session which has run out is lost at once.
 func (s *sessions) renew(one *session) {
-	one.heard.Store(int64(time.Since(one.began)))
+	now := int64(time.Since(one.began))
 	s.engine.Renew(one.id, wire.SessionLasts)
+	one.heard.Store(now)
 }
 
 // open begins a stream of the session.
@@ -162,16 +166,29 @@ func (s *sessions) open(id [16]byte, owner string) (*session, error) {
 func (s *sessions) close(one *session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if one.streams--; one.streams == 0 {
-		left := wire.SessionLasts - (time.Since(one.began) - time.Duration(one.heard.Load()))
-		time.AfterFunc(max(left, 0), func() { s.forget(one) })
+	if one.streams--; one.streams > 0 {
+		return
 	}
+	if one.end == nil { // one for all streams, because a peer may open and close many
+		one.end = time.AfterFunc(one.left(), func() { s.forget(one) })
+	} else {
+		one.end.Reset(one.left())
+	}
+}
+
+// left is how long the session lives if the client says nothing more.
+func (one *session) left() time.Duration {
+	return wire.SessionLasts - (time.Since(one.began) - time.Duration(one.heard.Load()))
 }
 
 func (s *sessions) forget(one *session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if one.streams > 0 || s.by[one.id] != one || time.Since(one.began)-time.Duration(one.heard.Load()) < wire.SessionLasts {
+	if one.streams > 0 || s.by[one.id] != one {
+		return
+	}
+	if left := one.left(); left > 0 { // a check has renewed it while its last stream ended
+		one.end.Reset(left)
 		return
 	}
 	delete(s.by, one.id)

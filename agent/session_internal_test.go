@@ -52,6 +52,70 @@ func TestSessionsAreBounded(t *testing.T) {
 	})
 }
 
+// A session that a check renews while its last stream ends is forgotten too.
+func TestSessionsThatAreRenewedAtTheirEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		all := newSessions(e.Agent())
+		one, err := all.open([16]byte{1}, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(3 * time.Second)
+		all.close(one)
+		all.renew(one) // by a check that has seen the stream
+		left := func() int {
+			all.mu.RLock()
+			defer all.mu.RUnlock()
+			return len(all.by) + len(all.owners)
+		}
+		<-time.After(9 * time.Second)
+		if left() == 0 {
+			t.Error("the session was forgotten before it ran out")
+		}
+		<-time.After(2 * time.Second)
+		if n := left(); n != 0 {
+			t.Errorf("%d of the session are left after it has run out", n)
+		}
+	})
+}
+
+// A leaseholder sees what the session says of itself while the engine is told of it.
+type leaseholder struct {
+	agentapi.Local
+	renewed func()
+}
+
+func (l leaseholder) Renew([16]byte, time.Duration) { l.renewed() }
+
+// Checks take a session that was heard of lately for one that the engine knows. So the engine is told first: otherwise the slot
+// of a check at the same time is bound to a session that has run out, and others take it while its flow runs.
+func TestSessionsAreRenewedAtTheEngineFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var one *session
+		renewals := 0
+		all := newSessions(leaseholder{renewed: func() {
+			renewals++
+			if one != nil && time.Since(one.began)-time.Duration(one.heard.Load()) < time.Minute {
+				t.Error("checks take the session for renewed before the engine does")
+			}
+		}})
+		one, err := all.open([16]byte{1}, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(time.Minute)
+		all.renew(one)
+		if renewals != 2 {
+			t.Errorf("%d renewals want one by the stream and another one", renewals)
+		}
+	})
+}
+
 // What is remembered of flows is bounded by number and by size. The oldest go first.
 func TestChargesAreBounded(t *testing.T) {
 	e, err := engine.New(nil)
@@ -105,9 +169,15 @@ func TestChargesAreBounded(t *testing.T) {
 	if got := other.charges.bytes; got > ownCharged || got < ownCharged/2 {
 		t.Errorf("a session has %d bytes where others leave no room want about %d", got, ownCharged)
 	}
+	all.charged.Store(maxCharged)
+	for range 2 { // with and without flows that could be forgotten
+		if id := add(other, string(make([]byte, ownCharged))); id == 0 || other.charges.count != 0 || other.charges.bytes != 0 {
+			t.Errorf("flow %d, which is larger than the room that a session always has, is remembered: %d flows", id, other.charges.count)
+		}
+	}
 	all.charged.Store(int64(small.charges.bytes)) // which is all there is
 	all.charged.Add(-small.charges.drop())
-	if all.charged.Load() != 0 || add(small, "") != 0 {
-		t.Error("a session that has run out takes room")
+	if id := add(small, ""); all.charged.Load() != 0 || small.charges.count != 0 || id == 0 {
+		t.Errorf("a session that has run out takes room, or says that flow %d cannot be settled", id)
 	}
 }

@@ -56,7 +56,9 @@ const (
 	maxUnacked   = 64      // heartbeats whose times are kept
 	maxPending   = 1 << 16 // settlements, as many as an agent remembers
 	settledBy    = 30 * time.Second
-	settlingSize = 64 // bytes of a settlement on the wire, besides its labels, at the most
+	settlingSize = 64               // bytes of a settlement on the wire, besides its labels, at the most
+	maxLines     = 16               // streams at a time; agents that drain keep theirs for a while
+	endsBy       = 10 * time.Second // after the client has said all, an agent ends a stream
 )
 
 func newSession(r *remote) *session {
@@ -127,11 +129,13 @@ func (s *session) keep() {
 	pause := reopenFirst
 	for s.ctx.Err() == nil {
 		l, err := s.open()
-		begin := time.Now()
+		begin, often := time.Now(), false
 		if err == nil {
 			select {
 			case <-l.retired: // the next one takes its place, and it goes on for a while
-				pause = reopenFirst
+				if often = time.Since(begin) < reopenFirst; !often {
+					pause = reopenFirst
+				}
 			case <-l.ended:
 				err = l.err
 				if l.told {
@@ -153,7 +157,7 @@ func (s *session) keep() {
 			}
 			s.foreign.Store(false)
 			continue
-		case err == nil:
+		case err == nil && !often:
 			if s.idle(reopenFirst / 10) {
 				continue
 			}
@@ -192,6 +196,7 @@ func (r *remote) nextConnection(ctx context.Context) bool {
 // A line is one stream of the session.
 type line struct {
 	session *session
+	opened  time.Time
 	stream  grpc.BidiStreamingClient[sessionv1.SessionRequest, sessionv1.SessionResponse]
 	cancel  context.CancelFunc
 	woken   chan struct{}
@@ -241,15 +246,30 @@ func (s *session) open() (*line, error) {
 		forget(s.remote.links.fresh)
 	}
 	l := &line{
-		session: s, stream: stream, cancel: cancel,
+		session: s, opened: time.Now(), stream: stream, cancel: cancel,
 		woken: make(chan struct{}, 1), retired: make(chan struct{}), ended: make(chan struct{}),
 	}
 	s.mu.Lock()
+	s.makeRoom()
 	s.lines[l] = struct{}{}
 	s.mu.Unlock()
 	s.runs.Go(l.send)
 	s.runs.Go(l.receive)
 	return l, nil
+}
+
+// makeRoom ends the oldest stream if there are too many, as with agents that keep telling the client to open another one.
+func (s *session) makeRoom() {
+	if len(s.lines) < maxLines {
+		return
+	}
+	var oldest *line
+	for l := range s.lines {
+		if oldest == nil || l.opened.Before(oldest.opened) {
+			oldest = l
+		}
+	}
+	oldest.cancel()
 }
 
 func (l *line) poke() {
@@ -294,9 +314,11 @@ func (l *line) send() {
 		m, next := l.message(time.Now())
 		if m == nil && next == 0 {
 			_ = l.stream.CloseSend() // the agent then ends the stream
+			timer.Reset(endsBy)
 			select {
 			case <-l.ended:
 			case <-s.ctx.Done():
+			case <-timer.C: // it does not
 			}
 			return
 		}
@@ -397,7 +419,12 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 	s := l.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if id := m.GetAgentId(); id != 0 && (!l.told || l.agent != id) {
+	id := m.GetAgentId()
+	if l.told && id != l.agent { // nobody goes by this: a stream is at one agent
+		l.cancel()
+		return
+	}
+	if id != 0 && !l.told {
 		l.told, l.agent, l.fresh = true, id, nil
 		for _, one := range s.pending {
 			if one.agent == id {
@@ -473,6 +500,7 @@ func (s *session) alive(ctx context.Context) (alive, known bool) {
 
 // A stay is the time in which an agent has the session, as far as the client knows.
 type stay struct {
+	agent uint64
 	acked time.Time // when the last heartbeat was sent that the agent has acknowledged
 	slots int       // of flows that have not ended
 	lost  bool
@@ -491,14 +519,20 @@ func (s *session) acknowledged(agent uint64, at time.Time) {
 		}
 		of = s.newStay(agent)
 	}
-	if at.After(of.acked) {
+	if at.After(of.acked) && !of.isOver() {
 		of.acked = at
 	}
 }
 
+// isOver reports whether slots of the stay are lost. After a pause of the process, the agent's answer to a new heartbeat may come
+// before the timer does.
+func (of *stay) isOver() bool {
+	return of.slots > 0 && time.Since(of.acked) >= wire.SessionLost
+}
+
 func (s *session) newStay(agent uint64) *stay {
-	of := &stay{flows: make(map[*check]context.CancelCauseFunc)}
-	of.timer = time.AfterFunc(wire.SessionLost, func() { s.judge(agent, of) })
+	of := &stay{agent: agent, flows: make(map[*check]context.CancelCauseFunc)}
+	of.timer = time.AfterFunc(wire.SessionLost, func() { s.judge(of) })
 	of.timer.Stop()
 	s.stays[agent] = of
 	return of
@@ -513,7 +547,7 @@ func (s *session) join(agent uint64, slots int, began time.Time) *stay {
 		return nil
 	}
 	of := s.stays[agent]
-	if of == nil {
+	if of == nil || of.isOver() { // which its timer finds
 		of = s.newStay(agent)
 	}
 	if began.After(of.acked) {
@@ -538,7 +572,20 @@ func (s *session) leave(of *stay, c *check) {
 				l.poke()
 			}
 		}
+		if s.stays[of.agent] == of && !s.reaches(of.agent) { // so that answers with made-up agents leave nothing behind
+			delete(s.stays, of.agent)
+		}
 	}
+}
+
+// reaches reports whether there is a stream at the agent.
+func (s *session) reaches(agent uint64) bool {
+	for l := range s.lines {
+		if l.told && l.agent == agent {
+			return true
+		}
+	}
+	return false
 }
 
 // watch has the function called if the slots of a flow are lost.
@@ -555,7 +602,7 @@ func (s *session) watch(of *stay, c *check, cancel context.CancelCauseFunc) {
 }
 
 // judge takes the slots for lost if the agent has acknowledged nothing for so long.
-func (s *session) judge(agent uint64, of *stay) {
+func (s *session) judge(of *stay) {
 	s.mu.Lock()
 	if of.slots == 0 || of.lost || s.isClosed {
 		s.mu.Unlock()
@@ -567,8 +614,8 @@ func (s *session) judge(agent uint64, of *stay) {
 		return
 	}
 	of.lost = true
-	if s.stays[agent] == of {
-		delete(s.stays, agent)
+	if s.stays[of.agent] == of {
+		delete(s.stays, of.agent)
 	}
 	slots, flows := of.slots, of.flows
 	of.flows = nil
@@ -608,6 +655,9 @@ func (s *session) settle(agent, id uint64, costs *agentapi.Cost, outcome *sessio
 	if s.isClosed || size > wire.MaxSessionMessage || len(s.pending) >= maxPending {
 		return nil
 	}
+	if other := s.pending[id]; other != nil { // agents make ids at random, but one may be hostile
+		s.resolve(other, false)
+	}
 	s.pending[id] = one
 	for l := range s.lines {
 		if l.told && l.agent == agent {
@@ -629,6 +679,9 @@ func (s *session) prune(now time.Time) {
 		if now.Sub(old.since) >= settledBy {
 			s.resolve(old, false)
 		}
+	}
+	for l := range s.lines { // an agent may never answer a batch
+		l.fresh = slices.DeleteFunc(l.fresh, func(one *settlement) bool { return s.pending[one.message.GetId()] != one })
 	}
 }
 

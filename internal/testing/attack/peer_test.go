@@ -11,6 +11,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,7 +25,9 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/telemetry"
+	"github.com/headgate-go/headgate/internal/wire"
 )
 
 const (
@@ -287,6 +290,36 @@ func openCalls(method string) assault {
 				}
 			}
 			sleep(ctx, patience)
+		})
+	}
+}
+
+// sessions begins sessions, and says nothing in them again and again: as much as the first window has room for, in frames of
+// so many bytes. Empty messages are nothing but zeros. There are as many streams as a client without a key can have.
+func sessions(frame int) assault {
+	const streams = 1024
+	var made atomic.Uint64
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, 8, address, func(p *peer) {
+			for range streams {
+				stream, err := p.call(sessionv1.SessionService_Session_FullMethodName, nil, wire.SessionHeader, fmt.Sprintf("%032x", 1+made.Add(1)/4))
+				if err != nil || ctx.Err() != nil {
+					return
+				}
+				var frames bytes.Buffer
+				all := http2.NewFramer(&frames, nil)
+				for range (60 << 10) / frame {
+					_ = all.WriteData(stream, false, make([]byte, frame))
+				}
+				p.mu.Lock()
+				_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+				_, err = p.conn.Write(frames.Bytes())
+				p.mu.Unlock()
+				if err != nil {
+					return
+				}
+			}
+			sleep(ctx, time.Minute)
 		})
 	}
 }

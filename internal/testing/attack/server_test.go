@@ -90,6 +90,8 @@ func TestServers(t *testing.T) {
 		{"answers that are not read", "agent", nil, unread, standard},
 		{"labels that are not read", "agent", nil, unreadLabels, standard},
 		{"reflection that is not read", "agent", nil, unreadReflection, standard},
+		{"messages of sessions", "agent", nil, sessions(12 << 10), standard},
+		{"messages of sessions in small frames", "agent", nil, sessions(1), standard},
 		{"zeros", "agent", nil, zeros(methodCheck), standard},
 		{"zeros", "grpc", nil, zeros(methodHealth), standard},
 		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless},
