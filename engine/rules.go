@@ -289,19 +289,19 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 }
 
 // come prepares the component to come into force after the one of the same name, which may be nil.
-func (in *installed) come(after *installed, list []policy.Selector, before map[string]*controlPoint) error {
-	in.picks = string(appendValue(nil, reflect.ValueOf(list)))
-	if after != nil && after.kind == in.kind {
-		if s, ok := in.component.(successor); ok && s.follow(after.component) {
-			in.follows = after
-			if after.picks == in.picks { // they go on counting
-				in.acts = after.acts
+func (p *installed) come(after *installed, list []policy.Selector, before map[string]*controlPoint) error {
+	p.picks = string(appendValue(nil, reflect.ValueOf(list)))
+	if after != nil && after.kind == p.kind {
+		if s, ok := p.component.(successor); ok && s.follow(after.component) {
+			p.follows = after
+			if after.picks == p.picks { // they go on counting
+				p.acts = after.acts
 				return nil
 			}
 		}
 	}
 	var err error
-	in.acts, err = compileSelectors(list, before)
+	p.acts, err = compileSelectors(list, before)
 	return err
 }
 

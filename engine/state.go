@@ -42,10 +42,10 @@ func (a *agent) WriteState(to io.Writer, drained bool, limit int) (agentapi.Stat
 }
 
 // written is what a file says of the component.
-func (in *installed) written(mode string) statefile.Component {
+func (p *installed) written(mode string) statefile.Component {
 	return statefile.Component{
-		Policy: in.named.policy, ID: in.named.id, Hash: in.named.hash,
-		Kind: in.name, Label: in.identity().LabelKey, Mode: mode,
+		Policy: p.named.policy, ID: p.named.id, Hash: p.named.hash,
+		Kind: p.name, Label: p.identity().LabelKey, Mode: mode,
 	}
 }
 

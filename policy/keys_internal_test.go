@@ -23,7 +23,6 @@ func structs(visit func(t reflect.Type)) {
 			for field := range t.Fields() {
 				walk(field.Type)
 			}
-		default:
 		case reflect.Interface:
 			switch t {
 			case reflect.TypeFor[Component]():
@@ -36,6 +35,7 @@ func structs(visit func(t reflect.Type)) {
 				walk(reflect.TypeFor[LabelEquals]())
 				walk(reflect.TypeFor[LabelMatches]())
 			}
+		default:
 		}
 	}
 	walk(reflect.TypeFor[Policy]())

@@ -76,14 +76,14 @@ func TestEachFieldHasItsInterface(t *testing.T) {
 		v := reflect.New(reflect.TypeOf(c)).Elem()
 		if when := v.FieldByName("When"); when.IsValid() {
 			when.Set(reflect.ValueOf(Escalation{Load: "load"}))
-			if e, ok := v.Interface().(escalating); !ok || e.escalation().Load != "load" {
+			if e, ok := reflect.TypeAssert[escalating](v); !ok || e.escalation().Load != "load" {
 				t.Errorf("%T has a When, and escalation does not return it", c)
 			}
 		}
 		if values := v.FieldByName("PassThroughValues"); values.IsValid() {
 			values.Set(reflect.ValueOf([]string{"value"}))
 			v.FieldByName("SessionLabel").SetString("label")
-			p, ok := v.Interface().(passing)
+			p, ok := reflect.TypeAssert[passing](v)
 			if !ok {
 				t.Errorf("%T has a PassThroughValues, and passes does not return it", c)
 				continue
