@@ -49,7 +49,7 @@ func (a *agentOf) streams() int {
 // dial connects a client to the agent, and returns its session.
 func (a *agentOf) dial(t *testing.T) *session {
 	t.Helper()
-	server := grpc.NewServer()
+	server := grpc.NewServer(grpc.WaitForHandlers(true))
 	sessionv1.RegisterSessionServiceServer(server, a)
 	listener := bufconn.Listen(1 << 16)
 	served := make(chan struct{})
@@ -87,9 +87,10 @@ func TestDrainsAreBounded(t *testing.T) {
 						_ = stream.Send(&sessionv1.SessionResponse{
 							AgentId: 7, Drain: true, Heartbeat: &sessionv1.Heartbeat{Number: number, Acknowledges: first.GetHeartbeat().GetNumber()},
 						})
-						<-time.After(time.Second)
-						if stream.Context().Err() != nil {
-							return stream.Context().Err() // and not when the client has said all
+						select {
+						case <-time.After(time.Second):
+						case <-stream.Context().Done(): // and not when the client has said all
+							return stream.Context().Err()
 						}
 					}
 				}}
