@@ -84,7 +84,7 @@ func TestSessionsThatAreRenewedAtTheirEnd(t *testing.T) {
 	})
 }
 
-// A leaseholder sees what the session says of itself while the engine is told of it.
+// A leaseholder runs a function when a session is renewed at the engine.
 type leaseholder struct {
 	agentapi.Local
 	renewed func()
@@ -92,7 +92,7 @@ type leaseholder struct {
 
 func (l leaseholder) Renew([16]byte, time.Duration) { l.renewed() }
 
-// Checks take a session that was heard of lately for one that the engine knows. So the engine is told first: otherwise the slot
+// Checks take a session that was heard of lately for one that the engine knows. So the engine is renewed first. Otherwise the slot
 // of a check at the same time is bound to a session that has run out, and others take it while its flow runs.
 func TestSessionsAreRenewedAtTheEngineFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -286,7 +286,7 @@ func (b *circuitBreaker) restore(r *statefile.Record, at source.Restoring) (slot
 	return 0, ok
 }
 
-// lasts says whether the ramp begins by itself: one that is told to begin otherwise begins anew.
+// lasts returns how the ramp begins: by itself, or when the host moves it. A ramp whose Start has changed begins anew.
 func (l *loadRamp) lasts() (string, bool) { //nolint:unparam // it is a lasting
 	if l.ramp.starts {
 		return "starts", true

@@ -319,8 +319,8 @@ func WithDryRun() Option {
 // heartbeat for 9 s, so it may soon give them to other flows. [context.Cause] of the flow's context is [ErrSlotLost] then.
 // Use it for work that must never run more often than the limit says. Without this option, such flows go on, because an
 // agent's outage should not become the application's. The context is [Flow.Context], or what package headgate's guards
-// pass on. With this option it also ends when a flow with slots ends. It has no effect on slots at other agents, and on
-// those whose check came before the session had begun: they do not run out with the session.
+// pass on. With this option it also ends when a flow with slots ends. It has no effect on slots at other agents,
+// nor on slots from before the session began, because these do not run out with the session.
 func WithCancelOnLostSlot() Option {
 	return option{"WithCancelOnLostSlot", true, func(c *config) error {
 		c.cancelLost = true

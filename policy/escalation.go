@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// An Escalation gives a limiter other numbers while a load scheduler of its policy lets in too little of the load: those who
-// matter less are kept out before the others have to wait. The zero value does nothing.
+// An Escalation gives a limiter other numbers while a load scheduler of its policy lets in too little of the load. So
+// it rejects less important flows before the others have to wait. The zero value does nothing.
 //
 // The engine looks at the scheduler each second. Tokens beyond a capacity are lost when it comes into force, and a capacity
 // that grows brings none, so a bucket never grants more than the numbers of each time. A limiter that is new has its own numbers. One

@@ -7,8 +7,8 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/source"
 )
 
-// A Rule is what the buckets of one component have in common. It is a [source.Source], and does not change, but for
-// Changes.
+// A Rule is what the buckets of one component have in common. It is a [source.Source]. Only Changes
+// changes.
 type Rule struct {
 	Capacity float64 // the most tokens that a bucket holds; it starts with as many
 	Fill     float64 // tokens that come in each interval; with 0, none ever come

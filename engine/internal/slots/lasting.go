@@ -75,7 +75,7 @@ func (r *Rule) Append(b []byte, f *State, now int64) []byte {
 //
 // A slot that was bound to a session is bound to it again: its client has revival to renew the session.
 //
-// Some flows of a copy have ended meanwhile, and nobody will say so again. A flow that had run for long is likely to run on, and
+// Some flows of a copy have ended meanwhile, and their clients do not end them again. A flow that had run for long is likely to run on, and
 // a flow that had just begun is not. So a slot of a copy counts for as long again as its flow had run, and for grace at the
 // least.
 func (r *Rule) Restore(f *State, written []byte, at source.Restoring) (taken int, ok bool) {
