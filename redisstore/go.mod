@@ -1,0 +1,12 @@
+module github.com/headgate-go/headgate/redisstore
+
+go 1.26.0
+
+replace github.com/headgate-go/headgate => ..
+
+require (
+	github.com/headgate-go/headgate v0.0.0-00010101000000-000000000000
+	github.com/redis/rueidis v1.0.79
+)
+
+require golang.org/x/sys v0.48.0 // indirect
