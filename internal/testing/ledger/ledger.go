@@ -3,6 +3,7 @@
 package ledger
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -22,7 +23,11 @@ const (
 	MaxWorkloads = 64
 	Others       = "\x00others"
 
+	// Early is how much earlier than it was told an instance's turn must be for it to be woken.
+	Early = 5 * time.Millisecond
+
 	maxSteps  = 256  // of a look ahead
+	maxLooks  = 8    // at how many other instances' turns a call looks, because its own flows are gone
 	slack     = 1e-9 // what floating point may lose
 	lateClock = 1e9  // when the clock is set back: a float that shows more does not move by small costs of large weights
 )
@@ -42,12 +47,17 @@ const (
 // different times. An instance lists the first [MaxFlows] flows of each workload anew in each call. The first of them get
 // what its box holds for their workload. What is left in the box, because flows have gone, goes back. So does what lies in the box
 // of an instance that has not called for the TTL.
+//
+// An instance calls when its turn is due. If something falls to it much earlier, or is going to because another one has left,
+// it is woken, once until it calls.
 type Ledger struct {
 	clock     float64
 	workloads []*workload // that wait, in the order in which they began to
 	instances []*instance
+	woken     []string
 
-	ttl time.Duration // for tests; 0 is TTL
+	// Lives is how long an instance is believed that does not call; 0 is TTL.
+	Lives time.Duration
 }
 
 type workload struct {
@@ -70,6 +80,8 @@ type flow struct {
 type instance struct {
 	id      string
 	expires time.Duration
+	due     time.Duration // when it was told that its turn is; 0 if that is not known
+	woken   bool
 	box     box
 }
 
@@ -135,7 +147,8 @@ type Tokens interface {
 func (l *Ledger) Draw(now time.Duration, id string, waiting []shared.Waiting, once bool, t Tokens) (grants []shared.Grant, next time.Duration) {
 	l.expire(now, t)
 	caller := l.instance(id)
-	caller.expires = now + l.lives()
+	had := l.waits(caller)
+	caller.expires, caller.due, caller.woken = now+cmp.Or(l.Lives, TTL), 0, false
 	got := make([][]float64, len(waiting))
 	give := func(f flow) { got[f.at] = append(got[f.at], f.cost) }
 
@@ -156,14 +169,19 @@ func (l *Ledger) Draw(now time.Duration, id string, waiting []shared.Waiting, on
 		if at.of == caller {
 			give(f)
 		} else {
-			at.of.box.add(w.name, f.cost)
+			l.fill(now, at.of, w, f)
 		}
 	})
-	next = l.turn(caller, t)
+	if next = l.turn(caller, t); next > 0 {
+		caller.due = now + next
+	}
 	if once {
 		l.leave(caller)
 	}
 	l.tidy()
+	if had && !l.waits(caller) {
+		l.look(now, t)
+	}
 	for i, tokens := range got {
 		if len(tokens) > 0 {
 			grants = append(grants, shared.Grant{Workload: waiting[i].Workload, Tokens: tokens})
@@ -176,11 +194,50 @@ func (l *Ledger) Draw(now time.Duration, id string, waiting []shared.Waiting, on
 func (l *Ledger) Serve(now time.Duration, t Tokens) (served bool) {
 	l.expire(now, t)
 	l.hand(t, func(at *list, w *workload, f flow) {
-		at.of.box.add(w.name, f.cost)
+		l.fill(now, at.of, w, f)
 		served = true
 	})
 	l.tidy()
 	return served
+}
+
+// Woken returns the instances that are to be woken since it was called last.
+func (l *Ledger) Woken() (ids []string) {
+	ids, l.woken = l.woken, nil
+	return ids
+}
+
+// fill puts into the box of an instance what has fallen to it.
+func (l *Ledger) fill(now time.Duration, to *instance, w *workload, f flow) {
+	to.box.add(w.name, f.cost)
+	l.wake(now, to)
+}
+
+func (l *Ledger) wake(now time.Duration, i *instance) {
+	if !i.woken && (i.due == 0 || i.due > now+Early) {
+		i.woken = true
+		l.woken = append(l.woken, i.id)
+	}
+}
+
+// look wakes the instances whose turns are much earlier now than they were told.
+func (l *Ledger) look(now time.Duration, t Tokens) {
+	looks := maxLooks
+	for _, i := range l.instances {
+		if looks > 0 && !i.woken && i.due > now+Early && l.waits(i) {
+			looks--
+			if now+l.turn(i, t) < i.due-Early {
+				l.wake(now, i)
+			}
+		}
+	}
+}
+
+// waits reports whether anything waits at the instance.
+func (l *Ledger) waits(i *instance) bool {
+	return slices.ContainsFunc(l.workloads, func(w *workload) bool {
+		return slices.ContainsFunc(w.lists, func(o *list) bool { return o.of == i })
+	})
 }
 
 // Boxed returns what lies in boxes.
@@ -193,13 +250,6 @@ func (l *Ledger) Boxed() (sum float64) {
 
 // Empty reports whether nothing waits, and nothing lies in boxes.
 func (l *Ledger) Empty() bool { return len(l.instances) == 0 }
-
-func (l *Ledger) lives() time.Duration {
-	if l.ttl > 0 {
-		return l.ttl
-	}
-	return TTL
-}
 
 // expire forgets the instances that have not called lately.
 func (l *Ledger) expire(now time.Duration, t Tokens) {
@@ -322,19 +372,17 @@ func first(workloads []*workload) (best *workload, finish float64) {
 // turn returns when something falls to the instance if nothing changes but the time. Where an instance lists all that it may, it
 // is taken to have any number of flows more.
 func (l *Ledger) turn(of *instance, t Tokens) time.Duration {
-	waits := false
+	if !l.waits(of) {
+		return 0
+	}
 	ahead := make([]*workload, 0, len(l.workloads))
 	for _, w := range l.workloads {
 		c := *w
 		c.lists = make([]*list, 0, len(w.lists))
 		for _, o := range w.lists {
-			waits = waits || o.of == of
 			c.lists = append(c.lists, &list{o.of, o.flows, o.more})
 		}
 		ahead = append(ahead, &c)
-	}
-	if !waits {
-		return 0
 	}
 	sum := 0.0
 	for range maxSteps {
@@ -359,9 +407,7 @@ func (l *Ledger) turn(of *instance, t Tokens) time.Duration {
 func (l *Ledger) tidy() {
 	l.workloads = slices.DeleteFunc(l.workloads, func(w *workload) bool { return len(w.lists) == 0 })
 	l.instances = slices.DeleteFunc(l.instances, func(i *instance) bool {
-		return i.box.total() <= slack && !slices.ContainsFunc(l.workloads, func(w *workload) bool {
-			return slices.ContainsFunc(w.lists, func(o *list) bool { return o.of == i })
-		})
+		return i.box.total() <= slack && !l.waits(i)
 	})
 	switch {
 	case len(l.workloads) == 0:

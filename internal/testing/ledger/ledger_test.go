@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -162,6 +163,65 @@ func TestDraw(t *testing.T) {
 			}
 			if p.tokens != tt.left || l.Boxed() != tt.boxed {
 				t.Errorf("%v tokens left, %v in boxes want %v, %v", p.tokens, l.Boxed(), tt.left, tt.boxed)
+			}
+		})
+	}
+}
+
+// An instance is woken where it must not wait until its turn.
+func TestWoken(t *testing.T) {
+	long := slices.Repeat([]float64{1}, MaxFlows)
+	for _, tt := range []struct {
+		name  string
+		still bool
+		steps []step
+		want  []string // of each step, the instances that it wakes
+	}{
+		{"what comes back falls to it", true, []step{
+			{at: "x", waiting: several(waits("a", 1, 1, 1))},
+			{tokens: 1},
+			{tokens: 1},
+			{at: "x", waiting: nil},
+		}, []string{"", "x", "", ""}},
+		{"it gets something when its turn is due", false, []step{
+			{at: "x", waiting: several(waits("a", 1, 1))},
+			{after: time.Second - 1, tokens: 1, at: "y", waiting: several(waits("b", 1, 1))},
+		}, []string{"", ""}},
+		{"it gets something long before", false, []step{
+			{at: "x", waiting: several(waits("a", 1, 1))},
+			{after: time.Second / 2, tokens: 1, at: "y", waiting: several(waits("b", 1, 1))},
+		}, []string{"", "x"}},
+		{"one that was before it has left", false, []step{
+			{at: "y", waiting: several(waits("b", 20, long...))},
+			{at: "x", waiting: several(waits("a", 1, 1))},
+			{at: "y", waiting: nil},
+			{at: "y", waiting: nil},
+		}, []string{"", "", "x", ""}},
+		{"one that was after it has left", false, []step{
+			{at: "y", waiting: several(waits("b", 1, 5))},
+			{at: "x", waiting: several(waits("a", 1, 1))},
+			{at: "y", waiting: nil},
+		}, []string{"", "", ""}},
+		{"one does not stay", false, []step{
+			{at: "x", waiting: several(waits("a", 1, 5))},
+			{at: "y", waiting: several(waits("b", 1, 1)), once: true},
+			{at: "y", waiting: several(waits("b", 1, 1)), once: true},
+		}, []string{"", "", ""}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var l Ledger
+			p := &purse{most: 100, still: tt.still}
+			now := time.Duration(1)
+			for i, s := range tt.steps {
+				now, p.tokens = now+s.after, p.tokens+s.tokens
+				if s.at == "" {
+					l.Serve(now, p)
+				} else {
+					l.Draw(now, s.at, s.waiting, s.once, p)
+				}
+				if got := strings.Join(l.Woken(), ","); got != tt.want[i] {
+					t.Errorf("step %d wakes %q want %q", i, got, tt.want[i])
+				}
 			}
 		})
 	}
