@@ -79,6 +79,7 @@ type Store struct {
 	renewSoon atomic.Bool
 	kicked    chan struct{}
 
+	waiters   waiters
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
 
 	mu       sync.Mutex
@@ -146,6 +147,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]time.Time),
 		pending:   make(map[uint64]pending),
+		waiters:   waiters{of: make(map[string]map[*waiter]bool)},
 	}
 	for _, o := range opts {
 		o.apply(s)

@@ -36,10 +36,10 @@ func newScript(text string) *script {
 }
 
 // scripts are those of a store.
-type scripts struct{ take, giveBack, lease, ramp *script }
+type scripts struct{ take, giveBack, lease, ramp, queue *script }
 
 func newScripts() scripts {
-	return scripts{newScript(takeLua), newScript(returnLua), newScript(leaseLua), newScript(rampLua)}
+	return scripts{newScript(takeLua), newScript(returnLua), newScript(leaseLua), newScript(rampLua), newScript(queueLua)}
 }
 
 // command returns the call of the script by its hash, or by its text.
