@@ -19,22 +19,17 @@ local rule = read_rules()[1]
 local channels, mode
 channels, mode, at = unpack('<Hc0B', input, at)
 
-local keys = {key = KEYS[1], ledger = KEYS[2]}
-if rule.kind == SLOTS then
-  keys = {key = KEYS[1], ends = KEYS[2], ledger = KEYS[3], leases = KEYS[4]}
-end
+local ledger_at = rule.kind == SLOTS and 3 or 2
+local ledger_key = KEYS[ledger_at]
 
 -- L is the ledger: c is the clock, w are the workloads (n name, w weight, s start, l lists), i the instances (id, x expires, d due, q
 -- woken, b box). A list has the place of its instance's ID in o, m if there may be more, and f: numbers of flows and what they cost
 -- each, by turns. A box has workloads and tokens, by turns.
 local L = {c = 0, w = {}, i = {}}
 local there, newer = false, false
-do
-  local value = call('GET', keys.ledger)
-  if value then
-    there = true
-    if value:byte(1) > SCHEMA then newer = true else L = cmsgpack.unpack(value:sub(2)) end
-  end
+if values[ledger_at] then
+  there = true
+  if values[ledger_at]:byte(1) ~= SCHEMA then newer = true else L = cmsgpack.unpack(values[ledger_at]:sub(2)) end
 end
 
 local woken = {}
@@ -237,21 +232,21 @@ local function look()
   end
 end
 
-local function save()
-  if s.dirty then s.save() end
+local function finish()
+  if s.dirty then save(s) end
   if #L.i > 0 then
-    store(keys.ledger, string.char(SCHEMA) .. cmsgpack.pack(L), rule.kind == BUCKET and
+    store(ledger_key, string.char(SCHEMA) .. cmsgpack.pack(L), rule.kind == BUCKET and
       (rule.fill > 0 and max(time_to_fill(rule, rule.capacity), KEPT) or huge) or KEPT)
   elseif there then
-    call('DEL', keys.ledger)
+    call('DEL', ledger_key)
   end
   for _, id in ipairs(woken) do
-    call('PUBLISH', channels .. id, keys.ledger)
+    call('PUBLISH', channels .. id, ledger_key)
   end
 end
 
 local function begin()
-  s = state(1, rule, keys)
+  s = state(1, rule)
   if s.newer or newer then return false end
   if s.differs or s.looked then s.dirty = true end
   held = s.used or 0
@@ -262,9 +257,9 @@ local function begin()
 end
 
 local function return_slot(id)
-  if s.gone[id] or call('HEXISTS', keys.key, id) == 0 then return false end
+  if s.gone[id] or call('HEXISTS', KEYS[1], id) == 0 then return false end
   local used = s.used
-  forget_slot(s, keys.key, id)
+  forget_slot(s, KEYS[1], id)
   s.dirty, held = true, held - (used - s.used)
   return true
 end
@@ -296,7 +291,7 @@ if mode == 2 then
     expire()
     hand()
     tidy()
-    save()
+    finish()
   end
   return table.concat(reply)
 end
@@ -430,9 +425,9 @@ if next_turn > 0 then caller.d = now + next_turn end
 if once == 1 then leave(caller) end
 tidy()
 if had and not waits(caller) then look() end
-save()
+finish()
 for holder in pairs(leased) do
-  if holder.lasts > 0 then lease(keys.leases, holder.id, holder.lasts) end
+  if holder.lasts > 0 then lease(KEYS[4], holder.id, holder.lasts) end
 end
 return pack('<dBdd', now, s.differs and 2 or 0, rule.kind == BUCKET and s.tokens or rule.capacity - held, next_turn) ..
   table.concat(grants)
