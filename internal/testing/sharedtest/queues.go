@@ -79,7 +79,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 
 func (s *Store) draw(now time.Time, d *shared.Drawing) (drawn shared.Drawn, wake []func()) {
 	st, q := s.server.state(now, d.Key, d.Rule), s.server.queue(d.Key)
-	drawn.Differs = st.differs(now, d.Rule)
+	drawn.Differs = st.follow(now, d.Rule, d.Since)
 	st.owe(now, d.Owed)
 	for _, g := range d.Unneeded {
 		for i, tokens := range g.Tokens {
@@ -125,8 +125,9 @@ func waitingOf(d *shared.Drawing, workload string) *shared.Waiting {
 
 // serve hands out what came back to a key at which flows may wait.
 func (s *Server) serve(now time.Time, key shared.Key, rule *shared.Rule) (wake []func()) {
-	q := s.queue(key)
-	q.Serve(s.at(now), s.state(now, key, rule).tokensFor(q, now))
+	q, st := s.queue(key), s.state(now, key, rule)
+	st.renew(now)
+	q.Serve(s.at(now), st.tokensFor(q, now))
 	return s.woken(q)
 }
 
