@@ -185,7 +185,7 @@ type Drawing struct {
 	Once     bool          // the flows that get nothing now do not wait
 	Since    time.Duration // see Ask
 	Owed     float64       // see Ask
-	Unneeded []Grant // what came for flows that are gone: it goes to others
+	Unneeded []Grant       // what came for flows that are gone: it goes to others
 }
 
 // Waiting is the flows of one workload that wait, in their order: the costs of the first 32 of them. A workload has the same weight at
