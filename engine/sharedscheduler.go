@@ -423,14 +423,16 @@ func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws
 		return
 	}
 	q.changes++
-	s.serve(e, now)
 	for w := q.First(); w != nil && s.closed(e); w = q.First() {
+		w.Flow.local = true
 		q.decide(w, agentapi.CauseNoStore, 0)
 	}
+	s.serve(e, now)
 	for _, of := range q.Turns(mostListed) {
 		for _, w := range of.Waiters {
 			if w.Flow.once {
 				_, likely := s.of(e).rule.Forecast(st, now, source.Ahead{}, w.Flow.tokens)
+				w.Flow.local = true
 				q.decide(w, agentapi.CauseNone, likely)
 			}
 		}
