@@ -270,3 +270,25 @@ func TestFleetNewerSchema(t *testing.T) {
 		})
 	}
 }
+
+// A component that has become one of another kind begins anew.
+func TestFleetOtherKind(t *testing.T) {
+	h := newHarness(t)
+	key := shared.Key{Policy: "p", Component: "c"}
+	rules := []*shared.Rule{
+		{Kind: shared.Bucket, Capacity: 10, Interval: time.Hour},
+		{Kind: shared.Quota, Capacity: 10, Periods: (&calendar{zone: time.UTC}).periods},
+		{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: time.Hour, Delay: true},
+		{Kind: shared.Quota, Capacity: 10, Periods: (&calendar{zone: time.UTC}).periods},
+		{Kind: shared.Slots, Capacity: 10, MaxInflight: time.Hour},
+		{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: time.Hour},
+	}
+	for i, r := range rules {
+		answers := make([]shared.Answer, 1)
+		for n := range 2 {
+			if err := h.Take(t.Context(), []shared.Ask{{Key: key, Rule: r, Tokens: 4}}, answers); err != nil || !answers[0].OK || math.Abs(answers[0].Left-float64(6-4*n)) > 1 {
+				t.Errorf("take %d of component %d = %+v, %v", n+1, i, answers[0], err)
+			}
+		}
+	}
+}
