@@ -86,8 +86,11 @@ type Store struct {
 	goes     sync.WaitGroup
 	held     map[holding]*held
 	slots    map[uint64]slotHeld
-	sessions map[shared.Holder]time.Time
+	sessions map[shared.Holder]sessionHeld
 	pending  map[uint64]pending
+
+	// unindexed is what the index of sessions does not have yet.
+	unindexed map[holding]time.Time
 }
 
 var _ shared.Store = (*Store)(nil)
@@ -144,8 +147,9 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		kicked:    make(chan struct{}, 1),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
-		sessions:  make(map[shared.Holder]time.Time),
+		sessions:  make(map[shared.Holder]sessionHeld),
 		pending:   make(map[uint64]pending),
+		unindexed: make(map[holding]time.Time),
 	}
 	for _, o := range opts {
 		o.apply(s)
