@@ -171,7 +171,10 @@ func (l *lane) send(batch []*call) {
 	}
 	sent := time.Now()
 	at := s.serverTime(sh, sent)
-	e := newEncoder()
+	e, _ := s.encoders.Get().(*encoder)
+	if e == nil {
+		e = newEncoder()
+	}
 	var head []byte
 	n := 0
 	for _, c := range batch {
@@ -197,13 +200,16 @@ func (l *lane) send(batch []*call) {
 		}
 		head = appendFloats(nil, last)
 	}
-	keys, arg := e.call(head, n)
+	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
 	if sh.probe.Load() == nil {
-		sh.probe.Store(&keys[0])
+		probe := keys[0]
+		sh.probe.Store(&probe)
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
 	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
 	cancel()
+	e.reset()
+	s.encoders.Put(e)
 	if err = s.evidence(sh, err, sent); err != nil {
 		l.finish(batch, err)
 		return

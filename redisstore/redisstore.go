@@ -79,6 +79,7 @@ type Store struct {
 	renewSoon atomic.Bool
 	kicked    chan struct{}
 
+	encoders  sync.Pool
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
 
 	mu       sync.Mutex
