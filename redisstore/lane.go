@@ -144,9 +144,11 @@ func (l *lane) next() (batch []*call) {
 	defer l.mu.Unlock()
 	keys, n := 0, 0
 	for _, c := range l.queue {
-		if size := len(c.asks) + len(c.returns); n == maxBatch || keys > 0 && keys+size > maxKeys {
+		size := len(c.asks) + len(c.returns)
+		if len(batch) == maxBatch || keys > 0 && keys+size > maxKeys {
 			break
-		} else if c.state == callQueued {
+		}
+		if c.state == callQueued { // nobody waits for the others any more
 			c.state = callSent
 			batch = append(batch, c)
 			keys += size
@@ -267,7 +269,7 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 				if n == 0 {
 					return false
 				}
-				c.err = errors.Join(c.err, err)
+				c.err = first(c.err, err)
 				reply = reply[n:]
 			}
 			continue
@@ -279,11 +281,21 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 		for i := range c.returns {
 			flags := reply[0]
 			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:])}
-			c.err = errors.Join(c.err, undecided(flags))
+			c.err = first(c.err, undecided(flags))
 			reply = reply[returnedSize:]
 		}
 	}
 	return len(reply) == 0
+}
+
+// first returns the first error.
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // undecided returns why a server has done nothing, and nil if it has.

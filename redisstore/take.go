@@ -2,7 +2,6 @@ package redisstore
 
 import (
 	"context"
-	"errors"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -129,7 +128,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	wg.Wait()
 	var err error
 	for _, p := range parts {
-		err = errors.Join(err, p.err)
+		err = first(err, p.err)
 		for i, at := range p.indexes {
 			answers[at] = p.answers[i]
 		}
@@ -149,12 +148,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 		// What does not come back is lost; slots are returned in the background.
 		_ = s.Return(left, back, make([]shared.Result, len(back)))
 	}
-	for _, p := range parts {
-		if p.err != nil {
-			return p.err
-		}
-	}
-	return nil
+	return err
 }
 
 // undo returns what gives back all that asks have got.
