@@ -74,6 +74,7 @@ type Engine struct {
 	signals map[string]func() float64 // of the host, by name
 
 	overrides func(component, value string) (policy.Override, bool) // of the host; nil for none
+	store     *store                                                // nil for none
 
 	rules    atomic.Pointer[rules] // in force
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
@@ -84,8 +85,10 @@ type Engine struct {
 
 	leases slots.Leases // of the sessions of clients across the network
 
-	results *cache
-	globals *cache
+	results, globals cache
+
+	// memory has the caches if they are in memory, because a lookup there is one of the shortest things that flows do.
+	memory struct{ results, globals *memoryCache }
 
 	instruments instruments
 	reloads     reloads
@@ -93,13 +96,15 @@ type Engine struct {
 	checkTimeout  atomic.Int64          // the shortest of all clients, in nanoseconds; 0 while none is known
 	checkTimeouts map[time.Duration]int // how many clients have it; guarded by applying
 
-	applying             sync.Mutex // held by Apply, and by Close as it begins
-	sweeping, controlled bool       // the goroutines run; guarded by applying
+	applying sync.Mutex // held by Apply, and by Close as it begins
+
+	sweeping, controlled, following bool // the goroutines run; guarded by applying
 
 	closed  atomic.Bool
 	full    chan struct{} // receives when a component has no room for a key
+	ramped  chan struct{} // receives when a ramp of the store may be new
 	done    chan struct{}
-	running sync.WaitGroup // the sweeper and the controller
+	running sync.WaitGroup // the sweeper, the controller, and what follows ramps
 }
 
 // New builds an engine that enforces the policies. Without policies it serves the caches, and accepts every flow that
@@ -115,6 +120,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		holders:      make(map[identity][]component),
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
+		ramped:       make(chan struct{}, 1),
 		done:         make(chan struct{}),
 		unlisted:     controlPoint{counts: new(counts)},
 	}
@@ -132,8 +138,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, fmt.Errorf("headgate: engine: %w", err)
 	}
-	e.results = newCache(e.cacheEntries, e.cacheBytes)
-	e.globals = newCache(e.cacheEntries, e.cacheBytes)
+	e.newCaches()
 	e.install(next)
 	return e, nil
 }
@@ -202,6 +207,12 @@ func (e *Engine) sweep() {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
 						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported.Load())
 					p.reported.Store(n)
+				}
+				if d, ok := p.component.(interface{ differing() (n uint64) }); ok {
+					if n := d.differing(); n > 0 {
+						e.logger.Warn("headgate: another engine has other numbers for a component: two versions of a policy are in force",
+							"policy", p.identity().Policy, "component", p.identity().ID, "answers", n)
+					}
 				}
 				if a, ok := p.component.(asker); ok {
 					if n, last := a.invalidOverrides(); n > p.reportedInvalid.Load() {

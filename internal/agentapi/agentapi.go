@@ -67,9 +67,9 @@ type Local interface {
 	// session that has run out begins anew: it does not bring slots back.
 	Renew(session [16]byte, lasts time.Duration)
 
-	// Lookup finds a value in a cache. If room is not nil, it takes room for the value in the answer, or reports that
-	// there is none, which makes a miss. Then the value must not be changed. Flows look up with their check.
-	Lookup(key CacheKey, room func(size int) bool) CacheAnswer
+	// Lookup finds values in the caches. If room is not nil, it takes room for a value in the answer, or reports that
+	// there is none, which makes a miss. Then the values must not be changed. Flows look up with their check.
+	Lookup(ctx context.Context, keys []CacheKey, room func(size int) bool) []CacheAnswer
 
 	// Measures reports whether a policy needs the latencies of flows at the control point, or at any if it is "".
 	Measures(controlPoint string) bool
@@ -163,6 +163,7 @@ const (
 	CauseClosed                   // the engine or the client was closed while the flow waited
 	CauseLongLabel                // a label's value is too long for a component to go by
 	CauseCircuitOpen              // a circuit breaker is open, or half-open without room for another probe
+	CauseNoStore                  // the store that engines share the limit by did not answer
 	Causes                        // how many there are
 )
 
@@ -183,6 +184,8 @@ func (c Cause) String() string {
 		return "label too long"
 	case CauseCircuitOpen:
 		return "circuit open"
+	case CauseNoStore:
+		return "store did not answer"
 	default:
 		return ""
 	}
@@ -456,6 +459,13 @@ type LimiterDecision struct {
 
 	// DryRun marks a decision in a dry run, the component's or the request's: the flow passes even if it is dropped.
 	DryRun bool
+
+	// Local marks a decision that the engine made in place of the store that has the limit, because the store did not answer.
+	Local bool
+
+	// Untaken marks a decision that let the flow pass and gave it nothing, because another component that was asked together
+	// with this one dropped it.
+	Untaken bool
 }
 
 // Passed reports whether the flow passes the component, in a dry run even if it is dropped.

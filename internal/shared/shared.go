@@ -30,7 +30,8 @@ var ErrDown = errors.New("the store did not answer lately, and is asked again on
 // Limits are what limiters take from and give back to.
 type Limits interface {
 	// Take asks for all that a flow wants, together: the answers are those of one moment at each server that is concerned. If
-	// an ask that is not Dry is refused, nothing is taken. It fills answers, which has the length of asks.
+	// an ask that is not Dry is refused, nothing is taken. It fills answers, which has the length of asks. The caller does not change
+	// asks, nor use them again, and does not read answers after an error.
 	Take(ctx context.Context, asks []Ask, answers []Answer) error
 
 	// Return gives back, and corrects, what was taken. It fills results, which has the length of returns. Slots are returned
@@ -68,6 +69,11 @@ type Rule struct {
 	// Capacity is the most tokens of a bucket, the amount of a quota, or how many slots there are.
 	Capacity float64
 
+	// Base is the capacity that what was used is counted from when the numbers of a key change, if that is not Capacity, which bounds
+	// what is left. It is 0 if it is Capacity. While a limit is lowered for a time, it is the capacity of the other times: a key that
+	// goes down and up again has no more tokens than before.
+	Base float64
+
 	// Fill tokens come to a bucket in each Interval: continuously, or with Step at its end. With Delay a full bucket begins to
 	// fill only after the time that it takes to fill it.
 	Fill        float64
@@ -94,6 +100,10 @@ type Ask struct {
 	// Dry takes what it can get, and does not keep the flow from anything else.
 	Dry bool
 
+	// Since is how long the numbers have been in force. If the key was last used with others, it goes by those up to then. It is 0 if
+	// that is not known.
+	Since time.Duration
+
 	// Holder is the session whose slot it becomes; zero for the store's own instance. See [Holders].
 	Holder Holder
 
@@ -102,7 +112,8 @@ type Ask struct {
 	// less than one is there.
 	Ahead, Reserve float64
 
-	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt.
+	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt, also if the ask is
+	// refused.
 	Owed float64
 }
 
@@ -142,8 +153,9 @@ type Return struct {
 
 // A Result is what became of a Return.
 type Result struct {
-	Returned bool    // a slot was still held, or tokens came back
-	Forgiven float64 // the cost that is beyond the largest debt
+	Returned bool          // a slot was still held, or tokens came back
+	Forgiven float64       // the cost that is beyond the largest debt
+	Held     time.Duration // how long a slot was held; 0 if the store does not know
 }
 
 // A Usage is how much of a key is in use.
