@@ -53,6 +53,8 @@ func (s *Store) background() {
 		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
 			renewed = now
 			s.renew(s.ctx)
+		} else if s.cluster {
+			s.index(s.ctx)
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)

@@ -83,6 +83,7 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		return false, err
 	}
 	c.done = make(chan struct{})
+	began := time.Now()
 	l.submit(c)
 	bound := time.NewTimer(l.store.timeout)
 	defer bound.Stop()
@@ -92,6 +93,8 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		err = ctx.Err()
 	case <-bound.C:
 		err = errTimeout
+		// A batch may wait for a connection for longer.
+		l.store.silent(l.shard(), began)
 	}
 	if err == nil {
 		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
@@ -141,9 +144,11 @@ func (l *lane) next() (batch []*call) {
 	defer l.mu.Unlock()
 	keys, n := 0, 0
 	for _, c := range l.queue {
-		if size := len(c.asks) + len(c.returns); n == maxBatch || keys > 0 && keys+size > maxKeys {
+		size := len(c.asks) + len(c.returns)
+		if len(batch) == maxBatch || keys > 0 && keys+size > maxKeys {
 			break
-		} else if c.state == callQueued {
+		}
+		if c.state == callQueued { // nobody waits for the others any more
 			c.state = callSent
 			batch = append(batch, c)
 			keys += size
@@ -168,7 +173,10 @@ func (l *lane) send(batch []*call) {
 	}
 	sent := time.Now()
 	at := s.serverTime(sh, sent)
-	e := newEncoder()
+	e, _ := s.encoders.Get().(*encoder)
+	if e == nil {
+		e = newEncoder()
+	}
 	var head []byte
 	n := 0
 	for _, c := range batch {
@@ -183,20 +191,27 @@ func (l *lane) send(batch []*call) {
 			n++
 		}
 	}
-	if l.script == s.scripts.take {
+	sc := l.script
+	if sc == s.scripts.take {
+		if !e.others {
+			sc = s.scripts.takeTokens
+		}
 		last := 0.0 // what comes later must not count: nobody waits for it
 		if sh.heard.Load() {
 			last = float64(at.Add(2 * s.timeout).UnixMicro())
 		}
 		head = appendFloats(nil, last)
 	}
-	keys, arg := e.call(head, n)
+	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
 	if sh.probe.Load() == nil {
-		sh.probe.Store(&keys[0])
+		probe := keys[0]
+		sh.probe.Store(&probe)
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
-	reply, err := s.run(unbounded{ctx}, l.script, keys, arg)
+	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
 	cancel()
+	e.reset()
+	s.encoders.Put(e)
 	if err = s.evidence(sh, err, sent); err != nil {
 		l.finish(batch, err)
 		return
@@ -223,14 +238,19 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	case s.ctx.Err() != nil:
 		return errClosed
 	}
-	if sh.gate.Failed(sent, time.Now()) {
-		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
-		s.kick()
-	}
+	s.silent(sh, sent)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return errTimeout
 	}
 	return errConnection
+}
+
+// silent notes that a shard has not answered since then.
+func (s *Store) silent(sh *shard, since time.Time) {
+	if sh.gate.Failed(since, time.Now()) {
+		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
+		s.kick()
+	}
 }
 
 // decode gives each call what became of it. It reports whether the reply makes sense.
@@ -249,7 +269,7 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 				if n == 0 {
 					return false
 				}
-				c.err = errors.Join(c.err, err)
+				c.err = first(c.err, err)
 				reply = reply[n:]
 			}
 			continue
@@ -261,11 +281,21 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 		for i := range c.returns {
 			flags := reply[0]
 			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:])}
-			c.err = errors.Join(c.err, undecided(flags))
+			c.err = first(c.err, undecided(flags))
 			reply = reply[returnedSize:]
 		}
 	}
 	return len(reply) == 0
+}
+
+// first returns the first error.
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // undecided returns why a server has done nothing, and nil if it has.

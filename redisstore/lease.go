@@ -3,6 +3,9 @@ package redisstore
 import (
 	"context"
 	"encoding/binary"
+	"maps"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -20,6 +23,15 @@ type holding struct {
 type held struct {
 	count int
 	kept  time.Time
+
+	// indexed is until when the index of the holder's session has the tag. See [Store.index].
+	indexed time.Time
+}
+
+// A sessionHeld is a session that is at this instance, or has ended.
+type sessionHeld struct {
+	until time.Time
+	ended bool
 }
 
 // A slotHeld is a slot that this process has taken.
@@ -47,8 +59,18 @@ func (s *Store) hold(as []asked, answers []shared.Answer, sent time.Time) {
 		if kept := sent.Add(s.lease * 2 / 3); kept.After(h.kept) {
 			h.kept = kept
 		}
-		s.slots[a.id] = slotHeld{of, sent.Add(a.Rule.MaxInflight)}
+		until := sent.Add(a.Rule.MaxInflight)
+		s.slots[a.id] = slotHeld{of, until}
+		soon := false
+		if s.cluster && a.Holder != (shared.Holder{}) && h.indexed.Before(until.Add(-a.Rule.MaxInflight/4)) {
+			h.indexed = until
+			s.unindexed[of] = until
+			soon = true
+		}
 		s.mu.Unlock()
+		if soon {
+			s.kick()
+		}
 	}
 }
 
@@ -78,19 +100,19 @@ func (s *Store) leaseOf(h shared.Holder, now time.Time) time.Duration {
 		return s.lease
 	}
 	s.mu.Lock()
-	until, ok := s.sessions[h]
+	one, ok := s.sessions[h]
 	s.mu.Unlock()
 	if !ok {
 		return s.lease
 	}
-	return max(until.Sub(now), time.Millisecond)
+	return max(one.until.Sub(now), time.Millisecond)
 }
 
 // Renew does what [shared.Holders] says.
 func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
 	s.mu.Lock()
 	_, known := s.sessions[session]
-	s.sessions[session] = time.Now().Add(max(lasts, 0))
+	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts <= 0}
 	s.mu.Unlock()
 	if !known || lasts < s.lease {
 		s.renewSoon.Store(true)
@@ -138,10 +160,74 @@ func (r *renewal) add(h shared.Holder, lasts time.Duration) {
 	r.n++
 }
 
+// index has the instance that a client's session is at know beside which tags the session holds slots. Another instance may have taken
+// them, and in a cluster each tag has leases of its own. A tag is in the index until the latest of the slots runs out.
+func (s *Store) index(ctx context.Context) {
+	s.mu.Lock()
+	unindexed := s.unindexed
+	s.unindexed = make(map[holding]time.Time)
+	s.mu.Unlock()
+	var commands []rueidis.Completed
+	var of []holding
+	for h, until := range unindexed {
+		key := s.sessionKey(h.holder)
+		at := s.serverTime(s.shardOf(slotOf(key)), until)
+		commands = append(commands,
+			s.client.B().Zadd().Key(key).ScoreMember().ScoreMember(float64(at.UnixMicro()), h.leases).Build(),
+			s.client.B().Pexpireat().Key(key).MillisecondsTimestamp(at.UnixMilli()+1000).Build())
+		of = append(of, h)
+	}
+	if len(commands) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
+	defer cancel()
+	results := s.client.DoMulti(unbounded{ctx}, commands...)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, h := range of {
+		if _, newer := s.unindexed[h]; !newer && results[2*i].Error() != nil {
+			s.unindexed[h] = unindexed[h] // again with the next renewal
+		}
+	}
+}
+
+// tags returns beside which tags the sessions hold slots that are at this instance.
+func (s *Store) tags(ctx context.Context) map[shared.Holder][]string {
+	s.mu.Lock()
+	sessions := slices.Collect(maps.Keys(s.sessions))
+	s.mu.Unlock()
+	if !s.cluster || len(sessions) == 0 {
+		return nil
+	}
+	commands := make([]rueidis.Completed, len(sessions))
+	for i, session := range sessions {
+		key := s.sessionKey(session)
+		now := s.serverTime(s.shardOf(slotOf(key)), time.Now())
+		commands[i] = s.client.B().Zrangebyscore().Key(key).Min(strconv.FormatInt(now.UnixMicro(), 10)).Max("+inf").Build()
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
+	defer cancel()
+	tags := make(map[shared.Holder][]string)
+	for i, r := range s.client.DoMulti(unbounded{ctx}, commands...) {
+		if all, err := r.AsStrSlice(); err == nil {
+			tags[sessions[i]] = all
+		}
+	}
+	return tags
+}
+
+// backgroundTimeout bounds what no flow waits for.
+func (s *Store) backgroundTimeout() time.Duration { return min(s.lease/4, time.Second) }
+
 // renew renews the leases of all who hold slots, and of the instance, by one batch.
 func (s *Store) renew(ctx context.Context) {
+	if s.cluster {
+		s.index(ctx)
+	}
+	tags := s.tags(ctx)
 	now := time.Now()
-	renewals := s.renewals(now)
+	renewals := s.renewals(now, tags)
 	multi := func(byText bool) []rueidis.Completed {
 		commands := make([]rueidis.Completed, len(renewals))
 		for i, r := range renewals {
@@ -150,7 +236,7 @@ func (s *Store) renew(ctx context.Context) {
 		}
 		return commands
 	}
-	ctx, cancel := context.WithTimeout(ctx, min(s.lease/3, time.Second))
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
 	defer cancel()
 	results := s.client.DoMulti(unbounded{ctx}, multi(false)...)
 	for _, r := range results {
@@ -181,7 +267,7 @@ func (s *Store) renew(ctx context.Context) {
 const maxHolders = 1000
 
 // renewals returns what is to be renewed now, the instance first.
-func (s *Store) renewals(now time.Time) []*renewal {
+func (s *Store) renewals(now time.Time, tags map[shared.Holder][]string) []*renewal {
 	instance := &renewal{key: s.instancesKey()}
 	instance.add(s.own, s.lease)
 	all := []*renewal{instance}
@@ -206,17 +292,21 @@ func (s *Store) renewals(now time.Time) []*renewal {
 	for of := range s.held {
 		if of.holder == (shared.Holder{}) {
 			add(of, s.own, s.lease)
-		} else if until, ok := s.sessions[of.holder]; ok && s.cluster {
-			add(of, of.holder, max(until.Sub(now), 0))
 		}
 	}
-	for session, until := range s.sessions {
-		lasts := until.Sub(now)
-		if !s.cluster { // another instance may have taken slots for the session
-			add(holding{s.leases(name{}), session}, session, max(lasts, 0))
-		}
-		if lasts <= 0 {
+	for session, one := range s.sessions {
+		lasts := max(one.until.Sub(now), 0)
+		if lasts == 0 {
 			delete(s.sessions, session)
+			if !one.ended { // it may be at another instance
+				continue
+			}
+		}
+		if !s.cluster {
+			add(holding{s.leases(name{}), session}, session, lasts)
+		}
+		for _, leases := range tags[session] {
+			add(holding{leases, session}, session, lasts)
 		}
 	}
 	return all

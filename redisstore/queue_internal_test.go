@@ -16,8 +16,8 @@ import (
 	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
-// A model does what queue.lua does, in memory.
-type model struct {
+// A queueModel does what queue.lua does, in memory.
+type queueModel struct {
 	rule   *shared.Rule
 	ledger ledger.Ledger
 
@@ -28,7 +28,7 @@ type model struct {
 	held  float64
 }
 
-func (m *model) at(now float64) {
+func (m *queueModel) at(now float64) {
 	m.now = now
 	if m.rule.Kind == shared.Slots {
 		m.held = m.ledger.Boxed()
@@ -46,9 +46,9 @@ func (m *model) at(now float64) {
 	}
 }
 
-func (m *model) time() time.Duration { return time.Duration(m.now * 1000) }
+func (m *queueModel) time() time.Duration { return time.Duration(m.now * 1000) }
 
-func (m *model) Take(cost float64) bool {
+func (m *queueModel) Take(cost float64) bool {
 	if m.rule.Kind == shared.Slots {
 		if m.rule.Capacity-m.held > 1e-9 || m.held <= 1e-9 {
 			m.held += cost
@@ -63,11 +63,11 @@ func (m *model) Take(cost float64) bool {
 	return true
 }
 
-func (m *model) Never(cost float64) bool {
+func (m *queueModel) Never(cost float64) bool {
 	return m.rule.Kind == shared.Bucket && cost > m.rule.Capacity+1e-9
 }
 
-func (m *model) Return(tokens float64) {
+func (m *queueModel) Return(tokens float64) {
 	if m.rule.Kind == shared.Slots {
 		m.held -= tokens
 		return
@@ -75,7 +75,7 @@ func (m *model) Return(tokens float64) {
 	m.tokens = min(m.tokens+tokens, m.rule.Capacity)
 }
 
-func (m *model) Until(tokens float64) time.Duration {
+func (m *queueModel) Until(tokens float64) time.Duration {
 	if m.rule.Kind == shared.Slots {
 		return 0
 	}
@@ -83,7 +83,7 @@ func (m *model) Until(tokens float64) time.Duration {
 	return time.Duration(max(us, 1)) * time.Microsecond
 }
 
-func (m *model) giveBack(r shared.Return) shared.Result {
+func (m *queueModel) giveBack(r shared.Return) shared.Result {
 	tokens, ok := m.slots[r.Slot]
 	switch {
 	case m.rule.Kind == shared.Slots:
@@ -112,7 +112,7 @@ func TestQueueIsTheModel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	q := queueTester{client: client, script: rueidis.NewLuaScript(stateLua + queueLua)}
+	q := queueTester{client: client, script: rueidis.NewLuaScript(newScript(queueLua).text)}
 	for _, tt := range []struct {
 		name string
 		rule shared.Rule
@@ -140,7 +140,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 	pick := func(of ...float64) float64 { return of[rng.IntN(len(of))] }
 	n := name{"{tag}", fmt.Sprintf("{tag}:%d/%d", rule.Kind, time.Now().UnixNano())}
 	keys := queueKeys(n, rule.Kind, "{tag}#l")
-	m := &model{rule: &rule, ledger: ledger.Ledger{Lives: lives}, tokens: rule.Capacity, slots: make(map[uint64]float64)}
+	m := &queueModel{rule: &rule, ledger: ledger.Ledger{Lives: lives}, tokens: rule.Capacity, slots: make(map[uint64]float64)}
 	run := func(arg []byte) []byte {
 		reply, err := q.script.Exec(t.Context(), q.client, keys, []string{string(arg)}).AsBytes()
 		if err != nil {

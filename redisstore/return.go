@@ -88,7 +88,7 @@ func (s *Store) giveBack(ctx context.Context, rs []returned, results []shared.Re
 	wg.Wait()
 	var err error
 	for _, p := range parts {
-		err = errors.Join(err, p.err)
+		err = first(err, p.err)
 	}
 	return err
 }

@@ -2,10 +2,11 @@ package redisstore
 
 import (
 	"context"
-	"crypto/sha1" //nolint:gosec // it is the name that Redis gives a script
+	"crypto/sha1" // it is the name that Redis gives a script
 	_ "embed"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
@@ -16,6 +17,10 @@ import (
 var (
 	//go:embed state.lua
 	stateLua string
+	//go:embed quota.lua
+	quotaLua string
+	//go:embed slots.lua
+	slotsLua string
 	//go:embed take.lua
 	takeLua string
 	//go:embed return.lua
@@ -29,17 +34,29 @@ var (
 // A script is one that servers keep by its hash.
 type script struct{ text, sha string }
 
-func newScript(text string) *script {
-	text = stateLua + text
-	sum := sha1.Sum([]byte(text)) //nolint:gosec // see above
+func newScript(text string) *script { return scriptOf(stateLua + quotaLua + slotsLua + text) }
+
+// newBucketScript returns a script that knows buckets only. A server compiles a script once, but makes its functions at each call: a
+// lone call takes a fifth less time without those that it does not need.
+func newBucketScript(text string) *script { return scriptOf(stateLua + text) }
+
+func scriptOf(text string) *script {
+	sum := sha1.Sum([]byte(text))
 	return &script{text, hex.EncodeToString(sum[:])}
 }
 
 // scripts are those of a store.
-type scripts struct{ take, giveBack, lease, ramp, queue *script }
+type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue *script }
 
 func newScripts() scripts {
-	return scripts{newScript(takeLua), newScript(returnLua), newScript(leaseLua), newScript(rampLua), newScript(queueLua)}
+	return scripts{
+		take:       newScript(takeLua),
+		takeTokens: newBucketScript(takeLua),
+		giveBack:   newScript(returnLua),
+		lease:      newBucketScript(leaseLua),
+		ramp:       newBucketScript(rampLua),
+		queue:      newScript(queueLua),
+	}
 }
 
 // command returns the call of the script by its hash, or by its text.
@@ -84,6 +101,7 @@ var (
 	errNewer      = errors.New("the key's state was written by a newer version, or by another program")
 	errLate       = errors.New("the store got the call too late")
 	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
+	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
 	errClosed     = errors.New("the store is closed")
 )
 
