@@ -267,9 +267,11 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	l, st, from, now := &e.State, &e.State.tokens, s.from(e), s.engine.now()
 	rule := from.current()
 	ask := &shared.Drawing{Key: s.key(e), Rule: rule, Unneeded: d.back, Once: true}
+	at := s.terms.Load().at
 	if from.changed != nil {
-		ask.Since = time.Duration(max(now-from.changed(), 0))
+		at = max(at, from.changed())
 	}
+	ask.Since = time.Duration(max(now-at, 0))
 	var listings []listing
 	told := make(map[string]int)
 	if l.waiting() && !s.engine.closed.Load() {
@@ -598,6 +600,9 @@ func (s *sharedScheduler[S]) returned(d *agentapi.LimiterDecision, o agentapi.Ou
 	}
 	if e, _ := s.known(d); e != nil {
 		e.State.tokens.corrected(r.Rule.Capacity, r.Tokens-r.Cost)
+		if result.Held > 0 && o.Ended != agentapi.EndedUnused {
+			e.State.tokens.learnHold(result.Held)
+		}
 		e.Unlock()
 	}
 	return result.Returned && !settled

@@ -80,7 +80,7 @@ func TestFleetEnginesShare(t *testing.T) {
 									<-time.After(2 * time.Millisecond)
 								}
 							}
-							flow.End()
+							flow.End(t.Context())
 						}
 					})
 				}

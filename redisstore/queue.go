@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"encoding/binary"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -96,7 +97,7 @@ func (c *drawing) encode(last float64, channels string, own shared.Holder, ttl t
 		once = 1
 	}
 	arg = append(arg, once)
-	arg = appendFloats(arg, c.Owed)
+	arg = appendFloats(arg, c.Owed, math.Round(float64(c.Since)/1000))
 
 	unneeded := 0
 	for _, g := range c.Unneeded {
@@ -305,7 +306,7 @@ func decodeQueued(reply []byte, results []shared.Result) error {
 		if err := undecided(reply[0]); err != nil {
 			return err
 		}
-		results[i] = shared.Result{Returned: reply[0]&replyOK != 0, Forgiven: floatAt(reply[1:])}
+		results[i] = shared.Result{Returned: reply[0]&replyOK != 0, Forgiven: floatAt(reply[1:]), Held: micros(floatAt(reply[9:]))}
 		reply = reply[returnedSize:]
 	}
 	return nil

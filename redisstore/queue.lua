@@ -102,7 +102,9 @@ end
 local function back(tokens)
   if tokens <= SLACK then return end
   if rule.kind == BUCKET then
-    s.tokens, s.dirty = min(s.tokens + tokens, max(rule.capacity, s.tokens)), true
+    local sum = s.tokens + tokens
+    s.excess = max(s.excess - max(sum - rule.capacity, 0), 0)
+    s.tokens, s.dirty = min(sum, rule.capacity), true
   else
     held = held - tokens
   end
@@ -245,8 +247,8 @@ local function finish()
   end
 end
 
-local function begin()
-  s = state(1, rule)
+local function begin(since)
+  s = state(1, rule, since)
   if s.newer or newer then return false end
   if s.differs or s.looked then s.dirty = true end
   held = s.used or 0
@@ -256,12 +258,13 @@ local function begin()
   return true
 end
 
+-- return_slot reports whether the slot was held, and for how long.
 local function return_slot(id)
-  if s.gone[id] or call('HEXISTS', KEYS[1], id) == 0 then return false end
-  local used = s.used
+  if s.gone[id] or call('HEXISTS', KEYS[1], id) == 0 then return 0, 0 end
+  local used, over = s.used, tonumber(call('ZSCORE', KEYS[2], id) or now)
   forget_slot(s, KEYS[1], id)
   s.dirty, held = true, held - (used - s.used)
-  return true
+  return 1, max(now - (over - rule.interval), 0)
 end
 
 if last > 0 and now > last then return pack('<dBdd', now, 16, 0, 0) end
@@ -270,22 +273,22 @@ if mode == 2 then
   local returns
   returns, at = unpack('<H', input, at)
   local reply = {pack('<d', now)}
-  local ok = begin()
+  local ok = begin(0)
   for _ = 1, returns do
     local unused, tokens, cost, id
     unused, tokens, cost, id, at = unpack('<Bddc8', input, at)
-    local result, forgiven = 0, 0
+    local result, forgiven, took = 0, 0, 0
     if not ok then
       result = 8
     elseif rule.kind == SLOTS then
-      result = return_slot(id) and 1 or 0
+      result, took = return_slot(id)
     elseif unused == 1 or cost < tokens then
       back(unused == 1 and tokens or tokens - cost)
       result = 1
     elseif cost > tokens then
       forgiven, s.dirty = owe(s, cost - tokens, rule.lowest), true
     end
-    reply[#reply + 1] = pack('<Bd', result, forgiven)
+    reply[#reply + 1] = pack('<Bdd', result, forgiven, took)
   end
   if ok then
     expire()
@@ -296,11 +299,10 @@ if mode == 2 then
   return table.concat(reply)
 end
 
-local ok = begin()
-if not ok then return pack('<dBdd', now, 8, 0, 0) end
+local id, ttl, once, owed, since
+id, ttl, once, owed, since, at = unpack('<c16dBdd', input, at)
+if not begin(since) then return pack('<dBdd', now, 8, 0, 0) end
 
-local id, ttl, once, owed
-id, ttl, once, owed, at = unpack('<c16dBd', input, at)
 if ttl == 0 then ttl = TTL end
 if owed > 0 and rule.kind == BUCKET then
   owe(s, owed, rule.lowest)
