@@ -309,6 +309,25 @@ func TestStoreOutageIsOwed(t *testing.T) {
 	}
 }
 
+// A limit of fewer tokens than there are engines lets flows in during an outage, at the rate of each part, and after as long as it takes
+// to fill a token.
+func TestStoreOutageOfSmallLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 4, sides.Embedded, policy.RateLimiter{
+			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 10 * time.Second, LimitBy: "user",
+		})
+		f.down(true)
+		for second := range 75 {
+			flow := f.start(t, 0, "ann")
+			if got := flow.Decision() == flowctl.Accepted; got != (second == 30 || second == 70) { // a quarter was there
+				t.Errorf("after %d s: %v", second, flow)
+			}
+			end(flow)
+			<-time.After(time.Second)
+		}
+	})
+}
+
 // What the store has said of a key counts in an outage: a key that has used its limit up does not begin anew.
 func TestStoreOutageOfUsedKeys(t *testing.T) {
 	for _, name := range []string{"rate limiter", "calendar quota"} {
