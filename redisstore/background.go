@@ -11,6 +11,7 @@ import (
 const (
 	pendingPeriod  = 100 * time.Millisecond
 	topologyPeriod = 10 * time.Second
+	countPeriod    = time.Second
 )
 
 // kick has the background goroutine look what there is to do.
@@ -25,7 +26,7 @@ func (s *Store) kick() {
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var renewed, probed, looked, returnedAt time.Time
+	var renewed, counted, probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -51,10 +52,13 @@ func (s *Store) background() {
 			s.askAgain(s.ctx)
 		}
 		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
-			renewed = now
+			renewed, counted = now, now
 			s.renew(s.ctx)
 		} else if s.cluster {
 			s.index(s.ctx)
+		}
+		if due(&counted, countPeriod) {
+			s.count(s.ctx)
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)
