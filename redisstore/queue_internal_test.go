@@ -160,6 +160,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 		t.Fatal(err)
 	}
 	var woken []string
+	exact := true // up to now, the two have told instances the same times
 	spare := make(map[int][]shared.Grant)
 	for step := range 50 {
 		at := fmt.Sprintf("seed %d, step %d", seed, step)
@@ -244,6 +245,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 			if rule.Kind == shared.Slots {
 				left = rule.Capacity - m.held
 			}
+			exact = exact && got.Next == next
 			// A call that changes nothing writes nothing, so the two round differently.
 			if !reflect.DeepEqual(got.Grants, grants) || (got.Next-next).Abs() > 2*time.Microsecond || math.Abs(got.Left-left) > 1e-6 {
 				t.Fatalf("%s: got %v, next %v, left %v want %v, %v, %v", at, got.Grants, got.Next, got.Left, grants, next, left)
@@ -261,7 +263,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 		}
 		heard = append(heard, m[len("wake:"):])
 	}
-	if !slices.Equal(heard, woken) {
+	if exact && !slices.Equal(heard, woken) { // else one may have found an instance just early enough to be woken
 		t.Fatalf("seed %d: %q were woken want %q", seed, heard, woken)
 	}
 }
