@@ -32,7 +32,6 @@ type TB interface {
 	Helper()
 	TempDir() string
 	Cleanup(f func())
-	Logf(format string, args ...any)
 	Skipf(format string, args ...any)
 	Fatalf(format string, args ...any)
 }
@@ -50,7 +49,7 @@ type Options struct {
 }
 
 // A Server is one server's process. Its methods fail the test if they do not succeed. They may not be called concurrently,
-// except Do, Addr and URL.
+// except Do, Addr and URL among each other.
 type Server struct {
 	tb   TB
 	args []string
@@ -190,8 +189,7 @@ func (s *Server) at(scheme, hosts string) string {
 	return u.String()
 }
 
-// Do sends a command on a connection of its own, and returns the answer: a string, an int64, nil or a []any of these. It is for
-// concurrent use.
+// Do sends a command on a connection of its own, and returns the answer: a string, an int64, nil or a []any of these.
 func (s *Server) Do(args ...string) (any, error) {
 	if s.stopped.Load() {
 		return nil, errors.New("the server is stopped")
@@ -207,6 +205,19 @@ func (s *Server) Text(args ...string) string {
 		s.tb.Fatalf("redistest: %s: %v; the last of its log:\n%s", args[0], err, s.log())
 	}
 	return text(answer)
+}
+
+// Info returns a field of what the server says about itself by INFO, such as "used_memory".
+func (s *Server) Info(name string) string {
+	s.tb.Helper()
+	return strings.TrimSpace(field(s.Text("INFO", "everything"), name+":"))
+}
+
+// SetPassword has the server ask for another password from now on. Connections that are there stay.
+func (s *Server) SetPassword(password string) {
+	s.tb.Helper()
+	s.Text("CONFIG", "SET", "requirepass", password)
+	s.o.Password = password
 }
 
 // Stop stops the server's process: connections stay, and nothing is answered. See [Server.Continue].
