@@ -47,7 +47,7 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 			p.count(req, v)
 			break
 		}
-		undo(ctx, v)
+		e.undo(ctx, v)
 		*v = agentapi.Verdict{}
 		if !errors.Is(err, errRetired) {
 			if ctx.Err() != nil {
@@ -83,6 +83,10 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		return r, nil
 	}
 	r.Settled = o.Costs != nil && !req.DryRun()
+	if e.store != nil {
+		r.Held, r.Returned = e.settleTogether(ctx, v, o)
+		return r, nil
+	}
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Dropped {
@@ -116,16 +120,20 @@ func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi
 // Revert undoes what Check did for a flow that does not run.
 func (a *agent) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
 	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
-		undo(ctx, v)
+		a.engine().undo(ctx, v)
 	}
 }
 
-// EndSlot asks all components with these names, retired ones included. One of them may know the slot.
+// EndSlot asks all components with these names, retired ones included. One of them may know the slot. A slot of the store may be that
+// of an engine with another version of the policy, so the hash does not matter there.
 func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool) {
 	e := a.engine()
 	e.mu.RLock()
 	holders := e.holders[identity{policyName, hash, component}]
 	e.mu.RUnlock()
+	if in := e.rules.Load().byName[componentName{policyName, component}]; len(holders) == 0 && in != nil && in.stage == stageShared && in.kind.slots {
+		holders = append(holders, in.component)
+	}
 	for _, h := range holders {
 		d := agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
 		d.Hold(slot)
@@ -148,6 +156,9 @@ func (a *agent) Renew(session [16]byte, lasts time.Duration) {
 	e := a.engine()
 	now := e.now()
 	e.leases.Renew(session, now, now+int64(lasts))
+	if e.store != nil {
+		e.store.Renew(session, lasts)
+	}
 }
 
 // Lookup finds a value in a cache, as a flow's check does.

@@ -26,8 +26,15 @@ func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agenta
 			MaxDebt: p.MaxDebt,
 		})
 	}
+	mode := calendarMode{p.LimitBy, p.Period, p.TimeZone, weekStart(p.WeekStart)}
+	if e.shares(p.Local) {
+		of := sharedNumbers(own, quotaBudget)
+		return newSharedLimiter(e, in, sharedLimits[calendar.State]{
+			component: c, maxIdle: p.MaxIdle, mode: mode, own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+	}
 	l, err := newLimiter(e, limits[calendar.State]{
-		component: c, maxIdle: p.MaxIdle, mode: calendarMode{p.LimitBy, p.Period, p.TimeZone, weekStart(p.WeekStart)},
+		component: c, maxIdle: p.MaxIdle, mode: mode,
 		own: own(p), with: withNumbers(in, own), overrides: p.Overrides,
 	})
 	if err != nil {

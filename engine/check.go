@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"net/http"
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
@@ -17,6 +18,7 @@ const (
 	stageRamp        stage = iota // samplers in ramp mode and load ramps; a flow in ramp mode needs at least one
 	stageSample                   // samplers
 	stageLimit                    // rate limiters, calendar quotas, concurrency limiters and circuit breakers
+	stageShared                   // those of the limiters whose state is in the store, all together
 	stageConcurrency              // concurrency schedulers
 	stageLoad                     // quota and load schedulers, unless the flow's result is in the cache
 	stages
@@ -29,7 +31,7 @@ func (s stage) reason(req *agentapi.Request) agentapi.Reason {
 		return agentapi.ReasonNoMatchingRamp
 	case s <= stageSample:
 		return agentapi.ReasonNotSampled
-	case s == stageLimit:
+	case s == stageLimit, s == stageShared:
 		return agentapi.ReasonRateLimited
 	default:
 		return agentapi.ReasonNoTokens
@@ -118,12 +120,16 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 		}
 		if len(p.stages[s]) > 0 {
 			from := v.Len()
-			dropped, err := e.ask(ctx, p.stages[s], req, now, v)
+			ask := e.ask
+			if s == stageShared {
+				ask = e.askTogether
+			}
+			dropped, err := ask(ctx, p.stages[s], req, now, v)
 			if err != nil {
 				return err
 			}
 			if dropped && !dry {
-				undo(ctx, v)
+				e.undo(ctx, v)
 			}
 			if dropped {
 				reject(v, from, s.reason(req))
@@ -170,7 +176,11 @@ func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.
 }
 
 // undo gives back what the flow was given.
-func undo(ctx context.Context, v *agentapi.Verdict) {
+func (e *Engine) undo(ctx context.Context, v *agentapi.Verdict) {
+	if e.store != nil {
+		e.settleTogether(ctx, v, agentapi.Outcome{Ended: agentapi.EndedUnused})
+		return
+	}
 	for i := range v.Len() {
 		if d := v.At(i); !d.Dropped {
 			d.Component.Settler.Settle(ctx, d, agentapi.Outcome{Ended: agentapi.EndedUnused})
@@ -181,7 +191,8 @@ func undo(ctx context.Context, v *agentapi.Verdict) {
 
 // slotsToCome reports whether the flow was dropped only because all slots were taken.
 func slotsToCome(d *agentapi.LimiterDecision) bool {
-	return d.Component.Slots && d.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel
+	return d.Component.Slots && d.Capacity > 0 && d.Cause != agentapi.CauseLate && d.Cause != agentapi.CauseLongLabel &&
+		d.Cause != agentapi.CauseNoStore
 }
 
 // reject turns the verdict into a rejection by the decisions of a stage that dropped the flow: the longest wait counts,
@@ -214,6 +225,9 @@ func reject(v *agentapi.Verdict, from int, reason agentapi.Reason) {
 		reason = own
 	}
 	r := agentapi.Rejection{Reason: reason, Cause: by.Cause, Status: int16(by.Component.DeniedStatus), By: by.Component}
+	if by.Cause == agentapi.CauseNoStore {
+		r.Status = http.StatusServiceUnavailable
+	}
 	if !hopeless && !closed {
 		r.RetryAfter = by.Wait()
 		r.NoReturns = r.RetryAfter == 0 && slotsToCome(by)

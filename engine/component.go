@@ -131,6 +131,7 @@ type config[S, R any] struct {
 	maxIdle   time.Duration
 	mode      any // see keyed
 	ruling    ruling[S, R]
+	names     *keys.Secret // that names of credentials are made with; nil for the engine's own
 
 	own       *numbers[R]
 	with      func(policy.Override) (*numbers[R], error) // nil if numbers are the same for all values
@@ -138,9 +139,12 @@ type config[S, R any] struct {
 }
 
 func newKeyed[S, R any](e *Engine, c config[S, R]) (keyed[S, R], error) {
-	label := c.component.LabelKey
+	label, names := c.component.LabelKey, &e.secret
+	if c.names != nil {
+		names = c.names
+	}
 	k := keyed[S, R]{component: c.component, maxIdle: c.maxIdle, engine: e, mode: c.mode, asking: e.overrides != nil && label != "" && c.with != nil, kept: &kept[S, R]{
-		ruling: c.ruling, retired: make(chan struct{}), counts: new(counts), namer: keys.NewNamer(label, &e.secret),
+		ruling: c.ruling, retired: make(chan struct{}), counts: new(counts), namer: keys.NewNamer(label, names),
 	}}
 	switch {
 	case c.maxIdle == 0:

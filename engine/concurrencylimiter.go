@@ -10,6 +10,12 @@ import (
 func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Max, p.DryRun
+	if e.shares(p.Local) {
+		of := sharedNumbers(slotNumbers(e), slotsBudget)
+		return newSharedLimiter(e, in, sharedLimits[slots.State]{
+			component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy}, own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+	}
 	l, err := newLimiter(e, limits[slots.State]{
 		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},
 		own: slotNumbers(e)(p), with: withNumbers(in, slotNumbers(e)), overrides: p.Overrides,

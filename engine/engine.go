@@ -74,6 +74,7 @@ type Engine struct {
 	signals map[string]func() float64 // of the host, by name
 
 	overrides func(component, value string) (policy.Override, bool) // of the host; nil for none
+	store     *store                                                // nil for none
 
 	rules    atomic.Pointer[rules] // in force
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
@@ -202,6 +203,12 @@ func (e *Engine) sweep() {
 					e.logger.Warn("headgate: a limiter has more keys than its cap; unknown ones share a bucket",
 						"policy", p.identity().Policy, "component", p.identity().ID, "decisions", n-p.reported.Load())
 					p.reported.Store(n)
+				}
+				if d, ok := p.component.(interface{ differing() (n uint64) }); ok {
+					if n := d.differing(); n > 0 {
+						e.logger.Warn("headgate: another engine has other numbers for a component: two versions of a policy are in force",
+							"policy", p.identity().Policy, "component", p.identity().ID, "answers", n)
+					}
 				}
 				if a, ok := p.component.(asker); ok {
 					if n, last := a.invalidOverrides(); n > p.reportedInvalid.Load() {

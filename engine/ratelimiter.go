@@ -15,13 +15,19 @@ func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.C
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.DeniedStatus, p.Capacity, p.DryRun
 	of := rateNumbers(in.escalate(e, p.When, nil))
+	other := func(p policy.RateLimiter) *numbers[source.Source[bucket.State]] {
+		p.When = atMost(p.When, p.Capacity, p.Fill)
+		return of(p)
+	}
+	mode := bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill}
+	if e.shares(p.Local) {
+		return newSharedLimiter(e, in, sharedLimits[bucket.State]{
+			component: c, maxIdle: p.MaxIdle, mode: mode,
+			own: sharedNumbers(of, bucketBudget)(p), with: withNumbers(in, sharedNumbers(other, bucketBudget)), overrides: p.Overrides,
+		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+	}
 	l, err := newLimiter(e, limits[bucket.State]{
-		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
-		own: of(p), overrides: p.Overrides,
-		with: withNumbers(in, func(p policy.RateLimiter) *numbers[source.Source[bucket.State]] {
-			p.When = atMost(p.When, p.Capacity, p.Fill)
-			return of(p)
-		}),
+		component: c, maxIdle: p.MaxIdle, mode: mode, own: of(p), with: withNumbers(in, other), overrides: p.Overrides,
 	})
 	if err != nil {
 		return nil, err

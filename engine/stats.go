@@ -24,6 +24,9 @@ type Stats struct {
 
 	// Reloads is what [Engine.Watch] has done.
 	Reloads ReloadStats
+
+	// Store is about the store that engines share.
+	Store StoreStats
 }
 
 // ControlPointStats count what the engine was asked at a control point.
@@ -75,7 +78,8 @@ type ComponentStats struct {
 	DryRunDrops, Unlimited, Refunded uint64
 
 	// Settled counts the flows whose charge was corrected by their real cost, see Settle of flowctl's Flow. Unsettled
-	// counts the flows whose charge was not corrected, because their values share the bucket beyond the cap.
+	// counts the flows whose charge was not corrected, because their values share the bucket beyond the cap, or because the store did
+	// not answer.
 	// ForgivenTokens are the tokens that flows cost and no bucket was charged with: the part beyond MaxDebt, and what
 	// Unsettled flows cost beyond their charge.
 	Settled, Unsettled uint64
@@ -92,6 +96,18 @@ type ComponentStats struct {
 
 	// InvalidOverrides counts what the function of [WithOverrides] returned and the component cannot have.
 	InvalidOverrides uint64
+
+	// Shared reports whether the state is in the store that engines share; see [WithStore]. Usage is what the engine has last learned
+	// of it then, and does not know how many flows hold slots; [Component.Peek] asks the store.
+	Shared bool
+
+	// LocalDecisions counts the flows that the engine decided about by itself, because the store did not answer. Unreturned counts
+	// what flows did not give back because of that: tokens remain taken, and slots come back later.
+	LocalDecisions, Unreturned uint64
+
+	// NumbersDiffer counts the answers of the store that say that another engine uses other numbers: two versions of the policy are
+	// in force. A component with an [policy.Escalation] does not count them, because each engine has its own load.
+	NumbersDiffer uint64
 
 	// Usage is set for a component without a label. With a label, only two fields are set: Capacity, which each value
 	// has that has no override, and Waiting, which counts the flows in all queues.
@@ -174,6 +190,7 @@ func (e *Engine) stats(r *rules) Stats {
 		ResultCache:   e.results.stats(),
 		GlobalCache:   e.globals.stats(),
 		Reloads:       e.reloads.read(),
+		Store:         e.store.stats(),
 	}
 	s.ControlPoints = append(s.ControlPoints, e.unlisted.stats(""))
 	for _, at := range slices.Sorted(maps.Keys(r.controlPoints)) {

@@ -107,6 +107,9 @@ const (
 	// CauseCircuitOpen is the cause of a policy.CircuitBreaker that is open, or half-open without room for another probe. The
 	// reason is ReasonNoTokens, because the protocol has none for it.
 	CauseCircuitOpen = RejectCause(agentapi.CauseCircuitOpen)
+
+	// CauseNoStore is the cause of a limit whose state is in a store that did not answer, if its policy rejects flows then.
+	CauseNoStore = RejectCause(agentapi.CauseNoStore)
 )
 
 // String gives the cause in words.

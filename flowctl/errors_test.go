@@ -98,7 +98,8 @@ func TestRejectCause(t *testing.T) {
 		{"closed", flowctl.CauseClosed, flowctl.CauseClosed},
 		{"label too long", flowctl.CauseLabelTooLong, flowctl.CauseLabelTooLong},
 		{"circuit open", flowctl.CauseCircuitOpen, flowctl.CauseCircuitOpen},
-		{"the first unknown one", flowctl.CauseCircuitOpen + 1, flowctl.CauseNone},
+		{"no store", flowctl.CauseNoStore, flowctl.CauseNoStore},
+		{"the first unknown one", flowctl.CauseNoStore + 1, flowctl.CauseNone},
 		{"another unknown one", 200, flowctl.CauseNone},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -79,7 +79,7 @@ func (d *decoder) loadRamping(policy value) Component {
 
 	v := d.need(policy.get("load_ramp"))
 	d.note(v.field, v)
-	f := d.fields(v, "sampler steps dry_run", "")
+	f := d.fields(v, "sampler steps headgate dry_run", "")
 	r := d.ramp(f)
 	r.ID = blueprintID
 	r.Start = d.boolean(d.setting("start", policy.get("start")), false)
@@ -87,6 +87,7 @@ func (d *decoder) loadRamping(policy value) Component {
 		r.Start = false
 	}
 	r.PassThroughValues = d.valuesToPass(d.setting("pass_through_label_values", value{}), r.SessionLabel)
+	r.Local, _, _ = d.sharing(f, LoadRamp{})
 	r.DryRun = d.boolean(f.get("dry_run"), false)
 	return r
 }

@@ -61,6 +61,13 @@ type CalendarQuota struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
+	// Local keeps the quotas to the engine. Otherwise engines that have a store in common have them in common too.
+	Local bool
+
+	// OnOutage is what the component does while the store does not answer. Empty means "share". A component that is Local cannot
+	// have it.
+	OnOutage Outage
+
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
@@ -103,6 +110,7 @@ func (q CalendarQuota) check(wrong report) {
 	checkName(wrong.sub(".LimitBy"), q.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), q.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), q.DeniedStatus)
+	checkOutage(wrong.sub(".OnOutage"), q.OnOutage, q.Local)
 	checkOverrides(wrong, q)
 }
 
@@ -143,6 +151,7 @@ func checkWeekStart(wrong report, day string, p Period) {
 func (d *decoder) calendarQuota(c component) Component {
 	f := d.fields(c.get("parameters"), "amount period time_zone week_start limit_by_label_key max_idle_time max_debt overrides", "")
 	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
+	local, _, outage := d.sharing(c.value, CalendarQuota{})
 	return CalendarQuota{
 		ID:           c.id,
 		Selectors:    d.selectors(d.fill(c.value, "Selectors", "selectors")),
@@ -156,6 +165,8 @@ func (d *decoder) calendarQuota(c component) Component {
 		Overrides:    d.overrides(f, CalendarQuota{}),
 		TokensLabel:  d.text(d.fill(request, "TokensLabel", "tokens_label_key")),
 		DeniedStatus: d.status(d.fill(request, "DeniedStatus", "denied_response_status_code")),
+		Local:        local,
+		OnOutage:     outage,
 		PassThrough:  d.passThrough(c),
 		DryRun:       d.dryRun(c),
 	}

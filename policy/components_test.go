@@ -39,11 +39,11 @@ func TestLoadKinds(t *testing.T) {
 					StepFill: true, DelayInitialFill: true, MaxIdle: policy.KeepIdle, MaxDebt: 120, Scheduler: scheduler, Overrides: map[string]policy.Override{
 						"acme":   {Capacity: 600, Fill: 300, Interval: 30 * time.Second, MaxDebt: math.SmallestNonzeroFloat64},
 						"banned": {Capacity: math.SmallestNonzeroFloat64},
-					}, PassThrough: true, DryRun: true,
+					}, Share: policy.ShareExact, OnOutage: policy.OutageClosed, PassThrough: true, DryRun: true,
 				},
 				policy.ConcurrencyScheduler{
 					ID: "root.1", Selectors: policy.At("export"), Max: 64, MaxInflight: 30 * time.Second, LimitBy: "tenant",
-					MaxIdle: time.Minute, Overrides: map[string]policy.Override{"acme": {Max: 128, MaxInflight: time.Minute}}, Scheduler: policy.Scheduler{Margin: 1}, PassThrough: true, DryRun: true,
+					MaxIdle: time.Minute, Overrides: map[string]policy.Override{"acme": {Max: 128, MaxInflight: time.Minute}}, Local: true, Scheduler: policy.Scheduler{Margin: 1}, PassThrough: true, DryRun: true,
 				},
 				policy.LoadScheduler{
 					ID: "root.3", Selectors: policy.At("db-read"), LoadMultiplier: policy.Named("SHARE"), WorkloadLatencyTokens: true,
@@ -71,13 +71,13 @@ func TestLoadKinds(t *testing.T) {
 				policy.LoadRamp{
 					ID: "root.8", Selectors: policy.At("new-search"),
 					Steps: []policy.RampStep{{Target: 1}, {Target: 100, Duration: 5 * time.Minute}},
-					Start: true, SessionLabel: "user", PassThroughValues: []string{"bob", ""}, DeniedStatus: 404, DryRun: true,
+					Start: true, SessionLabel: "user", PassThroughValues: []string{"bob", ""}, DeniedStatus: 404, Local: true, DryRun: true,
 				},
 				policy.CalendarQuota{
 					ID: "root.9", Selectors: policy.At("prompt"), Amount: 1e6, Period: policy.PeriodWeek, TimeZone: "Europe/Berlin",
 					WeekStart: "sunday", LimitBy: "tenant", MaxIdle: policy.KeepIdle, TokensLabel: "cost", MaxDebt: -1, DeniedStatus: 403,
-					Overrides:   map[string]policy.Override{"acme": {Amount: 5e6, MaxDebt: math.SmallestNonzeroFloat64}},
-					PassThrough: true, DryRun: true,
+					Overrides: map[string]policy.Override{"acme": {Amount: 5e6, MaxDebt: math.SmallestNonzeroFloat64}},
+					OnOutage:  policy.OutageOpen, PassThrough: true, DryRun: true,
 				},
 				policy.CircuitBreaker{
 					ID: "root.10", Selectors: policy.At("prompt"), FailureRatio: 0.5, FailureCount: 20, MinFlows: 10, SlowAfter: 2 * time.Second,
@@ -86,9 +86,10 @@ func TestLoadKinds(t *testing.T) {
 				},
 			},
 			Warnings: []string{
-				"28:15: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync: not used",
-				"57:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
-				"99:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
+				"28:42: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync.num_sync: not used",
+				"28:36: spec.circuit.components[0].flow_control.quota_scheduler.rate_limiter.lazy_sync.enabled: not used: headgate.share is set",
+				"59:13: spec.circuit.components[3].flow_control.load_scheduler.out_ports: not used",
+				"101:13: spec.circuit.components[8].flow_control.load_ramp.out_ports: not used",
 				"10:15: spec.resources.flow_control.flux_meters.idle: not used: no port of a load scheduler names it",
 			},
 		}}},

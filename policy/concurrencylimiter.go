@@ -42,6 +42,13 @@ type ConcurrencyLimiter struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
+	// Local keeps the slots to the engine. Otherwise engines that have a store in common have them in common too.
+	Local bool
+
+	// OnOutage is what the component does while the store does not answer. Empty means "share". A component that is Local cannot
+	// have it.
+	OnOutage Outage
+
 	// PassThrough accepts every flow and takes no slots.
 	PassThrough bool
 
@@ -65,6 +72,7 @@ func (l ConcurrencyLimiter) check(wrong report) {
 	checkName(wrong.sub(".LimitBy"), l.LimitBy)
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
+	checkOutage(wrong.sub(".OnOutage"), l.OnOutage, l.Local)
 	checkOverrides(wrong, l)
 }
 
@@ -83,6 +91,7 @@ func (d *decoder) concurrencyLimiter(c component) Component {
 	l.Max = d.amount(c, "Max", "max_concurrency")
 	l.TokensLabel = d.text(d.fill(request, "TokensLabel", "tokens_label_key"))
 	l.DeniedStatus = d.status(d.fill(request, "DeniedStatus", "denied_response_status_code"))
+	l.Local, _, l.OnOutage = d.sharing(c.value, ConcurrencyLimiter{})
 	l.PassThrough = d.passThrough(c)
 	l.DryRun = d.dryRun(c)
 	return l

@@ -38,6 +38,11 @@ type ConcurrencyScheduler struct {
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
+	// Local and OnOutage are as in [ConcurrencyLimiter]. Engines that share the slots share them out by the priorities of all
+	// their workloads. Values of the fairness label share alike within each engine.
+	Local    bool
+	OnOutage Outage
+
 	// PassThrough accepts every flow and takes no slots.
 	PassThrough bool
 
@@ -60,6 +65,7 @@ func (s ConcurrencyScheduler) check(wrong report) {
 	s.numbers(wrong)
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	s.Scheduler.check(wrong.sub(".Scheduler"))
+	checkOutage(wrong.sub(".OnOutage"), s.OnOutage, s.Local)
 	checkOverrides(wrong, s)
 }
 
@@ -72,6 +78,7 @@ func (s ConcurrencyScheduler) numbers(wrong report) {
 
 func (d *decoder) concurrencyScheduler(c component) Component {
 	l := d.slots(c.get("concurrency_limiter"))
+	local, _, outage := d.sharing(c.value, ConcurrencyScheduler{})
 	return ConcurrencyScheduler{
 		ID:          c.id,
 		Selectors:   d.selectors(d.fill(c.value, "Selectors", "selectors")),
@@ -81,6 +88,8 @@ func (d *decoder) concurrencyScheduler(c component) Component {
 		MaxIdle:     l.MaxIdle,
 		Overrides:   l.Overrides,
 		Scheduler:   d.scheduler(c.value),
+		Local:       local,
+		OnOutage:    outage,
 		PassThrough: d.passThrough(c),
 		DryRun:      d.dryRun(c),
 	}

@@ -58,6 +58,8 @@ type decoder struct {
 	meters   value              // flux_meters
 	metered  map[string]bool    // those that a port names
 	kept     *slab[value]
+
+	kindAround func(value) *kindOf // the function: the readers in the table of kinds cannot refer to the table
 }
 
 func newDecoder(file string) *decoder {

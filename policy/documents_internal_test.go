@@ -338,6 +338,8 @@ func TestSchemaFindsMistakes(t *testing.T) {
 		{"capacity: 1, ", ""},
 		{"fill: 1", "fill: 1, denied_status: 200"},
 		{"fill: 1", "fill: 1, dry_run: 1"},
+		{"fill: 1", "fill: 1, share: lazy"},
+		{"fill: 1", "fill: 1, on_outage: true"},
 		{"headgate: 1", "headgate: 2"},
 		{"[{rate", "[{sampler: {}, rate"},
 	} {

@@ -217,6 +217,7 @@ func (d *decoder) placeholders(v value) {
 
 // policies reads a document, which has several policies only in Headgate's own shape. A plain policy gets the name.
 func (d *decoder) policies(doc *node, plain string) []Policy {
+	d.kindAround = kindAround
 	known := *doc
 	known.index = nil
 	known.entries = slices.DeleteFunc(slices.Clone(doc.entries), func(e entry) bool { return strings.HasPrefix(e.key, "x-") })

@@ -752,7 +752,7 @@ spec:
             selectors: [{control_point: a, agent_group: default}]
             in_ports: {bucket_capacity: {constant_signal: {value: 1}}, fill_amount: {constant_signal: {value: 1}}}
             out_ports: ~
-            parameters: {interval: 1s, lazy_sync: {enabled: true}, limit_by_label_key: a, label_key: b}
+            parameters: {interval: 1s, lazy_sync: {enabled: true, num_sync: 4}, limit_by_label_key: a, label_key: b}
 `
 	got, err := policy.Parse("x.yaml", []byte(data))
 	if err != nil {
@@ -765,8 +765,8 @@ spec:
 		"x.yaml:7:5: spec.resources.infra_meters: not used",
 		"x.yaml:10:5: spec.circuit.evaluation_interval: not used",
 		"x.yaml:12:18: spec.circuit.components[0].decider: not used",
-		"x.yaml:18:40: spec.circuit.components[1].flow_control.rate_limiter.parameters.lazy_sync: not used",
-		"x.yaml:18:102: spec.circuit.components[1].flow_control.rate_limiter.parameters.label_key: not used: limit_by_label_key is set",
+		"x.yaml:18:67: spec.circuit.components[1].flow_control.rate_limiter.parameters.lazy_sync.num_sync: not used",
+		"x.yaml:18:115: spec.circuit.components[1].flow_control.rate_limiter.parameters.label_key: not used: limit_by_label_key is set",
 		"x.yaml:15:44: spec.circuit.components[1].flow_control.rate_limiter.selectors[0].agent_group: not used",
 		"x.yaml:8:60: spec.resources.flow_control.flux_meters.latency: not used: no port of a load scheduler names it",
 	}

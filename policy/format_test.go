@@ -181,6 +181,12 @@ func (m maker) fill(v reflect.Value, name string, depth int) {
 			p.Values = []string{pick(m, words...), ""}
 		}
 		return
+	case *policy.Share:
+		*p = pick(m, policy.ShareExact, policy.ShareLeased)
+		return
+	case *policy.Outage:
+		*p = pick(m, policy.OutageShare, policy.OutageOpen, policy.OutageClosed)
+		return
 	case *policy.Period:
 		*p = pick(m, policy.PeriodHour, policy.PeriodDay, policy.PeriodWeek, policy.PeriodMonth)
 		return

@@ -38,6 +38,9 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 
 	{field: "ID"},
 	{field: "Selectors", rule: required}, // at, too
+	{field: "Local"},
+	{field: "Share"},
+	{field: "OnOutage"},
 	{field: "PassThrough"},
 	{field: "DryRun"},
 	{field: "DeniedStatus", rule: nonzero},

@@ -31,36 +31,36 @@ const Kinds = int(count)
 
 // kinds has a row for each kind of component, in the order of the indices.
 var kinds = [...]kindOf{ //nolint:gochecknoglobals // a table, never written to
-	{"rate_limiter", RateLimiter{}, valueOf[RateLimiter], []form{{
-		"rate_limiter", "selectors parameters request_parameters", "bucket_capacity fill_amount", "pass_through", (*decoder).rateLimiter,
+	{"rate_limiter", RateLimiter{}, valueOf[RateLimiter], shares, []form{{
+		"rate_limiter", "selectors parameters request_parameters headgate", "bucket_capacity fill_amount", "pass_through", (*decoder).rateLimiter,
 	}}},
-	{"concurrency_limiter", ConcurrencyLimiter{}, valueOf[ConcurrencyLimiter], []form{{
-		"concurrency_limiter", "selectors parameters request_parameters", "max_concurrency", "pass_through", (*decoder).concurrencyLimiter,
+	{"concurrency_limiter", ConcurrencyLimiter{}, valueOf[ConcurrencyLimiter], shares, []form{{
+		"concurrency_limiter", "selectors parameters request_parameters headgate", "max_concurrency", "pass_through", (*decoder).concurrencyLimiter,
 	}}},
-	{"quota_scheduler", QuotaScheduler{}, valueOf[QuotaScheduler], []form{{
-		"quota_scheduler", "selectors rate_limiter scheduler", "bucket_capacity fill_amount", "pass_through", (*decoder).quotaScheduler,
+	{"quota_scheduler", QuotaScheduler{}, valueOf[QuotaScheduler], shares, []form{{
+		"quota_scheduler", "selectors rate_limiter scheduler headgate", "bucket_capacity fill_amount", "pass_through", (*decoder).quotaScheduler,
 	}}},
-	{"concurrency_scheduler", ConcurrencyScheduler{}, valueOf[ConcurrencyScheduler], []form{{
-		"concurrency_scheduler", "selectors concurrency_limiter scheduler", "max_concurrency", "pass_through", (*decoder).concurrencyScheduler,
+	{"concurrency_scheduler", ConcurrencyScheduler{}, valueOf[ConcurrencyScheduler], shares, []form{{
+		"concurrency_scheduler", "selectors concurrency_limiter scheduler headgate", "max_concurrency", "pass_through", (*decoder).concurrencyScheduler,
 	}}},
-	{"load_scheduler", LoadScheduler{}, valueOf[LoadScheduler], []form{{
+	{"load_scheduler", LoadScheduler{}, valueOf[LoadScheduler], measures, []form{{
 		"load_scheduler", "parameters dry_run_config_key", "", "load_multiplier", (*decoder).loadScheduler,
 	}}},
-	{"aimd_load_scheduler", AIMDLoadScheduler{}, valueOf[AIMDLoadScheduler], []form{{
+	{"aimd_load_scheduler", AIMDLoadScheduler{}, valueOf[AIMDLoadScheduler], measures, []form{{
 		"aimd_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).aimdLoadScheduler,
 	}, {
 		"adaptive_load_scheduler", "parameters dry_run_config_key", "", aimdPorts, (*decoder).adaptiveLoadScheduler,
 	}}},
-	{"sampler", Sampler{}, valueOf[Sampler], []form{{
+	{"sampler", Sampler{}, valueOf[Sampler], keepsNothing, []form{{
 		"sampler", samplerKeys, "", "accept_percentage", (*decoder).sampler,
 	}}},
-	{"load_ramp", LoadRamp{}, valueOf[LoadRamp], []form{{
-		"load_ramp", samplerKeys, "", "forward backward reset", (*decoder).loadRamp,
+	{"load_ramp", LoadRamp{}, valueOf[LoadRamp], shares, []form{{
+		"load_ramp", samplerKeys + " headgate", "", "forward backward reset", (*decoder).loadRamp,
 	}}},
-	{"calendar_quota", CalendarQuota{}, valueOf[CalendarQuota], []form{{
-		"calendar_quota", "selectors parameters request_parameters", "", "pass_through", (*decoder).calendarQuota,
+	{"calendar_quota", CalendarQuota{}, valueOf[CalendarQuota], shares, []form{{
+		"calendar_quota", "selectors parameters request_parameters headgate", "", "pass_through", (*decoder).calendarQuota,
 	}}},
-	{"circuit_breaker", CircuitBreaker{}, valueOf[CircuitBreaker], []form{{
+	{"circuit_breaker", CircuitBreaker{}, valueOf[CircuitBreaker], measures, []form{{
 		"circuit_breaker", "selectors parameters request_parameters", "", "pass_through", (*decoder).circuitBreaker,
 	}}},
 }
@@ -74,8 +74,18 @@ type kindOf struct {
 	name  string                              // in the engine's Stats, and in the IDs of components that have none of their own
 	zero  Component                           // a value of the kind
 	value func(c Component) (Component, bool) // the component as a value; false if it is of another kind
+	store storing                             // whether its components share something by a store
 	forms []form                              // how files say it
 }
+
+// A storing is what the components of a kind share by a store, or why they share nothing.
+type storing int
+
+const (
+	shares       storing = iota // they have a field Local
+	measures                    // nothing, because they measure their own process
+	keepsNothing                // nothing, because they keep nothing
+)
 
 // A form is a key of flow_control in files, under which a component of the kind stands.
 type form struct {

@@ -99,6 +99,25 @@ func TestEachFieldHasItsInterface(t *testing.T) {
 	}
 }
 
+// A kind shares something by a store, or says why it does not. What it does in an outage, and how exact it is, is for kinds that share.
+func TestEachKindSharesOrSaysWhyNot(t *testing.T) {
+	for i, c := range oneOfEach() {
+		keys := sharingKeys(c)
+		local := has(keys, "local")
+		if local != (kinds[i].store == shares) {
+			t.Errorf("%T has the keys %q, and its row says that it shares something: %v", c, keys, !local)
+		}
+		if !local && keys != "" || has(keys, "share") && !has(keys, "on_outage") {
+			t.Errorf("%T has the keys %q", c, keys)
+		}
+		for _, f := range kinds[i].forms {
+			if has(f.keys, headgateKey) != local {
+				t.Errorf("files may give %s the key %s: %v, want %v", f.key, headgateKey, !local, local)
+			}
+		}
+	}
+}
+
 // Each kind that has a label has overrides, and each of their numbers replaces a field of some kind. The names of the other fields that
 // are numbers are here with the reason.
 func TestEachLabelHasOverrides(t *testing.T) {

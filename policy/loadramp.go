@@ -29,6 +29,9 @@ type LoadRamp struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
+	// Local keeps where the ramp stands to the engine. Otherwise engines that have a store in common move it together.
+	Local bool
+
 	// DryRun decides and counts, but drops no flow: flows in ramp mode are all accepted.
 	DryRun bool
 }
@@ -73,6 +76,7 @@ func (d *decoder) loadRamp(c component) Component {
 	forward, backward, reset := d.port(c.ports.get("forward")), d.port(c.ports.get("backward")), d.port(c.ports.get("reset"))
 	r.Start = forward != 0 && backward == 0 && reset == 0
 	r.PassThroughValues = d.passThroughValues(c, r.SessionLabel)
+	r.Local, _, _ = d.sharing(c.value, LoadRamp{})
 	r.DryRun = d.dryRun(c)
 	return r
 }

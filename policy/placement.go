@@ -44,6 +44,9 @@ func (d *decoder) unknown(key value, own string) {
 		hint = fmt.Sprintf("; is a space missing behind %q?", before+":")
 	}
 	if hint == "" {
+		hint = d.unshared(key)
+	}
+	if hint == "" {
 		hint = suggest(key.key, known)
 	}
 	if hint == "" {

@@ -44,6 +44,12 @@ type QuotaScheduler struct {
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
+	// Local, Share and OnOutage are as in [RateLimiter]. Engines that share the buckets share them out by the priorities of all
+	// their workloads. Values of the fairness label share alike within each engine.
+	Local    bool
+	Share    Share
+	OnOutage Outage
+
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
@@ -67,6 +73,8 @@ func (s QuotaScheduler) check(wrong report) {
 	checkName(wrong.sub(".LimitBy"), s.LimitBy)
 	s.When.check(wrong.sub(".When"))
 	s.Scheduler.check(wrong.sub(".Scheduler"))
+	checkShare(wrong.sub(".Share"), s.Share, s.Local, s.StepFill, s.DelayInitialFill)
+	checkOutage(wrong.sub(".OnOutage"), s.OnOutage, s.Local)
 	checkOverrides(wrong, s)
 }
 
@@ -82,7 +90,7 @@ func (s QuotaScheduler) numbers(wrong report) {
 }
 
 func (d *decoder) quotaScheduler(c component) Component {
-	l := d.bucket(c.get("rate_limiter"))
+	l := d.bucket(c, "rate_limiter", QuotaScheduler{})
 	return QuotaScheduler{
 		ID:               c.id,
 		Selectors:        d.selectors(d.fill(c.value, "Selectors", "selectors")),
@@ -95,6 +103,9 @@ func (d *decoder) quotaScheduler(c component) Component {
 		MaxIdle:          l.MaxIdle,
 		MaxDebt:          l.MaxDebt,
 		Overrides:        l.Overrides,
+		Local:            l.Local,
+		Share:            l.Share,
+		OnOutage:         l.OnOutage,
 		Scheduler:        d.scheduler(c.value),
 		PassThrough:      d.passThrough(c),
 		DryRun:           d.dryRun(c),

@@ -57,6 +57,17 @@ type RateLimiter struct {
 	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
 	When Escalation
 
+	// Local keeps the buckets to the engine. Otherwise engines that have a store in common have them in common too.
+	Local bool
+
+	// Share is how tokens are taken from the store of engines that share it: exactly, or leased. Empty means "exact". ShareLeased
+	// needs a continuous fill, so neither StepFill nor DelayInitialFill. A component that is Local cannot have it.
+	Share Share
+
+	// OnOutage is what the component does while the store does not answer. Empty means "share". A component that is Local cannot
+	// have it.
+	OnOutage Outage
+
 	// PassThrough accepts every flow and takes no tokens.
 	PassThrough bool
 
@@ -81,6 +92,8 @@ func (l RateLimiter) check(wrong report) {
 	checkName(wrong.sub(".TokensLabel"), l.TokensLabel)
 	checkStatus(wrong.sub(".DeniedStatus"), l.DeniedStatus)
 	l.When.check(wrong.sub(".When"))
+	checkShare(wrong.sub(".Share"), l.Share, l.Local, l.StepFill, l.DelayInitialFill)
+	checkOutage(wrong.sub(".OnOutage"), l.OnOutage, l.Local)
 	checkOverrides(wrong, l)
 }
 
@@ -96,7 +109,7 @@ func (l RateLimiter) numbers(wrong report) {
 }
 
 func (d *decoder) rateLimiter(c component) Component {
-	l := d.bucket(c.get("parameters"))
+	l := d.bucket(c, "parameters", RateLimiter{})
 	request := d.fields(c.get("request_parameters"), "tokens_label_key denied_response_status_code", "")
 	l.ID = c.id
 	l.Selectors = d.selectors(d.fill(c.value, "Selectors", "selectors"))
@@ -109,9 +122,9 @@ func (d *decoder) rateLimiter(c component) Component {
 	return l
 }
 
-// bucket reads the parameters of a rate limiter.
-func (d *decoder) bucket(v value) RateLimiter {
-	f := d.fields(v, "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill max_debt overrides", "lazy_sync")
+// bucket reads the parameters of a rate limiter under the key, and how a component like this one shares its buckets.
+func (d *decoder) bucket(c component, key string, like Component) RateLimiter {
+	f := d.fields(c.get(key), "interval continuous_fill max_idle_time limit_by_label_key label_key delay_initial_fill max_debt overrides lazy_sync", "")
 	limiter := RateLimiter{
 		Interval:         d.duration(d.fill(f, "Interval", "interval")),
 		LimitBy:          d.text(d.fill(f, "LimitBy", "limit_by_label_key")),
@@ -121,6 +134,8 @@ func (d *decoder) bucket(v value) RateLimiter {
 		MaxDebt:          d.explicit(d.fill(f, "MaxDebt", "max_debt")),
 		Overrides:        d.overrides(f, RateLimiter{}),
 	}
+	limiter.Local, limiter.Share, limiter.OnOutage = d.sharing(c.value, like)
+	d.lazySync(f.get("lazy_sync"), &limiter)
 	if old := f.get("label_key"); limiter.LimitBy == "" {
 		limiter.LimitBy = d.text(d.fill(f, "LimitBy", "label_key"))
 	} else if old.node != nil {

@@ -163,6 +163,7 @@ const (
 	CauseClosed                   // the engine or the client was closed while the flow waited
 	CauseLongLabel                // a label's value is too long for a component to go by
 	CauseCircuitOpen              // a circuit breaker is open, or half-open without room for another probe
+	CauseNoStore                  // the store that engines share the limit by did not answer
 	Causes                        // how many there are
 )
 
@@ -183,6 +184,8 @@ func (c Cause) String() string {
 		return "label too long"
 	case CauseCircuitOpen:
 		return "circuit open"
+	case CauseNoStore:
+		return "store did not answer"
 	default:
 		return ""
 	}
@@ -456,6 +459,13 @@ type LimiterDecision struct {
 
 	// DryRun marks a decision in a dry run, the component's or the request's: the flow passes even if it is dropped.
 	DryRun bool
+
+	// Local marks a decision that the engine made in place of the store that has the limit, because the store did not answer.
+	Local bool
+
+	// Untaken marks a decision that let the flow pass and gave it nothing, because another component that was asked together
+	// with this one dropped it.
+	Untaken bool
 }
 
 // Passed reports whether the flow passes the component, in a dry run even if it is dropped.

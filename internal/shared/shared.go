@@ -30,7 +30,8 @@ var ErrDown = errors.New("the store did not answer lately, and is asked again on
 // Limits are what limiters take from and give back to.
 type Limits interface {
 	// Take asks for all that a flow wants, together: the answers are those of one moment at each server that is concerned. If
-	// an ask that is not Dry is refused, nothing is taken. It fills answers, which has the length of asks.
+	// an ask that is not Dry is refused, nothing is taken. It fills answers, which has the length of asks. The caller does not change
+	// asks, nor use them again, and does not read answers after an error.
 	Take(ctx context.Context, asks []Ask, answers []Answer) error
 
 	// Return gives back, and corrects, what was taken. It fills results, which has the length of returns. Slots are returned
@@ -102,7 +103,8 @@ type Ask struct {
 	// less than one is there.
 	Ahead, Reserve float64
 
-	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt.
+	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt, also if the ask is
+	// refused.
 	Owed float64
 }
 

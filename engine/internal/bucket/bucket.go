@@ -154,7 +154,7 @@ func (r *Rule) Inherit(b *State, before source.Source[State], now int64) {
 	if !ok || *old == *r {
 		return
 	}
-	was, is := old.inForce(b), r.current()
+	was, is := old.inForce(b), r.Current()
 	was.refill(b, now)
 	if was == old || is == r {
 		b.tokens = min(source.Carry(b.tokens, old.Capacity, r.Capacity), is.Capacity)

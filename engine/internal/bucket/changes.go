@@ -28,8 +28,8 @@ func (c *Changes) Set(now int64, other bool) {
 	c.latest.Store(&latest)
 }
 
-// current returns the rule, or its other numbers if they are in force now. It does nothing to a bucket.
-func (r *Rule) current() *Rule {
+// Current returns the rule, or its other numbers if they are in force now. It does nothing to a bucket.
+func (r *Rule) Current() *Rule {
 	if r.Changes != nil {
 		if latest := r.Changes.latest.Load(); latest != nil && (*latest)[len(*latest)-1].other {
 			return r.Other

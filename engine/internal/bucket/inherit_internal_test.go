@@ -87,9 +87,9 @@ func TestInheritOfOtherNumbers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			b := new(State)
 			tt.before.Fresh(b, 0)
-			tt.before.Take(b, 0, min(tt.used, tt.before.current().Capacity))
+			tt.before.Take(b, 0, min(tt.used, tt.before.Current().Capacity))
 			tt.before.MaxDebt = -1
-			tt.before.Settle(b, 0, 0, max(tt.used-tt.before.current().Capacity, 0), 0)
+			tt.before.Settle(b, 0, 0, max(tt.used-tt.before.Current().Capacity, 0), 0)
 			tt.after.Inherit(b, tt.before, 0)
 			if got := tt.after.Usage(b, 0).Remaining; got != tt.is {
 				t.Errorf("%v tokens want %v", got, tt.is)

@@ -1,6 +1,9 @@
 package calendar
 
-import "time"
+import (
+	"sync/atomic"
+	"time"
+)
 
 // A Unit is how long the periods of a calendar are.
 type Unit int
@@ -106,3 +109,30 @@ func nextChange(t time.Time) time.Time {
 
 // intoHour returns how many seconds of the hour are over when a clock shows so many.
 func intoHour(shown int64) int64 { return (shown%3600 + 3600) % 3600 }
+
+// Boundaries returns a function that returns the boundaries around a time: the beginning of the period before, that of its period, and
+// those of the next two. The function is safe for concurrent use.
+func (p *Periods) Boundaries() func(time.Time) [4]time.Time {
+	of := *p
+	var latest atomic.Pointer[[4]time.Time]
+	return func(at time.Time) [4]time.Time {
+		if b := latest.Load(); b != nil && !at.Before(b[1]) && at.Before(b[2]) {
+			return *b
+		}
+		b := of.around(at)
+		latest.Store(&b)
+		return b
+	}
+}
+
+// around returns the boundaries around a time, by the ends of the periods since one that was long over.
+func (p *Periods) around(at time.Time) (b [4]time.Time) {
+	back := [...]time.Duration{Hour: 4 * time.Hour, Day: 4 * 24 * time.Hour, Week: 16 * 24 * time.Hour, Month: 64 * 24 * time.Hour}
+	for end := p.End(at.Add(-back[p.Unit])); ; end = p.End(end) {
+		if end.After(at) {
+			b[2], b[3] = end, p.End(end)
+			return b
+		}
+		b[0], b[1] = b[1], end
+	}
+}

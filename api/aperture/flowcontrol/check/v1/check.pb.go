@@ -361,6 +361,8 @@ const (
 	CheckResponse_CAUSE_LABEL_TOO_LONG CheckResponse_Cause = 6
 	// A circuit breaker is open, or half-open and waits for its probes.
 	CheckResponse_CAUSE_CIRCUIT_OPEN CheckResponse_Cause = 7
+	// The store that engines share a limit by did not answer.
+	CheckResponse_CAUSE_NO_STORE CheckResponse_Cause = 8
 )
 
 // Enum value maps for CheckResponse_Cause.
@@ -374,6 +376,7 @@ var (
 		5: "CAUSE_CLOSED",
 		6: "CAUSE_LABEL_TOO_LONG",
 		7: "CAUSE_CIRCUIT_OPEN",
+		8: "CAUSE_NO_STORE",
 	}
 	CheckResponse_Cause_value = map[string]int32{
 		"CAUSE_NONE":           0,
@@ -384,6 +387,7 @@ var (
 		"CAUSE_CLOSED":         5,
 		"CAUSE_LABEL_TOO_LONG": 6,
 		"CAUSE_CIRCUIT_OPEN":   7,
+		"CAUSE_NO_STORE":       8,
 	}
 )
 
@@ -2637,7 +2641,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x0e\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2662,7 +2666,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x0eawaits_outcome\x18\xec\a \x01(\bR\rawaitsOutcome\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc2\x01\n" +
 	"\x05Cause\x12\x0e\n" +
 	"\n" +
 	"CAUSE_NONE\x10\x00\x12\x0e\n" +
@@ -2673,7 +2677,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\rCAUSE_TIMEOUT\x10\x04\x12\x10\n" +
 	"\fCAUSE_CLOSED\x10\x05\x12\x18\n" +
 	"\x14CAUSE_LABEL_TOO_LONG\x10\x06\x12\x16\n" +
-	"\x12CAUSE_CIRCUIT_OPEN\x10\a\"\xa6\x01\n" +
+	"\x12CAUSE_CIRCUIT_OPEN\x10\a\x12\x12\n" +
+	"\x0eCAUSE_NO_STORE\x10\b\"\xa6\x01\n" +
 	"\fRejectReason\x12\x16\n" +
 	"\x12REJECT_REASON_NONE\x10\x00\x12\x1e\n" +
 	"\x1aREJECT_REASON_RATE_LIMITED\x10\x01\x12\x1b\n" +

@@ -1,0 +1,467 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// A sharedLimiter is a limiter whose state is in the store. What it keeps of a key itself is an account. A key beyond the engine's cap
+// has none: it is in the store like any other, and the engine forgets at once what it learns of it.
+type sharedLimiter[S any] struct {
+	keyed[account[S], *budget[S]]
+	tokensLabel string
+	outage      policy.Outage
+	*sharedTally
+}
+
+// A sharedTally is what a component counts whose state is in the store. The component that follows it goes on with it.
+type sharedTally struct {
+	local    atomic.Uint64 // decisions without the store
+	unpaid   atomic.Uint64 // what could not be returned
+	differs  atomic.Uint64 // answers to keys that another engine has used with other numbers
+	reported atomic.Uint64 // of differs, in the log
+	held     atomic.Int64  // until when flows may hold slots
+	longest  atomic.Int64  // the longest that a flow may hold one
+}
+
+// A sharedLimits is how a limiter is configured whose state is in the store.
+type sharedLimits[S any] = config[account[S], *budget[S]]
+
+// sharing is what a shared limiter is told besides.
+type sharing struct {
+	outage      policy.Outage
+	tokensLabel string
+	passThrough bool
+}
+
+// shares reports whether a component is to have its state in the store, unless it is local.
+func (e *Engine) shares(local bool) bool { return e.store != nil && !local }
+
+func newSharedLimiter[S any](e *Engine, in *installed, c sharedLimits[S], p sharing) (component, error) {
+	in.stage = stageShared
+	c.ruling, c.names = budgetRuling[S](), &e.store.names
+	k, err := newKeyed(e, c)
+	if err != nil {
+		return nil, err
+	}
+	l := &sharedLimiter[S]{keyed: k, tokensLabel: p.tokensLabel, outage: p.outage, sharedTally: new(sharedTally)}
+	l.passThrough = p.passThrough
+	l.settles(p.tokensLabel, !l.component.Slots)
+	l.component.Settler = l
+	return l, nil
+}
+
+// follow has the limiter follow one of the same label and mode. The states are those of the store.
+func (l *sharedLimiter[S]) follow(other component) bool {
+	before, ok := other.(*sharedLimiter[S])
+	if !ok || l.mode == nil || before.mode != l.mode {
+		return false
+	}
+	l.followed(&before.keyed)
+	l.sharedTally = before.sharedTally
+	return true
+}
+
+func (l *sharedLimiter[S]) takeOver() { l.change(nil) }
+
+func (l *sharedLimiter[S]) askAgain() { l.reconsider(nil) }
+
+// oldest returns the earliest time at which a flow may have taken the slot that it holds.
+func (l *sharedLimiter[S]) oldest(now int64) (since int64, ok bool) {
+	return now - l.longest.Load(), now < l.held.Load()
+}
+
+// vacant reports whether all slots have been returned or have run out.
+func (l *sharedLimiter[S]) vacant(now int64) bool {
+	return now >= l.held.Load() && l.keyed.vacant(now)
+}
+
+// ask is not called: the engine asks all components of the store together.
+func (l *sharedLimiter[S]) ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+	asks, answers := make([]shared.Ask, 1), make([]shared.Answer, 1)
+	if !l.prepare(req, a.now, d, &asks[0]) {
+		return a.now, nil
+	}
+	err := l.engine.take(ctx, req, time.Duration(a.now-a.start), asks, answers)
+	now := l.engine.now()
+	switch {
+	case err == nil:
+		l.answered(req, now, d, &asks[0], &answers[0], answers[0].OK)
+	case ctx.Err() != nil:
+		l.unasked(now, d, &asks[0])
+		return now, ctx.Err()
+	default:
+		l.unanswered(req, now, d, &asks[0])
+	}
+	return now, nil
+}
+
+// open returns the entry of the flow's key, locked, and its numbers. The entry is nil if there is no room for it.
+func (l *sharedLimiter[S]) open(labels *agentapi.Labels, name string, now int64) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
+	if l.table == nil {
+		l.single.Lock()
+		return l.single, l.of(l.single)
+	}
+	if e := l.table.LockKnown(name); e != nil {
+		e.Use(now)
+		return e, l.of(e)
+	}
+	if !l.asking || l.table.HasRoom(name, now) { // the host's function is not asked in vain
+		if e := l.table.LockOwn(name, now, l.fresh(labels, name)); e != nil {
+			return e, l.of(e)
+		}
+	}
+	return nil, l.unkept(name)
+}
+
+// unkept returns the numbers of a key that has no entry.
+func (l *sharedLimiter[S]) unkept(name string) *numbers[*budget[S]] {
+	t := l.terms.Load()
+	place, _ := t.placed(name)
+	return t.number(place)
+}
+
+// known returns the key's entry, locked, and its numbers. The entry is nil if there is none.
+func (l *sharedLimiter[S]) known(name string) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
+	if l.table == nil {
+		l.single.Lock()
+		return l.single, l.of(l.single)
+	}
+	if e := l.table.LockKnown(name); e != nil {
+		return e, l.of(e)
+	}
+	return nil, l.unkept(name)
+}
+
+// account calls f with the account of the decision's key, locked, if there is one.
+func (l *sharedLimiter[S]) account(d *agentapi.LimiterDecision, f func(e *keys.Entry[account[S]])) {
+	if e, _ := l.known(d.Label); e != nil {
+		f(e)
+		e.Unlock()
+	}
+}
+
+func (l *sharedLimiter[S]) key(name string) shared.Key {
+	return shared.Key{Policy: l.component.Policy, Component: l.component.ID, Label: l.component.LabelKey, Value: name}
+}
+
+func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool {
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	if !l.scope(&req.Labels, d) {
+		l.counts.decision(d)
+		return false
+	}
+	e, n := l.open(&req.Labels, d.Label, now)
+	d.Capacity = n.capacity
+	*ask = shared.Ask{Key: l.key(d.Label), Rule: n.rule.current(), Tokens: d.Consumed, Dry: d.DryRun}
+	if l.component.Slots {
+		ask.Holder = req.Session()
+		ask.Tokens = min(ask.Tokens, source.MaxCost)
+	}
+	if e == nil {
+		return true
+	}
+	a := &e.State
+	wait, refused := a.refuses(now, d.Consumed)
+	if !refused {
+		ask.Owed = a.report(now)
+		e.Unlock()
+		return true
+	}
+	d.Remaining = a.left
+	e.Unlock()
+	l.reject(e, d, now, wait)
+	return false
+}
+
+// reject drops the flow, which may come back after the wait. The entry, which is not locked, is that of its key; nil for none.
+func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.LimiterDecision, now, wait int64) {
+	if e != nil {
+		l.rejected(e, d, now)
+	}
+	l.drop(d, agentapi.CauseNone, wait)
+	l.counts.decision(d)
+}
+
+func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
+	d.Remaining = answer.Left
+	e, _ := l.known(d.Label)
+	if e != nil {
+		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
+			l.differs.Add(1)
+		}
+		e.State.reported(ask.Owed, true)
+		e.Unlock()
+	}
+	if !answer.OK {
+		l.reject(e, d, now, min(int64(answer.Wait), source.Century))
+		return
+	}
+	d.Untaken = !taken
+	if taken {
+		d.Hold(answer.Slot)
+		if ask.Rule.Kind == shared.Slots {
+			l.holds(now, ask.Rule)
+		}
+	}
+	l.counts.decision(d)
+}
+
+// steady reports whether all engines go by these numbers as long as they have the same policy. With an escalation, each goes by the load
+// of its own.
+func (l *sharedLimiter[S]) steady(r *shared.Rule) bool {
+	own := l.terms.Load().own.rule
+	return own.other == nil && r != nil
+}
+
+// holds notes that a flow may hold a slot for as long as the rule says.
+func (l *sharedLimiter[S]) holds(now int64, r *shared.Rule) {
+	raise(&l.longest, int64(r.MaxInflight))
+	raise(&l.held, now+int64(r.MaxInflight))
+}
+
+// raise makes the number at least n.
+func raise(to *atomic.Int64, n int64) {
+	for {
+		old := to.Load()
+		if old >= n || to.CompareAndSwap(old, n) {
+			return
+		}
+	}
+}
+
+func (l *sharedLimiter[S]) unasked(_ int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
+	l.account(d, func(e *keys.Entry[account[S]]) { e.State.reported(ask.Owed, false) })
+	d.Untaken = true
+	l.counts.decision(d)
+}
+
+func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
+	l.local.Add(1)
+	d.Local = true
+	e, n := l.open(&req.Labels, d.Label, now)
+	if e == nil {
+		d.Spilled = true
+		e = l.table.LockSpill()
+		n = l.of(e)
+	}
+	e.State.reported(ask.Owed, false)
+	if l.outage == policy.OutageClosed {
+		e.Unlock()
+		l.drop(d, agentapi.CauseNoStore, 0)
+		l.counts.decision(d)
+		return
+	}
+	got := e.State.take(now, n.rule, l.engine.store.Instances(), ask.Tokens, l.outage == policy.OutageOpen)
+	if got.Slot != 0 && ask.Holder != (shared.Holder{}) {
+		s := e.State.spare
+		bind(s.by.from, &s.state, got.Slot, ask.Holder)
+	}
+	e.Unlock()
+	d.Remaining = got.Left
+	if !got.OK {
+		l.reject(e, d, now, got.Wait)
+		return
+	}
+	d.Hold(got.Slot)
+	if l.component.Slots {
+		l.holds(now, ask.Rule)
+	}
+	l.counts.decision(d)
+}
+
+func (l *sharedLimiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	if l.scope(&req.Labels, d) {
+		l.drop(d, cause, 0)
+	}
+	l.counts.decision(d)
+}
+
+// Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
+func (l *sharedLimiter[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
+	batch := make([]shared.Return, 1)
+	needed, done := l.returns(d, o, &batch[0])
+	if !needed {
+		return done
+	}
+	results, err := l.engine.giveBack(ctx, batch)
+	return l.returned(d, o, &batch[0], results[0], err)
+}
+
+func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool) {
+	unused := o.Ended == agentapi.EndedUnused
+	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
+		return false, false
+	}
+	if unused {
+		count(l.counts, d, decisionsRefunded)
+	}
+	slot := l.component.Slots && d.Slot() != 0
+	cost, settled := l.settled(d, o)
+	if d.Untaken || !unused && !slot && !settled {
+		return false, false
+	}
+	if done, here := l.returnsHere(d, unused, slot, cost, settled); here {
+		return false, done
+	}
+	if settled && cost == d.Consumed {
+		l.countSettlement(d, true, 0)
+		return false, false
+	}
+	_, n := l.knownNumbers(d.Label)
+	*r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	if d.Local { // a quota's period has another name in the store, and a slot is not there
+		if slot {
+			return false, false
+		}
+		r.Slot = 0
+	}
+	return true, false
+}
+
+// knownNumbers returns the key's numbers.
+func (l *sharedLimiter[S]) knownNumbers(name string) (kept bool, n *numbers[*budget[S]]) {
+	e, n := l.known(name)
+	if e != nil {
+		e.Unlock()
+	}
+	return e != nil, n
+}
+
+// returnsHere is returns for what this process has granted in place of the store. Here is false if it has not, or has told the store since.
+// A name over the wire does not say whose slot it is, so it is looked for here too.
+func (l *sharedLimiter[S]) returnsHere(d *agentapi.LimiterDecision, unused, slot bool, cost float64, settled bool) (done, here bool) {
+	if !d.Local && (d.Component != nil || !slot) {
+		return false, false
+	}
+	now := l.engine.now()
+	try := func(e *keys.Entry[account[S]]) {
+		s := e.State.spare
+		if s == nil || here {
+			return
+		}
+		switch {
+		case slot:
+			done = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), unused)
+			here = done
+		case unused:
+			done, here = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), true), true
+			s.owed = max(s.owed-d.Consumed, 0)
+		case settled:
+			forgiven := 0.0
+			if from, ok := s.by.from.(source.Settler[S]); ok {
+				forgiven = from.Settle(&s.state, now, d.Consumed, cost, d.Slot())
+			}
+			s.owed = max(s.owed+cost-d.Consumed-forgiven, 0)
+			l.countSettlement(d, true, forgiven)
+			here = true
+		}
+	}
+	if !d.Spilled {
+		l.account(d, try)
+	}
+	if l.table != nil && (d.Spilled || slot) && !here {
+		e := l.table.Spill()
+		e.Lock()
+		try(e)
+		e.Unlock()
+	}
+	return done, here
+}
+
+func (l *sharedLimiter[S]) returned(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return, result shared.Result, err error) bool {
+	_, settled := l.settled(d, o)
+	if err != nil {
+		l.unpaid.Add(1)
+		if settled {
+			l.countSettlement(d, false, max(r.Cost-r.Tokens, 0))
+		}
+		return false
+	}
+	if settled {
+		l.countSettlement(d, true, result.Forgiven)
+	}
+	if result.Returned {
+		l.account(d, func(e *keys.Entry[account[S]]) { e.State.forgive() })
+	}
+	return result.Returned && !settled
+}
+
+func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (Usage, error) {
+	e, n := l.metNow(value)
+	if e != nil {
+		e.Unlock()
+	}
+	rule := n.rule.current()
+	name := ""
+	if l.table != nil {
+		name = l.namer.Name(value)
+	}
+	u, err := l.engine.store.Look(ctx, l.key(name), rule)
+	if err != nil {
+		return Usage{}, l.wrong(err)
+	}
+	if e, _ := l.known(name); e != nil {
+		e.State.left, e.State.at, e.State.last = u.Remaining, now, rule
+		e.Unlock()
+	}
+	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}, nil
+}
+
+// metNow is met.
+func (l *sharedLimiter[S]) metNow(value string) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
+	return l.met(value, l.engine.now())
+}
+
+// wrong is an error of the store to a caller of the engine.
+func (l *sharedLimiter[S]) wrong(err error) error {
+	return fmt.Errorf("headgate: engine: policy %q: component %q: %w", l.component.Policy, l.component.ID, err)
+}
+
+func (l *sharedLimiter[S]) reset(ctx context.Context, value string, _ int64) error {
+	name := ""
+	if l.table != nil {
+		name = l.namer.Name(value)
+	}
+	if err := l.engine.store.Reset(ctx, l.key(name)); err != nil {
+		return l.wrong(err)
+	}
+	if e, _ := l.known(name); e != nil {
+		e.State = account[S]{}
+		e.Unlock()
+	}
+	return nil
+}
+
+// usage returns what the engine has last learned of the state of all flows.
+func (l *sharedLimiter[S]) usage(string, int64) Usage {
+	l.single.Lock()
+	defer l.single.Unlock()
+	rule := l.of(l.single).rule.current()
+	u := Usage{Capacity: rule.Capacity, Remaining: rule.Capacity}
+	if a := &l.single.State; a.last != nil {
+		u.Remaining = a.left
+	}
+	return u
+}
+
+func (l *sharedLimiter[S]) stats(now int64) ComponentStats {
+	all := l.keyed.stats(l.usage, now)
+	all.Shared, all.LocalDecisions, all.Unreturned, all.NumbersDiffer = true, l.local.Load(), l.unpaid.Load(), l.differs.Load()
+	return all
+}
+
+// differing returns how many answers since the last call were about keys that another engine has used with other numbers.
+func (l *sharedLimiter[S]) differing() uint64 {
+	n := l.differs.Load()
+	return n - l.reported.Swap(n)
+}

@@ -1,0 +1,91 @@
+package engine
+
+import (
+	"crypto/sha256"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/engine/internal/keys"
+	"github.com/headgate-go/headgate/internal/shared"
+)
+
+// WithStore has engines share their limits: all engines with the same store have the same buckets, quotas and slots, and a limit holds
+// for them together. Package redisstore has such a store. What a policy marks as Local stays the engine's own, and so do load
+// schedulers, circuit breakers and samplers. Components are the same if their policy's name, ID and label are. By default there is no
+// store.
+//
+// A flow asks the store once for all limiters that it meets, after those in memory have let it pass. While the store does not answer, a
+// policy's OnOutage decides. [Engine.Stats] tells of it.
+//
+// The engine does not close the store. Values of labels that carry credentials are named in the store by a hash without a key, because
+// all engines must name them alike.
+func WithStore(s shared.Store) Option {
+	return option(func(e *Engine) error {
+		if s == nil {
+			return errors.New("WithStore: the store is nil")
+		}
+		e.store = &store{Store: s}
+		sum := sha256.Sum256([]byte("headgate: names of credentials in a store"))
+		e.store.names.Set(sum[:])
+		return nil
+	})
+}
+
+// A store is what an engine knows of the store that it shares with others.
+type store struct {
+	shared.Store
+	names keys.Secret // the same for all engines
+
+	failures, unanswered atomic.Uint64
+
+	// warned is when a failure was logged last, by the engine's time; 0 for never. Told is how many flows were told of then.
+	warned  atomic.Int64
+	told    atomic.Uint64
+	failing atomic.Bool // a failure was logged, and no success since
+}
+
+// StoreStats are about the store that engines share.
+type StoreStats struct {
+	// Shared reports whether there is one; see [WithStore].
+	Shared bool
+
+	// Down reports whether it did not answer lately. The engine is degraded then: policies say by OnOutage what holds.
+	Down bool
+
+	// Instances is how many have used the store lately, this one included.
+	Instances int
+
+	// Failures counts the calls that the store did not answer, or answered with an error.
+	Failures uint64
+
+	// Unanswered counts the flows that were decided about without the store because of that.
+	Unanswered uint64
+}
+
+func (s *store) stats() StoreStats {
+	if s == nil {
+		return StoreStats{}
+	}
+	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load(), s.unanswered.Load()}
+}
+
+// failed counts a call that failed, and logs once a minute that there are some. Flows is how many were decided about without the store.
+func (e *Engine) failed(err error, flows uint64) {
+	s, now := e.store, e.now()
+	s.failures.Add(1)
+	n := s.unanswered.Add(flows)
+	last := s.warned.Load()
+	if last != 0 && now-last < int64(sweepEvery) || !s.warned.CompareAndSwap(last, max(now, 1)) {
+		return
+	}
+	s.failing.Store(true)
+	e.logger.Warn("headgate: the store does not answer; limits hold as OnOutage says", "error", err, "flows", n-s.told.Swap(n))
+}
+
+// succeeded logs that the store answers again, if it was logged that it does not.
+func (e *Engine) succeeded() {
+	if s := e.store; s.failing.Load() && s.failing.Swap(false) {
+		e.logger.Info("headgate: the store answers again", "after", (time.Duration(e.now() - s.warned.Load())).Round(time.Millisecond))
+	}
+}

@@ -1,0 +1,181 @@
+package engine
+
+import (
+	"context"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/shared"
+)
+
+// A sharer is a component whose state is in the store. The engine asks all that a flow meets together, and gives back together.
+type sharer interface {
+	component
+
+	// prepare fills the question for a flow. If it is false, there is none: the decision is made.
+	prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool
+
+	// answered makes the decision by the answer. If taken is false, the store has given the flow nothing.
+	answered(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool)
+
+	// unanswered makes the decision, because the store has not.
+	unanswered(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask)
+
+	// unasked lets the flow pass and gives it nothing: another component has rejected it, or its caller has gone.
+	unasked(now int64, d *agentapi.LimiterDecision, ask *shared.Ask)
+
+	// returns is Settle up to what the store is to do. Done is what Settle reports if there is nothing.
+	returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool)
+
+	// returned is the rest of Settle.
+	returned(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return, result shared.Result, err error) bool
+}
+
+// A question is what one component wants to know of the store.
+type question struct {
+	of sharer
+	at int // its decision in the verdict
+}
+
+// askTogether is ask for the components of the store: one call asks for all of them. If one of them rejects the flow without a question,
+// there is no call.
+func (e *Engine) askTogether(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
+	late, dry := req.Late(), req.DryRun()
+	asks := make([]shared.Ask, 0, len(placements)) // not used again: a store may keep it after a call that came to nothing
+	questions := make([]question, 0, len(placements))
+	for i := range placements {
+		m := &placements[i]
+		selected := m.selectors.selects(&req.Labels)
+		if selected == no {
+			continue
+		}
+		d := v.Add(m.id)
+		d.DryRun = dry || m.id.DryRun
+		switch {
+		case selected == unknown:
+			m.refuse(req, d, agentapi.CauseLongLabel)
+		case late:
+			m.refuse(req, d, agentapi.CauseLate)
+		default:
+			of := m.component.(sharer) //nolint:forcetypeassert // the stage has no others
+			asks = append(asks, shared.Ask{})
+			if of.prepare(req, *now, d, &asks[len(asks)-1]) {
+				questions = append(questions, question{of, v.Len() - 1})
+			} else {
+				asks = asks[:len(asks)-1]
+			}
+		}
+		dropped = dropped || d.Dropped && !m.id.DryRun
+	}
+	if len(asks) == 0 {
+		return dropped, nil
+	}
+	if dropped && !dry {
+		for i, q := range questions {
+			q.of.unasked(*now, v.At(q.at), &asks[i])
+		}
+		return dropped, nil
+	}
+	answers := make([]shared.Answer, len(asks))
+	err = e.take(ctx, req, time.Duration(*now-(v.Start-e.epoch.UnixNano())), asks, answers)
+	*now = e.now()
+	if err != nil && ctx.Err() != nil {
+		for i, q := range questions {
+			q.of.unasked(*now, v.At(q.at), &asks[i])
+		}
+		return dropped, ctx.Err()
+	}
+	taken := true
+	for i := range asks {
+		taken = taken && (answers[i].OK || asks[i].Dry)
+	}
+	for i, q := range questions {
+		d := v.At(q.at)
+		if err != nil {
+			q.of.unanswered(req, *now, d, &asks[i])
+		} else {
+			q.of.answered(req, *now, d, &asks[i], &answers[i], taken)
+		}
+		dropped = dropped || d.Dropped && !d.Component.DryRun
+	}
+	return dropped, nil
+}
+
+// take asks the store for as long as the check may take. So long has passed of that.
+func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Duration, asks []shared.Ask, answers []shared.Answer) error {
+	if req.Timeout > 0 {
+		bounded, cancel := context.WithTimeout(ctx, req.Timeout-passed)
+		defer cancel()
+		ctx = bounded
+	}
+	if err := e.store.Take(ctx, asks, answers); err != nil {
+		if ctx.Err() == nil || req.Timeout > 0 { // it is no failure of the store that a caller leaves
+			e.failed(err, 1)
+		}
+		return err
+	}
+	e.succeeded()
+	return nil
+}
+
+// settleTogether settles all decisions of a flow that hold something. One call returns what is the store's. It returns how many slots the
+// flow held, and how many of them were still its own.
+func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agentapi.Outcome) (held, returned int) {
+	var batch []shared.Return
+	var questions []question
+	for i := range v.Len() {
+		d := v.At(i)
+		if d.Dropped {
+			continue
+		}
+		holds := d.Component.Slots && d.Slot() != 0
+		if holds {
+			held++
+		}
+		of, ok := d.Component.Settler.(sharer)
+		if !ok {
+			if d.Component.Settler.Settle(ctx, d, o) && holds {
+				returned++
+			}
+			continue
+		}
+		var r shared.Return
+		needed, done := of.returns(d, o, &r)
+		if done && holds {
+			returned++
+		}
+		if needed {
+			batch, questions = append(batch, r), append(questions, question{of, i})
+		}
+	}
+	if len(batch) > 0 {
+		results, err := e.giveBack(ctx, batch)
+		for i, q := range questions {
+			d := v.At(q.at)
+			if q.of.returned(d, o, &batch[i], results[i], err) && d.Component.Slots && d.Slot() != 0 {
+				returned++
+			}
+		}
+	}
+	if o.Ended == agentapi.EndedUnused {
+		for i := range v.Len() {
+			if d := v.At(i); !d.Dropped {
+				d.Hold(0)
+			}
+		}
+	}
+	return held, returned
+}
+
+// giveBack returns what the store gave. The results are zero after an error.
+func (e *Engine) giveBack(ctx context.Context, batch []shared.Return) ([]shared.Result, error) {
+	results := make([]shared.Result, len(batch))
+	// A flow ends whether its caller waits or not. The store bounds the call.
+	if err := e.store.Return(context.WithoutCancel(ctx), batch, results); err != nil {
+		e.failed(err, 0)
+		clear(results)
+		return results, err
+	}
+	e.succeeded()
+	return results, nil
+}

@@ -1,0 +1,303 @@
+// Package sharedtest is a store in memory that several engines of one test share. It decides as engines do, by the time of the
+// test's bubble, and misbehaves on demand:
+//
+//	server := sharedtest.New()
+//	a, b := server.Instance(), server.Instance() // of two engines
+//	b.Behave(sharedtest.Behavior{Err: shared.ErrDown})
+//
+// It has no goroutines.
+package sharedtest
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/shared"
+)
+
+// Lease is how long slots of an instance outlive its last renewal.
+const Lease = 10 * time.Second
+
+// Bound is how long an instance waits for an answer.
+const Bound = 50 * time.Millisecond
+
+// A Server has the state that instances share. It is safe for concurrent use.
+type Server struct {
+	mu        sync.Mutex
+	states    map[shared.Key]*state
+	values    map[shared.CacheKey]cached
+	ramps     map[shared.Key]*ramp
+	sessions  map[shared.Holder]session
+	instances []*Store
+}
+
+// New returns a server without any state.
+func New() *Server {
+	s := new(Server)
+	s.forget()
+	return s
+}
+
+func (s *Server) forget() {
+	s.states = make(map[shared.Key]*state)
+	s.values = make(map[shared.CacheKey]cached)
+	s.ramps = make(map[shared.Key]*ramp)
+	s.sessions = make(map[shared.Holder]session)
+}
+
+// Forget loses all that the server keeps, as a restart without a file does.
+func (s *Server) Forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forget()
+}
+
+// Instance returns another instance that uses the server.
+func (s *Server) Instance() *Store {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	one := &Store{server: s, Queues: noQueues{}}
+	s.instances = append(s.instances, one)
+	return one
+}
+
+// A session is a client's: until when it lives, and since when. Slots of before are lost.
+type session struct{ since, until time.Time }
+
+// Behavior is how an instance's calls go. The zero value is well.
+type Behavior struct {
+	// Late is how long each answer takes. The server has decided by then. After Bound, or when the context ends, the call fails.
+	Late time.Duration
+
+	// Err is what calls fail with, and the server does not learn of them. An instance is down while this is shared.ErrDown.
+	Err error
+
+	// Lost is what calls fail with after the server has done what they ask.
+	Lost error
+
+	// Cut has the instance's lease run out.
+	Cut bool
+}
+
+// Counted is how often an instance was called.
+type Counted struct{ Take, Return, Look, Reset, Get, Set, Delete, Move int }
+
+// A Store is one instance. It is safe for concurrent use.
+type Store struct {
+	shared.Queues // see queues.go
+
+	server *Server
+
+	// All are guarded by the server's lock.
+	is      Behavior
+	counted Counted
+	asks    []shared.Ask
+	cutAt   time.Time // since when its lease is not renewed; zero while it is
+}
+
+var _ shared.Store = (*Store)(nil)
+
+// Behave has the instance behave so from now on.
+func (s *Store) Behave(is Behavior) {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	s.is = is
+	switch {
+	case !is.Cut:
+		s.cutAt = time.Time{}
+	case s.cutAt.IsZero():
+		s.cutAt = time.Now()
+	}
+}
+
+// Counted returns how often the instance was called.
+func (s *Store) Counted() Counted {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	return s.counted
+}
+
+// Asked returns what was asked by Take since the last call of Asked, in its order.
+func (s *Store) Asked() []shared.Ask {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	asks := s.asks
+	s.asks = nil
+	return asks
+}
+
+// call runs do with the server locked, as the instance behaves. What do writes to its caller is written before the answer is late.
+func (s *Store) call(ctx context.Context, count *int, do func(now time.Time) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	s.server.mu.Lock()
+	*count++
+	is := s.is
+	if is.Err != nil {
+		s.server.mu.Unlock()
+		return is.Err
+	}
+	err := do(time.Now())
+	s.server.mu.Unlock()
+	if is.Late > 0 {
+		wait := time.NewTimer(min(is.Late, Bound))
+		defer wait.Stop()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-wait.C:
+		}
+		if is.Late > Bound {
+			return context.DeadlineExceeded
+		}
+	}
+	if is.Lost != nil {
+		return is.Lost
+	}
+	return err
+}
+
+// Take does what shared.Limits says.
+func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.Answer) error {
+	decided := make([]shared.Answer, len(asks)) // so that a late caller does not see what it was not told
+	err := s.call(ctx, &s.counted.Take, func(now time.Time) error {
+		s.asks = append(s.asks, asks...)
+		s.take(now, asks, decided)
+		return nil
+	})
+	if err == nil {
+		copy(answers, decided)
+	}
+	return err
+}
+
+func (s *Store) take(now time.Time, asks []shared.Ask, answers []shared.Answer) {
+	all := true
+	for i := range asks {
+		ask := &asks[i]
+		st := s.server.state(now, ask.Key, ask.Rule)
+		answers[i] = shared.Answer{Differs: st.differs(now, ask.Rule)}
+		st.owe(now, ask.Owed)
+		answers[i].OK, answers[i].Wait = st.room(now, ask.Tokens)
+		all = all && (answers[i].OK || ask.Dry)
+	}
+	for i := range asks {
+		ask := &asks[i]
+		st := s.server.state(now, ask.Key, ask.Rule)
+		if all && answers[i].OK {
+			answers[i].OK, answers[i].Wait = st.room(now, ask.Tokens) // another ask may have the same key
+			if answers[i].OK {
+				answers[i].Slot = st.take(now, ask.Tokens, owner{s, ask.Holder})
+			}
+		}
+		answers[i].Left = st.left(ask.Rule)
+	}
+}
+
+// Return does what shared.Limits says. What fails for slots is done later without another call, so the server does it although the
+// caller is told of an error, unless the instance is down.
+func (s *Store) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
+	done := make([]shared.Result, len(returns))
+	err := s.call(ctx, &s.counted.Return, func(now time.Time) error {
+		for i, r := range returns {
+			done[i] = s.server.state(now, r.Key, r.Rule).giveBack(now, r)
+		}
+		return nil
+	})
+	if err == nil {
+		copy(results, done)
+	}
+	return err
+}
+
+// Look does what shared.Limits says.
+func (s *Store) Look(ctx context.Context, key shared.Key, rule *shared.Rule) (u shared.Usage, err error) {
+	err = s.call(ctx, &s.counted.Look, func(now time.Time) error {
+		st := s.server.states[key]
+		if st == nil || st.rule.Kind != rule.Kind {
+			u = shared.Usage{Remaining: rule.Capacity}
+			return nil
+		}
+		st.renew(now)
+		seen := *st // the numbers of the one that looks change nothing
+		seen.differs(now, rule)
+		u = shared.Usage{Remaining: seen.left(rule), InFlight: len(st.slots)}
+		return nil
+	})
+	if err != nil {
+		return shared.Usage{}, err
+	}
+	return u, nil
+}
+
+// Reset does what shared.Limits says.
+func (s *Store) Reset(ctx context.Context, key shared.Key) error {
+	return s.call(ctx, &s.counted.Reset, func(time.Time) error {
+		delete(s.server.states, key)
+		return nil
+	})
+}
+
+// Renew does what shared.Holders says.
+func (s *Store) Renew(of shared.Holder, lasts time.Duration) {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	if s.is.Err != nil || s.is.Cut {
+		return
+	}
+	now := time.Now()
+	one := s.server.sessions[of]
+	if !one.until.After(now) {
+		one.since = now
+	}
+	if end := now.Add(lasts); end.After(one.until) {
+		one.until = end
+	}
+	s.server.sessions[of] = one
+}
+
+// Kept does what shared.Holders says. A lease is renewed all the time while the instance is not cut off.
+func (s *Store) Kept() time.Time {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	held := false
+	for _, st := range s.server.states {
+		for _, one := range st.slots {
+			held = held || one.by == owner{store: s}
+		}
+	}
+	switch {
+	case !s.cutAt.IsZero():
+		return s.cutAt.Add(Lease)
+	case held:
+		return time.Now().Add(Lease)
+	default:
+		return time.Time{}
+	}
+}
+
+// Instances returns how many there are.
+func (s *Store) Instances() int {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	return len(s.server.instances)
+}
+
+// Down reports whether the instance fails at once.
+func (s *Store) Down() bool {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	return s.is.Err == shared.ErrDown //nolint:errorlint // a test sets it as it is
+}
+
+// name returns a random number that is not 0.
+func name() uint64 {
+	for {
+		if n := rand.Uint64(); n != 0 {
+			return n
+		}
+	}
+}
