@@ -62,7 +62,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		return err
 	}
 	defer peers.close()
-	ours, err := openOurs(ctx, server)
+	ours, err := openOurs(ctx, server, redistest.Start(&p, redistest.Options{}))
 	if err != nil {
 		return err
 	}
@@ -76,10 +76,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), benchtable.Processor(), server.Info("redis_version"), *rounds, *each)
 	t.Print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight; ns/op is then the time of the run over its calls. A ratio is the median of the ratios of the rounds.\n", inFlight)
-	return errors.Join(
-		measureMemory(ctx, stdout, server, *keys),
-		measureLeases(ctx, stdout, server, *each),
-	)
+	return measureMemory(ctx, stdout, server, *keys)
 }
 
 // A program stands for a test to redistest. It fails by a panic, which run turns into an error.

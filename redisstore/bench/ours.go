@@ -1,9 +1,296 @@
 package main
-import ("context";"io";"time"; "github.com/headgate-go/headgate/internal/testing/benchtable"
-	"github.com/headgate-go/headgate/redisstore/internal/redistest")
-type ours struct{}
-func openOurs(context.Context, *redistest.Server) (ours, error) { return ours{}, nil }
-func (ours) close() error { return nil }
-func (ours) rows() []*benchtable.Row { return nil }
-func measureMemory(context.Context, io.Writer, *redistest.Server, int) error { return nil }
-func measureLeases(context.Context, io.Writer, *redistest.Server, time.Duration) error { return nil }
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
+	"github.com/headgate-go/headgate/policy"
+	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
+)
+
+// patient is longer than any call takes here: one that fails would end the run.
+const patient = 10 * time.Second
+
+// instances is how many instances the rows with several have.
+const instances = 3
+
+// The control points, each with what its name says.
+const (
+	oneLimiter    = "one"
+	threeLimiters = "three"
+	concurrency   = "concurrency"
+)
+
+// policies let every call through.
+func policies() []policy.Policy {
+	limiters := func(at string, n int) policy.Policy {
+		p := policy.Policy{Name: at}
+		for range n {
+			p.Components = append(p.Components, policy.RateLimiter{
+				Selectors: policy.At(at), Capacity: capacity, Fill: fill, Interval: time.Second, LimitBy: "user",
+			})
+		}
+		return p
+	}
+	return []policy.Policy{
+		limiters(oneLimiter, 1), limiters(threeLimiters, 3),
+		{Name: concurrency, Components: []policy.Component{policy.ConcurrencyLimiter{
+			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute, LimitBy: "user",
+		}}},
+	}
+}
+
+// A guarded is an engine, and its client.
+type guarded struct {
+	store  io.Closer // nil without one
+	engine *engine.Engine
+	client *flowctl.Client
+}
+
+// openGuarded makes an engine with the store, if there is one.
+func openGuarded(store *redisstore.Store) (_ *guarded, err error) {
+	g := &guarded{}
+	var opts []engine.Option
+	if store != nil {
+		g.store, opts = store, append(opts, engine.WithStore(store))
+	}
+	if g.engine, err = engine.New(policies(), opts...); err != nil {
+		return nil, err
+	}
+	g.client, err = flowctl.New(g.engine)
+	return g, err
+}
+
+func (g *guarded) close() error {
+	err := g.engine.Close()
+	if g.store != nil {
+		err = errors.Join(err, g.store.Close())
+	}
+	return err
+}
+
+// do is a Do for a user at a control point.
+func (g *guarded) do(ctx context.Context, at string, user func() string) func() error {
+	return func() error {
+		params := flowctl.Params{Labels: map[string]string{"user": user()}, CheckTimeout: -1, OnUnreachable: flowctl.FailClosed}
+		return headgate.Do(ctx, g.client, at, params, func(context.Context, *flowctl.Flow) error { return nil })
+	}
+}
+
+// hot returns the one key of the rows with a hot one.
+func hot() string { return "hot" }
+
+// ours are the rows of the store, and of engines with and without one.
+type ours struct {
+	ctx    context.Context //nolint:containedctx // the run's
+	stores [instances]*redisstore.Store
+	shared [instances]*guarded
+	local  *guarded
+	down   *guarded // its server is stopped
+}
+
+// openOurs opens the rows' stores at the server, and one at another server, which it stops.
+func openOurs(ctx context.Context, server, stopped *redistest.Server) (_ *ours, err error) {
+	o := &ours{ctx: ctx}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.close())
+		}
+	}()
+	for i := range instances {
+		if o.stores[i], err = openStore(ctx, server, "take", redisstore.WithTimeout(patient)); err != nil {
+			return nil, err
+		}
+		engines, err := openStore(ctx, server, "guard", redisstore.WithTimeout(patient))
+		if err != nil {
+			return nil, err
+		}
+		if o.shared[i], err = openGuarded(engines); err != nil {
+			return nil, err
+		}
+	}
+	if o.local, err = openGuarded(nil); err != nil {
+		return nil, err
+	}
+	silent, err := openStore(ctx, stopped, "guard")
+	if err != nil {
+		return nil, err
+	}
+	if o.down, err = openGuarded(silent); err != nil {
+		return nil, err
+	}
+	stopped.Stop()
+	for begin := time.Now(); !silent.Down(); { // a few flows find it out
+		_ = o.down.do(ctx, oneLimiter, hot)()
+		if time.Since(begin) > patient {
+			return nil, errors.New("a store whose server is stopped is not down")
+		}
+	}
+	return o, nil
+}
+
+func (o *ours) close() (err error) {
+	for _, g := range append(o.shared[:], o.local, o.down) {
+		if g != nil {
+			err = errors.Join(err, g.close())
+		}
+	}
+	for _, s := range o.stores {
+		if s != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}
+	return err
+}
+
+const (
+	takeOne = "Take, one bucket"
+	doOne   = "Do, one shared limiter"
+	doLocal = "Do, one local limiter"
+)
+
+func (o *ours) rows() []*benchtable.Row {
+	return []*benchtable.Row{
+		{Name: takeOne, InFlight: inFlight, Call: o.take(1, 1, anyUser), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, bareRueidis, 1.15),
+			benchtable.AtMost(benchtable.InParallel, bareRueidis, 1),
+			benchtable.AtMost(benchtable.InParallel, redisRate, 1/2.5),
+		}},
+		{Name: "Take, three buckets of one label", InFlight: inFlight, Call: o.take(1, 3, anyUser), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, takeOne, 1.3),
+			benchtable.AtMost(benchtable.InParallel, takeOne, 1.8),
+		}},
+		{Name: "Take, one hot bucket", InFlight: inFlight, Call: o.take(1, 1, hot), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InParallel, redisHot, 1/2.5),
+		}},
+		{Name: "Take, one bucket, three instances", InFlight: instances * inFlight, Call: o.take(instances, 1, anyUser), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InParallel, takeOne),
+		}},
+		{Name: doOne, InFlight: inFlight, Call: o.do(o.shared[:1], oneLimiter, anyUser), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, bareRueidis, 1.15),
+			benchtable.AtMost(benchtable.InParallel, bareRueidis, 1),
+			benchtable.AtMost(benchtable.InParallel, redisRate, 1/2.5),
+			benchtable.Beside(benchtable.InParallel, throttling),
+		}},
+		{Name: "Do, three shared limiters of one label", InFlight: inFlight, Call: o.do(o.shared[:1], threeLimiters, anyUser), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, doOne, 1.3),
+			benchtable.AtMost(benchtable.InParallel, doOne, 1.8),
+		}},
+		{Name: "Do, one shared limiter, three instances", InFlight: instances * inFlight, Call: o.do(o.shared[:], oneLimiter, anyUser), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InParallel, doOne),
+		}},
+		{Name: "Do, one shared concurrency limiter", InFlight: inFlight, Call: o.do(o.shared[:1], concurrency, anyUser)},
+		{Name: doLocal, InFlight: inFlight, Call: o.do([]*guarded{o.local}, oneLimiter, hot)},
+		{Name: "Do, one shared limiter, the store stopped", InFlight: inFlight, Call: o.do([]*guarded{o.down}, oneLimiter, hot), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.MoreTime, doLocal, 1000),
+		}},
+	}
+}
+
+// turns makes a call for each goroutine of a row, of each of so many things in turn.
+func turns(of int, call func(i int) func() error) func() func() error {
+	var next atomic.Int64
+	return func() func() error { return call(int(next.Add(1)) % of) }
+}
+
+// take takes from so many buckets of one user, by one of so many instances for each goroutine.
+func (o *ours) take(instances, buckets int, user func() string) func() func() error {
+	rule := &shared.Rule{Kind: shared.Bucket, Capacity: capacity, Fill: fill, Interval: time.Second}
+	return turns(instances, func(i int) func() error {
+		return func() error {
+			asks, answers := make([]shared.Ask, buckets), make([]shared.Answer, buckets)
+			of := user()
+			for k := range asks {
+				asks[k] = shared.Ask{Key: shared.Key{Policy: "policy", Component: strconv.Itoa(k), Label: "user", Value: of}, Rule: rule, Tokens: 1}
+			}
+			if err := o.stores[i].Take(o.ctx, asks, answers); err != nil {
+				return err
+			}
+			for _, a := range answers {
+				if !a.OK {
+					return rejected
+				}
+			}
+			return nil
+		}
+	})
+}
+
+// do is a Do by one of the engines for each goroutine.
+func (o *ours) do(engines []*guarded, at string, user func() string) func() func() error {
+	return turns(len(engines), func(i int) func() error { return engines[i].do(o.ctx, at, user) })
+}
+
+// measureMemory prints how much memory of the server a bucket takes, and slots that are held.
+func measureMemory(ctx context.Context, stdout io.Writer, server *redistest.Server, keys int) (err error) {
+	store, err := openStore(ctx, server, "memory", redisstore.WithTimeout(patient))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	for _, row := range []struct {
+		name string
+		rule *shared.Rule
+		most float64
+	}{
+		{"a bucket", &shared.Rule{Kind: shared.Bucket, Capacity: 1e9, Fill: 1, Interval: time.Hour}, 200},
+		{"a slot of a key by itself", &shared.Rule{Kind: shared.Slots, Capacity: 10, MaxInflight: time.Hour}, 0},
+	} {
+		server.Text("FLUSHALL")
+		before, err := usedMemory(server)
+		if err != nil {
+			return err
+		}
+		const batch = 100
+		for i := 0; i < keys; i += batch {
+			asks, answers := make([]shared.Ask, batch), make([]shared.Answer, batch)
+			for k := range asks {
+				asks[k] = shared.Ask{Key: shared.Key{Policy: "checkout", Component: "0", Label: "user", Value: fmt.Sprintf("user-%08d", i+k)}, Rule: row.rule, Tokens: 1}
+			}
+			if err := store.Take(ctx, asks, answers); err != nil {
+				return err
+			}
+		}
+		after, err := usedMemory(server)
+		if err != nil {
+			return err
+		}
+		each := (after - before) / float64(keys)
+		fmt.Fprintf(stdout, "memory in the server with %d keys: %.0f bytes for %s, with its name", keys, each, row.name)
+		if row.most > 0 {
+			fmt.Fprintf(stdout, "; target ≤ %.0f: %s", row.most, benchtable.Verdict(each <= row.most))
+		}
+		fmt.Fprintln(stdout)
+	}
+	server.Text("FLUSHALL")
+	return nil
+}
+
+// usedMemory returns how many bytes the server has in use.
+func usedMemory(server *redistest.Server) (float64, error) {
+	return strconv.ParseFloat(server.Info("used_memory"), 64)
+}
+
+// openStore opens a store in a namespace of its own.
+func openStore(_ context.Context, server *redistest.Server, namespace string, opts ...redisstore.Option) (*redisstore.Store, error) {
+	client, err := rueidis.NewClient(rueidis.ClientOption{
+		InitAddress: []string{server.Addr()}, ForceSingleClient: true, DisableCache: true, AlwaysPipelining: true, DisableRetry: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return redisstore.New(client, append(opts, redisstore.WithNamespace(namespace))...)
+}

@@ -47,7 +47,7 @@ return {'1', string.format('%.17g', tokens)}
 // The limits of all rows let every call through.
 const (
 	capacity = 1e9
-	rate     = 1e9
+	fill     = 1e9 // a second
 )
 
 // peers are the rows of other libraries.
@@ -94,7 +94,7 @@ const (
 var rejected = errors.New("rejected")
 
 func (p *peers) rows() []*benchtable.Row {
-	limit := redis_rate.Limit{Rate: rate, Burst: capacity, Period: time.Second}
+	limit := redis_rate.Limit{Rate: fill, Burst: capacity, Period: time.Second}
 	allow := func(key func() string) func() func() error {
 		return each(func() error {
 			result, err := p.rate.Allow(p.ctx, key(), limit)

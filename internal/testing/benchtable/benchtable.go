@@ -68,6 +68,9 @@ const (
 	InParallel Column = "in parallel"
 	InAllocs   Column = "allocs"
 
+	// MoreTime is a bound on the difference, in ns.
+	MoreTime Column = "ns more"
+
 	// MoreAllocs is a bound on the difference, where the other row may have none.
 	MoreAllocs Column = "allocs more"
 
@@ -219,7 +222,7 @@ func (t *Table) compare(r *Row, target Target) string {
 		theirs := t.Row(target.Than).in(target.Column)
 		compared := make([]float64, len(ours))
 		for k := range ours {
-			if target.Column == MoreAllocs {
+			if target.Column == MoreAllocs || target.Column == MoreTime {
 				compared[k] = ours[k] - theirs[k]
 			} else {
 				compared[k], unit = ours[k]/theirs[k], "×"

@@ -61,6 +61,7 @@ func TestCompare(t *testing.T) {
 		{Beside(InTime, "other"), "1.23×\ttime\tother\t\t"},
 		{AtMost(InParallel, "other", 1.9), "2.00×\tin parallel\tother\t≤ 1.9×: missed\t"},
 		{AtMost(InAllocs, "", 1), "1\tallocs\t\t≤ 1: met\t"},
+		{AtMost(MoreTime, "other", 100), "20\tns more\tother\t≤ 100: met\t"},
 		{AtMost(MoreAllocs, "other", 0), "1\tallocs more\tother\t≤ 0: missed\t"},
 	} {
 		if got := all.compare(busy, tt.target); got != tt.want {
