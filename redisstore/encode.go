@@ -24,10 +24,12 @@ const (
 	replyAgain   = 1 << 2
 	replyNewer   = 1 << 3
 	replyLate    = 1 << 4
+	replyMore    = 1 << 5
 )
 
 const (
-	takenSize    = 1 + 5*8 // of an answer
+	takenSize    = 1 + 8   // of an answer
+	takenMore    = 1 + 5*8 // with more
 	returnedSize = 1 + 8
 )
 

@@ -241,18 +241,21 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 	sh.learn(floatAt(reply), s.micros(sent), s.micros(time.Now()))
 	reply = reply[8:]
 	for _, c := range batch {
-		size := takenSize*len(c.asks) + returnedSize*len(c.returns)
-		if len(reply) < size {
-			return false
-		}
 		c.err = nil
 		if c.asks != nil {
 			c.answers = make([]shared.Answer, len(c.asks))
 			for i := range c.asks {
-				c.err = errors.Join(c.err, decodeAnswer(&c.asks[i], &c.answers[i], reply))
-				reply = reply[takenSize:]
+				n, err := decodeAnswer(&c.asks[i], &c.answers[i], reply)
+				if n == 0 {
+					return false
+				}
+				c.err = errors.Join(c.err, err)
+				reply = reply[n:]
 			}
 			continue
+		}
+		if len(reply) < returnedSize*len(c.returns) {
+			return false
 		}
 		c.results = make([]shared.Result, len(c.returns))
 		for i := range c.returns {
@@ -279,23 +282,31 @@ func undecided(flags byte) error {
 	}
 }
 
-func decodeAnswer(a *asked, answer *shared.Answer, reply []byte) error {
-	flags := reply[0]
-	var fs [5]float64
-	for i := range fs {
-		fs[i] = floatAt(reply[1+8*i:])
+// decodeAnswer returns how long the answer is, which is 0 if it makes no sense, and why it is none.
+func decodeAnswer(a *asked, answer *shared.Answer, reply []byte) (n int, undone error) {
+	n = takenSize
+	if len(reply) < n {
+		return 0, nil
 	}
-	*answer = shared.Answer{
-		OK: flags&replyOK != 0, Differs: flags&replyDiffers != 0,
-		Left: fs[0], Wait: micros(fs[1]), Drawn: fs[3], After: micros(fs[4]),
+	flags := reply[0]
+	*answer = shared.Answer{OK: flags&replyOK != 0, Differs: flags&replyDiffers != 0, Left: floatAt(reply[1:])}
+	var period float64
+	if flags&replyMore != 0 {
+		if n = takenMore; len(reply) < n {
+			return 0, nil
+		}
+		answer.Wait = micros(floatAt(reply[9:]))
+		period = floatAt(reply[17:])
+		answer.Drawn = floatAt(reply[25:])
+		answer.After = micros(floatAt(reply[33:]))
 	}
 	switch {
 	case a.look || a.Rule.Kind == shared.Quota:
-		answer.Slot = uint64(fs[2])
+		answer.Slot = uint64(period)
 	case a.Rule.Kind == shared.Slots && answer.OK && a.Tokens != 0:
 		answer.Slot = a.id
 	}
-	return undecided(flags)
+	return n, undecided(flags)
 }
 
 // finish ends calls, or sends them again: once, if the server has decided nothing because of its clock, which is known now. Those

@@ -34,12 +34,11 @@ for _ = 1, returns do
   local index, rule, flags, tokens, cost, period, id
   index, rule, flags, tokens, cost, period, id, at = unpack('<HHBdddc8', input, at)
   local r, unused = rules[rule], flags == 1
-  local keys = keys_of(index, r)
   local result, forgiven = 0, 0
   if r.kind == SLOTS then
-    result = return_slot(keys, id)
+    result = return_slot({key = KEYS[index], ends = KEYS[index + 1]}, id)
   else
-    local s = state(index, r, keys)
+    local s = state(index, r)
     if s.newer or s.again then
       result = (s.again and 4 or 0) + (s.newer and 8 or 0)
     elseif unused or cost < tokens then

@@ -4,6 +4,7 @@
 -- the server's clock, since 1970. Intervals, and times that pass, are nanoseconds where buckets compute with them, as in
 -- package engine/internal/bucket: the sums are the same.
 
+local all_of = unpack
 local call, pack, unpack = redis.call, struct.pack, struct.unpack
 local floor, ceil, min, max, huge = math.floor, math.ceil, math.min, math.max, math.huge
 
@@ -19,12 +20,14 @@ local now = time[1] * 1e6 + time[2]
 
 local input, at = ARGV[1], 1
 
--- fetch reads a value of so many bytes. A value that another program has put there counts as one of a newer schema: what
--- is not understood is neither used nor overwritten, and does not keep other flows of the call from their answers.
+-- What is not understood is neither used nor overwritten: it counts as of a newer schema. So does what another program has
+-- put there. It does not keep other flows of the call from their answers.
+local function foreign(value, size) return type(value) ~= 'string' or #value ~= size or value:byte(1) ~= SCHEMA end
+
 local function fetch(size, ...)
   local value = redis.pcall(...)
   if not value then return nil end
-  if type(value) ~= 'string' or value:byte(1) ~= SCHEMA or #value ~= size then return nil, true end
+  if foreign(value, size) then return nil, true end
   return value
 end
 
@@ -51,6 +54,9 @@ local function time_to_fill(r, tokens)
   if r.step then fills = ceil(tokens / min(r.fill, r.capacity)) end
   return min(ceil(ceil(fills * r.interval) / 1000), CENTURY)
 end
+
+-- The values of buckets and quotas. Slots have none here.
+local values = call('MGET', all_of(KEYS))
 
 -- Buckets. s.excess is what a smaller capacity has forgiven: it is owed again where the capacity grows. Otherwise two
 -- versions of a policy that take turns at a key would make tokens.
@@ -122,57 +128,66 @@ local function owe(s, debt, lowest)
   return to - left
 end
 
-local function fresh_bucket(r)
-  local s = {kind = BUCKET, tokens = r.capacity, excess = 0, last = now, start = -huge}
-  refill(s, r)
-  return s
-end
-
-local function load_bucket(key, r)
-  local value, newer = fetch(58, 'GET', key)
-  if newer then return {newer = true} end
-  if not value then return fresh_bucket(r) end
-  local flags = value:byte(2)
-  local s, was = {kind = BUCKET}, {flags = flags, step = floor(flags / 4) % 2 == 1, delay = floor(flags / 8) % 2 == 1}
-  s.tokens, s.excess, s.last, s.start, was.capacity, was.fill, was.interval = unpack('<ddddddd', value, 3)
-  if flags == r.flags and was.capacity == r.capacity and was.fill == r.fill and was.interval == r.interval then
+local function load_bucket(index, r)
+  local value = values[index]
+  if not value then
+    local s = {rule = r, index = index, tokens = r.capacity, excess = 0, last = now, start = -huge, dirty = false, differs = false}
+    refill(s, r)
+    return s
+  end
+  if foreign(value, 58) then return {newer = true} end
+  local _, flags, tokens, excess, last, start, capacity, fill, interval = unpack('<BBddddddd', value)
+  local s = {rule = r, index = index, tokens = tokens, excess = excess, last = last, start = start, dirty = false, differs = false}
+  if flags == r.flags and capacity == r.capacity and fill == r.fill and interval == r.interval then
     refill(s, r)
     return s
   end
   s.differs = true
-  refill(s, was)
-  carry(s, was.capacity, r.capacity)
+  refill(s, {step = floor(flags / 4) % 2 == 1, delay = floor(flags / 8) % 2 == 1, capacity = capacity, fill = fill, interval = interval})
+  carry(s, capacity, r.capacity)
   if r.delay and s.start > now then
     s.start = min(s.start, now + time_to_fill(r, r.capacity))
     s.last = s.start
     if r.step then s.last = s.last - r.interval / 1000 end
-  elseif r.step and r.interval < was.interval then
+  elseif r.step and r.interval < interval then
     s.last = max(s.last, now)
   end
   refill(s, r)
   return s
 end
 
--- store writes a string that nobody needs after so long. It lasts a second longer.
+-- store writes a string that nobody needs after so long. It lasts a second longer, and up to an eighth: then many keys of a
+-- call have the same time, which is text once.
+local times = {}
+
 local function store(key, value, lasts)
   if lasts == huge then
     call('SET', key, value)
-  else
-    call('SET', key, value, 'PX', string.format('%.0f', ceil(min(max(lasts, 0), CENTURY) / 1000) + 1000))
+    return
   end
+  local ms = ceil(min(max(lasts, 0), CENTURY) / 1000) + 1000
+  local _, exponent = math.frexp(ms)
+  local unit = 2 ^ (exponent - 4)
+  ms = ceil(ms / unit) * unit
+  local text = times[ms]
+  if not text then
+    text = string.format('%.0f', ms)
+    times[ms] = text
+  end
+  call('SET', key, value, 'PX', text)
 end
 
-local function save_bucket(key, s, r)
+local function save_bucket(s, r)
   local lasts = huge
   if r.fill > 0 then
     lasts = max(s.last, s.start, now) - now + time_to_fill(r, max(r.capacity - s.tokens, 0) + s.excess)
   end
-  store(key, pack('<BBddddddd', SCHEMA, r.flags, s.tokens, s.excess, s.last, s.start, r.capacity, r.fill, r.interval), lasts)
+  store(KEYS[s.index], pack('<BBddddddd', SCHEMA, r.flags, s.tokens, s.excess, s.last, s.start, r.capacity, r.fill, r.interval), lasts)
 end
 
 -- Quotas. The periods around the time travel with the call. If the time is beyond them, the caller must come again.
 
-local function load_quota(key, r)
+local function load_quota(index, r)
   if now < r.before or now >= r.later then return {again = true} end
   local begin, over = r.begin, r.over
   if now < begin then
@@ -180,10 +195,10 @@ local function load_quota(key, r)
   elseif now >= over then
     begin, over = r.over, r.later
   end
-  local value, newer = fetch(42, 'GET', key)
-  if newer then return {newer = true} end
-  local s = {kind = QUOTA, tokens = r.capacity, excess = 0, begin = begin, over = over}
+  local value = values[index]
+  local s = {rule = r, index = index, tokens = r.capacity, excess = 0, begin = begin, over = over, dirty = false, differs = false}
   if not value then return s end
+  if foreign(value, 42) then return {newer = true} end
   local was = {}
   was.tokens, was.excess, was.begin, was.over, was.capacity = unpack('<ddddd', value, 3)
   if now >= was.over then
@@ -209,12 +224,12 @@ local function load_quota(key, r)
   return s
 end
 
-local function save_quota(key, s, r)
+local function save_quota(s, r)
   local lasts = s.over - now
   if s.tokens < 0 then
     lasts = r.capacity > 0 and lasts + (1 - s.tokens / r.capacity) * 1.1 * (r.later - r.before) / 3 or huge
   end
-  store(key, pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.excess, s.begin, s.over, r.capacity), lasts)
+  store(KEYS[s.index], pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.excess, s.begin, s.over, r.capacity), lasts)
 end
 
 -- wait_quota returns how long until the tokens may be there, and -1 for never.
@@ -240,7 +255,10 @@ local function forget_slot(s, key, id)
 end
 
 local function load_slots(keys, r)
-  local s = {kind = SLOTS, used = 0, count = 0, seen = now, expire = 0, gone = {}, goes = {}, adds = {}}
+  local s = {
+    rule = r, keys = keys, used = 0, count = 0, seen = now, expire = 0, gone = {}, goes = {}, adds = {}, leased = {},
+    dirty = false, differs = false,
+  }
   local key, ends, leases = keys.key, keys.ends, keys.leases
   local value, newer = fetch(42, 'HGET', key, '')
   if newer then return {newer = true} end
@@ -258,12 +276,12 @@ local function load_slots(keys, r)
       end
     end
   end
-  for _, id in ipairs(call('ZRANGEBYSCORE', ends, '-inf', string.format('%.0f', now))) do
+  for _, id in ipairs(call('ZRANGEBYSCORE', ends, '-inf', now)) do
     forget_slot(s, key, id)
   end
   local lost, known = {}, now - s.seen < RETAINED
   if known then
-    for _, holder in ipairs(call('ZRANGEBYSCORE', leases, string.format('(%.0f', s.seen), string.format('%.0f', now))) do
+    for _, holder in ipairs(call('ZRANGEBYSCORE', leases, string.format('(%.0f', s.seen), now)) do
       lost[holder] = true
     end
   end
@@ -287,8 +305,8 @@ local function load_slots(keys, r)
   return s
 end
 
-local function save_slots(keys, s, r)
-  local key, ends = keys.key, keys.ends
+local function save_slots(s, r)
+  local key, ends = s.keys.key, s.keys.ends
   if s.count == 0 then
     call('DEL', key, ends)
     return
@@ -301,14 +319,14 @@ local function save_slots(keys, s, r)
   call('HSET', key, '', pack('<BBddddd', SCHEMA, SLOTS, r.capacity, s.used, s.count, s.seen, s.expire))
   for _, add in ipairs(s.adds) do
     call('HSET', key, add.id, add.value)
-    call('ZADD', ends, string.format('%.0f', add.over), add.id)
+    call('ZADD', ends, add.over, add.id)
   end
   for _, id in ipairs(s.goes) do
     call('HDEL', key, id)
     call('ZREM', ends, id)
   end
   if lasts then
-    local at_ms = string.format('%.0f', ceil(s.expire / 1000) + 1000)
+    local at_ms = ceil(s.expire / 1000) + 1000
     call('PEXPIREAT', key, at_ms)
     call('PEXPIREAT', ends, at_ms)
   end
@@ -318,54 +336,52 @@ end
 local function lease(leases, holder, lasts)
   local score = call('ZSCORE', leases, holder)
   if not score or tonumber(score) < now + lasts * 2 / 3 then
-    call('ZADD', leases, string.format('%.0f', now + lasts), holder)
-    call('PEXPIREAT', leases, string.format('%.0f', ceil((now + lasts + RETAINED) / 1000)))
+    call('ZADD', leases, now + lasts, holder)
+    call('PEXPIREAT', leases, ceil((now + lasts + RETAINED) / 1000))
   end
 end
 
 -- States of the keys of this call. Each is read once, and written once.
 local states, order = {}, {}
 
-local function state(index, r, keys)
+local function save(s)
+  s.dirty = false
+  local r = s.rule
+  if r.kind == BUCKET then
+    save_bucket(s, r)
+  elseif r.kind == QUOTA then
+    save_quota(s, r)
+  else
+    save_slots(s, r)
+  end
+end
+
+-- state returns the state of a key. KEYS has one name for a bucket or a quota, and two for slots. All slots of a call have
+-- one set of leases, the last of KEYS.
+local function state(index, r)
   local s = states[index]
-  if s and s.rule == r then return s end
-  if s and s.dirty then -- flows of one call have other numbers
-    s.save()
+  if s then
+    if s.rule == r then return s end
+    if s.dirty then save(s) end -- flows of one call have other numbers
+    if r.kind ~= SLOTS then values[index] = call('GET', KEYS[index]) end
+  else
+    order[#order + 1] = index
   end
   if r.kind == BUCKET then
-    s = load_bucket(keys.key, r)
+    s = load_bucket(index, r)
   elseif r.kind == QUOTA then
-    s = load_quota(keys.key, r)
+    s = load_quota(index, r)
   else
-    s = load_slots(keys, r)
+    s = load_slots({key = KEYS[index], ends = KEYS[index + 1], leases = KEYS[#KEYS]}, r)
   end
   s.rule = r
-  s.save = function()
-    s.dirty = false
-    if r.kind == BUCKET then
-      save_bucket(keys.key, s, r)
-    elseif r.kind == QUOTA then
-      save_quota(keys.key, s, r)
-    else
-      save_slots(keys, s, r)
-    end
-  end
-  if not states[index] then order[#order + 1] = index end
   states[index] = s
   return s
 end
 
 local function save_all()
-  for _, index in ipairs(order) do
-    if states[index].dirty then states[index].save() end
+  for i = 1, #order do
+    local s = states[order[i]]
+    if s.dirty then save(s) end
   end
-end
-
--- keys_of returns the names of a key's states: KEYS holds one for buckets and quotas, and two for slots. All slots of a
--- call have one set of leases, the last of KEYS.
-local function keys_of(index, r)
-  if r.kind == SLOTS then
-    return {key = KEYS[index], ends = KEYS[index + 1], leases = KEYS[#KEYS]}
-  end
-  return {key = KEYS[index]}
 end

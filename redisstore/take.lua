@@ -1,8 +1,9 @@
 -- Takes what flows want, one flow after the other: all that a flow wants, or nothing.
 --
 -- ARGV[1]: the last time that this call counts at (0: any), rules, then flows. Reply: the time, and for each ask its
--- flags (1 OK, 2 differs, 4 the periods do not reach the time, 8 a newer schema, 16 the call is late), what is left, how
--- long to wait (-1: never), the period or how many hold slots, what was drawn ahead, and how long until it may be used.
+-- flags (1 OK, 2 differs, 4 the periods do not reach the time, 8 a newer schema, 16 the call is late, 32 more follows), and
+-- what is left. What may follow is how long to wait (-1: never), the period or how many hold slots, what was drawn ahead,
+-- and how long until it may be used.
 
 local last
 last, at = unpack('<d', input, at)
@@ -11,9 +12,8 @@ local rules = read_rules()
 local flows
 flows, at = unpack('<H', input, at)
 
-local function judge(a)
-  local s, r, tokens = a.state, a.rule, a.tokens
-  a.wait = 0
+local function judge(a, s, r)
+  local tokens = a.tokens
   if r.kind == BUCKET then
     a.left = s.tokens
     a.ok = tokens == 0 or s.tokens - tokens >= -SLACK
@@ -31,7 +31,7 @@ local function judge(a)
       if r.capacity <= 0 then
         a.wait = -1
       else
-        local keys, soon = a.keys, huge
+        local keys, soon = s.keys, huge
         local first = call('ZRANGE', keys.ends, 0, 0, 'WITHSCORES')
         if first[2] then soon = tonumber(first[2]) end
         local lapse = call('ZRANGEBYSCORE', keys.leases, string.format('(%.0f', now), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
@@ -42,8 +42,10 @@ local function judge(a)
   end
 end
 
-local function take(a)
-  local s, r, tokens = a.state, a.rule, a.tokens
+local reply, leased = {pack('<d', now)}, {}
+
+local function take(a, s, r)
+  local tokens = a.tokens
   if tokens == 0 then return end
   if r.kind ~= SLOTS and s.tokens - tokens < -SLACK then -- another ask of the flow has the same key
     a.ok = false
@@ -55,10 +57,9 @@ local function take(a)
     s.used, s.count = s.used + tokens, s.count + 1
     local value = pack('<c16d', a.holder, tokens)
     s.adds[#s.adds + 1] = {id = a.id, value = value, over = now + r.interval}
-    s.leased = s.leased or {}
     if not s.leased[a.holder] then
       s.leased[a.holder] = true
-      a.lease = true
+      leased[#leased + 1] = {leases = s.keys.leases, holder = a.holder, lasts = a.lasts}
     end
     a.left = r.capacity - s.used
   else
@@ -68,8 +69,7 @@ local function take(a)
 end
 
 -- draw takes tokens ahead: of those that are there, or else of those that will come.
-local function draw(a, taken)
-  local s, r = a.state, a.rule
+local function draw(a, s, r, taken)
   local there = taken and min(a.ahead, max(s.tokens, 0) / 2 / max(a.instances, 1)) or 0
   if there > 0 then
     a.drawn = there
@@ -83,64 +83,72 @@ local function draw(a, taken)
   end
 end
 
-local reply = {pack('<d', now)}
-local leased = {}
+local function answer(flags, left, wait, period, drawn, after)
+  if wait == 0 and period == 0 and drawn == 0 then
+    reply[#reply + 1] = pack('<Bd', flags, left)
+  else
+    reply[#reply + 1] = pack('<Bddddd', flags + 32, left, wait, period, drawn, after)
+  end
+end
+
+local pool = {} -- asks of the flow before
 
 for _ = 1, flows do
   local n
   n, at = unpack('<B', input, at)
-  local asks, refused, void = {}, 0, late
+  local refused, void = 0, late
   for i = 1, n do
-    local a = {drawn = 0, after = 0, ahead = 0, reserve = 0, owed = 0}
+    local a = pool[i]
+    if not a then
+      a = {rule = false, tokens = 0, flags = 0, state = false, ok = false, left = 0, wait = 0, drawn = 0, after = 0}
+      pool[i] = a
+    end
     local index, rule
     index, rule, a.flags, a.tokens, at = unpack('<HHBd', input, at)
-    a.rule = rules[rule]
-    a.dry, a.look = a.flags % 2 == 1, floor(a.flags / 2) % 2 == 1
-    if floor(a.flags / 4) % 2 == 1 then
+    local r = rules[rule]
+    a.rule, a.wait, a.drawn, a.after = r, 0, 0, 0
+    if a.flags >= 4 then
       a.ahead, a.reserve, a.owed, a.instances, at = unpack('<dddd', input, at)
     end
-    if a.rule.kind == SLOTS then
+    if r.kind == SLOTS then
       a.id, a.holder, a.lasts, at = unpack('<c8c16d', input, at)
     end
     if not late then
-      a.keys = keys_of(index, a.rule)
-      a.state = state(index, a.rule, a.keys)
-      if a.state.newer or a.state.again then void = true end
+      local s = state(index, r)
+      a.state = s
+      if s.newer or s.again then void = true end
     end
-    asks[i] = a
   end
   if not void then
-    for _, a in ipairs(asks) do
+    for i = 1, n do
+      local a = pool[i]
       local s = a.state
-      if (s.differs or s.looked) and not a.look then s.dirty = true end
-      if a.owed > 0 and a.rule.kind ~= SLOTS then
+      if (s.differs or s.looked) and a.flags % 4 < 2 then s.dirty = true end
+      if a.flags >= 4 and a.owed > 0 and a.rule.kind ~= SLOTS then
         owe(s, a.owed, a.rule.lowest)
         s.dirty = true
       end
-      judge(a)
-      if not a.ok and not a.dry then refused = refused + 1 end
+      judge(a, s, a.rule)
+      if not a.ok and a.flags % 2 == 0 then refused = refused + 1 end
     end
   end
-  for _, a in ipairs(asks) do
+  for i = 1, n do
+    local a = pool[i]
     local s, r = a.state, a.rule
     if void then
-      local flags = late and 16 or (s.again and 4 or 0) + (s.newer and 8 or 0)
-      reply[#reply + 1] = pack('<Bddddd', flags, 0, 0, 0, 0, 0)
+      answer(late and 16 or (s.again and 4 or 0) + (s.newer and 8 or 0), 0, 0, 0, 0, 0)
     else
-      local taken = refused == 0 and a.ok and not a.look
-      if taken then take(a) end
-      if a.lease then leased[#leased + 1] = a end
-      if a.ahead + a.reserve > 0 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then
-        draw(a, taken)
-      end
+      local taken = refused == 0 and a.ok and a.flags % 4 < 2
+      if taken then take(a, s, r) end
+      if a.flags >= 4 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then draw(a, s, r, taken) end
       local period = r.kind == QUOTA and s.over or r.kind == SLOTS and s.count or 0
-      reply[#reply + 1] = pack('<Bddddd', (a.ok and 1 or 0) + (s.differs and 2 or 0), a.left, a.wait, period, a.drawn, a.after)
+      answer((a.ok and 1 or 0) + (s.differs and 2 or 0), a.left, a.wait, period, a.drawn, a.after)
     end
   end
 end
 
 save_all()
-for _, a in ipairs(leased) do
-  lease(a.keys.leases, a.holder, a.lasts)
+for i = 1, #leased do
+  lease(leased[i].leases, leased[i].holder, leased[i].lasts)
 end
 return table.concat(reply)
