@@ -181,6 +181,10 @@ attack: ## Attack agents, guarded servers and clients, and measure what it costs
 bench: ## Measure Headgate beside its peers, in one run
 	cd bench && go run . $(BENCHFLAGS)
 
+.PHONY: bench-fleet
+bench-fleet: ## Measure the store in Redis beside its peers, in one run, on a server that it starts
+	cd redisstore/bench && go run . $(BENCHFLAGS)
+
 .PHONY: load
 load: ## Measure the example service under load, for LOAD seconds a row
 	@examples/service/load.sh '$(LOAD)'

@@ -132,6 +132,9 @@ func openOurs(ctx context.Context, server, stopped *redistest.Server) (_ *ours, 
 	if o.down, err = openGuarded(silent); err != nil {
 		return nil, err
 	}
+	if err := o.down.do(ctx, oneLimiter, hot)(); err != nil {
+		return nil, err
+	}
 	stopped.Stop()
 	for begin := time.Now(); !silent.Down(); { // a few flows find it out
 		_ = o.down.do(ctx, oneLimiter, hot)()
