@@ -83,6 +83,7 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		return false, err
 	}
 	c.done = make(chan struct{})
+	began := time.Now()
 	l.submit(c)
 	bound := time.NewTimer(l.store.timeout)
 	defer bound.Stop()
@@ -92,6 +93,8 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		err = ctx.Err()
 	case <-bound.C:
 		err = errTimeout
+		// A batch may wait for a connection for longer.
+		l.store.silent(l.shard(), began)
 	}
 	if err == nil {
 		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
@@ -223,14 +226,19 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	case s.ctx.Err() != nil:
 		return errClosed
 	}
-	if sh.gate.Failed(sent, time.Now()) {
-		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
-		s.kick()
-	}
+	s.silent(sh, sent)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return errTimeout
 	}
 	return errConnection
+}
+
+// silent notes that a shard has not answered since then.
+func (s *Store) silent(sh *shard, since time.Time) {
+	if sh.gate.Failed(since, time.Now()) {
+		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
+		s.kick()
+	}
 }
 
 // decode gives each call what became of it. It reports whether the reply makes sense.

@@ -182,7 +182,7 @@ func (s *Store) check() error {
 	}
 }
 
-func (s *Store) newShard() *shard { return &shard{gate: gate.New(gateFailures, 2*s.timeout)} }
+func (s *Store) newShard() *shard { return &shard{gate: gate.New(gateFailures, 4*s.timeout)} }
 
 func (s *Store) newLanes(of func() *shard) *lanes {
 	return &lanes{
