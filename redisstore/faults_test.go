@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"os/exec"
 	"strings"
@@ -14,8 +13,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/redis/rueidis"
 
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/redisstore"
@@ -26,24 +23,9 @@ import (
 const patient = 30 * time.Second
 
 // open opens a store for a test.
-func open(t *testing.T, at string, opts ...redisstore.Option) *redisstore.Store {
+func open(t *testing.T, url string, opts ...redisstore.Option) *redisstore.Store {
 	t.Helper()
-	u, err := url.Parse(at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	password, _ := u.User.Password()
-	o := rueidis.ClientOption{InitAddress: strings.Split(u.Host, ","), Password: password, DisableCache: true, AlwaysPipelining: true, DisableRetry: true, ConnWriteTimeout: time.Second}
-	if u.Scheme == "redis+sentinel" {
-		o.Sentinel.MasterSet = redistest.Primary
-	} else if len(o.InitAddress) == 1 {
-		o.ForceSingleClient = true
-	}
-	client, err := rueidis.NewClient(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	store, err := redisstore.New(client, append([]redisstore.Option{redisstore.WithTimeout(patient)}, opts...)...)
+	store, err := redisstore.Open(t.Context(), url, append([]redisstore.Option{redisstore.WithTimeout(patient)}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +33,6 @@ func open(t *testing.T, at string, opts ...redisstore.Option) *redisstore.Store 
 		if err := store.Close(); err != nil {
 			t.Error(err)
 		}
-		client.Close()
 	})
 	return store
 }
@@ -500,33 +481,61 @@ func tagSlot(t *testing.T, cluster *redistest.Cluster, tag string) (*redistest.S
 	return server, slot
 }
 
-// A server in a cluster that is gone costs the keys that it had, and no others.
+// A server in a cluster that is gone costs the keys that it had, and no others. Slots at the others are kept.
 func TestFleetShardGone(t *testing.T) {
-	cluster := redistest.StartCluster(t, redistest.Options{})
-	store := open(t, cluster.URL(), redisstore.WithTimeout(time.Second))
-	rule := budget(1000)
-	byServer := map[*redistest.Server]string{} // a user of each
-	for i := 0; len(byServer) < len(cluster.Servers); i++ {
-		user := fmt.Sprint("user-", i)
-		mustTake(t, store, rule, user, 1)
-		byServer[cluster.Owner(cluster.Slot("{headgate:user="+user+"}"))] = user
+	for _, tt := range []struct {
+		name string
+		gone func(*redistest.Server)
+		back func(*redistest.Server)
+	}{
+		{"stopped", (*redistest.Server).Stop, (*redistest.Server).Continue},
+		{"killed", (*redistest.Server).Kill, (*redistest.Server).Restart},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			cluster := redistest.StartCluster(t, redistest.Options{AOF: true})
+			store := open(t, cluster.URL(), redisstore.WithTimeout(time.Second), redisstore.WithLease(lease))
+			other := open(t, cluster.URL())
+			rule, places := budget(1000), slots(1)
+			byServer := map[*redistest.Server]string{} // a user of each
+			for i := 0; len(byServer) < len(cluster.Servers); i++ {
+				user := fmt.Sprint("user-", i)
+				mustTake(t, store, rule, user, 1)
+				byServer[cluster.Owner(cluster.Slot("{headgate:user="+user+"}"))] = user
+			}
+			hold := func(store *redisstore.Store, user string) (shared.Answer, error) {
+				answers := make([]shared.Answer, 1)
+				k := key(user)
+				k.Component = "slots"
+				err := store.Take(t.Context(), []shared.Ask{{Key: k, Rule: places, Tokens: 1}}, answers)
+				return answers[0], err
+			}
+			for _, user := range byServer {
+				if answer, err := hold(store, user); err != nil || !answer.OK {
+					t.Fatalf("Take = %+v, %v want OK", answer, err)
+				}
+			}
+			gone := cluster.Servers[1]
+			tt.gone(gone)
+			eventually(t, "store that is down", func() bool {
+				_, err := take(t.Context(), store, rule, byServer[gone], 1)
+				return errors.Is(err, shared.ErrDown)
+			})
+			for end := time.Now().Add(3 * lease); time.Now().Before(end); <-time.After(20 * time.Millisecond) {
+				for server, user := range byServer {
+					if server == gone {
+						continue
+					}
+					mustTake(t, store, rule, user, 1)
+					if answer, err := hold(other, user); err != nil || answer.OK {
+						t.Fatalf("Take = %+v, %v while the slot is held", answer, err)
+					}
+				}
+			}
+			tt.back(gone)
+			works(t, store, rule, byServer[gone])
+		})
 	}
-	gone := cluster.Servers[1]
-	gone.Stop()
-	eventually(t, "store that is down", func() bool {
-		_, err := take(t.Context(), store, rule, byServer[gone], 1)
-		return errors.Is(err, shared.ErrDown)
-	})
-	for server, user := range byServer {
-		if server == gone {
-			continue
-		}
-		for range 100 {
-			mustTake(t, store, rule, user, 1)
-		}
-	}
-	gone.Continue()
-	works(t, store, rule, byServer[gone])
 }
 
 // A server that has no memory left refuses, and takes nothing.
@@ -643,6 +652,22 @@ func TestFleetLostReply(t *testing.T) {
 func TestFleetAuth(t *testing.T) {
 	const password = "sesame"
 	server := redistest.Start(t, redistest.Options{Password: password})
+	for _, tt := range []struct{ name, url string }{
+		{"none", "redis://" + server.Addr()},
+		{"another", "redis://:hidden@" + server.Addr()},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			store, err := redisstore.Open(t.Context(), tt.url, redisstore.WithTimeout(patient))
+			if err == nil {
+				_ = store.Close()
+				t.Fatal("a store without the right password")
+			}
+			if strings.Contains(err.Error(), "hidden") {
+				t.Errorf("the error tells the password: %v", err)
+			}
+			t.Log(err)
+		})
+	}
 	store := open(t, server.URL(), redisstore.WithTimeout(time.Second))
 	rule := budget(10)
 	mustTake(t, store, rule, "u", 1)

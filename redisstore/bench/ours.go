@@ -9,8 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/redis/rueidis"
-
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
@@ -288,12 +286,6 @@ func usedMemory(server *redistest.Server) (float64, error) {
 }
 
 // openStore opens a store in a namespace of its own.
-func openStore(_ context.Context, server *redistest.Server, namespace string, opts ...redisstore.Option) (*redisstore.Store, error) {
-	client, err := rueidis.NewClient(rueidis.ClientOption{
-		InitAddress: []string{server.Addr()}, ForceSingleClient: true, DisableCache: true, AlwaysPipelining: true, DisableRetry: true,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return redisstore.New(client, append(opts, redisstore.WithNamespace(namespace))...)
+func openStore(ctx context.Context, server *redistest.Server, namespace string, opts ...redisstore.Option) (*redisstore.Store, error) {
+	return redisstore.Open(ctx, server.URL(), append(opts, redisstore.WithNamespace(namespace))...)
 }
