@@ -8,6 +8,7 @@ require (
 	github.com/headgate-go/headgate v0.0.0-00010101000000-000000000000
 	github.com/redis/rueidis v1.0.79
 	go.uber.org/goleak v1.3.0
+	pgregory.net/rapid v1.3.0
 )
 
 require golang.org/x/sys v0.48.0 // indirect

@@ -7,9 +7,10 @@ import (
 	"testing"
 
 	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
-func TestOpen(t *testing.T) {
+func TestFleetOpen(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		server     []string
@@ -37,20 +38,20 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-func TestOpenFails(t *testing.T) {
+func TestFleetOpenFails(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
-		server []string
+		server redistest.Options
 		acl    []string
 		user   string
 		want   string
 	}{
-		{"wrong password", []string{"--requirepass", "right"}, nil, "user:s3cret@", "WRONGPASS"},
-		{"scripts refused", nil, []string{"ACL", "SETUSER", "default", "-eval", "-evalsha"}, "", "scripts"},
-		{"time refused", nil, []string{"ACL", "SETUSER", "default", "-time"}, "", "scripts"},
+		{"wrong password", redistest.Options{Password: "right"}, nil, "user:s3cret@", "WRONGPASS"},
+		{"scripts refused", redistest.Options{}, []string{"ACL", "SETUSER", "default", "-eval", "-evalsha"}, "", "scripts"},
+		{"time refused", redistest.Options{}, []string{"ACL", "SETUSER", "default", "-time"}, "", "scripts"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			address := startServer(t, tt.server...)
+			address := redistest.Start(t, tt.server).Addr()
 			if tt.acl != nil {
 				do(t, newClient(t, address), tt.acl...)
 			}
@@ -67,14 +68,14 @@ func TestOpenFails(t *testing.T) {
 }
 
 // A server that nobody listens at is an error, and leaves nothing behind.
-func TestOpenUnreachable(t *testing.T) {
+func TestFleetOpenUnreachable(t *testing.T) {
 	if s, err := redisstore.Open(t.Context(), "redis://127.0.0.1:1"); err == nil {
 		_ = s.Close()
 		t.Error("no error")
 	}
 }
 
-func TestOptions(t *testing.T) {
+func TestFleetOptions(t *testing.T) {
 	client := newClient(t, startServer(t))
 	for _, tt := range []struct {
 		name   string

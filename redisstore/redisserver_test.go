@@ -3,54 +3,19 @@ package redisstore_test
 import (
 	"context"
 	"fmt"
-	"net"
-	"os"
-	"os/exec"
 	"testing"
 	"time"
 
 	"github.com/redis/rueidis"
 
 	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
-// startServer starts a redis-server for the test, and returns its address. Args are those of the server.
+// startServer starts a redis-server for the test, and returns its address. Args are further directives.
 func startServer(tb testing.TB, args ...string) string {
 	tb.Helper()
-	path, err := exec.LookPath("redis-server")
-	if err != nil {
-		if os.Getenv("HEADGATE_TEST_REDIS") == "required" {
-			tb.Fatal("HEADGATE_TEST_REDIS is required, and there is no redis-server")
-		}
-		tb.Skip("no redis-server is installed: nothing was tested")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it only finds a port
-	if err != nil {
-		tb.Fatal(err)
-	}
-	address := l.Addr().String()
-	_, port, _ := net.SplitHostPort(address)
-	_ = l.Close()
-	args = append([]string{"--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", tb.TempDir()}, args...)
-	server := exec.Command(path, args...) //nolint:noctx // it ends with the test
-	if err := server.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		_ = server.Process.Kill()
-		_ = server.Wait()
-	})
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		conn, err := net.DialTimeout("tcp", address, time.Second) //nolint:noctx // it is bounded
-		if err == nil {
-			_ = conn.Close()
-			return address
-		}
-		if time.Now().After(deadline) {
-			tb.Fatalf("redis-server does not listen: %v", err)
-		}
-		<-time.After(5 * time.Millisecond)
-	}
+	return redistest.Start(tb, redistest.Options{Args: args}).Addr()
 }
 
 // newClient returns a client of the server.

@@ -75,7 +75,7 @@ local function draw(a, s, r, taken)
     a.drawn = there
   elseif a.reserve > 0 and s.tokens < 1 and r.fill > 0 then
     a.drawn = min(a.reserve, max(s.tokens + r.capacity / 2, 0))
-    a.after = until_there(s, r, a.drawn)
+    if a.drawn > 0 then a.after = until_there(s, r, a.drawn) end
   end
   if a.drawn > 0 then
     s.tokens, s.dirty = s.tokens - a.drawn, true

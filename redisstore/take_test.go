@@ -13,7 +13,7 @@ func keyOf(component, value string) shared.Key {
 }
 
 // A flow gets all that it wants, or nothing.
-func TestAllOrNothing(t *testing.T) {
+func TestFleetAllOrNothing(t *testing.T) {
 	s := newStore(t, newClient(t, startServer(t)))
 	bucket := &shared.Rule{Kind: shared.Bucket, Capacity: 2, Fill: 0, Interval: time.Hour}
 	slots := &shared.Rule{Kind: shared.Slots, Capacity: 1, MaxInflight: time.Minute}
