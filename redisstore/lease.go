@@ -3,6 +3,7 @@ package redisstore
 import (
 	"context"
 	"encoding/binary"
+	"strings"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -93,8 +94,7 @@ func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
 	s.sessions[session] = time.Now().Add(max(lasts, 0))
 	s.mu.Unlock()
 	if !known || lasts < s.lease {
-		s.renewSoon.Store(true)
-		s.kick()
+		s.renewLater()
 	}
 }
 
@@ -138,10 +138,42 @@ func (r *renewal) add(h shared.Holder, lasts time.Duration) {
 	r.n++
 }
 
-// renew renews the leases of all who hold slots, and of the instance, by one batch.
+// renewLater has leases renewed without waiting for it.
+func (s *Store) renewLater() {
+	select {
+	case s.renewSoon <- struct{}{}:
+	default:
+	}
+}
+
+// renew has the leases renewed of all who hold slots, and of the instance, by one batch for each shard. It waits for none of them,
+// so a shard that does not answer costs no lease at the others. A shard that has not answered yet gets no other batch.
 func (s *Store) renew(ctx context.Context) {
 	now := time.Now()
-	renewals := s.renewals(now)
+	byShard := make(map[*shard][]*renewal)
+	for _, r := range s.renewals(now) {
+		sh := s.shardOf(slotOf(r.key[:strings.IndexByte(r.key, '}')+1]))
+		byShard[sh] = append(byShard[sh], r)
+	}
+	for sh, renewals := range byShard {
+		if !sh.renewing.CompareAndSwap(false, true) {
+			sh.renewAgain.Store(true)
+			continue
+		}
+		if !s.start(func() {
+			s.renewAt(ctx, renewals, now)
+			sh.renewing.Store(false)
+			if sh.renewAgain.Swap(false) {
+				s.renewLater()
+			}
+		}) {
+			return
+		}
+	}
+}
+
+// renewAt renews leases at one shard.
+func (s *Store) renewAt(ctx context.Context, renewals []*renewal, now time.Time) {
 	multi := func(byText bool) []rueidis.Completed {
 		commands := make([]rueidis.Completed, len(renewals))
 		for i, r := range renewals {
@@ -166,7 +198,7 @@ func (s *Store) renew(ctx context.Context) {
 		if err != nil || len(reply) != 16 {
 			continue
 		}
-		if i == 0 {
+		if renewals[i].key == s.instancesKey() {
 			s.instances.Store(max(int64(floatAt(reply[8:])), 1))
 		}
 		for _, of := range renewals[i].holders {

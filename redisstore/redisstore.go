@@ -76,7 +76,7 @@ type Store struct {
 	single    *lanes // of all keys, outside a cluster
 	clustered clustered
 	instances atomic.Int64
-	renewSoon atomic.Bool
+	renewSoon chan struct{}
 	kicked    chan struct{}
 
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
@@ -142,6 +142,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		logger:    slog.New(slog.DiscardHandler),
 		epoch:     time.Now(),
 		kicked:    make(chan struct{}, 1),
+		renewSoon: make(chan struct{}, 1),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]time.Time),
@@ -164,6 +165,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	s.single = s.newLanes(func() *shard { return alone })
 	s.clustered.init(alone)
 	s.start(s.background)
+	s.start(s.renewing)
 	return s, nil
 }
 
