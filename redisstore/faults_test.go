@@ -115,6 +115,7 @@ func works(t *testing.T, store *redisstore.Store, rule *shared.Rule, user string
 
 // A server that is stopped costs a few calls their bound, and the others nothing. What was taken meanwhile is counted.
 func TestFleetServerStopped(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	const bound = 50 * time.Millisecond
 	store := open(t, server.URL(), redisstore.WithTimeout(bound))
@@ -336,6 +337,7 @@ func (l *lines) String() string {
 
 // After FLUSHALL limits begin anew, and slots that are taken then are kept for longer than a lease.
 func TestFleetFlushAll(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL(), redisstore.WithLease(lease))
 	other := open(t, server.URL())
@@ -364,6 +366,7 @@ func TestFleetFlushAll(t *testing.T) {
 
 // A server that has forgotten its scripts gets them again, and no call notices.
 func TestFleetScriptFlush(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL())
 	rule, places := budget(10), slots(10)
@@ -423,6 +426,7 @@ func TestFleetFailover(t *testing.T) {
 
 // The keys of a slot that moves in a cluster move with what they have. While it moves, calls may fail, and take nothing twice.
 func TestFleetMovedSlot(t *testing.T) {
+	t.Parallel()
 	cluster := redistest.StartCluster(t, redistest.Options{})
 	store := open(t, cluster.URL(), redisstore.WithTimeout(time.Second), redisstore.WithLease(lease))
 	rule, places := budget(1000), slots(1)
@@ -540,6 +544,7 @@ func TestFleetShardGone(t *testing.T) {
 
 // A server that has no memory left refuses, and takes nothing.
 func TestFleetOutOfMemory(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL())
 	rule, places := budget(10), slots(2)
@@ -566,6 +571,7 @@ func TestFleetOutOfMemory(t *testing.T) {
 
 // A replica takes nothing. A primary that has become one does not, either.
 func TestFleetReadOnly(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	primary := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL(), redisstore.WithTimeout(time.Second))
@@ -585,6 +591,7 @@ func TestFleetReadOnly(t *testing.T) {
 
 // A reply that breaks off is an error, and the call is not sent again: it may have counted.
 func TestFleetCutReply(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
 	store := open(t, proxy.URL())
@@ -617,6 +624,7 @@ func TestFleetCutReply(t *testing.T) {
 
 // A reply that does not come is no success, whoever has waited for it: a call by itself, or many together.
 func TestFleetLostReply(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
 	store := open(t, proxy.URL(), redisstore.WithTimeout(200*time.Millisecond))
@@ -650,6 +658,7 @@ func TestFleetLostReply(t *testing.T) {
 // A server that refuses the password is an error at once, which does not tell the password. One that changes it is an error for each
 // call until it accepts the old one again.
 func TestFleetAuth(t *testing.T) {
+	t.Parallel()
 	const password = "sesame"
 	server := redistest.Start(t, redistest.Options{Password: password})
 	for _, tt := range []struct{ name, url string }{

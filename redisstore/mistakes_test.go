@@ -80,6 +80,7 @@ func flood(t *testing.T, url string, f func(*redisstore.Store)) {
 
 // Calls on one hot key do not undo each other: each costs the server one command, and none fails.
 func TestFleetHotKey(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	rule := budget(1e6)
 	var calls atomic.Int64
@@ -117,6 +118,7 @@ func ran(t *testing.T, server *redistest.Server, command string) int64 {
 
 // Every key has a time to live, whatever call wrote it last, and however often. What never comes back by itself has none.
 func TestFleetTimeToLive(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL())
 	minute := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Fill: 10, Interval: time.Minute, MaxDebt: 100}
@@ -200,6 +202,7 @@ func haveTTL(t *testing.T, server *redistest.Server, after string) {
 
 // A flow whose limiters have several labels is several slots of a cluster. It gets all that it asks for, or nothing.
 func TestFleetCrossSlot(t *testing.T) {
+	t.Parallel()
 	cluster := redistest.StartCluster(t, redistest.Options{})
 	store := open(t, cluster.URL())
 	rule, places := budget(1000), slots(1000)
@@ -270,6 +273,7 @@ func TestFleetCrossSlot(t *testing.T) {
 
 // Scripts read and write only keys that the call declares, and the arguments tell no process's time.
 func TestFleetDeclaredKeys(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	log := redistest.StartMonitor(t, server)
 	store := open(t, server.URL(), redisstore.WithLease(time.Second))
@@ -343,6 +347,7 @@ func TestFleetDeclaredKeys(t *testing.T) {
 
 // The keys of one component spread over a cluster's servers.
 func TestFleetHotShard(t *testing.T) {
+	t.Parallel()
 	cluster := redistest.StartCluster(t, redistest.Options{})
 	store := open(t, cluster.URL())
 	rule := budget(10)
@@ -389,6 +394,7 @@ func TestFleetEviction(t *testing.T) {
 
 // Parts of tokens are not lost: what is taken, left, owed and returned has all its digits.
 func TestFleetFractions(t *testing.T) {
+	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	store := open(t, server.URL())
 	rule := budget(10)

@@ -70,6 +70,7 @@ func TestFleetServer(t *testing.T) {
 
 // A server that is stopped does not answer, and answers what it was sent when it goes on.
 func TestFleetStop(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{})
 	s.Stop()
 	if answer, err := s.Do("PING"); err == nil {
@@ -99,6 +100,7 @@ func TestFleetMany(t *testing.T) {
 }
 
 func TestFleetCluster(t *testing.T) {
+	t.Parallel()
 	c := redistest.StartCluster(t, redistest.Options{Password: "p"})
 	if hosts := strings.Count(c.URL(), "127.0.0.1:"); hosts != 3 || !strings.HasPrefix(c.URL(), "redis://:p@") {
 		t.Errorf("URL() = %q has %d hosts want 3", c.URL(), hosts)
@@ -174,6 +176,7 @@ func TestFleetFailover(t *testing.T) {
 
 // A proxy passes on what it is to, and nothing else.
 func TestFleetProxy(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{Password: "p"})
 	p := redistest.StartProxy(t, s)
 	ping := func() (string, error) {
@@ -275,6 +278,7 @@ func (r *recorder) end(format string, args ...any) {
 
 // A monitor has what the server ran, by clients and by scripts.
 func TestFleetMonitor(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{})
 	m := redistest.StartMonitor(t, s)
 	want(t, s, "OK", "SET", "a \"b\"\r\n", "v")
@@ -295,6 +299,7 @@ func TestFleetMonitor(t *testing.T) {
 
 // A server asks for another password when it is changed, and is known by it.
 func TestFleetPassword(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{Password: "p"})
 	s.SetPassword("other")
 	want(t, s, "PONG", "PING")
