@@ -15,10 +15,12 @@ import (
 // A budget is what a key goes by whose state is in the store: the numbers that travel to the store, and the source that decides in this
 // process while the store does not answer. S is the state of that source.
 type budget[S any] struct {
-	own   *shared.Rule
-	other *shared.Rule // what is in force while others says so; nil for none
-	// others reports whether the other numbers are in force.
-	others func() bool
+	own *shared.Rule
+
+	// other is what is in force while others says so. Changed is when that changed last. All are nil for none.
+	other   *shared.Rule
+	others  func() bool
+	changed func() int64
 
 	// divide returns the source of one of so many instances, and with how many tokens it begins if nothing is known.
 	divide func(instances float64) (from source.Source[S], begins float64)
@@ -57,7 +59,8 @@ func (b *budget[S]) part(instances int) *part[S] {
 func bucketBudget(r *bucket.Rule) *budget[bucket.State] {
 	b := &budget[bucket.State]{own: sharedBucket(r)}
 	if r.Changes != nil {
-		b.other, b.others = sharedBucket(r.Other), func() bool { return r.Current() != r }
+		b.other, b.others, b.changed = sharedBucket(r.Other), func() bool { return r.Current() != r }, r.Changes.Since
+		b.other.Base = r.Capacity
 	}
 	b.divide = func(n float64) (source.Source[bucket.State], float64) {
 		of := func(r *bucket.Rule) *bucket.Rule {
@@ -134,9 +137,13 @@ type account[S any] struct {
 	until, recheck int64
 	least          float64
 
-	left float64      // what the latest answer said, at the time at
-	at   int64        //
-	last *shared.Rule // the numbers of that question; nil if there was none
+	left float64      // what the latest answer said
+	at   int64        // when it came
+	last *shared.Rule // the numbers of its question; nil if there was none
+
+	// hold is how long flows have held slots lately, in nanoseconds: a moving average over so many returns.
+	hold    float64
+	returns int32
 
 	spare *spare[S] // what decides while the store does not answer; nil for none
 }
@@ -151,14 +158,18 @@ type spare[S any] struct {
 }
 
 // refuses reports whether the key is known to have too few tokens, and for how long: source.Never if no time brings them.
-func (a *account[S]) refuses(now int64, want float64) (wait int64, ok bool) {
+func (a *account[S]) refuses(now int64, r *shared.Rule, want float64) (wait int64, ok bool) {
 	switch {
 	case want == 0 || now >= a.recheck || want < a.least:
 		return 0, false
-	case a.until == source.Never:
+	case a.until == source.Never || want > r.Capacity+source.Slack:
 		return source.Never, true
-	default:
+	case want == a.least:
 		return a.until - now, true
+	case r.Kind == shared.Bucket && r.Fill > 0 && !r.Step && !r.Delay:
+		return a.until - now + source.Nanos(math.Ceil((want-a.least)/r.Fill*float64(r.Interval))), true
+	default: // only the store knows for how long
+		return 0, false
 	}
 }
 
@@ -174,13 +185,35 @@ func (a *account[S]) learn(now int64, asked *shared.Rule, want float64, answer *
 		a.until, a.recheck, a.least = source.Never, now+longestRefusal, want
 	default:
 		wait := min(int64(answer.Wait), source.Century)
-		a.until, a.recheck, a.least = now+wait, now+min(wait, longestRefusal), want
+		early := wait/1e6 + int64(time.Microsecond) // what floating point may add to a wait
+		a.until, a.recheck, a.least = now+wait, now+min(wait-early, longestRefusal), want
 	}
 	return differs
 }
 
-// forgive forgets that there were too few tokens.
-func (a *account[S]) forgive() { a.recheck = 0 }
+// corrected forgets when there are tokens again, because so many have come back; below 0 for a debt.
+func (a *account[S]) corrected(capacity, tokens float64) {
+	a.recheck = 0
+	a.left = min(a.left+tokens, max(capacity, a.left))
+}
+
+// mostReturns is how many returns of slots the average of their times is taken over.
+const mostReturns = 16
+
+// learnHold takes the time that a flow has held a slot into the average.
+func (a *account[S]) learnHold(held time.Duration) {
+	a.returns = min(a.returns+1, mostReturns)
+	a.hold += (float64(held) - a.hold) / float64(a.returns)
+}
+
+// forecast returns when a slot is likely to be free, if flows end one after the other, at even distances; 0 if that is not known.
+func (a *account[S]) forecast(limit float64) int64 {
+	if a.returns == 0 || limit == 0 {
+		return 0
+	}
+	used := max(limit-a.left, 1)
+	return source.Nanos(max(a.hold*max(used-limit, 0)/max(used, limit)+a.hold/used, 1))
+}
 
 // idle reports whether the key may be forgotten. What the store has is not.
 func (a *account[S]) idle(now int64) bool {
@@ -278,8 +311,9 @@ func (a *account[S]) begin(now int64) {
 }
 
 // inheritBudget has a key go by other numbers: what is not known to be true of these is asked anew.
-func inheritBudget[S any](b *budget[S], a *account[S], _ *budget[S], now int64) {
-	a.forgive()
+func inheritBudget[S any](b *budget[S], a *account[S], before *budget[S], now int64) {
+	a.recheck = 0
+	a.left = source.Carry(a.left, before.current().Capacity, b.current().Capacity)
 	if s := a.spare; s != nil {
 		p := b.part(s.by.instances)
 		inherit(p.from, &s.state, s.by.from, now)

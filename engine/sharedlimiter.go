@@ -161,7 +161,7 @@ func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi
 	}
 	e, n := l.open(&req.Labels, d.Label, now)
 	d.Capacity = n.capacity
-	*ask = shared.Ask{Key: l.key(d.Label), Rule: n.rule.current(), Tokens: d.Consumed, Dry: d.DryRun}
+	*ask = shared.Ask{Key: l.key(d.Label), Rule: n.rule.current(), Tokens: d.Consumed, Dry: d.DryRun, Since: l.since(now, n.rule)}
 	if l.component.Slots {
 		ask.Holder = req.Session()
 		ask.Tokens = min(ask.Tokens, source.MaxCost)
@@ -170,7 +170,7 @@ func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi
 		return true
 	}
 	a := &e.State
-	wait, refused := a.refuses(now, d.Consumed)
+	wait, refused := a.refuses(now, ask.Rule, d.Consumed)
 	if !refused {
 		ask.Owed = a.report(now)
 		e.Unlock()
@@ -180,6 +180,15 @@ func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi
 	e.Unlock()
 	l.reject(e, d, now, wait)
 	return false
+}
+
+// since returns for how long the numbers of a key have been in force.
+func (l *sharedLimiter[S]) since(now int64, b *budget[S]) time.Duration {
+	at := l.terms.Load().at
+	if b.changed != nil {
+		at = max(at, b.changed())
+	}
+	return time.Duration(max(now-at, 0))
 }
 
 // reject drops the flow, which may come back after the wait. The entry, which is not locked, is that of its key; nil for none.
@@ -193,24 +202,33 @@ func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.Limiter
 
 func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
 	d.Remaining = answer.Left
+	wait := min(int64(answer.Wait), source.Century)
 	e, _ := l.known(d.Label)
 	if e != nil {
 		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
 			l.differs.Add(1)
 		}
 		e.State.reported(ask.Owed, true)
+		if wait == 0 && l.component.Slots {
+			wait = e.State.forecast(ask.Rule.Capacity)
+		}
 		e.Unlock()
 	}
 	if !answer.OK {
-		l.reject(e, d, now, min(int64(answer.Wait), source.Century))
+		l.reject(e, d, now, wait)
 		return
 	}
-	d.Untaken = !taken
-	if taken {
+	// The decision says what the flow's own take has left. Of slots it does not count the flow.
+	switch d.Untaken = !taken; {
+	case !taken && !l.component.Slots:
+		d.Remaining -= ask.Tokens
+	case !taken:
+	case l.component.Slots:
 		d.Hold(answer.Slot)
-		if ask.Rule.Kind == shared.Slots {
-			l.holds(now, ask.Rule)
-		}
+		d.Remaining += ask.Tokens
+		l.holds(now, ask.Rule)
+	default:
+		d.Hold(answer.Slot)
 	}
 	l.counts.decision(d)
 }
@@ -299,7 +317,8 @@ func (l *sharedLimiter[S]) Settle(ctx context.Context, d *agentapi.LimiterDecisi
 
 func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool) {
 	unused := o.Ended == agentapi.EndedUnused
-	if d.Scope == agentapi.ScopeNone || d.Consumed == 0 && d.Slot() == 0 {
+	took := d.Consumed != 0 || d.Slot() != 0
+	if d.Scope == agentapi.ScopeNone || unused && !took {
 		return false, false
 	}
 	if unused {
@@ -390,8 +409,13 @@ func (l *sharedLimiter[S]) returned(d *agentapi.LimiterDecision, o agentapi.Outc
 	if settled {
 		l.countSettlement(d, true, result.Forgiven)
 	}
-	if result.Returned {
-		l.account(d, func(e *keys.Entry[account[S]]) { e.State.forgive() })
+	if result.Returned || settled {
+		l.account(d, func(e *keys.Entry[account[S]]) {
+			e.State.corrected(r.Rule.Capacity, r.Tokens-r.Cost)
+			if result.Held > 0 && o.Ended != agentapi.EndedUnused {
+				e.State.learnHold(result.Held)
+			}
+		})
 	}
 	return result.Returned && !settled
 }

@@ -69,6 +69,11 @@ type Rule struct {
 	// Capacity is the most tokens of a bucket, the amount of a quota, or how many slots there are.
 	Capacity float64
 
+	// Base is the capacity that what was used is counted from when the numbers of a key change, if that is not Capacity, which bounds
+	// what is left. It is 0 if it is Capacity. While a limit is lowered for a time, it is the capacity of the other times: a key that
+	// goes down and up again has no more tokens than before.
+	Base float64
+
 	// Fill tokens come to a bucket in each Interval: continuously, or with Step at its end. With Delay a full bucket begins to
 	// fill only after the time that it takes to fill it.
 	Fill        float64
@@ -94,6 +99,10 @@ type Ask struct {
 
 	// Dry takes what it can get, and does not keep the flow from anything else.
 	Dry bool
+
+	// Since is how long the numbers have been in force. If the key was last used with others, it goes by those up to then. It is 0 if
+	// that is not known.
+	Since time.Duration
 
 	// Holder is the session whose slot it becomes; zero for the store's own instance. See [Holders].
 	Holder Holder
@@ -144,8 +153,9 @@ type Return struct {
 
 // A Result is what became of a Return.
 type Result struct {
-	Returned bool    // a slot was still held, or tokens came back
-	Forgiven float64 // the cost that is beyond the largest debt
+	Returned bool          // a slot was still held, or tokens came back
+	Forgiven float64       // the cost that is beyond the largest debt
+	Held     time.Duration // how long a slot was held; 0 if the store does not know
 }
 
 // A Usage is how much of a key is in use.

@@ -28,6 +28,15 @@ func (c *Changes) Set(now int64, other bool) {
 	c.latest.Store(&latest)
 }
 
+// Since returns when the numbers that are in force now have come into force; 0 for always.
+func (c *Changes) Since() int64 {
+	latest := c.latest.Load()
+	if latest == nil {
+		return 0
+	}
+	return (*latest)[len(*latest)-1].at
+}
+
 // Current returns the rule, or its other numbers if they are in force now. It does nothing to a bucket.
 func (r *Rule) Current() *Rule {
 	if r.Changes != nil {

@@ -179,7 +179,7 @@ func (s *Store) take(now time.Time, asks []shared.Ask, answers []shared.Answer) 
 	for i := range asks {
 		ask := &asks[i]
 		st := s.server.state(now, ask.Key, ask.Rule)
-		answers[i] = shared.Answer{Differs: st.differs(now, ask.Rule)}
+		answers[i] = shared.Answer{Differs: st.follow(now, ask.Rule, ask.Since)}
 		st.owe(now, ask.Owed)
 		answers[i].OK, answers[i].Wait = st.room(now, ask.Tokens)
 		all = all && (answers[i].OK || ask.Dry)
@@ -203,7 +203,9 @@ func (s *Store) Return(ctx context.Context, returns []shared.Return, results []s
 	done := make([]shared.Result, len(returns))
 	err := s.call(ctx, &s.counted.Return, func(now time.Time) error {
 		for i, r := range returns {
-			done[i] = s.server.state(now, r.Key, r.Rule).giveBack(now, r)
+			st := s.server.state(now, r.Key, r.Rule)
+			st.renew(now)
+			done[i] = st.giveBack(now, r)
 		}
 		return nil
 	})
@@ -221,10 +223,9 @@ func (s *Store) Look(ctx context.Context, key shared.Key, rule *shared.Rule) (u 
 			u = shared.Usage{Remaining: rule.Capacity}
 			return nil
 		}
-		st.renew(now)
-		seen := *st // the numbers of the one that looks change nothing
-		seen.differs(now, rule)
-		u = shared.Usage{Remaining: seen.left(rule), InFlight: len(st.slots)}
+		seen := *st // what looks changes nothing
+		seen.follow(now, rule, 0)
+		u = shared.Usage{Remaining: seen.left(rule), InFlight: len(seen.slots)}
 		return nil
 	})
 	if err != nil {

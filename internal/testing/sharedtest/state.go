@@ -14,7 +14,6 @@ const slack = 1e-9
 type state struct {
 	server *Server
 	rule   shared.Rule
-	key    shared.Key
 
 	tokens float64   // of a bucket or a quota
 	last   time.Time // the time that tokens is true for
@@ -41,23 +40,31 @@ type owner struct {
 func (s *Server) state(now time.Time, key shared.Key, rule *shared.Rule) *state {
 	st := s.states[key]
 	if st == nil || st.rule.Kind != rule.Kind {
-		st = &state{server: s, key: key, rule: *rule, tokens: rule.Capacity, last: now}
+		st = &state{server: s, rule: *rule, tokens: rule.Capacity, last: now}
 		s.states[key] = st
 	}
-	st.renew(now)
 	return st
 }
 
-// differs has the state go by the rule, and reports whether it went by other numbers.
-func (st *state) differs(now time.Time, rule *shared.Rule) bool {
+// follow has the state go by the rule, which has been in force for so long, and be up to date. It reports whether the state went by other
+// numbers before.
+func (st *state) follow(now time.Time, rule *shared.Rule, since time.Duration) bool {
+	st.renew(now.Add(-since)) // which does nothing if the state is later than that
+	differs := st.change(now.Add(-since), rule)
+	st.renew(now)
+	return differs
+}
+
+// change is the change of follow, at the time.
+func (st *state) change(now time.Time, rule *shared.Rule) bool {
 	before := st.rule
 	st.rule = *rule
-	if before.Capacity == rule.Capacity && before.Fill == rule.Fill && before.Interval == rule.Interval && before.Step == rule.Step &&
+	if base(&before) == base(rule) && before.Capacity == rule.Capacity && before.Fill == rule.Fill && before.Interval == rule.Interval && before.Step == rule.Step &&
 		before.Delay == rule.Delay && before.MaxDebt == rule.MaxDebt && before.MaxInflight == rule.MaxInflight {
 		return false
 	}
 	// What was used remains used. A smaller capacity makes no debt.
-	st.tokens = min(max(rule.Capacity-(before.Capacity-st.tokens), min(st.tokens, 0)), rule.Capacity)
+	st.tokens = min(max(base(rule)-(base(&before)-st.tokens), min(st.tokens, 0)), rule.Capacity)
 	switch {
 	case rule.Kind != shared.Bucket:
 	case rule.Delay && st.start.After(now):
@@ -72,6 +79,14 @@ func (st *state) differs(now time.Time, rule *shared.Rule) bool {
 		st.last = now
 	}
 	return true
+}
+
+// base is the capacity that what was used is counted from.
+func base(r *shared.Rule) float64 {
+	if r.Base == 0 {
+		return r.Capacity
+	}
+	return r.Base
 }
 
 // renew brings the state up to now.
@@ -103,7 +118,7 @@ func (st *state) refill(now time.Time) {
 	if st.tokens >= r.Capacity-slack {
 		st.tokens = r.Capacity
 	}
-	if r.Delay && st.tokens >= r.Capacity {
+	if r.Delay && st.tokens >= r.Capacity && !now.Before(st.last) {
 		st.start = now.Add(st.timeToFill(r.Capacity))
 		st.last = st.start
 		if r.Step {
@@ -141,7 +156,7 @@ func (st *state) begin(now time.Time) {
 
 // reclaim takes back slots whose time is over, or whose owners are gone.
 func (st *state) reclaim(now time.Time) {
-	left := st.slots[:0]
+	left := make([]slot, 0, len(st.slots)) // a copy of the state may have the same slots
 	for _, one := range st.slots {
 		gone := now.Sub(one.since) >= st.rule.MaxInflight
 		if one.by.holder != (shared.Holder{}) {
@@ -264,7 +279,7 @@ func (st *state) giveBack(now time.Time, r shared.Return) (done shared.Result) {
 		for i, one := range st.slots {
 			if one.name == r.Slot {
 				st.slots = append(st.slots[:i], st.slots[i+1:]...)
-				return shared.Result{Returned: true}
+				return shared.Result{Returned: true, Held: now.Sub(one.since)}
 			}
 		}
 		return done
