@@ -51,6 +51,9 @@ func (s *Store) background() {
 		if s.Down() && due(&probed, gateProbe) {
 			s.askAgain(s.ctx)
 		}
+		if s.cluster {
+			s.index(s.ctx)
+		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)
 		}

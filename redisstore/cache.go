@@ -92,11 +92,10 @@ func (s *Store) plain(ctx context.Context, sh *shard, commands ...rueidis.Comple
 
 // answerError returns the error of an answer. Nil, the answer that there is no value, is none.
 func answerError(err error) error {
-	answer, ok := rueidis.IsRedisErr(err)
-	if err == nil || ok && answer.IsNil() {
+	if err == nil || rueidis.IsRedisNil(err) {
 		return nil
 	}
-	if ok {
+	if answer, ok := rueidis.IsRedisErr(err); ok {
 		return refusal(answer)
 	}
 	return errReply

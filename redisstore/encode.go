@@ -132,7 +132,7 @@ type asked struct {
 
 // flow adds a flow's asks.
 func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func(shared.Holder) time.Duration, instances int) {
-	e.body = append(e.body, byte(len(asks)))
+	e.body = binary.LittleEndian.AppendUint16(e.body, uint16(len(asks)))
 	for i := range asks {
 		a := &asks[i]
 		flags := byte(0)

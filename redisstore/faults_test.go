@@ -89,16 +89,6 @@ func left(t *testing.T, store *redisstore.Store, rule *shared.Rule, user string)
 	return usage.Remaining
 }
 
-// eventually waits for a condition.
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !condition(); <-time.After(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("no %s", what)
-		}
-	}
-}
-
 // works waits until a take succeeds, and returns how many were asked for. All that fail must be errors.
 func works(t *testing.T, store *redisstore.Store, rule *shared.Rule, user string) (asked int) {
 	t.Helper()

@@ -95,6 +95,11 @@ func (s *Store) leases(n name) string {
 // instances returns the key of the instances that use the store.
 func (s *Store) instancesKey() string { return "{" + s.namespace + "}#instances" }
 
+// sessionKey returns the key of the tags beside which a session holds slots.
+func (s *Store) sessionKey(h shared.Holder) string {
+	return "{" + s.namespace + ":session:" + hex.EncodeToString(h[:]) + "}"
+}
+
 // cacheName returns the key of a cached value.
 func (s *Store) cacheName(k shared.CacheKey) string {
 	sum := sha256.Sum256([]byte(k.ControlPoint + "\x00" + k.Key))

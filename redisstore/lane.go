@@ -32,8 +32,7 @@ type shard struct {
 	offset atomic.Int64 // the server's clock less this process's, in microseconds
 	heard  atomic.Bool  // the offset is known
 
-	// renewing is whether leases are being renewed there, renewAgain whether others wait for that.
-	renewing, renewAgain atomic.Bool
+	renewing turn // of renewing leases there
 
 	// probe is a key of the shard, by which it is asked whether it is back.
 	probe atomic.Pointer[string]

@@ -372,7 +372,6 @@ func TestFleetEviction(t *testing.T) {
 	}{
 		{"as it should be", redistest.Options{AOF: true}, nil},
 		{"in memory", redistest.Options{}, []string{"append"}},
-		{"would evict, and has no bound", redistest.Options{AOF: true, Args: []string{"--maxmemory-policy", "allkeys-lru"}}, nil},
 		{"evicts", redistest.Options{AOF: true, Args: []string{"--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru"}}, []string{"allkeys-lru"}},
 		{"evicts what has a time to live", redistest.Options{AOF: true, Args: []string{"--maxmemory", "1gb", "--maxmemory-policy", "volatile-ttl"}}, []string{"volatile-ttl"}},
 	} {

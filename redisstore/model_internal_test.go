@@ -21,6 +21,14 @@ type model struct {
 	rule                        *shared.Rule // nil for a key without a state
 }
 
+// Where a bucket's value has what. The last two are there if they are needed.
+const (
+	atTokens = 2
+	atLast   = 10
+	atExcess = 42
+	atStart  = 50
+)
+
 const (
 	modelSlack   = 1e-9
 	modelCentury = 3153600000 * 1e6
@@ -300,7 +308,10 @@ func (h *harness) age(key shared.Key, by time.Duration, m *model) {
 	if value == nil {
 		return
 	}
-	for _, at := range []int{2 + 2*8, 2 + 3*8} {
+	for _, at := range []int{atLast, atStart} {
+		if at >= len(value) {
+			continue
+		}
 		older := floatAt(value[at:]) - float64(by.Microseconds())
 		binary.LittleEndian.PutUint64(value[at:], math.Float64bits(older))
 	}
@@ -360,10 +371,12 @@ func TestFleetBucketAndModel(t *testing.T) {
 					*m = model{}
 					return
 				}
-				for i, want := range []float64{m.tokens, m.excess, m.last, m.start} {
-					if got := floatAt(value[2+8*i:]); got != want {
-						rt.Fatalf("number %d of the state is %v want %v", i, got, want)
-					}
+				got := model{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
+				if len(value) > atExcess {
+					got.excess, got.start = floatAt(value[atExcess:]), floatAt(value[atStart:])
+				}
+				if got != *m {
+					rt.Fatalf("the state is %+v want %+v", got, *m)
 				}
 			},
 		})

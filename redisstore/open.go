@@ -104,7 +104,7 @@ func (s *Store) judge(info map[string]string, alone bool) error {
 	switch policy := info["maxmemory_policy"]; {
 	case policy == "":
 		s.logger.Info("headgate: it is not known whether the store's server evicts keys")
-	case policy != "noeviction" && info["maxmemory"] != "0":
+	case policy != "noeviction":
 		s.logger.Warn("headgate: the store's server evicts keys when its memory is full, and limits whose keys are gone begin anew: "+
 			"its maxmemory-policy should be noeviction", "maxmemory_policy", policy)
 	}

@@ -19,7 +19,7 @@ func TestFleetOpen(t *testing.T) {
 		{"keeps nothing", nil, "append-only", "evicts"},
 		{"append-only", []string{"--appendonly", "yes"}, "", "append-only"},
 		{"evicts", []string{"--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"}, "noeviction", ""},
-		{"no limit of memory", []string{"--maxmemory-policy", "allkeys-lru"}, "", "noeviction"},
+		{"would evict, if its memory had a limit", []string{"--maxmemory-policy", "allkeys-lru"}, "noeviction", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			address := startServer(t, tt.server...)

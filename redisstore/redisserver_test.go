@@ -3,6 +3,8 @@ package redisstore_test
 import (
 	"context"
 	"fmt"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -56,3 +58,21 @@ func do(tb testing.TB, client rueidis.Client, command ...string) string {
 	}
 	return fmt.Sprint(value)
 }
+
+// infoNumber returns a number of INFO.
+func infoNumber(tb testing.TB, info, name string) int64 {
+	tb.Helper()
+	for line := range strings.Lines(info) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), name+":"); ok {
+			n, err := strconv.ParseInt(value, 10, 64)
+			if err != nil {
+				tb.Fatal(err)
+			}
+			return n
+		}
+	}
+	tb.Fatalf("INFO has no %s", name)
+	return 0
+}
+
+func userName(i int) string { return "user-" + strconv.Itoa(i) }

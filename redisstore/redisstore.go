@@ -77,7 +77,10 @@ type Store struct {
 	clustered clustered
 	instances atomic.Int64
 	renewSoon chan struct{}
-	kicked    chan struct{}
+	indexing  sync.Mutex // is held while the index of sessions is written
+
+	renewingSessions turn
+	kicked           chan struct{}
 
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
 
@@ -86,8 +89,11 @@ type Store struct {
 	goes     sync.WaitGroup
 	held     map[holding]*held
 	slots    map[uint64]slotHeld
-	sessions map[shared.Holder]time.Time
+	sessions map[shared.Holder]sessionHeld
 	pending  map[uint64]pending
+
+	// unindexed is what the index of sessions does not have yet.
+	unindexed map[holding]time.Time
 }
 
 var _ shared.Store = (*Store)(nil)
@@ -145,8 +151,9 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		renewSoon: make(chan struct{}, 1),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
-		sessions:  make(map[shared.Holder]time.Time),
+		sessions:  make(map[shared.Holder]sessionHeld),
 		pending:   make(map[uint64]pending),
+		unindexed: make(map[holding]time.Time),
 	}
 	for _, o := range opts {
 		o.apply(s)

@@ -7,6 +7,13 @@ local rules = read_rules()
 local returns
 returns, at = unpack('<H', input, at)
 
+-- Periods that do not reach the time do so for all returns of the call: it comes again as a whole, so nothing is done yet.
+local again = false
+for i = 1, #rules do
+  local r = rules[i]
+  if r.kind == QUOTA and (now < r.before or now >= r.later) then again = true end
+end
+
 local reply = {pack('<d', now)}
 
 local function return_slot(keys, id)
@@ -35,12 +42,14 @@ for _ = 1, returns do
   index, rule, flags, tokens, cost, period, id, at = unpack('<HHBdddc8', input, at)
   local r, unused = rules[rule], flags == 1
   local result, forgiven = 0, 0
-  if r.kind == SLOTS then
+  if again then
+    result = 4
+  elseif r.kind == SLOTS then
     result = return_slot({key = KEYS[index], ends = KEYS[index + 1]}, id)
   else
     local s = state(index, r)
-    if s.newer or s.again then
-      result = (s.again and 4 or 0) + (s.newer and 8 or 0)
+    if s.newer then
+      result = 8
     elseif unused or cost < tokens then
       local back = unused and tokens or tokens - cost
       if (r.kind == BUCKET or period == s.over) and back > 0 then

@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
@@ -84,6 +85,7 @@ var (
 	errNewer      = errors.New("the key's state was written by a newer version, or by another program")
 	errLate       = errors.New("the store got the call too late")
 	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
+	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
 	errClosed     = errors.New("the store is closed")
 )
 

@@ -21,8 +21,11 @@ local now = time[1] * 1e6 + time[2]
 local input, at = ARGV[1], 1
 
 -- What is not understood is neither used nor overwritten: it counts as of a newer schema. So does what another program has
--- put there. It does not keep other flows of the call from their answers.
-local function foreign(value, size) return type(value) ~= 'string' or #value ~= size or value:byte(1) ~= SCHEMA end
+-- put there. It does not keep other flows of the call from their answers. A state of another kind is understood, since its
+-- component has become another one: it counts as none.
+local function foreign(value, size)
+  return type(value) ~= 'string' or #value ~= size or value:byte(1) ~= SCHEMA
+end
 
 local function fetch(size, ...)
   local value = redis.pcall(...)
@@ -130,13 +133,17 @@ end
 
 local function load_bucket(index, r)
   local value = values[index]
-  if not value then
-    local s = {rule = r, index = index, tokens = r.capacity, excess = 0, last = now, start = -huge, dirty = false, differs = false}
+  local other = value and not foreign(value, 42) and value:byte(2) % 4 == QUOTA
+  if not value or other then
+    local s = {rule = r, index = index, tokens = r.capacity, excess = 0, last = now, start = -huge, dirty = false, differs = other}
     refill(s, r)
     return s
   end
-  if foreign(value, 58) then return {newer = true} end
-  local _, flags, tokens, excess, last, start, capacity, fill, interval = unpack('<BBddddddd', value)
+  local size = #value
+  if foreign(value, size == 58 and 58 or 42) then return {newer = true} end
+  local _, flags, tokens, last, capacity, fill, interval = unpack('<BBddddd', value)
+  local excess, start = 0, -huge
+  if size == 58 then excess, start = unpack('<dd', value, 43) end
   local s = {rule = r, index = index, tokens = tokens, excess = excess, last = last, start = start, dirty = false, differs = false}
   if flags == r.flags and capacity == r.capacity and fill == r.fill and interval == r.interval then
     refill(s, r)
@@ -182,7 +189,9 @@ local function save_bucket(s, r)
   if r.fill > 0 then
     lasts = max(s.last, s.start, now) - now + time_to_fill(r, max(r.capacity - s.tokens, 0) + s.excess)
   end
-  store(KEYS[s.index], pack('<BBddddddd', SCHEMA, r.flags, s.tokens, s.excess, s.last, s.start, r.capacity, r.fill, r.interval), lasts)
+  local value = pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.last, r.capacity, r.fill, r.interval)
+  if s.excess > 0 or s.start > -huge then value = value .. pack('<dd', s.excess, s.start) end -- few have these
+  store(KEYS[s.index], value, lasts)
 end
 
 -- Quotas. The periods around the time travel with the call. If the time is beyond them, the caller must come again.
@@ -198,7 +207,11 @@ local function load_quota(index, r)
   local value = values[index]
   local s = {rule = r, index = index, tokens = r.capacity, excess = 0, begin = begin, over = over, dirty = false, differs = false}
   if not value then return s end
-  if foreign(value, 42) then return {newer = true} end
+  if foreign(value, #value == 58 and 58 or 42) then return {newer = true} end
+  if value:byte(2) % 4 ~= QUOTA then
+    s.differs = true
+    return s
+  end
   local was = {}
   was.tokens, was.excess, was.begin, was.over, was.capacity = unpack('<ddddd', value, 3)
   if now >= was.over then

@@ -10,11 +10,17 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
+// maxAsks is how many keys one flow may ask for. A script cannot read any number of keys at once.
+const maxAsks = 1000
+
 // Take does what [shared.Limits] says. Keys of one shard are one call of a script. In a cluster, shards are asked at the same time, and
 // what one of them has taken is given back if another refuses.
 func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.Answer) error {
 	if len(asks) == 0 {
 		return nil
+	}
+	if len(asks) > maxAsks {
+		return errTooMany
 	}
 	as := make([]asked, len(asks))
 	for i := range asks {

@@ -95,7 +95,7 @@ local pool = {} -- asks of the flow before
 
 for _ = 1, flows do
   local n
-  n, at = unpack('<B', input, at)
+  n, at = unpack('<H', input, at)
   local refused, void = 0, late
   for i = 1, n do
     local a = pool[i]
