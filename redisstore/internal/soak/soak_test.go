@@ -7,9 +7,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -46,11 +48,12 @@ const workers = 4
 
 // A soak is what the workers have seen.
 type soak struct {
-	t   *testing.T
-	url string
+	t    *testing.T
+	url  string
+	down time.Duration // of servers
 
 	mu       sync.Mutex
-	admitted map[string][]witness.Admission // by control point
+	admitted map[string][]witness.Admission // by control point and user
 	held     map[string][]hold
 	counted  [4]int64
 }
@@ -149,9 +152,66 @@ func (w *worker) kill() {
 	_ = w.stdin.Close()
 }
 
+// A fault is what happens to servers or workers.
+type fault struct {
+	name string
+	do   func()
+}
+
+// wait waits for some time.
+func wait(most time.Duration) { <-time.After(time.Duration(rand.Int64N(int64(most)))) }
+
 // TestFleetSoak has workers share limits for as long as HEADGATE_SOAK says, or for some seconds. Meanwhile it kills, stops and restarts
-// their server and workers. It fails if more was let in within any span than the limits allow, or if limits let in too little.
+// their servers and workers. It fails if more was let in within any span than the limits allow.
 func TestFleetSoak(t *testing.T) {
+	t.Run("server", func(t *testing.T) {
+		t.Parallel()
+		server := redistest.Start(t, redistest.Options{AOF: true})
+		s := &soak{t: t, url: server.URL()}
+		s.run(s.outages(server))
+	})
+	t.Run("cluster", func(t *testing.T) {
+		t.Parallel()
+		cluster := redistest.StartCluster(t, redistest.Options{AOF: true})
+		s := &soak{t: t, url: cluster.URL()}
+		faults := []fault{{"slots move in the cluster", func() {
+			user := users()[rand.IntN(len(users()))]
+			slot := cluster.Slot("{headgate:user=" + user + "}")
+			cluster.Move(slot, cluster.Other(cluster.Owner(slot)))
+		}}}
+		for _, server := range cluster.Servers {
+			for _, f := range s.outages(server) {
+				faults = append(faults, fault{f.name, func() {
+					f.do()
+					cluster.Await()
+				}})
+			}
+		}
+		s.run(faults)
+	})
+}
+
+// outages are the faults of a server.
+func (s *soak) outages(server *redistest.Server) []fault {
+	outage := func(begin, end func()) {
+		begun := time.Now()
+		begin()
+		wait(2 * time.Second)
+		end()
+		s.down += time.Since(begun)
+	}
+	return []fault{
+		{"a server is killed", func() { outage(server.Kill, server.Restart) }},
+		{"a server is stopped", func() { outage(server.Stop, server.Continue) }},
+		{"a server forgets its scripts", func() { server.Text("SCRIPT", "FLUSH") }},
+		{"all connections are closed", func() { server.Text("CLIENT", "KILL", "TYPE", "normal") }},
+	}
+}
+
+// run has workers share limits while the faults happen, and faults of the workers.
+func (s *soak) run(faults []fault) {
+	t := s.t
+	t.Helper()
 	lasts := 8 * time.Second
 	if text := os.Getenv(length); text != "" {
 		var err error
@@ -159,8 +219,7 @@ func TestFleetSoak(t *testing.T) {
 			t.Fatalf("%s: %v", length, err)
 		}
 	}
-	server := redistest.Start(t, redistest.Options{AOF: true})
-	s := &soak{t: t, url: server.URL(), admitted: map[string][]witness.Admission{}, held: map[string][]hold{}}
+	s.admitted, s.held = map[string][]witness.Admission{}, map[string][]hold{}
 	all := make([]*worker, workers)
 	for i := range all {
 		all[i] = s.start()
@@ -172,43 +231,24 @@ func TestFleetSoak(t *testing.T) {
 			}
 		}
 	}()
-
-	// Not all of the time is chaos: a limit that lets nothing in holds, too.
-	wait := func(most time.Duration) { <-time.After(time.Duration(rand.Int64N(int64(most)))) }
-	var down time.Duration
-	outage := func(begin, end func(), most time.Duration) {
-		begun := time.Now()
-		begin()
-		wait(most)
-		end()
-		down += time.Since(begun)
-	}
 	signal := func(w *worker, send func(*os.Process) error) {
 		if err := send(w.cmd.Process); err != nil {
 			t.Fatal(err)
 		}
 	}
-	faults := []struct {
-		name string
-		do   func()
-	}{
-		{"the server is killed", func() { outage(server.Kill, server.Restart, 2*time.Second) }},
-		{"the server is stopped", func() { outage(server.Stop, server.Continue, 2*time.Second) }},
-		{"the server forgets its scripts", func() { server.Text("SCRIPT", "FLUSH") }},
-		{"all connections are closed", func() { server.Text("CLIENT", "KILL", "TYPE", "normal") }},
-		{"a worker is killed", func() {
-			i := rand.IntN(workers)
-			all[i].kill()
-			wait(time.Second)
-			all[i] = s.start()
-		}},
-		{"a worker is stopped", func() {
-			w := all[rand.IntN(workers)]
-			signal(w, redistest.StopProcess)
-			wait(lease / 4)
-			signal(w, redistest.ContinueProcess)
-		}},
-		{"a worker is stopped for longer than its lease", func() {
+	faults = append(faults, fault{"a worker is killed", func() {
+		i := rand.IntN(workers)
+		all[i].kill()
+		wait(time.Second)
+		all[i] = s.start()
+	}}, fault{"a worker is stopped", func() {
+		w := all[rand.IntN(workers)]
+		signal(w, redistest.StopProcess)
+		wait(lease / 4)
+		signal(w, redistest.ContinueProcess)
+	}})
+	if lasts >= time.Minute {
+		faults = append(faults, fault{"a worker is stopped for longer than its lease", func() {
 			w := all[rand.IntN(workers)]
 			s.mu.Lock()
 			w.cutOff = append(w.cutOff, time.Duration(time.Now().UnixNano()))
@@ -216,23 +256,26 @@ func TestFleetSoak(t *testing.T) {
 			signal(w, redistest.StopProcess)
 			<-time.After(lease + lease/2)
 			signal(w, redistest.ContinueProcess)
-		}},
+		}})
 	}
-	did := make([]int, len(faults))
+	did := map[string]int{}
 	begun := time.Now()
-	for n := 0; time.Since(begun) < lasts; n++ {
-		i := rand.IntN(len(faults))
-		if lasts < time.Minute { // each of the short ones
-			i = n % (len(faults) - 1)
+	// Not all of the time is chaos: a limit that lets nothing in holds, too.
+	between := min(2*time.Second, lasts/time.Duration(2*len(faults)))
+	for time.Since(begun) < lasts {
+		for _, i := range rand.Perm(len(faults)) {
+			wait(between)
+			if time.Since(begun) >= lasts {
+				break
+			}
+			faults[i].do()
+			did[faults[i].name]++
 		}
-		wait(2 * time.Second)
-		faults[i].do()
-		did[i]++
 	}
 	wait(2 * time.Second)
 	lasted := time.Since(begun)
-	for i, f := range faults {
-		t.Logf("%s: %d times", f.name, did[i])
+	for _, name := range slices.Sorted(maps.Keys(did)) {
+		t.Logf("%s: %d times", name, did[name])
 	}
 	for i, w := range all {
 		_ = w.stdin.Close()
@@ -246,37 +289,43 @@ func TestFleetSoak(t *testing.T) {
 			t.Fatal("a worker does not end")
 		}
 	}
-	s.judge(lasted, down)
+	s.judge(lasted)
 }
 
-// judge says whether the limits held.
-func (s *soak) judge(lasted, down time.Duration) {
+// judge fails the test if a limit did not hold.
+func (s *soak) judge(lasted time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.t.Logf("%v, of which the server was away for %v; of workers that were not killed %d flows were let in, %d rejected, %d rejected without the store",
-		lasted.Round(time.Millisecond), down.Round(time.Millisecond), s.counted[0], s.counted[1], s.counted[2])
+	s.t.Logf("%v, of which servers were away for %v; of workers that were not killed %d flows were let in, %d rejected, %d rejected without the store",
+		lasted.Round(time.Millisecond), s.down.Round(time.Millisecond), s.counted[0], s.counted[1], s.counted[2])
 	for _, l := range loads() {
-		if l.slots > 0 {
-			s.judgeSlots(l)
-			continue
-		}
-		admitted := s.admitted[l.point]
-		worst := l.bound.Worst(admitted)
-		most := l.bound.Capacity + l.bound.Rate*lasted.Seconds()
-		s.t.Logf("%s: %d let in, %.1f %% of what the limit allows; closest to its bound, %.0f of %.1f within %v",
-			l.point, len(admitted), 100*float64(len(admitted))/most, worst.Tokens, worst.Allowed, worst.To-worst.From)
-		if worst.Broken() {
-			s.t.Errorf("%s: %.3f were let in within %v; the bound is %.3f", l.point, worst.Tokens, worst.To-worst.From, worst.Allowed)
-		}
-		if len(admitted) == 0 {
-			s.t.Errorf("%s: nothing was let in", l.point)
+		for _, user := range users() {
+			if l.slots > 0 {
+				s.judgeSlots(l, l.point+"/"+user)
+			} else {
+				s.judgeTokens(l, l.point+"/"+user, lasted)
+			}
 		}
 	}
 }
 
-func (s *soak) judgeSlots(l load) {
-	holds := make([]witness.Hold, 0, len(s.held[l.point]))
-	for _, h := range s.held[l.point] {
+func (s *soak) judgeTokens(l load, key string, lasted time.Duration) {
+	admitted := s.admitted[key]
+	worst := l.bound.Worst(admitted)
+	most := l.bound.Capacity + l.bound.Rate*lasted.Seconds()
+	s.t.Logf("%s: %d let in, %.1f %% of what the limit allows; closest to its bound, %.0f of %.1f within %v",
+		key, len(admitted), 100*float64(len(admitted))/most, worst.Tokens, worst.Allowed, worst.To-worst.From)
+	if worst.Broken() {
+		s.t.Errorf("%s: %.3f were let in within %v; the bound is %.3f", key, worst.Tokens, worst.To-worst.From, worst.Allowed)
+	}
+	if len(admitted) == 0 {
+		s.t.Errorf("%s: nothing was let in", key)
+	}
+}
+
+func (s *soak) judgeSlots(l load, key string) {
+	holds := make([]witness.Hold, 0, len(s.held[key]))
+	for _, h := range s.held[key] {
 		for _, at := range h.worker.cutOff {
 			if h.From < at {
 				h.To = min(h.To, at)
@@ -287,11 +336,11 @@ func (s *soak) judgeSlots(l load) {
 		holds = append(holds, h.Hold)
 	}
 	most, _ := witness.AtOnce(holds)
-	s.t.Logf("%s: held %d times, at most %d of %d at once", l.point, len(holds), most, l.slots)
+	s.t.Logf("%s: held %d times, at most %d of %d at once", key, len(holds), most, l.slots)
 	if most > l.slots {
-		s.t.Errorf("%s: %d were held at once; there are %d", l.point, most, l.slots)
+		s.t.Errorf("%s: %d were held at once; there are %d", key, most, l.slots)
 	}
 	if most == 0 {
-		s.t.Errorf("%s: none was held", l.point)
+		s.t.Errorf("%s: none was held", key)
 	}
 }

@@ -25,12 +25,12 @@ import (
 type load struct {
 	point     string
 	component policy.Component
-	flows     int           // of each worker at a time
+	flows     int           // of each worker and user at a time
 	pause     time.Duration // of each between its flows, in the mean
 	work      time.Duration // of a flow that is let in, in the mean
 
-	bound witness.Bound // of what all workers together let in; zero for slots
-	slots int           // of all workers together; 0 for others
+	bound witness.Bound // of what all workers together let in for a user; zero for slots
+	slots int           // of a user; 0 for others
 }
 
 // lease is that of the workers' slots. No outage lasts as long, and a worker is stopped for less than a third of it, or for longer.
@@ -40,17 +40,17 @@ const lease = 10 * time.Second
 func loads() []load {
 	return []load{
 		{
-			point: "exact", flows: 8, pause: 20 * time.Millisecond,
-			component: policy.RateLimiter{Selectors: policy.At("exact"), Capacity: 50, Fill: 200, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
-			bound:     witness.Bound{Capacity: 50, Rate: 200},
+			point: "exact", flows: 4, pause: 40 * time.Millisecond,
+			component: policy.RateLimiter{Selectors: policy.At("exact"), Capacity: 30, Fill: 100, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
+			bound:     witness.Bound{Capacity: 30, Rate: 100},
 		},
 		{
-			point: "small", flows: 4, pause: 10 * time.Millisecond,
+			point: "small", flows: 2, pause: 20 * time.Millisecond,
 			component: policy.RateLimiter{Selectors: policy.At("small"), Capacity: 1, Fill: 7, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
 			bound:     witness.Bound{Capacity: 1, Rate: 7},
 		},
 		{
-			point: "slots", flows: 4, pause: 20 * time.Millisecond, work: 20 * time.Millisecond,
+			point: "slots", flows: 3, pause: 20 * time.Millisecond, work: 20 * time.Millisecond,
 			component: policy.ConcurrencyLimiter{Selectors: policy.At("slots"), Max: 5, MaxInflight: time.Hour, LimitBy: "user", OnOutage: policy.OutageClosed},
 			slots:     5,
 		},
@@ -64,11 +64,11 @@ func policies() (policies []policy.Policy) {
 	return policies
 }
 
-// user is the one whose limits all workers share.
-const user = "u"
+// users are those whose limits all workers share. In a cluster they are at several servers.
+func users() []string { return []string{"ann", "bob", "cid"} }
 
-// work asks at all control points until standard input ends, and prints what it was told: "admitted <point> <asked> <told>", and
-// "held <point> <told> <returned>", in nanoseconds of the machine's clock, which is that of the server.
+// work asks at all control points until standard input ends, and prints what it was told: "admitted <point>/<user> <asked> <told>",
+// and "held <point>/<user> <told> <returned>", in nanoseconds of the machine's clock, which is that of the server.
 func work(ctx context.Context, url string) (err error) {
 	store, err := redisstore.Open(ctx, url, redisstore.WithLease(lease))
 	if err != nil {
@@ -94,12 +94,14 @@ func work(ctx context.Context, url string) (err error) {
 	var counts counts
 	var flows sync.WaitGroup
 	for _, l := range loads() {
-		for range l.flows {
-			flows.Go(func() {
-				for pause(ctx, l.pause) {
-					l.flow(ctx, client, out, &counts)
-				}
-			})
+		for _, user := range users() {
+			for range l.flows {
+				flows.Go(func() {
+					for pause(ctx, l.pause) {
+						l.flow(ctx, client, user, out, &counts)
+					}
+				})
+			}
 		}
 	}
 	flows.Go(func() {
@@ -120,7 +122,7 @@ type counts struct {
 }
 
 // flow is one flow of a load.
-func (l *load) flow(ctx context.Context, client *flowctl.Client, out *printer, counts *counts) {
+func (l *load) flow(ctx context.Context, client *flowctl.Client, user string, out *printer, counts *counts) {
 	asked := time.Now().UnixNano()
 	flow := client.Start(ctx, l.point, flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute, OnUnreachable: flowctl.FailClosed})
 	told := time.Now().UnixNano()
@@ -141,9 +143,9 @@ func (l *load) flow(ctx context.Context, client *flowctl.Client, out *printer, c
 	_, _ = flow.End(context.WithoutCancel(ctx))
 	switch {
 	case admitted && l.slots > 0:
-		out.printf("held %s %d %d\n", l.point, told, returned)
+		out.printf("held %s/%s %d %d\n", l.point, user, told, returned)
 	case admitted:
-		out.printf("admitted %s %d %d\n", l.point, asked, told)
+		out.printf("admitted %s/%s %d %d\n", l.point, user, asked, told)
 	}
 }
 
