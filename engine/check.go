@@ -114,17 +114,19 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 	dry := req.DryRun()
 	for s := range stages {
 		if s == stageLoad && req.Lookup() != nil {
-			if e.lookup(p, req, v); v.Details.Result.Hit {
+			if e.lookup(ctx, p, req, now, v); v.Details.Result.Hit {
 				break
 			}
 		}
 		if len(p.stages[s]) > 0 {
 			from := v.Len()
-			ask := e.ask
+			var dropped bool
+			var err error
 			if s == stageShared {
-				ask = e.askTogether
+				dropped, err = e.askTogether(ctx, p.stages[s], req, now, v)
+			} else {
+				dropped, err = e.ask(ctx, p.stages[s], req, now, v)
 			}
-			dropped, err := ask(ctx, p.stages[s], req, now, v)
 			if err != nil {
 				return err
 			}

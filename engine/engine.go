@@ -85,8 +85,10 @@ type Engine struct {
 
 	leases slots.Leases // of the sessions of clients across the network
 
-	results *cache
-	globals *cache
+	results, globals cache
+
+	// memory has the caches if they are in memory, because a lookup there is one of the shortest things that flows do.
+	memory struct{ results, globals *memoryCache }
 
 	instruments instruments
 	reloads     reloads
@@ -94,13 +96,15 @@ type Engine struct {
 	checkTimeout  atomic.Int64          // the shortest of all clients, in nanoseconds; 0 while none is known
 	checkTimeouts map[time.Duration]int // how many clients have it; guarded by applying
 
-	applying             sync.Mutex // held by Apply, and by Close as it begins
-	sweeping, controlled bool       // the goroutines run; guarded by applying
+	applying sync.Mutex // held by Apply, and by Close as it begins
+
+	sweeping, controlled, following bool // the goroutines run; guarded by applying
 
 	closed  atomic.Bool
 	full    chan struct{} // receives when a component has no room for a key
+	ramped  chan struct{} // receives when a ramp of the store may be new
 	done    chan struct{}
-	running sync.WaitGroup // the sweeper and the controller
+	running sync.WaitGroup // the sweeper, the controller, and what follows ramps
 }
 
 // New builds an engine that enforces the policies. Without policies it serves the caches, and accepts every flow that
@@ -116,6 +120,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		holders:      make(map[identity][]component),
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
+		ramped:       make(chan struct{}, 1),
 		done:         make(chan struct{}),
 		unlisted:     controlPoint{counts: new(counts)},
 	}
@@ -133,8 +138,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, fmt.Errorf("headgate: engine: %w", err)
 	}
-	e.results = newCache(e.cacheEntries, e.cacheBytes)
-	e.globals = newCache(e.cacheEntries, e.cacheBytes)
+	e.newCaches()
 	e.install(next)
 	return e, nil
 }

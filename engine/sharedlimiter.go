@@ -257,8 +257,16 @@ func raise(to *atomic.Int64, n int64) {
 }
 
 func (l *sharedLimiter[S]) unasked(_ int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
-	l.account(d, func(e *keys.Entry[account[S]]) { e.State.reported(ask.Owed, false) })
-	d.Untaken = true
+	d.Untaken, d.Remaining = true, ask.Rule.Capacity // which it has if nothing is known of it
+	l.account(d, func(e *keys.Entry[account[S]]) {
+		e.State.reported(ask.Owed, false)
+		if e.State.last != nil {
+			d.Remaining = e.State.left
+		}
+	})
+	if !l.component.Slots {
+		d.Remaining -= ask.Tokens
+	}
 	l.counts.decision(d)
 }
 

@@ -44,12 +44,22 @@ func newFleet(t *testing.T, n int, kind sides.Kind, components ...policy.Compone
 	for range n {
 		f.stores = append(f.stores, f.server.Instance())
 	}
-	for i := range n {
-		f.sides = append(f.sides, sides.Setup{
-			Policies: sides.Policies(components...), EngineOptions: []engine.Option{engine.WithStore(f.stores[i])},
-		}.New(t, kind))
+	for _, store := range f.stores {
+		f.sides = append(f.sides, sideOf(t, store, kind, components...))
 	}
 	return f
+}
+
+// add adds an engine.
+func (f *fleet) add(t *testing.T, kind sides.Kind, components ...policy.Component) {
+	t.Helper()
+	f.stores = append(f.stores, f.server.Instance())
+	f.sides = append(f.sides, sideOf(t, f.stores[len(f.stores)-1], kind, components...))
+}
+
+func sideOf(t *testing.T, store *sharedtest.Store, kind sides.Kind, components ...policy.Component) *sides.Side {
+	t.Helper()
+	return sides.Setup{Policies: sides.Policies(components...), EngineOptions: []engine.Option{engine.WithStore(store)}}.New(t, kind)
 }
 
 // start starts a flow of the user at one of the engines.
