@@ -44,6 +44,7 @@ type encoder struct {
 	written map[string]int // rules by what they are written as
 
 	leases string
+	others bool // there are not only buckets
 	body   []byte
 }
 
@@ -92,6 +93,7 @@ func (e *encoder) rule(r *shared.Rule, at time.Time) int {
 	}
 	e.rules = append(e.rules, flags)
 	e.rules = appendFloats(e.rules, r.Capacity, r.Fill, max(interval, 1), lowest(r))
+	e.others = e.others || r.Kind != shared.Bucket
 	if r.Kind == shared.Quota {
 		for _, t := range r.Periods(at) {
 			e.rules = appendFloats(e.rules, float64(t.UnixMicro()))

@@ -188,7 +188,11 @@ func (l *lane) send(batch []*call) {
 			n++
 		}
 	}
-	if l.script == s.scripts.take {
+	sc := l.script
+	if sc == s.scripts.take {
+		if !e.others {
+			sc = s.scripts.takeTokens
+		}
 		last := 0.0 // what comes later must not count: nobody waits for it
 		if sh.heard.Load() {
 			last = float64(at.Add(2 * s.timeout).UnixMicro())
@@ -200,7 +204,7 @@ func (l *lane) send(batch []*call) {
 		sh.probe.Store(&keys[0])
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
-	reply, err := s.run(unbounded{ctx}, l.script, keys, arg)
+	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
 	cancel()
 	if err = s.evidence(sh, err, sent); err != nil {
 		l.finish(batch, err)

@@ -34,15 +34,18 @@ local function fetch(size, ...)
   return value
 end
 
--- Rules: kind and flags, and numbers by kind.
+-- Rules: kind and flags, and numbers by kind. The fields are there from the start, since a table that grows takes time.
 local function read_rules()
   local n
   n, at = unpack('<H', input, at)
   local rules = {}
   for i = 1, n do
-    local r = {}
-    r.flags, r.capacity, r.fill, r.interval, r.lowest, at = unpack('<Bdddd', input, at)
-    r.kind, r.step, r.delay = r.flags % 4, floor(r.flags / 4) % 2 == 1, floor(r.flags / 8) % 2 == 1
+    local flags, capacity, fill, interval, lowest
+    flags, capacity, fill, interval, lowest, at = unpack('<Bdddd', input, at)
+    local r = {
+      flags = flags, kind = flags % 4, step = flags % 8 >= 4, delay = flags >= 8,
+      capacity = capacity, fill = fill, interval = interval, lowest = lowest,
+    }
     if r.kind == QUOTA then
       r.before, r.begin, r.over, r.later, at = unpack('<dddd', input, at)
     end
@@ -60,6 +63,9 @@ end
 
 -- The values of buckets and quotas. Slots have none here.
 local values = call('MGET', all_of(KEYS))
+
+-- What calls about buckets only do without: see quota.lua and slots.lua.
+local load_quota, save_quota, wait_quota, load_slots, save_slots, lease
 
 -- Buckets. s.excess is what a smaller capacity has forgiven: it is owed again where the capacity grows. Otherwise two
 -- versions of a policy that take turns at a key would make tokens.
@@ -192,166 +198,6 @@ local function save_bucket(s, r)
   local value = pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.last, r.capacity, r.fill, r.interval)
   if s.excess > 0 or s.start > -huge then value = value .. pack('<dd', s.excess, s.start) end -- few have these
   store(KEYS[s.index], value, lasts)
-end
-
--- Quotas. The periods around the time travel with the call. If the time is beyond them, the caller must come again.
-
-local function load_quota(index, r)
-  if now < r.before or now >= r.later then return {again = true} end
-  local begin, over = r.begin, r.over
-  if now < begin then
-    begin, over = r.before, r.begin
-  elseif now >= over then
-    begin, over = r.over, r.later
-  end
-  local value = values[index]
-  local s = {rule = r, index = index, tokens = r.capacity, excess = 0, begin = begin, over = over, dirty = false, differs = false}
-  if not value then return s end
-  if foreign(value, #value == 58 and 58 or 42) then return {newer = true} end
-  if value:byte(2) % 4 ~= QUOTA then
-    s.differs = true
-    return s
-  end
-  local was = {}
-  was.tokens, was.excess, was.begin, was.over, was.capacity = unpack('<ddddd', value, 3)
-  if now >= was.over then
-    if was.tokens < 0 then -- each period that has begun since then pays its amount
-      local periods = 1
-      if begin > was.over + 1 then
-        local length = (r.later - r.before) / 3
-        periods = max(floor((begin - was.over) / length + 0.5), 1) + 1
-      end
-      s.tokens = min(was.tokens + periods * r.capacity, r.capacity)
-    end
-    s.differs = was.capacity ~= r.capacity
-    return s
-  end
-  s.tokens, s.excess = was.tokens, was.excess
-  if was.capacity ~= r.capacity or (was.over ~= over and was.begin <= now) then
-    s.differs = true
-    carry(s, was.capacity, r.capacity)
-  end
-  if was.begin > now then -- this clock is behind the one that the state was written by
-    s.begin, s.over = was.begin, was.over
-  end
-  return s
-end
-
-local function save_quota(s, r)
-  local lasts = s.over - now
-  if s.tokens < 0 then
-    lasts = r.capacity > 0 and lasts + (1 - s.tokens / r.capacity) * 1.1 * (r.later - r.before) / 3 or huge
-  end
-  store(KEYS[s.index], pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.excess, s.begin, s.over, r.capacity), lasts)
-end
-
--- wait_quota returns how long until the tokens may be there, and -1 for never.
-local function wait_quota(s, r, tokens)
-  if tokens > r.capacity + SLACK or r.capacity == 0 then return -1 end
-  local missing = tokens - r.capacity - min(s.tokens, 0) -- when the next period begins
-  local periods = missing > SLACK and ceil((missing - SLACK) / r.capacity) or 0
-  if periods == 1 and s.over == r.over then return r.later - now end
-  return min(s.over - now + periods * (r.later - r.before) / 3, CENTURY)
-end
-
--- Slots: a hash of who holds which and how many tokens, and a sorted set of when they run out. The hash's field of the
--- empty name says how much is in use, and until when leases have been looked at.
-
-local function forget_slot(s, key, id)
-  local value = call('HGET', key, id)
-  if not value or s.gone[id] then return end
-  local _, tokens = unpack('<c16d', value)
-  s.gone[id] = true
-  s.goes[#s.goes + 1] = id
-  s.used, s.count = s.used - tokens, s.count - 1
-  if s.count == 0 then s.used = 0 end -- forget what fractions leave behind
-end
-
-local function load_slots(keys, r)
-  local s = {
-    rule = r, keys = keys, used = 0, count = 0, seen = now, expire = 0, gone = {}, goes = {}, adds = {}, leased = {},
-    dirty = false, differs = false,
-  }
-  local key, ends, leases = keys.key, keys.ends, keys.leases
-  local value, newer = fetch(42, 'HGET', key, '')
-  if newer then return {newer = true} end
-  if not value then return s end
-  local limit
-  limit, s.used, s.count, s.seen, s.expire = unpack('<ddddd', value, 3)
-  s.differs = limit ~= r.capacity
-  if call('ZCARD', ends) ~= s.count then -- some came back while the server had no memory to count them
-    s.used, s.count = 0, 0
-    local all = call('HGETALL', key)
-    for i = 1, #all, 2 do
-      if all[i] ~= '' then
-        local _, tokens = unpack('<c16d', all[i + 1])
-        s.used, s.count = s.used + tokens, s.count + 1
-      end
-    end
-  end
-  for _, id in ipairs(call('ZRANGEBYSCORE', ends, '-inf', now)) do
-    forget_slot(s, key, id)
-  end
-  local lost, known = {}, now - s.seen < RETAINED
-  if known then
-    for _, holder in ipairs(call('ZRANGEBYSCORE', leases, string.format('(%.0f', s.seen), now)) do
-      lost[holder] = true
-    end
-  end
-  if not known or next(lost) then
-    local all = call('HGETALL', key)
-    for i = 1, #all, 2 do
-      local id = all[i]
-      if id ~= '' then
-        local holder = unpack('<c16', all[i + 1])
-        if not known and lost[holder] == nil then
-          local score = call('ZSCORE', leases, holder)
-          lost[holder] = not score or tonumber(score) <= now
-        end
-        if lost[holder] then forget_slot(s, key, id) end
-      end
-    end
-    s.looked = true
-  end
-  s.seen = max(s.seen, now)
-  if #s.goes > 0 then s.looked = true end
-  return s
-end
-
-local function save_slots(s, r)
-  local key, ends = s.keys.key, s.keys.ends
-  if s.count == 0 then
-    call('DEL', key, ends)
-    return
-  end
-  local lasts = false
-  for _, add in ipairs(s.adds) do
-    if add.over > s.expire then s.expire, lasts = add.over + max(add.over - now, 4e6) / 4, true end
-  end
-  -- The first write is one that a server without memory refuses: then the script has changed nothing.
-  call('HSET', key, '', pack('<BBddddd', SCHEMA, SLOTS, r.capacity, s.used, s.count, s.seen, s.expire))
-  for _, add in ipairs(s.adds) do
-    call('HSET', key, add.id, add.value)
-    call('ZADD', ends, add.over, add.id)
-  end
-  for _, id in ipairs(s.goes) do
-    call('HDEL', key, id)
-    call('ZREM', ends, id)
-  end
-  if lasts then
-    local at_ms = ceil(s.expire / 1000) + 1000
-    call('PEXPIREAT', key, at_ms)
-    call('PEXPIREAT', ends, at_ms)
-  end
-end
-
--- lease has a holder hold its slots for so long from now on, at the least.
-local function lease(leases, holder, lasts)
-  local score = call('ZSCORE', leases, holder)
-  if not score or tonumber(score) < now + lasts * 2 / 3 then
-    call('ZADD', leases, now + lasts, holder)
-    call('PEXPIREAT', leases, ceil((now + lasts + RETAINED) / 1000))
-  end
 end
 
 -- States of the keys of this call. Each is read once, and written once.
