@@ -24,8 +24,11 @@ import (
 // required is the variable of the environment that makes tests fail without servers.
 const required = "HEADGATE_TEST_REDIS"
 
-// aHang is how long nothing takes but a hang.
-const aHang = time.Minute
+// aHang is how long nothing takes but a hang, and aCommand is that of a command. One may be lost while a server starts.
+const (
+	aHang    = time.Minute
+	aCommand = 10 * time.Second
+)
 
 // TB is what a test or benchmark has that runs servers. A [testing.TB] is one.
 type TB interface {
@@ -136,20 +139,20 @@ func (s *Server) arguments() []string {
 // wait waits until the server answers, and reports whether it does so before it ends.
 func (s *Server) wait() bool {
 	s.tb.Helper()
-	answers := false
-	s.await("a server that answers", func() bool {
-		_, err := s.Do("PING")
-		answers = err == nil
-		return answers || s.process.ended()
+	var err error
+	s.await("answer", func() bool {
+		_, err = DoAt(s.Addr(), s.o.Password, time.Second, "PING")
+		return err == nil || s.process.ended()
 	})
-	return answers && !s.process.ended()
+	return err == nil && !s.process.ended()
 }
 
 // await waits for a condition.
 func (s *Server) await(what string, condition func() bool) {
 	s.tb.Helper()
 	if !awaited(condition) {
-		s.tb.Fatalf("redistest: no %s after %v; the last of its log:\n%s", what, aHang, s.log())
+		_, err := s.Do("PING")
+		s.tb.Fatalf("redistest: no %s after %v; PING: %v; the last of its log:\n%s", what, aHang, err, s.log())
 	}
 }
 
@@ -194,7 +197,7 @@ func (s *Server) Do(args ...string) (any, error) {
 	if s.stopped.Load() {
 		return nil, errors.New("the server is stopped")
 	}
-	return DoAt(s.Addr(), s.o.Password, aHang, args...)
+	return DoAt(s.Addr(), s.o.Password, aCommand, args...)
 }
 
 // Text is [Server.Do] for a command that must succeed. It returns the answer as text, that of a list by line.
