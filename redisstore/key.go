@@ -39,14 +39,14 @@ const (
 
 // name returns the name of a key.
 func (s *Store) name(k shared.Key) name {
-	component := escape(k.Policy) + "/" + escape(k.Component)
-	var tag string
+	policy, component := escape(k.Policy), escape(k.Component)
 	if k.Label == "" {
-		tag = "{" + s.namespace + ":" + component + "}"
-	} else {
-		tag = "{" + s.namespace + ":" + escape(k.Label) + "=" + s.value(k.Label, k.Value) + "}"
+		all := "{" + s.namespace + ":" + policy + "/" + component + "}:" + policy + "/" + component
+		return name{all[:len(s.namespace)+len(policy)+len(component)+4], all}
 	}
-	return name{tag, tag + ":" + component}
+	label, value := escape(k.Label), s.value(k.Label, k.Value)
+	all := "{" + s.namespace + ":" + label + "=" + value + "}:" + policy + "/" + component
+	return name{all[:len(s.namespace)+len(label)+len(value)+4], all}
 }
 
 // value returns what stands for a label's value. Credentials are hidden.

@@ -248,7 +248,7 @@ func newHarness(tb testing.TB) *harness {
 
 func (h *harness) send(sc *script, c *call, head []byte) (now float64) {
 	h.tb.Helper()
-	e := newEncoder()
+	e := new(encoder)
 	at := h.serverTime(h.single.take.shard(), time.Now())
 	n := len(c.returns)
 	if c.asks != nil {

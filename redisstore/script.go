@@ -2,7 +2,7 @@ package redisstore
 
 import (
 	"context"
-	"crypto/sha1" //nolint:gosec // it is the name that Redis gives a script
+	"crypto/sha1" // it is the name that Redis gives a script
 	_ "embed"
 	"encoding/hex"
 	"errors"
@@ -41,7 +41,7 @@ func newScript(text string) *script { return scriptOf(stateLua + quotaLua + slot
 func newBucketScript(text string) *script { return scriptOf(stateLua + text) }
 
 func scriptOf(text string) *script {
-	sum := sha1.Sum([]byte(text)) //nolint:gosec // see above
+	sum := sha1.Sum([]byte(text))
 	return &script{text, hex.EncodeToString(sum[:])}
 }
 
