@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"regexp"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -42,6 +43,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	rounds := flags.Int("rounds", 9, "how often each row is measured")
 	each := flags.Duration("time", 200*time.Millisecond, "how long each row is measured in a round")
 	keys := flags.Int("keys", 100_000, "how many keys the server's memory is measured with")
+	saturating := flags.Int("calls", 20_000, "how many calls the server's processor time is measured with")
 	only := flags.String("rows", "", "measure only the rows whose names match this regular expression")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -69,13 +71,19 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	defer func() { err = errors.Join(err, ours.close()) }()
 
 	t := benchtable.Table{Only: rows}
-	if err := t.Measure(ctx, *rounds, *each, append(ours.rows(), peers.rows()...)); err != nil {
+	if err := t.Measure(ctx, *rounds, *each, slices.Concat(ours.rows(), peers.rows())); err != nil {
 		return err
 	}
 	fmt.Fprintf(stdout, "%s, %s/%s, %d processors, %s, redis-server %s on the same processors; median of %d rounds of %v a row\n\n",
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), benchtable.Processor(), server.Info("redis_version"), *rounds, *each)
 	t.Print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight; ns/op is then the time of the run over its calls. A ratio is the median of the ratios of the rounds.\n", inFlight)
+	busy := slices.DeleteFunc(slices.Concat(ours.rows(), peers.rows()), func(r *benchtable.Row) bool {
+		return !rows.MatchString(r.Name) || r.Name == doLocal || r.Name == doStopped
+	})
+	if err := measureServer(stdout, server, busy, *saturating); err != nil {
+		return err
+	}
 	return measureMemory(ctx, stdout, server, *keys)
 }
 
