@@ -166,6 +166,24 @@ func TestFleetTimeToLive(t *testing.T) {
 		}
 		haveTTL(t, server, "a value")
 	})
+	t.Run("comes again", func(t *testing.T) {
+		// What a key was has run out, and the next one is as it was.
+		short := &shared.Rule{Kind: shared.Bucket, Capacity: 1, Fill: 1, Interval: 10 * time.Millisecond}
+		brief := &shared.Rule{Kind: shared.Slots, Capacity: 10, MaxInflight: 10 * time.Millisecond}
+		for range 2 {
+			mustTake(t, store, short, "short", 1)
+			mustTake(t, store, brief, "brief", 1)
+			haveTTL(t, server, "a take")
+			eventually(t, "keys that are gone", func() bool {
+				for _, name := range keysOf(t, server) {
+					if strings.Contains(name, "short") || strings.Contains(name, "brief") {
+						return false
+					}
+				}
+				return true
+			})
+		}
+	})
 	t.Run("never refills", func(t *testing.T) {
 		mustTake(t, store, &shared.Rule{Kind: shared.Bucket, Capacity: 10, Interval: time.Second}, "never", 1)
 		eternal := 0
