@@ -31,7 +31,7 @@ const (
 const (
 	takenSize    = 1 + 8   // of an answer
 	takenMore    = 1 + 5*8 // with more
-	returnedSize = 1 + 8
+	returnedSize = 1 + 2*8
 )
 
 // An encoder makes the call of a script: the names of its keys, and its numbers.
@@ -123,7 +123,7 @@ func (e *encoder) rule(r *shared.Rule, at time.Time) int {
 		interval = max(math.Round(interval/1000)*1000, 1000)
 	}
 	e.rules = append(e.rules, flags)
-	e.rules = appendFloats(e.rules, r.Capacity, r.Fill, max(interval, 1), lowest(r))
+	e.rules = appendFloats(e.rules, r.Capacity, base(r), r.Fill, max(interval, 1), lowest(r))
 	e.others = e.others || r.Kind != shared.Bucket
 	if r.Kind == shared.Quota {
 		for _, t := range r.Periods(at) {
@@ -148,6 +148,14 @@ func (e *encoder) rule(r *shared.Rule, at time.Time) int {
 	}
 	e.known, e.index = append(e.known, r), append(e.index, is+1)
 	return is + 1
+}
+
+// base is the capacity that what is used is counted from.
+func base(r *shared.Rule) float64 {
+	if r.Base == 0 {
+		return r.Capacity
+	}
+	return r.Base
 }
 
 // lowest is the least that a balance may be.
@@ -184,7 +192,7 @@ func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func
 		if a.look {
 			flags |= askLook
 		}
-		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0
+		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0 || a.Since > 0
 		if extra {
 			flags |= askExtra
 		}
@@ -192,7 +200,7 @@ func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func
 		e.body = append(e.body, flags)
 		e.body = appendFloats(e.body, a.Tokens)
 		if extra {
-			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances))
+			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances), math.Round(float64(a.Since)/1000))
 		}
 		if a.Rule.Kind == shared.Slots {
 			e.leases = a.leases

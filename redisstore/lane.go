@@ -282,7 +282,7 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 		c.results = make([]shared.Result, len(c.returns))
 		for i := range c.returns {
 			flags := reply[0]
-			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:])}
+			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:]), Held: micros(floatAt(reply[9:]))}
 			c.err = first(c.err, undecided(flags))
 			reply = reply[returnedSize:]
 		}

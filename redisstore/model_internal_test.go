@@ -96,36 +96,38 @@ func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
 	return wait
 }
 
-// load brings the model up to now, by the numbers of the rule.
-func (m *model) load(r *shared.Rule, now float64) (differs bool) {
+// load brings the model up to now, by the numbers of the rule. They have been in force for so long.
+func (m *model) load(r *shared.Rule, now, since float64) (differs bool) {
 	if m.rule == nil {
 		*m = model{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
 		m.refill(r, now)
 		return false
 	}
 	was := m.rule
-	m.refill(was, now)
 	if *modelNumbers(was) == *modelNumbers(r) {
+		m.refill(r, now)
 		return false
 	}
-	used := r.Capacity - (was.Capacity - m.tokens)
-	balance := min(max(used, min(m.tokens, 0)), r.Capacity)
+	changed := max(now-since, min(m.last, now))
+	m.refill(was, changed)
+	used := base(r) - (base(was) - m.tokens)
+	balance := max(used, min(m.tokens, 0))
 	if balance > used {
 		m.excess += balance - used
 	} else if balance > m.tokens {
 		paid := min(m.excess, balance-m.tokens)
 		balance, m.excess = balance-paid, m.excess-paid
 	}
-	m.tokens = balance
+	m.tokens = min(balance, r.Capacity)
 	switch {
-	case r.Delay && m.start > now:
-		m.start = min(m.start, now+timeToFill(r, r.Capacity))
+	case r.Delay && m.start > changed:
+		m.start = min(m.start, changed+timeToFill(r, r.Capacity))
 		m.last = m.start
 		if r.Step {
 			m.last -= interval(r) / 1000
 		}
 	case r.Step && r.Interval < was.Interval:
-		m.last = max(m.last, now)
+		m.last = max(m.last, changed)
 	}
 	m.rule = r
 	m.refill(r, now)
@@ -133,13 +135,13 @@ func (m *model) load(r *shared.Rule, now float64) (differs bool) {
 }
 
 type numbers struct {
-	capacity, fill float64
-	interval       time.Duration
-	step, delay    bool
+	capacity, base, fill float64
+	interval             time.Duration
+	step, delay          bool
 }
 
 func modelNumbers(r *shared.Rule) *numbers {
-	return &numbers{r.Capacity, r.Fill, r.Interval, r.Step, r.Delay}
+	return &numbers{r.Capacity, base(r), r.Fill, r.Interval, r.Step, r.Delay}
 }
 
 func (m *model) owe(debt, lowest float64) (forgiven float64) {
@@ -152,7 +154,7 @@ func (m *model) owe(debt, lowest float64) (forgiven float64) {
 func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answer {
 	r := a.Rule
 	is := *m
-	answer := shared.Answer{Differs: is.load(r, now)}
+	answer := shared.Answer{Differs: is.load(r, now, float64(a.Since.Microseconds()))}
 	changed := answer.Differs
 	if a.Owed > 0 {
 		is.owe(a.Owed, lowest(r))
@@ -196,7 +198,7 @@ func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answe
 
 func (m *model) giveBack(b *shared.Return, now float64) (result shared.Result) {
 	is := *m
-	is.load(b.Rule, now)
+	is.load(b.Rule, now, 0)
 	back := b.Tokens - b.Cost
 	if b.Unused {
 		back = b.Tokens
@@ -339,6 +341,7 @@ func TestFleetBucketAndModel(t *testing.T) {
 				Step:     rapid.Bool().Draw(rt, "step"),
 				Delay:    rapid.Bool().Draw(rt, "delay"),
 				MaxDebt:  rapid.SampledFrom([]float64{0, -1, 2.5}).Draw(rt, "debt"),
+				Base:     rapid.SampledFrom([]float64{0, 0, 20}).Draw(rt, "base"),
 			}
 		}
 		rule := drawRule(rt)
@@ -348,6 +351,9 @@ func TestFleetBucketAndModel(t *testing.T) {
 				a := shared.Ask{Key: key, Rule: rule, Tokens: amounts.Draw(rt, "tokens")}
 				if rapid.IntRange(0, 3).Draw(rt, "extra") == 0 {
 					a.Owed, a.Ahead, a.Reserve = amounts.Draw(rt, "owed"), amounts.Draw(rt, "ahead"), amounts.Draw(rt, "reserve")
+				}
+				if rapid.Bool().Draw(rt, "known") {
+					a.Since = time.Duration(rapid.Int64Range(1, int64(2*time.Hour)/1000).Draw(rt, "since")) * time.Microsecond
 				}
 				got, now := h.take(a)
 				if want := m.take(&a, now, 2); got != want {

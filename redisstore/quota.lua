@@ -11,13 +11,14 @@ load_quota = function(index, r)
   local value = values[index]
   local s = {rule = r, index = index, tokens = r.capacity, excess = 0, begin = begin, over = over, dirty = false, differs = false}
   if not value then return s end
-  if foreign(value, #value == 58 and 58 or 42) then return {newer = true} end
+  if foreign(value, (#value == 66 or #value == 50) and #value or 42) then return {newer = true} end
   if value:byte(2) % 4 ~= QUOTA then
     s.differs = true
     return s
   end
   local was = {}
   was.tokens, was.excess, was.begin, was.over, was.capacity = unpack('<ddddd', value, 3)
+  was.base = #value == 50 and unpack('<d', value, 43) or was.capacity
   if now >= was.over then
     if was.tokens < 0 then -- each period that has begun since then pays its amount
       local periods = 1
@@ -27,13 +28,13 @@ load_quota = function(index, r)
       end
       s.tokens = min(was.tokens + periods * r.capacity, r.capacity)
     end
-    s.differs = was.capacity ~= r.capacity
+    s.differs = was.capacity ~= r.capacity or was.base ~= r.base
     return s
   end
   s.tokens, s.excess = was.tokens, was.excess
-  if was.capacity ~= r.capacity or (was.over ~= over and was.begin <= now) then
+  if was.capacity ~= r.capacity or was.base ~= r.base or (was.over ~= over and was.begin <= now) then
     s.differs = true
-    carry(s, was.capacity, r.capacity)
+    carry(s, was.base, r)
   end
   if was.begin > now then -- this clock is behind the one that the state was written by
     s.begin, s.over = was.begin, was.over
@@ -46,7 +47,9 @@ save_quota = function(s, r)
   if s.tokens < 0 then
     lasts = r.capacity > 0 and lasts + (1 - s.tokens / r.capacity) * 1.1 * (r.later - r.before) / 3 or huge
   end
-  store(KEYS[s.index], pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.excess, s.begin, s.over, r.capacity), lasts)
+  local value = pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.excess, s.begin, s.over, r.capacity)
+  if r.base ~= r.capacity then value = value .. pack('<d', r.base) end
+  store(KEYS[s.index], value, lasts)
 end
 
 -- wait_quota returns how long until the tokens may be there, and -1 for never.

@@ -40,11 +40,11 @@ local function read_rules()
   n, at = unpack('<H', input, at)
   local rules = {}
   for i = 1, n do
-    local flags, capacity, fill, interval, lowest
-    flags, capacity, fill, interval, lowest, at = unpack('<Bdddd', input, at)
+    local flags, capacity, base, fill, interval, lowest
+    flags, capacity, base, fill, interval, lowest, at = unpack('<Bddddd', input, at)
     local r = {
       flags = flags, kind = flags % 4, step = flags % 8 >= 4, delay = flags >= 8,
-      capacity = capacity, fill = fill, interval = interval, lowest = lowest,
+      capacity = capacity, base = base, fill = fill, interval = interval, lowest = lowest,
     }
     if r.kind == QUOTA then
       r.before, r.begin, r.over, r.later, at = unpack('<dddd', input, at)
@@ -70,13 +70,9 @@ local load_quota, save_quota, wait_quota, load_slots, save_slots, lease
 -- Buckets. s.excess is what a smaller capacity has forgiven: it is owed again where the capacity grows. Otherwise two
 -- versions of a policy that take turns at a key would make tokens.
 
-local function delay_fill(s, r)
-  s.start = now + time_to_fill(r, r.capacity)
-  s.last = s.start
-  if r.step then s.last = s.last - r.interval / 1000 end
-end
-
-local function refill(s, r)
+-- refill brings a bucket up to now, or to a time before.
+local function refill(s, r, to)
+  local now = to or now
   if now > s.start and now > s.last then
     local elapsed = (now - s.last) * 1000
     if r.step then
@@ -93,7 +89,11 @@ local function refill(s, r)
     end
   end
   if s.tokens >= r.capacity - SLACK then s.tokens = max(s.tokens, r.capacity) end
-  if r.delay and s.tokens >= r.capacity then delay_fill(s, r) end
+  if r.delay and s.tokens >= r.capacity then
+    s.start = now + time_to_fill(r, r.capacity)
+    s.last = s.start
+    if r.step then s.last = s.last - r.interval / 1000 end
+  end
 end
 
 local function brings(r, tokens) return tokens <= r.capacity and r.fill > 0 end
@@ -116,17 +116,19 @@ local function until_there(s, r, tokens)
   return wait
 end
 
--- carry gives a state the balance of another capacity. What was used remains used, and a smaller capacity makes no debt.
-local function carry(s, before, after)
-  local used = after - (before - s.tokens)
-  local balance = min(max(used, min(s.tokens, 0)), after)
+-- carry gives a state the balance of other numbers. What was used remains used, and a smaller capacity makes no debt. Where
+-- the numbers change for a time only, what is used is counted from the capacity of the other times, the base: the balance
+-- stays, as far as there is room.
+local function carry(s, before, r)
+  local used = r.base - (before - s.tokens)
+  local balance = max(used, min(s.tokens, 0))
   if balance > used then
     s.excess = s.excess + (balance - used)
   elseif balance > s.tokens then
     local paid = min(s.excess, balance - s.tokens)
     balance, s.excess = balance - paid, s.excess - paid
   end
-  s.tokens = balance
+  s.tokens = min(balance, r.capacity)
 end
 
 -- owe takes a debt from a balance, down to the lowest, and returns the rest.
@@ -137,33 +139,36 @@ local function owe(s, debt, lowest)
   return to - left
 end
 
-local function load_bucket(index, r)
+-- load_bucket reads a bucket, and brings it up to now. If it was last used with other numbers, it goes by those until the
+-- ones of the rule came into force, which is so long ago.
+local function load_bucket(index, r, since)
   local value = values[index]
-  local other = value and not foreign(value, 42) and value:byte(2) % 4 == QUOTA
+  local other = value and not foreign(value, #value == 50 and 50 or 42) and value:byte(2) % 4 == QUOTA
   if not value or other then
     local s = {rule = r, index = index, tokens = r.capacity, excess = 0, last = now, start = -huge, dirty = false, differs = other}
     refill(s, r)
     return s
   end
   local size = #value
-  if foreign(value, size == 58 and 58 or 42) then return {newer = true} end
+  if foreign(value, size == 66 and 66 or 42) then return {newer = true} end
   local _, flags, tokens, last, capacity, fill, interval = unpack('<BBddddd', value)
-  local excess, start = 0, -huge
-  if size == 58 then excess, start = unpack('<dd', value, 43) end
+  local excess, start, base = 0, -huge, capacity
+  if size == 66 then excess, start, base = unpack('<ddd', value, 43) end
   local s = {rule = r, index = index, tokens = tokens, excess = excess, last = last, start = start, dirty = false, differs = false}
-  if flags == r.flags and capacity == r.capacity and fill == r.fill and interval == r.interval then
+  if flags == r.flags and capacity == r.capacity and base == r.base and fill == r.fill and interval == r.interval then
     refill(s, r)
     return s
   end
   s.differs = true
-  refill(s, {step = floor(flags / 4) % 2 == 1, delay = floor(flags / 8) % 2 == 1, capacity = capacity, fill = fill, interval = interval})
-  carry(s, capacity, r.capacity)
-  if r.delay and s.start > now then
-    s.start = min(s.start, now + time_to_fill(r, r.capacity))
+  local changed = max(now - (since or 0), min(last, now))
+  refill(s, {step = flags % 8 >= 4, delay = flags >= 8, capacity = capacity, fill = fill, interval = interval}, changed)
+  carry(s, base, r)
+  if r.delay and s.start > changed then
+    s.start = min(s.start, changed + time_to_fill(r, r.capacity))
     s.last = s.start
     if r.step then s.last = s.last - r.interval / 1000 end
   elseif r.step and r.interval < interval then
-    s.last = max(s.last, now)
+    s.last = max(s.last, changed)
   end
   refill(s, r)
   return s
@@ -196,7 +201,9 @@ local function save_bucket(s, r)
     lasts = max(s.last, s.start, now) - now + time_to_fill(r, max(r.capacity - s.tokens, 0) + s.excess)
   end
   local value = pack('<BBddddd', SCHEMA, r.flags, s.tokens, s.last, r.capacity, r.fill, r.interval)
-  if s.excess > 0 or s.start > -huge then value = value .. pack('<dd', s.excess, s.start) end -- few have these
+  if s.excess > 0 or s.start > -huge or r.base ~= r.capacity then -- few have these
+    value = value .. pack('<ddd', s.excess, s.start, r.base)
+  end
   store(KEYS[s.index], value, lasts)
 end
 
@@ -217,7 +224,7 @@ end
 
 -- state returns the state of a key. KEYS has one name for a bucket or a quota, and two for slots. All slots of a call have
 -- one set of leases, the last of KEYS.
-local function state(index, r)
+local function state(index, r, since)
   local s = states[index]
   if s then
     if s.rule == r then return s end
@@ -227,7 +234,7 @@ local function state(index, r)
     order[#order + 1] = index
   end
   if r.kind == BUCKET then
-    s = load_bucket(index, r)
+    s = load_bucket(index, r, since)
   elseif r.kind == QUOTA then
     s = load_quota(index, r)
   else
