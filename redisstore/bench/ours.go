@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -30,7 +31,12 @@ const (
 	oneLimiter    = "one"
 	threeLimiters = "three"
 	concurrency   = "concurrency"
+	leased        = "leased"   // a limiter that no flow reaches
+	overloaded    = "overload" // a leased limiter of overloadRate
 )
+
+// overloadRate is how many flows a second the overloaded limiter lets in.
+const overloadRate = 1000
 
 // policies let every call through.
 func policies() []policy.Policy {
@@ -47,6 +53,12 @@ func policies() []policy.Policy {
 		limiters(oneLimiter, 1), limiters(threeLimiters, 3),
 		{Name: concurrency, Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute, LimitBy: "user",
+		}}},
+		{Name: leased, Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At(leased), Capacity: capacity, Fill: fill, Interval: time.Second, LimitBy: "user", Share: policy.ShareLeased,
+		}}},
+		{Name: overloaded, Components: []policy.Component{policy.RateLimiter{
+			Selectors: policy.At(overloaded), Capacity: overloadRate / 5, Fill: overloadRate, Interval: time.Second, LimitBy: "user", Share: policy.ShareLeased,
 		}}},
 	}
 }
@@ -196,6 +208,10 @@ func (o *ours) rows() []*benchtable.Row {
 			benchtable.Beside(benchtable.InParallel, doOne),
 		}},
 		{Name: "Do, one shared concurrency limiter", InFlight: inFlight, Call: o.do(o.shared[:1], concurrency, anyUser)},
+		{Name: "Do, one leased limiter, one hot key", InFlight: inFlight, Call: o.do(o.shared[:1], leased, hot), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, doLocal, 2),
+			benchtable.Beside(benchtable.InParallel, doLocal),
+		}},
 		{Name: doLocal, InFlight: inFlight, Call: o.do([]*guarded{o.local}, oneLimiter, hot)},
 		{Name: doStopped, InFlight: inFlight, Call: o.do([]*guarded{o.down}, oneLimiter, hot), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.MoreTime, doLocal, 1000),
@@ -235,6 +251,69 @@ func (o *ours) take(instances, buckets int, user func() string) func() func() er
 // do is a Do by one of the engines for each goroutine.
 func (o *ours) do(engines []*guarded, at string, user func() string) func() func() error {
 	return turns(len(engines), func(i int) func() error { return engines[i].do(o.ctx, at, user) })
+}
+
+// measureLeases prints how often instances ask the store about a key whose tokens they draw ahead: below the limit, where each instance
+// has a thousand flows a second, and beyond it, where all together have three times what it lets in.
+func measureLeases(ctx context.Context, stdout io.Writer, server *redistest.Server, engines []*guarded, lasts time.Duration) error {
+	for _, row := range []struct {
+		at   string
+		rate float64 // of each instance's flows
+	}{
+		{leased, 1000},
+		{overloaded, 3 * overloadRate / instances},
+	} {
+		asked := scripts(server)
+		var flows, admitted atomic.Int64
+		failures := make(chan error, len(engines))
+		for _, g := range engines {
+			go func() {
+				begun := time.Now()
+				for n := 0; time.Since(begun) < lasts; <-time.After(time.Millisecond) {
+					for ; float64(n) < row.rate*time.Since(begun).Seconds(); n++ {
+						flows.Add(1)
+						switch err := g.do(ctx, row.at, hot)(); {
+						case err == nil:
+							admitted.Add(1)
+						case !errors.Is(err, flowctl.ErrRejected):
+							failures <- err
+							return
+						}
+					}
+				}
+				failures <- nil
+			}()
+		}
+		var err error
+		for range engines {
+			err = errors.Join(err, <-failures)
+		}
+		if err != nil {
+			return err
+		}
+		calls := scripts(server) - asked
+		fmt.Fprintf(stdout, "leased, %d instances, one key, %s: %d flows in %v, %d let in, %.0f calls of the store",
+			len(engines), row.at, flows.Load(), lasts, admitted.Load(), calls)
+		if row.at == leased {
+			each := calls / lasts.Seconds() / float64(len(engines))
+			fmt.Fprintf(stdout, ": %.1f a second and instance; target ≤ 25: %s\n", each, benchtable.Verdict(each <= 25))
+		} else {
+			each := 100 * calls / float64(flows.Load())
+			fmt.Fprintf(stdout, ": %.1f for 100 flows; target ≤ 2: %s\n", each, benchtable.Verdict(each <= 2))
+		}
+	}
+	return nil
+}
+
+// scripts returns how many scripts the server has run.
+func scripts(server *redistest.Server) (n float64) {
+	for _, command := range []string{"evalsha", "eval"} {
+		_, after, _ := strings.Cut(server.Info("cmdstat_"+command), "calls=")
+		number, _, _ := strings.Cut(after, ",")
+		calls, _ := strconv.ParseFloat(number, 64) // none yet
+		n += calls
+	}
+	return n
 }
 
 // measureMemory prints how much memory of the server a bucket takes, and slots that are held.
