@@ -14,9 +14,9 @@ import (
 	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
-// A model is a bucket as package engine/internal/bucket has it, in the server's unit of time, with what the store adds: what a smaller
+// A bucketModel is a bucket as package engine/internal/bucket has it, in the server's unit of time, with what the store adds: what a smaller
 // capacity has forgiven is owed again when the capacity grows, and a refusal does not change the state.
-type model struct {
+type bucketModel struct {
 	tokens, excess, last, start float64
 	rule                        *shared.Rule // nil for a key without a state
 }
@@ -47,7 +47,7 @@ func timeToFill(r *shared.Rule, tokens float64) float64 {
 	return min(math.Ceil(math.Ceil(fills*interval(r))/1000), modelCentury)
 }
 
-func (m *model) refill(r *shared.Rule, now float64) {
+func (m *bucketModel) refill(r *shared.Rule, now float64) {
 	if now > m.start && now > m.last {
 		elapsed := (now - m.last) * 1000
 		if r.Step {
@@ -75,7 +75,7 @@ func (m *model) refill(r *shared.Rule, now float64) {
 	}
 }
 
-func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
+func (m *bucketModel) until(r *shared.Rule, now, tokens float64) float64 {
 	missing := tokens - m.tokens
 	if missing <= modelSlack {
 		return 0
@@ -97,9 +97,9 @@ func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
 }
 
 // load brings the model up to now, by the numbers of the rule. They have been in force for so long.
-func (m *model) load(r *shared.Rule, now, since float64) (differs bool) {
+func (m *bucketModel) load(r *shared.Rule, now, since float64) (differs bool) {
 	if m.rule == nil {
-		*m = model{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
+		*m = bucketModel{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
 		m.refill(r, now)
 		return false
 	}
@@ -144,14 +144,14 @@ func modelNumbers(r *shared.Rule) *numbers {
 	return &numbers{r.Capacity, base(r), r.Fill, r.Interval, r.Step, r.Delay}
 }
 
-func (m *model) owe(debt, lowest float64) (forgiven float64) {
+func (m *bucketModel) owe(debt, lowest float64) (forgiven float64) {
 	left := m.tokens - debt
 	m.tokens = max(left, min(m.tokens, lowest))
 	return m.tokens - left
 }
 
 // take does what an ask does, and returns the answer. The state stays as it was if nothing changes it but the time.
-func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answer {
+func (m *bucketModel) take(a *shared.Ask, now float64, instances float64) shared.Answer {
 	r := a.Rule
 	is := *m
 	answer := shared.Answer{Differs: is.load(r, now, float64(a.Since.Microseconds()))}
@@ -196,7 +196,7 @@ func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answe
 	return answer
 }
 
-func (m *model) giveBack(b *shared.Return, now float64) (result shared.Result) {
+func (m *bucketModel) giveBack(b *shared.Return, now float64) (result shared.Result) {
 	is := *m
 	is.load(b.Rule, now, 0)
 	back := b.Tokens - b.Cost
@@ -304,7 +304,7 @@ func (h *harness) set(key shared.Key, value []byte) {
 }
 
 // age has the key's state be older, as if the time had passed.
-func (h *harness) age(key shared.Key, by time.Duration, m *model) {
+func (h *harness) age(key shared.Key, by time.Duration, m *bucketModel) {
 	h.tb.Helper()
 	value := h.value(key)
 	if value == nil {
@@ -345,7 +345,7 @@ func TestFleetBucketAndModel(t *testing.T) {
 			}
 		}
 		rule := drawRule(rt)
-		m := new(model)
+		m := new(bucketModel)
 		rt.Repeat(map[string]func(*rapid.T){
 			"take": func(rt *rapid.T) {
 				a := shared.Ask{Key: key, Rule: rule, Tokens: amounts.Draw(rt, "tokens")}
@@ -374,10 +374,10 @@ func TestFleetBucketAndModel(t *testing.T) {
 			"": func(rt *rapid.T) {
 				value := h.value(key)
 				if value == nil { // it was forgotten since it was full
-					*m = model{}
+					*m = bucketModel{}
 					return
 				}
-				got := model{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
+				got := bucketModel{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
 				if len(value) > atExcess {
 					got.excess, got.start = floatAt(value[atExcess:]), floatAt(value[atStart:])
 				}
