@@ -21,6 +21,8 @@
 // picks are accepted, except in ramp mode: a flow in ramp mode needs at least one ramp that picks it, and none that
 // drops it.
 //
+// With a store that engines share (see [WithStore]), limiters that are not local are asked after those in memory, all together.
+//
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
 // fair queueing (see [policy.Scheduler]): what becomes free goes at once to the flow whose turn it is. A flow waits
 // until its deadline, less a margin, or the queue timeout of its workload. A flow that cannot be served in time, as far

@@ -84,26 +84,6 @@ func (l *sharedLimiter[S]) vacant(now int64) bool {
 	return now >= l.held.Load() && l.keyed.vacant(now)
 }
 
-// ask is not called: the engine asks all components of the store together.
-func (l *sharedLimiter[S]) ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
-	asks, answers := make([]shared.Ask, 1), make([]shared.Answer, 1)
-	if !l.prepare(req, a.now, d, &asks[0]) {
-		return a.now, nil
-	}
-	err := l.engine.take(ctx, req, time.Duration(a.now-a.start), asks, answers)
-	now := l.engine.now()
-	switch {
-	case err == nil:
-		l.answered(req, now, d, &asks[0], &answers[0], answers[0].OK)
-	case ctx.Err() != nil:
-		l.unasked(now, d, &asks[0])
-		return now, ctx.Err()
-	default:
-		l.unanswered(req, now, d, &asks[0])
-	}
-	return now, nil
-}
-
 // open returns the entry of the flow's key, locked, and its numbers. The entry is nil if there is no room for it.
 func (l *sharedLimiter[S]) open(labels *agentapi.Labels, name string, now int64) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
 	if l.table == nil {

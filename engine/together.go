@@ -57,10 +57,9 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		case late:
 			m.refuse(req, d, agentapi.CauseLate)
 		default:
-			of := m.component.(sharer) //nolint:forcetypeassert // the stage has no others
 			asks = append(asks, shared.Ask{})
-			if of.prepare(req, *now, d, &asks[len(asks)-1]) {
-				questions = append(questions, question{of, v.Len() - 1})
+			if m.sharer.prepare(req, *now, d, &asks[len(asks)-1]) {
+				questions = append(questions, question{m.sharer, v.Len() - 1})
 			} else {
 				asks = asks[:len(asks)-1]
 			}
