@@ -21,6 +21,9 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 	if len(asks) > maxAsks {
 		return errTooMany
 	}
+	if !s.cluster && s.single.take.shard().gate.Open() { // before names are made that nobody needs
+		return shared.ErrDown
+	}
 	as := make([]asked, len(asks))
 	for i := range asks {
 		as[i] = s.asked(asks[i])
