@@ -93,7 +93,7 @@ func (s *Store) topologyPeriod() time.Duration {
 
 // askAgain asks servers that count as down, so that no flow has to wait for that.
 func (s *Store) askAgain(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, max(s.timeout, gateProbe/2))
+	ctx, cancel := context.WithTimeout(ctx, max(s.timeout, s.backgroundTimeout()))
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, sh := range s.shards() {
@@ -157,7 +157,7 @@ func (s *Store) lanesOf(slot uint16) *lanes {
 
 // follow learns which primary has which slots. What is known stays if the cluster does not say.
 func (s *Store) follow(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, gateProbe)
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
 	defer cancel()
 	ranges, err := s.client.Do(unbounded{ctx}, s.client.B().ClusterSlots().Build()).ToArray()
 	if err != nil {
