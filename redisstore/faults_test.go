@@ -645,6 +645,44 @@ func TestFleetLostReply(t *testing.T) {
 	eventually(t, "slots that are free", func() bool { return left(t, other, places, "slots") == 100 })
 }
 
+// A token that comes back late, because its caller did not wait for it, is none beyond the bound: what has come meanwhile would have
+// overflowed if it had not been taken.
+func TestFleetLateReply(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	proxy := redistest.StartProxy(t, server)
+	store, other := open(t, proxy.URL()), open(t, server.URL())
+	slow := &shared.Rule{Kind: shared.Bucket, Capacity: 3, Fill: 1, Interval: time.Second}
+	works(t, store, budget(1e6), "u") // there are connections now
+	for range 3 {
+		proxy.Hold()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		if answer, err := take(ctx, store, slow, "slow", 3); err == nil {
+			t.Errorf("Take = %+v without a reply", answer)
+		}
+		cancel()
+		began := time.Now()
+		eventually(t, "two tokens that have come", func() bool {
+			answer, err := take(t.Context(), other, slow, "slow", 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer.OK
+		})
+		proxy.Release()
+		works(t, store, budget(1e6), "u")
+		for time.Since(began) < 2500*time.Millisecond {
+			if answer, err := take(t.Context(), other, slow, "slow", 2); err != nil || answer.OK {
+				t.Fatalf("Take = %+v, %v: 4 were taken of 3 in %v, in which 2 have come", answer, err, time.Since(began))
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+		if err := other.Reset(t.Context(), key("slow")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A server that refuses the password is an error at once, which does not tell the password. One that changes it is an error for each
 // call until it accepts the old one again.
 func TestFleetAuth(t *testing.T) {

@@ -142,7 +142,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	var back []shared.Return
 	for _, p := range parts {
 		if p.err == nil && granted(p.asks, p.answers) {
-			back = append(back, undo(p.asks, p.answers)...)
+			back = append(back, undo(p.asks, p.answers, time.Since(began))...)
 		}
 	}
 	if len(back) > 0 {
@@ -154,23 +154,36 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	return err
 }
 
-// undo returns what gives back all that asks have got.
-func undo(as []asked, answers []shared.Answer) []shared.Return {
+// undo returns what gives back all that asks have got, of which they were answered after so long. It takes as long again until it
+// is back.
+func undo(as []asked, answers []shared.Answer, took time.Duration) []shared.Return {
 	var back []shared.Return
 	for i, a := range as {
-		if tokens := a.Tokens + answers[i].Drawn; answers[i].OK && tokens > 0 && !a.look {
+		if !answers[i].OK || a.look {
+			continue
+		}
+		if tokens := a.Tokens + answers[i].Drawn - brought(a.Rule, 2*took); tokens > 0 {
 			back = append(back, shared.Return{Key: a.Key, Rule: a.Rule, Slot: answers[i].Slot, Tokens: tokens, Unused: true})
 		}
 	}
 	return back
 }
 
-// leave gives back what a call has got that nobody waits for any more. Slots come back by [Store.lose].
+// brought returns how many tokens come to a bucket in some time. So many do not come back of those that were taken so long: they
+// might have come to a full bucket, and all together would be more than its bound.
+func brought(r *shared.Rule, in time.Duration) float64 {
+	if r.Kind != shared.Bucket || r.Interval <= 0 {
+		return 0
+	}
+	return r.Fill * float64(in) / float64(r.Interval)
+}
+
+// leave gives back what a call has got that nobody waits for any more, as far as that keeps the bound. Slots come back by [Store.lose].
 func (s *Store) leave(c *call) {
 	if c.err != nil || c.asks == nil || !granted(c.asks, c.answers) {
 		return
 	}
-	for _, back := range undo(c.asks, c.answers) {
+	for _, back := range undo(c.asks, c.answers, time.Since(c.sent)) {
 		if back.Rule.Kind != shared.Slots {
 			n := s.name(back.Key)
 			s.lanesFor(n).giveBack.submit(&call{returns: []returned{{back, n}}, done: make(chan struct{})})

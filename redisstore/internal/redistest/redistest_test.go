@@ -194,6 +194,21 @@ func TestFleetProxy(t *testing.T) {
 	if answer, err := ping(); err != nil || answer != "OK" {
 		t.Errorf("after the cut: %v, %v", answer, err)
 	}
+	p.Hold()
+	replied := make(chan error)
+	go func() {
+		_, err := redistest.DoAt(p.Addr(), "p", time.Minute, "SET", "held", "v")
+		replied <- err
+	}()
+	select {
+	case err := <-replied:
+		t.Errorf("a reply that is held has come: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	p.Release()
+	if err := <-replied; err != nil {
+		t.Errorf("a reply that was held: %v", err)
+	}
 	p.Lose()
 	if _, err := ping(); err == nil {
 		t.Error("a reply that was lost is an answer")
