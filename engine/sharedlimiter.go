@@ -188,7 +188,7 @@ func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.
 		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
 			l.differs.Add(1)
 		}
-		e.State.reported(ask.Owed, true)
+		e.State.reported(now, ask.Owed, true)
 		if wait == 0 && l.component.Slots {
 			wait = e.State.forecast(ask.Rule.Capacity)
 		}
@@ -236,10 +236,10 @@ func raise(to *atomic.Int64, n int64) {
 	}
 }
 
-func (l *sharedLimiter[S]) unasked(_ int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
+func (l *sharedLimiter[S]) unasked(now int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
 	d.Untaken, d.Remaining = true, ask.Rule.Capacity // which it has if nothing is known of it
 	l.account(d, func(e *keys.Entry[account[S]]) {
-		e.State.reported(ask.Owed, false)
+		e.State.reported(now, ask.Owed, false)
 		if e.State.last != nil {
 			d.Remaining = e.State.left
 		}
@@ -259,8 +259,8 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 		e = l.table.LockSpill()
 		n = l.of(e)
 	}
-	e.State.reported(ask.Owed, false)
-	if l.outage == policy.OutageClosed {
+	e.State.reported(now, ask.Owed, false)
+	if l.outage == policy.OutageClosed && ask.Tokens > 0 { // what costs nothing is never refused
 		e.Unlock()
 		l.drop(d, agentapi.CauseNoStore, 0)
 		l.counts.decision(d)
