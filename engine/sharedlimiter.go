@@ -46,7 +46,7 @@ type sharing struct {
 func (e *Engine) shares(local bool) bool { return e.store != nil && !local }
 
 func newSharedLimiter[S any](e *Engine, in *installed, c sharedLimits[S], p sharing) (component, error) {
-	in.stage = stageShared
+	in.stage, in.shared = stageShared, true
 	c.ruling, c.names = budgetRuling[S](), &e.store.names
 	k, err := newKeyed(e, c)
 	if err != nil {
@@ -218,12 +218,6 @@ func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.
 func (l *sharedLimiter[S]) steady(r *shared.Rule) bool {
 	own := l.terms.Load().own.rule
 	return own.other == nil && r != nil
-}
-
-// holds notes that a flow may hold a slot for as long as the rule says.
-func (l *sharedLimiter[S]) holds(now int64, r *shared.Rule) {
-	raise(&l.longest, int64(r.MaxInflight))
-	raise(&l.held, now+int64(r.MaxInflight))
 }
 
 // raise makes the number at least n.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +45,32 @@ type store struct {
 	warned  atomic.Int64
 	told    atomic.Uint64
 	failing atomic.Bool // a failure was logged, and no success since
+
+	goes  sync.WaitGroup // what asks for flows that wait
+	mu    sync.Mutex
+	ended bool // none begins any more; guarded by mu
+}
+
+// begin runs f in a goroutine that Close waits for. It reports false after Close.
+func (s *store) begin(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return false
+	}
+	s.goes.Go(f)
+	return true
+}
+
+// end waits until what has begun ends. It is called when the engine is closed.
+func (s *store) end() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.goes.Wait()
 }
 
 // StoreStats are about the store that engines share.

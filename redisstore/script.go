@@ -46,7 +46,7 @@ func scriptOf(text string) *script {
 }
 
 // scripts are those of a store.
-type scripts struct{ take, takeTokens, giveBack, lease, ramp *script }
+type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue *script }
 
 func newScripts() scripts {
 	return scripts{
@@ -55,6 +55,7 @@ func newScripts() scripts {
 		giveBack:   newScript(returnLua),
 		lease:      newBucketScript(leaseLua),
 		ramp:       newBucketScript(rampLua),
+		queue:      newScript(queueLua),
 	}
 }
 
