@@ -28,6 +28,7 @@ type load struct {
 	flows     int           // of each worker and user at a time
 	pause     time.Duration // of each between its flows, in the mean
 	work      time.Duration // of a flow that is let in, in the mean
+	waits     time.Duration // the longest that a flow waits in a queue; 0 where there is none
 
 	bound witness.Bound // of what all workers together let in for a user; zero for slots
 	slots int           // of a user; 0 for others
@@ -53,6 +54,17 @@ func loads() []load {
 			point: "slots", flows: 3, pause: 20 * time.Millisecond, work: 20 * time.Millisecond,
 			component: policy.ConcurrencyLimiter{Selectors: policy.At("slots"), Max: 5, MaxInflight: time.Hour, LimitBy: "user", OnOutage: policy.OutageClosed},
 			slots:     5,
+		},
+		{
+			point: "queue", flows: 3, pause: 10 * time.Millisecond, waits: 500 * time.Millisecond,
+			component: policy.QuotaScheduler{Selectors: policy.At("queue"), Capacity: 5, Fill: 40, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
+			// What falls to an instance that does not call for it lies in its box for a second, and then goes to others: late.
+			bound: witness.Bound{Capacity: 5 + 40, Rate: 40},
+		},
+		{
+			point: "places", flows: 2, pause: 10 * time.Millisecond, work: 20 * time.Millisecond, waits: 500 * time.Millisecond,
+			component: policy.ConcurrencyScheduler{Selectors: policy.At("places"), Max: 3, MaxInflight: time.Hour, LimitBy: "user", OnOutage: policy.OutageClosed},
+			slots:     3,
 		},
 	}
 }
@@ -124,7 +136,7 @@ type counts struct {
 // flow is one flow of a load.
 func (l *load) flow(ctx context.Context, client *flowctl.Client, user string, out *printer, counts *counts) {
 	asked := time.Now().UnixNano()
-	flow := client.Start(ctx, l.point, flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute, OnUnreachable: flowctl.FailClosed})
+	flow := client.Start(ctx, l.point, flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute, MaxWait: l.waits, OnUnreachable: flowctl.FailClosed})
 	told := time.Now().UnixNano()
 	admitted := flow.Decision() == flowctl.Accepted
 	switch {
