@@ -11,6 +11,7 @@ import (
 const (
 	pendingPeriod  = 100 * time.Millisecond
 	topologyPeriod = 10 * time.Second
+	countPeriod    = time.Second
 )
 
 // kick has the background goroutine look what there is to do.
@@ -26,7 +27,7 @@ func (s *Store) kick() {
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var probed, looked, returnedAt time.Time
+	var counted, probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -53,6 +54,9 @@ func (s *Store) background() {
 		}
 		if s.cluster {
 			s.index(s.ctx)
+		}
+		if due(&counted, countPeriod) {
+			once(s, &s.counting, func() { s.count(s.ctx) })
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)

@@ -78,8 +78,8 @@ type Store struct {
 	renewSoon chan struct{}
 	indexing  sync.Mutex // is held while the index of sessions is written
 
-	renewingSessions turn
-	kicked           chan struct{}
+	renewingSessions, counting turn
+	kicked                     chan struct{}
 
 	waiters   waiters
 	encoders  sync.Pool
