@@ -155,6 +155,7 @@ func TestFleetServerStopped(t *testing.T) {
 
 // A server that was killed comes back with what it had, where it writes it down, and without its scripts.
 func TestFleetServerKilled(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		aof  bool
@@ -220,6 +221,7 @@ func TestFleetInstanceGone(t *testing.T) {
 		holdSlots(t, url)
 		return
 	}
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*os.Process) error
@@ -377,6 +379,7 @@ func TestFleetScriptFlush(t *testing.T) {
 
 // A failover costs calls for a while. What the replica had is kept, and its missing scripts are no error.
 func TestFleetFailover(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*redistest.Server)
@@ -477,6 +480,7 @@ func tagSlot(t *testing.T, cluster *redistest.Cluster, tag string) (*redistest.S
 
 // A server in a cluster that is gone costs the keys that it had, and no others. Slots at the others are kept.
 func TestFleetShardGone(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*redistest.Server)

@@ -28,6 +28,7 @@ func want(t *testing.T, s *redistest.Server, answer string, args ...string) {
 
 // A server has its address and its password again after it was killed, and what it was to keep.
 func TestFleetServer(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name    string
 		options redistest.Options
@@ -140,6 +141,7 @@ func TestFleetCluster(t *testing.T) {
 }
 
 func TestFleetFailover(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name      string
 		sentinels int
