@@ -51,6 +51,9 @@ type far[S any] interface {
 	// attend has the store asked for the flows that wait.
 	attend(e *keys.Entry[line[S]])
 
+	// alone has this process decide about a flow, because the store has not answered in time. Closed reports whether it admits none.
+	alone(e *keys.Entry[line[S]], now int64, f *pending) (got source.Taken, closed bool)
+
 	// unneeded gives back what a flow has got that has gone.
 	unneeded(e *keys.Entry[line[S]], w *waiter)
 }
@@ -214,6 +217,16 @@ func (s *sharedScheduler[S]) attend(e *keys.Entry[line[drawnState[S]]]) {
 		d.soon = true
 		d.wake()
 	}
+}
+
+func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64, f *pending) (got source.Taken, closed bool) {
+	if s.outage == policy.OutageClosed {
+		return got, true
+	}
+	from, st := s.from(e), &e.State.tokens
+	got = st.take(now, from.budget, from.store.Instances(), f.tokens, from.open)
+	bind[drawnState[S]](from, st, got.Slot, f.session)
+	return got, false
 }
 
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
@@ -415,14 +428,15 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 
 // failed has this process serve the queue, because the store has not answered.
 func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, err error, now int64) {
-	st := &e.State.tokens
 	s.engine.failed(err, 0)
-	st.here, st.again, d.listed = true, now+int64(askAgain), nil
+	d.listed = nil
 	for _, g := range ask.Unneeded {
 		if g.Slots != nil { // tokens may have gone back already
 			d.back = append(d.back, g)
 		}
 	}
+	st := &e.State.tokens
+	st.here, st.again = true, now+int64(askAgain)
 	q := e.State.queue
 	if q == nil || s.engine.closed.Load() {
 		return
