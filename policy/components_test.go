@@ -93,6 +93,24 @@ func TestLoadKinds(t *testing.T) {
 				"10:15: spec.resources.flow_control.flux_meters.idle: not used: no port of a load scheduler names it",
 			},
 		}}},
+		{"fleet.yaml", []policy.Policy{{
+			Name: "fleet",
+			Components: []policy.Component{
+				policy.RateLimiter{Selectors: policy.At("search"), Capacity: 1000, Fill: 1000, Interval: time.Second, LimitBy: "tenant", Share: policy.ShareLeased},
+				policy.ConcurrencyLimiter{Selectors: policy.At("payment"), Max: 3, MaxInflight: time.Minute, OnOutage: policy.OutageClosed},
+				policy.ConcurrencyLimiter{ID: "memory", Selectors: policy.At("export"), Max: 50, MaxInflight: 10 * time.Minute, Local: true},
+			},
+		}}},
+		{"leased.yaml", []policy.Policy{{
+			Name: "leased",
+			Components: []policy.Component{
+				policy.RateLimiter{
+					ID: "root.0", Selectors: policy.At("search"), Capacity: 1000, Fill: 1000, Interval: time.Second, LimitBy: "tenant",
+					Share: policy.ShareLeased, OnOutage: policy.OutageClosed,
+				},
+				policy.RateLimiter{ID: "root.1", Selectors: policy.At("crawl"), Capacity: 10, Fill: 10, Interval: time.Second, Share: policy.ShareLeased},
+			},
+		}}},
 		{"search.yaml", []policy.Policy{{
 			Name: "search",
 			Components: []policy.Component{

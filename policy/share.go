@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// Share is how a limiter takes tokens from a store that several engines share. It means nothing without a store. The zero value is
-// ShareExact.
+// Share is how a limiter takes tokens from a store that several engines share. What each value promises holds as long as the store
+// loses nothing that it was given. A Share means nothing without a store. The zero value is ShareExact.
 type Share string
 
 // The ways to take tokens from a store.
@@ -40,10 +40,8 @@ const (
 
 // checkShare checks how a component takes tokens from a store.
 func checkShare(wrong report, s Share, local, step, delay bool) {
-	why := unleasable(step, delay)
-	switch {
-	case !checkShared(wrong, "share", string(s), local, []string{string(ShareExact), string(ShareLeased)}, "exact or leased"):
-	case s == ShareLeased && why != "":
+	known := []string{string(ShareExact), string(ShareLeased)}
+	if why := unleasable(step, delay); checkShared(wrong, "share", string(s), local, known, "exact or leased") && s == ShareLeased && why != "" {
 		wrong("", "%s", why)
 	}
 }
@@ -147,7 +145,7 @@ func (d *decoder) unshared(key value) string {
 	keys := sharingKeys(kind.zero)
 	switch {
 	case key.key == headgateKey && d.isShort:
-		return "; here " + strings.Join(strings.Fields(keys), ", ") + " stand beside the other keys"
+		return "; what it has in other files stands beside the other keys here: " + strings.ReplaceAll(keys, " ", ", ")
 	case has(keys, key.key) || key.key == headgateKey:
 		return "" // it is in the wrong place
 	case key.key == "share":
