@@ -43,6 +43,10 @@ in-modules = failed=; \
 # Tests that need processes of their own are named so, or are those of the
 # examples, each of which is a program.
 PROCESS := ^TestProcess
+
+# Tests that need Redis servers, which they start, are named so.
+FLEET := ^TestFleet
+
 EXAMPLES := $(filter examples/%,$(MODULES))
 
 .PHONY: help
@@ -55,25 +59,30 @@ all: test lint ## Test and lint
 
 .PHONY: test
 test: racedetector ## Run the tests of all modules, the race detector on
-	@$(call in-modules,go test,go test $(RACE) -shuffle=on -skip '$(PROCESS)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test,go test $(RACE) -shuffle=on -skip '$(PROCESS)|$(FLEET)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/),$(filter-out $(EXAMPLES),$(MODULES)))
 
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
-	@$(call in-modules,go test -run $(PROCESS),$(test-processes),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS)),$(filter-out $(EXAMPLES),$(MODULES)))
 	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
 
-# Only packages that have such tests are linked.
-define test-processes
+# Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail.
+.PHONY: test-fleet
+test-fleet: racedetector ## Run the tests that need Redis servers, which they start, stop and kill
+	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET)),$(filter-out $(EXAMPLES),$(MODULES)))
+
+# $(call test-named,PATTERN) runs the tests of a module whose names match. Only packages that have such tests are linked.
+define test-named
 packages=$$(go list -f '{{.Dir}}' ./... | while read -r dir; do \
-	! grep -qs 'func $(PROCESS:^%=%)' "$$dir"/*_test.go || echo "$$dir"; \
+	! grep -qs 'func $(patsubst ^%,%,$(1))' "$$dir"/*_test.go || echo "$$dir"; \
 done); \
-[ -z "$$packages" ] || go test $(RACE) -shuffle=on -run '$(PROCESS)' $(TESTFLAGS) $$packages
+[ -z "$$packages" ] || go test $(RACE) -shuffle=on -run '$(1)' $(TESTFLAGS) $$packages
 endef
 
 # Tests that do one thing very often do it less often under the race detector.
 .PHONY: test-long
 test-long: ## Run the tests of the root module in full, without the race detector
-	go test -shuffle=on -skip '$(PROCESS)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/)
+	go test -shuffle=on -skip '$(PROCESS)|$(FLEET)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/)
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector

@@ -1,15 +1,245 @@
 // Package redisstore keeps the state of engines in Redis, or in a server that speaks its protocol and runs its scripts, such as
-// Valkey. Engines with the same store and namespace have one limit.
+// Valkey. Engines with the same store and namespace have one limit:
+//
+//	store, err := redisstore.Open(ctx, "redis://localhost:6379")
+//	…
+//	defer store.Close()
+//	e, err := engine.New(policies, engine.WithStore(store))
+//
+// # What it keeps where
+//
+// Each key of a limiter or scheduler is a Redis key, or a few with the same tag in braces. So the keys of a flow with several
+// limiters by one label are in one slot of a cluster, and one call decides about them. The names have label values in them: up to
+// 64 bytes as they are, longer ones by their beginning and a hash. Values of labels that carry credentials, such as API keys, are
+// hashed; see [WithSecret].
+//
+// A bucket takes about 200 bytes, and is forgotten when it is full. The server's clock decides, and no other.
+//
+// # The server
+//
+// It needs memory for all keys: a server that evicts keys makes full buckets of empty ones. So maxmemory-policy should be
+// noeviction. Without an append-only file, limits begin anew when the server restarts. A failover loses what the replica did not
+// have yet. [Open] logs what it finds.
+//
+// # When it does not answer
+//
+// Each call has a bound, 50 ms by default, and none is made twice for one flow: what timed out may have counted. After five calls in a
+// row without an answer the server counts as down. Calls fail at once then, until it answers again.
 package redisstore
 
 import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
 	"github.com/redis/rueidis"
 
+	"github.com/headgate-go/headgate/internal/gate"
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// A Store is such a state. It is safe for concurrent use.
+const (
+	defaultNamespace = "headgate"
+	defaultTimeout   = 50 * time.Millisecond
+	defaultLease     = 10 * time.Second
+
+	gateFailures = 5
+	gateProbe    = time.Second
+)
+
+// A Store keeps states in Redis. It is safe for concurrent use.
 type Store struct {
-	client rueidis.Client
-	key    shared.Key
+	client  rueidis.Client
+	owned   bool // the client is closed with the store
+	cluster bool
+	scripts scripts
+
+	namespace string
+	secret    []byte
+	timeout   time.Duration
+	lease     time.Duration
+	logger    *slog.Logger
+
+	own   shared.Holder
+	epoch time.Time
+
+	//nolint:containedctx // it ends with the store, and bounds what runs in the background
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	single    *lanes // of all keys, outside a cluster
+	clustered clustered
+	instances atomic.Int64
+	renewSoon atomic.Bool
+	kicked    chan struct{}
+
+	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
+
+	mu       sync.Mutex
+	closed   bool
+	goes     sync.WaitGroup
+	held     map[holding]*held
+	slots    map[uint64]slotHeld
+	sessions map[shared.Holder]time.Time
+	pending  map[uint64]pending
+}
+
+var _ shared.Store = (*Store)(nil)
+
+// lanes are the ways to a shard.
+type lanes struct{ take, giveBack *lane }
+
+// An Option changes how a [Store] works.
+type Option interface{ apply(*Store) }
+
+type option func(*Store)
+
+func (o option) apply(s *Store) { o(s) }
+
+// WithNamespace is what the names of all keys begin with. Engines share limits if they have the same. The default is "headgate". It
+// must not be empty, or contain braces.
+func WithNamespace(namespace string) Option {
+	return option(func(s *Store) { s.namespace = namespace })
+}
+
+// WithTimeout is how long a call may take, in full. The default is 50 ms.
+func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
+
+// WithLease is after which time the slots of a process come back that was killed, or cut off. Processes renew their leases at a third
+// of it. The default is 10 s, the least 1 s.
+func WithLease(lease time.Duration) Option { return option(func(s *Store) { s.lease = lease }) }
+
+// WithLogger is where the store logs. It logs nothing by default.
+func WithLogger(logger *slog.Logger) Option { return option(func(s *Store) { s.logger = logger }) }
+
+// WithSecret is what the names of credentials are made with: the values of labels that carry API keys, cookies and the like are kept
+// by an HMAC of them. All instances need the same secret to have the same limits. Without one, names are made by the namespace
+// alone. Then a reader of the server's keys can try whether a credential that he guesses was used. Random API keys cannot be guessed,
+// passwords may.
+func WithSecret(secret []byte) Option {
+	return option(func(s *Store) { s.secret = append([]byte(nil), secret...) })
+}
+
+// New returns a store that uses the client. The client must not be closed before the store, and is not closed with it. Use [Open] if the
+// program has none: it makes one that suits, and looks at the server.
+//
+// The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
+// connection without answers is given up.
+func New(client rueidis.Client, opts ...Option) (*Store, error) {
+	s := &Store{
+		client:    client,
+		cluster:   client.Mode() == rueidis.ClientModeCluster,
+		scripts:   newScripts(),
+		namespace: defaultNamespace,
+		timeout:   defaultTimeout,
+		lease:     defaultLease,
+		logger:    slog.New(slog.DiscardHandler),
+		epoch:     time.Now(),
+		kicked:    make(chan struct{}, 1),
+		held:      make(map[holding]*held),
+		slots:     make(map[uint64]slotHeld),
+		sessions:  make(map[shared.Holder]time.Time),
+		pending:   make(map[uint64]pending),
+	}
+	for _, o := range opts {
+		o.apply(s)
+	}
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	if s.secret == nil {
+		s.secret = []byte(s.namespace)
+	}
+	_, _ = rand.Read(s.own[:]) // it does not fail
+	// Whoever makes the store may have a context that ends before it.
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.instances.Store(1)
+	alone := s.newShard()
+	s.single = s.newLanes(func() *shard { return alone })
+	s.clustered.init(alone)
+	s.start(s.background)
+	return s, nil
+}
+
+func (s *Store) check() error {
+	switch {
+	case s.namespace == "" || strings.ContainsAny(s.namespace, "{}"):
+		return fmt.Errorf("headgate: redisstore: WithNamespace(%q): a namespace is not empty, and has no braces", s.namespace)
+	case s.timeout <= 0:
+		return fmt.Errorf("headgate: redisstore: WithTimeout(%v): the time must be positive", s.timeout)
+	case s.lease < time.Second:
+		return fmt.Errorf("headgate: redisstore: WithLease(%v): the least is 1s", s.lease)
+	case s.logger == nil:
+		return errors.New("headgate: redisstore: WithLogger(nil)")
+	default:
+		return nil
+	}
+}
+
+func (s *Store) newShard() *shard { return &shard{gate: gate.New(gateFailures, 4*s.timeout)} }
+
+func (s *Store) newLanes(of func() *shard) *lanes {
+	return &lanes{
+		take:     &lane{store: s, script: s.scripts.take, shard: of},
+		giveBack: &lane{store: s, script: s.scripts.giveBack, shard: of},
+	}
+}
+
+// start runs f in a goroutine that Close waits for. It reports false if the store is closed.
+func (s *Store) start(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.goes.Go(f)
+	return true
+}
+
+// Close ends the store. Slots that flows hold come back when they are returned at another instance, or when the lease has run out. It
+// returns after the calls that are under way have ended, which takes no longer than their bound. A second call does nothing.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	closed := s.closed
+	s.closed = true
+	s.mu.Unlock()
+	if closed {
+		return nil
+	}
+	s.cancel()
+	s.goes.Wait()
+	s.leaveInstances()
+	if s.owned {
+		s.client.Close()
+	}
+	return nil
+}
+
+// leaveInstances has others know at once that there is one instance less.
+func (s *Store) leaveInstances() {
+	if s.Down() {
+		return
+	}
+	// The store's own context has ended.
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
+	defer cancel()
+	_ = s.client.Do(unbounded{ctx}, s.client.B().Zrem().Key(s.instancesKey()).Member(rueidis.BinaryString(s.own[:])).Build()).Error()
+}
+
+// noteDiffering logs, at most once a minute for a component, that its numbers are not those that a key was last used with.
+func (s *Store) noteDiffering(k shared.Key) {
+	now := s.micros(time.Now())
+	value, _ := s.differing.LoadOrStore(shared.Key{Policy: k.Policy, Component: k.Component}, new(atomic.Int64))
+	at := value.(*atomic.Int64) //nolint:errcheck,forcetypeassert // there is nothing else in it
+	if last := at.Load(); last != 0 && now-last < time.Minute.Microseconds() || !at.CompareAndSwap(at.Load(), now) {
+		return
+	}
+	s.logger.Warn("headgate: the store has a key that was last used with other numbers: two versions of a policy are in use, or the policy has changed",
+		"policy", k.Policy, "component", k.Component)
 }

@@ -1,0 +1,186 @@
+package redisstore
+
+import (
+	"context"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	pendingPeriod  = 100 * time.Millisecond
+	topologyPeriod = 10 * time.Second
+)
+
+// kick has the background goroutine look what there is to do.
+func (s *Store) kick() {
+	select {
+	case s.kicked <- struct{}{}:
+	default:
+	}
+}
+
+// background does what no flow waits for: it renews leases, returns slots, asks servers that count as down, and follows the cluster.
+func (s *Store) background() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var renewed, probed, looked, returnedAt time.Time
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-timer.C:
+		case <-s.kicked:
+		}
+		now := time.Now()
+		wait := s.lease / 3
+		due := func(last *time.Time, period time.Duration) bool {
+			if left := last.Add(period).Sub(now); left > 0 {
+				wait = min(wait, left)
+				return false
+			}
+			*last = now
+			wait = min(wait, period)
+			return true
+		}
+		if s.cluster && due(&looked, s.topologyPeriod()) {
+			s.follow(s.ctx)
+		}
+		if s.Down() && due(&probed, gateProbe) {
+			s.askAgain(s.ctx)
+		}
+		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
+			renewed = now
+			s.renew(s.ctx)
+		}
+		if s.hasPending() && due(&returnedAt, pendingPeriod) {
+			s.returnPending(s.ctx, now)
+		}
+		timer.Reset(wait)
+	}
+}
+
+func (s *Store) hasPending() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.pending) > 0
+}
+
+// topologyPeriod is how often the cluster is looked at. While a server is down, another may take its place.
+func (s *Store) topologyPeriod() time.Duration {
+	if s.Down() {
+		return gateProbe
+	}
+	return topologyPeriod
+}
+
+// askAgain asks servers that count as down, so that no flow has to wait for that.
+func (s *Store) askAgain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, max(s.timeout, gateProbe/2))
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, sh := range s.shards() {
+		key := sh.probe.Load()
+		if !sh.gate.Open() || key == nil {
+			continue
+		}
+		wg.Go(func() {
+			sent := time.Now()
+			_ = s.evidence(sh, s.client.Do(unbounded{ctx}, s.client.B().Exists().Key(*key).Build()).Error(), sent)
+		})
+	}
+	wg.Wait()
+}
+
+// clustered is what is known of a cluster: which shard has which slots. Outside a cluster one shard has all.
+type clustered struct {
+	of    atomic.Pointer[[slotCount]*shard]
+	mu    sync.Mutex
+	lanes map[uint16]*lanes
+	known map[string]*shard // by the address of the primary
+	all   atomic.Pointer[[]*shard]
+}
+
+func (c *clustered) init(alone *shard) {
+	c.lanes, c.known = make(map[uint16]*lanes), make(map[string]*shard)
+	var of [slotCount]*shard
+	for i := range of {
+		of[i] = alone
+	}
+	c.of.Store(&of)
+	c.all.Store(&[]*shard{alone})
+}
+
+// shardOf returns the shard that has a slot.
+func (s *Store) shardOf(slot uint16) *shard { return s.clustered.of.Load()[slot] }
+
+// shards returns all shards.
+func (s *Store) shards() []*shard { return *s.clustered.all.Load() }
+
+// lanesFor returns the lanes of a name.
+func (s *Store) lanesFor(n name) *lanes {
+	if !s.cluster {
+		return s.single
+	}
+	return s.lanesOf(slotOf(n.tag))
+}
+
+// lanesOf returns the lanes of a slot of the cluster.
+func (s *Store) lanesOf(slot uint16) *lanes {
+	c := &s.clustered
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	of := c.lanes[slot]
+	if of == nil {
+		of = s.newLanes(func() *shard { return s.shardOf(slot) })
+		c.lanes[slot] = of
+	}
+	return of
+}
+
+// follow learns which primary has which slots. What is known stays if the cluster does not say.
+func (s *Store) follow(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, gateProbe)
+	defer cancel()
+	ranges, err := s.client.Do(unbounded{ctx}, s.client.B().ClusterSlots().Build()).ToArray()
+	if err != nil {
+		return
+	}
+	c := &s.clustered
+	of := *c.of.Load()
+	var all []*shard
+	known := make(map[string]*shard)
+	for _, r := range ranges {
+		parts, err := r.ToArray()
+		if err != nil || len(parts) < 3 {
+			return
+		}
+		from, err1 := parts[0].AsInt64()
+		to, err2 := parts[1].AsInt64()
+		node, err3 := parts[2].ToArray()
+		if err1 != nil || err2 != nil || err3 != nil || len(node) < 2 || from < 0 || to >= slotCount {
+			return
+		}
+		host, _ := node[0].ToString()
+		port, _ := node[1].AsInt64()
+		address := host + ":" + strconv.FormatInt(port, 10)
+		sh := known[address]
+		if sh == nil {
+			if sh = c.known[address]; sh == nil {
+				sh = s.newShard()
+			}
+			known[address] = sh
+			all = append(all, sh)
+		}
+		for i := from; i <= to; i++ {
+			of[i] = sh
+		}
+	}
+	if len(all) == 0 {
+		return
+	}
+	c.known = known // only this goroutine uses it
+	c.of.Store(&of)
+	c.all.Store(&all)
+}

@@ -1,0 +1,363 @@
+package redisstore
+
+import (
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"github.com/headgate-go/headgate/internal/gate"
+	"github.com/headgate-go/headgate/internal/shared"
+)
+
+const (
+	// maxBatch is how many flows one script decides about, or how many returns it does. The server does nothing else meanwhile: for
+	// about 200 µs.
+	maxBatch = 128
+
+	// maxKeys is how many keys the flows of a batch have together, about.
+	maxKeys = 512
+
+	// maxOnWire is how many full batches are on the wire to one shard at a time.
+	maxOnWire = 4
+)
+
+// A shard is a server that has a part of the keys.
+type shard struct {
+	gate   *gate.Gate
+	offset atomic.Int64 // the server's clock less this process's, in microseconds
+	heard  atomic.Bool  // the offset is known
+
+	// probe is a key of the shard, by which it is asked whether it is back.
+	probe atomic.Pointer[string]
+}
+
+// A call is what a flow wants of one shard, or gives back there.
+type call struct {
+	asks    []asked
+	returns []returned
+
+	answers []shared.Answer
+	results []shared.Result
+	again   bool // it was asked again, because nothing was decided
+
+	err  error
+	sent time.Time
+	done chan struct{}
+
+	// state is guarded by the lane's lock.
+	state callState
+}
+
+type callState uint8
+
+const (
+	callQueued callState = iota
+	callSent
+	callDone
+	callLeft // nobody waits for it
+)
+
+// A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once.
+type lane struct {
+	store  *Store
+	script *script
+	shard  func() *shard
+
+	mu      sync.Mutex
+	queue   []*call
+	running int
+}
+
+// do has the shard do what the call says, within the store's bound. Maybe reports, if there is an error, whether the shard may have
+// done it all the same.
+func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
+	if l.shard().gate.Open() {
+		return false, shared.ErrDown
+	}
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	c.done = make(chan struct{})
+	began := time.Now()
+	l.submit(c)
+	bound := time.NewTimer(l.store.timeout)
+	defer bound.Stop()
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	case <-bound.C:
+		err = errTimeout
+		// A batch may wait for a connection for longer.
+		l.store.silent(l.shard(), began)
+	}
+	if err == nil {
+		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.state == callDone {
+		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
+	}
+	maybe = c.state == callSent
+	c.state = callLeft
+	return maybe, err
+}
+
+func (l *lane) submit(c *call) {
+	l.mu.Lock()
+	l.queue = append(l.queue, c)
+	start := l.running == 0 || len(l.queue) >= maxBatch && l.running < maxOnWire
+	if start {
+		l.running++
+	}
+	l.mu.Unlock()
+	if start && !l.store.start(l.run) {
+		l.mu.Lock()
+		l.running--
+		left := l.queue
+		l.queue = nil
+		l.mu.Unlock()
+		l.finish(left, errClosed)
+	}
+}
+
+// run sends batches until there are no more calls.
+func (l *lane) run() {
+	for {
+		batch := l.next()
+		if batch == nil {
+			return
+		}
+		l.send(batch)
+	}
+}
+
+// next takes the next batch from the queue. It is nil if there is none, and then the lane does not run.
+func (l *lane) next() (batch []*call) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	keys, n := 0, 0
+	for _, c := range l.queue {
+		if size := len(c.asks) + len(c.returns); n == maxBatch || keys > 0 && keys+size > maxKeys {
+			break
+		} else if c.state == callQueued {
+			c.state = callSent
+			batch = append(batch, c)
+			keys += size
+		}
+		n++
+	}
+	rest := copy(l.queue, l.queue[n:])
+	clear(l.queue[rest:])
+	l.queue = l.queue[:rest]
+	if batch == nil {
+		l.running--
+	}
+	return batch
+}
+
+// send has the shard do what a batch of calls say.
+func (l *lane) send(batch []*call) {
+	s, sh := l.store, l.shard()
+	if sh.gate.Open() {
+		l.finish(batch, shared.ErrDown)
+		return
+	}
+	sent := time.Now()
+	at := s.serverTime(sh, sent)
+	e := newEncoder()
+	var head []byte
+	n := 0
+	for _, c := range batch {
+		c.sent = sent
+		if c.asks != nil {
+			e.flow(c.asks, at, s.own, func(h shared.Holder) time.Duration { return s.leaseOf(h, sent) }, s.Instances())
+			n++
+			continue
+		}
+		for i := range c.returns {
+			e.giveBack(&c.returns[i], at)
+			n++
+		}
+	}
+	if l.script == s.scripts.take {
+		last := 0.0 // what comes later must not count: nobody waits for it
+		if sh.heard.Load() {
+			last = float64(at.Add(2 * s.timeout).UnixMicro())
+		}
+		head = appendFloats(nil, last)
+	}
+	keys, arg := e.call(head, n)
+	if sh.probe.Load() == nil {
+		sh.probe.Store(&keys[0])
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
+	reply, err := s.run(unbounded{ctx}, l.script, keys, arg)
+	cancel()
+	if err = s.evidence(sh, err, sent); err != nil {
+		l.finish(batch, err)
+		return
+	}
+	if !s.decode(sh, batch, reply, sent) {
+		l.finish(batch, errReply)
+		return
+	}
+	l.finish(batch, nil)
+}
+
+// evidence takes what became of a call to a shard as evidence of how the shard is, and returns the error that callers get.
+func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
+	answer, refused := rueidis.IsRedisErr(err)
+	switch {
+	case err == nil || refused:
+		if sh.gate.Answered() {
+			s.logger.Info("headgate: the store's server answers again")
+		}
+		if err == nil {
+			return nil
+		}
+		return refusal(answer)
+	case s.ctx.Err() != nil:
+		return errClosed
+	}
+	s.silent(sh, sent)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return errTimeout
+	}
+	return errConnection
+}
+
+// silent notes that a shard has not answered since then.
+func (s *Store) silent(sh *shard, since time.Time) {
+	if sh.gate.Failed(since, time.Now()) {
+		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
+		s.kick()
+	}
+}
+
+// decode gives each call what became of it. It reports whether the reply makes sense.
+func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) bool {
+	if len(reply) < 8 {
+		return false
+	}
+	sh.learn(floatAt(reply), s.micros(sent), s.micros(time.Now()))
+	reply = reply[8:]
+	for _, c := range batch {
+		c.err = nil
+		if c.asks != nil {
+			c.answers = make([]shared.Answer, len(c.asks))
+			for i := range c.asks {
+				n, err := decodeAnswer(&c.asks[i], &c.answers[i], reply)
+				if n == 0 {
+					return false
+				}
+				c.err = errors.Join(c.err, err)
+				reply = reply[n:]
+			}
+			continue
+		}
+		if len(reply) < returnedSize*len(c.returns) {
+			return false
+		}
+		c.results = make([]shared.Result, len(c.returns))
+		for i := range c.returns {
+			flags := reply[0]
+			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:])}
+			c.err = errors.Join(c.err, undecided(flags))
+			reply = reply[returnedSize:]
+		}
+	}
+	return len(reply) == 0
+}
+
+// undecided returns why a server has done nothing, and nil if it has.
+func undecided(flags byte) error {
+	switch {
+	case flags&replyNewer != 0:
+		return errNewer
+	case flags&replyLate != 0:
+		return errLate
+	case flags&replyAgain != 0:
+		return errCalendar
+	default:
+		return nil
+	}
+}
+
+// decodeAnswer returns how long the answer is, which is 0 if it makes no sense, and why it is none.
+func decodeAnswer(a *asked, answer *shared.Answer, reply []byte) (n int, undone error) {
+	n = takenSize
+	if len(reply) < n {
+		return 0, nil
+	}
+	flags := reply[0]
+	*answer = shared.Answer{OK: flags&replyOK != 0, Differs: flags&replyDiffers != 0, Left: floatAt(reply[1:])}
+	var period float64
+	if flags&replyMore != 0 {
+		if n = takenMore; len(reply) < n {
+			return 0, nil
+		}
+		answer.Wait = micros(floatAt(reply[9:]))
+		period = floatAt(reply[17:])
+		answer.Drawn = floatAt(reply[25:])
+		answer.After = micros(floatAt(reply[33:]))
+	}
+	switch {
+	case a.look || a.Rule.Kind == shared.Quota:
+		answer.Slot = uint64(period)
+	case a.Rule.Kind == shared.Slots && answer.OK && a.Tokens != 0:
+		answer.Slot = a.id
+	}
+	return n, undecided(flags)
+}
+
+// finish ends calls, or sends them again: once, if the server has decided nothing because of its clock, which is known now. Those
+// that nobody waits for any more give back what they got.
+func (l *lane) finish(batch []*call, err error) {
+	var left, again []*call
+	l.mu.Lock()
+	for _, c := range batch {
+		if err != nil {
+			c.err = err
+		}
+		if c.state == callLeft {
+			left = append(left, c)
+			continue
+		}
+		if !c.again && (errors.Is(c.err, errLate) || errors.Is(c.err, errCalendar)) {
+			c.again, c.state = true, callQueued
+			again = append(again, c)
+			continue
+		}
+		c.state = callDone
+		close(c.done)
+	}
+	l.queue = append(again, l.queue...)
+	l.mu.Unlock()
+	for _, c := range left {
+		l.store.leave(c)
+	}
+}
+
+// learn takes the server's time into the offset.
+func (sh *shard) learn(server float64, sent, received int64) {
+	if server <= 0 || server > math.MaxInt64 {
+		return
+	}
+	sh.offset.Store(int64(server) - (sent+received)/2)
+	sh.heard.Store(true)
+}
+
+// micros returns a time of this process in microseconds. The wall clock's steps do not change it.
+func (s *Store) micros(t time.Time) int64 { return s.epoch.UnixMicro() + t.Sub(s.epoch).Microseconds() }
+
+// serverTime returns the shard's time at a time of this process.
+func (s *Store) serverTime(sh *shard, t time.Time) time.Time {
+	return time.UnixMicro(s.micros(t) + sh.offset.Load())
+}

@@ -1,0 +1,384 @@
+package redisstore
+
+import (
+	"context"
+	"encoding/binary"
+	"math"
+	"testing"
+	"time"
+
+	"github.com/redis/rueidis"
+	"pgregory.net/rapid"
+
+	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
+)
+
+// A model is a bucket as package engine/internal/bucket has it, in the server's unit of time, with what the store adds: what a smaller
+// capacity has forgiven is owed again when the capacity grows, and a refusal does not change the state.
+type model struct {
+	tokens, excess, last, start float64
+	rule                        *shared.Rule // nil for a key without a state
+}
+
+// Where a bucket's value has what. The last two are there if they are needed.
+const (
+	atTokens = 2
+	atLast   = 10
+	atExcess = 42
+	atStart  = 50
+)
+
+const (
+	modelSlack   = 1e-9
+	modelCentury = 3153600000 * 1e6
+)
+
+func interval(r *shared.Rule) float64 { return float64(r.Interval) }
+
+func timeToFill(r *shared.Rule, tokens float64) float64 {
+	if r.Fill == 0 || tokens == 0 {
+		return 0
+	}
+	fills := tokens / r.Fill
+	if r.Step {
+		fills = math.Ceil(tokens / min(r.Fill, r.Capacity))
+	}
+	return min(math.Ceil(math.Ceil(fills*interval(r))/1000), modelCentury)
+}
+
+func (m *model) refill(r *shared.Rule, now float64) {
+	if now > m.start && now > m.last {
+		elapsed := (now - m.last) * 1000
+		if r.Step {
+			steps := math.Floor(elapsed / interval(r))
+			m.tokens += steps * r.Fill
+			m.last += min(steps*interval(r)/1000, modelCentury)
+		} else {
+			m.tokens += r.Fill * elapsed / interval(r)
+			m.last = now
+		}
+		if m.tokens > r.Capacity {
+			m.excess = max(m.excess-(m.tokens-r.Capacity), 0)
+			m.tokens = r.Capacity
+		}
+	}
+	if m.tokens >= r.Capacity-modelSlack {
+		m.tokens = max(m.tokens, r.Capacity)
+	}
+	if r.Delay && m.tokens >= r.Capacity {
+		m.start = now + timeToFill(r, r.Capacity)
+		m.last = m.start
+		if r.Step {
+			m.last -= interval(r) / 1000
+		}
+	}
+}
+
+func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
+	missing := tokens - m.tokens
+	if missing <= modelSlack {
+		return 0
+	}
+	debt := 0.0
+	if r.Step {
+		missing -= modelSlack / 2
+		if m.tokens < 0 && r.Fill > r.Capacity {
+			steps := math.Ceil(-m.tokens / r.Fill)
+			debt = min(steps*interval(r)/1000, modelCentury)
+			missing = tokens - min(m.tokens+steps*r.Fill, r.Capacity) - modelSlack/2
+		}
+	}
+	wait := m.last - now + debt + timeToFill(r, max(missing, 0))
+	if now <= m.start {
+		wait = max(wait, m.start-now+1)
+	}
+	return wait
+}
+
+// load brings the model up to now, by the numbers of the rule.
+func (m *model) load(r *shared.Rule, now float64) (differs bool) {
+	if m.rule == nil {
+		*m = model{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
+		m.refill(r, now)
+		return false
+	}
+	was := m.rule
+	m.refill(was, now)
+	if *modelNumbers(was) == *modelNumbers(r) {
+		return false
+	}
+	used := r.Capacity - (was.Capacity - m.tokens)
+	balance := min(max(used, min(m.tokens, 0)), r.Capacity)
+	if balance > used {
+		m.excess += balance - used
+	} else if balance > m.tokens {
+		paid := min(m.excess, balance-m.tokens)
+		balance, m.excess = balance-paid, m.excess-paid
+	}
+	m.tokens = balance
+	switch {
+	case r.Delay && m.start > now:
+		m.start = min(m.start, now+timeToFill(r, r.Capacity))
+		m.last = m.start
+		if r.Step {
+			m.last -= interval(r) / 1000
+		}
+	case r.Step && r.Interval < was.Interval:
+		m.last = max(m.last, now)
+	}
+	m.rule = r
+	m.refill(r, now)
+	return true
+}
+
+type numbers struct {
+	capacity, fill float64
+	interval       time.Duration
+	step, delay    bool
+}
+
+func modelNumbers(r *shared.Rule) *numbers {
+	return &numbers{r.Capacity, r.Fill, r.Interval, r.Step, r.Delay}
+}
+
+func (m *model) owe(debt, lowest float64) (forgiven float64) {
+	left := m.tokens - debt
+	m.tokens = max(left, min(m.tokens, lowest))
+	return m.tokens - left
+}
+
+// take does what an ask does, and returns the answer. The state stays as it was if nothing changes it but the time.
+func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answer {
+	r := a.Rule
+	is := *m
+	answer := shared.Answer{Differs: is.load(r, now)}
+	changed := answer.Differs
+	if a.Owed > 0 {
+		is.owe(a.Owed, lowest(r))
+		changed = true
+	}
+	answer.Left = is.tokens
+	answer.OK = a.Tokens == 0 || is.tokens-a.Tokens >= -modelSlack
+	wait := 0.0
+	if !answer.OK {
+		if wait = -1; a.Tokens <= r.Capacity && r.Fill > 0 {
+			wait = max(is.until(r, now, a.Tokens), 1)
+		}
+	}
+	if answer.OK && a.Tokens > 0 {
+		is.tokens = max(is.tokens-a.Tokens, 0)
+		answer.Left = is.tokens
+		changed = true
+	}
+	after := 0.0
+	if a.Ahead > 0 || a.Reserve > 0 {
+		if there := min(a.Ahead, max(is.tokens, 0)/2/instances); answer.OK && there > 0 {
+			answer.Drawn = there
+		} else if a.Reserve > 0 && is.tokens < 1 && r.Fill > 0 {
+			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, 0))
+			if answer.Drawn > 0 {
+				after = is.until(r, now, answer.Drawn)
+			}
+		}
+		if answer.Drawn > 0 {
+			is.tokens -= answer.Drawn
+			answer.Left = is.tokens
+			changed = true
+		}
+	}
+	answer.Wait, answer.After = micros(wait), micros(after)
+	if changed {
+		*m = is
+	}
+	return answer
+}
+
+func (m *model) giveBack(b *shared.Return, now float64) (result shared.Result) {
+	is := *m
+	is.load(b.Rule, now)
+	back := b.Tokens - b.Cost
+	if b.Unused {
+		back = b.Tokens
+	}
+	switch {
+	case back > 0:
+		tokens := is.tokens + back
+		is.excess = max(is.excess-max(tokens-b.Rule.Capacity, 0), 0)
+		is.tokens = min(tokens, b.Rule.Capacity)
+		result.Returned = true
+	case back < 0:
+		result.Forgiven = is.owe(-back, lowest(b.Rule))
+	default:
+		return result
+	}
+	*m = is
+	return result
+}
+
+// A failer is a test, or one run of a property.
+type failer interface {
+	Helper()
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+}
+
+// harness runs scripts one by one, and knows at which time they ran.
+type harness struct {
+	tb failer
+	*Store
+}
+
+func newHarness(tb testing.TB) *harness {
+	tb.Helper()
+	client, err := rueidis.NewClient(rueidis.ClientOption{
+		InitAddress: []string{redistest.Start(tb, redistest.Options{}).Addr()}, ForceSingleClient: true, DisableCache: true, AlwaysPipelining: true,
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(client.Close)
+	s, err := New(client, WithTimeout(5*time.Second))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = s.Close() })
+	return &harness{tb, s}
+}
+
+func (h *harness) send(sc *script, c *call, head []byte) (now float64) {
+	h.tb.Helper()
+	e := newEncoder()
+	at := h.serverTime(h.single.take.shard(), time.Now())
+	n := len(c.returns)
+	if c.asks != nil {
+		e.flow(c.asks, at, h.own, func(shared.Holder) time.Duration { return h.lease }, 2)
+		n = 1
+	}
+	for i := range c.returns {
+		e.giveBack(&c.returns[i], at)
+	}
+	keys, arg := e.call(head, n)
+	reply, err := h.run(context.Background(), sc, keys, arg)
+	if err != nil {
+		h.tb.Fatal(err)
+	}
+	if !h.decode(h.single.take.shard(), []*call{c}, reply, time.Now()) || c.err != nil {
+		h.tb.Fatalf("reply %x: %v", reply, c.err)
+	}
+	return floatAt(reply)
+}
+
+func (h *harness) take(a shared.Ask) (answer shared.Answer, now float64) {
+	h.tb.Helper()
+	c := &call{asks: []asked{h.asked(a)}}
+	now = h.send(h.scripts.take, c, appendFloats(nil, 0))
+	return c.answers[0], now
+}
+
+func (h *harness) back(r shared.Return) (result shared.Result, now float64) {
+	h.tb.Helper()
+	c := &call{returns: []returned{{r, h.name(r.Key)}}}
+	now = h.send(h.scripts.giveBack, c, nil)
+	return c.results[0], now
+}
+
+// value returns the bucket of a key as the server keeps it.
+func (h *harness) value(key shared.Key) []byte {
+	h.tb.Helper()
+	value, err := h.client.Do(context.Background(), h.client.B().Get().Key(h.name(key).all).Build()).AsBytes()
+	if err != nil && !rueidis.IsRedisNil(err) {
+		h.tb.Fatal(err)
+	}
+	return value
+}
+
+func (h *harness) set(key shared.Key, value []byte) {
+	h.tb.Helper()
+	command := h.client.B().Set().Key(h.name(key).all).Value(rueidis.BinaryString(value)).Keepttl().Build()
+	if err := h.client.Do(context.Background(), command).Error(); err != nil {
+		h.tb.Fatal(err)
+	}
+}
+
+// age has the key's state be older, as if the time had passed.
+func (h *harness) age(key shared.Key, by time.Duration, m *model) {
+	h.tb.Helper()
+	value := h.value(key)
+	if value == nil {
+		return
+	}
+	for _, at := range []int{atLast, atStart} {
+		if at >= len(value) {
+			continue
+		}
+		older := floatAt(value[at:]) - float64(by.Microseconds())
+		binary.LittleEndian.PutUint64(value[at:], math.Float64bits(older))
+	}
+	h.set(key, value)
+	m.last -= float64(by.Microseconds())
+	m.start -= float64(by.Microseconds())
+}
+
+// The bucket of the script and the model are the same, bit for bit, whatever flows take, owe, draw, return and settle, at whatever
+// times, and whoever changes the numbers.
+func TestFleetBucketAndModel(t *testing.T) {
+	h := newHarness(t)
+	run := 0
+	rapid.Check(t, func(rt *rapid.T) {
+		h.tb = rt
+		run++
+		key := shared.Key{Policy: "p", Component: "c", Label: "run", Value: string(rune('a'+run%26)) + time.Now().String()}
+		amounts := rapid.SampledFrom([]float64{0, 0.1, 0.5, 1, 2, 3.7, 5, 10, 1000})
+		drawRule := func(rt *rapid.T) *shared.Rule {
+			return &shared.Rule{
+				Kind:     shared.Bucket,
+				Capacity: rapid.SampledFrom([]float64{0.5, 1, 5, 10, 64}).Draw(rt, "capacity"),
+				Fill:     rapid.SampledFrom([]float64{0, 0.3, 1, 7, 100}).Draw(rt, "fill"),
+				Interval: rapid.SampledFrom([]time.Duration{time.Millisecond, 7 * time.Millisecond, time.Second, time.Hour}).Draw(rt, "interval"),
+				Step:     rapid.Bool().Draw(rt, "step"),
+				Delay:    rapid.Bool().Draw(rt, "delay"),
+				MaxDebt:  rapid.SampledFrom([]float64{0, -1, 2.5}).Draw(rt, "debt"),
+			}
+		}
+		rule := drawRule(rt)
+		m := new(model)
+		rt.Repeat(map[string]func(*rapid.T){
+			"take": func(rt *rapid.T) {
+				a := shared.Ask{Key: key, Rule: rule, Tokens: amounts.Draw(rt, "tokens")}
+				if rapid.IntRange(0, 3).Draw(rt, "extra") == 0 {
+					a.Owed, a.Ahead, a.Reserve = amounts.Draw(rt, "owed"), amounts.Draw(rt, "ahead"), amounts.Draw(rt, "reserve")
+				}
+				got, now := h.take(a)
+				if want := m.take(&a, now, 2); got != want {
+					rt.Fatalf("Take(%+v) by %+v = %+v want %+v", a, rule, got, want)
+				}
+			},
+			"return": func(rt *rapid.T) {
+				r := shared.Return{Key: key, Rule: rule, Tokens: amounts.Draw(rt, "tokens"), Cost: amounts.Draw(rt, "cost"), Unused: rapid.Bool().Draw(rt, "unused")}
+				got, now := h.back(r)
+				if want := m.giveBack(&r, now); got != want {
+					rt.Fatalf("Return(%+v) by %+v = %+v want %+v", r, rule, got, want)
+				}
+			},
+			"numbers": func(rt *rapid.T) { rule = drawRule(rt) },
+			"time": func(rt *rapid.T) {
+				h.age(key, time.Duration(rapid.Int64Range(1, int64(3*time.Hour)/1000).Draw(rt, "us"))*time.Microsecond, m)
+			},
+			"": func(rt *rapid.T) {
+				value := h.value(key)
+				if value == nil { // it was forgotten since it was full
+					*m = model{}
+					return
+				}
+				got := model{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
+				if len(value) > atExcess {
+					got.excess, got.start = floatAt(value[atExcess:]), floatAt(value[atStart:])
+				}
+				if got != *m {
+					rt.Fatalf("the state is %+v want %+v", got, *m)
+				}
+			},
+		})
+	})
+}

@@ -1,0 +1,129 @@
+package redisstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+// Open connects to the servers that the URL names, looks at them, and returns a store that uses them:
+//
+//	redis://user:password@host:6379/2                    one server, and its database 2
+//	rediss://host:6379                                   the same, over TLS
+//	redis://host1:6379,host2:6379                        a cluster, of which some servers are named
+//	redis://host:6379?cluster=true                       a cluster, by one of its servers
+//	redis+sentinel://host1:26379,host2:26379/primary/2   the primary of that name, as Sentinels know it
+//
+// A URL for Sentinels may have the parameters sentinel_username and sentinel_password.
+//
+// Open fails if a server cannot be reached, or refuses scripts. It logs a warning for a server that may evict keys, or that keeps
+// nothing on disk. The context bounds Open, not the store.
+func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
+	s, err := open(ctx, url, opts)
+	if err != nil {
+		return nil, fmt.Errorf("headgate: redisstore: open: %w", err)
+	}
+	return s, nil
+}
+
+func open(ctx context.Context, url string, opts []Option) (*Store, error) {
+	o, err := parseURL(url)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		o.Dialer.Timeout = min(o.Dialer.Timeout, max(time.Until(deadline), time.Millisecond))
+	}
+	client, err := rueidis.NewClient(o)
+	if err != nil {
+		if client != nil {
+			client.Close()
+		}
+		return nil, err
+	}
+	s, err := New(client, opts...)
+	if err != nil {
+		client.Close()
+		return nil, err
+	}
+	s.owned = true
+	if err := s.look(ctx, o.ForceSingleClient); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// lookTimeout bounds each question of look.
+const lookTimeout = 5 * time.Second
+
+// look finds out what the servers are like. An error means that they cannot keep limits.
+func (s *Store) look(ctx context.Context, alone bool) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	for _, client := range s.client.Nodes() {
+		info, err := client.Do(unbounded{ctx}, client.B().Info().Build()).ToString()
+		if err != nil {
+			s.logger.Info("headgate: the store's server does not tell about itself, so it is not known whether it evicts keys, and what it keeps on disk",
+				"error", err)
+			continue
+		}
+		if err := s.judge(parseInfo(info), alone); err != nil {
+			return err
+		}
+	}
+	// A script that does what all of them do: it asks for the time, reads, and packs numbers.
+	reply, err := s.run(unbounded{ctx}, newScript("return pack('<d', now)"), []string{"{" + s.namespace + "}#check"}, nil)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the server does not run scripts: %w", err)
+	case len(reply) != 8:
+		return fmt.Errorf("the server does not run scripts: %w", errReply)
+	}
+	now := time.Now()
+	for _, sh := range s.shards() {
+		sh.learn(floatAt(reply), s.micros(now), s.micros(now))
+	}
+	if s.cluster {
+		s.kick()
+	}
+	return nil
+}
+
+// judge logs what is wrong with a server, and returns an error for one that cannot be used so.
+func (s *Store) judge(info map[string]string, alone bool) error {
+	if alone && info["redis_mode"] == "cluster" {
+		return errors.New("the server is part of a cluster: the URL must name several of its servers, or say cluster=true")
+	}
+	switch policy := info["maxmemory_policy"]; {
+	case policy == "":
+		s.logger.Info("headgate: it is not known whether the store's server evicts keys")
+	case policy != "noeviction":
+		s.logger.Warn("headgate: the store's server evicts keys when its memory is full, and limits whose keys are gone begin anew: "+
+			"its maxmemory-policy should be noeviction", "maxmemory_policy", policy)
+	}
+	switch aof := info["aof_enabled"]; aof {
+	case "":
+		s.logger.Info("headgate: it is not known whether the store's server keeps an append-only file")
+	case "0":
+		s.logger.Warn("headgate: the store's server keeps no append-only file: when it restarts, limits may begin anew")
+	}
+	return nil
+}
+
+// parseInfo reads the answer of INFO.
+func parseInfo(text string) map[string]string {
+	info := make(map[string]string)
+	for line := range strings.Lines(text) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
+			info[name] = value
+		}
+	}
+	return info
+}

@@ -1,0 +1,97 @@
+package redisstore_test
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
+)
+
+func TestFleetOpen(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		server     []string
+		logs, lack string
+	}{
+		{"keeps nothing", nil, "append-only", "evicts"},
+		{"append-only", []string{"--appendonly", "yes"}, "", "append-only"},
+		{"evicts", []string{"--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"}, "noeviction", ""},
+		{"would evict, if its memory had a limit", []string{"--maxmemory-policy", "allkeys-lru"}, "noeviction", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			address := startServer(t, tt.server...)
+			var logs bytes.Buffer
+			s, err := redisstore.Open(t.Context(), "redis://"+address, redisstore.WithLogger(slog.New(slog.NewTextHandler(&logs, nil))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+			if got := logs.String(); !strings.Contains(got, tt.logs) || tt.lack != "" && strings.Contains(got, tt.lack) {
+				t.Errorf("logs:\n%swant %q, and not %q", got, tt.logs, tt.lack)
+			}
+		})
+	}
+}
+
+func TestFleetOpenFails(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		server redistest.Options
+		acl    []string
+		user   string
+		want   string
+	}{
+		{"wrong password", redistest.Options{Password: "right"}, nil, "user:s3cret@", "WRONGPASS"},
+		{"scripts refused", redistest.Options{}, []string{"ACL", "SETUSER", "default", "-eval", "-evalsha"}, "", "scripts"},
+		{"time refused", redistest.Options{}, []string{"ACL", "SETUSER", "default", "-time"}, "", "scripts"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			address := redistest.Start(t, tt.server).Addr()
+			if tt.acl != nil {
+				do(t, newClient(t, address), tt.acl...)
+			}
+			s, err := redisstore.Open(t.Context(), "redis://"+tt.user+address)
+			if err == nil {
+				_ = s.Close()
+				t.Fatal("no error")
+			}
+			if text := err.Error(); !strings.Contains(text, tt.want) || strings.Contains(text, "s3cret") {
+				t.Errorf("error = %v want %q, without the password", err, tt.want)
+			}
+		})
+	}
+}
+
+// A server that nobody listens at is an error, and leaves nothing behind.
+func TestFleetOpenUnreachable(t *testing.T) {
+	if s, err := redisstore.Open(t.Context(), "redis://127.0.0.1:1"); err == nil {
+		_ = s.Close()
+		t.Error("no error")
+	}
+}
+
+func TestFleetOptions(t *testing.T) {
+	client := newClient(t, startServer(t))
+	for _, tt := range []struct {
+		name   string
+		option redisstore.Option
+	}{
+		{"WithNamespace", redisstore.WithNamespace("")},
+		{"WithNamespace", redisstore.WithNamespace("a{b")},
+		{"WithTimeout", redisstore.WithTimeout(0)},
+		{"WithLease", redisstore.WithLease(1)},
+		{"WithLogger", redisstore.WithLogger(nil)},
+	} {
+		if s, err := redisstore.New(client, tt.option); err == nil {
+			_ = s.Close()
+			t.Errorf("New(%s) = no error", tt.name)
+		} else if !strings.Contains(err.Error(), tt.name) {
+			t.Errorf("New(%s) = %v want one that names it", tt.name, err)
+		}
+	}
+}

@@ -1,0 +1,100 @@
+package redisstore
+
+import (
+	"context"
+	"crypto/sha1" //nolint:gosec // it is the name that Redis gives a script
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+// What scripts have in common is before each of them.
+var (
+	//go:embed state.lua
+	stateLua string
+	//go:embed take.lua
+	takeLua string
+	//go:embed return.lua
+	returnLua string
+	//go:embed lease.lua
+	leaseLua string
+	//go:embed ramp.lua
+	rampLua string
+)
+
+// A script is one that servers keep by its hash.
+type script struct{ text, sha string }
+
+func newScript(text string) *script {
+	text = stateLua + text
+	sum := sha1.Sum([]byte(text)) //nolint:gosec // see above
+	return &script{text, hex.EncodeToString(sum[:])}
+}
+
+// scripts are those of a store.
+type scripts struct{ take, giveBack, lease, ramp *script }
+
+func newScripts() scripts {
+	return scripts{newScript(takeLua), newScript(returnLua), newScript(leaseLua), newScript(rampLua)}
+}
+
+// command returns the call of the script by its hash, or by its text.
+func (sc *script) command(client rueidis.Client, byText bool, keys []string, arg []byte) rueidis.Completed {
+	input := rueidis.BinaryString(arg)
+	if byText {
+		return client.B().Eval().Script(sc.text).Numkeys(int64(len(keys))).Key(keys...).Arg(input).Build()
+	}
+	return client.B().Evalsha().Sha1(sc.sha).Numkeys(int64(len(keys))).Key(keys...).Arg(input).Build()
+}
+
+// run runs the script. A server that does not know it, has not run it, and gets its text. Nothing else is ever tried again.
+func (s *Store) run(ctx context.Context, sc *script, keys []string, arg []byte) ([]byte, error) {
+	reply, err := s.client.Do(ctx, sc.command(s.client, false, keys, arg)).AsBytes()
+	if unknownScript(err) {
+		reply, err = s.client.Do(ctx, sc.command(s.client, true, keys, arg)).AsBytes()
+	}
+	return reply, err
+}
+
+func unknownScript(err error) bool {
+	answer, ok := rueidis.IsRedisErr(err)
+	return ok && answer.IsNoScript()
+}
+
+// unbounded is a context without a deadline that ends all the same. A connection of rueidis that works synchronously is closed when a
+// deadline passes, with all that is under way there. Without a deadline it does not work synchronously.
+type unbounded struct{ context.Context }
+
+func (u unbounded) Deadline() (deadline time.Time, ok bool) { return deadline, false }
+
+// ServerError is what the store's server has answered instead of a result, such as OOM or READONLY.
+type ServerError struct{ Code string }
+
+func (e *ServerError) Error() string { return "the store's server has refused: " + e.Code }
+
+// What calls fail with.
+var (
+	errTimeout    = errors.New("the store did not answer in time")
+	errConnection = errors.New("the connection to the store has failed")
+	errReply      = errors.New("the store's answer makes no sense")
+	errNewer      = errors.New("the key's state was written by a newer version, or by another program")
+	errLate       = errors.New("the store got the call too late")
+	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
+	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
+	errClosed     = errors.New("the store is closed")
+)
+
+// refusal returns the error for what the server has refused. It has the first word of the server's answer, because the rest may have
+// addresses and names of keys.
+func refusal(err *rueidis.RedisError) error {
+	code, _, _ := strings.Cut(err.Error(), " ")
+	if code == "" || strings.ToUpper(code) != code {
+		code = "ERR"
+	}
+	return &ServerError{code}
+}

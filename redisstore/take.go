@@ -1,0 +1,195 @@
+package redisstore
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/shared"
+)
+
+// maxAsks is how many keys one flow may ask for. A script cannot read any number of keys at once.
+const maxAsks = 1000
+
+// Take does what [shared.Limits] says. Keys of one shard are one call of a script. In a cluster, shards are asked at the same time, and
+// what one of them has taken is given back if another refuses.
+func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.Answer) error {
+	if len(asks) == 0 {
+		return nil
+	}
+	if len(asks) > maxAsks {
+		return errTooMany
+	}
+	as := make([]asked, len(asks))
+	for i := range asks {
+		as[i] = s.asked(asks[i])
+	}
+	parts := s.parts(as)
+	var err error
+	if len(parts) == 1 {
+		err = s.takePart(ctx, parts[0], answers)
+	} else {
+		err = s.takeParts(ctx, parts, as, answers)
+	}
+	if err != nil {
+		return err
+	}
+	taken := granted(as, answers)
+	for i := range as {
+		if !taken && as[i].Rule.Kind != shared.Bucket {
+			answers[i].Slot = 0
+		}
+		if answers[i].Differs {
+			s.noteDiffering(as[i].Key)
+		}
+	}
+	return nil
+}
+
+func (s *Store) asked(a shared.Ask) asked {
+	n := s.name(a.Key)
+	one := asked{Ask: a, name: n}
+	if a.Rule.Kind == shared.Slots {
+		one.leases = s.leases(n)
+		for one.id == 0 {
+			one.id = rand.Uint64()
+		}
+	}
+	return one
+}
+
+// A part is what one call of a script decides about.
+type part struct {
+	lanes   *lanes
+	asks    []asked
+	indexes []int // of the asks; nil for all
+	answers []shared.Answer
+	err     error
+}
+
+// parts divides asks by the shard, and in a cluster by the cluster slot.
+func (s *Store) parts(as []asked) []*part {
+	if !s.cluster {
+		return []*part{{lanes: s.single, asks: as}}
+	}
+	var parts []*part
+	slots := make(map[uint16]*part, 2)
+	for i := range as {
+		slot := slotOf(as[i].name.tag)
+		p := slots[slot]
+		if p == nil {
+			p = &part{lanes: s.lanesOf(slot)}
+			slots[slot] = p
+			parts = append(parts, p)
+		}
+		p.asks, p.indexes = append(p.asks, as[i]), append(p.indexes, i)
+	}
+	return parts
+}
+
+// granted reports whether what was asked has been taken.
+func granted(as []asked, answers []shared.Answer) bool {
+	for i := range as {
+		if !answers[i].OK && !as[i].Dry {
+			return false
+		}
+	}
+	return true
+}
+
+// takePart takes what one call can take. Slots are this process's from then on.
+func (s *Store) takePart(ctx context.Context, p *part, answers []shared.Answer) error {
+	c := &call{asks: p.asks}
+	maybe, err := p.lanes.take.do(ctx, c)
+	if err != nil {
+		if maybe {
+			s.lose(p.asks, time.Now())
+		}
+		return err
+	}
+	copy(answers, c.answers)
+	if granted(p.asks, answers) {
+		s.hold(p.asks, answers, c.sent)
+	}
+	return nil
+}
+
+// takeParts takes from several shards. If one of them refuses, or does not answer, the others get back what they gave.
+func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answers []shared.Answer) error {
+	began := time.Now()
+	var wg sync.WaitGroup
+	for _, p := range parts {
+		p.answers = make([]shared.Answer, len(p.asks))
+		wg.Go(func() { p.err = s.takePart(ctx, p, p.answers) })
+	}
+	wg.Wait()
+	var err error
+	for _, p := range parts {
+		err = errors.Join(err, p.err)
+		for i, at := range p.indexes {
+			answers[at] = p.answers[i]
+		}
+	}
+	if err == nil && granted(as, answers) {
+		return nil
+	}
+	var back []shared.Return
+	for _, p := range parts {
+		if p.err == nil && granted(p.asks, p.answers) {
+			back = append(back, undo(p.asks, p.answers)...)
+		}
+	}
+	if len(back) > 0 {
+		left, cancel := context.WithDeadline(ctx, began.Add(s.timeout))
+		defer cancel()
+		// What does not come back is lost; slots are returned in the background.
+		_ = s.Return(left, back, make([]shared.Result, len(back)))
+	}
+	for _, p := range parts {
+		if p.err != nil {
+			return p.err
+		}
+	}
+	return nil
+}
+
+// undo returns what gives back all that asks have got.
+func undo(as []asked, answers []shared.Answer) []shared.Return {
+	var back []shared.Return
+	for i, a := range as {
+		if tokens := a.Tokens + answers[i].Drawn; answers[i].OK && tokens > 0 && !a.look {
+			back = append(back, shared.Return{Key: a.Key, Rule: a.Rule, Slot: answers[i].Slot, Tokens: tokens, Unused: true})
+		}
+	}
+	return back
+}
+
+// leave gives back what a call has got that nobody waits for any more. Slots come back by [Store.lose].
+func (s *Store) leave(c *call) {
+	if c.err != nil || c.asks == nil || !granted(c.asks, c.answers) {
+		return
+	}
+	for _, back := range undo(c.asks, c.answers) {
+		if back.Rule.Kind != shared.Slots {
+			n := s.name(back.Key)
+			s.lanesFor(n).giveBack.submit(&call{returns: []returned{{back, n}}, done: make(chan struct{})})
+		}
+	}
+}
+
+// Look does what [shared.Limits] says.
+func (s *Store) Look(ctx context.Context, key shared.Key, rule *shared.Rule) (shared.Usage, error) {
+	a := s.asked(shared.Ask{Key: key, Rule: rule, Dry: true})
+	a.look = true
+	c := &call{asks: []asked{a}}
+	if _, err := s.lanesFor(a.name).take.do(ctx, c); err != nil {
+		return shared.Usage{}, err
+	}
+	u := shared.Usage{Remaining: c.answers[0].Left}
+	if rule.Kind == shared.Slots {
+		u.InFlight = int(c.answers[0].Slot)
+	}
+	return u, nil
+}
