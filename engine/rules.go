@@ -150,6 +150,14 @@ func (e *Engine) install(next *rules) {
 		e.controlled = true
 		e.running.Go(e.control)
 	}
+	ahead := func(p *installed) bool {
+		l, ok := p.component.(interface{ leases() bool })
+		return ok && l.leases()
+	}
+	if e.store != nil && !e.leased.runs && slices.ContainsFunc(next.installed, ahead) {
+		e.leased.runs = true
+		e.running.Go(e.collectLeases)
+	}
 	for _, p := range next.installed {
 		p.follows = nil
 	}

@@ -173,10 +173,11 @@ func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answe
 	}
 	after := 0.0
 	if a.Ahead > 0 || a.Reserve > 0 {
-		if there := min(a.Ahead, max(is.tokens, 0)/2/instances); answer.OK && there > 0 {
-			answer.Drawn = there
-		} else if a.Reserve > 0 && is.tokens < 1 && r.Fill > 0 {
-			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, 0))
+		if answer.OK {
+			answer.Drawn = min(a.Ahead, max(is.tokens, 0)/2/instances)
+		}
+		if a.Reserve > answer.Drawn && r.Fill > 0 {
+			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, answer.Drawn))
 			if answer.Drawn > 0 {
 				after = is.until(r, now, answer.Drawn)
 			}

@@ -137,8 +137,13 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	}
 	var back []shared.Return
 	for _, p := range parts {
-		if p.err == nil && granted(p.asks, p.answers) {
-			back = append(back, undo(p.asks, p.answers)...)
+		if p.err == nil {
+			back = append(back, undo(p.asks, p.answers, err != nil)...)
+		}
+	}
+	for i := range as {
+		if answers[i].OK {
+			answers[i].Drawn = 0
 		}
 	}
 	if len(back) > 0 {
@@ -155,11 +160,20 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	return nil
 }
 
-// undo returns what gives back all that asks have got.
-func undo(as []asked, answers []shared.Answer) []shared.Return {
+// undo returns what gives back all that asks have got. A refused ask may have tokens ahead. They come back if that is said.
+func undo(as []asked, answers []shared.Answer, ahead bool) []shared.Return {
 	var back []shared.Return
+	all := granted(as, answers)
 	for i, a := range as {
-		if tokens := a.Tokens + answers[i].Drawn; answers[i].OK && tokens > 0 && !a.look {
+		tokens := 0.0
+		switch {
+		case a.look:
+		case all && answers[i].OK:
+			tokens = a.Tokens + answers[i].Drawn
+		case ahead:
+			tokens = answers[i].Drawn
+		}
+		if tokens > 0 {
 			back = append(back, shared.Return{Key: a.Key, Rule: a.Rule, Slot: answers[i].Slot, Tokens: tokens, Unused: true})
 		}
 	}
@@ -168,10 +182,10 @@ func undo(as []asked, answers []shared.Answer) []shared.Return {
 
 // leave gives back what a call has got that nobody waits for any more. Slots come back by [Store.lose].
 func (s *Store) leave(c *call) {
-	if c.err != nil || c.asks == nil || !granted(c.asks, c.answers) {
+	if c.err != nil || c.asks == nil {
 		return
 	}
-	for _, back := range undo(c.asks, c.answers) {
+	for _, back := range undo(c.asks, c.answers, true) {
 		if back.Rule.Kind != shared.Slots {
 			n := s.name(back.Key)
 			s.lanesFor(n).giveBack.submit(&call{returns: []returned{{back, n}}, done: make(chan struct{})})
