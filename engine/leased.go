@@ -239,11 +239,11 @@ func (l *sharedLimiter[S]) draw(e *keys.Entry[account[S]], now int64, d *agentap
 		}
 	case s.drawing == nil:
 		s.follow(ask.Rule)
+		instances := float64(max(l.engine.store.Instances(), 1))
+		room := max(ask.Rule.Capacity/2/instances-s.held, 0) // what the flow uses comes back if it is refused
 		used := min(s.usable(now), d.Consumed)
 		s.spend(now, used)
 		ask.Tokens -= used
-		instances := float64(max(l.engine.store.Instances(), 1))
-		room := max(ask.Rule.Capacity/2/instances-s.held, 0)
 		demand := s.demand(now, d.Consumed)
 		ask.Ahead = min(demand, room)
 		ask.Reserve = min(demand, room, s.fill()*float64(demandSpan)/instances)
