@@ -111,16 +111,26 @@ func (r *refusal) fill(m *checkv1.CacheLookupResponse) {
 func (s handler) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest) (*checkv1.CacheLookupResponse, error) {
 	asked, refused := lookupOf(ctx, m.GetControlPoint(), m)
 	response := new(checkv1.CacheLookupResponse)
+	var keys []agentapi.CacheKey
 	if asked.Result != "" {
-		response.ResultCacheResponse = wire.KeyLookup(s.service.engine.Lookup(agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result}, asked.Room))
+		keys = append(keys, agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result})
 	}
+	seen := make(map[string]bool, len(asked.Global))
 	for _, key := range asked.Global {
+		if !seen[key] {
+			seen[key] = true
+			keys = append(keys, agentapi.CacheKey{Key: key, Global: true})
+		}
+	}
+	for i, answer := range s.service.engine.Lookup(ctx, keys, asked.Room) {
+		if !keys[i].Global {
+			response.ResultCacheResponse = wire.KeyLookup(answer)
+			continue
+		}
 		if response.GlobalCacheResponses == nil {
-			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(seen))
 		}
-		if _, again := response.GetGlobalCacheResponses()[key]; !again {
-			response.GlobalCacheResponses[key] = wire.KeyLookup(s.service.engine.Lookup(agentapi.CacheKey{Key: key, Global: true}, asked.Room))
-		}
+		response.GlobalCacheResponses[keys[i].Key] = wire.KeyLookup(answer)
 	}
 	refused.fill(response)
 	return response, nil

@@ -161,41 +161,56 @@ func (a *agent) Renew(session [16]byte, lasts time.Duration) {
 	}
 }
 
-// Lookup finds a value in a cache, as a flow's check does.
-func (a *agent) Lookup(key agentapi.CacheKey, room func(size int) bool) agentapi.CacheAnswer {
+// Lookup finds values in the caches, as a flow's check does.
+func (a *agent) Lookup(ctx context.Context, keys []agentapi.CacheKey, room func(size int) bool) []agentapi.CacheAnswer {
 	e := a.engine()
-	switch c, k := e.cache(key); {
-	case e.closed.Load():
-		return agentapi.CacheAnswer{Err: agentapi.ErrClosed}
-	case key.Key == "":
-		return agentapi.CacheAnswer{Err: errNoCacheKey}
-	case key.Global:
-		return c.lookup(k, room)
-	default:
-		a := c.lookup(k, room)
-		e.controlPoint(key.ControlPoint).looked(&a)
-		return a
+	answers := make([]agentapi.CacheAnswer, len(keys))
+	var asked []agentapi.CacheKey
+	var at []int
+	for i, key := range keys {
+		switch {
+		case e.closed.Load():
+			answers[i].Err = agentapi.ErrClosed
+		case key.Key == "":
+			answers[i].Err = errNoCacheKey
+		case e.store != nil:
+			asked, at = append(asked, key), append(at, i)
+		case key.Global:
+			answers[i] = e.memory.globals.lookup(cacheKey{key: key.Key}, room)
+		default:
+			answers[i] = e.memory.results.lookup(cacheKey{key.ControlPoint, key.Key}, room)
+			e.controlPoint(key.ControlPoint).looked(&answers[i])
+		}
 	}
+	if len(asked) > 0 {
+		for i, answer := range e.lookupShared(ctx, asked, room) {
+			answers[at[i]] = answer
+			if !asked[i].Global {
+				e.controlPoint(asked[i].ControlPoint).looked(&answers[at[i]])
+			}
+		}
+	}
+	return answers
 }
 
 // Store puts a value into a cache.
-func (a *agent) Store(_ context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
+func (a *agent) Store(ctx context.Context, key agentapi.CacheKey, value []byte, ttl time.Duration) error {
 	e := a.engine()
 	if e.closed.Load() {
 		return agentapi.ErrClosed
 	}
 	c, k := e.cache(key)
-	return c.store(k, value, ttl)
+	return c.store(ctx, k, value, ttl)
 }
 
 // Delete removes a value from a cache.
-func (a *agent) Delete(_ context.Context, key agentapi.CacheKey) error {
+func (a *agent) Delete(ctx context.Context, key agentapi.CacheKey) error {
 	e := a.engine()
 	if e.closed.Load() {
 		return agentapi.ErrClosed
 	}
 	c, k := e.cache(key)
-	return c.remove(k)
+	return c.remove(ctx, k)
 }
 
 // Ready returns an error if the engine is closed.
@@ -317,10 +332,15 @@ func (a *agent) Instrument(provider metric.MeterProvider) error {
 }
 
 // lookup fills the cache part of the verdict.
-func (e *Engine) lookup(p *controlPoint, req *agentapi.Request, v *agentapi.Verdict) {
+func (e *Engine) lookup(ctx context.Context, p *controlPoint, req *agentapi.Request, now *int64, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
+	if e.store != nil {
+		e.lookupTogether(ctx, p, req, x)
+		*now = e.now()
+		return
+	}
 	if asked.Result != "" {
-		x.Result = e.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
+		x.Result = e.memory.results.lookup(cacheKey{req.ControlPoint, asked.Result}, asked.Room)
 		p.looked(&x.Result)
 	}
 	for _, key := range asked.Global {
@@ -330,7 +350,35 @@ func (e *Engine) lookup(p *controlPoint, req *agentapi.Request, v *agentapi.Verd
 		if x.Global == nil {
 			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
 		}
-		x.Global[key] = e.globals.lookup(cacheKey{key: key}, asked.Room)
+		x.Global[key] = e.memory.globals.lookup(cacheKey{key: key}, asked.Room)
+	}
+}
+
+// lookupTogether is lookup in the store, by one call.
+func (e *Engine) lookupTogether(ctx context.Context, p *controlPoint, req *agentapi.Request, x *agentapi.VerdictDetails) {
+	asked := req.Lookup()
+	var keys []agentapi.CacheKey
+	if asked.Result != "" {
+		keys = append(keys, agentapi.CacheKey{ControlPoint: req.ControlPoint, Key: asked.Result})
+	}
+	for _, key := range asked.Global {
+		if key != "" {
+			keys = append(keys, agentapi.CacheKey{Key: key, Global: true})
+		}
+	}
+	if len(keys) == 0 {
+		return
+	}
+	for i, answer := range e.lookupShared(ctx, keys, asked.Room) {
+		if !keys[i].Global {
+			x.Result = answer
+			p.looked(&x.Result)
+			continue
+		}
+		if x.Global == nil {
+			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
+		}
+		x.Global[keys[i].Key] = answer
 	}
 }
 
@@ -343,7 +391,7 @@ func (p *controlPoint) looked(a *agentapi.CacheAnswer) {
 	count(p.counts, a, what)
 }
 
-func (e *Engine) cache(key agentapi.CacheKey) (*cache, cacheKey) {
+func (e *Engine) cache(key agentapi.CacheKey) (cache, cacheKey) {
 	if key.Global {
 		return e.globals, cacheKey{key: key.Key}
 	}

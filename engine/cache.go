@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -17,14 +18,41 @@ import (
 // maxTTL is the longest lifetime of a cache entry, and the default.
 const maxTTL = 7 * 24 * time.Hour
 
-// A cache keeps values for other flows, bounded by their number and by their bytes.
-type cache struct {
+// A cache keeps values for other flows.
+type cache interface {
+	// store keeps the value for so long; 0 is for as long as there is.
+	store(ctx context.Context, k cacheKey, value []byte, ttl time.Duration) error
+
+	remove(ctx context.Context, k cacheKey) error
+	stats() CacheStats
+	close()
+}
+
+// newCaches makes the caches of results and of all control points: in the store, if there is one.
+func (e *Engine) newCaches() {
+	if e.store != nil {
+		e.results, e.globals = &sharedCache{engine: e}, &sharedCache{engine: e}
+		return
+	}
+	e.memory.results, e.memory.globals = newMemoryCache(e.cacheEntries, e.cacheBytes), newMemoryCache(e.cacheEntries, e.cacheBytes)
+	e.results, e.globals = e.memory.results, e.memory.globals
+}
+
+// A memoryCache is bounded by the number of its values, and by their bytes.
+type memoryCache struct {
 	entries *otter.Cache[cacheKey, cached]
 	unit    int64 // of weights, in bytes
 	limit   uint32
 	floor   uint32
 
-	hits, misses, stores, deletes, refused atomic.Uint64
+	cacheCounts
+}
+
+// cacheCounts are what a cache counts.
+type cacheCounts struct{ hits, misses, stores, deletes, refused atomic.Uint64 }
+
+func (c *cacheCounts) stats() CacheStats {
+	return CacheStats{Hits: c.hits.Load(), Misses: c.misses.Load(), Stores: c.stores.Load(), Deletes: c.deletes.Load(), Refused: c.refused.Load()}
 }
 
 type cacheKey struct{ controlPoint, key string }
@@ -34,14 +62,14 @@ type cached struct {
 	ttl   time.Duration
 }
 
-// newCache makes a cache of at most so many entries and bytes of keys and values. The library bounds only one of the
+// newMemoryCache makes a cache of at most so many entries and bytes of keys and values. The library bounds only one of the
 // two, so an entry weighs its bytes, but at least size/entries. The library's weights are of 32 bits, so those of
 // a large cache are in larger units.
-func newCache(entries int, size int64) *cache {
+func newMemoryCache(entries int, size int64) *memoryCache {
 	const most = 1 << 31
 	unit := (size-1)/most + 1
 	limit := size / unit
-	c := &cache{unit: unit, limit: uint32(limit), floor: uint32(max((limit-1)/int64(entries)+1, 1))}
+	c := &memoryCache{unit: unit, limit: uint32(limit), floor: uint32(max((limit-1)/int64(entries)+1, 1))}
 	c.entries = otter.Must(&otter.Options[cacheKey, cached]{
 		MaximumWeight: uint64(limit),
 		Weigher:       func(k cacheKey, v cached) uint32 { return c.weight(k, v.value) },
@@ -52,7 +80,7 @@ func newCache(entries int, size int64) *cache {
 	return c
 }
 
-func (c *cache) weight(k cacheKey, value []byte) uint32 {
+func (c *memoryCache) weight(k cacheKey, value []byte) uint32 {
 	n := int64(len(k.controlPoint)) + int64(len(k.key)) + int64(len(value))
 	return max(uint32(min((n+c.unit-1)/c.unit, math.MaxUint32)), c.floor)
 }
@@ -65,7 +93,7 @@ var (
 // lookup returns a copy of the value, so that no caller can change what the next flow finds. If room is not nil, it
 // must have room for the value, which is not copied: callers with a room do not change it, and many may hold it for
 // long.
-func (c *cache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswer {
+func (c *memoryCache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswer {
 	v, ok := c.entries.GetIfPresent(k)
 	if !ok {
 		c.misses.Add(1)
@@ -82,7 +110,7 @@ func (c *cache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswe
 	return agentapi.CacheAnswer{Value: value, Hit: true}
 }
 
-func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
+func (c *memoryCache) store(_ context.Context, k cacheKey, value []byte, ttl time.Duration) error {
 	if k.key == "" {
 		c.refused.Add(1)
 		return errNoCacheKey
@@ -100,7 +128,7 @@ func (c *cache) store(k cacheKey, value []byte, ttl time.Duration) error {
 	return nil
 }
 
-func (c *cache) remove(k cacheKey) error {
+func (c *memoryCache) remove(_ context.Context, k cacheKey) error {
 	if k.key == "" {
 		return errNoCacheKey
 	}
@@ -109,4 +137,10 @@ func (c *cache) remove(k cacheKey) error {
 	return nil
 }
 
-func (c *cache) close() { c.entries.StopAllGoroutines() }
+func (c *memoryCache) close() { c.entries.StopAllGoroutines() }
+
+func (c *memoryCache) stats() CacheStats {
+	s := c.cacheCounts.stats()
+	s.Entries = c.entries.EstimatedSize()
+	return s
+}

@@ -11,10 +11,10 @@ import (
 
 func TestCacheTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(100, 1<<20)
+		c := newMemoryCache(100, 1<<20)
 		c.close() // its clock would tick every second of the weeks below; an expired entry is not found without it either
 		for key, ttl := range map[string]time.Duration{"minute": time.Minute, "default": 0, "year": 365 * 24 * time.Hour} {
-			if err := c.store(cacheKey{"point", key}, []byte("v"), ttl); err != nil {
+			if err := c.store(t.Context(), cacheKey{"point", key}, []byte("v"), ttl); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -44,9 +44,9 @@ func TestCacheEntries(t *testing.T) {
 		entries int
 		bytes   int64
 	}{{100, 199}, {1000, 1 << 30}, {1000, 1<<20 + 1}, {3, 1 << 34}} {
-		c := newCache(row.entries, row.bytes)
+		c := newMemoryCache(row.entries, row.bytes)
 		for i := range 2 * row.entries {
-			if err := c.store(cacheKey{"point", strconv.Itoa(i)}, nil, 0); err != nil && row.bytes > 1000 {
+			if err := c.store(t.Context(), cacheKey{"point", strconv.Itoa(i)}, nil, 0); err != nil && row.bytes > 1000 {
 				t.Error(err)
 			}
 		}
@@ -60,10 +60,10 @@ func TestCacheEntries(t *testing.T) {
 
 // A key that is a piece of something large does not keep it in memory.
 func TestCacheCopiesKeys(t *testing.T) {
-	c := newCache(10, 1000)
+	c := newMemoryCache(10, 1000)
 	defer c.close()
 	point, key := strings.Repeat("p", 10), strings.Repeat("k", 10)
-	if err := c.store(cacheKey{point, key}, []byte("value"), 0); err != nil {
+	if err := c.store(t.Context(), cacheKey{point, key}, []byte("value"), 0); err != nil {
 		t.Fatal(err)
 	}
 	for kept := range c.entries.Keys() {

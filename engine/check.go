@@ -74,6 +74,8 @@ func (p *controlPoint) unpickedFlows() uint64 {
 // A placement is a component in its place at one control point.
 type placement struct {
 	component
+	decider   decider // the component, if it is asked by itself
+	sharer    sharer  // the component, if it is asked together with others
 	id        *agentapi.Component
 	selectors selectors
 }
@@ -81,7 +83,10 @@ type placement struct {
 func (p *controlPoint) add(in *installed, s *selector) {
 	placements := &p.stages[in.stage]
 	if n := len(*placements); n == 0 || (*placements)[n-1].component != in.component {
-		*placements = append(*placements, placement{component: in.component, id: in.identity()})
+		one := placement{component: in.component, id: in.identity()}
+		one.decider, _ = in.component.(decider)
+		one.sharer, _ = in.component.(sharer)
+		*placements = append(*placements, one)
 	}
 	last := &(*placements)[len(*placements)-1]
 	last.selectors = append(last.selectors, s)
@@ -114,17 +119,19 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 	dry := req.DryRun()
 	for s := range stages {
 		if s == stageLoad && req.Lookup() != nil {
-			if e.lookup(p, req, v); v.Details.Result.Hit {
+			if e.lookup(ctx, p, req, now, v); v.Details.Result.Hit {
 				break
 			}
 		}
 		if len(p.stages[s]) > 0 {
 			from := v.Len()
-			ask := e.ask
+			var dropped bool
+			var err error
 			if s == stageShared {
-				ask = e.askTogether
+				dropped, err = e.askTogether(ctx, p.stages[s], req, now, v)
+			} else {
+				dropped, err = e.ask(ctx, p.stages[s], req, now, v)
 			}
-			dropped, err := ask(ctx, p.stages[s], req, now, v)
 			if err != nil {
 				return err
 			}
@@ -166,7 +173,7 @@ func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.
 			m.refuse(req, d, agentapi.CauseLate)
 		default:
 			a := asking{start: v.Start - e.epoch.UnixNano(), now: *now, wait: !dropped && !d.DryRun}
-			if *now, err = m.component.ask(ctx, req, a, d); err != nil {
+			if *now, err = m.decider.ask(ctx, req, a, d); err != nil {
 				return dropped, err
 			}
 		}

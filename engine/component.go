@@ -14,14 +14,6 @@ import (
 
 // A component is a policy's component at work. The interfaces below are for what only some components have.
 type component interface {
-	// ask fills the decision, which has the component and the dry run already. If it admits the flow, it
-	// takes the flow's tokens or slots. It may have the flow wait if asking allows it. In a dry run it decides the
-	// same, and the caller lets the flow pass. It returns the time of the decision. An error means that it did not
-	// decide. With errRetired the component is no longer in force, and the engine asks those that are. With any other error nobody
-	// has decided: the flow is Canceled if its caller has gone, and Unreachable if not. Only the caller bounds ctx. The check timeout
-	// is req.Timeout.
-	ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (now int64, err error)
-
 	// refuse fills the decision without asking: the flow is dropped for the cause if the component limits it.
 	refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause)
 
@@ -36,6 +28,19 @@ type component interface {
 
 	// identity names the component to others.
 	identity() *agentapi.Component
+}
+
+// A decider is a component that is asked by itself: all but those that are sharers.
+type decider interface {
+	component
+
+	// ask fills the decision, which has the component and the dry run already. If it admits the flow, it
+	// takes the flow's tokens or slots. It may have the flow wait if asking allows it. In a dry run it decides the
+	// same, and the caller lets the flow pass. It returns the time of the decision. An error means that it did not
+	// decide. With errRetired the component is no longer in force, and the engine asks those that are. With any other error nobody
+	// has decided: the flow is Canceled if its caller has gone, and Unreachable if not. Only the caller bounds ctx. The check timeout
+	// is req.Timeout.
+	ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (now int64, err error)
 }
 
 // asking says how a component is asked. It is passed by value, and the time is returned: through an interface, a

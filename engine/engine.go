@@ -21,6 +21,8 @@
 // picks are accepted, except in ramp mode: a flow in ramp mode needs at least one ramp that picks it, and none that
 // drops it.
 //
+// With a store that engines share (see [WithStore]), limiters that are not local are asked after those in memory, all together.
+//
 // Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
 // fair queueing (see [policy.Scheduler]): what becomes free goes at once to the flow whose turn it is. A flow waits
 // until its deadline, less a margin, or the queue timeout of its workload. A flow that cannot be served in time, as far
@@ -86,8 +88,10 @@ type Engine struct {
 
 	leases slots.Leases // of the sessions of clients across the network
 
-	results *cache
-	globals *cache
+	results, globals cache
+
+	// memory has the caches if they are in memory, because a lookup there is one of the shortest things that flows do.
+	memory struct{ results, globals *memoryCache }
 
 	instruments instruments
 	reloads     reloads
@@ -95,13 +99,15 @@ type Engine struct {
 	checkTimeout  atomic.Int64          // the shortest of all clients, in nanoseconds; 0 while none is known
 	checkTimeouts map[time.Duration]int // how many clients have it; guarded by applying
 
-	applying             sync.Mutex // held by Apply, and by Close as it begins
-	sweeping, controlled bool       // the goroutines run; guarded by applying
+	applying sync.Mutex // held by Apply, and by Close as it begins
+
+	sweeping, controlled, following bool // the goroutines run; guarded by applying
 
 	closed  atomic.Bool
 	full    chan struct{} // receives when a component has no room for a key
+	ramped  chan struct{} // receives when a ramp of the store may be new
 	done    chan struct{}
-	running sync.WaitGroup // the sweeper and the controller
+	running sync.WaitGroup // the sweeper, the controller, and what follows ramps
 }
 
 // New builds an engine that enforces the policies. Without policies it serves the caches, and accepts every flow that
@@ -117,6 +123,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		holders:      make(map[identity][]component),
 		signals:      make(map[string]func() float64),
 		full:         make(chan struct{}, 1),
+		ramped:       make(chan struct{}, 1),
 		done:         make(chan struct{}),
 		leased:       leased{limit: DefaultLeasedKeys, begun: make(chan struct{}, 1)},
 		unlisted:     controlPoint{counts: new(counts)},
@@ -135,8 +142,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, fmt.Errorf("headgate: engine: %w", err)
 	}
-	e.results = newCache(e.cacheEntries, e.cacheBytes)
-	e.globals = newCache(e.cacheEntries, e.cacheBytes)
+	e.newCaches()
 	e.install(next)
 	return e, nil
 }

@@ -320,9 +320,11 @@ func ExampleComponent_Ramp() {
 	}
 	ramp, _ := component.Ramp()
 	fmt.Printf("at %.0f %%\n", ramp.Percentage())
-	ramp.Forward()
-
 	ctx := context.Background()
+	if err := ramp.Forward(ctx); err != nil {
+		panic(err)
+	}
+
 	for _, user := range []string{"ann", "bob", "tester"} {
 		flow := client.Start(ctx, "page", flowctl.Params{RampMode: true, Labels: map[string]string{"user_id": user}})
 		fmt.Println(user, flow.Decision())

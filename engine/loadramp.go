@@ -1,11 +1,13 @@
 package engine
 
 import (
+	"context"
 	"slices"
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -24,6 +26,10 @@ func newLoadRamp(e *Engine, in *installed, p policy.LoadRamp, c agentapi.Compone
 		DryRun:            p.DryRun,
 	}, c)
 	l := &loadRamp{sampler: s, ramp: newRamp(p, e.now())}
+	if e.shares(p.Local) {
+		l.ramp.shared = newSharedRamp(e, shared.Key{Policy: c.Policy, Component: c.ID}, l.ramp)
+		in.ramp = l.ramp.shared
+	}
 	s.percentage = l.ramp.percentage
 	return l, nil
 }
@@ -38,16 +44,33 @@ type Ramp struct {
 }
 
 // Forward has the ramp move towards its last step's target, from where it stands.
-func (r *Ramp) Forward() { r.course.move(r.engine.now(), 1) }
+//
+// If engines share a store (see [WithStore]), it is the store's ramp that moves, and all engines follow within a second. The error is that
+// of the store, and then the ramp has perhaps not moved. The context bounds the wait for the store. Without one there is no error.
+func (r *Ramp) Forward(ctx context.Context) error { return r.move(ctx, 1) }
 
-// Backward has the ramp move back the way it came, down to the beginning of its first step.
-func (r *Ramp) Backward() { r.course.move(r.engine.now(), -1) }
+// Backward has the ramp move back the way it came, down to the beginning of its first step. See Forward for the error.
+func (r *Ramp) Backward(ctx context.Context) error { return r.move(ctx, -1) }
 
-// Hold has the ramp stand still where it is.
-func (r *Ramp) Hold() { r.course.move(r.engine.now(), 0) }
+// Hold has the ramp stand still where it is. See Forward for the error.
+func (r *Ramp) Hold(ctx context.Context) error { return r.move(ctx, 0) }
 
-// Reset puts the ramp back to the beginning of its first step, where it stands still.
-func (r *Ramp) Reset() { r.course.reset(r.engine.now()) }
+// Reset puts the ramp back to the beginning of its first step, where it stands still. See Forward for the error.
+func (r *Ramp) Reset(ctx context.Context) error {
+	if s := r.course.shared; s != nil {
+		return s.move(ctx, func(*position, int64) *position { return new(position) })
+	}
+	r.course.reset(r.engine.now())
+	return nil
+}
+
+func (r *Ramp) move(ctx context.Context, direction int64) error {
+	if s := r.course.shared; s != nil {
+		return s.move(ctx, func(p *position, now int64) *position { return r.course.moved(p, now, direction) })
+	}
+	r.course.move(r.engine.now(), direction)
+	return nil
+}
 
 // Percentage is the share of flows that the ramp accepts just now, 0 to 100.
 func (r *Ramp) Percentage() float64 { return r.course.percentage(r.engine.now()) }
@@ -67,6 +90,7 @@ type ramp struct {
 	length int64
 	starts bool // by itself
 	now    atomic.Pointer[position]
+	shared *sharedRamp // nil if the ramp is the engine's own
 }
 
 func newRamp(p policy.LoadRamp, now int64) *ramp {
@@ -90,13 +114,15 @@ func (r *ramp) along(p *position, now int64) int64 {
 // move changes the direction of the ramp, from where it stands.
 func (r *ramp) move(now, direction int64) {
 	for {
-		old := r.now.Load()
-		next := &position{at: r.along(old, now), since: now, direction: direction}
-		next.left = direction > 0 || direction == 0 && old.left
-		if r.now.CompareAndSwap(old, next) {
+		if old := r.now.Load(); r.now.CompareAndSwap(old, r.moved(old, now, direction)) {
 			return
 		}
 	}
+}
+
+// moved returns the position from which the ramp goes on in another direction.
+func (r *ramp) moved(p *position, now, direction int64) *position {
+	return &position{at: r.along(p, now), since: now, direction: direction, left: direction > 0 || direction == 0 && p.left}
 }
 
 // reset puts the ramp back to its beginning, where it stands still.

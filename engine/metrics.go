@@ -130,10 +130,12 @@ type metrics struct {
 	dryDrops, unlimited, refunds, overflows                  counter
 	settlements                                              counter
 	opened                                                   counter
+	local, unreturned, differing                             counter
+	storeFailures, storeUnanswered                           counter
 
 	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
-	queued, keys, cacheEntries, open, reloaded metric.Int64ObservableGauge
+	queued, keys, cacheEntries, open, reloaded, storeUp, storeInstances metric.Int64ObservableGauge
 
 	capacity, available, fillRate, multiplier, percentage metric.Float64ObservableGauge
 
@@ -169,6 +171,11 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.settlements, "limiter_settlements_total", "Flows that a limiter or scheduler corrected by what they cost, or could not."},
 		{&m.overflows, "limiter_overflows_total", "Decisions by the bucket that values beyond the cap share."},
 		{&m.opened, "circuit_breaker_opened_total", "How often a circuit breaker has opened."},
+		{&m.local, "limiter_local_decisions_total", "Flows that a limiter decided about without the store that engines share."},
+		{&m.unreturned, "limiter_unreturned_total", "What flows did not give back, because the store did not answer."},
+		{&m.differing, "limiter_numbers_differ_total", "Answers of the store that say that another engine uses other numbers."},
+		{&m.storeFailures, "store_failures_total", "Calls that the store did not answer, or answered with an error."},
+		{&m.storeUnanswered, "store_unanswered_flows_total", "Flows that were decided about without the store."},
 		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
 		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
 		{&m.cacheOperations, "cache_operation_results_total", "Changes of the caches."},
@@ -208,6 +215,8 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.keys, "limiter_keys", "Values of its label that a limiter keeps apart."},
 		{&m.cacheEntries, "cache_entries", "Entries of a cache."},
 		{&m.open, "circuit_breaker_open", "Values of its label for which a circuit breaker is open or half-open."},
+		{&m.storeUp, "store_up", "1 if the store that engines share has answered lately, otherwise 0."},
+		{&m.storeInstances, "store_instances", "How many have used the store lately."},
 		{&m.reloaded, "policy_last_reload_successful", "1 if what is in the watched policy files is in force, otherwise 0."},
 	} {
 		var err error
@@ -250,10 +259,26 @@ func (m *metrics) observe(o metric.Observer, r *rules, s Stats) {
 		m.observeComponent(o, r.installed[i].kind, &s.Components[i])
 	}
 	m.observeReloads(o, &s.Reloads)
+	m.observeStore(o, &s.Store)
 	m.observeCache(o, "result", &s.ResultCache)
 	m.observeCache(o, "global", &s.GlobalCache)
 	o.ObserveInt64(m.cacheHits, int64(s.GlobalCache.Hits), metric.WithAttributes(attribute.String("type", "global")))
 	o.ObserveInt64(m.cacheMisses, int64(s.GlobalCache.Misses), metric.WithAttributes(attribute.String("type", "global")))
+}
+
+// observeStore shows nothing where there is none.
+func (m *metrics) observeStore(o metric.Observer, s *StoreStats) {
+	if !s.Shared {
+		return
+	}
+	up := int64(1)
+	if s.Down {
+		up = 0
+	}
+	o.ObserveInt64(m.storeUp, up)
+	o.ObserveInt64(m.storeInstances, int64(s.Instances))
+	o.ObserveInt64(m.storeFailures, int64(s.Failures))
+	o.ObserveInt64(m.storeUnanswered, int64(s.Unanswered))
 }
 
 // observeReloads shows nothing where no file is watched.
@@ -381,6 +406,11 @@ func (o *observation) buckets() {
 		o.to.ObserveInt64(o.settlements, int64(n.n), metric.WithAttributes(append(slices.Clone(o.named), attribute.Bool("settled", n.settled))...))
 	}
 	o.to.ObserveFloat64(o.forgivenTokens, s.ForgivenTokens, o.own)
+	if s.Shared {
+		o.to.ObserveInt64(o.local, int64(s.LocalDecisions), o.own)
+		o.to.ObserveInt64(o.unreturned, int64(s.Unreturned), o.own)
+		o.to.ObserveInt64(o.differing, int64(s.NumbersDiffer), o.own)
+	}
 	if s.LabelKey != "" {
 		o.to.ObserveInt64(o.keys, int64(s.Keys), o.own)
 		o.to.ObserveInt64(o.overflows, int64(s.Overflows), o.own)

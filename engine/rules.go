@@ -43,6 +43,7 @@ type installed struct {
 	picks     string // an encoding of the selectors
 
 	escalation *escalation // nil for none
+	ramp       *sharedRamp // nil for none
 
 	// follows is the component whose state it takes over when it comes into force, because only numbers differ.
 	follows *installed
@@ -157,6 +158,16 @@ func (e *Engine) install(next *rules) {
 	if e.store != nil && !e.leased.runs && slices.ContainsFunc(next.installed, ahead) {
 		e.leased.runs = true
 		e.running.Go(e.collectLeases)
+	}
+	if slices.ContainsFunc(next.installed, func(p *installed) bool { return p.ramp != nil }) {
+		if !e.following {
+			e.following = true
+			e.running.Go(e.followRamps)
+		}
+		select {
+		case e.ramped <- struct{}{}: // those that are new do not wait
+		default:
+		}
 	}
 	for _, p := range next.installed {
 		p.follows = nil

@@ -86,26 +86,6 @@ func (l *sharedLimiter[S]) vacant(now int64) bool {
 	return now >= l.held.Load() && l.keyed.vacant(now)
 }
 
-// ask is not called: the engine asks all components of the store together.
-func (l *sharedLimiter[S]) ask(ctx context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
-	asks, answers := make([]shared.Ask, 1), make([]shared.Answer, 1)
-	if !l.prepare(req, a.now, d, &asks[0]) {
-		return a.now, nil
-	}
-	err := l.engine.take(ctx, req, time.Duration(a.now-a.start), asks, answers)
-	now := l.engine.now()
-	switch {
-	case err == nil:
-		l.answered(ctx, req, now, d, &asks[0], &answers[0], answers[0].OK)
-	case ctx.Err() != nil:
-		l.unasked(now, d, &asks[0])
-		return now, ctx.Err()
-	default:
-		l.unanswered(req, now, d, &asks[0])
-	}
-	return now, nil
-}
-
 // open returns the entry of the flow's key, locked, and its numbers. The entry is nil if there is no room for it.
 func (l *sharedLimiter[S]) open(labels *agentapi.Labels, name string, now int64) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
 	if l.table == nil {
@@ -273,11 +253,17 @@ func raise(to *atomic.Int64, n int64) {
 }
 
 func (l *sharedLimiter[S]) unasked(now int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
+	d.Untaken, d.Remaining = true, ask.Rule.Capacity // which it has if nothing is known of it
 	l.account(d, func(e *keys.Entry[account[S]]) {
 		l.drew(e, now, d, ask, outcome{})
 		e.State.reported(ask.Owed, false)
+		if e.State.last != nil {
+			d.Remaining = e.State.left + e.State.heldAhead()
+		}
 	})
-	d.Untaken = true
+	if !l.component.Slots {
+		d.Remaining -= d.Consumed
+	}
 	l.counts.decision(d)
 }
 

@@ -3,12 +3,15 @@ package engine_test
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
@@ -44,12 +47,22 @@ func newFleet(t *testing.T, n int, kind sides.Kind, components ...policy.Compone
 	for range n {
 		f.stores = append(f.stores, f.server.Instance())
 	}
-	for i := range n {
-		f.sides = append(f.sides, sides.Setup{
-			Policies: sides.Policies(components...), EngineOptions: []engine.Option{engine.WithStore(f.stores[i])},
-		}.New(t, kind))
+	for _, store := range f.stores {
+		f.sides = append(f.sides, sideOf(t, store, kind, components...))
 	}
 	return f
+}
+
+// add adds an engine.
+func (f *fleet) add(t *testing.T, kind sides.Kind, components ...policy.Component) {
+	t.Helper()
+	f.stores = append(f.stores, f.server.Instance())
+	f.sides = append(f.sides, sideOf(t, f.stores[len(f.stores)-1], kind, components...))
+}
+
+func sideOf(t *testing.T, store *sharedtest.Store, kind sides.Kind, components ...policy.Component) *sides.Side {
+	t.Helper()
+	return sides.Setup{Policies: sides.Policies(components...), EngineOptions: []engine.Option{engine.WithStore(store)}}.New(t, kind)
 }
 
 // start starts a flow of the user at one of the engines.
@@ -227,4 +240,409 @@ func onOutage(c policy.Component, mode policy.Outage) policy.Component {
 	default:
 		return c
 	}
+}
+
+// down has all engines of the fleet meet a store that does not answer, or that does again.
+func (f *fleet) down(is bool) {
+	for _, s := range f.stores {
+		if s.Behave(sharedtest.Behavior{}); is {
+			s.Behave(sharedtest.Behavior{Err: shared.ErrDown})
+		}
+	}
+}
+
+// admitted has flows of the user at the engine until one is rejected, and returns how many were admitted. They end at once.
+func (f *fleet) admitted(t *testing.T, at int, user string) (n int) {
+	t.Helper()
+	for ; n < 100; n++ {
+		flow := f.start(t, at, user)
+		end(flow)
+		if flow.Decision() != flowctl.Accepted {
+			return n
+		}
+	}
+	return n
+}
+
+// What was let in during an outage is taken when the store answers again, as far as it has not come back by itself.
+func TestStoreOutageIsOwed(t *testing.T) {
+	slow := limiters()["rate limiter"].(policy.RateLimiter)
+	fast := slow
+	fast.StepFill, fast.Interval = false, 4*time.Second
+	for _, tt := range []struct {
+		name     string
+		c        policy.Component
+		mode     policy.Outage
+		inOutage int
+		pause    time.Duration
+		after    int // of both engines
+	}{
+		{"bucket", slow, policy.OutageShare, 2, time.Minute, 2},
+		{"bucket that is open", slow, policy.OutageOpen, 3, time.Minute, 1},
+		{"bucket that fills", fast, policy.OutageShare, 2, time.Minute, 4},
+		{"bucket that fills a little", fast, policy.OutageShare, 2, 2 * time.Second, 3},
+		{"quota", limiters()["calendar quota"], policy.OutageShare, 2, time.Minute, 2},
+		{"quota of the next hour", limiters()["calendar quota"], policy.OutageShare, 2, time.Hour, 4},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 2, sides.Embedded, onOutage(tt.c, tt.mode))
+				f.down(true)
+				n := 0
+				for n < 3 && f.start(t, 0, "ann").Decision() == flowctl.Accepted {
+					n++
+				}
+				if n != tt.inOutage {
+					t.Errorf("%d flows were admitted in the outage want %d", n, tt.inOutage)
+				}
+				f.down(false)
+				<-time.After(tt.pause)
+				got := 0
+				if f.start(t, 0, "ann").Decision() == flowctl.Accepted { // it tells the store
+					got = 1 + f.admitted(t, 1, "ann") + f.admitted(t, 0, "ann")
+				}
+				if got != tt.after {
+					t.Errorf("%d flows were admitted afterwards want %d", got, tt.after)
+				}
+			})
+		})
+	}
+}
+
+// What the store has said of a key counts in an outage: a key that has used its limit up does not begin anew.
+func TestStoreOutageOfUsedKeys(t *testing.T) {
+	for _, name := range []string{"rate limiter", "calendar quota"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFleet(t, 2, sides.Embedded, limiters()[name])
+			if got := f.admitted(t, 0, "ann"); got != 4 {
+				t.Errorf("%s: %d flows were admitted want 4", name, got)
+			}
+			f.down(true)
+			<-time.After(time.Minute)
+			if got := f.admitted(t, 0, "ann"); got != 0 {
+				t.Errorf("%s: %d flows were admitted in the outage want none", name, got)
+			}
+		})
+	}
+}
+
+// Slots that an engine has granted in an outage come back to it, during the outage and afterwards, over the network too.
+func TestStoreOutageSlots(t *testing.T) {
+	for _, kind := range sides.Engines {
+		for _, after := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 2, kind, limiters()["concurrency limiter"])
+				f.down(true)
+				var flows []*flowctl.Flow
+				for range 2 {
+					flows = append(flows, f.start(t, 0, "ann"))
+				}
+				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Rejected {
+					t.Errorf("%v want it rejected", flow)
+				}
+				f.down(!after)
+				for _, flow := range flows {
+					if r := end(flow); r.Returned != 1 {
+						t.Errorf("%v returned %+v want a slot", flow, r)
+					}
+				}
+				f.down(true)
+				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v want the slots to be free", flow)
+				}
+				if got := f.stores[0].Counted().Return; got != 0 {
+					t.Errorf("%d slots went to the store want none", got)
+				}
+			})
+		}
+	}
+}
+
+// An engine that knows that there are no tokens does not ask for them, for a second at the most, and not after a refund of its own.
+func TestSharedLimitsRemember(t *testing.T) {
+	for _, name := range []string{"rate limiter", "calendar quota"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFleet(t, 1, sides.Embedded, limiters()[name])
+			flow := f.start(t, 0, "ann")
+			f.admitted(t, 0, "ann")
+			asked := f.stores[0].Counted().Take
+			for range 10 {
+				wait := time.Until(time.Date(2000, 1, 1, 1, 0, 0, 0, time.UTC))
+				if r := rejectedBy(f.start(t, 0, "ann")); r == nil || r.RetryAfter() != wait {
+					t.Errorf("%s: %v want it rejected for %v", name, r, wait)
+				}
+				<-time.After(50 * time.Millisecond)
+			}
+			if got := f.stores[0].Counted().Take; got != asked {
+				t.Errorf("%s: %d more questions want none", name, got-asked)
+			}
+			<-time.After(time.Second)
+			f.start(t, 0, "ann")
+			if got := f.stores[0].Counted().Take; got != asked+1 {
+				t.Errorf("%s: %d more questions after a second want one", name, got-asked)
+			}
+			flow.Settle("cost", 0)
+			end(flow)
+			if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Accepted {
+				t.Errorf("%s: %v want the refund of another flow to admit it", name, flow)
+			}
+		})
+	}
+}
+
+// A dry run decides the same and takes the same, of a component or of a flow.
+func TestSharedLimitsDryRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := limiters()["rate limiter"].(policy.RateLimiter)
+		c.DryRun = true
+		other := policy.RateLimiter{ID: "other", Selectors: policy.At("point"), Capacity: 5, Interval: time.Hour}
+		f := newFleet(t, 2, sides.Embedded, c, other)
+		for i := range 6 {
+			flow := f.start(t, i%2, "ann")
+			if got := flow.Decision() == flowctl.Accepted; got != (i < 5) {
+				t.Errorf("flow %d: %v want it accepted: %v", i, flow, i < 5)
+			}
+		}
+		if s := f.sides[0].Engine.Stats().Components[0]; s.DryRunDrops != 1 || s.Dropped != 0 {
+			t.Errorf("stats = %+v want a dry drop", s)
+		}
+		f = newFleet(t, 1, sides.Embedded, limiters()["rate limiter"], other)
+		dry, err := flowctl.New(f.sides[0].Engine, flowctl.WithDryRun())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 8 {
+			flow := dry.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+			if !flow.ShouldRun() {
+				t.Errorf("%v want it to run", flow)
+			}
+			end(flow)
+		}
+		for id, want := range map[string]string{"c": "ann", "other": ""} {
+			if u, err := peekAt(f.sides[0].Engine, "test", id, want); err != nil || u.Remaining != 0 {
+				t.Errorf("%s: Peek = %+v, %v want all taken", id, u, err)
+			}
+		}
+	})
+}
+
+// A slot is that of the client's session over the network, and of the engine in the process. It is free when the session, or the lease of
+// the engine, runs out.
+func TestSharedSlotsHaveHolders(t *testing.T) {
+	for _, kind := range sides.Engines {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFleet(t, 2, kind, limiters()["concurrency limiter"])
+			<-time.After(time.Minute) // a session has begun
+			flows := f.admits(t, "ann", 4)
+			if got := f.stores[0].Asked()[0].Holder != (shared.Holder{}); got != (kind == sides.Served) {
+				t.Errorf("%s: has a session: %v", kind, got)
+			}
+			<-time.After(30 * time.Second)
+			if flow := f.start(t, 1, "ann"); flow.Decision() != flowctl.Rejected {
+				t.Errorf("%s: %v want the slots to be held still", kind, flow)
+			}
+			f.stores[0].Behave(sharedtest.Behavior{Cut: true})
+			<-time.After(15 * time.Second)
+			for i := range 3 { // two slots are those of the other one
+				if got := f.start(t, 1, "ann").Decision() == flowctl.Accepted; got != (i < 2) {
+					t.Errorf("%s: flow %d: accepted %v", kind, i, got)
+				}
+			}
+			for i, flow := range flows {
+				if r := end(flow); (r.Returned == 1) != (i%2 == 1) {
+					t.Errorf("%s: flow %d returned %+v", kind, i, r)
+				}
+			}
+		})
+	}
+}
+
+// Any agent behind a balancer takes a slot back, also one with another version of the policy.
+func TestSharedSlotsEndAnywhere(t *testing.T) {
+	c := limiters()["concurrency limiter"].(policy.ConcurrencyLimiter)
+	newer := c
+	newer.Max = 5
+	for _, other := range []policy.Component{c, newer} {
+		f := &fleet{server: sharedtest.New()}
+		f.add(t, sides.Embedded, c)
+		f.add(t, sides.Embedded, other)
+		v, req := new(agentapi.Verdict), &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "ann"}}}
+		if err := f.sides[0].Agent.Check(t.Context(), req, v); err != nil {
+			t.Fatal(err)
+		}
+		d := v.At(0)
+		for _, want := range []bool{true, false} {
+			known, returned := f.sides[1].Engine.Agent().EndSlot(t.Context(), "test", d.Component.Hash, "c", "user:"+d.Label, d.Slot())
+			if !known || returned != want {
+				t.Errorf("EndSlot = %v, %v want true, %v", known, returned, want)
+			}
+		}
+	}
+}
+
+// Values that carry credentials have the same name at all engines, and the store does not learn of them.
+func TestSharedLimitsHideCredentials(t *testing.T) {
+	const label, secret = "http.request.header.authorization", "Bearer abc"
+	c := limiters()["rate limiter"].(policy.RateLimiter)
+	c.LimitBy = label
+	f := newFleet(t, 2, sides.Embedded, c)
+	for i := range 5 {
+		flow := f.sides[i%2].Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{label: secret}})
+		if got := flow.Decision() == flowctl.Accepted; got != (i < 4) {
+			t.Errorf("flow %d: %v", i, flow)
+		}
+	}
+	for _, ask := range f.stores[0].Asked() {
+		if ask.Key.Value == "" || strings.Contains(ask.Key.Value, "abc") {
+			t.Errorf("the store has the key %q", ask.Key.Value)
+		}
+	}
+}
+
+// Two versions of a policy are noticed, and a version that all engines have come to is not.
+func TestSharedNumbersThatDiffer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		c := limiters()["rate limiter"].(policy.RateLimiter)
+		f := newFleet(t, 1, sides.Embedded, c)
+		store := f.server.Instance()
+		e, err := engine.New(sides.Policies(c), engine.WithStore(store), engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		client, err := flowctl.New(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		both := func() uint64 {
+			for range 3 {
+				end(f.start(t, 0, "ann"))
+				end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann", "cost": "0"}}))
+			}
+			return e.Stats().Components[0].NumbersDiffer
+		}
+		c.Capacity = 50
+		if n := both(); n != 0 {
+			t.Errorf("%d answers differ want none", n)
+		}
+		apply(t, f.sides[0].Engine, c)
+		if n := both(); n == 0 {
+			t.Error("no answer differs while there are two versions")
+		}
+		apply(t, e, c)
+		n := both()
+		if m := both(); m != n {
+			t.Errorf("%d answers differ while there is one version", m-n)
+		}
+		<-time.After(time.Minute)
+		synctest.Wait()
+		if !strings.Contains(log.String(), "two versions of a policy") {
+			t.Errorf("log: %s", log.String())
+		}
+	})
+}
+
+// A check is over when its time is, and a flow whose caller leaves is canceled.
+func TestStoreIsBoundedByTheCheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 2, sides.Embedded, limiters()["concurrency limiter"])
+		f.stores[0].Behave(sharedtest.Behavior{Late: time.Minute})
+		began := time.Now()
+		flow := f.sides[0].Client.Start(t.Context(), "point", flowctl.Params{CheckTimeout: 10 * time.Millisecond, Labels: map[string]string{"user": "ann"}})
+		if took := time.Since(began); flow.Decision() != flowctl.Accepted || took != 10*time.Millisecond {
+			t.Errorf("%v after %v want it decided here, after the check's time", flow, took)
+		}
+		end(flow)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		defer cancel()
+		flow = f.sides[0].Client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+		if flow.Decision() == flowctl.Accepted || !errors.Is(flow.Err(), context.DeadlineExceeded) {
+			t.Errorf("%v: %v want the caller's error", flow, flow.Err())
+		}
+		end(flow)
+		if s := f.sides[0].Engine.Stats(); s.Store.Unanswered != 1 || s.ControlPoints[1].Canceled != 1 {
+			t.Errorf("stats = %+v, %+v want one decision without the store, and one flow that left", s.Store, s.ControlPoints)
+		}
+	})
+}
+
+// Values beyond the cap of an engine have limits of their own in the store.
+func TestSharedLimitsBeyondTheCap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, client := reloadable(t, []policy.Component{limiters()["rate limiter"]}, engine.WithStore(sharedtest.New().Instance()), engine.WithKeyCap(1))
+		for _, user := range []string{"ann", "bob", "eve"} {
+			for i := range 6 {
+				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}})
+				if got := flow.Decision() == flowctl.Accepted; got != (i < 4) {
+					t.Errorf("flow %d of %s: %v", i, user, flow)
+				}
+				end(flow)
+			}
+		}
+		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows != 0 {
+			t.Errorf("stats = %+v want one key, and no overflow", s)
+		}
+	})
+}
+
+// Peek and Reset ask the store, and return its error. The stats tell what was learned last.
+func TestSharedPeekAndReset(t *testing.T) {
+	for name, c := range limiters() {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFleet(t, 2, sides.Embedded, c)
+			flows := f.admits(t, "ann", 4)
+			in := 0
+			if name == "concurrency limiter" {
+				in = 4
+			}
+			if u, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); err != nil || u != (engine.Usage{Capacity: 4, InFlight: in}) {
+				t.Errorf("%s: Peek = %+v, %v", name, u, err)
+			}
+			if err := resetAt(f.sides[1].Engine, "test", "c", "ann"); err != nil {
+				t.Error(err)
+			}
+			<-time.After(time.Second) // what the other engine remembers
+			for _, flow := range append(f.admits(t, "ann", 4), flows...) {
+				end(flow)
+			}
+			f.down(true)
+			if _, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); !errors.Is(err, shared.ErrDown) {
+				t.Errorf("%s: Peek without the store: %v", name, err)
+			}
+			if err := resetAt(f.sides[1].Engine, "test", "c", "ann"); !errors.Is(err, shared.ErrDown) {
+				t.Errorf("%s: Reset without the store: %v", name, err)
+			}
+		})
+	}
+}
+
+// An outage is logged once a minute, and its end.
+func TestStoreOutageIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		store := sharedtest.New().Instance()
+		_, client := reloadable(t, []policy.Component{limiters()["rate limiter"]}, engine.WithStore(store),
+			engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+		flow := func() {
+			end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}}))
+		}
+		store.Behave(sharedtest.Behavior{Err: shared.ErrDown})
+		for range 90 {
+			flow()
+			<-time.After(time.Second)
+		}
+		store.Behave(sharedtest.Behavior{})
+		flow()
+		flow()
+		if got := strings.Count(log.String(), "does not answer"); got != 2 {
+			t.Errorf("%d warnings want 2: %s", got, log.String())
+		}
+		if got := strings.Count(log.String(), "answers again"); got != 1 {
+			t.Errorf("%d lines of its end want 1: %s", got, log.String())
+		}
+		if strings.Contains(log.String(), "ann") {
+			t.Errorf("the log has a label's value: %s", log.String())
+		}
+	})
 }

@@ -125,7 +125,9 @@ func (r *rules) match(c statefile.Component) (in *installed, why string) {
 		mode, ok = l.lasts()
 	}
 	switch {
-	case in.name != c.Kind || !ok:
+	case in.name == c.Kind && !ok:
+		return nil, "its state is in a store now"
+	case in.name != c.Kind:
 		return nil, "it is of another kind now"
 	case in.identity().LabelKey != c.Label:
 		return nil, "it goes by another label now"
@@ -286,8 +288,12 @@ func (b *circuitBreaker) restore(r *statefile.Record, at source.Restoring) (slot
 	return 0, ok
 }
 
-// lasts returns how the ramp begins: by itself, or when the host moves it. A ramp whose Start has changed begins anew.
-func (l *loadRamp) lasts() (string, bool) { //nolint:unparam // it is a lasting
+// lasts returns how the ramp begins: by itself, or when the host moves it. A ramp whose Start has changed begins anew. A store outlives the
+// process without a file.
+func (l *loadRamp) lasts() (string, bool) {
+	if l.ramp.shared != nil {
+		return "", false
+	}
 	if l.ramp.starts {
 		return "starts", true
 	}

@@ -192,9 +192,9 @@ func stateRows() []stateRow {
 		{"ramp that moves back", policy.LoadRamp{Selectors: at, Steps: steps}, func(t *testing.T, e *Engine) {
 			c, _ := e.Component("p", "load_ramp.0")
 			r, _ := c.Ramp()
-			r.Forward()
+			_ = r.Forward(t.Context())
 			<-time.After(300 * s)
-			r.Backward()
+			_ = r.Backward(t.Context())
 			<-time.After(50 * s)
 		}, nil},
 	}

@@ -171,9 +171,9 @@ type CacheStats struct {
 	Hits, Misses uint64 // lookups
 	Stores       uint64 // values that were stored
 	Deletes      uint64 // entries that were deleted, or were not there
-	Refused      uint64 // values that were not stored: without a key, or larger than the cache
+	Refused      uint64 // values that were not stored: without a key, larger than the cache, or because a store failed
 
-	// Entries is about how many entries there are.
+	// Entries is about how many entries there are. It is 0 where they are in a store (see [WithStore]), which does not count them.
 	Entries int
 }
 
@@ -310,17 +310,6 @@ func (w *workload) stats() WorkloadStats {
 		RejectedTokens: w.counts.sumFloat(tokensRejected),
 		Waits:          w.waits.count.Load(),
 		Waited:         time.Duration(w.waits.total.Load()),
-	}
-}
-
-func (c *cache) stats() CacheStats {
-	return CacheStats{
-		Hits:    c.hits.Load(),
-		Misses:  c.misses.Load(),
-		Stores:  c.stores.Load(),
-		Deletes: c.deletes.Load(),
-		Refused: c.refused.Load(),
-		Entries: c.entries.EstimatedSize(),
 	}
 }
 

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"sync/atomic"
@@ -81,6 +82,16 @@ func (e *Engine) failed(err error, flows uint64) {
 	}
 	s.failing.Store(true)
 	e.logger.Warn("headgate: the store does not answer; limits hold as OnOutage says", "error", err, "flows", n-s.told.Swap(n))
+}
+
+// answered notes what became of a call. It is no failure of the store that a caller leaves.
+func (e *Engine) answered(ctx context.Context, err error) {
+	switch {
+	case err == nil:
+		e.succeeded()
+	case ctx.Err() == nil:
+		e.failed(err, 0)
+	}
 }
 
 // succeeded logs that the store answers again, if it was logged that it does not.

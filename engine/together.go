@@ -60,12 +60,11 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		case late:
 			m.refuse(req, d, agentapi.CauseLate)
 		default:
-			of := m.component.(sharer) //nolint:forcetypeassert // the stage has no others
-			if !e.offhand(ctx, of, req, now, d, v.Start) {
+			if !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
 				if questions == nil {
 					questions = make([]question, 0, len(placements)-i)
 				}
-				questions = append(questions, question{of, v.Len() - 1})
+				questions = append(questions, question{m.sharer, v.Len() - 1})
 			}
 		}
 		dropped = dropped || d.Dropped && !m.id.DryRun
@@ -148,19 +147,20 @@ func (e *Engine) offhand(ctx context.Context, of sharer, req *agentapi.Request, 
 
 // take asks the store for as long as the check may take. So long has passed of that.
 func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Duration, asks []shared.Ask, answers []shared.Answer) error {
+	bounded := ctx
 	if req.Timeout > 0 {
-		bounded, cancel := context.WithTimeout(ctx, req.Timeout-passed)
+		var cancel context.CancelFunc
+		bounded, cancel = context.WithTimeout(ctx, req.Timeout-passed)
 		defer cancel()
-		ctx = bounded
 	}
-	if err := e.store.Take(ctx, asks, answers); err != nil {
-		if ctx.Err() == nil || req.Timeout > 0 { // it is no failure of the store that a caller leaves
-			e.failed(err, 1)
-		}
-		return err
+	err := e.store.Take(bounded, asks, answers)
+	switch {
+	case err == nil:
+		e.succeeded()
+	case ctx.Err() == nil: // it is no failure of the store that a caller leaves
+		e.failed(err, 1)
 	}
-	e.succeeded()
-	return nil
+	return err
 }
 
 // settleTogether settles all decisions of a flow that hold something. One call returns what is the store's. It returns how many slots the

@@ -21,11 +21,12 @@ func (s *Store) kick() {
 	}
 }
 
-// background does what no flow waits for: it renews leases, returns slots, asks servers that count as down, and follows the cluster.
+// background does what no flow waits for: it returns slots, asks servers that count as down, and follows the cluster. It has leases
+// renewed, which waits for none of this.
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var renewed, probed, looked, returnedAt time.Time
+	var probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -34,7 +35,7 @@ func (s *Store) background() {
 		case <-s.kicked:
 		}
 		now := time.Now()
-		wait := s.lease / 3
+		wait := topologyPeriod
 		due := func(last *time.Time, period time.Duration) bool {
 			if left := last.Add(period).Sub(now); left > 0 {
 				wait = min(wait, left)
@@ -50,14 +51,29 @@ func (s *Store) background() {
 		if s.Down() && due(&probed, gateProbe) {
 			s.askAgain(s.ctx)
 		}
-		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
-			renewed = now
-			s.renew(s.ctx)
+		if s.cluster {
+			s.index(s.ctx)
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)
 		}
 		timer.Reset(wait)
+	}
+}
+
+// renewing has leases renewed at a third of their time, and when there is a new one.
+func (s *Store) renewing() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-timer.C:
+		case <-s.renewSoon:
+		}
+		s.renew(s.ctx)
+		timer.Reset(s.lease / 3)
 	}
 }
 

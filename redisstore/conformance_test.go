@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 )
 
 // A step is a call of a store, and what becomes of it. Waits depend on when a step runs, so only their signs are compared.
@@ -40,6 +41,7 @@ func behaviors() map[string][]step {
 	key := func(component string) shared.Key { return keyOf(component, "a") }
 	bucket := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: 1000 * time.Hour, Step: true}
 	larger := &shared.Rule{Kind: shared.Bucket, Capacity: 20, Fill: 1, Interval: 1000 * time.Hour, Step: true}
+	lowered := &shared.Rule{Kind: shared.Bucket, Capacity: 3, Base: 10, Fill: 1, Interval: 1000 * time.Hour, Step: true}
 	stopped := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Interval: time.Hour}
 	bounded := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: 1000 * time.Hour, Step: true, MaxDebt: 3}
 	quota := &shared.Rule{Kind: shared.Quota, Capacity: 10, Periods: fixedPeriods}
@@ -103,6 +105,11 @@ func behaviors() map[string][]step {
 			one(0, ask("b", bucket, 8), true, 2, 0), differing(one(1, ask("b", larger, 1), true, 11, 0)),
 			one(1, ask("b", larger, 1), true, 10, 0), one(1, ask("b", larger, 9), true, 1, 0), differing(one(0, ask("b", bucket, 1), false, 0, 1)),
 		},
+		"numbers for a time": {
+			one(0, ask("b", bucket, 4), true, 6, 0), differing(one(1, ask("b", lowered, 1), true, 2, 0)), look("b", lowered, 2, 0),
+			differing(one(0, ask("b", bucket, 1), true, 1, 0)), differing(one(0, ask("b", lowered, 1), true, 0, 0)),
+			differing(one(0, ask("b", bucket, 1), false, 0, 1)),
+		},
 		"a quota": {
 			one(0, ask("q", quota, 4), true, 6, 0), one(1, ask("q", quota, 7), false, 6, 1), one(1, ask("q", quota, 11), false, 6, -1),
 			back(1, true, 0, shared.Return{Tokens: 4, Unused: true}), look("q", quota, 10, 0), back(0, false, 0, shared.Return{Key: key("q"), Rule: quota, Slot: 1, Tokens: 4, Unused: true}),
@@ -158,7 +165,12 @@ func conform(t *testing.T, instances func(t *testing.T) [2]shared.Store) {
 					}
 					results := make([]shared.Result, 1)
 					err := s.Return(t.Context(), []shared.Return{r}, results)
-					if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
+					held := results[0].Held
+				results[0].Held = 0
+				if (held > 0) != (r.Rule.Kind == shared.Slots && st.returned) {
+					t.Errorf("step %d: a slot was held for %v", i+1, held)
+				}
+				if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
 						t.Errorf("step %d: Return(%+v) = %+v, %v want %+v", i+1, r, results[0], err, want)
 					}
 				default:
@@ -189,6 +201,15 @@ func TestFleetConforms(t *testing.T) {
 	conform(t, func(t *testing.T) [2]shared.Store {
 		t.Helper()
 		return [2]shared.Store{newStore(t, client), newStore(t, client)}
+	})
+}
+
+// What tests of engines use instead is no other.
+func TestTwinConforms(t *testing.T) {
+	conform(t, func(t *testing.T) [2]shared.Store {
+		t.Helper()
+		server := sharedtest.New()
+		return [2]shared.Store{server.Instance(), server.Instance()}
 	})
 }
 

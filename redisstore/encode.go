@@ -1,6 +1,7 @@
 package redisstore
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math"
 	"time"
@@ -30,25 +31,37 @@ const (
 const (
 	takenSize    = 1 + 8   // of an answer
 	takenMore    = 1 + 5*8 // with more
-	returnedSize = 1 + 8
+	returnedSize = 1 + 2*8
 )
 
 // An encoder makes the call of a script: the names of its keys, and its numbers.
 type encoder struct {
 	keys    []string
-	indexes map[string]int // of keys, from 1 on
+	indexes map[string]int // of keys, from 1 on; only if there are many
 
 	rules   []byte
-	count   int
-	known   map[*shared.Rule]int
-	written map[string]int // rules by what they are written as
+	known   []*shared.Rule
+	written []int // where each rule begins that has been written; its index less 1 is that of the call
+	index   []int // of known ones
 
 	leases string
+	others bool // there are not only buckets
 	body   []byte
 }
 
-func newEncoder() *encoder {
-	return &encoder{indexes: make(map[string]int, 8), known: make(map[*shared.Rule]int, 4), written: make(map[string]int, 4)}
+func newEncoder() *encoder { return new(encoder) }
+
+// fewKeys is how many keys are looked for one by one.
+const fewKeys = 8
+
+// reset empties the encoder.
+func (e *encoder) reset() {
+	clear(e.keys)
+	clear(e.known)
+	e.keys, e.known = e.keys[:0], e.known[:0]
+	e.rules, e.written, e.index, e.body = e.rules[:0], e.written[:0], e.index[:0], e.body[:0]
+	e.leases, e.others = "", false
+	clear(e.indexes)
 }
 
 // key returns the index of a key's states. Slots have two.
@@ -57,22 +70,42 @@ func (e *encoder) key(n name, kind shared.Kind) int {
 	if kind == shared.Slots {
 		first += suffixSlots
 	}
-	if i, ok := e.indexes[first]; ok {
+	if len(e.keys) <= fewKeys {
+		for i, k := range e.keys {
+			if k == first {
+				return i + 1
+			}
+		}
+	} else if i, ok := e.indexes[first]; ok {
 		return i
 	}
 	e.keys = append(e.keys, first)
 	i := len(e.keys)
-	e.indexes[first] = i
 	if kind == shared.Slots {
 		e.keys = append(e.keys, n.all+suffixEnds)
+	}
+	switch {
+	case len(e.keys) <= fewKeys:
+	case i <= fewKeys+1: // the first ones that are more than few
+		if e.indexes == nil {
+			e.indexes = make(map[string]int, maxBatch)
+		}
+		for j, k := range e.keys {
+			e.indexes[k] = j + 1
+		}
+	default:
+		e.indexes[first] = i
 	}
 	return i
 }
 
-// rule returns the index of a rule. At is the server's time, around which a quota's periods are.
+// rule returns the index of a rule. At is the server's time, around which a quota's periods are. Rules of different engines that are the
+// same count as one.
 func (e *encoder) rule(r *shared.Rule, at time.Time) int {
-	if i, ok := e.known[r]; ok {
-		return i
+	for i, known := range e.known {
+		if known == r {
+			return e.index[i]
+		}
 	}
 	from := len(e.rules)
 	flags := byte(r.Kind)
@@ -87,25 +120,42 @@ func (e *encoder) rule(r *shared.Rule, at time.Time) int {
 	case r.Kind == shared.Slots:
 		interval = float64(r.MaxInflight.Microseconds())
 	case r.Step: // steps are of the clock's unit
-		interval = math.Round(interval/1000) * 1000
-		interval = max(interval, 1000)
+		interval = max(math.Round(interval/1000)*1000, 1000)
 	}
 	e.rules = append(e.rules, flags)
-	e.rules = appendFloats(e.rules, r.Capacity, r.Fill, max(interval, 1), lowest(r))
+	e.rules = appendFloats(e.rules, r.Capacity, base(r), r.Fill, max(interval, 1), lowest(r))
+	e.others = e.others || r.Kind != shared.Bucket
 	if r.Kind == shared.Quota {
 		for _, t := range r.Periods(at) {
 			e.rules = appendFloats(e.rules, float64(t.UnixMicro()))
 		}
 	}
-	one := string(e.rules[from:])
-	if i, ok := e.written[one]; ok {
-		e.rules = e.rules[:from]
-		e.known[r] = i
-		return i
+	is := -1
+	for i, start := range e.written {
+		end := from
+		if i+1 < len(e.written) {
+			end = e.written[i+1]
+		}
+		if bytes.Equal(e.rules[start:end], e.rules[from:]) {
+			is = i
+			e.rules = e.rules[:from]
+			break
+		}
 	}
-	e.count++
-	e.known[r], e.written[one] = e.count, e.count
-	return e.count
+	if is < 0 {
+		is = len(e.written)
+		e.written = append(e.written, from)
+	}
+	e.known, e.index = append(e.known, r), append(e.index, is+1)
+	return is + 1
+}
+
+// base is the capacity that what is used is counted from.
+func base(r *shared.Rule) float64 {
+	if r.Base == 0 {
+		return r.Capacity
+	}
+	return r.Base
 }
 
 // lowest is the least that a balance may be.
@@ -142,15 +192,15 @@ func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func
 		if a.look {
 			flags |= askLook
 		}
-		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0
+		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0 || a.Since > 0
 		if extra {
 			flags |= askExtra
 		}
-		e.index(a.name, a.Rule, at)
+		e.place(a.name, a.Rule, at)
 		e.body = append(e.body, flags)
 		e.body = appendFloats(e.body, a.Tokens)
 		if extra {
-			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances))
+			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances), math.Round(float64(a.Since)/1000))
 		}
 		if a.Rule.Kind == shared.Slots {
 			e.leases = a.leases
@@ -165,8 +215,8 @@ func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func
 	}
 }
 
-// index adds the index of a key, and that of a rule.
-func (e *encoder) index(n name, r *shared.Rule, at time.Time) {
+// place adds the index of a key, and that of a rule.
+func (e *encoder) place(n name, r *shared.Rule, at time.Time) {
 	e.body = binary.LittleEndian.AppendUint16(e.body, uint16(e.key(n, r.Kind)))
 	e.body = binary.LittleEndian.AppendUint16(e.body, uint16(e.rule(r, at)))
 }
@@ -180,7 +230,7 @@ type returned struct {
 
 // giveBack adds a return.
 func (e *encoder) giveBack(r *returned, at time.Time) {
-	e.index(r.name, r.Rule, at)
+	e.place(r.name, r.Rule, at)
 	flags, period := byte(0), 0.0
 	if r.Unused {
 		flags = returnUnused
@@ -197,7 +247,7 @@ func (e *encoder) giveBack(r *returned, at time.Time) {
 func (e *encoder) call(head []byte, n int) (keys []string, arg []byte) {
 	arg = make([]byte, 0, len(head)+len(e.rules)+len(e.body)+4)
 	arg = append(arg, head...)
-	arg = binary.LittleEndian.AppendUint16(arg, uint16(e.count))
+	arg = binary.LittleEndian.AppendUint16(arg, uint16(len(e.written)))
 	arg = append(arg, e.rules...)
 	arg = binary.LittleEndian.AppendUint16(arg, uint16(n))
 	arg = append(arg, e.body...)

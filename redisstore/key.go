@@ -39,14 +39,14 @@ const (
 
 // name returns the name of a key.
 func (s *Store) name(k shared.Key) name {
-	component := escape(k.Policy) + "/" + escape(k.Component)
-	var tag string
+	policy, component := escape(k.Policy), escape(k.Component)
 	if k.Label == "" {
-		tag = "{" + s.namespace + ":" + component + "}"
-	} else {
-		tag = "{" + s.namespace + ":" + escape(k.Label) + "=" + s.value(k.Label, k.Value) + "}"
+		all := "{" + s.namespace + ":" + policy + "/" + component + "}:" + policy + "/" + component
+		return name{all[:len(s.namespace)+len(policy)+len(component)+4], all}
 	}
-	return name{tag, tag + ":" + component}
+	label, value := escape(k.Label), s.value(k.Label, k.Value)
+	all := "{" + s.namespace + ":" + label + "=" + value + "}:" + policy + "/" + component
+	return name{all[:len(s.namespace)+len(label)+len(value)+4], all}
 }
 
 // value returns what stands for a label's value. Credentials are hidden.
@@ -94,6 +94,11 @@ func (s *Store) leases(n name) string {
 
 // instances returns the key of the instances that use the store.
 func (s *Store) instancesKey() string { return "{" + s.namespace + "}#instances" }
+
+// sessionKey returns the key of the tags beside which a session holds slots.
+func (s *Store) sessionKey(h shared.Holder) string {
+	return "{" + s.namespace + ":session:" + hex.EncodeToString(h[:]) + "}"
+}
 
 // cacheName returns the key of a cached value.
 func (s *Store) cacheName(k shared.CacheKey) string {

@@ -32,6 +32,8 @@ type shard struct {
 	offset atomic.Int64 // the server's clock less this process's, in microseconds
 	heard  atomic.Bool  // the offset is known
 
+	renewing turn // of renewing leases there
+
 	// probe is a key of the shard, by which it is asked whether it is back.
 	probe atomic.Pointer[string]
 }
@@ -144,9 +146,11 @@ func (l *lane) next() (batch []*call) {
 	defer l.mu.Unlock()
 	keys, n := 0, 0
 	for _, c := range l.queue {
-		if size := len(c.asks) + len(c.returns); n == maxBatch || keys > 0 && keys+size > maxKeys {
+		size := len(c.asks) + len(c.returns)
+		if len(batch) == maxBatch || keys > 0 && keys+size > maxKeys {
 			break
-		} else if c.state == callQueued {
+		}
+		if c.state == callQueued { // nobody waits for the others any more
 			c.state = callSent
 			batch = append(batch, c)
 			keys += size
@@ -171,7 +175,10 @@ func (l *lane) send(batch []*call) {
 	}
 	sent := time.Now()
 	at := s.serverTime(sh, sent)
-	e := newEncoder()
+	e, _ := s.encoders.Get().(*encoder)
+	if e == nil {
+		e = newEncoder()
+	}
 	var head []byte
 	n := 0
 	for _, c := range batch {
@@ -186,20 +193,27 @@ func (l *lane) send(batch []*call) {
 			n++
 		}
 	}
-	if l.script == s.scripts.take {
+	sc := l.script
+	if sc == s.scripts.take {
+		if !e.others {
+			sc = s.scripts.takeTokens
+		}
 		last := 0.0 // what comes later must not count: nobody waits for it
 		if sh.heard.Load() {
 			last = float64(at.Add(2 * s.timeout).UnixMicro())
 		}
 		head = appendFloats(nil, last)
 	}
-	keys, arg := e.call(head, n)
+	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
 	if sh.probe.Load() == nil {
-		sh.probe.Store(&keys[0])
+		probe := keys[0]
+		sh.probe.Store(&probe)
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
-	reply, err := s.run(unbounded{ctx}, l.script, keys, arg)
+	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
 	cancel()
+	e.reset()
+	s.encoders.Put(e)
 	if err = s.evidence(sh, err, sent); err != nil {
 		l.finish(batch, err)
 		return
@@ -257,7 +271,7 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 				if n == 0 {
 					return false
 				}
-				c.err = errors.Join(c.err, err)
+				c.err = first(c.err, err)
 				reply = reply[n:]
 			}
 			continue
@@ -268,12 +282,22 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 		c.results = make([]shared.Result, len(c.returns))
 		for i := range c.returns {
 			flags := reply[0]
-			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:])}
-			c.err = errors.Join(c.err, undecided(flags))
+			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:]), Held: micros(floatAt(reply[9:]))}
+			c.err = first(c.err, undecided(flags))
 			reply = reply[returnedSize:]
 		}
 	}
 	return len(reply) == 0
+}
+
+// first returns the first error.
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // undecided returns why a server has done nothing, and nil if it has.

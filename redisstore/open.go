@@ -20,6 +20,8 @@ import (
 //
 // A URL for Sentinels may have the parameters sentinel_username and sentinel_password.
 //
+// TLS goes by the system's certificates; for others, make a client and use [New].
+//
 // Open fails if a server cannot be reached, or refuses scripts. It logs a warning for a server that may evict keys, or that keeps
 // nothing on disk. The context bounds Open, not the store.
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {

@@ -67,6 +67,23 @@ func TestFleetOpenFails(t *testing.T) {
 	}
 }
 
+// A server may refuse to tell about itself, as managed ones do. Then it is not known what it does, and it is used all the same.
+func TestFleetOpenWithoutInfo(t *testing.T) {
+	address := startServer(t)
+	do(t, newClient(t, address), "ACL", "SETUSER", "default", "-info", "-config")
+	var logs bytes.Buffer
+	s, err := redisstore.Open(t.Context(), "redis://"+address, redisstore.WithLogger(slog.New(slog.NewTextHandler(&logs, nil))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if got := logs.String(); !strings.Contains(got, "not known") || strings.Contains(got, "WARN") {
+		t.Errorf("logs:\n%swant that it is not known, and no warning", got)
+	}
+}
+
 // A server that nobody listens at is an error, and leaves nothing behind.
 func TestFleetOpenUnreachable(t *testing.T) {
 	if s, err := redisstore.Open(t.Context(), "redis://127.0.0.1:1"); err == nil {

@@ -196,7 +196,7 @@ func TestFleetLateCall(t *testing.T) {
 	h := newHarness(t)
 	rule := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: time.Hour, Step: true}
 	a := h.asked(shared.Ask{Key: shared.Key{Policy: "p", Component: "c"}, Rule: rule, Tokens: 1, Owed: 3})
-	e := newEncoder()
+	e := new(encoder)
 	e.flow([]asked{a}, time.Now(), h.own, func(shared.Holder) time.Duration { return h.lease }, 1)
 	keys, arg := e.call(appendFloats(nil, float64(time.Now().Add(-time.Second).UnixMicro())), 1)
 	c := &call{asks: []asked{a}}

@@ -69,16 +69,19 @@ type Store struct {
 	own   shared.Holder
 	epoch time.Time
 
-	//nolint:containedctx // it ends with the store, and bounds what runs in the background
-	ctx    context.Context
+	ctx    context.Context // it ends with the store, and bounds what runs in the background
 	cancel context.CancelFunc
 
 	single    *lanes // of all keys, outside a cluster
 	clustered clustered
 	instances atomic.Int64
-	renewSoon atomic.Bool
-	kicked    chan struct{}
+	renewSoon chan struct{}
+	indexing  sync.Mutex // is held while the index of sessions is written
 
+	renewingSessions turn
+	kicked           chan struct{}
+
+	encoders  sync.Pool
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
 
 	mu       sync.Mutex
@@ -86,8 +89,11 @@ type Store struct {
 	goes     sync.WaitGroup
 	held     map[holding]*held
 	slots    map[uint64]slotHeld
-	sessions map[shared.Holder]time.Time
+	sessions map[shared.Holder]sessionHeld
 	pending  map[uint64]pending
+
+	// unindexed is what the index of sessions does not have yet.
+	unindexed map[holding]time.Time
 }
 
 var _ shared.Store = (*Store)(nil)
@@ -142,10 +148,12 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		logger:    slog.New(slog.DiscardHandler),
 		epoch:     time.Now(),
 		kicked:    make(chan struct{}, 1),
+		renewSoon: make(chan struct{}, 1),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
-		sessions:  make(map[shared.Holder]time.Time),
+		sessions:  make(map[shared.Holder]sessionHeld),
 		pending:   make(map[uint64]pending),
+		unindexed: make(map[holding]time.Time),
 	}
 	for _, o := range opts {
 		o.apply(s)
@@ -158,12 +166,13 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	}
 	_, _ = rand.Read(s.own[:]) // it does not fail
 	// Whoever makes the store may have a context that ends before it.
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // see above
 	s.instances.Store(1)
 	alone := s.newShard()
 	s.single = s.newLanes(func() *shard { return alone })
 	s.clustered.init(alone)
 	s.start(s.background)
+	s.start(s.renewing)
 	return s, nil
 }
 
@@ -205,6 +214,9 @@ func (s *Store) start(f func()) bool {
 // Close ends the store. Slots that flows hold come back when they are returned at another instance, or when the lease has run out. It
 // returns after the calls that are under way have ended, which takes no longer than their bound. A second call does nothing.
 func (s *Store) Close() error {
+	if s.hasPending() && !s.Down() {
+		s.returnPending(s.ctx, time.Now())
+	}
 	s.mu.Lock()
 	closed := s.closed
 	s.closed = true
@@ -227,7 +239,7 @@ func (s *Store) leaveInstances() {
 		return
 	}
 	// The store's own context has ended.
-	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout) //nolint:forbidigo // see above
 	defer cancel()
 	_ = s.client.Do(unbounded{ctx}, s.client.B().Zrem().Key(s.instancesKey()).Member(rueidis.BinaryString(s.own[:])).Build()).Error()
 }
@@ -236,7 +248,7 @@ func (s *Store) leaveInstances() {
 func (s *Store) noteDiffering(k shared.Key) {
 	now := s.micros(time.Now())
 	value, _ := s.differing.LoadOrStore(shared.Key{Policy: k.Policy, Component: k.Component}, new(atomic.Int64))
-	at := value.(*atomic.Int64) //nolint:errcheck,forcetypeassert // there is nothing else in it
+	at, _ := value.(*atomic.Int64)
 	if last := at.Load(); last != 0 && now-last < time.Minute.Microseconds() || !at.CompareAndSwap(at.Load(), now) {
 		return
 	}

@@ -2,7 +2,6 @@ package redisstore
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
 
@@ -70,7 +69,7 @@ func (s *Store) giveBack(ctx context.Context, rs []returned, results []shared.Re
 	wg.Wait()
 	var err error
 	for _, p := range parts {
-		err = errors.Join(err, p.err)
+		err = first(err, p.err)
 	}
 	return err
 }

@@ -1,7 +1,7 @@
 -- Gives back what flows have taken, or corrects it.
 --
 -- ARGV[1]: rules, then returns. Reply: the time, and for each return its flags (1 returned, 4 the periods do not reach
--- the time, 8 a newer schema), and the cost that is beyond the largest debt.
+-- the time, 8 a newer schema), the cost that is beyond the largest debt, and how long a slot was held.
 
 local rules = read_rules()
 local returns
@@ -16,11 +16,11 @@ end
 
 local reply = {pack('<d', now)}
 
-local function return_slot(keys, id)
+local function return_slot(keys, r, id)
   local meta, newer = fetch(42, 'HGET', keys.key, '')
-  if newer then return 8 end
+  if newer then return 8, 0 end
   local value = call('HGET', keys.key, id)
-  if not value then return 0 end
+  if not value then return 0, 0 end
   local over = call('ZSCORE', keys.ends, id)
   call('HDEL', keys.key, id)
   call('ZREM', keys.ends, id)
@@ -34,20 +34,22 @@ local function return_slot(keys, id)
       redis.pcall('HSET', keys.key, '', pack('<BBddddd', version, kind, limit, used - tokens, count - 1, seen, expire))
     end
   end
-  return over and tonumber(over) > now and 1 or 0
+  over = tonumber(over or 0)
+  if over <= now then return 0, 0 end
+  return 1, max(now - (over - r.interval), 0)
 end
 
 for _ = 1, returns do
   local index, rule, flags, tokens, cost, period, id
   index, rule, flags, tokens, cost, period, id, at = unpack('<HHBdddc8', input, at)
   local r, unused = rules[rule], flags == 1
-  local result, forgiven = 0, 0
+  local result, forgiven, held = 0, 0, 0
   if again then
     result = 4
   elseif r.kind == SLOTS then
-    result = return_slot({key = KEYS[index], ends = KEYS[index + 1]}, id)
+    result, held = return_slot({key = KEYS[index], ends = KEYS[index + 1]}, r, id)
   else
-    local s = state(index, r)
+    local s = state(index, r, 0)
     if s.newer then
       result = 8
     elseif unused or cost < tokens then
@@ -63,7 +65,7 @@ for _ = 1, returns do
       s.dirty = true
     end
   end
-  reply[#reply + 1] = pack('<Bd', result, forgiven)
+  reply[#reply + 1] = pack('<Bdd', result, forgiven, held)
 end
 
 save_all()

@@ -2,7 +2,6 @@ package redisstore
 
 import (
 	"context"
-	"errors"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -26,14 +25,7 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 	for i := range asks {
 		as[i] = s.asked(asks[i])
 	}
-	parts := s.parts(as)
-	var err error
-	if len(parts) == 1 {
-		err = s.takePart(ctx, parts[0], answers)
-	} else {
-		err = s.takeParts(ctx, parts, as, answers)
-	}
-	if err != nil {
+	if err := s.take(ctx, as, answers); err != nil {
 		return err
 	}
 	taken := granted(as, answers)
@@ -46,6 +38,18 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 		}
 	}
 	return nil
+}
+
+// take asks the one shard that has all keys, or several.
+func (s *Store) take(ctx context.Context, as []asked, answers []shared.Answer) error {
+	if !s.cluster {
+		return s.takePart(ctx, s.single, as, answers)
+	}
+	parts := s.parts(as)
+	if len(parts) == 1 {
+		return s.takePart(ctx, parts[0].lanes, as, answers)
+	}
+	return s.takeParts(ctx, parts, as, answers)
 }
 
 func (s *Store) asked(a shared.Ask) asked {
@@ -64,16 +68,13 @@ func (s *Store) asked(a shared.Ask) asked {
 type part struct {
 	lanes   *lanes
 	asks    []asked
-	indexes []int // of the asks; nil for all
+	indexes []int // of the asks
 	answers []shared.Answer
 	err     error
 }
 
-// parts divides asks by the shard, and in a cluster by the cluster slot.
+// parts divides asks by the slot of the cluster.
 func (s *Store) parts(as []asked) []*part {
-	if !s.cluster {
-		return []*part{{lanes: s.single, asks: as}}
-	}
 	var parts []*part
 	slots := make(map[uint16]*part, 2)
 	for i := range as {
@@ -100,18 +101,18 @@ func granted(as []asked, answers []shared.Answer) bool {
 }
 
 // takePart takes what one call can take. Slots are this process's from then on.
-func (s *Store) takePart(ctx context.Context, p *part, answers []shared.Answer) error {
-	c := &call{asks: p.asks}
-	maybe, err := p.lanes.take.do(ctx, c)
+func (s *Store) takePart(ctx context.Context, to *lanes, as []asked, answers []shared.Answer) error {
+	c := &call{asks: as}
+	maybe, err := to.take.do(ctx, c)
 	if err != nil {
 		if maybe {
-			s.lose(p.asks, time.Now())
+			s.lose(as, time.Now())
 		}
 		return err
 	}
 	copy(answers, c.answers)
-	if granted(p.asks, answers) {
-		s.hold(p.asks, answers, c.sent)
+	if granted(as, answers) {
+		s.hold(as, answers, c.sent)
 	}
 	return nil
 }
@@ -122,12 +123,12 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	var wg sync.WaitGroup
 	for _, p := range parts {
 		p.answers = make([]shared.Answer, len(p.asks))
-		wg.Go(func() { p.err = s.takePart(ctx, p, p.answers) })
+		wg.Go(func() { p.err = s.takePart(ctx, p.lanes, p.asks, p.answers) })
 	}
 	wg.Wait()
 	var err error
 	for _, p := range parts {
-		err = errors.Join(err, p.err)
+		err = first(err, p.err)
 		for i, at := range p.indexes {
 			answers[at] = p.answers[i]
 		}
@@ -152,12 +153,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 		// What does not come back is lost; slots are returned in the background.
 		_ = s.Return(left, back, make([]shared.Result, len(back)))
 	}
-	for _, p := range parts {
-		if p.err != nil {
-			return p.err
-		}
-	}
-	return nil
+	return err
 }
 
 // undo returns what gives back all that asks have got. A refused ask may have tokens ahead. They come back if that is said.

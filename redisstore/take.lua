@@ -106,14 +106,15 @@ for _ = 1, flows do
     index, rule, a.flags, a.tokens, at = unpack('<HHBd', input, at)
     local r = rules[rule]
     a.rule, a.wait, a.drawn, a.after = r, 0, 0, 0
+    local since = 0
     if a.flags >= 4 then
-      a.ahead, a.reserve, a.owed, a.instances, at = unpack('<dddd', input, at)
+      a.ahead, a.reserve, a.owed, a.instances, since, at = unpack('<ddddd', input, at)
     end
     if r.kind == SLOTS then
       a.id, a.holder, a.lasts, at = unpack('<c8c16d', input, at)
     end
     if not late then
-      local s = state(index, r)
+      local s = state(index, r, since)
       a.state = s
       if s.newer or s.again then void = true end
     end
@@ -139,7 +140,7 @@ for _ = 1, flows do
     else
       local taken = refused == 0 and a.ok and a.flags % 4 < 2
       if taken then take(a, s, r) end
-      if a.flags >= 4 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then draw(a, s, r, taken) end
+      if a.flags >= 4 and a.ahead + a.reserve > 0 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then draw(a, s, r, taken) end
       local period = r.kind == QUOTA and s.over or r.kind == SLOTS and s.count or 0
       answer((a.ok and 1 or 0) + (s.differs and 2 or 0), a.left, a.wait, period, a.drawn, a.after)
     end

@@ -47,7 +47,7 @@ var users = strings.Fields("alice bob carol dave erin frank grace heidi ivan jud
 // A move is what the operator does with the ramp, and how long it goes on.
 type move struct {
 	name string
-	do   func(*engine.Ramp)
+	do   func(*engine.Ramp, context.Context) error
 	last time.Duration
 }
 
@@ -97,7 +97,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 
 	fmt.Fprintf(stdout, "%-10s%6s\n", "the ramp", "at")
 	for _, m := range moves {
-		m.do(ramp)
+		if err := m.do(ramp, ctx); err != nil {
+			return err
+		}
 		for range m.last / every {
 			select {
 			case <-time.After(every):

@@ -67,9 +67,9 @@ type Local interface {
 	// session that has run out begins anew: it does not bring slots back.
 	Renew(session [16]byte, lasts time.Duration)
 
-	// Lookup finds a value in a cache. If room is not nil, it takes room for the value in the answer, or reports that
-	// there is none, which makes a miss. Then the value must not be changed. Flows look up with their check.
-	Lookup(key CacheKey, room func(size int) bool) CacheAnswer
+	// Lookup finds values in the caches. If room is not nil, it takes room for a value in the answer, or reports that
+	// there is none, which makes a miss. Then the values must not be changed. Flows look up with their check.
+	Lookup(ctx context.Context, keys []CacheKey, room func(size int) bool) []CacheAnswer
 
 	// Measures reports whether a policy needs the latencies of flows at the control point, or at any if it is "".
 	Measures(controlPoint string) bool

@@ -14,6 +14,7 @@ const slack = 1e-9
 type state struct {
 	server *Server
 	rule   shared.Rule
+	latest time.Time // when it was used last
 
 	tokens float64   // of a bucket or a quota
 	last   time.Time // the time that tokens is true for
@@ -40,7 +41,7 @@ type owner struct {
 func (s *Server) state(now time.Time, key shared.Key, rule *shared.Rule) *state {
 	st := s.states[key]
 	if st == nil || st.rule.Kind != rule.Kind {
-		st = &state{server: s, rule: *rule, tokens: rule.Capacity, last: now}
+		st = &state{server: s, rule: *rule, latest: now, tokens: rule.Capacity, last: now}
 		s.states[key] = st
 	}
 	return st
@@ -49,8 +50,12 @@ func (s *Server) state(now time.Time, key shared.Key, rule *shared.Rule) *state 
 // follow has the state go by the rule, which has been in force for so long, and be up to date. It reports whether the state went by other
 // numbers before.
 func (st *state) follow(now time.Time, rule *shared.Rule, since time.Duration) bool {
-	st.renew(now.Add(-since)) // which does nothing if the state is later than that
-	differs := st.change(now.Add(-since), rule)
+	at := now.Add(-since)
+	if at.Before(st.latest) {
+		at = st.latest
+	}
+	st.renew(at)
+	differs := st.change(at, rule)
 	st.renew(now)
 	return differs
 }
@@ -91,6 +96,7 @@ func base(r *shared.Rule) float64 {
 
 // renew brings the state up to now.
 func (st *state) renew(now time.Time) {
+	st.latest = now
 	switch st.rule.Kind {
 	case shared.Bucket:
 		st.refill(now)
@@ -118,7 +124,7 @@ func (st *state) refill(now time.Time) {
 	if st.tokens >= r.Capacity-slack {
 		st.tokens = r.Capacity
 	}
-	if r.Delay && st.tokens >= r.Capacity && !now.Before(st.last) {
+	if r.Delay && st.tokens >= r.Capacity {
 		st.start = now.Add(st.timeToFill(r.Capacity))
 		st.last = st.start
 		if r.Step {

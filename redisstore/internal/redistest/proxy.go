@@ -8,7 +8,8 @@ import (
 // A Proxy passes connections on to a server, and what comes back as the test wants it.
 type Proxy struct {
 	listener net.Listener
-	server   *Server
+	to       func() string // the address to pass to
+	url      func(addr string) string
 
 	mu    sync.Mutex
 	conns map[net.Conn]bool
@@ -22,11 +23,20 @@ type Proxy struct {
 // StartProxy starts a proxy that passes all on to the server.
 func StartProxy(tb TB, server *Server) *Proxy {
 	tb.Helper()
+	p := StartRelay(tb, server.Addr)
+	p.url = func(addr string) string { return server.at("redis", addr) }
+	return p
+}
+
+// StartRelay starts a proxy that passes each new connection on to the address that to returns then. It may be that of any server. The
+// proxy has no URL.
+func StartRelay(tb TB, to func() string) *Proxy {
+	tb.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not block
 	if err != nil {
 		tb.Fatalf("redistest: %v", err)
 	}
-	p := &Proxy{listener: l, server: server, conns: map[net.Conn]bool{}, left: -1}
+	p := &Proxy{listener: l, to: to, conns: map[net.Conn]bool{}, left: -1}
 	p.done.Go(p.accept)
 	tb.Cleanup(func() {
 		p.mu.Lock()
@@ -43,7 +53,7 @@ func StartProxy(tb TB, server *Server) *Proxy {
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 
 // URL returns where the server is through the proxy.
-func (p *Proxy) URL() string { return p.server.at("redis", p.Addr()) }
+func (p *Proxy) URL() string { return p.url(p.Addr()) }
 
 // Cut has the proxy close the connection whose replies go on after so many more bytes, of whichever connection. All pass after that.
 func (p *Proxy) Cut(after int) {
@@ -75,7 +85,7 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return // it is closed
 		}
-		server, err := net.Dial("tcp", p.server.Addr()) //nolint:noctx // to the loopback interface
+		server, err := net.Dial("tcp", p.to()) //nolint:noctx // to the loopback interface
 		if err != nil {
 			_ = client.Close() // the server is killed
 			continue

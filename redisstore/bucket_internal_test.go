@@ -14,9 +14,9 @@ import (
 	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
-// A model is a bucket as package engine/internal/bucket has it, in the server's unit of time, with what the store adds: what a smaller
+// A bucketModel is a bucket as package engine/internal/bucket has it, in the server's unit of time, with what the store adds: what a smaller
 // capacity has forgiven is owed again when the capacity grows, and a refusal does not change the state.
-type model struct {
+type bucketModel struct {
 	tokens, excess, last, start float64
 	rule                        *shared.Rule // nil for a key without a state
 }
@@ -47,7 +47,7 @@ func timeToFill(r *shared.Rule, tokens float64) float64 {
 	return min(math.Ceil(math.Ceil(fills*interval(r))/1000), modelCentury)
 }
 
-func (m *model) refill(r *shared.Rule, now float64) {
+func (m *bucketModel) refill(r *shared.Rule, now float64) {
 	if now > m.start && now > m.last {
 		elapsed := (now - m.last) * 1000
 		if r.Step {
@@ -75,7 +75,7 @@ func (m *model) refill(r *shared.Rule, now float64) {
 	}
 }
 
-func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
+func (m *bucketModel) until(r *shared.Rule, now, tokens float64) float64 {
 	missing := tokens - m.tokens
 	if missing <= modelSlack {
 		return 0
@@ -96,36 +96,38 @@ func (m *model) until(r *shared.Rule, now, tokens float64) float64 {
 	return wait
 }
 
-// load brings the model up to now, by the numbers of the rule.
-func (m *model) load(r *shared.Rule, now float64) (differs bool) {
+// load brings the model up to now, by the numbers of the rule. They have been in force for so long.
+func (m *bucketModel) load(r *shared.Rule, now, since float64) (differs bool) {
 	if m.rule == nil {
-		*m = model{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
+		*m = bucketModel{tokens: r.Capacity, last: now, start: math.Inf(-1), rule: r}
 		m.refill(r, now)
 		return false
 	}
 	was := m.rule
-	m.refill(was, now)
 	if *modelNumbers(was) == *modelNumbers(r) {
+		m.refill(r, now)
 		return false
 	}
-	used := r.Capacity - (was.Capacity - m.tokens)
-	balance := min(max(used, min(m.tokens, 0)), r.Capacity)
+	changed := max(now-since, min(m.last, now))
+	m.refill(was, changed)
+	used := base(r) - (base(was) - m.tokens)
+	balance := max(used, min(m.tokens, 0))
 	if balance > used {
 		m.excess += balance - used
 	} else if balance > m.tokens {
 		paid := min(m.excess, balance-m.tokens)
 		balance, m.excess = balance-paid, m.excess-paid
 	}
-	m.tokens = balance
+	m.tokens = min(balance, r.Capacity)
 	switch {
-	case r.Delay && m.start > now:
-		m.start = min(m.start, now+timeToFill(r, r.Capacity))
+	case r.Delay && m.start > changed:
+		m.start = min(m.start, changed+timeToFill(r, r.Capacity))
 		m.last = m.start
 		if r.Step {
 			m.last -= interval(r) / 1000
 		}
 	case r.Step && r.Interval < was.Interval:
-		m.last = max(m.last, now)
+		m.last = max(m.last, changed)
 	}
 	m.rule = r
 	m.refill(r, now)
@@ -133,26 +135,26 @@ func (m *model) load(r *shared.Rule, now float64) (differs bool) {
 }
 
 type numbers struct {
-	capacity, fill float64
-	interval       time.Duration
-	step, delay    bool
+	capacity, base, fill float64
+	interval             time.Duration
+	step, delay          bool
 }
 
 func modelNumbers(r *shared.Rule) *numbers {
-	return &numbers{r.Capacity, r.Fill, r.Interval, r.Step, r.Delay}
+	return &numbers{r.Capacity, base(r), r.Fill, r.Interval, r.Step, r.Delay}
 }
 
-func (m *model) owe(debt, lowest float64) (forgiven float64) {
+func (m *bucketModel) owe(debt, lowest float64) (forgiven float64) {
 	left := m.tokens - debt
 	m.tokens = max(left, min(m.tokens, lowest))
 	return m.tokens - left
 }
 
 // take does what an ask does, and returns the answer. The state stays as it was if nothing changes it but the time.
-func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answer {
+func (m *bucketModel) take(a *shared.Ask, now float64, instances float64) shared.Answer {
 	r := a.Rule
 	is := *m
-	answer := shared.Answer{Differs: is.load(r, now)}
+	answer := shared.Answer{Differs: is.load(r, now, float64(a.Since.Microseconds()))}
 	changed := answer.Differs
 	if a.Owed > 0 {
 		is.owe(a.Owed, lowest(r))
@@ -195,9 +197,9 @@ func (m *model) take(a *shared.Ask, now float64, instances float64) shared.Answe
 	return answer
 }
 
-func (m *model) giveBack(b *shared.Return, now float64) (result shared.Result) {
+func (m *bucketModel) giveBack(b *shared.Return, now float64) (result shared.Result) {
 	is := *m
-	is.load(b.Rule, now)
+	is.load(b.Rule, now, 0)
 	back := b.Tokens - b.Cost
 	if b.Unused {
 		back = b.Tokens
@@ -249,7 +251,7 @@ func newHarness(tb testing.TB) *harness {
 
 func (h *harness) send(sc *script, c *call, head []byte) (now float64) {
 	h.tb.Helper()
-	e := newEncoder()
+	e := new(encoder)
 	at := h.serverTime(h.single.take.shard(), time.Now())
 	n := len(c.returns)
 	if c.asks != nil {
@@ -303,7 +305,7 @@ func (h *harness) set(key shared.Key, value []byte) {
 }
 
 // age has the key's state be older, as if the time had passed.
-func (h *harness) age(key shared.Key, by time.Duration, m *model) {
+func (h *harness) age(key shared.Key, by time.Duration, m *bucketModel) {
 	h.tb.Helper()
 	value := h.value(key)
 	if value == nil {
@@ -340,15 +342,19 @@ func TestFleetBucketAndModel(t *testing.T) {
 				Step:     rapid.Bool().Draw(rt, "step"),
 				Delay:    rapid.Bool().Draw(rt, "delay"),
 				MaxDebt:  rapid.SampledFrom([]float64{0, -1, 2.5}).Draw(rt, "debt"),
+				Base:     rapid.SampledFrom([]float64{0, 0, 20}).Draw(rt, "base"),
 			}
 		}
 		rule := drawRule(rt)
-		m := new(model)
+		m := new(bucketModel)
 		rt.Repeat(map[string]func(*rapid.T){
 			"take": func(rt *rapid.T) {
 				a := shared.Ask{Key: key, Rule: rule, Tokens: amounts.Draw(rt, "tokens")}
 				if rapid.IntRange(0, 3).Draw(rt, "extra") == 0 {
 					a.Owed, a.Ahead, a.Reserve = amounts.Draw(rt, "owed"), amounts.Draw(rt, "ahead"), amounts.Draw(rt, "reserve")
+				}
+				if rapid.Bool().Draw(rt, "known") {
+					a.Since = time.Duration(rapid.Int64Range(1, int64(2*time.Hour)/1000).Draw(rt, "since")) * time.Microsecond
 				}
 				got, now := h.take(a)
 				if want := m.take(&a, now, 2); got != want {
@@ -369,10 +375,10 @@ func TestFleetBucketAndModel(t *testing.T) {
 			"": func(rt *rapid.T) {
 				value := h.value(key)
 				if value == nil { // it was forgotten since it was full
-					*m = model{}
+					*m = bucketModel{}
 					return
 				}
-				got := model{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
+				got := bucketModel{tokens: floatAt(value[atTokens:]), last: floatAt(value[atLast:]), start: math.Inf(-1), rule: m.rule}
 				if len(value) > atExcess {
 					got.excess, got.start = floatAt(value[atExcess:]), floatAt(value[atStart:])
 				}
