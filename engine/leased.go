@@ -242,11 +242,18 @@ func (l *sharedLimiter[S]) draw(e *keys.Entry[account[S]], now int64, d *agentap
 		instances := float64(max(l.engine.store.Instances(), 1))
 		room := max(ask.Rule.Capacity/2/instances-s.held, 0) // what the flow uses comes back if it is refused
 		used := min(s.usable(now), d.Consumed)
+		demand := s.demand(now, d.Consumed)
+		if ahead := min(demand, room); ahead >= d.Consumed { // less would lie about in parts that are too small for a flow
+			ask.Ahead = ahead
+		}
+		if reserve := min(demand, room, s.fill()*float64(demandSpan)/instances); reserve >= d.Consumed {
+			ask.Reserve = reserve
+		}
+		if used == 0 && ask.Ahead == 0 && ask.Reserve == 0 {
+			return // there is nothing to wait for
+		}
 		s.spend(now, used)
 		ask.Tokens -= used
-		demand := s.demand(now, d.Consumed)
-		ask.Ahead = min(demand, room)
-		ask.Reserve = min(demand, room, s.fill()*float64(demandSpan)/instances)
 		s.drawing = &drawing{of: ask, done: make(chan struct{})}
 	}
 }

@@ -180,11 +180,12 @@ func (m *bucketModel) take(a *shared.Ask, now float64, instances float64) shared
 		}
 		if a.Reserve > answer.Drawn && r.Fill > 0 {
 			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, answer.Drawn))
-			if answer.Drawn > 0 {
-				after = is.until(r, now, answer.Drawn)
-			}
+		}
+		if answer.Drawn < a.Tokens {
+			answer.Drawn = 0
 		}
 		if answer.Drawn > 0 {
+			after = is.until(r, now, answer.Drawn)
 			is.tokens -= answer.Drawn
 			answer.Left = is.tokens
 			changed = true

@@ -110,7 +110,7 @@ type Ask struct {
 	// Ahead is how many tokens of a bucket to draw for later flows of this engine, if they are there beyond Tokens; 0 for none.
 	// At most half of the balance by the number of instances is given. Reserve is how many to draw if that is less, or if the ask
 	// alone is refused: of those that are there, and of those that will come. The balance goes below 0 by at most half of the
-	// capacity for that.
+	// capacity for that. Nothing is drawn if it would be less than Tokens.
 	Ahead, Reserve float64
 
 	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt, also if the ask is
