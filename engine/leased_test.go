@@ -1,14 +1,18 @@
 package engine_test
 
 import (
+	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
@@ -237,4 +241,286 @@ func randomFleet(t *testing.T, r *rand.Rand) {
 	wg.Wait()
 	tr.flows.Wait()
 	tr.w.bounds(t, begin, c.Capacity, c.Fill)
+}
+
+// overLeased runs f over the kinds of agents, in bubbles, with so many engines that share a leased limiter. Hardly any token comes.
+func overLeased(t *testing.T, engines int, change func(*policy.RateLimiter), f func(t *testing.T, f *fleet)) {
+	for _, kind := range sides.Engines {
+		t.Run(string(kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := leasedLimiter(1000, 1e-9)
+				c.OnOutage = ""
+				if change != nil {
+					change(&c)
+				}
+				f(t, newFleet(t, engines, kind, c))
+			})
+		})
+	}
+}
+
+// flows runs so many flows of the user, one after the other, and returns how many were admitted.
+func (f *fleet) flows(t *testing.T, at int, user string, n int) (admitted int) {
+	t.Helper()
+	for range n {
+		flow := f.start(t, at, user)
+		if flow.Decision() == flowctl.Accepted {
+			admitted++
+		}
+		end(flow)
+	}
+	return admitted
+}
+
+// left returns what an engine says is left for the user.
+func (f *fleet) left(t *testing.T, at int, user string) float64 {
+	t.Helper()
+	u, err := peekAt(f.sides[at].Engine, "test", "c", user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return math.Round(u.Remaining*1e6) / 1e6
+}
+
+// behave has all instances behave so.
+func (f *fleet) behave(is sharedtest.Behavior) {
+	for _, s := range f.stores {
+		s.Behave(is)
+	}
+}
+
+// calls returns how many calls the instance has made since the function was called last.
+func calls(s *sharedtest.Store) func() sharedtest.Counted {
+	var before sharedtest.Counted
+	return func() sharedtest.Counted {
+		now := s.Counted()
+		since := sharedtest.Counted{Take: now.Take - before.Take, Return: now.Return - before.Return}
+		before = now
+		return since
+	}
+}
+
+// What an engine does not use goes back: after a while, or when it is closed.
+func TestLeasedTokensGoBack(t *testing.T) {
+	overLeased(t, 2, nil, func(t *testing.T, f *fleet) {
+		if n := f.flows(t, 0, "ann", 10); n != 10 {
+			t.Errorf("%d flows admitted want 10", n)
+		}
+		if own, other := f.left(t, 0, "ann"), f.left(t, 1, "ann"); own != 990 || other >= 990 {
+			t.Errorf("%v tokens are left, and %v for another engine want 990, and less", own, other)
+		}
+		<-time.After(250 * time.Millisecond)
+		if own, other := f.left(t, 0, "ann"), f.left(t, 1, "ann"); own != 990 || other != 990 {
+			t.Errorf("a while later %v tokens are left, and %v for another engine want 990", own, other)
+		}
+		f.flows(t, 0, "ann", 10)
+		if err := f.sides[0].Engine.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if other := f.left(t, 1, "ann"); other != 980 {
+			t.Errorf("after Close %v tokens are left want 980", other)
+		}
+	})
+}
+
+// What comes when the engine has been closed goes back at once.
+func TestLeasedTokensThatComeLateGoBack(t *testing.T) {
+	overLeased(t, 2, nil, func(t *testing.T, f *fleet) {
+		f.flows(t, 0, "ann", 1)
+		f.behave(sharedtest.Behavior{Late: 10 * time.Millisecond})
+		flow := make(chan *flowctl.Flow)
+		go func() { flow <- f.start(t, 0, "ann") }()
+		<-time.After(time.Millisecond)
+		_ = f.sides[0].Engine.Close()
+		end(<-flow)
+		<-time.After(20 * time.Millisecond)
+		if other := f.left(t, 1, "ann"); other != 998 && other != 999 { // the flow may have been given back, too
+			t.Errorf("%v tokens are left want 998 or 999", other)
+		}
+	})
+}
+
+// Flows that come while tokens are drawn wait for those.
+func TestLeasedFlowsAskOnce(t *testing.T) {
+	overLeased(t, 1, nil, func(t *testing.T, f *fleet) {
+		f.behave(sharedtest.Behavior{Late: 5 * time.Millisecond})
+		since := calls(f.stores[0])
+		for i, most := range []int{4, 1} { // the first time, nobody knows what flows want
+			var wg sync.WaitGroup
+			var admitted atomic.Int64
+			begin := time.Now()
+			for range 64 {
+				wg.Go(func() {
+					flow := f.start(t, 0, "ann")
+					if flow.Decision() == flowctl.Accepted {
+						admitted.Add(1)
+					}
+					end(flow)
+				})
+			}
+			wg.Wait()
+			if admitted.Load() != 64 || time.Since(begin) > 20*time.Millisecond {
+				t.Errorf("%d flows admitted in %v want 64 in 20ms", admitted.Load(), time.Since(begin))
+			}
+			if n := since(); n.Take > most {
+				t.Errorf("round %d: %+v want at most %d", i, n, most)
+			}
+		}
+	})
+}
+
+// While the store does not answer, flows that wait for the answer to another one do not ask one after the other.
+func TestLeasedFlowsFailTogether(t *testing.T) {
+	for mode, want := range map[policy.Outage]int{policy.OutageShare: 100, policy.OutageOpen: 100, policy.OutageClosed: 0} {
+		overLeased(t, 1, func(c *policy.RateLimiter) { c.OnOutage = mode }, func(t *testing.T, f *fleet) {
+			f.flows(t, 0, "ann", 2)
+			<-time.After(300 * time.Millisecond) // nothing is left ahead
+			f.behave(sharedtest.Behavior{Late: time.Minute})
+			begin := time.Now()
+			var wg sync.WaitGroup
+			var admitted atomic.Int64
+			for range 100 {
+				wg.Go(func() {
+					flow := f.start(t, 0, "ann")
+					if flow.Decision() == flowctl.Accepted {
+						admitted.Add(1)
+					}
+					end(flow)
+				})
+			}
+			wg.Wait()
+			if admitted.Load() != int64(want) || time.Since(begin) > 3*sharedtest.Bound {
+				t.Errorf("%s: %d flows admitted in %v want %d within %v", mode, admitted.Load(), time.Since(begin), want, 3*sharedtest.Bound)
+			}
+			if s := f.sides[0].Engine.Stats(); s.Store.Unanswered != 100 || s.Components[0].LocalDecisions != 100 {
+				t.Errorf("%s: stats = %+v, %+v want 100 decisions without the store", mode, s.Store, s.Components[0])
+			}
+			f.behave(sharedtest.Behavior{})
+			f.flows(t, 0, "ann", 1)
+			<-time.After(300 * time.Millisecond)
+			// The call that was late has counted, too.
+			if left := f.left(t, 0, "ann"); left > 997-float64(want) {
+				t.Errorf("%s: %v tokens are left want at most %v", mode, left, 997-want)
+			}
+		})
+	}
+}
+
+// A caller that leaves while it draws takes no other flow with it.
+func TestLeasedCallerLeaves(t *testing.T) {
+	overLeased(t, 1, nil, func(t *testing.T, f *fleet) {
+		f.flows(t, 0, "ann", 1)
+		f.behave(sharedtest.Behavior{Late: 20 * time.Millisecond})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			end(f.sides[0].Client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"user": "ann"}}))
+		})
+		<-time.After(time.Millisecond)
+		for range 8 {
+			wg.Go(func() {
+				flow := f.start(t, 0, "ann")
+				if flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v want it accepted", flow)
+				}
+				end(flow)
+			})
+		}
+		<-time.After(time.Millisecond)
+		cancel()
+		wg.Wait()
+		if s := f.sides[0].Engine.Stats(); s.Store.Unanswered != 0 {
+			t.Errorf("stats = %+v want no decision without the store", s.Store)
+		}
+	})
+}
+
+// A reset key has what it has, and nothing of before.
+func TestLeasedReset(t *testing.T) {
+	overLeased(t, 1, func(c *policy.RateLimiter) { c.Capacity = 40 }, func(t *testing.T, f *fleet) {
+		f.flows(t, 0, "ann", 10)
+		if err := resetAt(f.sides[0].Engine, "test", "c", "ann"); err != nil {
+			t.Fatal(err)
+		}
+		if n := f.flows(t, 0, "ann", 100); n != 40 {
+			t.Errorf("%d flows admitted after a reset want 40", n)
+		}
+	})
+}
+
+// What was drawn by other numbers goes back, and what was used stays used.
+func TestLeasedApply(t *testing.T) {
+	overLeased(t, 1, nil, func(t *testing.T, f *fleet) {
+		f.flows(t, 0, "ann", 10)
+		apply := func(capacity float64, share policy.Share) {
+			t.Helper()
+			c := leasedLimiter(capacity, 1e-9)
+			c.Share = share
+			if err := f.sides[0].Engine.Apply(sides.Policies(c)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		apply(0, policy.ShareLeased)
+		if n := f.flows(t, 0, "ann", 10); n != 0 {
+			t.Errorf("%d flows admitted by a limit of 0", n)
+		}
+		apply(100, policy.ShareLeased)
+		<-time.After(2 * time.Second)
+		if n := f.flows(t, 0, "ann", 40); n != 40 {
+			t.Errorf("%d flows admitted want 40", n)
+		}
+		apply(100, policy.ShareExact)
+		<-time.After(250 * time.Millisecond)
+		if own := f.left(t, 0, "ann"); own != 60 {
+			t.Errorf("%v tokens are left want 60", own)
+		}
+		if n := f.flows(t, 0, "ann", 100); n != 60 {
+			t.Errorf("%d flows admitted want 60", n)
+		}
+	})
+}
+
+// The other keys beyond the bound are asked about one by one.
+func TestWithLeasedKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies: sides.Policies(leasedLimiter(1000, 1)), EngineOptions: []engine.Option{engine.WithStore(store), engine.WithLeasedKeys(1)},
+		}.New(t, sides.Embedded)
+		f := &fleet{stores: []*sharedtest.Store{store}, sides: []*sides.Side{side}}
+		since := calls(store)
+		if f.flows(t, 0, "ann", 100); since().Take > 20 {
+			t.Error("100 flows of the first key asked more than 20 times")
+		}
+		if f.flows(t, 0, "bob", 100); since().Take != 100 {
+			t.Error("100 flows of another key did not ask 100 times")
+		}
+		<-time.After(time.Second) // the first one has ended
+		if f.flows(t, 0, "bob", 100); since().Take > 20 {
+			t.Error("100 flows of the other key asked more than 20 times, although the first one has ended")
+		}
+	})
+	if _, err := engine.New(nil, engine.WithLeasedKeys(-1)); err == nil {
+		t.Error("a negative bound is no error")
+	}
+}
+
+// What flows have cost counts, and not what they have taken.
+func TestLeasedTokensAreSettled(t *testing.T) {
+	overLeased(t, 2, nil, func(t *testing.T, f *fleet) {
+		f.flows(t, 0, "ann", 1)
+		<-time.After(2 * time.Second) // a client across the network has its session
+		for range 5 {
+			flow := f.sides[0].Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann", "cost": "4"}})
+			flow.Settle("cost", 1)
+			end(flow)
+			flow = f.sides[0].Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann", "cost": "1"}})
+			flow.Settle("cost", 4)
+			end(flow)
+		}
+		<-time.After(250 * time.Millisecond)
+		if own, other := f.left(t, 0, "ann"), f.left(t, 1, "ann"); own != 974 || other != 974 {
+			t.Errorf("%v tokens are left, and %v for another engine want 974", own, other)
+		}
+	})
 }
