@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
+	"github.com/headgate-go/headgate/internal/testing/witness"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -28,64 +28,51 @@ func leasedLimiter(capacity, rate float64) policy.RateLimiter {
 	}
 }
 
-// A witness knows when which flows were admitted.
-type witness struct {
+// A record is what was seen of flows.
+type record struct {
 	mu       sync.Mutex
-	admitted []admission
+	begin    time.Time
+	admitted []witness.Admission
 	flows    int
 }
 
-type admission struct {
-	at   time.Time
-	cost float64
-}
+func newRecord() *record { return &record{begin: time.Now()} }
 
-func (w *witness) saw(flow *flowctl.Flow, cost float64) {
+func (w *record) saw(flow *flowctl.Flow, asked time.Time, tokens float64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.flows++
 	if flow.Decision() == flowctl.Accepted {
-		w.admitted = append(w.admitted, admission{time.Now(), cost})
+		w.admitted = append(w.admitted, witness.Admission{Asked: asked.Sub(w.begin), Told: time.Since(w.begin), Tokens: tokens})
 	}
 }
 
-func (w *witness) tokens() (sum float64) {
+func (w *record) tokens() (sum float64) {
 	for _, a := range w.admitted {
-		sum += a.cost
+		sum += a.Tokens
 	}
 	return sum
 }
 
 // bounds checks that since the beginning no more tokens were taken than there were, and in any span of time no more than half of the
 // capacity beyond that.
-//
-// A flow is admitted when the answer comes. So what is taken in a span of time counts from the latest answer before it.
-func (w *witness) bounds(t *testing.T, begin time.Time, capacity, rate float64) {
+func (w *record) bounds(t *testing.T, capacity, rate float64) {
 	t.Helper()
-	slices.SortFunc(w.admitted, func(a, b admission) int { return a.at.Compare(b.at) })
-	const slack = 1e-4
-	sum, least := 0.0, 0.0 // what was taken, less what has come: before the flow, and the least of that
-	for i, a := range w.admitted {
-		come := rate * a.at.Sub(begin).Seconds()
-		before := sum - come
-		if i == 0 {
-			least = before
-		}
-		least = min(least, before)
-		sum += a.cost
-		if over := sum - come - capacity; over > slack {
-			t.Fatalf("after %v: %v tokens beyond the capacity of %v", a.at.Sub(begin), over, capacity)
-		}
-		if over := sum - come - least - 1.5*capacity - rate*late.Seconds(); over > slack {
-			t.Fatalf("a span up to %v: %v tokens beyond 1.5 times the capacity of %v", a.at.Sub(begin), over, capacity)
-		}
+	if s := (witness.Bound{Capacity: 1.5 * capacity, Rate: rate}).Worst(w.admitted); s.Broken() {
+		t.Errorf("%+v of a capacity of %v, and %v a second", s, capacity, rate)
+	}
+	for i := range w.admitted {
+		w.admitted[i].Asked = 0
+	}
+	if s := (witness.Bound{Capacity: capacity, Rate: rate}).Worst(w.admitted); s.Broken() {
+		t.Errorf("since the beginning, %+v of a capacity of %v, and %v a second", s, capacity, rate)
 	}
 }
 
 // A traffic is flows of several instances.
 type traffic struct {
 	f     *fleet
-	w     *witness
+	w     *record
 	flows sync.WaitGroup
 }
 
@@ -98,17 +85,15 @@ func (tr *traffic) run(t *testing.T, r *rand.Rand, at int, perSecond float64, un
 		}
 		tokens := cost()
 		tr.flows.Go(func() {
+			asked := time.Now()
 			flow := tr.f.sides[at].Client.Start(t.Context(), "point", flowctl.Params{
 				Labels: map[string]string{"user": "ann", "cost": fmt.Sprint(tokens)},
 			})
-			tr.w.saw(flow, float64(tokens))
+			tr.w.saw(flow, asked, float64(tokens))
 			end(flow)
 		})
 	}
 }
-
-// late is how late an answer of a store is at the most.
-const late = 3 * time.Millisecond
 
 func one() int { return 1 }
 
@@ -116,13 +101,13 @@ func one() int { return 1 }
 var uneven = []float64{0.7, 0.1, 0.1, 0.1}
 
 // demand runs flows at four instances, so many a second in all, and returns what the witness and the instances saw.
-func demand(t *testing.T, c policy.RateLimiter, seed uint64, perSecond float64, lasts time.Duration) (*witness, []sharedtest.Counted) {
+func demand(t *testing.T, c policy.RateLimiter, seed uint64, perSecond float64, lasts time.Duration) (*record, []sharedtest.Counted) {
 	t.Helper()
 	f := newFleet(t, len(uneven), sides.Embedded, c)
 	for _, s := range f.stores {
 		s.Behave(sharedtest.Behavior{Late: time.Millisecond})
 	}
-	tr := &traffic{f: f, w: new(witness)}
+	tr := &traffic{f: f, w: newRecord()}
 	begin := time.Now()
 	var wg sync.WaitGroup
 	for at, part := range uneven {
@@ -138,7 +123,7 @@ func demand(t *testing.T, c policy.RateLimiter, seed uint64, perSecond float64, 
 		}
 		calls = append(calls, s.Counted())
 	}
-	tr.w.bounds(t, begin, c.Capacity, c.Fill)
+	tr.w.bounds(t, c.Capacity, c.Fill)
 	return tr.w, calls
 }
 
@@ -163,7 +148,7 @@ func TestLeasedDemand(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			const lasts = 10 * time.Second
-			var exact, leased *witness
+			var exact, leased *record
 			var calls []sharedtest.Counted
 			synctest.Test(t, func(t *testing.T) {
 				c := leasedLimiter(tt.capacity, tt.rate)
@@ -208,7 +193,7 @@ func randomFleet(t *testing.T, r *rand.Rand) {
 	costs := r.IntN(2) == 0
 	const lasts = 5 * time.Second
 	f := newFleet(t, len(uneven), sides.Embedded, c)
-	tr := &traffic{f: f, w: new(witness)}
+	tr := &traffic{f: f, w: newRecord()}
 	begin := time.Now()
 	var wg sync.WaitGroup
 	for at, part := range uneven {
@@ -220,7 +205,7 @@ func randomFleet(t *testing.T, r *rand.Rand) {
 			}
 			for time.Since(begin) < lasts {
 				until := time.Now().Add(time.Duration(own.ExpFloat64() * float64(500*time.Millisecond)))
-				behavior := sharedtest.Behavior{Late: time.Duration(own.IntN(int(late)))}
+				behavior := sharedtest.Behavior{Late: time.Duration(own.IntN(int(3 * time.Millisecond)))}
 				switch own.IntN(8) {
 				case 0: // it stalls
 					f.stores[at].Behave(sharedtest.Behavior{Late: time.Second})
@@ -240,7 +225,7 @@ func randomFleet(t *testing.T, r *rand.Rand) {
 	}
 	wg.Wait()
 	tr.flows.Wait()
-	tr.w.bounds(t, begin, c.Capacity, c.Fill)
+	tr.w.bounds(t, c.Capacity, c.Fill)
 }
 
 // overLeased runs f over the kinds of agents, in bubbles, with so many engines that share a leased limiter. Hardly any token comes.
