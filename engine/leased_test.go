@@ -509,3 +509,30 @@ func TestLeasedTokensAreSettled(t *testing.T) {
 		}
 	})
 }
+
+// A quota scheduler that is to lease tokens says that it does not.
+func TestWarningOfLeasedSchedulers(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		share policy.Share
+		opts  []engine.Option
+		want  int
+	}{
+		{"leased", policy.ShareLeased, []engine.Option{engine.WithStore(sharedtest.New().Instance())}, 1},
+		{"exact", policy.ShareExact, []engine.Option{engine.WithStore(sharedtest.New().Instance())}, 0},
+		{"without a store", policy.ShareLeased, nil, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e, err := engine.New(sides.Policies(policy.QuotaScheduler{
+				ID: "c", Selectors: policy.At("point"), Capacity: 10, Fill: 10, Interval: time.Second, Share: tt.share,
+			}), tt.opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer e.Close()
+			if w := e.Warnings(); len(w) != tt.want {
+				t.Errorf("warnings = %q want %d", w, tt.want)
+			}
+		})
+	}
+}

@@ -248,6 +248,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 		kept[p.named] = p
 	}
 	r := &rules{controlPoints: make(map[string]*controlPoint), sinks: make(map[string][]latencySink), named: make(map[string]bool)}
+	r.warnings.shared = e.store != nil
 	components := 0
 	for _, p := range policies {
 		components += len(p.Components)
