@@ -141,8 +141,13 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	}
 	var back []shared.Return
 	for _, p := range parts {
-		if p.err == nil && granted(p.asks, p.answers) {
-			back = append(back, undo(p.asks, p.answers, time.Since(began))...)
+		if p.err == nil {
+			back = append(back, undo(p.asks, p.answers, err != nil, time.Since(began))...)
+		}
+	}
+	for i := range as {
+		if answers[i].OK {
+			answers[i].Drawn = 0
 		}
 	}
 	if len(back) > 0 {
@@ -154,15 +159,21 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	return err
 }
 
-// undo returns what gives back all that asks have got, of which they were answered after so long. It takes as long again until it
-// is back.
-func undo(as []asked, answers []shared.Answer, took time.Duration) []shared.Return {
+// undo returns what gives back all that asks have got, which were answered after so long. It takes as long again until it is back. A
+// refused ask may have tokens ahead. They come back if that is said.
+func undo(as []asked, answers []shared.Answer, ahead bool, took time.Duration) []shared.Return {
 	var back []shared.Return
+	all := granted(as, answers)
 	for i, a := range as {
-		if !answers[i].OK || a.look {
-			continue
+		tokens := 0.0
+		switch {
+		case a.look:
+		case all && answers[i].OK:
+			tokens = a.Tokens + answers[i].Drawn
+		case ahead:
+			tokens = answers[i].Drawn
 		}
-		if tokens := a.Tokens + answers[i].Drawn - brought(a.Rule, 2*took); tokens > 0 {
+		if tokens -= brought(a.Rule, 2*took); tokens > 0 {
 			back = append(back, shared.Return{Key: a.Key, Rule: a.Rule, Slot: answers[i].Slot, Tokens: tokens, Unused: true})
 		}
 	}
@@ -180,10 +191,10 @@ func brought(r *shared.Rule, in time.Duration) float64 {
 
 // leave gives back what a call has got that nobody waits for any more, as far as that keeps the bound. Slots come back by [Store.lose].
 func (s *Store) leave(c *call) {
-	if c.err != nil || c.asks == nil || !granted(c.asks, c.answers) {
+	if c.err != nil || c.asks == nil {
 		return
 	}
-	for _, back := range undo(c.asks, c.answers, time.Since(c.sent)) {
+	for _, back := range undo(c.asks, c.answers, true, time.Since(c.sent)) {
 		if back.Rule.Kind != shared.Slots {
 			n := s.name(back.Key)
 			s.lanesFor(n).giveBack.submit(&call{returns: []returned{{back, n}}, done: make(chan struct{})})
