@@ -31,6 +31,7 @@ type load struct {
 	waits     time.Duration // the longest that a flow waits in a queue; 0 where there is none
 
 	bound witness.Bound // of what all workers together let in for a user; zero for slots
+	since witness.Bound // of the same since the beginning; zero where it is no other
 	slots int           // of a user; 0 for others
 }
 
@@ -49,6 +50,12 @@ func loads() []load {
 			point: "small", flows: 2, pause: 20 * time.Millisecond,
 			component: policy.RateLimiter{Selectors: policy.At("small"), Capacity: 1, Fill: 7, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
 			bound:     witness.Bound{Capacity: 1, Rate: 7},
+		},
+		{
+			point: "leased", flows: 4, pause: 20 * time.Millisecond,
+			component: policy.RateLimiter{Selectors: policy.At("leased"), Capacity: 40, Fill: 150, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed, Share: policy.ShareLeased},
+			bound:     witness.Bound{Capacity: 1.5 * 40, Rate: 150},
+			since:     witness.Bound{Capacity: 40, Rate: 150},
 		},
 		{
 			point: "slots", flows: 3, pause: 20 * time.Millisecond, work: 20 * time.Millisecond,
