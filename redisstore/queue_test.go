@@ -3,6 +3,7 @@ package redisstore_test
 import (
 	"context"
 	"math"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -156,5 +157,57 @@ func TestFleetShares(t *testing.T) {
 	t.Logf("%.2f %% of %v, %.2f calls a flow", share, got["small"]+got["large"], calls/(got["small"]+got["large"]))
 	if math.Abs(share-25) > 1 {
 		t.Errorf("the small workload got %.1f %% want 25 %%", share)
+	}
+}
+
+// What a call costs the server grows with how many flows of how many engines wait at the key.
+func BenchmarkDraw(b *testing.B) {
+	for _, tt := range []struct {
+		name                        string
+		instances, workloads, flows int
+	}{
+		{"one flow alone", 1, 1, 1},
+		{"two engines, two workloads", 2, 2, 32},
+		{"eight engines, three workloads", 8, 3, 32},
+		{"four engines, 64 workloads", 4, 64, 4},
+	} {
+		b.Run(tt.name, func(b *testing.B) {
+			client := newClient(b, startServer(b))
+			rule := &shared.Rule{Kind: shared.Bucket, Capacity: 100, Fill: 2000, Interval: time.Second}
+			if tt.instances == 1 {
+				rule.Fill = 1e9
+			}
+			d := &shared.Drawing{Key: shared.Key{Policy: "p", Component: "quota"}, Rule: rule}
+			for w := range tt.workloads {
+				costs := make([]float64, tt.flows)
+				for i := range costs {
+					costs[i] = 1
+				}
+				d.Waiting = append(d.Waiting, shared.Waiting{Workload: string(rune('a' + w)), Weight: float64(w + 1), Costs: costs})
+			}
+			stores := make([]*redisstore.Store, tt.instances)
+			for i := range stores {
+				stores[i] = newStore(b, client)
+			}
+			do(b, client, "CONFIG", "RESETSTAT")
+			n := 0
+			for b.Loop() {
+				if _, err := stores[n%len(stores)].Draw(b.Context(), d); err != nil {
+					b.Fatal(err)
+				}
+				n++
+			}
+			for line := range strings.Lines(do(b, client, "INFO", "commandstats")) {
+				if _, text, ok := strings.Cut(line, "cmdstat_evalsha:"); ok {
+					_, text, _ = strings.Cut(text, "usec_per_call=")
+					text, _, _ = strings.Cut(text, ",")
+					us, err := strconv.ParseFloat(text, 64)
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.ReportMetric(us, "server-us/op")
+				}
+			}
+		})
 	}
 }
