@@ -90,8 +90,11 @@ func users() []string { return []string{"ann", "bob", "cid"} }
 // and "held <point>/<user> <told> <returned>", in nanoseconds of the machine's clock, which is that of the server.
 func work(ctx context.Context, url string) (err error) {
 	store, err := redisstore.Open(ctx, url, redisstore.WithLease(lease))
-	if err != nil {
-		return err
+	for begun := time.Now(); err != nil; store, err = redisstore.Open(ctx, url, redisstore.WithLease(lease)) {
+		if time.Since(begun) > time.Minute/2 { // a busy machine may take longer than Open waits
+			return err
+		}
+		pause(ctx, time.Second)
 	}
 	defer func() { err = firstError(err, store.Close()) }()
 	limits, err := engine.New(policies(), engine.WithStore(store))
