@@ -87,6 +87,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err := measureLeases(ctx, stdout, server, ours.shared[:], 2*time.Duration(*rounds)**each); err != nil {
 		return err
 	}
+	if err := measureQueues(ctx, stdout, server, ours.shared, 2*time.Duration(*rounds)**each, time.Second/2); err != nil {
+		return err
+	}
 	return measureMemory(ctx, stdout, server, *keys)
 }
 

@@ -50,6 +50,7 @@ func policies() []policy.Policy {
 		return p
 	}
 	return []policy.Policy{
+		queuePolicy(),
 		limiters(oneLimiter, 1), limiters(threeLimiters, 3),
 		{Name: concurrency, Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute, LimitBy: "user",
@@ -256,7 +257,7 @@ func (o *ours) do(engines []*guarded, at string, user func() string) func() func
 // measureLeases prints how often instances ask the store about a key whose tokens they draw ahead: below the limit, where each instance
 // has a thousand flows a second, and beyond it, where all together have three times what it lets in.
 func measureLeases(ctx context.Context, stdout io.Writer, server *redistest.Server, engines []*guarded, lasts time.Duration) error {
-	warm := lasts / 4
+	warm := lasts / 4 // they learn what their demand is
 	// All stores renew their leases besides.
 	renewed := scripts(server)
 	<-time.After(lasts)
