@@ -166,11 +166,11 @@ func conform(t *testing.T, instances func(t *testing.T) [2]shared.Store) {
 					results := make([]shared.Result, 1)
 					err := s.Return(t.Context(), []shared.Return{r}, results)
 					held := results[0].Held
-				results[0].Held = 0
-				if (held > 0) != (r.Rule.Kind == shared.Slots && st.returned) {
-					t.Errorf("step %d: a slot was held for %v", i+1, held)
-				}
-				if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
+					results[0].Held = 0
+					if (held > 0) != (r.Rule.Kind == shared.Slots && st.returned) {
+						t.Errorf("step %d: a slot was held for %v", i+1, held)
+					}
+					if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
 						t.Errorf("step %d: Return(%+v) = %+v, %v want %+v", i+1, r, results[0], err, want)
 					}
 				default:
