@@ -33,6 +33,10 @@ const (
 	// demandSpan is the time that an engine draws tokens for, by what flows of the last such time have wanted.
 	demandSpan = int64(50 * time.Millisecond)
 
+	// reserveSpan is the time that it reserves tokens for, of those that will come. Where flows want three times what comes, four
+	// engines ask 1.4 times for 100 flows. With half of the span it was 2.8 times.
+	reserveSpan = int64(100 * time.Millisecond)
+
 	// unusedSpan is how long leased tokens may be unused before they go back.
 	unusedSpan = int64(100 * time.Millisecond)
 
@@ -246,7 +250,8 @@ func (l *sharedLimiter[S]) draw(e *keys.Entry[account[S]], now int64, d *agentap
 		if ahead := min(demand, room); ahead >= d.Consumed { // less would lie about in parts that are too small for a flow
 			ask.Ahead = ahead
 		}
-		if reserve := min(demand, room, s.fill()*float64(demandSpan)/instances); reserve >= d.Consumed {
+		soon := demand * float64(reserveSpan) / float64(demandSpan)
+		if reserve := min(soon, room, s.fill()*float64(reserveSpan)/instances); reserve >= d.Consumed {
 			ask.Reserve = reserve
 		}
 		if used == 0 && ask.Ahead == 0 && ask.Reserve == 0 {

@@ -143,6 +143,7 @@ func TestLeasedDemand(t *testing.T) {
 		{"most", 1000, 1000, 0.9, 0.99, 25, 0},
 		{"a small bucket", 200, 1000, 0.8, 0.99, 25, 0},
 		{"just too much", 1000, 1000, 1.2, 0.99, 100, 0},
+		{"three times too much", 200, 1000, 3, 0.99, 0, 0.02},
 		{"far too much", 1000, 1000, 5, 0.99, 0, 0.02},
 		{"ten times too much", 500, 500, 10, 0.99, 0, 0.02},
 	} {

@@ -4,6 +4,7 @@ package redisstore_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -75,7 +76,9 @@ func TestFleetQueueFaults(t *testing.T) {
 				check := func(flow *flowctl.Flow) {
 					t.Helper()
 					if flow.Decision() != flowctl.Accepted {
-						t.Errorf("%v, %v want it accepted", flow, flow.Err())
+						var rejected *flowctl.RejectedError
+						_ = errors.As(flow.Err(), &rejected)
+						t.Errorf("%v, %v (%v) want it accepted", flow, flow.Err(), rejected.Cause())
 					}
 				}
 				check(<-decided[0])
