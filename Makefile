@@ -63,20 +63,21 @@ test: racedetector ## Run the tests of all modules, the race detector on
 
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
-	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS)),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),),$(filter-out $(EXAMPLES),$(MODULES)))
 	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
 
-# Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail.
+# Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
+# for leases to run out, or for servers to find each other.
 .PHONY: test-fleet
 test-fleet: racedetector ## Run the tests that need Redis servers, which they start, stop and kill
-	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET)),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET),-parallel 8),$(filter-out $(EXAMPLES),$(MODULES)))
 
-# $(call test-named,PATTERN) runs the tests of a module whose names match. Only packages that have such tests are linked.
+# $(call test-named,PATTERN,FLAGS) runs the tests of a module whose names match. Only packages that have such tests are linked.
 define test-named
 packages=$$(go list -f '{{.Dir}}' ./... | while read -r dir; do \
 	! grep -qs 'func $(patsubst ^%,%,$(1))' "$$dir"/*_test.go || echo "$$dir"; \
 done); \
-[ -z "$$packages" ] || go test $(RACE) -shuffle=on -run '$(1)' $(TESTFLAGS) $$packages
+[ -z "$$packages" ] || go test $(RACE) -shuffle=on $(2) -run '$(1)' $(TESTFLAGS) $$packages
 endef
 
 # Tests that do one thing very often do it less often under the race detector.
@@ -172,6 +173,10 @@ endef
 soak: ## Keep an agent busy for SOAK that is killed again and again
 	HEADGATE_SOAK='$(SOAK)' go test $(RACE) -run '^TestSoak$$' -timeout 0 -v ./agent
 
+.PHONY: soak-fleet
+soak-fleet: ## Have processes share limits for SOAK while their server and they are killed, stopped and restarted
+	cd redisstore && HEADGATE_TEST_REDIS=required HEADGATE_SOAK='$(SOAK)' go test -run '^TestFleetSoak$$' -count=1 -timeout 0 -v ./internal/soak
+
 # Each attack lasts for ATTACK. The victims are processes of their own, without the race detector.
 .PHONY: attack
 attack: ## Attack agents, guarded servers and clients, and measure what it costs them
@@ -180,6 +185,10 @@ attack: ## Attack agents, guarded servers and clients, and measure what it costs
 .PHONY: bench
 bench: ## Measure Headgate beside its peers, in one run
 	cd bench && go run . $(BENCHFLAGS)
+
+.PHONY: bench-fleet
+bench-fleet: ## Measure the store in Redis beside its peers, in one run, on a server that it starts
+	cd redisstore/bench && go run . $(BENCHFLAGS)
 
 .PHONY: load
 load: ## Measure the example service under load, for LOAD seconds a row

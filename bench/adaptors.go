@@ -15,6 +15,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 )
 
 // The handlers that a service without flow control has.
@@ -24,7 +25,7 @@ const (
 )
 
 // adaptorRows are handlers in their adaptors, without a server: that would take most of the time.
-func (e *engines) adaptorRows() []*row {
+func (e *engines) adaptorRows() []*benchtable.Row {
 	labels := oneLabel()
 	limited := httpguard.Middleware(e.client, rateLimited, httpguard.WithParams(func(*http.Request) flowctl.Params {
 		return flowctl.Params{Labels: labels}
@@ -33,19 +34,19 @@ func (e *engines) adaptorRows() []*row {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(reply) })
 	intercept := grpcguard.UnaryServerInterceptor(e.client, rateLimited, grpcguard.WithParams(
 		func(context.Context, grpcguard.Call) flowctl.Params { return flowctl.Params{Labels: labels} }))
-	return []*row{
-		{name: "HTTP middleware on the engine", call: e.request(limited(handler)), targets: []target{
-			{moreAllocs, bareHTTP, 6, false},
-			{inTime, failsafe, 0, true},
-			{inParallel, failsafe, 0, true},
+	return []*benchtable.Row{
+		{Name: "HTTP middleware on the engine", Call: e.request(limited(handler)), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.MoreAllocs, bareHTTP, 6),
+			benchtable.Beside(benchtable.InTime, failsafe),
+			benchtable.Beside(benchtable.InParallel, failsafe),
 		}},
-		{name: bareHTTP, call: e.request(handler)},
-		{name: failsafe, call: e.request(failsafehttp.NewHandler(handler,
+		{Name: bareHTTP, Call: e.request(handler)},
+		{Name: failsafe, Call: e.request(failsafehttp.NewHandler(handler,
 			ratelimiter.NewBurstyBuilder[*http.Response](1<<30, time.Second).Build()))}, //nolint:bodyclose // no response: the type of what it limits
-		{name: "gRPC interceptor on the engine", call: e.intercepted(intercept), targets: []target{
-			{moreAllocs, bareGRPC, 6, false},
+		{Name: "gRPC interceptor on the engine", Call: e.intercepted(intercept), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.MoreAllocs, bareGRPC, 6),
 		}},
-		{name: bareGRPC, call: e.intercepted(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		{Name: bareGRPC, Call: e.intercepted(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 			return handler(ctx, req)
 		})},
 	}

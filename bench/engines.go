@@ -21,6 +21,7 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -168,77 +169,77 @@ const (
 	queueing     = "failsafe-go bulkhead with queueing"
 )
 
-func (e *engines) rows() []*row {
-	pass := []target{{inTime, keyedLimiter, 2, false}, {inAllocs, "", 2, false}} // of a scheduler where no flow waits
-	return []*row{
-		{name: "Guard, no policy", call: e.guard(nothing)},
-		{name: "Do, no policy", call: e.do(nothing)},
-		{name: keyedLimiter, call: e.guard(rateLimited), targets: []target{
-			{inTime, "failsafe-go rate limiter", 1.0 / 3, false},
-			{inTime, "gobreaker", 2, false},
-			{inTime, floor, 2.2, false},
-			{inAllocs, "", 1, false},
+func (e *engines) rows() []*benchtable.Row {
+	pass := []benchtable.Target{benchtable.AtMost(benchtable.InTime, keyedLimiter, 2), benchtable.AtMost(benchtable.InAllocs, "", 2)} // of a scheduler where no flow waits
+	return []*benchtable.Row{
+		{Name: "Guard, no policy", Call: e.guard(nothing)},
+		{Name: "Do, no policy", Call: e.do(nothing)},
+		{Name: keyedLimiter, Call: e.guard(rateLimited), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, "failsafe-go rate limiter", 1.0/3),
+			benchtable.AtMost(benchtable.InTime, "gobreaker", 2),
+			benchtable.AtMost(benchtable.InTime, floor, 2.2),
+			benchtable.AtMost(benchtable.InAllocs, "", 1),
 		}},
-		{name: ownKeys, call: e.guardOwn(rateLimited), targets: []target{
-			{inScaling, "", 0, true},
-			{inScaling, floor, 1, false},
-			{inParallel, keyedLimiter, 0, true},
+		{Name: ownKeys, Call: e.guardOwn(rateLimited), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InScaling, ""),
+			benchtable.AtMost(benchtable.InScaling, floor, 1),
+			benchtable.Beside(benchtable.InParallel, keyedLimiter),
 		}},
-		{name: oneOverride, call: e.guard(exception), targets: []target{{inTime, keyedLimiter, 0, true}}},
-		{name: fmt.Sprintf("Guard, one keyed rate limiter, %d overrides", manyOverrides), call: e.guard(exceptions), targets: []target{
-			{inTime, oneOverride, 1.05, false},
+		{Name: oneOverride, Call: e.guard(exception), Targets: []benchtable.Target{benchtable.Beside(benchtable.InTime, keyedLimiter)}},
+		{Name: fmt.Sprintf("Guard, one keyed rate limiter, %d overrides", manyOverrides), Call: e.guard(exceptions), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, oneOverride, 1.05),
 		}},
-		{name: floor, call: leastWork, targets: []target{{inScaling, "", 0, true}}},
-		{name: doKeyed, call: e.do(rateLimited), targets: []target{
-			{inTime, "failsafe-go rate limiter", 0, true},
-			{inTime, "gobreaker", 0, true},
+		{Name: floor, Call: leastWork, Targets: []benchtable.Target{benchtable.Beside(benchtable.InScaling, "")}},
+		{Name: doKeyed, Call: e.do(rateLimited), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InTime, "failsafe-go rate limiter"),
+			benchtable.Beside(benchtable.InTime, "gobreaker"),
 		}},
-		{name: "Do, one keyed rate limiter, settled", call: e.settle, targets: []target{ // no more than one more keyed check
-			{inTime, doKeyed, 2, false},
-			{moreAllocs, doKeyed, 1, false},
+		{Name: "Do, one keyed rate limiter, settled", Call: e.settle, Targets: []benchtable.Target{ // no more than one more keyed check
+			benchtable.AtMost(benchtable.InTime, doKeyed, 2),
+			benchtable.AtMost(benchtable.MoreAllocs, doKeyed, 1),
 		}},
-		{name: "Guard, one concurrency limiter", call: e.guard(concurrency), targets: []target{
-			{inTime, "failsafe-go bulkhead", 0, true},
+		{Name: "Guard, one concurrency limiter", Call: e.guard(concurrency), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InTime, "failsafe-go bulkhead"),
 		}},
-		{name: "Do, one concurrency limiter", call: e.do(concurrency), targets: []target{
-			{inTime, "failsafe-go bulkhead", 0, true},
+		{Name: "Do, one concurrency limiter", Call: e.do(concurrency), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InTime, "failsafe-go bulkhead"),
 		}},
-		{name: "Guard, one keyed quota scheduler", call: e.guard(quota), targets: pass},
-		{name: "Guard, one concurrency scheduler", call: e.guard(slots), targets: append(pass, target{inTime, queueing, 0, true})},
-		{name: "Guard, one keyed circuit breaker", call: e.guard(breaker), targets: []target{
-			{inTime, keyedLimiter, 1.2, false},
-			{inAllocs, "", 1, false},
-			{inTime, "gobreaker", 0, true},
-			{inTime, "failsafe-go circuit breaker", 0, true},
-			{inParallel, keyedLimiter, 0, true},
+		{Name: "Guard, one keyed quota scheduler", Call: e.guard(quota), Targets: pass},
+		{Name: "Guard, one concurrency scheduler", Call: e.guard(slots), Targets: append(pass, benchtable.Beside(benchtable.InTime, queueing))},
+		{Name: "Guard, one keyed circuit breaker", Call: e.guard(breaker), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, keyedLimiter, 1.2),
+			benchtable.AtMost(benchtable.InAllocs, "", 1),
+			benchtable.Beside(benchtable.InTime, "gobreaker"),
+			benchtable.Beside(benchtable.InTime, "failsafe-go circuit breaker"),
+			benchtable.Beside(benchtable.InParallel, keyedLimiter),
 		}},
-		{name: "Guard, one sampler", call: e.guard(sampled), targets: []target{{inTime, keyedLimiter, 0, true}}},
-		{name: "Cached, a hit", call: e.cached},
-		{name: "failsafe-go rate limiter", call: func() func() error {
+		{Name: "Guard, one sampler", Call: e.guard(sampled), Targets: []benchtable.Target{benchtable.Beside(benchtable.InTime, keyedLimiter)}},
+		{Name: "Cached, a hit", Call: e.cached},
+		{Name: "failsafe-go rate limiter", Call: func() func() error {
 			limited := failsafe.With[int](ratelimiter.NewBurstyBuilder[int](1<<30, time.Second).Build())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
-		{name: "failsafe-go bulkhead", call: func() func() error {
+		{Name: "failsafe-go bulkhead", Call: func() func() error {
 			limited := failsafe.With[int](bulkhead.New[int](1_000_000))
 			return func() error { _, err := limited.Get(work); return err }
 		}},
-		{name: queueing, call: func() func() error {
+		{Name: queueing, Call: func() func() error {
 			limited := failsafe.With[int](bulkhead.NewBuilder[int](1_000_000).WithMaxWaitTime(time.Minute).Build())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
-		{name: "failsafe-go circuit breaker", call: func() func() error {
+		{Name: "failsafe-go circuit breaker", Call: func() func() error {
 			guarded := failsafe.With[int](circuitbreaker.NewBuilder[int]().WithFailureRateThreshold(0.5, 20, 10*time.Second).WithDelay(10 * time.Second).Build())
 			return func() error { _, err := guarded.Get(work); return err }
 		}},
-		{name: "failsafe-go adaptive limiter", call: func() func() error {
+		{Name: "failsafe-go adaptive limiter", Call: func() func() error {
 			limited := failsafe.With[int](adaptivelimiter.NewWithDefaults[int]())
 			return func() error { _, err := limited.Get(work); return err }
 		}},
-		{name: "gobreaker", call: func() func() error {
+		{Name: "gobreaker", Call: func() func() error {
 			breaker := gobreaker.NewCircuitBreaker[int](gobreaker.Settings{})
 			return func() error { _, err := breaker.Execute(work); return err }
 		}},
-		{name: "x/time/rate, Allow and the call", call: func() func() error {
+		{Name: "x/time/rate, Allow and the call", Call: func() func() error {
 			limiter := rate.NewLimiter(1e9, 1e9)
 			return func() error {
 				if !limiter.Allow() {
@@ -252,12 +253,12 @@ func (e *engines) rows() []*row {
 }
 
 // userRows are those that need many users, whose labels make for a large heap.
-func (e *engines) userRows() []*row {
+func (e *engines) userRows() []*benchtable.Row {
 	const one = "Do, label maps in turn, one key"
-	return []*row{
-		{name: one, call: e.rotate(oneKey)},
-		{name: fmt.Sprintf("Do, label maps in turn, %d keys", len(e.users)), call: e.rotate(manyKeys), targets: []target{
-			{inTime, one, 2.5, false},
+	return []*benchtable.Row{
+		{Name: one, Call: e.rotate(oneKey)},
+		{Name: fmt.Sprintf("Do, label maps in turn, %d keys", len(e.users)), Call: e.rotate(manyKeys), Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, one, 2.5),
 		}},
 	}
 }

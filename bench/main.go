@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 )
 
 func main() {
@@ -89,11 +91,11 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	}
 	defer func() { err = firstError(err, r.close(ctx)) }()
 
-	t := table{only: rows}
-	if err := t.measure(ctx, *rounds, *each, slices.Concat(e.rows(), e.adaptorRows())); err != nil {
+	t := benchtable.Table{Only: rows}
+	if err := t.Measure(ctx, *rounds, *each, slices.Concat(e.rows(), e.adaptorRows())); err != nil {
 		return err
 	}
-	if err := t.measure(ctx, *rounds, overGRPC**each, r.rows()); err != nil {
+	if err := t.Measure(ctx, *rounds, overGRPC**each, r.rows()); err != nil {
 		return err
 	}
 	if err := measureQueues(ctx, &t, *rounds, *each); err != nil {
@@ -102,38 +104,38 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err := e.fill(*keys); err != nil {
 		return err
 	}
-	if err := t.measure(ctx, *rounds, *each, e.userRows()); err != nil {
+	if err := t.Measure(ctx, *rounds, *each, e.userRows()); err != nil {
 		return err
 	}
 	fmt.Fprintf(stdout, "%s, %s/%s, %d processors, %s; median of %d rounds of %v a row, %v over gRPC\n\n",
-		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), processor(), *rounds, *each, overGRPC**each)
-	t.print(stdout)
+		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), benchtable.Processor(), *rounds, *each, overGRPC**each)
+	t.Print(stdout)
 	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight over gRPC, and one for each processor elsewhere; ns/op is then the time of the run over its calls.\n", inFlight)
 	fmt.Fprintln(stdout, "A ratio is the median of the ratios of the rounds, not the ratio of two medians. It is not clear if the bound is within the middle half of the rounds.")
 	fmt.Fprintf(stdout, "All rows, and the agent, have %d MiB of live objects on the heap besides.\n", liveBytes>>20)
 	fmt.Fprintln(stdout, "Queue and wake is the time from one flow that gets the only slot to the next.")
-	if check := t.row(bareCheck); check != nil {
+	if check := t.Row(bareCheck); check != nil {
 		fmt.Fprintf(stdout, "agent, %d in flight: %.0f checks a second, client and agent on the same processors\n",
-			inFlight, 1e9/median(check.parallel))
+			inFlight, 1e9/benchtable.Median(check.Parallel))
 	}
 	if err := measureSlots(ctx, stdout, time.Duration(*rounds)*overGRPC**each); err != nil {
 		return err
 	}
 	fmt.Fprintf(stdout, "limiter with %d keys: %.0f bytes a key beyond its text; target ≤ 96: %s\n",
-		*keys, e.bytesPerKey, verdict(e.bytesPerKey <= 96))
+		*keys, e.bytesPerKey, benchtable.Verdict(e.bytesPerKey <= 96))
 	fmt.Fprintf(stdout, "limiter with %d keys in debt: %.0f bytes a key beyond its text; target ≤ 96: %s\n",
-		*keys, e.bytesPerDebt, verdict(e.bytesPerDebt <= 96))
+		*keys, e.bytesPerDebt, benchtable.Verdict(e.bytesPerDebt <= 96))
 	return nil
 }
 
 // measureQueues keeps flows waiting only while their rows are measured, because they fill the heap.
-func measureQueues(ctx context.Context, t *table, rounds int, each time.Duration) (err error) {
+func measureQueues(ctx context.Context, t *benchtable.Table, rounds int, each time.Duration) (err error) {
 	q, err := openQueues(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = firstError(err, q.close()) }()
-	return t.measure(ctx, rounds, each, q.list)
+	return t.Measure(ctx, rounds, each, q.list)
 }
 
 func firstError(errs ...error) error {

@@ -3,12 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
-	"flag"
 	"fmt"
 	"os"
-	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -44,67 +41,5 @@ func TestProcessRun(t *testing.T) {
 	}
 	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 32; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
-	}
-}
-
-// As many call at once as the row says, whatever the number of processors.
-func TestInFlight(t *testing.T) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
-	var callers atomic.Int64
-	r := &row{inFlight: 64, call: func() func() error {
-		callers.Add(1)
-		return func() error { return nil }
-	}}
-	if err := flag.Set("test.benchtime", "1x"); err != nil { // one round: each makes its callers
-		t.Fatal(err)
-	}
-	if err := r.measure(); err != nil {
-		t.Fatal(err)
-	}
-	if got := callers.Load(); got != 1+64 { // one of them in serial
-		t.Errorf("%d callers want 1 and 64", got)
-	}
-}
-
-func TestMedian(t *testing.T) {
-	for _, tt := range []struct {
-		name   string
-		values []float64
-		want   float64
-	}{
-		{"none", nil, 0},
-		{"one", []float64{3}, 3},
-		{"odd", []float64{9, 1, 3}, 3},
-		{"even", []float64{9, 1, 3, 5}, 4},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if got := median(tt.values); got != tt.want {
-				t.Errorf("median(%v) = %v want %v", tt.values, got, tt.want)
-			}
-		})
-	}
-}
-
-// A ratio is the median of those of the rounds. The verdict tells whether the rounds agree.
-func TestCompare(t *testing.T) {
-	other := &row{name: "other", serial: []float64{100, 200, 300, 400}, parallel: []float64{50, 50, 60, 60}, allocs: []float64{0, 0, 0, 0}}
-	busy := &row{name: "busy", serial: []float64{150, 190, 450, 380}, parallel: []float64{100, 100, 120, 120}, allocs: []float64{1, 1, 1, 1}} // ratios of 1.5, 0.95, 1.5, 0.95
-	all := table{rows: []*row{other, busy}}
-	for _, tt := range []struct {
-		target target
-		want   string
-	}{
-		{target{inTime, "other", 1.3, false}, "1.23×\ttime\tother\t≤ 1.3×: met, not clear: 0.95 to 1.50\t"},
-		{target{inTime, "other", 1.05, false}, "1.23×\ttime\tother\t≤ 1.05×: missed, not clear: 0.95 to 1.50\t"},
-		{target{inTime, "other", 0.9, false}, "1.23×\ttime\tother\t≤ 0.9×: missed\t"},
-		{target{inTime, "other", 1.5, false}, "1.23×\ttime\tother\t≤ 1.5×: met\t"},
-		{target{inTime, "other", 0, true}, "1.23×\ttime\tother\t\t"},
-		{target{inParallel, "other", 1.9, false}, "2.00×\tin parallel\tother\t≤ 1.9×: missed\t"},
-		{target{inAllocs, "", 1, false}, "1\tallocs\t\t≤ 1: met\t"},
-		{target{moreAllocs, "other", 0, false}, "1\tallocs more\tother\t≤ 0: missed\t"},
-	} {
-		if got := all.compare(busy, tt.target); got != tt.want {
-			t.Errorf("compare(%+v) = %q want %q", tt.target, got, tt.want)
-		}
 	}
 }

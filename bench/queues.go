@@ -13,6 +13,7 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -23,7 +24,7 @@ type queues struct {
 	engine  *engine.Engine
 	stop    context.CancelFunc
 	running sync.WaitGroup
-	list    []*row
+	list    []*benchtable.Row
 }
 
 const (
@@ -56,7 +57,7 @@ func openQueues(ctx context.Context) (_ *queues, err error) {
 	if err != nil {
 		return nil, err
 	}
-	guard := func(waiters int, targets ...target) {
+	guard := func(waiters int, targets ...benchtable.Target) {
 		q.add(ctx, guarded[waiters], waiters, targets, func(tenant int, work func() (int, error)) func() error {
 			params := flowctl.Params{Labels: map[string]string{"tenant": strconv.Itoa(tenant)}, CheckTimeout: -1, OnUnreachable: flowctl.FailClosed}
 			call := headgate.Guard(client, guarded[waiters], params, func(context.Context) (int, error) { return work() }, nil)
@@ -65,8 +66,8 @@ func openQueues(ctx context.Context) (_ *queues, err error) {
 	}
 	// The bounds are the ratios of the logarithms of so many and one.
 	guard(1)
-	guard(100, target{inTime, oneWaits, 6.66, false}, target{inTime, bulkheadQueues, 0, true})
-	guard(tenThousand, target{inTime, aHundredWait, 2, false})
+	guard(100, benchtable.AtMost(benchtable.InTime, oneWaits, 6.66), benchtable.Beside(benchtable.InTime, bulkheadQueues))
+	guard(tenThousand, benchtable.AtMost(benchtable.InTime, aHundredWait, 2))
 
 	peer := failsafe.With[int](bulkhead.NewBuilder[int](1).WithMaxWaitTime(time.Hour).Build()).WithContext(ctx)
 	q.add(ctx, bulkheadQueues, 100, nil, func(_ int, work func() (int, error)) func() error {
@@ -76,7 +77,7 @@ func openQueues(ctx context.Context) (_ *queues, err error) {
 }
 
 // add makes a row with one more worker than waiters, and makes all of them queue.
-func (q *queues) add(ctx context.Context, name string, waiters int, targets []target, worker func(i int, work func() (int, error)) func() error) {
+func (q *queues) add(ctx context.Context, name string, waiters int, targets []benchtable.Target, worker func(i int, work func() (int, error)) func() error) {
 	turns := make(chan error)
 	tell := func(err error) {
 		select {
@@ -99,7 +100,7 @@ func (q *queues) add(ctx context.Context, name string, waiters int, targets []ta
 	}
 	turn := func() error { return <-turns }
 	begun := false
-	q.list = append(q.list, &row{name: name, targets: targets, call: func() func() error {
+	q.list = append(q.list, &benchtable.Row{Name: name, Targets: targets, Call: func() func() error {
 		if begun {
 			return turn
 		}

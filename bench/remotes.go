@@ -21,6 +21,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 )
 
 const (
@@ -179,25 +180,25 @@ const (
 	bareCheckEnd = "bare Check and FlowEnd over gRPC"
 )
 
-func (r *remotes) rows() []*row {
-	like := func(bare string) []target {
-		return []target{{inTime, bare, 1.1, false}, {inParallel, bare, 1.1, false}, {inAllocs, bare, 1.1, false}}
+func (r *remotes) rows() []*benchtable.Row {
+	like := func(bare string) []benchtable.Target {
+		return []benchtable.Target{benchtable.AtMost(benchtable.InTime, bare, 1.1), benchtable.AtMost(benchtable.InParallel, bare, 1.1), benchtable.AtMost(benchtable.InAllocs, bare, 1.1)}
 	}
-	rows := []*row{
-		{name: "Guard over gRPC", call: r.guard(r.client, rateLimited), targets: like(bareCheck)},
-		{name: "Do over gRPC", call: r.do(r.client, rateLimited), targets: like(bareCheck)},
-		{name: "Do over gRPC, without telemetry", call: r.do(r.silent, rateLimited), targets: []target{
-			{inTime, bareCheck, 0, true}, {inParallel, bareCheck, 0, true}, {inAllocs, bareCheck, 0, true},
+	rows := []*benchtable.Row{
+		{Name: "Guard over gRPC", Call: r.guard(r.client, rateLimited), Targets: like(bareCheck)},
+		{Name: "Do over gRPC", Call: r.do(r.client, rateLimited), Targets: like(bareCheck)},
+		{Name: "Do over gRPC, without telemetry", Call: r.do(r.silent, rateLimited), Targets: []benchtable.Target{
+			benchtable.Beside(benchtable.InTime, bareCheck), benchtable.Beside(benchtable.InParallel, bareCheck), benchtable.Beside(benchtable.InAllocs, bareCheck),
 		}},
-		{name: bareCheck, call: r.check},
-		{name: "Do over gRPC, with a FlowEnd", call: r.do(r.client, concurrency), targets: like(bareCheckEnd)},
-		{name: bareCheckEnd, call: r.checkEnd},
+		{Name: bareCheck, Call: r.check},
+		{Name: "Do over gRPC, with a FlowEnd", Call: r.do(r.client, concurrency), Targets: like(bareCheckEnd)},
+		{Name: bareCheckEnd, Call: r.checkEnd},
 	}
 	for _, row := range rows {
-		row.inFlight = inFlight
+		row.InFlight = inFlight
 	}
-	return append(rows, &row{
-		name: "Do over gRPC, the agent breaker open", call: r.failOpen, targets: []target{{inTime, "", 1000, false}},
+	return append(rows, &benchtable.Row{
+		Name: "Do over gRPC, the agent breaker open", Call: r.failOpen, Targets: []benchtable.Target{benchtable.AtMost(benchtable.InTime, "", 1000)},
 	})
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/benchtable"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -66,7 +67,7 @@ func measureSlots(ctx context.Context, stdout io.Writer, each time.Duration) (er
 		fmt.Fprintf(stdout, "%s, %d slots, %d flows that work %v each: slots busy %.1f %%, free for %v between two flows",
 			row.name, busySlots, busyFlows, busyWork, 100*share, (all-time.Duration(busy.Load()))/time.Duration(turns))
 		if row.name == "concurrency scheduler" {
-			fmt.Fprintf(stdout, "; target ≥ 98 %%: %s", verdict(share >= 0.98))
+			fmt.Fprintf(stdout, "; target ≥ 98 %%: %s", benchtable.Verdict(share >= 0.98))
 		}
 		fmt.Fprintln(stdout)
 	}

@@ -146,6 +146,7 @@ type account[S any] struct {
 	returns int32
 
 	spare *spare[S] // what decides while the store does not answer; nil for none
+	lease *lease    // what was drawn ahead; nil for none
 }
 
 // A spare is what decides about a key while the store does not answer.
@@ -217,7 +218,7 @@ func (a *account[S]) forecast(limit float64) int64 {
 
 // idle reports whether the key may be forgotten. What the store has is not.
 func (a *account[S]) idle(now int64) bool {
-	if now < a.recheck {
+	if now < a.recheck || a.lease != nil {
 		return false
 	}
 	return a.spare == nil || a.spare.reporting == 0 && a.spare.due(now) == 0 && a.spare.free(now)
@@ -312,6 +313,9 @@ func (a *account[S]) begin(now int64) {
 func inheritBudget[S any](b *budget[S], a *account[S], before *budget[S], now int64) {
 	a.recheck = 0
 	a.left = source.Carry(a.left, before.current().Capacity, b.current().Capacity)
+	if a.lease != nil {
+		a.lease.follow(b.current())
+	}
 	if s := a.spare; s != nil {
 		p := b.part(s.by.instances)
 		inherit(p.from, &s.state, s.by.from, now)

@@ -31,7 +31,7 @@ func newCalendarQuota(e *Engine, in *installed, p policy.CalendarQuota, c agenta
 		of := sharedNumbers(own, quotaBudget)
 		return newSharedLimiter(e, in, sharedLimits[calendar.State]{
 			component: c, maxIdle: p.MaxIdle, mode: mode, own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
-		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+		}, sharing{outage: p.OnOutage, tokensLabel: p.TokensLabel, passThrough: p.PassThrough})
 	}
 	l, err := newLimiter(e, limits[calendar.State]{
 		component: c, maxIdle: p.MaxIdle, mode: mode,

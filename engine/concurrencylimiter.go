@@ -14,7 +14,7 @@ func newConcurrencyLimiter(e *Engine, in *installed, p policy.ConcurrencyLimiter
 		of := sharedNumbers(slotNumbers(e), slotsBudget)
 		return newSharedLimiter(e, in, sharedLimits[slots.State]{
 			component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy}, own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
-		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+		}, sharing{outage: p.OnOutage, tokensLabel: p.TokensLabel, passThrough: p.PassThrough})
 	}
 	l, err := newLimiter(e, limits[slots.State]{
 		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},

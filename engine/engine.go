@@ -77,6 +77,7 @@ type Engine struct {
 
 	overrides func(component, value string) (policy.Override, bool) // of the host; nil for none
 	store     *store                                                // nil for none
+	leased    leased
 
 	rules    atomic.Pointer[rules] // in force
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
@@ -124,6 +125,7 @@ func New(policies []policy.Policy, opts ...Option) (*Engine, error) {
 		full:         make(chan struct{}, 1),
 		ramped:       make(chan struct{}, 1),
 		done:         make(chan struct{}),
+		leased:       leased{limit: DefaultLeasedKeys, begun: make(chan struct{}, 1)},
 		unlisted:     controlPoint{counts: new(counts)},
 	}
 	secret := make([]byte, 32)
@@ -156,7 +158,8 @@ func Load(path string, opts ...Option) (*Engine, error) {
 
 // Close stops the engine's goroutines. Flows that wait in a queue are rejected, so that none of them runs because of a
 // shutdown. Flows that start from now on are Unreachable: they run, unless they fail closed. Flows in flight still give
-// back what they hold. A second Close does nothing. The error is always nil.
+// back what they hold. Tokens that the engine has drawn ahead from a store go back. A second Close does nothing. The error is always
+// nil.
 func (e *Engine) Close() error {
 	e.applying.Lock() // no goroutine begins after it
 	again := e.closed.Swap(true)

@@ -56,6 +56,9 @@ func warnQuotaScheduler(w *warnings, of string, p policy.QuotaScheduler) {
 		return
 	}
 	w.bucket(of, p.Capacity, p.Fill, p.Interval)
+	if w.shared && p.Share == policy.ShareLeased {
+		w.exact = append(w.exact, of+": a quota scheduler does not lease tokens: it asks the store for the flows that wait, as with share: exact")
+	}
 	w.scheduler(of, &p.Scheduler, p.DryRun)
 	workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
 		w.cost(of, p.Capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)

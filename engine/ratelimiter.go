@@ -24,7 +24,7 @@ func newRateLimiter(e *Engine, in *installed, p policy.RateLimiter, c agentapi.C
 		return newSharedLimiter(e, in, sharedLimits[bucket.State]{
 			component: c, maxIdle: p.MaxIdle, mode: mode,
 			own: sharedNumbers(of, bucketBudget)(p), with: withNumbers(in, sharedNumbers(other, bucketBudget)), overrides: p.Overrides,
-		}, sharing{p.OnOutage, p.TokensLabel, p.PassThrough})
+		}, sharing{outage: p.OnOutage, tokensLabel: p.TokensLabel, passThrough: p.PassThrough, leased: p.Share == policy.ShareLeased})
 	}
 	l, err := newLimiter(e, limits[bucket.State]{
 		component: c, maxIdle: p.MaxIdle, mode: mode, own: of(p), with: withNumbers(in, other), overrides: p.Overrides,

@@ -152,6 +152,14 @@ func (e *Engine) install(next *rules) {
 		e.controlled = true
 		e.running.Go(e.control)
 	}
+	ahead := func(p *installed) bool {
+		l, ok := p.component.(interface{ leases() bool })
+		return ok && l.leases()
+	}
+	if e.store != nil && !e.leased.runs && slices.ContainsFunc(next.installed, ahead) {
+		e.leased.runs = true
+		e.running.Go(e.collectLeases)
+	}
 	if slices.ContainsFunc(next.installed, func(p *installed) bool { return p.ramp != nil }) {
 		if !e.following {
 			e.following = true
@@ -241,6 +249,7 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 		kept[p.named] = p
 	}
 	r := &rules{controlPoints: make(map[string]*controlPoint), sinks: make(map[string][]latencySink), named: make(map[string]bool)}
+	r.warnings.shared = e.store != nil
 	components := 0
 	for _, p := range policies {
 		components += len(p.Components)

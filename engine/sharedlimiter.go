@@ -19,6 +19,7 @@ type sharedLimiter[S any] struct {
 	keyed[account[S], *budget[S]]
 	tokensLabel string
 	outage      policy.Outage
+	leased      bool // tokens are drawn ahead
 	*sharedTally
 }
 
@@ -40,6 +41,7 @@ type sharing struct {
 	outage      policy.Outage
 	tokensLabel string
 	passThrough bool
+	leased      bool
 }
 
 // shares reports whether a component is to have its state in the store, unless it is local.
@@ -52,7 +54,7 @@ func newSharedLimiter[S any](e *Engine, in *installed, c sharedLimits[S], p shar
 	if err != nil {
 		return nil, err
 	}
-	l := &sharedLimiter[S]{keyed: k, tokensLabel: p.tokensLabel, outage: p.outage, sharedTally: new(sharedTally)}
+	l := &sharedLimiter[S]{keyed: k, tokensLabel: p.tokensLabel, outage: p.outage, leased: p.leased, sharedTally: new(sharedTally)}
 	l.passThrough = p.passThrough
 	l.settles(p.tokensLabel, !l.component.Slots)
 	l.component.Settler = l
@@ -149,14 +151,25 @@ func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi
 	if e == nil {
 		return true
 	}
-	a := &e.State
-	wait, refused := a.refuses(now, ask.Rule, d.Consumed)
+	a, want := &e.State, d.Consumed
+	if l.leased {
+		if l.spends(e, ask.Rule, now, d) {
+			return false
+		}
+		if s := a.lease; s != nil && s.drawing == nil {
+			want -= s.usable(now)
+		}
+	}
+	wait, refused := a.refuses(now, ask.Rule, want)
 	if !refused {
+		if l.leased {
+			l.draw(e, now, d, ask)
+		}
 		ask.Owed = a.report(now)
 		e.Unlock()
 		return true
 	}
-	d.Remaining = a.left
+	d.Remaining = a.left + a.heldAhead()
 	e.Unlock()
 	l.reject(e, d, now, wait)
 	return false
@@ -180,7 +193,7 @@ func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.Limiter
 	l.counts.decision(d)
 }
 
-func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
+func (l *sharedLimiter[S]) answered(ctx context.Context, _ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
 	d.Remaining = answer.Left
 	wait := max(min(int64(answer.Wait), source.Century), source.Never)
 	if l.component.Slots && wait != source.Never { // the store knows when slots run out, which flows hardly ever do
@@ -188,6 +201,9 @@ func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.
 	}
 	e, _ := l.known(d.Label)
 	if e != nil {
+		over := l.drew(e, now, d, ask, outcome{drawn: answer.Drawn, after: answer.After, used: answer.OK && taken})
+		defer l.giveOver(ctx, d, ask, over)
+		d.Remaining += e.State.heldAhead()
 		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
 			l.differs.Add(1)
 		}
@@ -204,7 +220,7 @@ func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.
 	// The decision says what the flow's own take has left. Of slots it does not count the flow.
 	switch d.Untaken = !taken; {
 	case !taken && !l.component.Slots:
-		d.Remaining -= ask.Tokens
+		d.Remaining -= d.Consumed
 	case !taken:
 	case l.component.Slots:
 		d.Hold(answer.Slot)
@@ -236,13 +252,14 @@ func raise(to *atomic.Int64, n int64) {
 func (l *sharedLimiter[S]) unasked(now int64, d *agentapi.LimiterDecision, ask *shared.Ask) {
 	d.Untaken, d.Remaining = true, ask.Rule.Capacity // which it has if nothing is known of it
 	l.account(d, func(e *keys.Entry[account[S]]) {
+		l.drew(e, now, d, ask, outcome{})
 		e.State.reported(now, ask.Owed, false)
 		if e.State.last != nil {
-			d.Remaining = e.State.left
+			d.Remaining = e.State.left + e.State.heldAhead()
 		}
 	})
 	if !l.component.Slots {
-		d.Remaining -= ask.Tokens
+		d.Remaining -= d.Consumed
 	}
 	l.counts.decision(d)
 }
@@ -256,14 +273,19 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 		e = l.table.LockSpill()
 		n = l.of(e)
 	}
+	want := ask.Tokens
+	if l.leased { // a part of it may have been there
+		want = d.Consumed
+		l.drew(e, now, d, ask, outcome{failed: true})
+	}
 	e.State.reported(now, ask.Owed, false)
-	if l.outage == policy.OutageClosed && ask.Tokens > 0 { // what costs nothing is never refused
+	if l.outage == policy.OutageClosed && want > 0 { // what costs nothing is never refused
 		e.Unlock()
 		l.drop(d, agentapi.CauseNoStore, 0)
 		l.counts.decision(d)
 		return
 	}
-	got := e.State.take(now, n.rule, l.engine.store.Instances(), ask.Tokens, l.outage == policy.OutageOpen)
+	got := e.State.take(now, n.rule, l.engine.store.Instances(), want, l.outage == policy.OutageOpen)
 	if got.Slot != 0 && ask.Holder != (shared.Holder{}) {
 		s := e.State.spare
 		bind(s.by.from, &s.state, got.Slot, ask.Holder)
@@ -320,6 +342,9 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	if settled && cost == d.Consumed {
 		l.countSettlement(d, true, 0)
 		return false, false
+	}
+	if unused && l.refunds(d) {
+		return false, true
 	}
 	_, n := l.knownNumbers(d.Label)
 	*r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
@@ -421,6 +446,7 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 	}
 	if e, _ := l.known(name); e != nil {
 		e.State.left, e.State.at, e.State.last = u.Remaining, now, rule
+		u.Remaining += e.State.heldAhead()
 		e.Unlock()
 	}
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}, nil
@@ -445,7 +471,11 @@ func (l *sharedLimiter[S]) reset(ctx context.Context, value string, _ int64) err
 		return l.wrong(err)
 	}
 	if e, _ := l.known(name); e != nil {
-		e.State = account[S]{}
+		s := e.State.lease
+		if s != nil {
+			s.forget()
+		}
+		e.State = account[S]{lease: s}
 		e.Unlock()
 	}
 	return nil
@@ -458,7 +488,7 @@ func (l *sharedLimiter[S]) usage(string, int64) Usage {
 	rule := l.of(l.single).rule.current()
 	u := Usage{Capacity: rule.Capacity, Remaining: rule.Capacity}
 	if a := &l.single.State; a.last != nil {
-		u.Remaining = a.left
+		u.Remaining = a.left + a.heldAhead()
 	}
 	return u
 }

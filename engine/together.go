@@ -12,11 +12,15 @@ import (
 type sharer interface {
 	component
 
+	// offhand makes the decision if that needs no question, and reports whether it has. If it returns a drawing, the answer to the
+	// question of another flow is to come, and offhand may be called again after it. So many were awaited.
+	offhand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, awaited int) (done bool, more *drawing)
+
 	// prepare fills the question for a flow. If it is false, there is none: the decision is made.
 	prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool
 
 	// answered makes the decision by the answer. If taken is false, the store has given the flow nothing.
-	answered(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool)
+	answered(ctx context.Context, req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool)
 
 	// unanswered makes the decision, because the store has not.
 	unanswered(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask)
@@ -46,8 +50,7 @@ type question struct {
 // there is no call.
 func (e *Engine) askTogether(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
 	late, dry := req.Late(), req.DryRun()
-	asks := make([]shared.Ask, 0, len(placements)) // not used again: a store may keep it after a call that came to nothing
-	questions := make([]question, 0, len(placements))
+	var questions []question
 	for i := range placements {
 		m := &placements[i]
 		selected := m.selectors.selects(&req.Labels)
@@ -62,16 +65,32 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		case late:
 			m.refuse(req, d, agentapi.CauseLate)
 		default:
-			asks = append(asks, shared.Ask{})
-			if m.sharer.prepare(req, *now, d, &asks[len(asks)-1]) {
+			if !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
+				if questions == nil {
+					questions = make([]question, 0, len(placements)-i)
+				}
 				questions = append(questions, question{m.sharer, v.Len() - 1})
-			} else {
-				asks = asks[:len(asks)-1]
 			}
 		}
 		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
-	if len(asks) == 0 {
+	if len(questions) == 0 {
+		return dropped, nil
+	}
+	// No flow waits for another one from here on, so none waits for a question that waits.
+	all := questions
+	questions = all[:0]
+	asks := make([]shared.Ask, len(all)) // not used again: a store may keep it after a call that came to nothing
+	for _, q := range all {
+		d := v.At(q.at)
+		if q.of.prepare(req, *now, d, &asks[len(questions)]) {
+			questions = append(questions, q)
+		} else {
+			asks[len(questions)] = shared.Ask{}
+		}
+		dropped = dropped || d.Dropped && !d.Component.DryRun
+	}
+	if asks = asks[:len(questions)]; len(asks) == 0 {
 		return dropped, nil
 	}
 	if dropped && !dry {
@@ -81,7 +100,7 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		return dropped, nil
 	}
 	answers := make([]shared.Answer, len(asks))
-	err = e.take(ctx, req, time.Duration(*now-(v.Start-e.epoch.UnixNano())), asks, answers)
+	err = e.take(ctx, req, e.passed(*now, v.Start), asks, answers)
 	*now = e.now()
 	if err != nil && ctx.Err() != nil {
 		for i, q := range questions {
@@ -98,11 +117,37 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		if err != nil {
 			q.of.unanswered(req, *now, d, &asks[i])
 		} else {
-			q.of.answered(req, *now, d, &asks[i], &answers[i], taken)
+			q.of.answered(ctx, req, *now, d, &asks[i], &answers[i], taken)
 		}
 		dropped = dropped || d.Dropped && !d.Component.DryRun
 	}
 	return dropped, nil
+}
+
+// passed returns how long a check has taken up to now that began at start.
+func (e *Engine) passed(now, start int64) time.Duration {
+	return time.Duration(now - (start - e.epoch.UnixNano()))
+}
+
+// offhand has the component decide without a question of this flow's, and reports whether it has. The flow may wait for the answers to
+// those of others.
+func (e *Engine) offhand(ctx context.Context, of sharer, req *agentapi.Request, now *int64, d *agentapi.LimiterDecision, start int64) bool {
+	for awaited := 0; ; awaited++ {
+		done, more := of.offhand(req, *now, d, awaited)
+		if done || more == nil {
+			return done
+		}
+		answered := e.await(ctx, req, e.passed(*now, start), more)
+		*now = e.now()
+		switch {
+		case !answered: // the question of the flow itself fails at once
+			return false
+		case more.failed:
+			e.store.unanswered.Add(1)
+			of.unanswered(req, *now, d, &shared.Ask{Tokens: d.Consumed})
+			return true
+		}
+	}
 }
 
 // take asks the store for as long as the check may take. So long has passed of that.

@@ -17,6 +17,7 @@ import (
 // Warnings lists what the policies in force say that an operator is unlikely to want. The most important come first:
 //
 //   - limits that no flow can ever meet, and circuit breakers that a single flow opens,
+//   - quota schedulers that are to lease tokens from a store: they ask it for each flow,
 //   - control points with odd names, such as "search]", which hardly any flow has,
 //   - labels that do not arrive or have odd names, in the order of what components read them for,
 //   - selectors that have picked no flow, although their control points had some,
@@ -27,7 +28,7 @@ import (
 // The engine logs each when policies come into force. A limit of 0 is no warning: it refuses all flows on purpose.
 func (e *Engine) Warnings() []string {
 	w := &e.rules.Load().warnings
-	all := slices.Clone(w.impossible)
+	all := slices.Concat(w.impossible, w.exact)
 	for _, m := range w.missing {
 		all = append(all, m.text)
 	}
@@ -37,6 +38,8 @@ func (e *Engine) Warnings() []string {
 // warnings are those of the policies in force.
 type warnings struct {
 	impossible, unused []string
+	exact              []string // what is leased, and asks for each flow
+	shared             bool     // there is a store
 	missing            []missing
 	waits              []longWait
 }

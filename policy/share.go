@@ -17,7 +17,8 @@ const (
 
 	// ShareLeased has each engine draw tokens ahead, and decide by itself while it has some. Since the bucket was new, no more tokens
 	// were taken than Capacity, and what Fill has brought. A span of time may see half of Capacity more. Engines that ask for
-	// much more than there is get parts that are more alike than what they ask for.
+	// much more than there is get parts that are more alike than what they ask for. Quota schedulers do not lease tokens: they are
+	// exact, and an engine with a store warns of it.
 	ShareLeased Share = "leased"
 )
 

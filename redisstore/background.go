@@ -22,11 +22,12 @@ func (s *Store) kick() {
 	}
 }
 
-// background does what no flow waits for: it renews leases, returns slots, asks servers that count as down, and follows the cluster.
+// background does what no flow waits for: it returns slots, asks servers that count as down, and follows the cluster. It has leases
+// renewed, which waits for none of this.
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var renewed, counted, probed, looked, returnedAt time.Time
+	var counted, probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -35,7 +36,7 @@ func (s *Store) background() {
 		case <-s.kicked:
 		}
 		now := time.Now()
-		wait := s.lease / 3
+		wait := topologyPeriod
 		due := func(last *time.Time, period time.Duration) bool {
 			if left := last.Add(period).Sub(now); left > 0 {
 				wait = min(wait, left)
@@ -51,19 +52,32 @@ func (s *Store) background() {
 		if s.Down() && due(&probed, gateProbe) {
 			s.askAgain(s.ctx)
 		}
-		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
-			renewed, counted = now, now
-			s.renew(s.ctx)
-		} else if s.cluster {
+		if s.cluster {
 			s.index(s.ctx)
 		}
 		if due(&counted, countPeriod) {
-			s.count(s.ctx)
+			once(s, &s.counting, func() { s.count(s.ctx) })
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)
 		}
 		timer.Reset(wait)
+	}
+}
+
+// renewing has leases renewed at a third of their time, and when there is a new one.
+func (s *Store) renewing() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-timer.C:
+		case <-s.renewSoon:
+		}
+		s.renew(s.ctx)
+		timer.Reset(s.lease / 3)
 	}
 }
 

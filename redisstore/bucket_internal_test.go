@@ -175,15 +175,17 @@ func (m *bucketModel) take(a *shared.Ask, now float64, instances float64) shared
 	}
 	after := 0.0
 	if a.Ahead > 0 || a.Reserve > 0 {
-		if there := min(a.Ahead, max(is.tokens, 0)/2/instances); answer.OK && there > 0 {
-			answer.Drawn = there
-		} else if a.Reserve > 0 && is.tokens < 1 && r.Fill > 0 {
-			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, 0))
-			if answer.Drawn > 0 {
-				after = is.until(r, now, answer.Drawn)
-			}
+		if answer.OK {
+			answer.Drawn = min(a.Ahead, max(is.tokens, 0)/2/instances)
+		}
+		if a.Reserve > answer.Drawn && r.Fill > 0 {
+			answer.Drawn = min(a.Reserve, max(is.tokens+r.Capacity/2, answer.Drawn))
+		}
+		if answer.Drawn < a.Tokens {
+			answer.Drawn = 0
 		}
 		if answer.Drawn > 0 {
+			after = is.until(r, now, answer.Drawn)
 			is.tokens -= answer.Drawn
 			answer.Left = is.tokens
 			changed = true

@@ -25,6 +25,7 @@ func openCluster(t *testing.T, cluster *redistest.Cluster, opts ...redisstore.Op
 }
 
 func TestFleetCluster(t *testing.T) {
+	t.Parallel()
 	cluster := redistest.StartCluster(t, redistest.Options{})
 	t.Run("conforms", func(t *testing.T) {
 		conform(t, func(t *testing.T) [2]shared.Store {
@@ -89,7 +90,12 @@ func testGivesBack(t *testing.T, s *redisstore.Store) {
 		t.Errorf("Take = %+v, %v", answers, err)
 	}
 	left(9)
-	asks[4].Dry = true
+	asks[2].Ahead = 3
+	if err := s.Take(t.Context(), asks, answers); err != nil || answers[2].Drawn != 0 {
+		t.Errorf("Take of tokens ahead = %+v, %v", answers, err)
+	}
+	left(9)
+	asks[2].Ahead, asks[4].Dry = 0, true
 	if err := s.Take(t.Context(), asks, answers); err != nil || answers[4].OK || answers[3].Slot == 0 {
 		t.Errorf("Take with a dry ask = %+v, %v", answers, err)
 	}

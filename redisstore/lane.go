@@ -32,6 +32,8 @@ type shard struct {
 	offset atomic.Int64 // the server's clock less this process's, in microseconds
 	heard  atomic.Bool  // the offset is known
 
+	renewing turn // of renewing leases there
+
 	// probe is a key of the shard, by which it is asked whether it is back.
 	probe atomic.Pointer[string]
 }

@@ -6,6 +6,9 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -115,8 +118,7 @@ func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
 	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts <= 0}
 	s.mu.Unlock()
 	if !known || lasts < s.lease {
-		s.renewSoon.Store(true)
-		s.kick()
+		s.renewLater()
 	}
 }
 
@@ -163,6 +165,8 @@ func (r *renewal) add(h shared.Holder, lasts time.Duration) {
 // index has the instance that a client's session is at know beside which tags the session holds slots. Another instance may have taken
 // them, and in a cluster each tag has leases of its own. A tag is in the index until the latest of the slots runs out.
 func (s *Store) index(ctx context.Context) {
+	s.indexing.Lock()
+	defer s.indexing.Unlock()
 	s.mu.Lock()
 	unindexed := s.unindexed
 	s.unindexed = make(map[holding]time.Time)
@@ -220,19 +224,69 @@ func (s *Store) tags(ctx context.Context) map[shared.Holder][]string {
 // backgroundTimeout bounds what no flow waits for.
 func (s *Store) backgroundTimeout() time.Duration { return min(s.lease/4, time.Second) }
 
-// renew renews the leases of all that hold slots, and of the instance, by one batch.
+// renewLater has leases renewed without waiting for it.
+func (s *Store) renewLater() {
+	select {
+	case s.renewSoon <- struct{}{}:
+	default:
+	}
+}
+
+// renew has the leases renewed of all who hold slots, and of the instance, by one batch for each shard. It waits for none of them,
+// so a shard that does not answer costs no lease at the others. A shard that has not answered yet gets no other batch.
 func (s *Store) renew(ctx context.Context) {
+	now := time.Now()
+	for sh, renewals := range s.byShard(s.renewals(now)) {
+		once(s, &sh.renewing, func() { s.renewAt(ctx, renewals, now) })
+	}
+	once(s, &s.renewingSessions, func() { s.renewSessions(ctx) })
+}
+
+// A turn is that of something which is done once at a time.
+type turn struct{ taken, again atomic.Bool }
+
+// once does something in a goroutine of its own, unless it is being done. Then leases are renewed again after that.
+func once(s *Store, t *turn, do func()) {
+	if !t.taken.CompareAndSwap(false, true) {
+		t.again.Store(true)
+		return
+	}
+	s.start(func() {
+		do()
+		t.taken.Store(false)
+		if t.again.Swap(false) {
+			s.renewLater()
+		}
+	})
+}
+
+// byShard divides renewals by the shard that has their keys.
+func (s *Store) byShard(renewals []*renewal) map[*shard][]*renewal {
+	by := make(map[*shard][]*renewal, 1)
+	for _, r := range renewals {
+		sh := s.shardOf(slotOf(r.key[:strings.IndexByte(r.key, '}')+1]))
+		by[sh] = append(by[sh], r)
+	}
+	return by
+}
+
+// renewSessions renews the leases of sessions, in a cluster beside each tag that they hold slots under.
+func (s *Store) renewSessions(ctx context.Context) {
 	if s.cluster {
 		s.index(ctx)
 	}
 	tags := s.tags(ctx)
 	now := time.Now()
-	s.send(ctx, now, s.renewals(now, tags))
+	var wg sync.WaitGroup
+	for _, renewals := range s.byShard(s.sessionRenewals(now, tags)) {
+		wg.Go(func() { s.renewAt(ctx, renewals, now) })
+	}
+	wg.Wait()
 }
 
 // count renews the lease of the instance alone, and learns how many instances there are. An engine's part of a limit goes by
 // their number when the server is silent.
-func (s *Store) count(ctx context.Context) { s.send(ctx, time.Now(), []*renewal{s.instance()}) }
+func (s *Store) count(ctx context.Context) { s.renewAt(ctx, []*renewal{s.instance()}, time.Now()) }
 
 // instance renews that of the instance.
 func (s *Store) instance() *renewal {
@@ -241,8 +295,8 @@ func (s *Store) instance() *renewal {
 	return r
 }
 
-// send sends renewals, that of the instance first.
-func (s *Store) send(ctx context.Context, now time.Time, renewals []*renewal) {
+// renewAt renews leases at one shard.
+func (s *Store) renewAt(ctx context.Context, renewals []*renewal, now time.Time) {
 	multi := func(byText bool) []rueidis.Completed {
 		commands := make([]rueidis.Completed, len(renewals))
 		for i, r := range renewals {
@@ -267,7 +321,7 @@ func (s *Store) send(ctx context.Context, now time.Time, renewals []*renewal) {
 		if err != nil || len(reply) != 16 {
 			continue
 		}
-		if i == 0 {
+		if renewals[i].key == s.instancesKey() {
 			s.instances.Store(max(int64(floatAt(reply[8:])), 1))
 		}
 		for _, of := range renewals[i].holders {
@@ -281,20 +335,26 @@ func (s *Store) send(ctx context.Context, now time.Time, renewals []*renewal) {
 // maxHolders is how many leases one call of the script renews.
 const maxHolders = 1000
 
-// renewals returns what is to be renewed now, the instance first.
-func (s *Store) renewals(now time.Time, tags map[shared.Holder][]string) []*renewal {
-	all := []*renewal{s.instance()}
-	byKey := make(map[string]*renewal)
-	add := func(of holding, h shared.Holder, lasts time.Duration) {
-		r := byKey[of.leases]
-		if r == nil || r.n == maxHolders {
-			r = &renewal{key: of.leases}
-			byKey[of.leases] = r
-			all = append(all, r)
-		}
-		r.holders = append(r.holders, of)
-		r.add(h, lasts)
+// A renewalsByKey is the renewals of several keys.
+type renewalsByKey struct {
+	all   []*renewal
+	byKey map[string]*renewal
+}
+
+func (b *renewalsByKey) add(of holding, h shared.Holder, lasts time.Duration) {
+	r := b.byKey[of.leases]
+	if r == nil || r.n == maxHolders {
+		r = &renewal{key: of.leases}
+		b.byKey[of.leases] = r
+		b.all = append(b.all, r)
 	}
+	r.holders = append(r.holders, of)
+	r.add(h, lasts)
+}
+
+// renewals returns what is to be renewed now: the instance, and the slots that it holds itself.
+func (s *Store) renewals(now time.Time) []*renewal {
+	b := renewalsByKey{[]*renewal{s.instance()}, make(map[string]*renewal)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, one := range s.slots {
@@ -304,9 +364,18 @@ func (s *Store) renewals(now time.Time, tags map[shared.Holder][]string) []*rene
 	}
 	for of := range s.held {
 		if of.holder == (shared.Holder{}) {
-			add(of, s.own, s.lease)
+			b.add(of, s.own, s.lease)
 		}
 	}
+	return b.all
+}
+
+// sessionRenewals returns what is to be renewed now of the sessions that are at this instance, which in a cluster hold slots under
+// these tags. A session that has ended is renewed once more, for no time.
+func (s *Store) sessionRenewals(now time.Time, tags map[shared.Holder][]string) []*renewal {
+	b := renewalsByKey{nil, make(map[string]*renewal)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for session, one := range s.sessions {
 		lasts := max(one.until.Sub(now), 0)
 		if lasts == 0 {
@@ -316,11 +385,11 @@ func (s *Store) renewals(now time.Time, tags map[shared.Holder][]string) []*rene
 			}
 		}
 		if !s.cluster {
-			add(holding{s.leases(name{}), session}, session, lasts)
+			b.add(holding{s.leases(name{}), session}, session, lasts)
 		}
 		for _, leases := range tags[session] {
-			add(holding{leases, session}, session, lasts)
+			b.add(holding{leases, session}, session, lasts)
 		}
 	}
-	return all
+	return b.all
 }

@@ -105,7 +105,7 @@ func (m *queueModel) giveBack(r shared.Return) shared.Result {
 }
 
 // The script and the model hand out the same, step by step.
-func TestQueueIsTheModel(t *testing.T) {
+func TestFleetQueueAndModel(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
 	client, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{server.Addr()}, ForceSingleClient: true, DisableCache: true})
 	if err != nil {

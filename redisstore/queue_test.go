@@ -38,7 +38,7 @@ func woken(t *testing.T, s *redisstore.Store, key shared.Key) chan struct{} {
 }
 
 // A slot that comes back falls to the instance that waits for it, and wakes it.
-func TestDrawSlots(t *testing.T) {
+func TestFleetDrawSlots(t *testing.T) {
 	client := newClient(t, startServer(t))
 	a, b := newStore(t, client), newStore(t, client)
 	testDrawSlots(t, a, b)
@@ -101,7 +101,7 @@ func testDrawSlots(t *testing.T, a, b *redisstore.Store) {
 }
 
 // Slots of an answer that was lost come back, to those that wait.
-func TestDrawLost(t *testing.T) {
+func TestFleetDrawLost(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
 	a, b := newStore(t, newClient(t, proxy.Addr()), redisstore.WithTimeout(50*time.Millisecond)), newStore(t, newClient(t, server.Addr()))

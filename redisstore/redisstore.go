@@ -82,8 +82,11 @@ type Store struct {
 	single    *lanes // of all keys, outside a cluster
 	clustered clustered
 	instances atomic.Int64
-	renewSoon atomic.Bool
-	kicked    chan struct{}
+	renewSoon chan struct{}
+	indexing  sync.Mutex // is held while the index of sessions is written
+
+	renewingSessions, counting turn
+	kicked                     chan struct{}
 
 	waiters   waiters
 	encoders  sync.Pool
@@ -153,6 +156,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		logger:    slog.New(slog.DiscardHandler),
 		epoch:     time.Now(),
 		kicked:    make(chan struct{}, 1),
+		renewSoon: make(chan struct{}, 1),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]sessionHeld),
@@ -177,6 +181,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	s.single = s.newLanes(func() *shard { return alone })
 	s.clustered.init(alone)
 	s.start(s.background)
+	s.start(s.renewing)
 	return s, nil
 }
 

@@ -70,17 +70,16 @@ local function take(a, s, r)
   end
 end
 
--- draw takes tokens ahead: of those that are there, or else of those that will come.
+-- draw takes tokens ahead: of those that are there or, if that is less than what may be reserved, of those that will come, too. It takes
+-- none if they would not do for another flow like this one.
 local function draw(a, s, r, taken)
-  local there = taken and min(a.ahead, max(s.tokens, 0) / 2 / max(a.instances, 1)) or 0
-  if there > 0 then
-    a.drawn = there
-  elseif a.reserve > 0 and s.tokens < 1 and r.fill > 0 then
-    a.drawn = min(a.reserve, max(s.tokens + r.capacity / 2, 0))
-    if a.drawn > 0 then a.after = until_there(s, r, a.drawn) end
+  local tokens = taken and min(a.ahead, max(s.tokens, 0) / 2 / max(a.instances, 1)) or 0
+  if a.reserve > tokens and r.fill > 0 then
+    tokens = min(a.reserve, max(s.tokens + r.capacity / 2, tokens))
   end
-  if a.drawn > 0 then
-    s.tokens, s.dirty = s.tokens - a.drawn, true
+  if tokens > 0 and tokens >= a.tokens then
+    a.drawn, a.after = tokens, until_there(s, r, tokens)
+    s.tokens, s.dirty = s.tokens - tokens, true
     a.left = s.tokens
   end
 end

@@ -108,8 +108,9 @@ type Ask struct {
 	Holder Holder
 
 	// Ahead is how many tokens of a bucket to draw for later flows of this engine, if they are there beyond Tokens; 0 for none.
-	// At most half of the balance by the number of instances is given. Reserve is how many to draw of those that will come, if
-	// less than one is there.
+	// At most half of the balance by the number of instances is given. Reserve is how many to draw if that is less, or if the ask
+	// alone is refused: of those that are there, and of those that will come. The balance goes below 0 by at most half of the
+	// capacity for that. Nothing is drawn if it would be less than Tokens.
 	Ahead, Reserve float64
 
 	// Owed is what this engine has let in while the store did not answer, in tokens. It is taken first, as a debt, also if the ask is
@@ -132,7 +133,8 @@ type Answer struct {
 	// quotas.
 	Slot uint64
 
-	// Drawn is how many of the tokens Ahead were taken. After is when they may be used, counted from the answer.
+	// Drawn is how many tokens were drawn, by Ahead or Reserve. After is when all of them may be used, counted from the answer. Each of
+	// them may be used from when it comes: the last one then, the others before it as the rule fills.
 	Drawn float64
 	After time.Duration
 

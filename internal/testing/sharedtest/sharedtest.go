@@ -182,23 +182,29 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 }
 
 func (s *Store) take(now time.Time, asks []shared.Ask, answers []shared.Answer) {
-	all := true
+	refused := 0
 	for i := range asks {
 		ask := &asks[i]
 		st := s.server.state(now, ask.Key, ask.Rule)
 		answers[i] = shared.Answer{Differs: st.follow(now, ask.Rule, ask.Since)}
 		st.owe(now, ask.Owed)
 		answers[i].OK, answers[i].Wait = st.room(now, ask.Tokens)
-		all = all && (answers[i].OK || ask.Dry)
+		if !answers[i].OK && !ask.Dry {
+			refused++
+		}
 	}
 	for i := range asks {
 		ask := &asks[i]
 		st := s.server.state(now, ask.Key, ask.Rule)
-		if all && answers[i].OK {
+		taken := refused == 0 && answers[i].OK
+		if taken {
 			answers[i].OK, answers[i].Wait = st.room(now, ask.Tokens) // another ask may have the same key
 			if answers[i].OK {
 				answers[i].Slot = st.take(now, ask.Tokens, owner{s, ask.Holder})
 			}
+		}
+		if ask.Rule.Kind == shared.Bucket && (taken || !answers[i].OK && refused <= 1) {
+			answers[i].Drawn, answers[i].After = st.draw(now, ask, taken, len(s.server.instances))
 		}
 		answers[i].Left = st.left(ask.Rule)
 	}

@@ -285,6 +285,26 @@ func (st *state) take(now time.Time, want float64, by owner) uint64 {
 	}
 }
 
+// draw takes tokens ahead for later flows: of those that are there or, if that is less than what may be reserved, of those that will
+// come, too. It takes none if they would not do for another flow like this one. It returns how many, and after which wait they may be used.
+func (st *state) draw(now time.Time, ask *shared.Ask, taken bool, instances int) (tokens float64, after time.Duration) {
+	r := &st.rule
+	if taken {
+		tokens = min(ask.Ahead, max(st.tokens, 0)/2/float64(instances))
+	}
+	if ask.Reserve > tokens && r.Fill > 0 {
+		tokens = min(ask.Reserve, max(st.tokens+r.Capacity/2, tokens))
+	}
+	if tokens <= 0 || tokens < ask.Tokens {
+		return 0, 0
+	}
+	if missing := tokens - st.tokens; missing > slack {
+		after = st.last.Sub(now) + st.timeToFill(missing)
+	}
+	st.tokens -= tokens
+	return tokens, after
+}
+
 func (st *state) giveBack(now time.Time, r shared.Return) (done shared.Result) {
 	if st.rule.Kind == shared.Slots {
 		for i, one := range st.slots {

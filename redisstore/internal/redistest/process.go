@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"strconv"
 )
@@ -66,8 +67,14 @@ func (p *process) kill() {
 	_ = p.watchdog.Wait()
 }
 
-func (p *process) stop() error   { return p.cmd.Process.Signal(stopSignal) }
-func (p *process) resume() error { return p.cmd.Process.Signal(continueSignal) }
+func (p *process) stop() error   { return StopProcess(p.cmd.Process) }
+func (p *process) resume() error { return ContinueProcess(p.cmd.Process) }
+
+// StopProcess stops a process as a machine that has no time for it does.
+func StopProcess(p *os.Process) error { return p.Signal(stopSignal) }
+
+// ContinueProcess has a process that was stopped go on.
+func ContinueProcess(p *os.Process) error { return p.Signal(continueSignal) }
 
 // anyPort returns one of the ports below those that Linux, macOS and Windows give to outgoing connections.
 func anyPort() int { return 20_000 + rand.IntN(12_000) }

@@ -8,12 +8,14 @@ import (
 // A Proxy passes connections on to a server, and what comes back as the test wants it.
 type Proxy struct {
 	listener net.Listener
-	server   *Server
+	to       func() string // the address to pass to
+	url      func(addr string) string
 
 	mu    sync.Mutex
 	conns map[net.Conn]bool
-	left  int  // how many bytes of replies still pass; below 0 for all
-	lost  bool // no reply passes
+	left  int           // how many bytes of replies still pass; below 0 for all
+	lost  bool          // no reply passes
+	held  chan struct{} // no reply passes until it is closed; nil if none is held
 	ended bool
 
 	done sync.WaitGroup
@@ -22,11 +24,20 @@ type Proxy struct {
 // StartProxy starts a proxy that passes all on to the server.
 func StartProxy(tb TB, server *Server) *Proxy {
 	tb.Helper()
+	p := StartRelay(tb, server.Addr)
+	p.url = func(addr string) string { return server.at("redis", addr) }
+	return p
+}
+
+// StartRelay starts a proxy that passes each new connection on to the address that to returns then. It may be that of any server. The
+// proxy has no URL.
+func StartRelay(tb TB, to func() string) *Proxy {
+	tb.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not block
 	if err != nil {
 		tb.Fatalf("redistest: %v", err)
 	}
-	p := &Proxy{listener: l, server: server, conns: map[net.Conn]bool{}, left: -1}
+	p := &Proxy{listener: l, to: to, conns: map[net.Conn]bool{}, left: -1}
 	p.done.Go(p.accept)
 	tb.Cleanup(func() {
 		p.mu.Lock()
@@ -43,7 +54,7 @@ func StartProxy(tb TB, server *Server) *Proxy {
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 
 // URL returns where the server is through the proxy.
-func (p *Proxy) URL() string { return p.server.at("redis", p.Addr()) }
+func (p *Proxy) URL() string { return p.url(p.Addr()) }
 
 // Cut has the proxy close the connection whose replies go on after so many more bytes, of whichever connection. All pass after that.
 func (p *Proxy) Cut(after int) {
@@ -59,11 +70,33 @@ func (p *Proxy) Lose() {
 	p.lost = true
 }
 
+// Hold has the proxy keep all replies from now on, until [Proxy.Release] or Close: they pass then.
+func (p *Proxy) Hold() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held = make(chan struct{})
+}
+
+// Release has replies pass that were held.
+func (p *Proxy) Release() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.release()
+}
+
+func (p *Proxy) release() {
+	if p.held != nil {
+		close(p.held)
+		p.held = nil
+	}
+}
+
 // Close closes all connections. New ones pass all on.
 func (p *Proxy) Close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.lost = false
+	p.release()
 	for conn := range p.conns {
 		_ = conn.Close()
 	}
@@ -75,7 +108,7 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return // it is closed
 		}
-		server, err := net.Dial("tcp", p.server.Addr()) //nolint:noctx // to the loopback interface
+		server, err := net.Dial("tcp", p.to()) //nolint:noctx // to the loopback interface
 		if err != nil {
 			_ = client.Close() // the server is killed
 			continue
@@ -132,6 +165,12 @@ func (p *Proxy) pass(from, to net.Conn, filter func([]byte) (passes []byte, cut 
 
 // replies returns what passes of a reply, and reports whether the connection is cut after it.
 func (p *Proxy) replies(b []byte) (passes []byte, cut bool) {
+	p.mu.Lock()
+	held := p.held
+	p.mu.Unlock()
+	if held != nil {
+		<-held
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {

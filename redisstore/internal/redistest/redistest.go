@@ -24,15 +24,17 @@ import (
 // required is the variable of the environment that makes tests fail without servers.
 const required = "HEADGATE_TEST_REDIS"
 
-// aHang is how long nothing takes but a hang.
-const aHang = time.Minute
+// aHang is how long nothing takes but a hang, and aCommand is that of a command. One may be lost while a server starts.
+const (
+	aHang    = time.Minute
+	aCommand = 10 * time.Second
+)
 
 // TB is what a test or benchmark has that runs servers. A [testing.TB] is one.
 type TB interface {
 	Helper()
 	TempDir() string
 	Cleanup(f func())
-	Logf(format string, args ...any)
 	Skipf(format string, args ...any)
 	Fatalf(format string, args ...any)
 }
@@ -50,7 +52,7 @@ type Options struct {
 }
 
 // A Server is one server's process. Its methods fail the test if they do not succeed. They may not be called concurrently,
-// except Do, Addr and URL.
+// except Do, Addr and URL among each other.
 type Server struct {
 	tb   TB
 	args []string
@@ -137,20 +139,20 @@ func (s *Server) arguments() []string {
 // wait waits until the server answers, and reports whether it does so before it ends.
 func (s *Server) wait() bool {
 	s.tb.Helper()
-	answers := false
-	s.await("a server that answers", func() bool {
-		_, err := s.Do("PING")
-		answers = err == nil
-		return answers || s.process.ended()
+	var err error
+	s.await("answer", func() bool {
+		_, err = DoAt(s.Addr(), s.o.Password, time.Second, "PING")
+		return err == nil || s.process.ended()
 	})
-	return answers && !s.process.ended()
+	return err == nil && !s.process.ended()
 }
 
 // await waits for a condition.
 func (s *Server) await(what string, condition func() bool) {
 	s.tb.Helper()
 	if !awaited(condition) {
-		s.tb.Fatalf("redistest: no %s after %v; the last of its log:\n%s", what, aHang, s.log())
+		_, err := s.Do("PING")
+		s.tb.Fatalf("redistest: no %s after %v; PING: %v; the last of its log:\n%s", what, aHang, err, s.log())
 	}
 }
 
@@ -190,13 +192,12 @@ func (s *Server) at(scheme, hosts string) string {
 	return u.String()
 }
 
-// Do sends a command on a connection of its own, and returns the answer: a string, an int64, nil or a []any of these. It is for
-// concurrent use.
+// Do sends a command on a connection of its own, and returns the answer: a string, an int64, nil or a []any of these.
 func (s *Server) Do(args ...string) (any, error) {
 	if s.stopped.Load() {
 		return nil, errors.New("the server is stopped")
 	}
-	return DoAt(s.Addr(), s.o.Password, aHang, args...)
+	return DoAt(s.Addr(), s.o.Password, aCommand, args...)
 }
 
 // Text is [Server.Do] for a command that must succeed. It returns the answer as text, that of a list by line.
@@ -207,6 +208,19 @@ func (s *Server) Text(args ...string) string {
 		s.tb.Fatalf("redistest: %s: %v; the last of its log:\n%s", args[0], err, s.log())
 	}
 	return text(answer)
+}
+
+// Info returns a field of what the server says about itself by INFO, such as "used_memory".
+func (s *Server) Info(name string) string {
+	s.tb.Helper()
+	return strings.TrimSpace(field(s.Text("INFO", "everything"), name+":"))
+}
+
+// SetPassword has the server ask for another password from now on. Connections that are there stay.
+func (s *Server) SetPassword(password string) {
+	s.tb.Helper()
+	s.Text("CONFIG", "SET", "requirepass", password)
+	s.o.Password = password
 }
 
 // Stop stops the server's process: connections stay, and nothing is answered. See [Server.Continue].

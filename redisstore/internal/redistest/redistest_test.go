@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -27,6 +28,7 @@ func want(t *testing.T, s *redistest.Server, answer string, args ...string) {
 
 // A server has its address and its password again after it was killed, and what it was to keep.
 func TestFleetServer(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name    string
 		options redistest.Options
@@ -69,6 +71,7 @@ func TestFleetServer(t *testing.T) {
 
 // A server that is stopped does not answer, and answers what it was sent when it goes on.
 func TestFleetStop(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{})
 	s.Stop()
 	if answer, err := s.Do("PING"); err == nil {
@@ -98,6 +101,7 @@ func TestFleetMany(t *testing.T) {
 }
 
 func TestFleetCluster(t *testing.T) {
+	t.Parallel()
 	c := redistest.StartCluster(t, redistest.Options{Password: "p"})
 	if hosts := strings.Count(c.URL(), "127.0.0.1:"); hosts != 3 || !strings.HasPrefix(c.URL(), "redis://:p@") {
 		t.Errorf("URL() = %q has %d hosts want 3", c.URL(), hosts)
@@ -137,6 +141,7 @@ func TestFleetCluster(t *testing.T) {
 }
 
 func TestFleetFailover(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name      string
 		sentinels int
@@ -173,6 +178,7 @@ func TestFleetFailover(t *testing.T) {
 
 // A proxy passes on what it is to, and nothing else.
 func TestFleetProxy(t *testing.T) {
+	t.Parallel()
 	s := redistest.Start(t, redistest.Options{Password: "p"})
 	p := redistest.StartProxy(t, s)
 	ping := func() (string, error) {
@@ -189,6 +195,21 @@ func TestFleetProxy(t *testing.T) {
 	}
 	if answer, err := ping(); err != nil || answer != "OK" {
 		t.Errorf("after the cut: %v, %v", answer, err)
+	}
+	p.Hold()
+	replied := make(chan error)
+	go func() {
+		_, err := redistest.DoAt(p.Addr(), "p", time.Minute, "SET", "held", "v")
+		replied <- err
+	}()
+	select {
+	case err := <-replied:
+		t.Errorf("a reply that is held has come: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	p.Release()
+	if err := <-replied; err != nil {
+		t.Errorf("a reply that was held: %v", err)
 	}
 	p.Lose()
 	if _, err := ping(); err == nil {
@@ -269,5 +290,40 @@ func (r *recorder) Fatalf(format string, args ...any) { r.end("fail: "+format, a
 func (r *recorder) end(format string, args ...any) {
 	if r.said == "" {
 		r.said = fmt.Sprintf(format, args...)
+	}
+}
+
+// A monitor has what the server ran, by clients and by scripts.
+func TestFleetMonitor(t *testing.T) {
+	t.Parallel()
+	s := redistest.Start(t, redistest.Options{})
+	m := redistest.StartMonitor(t, s)
+	want(t, s, "OK", "SET", "a \"b\"\r\n", "v")
+	want(t, s, "v", "EVAL", "return redis.call('GET', KEYS[1])", "1", "a \"b\"\r\n")
+	var got []string
+	for _, c := range m.Commands() {
+		got = append(got, fmt.Sprintf("%v %q", c.Lua, c.Args))
+	}
+	wanted := []string{
+		`false ["SET" "a \"b\"\r\n" "v"]`,
+		`false ["EVAL" "return redis.call('GET', KEYS[1])" "1" "a \"b\"\r\n"]`,
+		`true ["GET" "a \"b\"\r\n"]`,
+	}
+	if !slices.Equal(got, wanted) {
+		t.Errorf("Commands() = %q want %q", got, wanted)
+	}
+}
+
+// A server asks for another password when it is changed, and is known by it.
+func TestFleetPassword(t *testing.T) {
+	t.Parallel()
+	s := redistest.Start(t, redistest.Options{Password: "p"})
+	s.SetPassword("other")
+	want(t, s, "PONG", "PING")
+	if _, err := redistest.DoAt(s.Addr(), "p", time.Minute, "PING"); err == nil || !strings.HasPrefix(err.Error(), "WRONGPASS ") {
+		t.Errorf("PING with the old password: %v want WRONGPASS", err)
+	}
+	if got := s.Info("redis_mode"); got != "standalone" {
+		t.Errorf("Info(redis_mode) = %q", got)
 	}
 }
