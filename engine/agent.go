@@ -131,7 +131,7 @@ func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label 
 	e.mu.RLock()
 	holders := e.holders[identity{policyName, hash, component}]
 	e.mu.RUnlock()
-	if in := e.rules.Load().byName[componentName{policyName, component}]; len(holders) == 0 && in != nil && in.stage == stageShared && in.kind.slots {
+	if in := e.rules.Load().byName[componentName{policyName, component}]; len(holders) == 0 && in != nil && in.shared && in.kind.slots {
 		holders = append(holders, in.component)
 	}
 	for _, h := range holders {

@@ -244,24 +244,22 @@ func (a *account[S]) report(now int64) (owed float64) {
 	if s == nil || s.reporting > 0 {
 		return 0
 	}
-	if owed = s.due(now); owed == 0 && s.free(now) {
-		a.spare = nil
-	}
-	s.reporting = owed
-	return owed
+	s.reporting = s.due(now)
+	return s.reporting
 }
 
-// reported notes that the store has learned of so much, or has not.
-func (a *account[S]) reported(owed float64, learned bool) {
+// reported notes what became of a question that was to tell the store of so much. When the store answers, and knows all, it decides again.
+func (a *account[S]) reported(now int64, owed float64, answered bool) {
 	s := a.spare
-	if s == nil || owed == 0 {
+	if s == nil {
 		return
 	}
-	s.reporting = 0
-	if !learned {
-		return
+	if owed > 0 {
+		if s.reporting = 0; answered {
+			s.owed = max(s.owed-owed, 0)
+		}
 	}
-	if s.owed -= owed; s.owed <= source.Slack {
+	if answered && s.reporting == 0 && s.due(now) == 0 && s.free(now) {
 		a.spare = nil
 	}
 }

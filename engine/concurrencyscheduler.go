@@ -13,6 +13,16 @@ func newConcurrencyScheduler(e *Engine, in *installed, p policy.ConcurrencySched
 	own := func(p policy.ConcurrencyScheduler) *numbers[source.Source[slots.State]] {
 		return slotNumbers(e)(policy.ConcurrencyLimiter{Max: p.Max, MaxInflight: p.MaxInflight})
 	}
+	if e.shares(p.Local) {
+		of := drawNumbers(e, p.OnOutage, own, slotsBudget)
+		s, err := newSharedScheduler(e, in, limits[drawnState[slots.State]]{
+			component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy}, own: of(p), with: withNumbers(in, of), overrides: p.Overrides,
+		}, &p.Scheduler, p.OnOutage, p.PassThrough)
+		if err != nil {
+			return nil, err
+		}
+		return s, nil
+	}
 	s, err := newScheduler(e, limits[slots.State]{
 		component: c, maxIdle: p.MaxIdle, mode: slotsMode{p.LimitBy},
 		own: own(p), with: withNumbers(in, own), overrides: p.Overrides,

@@ -167,6 +167,7 @@ func (e *Engine) Close() error {
 	if !again {
 		close(e.done)
 		e.running.Wait()
+		e.store.end()
 		e.instruments.close()
 		e.results.close()
 		e.globals.close()

@@ -29,6 +29,13 @@ type pending struct {
 	ready   chan struct{} // closed when it has been served, evicted or dismissed
 
 	dismissed bool // it is out of the queue, to be decided about anew
+	once      bool // it does not wait: the store decides about it at once
+	local     bool // this process has decided, because the store did not answer
+
+	// What was decided about a flow that is out of the queue and was not served.
+	decided bool
+	cause   agentapi.Cause
+	wait    int64
 }
 
 type waiter = wfq.Waiter[pending]
@@ -51,6 +58,13 @@ func (q *queue) dismiss(w *waiter) {
 	}
 }
 
+// decide has a waiter be dropped.
+func (q *queue) decide(w *waiter, cause agentapi.Cause, wait int64) {
+	q.Remove(w)
+	w.Flow.decided, w.Flow.cause, w.Flow.wait = true, cause, wait
+	close(w.Flow.ready)
+}
+
 // makeRoom evicts the newest flow of the largest share for one of the claim, and reports whether it has.
 func (q *queue) makeRoom(c wfq.Claim) bool {
 	if q == nil {
@@ -67,7 +81,7 @@ func (q *queue) makeRoom(c wfq.Claim) bool {
 // fillServed notes in the decision what a served waiter was given.
 func fillServed(d *agentapi.LimiterDecision, w *waiter) {
 	fill(d, source.Taken{Slot: w.Flow.slot, Left: w.Flow.left})
-	d.Consumed = w.Flow.tokens
+	d.Consumed, d.Local = w.Flow.tokens, w.Flow.local
 }
 
 // An alarm rings when the first waiter of a queue is due although nothing was given back.

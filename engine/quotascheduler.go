@@ -12,20 +12,32 @@ import (
 func newQuotaScheduler(e *Engine, in *installed, p policy.QuotaScheduler, c agentapi.Component) (component, error) {
 	in.selectors = p.Selectors
 	c.LabelKey, c.DeniedStatus, c.Capacity, c.DryRun = p.LimitBy, p.Scheduler.DeniedStatus, p.Capacity, p.DryRun
-	var s *scheduler[bucket.State]
-	of := quotaNumbers(in.escalate(e, p.When, func() { s.wake() }))
+	woken := func() {}
+	of := quotaNumbers(in.escalate(e, p.When, func() { woken() }))
+	other := func(p policy.QuotaScheduler) *numbers[source.Source[bucket.State]] {
+		p.When = atMost(p.When, p.Capacity, p.Fill)
+		return of(p)
+	}
+	mode := bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill}
+	if e.shares(p.Local) {
+		s, err := newSharedScheduler(e, in, limits[drawnState[bucket.State]]{
+			component: c, maxIdle: p.MaxIdle, mode: mode, overrides: p.Overrides,
+			own: drawNumbers(e, p.OnOutage, of, bucketBudget)(p), with: withNumbers(in, drawNumbers(e, p.OnOutage, other, bucketBudget)),
+		}, &p.Scheduler, p.OnOutage, p.PassThrough)
+		if err != nil {
+			return nil, err
+		}
+		woken = s.wake
+		return s, nil
+	}
 	s, err := newScheduler(e, limits[bucket.State]{
-		component: c, maxIdle: p.MaxIdle, mode: bucketMode{p.LimitBy, p.StepFill, p.DelayInitialFill},
-		own: of(p), overrides: p.Overrides,
-		with: withNumbers(in, func(p policy.QuotaScheduler) *numbers[source.Source[bucket.State]] {
-			p.When = atMost(p.When, p.Capacity, p.Fill)
-			return of(p)
-		}),
+		component: c, maxIdle: p.MaxIdle, mode: mode, own: of(p), overrides: p.Overrides, with: withNumbers(in, other),
 	}, &p.Scheduler)
 	if err != nil {
 		return nil, err
 	}
 	s.passThrough = p.PassThrough
+	woken = s.wake
 	return s, nil
 }
 

@@ -34,6 +34,7 @@ type installed struct {
 	named     identity
 	before    []identity // by which flows of before a restart end, too; guarded by Engine.mu
 	stage     stage
+	shared    bool              // its state is in the store
 	selectors []policy.Selector // until they are compiled
 	acts      selectors         // in the order of the policy
 	sinks     map[string][]latencySink

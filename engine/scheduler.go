@@ -31,6 +31,7 @@ type scheduler[S any] struct {
 	most      int64      // flows that may wait, if no other component follows
 	room      *wfq.Room  // for flows that wait, over all keys: peers may make up any number of keys
 	rested    *rested[S] // shared with a component that follows, as the room is
+	far       far[S]     // the store that tokens come from; nil if they come from the source
 }
 
 // mostRested is how many keys keep a queue although no flow waits.
@@ -105,7 +106,7 @@ func newScheduler[S any](e *Engine, c limits[S], p *policy.Scheduler) (*schedule
 	s.meter, _ = c.own.rule.(meter[S])
 	s.keyed, err = newKeyed(e, config[line[S], source.Source[S]]{
 		component: c.component, maxIdle: c.maxIdle, mode: c.mode, own: c.own, with: c.with, overrides: c.overrides,
-		ruling: lineRuling[S](),
+		ruling: lineRuling[S](), names: c.names,
 	})
 	if err != nil {
 		return nil, err
@@ -217,7 +218,7 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 			return now, err
 		}
 	}
-	if d.Dropped && t.entry != nil && d.Cause != agentapi.CauseClosed {
+	if d.Dropped && t.entry != nil && d.Cause != agentapi.CauseClosed && d.Cause != agentapi.CauseNoStore {
 		s.heldOff(d, now)
 		s.rejected(t.entry, d, now)
 	}
@@ -231,6 +232,7 @@ type ticket[S any] struct {
 
 	of       *workload
 	known    bool // the flow's labels could be matched
+	once     bool // it does not wait: the store decides about it at once
 	session  [16]byte
 	demand   demand
 	wish     wish
@@ -287,6 +289,9 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 	defer t.entry.Unlock()
 	n := s.of(t.entry)
 	d.Capacity = n.capacity
+	if s.far != nil {
+		s.far.begin(t.entry, now)
+	}
 	if s.answer(now, d, t) {
 		return nil, 0
 	}
@@ -294,6 +299,11 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: n.rule.Cost(t.of.ratio.of(d.Consumed))}
 	likely, ok := s.judge(now, d, t)
 	if !ok {
+		return nil, 0
+	}
+	if t.patience == 0 && s.asksFar(t.entry) {
+		t.once, t.patience = true, forever
+		s.enqueue(now, d, t)
 		return nil, 0
 	}
 	if t.patience == 0 {
@@ -306,6 +316,9 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 	return turnOut, leave
 }
 
+// asksFar reports whether the store decides about the flows of the entry.
+func (s *scheduler[S]) asksFar(e *keys.Entry[line[S]]) bool { return s.far != nil && !s.far.here(e) }
+
 // answer decides about a flow that need not wait, and reports whether it has.
 func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[S]) bool {
 	l := &t.entry.State
@@ -317,6 +330,11 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 	}
 	if !t.known {
 		s.drop(d, agentapi.CauseLongLabel, 0)
+		return true
+	}
+	if s.far != nil && d.Consumed != 0 && s.far.closed(t.entry) {
+		d.Local = true
+		s.drop(d, agentapi.CauseNoStore, 0)
 		return true
 	}
 	if l.waiting() {
@@ -333,6 +351,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 		s.meter.gave(&l.tokens, now, t.demand)
 	}
 	bind(s.of(t.entry).rule, &l.tokens, got.Slot, t.session)
+	d.Local = s.far != nil && d.Consumed != 0
 	fill(d, got)
 	return true
 }
@@ -343,10 +362,21 @@ func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S
 	from := s.of(t.entry).rule
 	least, likely := forecast(from, l, now, t.wish)
 	d.Remaining = from.Usage(&l.tokens, now).Remaining
+	asks, turn := s.asksFar(t.entry), int64(0)
+	if asks && likely != source.Never {
+		turn = s.far.turn(t.entry, now, t.wish, t.patience > 0)
+	}
 	switch {
-	case likely == source.Never:
-		s.drop(d, agentapi.CauseNone, likely)
+	case likely == source.Never, turn == source.Never:
+		s.drop(d, agentapi.CauseNone, source.Never)
 		return 0, false
+	case t.patience == 0 && turn > 0:
+		s.drop(d, agentapi.CauseNone, max(turn, likely))
+		return 0, false
+	case turn > int64(t.patience):
+		s.drop(d, agentapi.CauseLongQueue, max(turn, likely))
+		return 0, false
+	case t.patience == 0 && asks && least == 0:
 	case t.patience == 0 && (!l.waiting() || least > 0):
 		s.drop(d, agentapi.CauseNone, estimate(from, l, now, t.wish))
 		return 0, false
@@ -407,7 +437,7 @@ func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticke
 
 // enqueue puts a flow that has room into the queue.
 func (s *scheduler[S]) enqueue(now int64, d *agentapi.LimiterDecision, t *ticket[S]) {
-	w := s.push(now, t, true)
+	w := s.push(now, t, !t.once)
 	switch {
 	case w.Served():
 		fillServed(d, w)
@@ -427,9 +457,12 @@ func (s *scheduler[S]) push(now int64, t *ticket[S], placed bool) *waiter {
 	if l.queue == nil {
 		l.queue = s.newQueue(t.entry)
 	}
-	w := &waiter{Flow: pending{demand: t.demand, session: t.session}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
+	w := &waiter{Flow: pending{demand: t.demand, session: t.session, once: t.once}, Cost: t.wish.cost, Deadline: t.deadline(now), Placed: placed}
 	l.queue.rests = 0
 	l.queue.Push(w, t.wish.claim)
+	if s.far != nil {
+		s.far.came(t.entry, w)
+	}
 	s.serve(t.entry, now)
 	return w
 }
@@ -455,17 +488,24 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	var timer *time.Timer
 	var expired <-chan time.Time
 	var crowded <-chan struct{}
-	if t.patience < forever {
+	if t.once { // it waits for an answer, and not for tokens
+		if left := s.checkLeft(ctx, req, s.engine.now()-start); left < forever {
+			timer = time.NewTimer(max(left-s.margin, left/2))
+			defer timer.Stop()
+			expired = timer.C
+		}
+	} else if t.patience < forever {
 		timer = time.NewTimer(t.patience)
 		defer timer.Stop()
 		expired, crowded = timer.C, req.Crowded()
 	}
-	retired, closing := false, false
+	retired, closing, overdue := false, false, false
 	for waiting := true; waiting; {
 		waiting = false
 		select {
 		case <-t.Flow.ready:
 		case <-expired:
+			overdue = t.once
 		case <-ctx.Done():
 		case <-s.engine.done:
 		case <-req.Closing():
@@ -482,6 +522,11 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	e.Lock()
 	defer e.Unlock()
 	now := s.engine.now()
+	if overdue && t.Waits() && ctx.Err() == nil && !s.engine.closed.Load() {
+		l.queue.Remove(t.waiter)
+		s.decideAlone(e, now, t, d)
+		return now, nil
+	}
 	s.serve(e, now) // at the last moment
 	n := s.of(e)
 	from := n.rule
@@ -491,12 +536,14 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	case t.Served() && gone == nil:
 		fillServed(d, t.waiter)
 		return now, nil
+	case t.Served() && s.far != nil && !t.Flow.local:
+		s.far.unneeded(e, t.waiter)
 	case t.Served():
 		from.GiveBack(&l.tokens, now, t.Flow.tokens, t.Flow.slot, true)
 		if l.queue != nil {
 			l.queue.changes++
 		}
-	case !t.Evicted() && !t.Flow.dismissed:
+	case t.Waits():
 		l.queue.Remove(t.waiter)
 	}
 	s.serve(e, now)
@@ -510,12 +557,32 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	case t.Evicted():
 		s.drop(d, agentapi.CauseQueueFull, estimate(from, l, now, t.wish))
 		return now, nil
+	case t.Flow.decided:
+		d.Local = t.Flow.local
+		s.drop(d, t.Flow.cause, t.Flow.wait)
+		return now, nil
 	}
 	s.drop(d, agentapi.CauseTimeout, estimate(from, l, now, t.wish))
 	if retired || t.Flow.dismissed {
 		return now, errRetired
 	}
 	return now, nil
+}
+
+// decideAlone decides about a flow that does not wait, and that the store has not decided about in time.
+func (s *scheduler[S]) decideAlone(e *keys.Entry[line[S]], now int64, t *ticket[S], d *agentapi.LimiterDecision) {
+	got, closed := s.far.alone(e, now, &t.Flow)
+	d.Local = true
+	switch {
+	case closed:
+		s.drop(d, agentapi.CauseNoStore, 0)
+	case got.OK:
+		fill(d, got)
+	default:
+		d.Remaining = got.Left
+		s.drop(d, agentapi.CauseNone, got.Wait)
+	}
+	s.serve(e, now)
 }
 
 // serve gives what there is to the first flows, and sets the alarm for the next. The entry is locked.
@@ -526,6 +593,9 @@ func (s *scheduler[S]) serve(e *keys.Entry[line[S]], now int64) {
 	s.catchUp(e, now)
 	s.hand(e, now)
 	e.State.queue.alarm.set(s.engine.now)
+	if s.far != nil {
+		s.far.attend(e)
+	}
 	if !e.State.waiting() {
 		s.rest(e)
 	}
@@ -545,7 +615,7 @@ func (s *scheduler[S]) catchUp(e *keys.Entry[line[S]], now int64) {
 func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 	q := e.State.queue
 	q.alarm.due = 0
-	if s.engine.closed.Load() {
+	if s.engine.closed.Load() || s.asksFar(e) {
 		return
 	}
 	for w := q.First(); w != nil; w = q.First() {
@@ -565,7 +635,7 @@ func (s *scheduler[S]) hand(e *keys.Entry[line[S]], at int64) {
 			s.meter.gave(&e.State.tokens, at, w.Flow.demand)
 		}
 		bind(s.of(e).rule, &e.State.tokens, got.Slot, w.Flow.session)
-		w.Flow.slot, w.Flow.left = got.Slot, got.Left
+		w.Flow.slot, w.Flow.left, w.Flow.local = got.Slot, got.Left, s.far != nil
 		if w.Flow.ready != nil {
 			close(w.Flow.ready)
 		}
@@ -637,13 +707,7 @@ func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, aske
 
 // answerLeft returns how long the flow may wait by its deadline and its own timeout, so that the answer is in time.
 func (s *scheduler[S]) answerLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
-	left := forever
-	if at, ok := ctx.Deadline(); ok {
-		left = time.Until(at)
-	}
-	if req.Timeout > 0 {
-		left = min(left, req.Timeout-time.Duration(asked))
-	}
+	left := s.checkLeft(ctx, req, asked)
 	if left == forever {
 		return left
 	}
@@ -653,6 +717,18 @@ func (s *scheduler[S]) answerLeft(ctx context.Context, req *agentapi.Request, as
 	default:
 	}
 	return max(left, s.margin) - s.margin
+}
+
+// checkLeft returns how long it is until the flow's deadline, or the end of its own timeout.
+func (s *scheduler[S]) checkLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
+	left := forever
+	if at, ok := ctx.Deadline(); ok {
+		left = time.Until(at)
+	}
+	if req.Timeout > 0 {
+		left = min(left, req.Timeout-time.Duration(asked))
+	}
+	return left
 }
 
 func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {

@@ -48,7 +48,7 @@ type sharing struct {
 func (e *Engine) shares(local bool) bool { return e.store != nil && !local }
 
 func newSharedLimiter[S any](e *Engine, in *installed, c sharedLimits[S], p sharing) (component, error) {
-	in.stage = stageShared
+	in.stage, in.shared = stageShared, true
 	c.ruling, c.names = budgetRuling[S](), &e.store.names
 	k, err := newKeyed(e, c)
 	if err != nil {
@@ -195,7 +195,10 @@ func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.Limiter
 
 func (l *sharedLimiter[S]) answered(ctx context.Context, _ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
 	d.Remaining = answer.Left
-	wait := min(int64(answer.Wait), source.Century)
+	wait := max(min(int64(answer.Wait), source.Century), source.Never)
+	if l.component.Slots && wait != source.Never { // the store knows when slots run out, which flows hardly ever do
+		wait = 0
+	}
 	e, _ := l.known(d.Label)
 	if e != nil {
 		over := l.drew(e, now, d, ask, outcome{drawn: answer.Drawn, after: answer.After, used: answer.OK && taken})
@@ -204,8 +207,8 @@ func (l *sharedLimiter[S]) answered(ctx context.Context, _ *agentapi.Request, no
 		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
 			l.differs.Add(1)
 		}
-		e.State.reported(ask.Owed, true)
-		if wait == 0 && l.component.Slots {
+		e.State.reported(now, ask.Owed, true)
+		if l.component.Slots && wait != source.Never {
 			wait = e.State.forecast(ask.Rule.Capacity)
 		}
 		e.Unlock()
@@ -236,12 +239,6 @@ func (l *sharedLimiter[S]) steady(r *shared.Rule) bool {
 	return own.other == nil && r != nil
 }
 
-// holds notes that a flow may hold a slot for as long as the rule says.
-func (l *sharedLimiter[S]) holds(now int64, r *shared.Rule) {
-	raise(&l.longest, int64(r.MaxInflight))
-	raise(&l.held, now+int64(r.MaxInflight))
-}
-
 // raise makes the number at least n.
 func raise(to *atomic.Int64, n int64) {
 	for {
@@ -256,7 +253,7 @@ func (l *sharedLimiter[S]) unasked(now int64, d *agentapi.LimiterDecision, ask *
 	d.Untaken, d.Remaining = true, ask.Rule.Capacity // which it has if nothing is known of it
 	l.account(d, func(e *keys.Entry[account[S]]) {
 		l.drew(e, now, d, ask, outcome{})
-		e.State.reported(ask.Owed, false)
+		e.State.reported(now, ask.Owed, false)
 		if e.State.last != nil {
 			d.Remaining = e.State.left + e.State.heldAhead()
 		}
@@ -281,8 +278,8 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 		want = d.Consumed
 		l.drew(e, now, d, ask, outcome{failed: true})
 	}
-	e.State.reported(ask.Owed, false)
-	if l.outage == policy.OutageClosed {
+	e.State.reported(now, ask.Owed, false)
+	if l.outage == policy.OutageClosed && want > 0 { // what costs nothing is never refused
 		e.Unlock()
 		l.drop(d, agentapi.CauseNoStore, 0)
 		l.counts.decision(d)

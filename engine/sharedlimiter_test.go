@@ -9,10 +9,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
@@ -313,6 +316,25 @@ func TestStoreOutageIsOwed(t *testing.T) {
 	}
 }
 
+// A limit of fewer tokens than there are engines lets flows in during an outage, at the rate of each part, and after as long as it takes
+// to fill a token.
+func TestStoreOutageOfSmallLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 4, sides.Embedded, policy.RateLimiter{
+			Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 10 * time.Second, LimitBy: "user",
+		})
+		f.down(true)
+		for second := range 75 {
+			flow := f.start(t, 0, "ann")
+			if got := flow.Decision() == flowctl.Accepted; got != (second == 30 || second == 70) { // a quarter was there
+				t.Errorf("after %d s: %v", second, flow)
+			}
+			end(flow)
+			<-time.After(time.Second)
+		}
+	})
+}
+
 // What the store has said of a key counts in an outage: a key that has used its limit up does not begin anew.
 func TestStoreOutageOfUsedKeys(t *testing.T) {
 	for _, name := range []string{"rate limiter", "calendar quota"} {
@@ -571,6 +593,23 @@ func TestStoreIsBoundedByTheCheck(t *testing.T) {
 	})
 }
 
+// When a slot is likely to be free is known by how long flows have held slots lately, not by when slots run out.
+func TestSharedSlotsForecast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 1, sides.Embedded, limiters()["concurrency limiter"])
+		flows := f.admits(t, "ann", 4)
+		if r := rejectedBy(f.start(t, 0, "ann")); r == nil || r.RetryAfter() != 0 {
+			t.Errorf("%v want no time that is known", r)
+		}
+		<-time.After(2 * time.Second)
+		end(flows[0])
+		f.start(t, 0, "ann")
+		if r := rejectedBy(f.start(t, 0, "ann")); r == nil || r.RetryAfter() != time.Second/2 { // one of four ends every half a second
+			t.Errorf("%v want half a second", r)
+		}
+	})
+}
+
 // Values beyond the cap of an engine have limits of their own in the store.
 func TestSharedLimitsBeyondTheCap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -647,6 +686,71 @@ func TestStoreOutageIsLogged(t *testing.T) {
 		}
 		if strings.Contains(log.String(), "ann") {
 			t.Errorf("the log has a label's value: %s", log.String())
+		}
+	})
+}
+
+// Apply changes the numbers of all keys, which keep what they have used. The engines need not change at once.
+func TestSharedLimitsAcrossApply(t *testing.T) {
+	for _, name := range []string{"rate limiter", "calendar quota", "concurrency limiter"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFleet(t, 2, sides.Embedded, limiters()[name])
+			flows := f.admits(t, "ann", 4)
+			more := limiters()[name]
+			switch c := more.(type) {
+			case policy.RateLimiter:
+				c.Capacity = 6
+				more = c
+			case policy.CalendarQuota:
+				c.Amount = 6
+				more = c
+			case policy.ConcurrencyLimiter:
+				c.Max = 6
+				more = c
+			}
+			for _, side := range f.sides {
+				apply(t, side.Engine, more)
+			}
+			flows = append(flows, f.admits(t, "ann", 2)...)
+			for _, flow := range flows {
+				if r := end(flow); name == "concurrency limiter" && r.Returned != 1 {
+					t.Errorf("end returned %+v want a slot", r)
+				}
+			}
+			if s := f.sides[0].Engine.Stats().Components[0]; s.Accepted != 3 || !s.Shared {
+				t.Errorf("%s: stats = %+v want them to go on", name, s)
+			}
+		})
+	}
+}
+
+// The metrics say how the store is, and what was decided without it.
+func TestStoreMetrics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, p := newFleet(t, 2, sides.Embedded, limiters()["rate limiter"]), new(metertest.Provider)
+		if err := f.sides[0].Engine.Instrument(p); err != nil {
+			t.Fatal(err)
+		}
+		flow := f.start(t, 0, "ann")
+		f.down(true)
+		flow.Settle("cost", 2)
+		end(flow) // in vain
+		end(f.start(t, 0, "bob"))
+		got := make(map[string]float64)
+		for name, n := range p.Read(t.Context()) {
+			name, _, _ = strings.Cut(name, " ")
+			if strings.HasPrefix(name, "store_") || strings.Contains(name, "local") || strings.Contains(name, "unreturned") || strings.Contains(name, "differ") {
+				got[name] = n
+			}
+		}
+		if diff := cmp.Diff(map[string]float64{
+			"store_up": 0, "store_instances": 2, "store_failures_total": 2, "store_unanswered_flows_total": 1,
+			"limiter_local_decisions_total": 1, "limiter_unreturned_total": 1, "limiter_numbers_differ_total": 0,
+		}, got); diff != "" {
+			t.Errorf("metrics (-want +got):\n%s", diff)
+		}
+		if s := f.sides[0].Engine.Stats().Components[0]; s.Unsettled != 1 || s.ForgivenTokens != 1 {
+			t.Errorf("stats = %+v want a token that nobody was charged with", s)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -18,6 +19,10 @@ import (
 //
 // A flow asks the store once for all limiters that it meets, after those in memory have let it pass. While the store does not answer, a
 // policy's OnOutage decides. [Engine.Stats] tells of it.
+//
+// Flows wait for quota and concurrency schedulers in queues of each engine. The store shares what there is among the workloads of all
+// engines, by their priorities, wherever their flows wait. Of one workload, the engines at which flows wait take turns. Values of the
+// fairness label share alike within each engine only. While flows wait at a key, an engine asks for them every 5 ms at the most.
 //
 // The engine does not close the store. Values of labels that carry credentials are named in the store by a hash without a key, because
 // all engines must name them alike.
@@ -44,6 +49,32 @@ type store struct {
 	warned  atomic.Int64
 	told    atomic.Uint64
 	failing atomic.Bool // a failure was logged, and no success since
+
+	goes  sync.WaitGroup // what asks for flows that wait
+	mu    sync.Mutex
+	ended bool // none begins any more; guarded by mu
+}
+
+// begin runs f in a goroutine that Close waits for. It reports false after Close.
+func (s *store) begin(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return false
+	}
+	s.goes.Go(f)
+	return true
+}
+
+// end waits until what has begun ends. It is called when the engine is closed.
+func (s *store) end() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	s.goes.Wait()
 }
 
 // StoreStats are about the store that engines share.

@@ -28,6 +28,11 @@ type sharer interface {
 	// unasked lets the flow pass and gives it nothing: another component has rejected it, or its caller has gone.
 	unasked(now int64, d *agentapi.LimiterDecision, ask *shared.Ask)
 
+	returner
+}
+
+// A returner is a component that gives back to the store. The engine gives back together what a flow has of all of them.
+type returner interface {
 	// returns is Settle up to what the store is to do. Done is what Settle reports if there is nothing.
 	returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool)
 
@@ -167,7 +172,8 @@ func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Du
 // flow held, and how many of them were still its own.
 func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agentapi.Outcome) (held, returned int) {
 	var batch []shared.Return
-	var questions []question
+	var of []returner
+	var at []int // their decisions
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Dropped {
@@ -177,7 +183,7 @@ func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agen
 		if holds {
 			held++
 		}
-		of, ok := d.Component.Settler.(sharer)
+		one, ok := d.Component.Settler.(returner)
 		if !ok {
 			if d.Component.Settler.Settle(ctx, d, o) && holds {
 				returned++
@@ -185,19 +191,19 @@ func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agen
 			continue
 		}
 		var r shared.Return
-		needed, done := of.returns(d, o, &r)
+		needed, done := one.returns(d, o, &r)
 		if done && holds {
 			returned++
 		}
 		if needed {
-			batch, questions = append(batch, r), append(questions, question{of, i})
+			batch, of, at = append(batch, r), append(of, one), append(at, i)
 		}
 	}
 	if len(batch) > 0 {
 		results, err := e.giveBack(ctx, batch)
-		for i, q := range questions {
-			d := v.At(q.at)
-			if q.of.returned(d, o, &batch[i], results[i], err) && d.Component.Slots && d.Slot() != 0 {
+		for i := range of {
+			d := v.At(at[i])
+			if of[i].returned(d, o, &batch[i], results[i], err) && d.Component.Slots && d.Slot() != 0 {
 				returned++
 			}
 		}

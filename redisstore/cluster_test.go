@@ -25,6 +25,7 @@ func openCluster(t *testing.T, cluster *redistest.Cluster, opts ...redisstore.Op
 }
 
 func TestFleetCluster(t *testing.T) {
+	t.Parallel()
 	cluster := redistest.StartCluster(t, redistest.Options{})
 	t.Run("conforms", func(t *testing.T) {
 		conform(t, func(t *testing.T) [2]shared.Store {

@@ -178,6 +178,7 @@ type asked struct {
 	look   bool
 	id     uint64 // of the slot
 	leases string // of slots
+	queued bool   // it was asked by Draw
 }
 
 // flow adds a flow's asks.

@@ -80,6 +80,7 @@ func limiter(capacity float64, outage policy.Outage) policy.Component {
 // While the server is gone, all engines together let in what the limit is, and not each of them; or all, or nothing, where the policy
 // says so. What they have let in is owed when it is back.
 func TestFleetOutage(t *testing.T) {
+	t.Parallel()
 	const members = 4
 	for _, tt := range []struct {
 		outage policy.Outage

@@ -155,6 +155,7 @@ func TestFleetServerStopped(t *testing.T) {
 
 // A server that was killed comes back with what it had, where it writes it down, and without its scripts.
 func TestFleetServerKilled(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		aof  bool
@@ -220,6 +221,7 @@ func TestFleetInstanceGone(t *testing.T) {
 		holdSlots(t, url)
 		return
 	}
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*os.Process) error
@@ -377,6 +379,7 @@ func TestFleetScriptFlush(t *testing.T) {
 
 // A failover costs calls for a while. What the replica had is kept, and its missing scripts are no error.
 func TestFleetFailover(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*redistest.Server)
@@ -477,6 +480,7 @@ func tagSlot(t *testing.T, cluster *redistest.Cluster, tag string) (*redistest.S
 
 // A server in a cluster that is gone costs the keys that it had, and no others. Slots at the others are kept.
 func TestFleetShardGone(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		gone func(*redistest.Server)
@@ -643,6 +647,44 @@ func TestFleetLostReply(t *testing.T) {
 	works(t, store, rule, "u")
 	// Slots that nobody knows of come back without being asked for.
 	eventually(t, "slots that are free", func() bool { return left(t, other, places, "slots") == 100 })
+}
+
+// A token that comes back late, because its caller did not wait for it, is none beyond the bound: what has come meanwhile would have
+// overflowed if it had not been taken.
+func TestFleetLateReply(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	proxy := redistest.StartProxy(t, server)
+	store, other := open(t, proxy.URL()), open(t, server.URL())
+	slow := &shared.Rule{Kind: shared.Bucket, Capacity: 3, Fill: 1, Interval: time.Second}
+	works(t, store, budget(1e6), "u") // there are connections now
+	for range 3 {
+		proxy.Hold()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		if answer, err := take(ctx, store, slow, "slow", 3); err == nil {
+			t.Errorf("Take = %+v without a reply", answer)
+		}
+		cancel()
+		began := time.Now()
+		eventually(t, "two tokens that have come", func() bool {
+			answer, err := take(t.Context(), other, slow, "slow", 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer.OK
+		})
+		proxy.Release()
+		works(t, store, budget(1e6), "u")
+		for time.Since(began) < 2500*time.Millisecond {
+			if answer, err := take(t.Context(), other, slow, "slow", 2); err != nil || answer.OK {
+				t.Fatalf("Take = %+v, %v: 4 were taken of 3 in %v, in which 2 have come", answer, err, time.Since(began))
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+		if err := other.Reset(t.Context(), key("slow")); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // A server that refuses the password is an error at once, which does not tell the password. One that changes it is an error for each

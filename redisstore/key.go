@@ -34,7 +34,6 @@ const (
 	suffixEnds   = "#x" // a sorted set of when they run out
 	suffixLeases = "#l" // a sorted set of when leases of holders run out, beside a tag
 	suffixQueue  = "#q" // the boxes of a queue
-	suffixWake   = "#w" // a channel
 )
 
 // name returns the name of a key.

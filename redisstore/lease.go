@@ -284,6 +284,17 @@ func (s *Store) renewSessions(ctx context.Context) {
 	wg.Wait()
 }
 
+// count renews the lease of the instance alone, and learns how many instances there are. An engine's part of a limit goes by
+// their number when the server is silent.
+func (s *Store) count(ctx context.Context) { s.renewAt(ctx, []*renewal{s.instance()}, time.Now()) }
+
+// instance renews that of the instance.
+func (s *Store) instance() *renewal {
+	r := &renewal{key: s.instancesKey()}
+	r.add(s.own, s.lease)
+	return r
+}
+
 // renewAt renews leases at one shard.
 func (s *Store) renewAt(ctx context.Context, renewals []*renewal, now time.Time) {
 	multi := func(byText bool) []rueidis.Completed {
@@ -324,7 +335,7 @@ func (s *Store) renewAt(ctx context.Context, renewals []*renewal, now time.Time)
 // maxHolders is how many leases one call of the script renews.
 const maxHolders = 1000
 
-// RenewalsByKey are renewals of several keys.
+// A renewalsByKey is the renewals of several keys.
 type renewalsByKey struct {
 	all   []*renewal
 	byKey map[string]*renewal
@@ -343,9 +354,7 @@ func (b *renewalsByKey) add(of holding, h shared.Holder, lasts time.Duration) {
 
 // renewals returns what is to be renewed now: the instance, and the slots that it holds itself.
 func (s *Store) renewals(now time.Time) []*renewal {
-	instance := &renewal{key: s.instancesKey()}
-	instance.add(s.own, s.lease)
-	b := renewalsByKey{[]*renewal{instance}, make(map[string]*renewal)}
+	b := renewalsByKey{[]*renewal{s.instance()}, make(map[string]*renewal)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, one := range s.slots {

@@ -320,6 +320,19 @@ func TestFleetDeclaredKeys(t *testing.T) {
 		if err := store.Reset(t.Context(), key("u")); err != nil {
 			t.Fatal(err)
 		}
+		for component, rule := range map[string]*shared.Rule{"queue": minute, "places": places} {
+			d := &shared.Drawing{
+				Key: shared.Key{Policy: "policy", Component: component, Label: "user", Value: "u"}, Rule: rule, Owed: 1,
+				Waiting: []shared.Waiting{{Workload: "a", Weight: 1, Costs: []float64{1, 2}}, {Workload: "b", Weight: 2, Costs: []float64{3}}},
+			}
+			drawn, err := store.Draw(t.Context(), d)
+			if err != nil || len(drawn.Grants) == 0 {
+				t.Fatalf("Draw = %+v, %v want grants", drawn, err)
+			}
+			if _, err := store.Draw(t.Context(), &shared.Drawing{Key: d.Key, Rule: rule, Unneeded: drawn.Grants}); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if _, err := store.Move(t.Context(), shared.Key{Policy: "policy", Component: "ramp"}, 0, &shared.Position{Direction: 1}); err != nil {
 			t.Fatal(err)
 		}

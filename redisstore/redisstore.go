@@ -78,9 +78,10 @@ type Store struct {
 	renewSoon chan struct{}
 	indexing  sync.Mutex // is held while the index of sessions is written
 
-	renewingSessions turn
-	kicked           chan struct{}
+	renewingSessions, counting turn
+	kicked                     chan struct{}
 
+	waiters   waiters
 	encoders  sync.Pool
 	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
 
@@ -153,6 +154,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]sessionHeld),
 		pending:   make(map[uint64]pending),
+		waiters:   waiters{of: make(map[string]map[*waiter]bool)},
 		unindexed: make(map[holding]time.Time),
 	}
 	for _, o := range opts {

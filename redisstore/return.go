@@ -2,6 +2,7 @@ package redisstore
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -11,8 +12,9 @@ import (
 // maxPending is how many slots are returned in the background at a time. More of them run out by themselves.
 const maxPending = 100_000
 
-// settled is how long after a take was lost no server does it any more. A slot that is not there then has not been taken.
-const settled = time.Second
+// settled returns how long after a take was lost no server does it any more: see send. A slot that is not there then has not been
+// taken.
+func (s *Store) settled() time.Duration { return max(time.Second, 3*s.timeout) }
 
 // Return does what [shared.Limits] says.
 func (s *Store) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
@@ -20,13 +22,31 @@ func (s *Store) Return(ctx context.Context, returns []shared.Return, results []s
 		return nil
 	}
 	rs := make([]returned, len(returns))
+	queued := 0
 	for i, r := range returns {
 		rs[i] = returned{r, s.name(r.Key)}
 		if r.Rule.Kind == shared.Slots {
 			s.drop(r.Slot)
 		}
+		if r.Queued {
+			queued++
+		}
 	}
-	return s.giveBack(ctx, rs, results)
+	switch queued {
+	case 0:
+		return s.giveBack(ctx, rs, results)
+	case len(rs):
+		return s.returnQueued(ctx, rs, results, true)
+	}
+	var err error
+	for i := range rs {
+		if rs[i].Queued {
+			err = errors.Join(err, s.returnQueued(ctx, rs[i:i+1], results[i:i+1], true))
+		} else {
+			err = errors.Join(err, s.giveBack(ctx, rs[i:i+1], results[i:i+1]))
+		}
+	}
+	return err
 }
 
 // giveBack gives back by calls of at most a batch, those of different shards at the same time.
@@ -95,7 +115,7 @@ func (s *Store) returnLater(rs []returned, now time.Time) {
 func (s *Store) lose(as []asked, now time.Time) {
 	for _, a := range as {
 		if a.Rule.Kind == shared.Slots && a.Tokens != 0 {
-			back := shared.Return{Key: a.Key, Rule: a.Rule, Slot: a.id, Unused: true}
+			back := shared.Return{Key: a.Key, Rule: a.Rule, Slot: a.id, Unused: true, Queued: a.queued}
 			s.postpone(pending{returned: returned{back, a.name}, until: now.Add(a.Rule.MaxInflight), since: now})
 		}
 	}
@@ -123,7 +143,12 @@ func (s *Store) returnPending(ctx context.Context, now time.Time) (left bool) {
 	}
 	s.mu.Unlock()
 	byLanes := make(map[*lanes][]returned)
+	byQueue := make(map[name][]returned)
 	for _, r := range rs {
+		if r.Queued {
+			byQueue[r.name] = append(byQueue[r.name], r)
+			continue
+		}
 		to := s.lanesFor(r.name)
 		byLanes[to] = append(byLanes[to], r)
 	}
@@ -140,6 +165,14 @@ func (s *Store) returnPending(ctx context.Context, now time.Time) (left bool) {
 			}
 		})
 	}
+	for _, rs := range byQueue {
+		wg.Go(func() {
+			c := &call{returns: rs, results: make([]shared.Result, len(rs))}
+			if s.returnQueued(ctx, rs, c.results, false) == nil {
+				s.confirm(c, now)
+			}
+		})
+	}
 	wg.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -151,7 +184,7 @@ func (s *Store) confirm(c *call, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, r := range c.returns {
-		if p := s.pending[r.Slot]; c.results[i].Returned || now.Sub(p.since) > settled {
+		if p := s.pending[r.Slot]; c.results[i].Returned || now.Sub(p.since) > s.settled() {
 			delete(s.pending, r.Slot)
 		}
 	}

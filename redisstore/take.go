@@ -21,6 +21,9 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 	if len(asks) > maxAsks {
 		return errTooMany
 	}
+	if !s.cluster && s.single.take.shard().gate.Open() { // before names are made that nobody needs
+		return shared.ErrDown
+	}
 	as := make([]asked, len(asks))
 	for i := range asks {
 		as[i] = s.asked(asks[i])
@@ -139,7 +142,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	var back []shared.Return
 	for _, p := range parts {
 		if p.err == nil {
-			back = append(back, undo(p.asks, p.answers, err != nil)...)
+			back = append(back, undo(p.asks, p.answers, err != nil, time.Since(began))...)
 		}
 	}
 	for i := range as {
@@ -156,8 +159,9 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	return err
 }
 
-// undo returns what gives back all that asks have got. A refused ask may have tokens ahead. They come back if that is said.
-func undo(as []asked, answers []shared.Answer, ahead bool) []shared.Return {
+// undo returns what gives back all that asks have got, which were answered after so long. It takes as long again until it is back. A
+// refused ask may have tokens ahead. They come back if that is said.
+func undo(as []asked, answers []shared.Answer, ahead bool, took time.Duration) []shared.Return {
 	var back []shared.Return
 	all := granted(as, answers)
 	for i, a := range as {
@@ -169,19 +173,28 @@ func undo(as []asked, answers []shared.Answer, ahead bool) []shared.Return {
 		case ahead:
 			tokens = answers[i].Drawn
 		}
-		if tokens > 0 {
+		if tokens -= brought(a.Rule, 2*took); tokens > 0 {
 			back = append(back, shared.Return{Key: a.Key, Rule: a.Rule, Slot: answers[i].Slot, Tokens: tokens, Unused: true})
 		}
 	}
 	return back
 }
 
-// leave gives back what a call has got that nobody waits for any more. Slots come back by [Store.lose].
+// brought returns how many tokens come to a bucket in some time. So many do not come back of those that were taken so long: they
+// might have come to a full bucket, and all together would be more than its bound.
+func brought(r *shared.Rule, in time.Duration) float64 {
+	if r.Kind != shared.Bucket || r.Interval <= 0 {
+		return 0
+	}
+	return r.Fill * float64(in) / float64(r.Interval)
+}
+
+// leave gives back what a call has got that nobody waits for any more, as far as that keeps the bound. Slots come back by [Store.lose].
 func (s *Store) leave(c *call) {
 	if c.err != nil || c.asks == nil {
 		return
 	}
-	for _, back := range undo(c.asks, c.answers, true) {
+	for _, back := range undo(c.asks, c.answers, true, time.Since(c.sent)) {
 		if back.Rule.Kind != shared.Slots {
 			n := s.name(back.Key)
 			s.lanesFor(n).giveBack.submit(&call{returns: []returned{{back, n}}, done: make(chan struct{})})

@@ -151,6 +151,9 @@ type Return struct {
 	Tokens float64 // that were taken
 	Cost   float64 // what the flow has cost: 0 if it did not run
 	Unused bool    // the flow did not run, or the tokens were drawn ahead and not used
+
+	// Queued says that flows wait at the key by Draw: what comes back falls to them.
+	Queued bool
 }
 
 // A Result is what became of a Return.
@@ -180,10 +183,11 @@ type Queues interface {
 type Drawing struct {
 	Key      Key
 	Rule     *Rule
-	Holder   Holder // of slots
 	Waiting  []Waiting
-	Owed     float64 // see Ask
-	Unneeded []Grant // what came for flows that are gone: it goes to others
+	Once     bool          // the flows that get nothing now do not wait
+	Since    time.Duration // see Ask
+	Owed     float64       // see Ask
+	Unneeded []Grant       // what came for flows that are gone: it goes to others
 }
 
 // Waiting is the flows of one workload that wait, in their order: the costs of the first 32 of them. A workload has the same weight at
@@ -192,9 +196,12 @@ type Waiting struct {
 	Workload string
 	Weight   float64 // its priority
 	Costs    []float64
+
+	// Holders are the sessions whose slots they become, zero for the store's own instance. It is nil if all are.
+	Holders []Holder
 }
 
-// A Grant is what the first flows of a workload got.
+// A Grant is what the first flows of a workload got. Flows that cost more than the key's capacity are left out.
 type Grant struct {
 	Workload string
 	Tokens   []float64 // of each flow, in their order

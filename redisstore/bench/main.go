@@ -84,7 +84,10 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err := measureServer(stdout, server, busy, *saturating); err != nil {
 		return err
 	}
-	if err := measureLeases(ctx, stdout, server, ours.shared[:], time.Duration(*rounds)**each); err != nil {
+	if err := measureLeases(ctx, stdout, server, ours.shared[:], 2*time.Duration(*rounds)**each); err != nil {
+		return err
+	}
+	if err := measureQueues(ctx, stdout, server, ours.shared, 2*time.Duration(*rounds)**each, time.Second/2); err != nil {
 		return err
 	}
 	return measureMemory(ctx, stdout, server, *keys)

@@ -22,13 +22,13 @@ func TestFleetRun(t *testing.T) {
 	for _, want := range []string{
 		takeOne, takeThree, "Take, one hot bucket", "Take, one bucket, three instances", doOne, "Do, three shared limiters",
 		"Do, one shared concurrency limiter", "Do, one leased limiter", doLocal, doStopped, bareRueidis, bareGoRedis, redisRate, redisHot, throttling,
-		"leased, 3 instances, one key, overload", "bytes for a bucket", "bytes for a slot",
+		"leased, 3 instances, one key, overload", "queue, two instances", "bytes for a bucket", "bytes for a slot",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table does not have %q:\n%s", want, &out)
 		}
 	}
-	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 15; got != want {
+	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 18; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
 	}
 }

@@ -50,6 +50,7 @@ func policies() []policy.Policy {
 		return p
 	}
 	return []policy.Policy{
+		queuePolicy(),
 		limiters(oneLimiter, 1), limiters(threeLimiters, 3),
 		{Name: concurrency, Components: []policy.Component{policy.ConcurrencyLimiter{
 			Selectors: policy.At(concurrency), Max: 1e6, MaxInflight: time.Minute, LimitBy: "user",
@@ -256,6 +257,11 @@ func (o *ours) do(engines []*guarded, at string, user func() string) func() func
 // measureLeases prints how often instances ask the store about a key whose tokens they draw ahead: below the limit, where each instance
 // has a thousand flows a second, and beyond it, where all together have three times what it lets in.
 func measureLeases(ctx context.Context, stdout io.Writer, server *redistest.Server, engines []*guarded, lasts time.Duration) error {
+	warm := lasts / 4 // they learn what their demand is
+	// All stores renew their leases besides.
+	renewed := scripts(server)
+	<-time.After(lasts)
+	idle := scripts(server) - renewed
 	for _, row := range []struct {
 		at   string
 		rate float64 // of each instance's flows
@@ -263,27 +269,32 @@ func measureLeases(ctx context.Context, stdout io.Writer, server *redistest.Serv
 		{leased, 1000},
 		{overloaded, 3 * overloadRate / instances},
 	} {
-		asked := scripts(server)
 		var flows, admitted atomic.Int64
 		failures := make(chan error, len(engines))
+		begun := time.Now()
 		for _, g := range engines {
 			go func() {
-				begun := time.Now()
-				for n := 0; time.Since(begun) < lasts; <-time.After(time.Millisecond) {
+				for n := 0; time.Since(begun) < warm+lasts; <-time.After(time.Millisecond) {
 					for ; float64(n) < row.rate*time.Since(begun).Seconds(); n++ {
-						flows.Add(1)
-						switch err := g.do(ctx, row.at, hot)(); {
-						case err == nil:
-							admitted.Add(1)
-						case !errors.Is(err, flowctl.ErrRejected):
+						err := g.do(ctx, row.at, hot)()
+						if err != nil && !errors.Is(err, flowctl.ErrRejected) {
 							failures <- err
 							return
+						}
+						if time.Since(begun) < warm {
+							continue
+						}
+						flows.Add(1)
+						if err == nil {
+							admitted.Add(1)
 						}
 					}
 				}
 				failures <- nil
 			}()
 		}
+		<-time.After(warm)
+		asked := scripts(server)
 		var err error
 		for range engines {
 			err = errors.Join(err, <-failures)
@@ -291,7 +302,7 @@ func measureLeases(ctx context.Context, stdout io.Writer, server *redistest.Serv
 		if err != nil {
 			return err
 		}
-		calls := scripts(server) - asked
+		calls := scripts(server) - asked - idle
 		fmt.Fprintf(stdout, "leased, %d instances, one key, %s: %d flows in %v, %d let in, %.0f calls of the store",
 			len(engines), row.at, flows.Load(), lasts, admitted.Load(), calls)
 		if row.at == leased {

@@ -198,3 +198,32 @@ func TestPeriodsModel(t *testing.T) {
 		}
 	})
 }
+
+// The boundaries around a time are those that follow each other by End, at any time, also where days and hours are longer or missing.
+func TestBoundaries(t *testing.T) {
+	for _, tt := range []struct{ zone, begin string }{
+		{"UTC", "2000-02-27 00:00:00"},
+		{"Europe/Berlin", "2000-03-24 00:00:00"},
+		{"Europe/Berlin", "2000-10-27 00:00:00"},
+		{"Australia/Lord_Howe", "2000-08-25 00:00:00"},
+		{"America/Sao_Paulo", "2000-10-06 00:00:00"},
+		{"Pacific/Apia", "2011-12-27 00:00:00"}, // a day is missing
+	} {
+		begin := at(t, tt.begin)
+		for _, unit := range []Unit{Hour, Day, Week, Month} {
+			p := Periods{Unit: unit, Zone: zone(t, tt.zone), First: time.Monday}
+			around := p.Boundaries()
+			for now := begin; now.Before(begin.Add(6 * 24 * time.Hour)); now = now.Add(17*time.Minute + time.Nanosecond) {
+				b := around(now)
+				if now.Before(b[1]) || !now.Before(b[2]) {
+					t.Fatalf("%v in %s: %v is not within %v", unit, tt.zone, now, b)
+				}
+				for i := range 3 {
+					if end := p.End(b[i]); !end.Equal(b[i+1]) {
+						t.Fatalf("%v in %s: around %v: %v ends at %v want %v", unit, tt.zone, now, b[i], end, b[i+1])
+					}
+				}
+			}
+		}
+	}
+}

@@ -121,12 +121,14 @@ func (q *Queue[T]) Push(w *Waiter[T], c Claim) {
 }
 
 // Pop removes the first waiter as served: its shares are charged.
-func (q *Queue[T]) Pop() {
-	w := q.First()
+func (q *Queue[T]) Pop() { q.Serve(q.First()) }
+
+// Serve removes a waiter as served, also if it is not the first: its shares are charged.
+func (q *Queue[T]) Serve(w *Waiter[T]) {
 	at := w.share
 	for s := at; s.parent != nil; s = s.parent {
-		s.start = s.finish
-		s.parent.clock = max(s.parent.clock, s.finish)
+		s.start += w.Cost / s.weight // its finish, if the waiter is the first
+		s.parent.clock = max(s.parent.clock, s.start)
 	}
 	for s := at.parent; s != nil; s = s.parent {
 		s.rebase()

@@ -11,10 +11,12 @@ package sharedtest
 import (
 	"context"
 	"math/rand/v2"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/ledger"
 )
 
 // Lease is how long slots of an instance outlive its last renewal.
@@ -25,7 +27,10 @@ const Bound = 50 * time.Millisecond
 
 // A Server has the state that instances share. It is safe for concurrent use.
 type Server struct {
+	epoch time.Time
+
 	mu        sync.Mutex
+	queues    map[shared.Key]*queue
 	states    map[shared.Key]*state
 	values    map[shared.CacheKey]cached
 	ramps     map[shared.Key]*ramp
@@ -35,7 +40,7 @@ type Server struct {
 
 // New returns a server without any state.
 func New() *Server {
-	s := new(Server)
+	s := &Server{epoch: time.Now(), queues: make(map[shared.Key]*queue)}
 	s.forget()
 	return s
 }
@@ -45,6 +50,9 @@ func (s *Server) forget() {
 	s.values = make(map[shared.CacheKey]cached)
 	s.ramps = make(map[shared.Key]*ramp)
 	s.sessions = make(map[shared.Holder]session)
+	for _, q := range s.queues {
+		q.Ledger = ledger.Ledger{}
+	}
 }
 
 // Forget loses all that the server keeps, as a restart without a file does.
@@ -58,7 +66,7 @@ func (s *Server) Forget() {
 func (s *Server) Instance() *Store {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	one := &Store{server: s, Queues: noQueues{}}
+	one := &Store{server: s, id: strconv.Itoa(len(s.instances))}
 	s.instances = append(s.instances, one)
 	return one
 }
@@ -82,13 +90,12 @@ type Behavior struct {
 }
 
 // Counted is how often an instance was called.
-type Counted struct{ Take, Return, Look, Reset, Get, Set, Delete, Move int }
+type Counted struct{ Take, Draw, Return, Look, Reset, Get, Set, Delete, Move int }
 
 // A Store is one instance. It is safe for concurrent use.
 type Store struct {
-	shared.Queues // see queues.go
-
 	server *Server
+	id     string
 
 	// All are guarded by the server's lock.
 	is      Behavior
@@ -207,14 +214,19 @@ func (s *Store) take(now time.Time, asks []shared.Ask, answers []shared.Answer) 
 // caller is told of an error, unless the instance is down.
 func (s *Store) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
 	done := make([]shared.Result, len(returns))
+	var wake []func()
 	err := s.call(ctx, &s.counted.Return, func(now time.Time) error {
 		for i, r := range returns {
 			st := s.server.state(now, r.Key, r.Rule)
 			st.renew(now)
 			done[i] = st.giveBack(now, r)
+			if r.Queued {
+				wake = append(wake, s.server.serve(now, r.Key, r.Rule)...)
+			}
 		}
 		return nil
 	})
+	callAll(wake)
 	if err == nil {
 		copy(results, done)
 	}
@@ -242,10 +254,19 @@ func (s *Store) Look(ctx context.Context, key shared.Key, rule *shared.Rule) (u 
 
 // Reset does what shared.Limits says.
 func (s *Store) Reset(ctx context.Context, key shared.Key) error {
-	return s.call(ctx, &s.counted.Reset, func(time.Time) error {
+	var wake []func()
+	err := s.call(ctx, &s.counted.Reset, func(time.Time) error {
 		delete(s.server.states, key)
+		if q := s.server.queues[key]; q != nil {
+			q.Ledger = ledger.Ledger{}
+			for w := range q.wakes {
+				wake = append(wake, w.f)
+			}
+		}
 		return nil
 	})
+	callAll(wake)
+	return err
 }
 
 // Renew does what shared.Holders says.

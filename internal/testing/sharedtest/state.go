@@ -231,7 +231,7 @@ func (st *state) room(now time.Time, want float64) (ok bool, wait time.Duration)
 		if r.Capacity == 0 {
 			return false, -1
 		}
-		return false, 0 // nobody knows how long flows run
+		return false, st.slots[0].since.Add(r.MaxInflight).Sub(now) // nobody knows how long flows run
 	case st.tokens-want >= -slack:
 		return true, 0
 	case want > r.Capacity || r.Kind == shared.Bucket && r.Fill <= 0 || r.Capacity == 0:
@@ -243,15 +243,20 @@ func (st *state) room(now time.Time, want float64) (ok bool, wait time.Duration)
 		}
 		return false, at.Sub(now)
 	}
+	return false, st.until(now, want)
+}
+
+// until returns how long it takes until a bucket has so many tokens, or has had so many if it never holds them at once.
+func (st *state) until(now time.Time, want float64) time.Duration {
 	missing := want - st.tokens
-	if r.Step {
+	if st.rule.Step {
 		missing -= slack / 2
 	}
-	wait = st.last.Sub(now) + st.timeToFill(missing)
+	wait := st.last.Sub(now) + st.timeToFill(missing)
 	if !now.After(st.start) {
 		wait = max(wait, st.start.Sub(now)+1)
 	}
-	return false, max(wait, 1)
+	return max(wait, 1)
 }
 
 // take takes tokens for which there is room, and returns what they are returned by.

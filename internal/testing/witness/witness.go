@@ -67,6 +67,30 @@ func (b Bound) Worst(admissions []Admission) Span {
 	return worst
 }
 
+// Since returns the span since the first was asked in which the most was let in beyond the bound, or came closest to it. It is the zero
+// Span without admissions.
+func (b Bound) Since(admissions []Admission) Span {
+	if len(admissions) == 0 {
+		return Span{}
+	}
+	byTold := slices.Clone(admissions)
+	slices.SortFunc(byTold, func(x, y Admission) int { return int(x.Told - y.Told) })
+	from := slices.MinFunc(byTold, func(x, y Admission) int { return int(x.Asked - y.Asked) }).Asked
+	var worst Span
+	sum := 0.0
+	for i, a := range byTold {
+		sum += a.Tokens
+		if i+1 < len(byTold) && byTold[i+1].Told == a.Told {
+			continue
+		}
+		span := Span{From: from, To: a.Told, Tokens: sum, Allowed: b.Capacity + b.Rate*(a.Told-from).Seconds()}
+		if worst == (Span{}) || span.Tokens-span.Allowed > worst.Tokens-worst.Allowed {
+			worst = span
+		}
+	}
+	return worst
+}
+
 // sums are numbers of which the first may grow together, and the largest of the first is known. It is a tree: each node has the
 // largest number below it, without what was added to the nodes above.
 type sums struct {

@@ -70,6 +70,28 @@ func TestWorstOfAll(t *testing.T) {
 	})
 }
 
+func TestSince(t *testing.T) {
+	const s = time.Second
+	bound := witness.Bound{Capacity: 10, Rate: 5}
+	for _, tt := range []struct {
+		name       string
+		admissions []witness.Admission
+		want       witness.Span
+		broken     bool
+	}{
+		{"none", nil, witness.Span{}, false},
+		{"as much as there is", []witness.Admission{{1 * s, 1 * s, 10}, {2 * s, 3 * s, 10}}, witness.Span{From: 1 * s, To: 1 * s, Tokens: 10, Allowed: 10}, false},
+		{"too much", []witness.Admission{{2 * s, 3 * s, 11}, {1 * s, 1 * s, 10}}, witness.Span{From: 1 * s, To: 3 * s, Tokens: 21, Allowed: 20}, true},
+		{"a burst that was saved for", []witness.Admission{{1 * s, 1 * s, 1}, {9 * s, 9 * s, 40}}, witness.Span{From: 1 * s, To: 1 * s, Tokens: 1, Allowed: 10}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := bound.Since(tt.admissions); got != tt.want || got.Broken() != tt.broken {
+				t.Errorf("Since() = %+v, broken %v want %+v, broken %v", got, got.Broken(), tt.want, tt.broken)
+			}
+		})
+	}
+}
+
 // The witness believes a bucket that is one, whatever the delays, and finds out one that gives a tenth too much.
 func TestBuckets(t *testing.T) {
 	bound := witness.Bound{Capacity: 20, Rate: 100}

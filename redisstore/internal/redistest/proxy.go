@@ -13,8 +13,9 @@ type Proxy struct {
 
 	mu    sync.Mutex
 	conns map[net.Conn]bool
-	left  int  // how many bytes of replies still pass; below 0 for all
-	lost  bool // no reply passes
+	left  int           // how many bytes of replies still pass; below 0 for all
+	lost  bool          // no reply passes
+	held  chan struct{} // no reply passes until it is closed; nil if none is held
 	ended bool
 
 	done sync.WaitGroup
@@ -69,11 +70,33 @@ func (p *Proxy) Lose() {
 	p.lost = true
 }
 
+// Hold has the proxy keep all replies from now on, until [Proxy.Release] or Close: they pass then.
+func (p *Proxy) Hold() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held = make(chan struct{})
+}
+
+// Release has replies pass that were held.
+func (p *Proxy) Release() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.release()
+}
+
+func (p *Proxy) release() {
+	if p.held != nil {
+		close(p.held)
+		p.held = nil
+	}
+}
+
 // Close closes all connections. New ones pass all on.
 func (p *Proxy) Close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.lost = false
+	p.release()
 	for conn := range p.conns {
 		_ = conn.Close()
 	}
@@ -142,6 +165,12 @@ func (p *Proxy) pass(from, to net.Conn, filter func([]byte) (passes []byte, cut 
 
 // replies returns what passes of a reply, and reports whether the connection is cut after it.
 func (p *Proxy) replies(b []byte) (passes []byte, cut bool) {
+	p.mu.Lock()
+	held := p.held
+	p.mu.Unlock()
+	if held != nil {
+		<-held
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {

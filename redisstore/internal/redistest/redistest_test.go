@@ -28,6 +28,7 @@ func want(t *testing.T, s *redistest.Server, answer string, args ...string) {
 
 // A server has its address and its password again after it was killed, and what it was to keep.
 func TestFleetServer(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name    string
 		options redistest.Options
@@ -140,6 +141,7 @@ func TestFleetCluster(t *testing.T) {
 }
 
 func TestFleetFailover(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name      string
 		sentinels int
@@ -193,6 +195,21 @@ func TestFleetProxy(t *testing.T) {
 	}
 	if answer, err := ping(); err != nil || answer != "OK" {
 		t.Errorf("after the cut: %v, %v", answer, err)
+	}
+	p.Hold()
+	replied := make(chan error)
+	go func() {
+		_, err := redistest.DoAt(p.Addr(), "p", time.Minute, "SET", "held", "v")
+		replied <- err
+	}()
+	select {
+	case err := <-replied:
+		t.Errorf("a reply that is held has come: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	p.Release()
+	if err := <-replied; err != nil {
+		t.Errorf("a reply that was held: %v", err)
 	}
 	p.Lose()
 	if _, err := ping(); err == nil {

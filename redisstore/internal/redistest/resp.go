@@ -70,7 +70,7 @@ func read(in *bufio.Reader) (any, error) {
 	case kind == ':':
 		return n, nil
 	case n < 0:
-		return nil, nil //nolint:nilnil // no value is one of the answers
+		return nil, nil
 	case kind == '$':
 		text := make([]byte, n+2)
 		if _, err := io.ReadFull(in, text); err != nil {

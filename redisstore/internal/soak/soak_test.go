@@ -318,6 +318,13 @@ func (s *soak) judgeTokens(l load, key string, lasted time.Duration) {
 	if worst.Broken() {
 		s.t.Errorf("%s: %.3f were let in within %v; the bound is %.3f", key, worst.Tokens, worst.To-worst.From, worst.Allowed)
 	}
+	if l.since != (witness.Bound{}) {
+		since := l.since.Since(admitted)
+		s.t.Logf("%s: closest to the bound since the beginning, %.0f of %.1f within %v", key, since.Tokens, since.Allowed, since.To-since.From)
+		if since.Broken() {
+			s.t.Errorf("%s: %.3f were let in within %v since the beginning; the bound is %.3f", key, since.Tokens, since.To-since.From, since.Allowed)
+		}
+	}
 	if len(admitted) == 0 {
 		s.t.Errorf("%s: nothing was let in", key)
 	}

@@ -28,8 +28,10 @@ type load struct {
 	flows     int           // of each worker and user at a time
 	pause     time.Duration // of each between its flows, in the mean
 	work      time.Duration // of a flow that is let in, in the mean
+	waits     time.Duration // the longest that a flow waits in a queue; 0 where there is none
 
 	bound witness.Bound // of what all workers together let in for a user; zero for slots
+	since witness.Bound // of the same since the beginning; zero where it is no other
 	slots int           // of a user; 0 for others
 }
 
@@ -50,9 +52,26 @@ func loads() []load {
 			bound:     witness.Bound{Capacity: 1, Rate: 7},
 		},
 		{
+			point: "leased", flows: 4, pause: 20 * time.Millisecond,
+			component: policy.RateLimiter{Selectors: policy.At("leased"), Capacity: 40, Fill: 150, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed, Share: policy.ShareLeased},
+			bound:     witness.Bound{Capacity: 1.5 * 40, Rate: 150},
+			since:     witness.Bound{Capacity: 40, Rate: 150},
+		},
+		{
 			point: "slots", flows: 3, pause: 20 * time.Millisecond, work: 20 * time.Millisecond,
 			component: policy.ConcurrencyLimiter{Selectors: policy.At("slots"), Max: 5, MaxInflight: time.Hour, LimitBy: "user", OnOutage: policy.OutageClosed},
 			slots:     5,
+		},
+		{
+			point: "queue", flows: 3, pause: 10 * time.Millisecond, waits: 500 * time.Millisecond,
+			component: policy.QuotaScheduler{Selectors: policy.At("queue"), Capacity: 5, Fill: 40, Interval: time.Second, LimitBy: "user", OnOutage: policy.OutageClosed},
+			// What falls to an instance that does not call for it lies in its box for a second, and then goes to others: late.
+			bound: witness.Bound{Capacity: 5 + 40, Rate: 40},
+		},
+		{
+			point: "places", flows: 2, pause: 10 * time.Millisecond, work: 20 * time.Millisecond, waits: 500 * time.Millisecond,
+			component: policy.ConcurrencyScheduler{Selectors: policy.At("places"), Max: 3, MaxInflight: time.Hour, LimitBy: "user", OnOutage: policy.OutageClosed},
+			slots:     3,
 		},
 	}
 }
@@ -71,8 +90,11 @@ func users() []string { return []string{"ann", "bob", "cid"} }
 // and "held <point>/<user> <told> <returned>", in nanoseconds of the machine's clock, which is that of the server.
 func work(ctx context.Context, url string) (err error) {
 	store, err := redisstore.Open(ctx, url, redisstore.WithLease(lease))
-	if err != nil {
-		return err
+	for begun := time.Now(); err != nil; store, err = redisstore.Open(ctx, url, redisstore.WithLease(lease)) {
+		if time.Since(begun) > time.Minute/2 { // a busy machine may take longer than Open waits
+			return err
+		}
+		pause(ctx, time.Second)
 	}
 	defer func() { err = firstError(err, store.Close()) }()
 	limits, err := engine.New(policies(), engine.WithStore(store))
@@ -124,7 +146,7 @@ type counts struct {
 // flow is one flow of a load.
 func (l *load) flow(ctx context.Context, client *flowctl.Client, user string, out *printer, counts *counts) {
 	asked := time.Now().UnixNano()
-	flow := client.Start(ctx, l.point, flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute, OnUnreachable: flowctl.FailClosed})
+	flow := client.Start(ctx, l.point, flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute, MaxWait: l.waits, OnUnreachable: flowctl.FailClosed})
 	told := time.Now().UnixNano()
 	admitted := flow.Decision() == flowctl.Accepted
 	switch {
