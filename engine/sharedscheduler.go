@@ -231,10 +231,13 @@ func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64
 
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
 	r := shared.Return{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true}
-	s.engine.store.begin(func() {
+	back := func() {
 		// The flow's caller has gone. The store bounds the call.
 		_, _ = s.engine.giveBack(context.Background(), []shared.Return{r})
-	})
+	}
+	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so nobody waits for the entry
+		back()
+	}
 }
 
 // draw asks the store for the flows that wait at the key until there are none, and there is nothing to give back.

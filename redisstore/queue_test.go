@@ -41,6 +41,19 @@ func woken(t *testing.T, s *redisstore.Store, key shared.Key) chan struct{} {
 func TestFleetDrawSlots(t *testing.T) {
 	client := newClient(t, startServer(t))
 	a, b := newStore(t, client), newStore(t, client)
+	testDrawSlots(t, a, b)
+	d := &shared.Drawing{Key: keyOf("slots", "y"), Rule: &shared.Rule{Kind: shared.Slots, MaxInflight: time.Minute, Capacity: 1}}
+	d.Waiting = []shared.Waiting{{Workload: "a workload", Weight: 1, Costs: []float64{1, 1}}}
+	draw(t, a, d)
+	if ledgers := do(t, client, "KEYS", "*#q"); !strings.Contains(ledgers, "#q") {
+		t.Errorf("ledgers are %q want one", ledgers)
+	} else if text := do(t, client, "GET", strings.Trim(ledgers, "[]")); strings.Contains(text, "workload") {
+		t.Errorf("the ledger has names of workloads in it: %q", text)
+	}
+}
+
+func testDrawSlots(t *testing.T, a, b *redisstore.Store) {
+	t.Helper()
 	rule := &shared.Rule{Kind: shared.Slots, Capacity: 1, MaxInflight: time.Minute}
 	key := shared.Key{Policy: "p", Component: "slots", Label: "user", Value: "secret value"}
 	wants := func(workload string) *shared.Drawing {
@@ -53,11 +66,6 @@ func TestFleetDrawSlots(t *testing.T) {
 	}
 	if got := draw(t, b, wants("other workload")); len(got.Grants) != 0 || got.Next != 0 {
 		t.Fatalf("Draw without a free slot = %+v", got)
-	}
-	if ledgers := do(t, client, "KEYS", "*#q"); !strings.Contains(ledgers, "#q") {
-		t.Errorf("ledgers are %q want one", ledgers)
-	} else if text := do(t, client, "GET", strings.Trim(ledgers, "[]")); strings.Contains(text, "workload") {
-		t.Errorf("the ledger has names of workloads in it: %q", text)
 	}
 	back := shared.Return{Key: key, Rule: rule, Slot: first.Grants[0].Slots[0], Queued: true}
 	for _, want := range []bool{true, false} {
@@ -86,6 +94,9 @@ func TestFleetDrawSlots(t *testing.T) {
 	<-wake
 	if got := draw(t, b, wants("other workload")); len(got.Grants) != 1 {
 		t.Errorf("Draw after Reset = %+v", got)
+	}
+	if got, err := b.Draw(t.Context(), &shared.Drawing{Key: key, Rule: rule}); err != nil || len(got.Grants) != 0 {
+		t.Errorf("an empty Draw = %+v, %v", got, err)
 	}
 }
 
