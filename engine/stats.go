@@ -297,13 +297,17 @@ func (w *workload) stats() WorkloadStats {
 }
 
 func (c *cache) stats() CacheStats {
+	size := 0
+	if entries := c.entries.Load(); entries != nil {
+		size = entries.EstimatedSize()
+	}
 	return CacheStats{
 		Hits:    c.hits.Load(),
 		Misses:  c.misses.Load(),
 		Stores:  c.stores.Load(),
 		Deletes: c.deletes.Load(),
 		Refused: c.refused.Load(),
-		Entries: c.entries.EstimatedSize(),
+		Entries: size,
 	}
 }
 
