@@ -14,15 +14,20 @@ MAKEFLAGS += --warn-undefined-variables --no-builtin-rules --no-print-directory
 # also be those that the others are tested with.
 export GOWORK := off
 
+# When a process exits, the race detector waits for a second for races in goroutines that are left. Tests leave none,
+# and there are many processes.
+export GORACE ?= atexit_sleep_ms=10
+
 # Every module but the tools.
 MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */go.mod */*/go.mod))))
 
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make attack ATTACK=3s`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
+# To be set on the command line: `make test RACE=`, `make test-long LONG=Memory`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make attack ATTACK=3s`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
 RACE ?= -race
 TESTFLAGS ?=
+LONG ?= .
 PACKAGES32 ?= ./...
 FUZZTIME ?= 20s
 SOAK ?= 10m
@@ -59,21 +64,21 @@ test: racedetector ## Run the tests of all modules, the race detector on
 
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
-	@$(call in-modules,go test -run $(PROCESS),$(test-processes),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),$(RACE)),$(filter-out $(EXAMPLES),$(MODULES)))
 	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
 
-# Only packages that have such tests are linked.
-define test-processes
-packages=$$(go list -f '{{.Dir}}' ./... | while read -r dir; do \
-	! grep -qs 'func $(PROCESS:^%=%)' "$$dir"/*_test.go || echo "$$dir"; \
-done); \
-[ -z "$$packages" ] || go test $(RACE) -shuffle=on -run '$(PROCESS)' $(TESTFLAGS) $$packages
-endef
+# $(call test-named,NAMES,FLAGS) runs the tests whose names match NAMES, an extended regular expression. Only packages
+# that have such tests are linked.
+test-named = packages=$$(go list -f '{{.Dir}}' ./... | grep -v /examples/ | while read -r dir; do \
+		names=$$(sed -n 's/^func \([A-Z][A-Za-z0-9_]*\)(.*/\1/p' "$$dir"/*_test.go 2>/dev/null || true); \
+		! grep -qE '$(1)' <<<"$$names" || echo "$$dir"; \
+	done); \
+	[ -z "$$packages" ] || go test -shuffle=on -run '$(1)' $(2) $(TESTFLAGS) $$packages
 
 # Tests that do one thing very often do it less often under the race detector.
 .PHONY: test-long
-test-long: ## Run the tests of the root module in full, without the race detector
-	go test -shuffle=on -skip '$(PROCESS)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/)
+test-long: ## Run the tests that match LONG in full, without the race detector
+	@$(call in-modules,go test in full,$(call test-named,$(LONG),-skip '$(PROCESS)'),. policy/difftest)
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector
