@@ -70,7 +70,7 @@ func newSession(r *remote) *session {
 	// A background context, because the session is no caller's. It ends when the client is closed.
 	background := context.Background() //nolint:forbidigo // see above
 	s.names = []string{wire.SessionText(s.id)}
-	s.sent = metadata.NewOutgoingContext(background, metadata.MD{wire.SessionHeader: s.names})
+	s.sent = metadata.AppendToOutgoingContext(background, wire.SessionHeader, s.names[0])
 	s.ctx, s.stop = context.WithCancel(s.sent)
 	return s
 }
