@@ -188,6 +188,10 @@ func (a *agentOfSessions) inFlight() int {
 	return a.engine.Stats().Components[0].Usage.InFlight
 }
 
+func slotsFor(flows float64) []policy.Component {
+	return []policy.Component{policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: flows, MaxInflight: time.Hour}}
+}
+
 func oneSlot(lasts time.Duration) []policy.Component {
 	return []policy.Component{policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: lasts}}
 }

@@ -3,6 +3,7 @@ package flowctl
 import (
 	"context"
 	"crypto/rand"
+	"fmt"
 	mathrand "math/rand/v2"
 	"slices"
 	"sync"
@@ -34,16 +35,22 @@ type session struct {
 	stop context.CancelFunc
 	runs sync.WaitGroup // of its goroutines
 
-	foreign atomic.Bool  // the agent knows no sessions
-	checks  atomic.Int64 // that are under way
-	checked atomic.Int64 // when the last one began, since began
-	resting atomic.Bool  // heartbeats are rare, because there is nothing at the agent
+	foreign atomic.Bool   // the agent knows no sessions
+	checks  atomic.Int64  // that are under way
+	checked atomic.Int64  // when the last one began, since began
+	resting atomic.Bool   // heartbeats are rare, because there is nothing at the agent
+	known   atomic.Bool   // an agent has answered on a stream
+	number  atomic.Uint64 // of the newest check
+	answers chan struct{} // receives when an agent has said anything, or a stream has ended
 
 	mu       sync.Mutex
 	lines    map[*line]struct{} // those that are open
 	stays    map[uint64]*stay   // by agent
 	pending  map[uint64]*settlement
-	pruned   time.Time // when the pending ones were last looked at
+	returns  map[uint64]*returning // by their ids
+	newest   uint64                // id of a return
+	oldest   uint64                // id before that of any return
+	pruned   time.Time             // when the pending ones were last looked at
 	lostLog  limitedLog
 	isClosed bool
 }
@@ -65,6 +72,7 @@ func newSession(r *remote) *session {
 	s := &session{
 		remote: r, began: time.Now(),
 		lines: make(map[*line]struct{}), stays: make(map[uint64]*stay), pending: make(map[uint64]*settlement),
+		returns: make(map[uint64]*returning), answers: make(chan struct{}, 1),
 	}
 	_, _ = rand.Read(s.id[:]) // it does not fail
 	// A background context, because the session is no caller's. It ends when the client is closed.
@@ -73,6 +81,38 @@ func newSession(r *remote) *session {
 	s.sent = metadata.NewOutgoingContext(background, metadata.MD{wire.SessionHeader: s.names})
 	s.ctx, s.stop = context.WithCancel(s.sent)
 	return s
+}
+
+// flush waits until agents have answered what they were told of flows, as far as there is a stream.
+func (s *session) flush(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		left := s.unanswered()
+		s.mu.Unlock()
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-s.answers:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ownError(fmt.Sprintf("the agent has not answered what it was told at the end of %d flows", left)), ctx.Err())
+		}
+	}
+}
+
+// unanswered counts what is on the way on a stream.
+func (s *session) unanswered() (n int) {
+	for _, one := range s.pending {
+		if s.reaches(one.agent) {
+			n++
+		}
+	}
+	for _, one := range s.returns {
+		if s.reaches(one.agent) {
+			n++
+		}
+	}
+	return n
 }
 
 // close ends all streams, and waits for that.
@@ -90,13 +130,17 @@ func (s *session) close() {
 	s.runs.Wait()
 }
 
-// begins notes that a check begins.
-func (s *session) begins(at time.Time) {
+// begins notes that a check begins. It returns the check's number; 0 if no agent is known that would go by it.
+func (s *session) begins(at time.Time) (number uint64) {
 	s.checks.Add(1)
 	s.checked.Store(int64(at.Sub(s.began)))
 	if s.resting.Load() {
 		s.wake()
 	}
+	if s.known.Load() {
+		number = s.number.Add(1)
+	}
+	return number
 }
 
 // ends notes that a check has ended.
@@ -215,6 +259,8 @@ type line struct {
 	asked    []*sign
 	fresh    []*settlement // that are to be sent
 	underWay int           // settlements of the batch that was sent
+	returns  []*returning  // that are to be sent
+	bringing int           // returns of the batch that was sent
 }
 
 // A beat is a heartbeat that the agent has not acknowledged.
@@ -350,6 +396,14 @@ func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Du
 		m.Settlements = l.batch()
 		l.underWay = len(m.GetSettlements())
 	}
+	if l.bringing == 0 && len(l.returns) > 0 {
+		if len(m.GetSettlements()) > 0 { // one message has no room for both
+			l.poke()
+		} else {
+			m.Returns = l.batchReturns()
+			l.bringing = len(m.GetReturns())
+		}
+	}
 	s.resting.Store(true)
 	every := wire.RestingEvery
 	if s.busy(now) { // after resting is set, so that a check which begins wakes the line
@@ -366,7 +420,7 @@ func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Du
 		}
 		m.Heartbeat = &sessionv1.Heartbeat{Number: l.number, Acknowledges: l.theirs}
 	}
-	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 {
+	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 && len(m.GetReturns()) == 0 {
 		m = nil
 	}
 	return m, next
@@ -389,7 +443,7 @@ func (l *line) over() bool {
 			return false
 		}
 	}
-	return true
+	return !s.brings(l.agent)
 }
 
 // receive reads what the agent says until the stream ends.
@@ -407,10 +461,12 @@ func (l *line) receive() {
 			l.err = clipError(err)
 			s.mu.Unlock()
 			close(l.ended)
+			signal(s.answers)
 			return
 		}
 		s.remote.answered()
 		l.heard(m)
+		signal(s.answers)
 	}
 }
 
@@ -432,6 +488,8 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 			}
 		}
 		l.underWay = 0
+		l.takeReturns(time.Now())
+		s.known.Store(true)
 		for other := range s.lines {
 			if other != l && other.leaves {
 				other.poke()
@@ -460,7 +518,8 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 	if m.GetDrain() {
 		l.retire()
 	}
-	if len(l.fresh) > 0 && l.underWay == 0 {
+	l.returned(m.GetReturned())
+	if len(l.fresh) > 0 && l.underWay == 0 || len(l.returns) > 0 && l.bringing == 0 || l.leaves && len(m.GetReturned()) > 0 {
 		l.poke()
 	}
 }
