@@ -67,12 +67,13 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 		return errBreakerOpen
 	}
 	c := &check{remote: r, start: start, seen: seen}
+	call, release := outlast(ctx, req.Timeout)
+	defer release()
 	if r.session != nil {
+		r.session.await(call)
 		c.number = r.session.begins(start)
 		defer r.session.ends()
 	}
-	call, release := outlast(ctx, req.Timeout)
-	defer release()
 	if silence := req.Silence(); silence > 0 {
 		var leave func()
 		call, leave = r.vigil.attend(call, silence)

@@ -103,6 +103,9 @@ func (r *remote) Ready(ctx context.Context) error {
 	switch code := status.Code(err); {
 	case err == nil:
 		r.answered()
+		if r.session != nil {
+			r.session.await(ctx)
+		}
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("%w: %w", ownError("it refuses the API key"), err)
 	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
