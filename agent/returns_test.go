@@ -75,6 +75,41 @@ func TestEndsThatMeetNoAgent(t *testing.T) {
 	}
 }
 
+// The end of a flow that a balancer sends to another agent comes to the flow's own, with the session that drains there.
+func TestEndsThatMeetAnotherAgent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, next := newAgentOfSessions(t, oneSlot(time.Hour)), newAgentOfSessions(t, oneSlot(time.Hour))
+		client := a.dial(t)
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		a.mu.Lock()
+		a.listener = next.listener
+		a.mu.Unlock()
+		a.service.Drain()
+		begin := time.Now()
+		stopped := make(chan struct{})
+		go func() {
+			a.server.GracefulStop()
+			close(stopped)
+		}()
+		<-time.After(5 * time.Second)
+		other := client.Start(t.Context(), "point", flowctl.Params{})
+		next.holds(t, 1, "at the next agent")
+		a.holds(t, 1, "at the agent that drains")
+		if r, err := flow.End(t.Context()); r.Held != 1 || err != nil {
+			t.Errorf("End() = %+v, %v", r, err)
+		}
+		<-stopped
+		if took := time.Since(begin); took > 6*time.Second {
+			t.Errorf("the agent has stopped after %v", took)
+		}
+		a.holds(t, 0, "at the agent that has stopped")
+		next.holds(t, 1, "at the next agent")
+		if r, err := other.End(t.Context()); r.Returned != 1 || err != nil {
+			t.Errorf("End() = %+v, %v at the next agent", r, err)
+		}
+	})
+}
+
 // Ends of many flows come all, in as many messages as it takes.
 func TestManyEndsThatMeetNoAgent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

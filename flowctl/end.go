@@ -66,7 +66,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		n := wire.Ended(req.ControlPoint, refs)
 		returned, err := r.endSlots(call, req.ControlPoint, refs[:n])
 		returns.Returned += returned
-		if err != nil {
+		if err != nil || returned < n { // a balancer may have sent it to another agent than the session's
 			left = append(left, refs[:n]...)
 		}
 		if first == nil {
