@@ -857,3 +857,27 @@ func TestChecksOnNewConnections(t *testing.T) {
 		})
 	}
 }
+
+// A client whose stream was refused, as by an agent that drains, does not wait until it has another one at the next agent.
+func TestSessionsOnNewConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, next := newAgentOfSessions(t, oneSlot(time.Hour)), newAgentOfSessions(t, slotsFor(10))
+		client := a.dial(t)
+		<-time.After(2 * time.Second)
+		a.service.Drain() // which refuses the next stream
+		<-time.After(time.Second / 10)
+		a.mu.Lock()
+		a.listener = next.listener
+		a.mu.Unlock()
+		a.cut()
+		<-time.After(time.Second / 10)
+		first := client.Start(t.Context(), "point", flowctl.Params{}) // which may be what connects
+		_, _ = first.End(t.Context())
+		<-time.After(time.Second / 10)
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		if flow.Decision() != flowctl.Accepted || flow.CheckResponse().GetAgentId() == 0 {
+			t.Errorf("%v, %v want it part of the session", flow, flow.CheckResponse())
+		}
+		_, _ = flow.End(t.Context())
+	})
+}

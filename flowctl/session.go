@@ -284,12 +284,21 @@ func (s *session) keep() {
 	}
 }
 
-// idle waits, and reports whether the session goes on.
+// idle waits, and reports whether the session goes on. A new connection ends the wait: it may be to another agent.
 func (s *session) idle(d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
+	var fresh <-chan struct{}
+	if s.remote.links != nil {
+		fresh = s.remote.links.fresh
+	}
 	select {
 	case <-timer.C:
+		return true
+	case <-fresh:
+		s.mu.Lock()
+		s.tries()
+		s.mu.Unlock()
 		return true
 	case <-s.ctx.Done():
 		return false
