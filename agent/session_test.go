@@ -51,7 +51,10 @@ func newNetwork() *network {
 
 func (n *network) dialer() flowctl.Option {
 	return flowctl.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-		conn, err := n.listener.DialContext(ctx)
+		n.mu.Lock()
+		listener := n.listener
+		n.mu.Unlock()
+		conn, err := listener.DialContext(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -837,6 +840,7 @@ func TestChecksOnNewConnections(t *testing.T) {
 				for i := range 6000 {
 					if i%2000 == 1500 && options == nil {
 						a.cut()
+						synctest.Wait() // a check that is under way goes on by the next connection
 					}
 					flow := client.Start(t.Context(), "point", flowctl.Params{OnUnreachable: flowctl.FailClosed})
 					if flow.Decision() == flowctl.Accepted {
