@@ -14,15 +14,20 @@ MAKEFLAGS += --warn-undefined-variables --no-builtin-rules --no-print-directory
 # also be those that the others are tested with.
 export GOWORK := off
 
+# When a process exits, the race detector waits for a second for races in goroutines that are left. Tests leave none,
+# and there are many processes.
+export GORACE ?= atexit_sleep_ms=10
+
 # Every module but the tools.
 MODULES := $(filter-out tools tools/%,$(patsubst %/,%,$(dir $(wildcard go.mod */go.mod */*/go.mod))))
 
 TOOL := go tool -modfile='$(CURDIR)/tools/go.mod'
 BUF := go tool -modfile='$(CURDIR)/tools/buf/go.mod' buf
 
-# To be set on the command line: `make test RACE=`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make attack ATTACK=3s`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
+# To be set on the command line: `make test RACE=`, `make test-long LONG=Memory`, `make fuzz FUZZTIME=10m`, `make soak SOAK=1h`, `make attack ATTACK=3s`, `make bench BENCHFLAGS="-rounds 9"`, `make load LOAD=30`.
 RACE ?= -race
 TESTFLAGS ?=
+LONG ?= .
 PACKAGES32 ?= ./...
 FUZZTIME ?= 20s
 SOAK ?= 10m
@@ -63,27 +68,27 @@ test: racedetector ## Run the tests of all modules, the race detector on
 
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
-	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),$(RACE)),$(filter-out $(EXAMPLES),$(MODULES)))
 	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
 
 # Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
 # for leases to run out, or for servers to find each other.
 .PHONY: test-fleet
 test-fleet: racedetector ## Run the tests that need Redis servers, which they start, stop and kill
-	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET),-parallel 8),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET),$(RACE) -parallel 8),$(filter-out $(EXAMPLES),$(MODULES)))
 
-# $(call test-named,PATTERN,FLAGS) runs the tests of a module whose names match. Only packages that have such tests are linked.
-define test-named
-packages=$$(go list -f '{{.Dir}}' ./... | while read -r dir; do \
-	! grep -qs 'func $(patsubst ^%,%,$(1))' "$$dir"/*_test.go || echo "$$dir"; \
-done); \
-[ -z "$$packages" ] || go test $(RACE) -shuffle=on $(2) -run '$(1)' $(TESTFLAGS) $$packages
-endef
+# $(call test-named,NAMES,FLAGS) runs the tests whose names match NAMES, an extended regular expression. Only packages
+# that have such tests are linked.
+test-named = packages=$$(go list -f '{{.Dir}}' ./... | grep -v /examples/ | while read -r dir; do \
+		names=$$(sed -n 's/^func \([A-Z][A-Za-z0-9_]*\)(.*/\1/p' "$$dir"/*_test.go 2>/dev/null || true); \
+		! grep -qE '$(1)' <<<"$$names" || echo "$$dir"; \
+	done); \
+	[ -z "$$packages" ] || go test -shuffle=on -run '$(1)' $(2) $(TESTFLAGS) $$packages
 
 # Tests that do one thing very often do it less often under the race detector.
 .PHONY: test-long
-test-long: ## Run the tests of the root module in full, without the race detector
-	go test -shuffle=on -skip '$(PROCESS)|$(FLEET)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/)
+test-long: ## Run the tests that match LONG in full, without the race detector
+	@$(call in-modules,go test in full,$(call test-named,$(LONG),-skip '$(PROCESS)|$(FLEET)'),. policy/difftest)
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector
@@ -114,16 +119,15 @@ test32: ## Run PACKAGES32 of the root module with ints of 32 bits, where this ma
 .PHONY: lint
 lint: ## Run the linters, and check formatting and go.mod files
 	@$(call in-modules,golangci-lint,$(TOOL) golangci-lint run --config='$(CURDIR)/.golangci.yml' ./...)
-	@$(call in-modules,go vet,go vet ./...)
 	@$(call in-modules,go vet for 32 bits,$(vet-32))
 	@$(call in-modules,go mod tidy,go mod tidy -diff)
 	@$(call in-modules,go mod verify,go mod verify)
 	cd api && $(BUF) lint
 	cd api && $(BUF) format --diff --exit-code
 
-# Types are of the same size on 386 and arm. So vet finds for arm what it finds
-# for 386, except in packages that have other files there. Without them, nothing
-# is compiled for arm.
+# golangci-lint has vet's analyzers for this machine. Types are of the same size
+# on 386 and arm. So vet finds for arm what it finds for 386, except in packages
+# that have other files there. Without them, nothing is compiled for arm.
 define vet-32
 export GOOS=linux CGO_ENABLED=0 && \
 files() { GOARCH=$$1 go list -f '{{.ImportPath}} {{.GoFiles}} {{.SFiles}} {{.TestGoFiles}} {{.XTestGoFiles}}' ./... | sort; } && \

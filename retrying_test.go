@@ -702,7 +702,7 @@ func TestRetryingJitterFitsTheDeadline(t *testing.T) {
 				policy := tt.policy
 				policy.Attempts, policy.Budget = 2, -1
 				client := headgate.Retrying(agent.Client, policy)
-				for range 25 {
+				for range race.Pick(10, 25) {
 					before, began := agent.Asked(), time.Now()
 					ctx, cancel := context.WithTimeout(t.Context(), tt.deadline)
 					_, err := headgate.Guard(client, point, flowctl.Params{}, work, nil)(ctx)

@@ -51,9 +51,10 @@ func serve(t testing.TB, policies []policy.Policy) *served {
 }
 
 // client is a client of the toolkit's.
-func (s *served) client(t testing.TB) *flowctl.Client {
+func (s *served) client(t testing.TB, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
-	c, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithDialOptions(s.dialer))
+	opts = append(opts, flowctl.WithInsecure(), flowctl.WithDialOptions(s.dialer))
+	c, err := flowctl.Dial("passthrough:///localhost", opts...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -374,7 +374,7 @@ func TestSlotsInDryRunRejectNoFlow(t *testing.T) {
 			t.Errorf("Warnings() = %q", warning)
 		}
 	}
-	client := s.client(t)
+	client := s.client(t, flowctl.WithEndTimeout(time.Minute))
 	for _, user := range []string{"a", strings.Repeat("u", 256)} {
 		flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}, CheckTimeout: time.Minute})
 		if flow.Decision() != flowctl.Accepted {

@@ -62,7 +62,7 @@ func TestRefusedCallsLeaveNoMemory(t *testing.T) {
 				return m.HeapAlloc, m.TotalAlloc
 			}
 			calls(100)
-			n := race.Pick(2000, 5000)
+			n := race.Pick(1200, 5000)
 			before, allocatedBefore := heap()
 			begin := time.Now()
 			calls(n)

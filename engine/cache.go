@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -40,10 +41,13 @@ func (e *Engine) newCaches() {
 
 // A memoryCache is bounded by the number of its values, and by their bytes.
 type memoryCache struct {
-	entries *otter.Cache[cacheKey, cached]
-	unit    int64 // of weights, in bytes
+	entries atomic.Pointer[otter.Cache[cacheKey, cached]] // nil until a value is stored: it has a goroutine that wakes every second
+	unit    int64                                         // of weights, in bytes
 	limit   uint32
 	floor   uint32
+
+	mu     sync.Mutex // held while entries are made or closed
+	closed bool
 
 	cacheCounts
 }
@@ -69,15 +73,31 @@ func newMemoryCache(entries int, size int64) *memoryCache {
 	const most = 1 << 31
 	unit := (size-1)/most + 1
 	limit := size / unit
-	c := &memoryCache{unit: unit, limit: uint32(limit), floor: uint32(max((limit-1)/int64(entries)+1, 1))}
-	c.entries = otter.Must(&otter.Options[cacheKey, cached]{
-		MaximumWeight: uint64(limit),
+	return &memoryCache{unit: unit, limit: uint32(limit), floor: uint32(max((limit-1)/int64(entries)+1, 1))}
+}
+
+// open returns the entries, and makes them if there are none.
+func (c *memoryCache) open() *otter.Cache[cacheKey, cached] {
+	if entries := c.entries.Load(); entries != nil {
+		return entries
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if entries := c.entries.Load(); entries != nil {
+		return entries
+	}
+	entries := otter.Must(&otter.Options[cacheKey, cached]{
+		MaximumWeight: uint64(c.limit),
 		Weigher:       func(k cacheKey, v cached) uint32 { return c.weight(k, v.value) },
 		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[cacheKey, cached]) time.Duration {
 			return e.Value.ttl
 		}),
 	})
-	return c
+	if c.closed {
+		entries.StopAllGoroutines()
+	}
+	c.entries.Store(entries)
+	return entries
 }
 
 func (c *memoryCache) weight(k cacheKey, value []byte) uint32 {
@@ -94,7 +114,11 @@ var (
 // must have room for the value, which is not copied: callers with a room do not change it, and many may hold it for
 // long.
 func (c *memoryCache) lookup(k cacheKey, room func(size int) bool) agentapi.CacheAnswer {
-	v, ok := c.entries.GetIfPresent(k)
+	var v cached
+	ok := false
+	if entries := c.entries.Load(); entries != nil {
+		v, ok = entries.GetIfPresent(k)
+	}
 	if !ok {
 		c.misses.Add(1)
 		return agentapi.CacheAnswer{}
@@ -123,7 +147,7 @@ func (c *memoryCache) store(_ context.Context, k cacheKey, value []byte, ttl tim
 		ttl = maxTTL
 	}
 	k = cacheKey{strings.Clone(k.controlPoint), strings.Clone(k.key)} // they may be pieces of something large
-	c.entries.Set(k, cached{value: bytes.Clone(value), ttl: ttl})
+	c.open().Set(k, cached{value: bytes.Clone(value), ttl: ttl})
 	c.stores.Add(1)
 	return nil
 }
@@ -132,15 +156,27 @@ func (c *memoryCache) remove(_ context.Context, k cacheKey) error {
 	if k.key == "" {
 		return errNoCacheKey
 	}
-	c.entries.Invalidate(k)
+	if entries := c.entries.Load(); entries != nil {
+		entries.Invalidate(k)
+	}
 	c.deletes.Add(1)
 	return nil
 }
 
-func (c *memoryCache) close() { c.entries.StopAllGoroutines() }
+// close ends the cache's goroutine. Its values stay.
+func (c *memoryCache) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	if entries := c.entries.Load(); entries != nil {
+		entries.StopAllGoroutines()
+	}
+}
 
 func (c *memoryCache) stats() CacheStats {
 	s := c.cacheCounts.stats()
-	s.Entries = c.entries.EstimatedSize()
+	if entries := c.entries.Load(); entries != nil {
+		s.Entries = entries.EstimatedSize()
+	}
 	return s
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"fmt"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,6 +39,38 @@ func TestCacheTTL(t *testing.T) {
 	})
 }
 
+// A cache without values has no goroutine, which would wake the process every second. One that is closed gets none by a
+// late value, which it keeps.
+func TestCacheGoroutine(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("closed=%v", closed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newMemoryCache(100, 1<<20)
+				k := cacheKey{"point", "key"}
+				if c.lookup(k, nil).Hit || c.remove(t.Context(), k) != nil {
+					t.Error("an empty cache has a value")
+				}
+				if c.entries.Load() != nil {
+					t.Error("the library's cache is made before there is a value")
+				}
+				if closed {
+					c.close()
+				}
+				if err := c.store(t.Context(), k, []byte("v"), 0); err != nil || !c.lookup(k, nil).Hit {
+					t.Errorf("the value is not kept: %v", err)
+				}
+				if err := c.remove(t.Context(), k); err != nil || c.lookup(k, nil).Hit {
+					t.Errorf("the value is kept: %v", err)
+				}
+				if !closed {
+					c.close()
+				}
+				// The bubble fails if a goroutine is left.
+			})
+		})
+	}
+}
+
 // However the two bounds go together, there are not more entries than there may be.
 func TestCacheEntries(t *testing.T) {
 	for _, row := range []struct {
@@ -50,8 +83,8 @@ func TestCacheEntries(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		c.entries.CleanUp()
-		if got := c.entries.EstimatedSize(); got > row.entries {
+		c.open().CleanUp()
+		if got := c.open().EstimatedSize(); got > row.entries {
 			t.Errorf("%d entries in a cache of %d and %d bytes", got, row.entries, row.bytes)
 		}
 		c.close()
@@ -66,7 +99,7 @@ func TestCacheCopiesKeys(t *testing.T) {
 	if err := c.store(t.Context(), cacheKey{point, key}, []byte("value"), 0); err != nil {
 		t.Fatal(err)
 	}
-	for kept := range c.entries.Keys() {
+	for kept := range c.open().Keys() {
 		if unsafe.StringData(kept.key) == unsafe.StringData(key) || unsafe.StringData(kept.controlPoint) == unsafe.StringData(point) {
 			t.Error("the cache keeps its caller's strings")
 		}

@@ -48,7 +48,7 @@ func TestStatsEncodeAsJSON(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for i := range race.Pick(15, 50) {
+			for i := range race.Pick(10, 50) {
 				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{
 					"tokens": []string{"1", "0", "1e308", "5e-324", "-1"}[i%5], "user": "u", "priority": "1e300",
 				}})

@@ -171,7 +171,7 @@ func TestLoadSchedulerClosedLoop(t *testing.T) {
 				}
 			})
 		}
-		for i := range race.Pick(4, 20) {
+		for i := range race.Pick(2, 20) {
 			ran.Store(0)
 			<-time.After(10 * time.Minute)
 			if ran.Load() == 0 {

@@ -21,7 +21,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// openEngine is an engine of one policy whose caches do not tick.
+// openEngine is an engine of one policy.
 func openEngine(t *testing.T, components ...policy.Component) *Engine {
 	t.Helper()
 	e, err := New([]policy.Policy{{Name: "p", Components: components}})
@@ -29,8 +29,6 @@ func openEngine(t *testing.T, components ...policy.Component) *Engine {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = e.Close() })
-	e.results.close()
-	e.globals.close()
 	return e
 }
 

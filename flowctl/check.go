@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
@@ -38,6 +39,7 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
+	number uint64                  // in the session; 0: it has none
 	stay   *stay                   // at the agent, whose slots last as long as the session; nil if the flow has none
 	slots  int                     // those
 	cancel context.CancelCauseFunc // of the flow's context; nil if nothing cancels it
@@ -45,7 +47,10 @@ type check struct {
 	late bool // the caller's context had ended; the answer only says what to give back
 
 	ctx      context.Context // of the call
+	detached detachedContext // above ctx, if the caller's can end
 	named    sessionContext  // ctx, if the caller has no metadata to send
+	end      context.CancelFunc
+	unhook   func() bool // after it, the end of the caller's context does not end the call; nil: it never does
 	codec    grpc.ForceCodecV2CallOption
 	repeated int                           // elements that the answer may repeat of the question
 	limit    grpc.MaxRecvMsgSizeCallOption // of the answer; 0: the connection's own, for one with cached values
@@ -65,12 +70,13 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 		return errBreakerOpen
 	}
 	c := &check{remote: r, start: start, seen: seen}
+	call := c.outlast(ctx, req.Timeout)
+	defer c.release()
 	if r.session != nil {
-		r.session.begins(start)
+		r.session.await(call)
+		c.number = r.session.begins(start)
 		defer r.session.ends()
 	}
-	call, release := outlast(ctx, req.Timeout)
-	defer release()
 	if silence := req.Silence(); silence > 0 {
 		var leave func()
 		call, leave = r.vigil.attend(call, silence)
@@ -83,6 +89,9 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 			err = silent
 		}
 		r.failed(ctx, call, err, c)
+		if c.number != 0 && !refused(status.Code(err)) {
+			r.session.giveUp(c.number) // the agent may have admitted the flow all the same
+		}
 		return err
 	}
 	r.answered()
@@ -114,31 +123,51 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 // can lose the answer to a flow that leaves a queue at that moment.
 const abandonAfter = defaultCheckTimeout
 
-// outlast makes the context of a call for a caller. It ends abandonAfter later than the caller's, and at the latest
+// outlast makes the context of the call for a caller. It ends abandonAfter later than the caller's, and at the latest
 // after the timeout, if that is positive. Its Deadline is the caller's if that is earlier, because the agent gets it.
-// The function frees what the context has.
-func outlast(caller context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
-	limit := func(ctx context.Context) (context.Context, context.CancelFunc) {
-		if timeout > 0 {
-			return context.WithTimeout(ctx, timeout)
-		}
-		return context.WithCancel(ctx)
+// Call release when the call has ended.
+func (c *check) outlast(caller context.Context, timeout time.Duration) context.Context {
+	parent, ends := caller, caller.Done() != nil
+	if ends {
+		c.detached.Context = caller
+		parent = &c.detached
 	}
-	if caller.Done() == nil {
-		return limit(caller)
+	var call context.Context
+	if timeout > 0 {
+		call, c.end = context.WithTimeout(parent, timeout)
+	} else {
+		call, c.end = context.WithCancel(parent)
 	}
-	call, cancel := limit(context.WithoutCancel(caller))
-	stop := context.AfterFunc(caller, func() { time.AfterFunc(abandonAfter, cancel) })
+	if !ends {
+		return call
+	}
+	if timeout <= 0 || timeout > abandonAfter { // else the call ends by then anyway
+		end := c.end
+		c.unhook = context.AfterFunc(caller, func() { time.AfterFunc(abandonAfter, end) })
+	}
 	if deadline, ok := caller.Deadline(); ok {
 		if own, ok := call.Deadline(); !ok || deadline.Before(own) {
 			call = &toldContext{call, deadline}
 		}
 	}
-	return call, func() {
-		stop()
-		cancel()
-	}
+	return call
 }
+
+// release frees what the call's context has.
+func (c *check) release() {
+	if c.unhook != nil {
+		c.unhook()
+	}
+	c.end()
+}
+
+// A detachedContext has the values of a context, and never ends. It is [context.WithoutCancel] as a part of a check, so
+// that a check allocates nothing for it.
+type detachedContext struct{ context.Context }
+
+func (*detachedContext) Deadline() (time.Time, bool) { return time.Time{}, false }
+func (*detachedContext) Done() <-chan struct{}       { return nil }
+func (*detachedContext) Err() error                  { return nil }
 
 // A toldContext has a deadline that is for the agent alone.
 type toldContext struct {
@@ -184,6 +213,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {
 		m := wire.Request(req)
+		m.SessionCheck = c.number
 		if req.Lookup() == nil {
 			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // the answer repeats the labels for telemetry, keys twice
 		}
@@ -193,6 +223,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 		return clipError(c.remote.conn.Invoke(c.ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
 	}
 	m := wire.HTTPRequest(req)
+	m.SessionCheck = c.number
 	c.http = new(checkhttpv1.CheckHTTPResponse)
 	// The answer has its check response twice, once in base64, and the labels in a header.
 	c.limit.MaxRecvMsgSize = maxAnswer + 5*(textSize(m.GetRequest().GetHeaders())+textSize(m.GetLabels()))
@@ -285,4 +316,6 @@ func (c *check) Unmarshal(data mem.BufferSlice, v any) error {
 	return err
 }
 
-func (c *check) Name() string { return c.remote.codec.Name() }
+// Name is empty, so that the content type is application/grpc, as gRPC's own clients have it. Agents take that for
+// Protocol Buffers.
+func (c *check) Name() string { return "" }

@@ -31,7 +31,7 @@ func TestDryRunIsSaid(t *testing.T) {
 			"HTTP":   {HTTP: &flowctl.HTTPRequest{Method: "GET"}},
 		} {
 			agent := flowtest.NewAgent(t)
-			opts := []flowctl.Option{flowctl.WithLabels(map[string]string{"d": "v"})}
+			opts := []flowctl.Option{flowctl.WithLabels(map[string]string{"d": "v"}), flowctl.WithCheckTimeout(time.Minute)}
 			if dry {
 				opts = append(opts, flowctl.WithDryRun())
 			}

@@ -11,3 +11,10 @@ func TestFlowFitsItsSizeClass(t *testing.T) {
 		t.Errorf("a flow has %d bytes want at most 176", got)
 	}
 }
+
+// So does a check: after 768 bytes the next size class is 896.
+func TestCheckFitsItsSizeClass(t *testing.T) {
+	if got := reflect.TypeFor[check]().Size(); got > 768 {
+		t.Errorf("a check has %d bytes want at most 768", got)
+	}
+}

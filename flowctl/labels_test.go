@@ -36,16 +36,17 @@ func TestLabelsOfPeers(t *testing.T) {
 		{"too large ones of the transport", numbered("t", 300, large), nil, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			var header strings.Builder
+			header.WriteString("bs=small")
+			for key, value := range tt.baggage {
+				header.WriteString("," + key + "=" + value)
+			}
 			sides.Setup{
 				Options: []flowctl.Option{flowctl.WithCheckTimeout(time.Minute), flowctl.WithBaggage()},
 			}.Over(t, sides.All, func(t *testing.T, side *sides.Side) {
 				transport := maps.Clone(tt.transport)
 				transport["ts"] = "small"
-				header := "bs=small"
-				for key, value := range tt.baggage {
-					header += "," + key + "=" + value
-				}
-				ctx := w3cbaggage.With(labels.WithTransport(t.Context(), transport), header)
+				ctx := w3cbaggage.With(labels.WithTransport(t.Context(), transport), header.String())
 				flow := side.Client.Start(ctx, "point", flowctl.Params{Labels: map[string]string{"own": "1"}})
 				if tt.invalid {
 					if flow.Decision() != flowctl.Invalid || flow.ShouldRun() || !strings.Contains(fmt.Sprint(flow.Err()), "peers") {

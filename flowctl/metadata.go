@@ -33,12 +33,13 @@ type sessionContext struct {
 	sent context.Context // has the metadata
 }
 
-// Value finds the metadata where the caller's context has none. It has none, or the context would be another one.
+// Value finds the metadata, and then what the caller's context has. It has no metadata, or the context would be another
+// one.
 func (c *sessionContext) Value(key any) any {
-	if v := c.Context.Value(key); v != nil {
+	if v := c.sent.Value(key); v != nil {
 		return v
 	}
-	return c.sent.Value(key)
+	return c.Context.Value(key)
 }
 
 // sendableWith is sendable for a check, which is part of the session. Room is for the context.

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net/netip"
+	"path"
 	"strings"
 	"testing"
 	"time"
@@ -140,5 +142,31 @@ func TestStrangersAPIKey(t *testing.T) {
 				t.Errorf("the keys %s were sent", got)
 			}
 		})
+	}
+}
+
+// Checks have the content type of gRPC's own clients, which every server and proxy knows.
+func TestContentType(t *testing.T) {
+	e, err := engine.New(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	var sent []string
+	server := grpc.NewServer(append(agent.ServerOptions(),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			sent = append(sent, fmt.Sprint(path.Base(info.FullMethod), metadata.ValueFromIncomingContext(ctx, "content-type")))
+			return handle(ctx, req)
+		}))...)
+	agent.Register(server, e)
+	client := sides.Dial(t, server, flowctl.WithCheckTimeout(time.Minute), flowctl.WithoutTelemetry())
+	http := &flowctl.HTTPRequest{Method: "GET", Path: "/", Source: netip.MustParseAddrPort("192.0.2.1:1")}
+	for _, params := range []flowctl.Params{{}, {HTTP: http}} {
+		if got := client.Start(t.Context(), "point", params); got.Decision() != flowctl.Accepted {
+			t.Errorf("%s: %v", got.Decision(), got.Err())
+		}
+	}
+	if got := fmt.Sprint(sent); got != "[Check[application/grpc] CheckHTTP[application/grpc]]" {
+		t.Errorf("the content types %s were sent", got)
 	}
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -433,7 +434,7 @@ func TestF4FlowsLeaveNoGoroutines(t *testing.T) {
 		client.Start(ctx, "point", flowctl.Params{}).EndWith(nil)
 		synctest.Wait()
 		before := runtime.NumGoroutine()
-		for range 1000 {
+		for range race.Pick(300, 1000) {
 			flow := client.Start(ctx, "point", flowctl.Params{})
 			// What the work derives must not cost a goroutine either, although the flow's context is of a type of its
 			// own.
@@ -445,7 +446,7 @@ func TestF4FlowsLeaveNoGoroutines(t *testing.T) {
 		}
 		synctest.Wait()
 		if after := runtime.NumGoroutine(); after > before+100 { // the process has others, which come and go
-			t.Errorf("%d goroutines after a thousand flows want %d", after, before)
+			t.Errorf("%d goroutines after hundreds of flows want %d", after, before)
 		}
 	})
 }

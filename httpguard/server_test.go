@@ -309,7 +309,7 @@ func TestA16UploadsAreNotBuffered(t *testing.T) {
 func TestServerManyRequests(t *testing.T) {
 	const inFlight = 64
 	overServers(t, inFlight, func(t *testing.T, s slots, serve func(http.Handler) *httptest.Server) {
-		requests := race.Pick(3*inFlight, 10_000)
+		requests := race.Pick(2*inFlight, 10_000)
 		if strings.Contains(t.Name(), "HTTP/2.0") {
 			requests = max(requests/10, 2*inFlight) // whose encryption takes most of the time
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -45,10 +46,7 @@ func TestMutations(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatalf("testdata: %v, %v", files, err)
 	}
-	const (
-		characters = "[]{}:,-#'\"\n\t 0a&*!|>?%@`~."
-		perFile    = 150
-	)
+	const characters = "[]{}:,-#'\"\n\t 0a&*!|>?%@`~."
 	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same each time
 	compared, faults := 0, map[string]int{}
 	for _, file := range files {
@@ -59,7 +57,7 @@ func TestMutations(t *testing.T) {
 		if problem := disagreement(file, data); problem != "" {
 			t.Errorf("%s: %s", file, problem)
 		}
-		for range perFile {
+		for range race.Pick(30, 150) {
 			at, c := random.IntN(len(data)), characters[random.IntN(len(characters))]
 			mutated := bytes.Clone(data)
 			switch random.IntN(3) {

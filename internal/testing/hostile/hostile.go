@@ -211,9 +211,12 @@ func bombs() []bomb {
 		return protowire.AppendBytes(protowire.AppendTag(nil, n, protowire.BytesType), inner)
 	}
 	fill := func(size int, element []byte) []byte { return bytes.Repeat(element, size/len(element)) }
-	labels := func(size int) (m []byte) { // of CheckResponse
-		for n := uint32(0); len(m) < size-16; n++ {
-			m = append(m, entry(7, entry(1, []byte(strconv.FormatUint(uint64(n), 36))))...)
+	labels := func(size int) []byte { // of CheckResponse, without a value
+		m := make([]byte, 0, size)
+		for n := uint64(0); len(m) < size-16; n++ {
+			key := strconv.FormatUint(n, 36)
+			m = append(m, 7<<3|byte(protowire.BytesType), byte(len(key)+2), 1<<3|byte(protowire.BytesType), byte(len(key)))
+			m = append(m, key...)
 		}
 		return m
 	}
@@ -253,7 +256,7 @@ func (raw) Name() string                { return "proto" }
 // serve is an agent that keeps to HTTP/2 and gRPC, and answers every question with the same bytes.
 func serve(name string, message func() []byte) Agent {
 	return Agent{name, func(_ context.Context, conn net.Conn) {
-		s := grpc.NewServer(grpc.ForceServerCodec(raw{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		s := grpc.NewServer(grpc.WaitForHandlers(true), grpc.ForceServerCodec(raw{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 			var question []byte
 			if err := stream.RecvMsg(&question); err != nil {
 				return err
