@@ -167,7 +167,8 @@ func TestLeasedDemand(t *testing.T) {
 					t.Errorf("instance %d called %d times in %v, %+v want %v a second", i, n, lasts, c, tt.perSecond)
 				}
 			}
-			t.Logf("%.1f %% of %d flows, calls of instances: %+v, %.2f for 100 flows", 100*leased.tokens()/exact.tokens(), leased.flows, calls, 100*float64(all)/float64(leased.flows))
+			t.Logf("%.1f %% of what exact ones admit of %d flows, %.2f calls for 100 flows: %+v",
+				100*leased.tokens()/exact.tokens(), leased.flows, 100*float64(all)/float64(leased.flows), calls)
 			if leased.tokens() < tt.least*exact.tokens() {
 				t.Errorf("%v tokens taken of the %v that exact limiters give want %v %%", leased.tokens(), exact.tokens(), 100*tt.least)
 			}

@@ -193,7 +193,9 @@ func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.Limiter
 	l.counts.decision(d)
 }
 
-func (l *sharedLimiter[S]) answered(ctx context.Context, _ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
+func (l *sharedLimiter[S]) answered(ctx context.Context, _ *agentapi.Request, now int64, d *agentapi.LimiterDecision,
+	ask *shared.Ask, answer *shared.Answer, taken bool,
+) {
 	d.Remaining = answer.Left
 	wait := max(min(int64(answer.Wait), source.Century), source.Never)
 	if l.component.Slots && wait != source.Never { // the store knows when slots run out, which flows hardly ever do

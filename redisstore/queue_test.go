@@ -166,7 +166,7 @@ func TestFleetShares(t *testing.T) {
 	wg.Wait()
 	share := got["small"] / (got["small"] + got["large"]) * 100
 	t.Logf("%.2f %% of %v, %.2f calls a flow", share, got["small"]+got["large"], calls/(got["small"]+got["large"]))
-	if math.Abs(share-25) > 1 {
+	if math.Abs(share-25) > 3 { // what one is granted at the end, where a busy machine lets it ask late, is up to 32 of the 1200
 		t.Errorf("the small workload got %.1f %% want 25 %%", share)
 	}
 }

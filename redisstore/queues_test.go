@@ -38,9 +38,9 @@ func (m *member) waiting(t *testing.T, flows int) <-chan *flowctl.Flow {
 // Flows that wait in queues of several engines get what they wait for, whatever becomes of the server meanwhile.
 func TestFleetQueueFaults(t *testing.T) {
 	t.Parallel()
-	components := map[string]policy.Component{
+	components := map[string]policy.Component{ // each of two engines has a part while the server is away
 		"tokens": policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 1, Fill: 100, Interval: time.Second, LimitBy: "user"},
-		"slots":  policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Minute, LimitBy: "user"},
+		"slots":  policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 2, MaxInflight: time.Minute, LimitBy: "user"},
 	}
 	for _, tt := range []struct {
 		name  string
