@@ -37,7 +37,8 @@ type CircuitBreaker struct {
 	// share does not matter. Required unless FailureCount is set.
 	FailureRatio float64
 
-	// FailureCount opens the breaker when so many flows have failed within Window. Zero: the number does not matter. Not negative.
+	// FailureCount opens the breaker when so many flows have failed within Window. Zero: the number does not matter. Not negative, and at
+	// most 2,147,483,647, as all counts.
 	FailureCount int
 
 	// MinFlows is how many flows must have ended within Window before the breaker opens. Zero means 1. Not negative.
@@ -134,8 +135,8 @@ func (b CircuitBreaker) numbers(wrong report) {
 }
 
 func checkCount(wrong report, n int) {
-	if n < 0 {
-		wrong("", "must be a whole number from 0 up, is %d", n)
+	if n < 0 || n > maxCount {
+		wrong("", "must be a whole number from 0 to %d, is %d", maxCount, n)
 	}
 }
 
