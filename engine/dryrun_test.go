@@ -283,12 +283,15 @@ func TestDryRunRejectionNamesOneComponent(t *testing.T) {
 				components = append(components, c)
 			}
 		}
-		for _, ramp := range []bool{false, true} {
+		for _, params := range []flowctl.Params{
+			{}, {RampMode: true}, {HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/"}}, {HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/"}, RampMode: true},
+		} {
+			params.Labels = map[string]string{"user": "ann"}
 			got := make(map[sides.Kind]named)
 			for _, kind := range sides.Engines {
 				synctest.Test(t, func(t *testing.T) {
 					side := sides.Setup{Policies: sides.Policies(components...), Options: []flowctl.Option{flowctl.WithDryRun()}}.New(t, kind)
-					flow := side.Client.Start(t.Context(), "point", flowctl.Params{RampMode: ramp, Labels: map[string]string{"user": "ann"}})
+					flow := side.Client.Start(t.Context(), "point", params)
 					defer end(flow)
 					if r, ok := errors.AsType[*flowctl.RejectedError](flow.Err()); ok {
 						got[kind] = named{r.Policy(), r.Component(), r.LabelKey(), r.Reason, r.HTTPStatus}
@@ -296,7 +299,7 @@ func TestDryRunRejectionNamesOneComponent(t *testing.T) {
 				})
 			}
 			if got[sides.Served] != got[sides.Embedded] {
-				t.Errorf("components %07b, ramp mode %v: rejected by %+v want %+v as in the process", set, ramp, got[sides.Served], got[sides.Embedded])
+				t.Errorf("components %07b, %+v: rejected by %+v want %+v as in the process", set, params, got[sides.Served], got[sides.Embedded])
 			}
 		}
 	}

@@ -324,8 +324,16 @@ func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 // a rejection, as for all clients of the protocol. Of a rejection it reads what the caches had only in dry run, because
 // the flow runs then.
 func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) {
+	read(req, m, v, matchedNoRamp(m))
+}
+
+// read is Read of an answer to a flow that matched no ramp, or did.
+func read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict, noRamp bool) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		r := agentapi.Rejection{RetryAfter: Wait(m.GetWaitTime()), By: rejectedBy(m, req.DryRun())}
+		r := agentapi.Rejection{RetryAfter: Wait(m.GetWaitTime())}
+		if !noRamp || !req.DryRun() {
+			r.By = rejectedBy(m, req.DryRun())
+		}
 		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
 			r.Reason = agentapi.Reason(reason)
 		}
@@ -369,13 +377,15 @@ func Wait(d *durationpb.Duration) time.Duration {
 	return 0
 }
 
+// matchedNoRamp reports whether no component rejected the flow, because it is in ramp mode and no ramp matched it: of that an agent of
+// Headgate gives no status. In a dry run components of later stages may have dropped the flow all the same.
+func matchedNoRamp(m *checkv1.CheckResponse) bool {
+	return m.GetRejectReason() == checkv1.CheckResponse_REJECT_REASON_NO_MATCHING_RAMP && m.GetDeniedResponseStatusCode() == checkv1.StatusCode_Empty
+}
+
 // rejectedBy is the component that dropped the flow. If several of a stage did, it is the one with the longest wait, which is also the
-// answer's. In the request's dry run later stages may have dropped the flow too: the first one has rejected it. Nothing has if the flow
-// is in ramp mode and no ramp matched, of which an agent of Headgate gives no status.
+// answer's. In the request's dry run later stages may have dropped the flow too: the first one has rejected it.
 func rejectedBy(m *checkv1.CheckResponse, dryRun bool) *agentapi.Component {
-	if dryRun && m.GetRejectReason() == checkv1.CheckResponse_REJECT_REASON_NO_MATCHING_RAMP && m.GetDeniedResponseStatusCode() == checkv1.StatusCode_Empty {
-		return nil
-	}
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
 	for _, d := range m.GetLimiterDecisions() {
