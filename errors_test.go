@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -482,6 +484,111 @@ func TestTransportDeadlineIsATimeout(t *testing.T) {
 					t.Errorf("%v is no timeout", err)
 				}
 			})
+		})
+	}
+}
+
+// A nil pointer to an error is a mistake of the program that returns it, and no reason to panic: not for the methods of our errors, nor
+// for our functions that take an error.
+func TestNilErrors(t *testing.T) {
+	for _, err := range []error{
+		(*flowctl.RejectedError)(nil), (*flowctl.UnreachableError)(nil), (*httpguard.PausedError)(nil), (*httpguard.StatusError)(nil), (*policy.Error)(nil),
+	} {
+		t.Run(fmt.Sprintf("%T", err), func(t *testing.T) {
+			try := func(name string, f func()) {
+				t.Helper()
+				defer func() {
+					if p := recover(); p != nil {
+						t.Errorf("%s panics: %v", name, p)
+					}
+				}()
+				f()
+			}
+			v := reflect.ValueOf(err)
+			for i := range v.NumMethod() {
+				name, takes := v.Type().Method(i).Name, v.Method(i).Type()
+				if name == "Format" { // package fmt calls it, see below
+					continue
+				}
+				var args []reflect.Value
+				for i := range takes.NumIn() {
+					args = append(args, reflect.Zero(takes.In(i)))
+				}
+				try(name, func() { v.Method(i).Call(args) })
+			}
+			if reflect.TypeOf(err) == reflect.TypeFor[*httpguard.PausedError]() && !errors.Is(err, flowctl.ErrRejected) {
+				t.Error("it does not match ErrRejected")
+			}
+			work := func(context.Context) (int, error) { return 0, err }
+			for _, e := range []error{err, fmt.Errorf("wrapped: %w", err), errors.Join(errors.New("other"), err)} {
+				for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
+					if text := fmt.Sprintf(verb, e); strings.Contains(text, "PANIC") {
+						t.Errorf("%s prints %s", verb, text)
+					}
+				}
+				try("log/slog", func() {
+					var log bytes.Buffer
+					slog.New(slog.NewJSONHandler(&log, nil)).Info("failed", "error", e)
+					if strings.Contains(log.String(), "PANIC") || strings.Contains(log.String(), "panicked") {
+						t.Errorf("log/slog writes %s", log.String())
+					}
+				})
+				try("errors.Is and As", func() {
+					for _, target := range []error{flowctl.ErrRejected, flowctl.ErrUnreachable, flowctl.ErrClosed, flowctl.ErrInvalid, context.Canceled} {
+						_ = errors.Is(e, target)
+					}
+					_, _ = errors.AsType[*flowctl.RejectedError](e)
+				})
+				try("status.FromError", func() {
+					if s, _ := status.FromError(e); s.Code() == codes.OK {
+						t.Error("its status is OK")
+					}
+				})
+				try("Answer", func() {
+					httpguard.Answer(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/", http.NoBody), e)
+				})
+				try("IsFailure", func() { grpcguard.IsFailure(e) })
+				try("RetryAfter", func() {
+					if after, ok := fallback.RetryAfter(e); ok || after != 0 {
+						t.Errorf("RetryAfter = %v", after)
+					}
+				})
+				for name, f := range map[string]fallback.Func[int]{
+					"Error": fallback.Error[int](e), "First": fallback.First(fallback.Error[int](e), fallback.Error[int](nil)), "Value": fallback.Value(1),
+					"LastGood": new(fallback.LastGood[int]).Func, "Stale": fallback.Stale[int](time.Minute), "Rescue": func(ctx context.Context, _ error) (int, error) {
+						return fallback.Rescue(func(context.Context) (int, error) { return 0, e }, fallback.Value(1))(ctx)
+					},
+				} {
+					try("fallback."+name, func() {
+						if _, err := f(t.Context(), e); err != nil {
+							_ = err.Error()
+							_ = status.Code(err)
+						}
+					})
+				}
+				side := sides.Setup{}.New(t, sides.Embedded)
+				try("Guard", func() { _, _ = headgate.Guard(side.Client, point, flowctl.Params{}, work, nil)(t.Context()) })
+				try("Retrying", func() {
+					_, _ = headgate.Guard(headgate.Retrying(side.Client, headgate.RetryPolicy{}), point, flowctl.Params{}, work, nil)(t.Context())
+				})
+				try("Cached", func() {
+					params := flowctl.Params{ResultCacheKey: "key"}
+					_, _ = headgate.Cached(side.Client, point, params, work, nil, headgate.CachePolicy[int]{TTL: time.Hour})(t.Context())
+				})
+				try("SetError", func() {
+					flow := side.Client.Start(t.Context(), point, flowctl.Params{})
+					flow.SetError(e)
+					_, _ = flow.End(t.Context())
+				})
+				try("Transport", func() {
+					transport := httpguard.NewTransport(side.Client, point, roundTrips(func(*http.Request) (*http.Response, error) { return nil, e }))
+					_ = roundTrip(t.Context(), transport)
+				})
+				try("UnaryServerInterceptor", func() {
+					_, _ = grpcguard.UnaryServerInterceptor(side.Client, point)(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/shop/Get"},
+						func(context.Context, any) (any, error) { return nil, e })
+				})
+			}
 		})
 	}
 }

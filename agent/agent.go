@@ -62,6 +62,7 @@ type Service struct {
 	engine agentapi.Local
 	memory memory
 	spans  atomic.Uint64
+	starts starts
 	issued issued
 	asking crowd
 
@@ -100,7 +101,7 @@ func New(e *engine.Engine, opts ...ServiceOption) (*Service, error) {
 
 func newService(e *engine.Engine) *Service {
 	a := e.Agent()
-	return &Service{engine: a, memory: memory{engine: a}, sessions: newSessions(a)}
+	return &Service{engine: a, memory: memory{engine: a}, sessions: newSessions(a), starts: starts{epoch: time.Now()}}
 }
 
 // Register registers the engine's services on s, as the function [Register] does. Call it once.
@@ -205,6 +206,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, number uint6
 		req.Labels.Shared.Session = session.id
 	}
 	begin := time.Now()
+	start := s.service.starts.next(begin)
 	var v agentapi.Verdict
 	if err := s.service.engine.Check(ctx, req, &v); err != nil && ctx.Err() == nil {
 		return nil, closed(err)
@@ -218,6 +220,7 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, number uint6
 		s.service.engine.Revert(ctx, req, &v)
 		return nil, errGivenUp
 	}
+	v.Start = start
 	s.service.sessions.comesBack(&v)
 	named := s.service.engine.NamedLabels()
 	response, unnamed, ok := wire.Answer(req, &v, named, room)

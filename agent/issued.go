@@ -13,8 +13,8 @@ const maxIssued = 1 << 17
 // no more than a flow of the peer's own could.
 type issued struct {
 	mu    sync.Mutex
-	times map[int64]uint32 // how many, by Unix nanoseconds
-	order []int64          // a ring, once it is full
+	times map[int64]struct{} // in Unix nanoseconds; see starts
+	order []int64            // a ring, once it is full
 	next  int
 }
 
@@ -23,34 +23,24 @@ func (i *issued) add(start time.Time) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.times == nil {
-		i.times = make(map[int64]uint32)
+		i.times = make(map[int64]struct{})
 	}
 	if len(i.order) < maxIssued {
 		i.order = append(i.order, at)
 	} else {
-		i.drop(i.order[i.next])
+		delete(i.times, i.order[i.next])
 		i.order[i.next] = at
 		i.next = (i.next + 1) % maxIssued
 	}
-	i.times[at]++
+	i.times[at] = struct{}{}
 }
 
 // take reports whether an answer to a check of that time is remembered, and forgets it.
 func (i *issued) take(start time.Time) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return i.drop(start.UnixNano())
-}
-
-func (i *issued) drop(at int64) bool {
-	n := i.times[at]
-	switch n {
-	case 0:
-		return false
-	case 1:
-		delete(i.times, at)
-	default:
-		i.times[at] = n - 1
-	}
-	return true
+	at := start.UnixNano()
+	_, ok := i.times[at]
+	delete(i.times, at)
+	return ok
 }

@@ -97,7 +97,6 @@ func TestOutcomesOfClients(t *testing.T) {
 						_, _ = flow.End(t.Context())
 					}
 					for range tt.flows {
-						<-time.After(time.Microsecond)
 						ctx, cancel := context.WithCancel(t.Context())
 						flow := client.Start(ctx, "point", params)
 						if flow.Decision() != flowctl.Accepted || !flow.CheckResponse().GetAwaitsOutcome() {
@@ -173,6 +172,30 @@ func TestOutcomesBeforeClose(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The span of a flow says nothing of another one that began in the same moment, and is still under way.
+func TestOutcomesOfFlowsOfOneMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAgentOfSessions(t, twoFailures())
+		client := a.clientOf(t)
+		first, second := client.Start(t.Context(), "point", flowctl.Params{}), client.Start(t.Context(), "point", flowctl.Params{})
+		if a, b := first.CheckResponse().GetStart().AsTime(), second.CheckResponse().GetStart().AsTime(); !a.Before(b) {
+			t.Errorf("the flows began at %v and %v", a, b)
+		}
+		first.SetError(errors.New("failed"))
+		_, _ = first.End(t.Context())
+		<-time.After(5 * time.Second) // the span has come
+		if got := a.breaker(t).State; got != "closed" {
+			t.Errorf("the breaker is %s by one failure", got)
+		}
+		second.SetError(errors.New("failed"))
+		_, _ = second.End(t.Context())
+		synctest.Wait()
+		if got := a.breaker(t).State; got != "open" {
+			t.Errorf("the breaker is %s by two failures", got)
+		}
+	})
 }
 
 // A probe that was canceled gives its place back at once, and so does one whose caller had gone when the answer came.
@@ -396,7 +419,6 @@ func TestOutcomesOfPeers(t *testing.T) {
 				say(t, foreign, heartbeat)
 				p := peer{}
 				for range 2 {
-					<-time.After(time.Microsecond) // two flows of one time are the same to a span
 					m, err := checkv1.NewFlowControlServiceClient(conn).Check(withSession(t.Context(), sessionA, ""),
 						&checkv1.CheckRequest{ControlPoint: "point", ExpectEnd: true})
 					if err != nil || !m.GetAwaitsOutcome() || m.GetSettlementId() == 0 {

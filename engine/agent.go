@@ -71,7 +71,7 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	}
 	if v.Details != nil {
 		o.Waited = v.Details.Waited
-		if v.Details.Result.Hit && o.Ended == agentapi.EndedOK { // a hit spared the work, so the end says nothing about it
+		if v.Details.Result.Hit { // a hit spared the work, so the end says nothing about it
 			o.Ended = agentapi.EndedUnknown
 		}
 	}

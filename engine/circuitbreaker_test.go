@@ -179,7 +179,7 @@ func TestCircuitBreakerOpens(t *testing.T) {
 		{"errors of flows that are canceled then", upstream, []string{"an error, then canceled", "error", "error"}, "upstream=a", true},
 		{"statuses of flows that are canceled then", upstream, []string{"a status, then canceled", "error", "error"}, "upstream=a", true},
 		{"the caller's deadline", upstream, []string{"the caller's deadline", "error", "error"}, "upstream=a", true},
-		{"canceled flows that went well", ratio, []string{"canceled, and ok", "error", "error"}, "upstream=a", true},
+		{"canceled flows that went well", ratio, []string{"canceled, and ok", "error", "error"}, "upstream=a", false},
 		{"canceled flows whose error is no failure", ratio, []string{"canceled, and no failure", "error", "error"}, "upstream=a", false},
 		{"rejections", upstream, []string{"rejected", "rejected", "rejected"}, "upstream=a", false},
 		{"slow flows", slow, []string{"6s", "6s", "6s"}, "upstream=a", true},

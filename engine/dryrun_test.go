@@ -10,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -255,4 +256,51 @@ func TestDryRunRejection(t *testing.T) {
 			t.Errorf("%v want accepted, as without the client's dry run", flow)
 		}
 	})
+}
+
+// An error of a client's dry run names the same component at every agent, whatever else would have rejected the flow.
+func TestDryRunRejectionNamesOneComponent(t *testing.T) {
+	at := policy.At("point")
+	steps := []policy.RampStep{{Target: 0}}
+	all := []policy.Component{
+		policy.RateLimiter{ID: "rate", Selectors: at, Interval: time.Hour, LimitBy: "user", DeniedStatus: 403},
+		policy.QuotaScheduler{ID: "queue", Selectors: at, Interval: time.Minute},
+		policy.CalendarQuota{ID: "calendar", Selectors: at, Amount: 0.5, Period: policy.PeriodMonth, DeniedStatus: 403},
+		policy.Sampler{ID: "sampler", Selectors: at},
+		policy.ConcurrencyScheduler{ID: "slots", Selectors: at, MaxInflight: time.Minute},
+		policy.LoadRamp{ID: "ramp", Selectors: at, Steps: steps, Start: true},
+		policy.Sampler{ID: "sampler in ramp mode", Selectors: at, RampMode: true},
+	}
+	type named struct {
+		policy, component, label string
+		reason                   flowctl.RejectReason
+		status                   int
+	}
+	for set := 1; set < 1<<len(all); set++ {
+		var components []policy.Component
+		for i, c := range all {
+			if set&(1<<i) != 0 {
+				components = append(components, c)
+			}
+		}
+		for _, params := range []flowctl.Params{
+			{}, {RampMode: true}, {HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/"}}, {HTTP: &flowctl.HTTPRequest{Method: "GET", Path: "/"}, RampMode: true},
+		} {
+			params.Labels = map[string]string{"user": "ann"}
+			got := make(map[sides.Kind]named)
+			for _, kind := range sides.Engines {
+				synctest.Test(t, func(t *testing.T) {
+					side := sides.Setup{Policies: sides.Policies(components...), Options: []flowctl.Option{flowctl.WithDryRun()}}.New(t, kind)
+					flow := side.Client.Start(t.Context(), "point", params)
+					defer end(flow)
+					if r, ok := errors.AsType[*flowctl.RejectedError](flow.Err()); ok {
+						got[kind] = named{r.Policy(), r.Component(), r.LabelKey(), r.Reason, r.HTTPStatus}
+					}
+				})
+			}
+			if got[sides.Served] != got[sides.Embedded] {
+				t.Errorf("components %07b, %+v: rejected by %+v want %+v as in the process", set, params, got[sides.Served], got[sides.Embedded])
+			}
+		}
+	}
 }

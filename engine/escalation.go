@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"math"
+	"time"
 
 	"github.com/headgate-go/headgate/engine/internal/bucket"
 	"github.com/headgate-go/headgate/engine/internal/keys"
@@ -32,10 +33,9 @@ func (p *installed) escalate(e *Engine, when policy.Escalation, changed func()) 
 	c := p.escalation
 	from := componentName{p.named.policy, when.Load}
 	p.looks = append(p.looks, func(now int64) {
-		// The scheduler is looked up each time, because Apply may replace it and keep the limiter. What is not a number is not
-		// below.
-		switch multiplier := desired(e.rules.Load().byName[from]); {
-		case !(multiplier < when.Below):
+		// The scheduler is looked up each time, because Apply may replace it and keep the limiter.
+		switch share := lettingIn(e.rules.Load().byName[from], now); {
+		case !(share < when.Below):
 			c.below = -1
 		case c.below < 0:
 			c.below = now
@@ -80,18 +80,21 @@ func escalated(rule *bucket.Rule, when policy.Escalation, changes *bucket.Change
 	return rule
 }
 
-// desired returns the load multiplier that a load scheduler was last set to; NaN if it accepts every flow.
-func desired(p *installed) float64 {
+// lettingIn returns the share of the load that a load scheduler lets in; +Inf where that is everything. So it is while the scheduler
+// learns how much comes, at first and after a silence, and in a dry run: what keeps nobody out must not change what others do.
+func lettingIn(p *installed, now int64) float64 {
 	if p == nil {
-		return math.NaN()
+		return math.Inf(1)
 	}
 	s, ok := p.component.(*scheduler[load])
-	if !ok {
-		return math.NaN()
+	if !ok || s.component.DryRun {
+		return math.Inf(1)
 	}
 	s.single.Lock()
 	defer s.single.Unlock()
-	return s.single.State.tokens.multiplier
+	l := &s.single.State.tokens
+	l.relearn(now / int64(time.Second))
+	return (*loadRule)(nil).letIn(l)
 }
 
 // wake serves the flows that wait for tokens, at any key, after the numbers have changed.

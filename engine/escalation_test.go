@@ -20,9 +20,39 @@ func (s *multiplier) set(to float64)    { s.bits.Store(math.Float64bits(to)) }
 func (s *multiplier) signal() float64   { return math.Float64frombits(s.bits.Load()) }
 func (s *multiplier) of() engine.Option { return engine.WithSignal("share", s.signal) }
 
-// protect is the load scheduler, of which no flow has anything.
+// protect is the load scheduler, which limits no flow at the limiters' control point.
 func protect() policy.LoadScheduler {
 	return policy.LoadScheduler{ID: "protect", Selectors: policy.At("elsewhere"), LoadMultiplier: policy.Named("share")}
+}
+
+// press has flows come to load schedulers at the control points until the test ends. It returns after 40 s, when the schedulers know
+// how many come, and have been steered a moment ago.
+func press(t *testing.T, c *flowctl.Client, points ...string) {
+	t.Helper()
+	ctx := t.Context()
+	go func() {
+		for ctx.Err() == nil {
+			for _, point := range points {
+				end(c.Start(ctx, point, flowctl.Params{MaxWait: flowctl.NoWait}))
+			}
+			select {
+			case <-time.After(500 * time.Millisecond):
+			case <-ctx.Done():
+			}
+		}
+	}()
+	<-time.After(40 * time.Second)
+	synctest.Wait()
+}
+
+// pressed is press for a side, by a client in the process.
+func pressed(t *testing.T, side *sides.Side) {
+	t.Helper()
+	c, err := flowctl.New(side.Engine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	press(t, c, "elsewhere")
 }
 
 func escalation() policy.Escalation {
@@ -61,10 +91,11 @@ func TestEscalation(t *testing.T) {
 					share := new(multiplier)
 					share.set(1)
 					limit := policy.RateLimiter{Selectors: policy.At("point"), Capacity: 5, Fill: 1, Interval: time.Second, When: tt.when}
-					start := time.Now()
 					side := sides.Setup{
 						Policies: sides.Policies(limit, protect()), EngineOptions: []engine.Option{share.of()},
 					}.New(t, kind)
+					pressed(t, side)
+					start := time.Now()
 					for _, event := range tt.events {
 						<-time.After(time.Until(start.Add(event.at)))
 						if event.share != 0 {
@@ -89,13 +120,15 @@ func TestEscalationOfQueues(t *testing.T) {
 	for _, by := range []string{"", "user"} {
 		synctest.Test(t, func(t *testing.T) {
 			share := new(multiplier)
-			share.set(0.5)
-			start := time.Now()
+			share.set(1)
 			limit := policy.QuotaScheduler{
 				ID: "limit", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 20 * time.Second, LimitBy: by,
 				When: policy.Escalation{Load: "protect", Below: 1},
 			}
 			_, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+			press(t, c, "elsewhere")
+			share.set(0.5)
+			start := time.Now()
 			at := func(s float64) { <-time.After(time.Until(start.Add(time.Duration(s * float64(time.Second))))) }
 			ask := func(wait time.Duration) *flowctl.Flow {
 				return c.Start(t.Context(), "point", flowctl.Params{MaxWait: wait, Labels: map[string]string{"user": "ann"}})
@@ -126,9 +159,11 @@ func TestEscalationOfQueues(t *testing.T) {
 func TestEscalationAfterApply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		share := new(multiplier)
-		share.set(0.5)
+		share.set(1)
 		limit := policy.RateLimiter{ID: "limit", Selectors: policy.At("point"), Capacity: 5, Fill: 5, Interval: time.Second, When: escalation()}
 		e, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+		press(t, c, "elsewhere", "somewhere")
+		share.set(0.5)
 		accepted := func() bool {
 			f := c.Start(t.Context(), "point", flowctl.Params{})
 			defer end(f)
@@ -137,8 +172,8 @@ func TestEscalationAfterApply(t *testing.T) {
 		<-time.After(25*time.Second + time.Second/2)
 		replaced := protect()
 		replaced.Selectors = policy.At("somewhere")
-		apply(t, e, limit, replaced) // whose multiplier is known at 30 s
-		<-time.After(20 * time.Second)
+		apply(t, e, limit, replaced) // which accepts every flow until 57 s
+		<-time.After(55 * time.Second)
 		if !accepted() {
 			t.Error("the other numbers are in force, although there was a break")
 		}
@@ -169,10 +204,11 @@ func TestEscalationOfOverrides(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					share := new(multiplier)
 					share.set(1)
-					start := time.Now()
 					side := sides.Setup{
 						Policies: sides.Policies(limit, protect()), EngineOptions: []engine.Option{share.of(), engine.WithOverrides(host)},
 					}.New(t, kind)
+					pressed(t, side)
+					start := time.Now()
 					for _, tt := range []struct {
 						at    time.Duration
 						share float64
@@ -219,9 +255,11 @@ func TestEscalationAcrossApply(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				share := new(multiplier)
+				share.set(1)
+				e, c := reloadable(t, []policy.Component{limit(func(*policy.RateLimiter) {}), protect()}, share.of())
+				press(t, c, "elsewhere")
 				share.set(0.5)
 				start := time.Now()
-				e, _ := reloadable(t, []policy.Component{limit(func(*policy.RateLimiter) {}), protect()}, share.of())
 				at := func(s float64) { <-time.After(time.Until(start.Add(time.Duration(s * float64(time.Second))))) }
 				at(45.5)
 				peek(t, e, "limit", engine.Usage{})
@@ -253,13 +291,15 @@ func TestEscalationOfQueuesAcrossApply(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				share := new(multiplier)
-				share.set(0.5)
-				start := time.Now()
+				share.set(1)
 				limit := policy.QuotaScheduler{
 					ID: "limit", Selectors: policy.At("point"), Capacity: 1, Fill: 1, Interval: 20 * time.Second, LimitBy: "user",
 					When: policy.Escalation{Load: "protect", Below: 1},
 				}
 				e, c := reloadable(t, []policy.Component{limit, protect()}, share.of())
+				press(t, c, "elsewhere")
+				share.set(0.5)
+				start := time.Now()
 				ask := func() *flowctl.Flow {
 					return c.Start(t.Context(), "point", flowctl.Params{MaxWait: time.Minute, Labels: map[string]string{"user": "ann"}})
 				}
@@ -278,6 +318,79 @@ func TestEscalationOfQueuesAcrossApply(t *testing.T) {
 				apply(t, e, limit, protect())
 				share.set(1) // which is looked at at 20 s
 				<-done
+			})
+		})
+	}
+}
+
+// Other numbers are in force only while the load scheduler keeps flows out: not while it learns how many come, nor after a silence, nor
+// in a dry run of its own. Flows of a client in dry run count for it as any.
+func TestEscalationWhileEveryFlowIsAccepted(t *testing.T) {
+	shares := func(dry bool) policy.Component {
+		s := protect()
+		s.LoadMultiplier, s.DryRun = policy.Constant(0.5), dry
+		return s
+	}
+	aimd := func(dry bool) policy.Component {
+		return policy.AIMDLoadScheduler{
+			ID: "protect", Selectors: policy.At("elsewhere"), Signal: policy.Constant(4), Setpoint: policy.Constant(1), DryRun: dry,
+		}
+	}
+	for _, tt := range []struct {
+		name      string
+		component func(dry bool) policy.Component
+		dry       bool // the component
+		opts      []flowctl.Option
+		until     int    // flows come, in seconds
+		tokens    string // that each is
+		in        map[int]bool
+	}{
+		{"no flows", shares, false, nil, 0, "1", map[int]bool{15: false, 45: false, 90: false}},
+		{"no flows, AIMD", aimd, false, nil, 0, "1", map[int]bool{15: false, 45: false, 90: false}},
+		{"flows that are no load", shares, false, nil, 100, "0", map[int]bool{15: false, 45: false, 90: false}},
+		{"flows", shares, false, nil, 100, "1", map[int]bool{15: false, 29: false, 45: true, 90: true}},
+		{"flows, AIMD", aimd, false, nil, 100, "1", map[int]bool{15: false, 29: false, 45: true, 90: true}},
+		{"a silence", shares, false, nil, 45, "1", map[int]bool{29: false, 44: true, 78: false, 90: false}},
+		{"a silence, AIMD", aimd, false, nil, 45, "1", map[int]bool{29: false, 44: true, 78: false, 90: false}},
+		{"a dry run", shares, true, nil, 100, "1", map[int]bool{15: false, 45: false, 90: false}},
+		{"a dry run, AIMD", aimd, true, nil, 100, "1", map[int]bool{15: false, 45: false, 90: false}},
+		{"a dry run of the client", shares, false, []flowctl.Option{flowctl.WithDryRun()}, 100, "1", map[int]bool{15: false, 45: true, 90: true}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			protect := tt.component(tt.dry)
+			switch p := protect.(type) {
+			case policy.LoadScheduler:
+				p.Scheduler.TokensLabel = "tokens"
+				protect = p
+			case policy.AIMDLoadScheduler:
+				p.Scheduler.TokensLabel = "tokens"
+				protect = p
+			}
+			limit := policy.RateLimiter{
+				Selectors: policy.At("point"), Capacity: 1000, Fill: 1000, Interval: time.Second, When: policy.Escalation{Load: "protect", Below: 1},
+			}
+			sides.Setup{Policies: sides.Policies(limit, protect)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+				c, err := flowctl.New(side.Engine, tt.opts...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for second := range 100 {
+					if want, ok := tt.in[second]; ok {
+						f := side.Client.Start(t.Context(), "point", flowctl.Params{})
+						if got := f.Decision() == flowctl.Rejected; got != want {
+							t.Errorf("after %d s the other numbers are in force: %v want %v", second, got, want)
+						}
+						end(f)
+					}
+					for range 3 {
+						if second < tt.until {
+							end(c.Start(t.Context(), "elsewhere", flowctl.Params{
+								MaxWait: flowctl.NoWait, Labels: map[string]string{"tokens": tt.tokens},
+							}))
+						}
+					}
+					<-time.After(time.Second)
+				}
 			})
 		})
 	}

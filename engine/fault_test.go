@@ -59,7 +59,7 @@ func TestFaultyPolicyFiles(t *testing.T) {
 		{"wrong type", map[string]string{"bad.yaml": edit("{value: 1}", "[1]")}, "bad.yaml:11:50: " + limiter + ".in_ports.bucket_capacity.constant_signal: want a mapping, have a sequence"},
 		{"wrong type of a number", map[string]string{"bad.yaml": edit("1h", "3600")}, "bad.yaml:13:36: " + limiter + `.parameters.interval: want a duration such as "1.5s", have a number`},
 		{"unknown key", map[string]string{"bad.yaml": edit("limit_by_label_key", "limit_by_label")}, "bad.yaml:13:40: " + limiter + `.parameters.limit_by_label: unknown key; did you mean "limit_by_label_key"?`},
-		{"duplicate key", map[string]string{"bad.yaml": edit("{interval: 1h,", "{interval: 1h, interval: 1s,")}, `bad.yaml:13:40: duplicate key "interval", first at line 13`},
+		{"duplicate key", map[string]string{"bad.yaml": edit("{interval: 1h,", "{interval: 1h, interval: 1s,")}, `bad.yaml:13:40: duplicate key, first at line 13, column 26`},
 		{"duplicate names in a file", map[string]string{"bad.yaml": goodFile + "---\n" + goodFile}, `bad.yaml:17:18: metadata.name: policy "per-user" is at `},
 		{"duplicate names in two files", map[string]string{"a.yaml": goodFile, "bad.yaml": goodFile}, `bad.yaml:3:18: metadata.name: policy "per-user" is at `},
 		{"one file of several", map[string]string{"a.yaml": goodFile, "bad.yaml": edit("name: per-user", "nam: other")}, `bad.yaml:3:12: metadata.nam: unknown key; did you mean "name"?`},

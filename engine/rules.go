@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/components"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -250,12 +251,12 @@ func (e *Engine) compile(policies []policy.Policy) (*rules, error) {
 	}
 	r := &rules{controlPoints: make(map[string]*controlPoint), sinks: make(map[string][]latencySink), named: make(map[string]bool)}
 	r.warnings.shared = e.store != nil
-	components := 0
+	most := 0
 	for _, p := range policies {
-		components += len(p.Components)
+		most += len(p.Components)
 	}
-	r.installed = make([]*installed, 0, components)
-	r.byName = make(map[componentName]*installed, components)
+	r.installed = make([]*installed, 0, most)
+	r.byName = make(map[componentName]*installed, most)
 	var errs []error
 	names := make(map[string]bool, len(policies))
 	for _, p := range policies {
@@ -275,6 +276,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		return err
 	}
 	r.warnings.unused = append(r.warnings.unused, p.Warnings...)
+	unread := maps.Clone(p.Labels)
 	for i, d := range p.Describe() {
 		c, _ := d.Component.(policy.Component)
 		kind := kinds[d.Kind]
@@ -295,7 +297,9 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 			return fmt.Errorf("policy %q: components[%d]: %w", p.Name, i, err)
 		}
 		from := len(r.warnings.waits)
-		kind.look(&r.warnings, fmt.Sprintf("policy %q: component %q", p.Name, d.ID), c)
+		of := fmt.Sprintf("policy %q: component %q", p.Name, d.ID)
+		kind.look(&r.warnings, of, c)
+		r.warnings.conditions(of, "", reflect.ValueOf(c))
 		for i := range r.warnings.waits[from:] {
 			r.warnings.waits[from+i].by = built.component
 		}
@@ -305,6 +309,11 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		for at, sinks := range built.sinks {
 			r.sinks[at] = append(r.sinks[at], sinks...)
 		}
+		d.Names(func(_ components.Role, name string) { delete(unread, name) })
+	}
+	for name, of := range unread {
+		r.warnings.missing = append(r.warnings.missing, missing{components.LimitsBy, fmt.Sprintf(
+			"policy %q: no component reads %q, which is a name of the policy's for the label %q", p.Name, name, of)})
 	}
 	return nil
 }

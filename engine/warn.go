@@ -16,10 +16,11 @@ import (
 
 // Warnings lists what the policies in force say that an operator is unlikely to want. The most important come first:
 //
-//   - limits that no flow can ever meet, and circuit breakers that a single flow opens,
+//   - limits that no flow can ever meet, circuit breakers that a single flow opens, and expressions that never hold,
 //   - quota schedulers that are to lease tokens from a store: they ask it for each flow,
 //   - control points with odd names, such as "search]", which hardly any flow has,
-//   - labels that do not arrive or have odd names, in the order of what components read them for,
+//   - labels that do not arrive or have odd names, in the order of what components read them for, and names of a policy's for labels
+//     that no component of it reads,
 //   - selectors that have picked no flow, although their control points had some,
 //   - waits that are longer than the check timeout of a client that has not been closed, or than the MaxWait of a flow that came
 //     to the queue,
@@ -178,4 +179,51 @@ func workloadsOf(of string, p *policy.Scheduler, each func(named string, p polic
 		each(fmt.Sprintf("%s: workload %q", of, cmp.Or(class.Name, strconv.Itoa(i))), class.WorkloadParameters)
 	}
 	each(of+`: workload "default"`, p.Default)
+}
+
+// conditions warns of expressions that never hold, because their parts are missing: what they select is nothing.
+func (w *warnings) conditions(of, at string, v reflect.Value) {
+	switch v.Kind() { //nolint:exhaustive // the others hold no conditions
+	case reflect.Interface, reflect.Pointer:
+		if !v.IsNil() {
+			w.conditions(of, at, v.Elem())
+		}
+	case reflect.Slice:
+		for i := range v.Len() {
+			w.conditions(of, at+"["+strconv.Itoa(i)+"]", v.Index(i))
+		}
+	case reflect.Struct:
+		if m, ok := reflect.TypeAssert[policy.LabelMatcher](v); ok {
+			if always(m.Expression) == no {
+				w.impossible = append(w.impossible, fmt.Sprintf(
+					"%s: %s.Expression holds for no flow: an any without parts is false, and an all without parts is true", of, at))
+			}
+			return
+		}
+		for i := range v.NumField() {
+			w.conditions(of, strings.TrimPrefix(at+"."+v.Type().Field(i).Name, "."), v.Field(i))
+		}
+	}
+}
+
+// always is what an expression is for every flow; unknown where that depends on the flow.
+func always(e policy.Expression) truth {
+	switch e := e.(type) {
+	case policy.Not:
+		return yes - always(e.Of)
+	case policy.All:
+		least := yes
+		for _, part := range e {
+			least = min(least, always(part))
+		}
+		return least
+	case policy.Any:
+		most := no
+		for _, part := range e {
+			most = max(most, always(part))
+		}
+		return most
+	default:
+		return unknown
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
@@ -55,6 +56,11 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		b := policy.CircuitBreaker{ID: "x", Selectors: at, Window: time.Minute, OpenDuration: time.Minute}
 		f(&b)
 		return b
+	}
+	where := func(e policy.Expression) policy.Component {
+		return policy.RateLimiter{
+			ID: "x", Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: e}}}, Interval: time.Second,
+		}
 	}
 	for _, tt := range []struct {
 		name   string
@@ -112,6 +118,17 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"a breaker that two failures open", breaker(func(b *policy.CircuitBreaker) { b.FailureCount = 2 }), "", "", 2},
 		{"a breaker that one failure opens, and that lets all pass", breaker(func(b *policy.CircuitBreaker) { b.FailureCount, b.PassThrough = 1, true }), "", "", 2},
 		{"a sampler of nothing, which refuses", policy.Sampler{ID: "x", Selectors: at}, "", "", 0},
+		{"an any without parts", where(policy.Any{}), "", `Selectors[0].Labels.Expression holds for no flow: an any without parts is false`, 2},
+		{"a not of an all without parts", where(policy.Not{Of: policy.All{}}), "", "Selectors[0].Labels.Expression holds for no flow", 2},
+		{"an all with an any without parts", where(policy.All{policy.LabelExists("job"), policy.Any{}}), "", "Selectors[0].Labels.Expression holds for no flow", 2},
+		{"an all without parts", where(policy.All{}), "", "", 0},
+		{"an any with parts", where(policy.Any{policy.Any{}, policy.LabelExists("job")}), "job=heavy", "", 0},
+		{"a workload of an any without parts", quota(9, 9, func(s *policy.Scheduler) {
+			s.Workloads = []policy.Workload{{Name: "none", Labels: policy.LabelMatcher{Expression: policy.Any{}}}}
+		}), "", "Scheduler.Workloads[0].Labels.Expression holds for no flow", 2},
+		{"a latency of an any without parts", policy.LoadScheduler{ID: "x", Selectors: at, LoadMultiplier: policy.MeanLatency{
+			Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: policy.Any{}}}}, Over: time.Minute,
+		}}, "", "LoadMultiplier.Selectors[0].Labels.Expression holds for no flow", 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -395,5 +412,43 @@ func TestWarningsOfClosedClients(t *testing.T) {
 		if (got == "") != (step.want == "") || !strings.Contains(got, "check timeout of "+step.want) && step.want != "" {
 			t.Errorf("client %d was closed: Warnings() = %q want a check timeout of %q", step.closes, got, step.want)
 		}
+	}
+}
+
+// A name of a policy's for a label that no component reads is warned about: it may be misspelt where a component reads it.
+func TestWarningsOfNamesThatNothingReads(t *testing.T) {
+	const warning = `policy "p": no component reads "user_typ", which is a name of the policy's for the label "http.request.header.user_type"`
+	for _, tt := range []struct {
+		name string
+		c    policy.Component
+		want []string
+	}{
+		{"misspelt", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_type"}, []string{warning}},
+		{"the label by its own name", policy.RateLimiter{
+			Selectors: policy.At("point"), Interval: time.Second, LimitBy: "http.request.header.user_type",
+		}, []string{warning}},
+		{"read", policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_typ"}, nil},
+		{"read by a pointer", &policy.RateLimiter{Selectors: policy.At("point"), Interval: time.Second, LimitBy: "user_typ"}, nil},
+		{"read by an expression", policy.RateLimiter{
+			Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: policy.Not{Of: policy.LabelExists("user_typ")}}}},
+			Interval:  time.Second,
+		}, nil},
+		{"read by a workload", policy.ConcurrencyScheduler{
+			Selectors: policy.At("point"), MaxInflight: time.Second,
+			Scheduler: policy.Scheduler{Workloads: []policy.Workload{{Labels: policy.LabelMatcher{Equal: map[string]string{"user_typ": "guest"}}}}},
+		}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e, err := engine.New([]policy.Policy{{
+				Name: "p", Labels: map[string]string{"user_typ": "http.request.header.user_type"}, Components: []policy.Component{tt.c},
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer e.Close()
+			if diff := cmp.Diff(tt.want, e.Warnings(), cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("Warnings (-want +got):\n%s", diff)
+			}
+		})
 	}
 }

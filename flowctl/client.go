@@ -347,7 +347,10 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 			return EndResponse{}, nil
 		}
 	}
-	o := agentapi.Outcome{Ended: f.ending(s)}
+	o := agentapi.Outcome{Ended: agentapi.EndedUnused}
+	if !unused {
+		o.Ended = f.ending(s)
+	}
 	if f.run && !unused {
 		if o.Costs = f.costs.Close(); o.Costs != nil {
 			o.Labels = &f.req.Labels

@@ -86,7 +86,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 // outcome is how the flow ended, as its span says it too. Of a flow that came late there is no span: it did not run.
 func (c *check) outcome(v *agentapi.Verdict, o agentapi.Outcome) *sessionv1.Outcome {
 	switch {
-	case c.late, o.Ended == agentapi.EndedUnknown, v.Details.Result.Hit:
+	case c.late, !o.Ended.Told(), v.Details.Result.Hit:
 		return &sessionv1.Outcome{Status: sessionv1.Outcome_STATUS_UNKNOWN}
 	case o.Ended == agentapi.EndedFailed:
 		return &sessionv1.Outcome{Status: sessionv1.Outcome_STATUS_ERROR}

@@ -123,8 +123,8 @@ func (c RejectCause) String() string {
 // RejectedError is the error of a flow that the agent rejected. It matches [ErrRejected].
 //
 // Its text has only what the callers of a service may know, whatever verb prints it: a gRPC handler that wraps the
-// error sends the text to its caller. The methods and LogValue have the rest, for the program alone. Error and LogValue may be
-// called on a nil pointer.
+// error sends the text to its caller. The methods and LogValue have the rest, for the program alone. They may be called on a nil
+// pointer.
 type RejectedError struct {
 	ControlPoint string
 	Reason       RejectReason
@@ -146,7 +146,7 @@ type rejectionDetails struct {
 
 // detailed returns what the text does not show.
 func (e *RejectedError) detailed() rejectionDetails {
-	if e.details == nil {
+	if e == nil || e.details == nil {
 		return rejectionDetails{}
 	}
 	return *e.details
@@ -204,14 +204,22 @@ func (e *RejectedError) LabelKey() string { return e.detailed().labelKey }
 // RetryAfter is how long until a retry can succeed; 0 if that is not known, or if no retry can succeed. A concurrency
 // limiter or scheduler does not know it until a flow has given a slot back. Until then, LogValue has
 // retry_after_unknown if the engine is in this process.
-func (e *RejectedError) RetryAfter() time.Duration { return e.retryAfter }
+func (e *RejectedError) RetryAfter() time.Duration {
+	if e == nil {
+		return 0
+	}
+	return e.retryAfter
+}
 
 // WithRetryAfter returns a copy of the error whose RetryAfter is the given time. It is for programs that make such errors
 // themselves, for example to test a fallback.
 func (e *RejectedError) WithRetryAfter(after time.Duration) *RejectedError {
-	changed := *e
+	changed := new(RejectedError)
+	if e != nil {
+		*changed = *e
+	}
 	changed.retryAfter = max(after, 0)
-	return &changed
+	return changed
 }
 
 // LogValue is for the program's own logs. It is a group with the control point, the reason and the status, and with
@@ -246,6 +254,9 @@ func (e *RejectedError) LogValue() slog.Value {
 // PermissionDenied for 403 and so on, and never OK. The message is the text of Error. If RetryAfter is known, there is
 // a RetryInfo.
 func (e *RejectedError) GRPCStatus() *status.Status {
+	if e == nil {
+		return status.New(grpcCode(0), e.Error())
+	}
 	s := status.New(grpcCode(e.HTTPStatus), e.Error())
 	if e.retryAfter <= 0 {
 		return s
@@ -282,8 +293,8 @@ func grpcCode(httpStatus int) codes.Code {
 }
 
 // UnreachableError is the error of a flow that no agent decided about. It matches [ErrUnreachable], and [ErrClosed] if
-// the client or the engine was closed. Its text does not show the cause, which may name an address. Error and LogValue may be
-// called on a nil pointer.
+// the client or the engine was closed. Its text does not show the cause, which may name an address. The methods may be called on a
+// nil pointer.
 type UnreachableError struct {
 	ControlPoint string
 
@@ -322,7 +333,7 @@ func (e *UnreachableError) Is(target error) bool {
 // Cause is why no agent decided; for a remote agent it is the gRPC status. It is not unwrapped, so that a gRPC handler
 // that returns the error does not pass the agent's status on as its own.
 func (e *UnreachableError) Cause() error {
-	if e.details == nil {
+	if e == nil || e.details == nil {
 		return nil
 	}
 	return e.details.cause

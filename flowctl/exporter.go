@@ -74,14 +74,14 @@ func (x *exporter) record(c *check, ended agentapi.Ended, dryRun bool) {
 		Start:  start,
 		Work:   start + int64(c.returned.Sub(c.start)), // by the monotonic clock, even if the wall clock is set
 		End:    start + int64(time.Since(c.start)),
-		Status: telemetry.OK,
+		Status: telemetry.Error,
 		DryRun: dryRun,
 		Check:  check,
 
-		Canceled: ended == agentapi.EndedUnknown || ended == agentapi.EndedGone,
+		Canceled: !ended.Told(),
 	}
-	if ended.Failed() {
-		r.Status = telemetry.Error
+	if ended == agentapi.EndedOK || ended == agentapi.EndedUnknown {
+		r.Status = telemetry.OK
 	}
 	size := telemetry.Size(len(check))
 	x.mu.Lock()

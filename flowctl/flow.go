@@ -81,9 +81,9 @@ const (
 	StatusOK
 	StatusError
 
-	// These are of flows that their caller had canceled when they failed. They say nothing about the work.
-	statusCanceled // derived from the error of the cancellation; it is StatusOK
-	statusGone     // of any other failure, because what a driver makes of a cancellation has any form; it is StatusError
+	// statusGone is StatusError of a flow that its caller had canceled when it failed. What a driver makes of a cancellation has any
+	// form, so the failure says nothing about the work.
+	statusGone
 )
 
 // String gives the status as telemetry does: "OK", "Error" or "Unset".
@@ -236,18 +236,14 @@ func (f *Flow) SetStatus(s Status) {
 }
 
 // SetError derives the flow's status from the error that the work ended with, by Params.IsFailure: nil is OK. If the caller
-// has canceled the flow by then, circuit breakers do not count the error, whatever it is.
+// has canceled the flow by then, circuit breakers do not count it, whatever the error is.
 func (f *Flow) SetError(err error) {
 	if err == nil && f.progress.derived() == StatusUnset {
 		return // which is OK, and a load is cheaper than a store
 	}
 	if err != nil {
 		f.progress.setDerived(f.failed(f.progress.derived())) // in case IsFailure panics
-		switch {
-		case f.isFailure(err):
-			return
-		case f.callerCanceled():
-			f.progress.setDerived(statusCanceled)
+		if f.isFailure(err) {
 			return
 		}
 	}
@@ -293,14 +289,15 @@ func (f *Flow) endStatus() Status {
 	}
 }
 
-// ending is how the flow ends for its agent, with the status.
+// ending is how the flow ends for its agent, with the status. One that its caller has canceled says nothing about the work even if it
+// ended well: how long it took was up to the caller.
 func (f *Flow) ending(s Status) agentapi.Ended {
-	switch said := cmp.Or(f.progress.set(), f.progress.derived()); {
-	case s == StatusError && f.run && said == statusGone:
+	switch {
+	case s == StatusError && f.run && cmp.Or(f.progress.set(), f.progress.derived()) == statusGone:
 		return agentapi.EndedGone
 	case s == StatusError:
 		return agentapi.EndedFailed
-	case said == statusCanceled:
+	case f.callerCanceled():
 		return agentapi.EndedUnknown
 	default:
 		return agentapi.EndedOK

@@ -40,8 +40,11 @@ type StatusError struct {
 	StatusCode int
 }
 
-// Error names the status.
+// Error names the status. It may be called on a nil pointer.
 func (e *StatusError) Error() string {
+	if e == nil {
+		return "<nil>"
+	}
 	return strings.TrimSpace(fmt.Sprintf("headgate: HTTP status %d %s", e.StatusCode, http.StatusText(e.StatusCode)))
 }
 

@@ -26,7 +26,7 @@ const (
 
 // A PausedError is the error of a request that a [Transport] did not send, because the upstream has asked for a pause.
 // It matches flowctl.ErrRejected, and errors.AsType finds a *flowctl.RejectedError in it: its HTTPStatus is what the
-// upstream answered, and its RetryAfter what is left of the pause. Error and LogValue may be called on a nil pointer.
+// upstream answered, and its RetryAfter what is left of the pause. The methods may be called on a nil pointer.
 type PausedError struct {
 	flowctl.RejectedError
 
@@ -46,7 +46,7 @@ func newPausedError(controlPoint, host string, status int, left time.Duration) *
 // Host is the host and port of the upstream, as in the request's URL; "" for an error that a program has made. The error's text
 // does not show it.
 func (e *PausedError) Host() string {
-	if e.host == nil {
+	if e == nil || e.host == nil {
 		return ""
 	}
 	return *e.host
@@ -68,7 +68,7 @@ func (e *PausedError) Format(s fmt.State, verb rune) {
 
 // GRPCStatus is that of the rejection, with the text of Error.
 func (e *PausedError) GRPCStatus() *status.Status {
-	p := e.RejectedError.GRPCStatus().Proto()
+	p := e.rejected().GRPCStatus().Proto()
 	p.Message = e.Error()
 	return status.FromProto(p)
 }
@@ -87,8 +87,44 @@ func (e *PausedError) LogValue() slog.Value {
 	)
 }
 
-// Unwrap returns the *flowctl.RejectedError.
-func (e *PausedError) Unwrap() error { return &e.RejectedError }
+// Unwrap returns the *flowctl.RejectedError; nil for a nil pointer.
+func (e *PausedError) Unwrap() error {
+	if e == nil {
+		return nil
+	}
+	return &e.RejectedError
+}
+
+// rejected returns the rejection, whose methods may be called on a nil pointer. The methods that would be promoted may not.
+func (e *PausedError) rejected() *flowctl.RejectedError {
+	if e == nil {
+		return nil
+	}
+	return &e.RejectedError
+}
+
+// Is makes errors.Is(err, flowctl.ErrRejected) true.
+func (e *PausedError) Is(target error) bool { return e.rejected().Is(target) }
+
+// Cause is flowctl.CauseNone: no agent rejected the request.
+func (e *PausedError) Cause() flowctl.RejectCause { return e.rejected().Cause() }
+
+// Policy is "": no policy rejected the request.
+func (e *PausedError) Policy() string { return e.rejected().Policy() }
+
+// Component is "": no component rejected the request.
+func (e *PausedError) Component() string { return e.rejected().Component() }
+
+// LabelKey is "": the request was not limited by a label.
+func (e *PausedError) LabelKey() string { return e.rejected().LabelKey() }
+
+// RetryAfter is what is left of the pause.
+func (e *PausedError) RetryAfter() time.Duration { return e.rejected().RetryAfter() }
+
+// WithRetryAfter returns a copy of the rejection whose RetryAfter is the given time.
+func (e *PausedError) WithRetryAfter(after time.Duration) *flowctl.RejectedError {
+	return e.rejected().WithRetryAfter(after)
+}
 
 // A place is what a pause holds for.
 type place struct {

@@ -16,8 +16,9 @@ import (
 // opens again.
 //
 // A flow counts when it ends, and only in the state in which it was admitted. A flow that does not run, because another
-// component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that fails
-// after its caller has canceled it, whatever the error, and one whose result a cache has. A caller's deadline is no cancellation.
+// component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that its
+// caller has canceled, however it ends and however long it took, and one whose result a cache has. What failed before its caller
+// canceled it is a failure. A caller's deadline is no cancellation.
 //
 // In the process a breaker knows how a flow went as soon as it ends. A served breaker learns it at once from clients that have a session
 // with their agent, and from the telemetry of others a second or so later. Only the outcome of a flow that the agent has admitted
@@ -36,13 +37,15 @@ type CircuitBreaker struct {
 	// share does not matter. Required unless FailureCount is set.
 	FailureRatio float64
 
-	// FailureCount opens the breaker when so many flows have failed within Window. Zero: the number does not matter. Not negative.
+	// FailureCount opens the breaker when so many flows have failed within Window. Zero: the number does not matter. Not negative, and at
+	// most 2,147,483,647, as all counts.
 	FailureCount int
 
 	// MinFlows is how many flows must have ended within Window before the breaker opens. Zero means 1. Not negative.
 	MinFlows int
 
-	// SlowAfter is how long a flow may take. A flow that takes longer fails, whatever its status. Waits in queues do not count.
+	// SlowAfter is how long a flow may take. A flow that takes longer fails, whatever its status, unless its caller has canceled it.
+	// Waits in queues do not count.
 	// Zero: flows may take any time. Not negative.
 	SlowAfter time.Duration
 
@@ -132,8 +135,8 @@ func (b CircuitBreaker) numbers(wrong report) {
 }
 
 func checkCount(wrong report, n int) {
-	if n < 0 {
-		wrong("", "must be a whole number from 0 up, is %d", n)
+	if n < 0 || n > maxCount {
+		wrong("", "must be a whole number from 0 to %d, is %d", maxCount, n)
 	}
 }
 

@@ -91,7 +91,7 @@ func TestCircuitBreakerCounts(t *testing.T) {
 			})
 		}
 		err := policy.Policy{Name: "p", Components: []policy.Component{set(field, -1)}}.Validate()
-		if err == nil || err.Error() != `policy "p": components[0].`+field+`: must be a whole number from 0 up, is -1` {
+		if err == nil || err.Error() != `policy "p": components[0].`+field+`: must be a whole number from 0 to 2147483647, is -1` {
 			t.Errorf("Validate = %v", err)
 		}
 	}

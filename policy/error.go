@@ -29,8 +29,11 @@ type Error struct {
 	Message string
 }
 
-// Error returns "file:line:column: field: message" without the parts that are empty.
+// Error returns "file:line:column: field: message" without the parts that are empty. It may be called on a nil pointer.
 func (e *Error) Error() string {
+	if e == nil {
+		return "<nil>"
+	}
 	where := e.File
 	if e.Line > 0 {
 		where = strings.TrimPrefix(fmt.Sprintf("%s:%d:%d", where, e.Line, e.Column), ":")

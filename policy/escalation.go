@@ -22,7 +22,9 @@ type Escalation struct {
 	Load string
 
 	// Below is the load multiplier below which the scheduler lets in too little: 1 for whenever it keeps flows out. A scheduler
-	// that accepts every flow, or whose multiplier is not known, does not. Required, positive.
+	// that accepts every flow, or whose multiplier is not known, does not. So does none while it learns how many flows come, for 31 s
+	// after its first flow and after each silence of 31 s, and none in dry run. Flows of a client in dry run count for the scheduler as
+	// any. Required, positive.
 	Below float64
 
 	// For is how long the multiplier must have been below, without a break, before the other numbers are in force. They end

@@ -193,24 +193,36 @@ func (l *loader) note(name string, at filePosition) {
 const placeholder = "__REQUIRED_FIELD__"
 
 // placeholders reports the keys and values of a document that are to be filled in, whether they are read or not.
-func (d *decoder) placeholders(v value) {
+func (d *decoder) placeholders(v value) { d.findPlaceholders(v, false) }
+
+// findPlaceholders is placeholders for a part of the document. Keys that are not the format's may be values of labels, so errors have
+// their indices: those of overrides, and those below keys that begin with "x-", which are hidden.
+func (d *decoder) findPlaceholders(v value, hidden bool) {
 	switch {
 	case v.node == nil:
 	case v.kind == text && strings.Contains(v.text, placeholder):
 		d.errorf(v, "%s is to be replaced by a value", placeholder)
 	case v.kind == sequence:
 		for _, item := range d.items(v) {
-			d.placeholders(item)
+			d.findPlaceholders(item, hidden)
 		}
 	case v.kind == mapping:
-		for _, e := range v.entries {
+		entries := v.entries
+		unnamed := hidden || v.named && v.key == overridesKey
+		if unnamed {
+			entries = slices.SortedFunc(slices.Values(entries), func(a, b entry) int { return strings.Compare(a.key, b.key) })
+		}
+		for i, e := range entries {
 			part := v.part(e)
+			if unnamed {
+				part.named, part.index = false, i
+			}
 			if strings.Contains(e.key, placeholder) {
 				part.line, part.column = e.line, e.column
 				d.errorf(part, "%s is to be replaced by a key", placeholder)
 				continue
 			}
-			d.placeholders(part)
+			d.findPlaceholders(part, hidden || v.up == nil && strings.HasPrefix(e.key, "x-"))
 		}
 	}
 }

@@ -311,7 +311,7 @@ func TestParseErrors(t *testing.T) {
 			"duplicate key",
 			[]string{request, request + request, "10", "-1"},
 			"limits.yaml:7:30: " + limiter + ".in_ports.bucket_capacity: must be a number from 0 up, is -1\n" +
-				`limits.yaml:11:13: duplicate key "interval", first at line 10`,
+				`limits.yaml:11:13: duplicate key, first at line 10, column 13`,
 		},
 		{"missing", []string{"interval: 1s", "{}"}, "limits.yaml:9:11: " + limiter + ".parameters.interval: is required"},
 		{"null", []string{"interval: 1s", "interval:"}, "limits.yaml:10:13: " + limiter + ".parameters.interval: is required"},
@@ -858,7 +858,7 @@ func TestHostile(t *testing.T) {
 		{"block mappings", indented, "nested more than 64 levels deep"},
 		{"block sequences", strings.Repeat("- ", 5_000), "nested more than 64 levels deep"},
 		{"keys in keys", strings.Repeat("? ", 5_000), "nested more than 64 levels deep"},
-		{"many keys", strings.Repeat("a:\n", race.Pick(5_000, 30_000)), `duplicate key "a", first at line 1`},
+		{"many keys", strings.Repeat("a:\n", race.Pick(5_000, 30_000)), `duplicate key, first at line 1, column 1`},
 		{"list that may be a key", "a: [[" + strings.Repeat("x,", long) + "]]", "x.yaml:1:5: bad YAML: more than 300000 commas"},
 		{"list in a list", "a:\n- [" + strings.Repeat("x,", long) + "]", "x.yaml:2:3: bad YAML: more than 300000 commas"},
 		{"unclosed brackets", strings.Repeat("[", 60) + strings.Repeat("a: ", long), "x.yaml:1:2: bad YAML: more than 300000 commas"},

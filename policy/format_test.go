@@ -1,6 +1,7 @@
 package policy_test
 
 import (
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -322,4 +323,96 @@ func FuzzFormat(f *testing.F) {
 		}
 		roundTrip(t, []policy.Policy{p})
 	})
+}
+
+// numbersOf calls each with the numbers in a value: counts, amounts and durations.
+func numbersOf(v reflect.Value, each func(reflect.Value)) {
+	switch v.Kind() {
+	case reflect.Int, reflect.Int64, reflect.Float64:
+		each(v)
+	case reflect.Struct:
+		for i := range v.NumField() {
+			numbersOf(v.Field(i), each)
+		}
+	case reflect.Slice:
+		for i := range v.Len() {
+			numbersOf(v.Index(i), each)
+		}
+	case reflect.Pointer:
+		if !v.IsNil() {
+			numbersOf(v.Elem(), each)
+		}
+	}
+}
+
+// What Go values may say, files may say too: any number that a policy is valid with can be written and read.
+func TestFormatOfExtremes(t *testing.T) {
+	tiny := math.SmallestNonzeroFloat64
+	integers := []int64{math.MinInt64, math.MinInt32, -1, 1, math.MaxInt32, math.MaxInt32 + 1, 1<<53 + 1, math.MaxInt64}
+	floats := []float64{-math.MaxFloat64, -1, -tiny, tiny, 1e-320, 0.1, 1 << 60, math.MaxFloat64}
+	check := func(c policy.Component, what string) {
+		t.Helper()
+		p := []policy.Policy{{Name: "p", Components: []policy.Component{c}}}
+		if p[0].Validate() != nil {
+			return
+		}
+		text, err := policy.Format(p)
+		if err != nil {
+			t.Errorf("%T with %s: Format = %v", c, what, err)
+			return
+		}
+		again, err := policy.Parse("short.yaml", text)
+		if err != nil {
+			t.Errorf("%T with %s: Parse = %v\n%s", c, what, err, text)
+			return
+		}
+		if twice, err := policy.Format(again); err != nil || string(twice) != string(text) { // which forgives numbers that mean the same
+			t.Errorf("%T with %s: written again, %v:\n%s\nwant\n%s", c, what, err, twice, text)
+		}
+	}
+	// set sets number i of the value to its extremes; it reports false if there are fewer numbers.
+	set := func(v reflect.Value, i int, then func(what string)) bool {
+		found := false
+		numbersOf(v, func(n reflect.Value) {
+			if i--; i != -1 {
+				return
+			}
+			found = true
+			before := reflect.ValueOf(n.Interface())
+			if n.Kind() == reflect.Float64 {
+				for _, x := range floats {
+					n.SetFloat(x)
+					then(fmt.Sprint(x))
+				}
+			} else {
+				for _, x := range integers {
+					n.SetInt(x)
+					then(fmt.Sprint(x))
+				}
+			}
+			n.Set(before)
+		})
+		return found
+	}
+	for _, kind := range allKinds {
+		v := reflect.New(reflect.TypeOf(kind)).Elem()
+		v.Set(reflect.ValueOf(maker{rand.New(rand.NewPCG(1, 2))}.component(kind)))
+		if f := v.FieldByName("Steps"); f.IsValid() { // the slices of a value are its own
+			f.Set(reflect.AppendSlice(reflect.MakeSlice(f.Type(), 0, f.Len()), f))
+		}
+		for i := 0; set(v, i, func(what string) {
+			check(v.Interface().(policy.Component), fmt.Sprintf("number %d of %s", i, what))
+		}); i++ {
+		}
+		if !v.FieldByName("Overrides").IsValid() {
+			continue
+		}
+		v.FieldByName("LimitBy").SetString("user")
+		var o policy.Override
+		for i := 0; set(reflect.ValueOf(&o).Elem(), i, func(what string) {
+			v.FieldByName("Overrides").Set(reflect.ValueOf(map[string]policy.Override{"ann": o}))
+			check(v.Interface().(policy.Component), fmt.Sprintf("number %d of an override of %s", i, what))
+		}); i++ {
+		}
+	}
 }

@@ -172,8 +172,11 @@ func (p Policy) Describe() []components.Description {
 	var ids identifier
 	for i, c := range p.Components {
 		c, _ := asValue(c)
+		names := c.reads
 		c = reading(c, p.Labels)
-		described[i] = components.Description{Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Component: c, Reads: c.reads}
+		described[i] = components.Description{
+			Kind: int(c.kind()), Name: kinds[c.kind()].name, ID: ids.id(c), Component: c, Reads: c.reads, Names: names,
+		}
 		if l, ok := c.(limited); ok {
 			described[i].With = withOf(l)
 		}

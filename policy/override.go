@@ -140,6 +140,9 @@ func with(c limited, o Override) (Component, error) {
 	return changed, nil
 }
 
+// overridesKey is the key of overrides in files, in either format.
+const overridesKey = "overrides"
+
 // numberKeys are the keys of an override in files, in the order of its fields.
 const numberKeys = "capacity fill interval max_debt max max_inflight amount failure_ratio failure_count min_flows open_duration"
 
@@ -157,7 +160,7 @@ func overrideKeys(c Component) string {
 
 // overrides reads the key of that name in the parameters of a component like c.
 func (d *decoder) overrides(of value, c Component) map[string]Override {
-	all := d.fill(of, "Overrides", "overrides")
+	all := d.fill(of, "Overrides", overridesKey)
 	if d.learned != nil {
 		d.override(value{up: d.keep(all)}, overrideKeys(c))
 		return nil

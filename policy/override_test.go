@@ -75,7 +75,7 @@ func TestOverrideMistakes(t *testing.T) {
 		{"queue", policy.QuotaScheduler{Selectors: at, Interval: 1, LimitBy: "tenant", Overrides: map[string]policy.Override{"Zeta": {MaxDebt: 1}}}, "[0].MaxDebt", "needs a Scheduler.TokensLabel: without one no flow owes anything", "quota_scheduler", "interval: 1s", "{max_debt: 1}", "[0].max_debt", ""},
 		{"share", breaker(policy.Override{FailureRatio: 2}), "[0].FailureRatio", "must be a share from 0 to 1, is 2", "circuit_breaker", "failure_ratio: 1, window: 1s, open_duration: 1s", "{failure_ratio: 2}", "[0].failure_ratio", ""},
 		{"a breaker that never opens", breaker(policy.Override{FailureRatio: math.SmallestNonzeroFloat64}), "[0]", "needs a failure ratio or a failure count above 0: without one it never opens", "circuit_breaker", "failure_ratio: 1, window: 1s, open_duration: 1s", "{failure_ratio: 0}", "[0]", ""},
-		{"no count", breaker(policy.Override{FailureCount: -1}), "[0].FailureCount", "must be a whole number from 0 up, is -1", "circuit_breaker", "failure_ratio: 1, window: 1s, open_duration: 1s", "{min_flows: 0}", "[0].min_flows", "must be a whole number above 0"},
+		{"no count", breaker(policy.Override{FailureCount: -1}), "[0].FailureCount", "must be a whole number from 0 to 2147483647, is -1", "circuit_breaker", "failure_ratio: 1, window: 1s, open_duration: 1s", "{min_flows: 0}", "[0].min_flows", "must be a whole number above 0"},
 		{"no label", policy.RateLimiter{Selectors: at, Interval: 1, Overrides: map[string]policy.Override{"Zeta": {Capacity: 1}}}, "", "needs a LimitBy: without a label there are no values that could have other numbers", "", "", "", "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -134,5 +134,40 @@ func TestManyOverrides(t *testing.T) {
 	all := policies[0].Components[0].(policy.RateLimiter).Overrides
 	if want := (policy.Override{Capacity: 10_000, Fill: 1}); len(all) != 10_000 || all["tenant-9999"] != want {
 		t.Errorf("%d overrides, the last %+v want %+v", len(all), all["tenant-9999"], want)
+	}
+}
+
+// No error shows the value that an override is for, which may be the name of a customer. Each says where it is.
+func TestErrorsHideOverridden(t *testing.T) {
+	const short = "headgate: 1\npolicies:\n- name: p\n  components:\n  - rate_limiter: {at: [s], limit_by: u, capacity: 1, fill: 1, interval: 1s, overrides: "
+	const aperture = "circuit:\n  components:\n  - flow_control:\n      rate_limiter:\n        selectors: [{control_point: s}]\n" +
+		"        in_ports: {bucket_capacity: {constant_signal: {value: 1}}, fill_amount: {constant_signal: {value: 1}}}\n" +
+		"        parameters: {interval: 1s, limit_by_label_key: u, overrides: "
+	const secret = "0419"
+	for _, wrong := range []string{
+		`{"0419": {capacity: 1}, "0419": {capacity: 2}}`, `{"0419": {capcity: 1}}`, `{"0419": {max: 1}}`, `{"0419": {capacity: -1}}`,
+		`{"0419": {capacity: x}}`, `{"0419": {<<: 1}}`, `{"0419": {<<: {}, <<: {}}}`, `{"0419": {capacity: 1, capacity: 2}}`, `{"0419": [1]}`,
+		`{"0419": 3}`, `{"0419": }`, `{0419: {capacity: 1}}`, `{0_419: {capacity: 1}}`, `{? ["0419"] : 3}`, `{? {"0419": 1} : 3}`,
+		`{"0419": {capacity: __REQUIRED_FIELD__}}`, `{"0419": {__REQUIRED_FIELD__: 1}}`, `{"0419__REQUIRED_FIELD__": {capacity: 1}}`,
+		`{"0419": {interval: 1}}`, `{"0419": {interval: 0s}}`, `{"0419": {max_debt: 1}}`, `{"0419": !!str 3}`, `{"0419": *x}`, `["0419": {capacity: 1}]`,
+		`{"0419" {capacity: 1}}`, `{"0419": {capacity: 1}`, `{"0419": {capacity: 1}, b: `, `{"0419\xff": {}}`, `{"0419` + "\xff" + `": {}}`, `{"0419` + "\x01" + `": {}}`,
+	} {
+		for format, head := range map[string]string{"short": short, "aperture": aperture} {
+			_, err := policy.Parse("limits.yaml", []byte(head+wrong+"}\n"))
+			switch {
+			case err == nil:
+				t.Errorf("%s: %s is no error", format, wrong)
+			case strings.Contains(err.Error(), secret) || strings.Contains(err.Error(), "0_419"):
+				t.Errorf("%s: %s: %v", format, wrong, err)
+			case !strings.HasPrefix(err.Error(), "limits.yaml:"):
+				t.Errorf("%s: %s: %v want it to say where", format, wrong, err)
+			}
+		}
+	}
+	for _, kept := range []string{`"0419": &a {capacity: __REQUIRED_FIELD__}`, `a: {"0419": [__REQUIRED_FIELD__]}`, `"0419__REQUIRED_FIELD__": 1`} {
+		_, err := policy.Parse("limits.yaml", []byte("x-tenants: {"+kept+"}\n"+short+"{}}\n"))
+		if err == nil || strings.Contains(err.Error(), secret) || !strings.HasPrefix(err.Error(), "limits.yaml:1:") {
+			t.Errorf("%s: %v", kept, err)
+		}
 	}
 }

@@ -35,7 +35,7 @@ type Scheduler struct {
 	// MaxQueue is how many flows may wait at once, for all values of the component's label together, because those may
 	// be made up. When there is no room, the newest flow of the largest share is rejected: in the value of the
 	// component's label for which the most flows wait, the largest workload, and in that the largest fairness value.
-	// Zero means DefaultMaxQueue. Not negative. Aperture's files have no key for it.
+	// Zero means DefaultMaxQueue. Not negative, and at most 2,147,483,647. Aperture's files have no key for it.
 	MaxQueue int
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.
@@ -111,9 +111,7 @@ func (s Scheduler) check(wrong report) {
 	checkName(wrong.sub(".PriorityLabel"), s.PriorityLabel)
 	checkName(wrong.sub(".WorkloadLabel"), s.WorkloadLabel)
 	checkName(wrong.sub(".FairnessLabel"), s.FairnessLabel)
-	if s.MaxQueue < 0 {
-		wrong(".MaxQueue", "must not be negative, is %d", s.MaxQueue)
-	}
+	checkCount(wrong.sub(".MaxQueue"), s.MaxQueue)
 	checkStatus(wrong.sub(".DeniedStatus"), s.DeniedStatus)
 }
 

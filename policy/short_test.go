@@ -162,7 +162,7 @@ func TestMistakesInShortFiles(t *testing.T) {
 		{"a regular expression", queue + "workloads: [{expression: {label_matches: {label: a, regex: '('}}}]}\n", "limits.yaml:5:131: " + inQ + ".workloads[0].expression.label_matches.regex: error parsing regexp: missing closing ): `(`"},
 		{"a signal", "headgate: 1\npolicies:\n  - name: q\n    components:\n      - load_scheduler: {at: [a], load_multiplier: true}\n", "limits.yaml:5:52: policies[0].components[0].load_scheduler.load_multiplier: want a number, the name of a signal, or mean_latency; have a boolean"},
 		{"a latency", "headgate: 1\npolicies:\n  - name: q\n    components:\n      - load_scheduler: {at: [a], load_multiplier: {mean_latency: {at: [b], over: 48h}}}\n", "limits.yaml:5:83: policies[0].components[0].load_scheduler.load_multiplier.mean_latency.over: must be positive and at most 24h0m0s, is 48h0m0s"},
-		{"a duplicate key", editIn(t, short, "fill: 5", "capacity: 5"), at + ".fill: is required\nlimits.yaml:8:11: duplicate key \"capacity\", first at line 7"},
+		{"a duplicate key", editIn(t, short, "fill: 5", "capacity: 5"), at + ".fill: is required\nlimits.yaml:8:11: duplicate key, first at line 7, column 11"},
 		{"a tab", editIn(t, short, "          fill", "\tfill"), "limits.yaml:8:1: bad YAML: tab in the indentation; indent with spaces"},
 		{"a placeholder", editIn(t, short, "user", "__REQUIRED_FIELD__"), "limits.yaml:10:21: policies[0].components[0].rate_limiter.limit_by: __REQUIRED_FIELD__ is to be replaced by a value"},
 		{"a name twice", short + shortFrom(t, "  - name"), "limits.yaml:11:11: policies[1].name: policy \"orders\" is at limits.yaml:3:11 already"},

@@ -240,22 +240,22 @@ func TestValidateSchedulers(t *testing.T) {
 		{"slots", slots(func(s *policy.ConcurrencyScheduler) { s.Max = inf }), ".Max: must be a number from 0 up, is +Inf"},
 		{
 			"scheduler", scheduling(policy.Scheduler{Margin: -1, MaxQueue: -1, DeniedStatus: 200}),
-			".Scheduler.Margin: must not be negative, is -1ns\n.Scheduler.MaxQueue: must not be negative, is -1\n" +
+			".Scheduler.Margin: must not be negative, is -1ns\n.Scheduler.MaxQueue: must be a whole number from 0 to 2147483647, is -1\n" +
 				".Scheduler.DeniedStatus: must be an HTTP status from 400 to 599, is 200",
 		},
 		{
 			"scheduler of a concurrency scheduler",
 			slots(func(s *policy.ConcurrencyScheduler) { s.Scheduler.MaxQueue = -1 }),
-			".Scheduler.MaxQueue: must not be negative, is -1",
+			".Scheduler.MaxQueue: must be a whole number from 0 to 2147483647, is -1",
 		},
 		{
 			"scheduler of a load scheduler",
 			policy.LoadScheduler{Selectors: policy.At("a"), LoadMultiplier: policy.Constant(1), Scheduler: policy.Scheduler{MaxQueue: -1}},
-			".Scheduler.MaxQueue: must not be negative, is -1",
+			".Scheduler.MaxQueue: must be a whole number from 0 to 2147483647, is -1",
 		},
 		{
 			"scheduler of an AIMD load scheduler", aimd(func(s *policy.AIMDLoadScheduler) { s.Scheduler.MaxQueue = -1 }),
-			".Scheduler.MaxQueue: must not be negative, is -1",
+			".Scheduler.MaxQueue: must be a whole number from 0 to 2147483647, is -1",
 		},
 		{
 			"workload parameters", scheduling(policy.Scheduler{

@@ -647,7 +647,7 @@ var (
 
 // scalar reads unquoted text as YAML 1.2 does. A number that YAML 1.1 takes for another one, or for text, is an error,
 // and so is text that YAML 1.1 takes for a number in digits. The library's own tags are those of YAML 1.1 in part: 010
-// is 8, and 1e999 is text.
+// is 8, and 1e999 is text. Errors do not show the text, which may be a value of a label.
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
@@ -676,8 +676,7 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 			n.kind = number
 			n.number, _ = strconv.ParseFloat(in.Value, 64)
 		case octal.MatchString(in.Value) && strings.Trim(in.Value, "+-0") != "":
-			c.failf(at, "%s is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it",
-				quote(in.Value))
+			c.failf(at, "is octal to some readers of YAML and decimal to others; write it without the leading zero, or quote it")
 			n.kind, n.number = number, 1
 		case decimal.MatchString(in.Value):
 			n.kind = number
@@ -686,8 +685,7 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 			n.kind = number
 			n.number, _ = strconv.ParseFloat(in.Value+"p0", 64)
 		case disputed.MatchString(in.Value):
-			c.failf(at, "%s is a number to some readers of YAML and text to others; write it in decimal digits without _, or quote it",
-				quote(in.Value))
+			c.failf(at, "is a number to some readers of YAML and text to others; write it in decimal digits without _, or quote it")
 		}
 	}
 	c.severalLines(n, in.Value)
@@ -741,6 +739,7 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 		c.indent = at.column
 	}
 	var merged []*node
+	var merges position // of the first key that merges
 	for i := 0; i+1 < len(in.Content); i += 2 {
 		name := in.Content[i]
 		at := c.r.place(name.Line, name.Column, c.base)
@@ -759,6 +758,11 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 			c.failf(at, "want a string for a key, have %s%s", kind, hint)
 			continue
 		case name.Value == "<<" && name.Style == 0:
+			if merges != (position{}) {
+				c.duplicate(at, merges)
+				continue
+			}
+			merges = at
 			if value.kind == sequence {
 				merged = append(merged, value.items...)
 			} else {
@@ -767,8 +771,7 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 			continue
 		}
 		if first, ok := n.find(key); ok {
-			// The rest of the document still makes sense, so this does not fail it.
-			c.r.fail(at, fmt.Sprintf("duplicate key %s, first at line %d", quote(key), first.line))
+			c.duplicate(at, position{first.line, first.column})
 			continue
 		}
 		n.add(entry{key: key, line: at.line, column: at.column, value: value})
@@ -788,6 +791,12 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 			}
 		}
 	}
+}
+
+// duplicate reports a key that a mapping has already. The rest of the document still makes sense, so this does not fail it. The error
+// does not show the key, which may be a value of a label, such as the name of a customer.
+func (c *converter) duplicate(at, first position) {
+	c.r.fail(at, fmt.Sprintf("duplicate key, first at line %d, column %d", first.line, first.column))
 }
 
 // add appends an entry.

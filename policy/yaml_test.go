@@ -228,8 +228,10 @@ func TestParseYAML(t *testing.T) {
 	for _, tt := range []struct{ name, data, want string }{ // want: part of the error, or nothing
 		{"colons in a list in braces", list("[org:acme, org:globex]"), ""},
 		{"colon in a key", labels("{k8s:app: shop}"), ""},
-		{"number that readers dispute", edit(t, "{value: 10}", "{value: 1_0}"), `7:56: "1_0" is a number to some readers of YAML and text to others; write it in decimal`},
-		{"number that readers dispute for a key", labels("{0o10: a}"), `5:80: "0o10" is a number to some readers`},
+		{"number that readers dispute", edit(t, "{value: 10}", "{value: 1_0}"), `7:56: is a number to some readers of YAML and text to others; write it in decimal`},
+		{"number that readers dispute for a key", labels("{0o10: a}"), `5:80: is a number to some readers`},
+		{"two merges", labels("{<<: {a: b}, <<: {c: d}}"), "5:92: duplicate key, first at line 5, column 80"},
+		{"one merge of two", labels("{<<: [{a: b}, {c: d}]}"), ""},
 		{"number for a key", labels("{404: a}"), "5:80: want a string for a key, have a number; quote it"},
 		{"number for a key in quotes", labels(`{"404": a}`), ""},
 		{"boolean for a key", labels("{true: a}"), "5:80: want a string for a key, have a boolean; quote it"},

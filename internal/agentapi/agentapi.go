@@ -28,8 +28,8 @@ type Agent interface {
 	Check(ctx context.Context, req *Request, v *Verdict) error
 
 	// End ends a flow that Check answered, even after ctx had ended. It gives back what the flow holds, corrects what the
-	// flow took by what it cost, and reports how the flow went. The outcome is that of a flow that ran. It is called once,
-	// and does not fail because ctx was canceled.
+	// flow took by what it cost, and reports how the flow went. The outcome is that of a flow that ran, except at an agent that is
+	// no Reverter: there a flow can end unused. It is called once, and does not fail because ctx was canceled.
 	End(ctx context.Context, req *Request, v *Verdict, o Outcome) (Returns, error)
 
 	// Store and Delete change one cache entry. A ttl of 0 is the agent's default.
@@ -376,7 +376,7 @@ type Ended uint8
 
 // How flows end.
 const (
-	EndedUnused Ended = iota // it did not run: another component rejected it, or its caller has gone
+	EndedUnused Ended = iota // it did not run: another component rejected it, its caller has gone, or a pause of its upstream began
 	EndedOK
 	EndedFailed
 	EndedUnknown // it ran, with an unknown result: its caller canceled it, or a cache had its result

@@ -13,6 +13,9 @@ type Description struct {
 	// Reads calls read with each label that the component reads, and with "" where it could name one and does not.
 	Reads func(read func(of Role, label string))
 
+	// Names is Reads with the names that the component has for the labels, which may be its policy's own.
+	Names func(read func(of Role, name string))
+
 	// With returns the component with the numbers of a policy.Override, which is not named because package policy imports this
 	// one. The error says what is wrong with the override. It is nil for a component without a state for each value of a label.
 	With func(override any) (component any, err error)

@@ -21,7 +21,7 @@ type Record struct {
 	Status string // OK or Error; "" if it is not reported
 	DryRun bool   // the flow ran although the answer is a rejection: its client is in dry run
 
-	Canceled bool // its caller canceled it: the status says nothing about the work
+	Canceled bool // its caller canceled it, or it did not run after all: the status says nothing about the work
 
 	// Check is the answer to the flow's check, as an encoded CheckResponse; nil if it is not reported.
 	Check []byte

@@ -126,6 +126,7 @@ func ReadHTTP(req *agentapi.Request, m *checkhttpv1.CheckHTTPResponse, v *agenta
 		m.CheckResponse = &checkv1.CheckResponse{ControlPoint: req.ControlPoint, ExpectEnd: true}
 	}
 	c := m.GetCheckResponse()
+	noRamp := matchedNoRamp(c) // before it gets a status
 	c.DecisionType = checkv1.CheckResponse_DECISION_TYPE_ACCEPTED
 	if !accepted {
 		c.DecisionType = checkv1.CheckResponse_DECISION_TYPE_REJECTED
@@ -136,7 +137,7 @@ func ReadHTTP(req *agentapi.Request, m *checkhttpv1.CheckHTTPResponse, v *agenta
 			c.WaitTime = durationpb.New(wait)
 		}
 	}
-	Read(req, c, v)
+	read(req, c, v, noRamp)
 }
 
 // readRetryAfter is the wait that the headers have in seconds; 0 if they have none.

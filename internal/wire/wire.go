@@ -324,8 +324,16 @@ func KeyLookup(a agentapi.CacheAnswer) *checkv1.KeyLookupResponse {
 // a rejection, as for all clients of the protocol. Of a rejection it reads what the caches had only in dry run, because
 // the flow runs then.
 func Read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict) {
+	read(req, m, v, matchedNoRamp(m))
+}
+
+// read is Read of an answer to a flow that matched no ramp, or did.
+func read(req *agentapi.Request, m *checkv1.CheckResponse, v *agentapi.Verdict, noRamp bool) {
 	if m.GetDecisionType() != checkv1.CheckResponse_DECISION_TYPE_ACCEPTED {
-		r := agentapi.Rejection{RetryAfter: Wait(m.GetWaitTime()), By: rejectedBy(m)}
+		r := agentapi.Rejection{RetryAfter: Wait(m.GetWaitTime())}
+		if !noRamp || !req.DryRun() {
+			r.By = rejectedBy(m, req.DryRun())
+		}
 		if reason := m.GetRejectReason(); reason > 0 && reason <= 255 {
 			r.Reason = agentapi.Reason(reason)
 		}
@@ -369,13 +377,25 @@ func Wait(d *durationpb.Duration) time.Duration {
 	return 0
 }
 
-// rejectedBy is the limiter that dropped the flow. If several did, it is the one with the longest wait, which is also
-// the answer's.
-func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
+// matchedNoRamp reports whether no component rejected the flow, because it is in ramp mode and no ramp matched it: of that an agent of
+// Headgate gives no status. In a dry run components of later stages may have dropped the flow all the same.
+func matchedNoRamp(m *checkv1.CheckResponse) bool {
+	return m.GetRejectReason() == checkv1.CheckResponse_REJECT_REASON_NO_MATCHING_RAMP && m.GetDeniedResponseStatusCode() == checkv1.StatusCode_Empty
+}
+
+// rejectedBy is the component that dropped the flow. If several of a stage did, it is the one with the longest wait, which is also the
+// answer's. In the request's dry run later stages may have dropped the flow too: the first one has rejected it.
+func rejectedBy(m *checkv1.CheckResponse, dryRun bool) *agentapi.Component {
 	var by *checkv1.LimiterDecision
 	longest := time.Duration(-1)
 	for _, d := range m.GetLimiterDecisions() {
-		if wait := Wait(d.GetWaitTime()); d.GetDropped() && !d.GetDryRun() && wait > longest {
+		if !d.GetDropped() || d.GetDryRun() {
+			continue
+		}
+		if by != nil && dryRun && stageOf(d) != stageOf(by) {
+			break
+		}
+		if wait := Wait(d.GetWaitTime()); wait > longest {
 			by, longest = d, wait
 		}
 	}
@@ -384,6 +404,21 @@ func rejectedBy(m *checkv1.CheckResponse) *agentapi.Component {
 	}
 	return &agentapi.Component{ // for errors; the end of the flow takes names from the answer
 		Policy: Clip(by.GetPolicyName()), Hash: Clip(by.GetPolicyHash()), ID: Clip(by.GetComponentId()), LabelKey: Clip(labelKey(by)),
+	}
+}
+
+// stageOf returns which stage of an engine makes decisions of the kind; they come in the order of the stages. Samplers and ramps are of two
+// stages, but no sampler or ramp has a wait, so the first of them counts.
+func stageOf(d *checkv1.LimiterDecision) int {
+	switch d.GetDetails().(type) {
+	case *checkv1.LimiterDecision_SamplerInfo_:
+		return 1
+	case *checkv1.LimiterDecision_RateLimiterInfo_, *checkv1.LimiterDecision_ConcurrencyLimiterInfo_:
+		return 2
+	case *checkv1.LimiterDecision_ConcurrencySchedulerInfo_:
+		return 3
+	default: // quota and load schedulers
+		return 4
 	}
 }
 
