@@ -11,6 +11,7 @@ import (
 const (
 	pendingPeriod  = 100 * time.Millisecond
 	topologyPeriod = 10 * time.Second
+	countPeriod    = time.Second
 )
 
 // kick has the background goroutine look what there is to do.
@@ -25,7 +26,7 @@ func (s *Store) kick() {
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var renewed, probed, looked, returnedAt time.Time
+	var renewed, counted, probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -51,10 +52,13 @@ func (s *Store) background() {
 			s.askAgain(s.ctx)
 		}
 		if due(&renewed, s.lease/3) || s.renewSoon.Swap(false) {
-			renewed = now
+			renewed, counted = now, now
 			s.renew(s.ctx)
 		} else if s.cluster {
 			s.index(s.ctx)
+		}
+		if due(&counted, countPeriod) {
+			s.count(s.ctx)
 		}
 		if s.hasPending() && due(&returnedAt, pendingPeriod) {
 			s.returnPending(s.ctx, now)
@@ -79,7 +83,7 @@ func (s *Store) topologyPeriod() time.Duration {
 
 // askAgain asks servers that count as down, so that no flow has to wait for that.
 func (s *Store) askAgain(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, max(s.timeout, gateProbe/2))
+	ctx, cancel := context.WithTimeout(ctx, max(s.timeout, s.backgroundTimeout()))
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, sh := range s.shards() {
@@ -143,7 +147,7 @@ func (s *Store) lanesOf(slot uint16) *lanes {
 
 // follow learns which primary has which slots. What is known stays if the cluster does not say.
 func (s *Store) follow(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, gateProbe)
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
 	defer cancel()
 	ranges, err := s.client.Do(unbounded{ctx}, s.client.B().ClusterSlots().Build()).ToArray()
 	if err != nil {

@@ -7,8 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/redis/rueidis"
-
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
@@ -71,5 +69,4 @@ func BenchmarkTake(b *testing.B) {
 			})
 		})
 	}
-	_ = rueidis.Nil
 }

@@ -46,6 +46,7 @@ func behaviors() map[string][]step {
 	bounded := &shared.Rule{Kind: shared.Bucket, Capacity: 10, Fill: 1, Interval: 1000 * time.Hour, Step: true, MaxDebt: 3}
 	quota := &shared.Rule{Kind: shared.Quota, Capacity: 10, Periods: fixedPeriods}
 	slots := &shared.Rule{Kind: shared.Slots, Capacity: 2, MaxInflight: time.Hour}
+	single := &shared.Rule{Kind: shared.Slots, Capacity: 1, MaxInflight: time.Hour}
 	none := &shared.Rule{Kind: shared.Slots, Capacity: 0, MaxInflight: time.Hour}
 	ask := func(component string, rule *shared.Rule, tokens float64) shared.Ask {
 		return shared.Ask{Key: key(component), Rule: rule, Tokens: tokens}
@@ -81,6 +82,11 @@ func behaviors() map[string][]step {
 			{asks: []shared.Ask{ask("c", bucket, 1), ask("b", bucket, 3)}, ok: []bool{true, false}, left: []float64{10, 2}, wait: []int{0, 1}},
 			{asks: []shared.Ask{ask("s", slots, 1), ask("q", quota, 1), ask("b", bucket, 3)}, ok: []bool{true, true, false}, left: []float64{2, 10, 2}, wait: []int{0, 0, 1}},
 			look("c", bucket, 10, 0), look("s", slots, 2, 0), look("q", quota, 10, 0),
+		},
+		"a key twice": {
+			{asks: []shared.Ask{dry(ask("b", bucket, 6)), dry(ask("b", bucket, 6))}, ok: []bool{true, false}, left: []float64{4, 4}, wait: []int{0, 1}},
+			{asks: []shared.Ask{dry(ask("s", single, 1)), dry(ask("s", single, 1))}, ok: []bool{true, false}, left: []float64{0, 0}, wait: []int{0, 0}},
+			look("b", bucket, 4, 0), look("s", single, 0, 1),
 		},
 		"a dry ask keeps nobody out": {
 			one(0, ask("b", bucket, 8), true, 2, 0),
@@ -166,11 +172,11 @@ func conform(t *testing.T, instances func(t *testing.T) [2]shared.Store) {
 					results := make([]shared.Result, 1)
 					err := s.Return(t.Context(), []shared.Return{r}, results)
 					held := results[0].Held
-				results[0].Held = 0
-				if (held > 0) != (r.Rule.Kind == shared.Slots && st.returned) {
-					t.Errorf("step %d: a slot was held for %v", i+1, held)
-				}
-				if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
+					results[0].Held = 0
+					if (held > 0) != (r.Rule.Kind == shared.Slots && st.returned) {
+						t.Errorf("step %d: a slot was held for %v", i+1, held)
+					}
+					if want := (shared.Result{Returned: st.returned, Forgiven: st.forgiven}); err != nil || results[0] != want {
 						t.Errorf("step %d: Return(%+v) = %+v, %v want %+v", i+1, r, results[0], err, want)
 					}
 				default:

@@ -220,14 +220,29 @@ func (s *Store) tags(ctx context.Context) map[shared.Holder][]string {
 // backgroundTimeout bounds what no flow waits for.
 func (s *Store) backgroundTimeout() time.Duration { return min(s.lease/4, time.Second) }
 
-// renew renews the leases of all who hold slots, and of the instance, by one batch.
+// renew renews the leases of all that hold slots, and of the instance, by one batch.
 func (s *Store) renew(ctx context.Context) {
 	if s.cluster {
 		s.index(ctx)
 	}
 	tags := s.tags(ctx)
 	now := time.Now()
-	renewals := s.renewals(now, tags)
+	s.send(ctx, now, s.renewals(now, tags))
+}
+
+// count renews the lease of the instance alone, and learns how many instances there are. An engine's part of a limit goes by
+// their number when the server is silent.
+func (s *Store) count(ctx context.Context) { s.send(ctx, time.Now(), []*renewal{s.instance()}) }
+
+// instance renews that of the instance.
+func (s *Store) instance() *renewal {
+	r := &renewal{key: s.instancesKey()}
+	r.add(s.own, s.lease)
+	return r
+}
+
+// send sends renewals, that of the instance first.
+func (s *Store) send(ctx context.Context, now time.Time, renewals []*renewal) {
 	multi := func(byText bool) []rueidis.Completed {
 		commands := make([]rueidis.Completed, len(renewals))
 		for i, r := range renewals {
@@ -268,9 +283,7 @@ const maxHolders = 1000
 
 // renewals returns what is to be renewed now, the instance first.
 func (s *Store) renewals(now time.Time, tags map[shared.Holder][]string) []*renewal {
-	instance := &renewal{key: s.instancesKey()}
-	instance.add(s.own, s.lease)
-	all := []*renewal{instance}
+	all := []*renewal{s.instance()}
 	byKey := make(map[string]*renewal)
 	add := func(of holding, h shared.Holder, lasts time.Duration) {
 		r := byKey[of.leases]

@@ -19,6 +19,14 @@ func takeSlot(t *testing.T, s shared.Store, key shared.Key, rule *shared.Rule, h
 	return answers[0].Slot, answers[0].OK
 }
 
+// An instance learns of others long before it renews its lease: an engine's part of a limit goes by their number.
+func TestFleetInstancesAreCountedOften(t *testing.T) {
+	client := newClient(t, startServer(t))
+	a := newStore(t, client, redisstore.WithLease(time.Hour))
+	b := newStore(t, client, redisstore.WithLease(time.Hour))
+	eventually(t, "both instances know each other", func() bool { return a.Instances() == 2 && b.Instances() == 2 })
+}
+
 // An instance's slots are kept while it renews its lease, and come back when it has ended.
 func TestFleetLease(t *testing.T) {
 	client := newClient(t, startServer(t))

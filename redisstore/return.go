@@ -12,8 +12,9 @@ import (
 // maxPending is how many slots are returned in the background at a time. More of them run out by themselves.
 const maxPending = 100_000
 
-// settled is how long after a take was lost no server does it any more. A slot that is not there then has not been taken.
-const settled = time.Second
+// settled returns how long after a take was lost no server does it any more: see send. A slot that is not there then has not been
+// taken.
+func (s *Store) settled() time.Duration { return max(time.Second, 3*s.timeout) }
 
 // Return does what [shared.Limits] says.
 func (s *Store) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
@@ -183,7 +184,7 @@ func (s *Store) confirm(c *call, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, r := range c.returns {
-		if p := s.pending[r.Slot]; c.results[i].Returned || now.Sub(p.since) > settled {
+		if p := s.pending[r.Slot]; c.results[i].Returned || now.Sub(p.since) > s.settled() {
 			delete(s.pending, r.Slot)
 		}
 	}

@@ -88,10 +88,10 @@ type unbounded struct{ context.Context }
 
 func (u unbounded) Deadline() (deadline time.Time, ok bool) { return deadline, false }
 
-// ServerError is what the store's server has answered instead of a result, such as OOM or READONLY.
-type ServerError struct{ Code string }
+// A serverError is what the store's server has answered instead of a result, such as OOM or READONLY.
+type serverError struct{ code string }
 
-func (e *ServerError) Error() string { return "the store's server has refused: " + e.Code }
+func (e *serverError) Error() string { return "the store's server has refused: " + e.code }
 
 // What calls fail with.
 var (
@@ -112,5 +112,5 @@ func refusal(err *rueidis.RedisError) error {
 	if code == "" || strings.ToUpper(code) != code {
 		code = "ERR"
 	}
-	return &ServerError{code}
+	return &serverError{code}
 }

@@ -47,8 +47,10 @@ local reply, leased = {pack('<d', now)}, {}
 local function take(a, s, r)
   local tokens = a.tokens
   if tokens == 0 then return end
-  if r.kind ~= SLOTS and s.tokens - tokens < -SLACK then -- another ask of the flow has the same key
-    a.ok = false
+  local there
+  if r.kind == SLOTS then there = s.count == 0 or r.capacity - s.used > SLACK else there = s.tokens - tokens >= -SLACK end
+  if not there then -- another ask of the flow has the same key
+    judge(a, s, r)
     return
   end
   s.dirty = true
