@@ -124,8 +124,8 @@ func (f *drawnFrom[S]) Forecast(state *drawnState[S], now int64, ahead source.Ah
 			return 0, 0
 		}
 		return state.spare.by.from.Forecast(&state.spare.state, now, ahead, tokens)
-	case state.last == nil:
-		return 0, 0
+	case state.last == nil || now-state.at > longestRefusal:
+		return 0, 0 // others may have given something back
 	}
 	if rule.Kind == shared.Bucket && rule.Fill > 0 && !rule.Step && !rule.Delay {
 		each := float64(rule.Interval) / rule.Fill

@@ -364,7 +364,7 @@ func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S
 	d.Remaining = from.Usage(&l.tokens, now).Remaining
 	asks, turn := s.asksFar(t.entry), int64(0)
 	if asks && likely != source.Never {
-		turn = s.far.turn(t.entry, now, t.wish.claim, t.wish.tokens, t.patience == 0)
+		turn = s.far.turn(t.entry, now, t.wish, t.patience > 0)
 	}
 	switch {
 	case likely == source.Never, turn == source.Never:

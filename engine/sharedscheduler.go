@@ -41,9 +41,9 @@ type far[S any] interface {
 	// closed reports whether no flow is admitted, because the store does not answer.
 	closed(e *keys.Entry[line[S]]) bool
 
-	// turn returns the least time that a flow of the claim must wait, as the store has said; 0 if that is not known. If now is false, the
-	// flow may wait, and so it asks in any case.
-	turn(e *keys.Entry[line[S]], at int64, c wfq.Claim, tokens float64, now bool) int64
+	// turn returns the least time that a flow of the claim must wait, as the store has said; 0 if that is not known. A flow that may
+	// not wait goes by what the store said to one that did not, too. Others are told to the store in any case.
+	turn(e *keys.Entry[line[S]], now int64, w wish, waits bool) int64
 
 	// came notes that a flow has come to the queue.
 	came(e *keys.Entry[line[S]], w *waiter)
@@ -56,11 +56,12 @@ type far[S any] interface {
 }
 
 const (
-	mostListed  = 32                     // flows of a workload that the store is told of
-	refresh     = 500 * time.Millisecond // after which the store would take flows that wait for gone is twice as long
-	fastest     = 5 * time.Millisecond   // between two questions for a key
-	askAgain    = 100 * time.Millisecond // after the store has not answered
-	spilledName = "\x00spilled"          // the value that those beyond the cap of keys share in the store
+	mostListed    = 32                     // flows of a workload that the store is told of
+	mostWorkloads = 64                     // of those that are told: peers may make up any number
+	refresh       = 500 * time.Millisecond // after which the store would take flows that wait for gone is twice as long
+	fastest       = 5 * time.Millisecond   // between two questions for a key
+	askAgain      = 100 * time.Millisecond // after the store has not answered
+	spilledName   = "\x00spilled"          // the value that those beyond the cap of keys share in the store
 )
 
 // draws is what asks the store for the flows that wait at a key. The lock of the entry guards it, except kick and woken.
@@ -170,13 +171,13 @@ func (s *sharedScheduler[S]) closed(e *keys.Entry[line[drawnState[S]]]) bool {
 	return e.State.tokens.here && s.outage == policy.OutageClosed
 }
 
-func (s *sharedScheduler[S]) turn(e *keys.Entry[line[drawnState[S]]], at int64, c wfq.Claim, tokens float64, now bool) int64 {
-	st, name := &e.State.tokens, s.workloadName(c)
-	if d := st.draws; d != nil && e.State.waiting() && d.next > at && d.listed[name] > 0 {
-		return d.next - at
+func (s *sharedScheduler[S]) turn(e *keys.Entry[line[drawnState[S]]], now int64, w wish, waits bool) int64 {
+	st, name := &e.State.tokens, s.workloadName(w.claim)
+	if d := st.draws; d != nil && e.State.waiting() && d.next > now && d.listed[name] > 0 {
+		return d.next - now
 	}
-	if now && st.refused == name {
-		if wait, ok := st.refuses(at, s.from(e).current(), tokens); ok {
+	if !waits && st.refused == name {
+		if wait, ok := st.refuses(now, s.from(e).current(), w.tokens); ok {
 			return wait
 		}
 	}
@@ -276,7 +277,9 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	told := make(map[string]int)
 	if l.waiting() && !s.engine.closed.Load() {
 		s.dismissHopeless(e, rule)
-		for _, of := range l.queue.Turns(mostListed) {
+		turns := l.queue.Turns(mostListed)
+		ask.Once = len(turns) <= mostWorkloads
+		for _, of := range turns[:min(len(turns), mostWorkloads)] {
 			w := shared.Waiting{Workload: s.workloadName(of.Claim), Weight: of.Claim.Priority}
 			for _, one := range of.Waiters {
 				w.Costs = append(w.Costs, drawCost(rule, one))
@@ -332,7 +335,7 @@ func (s *sharedScheduler[S]) dismissHopeless(e *keys.Entry[line[drawnState[S]]],
 func (s *sharedScheduler[S]) drew(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, listings []listing, answer *shared.Drawn, err error) {
 	st, now := &e.State.tokens, s.engine.now()
 	d.onWire = false
-	st.reported(ask.Owed, err == nil)
+	st.reported(now, ask.Owed, err == nil)
 	if err != nil {
 		s.failed(e, d, ask, err, now)
 		return

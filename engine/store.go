@@ -20,6 +20,10 @@ import (
 // A flow asks the store once for all limiters that it meets, after those in memory have let it pass. While the store does not answer, a
 // policy's OnOutage decides. [Engine.Stats] tells of it.
 //
+// Flows wait for quota and concurrency schedulers in queues of each engine. The store shares what there is among the workloads of all
+// engines, by their priorities, wherever their flows wait. Of one workload, the engines at which flows wait take turns. Values of the
+// fairness label share alike within each engine only. While flows wait at a key, an engine asks for them every 5 ms at the most.
+//
 // The engine does not close the store. Values of labels that carry credentials are named in the store by a hash without a key, because
 // all engines must name them alike.
 func WithStore(s shared.Store) Option {
