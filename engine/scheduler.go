@@ -489,8 +489,8 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	var expired <-chan time.Time
 	var crowded <-chan struct{}
 	if t.once { // it waits for an answer, and not for tokens
-		if left := s.answerLeft(ctx, req, s.engine.now()-start); left < forever {
-			timer = time.NewTimer(left)
+		if left := s.checkLeft(ctx, req, s.engine.now()-start); left < forever {
+			timer = time.NewTimer(max(left-s.margin, left/2))
 			defer timer.Stop()
 			expired = timer.C
 		}
@@ -499,12 +499,13 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		defer timer.Stop()
 		expired, crowded = timer.C, req.Crowded()
 	}
-	retired, closing := false, false
+	retired, closing, overdue := false, false, false
 	for waiting := true; waiting; {
 		waiting = false
 		select {
 		case <-t.Flow.ready:
 		case <-expired:
+			overdue = t.once
 		case <-ctx.Done():
 		case <-s.engine.done:
 		case <-req.Closing():
@@ -521,6 +522,11 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 	e.Lock()
 	defer e.Unlock()
 	now := s.engine.now()
+	if overdue && t.Waits() && ctx.Err() == nil && !s.engine.closed.Load() {
+		l.queue.Remove(t.waiter)
+		s.decideAlone(e, now, t, d)
+		return now, nil
+	}
 	s.serve(e, now) // at the last moment
 	n := s.of(e)
 	from := n.rule
@@ -561,6 +567,22 @@ func (s *scheduler[S]) wait(ctx context.Context, req *agentapi.Request, start in
 		return now, errRetired
 	}
 	return now, nil
+}
+
+// decideAlone decides about a flow that does not wait, and that the store has not decided about in time.
+func (s *scheduler[S]) decideAlone(e *keys.Entry[line[S]], now int64, t *ticket[S], d *agentapi.LimiterDecision) {
+	got, closed := s.far.alone(e, now, &t.Flow)
+	d.Local = true
+	switch {
+	case closed:
+		s.drop(d, agentapi.CauseNoStore, 0)
+	case got.OK:
+		fill(d, got)
+	default:
+		d.Remaining = got.Left
+		s.drop(d, agentapi.CauseNone, got.Wait)
+	}
+	s.serve(e, now)
 }
 
 // serve gives what there is to the first flows, and sets the alarm for the next. The entry is locked.
@@ -685,13 +707,7 @@ func (s *scheduler[S]) timeLeft(ctx context.Context, req *agentapi.Request, aske
 
 // answerLeft returns how long the flow may wait by its deadline and its own timeout, so that the answer is in time.
 func (s *scheduler[S]) answerLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
-	left := forever
-	if at, ok := ctx.Deadline(); ok {
-		left = time.Until(at)
-	}
-	if req.Timeout > 0 {
-		left = min(left, req.Timeout-time.Duration(asked))
-	}
+	left := s.checkLeft(ctx, req, asked)
 	if left == forever {
 		return left
 	}
@@ -701,6 +717,18 @@ func (s *scheduler[S]) answerLeft(ctx context.Context, req *agentapi.Request, as
 	default:
 	}
 	return max(left, s.margin) - s.margin
+}
+
+// checkLeft returns how long it is until the flow's deadline, or the end of its own timeout.
+func (s *scheduler[S]) checkLeft(ctx context.Context, req *agentapi.Request, asked int64) time.Duration {
+	left := forever
+	if at, ok := ctx.Deadline(); ok {
+		left = time.Until(at)
+	}
+	if req.Timeout > 0 {
+		left = min(left, req.Timeout-time.Duration(asked))
+	}
+	return left
 }
 
 func (s *scheduler[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {

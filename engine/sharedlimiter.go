@@ -182,14 +182,17 @@ func (l *sharedLimiter[S]) reject(e *keys.Entry[account[S]], d *agentapi.Limiter
 
 func (l *sharedLimiter[S]) answered(_ *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask, answer *shared.Answer, taken bool) {
 	d.Remaining = answer.Left
-	wait := min(int64(answer.Wait), source.Century)
+	wait := max(min(int64(answer.Wait), source.Century), source.Never)
+	if l.component.Slots && wait != source.Never { // the store knows when slots run out, which flows hardly ever do
+		wait = 0
+	}
 	e, _ := l.known(d.Label)
 	if e != nil {
 		if e.State.learn(now, ask.Rule, ask.Tokens, answer) && l.steady(ask.Rule) {
 			l.differs.Add(1)
 		}
 		e.State.reported(now, ask.Owed, true)
-		if wait == 0 && l.component.Slots {
+		if l.component.Slots && wait != source.Never {
 			wait = e.State.forecast(ask.Rule.Capacity)
 		}
 		e.Unlock()

@@ -589,6 +589,23 @@ func TestStoreIsBoundedByTheCheck(t *testing.T) {
 	})
 }
 
+// When a slot is likely to be free is known by how long flows have held slots lately, not by when slots run out.
+func TestSharedSlotsForecast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 1, sides.Embedded, limiters()["concurrency limiter"])
+		flows := f.admits(t, "ann", 4)
+		if r := rejectedBy(f.start(t, 0, "ann")); r == nil || r.RetryAfter() != 0 {
+			t.Errorf("%v want no time that is known", r)
+		}
+		<-time.After(2 * time.Second)
+		end(flows[0])
+		f.start(t, 0, "ann")
+		if r := rejectedBy(f.start(t, 0, "ann")); r == nil || r.RetryAfter() != time.Second/2 { // one of four ends every half a second
+			t.Errorf("%v want half a second", r)
+		}
+	})
+}
+
 // Values beyond the cap of an engine have limits of their own in the store.
 func TestSharedLimitsBeyondTheCap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

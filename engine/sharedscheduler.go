@@ -51,6 +51,9 @@ type far[S any] interface {
 	// attend has the store asked for the flows that wait.
 	attend(e *keys.Entry[line[S]])
 
+	// alone has this process decide about a flow, because the store has not answered in time. Closed reports whether it admits none.
+	alone(e *keys.Entry[line[S]], now int64, f *pending) (got source.Taken, closed bool)
+
 	// unneeded gives back what a flow has got that has gone.
 	unneeded(e *keys.Entry[line[S]], w *waiter)
 }
@@ -216,12 +219,25 @@ func (s *sharedScheduler[S]) attend(e *keys.Entry[line[drawnState[S]]]) {
 	}
 }
 
+func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64, f *pending) (got source.Taken, closed bool) {
+	if s.outage == policy.OutageClosed {
+		return got, true
+	}
+	from, st := s.from(e), &e.State.tokens
+	got = st.take(now, from.budget, from.store.Instances(), f.tokens, from.open)
+	bind[drawnState[S]](from, st, got.Slot, f.session)
+	return got, false
+}
+
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
 	r := shared.Return{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true}
-	s.engine.store.begin(func() {
+	back := func() {
 		// The flow's caller has gone. The store bounds the call.
 		_, _ = s.engine.giveBack(context.Background(), []shared.Return{r})
-	})
+	}
+	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so nobody waits for the entry
+		back()
+	}
 }
 
 // draw asks the store for the flows that wait at the key until there are none, and there is nothing to give back.
@@ -415,14 +431,15 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 
 // failed has this process serve the queue, because the store has not answered.
 func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, err error, now int64) {
-	st := &e.State.tokens
 	s.engine.failed(err, 0)
-	st.here, st.again, d.listed = true, now+int64(askAgain), nil
+	d.listed = nil
 	for _, g := range ask.Unneeded {
 		if g.Slots != nil { // tokens may have gone back already
 			d.back = append(d.back, g)
 		}
 	}
+	st := &e.State.tokens
+	st.here, st.again = true, now+int64(askAgain)
 	q := e.State.queue
 	if q == nil || s.engine.closed.Load() {
 		return

@@ -11,6 +11,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
@@ -373,13 +374,19 @@ func TestSharedSchedulersGiveBack(t *testing.T) {
 					for _, s := range f.stores {
 						s.Behave(sharedtest.Behavior{Late: 20 * time.Millisecond})
 					}
-					ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond) // the answer comes later
-					defer cancel()
-					if flow := f.enter(ctx, 0, "ann", flowctl.NoWait); flow.ShouldRun() && flow.Decision() == flowctl.Accepted {
-						t.Errorf("%v want it not admitted", flow)
+					ctx, cancel := context.WithCancel(t.Context())
+					defer time.AfterFunc(10*time.Millisecond, cancel).Stop() // the answer comes later
+					flow := f.enter(ctx, 0, "ann", flowctl.NoWait)
+					if flow.Decision() != flowctl.Canceled {
+						t.Errorf("%v want it canceled", flow)
 					}
+					end(flow)
 					<-time.After(time.Second)
-					if u, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); err != nil || u.Remaining != 4 || u.InFlight != 0 {
+					want := 4.0
+					if name == "quota scheduler" && kind == sides.Served {
+						want = 3 // a client goes on asking for a while, and only slots come back over the network
+					}
+					if u, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); err != nil || u.Remaining != want || u.InFlight != 0 {
 						t.Errorf("Peek = %+v, %v want all", u, err)
 					}
 				})
@@ -538,6 +545,24 @@ func TestSharedQueueChanges(t *testing.T) {
 	}
 }
 
+// A check that its client bounds ends in time, although the store takes longer.
+func TestSharedSchedulersInTime(t *testing.T) {
+	overSchedulers(t, 2, func(t *testing.T, f *fleet, _ string) {
+		for _, s := range f.stores {
+			s.Behave(sharedtest.Behavior{Late: 45 * time.Millisecond})
+		}
+		for i := range 3 {
+			began := time.Now()
+			ctx, cancel := context.WithTimeout(t.Context(), 40*time.Millisecond)
+			flow := f.enter(ctx, 0, "ann", flowctl.NoWait)
+			if got := flow.Decision() == flowctl.Accepted; got != (i < 2) || time.Since(began) > 40*time.Millisecond {
+				t.Errorf("flow %d: %v after %v want this engine's half of the tokens, in time", i, flow, time.Since(began))
+			}
+			cancel()
+		}
+	})
+}
+
 // Local keeps a scheduler to one engine.
 func TestLocalSchedulers(t *testing.T) {
 	for name, c := range sharedSchedulers() {
@@ -591,4 +616,134 @@ func TestSharedSchedulersNever(t *testing.T) {
 			t.Errorf("Top = %v want ann", top)
 		}
 	})
+}
+
+// Slots are those of the clients' sessions, or of the engine, and come back with them.
+func TestSharedSchedulersHaveHolders(t *testing.T) {
+	for _, kind := range sides.Engines {
+		t.Run(string(kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 2, kind, sharedSchedulers()["concurrency scheduler"])
+				<-time.After(time.Minute) // a session has begun
+				flows := f.admitsNow(t, "ann", 4)
+				<-time.After(30 * time.Second)
+				if flow := f.enter(t.Context(), 1, "ann", flowctl.NoWait); flow.Decision() != flowctl.Rejected {
+					t.Errorf("%v want the slots to be held still", flow)
+				}
+				f.stores[0].Behave(sharedtest.Behavior{Cut: true})
+				<-time.After(15 * time.Second)
+				for i := range 3 { // two slots are those of the other one
+					if got := f.enter(t.Context(), 1, "ann", flowctl.NoWait).Decision() == flowctl.Accepted; got != (i < 2) {
+						t.Errorf("flow %d: accepted %v", i, got)
+					}
+				}
+				for i, flow := range flows {
+					if r := end(flow); (r.Returned == 1) != (i%2 == 1) {
+						t.Errorf("flow %d returned %+v", i, r)
+					}
+				}
+			})
+		})
+	}
+}
+
+// Any agent behind a balancer takes a scheduler's slot back, also one with another version of the policy.
+func TestSharedSchedulersEndAnywhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := sharedSchedulers()["concurrency scheduler"].(policy.ConcurrencyScheduler)
+		newer := c
+		newer.Max = 5
+		for _, other := range []policy.Component{c, newer} {
+			f := &fleet{server: sharedtest.New()}
+			f.add(t, sides.Embedded, c)
+			f.add(t, sides.Embedded, other)
+			v, req := new(agentapi.Verdict), &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "ann"}}}
+			if err := f.sides[0].Agent.Check(t.Context(), req, v); err != nil {
+				t.Fatal(err)
+			}
+			d := v.At(0)
+			for _, want := range []bool{true, false} {
+				known, returned := f.sides[1].Engine.Agent().EndSlot(t.Context(), "test", d.Component.Hash, "c", "user:"+d.Label, d.Slot())
+				if !known || returned != want {
+					t.Errorf("EndSlot = %v, %v want true, %v", known, returned, want)
+				}
+			}
+		}
+	})
+}
+
+// Values beyond the cap of an engine share one queue, and one limit in the store.
+func TestSharedSchedulersBeyondTheCap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, client := reloadable(t, []policy.Component{sharedSchedulers()["concurrency scheduler"]},
+			engine.WithStore(sharedtest.New().Instance()), engine.WithKeyCap(1))
+		enter := func(user string) *flowctl.Flow {
+			return client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}, MaxWait: flowctl.NoWait})
+		}
+		var flows []*flowctl.Flow
+		for range 4 {
+			flows = append(flows, enter("ann"))
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() { // the key is in use
+			end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}, MaxWait: time.Hour}))
+		})
+		synctest.Wait()
+		for _, user := range []string{"bob", "eve"} {
+			for i := range 3 {
+				flow := enter(user)
+				if got, want := flow.Decision() == flowctl.Accepted, user == "bob" || i == 0; got != want {
+					t.Errorf("flow %d of %s: %v", i, user, flow)
+				}
+				flows = append(flows, flow)
+			}
+		}
+		for _, flow := range flows {
+			if r := end(flow); flow.Decision() == flowctl.Accepted && r.Returned != 1 {
+				t.Errorf("end returned %+v want a slot", r)
+			}
+		}
+		wg.Wait()
+		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows == 0 {
+			t.Errorf("stats = %+v want one key, and overflows", s)
+		}
+		for range 4 {
+			if flow := enter("eve"); flow.Decision() != flowctl.Accepted {
+				t.Errorf("%v want the slots to be back", flow)
+			}
+		}
+	})
+}
+
+// Peek and Reset of a scheduler ask the store, and return its error.
+func TestSharedSchedulersPeekAndReset(t *testing.T) {
+	for name, c := range sharedSchedulers() {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 2, sides.Embedded, c)
+				flows := f.admitsNow(t, "ann", 4)
+				in := 0
+				if name == "concurrency scheduler" {
+					in = 4
+				}
+				if u, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); err != nil || u != (engine.Usage{Capacity: 4, InFlight: in}) {
+					t.Errorf("Peek = %+v, %v", u, err)
+				}
+				if err := resetAt(f.sides[1].Engine, "test", "c", "ann"); err != nil {
+					t.Error(err)
+				}
+				<-time.After(time.Second) // what the other engine remembers
+				for _, flow := range append(f.admitsNow(t, "ann", 4), flows...) {
+					end(flow)
+				}
+				f.down(true)
+				if _, err := peekAt(f.sides[1].Engine, "test", "c", "ann"); !errors.Is(err, shared.ErrDown) {
+					t.Errorf("Peek without the store: %v", err)
+				}
+				if err := resetAt(f.sides[1].Engine, "test", "c", "ann"); !errors.Is(err, shared.ErrDown) {
+					t.Errorf("Reset without the store: %v", err)
+				}
+			})
+		})
+	}
 }

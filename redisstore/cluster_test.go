@@ -32,6 +32,7 @@ func TestFleetCluster(t *testing.T) {
 			return [2]shared.Store{openCluster(t, cluster), openCluster(t, cluster)}
 		})
 	})
+	t.Run("queues", func(t *testing.T) { testDrawSlots(t, openCluster(t, cluster), openCluster(t, cluster)) })
 	t.Run("gives back what another shard refuses", func(t *testing.T) { testGivesBack(t, openCluster(t, cluster)) })
 	t.Run("sessions", func(t *testing.T) {
 		testClusterSessions(t, openCluster(t, cluster, redisstore.WithLease(time.Second)), openCluster(t, cluster, redisstore.WithLease(time.Second)))

@@ -213,7 +213,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 	c := newDrawing(d, n)
 	leases := s.leases(n)
 	var drawn shared.Drawn
-	err := s.queueCall(ctx, n, queueKeys(n, d.Rule.Kind, leases), func(last float64, sent time.Time) []byte {
+	err := s.queueCall(ctx, n, d.Rule.Kind, func(last float64, sent time.Time) []byte {
 		return c.encode(last, s.wakes(), s.own, 0, func(h shared.Holder) time.Duration { return s.leaseOf(h, sent) })
 	}, func(reply []byte, sent time.Time) error {
 		got, asks, answers, err := c.decode(reply)
@@ -241,7 +241,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 
 // queueCall runs queue.lua, within the store's bound. A server that has decided nothing, because the call came too late by its clock, is
 // called once more.
-func (s *Store) queueCall(ctx context.Context, n name, keys []string, encode func(last float64, sent time.Time) []byte,
+func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode func(last float64, sent time.Time) []byte,
 	decode func(reply []byte, sent time.Time) error,
 ) error {
 	sh := s.lanesFor(n).take.shard()
@@ -251,11 +251,16 @@ func (s *Store) queueCall(ctx context.Context, n name, keys []string, encode fun
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	keys := queueKeys(n, kind, s.leases(n))
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
 	if sh.probe.Load() == nil {
 		sh.probe.Store(&keys[0])
+	}
+	script := s.scripts.queue
+	if kind == shared.Bucket {
+		script = s.scripts.queueTokens
 	}
 	for again := false; ; again = true {
 		sent := time.Now()
@@ -263,7 +268,7 @@ func (s *Store) queueCall(ctx context.Context, n name, keys []string, encode fun
 		if sh.heard.Load() {
 			last = float64(s.serverTime(sh, sent).Add(2 * s.timeout).UnixMicro())
 		}
-		reply, err := s.run(unbounded{bounded}, s.scripts.queue, keys, encode(last, sent))
+		reply, err := s.run(unbounded{bounded}, script, keys, encode(last, sent))
 		if ctx.Err() != nil && err != nil {
 			return errors.Join(errTimeout, ctx.Err()) // it may have been done, and says nothing about the server
 		}
@@ -327,7 +332,7 @@ func (s *Store) returnQueued(ctx context.Context, rs []returned, results []share
 			returns[i] = one[i].Return
 		}
 		n := one[0].name
-		failed := s.queueCall(ctx, n, queueKeys(n, rule.Kind, s.leases(n)), func(float64, time.Time) []byte {
+		failed := s.queueCall(ctx, n, rule.Kind, func(float64, time.Time) []byte {
 			return encodeQueued(0, rule, s.wakes(), returns)
 		}, func(reply []byte, _ time.Time) error { return decodeQueued(reply, results[from:to]) })
 		if failed != nil && later {

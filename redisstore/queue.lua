@@ -380,12 +380,16 @@ end
 
 -- What waits at the caller, by the name that it is listed under.
 local listed, more = {}, {}
+for _, w in ipairs(waiting) do
+  if #w.flows > 0 then
+    w.listed = find(w.name)
+    w.listed.w = w.weight
+  end
+end
 for f = 1, MAX_FLOWS do
   for _, w in ipairs(waiting) do
     if w.flows[f] then
-      local in_ledger = find(w.name)
-      local name = in_ledger.n
-      in_ledger.w = w.weight
+      local name = w.listed.n
       local flows = listed[name] or {}
       listed[name] = flows
       if w.all >= MAX_FLOWS or #flows >= MAX_FLOWS then more[name] = true end

@@ -112,7 +112,7 @@ func TestQueueIsTheModel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	q := queueTester{client: client, script: rueidis.NewLuaScript(newScript(queueLua).text)}
+	q := queueTester{client: client}
 	for _, tt := range []struct {
 		name string
 		rule shared.Rule
@@ -122,6 +122,10 @@ func TestQueueIsTheModel(t *testing.T) {
 		{"slots", shared.Rule{Kind: shared.Slots, Capacity: 5, MaxInflight: time.Hour}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			q.script = rueidis.NewLuaScript(newScript(queueLua).text)
+			if tt.rule.Kind == shared.Bucket {
+				q.script = rueidis.NewLuaScript(newBucketScript(queueLua).text)
+			}
 			for seed := range uint64(60) {
 				q.compare(t, seed, tt.rule)
 			}
@@ -156,6 +160,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 		t.Fatal(err)
 	}
 	var woken []string
+	exact := true // up to now, the two have told instances the same times
 	spare := make(map[int][]shared.Grant)
 	for step := range 50 {
 		at := fmt.Sprintf("seed %d, step %d", seed, step)
@@ -240,6 +245,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 			if rule.Kind == shared.Slots {
 				left = rule.Capacity - m.held
 			}
+			exact = exact && got.Next == next
 			// A call that changes nothing writes nothing, so the two round differently.
 			if !reflect.DeepEqual(got.Grants, grants) || (got.Next-next).Abs() > 2*time.Microsecond || math.Abs(got.Left-left) > 1e-6 {
 				t.Fatalf("%s: got %v, next %v, left %v want %v, %v, %v", at, got.Grants, got.Next, got.Left, grants, next, left)
@@ -257,7 +263,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 		}
 		heard = append(heard, m[len("wake:"):])
 	}
-	if !slices.Equal(heard, woken) {
+	if exact && !slices.Equal(heard, woken) { // else one may have found an instance just early enough to be woken
 		t.Fatalf("seed %d: %q were woken want %q", seed, heard, woken)
 	}
 }

@@ -3,6 +3,7 @@ package redisstore_test
 import (
 	"context"
 	"math"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -40,6 +41,19 @@ func woken(t *testing.T, s *redisstore.Store, key shared.Key) chan struct{} {
 func TestDrawSlots(t *testing.T) {
 	client := newClient(t, startServer(t))
 	a, b := newStore(t, client), newStore(t, client)
+	testDrawSlots(t, a, b)
+	d := &shared.Drawing{Key: keyOf("slots", "y"), Rule: &shared.Rule{Kind: shared.Slots, MaxInflight: time.Minute, Capacity: 1}}
+	d.Waiting = []shared.Waiting{{Workload: "a workload", Weight: 1, Costs: []float64{1, 1}}}
+	draw(t, a, d)
+	if ledgers := do(t, client, "KEYS", "*#q"); !strings.Contains(ledgers, "#q") {
+		t.Errorf("ledgers are %q want one", ledgers)
+	} else if text := do(t, client, "GET", strings.Trim(ledgers, "[]")); strings.Contains(text, "workload") {
+		t.Errorf("the ledger has names of workloads in it: %q", text)
+	}
+}
+
+func testDrawSlots(t *testing.T, a, b *redisstore.Store) {
+	t.Helper()
 	rule := &shared.Rule{Kind: shared.Slots, Capacity: 1, MaxInflight: time.Minute}
 	key := shared.Key{Policy: "p", Component: "slots", Label: "user", Value: "secret value"}
 	wants := func(workload string) *shared.Drawing {
@@ -52,11 +66,6 @@ func TestDrawSlots(t *testing.T) {
 	}
 	if got := draw(t, b, wants("other workload")); len(got.Grants) != 0 || got.Next != 0 {
 		t.Fatalf("Draw without a free slot = %+v", got)
-	}
-	if ledgers := do(t, client, "KEYS", "*#q"); !strings.Contains(ledgers, "#q") {
-		t.Errorf("ledgers are %q want one", ledgers)
-	} else if text := do(t, client, "GET", strings.Trim(ledgers, "[]")); strings.Contains(text, "workload") {
-		t.Errorf("the ledger has names of workloads in it: %q", text)
 	}
 	back := shared.Return{Key: key, Rule: rule, Slot: first.Grants[0].Slots[0], Queued: true}
 	for _, want := range []bool{true, false} {
@@ -85,6 +94,9 @@ func TestDrawSlots(t *testing.T) {
 	<-wake
 	if got := draw(t, b, wants("other workload")); len(got.Grants) != 1 {
 		t.Errorf("Draw after Reset = %+v", got)
+	}
+	if got, err := b.Draw(t.Context(), &shared.Drawing{Key: key, Rule: rule}); err != nil || len(got.Grants) != 0 {
+		t.Errorf("an empty Draw = %+v, %v", got, err)
 	}
 }
 
@@ -156,5 +168,57 @@ func TestFleetShares(t *testing.T) {
 	t.Logf("%.2f %% of %v, %.2f calls a flow", share, got["small"]+got["large"], calls/(got["small"]+got["large"]))
 	if math.Abs(share-25) > 1 {
 		t.Errorf("the small workload got %.1f %% want 25 %%", share)
+	}
+}
+
+// What a call costs the server grows with how many flows of how many engines wait at the key.
+func BenchmarkDraw(b *testing.B) {
+	for _, tt := range []struct {
+		name                        string
+		instances, workloads, flows int
+	}{
+		{"one flow alone", 1, 1, 1},
+		{"two engines, two workloads", 2, 2, 32},
+		{"eight engines, three workloads", 8, 3, 32},
+		{"four engines, 64 workloads", 4, 64, 4},
+	} {
+		b.Run(tt.name, func(b *testing.B) {
+			client := newClient(b, startServer(b))
+			rule := &shared.Rule{Kind: shared.Bucket, Capacity: 100, Fill: 2000, Interval: time.Second}
+			if tt.instances == 1 {
+				rule.Fill = 1e9
+			}
+			d := &shared.Drawing{Key: shared.Key{Policy: "p", Component: "quota"}, Rule: rule}
+			for w := range tt.workloads {
+				costs := make([]float64, tt.flows)
+				for i := range costs {
+					costs[i] = 1
+				}
+				d.Waiting = append(d.Waiting, shared.Waiting{Workload: string(rune('a' + w)), Weight: float64(w + 1), Costs: costs})
+			}
+			stores := make([]*redisstore.Store, tt.instances)
+			for i := range stores {
+				stores[i] = newStore(b, client)
+			}
+			do(b, client, "CONFIG", "RESETSTAT")
+			n := 0
+			for b.Loop() {
+				if _, err := stores[n%len(stores)].Draw(b.Context(), d); err != nil {
+					b.Fatal(err)
+				}
+				n++
+			}
+			for line := range strings.Lines(do(b, client, "INFO", "commandstats")) {
+				if _, text, ok := strings.Cut(line, "cmdstat_evalsha:"); ok {
+					_, text, _ = strings.Cut(text, "usec_per_call=")
+					text, _, _ = strings.Cut(text, ",")
+					us, err := strconv.ParseFloat(text, 64)
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.ReportMetric(us, "server-us/op")
+				}
+			}
+		})
 	}
 }

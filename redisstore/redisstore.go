@@ -15,6 +15,13 @@
 //
 // A bucket takes about 200 bytes, and is forgotten when it is full. The server's clock decides, and no other.
 //
+// # Queues
+//
+// Where flows wait for a scheduler, the key has a ledger beside it, whose name ends in #q: what waits at which instance, by workload, and
+// what has fallen to instances that have not asked since. Names of workloads are in it by a hash. An instance that does not ask for a
+// second has nothing there any more. Instances are woken by messages, for which a user with an access list needs the channels
+// {<namespace>}#w:*.
+//
 // # The server
 //
 // It needs memory for all keys: a server that evicts keys makes full buckets of empty ones. So maxmemory-policy should be

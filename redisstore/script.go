@@ -46,16 +46,17 @@ func scriptOf(text string) *script {
 }
 
 // scripts are those of a store.
-type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue *script }
+type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue, queueTokens *script }
 
 func newScripts() scripts {
 	return scripts{
-		take:       newScript(takeLua),
-		takeTokens: newBucketScript(takeLua),
-		giveBack:   newScript(returnLua),
-		lease:      newBucketScript(leaseLua),
-		ramp:       newBucketScript(rampLua),
-		queue:      newScript(queueLua),
+		take:        newScript(takeLua),
+		takeTokens:  newBucketScript(takeLua),
+		giveBack:    newScript(returnLua),
+		lease:       newBucketScript(leaseLua),
+		ramp:        newBucketScript(rampLua),
+		queue:       newScript(queueLua),
+		queueTokens: newBucketScript(queueLua),
 	}
 }
 

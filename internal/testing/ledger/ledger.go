@@ -286,6 +286,13 @@ func (l *Ledger) instance(id string) *instance {
 
 // list notes what waits at the instance in place of what waited there before. Workloads that are listed as one alternate.
 func (l *Ledger) list(of *instance, waiting []shared.Waiting, rest [][]flow, others func([]flow) []flow) {
+	under := make([]*workload, len(rest))
+	for i, flows := range rest {
+		if len(flows) > 0 {
+			under[i] = l.find(waiting[i].Workload)
+			under[i].weight = waiting[i].Weight
+		}
+	}
 	listed := make(map[*workload][]flow)
 	more := make(map[*workload]bool)
 	for n := range MaxFlows {
@@ -293,8 +300,7 @@ func (l *Ledger) list(of *instance, waiting []shared.Waiting, rest [][]flow, oth
 			if n >= len(flows) {
 				continue
 			}
-			w := l.find(waiting[i].Workload)
-			w.weight = waiting[i].Weight
+			w := under[i]
 			more[w] = more[w] || len(waiting[i].Costs) >= MaxFlows || len(listed[w]) >= MaxFlows
 			if len(listed[w]) < MaxFlows {
 				listed[w] = append(listed[w], flows[n])

@@ -231,7 +231,7 @@ func (st *state) room(now time.Time, want float64) (ok bool, wait time.Duration)
 		if r.Capacity == 0 {
 			return false, -1
 		}
-		return false, 0 // nobody knows how long flows run
+		return false, st.slots[0].since.Add(r.MaxInflight).Sub(now) // nobody knows how long flows run
 	case st.tokens-want >= -slack:
 		return true, 0
 	case want > r.Capacity || r.Kind == shared.Bucket && r.Fill <= 0 || r.Capacity == 0:
