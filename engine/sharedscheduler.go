@@ -20,7 +20,7 @@ import (
 // it grants is for the first flows of a workload.
 //
 // While flows wait at a key, one goroutine asks the store for them: when the key's next turn is due as the store has said, when the
-// store wakes it, and when flows of another workload come, but not at a higher rate than [sharedScheduler.pace] says. A flow that
+// store wakes it, and when flows of another workload come, but not at a higher rate than [pace] says. A flow that
 // comes when none waits is asked for at once. So is a flow that may not wait; the answer decides about it.
 //
 // While the store does not answer, this process serves the queue by its part of the tokens, or as OnOutage says.
