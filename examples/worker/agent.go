@@ -13,16 +13,8 @@ import (
 
 	"github.com/headgate-go/headgate/agent"
 	"github.com/headgate-go/headgate/engine"
-	"github.com/headgate-go/headgate/policy"
+	"github.com/headgate-go/headgate/flowctl"
 )
-
-const atOnce, perSecond = 6, 10
-
-// limits holds for all workers together. A call that is too much waits.
-var limits = []policy.Policy{{Name: "third-party", Components: []policy.Component{
-	policy.ConcurrencyScheduler{ID: "at-once", Selectors: policy.At("api"), Max: atOnce, MaxInflight: 5 * time.Minute},
-	policy.QuotaScheduler{ID: "rate", Selectors: policy.At("api"), Capacity: 1, Fill: perSecond, Interval: time.Second},
-}}}
 
 // serve has workers share the limits until ctx ends. What the limits hold then is in the file, for the next agent.
 func serve(ctx context.Context, address, state string, holdOff time.Duration, stdout io.Writer) error {
@@ -54,4 +46,9 @@ func serve(ctx context.Context, address, state string, holdOff time.Duration, st
 		err = nil
 	}
 	return errors.Join(err, e.Close(), served.Close()) // the file comes last, when nothing can change
+}
+
+// dial returns a client of the agent. All its workers share the limits.
+func dial(address string) (*flowctl.Client, error) {
+	return flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithLogger(slog.Default()), flowctl.WithCancelOnLostSlot())
 }

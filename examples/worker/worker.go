@@ -16,16 +16,18 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 )
 
-// goroutines is how many jobs a worker has at a time.
-const goroutines = 4
+const (
+	// goroutines is how many jobs a worker has at a time.
+	goroutines = 4
 
-// work calls the API with jobs of the directory, until there are none or ctx ends.
-func work(ctx context.Context, agent, api, jobs string) error {
-	client, err := flowctl.Dial(agent, flowctl.WithInsecure(), flowctl.WithLogger(slog.Default()), flowctl.WithCancelOnLostSlot())
-	if err != nil {
-		return err
-	}
-	// A call waits in the agent's queue, and comes back to it if the agent stops meanwhile: for a minute in all.
+	// longest is how long a call may take. A worker that loses its store keeps its slots for two thirds of its lease, so 1.5 times
+	// this time and that of an answer must be less than redisstore.WithLease, which is 10 s by default.
+	longest = 5 * time.Second
+)
+
+// work calls the API with jobs of the directory, until there are none or ctx ends. Then it closes the client.
+func work(ctx context.Context, client *flowctl.Client, api, jobs string) error {
+	// A call waits for its turn, and comes back if what it waits for stops meanwhile: for a minute in all.
 	params := flowctl.Params{MaxWait: time.Minute, OnUnreachable: flowctl.FailClosed}
 	call := headgate.GuardFunc(headgate.Retrying(client, headgate.RetryPolicy{Attempts: -1, Budget: -1}), "api",
 		func(context.Context, string) flowctl.Params { return params },
@@ -43,8 +45,11 @@ func work(ctx context.Context, agent, api, jobs string) error {
 				if err := finish(job, code, err); err != nil {
 					slog.Error("job", "error", err)
 				}
-				if errors.Is(err, flowctl.ErrUnreachable) {
+				switch rejected, _ := errors.AsType[*flowctl.RejectedError](err); {
+				case errors.Is(err, flowctl.ErrUnreachable): // no agent
 					_ = client.Ready(ctx) // the next call says what is wrong
+				case rejected != nil && rejected.Cause() == flowctl.CauseNoStore:
+					<-time.After(time.Second)
 				}
 			}
 		})
@@ -61,7 +66,7 @@ func post(ctx context.Context, api, job string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	resp, err := http.DefaultClient.Do(r)
+	resp, err := (&http.Client{Timeout: longest}).Do(r) // its connections are those of all calls
 	if err != nil {
 		return 0, err
 	}
