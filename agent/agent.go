@@ -92,7 +92,9 @@ func New(e *engine.Engine, opts ...ServiceOption) (*Service, error) {
 		return nil, fmt.Errorf("headgate: agent: %w", err)
 	}
 	svc := newService(e)
+	svc.memory.agent = svc.sessions.agentID
 	svc.memory.start(svc.engine, o)
+	svc.sessions.agentID = svc.memory.agent
 	return svc, nil
 }
 
@@ -163,7 +165,7 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 		// The control point is the check's; one in the lookup would read another's results.
 		own.Lookup, refused = lookupOf(ctx, m.GetControlPoint(), lookup)
 	}
-	response, err := s.decide(ctx, &req, wire.MaxDecisions)
+	response, err := s.decide(ctx, &req, m.GetSessionCheck(), wire.MaxDecisions)
 	if err != nil {
 		return nil, err
 	}
@@ -174,9 +176,9 @@ func (s handler) Check(ctx context.Context, m *checkv1.CheckRequest) (*checkv1.C
 	return response, nil
 }
 
-// decide asks the engine about a flow. The request shares nothing with others. room is the most bytes of decisions in
-// the answer.
-func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*checkv1.CheckResponse, error) {
+// decide asks the engine about a flow. The request shares nothing with others. number is that of the check in its session, or 0.
+// room is the most bytes of decisions in the answer.
+func (s handler) decide(ctx context.Context, req *agentapi.Request, number uint64, room int) (*checkv1.CheckResponse, error) {
 	c := callOf(ctx)
 	if c != nil && c.full { // it may not have been read
 		return rejection(req.ControlPoint, agentapi.ReasonNoTokens, http.StatusServiceUnavailable), nil
@@ -211,6 +213,10 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, room int) (*
 		// The client never hears of it.
 		s.service.engine.Revert(ctx, req, &v)
 		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	if session != nil && !s.service.sessions.grant(session, number, &v) {
+		s.service.engine.Revert(ctx, req, &v)
+		return nil, errGivenUp
 	}
 	s.service.sessions.comesBack(&v)
 	named := s.service.engine.NamedLabels()

@@ -46,7 +46,7 @@ func (s handler) CheckHTTP(ctx context.Context, m *checkhttpv1.CheckHTTPRequest)
 			},
 		},
 	}
-	response, err := s.decide(ctx, &req, wire.MaxHTTPDecisions)
+	response, err := s.decide(ctx, &req, m.GetSessionCheck(), wire.MaxHTTPDecisions)
 	if err != nil {
 		return nil, err
 	}

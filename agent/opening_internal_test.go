@@ -29,51 +29,53 @@ func TestCallsThatHaveNoMessageShareRoom(t *testing.T) {
 		sent metadata.MD
 	}{{"without metadata", nil}, {"with metadata", heavy}} {
 		t.Run(tt.name, func(t *testing.T) {
-			g := newGate()
-			innocent := g.callFrom("innocent")
-			var all []*call
-			refused := 0
-			for i := range 2 * maxOpening / callSize {
-				c, err := g.call(context.Background(), i%48, tt.sent)
-				if err != nil {
-					if status.Code(err) != codes.Unavailable {
-						t.Fatalf("call() = %v want Unavailable", err)
+			synctest.Test(t, func(t *testing.T) { // no call becomes overdue, however slow the machine is
+				g := newGate()
+				innocent := g.callFrom("innocent")
+				var all []*call
+				refused := 0
+				for i := range 2 * maxOpening / callSize {
+					c, err := g.call(context.Background(), i%48, tt.sent)
+					if err != nil {
+						if status.Code(err) != codes.Unavailable {
+							t.Fatalf("call() = %v want Unavailable", err)
+						}
+						refused++
+						continue
 					}
-					refused++
-					continue
+					all = append(all, c)
 				}
-				all = append(all, c)
-			}
-			if refused < maxOpening/callSize {
-				t.Errorf("%d calls were refused", refused)
-			}
-			if g.opening.size > maxOpening {
-				t.Errorf("calls take %d bytes want at most %d", g.opening.size, maxOpening)
-			}
-			for i := range 100 {
-				c, err := g.call(context.Background(), fmt.Sprint("another ", i), nil)
-				if err != nil || c.enter() != nil || c.ready() {
-					t.Fatalf("a connection that has nothing finds no room: %v", err)
+				if refused < maxOpening/callSize {
+					t.Errorf("%d calls were refused", refused)
 				}
-			}
-			if innocent.enter() != nil || innocent.Err() != nil || innocent.ready() {
-				t.Error("the call of the connection with one was ended")
-			}
-			evicted := 0
-			for _, c := range all {
-				err := c.enter()
-				if wasEvicted := c.ready(); wasEvicted != (err != nil) || wasEvicted != (c.Err() != nil) {
-					t.Fatalf("enter() = %v, ready() = %v", err, wasEvicted)
-				} else if wasEvicted {
-					evicted++
+				if g.opening.size > maxOpening {
+					t.Errorf("calls take %d bytes want at most %d", g.opening.size, maxOpening)
 				}
-			}
-			if evicted > 100 {
-				t.Errorf("%d calls made room for one at a time", evicted)
-			}
-			if len(g.opening.by) != 0 || len(g.opening.order) != 0 || g.opening.size != 0 || g.begun.size+g.plain.size+g.overdue.size != 0 {
-				t.Errorf("%d connections have %d bytes; %d, %d and %d calls are left", len(g.opening.by), g.opening.size, g.begun.size, g.plain.size, g.overdue.size)
-			}
+				for i := range 100 {
+					c, err := g.call(context.Background(), fmt.Sprint("another ", i), nil)
+					if err != nil || c.enter() != nil || c.ready() {
+						t.Fatalf("a connection that has nothing finds no room: %v", err)
+					}
+				}
+				if innocent.enter() != nil || innocent.Err() != nil || innocent.ready() {
+					t.Error("the call of the connection with one was ended")
+				}
+				evicted := 0
+				for _, c := range all {
+					err := c.enter()
+					if wasEvicted := c.ready(); wasEvicted != (err != nil) || wasEvicted != (c.Err() != nil) {
+						t.Fatalf("enter() = %v, ready() = %v", err, wasEvicted)
+					} else if wasEvicted {
+						evicted++
+					}
+				}
+				if evicted > 100 {
+					t.Errorf("%d calls made room for one at a time", evicted)
+				}
+				if len(g.opening.by) != 0 || len(g.opening.order) != 0 || g.opening.size != 0 || g.begun.size+g.plain.size+g.overdue.size != 0 {
+					t.Errorf("%d connections have %d bytes; %d, %d and %d calls are left", len(g.opening.by), g.opening.size, g.begun.size, g.plain.size, g.overdue.size)
+				}
+			})
 		})
 	}
 }

@@ -124,6 +124,57 @@ func TestOutcomesOfClients(t *testing.T) {
 	}
 }
 
+// Close sends what was said of flows just before it.
+func TestOutcomesBeforeClose(t *testing.T) {
+	for name, opts := range map[string][]flowctl.Option{"telemetry": nil, "no telemetry": {flowctl.WithoutTelemetry()}} {
+		for _, tt := range []struct {
+			name string
+			meet func(*agentOfSessions)
+			took time.Duration
+			fail bool
+			want string
+		}{
+			{"an agent that answers", func(*agentOfSessions) {}, 0, false, "open"},
+			{"an agent that is slow", func(a *agentOfSessions) {
+				a.unplug()
+				time.AfterFunc(500*time.Millisecond, a.plug)
+			}, 500 * time.Millisecond, false, "open"},
+			{"an agent that is not reached", (*agentOfSessions).unplug, 2*time.Second + 10*time.Millisecond, true, "closed"},
+			{"a connection that is cut", (*agentOfSessions).cut, 0, false, "closed"},
+		} {
+			t.Run(tt.name+", "+name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					a := newAgentOfSessions(t, twoFailures())
+					client := a.clientOf(t, opts...)
+					var flows [2]*flowctl.Flow
+					for i := range flows {
+						<-time.After(time.Microsecond)
+						flows[i] = client.Start(t.Context(), "point", flowctl.Params{})
+						flows[i].SetError(errors.New("failed"))
+					}
+					tt.meet(a)
+					for _, flow := range flows {
+						if _, err := flow.End(t.Context()); err != nil {
+							t.Error(err)
+						}
+					}
+					ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+					defer cancel()
+					begin := time.Now()
+					err := client.Close(ctx)
+					if took := time.Since(begin); len(opts) > 0 && (took != tt.took || (err != nil) != tt.fail) {
+						t.Errorf("Close() = %v after %v want %v", err, took, tt.took)
+					}
+					if got := a.breaker(t).State; len(opts) > 0 && got != tt.want || got != "open" && tt.want == "open" {
+						t.Errorf("the breaker is %s want %s", got, tt.want)
+					}
+					a.cut()
+				})
+			})
+		}
+	}
+}
+
 // A probe that was canceled gives its place back at once, and so does one whose caller had gone when the answer came.
 func TestOutcomesOfProbes(t *testing.T) {
 	for _, tt := range []struct {

@@ -249,6 +249,7 @@ const (
 
 	requestDryRun  protowire.Number = 1001
 	requestMaxWait protowire.Number = 1002
+	requestNumber  protowire.Number = 1004
 
 	httpRequestLabels protowire.Number = 1003
 
@@ -278,6 +279,8 @@ func readCheckRequest(data []byte, m *checkv1.CheckRequest, named map[string]boo
 				m.ExpectEnd = n != 0
 			case requestDryRun:
 				m.DryRun = n != 0
+			case requestNumber:
+				m.SessionCheck = n
 			}
 			continue
 		}
@@ -403,6 +406,8 @@ func readCheckHTTPRequest(data []byte, m *checkhttpv1.CheckHTTPRequest, named ma
 				m.ExpectEnd = n != 0
 			case requestDryRun:
 				m.DryRun = n != 0
+			case requestNumber:
+				m.SessionCheck = n
 			}
 			continue
 		}

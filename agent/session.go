@@ -48,7 +48,7 @@ type sessions struct {
 	draining chan struct{}  // closed by drain
 	drained  bool
 
-	charged atomic.Int64 // bytes that the charges of all sessions take
+	charged atomic.Int64 // bytes that the charges and grants of all sessions take
 }
 
 // A session is one client's.
@@ -63,6 +63,7 @@ type session struct {
 	end     *time.Timer // forgets the session when it has run out; nil while no stream has ended
 
 	charges charges
+	grants  grants
 }
 
 func newSessions(engine agentapi.Local) *sessions {
@@ -82,6 +83,7 @@ var (
 	errSessions      = status.Error(codes.ResourceExhausted, "there are too many sessions")
 	errDraining      = status.Error(codes.Unavailable, "the agent is about to stop")
 	errSilent        = status.Error(codes.DeadlineExceeded, "the client says nothing")
+	errGivenUp       = status.Error(codes.Canceled, "the client has given the check up")
 	errMessage       = status.Error(codes.InvalidArgument, "the message is malformed, compressed or too long")
 )
 
@@ -195,7 +197,7 @@ func (s *sessions) forget(one *session) {
 	if s.owners[one.owner]--; s.owners[one.owner] == 0 {
 		delete(s.owners, one.owner)
 	}
-	s.charged.Add(-one.charges.drop())
+	s.charged.Add(-one.charges.drop() - one.grants.drop())
 }
 
 // drain has flows not wait any more, and tells the clients.
@@ -255,6 +257,19 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 				all.renew(one)
 				beats++
 				response.Heartbeat = &sessionv1.Heartbeat{Number: beats, Acknowledges: m.GetHeartbeat().GetNumber()}
+			}
+			slots := 0
+			for _, back := range m.GetReturns() {
+				if slots += len(back.GetSlots()); slots > maxSessionElements {
+					return errMessage
+				}
+				for _, ref := range back.GetSlots() {
+					s.service.end(ctx, ref)
+				}
+				if number := back.GetCheck(); number != 0 {
+					all.giveUp(ctx, one, number)
+				}
+				response.Returned = append(response.Returned, back.GetId())
 			}
 			for _, settlement := range m.GetSettlements() {
 				response.Results = append(response.Results, &sessionv1.SettlementResult{

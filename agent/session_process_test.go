@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,11 +26,14 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// sessionRole makes this test's process one of another's: "agent", or "hold" or "load" with the addresses of the agent
-// and the witness.
+// sessionRole makes this test's process one of another's: "agent", with an address and a state file, or "hold", "finish" or "load"
+// with the addresses of the agent and the witness.
 const sessionRole = "HEADGATE_TEST_SESSION_ROLE"
 
-const sessionSlots = 8
+const (
+	sessionSlots = 8
+	sessionHalf  = sessionSlots / 2 // which a client holds that plays "hold" or "finish"
+)
 
 // Clients that are killed or stopped give their slots up, and so do those of an agent that is stopped. A witness, to which
 // every flow reports before and after its work, never counts more of them than the limit, without those of a stopped
@@ -40,43 +44,63 @@ func TestProcessSessions(t *testing.T) {
 		return
 	}
 	w := newWitness(t)
-	served := startRole(t, "agent")
-	address := served.line(t)
+	served := startRole(t, "agent 127.0.0.1:0 "+filepath.Join(t.TempDir(), "state"))
+	address := served.address(t)
 	client := func(mode string) *role { return startRole(t, mode+" "+address+" "+w.listener.Addr().String()) }
+	killed, stopped := client("hold"), client("hold")
+	w.await(t, "two clients that hold all slots", func() bool {
+		return w.flows[killed.pid()] == sessionHalf && w.flows[stopped.pid()] == sessionHalf
+	})
 	load := client("load")
-	w.await(t, "the load", func() bool { return w.flows[load.pid()] > 0 })
-
-	holder := client("hold")
-	w.await(t, "a client that holds half of the slots", func() bool { return w.flows[holder.pid()] == sessionSlots/2 })
-	holder.signal(t, syscall.SIGKILL)
-	took := w.await(t, "the slots of a client that was killed", func() bool { return w.flows[load.pid()] > sessionSlots/2 })
-	t.Logf("slots of a client that was killed were back after %v", took)
-
-	holder = client("hold")
-	w.await(t, "another client that holds half of the slots", func() bool { return w.flows[holder.pid()] == sessionSlots/2 })
-	w.except(holder.pid())
-	holder.signal(t, syscall.SIGSTOP)
-	took = w.await(t, "the slots of a client that was stopped", func() bool { return w.flows[load.pid()] > sessionSlots/2 })
-	t.Logf("slots of a client that was stopped were back after %v", took)
-	holder.signal(t, syscall.SIGCONT)
-	took = w.await(t, "the end of the flows that have lost their slots", func() bool { return w.flows[holder.pid()] == 0 || w.excepted == 0 })
+	w.except(stopped.pid())
+	killed.signal(t, syscall.SIGKILL)
+	stopped.signal(t, syscall.SIGSTOP)
+	took := w.await(t, "the slots of a client that was killed, and of one that was stopped", func() bool { return w.flows[load.pid()] == sessionSlots })
+	t.Logf("slots were back after %v", took)
+	stopped.signal(t, syscall.SIGCONT)
+	took = w.await(t, "the end of the flows that have lost their slots", func() bool { return w.excepted == 0 })
 	t.Logf("its flows were canceled %v after it went on", took)
 
-	w.await(t, "the same client to hold half of the slots", func() bool { return w.flows[holder.pid()] == sessionSlots/2 })
+	goesOn := func() bool { return w.flows[stopped.pid()] == sessionHalf && w.flows[load.pid()] == sessionHalf }
+	w.await(t, "two clients that share all slots", goesOn)
 	served.signal(t, syscall.SIGSTOP)
-	took = w.await(t, "the flows of an agent that was stopped", func() bool { return w.flows[holder.pid()] == 0 })
+	took = w.await(t, "the flows of an agent that was stopped", func() bool { return w.flows[stopped.pid()] == 0 })
 	t.Logf("flows of an agent that was stopped were canceled after %v", took)
-	<-time.After(3 * time.Second)
+	<-time.After(2 * time.Second) // so that the sessions have run out
 	served.signal(t, syscall.SIGCONT)
-	took = w.await(t, "the agent to go on", func() bool { return w.flows[holder.pid()] == sessionSlots/2 && w.flows[load.pid()] > 0 })
+	took = w.await(t, "the agent to go on with all slots", goesOn)
 	t.Logf("slots were back %v after it went on", took)
+	w.check(t)
+}
 
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	t.Logf("%d flows, at most %d in flight; with those of a stopped client, %d", w.seen, w.most, w.mostOfAll)
-	if w.most > sessionSlots {
-		t.Errorf("%d flows were in flight at a time want at most %d", w.most, sessionSlots)
+// Flows that run for longer than a session without an agent outlast an agent that is stopped in good order and started again, twice
+// and under load. None loses its slot, there are never more than the limit, and all slots come back.
+func TestProcessRestartUnderLoad(t *testing.T) {
+	w := newWitness(t)
+	agent := "agent 127.0.0.1:0 " + filepath.Join(t.TempDir(), "state")
+	served := startRole(t, agent)
+	address := served.address(t)
+	client := func(mode string) *role { return startRole(t, mode+" "+address+" "+w.listener.Addr().String()) }
+	finish := client("finish")
+	w.await(t, "a client that holds half of the slots", func() bool { return w.flows[finish.pid()] == sessionHalf })
+	load := client("load")
+	loaded := func() bool { return w.flows[load.pid()] == sessionHalf }
+	w.await(t, "the load", loaded)
+	for range 2 {
+		before := w.ended(load.pid())
+		served.stop(t)
+		served = startRole(t, strings.Replace(agent, "127.0.0.1:0", address, 1))
+		served.address(t)
+		took := w.await(t, "the load after a restart", func() bool { return loaded() && w.gone[load.pid()] > before })
+		t.Logf("all slots were back after %v", took)
 	}
+	w.await(t, "the end of flows of before", func() bool { return w.gone[finish.pid()] == sessionHalf })
+	load.stop(t)
+	finish.stop(t) // which fails if a flow has lost its slot
+	last := client("hold")
+	more := client("hold")
+	w.await(t, "all slots for others", func() bool { return w.flows[last.pid()] == sessionHalf && w.flows[more.pid()] == sessionHalf })
+	w.check(t)
 }
 
 // A witness counts the flows in flight of each process. A flow waits until it has been counted.
@@ -87,6 +111,7 @@ type witness struct {
 	mu        sync.Mutex
 	changed   chan struct{} // receives when anything has
 	flows     map[int]int   // by process
+	gone      map[int]int   // by process: those that have ended
 	excepted  int           // the process that was stopped, until all its flows have ended
 	seen      int
 	most      int
@@ -99,7 +124,7 @@ func newWitness(t *testing.T) *witness {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &witness{listener: l, changed: make(chan struct{}, 1), flows: make(map[int]int)}
+	w := &witness{listener: l, changed: make(chan struct{}, 1), flows: make(map[int]int), gone: make(map[int]int)}
 	w.running.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -147,6 +172,8 @@ func (w *witness) count(pid, more int) {
 	w.flows[pid] += more
 	if more > 0 {
 		w.seen++
+	} else {
+		w.gone[pid] -= more
 	}
 	if pid == w.excepted && w.flows[pid] == 0 {
 		w.excepted = 0
@@ -172,6 +199,24 @@ func (w *witness) except(pid int) {
 	w.excepted = pid
 }
 
+// ended returns how many flows of the process have ended.
+func (w *witness) ended(pid int) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.gone[pid]
+}
+
+// check wants no more flows than there are slots.
+func (w *witness) check(t *testing.T) {
+	t.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t.Logf("%d flows, at most %d in flight; with those of a stopped client, %d", w.seen, w.most, w.mostOfAll)
+	if w.most > sessionSlots {
+		t.Errorf("%d flows were in flight at a time want at most %d", w.most, sessionSlots)
+	}
+}
+
 // await waits for something to happen, within a time that only a hang takes.
 func (w *witness) await(t *testing.T, what string, happened func() bool) time.Duration {
 	t.Helper()
@@ -186,17 +231,24 @@ func (w *witness) await(t *testing.T, what string, happened func() bool) time.Du
 		select {
 		case <-w.changed:
 		case <-limit:
-			t.Fatalf("%s: nothing happened for a minute", what)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			t.Fatalf("%s: nothing happened for a minute; flows by process: %v", what, w.flows)
 		}
 	}
 }
 
 // A role is a process that plays one.
 type role struct {
-	cmd *exec.Cmd
-	out *bufio.Scanner
+	name    string
+	cmd     *exec.Cmd
+	in      io.Closer
+	at      chan string // receives the address that an agent prints
+	printed chan string // receives all that the process has printed, at its end
+	once    sync.Once
 }
 
+// startRole starts a process. If the test fails, its log has what the process printed.
 func startRole(t *testing.T, name string) *role {
 	t.Helper()
 	exe, err := os.Executable()
@@ -205,7 +257,6 @@ func startRole(t *testing.T, name string) *role {
 	}
 	cmd := exec.Command(exe, "-test.run=^TestProcessSessions$", "-test.v")
 	cmd.Env = append(os.Environ(), sessionRole+"="+name)
-	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -214,18 +265,40 @@ func startRole(t *testing.T, name string) *role {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cmd.Stderr = cmd.Stdout
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGCONT)
-		_ = in.Close()
-		_, _ = io.Copy(io.Discard, out)
-		if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() != -1 { // which a killed one has
-			t.Errorf("%s: %v", name, err)
+	r := &role{name: name, cmd: cmd, in: in, at: make(chan string, 1), printed: make(chan string, 1)}
+	go func() {
+		var all strings.Builder
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			fmt.Fprintln(&all, lines.Text())
+			if _, address, ok := strings.Cut(lines.Text(), "agent at "); ok {
+				r.at <- address
+			}
+		}
+		close(r.at)
+		r.printed <- all.String()
+	}()
+	t.Cleanup(func() { r.stop(t) })
+	return r
+}
+
+// stop ends the process in good order, if it has not been killed, and waits for it.
+func (r *role) stop(t *testing.T) {
+	t.Helper()
+	r.once.Do(func() {
+		_ = r.cmd.Process.Signal(syscall.SIGCONT)
+		_ = r.in.Close()
+		printed := <-r.printed
+		if err := r.cmd.Wait(); err != nil && r.cmd.ProcessState.ExitCode() != -1 { // which a killed one has
+			t.Errorf("%s: %v", r.name, err)
+		}
+		if t.Failed() {
+			t.Logf("%s, process %d, printed:\n%s", r.name, r.pid(), printed)
 		}
 	})
-	return &role{cmd, bufio.NewScanner(out)}
 }
 
 func (r *role) pid() int { return r.cmd.Process.Pid }
@@ -237,16 +310,14 @@ func (r *role) signal(t *testing.T, s syscall.Signal) {
 	}
 }
 
-// line is the address that an agent prints.
-func (r *role) line(t *testing.T) string {
+// address is where an agent serves.
+func (r *role) address(t *testing.T) string {
 	t.Helper()
-	for r.out.Scan() {
-		if _, address, ok := strings.Cut(r.out.Text(), "agent at "); ok {
-			return address
-		}
+	address, ok := <-r.at
+	if !ok {
+		t.Fatal("the agent has no address")
 	}
-	t.Fatal("the agent has no address")
-	return ""
+	return address
 }
 
 // playRole plays the role until the standard input ends.
@@ -258,7 +329,7 @@ func playRole(t *testing.T, role []string) {
 		end()
 	}()
 	if role[0] == "agent" {
-		serveSlots(ctx, t)
+		serveSlots(ctx, t, role[1], role[2])
 		return
 	}
 	client, err := flowctl.Dial(role[1], flowctl.WithInsecure(), flowctl.WithCancelOnLostSlot())
@@ -269,10 +340,12 @@ func playRole(t *testing.T, role []string) {
 	if err := client.Ready(ctx); err != nil {
 		t.Fatal(err)
 	}
-	<-time.After(500 * time.Millisecond) // for the session
-	many, work := sessionSlots/2, time.Hour
-	if role[0] == "load" {
+	many, work := sessionHalf, time.Hour
+	switch role[0] {
+	case "load":
 		many, work = 2*sessionSlots, 10*time.Millisecond
+	case "finish":
+		work = 15 * time.Second
 	}
 	var flows sync.WaitGroup
 	for range many {
@@ -285,20 +358,24 @@ func playRole(t *testing.T, role []string) {
 			defer conn.Close()
 			fmt.Fprintf(conn, "%d\n", os.Getpid())
 			for ctx.Err() == nil {
-				if err := reportFlow(ctx, client, conn, work); err != nil {
-					if ctx.Err() == nil {
-						t.Error(err)
-					}
+				ran, err := reportFlow(ctx, client, conn, work)
+				lost := errors.Is(err, flowctl.ErrSlotLost)
+				if ctx.Err() == nil && err != nil && (!lost || role[0] == "finish") {
+					t.Error(err)
+				}
+				if err != nil && !lost || ran && role[0] == "finish" {
 					return
 				}
 			}
 		})
 	}
 	flows.Wait()
+	<-ctx.Done()
 }
 
-// reportFlow runs one flow, and reports it to the witness.
-func reportFlow(ctx context.Context, client *flowctl.Client, witness io.ReadWriter, work time.Duration) error {
+// reportFlow runs one flow, and reports it to the witness. It reports whether the flow ran. The error is ErrSlotLost if it lost its
+// slot.
+func reportFlow(ctx context.Context, client *flowctl.Client, witness io.ReadWriter, work time.Duration) (ran bool, err error) {
 	flow := client.Start(ctx, "point", flowctl.Params{
 		MaxWait: time.Hour, CheckTimeout: 3 * time.Second, OnUnreachable: flowctl.FailClosed,
 	})
@@ -308,7 +385,7 @@ func reportFlow(ctx context.Context, client *flowctl.Client, witness io.ReadWrit
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
 		}
-		return nil
+		return false, nil
 	}
 	tell := func(what byte) error {
 		one := [1]byte{what}
@@ -319,40 +396,47 @@ func reportFlow(ctx context.Context, client *flowctl.Client, witness io.ReadWrit
 		return err
 	}
 	if err := tell('+'); err != nil {
-		return err
+		return true, err
 	}
 	timer := time.NewTimer(work)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
 	case <-flow.Context().Done():
-		if cause := context.Cause(flow.Context()); ctx.Err() == nil && !errors.Is(cause, flowctl.ErrSlotLost) {
-			return cause
-		}
+		err = context.Cause(flow.Context())
 	}
-	return tell('-')
+	return true, errors.Join(err, tell('-'))
 }
 
-func serveSlots(ctx context.Context, t *testing.T) {
+// serveSlots serves until ctx ends, and leaves the state to the next agent.
+func serveSlots(ctx context.Context, t *testing.T, address, state string) {
+	t.Helper()
 	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.ConcurrencyScheduler{
 		Selectors: policy.At("point"), Max: sessionSlots, MaxInflight: time.Hour,
 	}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer e.Close()
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer(agent.ServerOptions()...)
-	agent.Register(server, e)
+	service, err := agent.New(e, agent.WithState(state))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(append(agent.ServerOptions(), grpc.WaitForHandlers(true))...)
+	service.Register(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	fmt.Printf("agent at %v\n", l.Addr()) // the parent reads it
 	<-ctx.Done()
-	server.Stop()
-	if err := <-served; err != nil {
+	service.Drain()
+	late := time.AfterFunc(time.Second, server.Stop)
+	server.GracefulStop()
+	late.Stop()
+	fmt.Printf("%d flows hold slots at the end\n", e.Stats().Components[0].Usage.InFlight)
+	if err := errors.Join(<-served, e.Close(), service.Close()); err != nil {
 		t.Error(err)
 	}
 }

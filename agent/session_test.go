@@ -188,6 +188,10 @@ func (a *agentOfSessions) inFlight() int {
 	return a.engine.Stats().Components[0].Usage.InFlight
 }
 
+func slotsFor(flows float64) []policy.Component {
+	return []policy.Component{policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: flows, MaxInflight: time.Hour}}
+}
+
 func oneSlot(lasts time.Duration) []policy.Component {
 	return []policy.Component{policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 1, MaxInflight: lasts}}
 }
@@ -764,4 +768,116 @@ func TestHeartbeatsAreSignsOfLife(t *testing.T) {
 			})
 		})
 	}
+}
+
+// late has streams begin late.
+func late(by time.Duration) grpc.ServerOption {
+	return grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		<-time.After(by)
+		return handle(server, stream)
+	})
+}
+
+// The first check of a client waits for its session, so that it is part of it. It does not wait for an agent that
+// has no sessions, nor for long for one that does not answer.
+func TestFirstChecks(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		options []grpc.ServerOption
+		ready   bool // the client has waited for the agent
+		took    time.Duration
+		part    bool
+	}{
+		{"agent", nil, false, 0, true},
+		{"agent that is ready", nil, true, 0, true},
+		{"agent that is slow", []grpc.ServerOption{late(40 * time.Millisecond)}, false, 40 * time.Millisecond, true},
+		{"agent that is slow and ready", []grpc.ServerOption{late(90 * time.Millisecond)}, true, 0, true},
+		{"agent that is too slow", []grpc.ServerOption{late(time.Minute)}, false, 50 * time.Millisecond, false},
+		{"agent that is too slow and ready", []grpc.ServerOption{late(time.Minute)}, true, 0, false},
+		{"agent without sessions", []grpc.ServerOption{sides.WithoutSessions()}, false, 0, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := serveSessions(t, oneSlot(time.Hour), append(agent.ServerOptions(), tt.options...)...)
+				client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(), a.dialer())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() { _ = client.Close(context.WithoutCancel(t.Context())) }()
+				if tt.ready {
+					if err := client.Ready(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+				}
+				begin := time.Now()
+				flow := client.Start(t.Context(), "point", flowctl.Params{})
+				if part := flow.CheckResponse().GetAgentId() != 0; part != tt.part || flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v, part of the session: %v want %v", flow, part, tt.part)
+				}
+				if took := time.Since(begin); took != tt.took {
+					t.Errorf("it took %v want %v", took, tt.took)
+				}
+				_, _ = flow.End(t.Context())
+			})
+		})
+	}
+}
+
+// So do the checks after a connection has taken the place of another one.
+func TestChecksOnNewConnections(t *testing.T) {
+	for name, options := range map[string][]grpc.ServerOption{
+		"lost":    nil,
+		"go away": {grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 2 * time.Second, MaxConnectionAgeGrace: time.Hour})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := serveSessions(t, slotsFor(1000), append(agent.ServerOptions(), append(options, late(20*time.Millisecond))...)...)
+				client := a.dial(t)
+				accepted := 0
+				for i := range 6000 {
+					if i%2000 == 1500 && options == nil {
+						a.cut()
+					}
+					flow := client.Start(t.Context(), "point", flowctl.Params{OnUnreachable: flowctl.FailClosed})
+					if flow.Decision() == flowctl.Accepted {
+						accepted++
+						if flow.CheckResponse().GetAgentId() == 0 {
+							t.Fatalf("check %d is no part of the session", i)
+						}
+					}
+					if _, err := flow.End(t.Context()); err != nil {
+						t.Error(err)
+					}
+					<-time.After(time.Millisecond)
+				}
+				if accepted < 1000 {
+					t.Errorf("%d flows were accepted", accepted)
+				}
+			})
+		})
+	}
+}
+
+// A client whose stream was refused, as by an agent that drains, does not wait until it has another one at the next agent.
+func TestSessionsOnNewConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, next := newAgentOfSessions(t, oneSlot(time.Hour)), newAgentOfSessions(t, slotsFor(10))
+		client := a.dial(t)
+		<-time.After(2 * time.Second)
+		a.service.Drain() // which refuses the next stream
+		<-time.After(time.Second / 10)
+		a.mu.Lock()
+		a.listener = next.listener
+		a.mu.Unlock()
+		a.cut()
+		<-time.After(time.Second / 10)
+		first := client.Start(t.Context(), "point", flowctl.Params{}) // which may be what connects
+		_, _ = first.End(t.Context())
+		<-time.After(time.Second / 10)
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		if flow.Decision() != flowctl.Accepted || flow.CheckResponse().GetAgentId() == 0 {
+			t.Errorf("%v, %v want it part of the session", flow, flow.CheckResponse())
+		}
+		_, _ = flow.End(t.Context())
+	})
 }

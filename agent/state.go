@@ -88,6 +88,7 @@ type State struct {
 type memory struct {
 	engine agentapi.Local
 	file   string // "" for none
+	agent  uint64 // the number of the agent in its clients' sessions
 
 	writing sync.Mutex // one copy at a time; guards logged
 	logged  time.Time  // when a problem of a copy was logged
@@ -181,6 +182,9 @@ func (m *memory) read() {
 		return
 	}
 	n := m.engine.ReadState(f)
+	if f.Drained && f.Agent != 0 { // so that clients know their slots again
+		m.agent = f.Agent
+	}
 	m.state = State{Written: f.Written, Drained: f.Drained, Keys: n.Keys, Slots: n.Slots, Dropped: n.Dropped}
 	log.Info("headgate: limits go on from the state file", "file", m.file, "written", f.Written, "drained", f.Drained,
 		"states", n.Keys, "slots", n.Slots, "dropped", n.Dropped)
@@ -192,7 +196,11 @@ func (m *memory) write(drained bool) error {
 	defer m.writing.Unlock()
 	var n agentapi.StateCount
 	err := statefile.Save(m.file, func(to io.Writer) (err error) {
-		n, err = m.engine.WriteState(to, drained, statefile.MaxSize)
+		h := statefile.Header{Drained: drained}
+		if drained { // after a kill, slots of flows in flight may be lost, so that clients must not find the same agent
+			h.Agent = m.agent
+		}
+		n, err = m.engine.WriteState(to, h, statefile.MaxSize)
 		return err
 	})
 	if err != nil {

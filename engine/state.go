@@ -20,10 +20,11 @@ const longestRestart = int64(366 * 24 * time.Hour)
 
 // WriteState writes the state of the components in force. Those with slots come first, because they are few, and nothing else
 // ends them.
-func (a *agent) WriteState(to io.Writer, drained bool, limit int) (agentapi.StateCount, error) {
+func (a *agent) WriteState(to io.Writer, h statefile.Header, limit int) (agentapi.StateCount, error) {
 	e := a.engine()
 	now := e.now()
-	w := statefile.NewWriter(to, statefile.Header{Drained: drained, Written: time.Now(), Secret: e.secret.Bytes()}, limit)
+	h.Written, h.Secret = time.Now(), e.secret.Bytes()
+	w := statefile.NewWriter(to, h, limit)
 	n, installed := agentapi.StateCount{}, e.rules.Load().installed
 	for _, slots := range []bool{true, false} {
 		for _, in := range installed {

@@ -150,7 +150,7 @@ func fails(t *testing.T, e *Engine) string {
 func written(t *testing.T, e *Engine, drained bool) *statefile.File {
 	t.Helper()
 	var b bytes.Buffer
-	if _, err := e.Agent().WriteState(&b, drained, statefile.MaxSize); err != nil {
+	if _, err := e.Agent().WriteState(&b, statefile.Header{Drained: drained}, statefile.MaxSize); err != nil {
 		t.Fatal(err)
 	}
 	f, err := statefile.Parse(b.Bytes())
@@ -500,7 +500,7 @@ func TestStateOfHiddenValues(t *testing.T) {
 		}
 	}
 	var b bytes.Buffer
-	if _, err := old.Agent().WriteState(&b, true, statefile.MaxSize); err != nil || bytes.Contains(b.Bytes(), []byte("sesame")) {
+	if _, err := old.Agent().WriteState(&b, statefile.Header{Drained: true}, statefile.MaxSize); err != nil || bytes.Contains(b.Bytes(), []byte("sesame")) {
 		t.Errorf("WriteState = %v want a file without the value", err)
 	}
 	f, err := statefile.Parse(b.Bytes())
@@ -547,7 +547,7 @@ func TestStateWithoutRoom(t *testing.T) {
 		}
 		for _, bytes := range []int{0, 150, 250, 300, 350, 400, 450} {
 			var b sizedBuffer
-			n, err := old.Agent().WriteState(&b, true, bytes)
+			n, err := old.Agent().WriteState(&b, statefile.Header{Drained: true}, bytes)
 			if err != nil || len(b.b) > bytes && n.Keys > 0 || n.Keys+n.Dropped != states(f) {
 				t.Errorf("WriteState within %d bytes = %+v, %v, %d bytes want %d states or fewer", bytes, n, err, len(b.b), states(f))
 			}
@@ -693,7 +693,7 @@ func FuzzReadState(f *testing.F) {
 		}
 		_ = e.Close()
 		var b bytes.Buffer
-		_, _ = e.Agent().WriteState(&b, true, statefile.MaxSize)
+		_, _ = e.Agent().WriteState(&b, statefile.Header{Drained: true}, statefile.MaxSize)
 		file, err := statefile.Parse(b.Bytes())
 		if err != nil {
 			f.Fatal(err)
@@ -754,7 +754,7 @@ func TestGoldenStates(t *testing.T) {
 			e := openEngine(t, row.component)
 			row.use(t, e)
 			var b bytes.Buffer
-			if _, err := e.Agent().WriteState(&b, true, statefile.MaxSize); err != nil {
+			if _, err := e.Agent().WriteState(&b, statefile.Header{Drained: true}, statefile.MaxSize); err != nil {
 				t.Fatal(err)
 			}
 			<-time.After(time.Second / 10)
@@ -827,7 +827,7 @@ func TestStateIsWrittenToHangingDisk(t *testing.T) {
 	disk := make(hangingDisk)
 	var n agentapi.StateCount
 	var writing sync.WaitGroup
-	writing.Go(func() { n, _ = e.Agent().WriteState(disk, false, statefile.MaxSize) })
+	writing.Go(func() { n, _ = e.Agent().WriteState(disk, statefile.Header{Drained: false}, statefile.MaxSize) })
 	disk <- struct{}{} // the first piece is being written
 	all()
 	_ = e.Stats()

@@ -27,9 +27,9 @@ import (
 // opens the breaker there. Set Failures to a negative number if that is worse than waiting for a dead agent.
 //
 // Other calls do not wait for a dead agent either. While the breaker is open, ends of flows that hold slots and changes
-// of caches fail at once, with [ErrUnreachable]. The agent takes such slots back by itself after their
-// max_inflight_duration. This includes slots of flows that end when the agent is there again, but before the next
-// probe. If a probe is overdue because no flow starts, these calls are made.
+// of caches fail at once, with [ErrUnreachable]. An agent of Headgate gets such slots back by the client's session, as soon as it
+// can be reached. Any other agent takes them back by itself after their max_inflight_duration. This includes slots of flows that
+// end when the agent is there again, but before the next probe. If a probe is overdue because no flow starts, these calls are made.
 type AgentBreaker struct {
 	// Failures is how many failures in a row open the breaker. Zero means 5; a negative number keeps the breaker closed
 	// for good.
@@ -50,6 +50,7 @@ const (
 
 var (
 	errBreakerOpen = errors.New("it did not answer lately, and is asked again once in a while")
+	errEndsLater   = fmt.Errorf("%w: %w", ownError("the slots come back when the agent answers again"), errBreakerOpen)
 	errNotEnded    = fmt.Errorf("%w: %w", ownError("the agent is left to take the slots back"), errBreakerOpen)
 )
 

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
@@ -38,6 +39,7 @@ type check struct {
 	seen            uint64
 	header, trailer metadata.MD
 
+	number uint64                  // in the session; 0: it has none
 	stay   *stay                   // at the agent, whose slots last as long as the session; nil if the flow has none
 	slots  int                     // those
 	cancel context.CancelCauseFunc // of the flow's context; nil if nothing cancels it
@@ -65,12 +67,13 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 		return errBreakerOpen
 	}
 	c := &check{remote: r, start: start, seen: seen}
-	if r.session != nil {
-		r.session.begins(start)
-		defer r.session.ends()
-	}
 	call, release := outlast(ctx, req.Timeout)
 	defer release()
+	if r.session != nil {
+		r.session.await(call)
+		c.number = r.session.begins(start)
+		defer r.session.ends()
+	}
 	if silence := req.Silence(); silence > 0 {
 		var leave func()
 		call, leave = r.vigil.attend(call, silence)
@@ -83,6 +86,9 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 			err = silent
 		}
 		r.failed(ctx, call, err, c)
+		if c.number != 0 && !refused(status.Code(err)) {
+			r.session.giveUp(c.number) // the agent may have admitted the flow all the same
+		}
 		return err
 	}
 	r.answered()
@@ -184,6 +190,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 	defer func() { c.ctx = nil }() // the flow outlives it
 	if req.Labels.HTTP() == nil {
 		m := wire.Request(req)
+		m.SessionCheck = c.number
 		if req.Lookup() == nil {
 			c.limit.MaxRecvMsgSize = maxAnswer + 2*textSize(m.GetLabels()) // the answer repeats the labels for telemetry, keys twice
 		}
@@ -193,6 +200,7 @@ func (c *check) ask(ctx context.Context, req *agentapi.Request) error {
 		return clipError(c.remote.conn.Invoke(c.ctx, checkv1.FlowControlService_Check_FullMethodName, m, &c.response, c.options()...))
 	}
 	m := wire.HTTPRequest(req)
+	m.SessionCheck = c.number
 	c.http = new(checkhttpv1.CheckHTTPResponse)
 	// The answer has its check response twice, once in base64, and the labels in a header.
 	c.limit.MaxRecvMsgSize = maxAnswer + 5*(textSize(m.GetRequest().GetHeaders())+textSize(m.GetLabels()))

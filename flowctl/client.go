@@ -27,8 +27,9 @@
 //
 // A remote agent may have admitted a flow when the caller's context ends. So the check goes on for up to 200 ms, and no
 // longer than its timeout. Start returns when the answer is in, or when that time is up. The flow is Canceled, and
-// ending it gives back the slots that it holds. If the answer comes later, or after the check timeout, the agent takes
-// the slots back when its own limit on the age of flows has passed.
+// ending it gives back the slots that it holds. If the answer comes later, or after the check timeout, the client's session
+// tells an agent of Headgate that the flow does not run. Any other agent takes the slots back when its own limit on the age of
+// flows has passed.
 package flowctl
 
 import (
@@ -376,7 +377,8 @@ func (c *Client) Ready(ctx context.Context) error {
 	return c.callError(ctx, opReady, "", c.agent.Ready(ctx))
 }
 
-// Close closes the client. It sends the remaining telemetry, and closes the connection if Dial opened it. If ctx ends
+// Close closes the client. It sends the remaining telemetry and, for up to the end timeout, what an agent of Headgate is to know of
+// flows that have ended. Then it closes the connection if Dial opened it. If ctx ends
 // first, Close cuts the connection and returns an error that matches the context's. A second Close does nothing.
 //
 // Close does not wait for flows. End them first: slots that they hold at a remote agent cannot be given back

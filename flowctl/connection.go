@@ -52,6 +52,8 @@ type connections struct {
 	underWay atomic.Int64   // bytes of answers that have not come whole, and of what follows answers
 	fresh    chan struct{}  // receives when a connection is made
 	goAway   chan struct{}  // receives when an agent asks for another connection
+	made     atomic.Uint64  // how many connections were made
+	gone     atomic.Uint64  // the newest of them, counted so, instead of which an agent has asked for another one
 
 	mu   sync.Mutex
 	open map[*connection]struct{}
@@ -138,7 +140,7 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 	cs := t.connections
 	now := time.Since(cs.epoch)
 	c := &connection{
-		Conn: conn, raw: raw, connections: cs, began: now, credited: now,
+		Conn: conn, raw: raw, connections: cs, began: now, credited: now, number: cs.made.Add(1),
 		streams: make(map[uint32]stream), credit: frameCredit, out: frames{skip: prefaceBytes},
 	}
 	cs.mu.Lock()
@@ -174,6 +176,7 @@ type connection struct {
 	raw         net.Conn // below the transport's security
 	connections *connections
 	began       time.Duration // since the connections' epoch
+	number      uint64        // of those that were made
 
 	last   atomic.Int64 // when anything was read, since the epoch
 	proved atomic.Bool
@@ -462,6 +465,11 @@ func (c *connection) receives(f frame) {
 	}
 	switch f.kind {
 	case frameGoAway:
+		for gone := &c.connections.gone; ; {
+			if of := gone.Load(); of >= c.number || gone.CompareAndSwap(of, c.number) {
+				break
+			}
+		}
 		notify(c.connections.goAway)
 		if !c.proved.Load() {
 			c.gone.Store(true)

@@ -44,10 +44,15 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	}
 	returns.Held = len(refs)
 	if r.spares() {
-		if len(refs) == 0 {
+		switch {
+		case len(refs) == 0:
 			return returns, nil
+		case lives:
+			r.session.giveBack(c.answer().GetAgentId(), refs)
+			return returns, errEndsLater
+		default:
+			return returns, errNotEnded
 		}
-		return returns, errNotEnded
 	}
 	// Detached, because slots must come back even if the caller has gone.
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
@@ -56,10 +61,14 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		settled := c.settle(o.Costs, outcome)
 		defer func() { returns.Settled = settled(call) }()
 	}
+	var left []*checkv1.InflightRequestRef // those that no call has brought back, as far as is known
 	for len(refs) > 0 && call.Err() == nil {
 		n := wire.Ended(req.ControlPoint, refs)
 		returned, err := r.endSlots(call, req.ControlPoint, refs[:n])
 		returns.Returned += returned
+		if err != nil || returned < n { // a balancer may have sent it to another agent than the session's
+			left = append(left, refs[:n]...)
+		}
 		if first == nil {
 			first = err
 		}
@@ -67,6 +76,9 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 	}
 	if first == nil && len(refs) > 0 {
 		first = call.Err()
+	}
+	if left = append(left, refs...); len(left) > 0 && lives {
+		r.session.giveBack(c.answer().GetAgentId(), left)
 	}
 	return returns, first
 }

@@ -311,7 +311,8 @@ func (f *Flow) ending(s Status) agentapi.Ended {
 // what [Flow.Settle] said, and reports the flow's status. The status is Error if the flow did not run, and OK if it ran
 // and no status was set. End does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and
 // does not wait for an agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return
-// [ErrEnded]. Any other error means that slots may not have been given back. The agent takes them back later by itself.
+// [ErrEnded]. Any other error means that slots may not have been given back. The client's session brings them back to an agent
+// of Headgate, for up to 10 minutes. Any other agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) { return f.end(ctx, false) }
 
 // end is End. An unused flow did not run although it was let in.

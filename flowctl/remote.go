@@ -103,6 +103,9 @@ func (r *remote) Ready(ctx context.Context) error {
 	switch code := status.Code(err); {
 	case err == nil:
 		r.answered()
+		if r.session != nil {
+			r.session.await(ctx)
+		}
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("%w: %w", ownError("it refuses the API key"), err)
 	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
@@ -141,13 +144,18 @@ func (r *remote) askNothing(ctx context.Context, opts ...grpc.CallOption) error 
 // closeGrace is how long the connection has to close, when ctx has ended already.
 const closeGrace = 10 * time.Millisecond
 
-// close sends the remaining telemetry until ctx ends, and closes the connection if it is ours. gRPC takes seconds for
+// close sends what the session and telemetry have left until ctx ends, and closes the connection if it is ours. gRPC takes seconds for
 // that if the agent reads nothing. When ctx ends, close leaves that to a goroutine, and cuts the connection, which ends
 // the goroutine.
 func (r *remote) close(ctx context.Context) error {
 	var flushed error
+	if r.session != nil {
+		flush, cancel := context.WithTimeout(ctx, r.timeout) // as long as any end may take
+		flushed = r.session.flush(flush)
+		cancel()
+	}
 	if r.exporter != nil {
-		flushed = r.exporter.close(ctx)
+		flushed = errors.Join(flushed, r.exporter.close(ctx))
 	}
 	released := make(chan error, 1)
 	go func() { released <- r.release() }()

@@ -3,6 +3,7 @@ package flowctl
 import (
 	"context"
 	"crypto/rand"
+	"fmt"
 	mathrand "math/rand/v2"
 	"slices"
 	"sync"
@@ -11,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -34,16 +36,24 @@ type session struct {
 	stop context.CancelFunc
 	runs sync.WaitGroup // of its goroutines
 
-	foreign atomic.Bool  // the agent knows no sessions
-	checks  atomic.Int64 // that are under way
-	checked atomic.Int64 // when the last one began, since began
-	resting atomic.Bool  // heartbeats are rare, because there is nothing at the agent
+	foreign atomic.Bool   // the agent knows no sessions
+	checks  atomic.Int64  // that are under way
+	checked atomic.Int64  // when the last one began, since began
+	resting atomic.Bool   // heartbeats are rare, because there is nothing at the agent
+	known   atomic.Bool   // an agent has answered on a stream
+	waited  atomic.Bool   // no check waits for a stream
+	number  atomic.Uint64 // of the newest check
+	answers chan struct{} // receives when an agent has said anything, or a stream has ended
 
 	mu       sync.Mutex
+	trying   chan struct{}      // closed by tried
 	lines    map[*line]struct{} // those that are open
 	stays    map[uint64]*stay   // by agent
 	pending  map[uint64]*settlement
-	pruned   time.Time // when the pending ones were last looked at
+	returns  map[uint64]*returning // by their ids
+	newest   uint64                // id of a return
+	oldest   uint64                // id before that of any return
+	pruned   time.Time             // when the pending ones were last looked at
 	lostLog  limitedLog
 	isClosed bool
 }
@@ -65,6 +75,7 @@ func newSession(r *remote) *session {
 	s := &session{
 		remote: r, began: time.Now(),
 		lines: make(map[*line]struct{}), stays: make(map[uint64]*stay), pending: make(map[uint64]*settlement),
+		returns: make(map[uint64]*returning), answers: make(chan struct{}, 1), trying: make(chan struct{}),
 	}
 	_, _ = rand.Read(s.id[:]) // it does not fail
 	// A background context, because the session is no caller's. It ends when the client is closed.
@@ -73,6 +84,38 @@ func newSession(r *remote) *session {
 	s.sent = metadata.NewOutgoingContext(background, metadata.MD{wire.SessionHeader: s.names})
 	s.ctx, s.stop = context.WithCancel(s.sent)
 	return s
+}
+
+// flush waits until agents have answered what they were told of flows, as far as there is a stream.
+func (s *session) flush(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		left := s.unanswered()
+		s.mu.Unlock()
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-s.answers:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ownError(fmt.Sprintf("the agent has not answered what it was told at the end of %d flows", left)), ctx.Err())
+		}
+	}
+}
+
+// unanswered counts what is on the way on a stream.
+func (s *session) unanswered() (n int) {
+	for _, one := range s.pending {
+		if s.reaches(one.agent) {
+			n++
+		}
+	}
+	for _, one := range s.returns {
+		if s.reaches(one.agent) {
+			n++
+		}
+	}
+	return n
 }
 
 // close ends all streams, and waits for that.
@@ -90,13 +133,85 @@ func (s *session) close() {
 	s.runs.Wait()
 }
 
-// begins notes that a check begins.
-func (s *session) begins(at time.Time) {
+// tried has checks not wait for a stream any more: there is one, or it has failed, or they have waited for long enough. The caller
+// holds the mutex.
+func (s *session) tried() {
+	if !s.waited.Swap(true) {
+		close(s.trying)
+	}
+}
+
+// tries has checks wait for a stream again, because the last one has ended or is about to. The caller holds the mutex.
+func (s *session) tries() {
+	if s.waited.Load() {
+		s.trying = make(chan struct{})
+		s.waited.Store(false)
+	}
+}
+
+// beginsBy is how long checks wait for a stream once there is a connection. A check waits no longer than a quarter of its time.
+const beginsBy = 100 * time.Millisecond
+
+// await waits for a stream, because the agent takes a check for part of a session only if that has one. It waits no longer than gRPC
+// would for the connection, and then briefly.
+func (s *session) await(ctx context.Context) {
+	conn := s.remote.dialled
+	for conn != nil && !s.waited.Load() { // nothing is seen of the application's connection
+		switch state := conn.GetState(); state {
+		case connectivity.Connecting:
+			if !conn.WaitForStateChange(ctx, state) {
+				return
+			}
+		case connectivity.Idle: // as after a connection was lost
+			conn.Connect()
+			soon, cancel := context.WithTimeout(ctx, beginsBy)
+			changed := conn.WaitForStateChange(soon, state)
+			cancel()
+			if !changed {
+				return
+			}
+		case connectivity.Ready:
+			s.awaitStream(ctx)
+			return
+		case connectivity.TransientFailure, connectivity.Shutdown: // the check finds out
+			return
+		}
+	}
+}
+
+func (s *session) awaitStream(ctx context.Context) {
+	s.mu.Lock()
+	trying := s.trying
+	s.mu.Unlock()
+	wait := beginsBy
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline)/4)
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-trying:
+	case <-ctx.Done():
+	case <-timer.C:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.trying == trying {
+			s.tried()
+		}
+	}
+}
+
+// begins notes that a check begins. It returns the check's number; 0 if no agent is known that would go by it.
+func (s *session) begins(at time.Time) (number uint64) {
 	s.checks.Add(1)
 	s.checked.Store(int64(at.Sub(s.began)))
 	if s.resting.Load() {
 		s.wake()
 	}
+	if s.known.Load() {
+		number = s.number.Add(1)
+	}
+	return number
 }
 
 // ends notes that a check has ended.
@@ -130,6 +245,11 @@ func (s *session) keep() {
 	for s.ctx.Err() == nil {
 		l, err := s.open()
 		begin, often := time.Now(), false
+		if err != nil {
+			s.mu.Lock()
+			s.tried()
+			s.mu.Unlock()
+		}
 		if err == nil {
 			select {
 			case <-l.retired: // the next one takes its place, and it goes on for a while
@@ -157,22 +277,28 @@ func (s *session) keep() {
 			}
 			s.foreign.Store(false)
 			continue
-		case err == nil && !often:
-			if s.idle(reopenFirst / 10) {
-				continue
-			}
+		case err == nil && !often: // at once, because checks wait for it
 		case s.idle(pause + mathrand.N(pause/4)):
 			pause = min(2*pause, reopenMost)
 		}
 	}
 }
 
-// idle waits, and reports whether the session goes on.
+// idle waits, and reports whether the session goes on. A new connection ends the wait: it may be to another agent.
 func (s *session) idle(d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
+	var fresh <-chan struct{}
+	if s.remote.links != nil {
+		fresh = s.remote.links.fresh
+	}
 	select {
 	case <-timer.C:
+		return true
+	case <-fresh:
+		s.mu.Lock()
+		s.tries()
+		s.mu.Unlock()
 		return true
 	case <-s.ctx.Done():
 		return false
@@ -197,6 +323,7 @@ func (r *remote) nextConnection(ctx context.Context) bool {
 type line struct {
 	session *session
 	opened  time.Time
+	on      uint64 // the connection, of those that were made
 	stream  grpc.BidiStreamingClient[sessionv1.SessionRequest, sessionv1.SessionResponse]
 	cancel  context.CancelFunc
 	woken   chan struct{}
@@ -215,6 +342,8 @@ type line struct {
 	asked    []*sign
 	fresh    []*settlement // that are to be sent
 	underWay int           // settlements of the batch that was sent
+	returns  []*returning  // that are to be sent
+	bringing int           // returns of the batch that was sent
 }
 
 // A beat is a heartbeat that the agent has not acknowledged.
@@ -231,9 +360,6 @@ type sign struct {
 
 // open opens a stream, when there is a connection.
 func (s *session) open() (*line, error) {
-	if s.remote.links != nil { // it is of connections before
-		forget(s.remote.links.goAway)
-	}
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
 	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(slices.Clip(r.bounded),
@@ -242,10 +368,13 @@ func (s *session) open() (*line, error) {
 		cancel()
 		return nil, err
 	}
+	on := uint64(0)
 	if s.remote.links != nil { // the stream is on that connection
 		forget(s.remote.links.fresh)
+		on = s.remote.links.made.Load()
 	}
 	l := &line{
+		on:      on,
 		session: s, opened: time.Now(), stream: stream, cancel: cancel,
 		woken: make(chan struct{}, 1), retired: make(chan struct{}), ended: make(chan struct{}),
 	}
@@ -284,6 +413,7 @@ func (l *line) retire() {
 	if !l.leaves {
 		l.leaves = true
 		close(l.retired)
+		l.session.tries()
 	}
 	l.poke()
 }
@@ -305,7 +435,9 @@ func (l *line) send() {
 		case <-goAway:
 			s.mu.Lock()
 			for one := range s.lines {
-				one.retire()
+				if one.on <= s.remote.links.gone.Load() { // an agent asks twice, and the stream may be on the next connection by then
+					one.retire()
+				}
 			}
 			s.mu.Unlock()
 		case <-l.ended:
@@ -350,6 +482,14 @@ func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Du
 		m.Settlements = l.batch()
 		l.underWay = len(m.GetSettlements())
 	}
+	if l.bringing == 0 && len(l.returns) > 0 {
+		if len(m.GetSettlements()) > 0 { // one message has no room for both
+			l.poke()
+		} else {
+			m.Returns = l.batchReturns()
+			l.bringing = len(m.GetReturns())
+		}
+	}
 	s.resting.Store(true)
 	every := wire.RestingEvery
 	if s.busy(now) { // after resting is set, so that a check which begins wakes the line
@@ -366,7 +506,7 @@ func (l *line) message(now time.Time) (m *sessionv1.SessionRequest, next time.Du
 		}
 		m.Heartbeat = &sessionv1.Heartbeat{Number: l.number, Acknowledges: l.theirs}
 	}
-	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 {
+	if m.GetHeartbeat() == nil && len(m.GetSettlements()) == 0 && len(m.GetReturns()) == 0 {
 		m = nil
 	}
 	return m, next
@@ -389,7 +529,7 @@ func (l *line) over() bool {
 			return false
 		}
 	}
-	return true
+	return !s.brings(l.agent)
 }
 
 // receive reads what the agent says until the stream ends.
@@ -405,12 +545,20 @@ func (l *line) receive() {
 			}
 			l.asked = nil
 			l.err = clipError(err)
+			switch {
+			case !l.told:
+				s.tried()
+			case !l.leaves:
+				s.tries()
+			}
 			s.mu.Unlock()
 			close(l.ended)
+			signal(s.answers)
 			return
 		}
 		s.remote.answered()
 		l.heard(m)
+		signal(s.answers)
 	}
 }
 
@@ -432,6 +580,9 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 			}
 		}
 		l.underWay = 0
+		l.takeReturns(time.Now())
+		s.known.Store(true)
+		s.tried()
 		for other := range s.lines {
 			if other != l && other.leaves {
 				other.poke()
@@ -460,7 +611,8 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 	if m.GetDrain() {
 		l.retire()
 	}
-	if len(l.fresh) > 0 && l.underWay == 0 {
+	l.returned(m.GetReturned())
+	if len(l.fresh) > 0 && l.underWay == 0 || len(l.returns) > 0 && l.bringing == 0 || l.leaves && len(m.GetReturned()) > 0 {
 		l.poke()
 	}
 }

@@ -12,8 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/flowctl"
 )
@@ -23,10 +21,7 @@ const goroutines = 4
 
 // work calls the API with jobs of the directory, until there are none or ctx ends.
 func work(ctx context.Context, agent, api, jobs string) error {
-	client, err := flowctl.Dial(agent, flowctl.WithInsecure(), flowctl.WithLogger(slog.Default()), flowctl.WithCancelOnLostSlot(),
-		// Calls that end while the agent restarts give their slots back to the next one.
-		flowctl.WithDialOptions(grpc.WithDefaultCallOptions(grpc.WaitForReady(true))), flowctl.WithEndTimeout(10*time.Second),
-		flowctl.WithAgentBreaker(flowctl.AgentBreaker{Failures: -1}))
+	client, err := flowctl.Dial(agent, flowctl.WithInsecure(), flowctl.WithLogger(slog.Default()), flowctl.WithCancelOnLostSlot())
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@
 //	flags      a byte; bit 0: the agent was drained
 //	written    a varint: when it was written, in Unix nanoseconds by the wall clock. All other times are relative to it
 //	secret     a text: what names of hidden values are made with
+//	agent      a uvarint: the agent's number in its clients' sessions; 0 for none. Version 1 has no such field
 //	sections   see below
 //	end        a zero byte
 //	trailer    "end\n" and the CRC-32C of all that is before it, 4 bytes, least significant first
@@ -33,7 +34,7 @@ import (
 )
 
 // Version is that of the files that a [Writer] writes. [Parse] reads it and the one before.
-const Version = 1
+const Version = 2
 
 // MaxSize is the longest file, in bytes.
 const MaxSize = 256 << 20
@@ -76,6 +77,9 @@ type Header struct {
 
 	// Secret is what names of hidden values are made with.
 	Secret []byte
+
+	// Agent is the agent's number in its clients' sessions; 0 for none, as in a file of version 1.
+	Agent uint64
 }
 
 // A Component says whose states follow.
@@ -120,7 +124,7 @@ func NewWriter(to io.Writer, h Header, limit int) *Writer {
 		flags |= flagDrained
 	}
 	b = binary.AppendVarint(append(b, flags), h.Written.UnixNano())
-	w.write(AppendText(b, h.Secret))
+	w.write(binary.AppendUvarint(AppendText(b, h.Secret), h.Agent))
 	return w
 }
 
@@ -206,7 +210,7 @@ func Parse(data []byte) (*File, error) {
 	case version < max(Version-1, 1):
 		return nil, fmt.Errorf("%w: it is %d, and the oldest known is %d", ErrVersion, version, max(Version-1, 1))
 	}
-	// Versions have magic, version and trailer in common. A second one branches here, and converts the first one's sections.
+	// Versions have magic, version and trailer in common.
 	if len(c.rest) < tail || string(data[len(data)-crc32.Size-len(trailer):len(data)-crc32.Size]) != trailer {
 		return nil, ErrTruncated
 	}
@@ -217,10 +221,11 @@ func Parse(data []byte) (*File, error) {
 	c.rest = c.rest[:len(c.rest)-crc32.Size-len(trailer)]
 	flags := c.Byte()
 	written, secret := c.Varint(), c.Text()
-	f := &File{
-		Header:   Header{Drained: flags&flagDrained != 0, Written: time.Unix(0, written), Secret: secret},
-		sections: c.rest,
+	f := &File{Header: Header{Drained: flags&flagDrained != 0, Written: time.Unix(0, written), Secret: secret}}
+	if version > 1 {
+		f.Agent = c.Uvarint()
 	}
+	f.sections = c.rest
 	if c.bad || !f.each(func(Component) func(Record) { return nil }) {
 		return nil, ErrDamaged
 	}

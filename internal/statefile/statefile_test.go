@@ -19,8 +19,8 @@ import (
 	"github.com/headgate-go/headgate/internal/statefile"
 )
 
-// content is what the tests write, and what testdata/v1.state has.
-const content = `drained true, written 2026-03-04T05:06:07.000000008Z, secret "sesame"
+// content is what the tests write, and what testdata/v2.state has.
+const content = `drained true, written 2026-03-04T05:06:07.000000008Z, secret "sesame", agent 300
 component {Policy:p ID:root.0 Hash:0123 Kind:rate_limiter Label:user Mode:continuous}
   "alice" 01020304
   "" 05
@@ -34,7 +34,7 @@ func written(t testing.TB, limit int) ([]byte, *statefile.Writer) {
 	t.Helper()
 	var b bytes.Buffer
 	w := statefile.NewWriter(&b, statefile.Header{
-		Drained: true, Written: time.Date(2026, 3, 4, 5, 6, 7, 8, time.UTC), Secret: []byte("sesame"),
+		Drained: true, Written: time.Date(2026, 3, 4, 5, 6, 7, 8, time.UTC), Secret: []byte("sesame"), Agent: 300,
 	}, limit)
 	w.Component(statefile.Component{Policy: "p", ID: "root.0", Hash: "0123", Kind: "rate_limiter", Label: "user", Mode: "continuous"})
 	w.Key("alice", []byte{1, 2, 3, 4})
@@ -52,7 +52,7 @@ func written(t testing.TB, limit int) ([]byte, *statefile.Writer) {
 // shown says what is in a file.
 func shown(f *statefile.File) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "drained %v, written %s, secret %q\n", f.Drained, f.Written.UTC().Format(time.RFC3339Nano), f.Secret)
+	fmt.Fprintf(&b, "drained %v, written %s, secret %q, agent %d\n", f.Drained, f.Written.UTC().Format(time.RFC3339Nano), f.Secret, f.Agent)
 	f.Each(func(c statefile.Component) func(statefile.Record) {
 		fmt.Fprintf(&b, "component %+v\n", c)
 		return func(r statefile.Record) {
@@ -94,8 +94,12 @@ func TestGoldenFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := shown(f); got != content {
-			t.Errorf("version %d: read\n%s\nwant\n%s", version, got, content)
+		want := content
+		if version == 1 { // which did not name the agent
+			want = strings.Replace(content, "agent 300", "agent 0", 1)
+		}
+		if got := shown(f); got != want {
+			t.Errorf("version %d: read\n%s\nwant\n%s", version, got, want)
 		}
 	}
 }

@@ -21,7 +21,8 @@ const (
 	SessionLasts = 10 * time.Second
 	SessionLost  = 9 * time.Second
 
-	// MaxSessionMessage is the most bytes of a message of a session, and MostSettlements the most settlements in it.
+	// MaxSessionMessage is the most bytes of a message of a session, and MostSettlements the most settlements in it, or the most returns,
+	// with as many slots in all.
 	MaxSessionMessage = 16 << 10
 	MostSettlements   = 256
 )

@@ -14,6 +14,7 @@
 package sessionv1
 
 import (
+	v1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
@@ -94,7 +95,10 @@ type SessionRequest struct {
 	Heartbeat *Heartbeat `protobuf:"bytes,1,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
 	// What flows have cost, and how they have ended. A client may send a settlement
 	// again until it has the result.
-	Settlements   []*Settlement `protobuf:"bytes,2,rep,name=settlements,proto3" json:"settlements,omitempty"`
+	Settlements []*Settlement `protobuf:"bytes,2,rep,name=settlements,proto3" json:"settlements,omitempty"`
+	// Slots that come back although no call has brought them back. A client may
+	// send a return again until the agent has answered it.
+	Returns       []*Return `protobuf:"bytes,3,rep,name=returns,proto3" json:"returns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -143,6 +147,13 @@ func (x *SessionRequest) GetSettlements() []*Settlement {
 	return nil
 }
 
+func (x *SessionRequest) GetReturns() []*Return {
+	if x != nil {
+		return x.Returns
+	}
+	return nil
+}
+
 // SessionResponse is what an agent says.
 type SessionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -153,9 +164,13 @@ type SessionResponse struct {
 	// The agent is about to stop. The client opens its next connection elsewhere,
 	// and keeps this one as long as its flows hold slots at this agent.
 	Drain bool `protobuf:"varint,3,opt,name=drain,proto3" json:"drain,omitempty"`
-	// Names the agent until it stops. Answers to checks have the same number in
-	// agent_id. It is in every response.
-	AgentId       uint64 `protobuf:"fixed64,4,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// Names the agent. Answers to checks have the same number in agent_id. It is in
+	// every response. An agent that goes on from the state of one that was stopped
+	// in good order has that one's number.
+	AgentId uint64 `protobuf:"fixed64,4,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// The ids of returns that the agent has carried out, whatever became of the
+	// slots.
+	Returned      []uint64 `protobuf:"varint,5,rep,packed,name=returned,proto3" json:"returned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -216,6 +231,13 @@ func (x *SessionResponse) GetAgentId() uint64 {
 		return x.AgentId
 	}
 	return 0
+}
+
+func (x *SessionResponse) GetReturned() []uint64 {
+	if x != nil {
+		return x.Returned
+	}
+	return nil
 }
 
 // Heartbeat says that its sender lives.
@@ -449,6 +471,73 @@ func (x *Cost) GetTokens() float64 {
 	return 0
 }
 
+// Return gives back slots of one flow. A slot comes back once: a return that comes
+// again changes nothing.
+type Return struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The client's number of the return, in its session.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Slots of a flow that has ended, by their names in the answer to its check.
+	Slots []*v1.InflightRequestRef `protobuf:"bytes,2,rep,name=slots,proto3" json:"slots,omitempty"`
+	// The session_check of a check that the client has given up without an answer:
+	// what its flow has got comes back, and it gets nothing if it is decided later.
+	// 0: there is none.
+	Check         uint64 `protobuf:"varint,3,opt,name=check,proto3" json:"check,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Return) Reset() {
+	*x = Return{}
+	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Return) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Return) ProtoMessage() {}
+
+func (x *Return) ProtoReflect() protoreflect.Message {
+	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Return.ProtoReflect.Descriptor instead.
+func (*Return) Descriptor() ([]byte, []int) {
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Return) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Return) GetSlots() []*v1.InflightRequestRef {
+	if x != nil {
+		return x.Slots
+	}
+	return nil
+}
+
+func (x *Return) GetCheck() uint64 {
+	if x != nil {
+		return x.Check
+	}
+	return 0
+}
+
 // SettlementResult is what became of a settlement.
 type SettlementResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -463,7 +552,7 @@ type SettlementResult struct {
 
 func (x *SettlementResult) Reset() {
 	*x = SettlementResult{}
-	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +564,7 @@ func (x *SettlementResult) String() string {
 func (*SettlementResult) ProtoMessage() {}
 
 func (x *SettlementResult) ProtoReflect() protoreflect.Message {
-	mi := &file_headgate_session_v1_session_proto_msgTypes[6]
+	mi := &file_headgate_session_v1_session_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +577,7 @@ func (x *SettlementResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SettlementResult.ProtoReflect.Descriptor instead.
 func (*SettlementResult) Descriptor() ([]byte, []int) {
-	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{6}
+	return file_headgate_session_v1_session_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SettlementResult) GetId() uint64 {
@@ -509,15 +598,17 @@ var File_headgate_session_v1_session_proto protoreflect.FileDescriptor
 
 const file_headgate_session_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"!headgate/session/v1/session.proto\x12\x13headgate.session.v1\x1a\x1egoogle/protobuf/duration.proto\"\x91\x01\n" +
+	"!headgate/session/v1/session.proto\x12\x13headgate.session.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\"\xc8\x01\n" +
 	"\x0eSessionRequest\x12<\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x1e.headgate.session.v1.HeartbeatR\theartbeat\x12A\n" +
-	"\vsettlements\x18\x02 \x03(\v2\x1f.headgate.session.v1.SettlementR\vsettlements\"\xc1\x01\n" +
+	"\vsettlements\x18\x02 \x03(\v2\x1f.headgate.session.v1.SettlementR\vsettlements\x125\n" +
+	"\areturns\x18\x03 \x03(\v2\x1b.headgate.session.v1.ReturnR\areturns\"\xdd\x01\n" +
 	"\x0fSessionResponse\x12<\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x1e.headgate.session.v1.HeartbeatR\theartbeat\x12?\n" +
 	"\aresults\x18\x02 \x03(\v2%.headgate.session.v1.SettlementResultR\aresults\x12\x14\n" +
 	"\x05drain\x18\x03 \x01(\bR\x05drain\x12\x19\n" +
-	"\bagent_id\x18\x04 \x01(\x06R\aagentId\"G\n" +
+	"\bagent_id\x18\x04 \x01(\x06R\aagentId\x12\x1a\n" +
+	"\breturned\x18\x05 \x03(\x04R\breturned\"G\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\"\n" +
 	"\facknowledges\x18\x02 \x01(\x04R\facknowledges\"\x85\x01\n" +
@@ -536,7 +627,11 @@ const file_headgate_session_v1_session_proto_rawDesc = "" +
 	"\x0eSTATUS_UNKNOWN\x10\x03\"4\n" +
 	"\x04Cost\x12\x14\n" +
 	"\x05label\x18\x01 \x01(\tR\x05label\x12\x16\n" +
-	"\x06tokens\x18\x02 \x01(\x01R\x06tokens\"<\n" +
+	"\x06tokens\x18\x02 \x01(\x01R\x06tokens\"w\n" +
+	"\x06Return\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12G\n" +
+	"\x05slots\x18\x02 \x03(\v21.aperture.flowcontrol.check.v1.InflightRequestRefR\x05slots\x12\x14\n" +
+	"\x05check\x18\x03 \x01(\x04R\x05check\"<\n" +
 	"\x10SettlementResult\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x06R\x02id\x12\x18\n" +
 	"\asettled\x18\x02 \x01(\bR\asettled2j\n" +
@@ -556,34 +651,38 @@ func file_headgate_session_v1_session_proto_rawDescGZIP() []byte {
 }
 
 var file_headgate_session_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_headgate_session_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_headgate_session_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_headgate_session_v1_session_proto_goTypes = []any{
-	(Outcome_Status)(0),         // 0: headgate.session.v1.Outcome.Status
-	(*SessionRequest)(nil),      // 1: headgate.session.v1.SessionRequest
-	(*SessionResponse)(nil),     // 2: headgate.session.v1.SessionResponse
-	(*Heartbeat)(nil),           // 3: headgate.session.v1.Heartbeat
-	(*Settlement)(nil),          // 4: headgate.session.v1.Settlement
-	(*Outcome)(nil),             // 5: headgate.session.v1.Outcome
-	(*Cost)(nil),                // 6: headgate.session.v1.Cost
-	(*SettlementResult)(nil),    // 7: headgate.session.v1.SettlementResult
-	(*durationpb.Duration)(nil), // 8: google.protobuf.Duration
+	(Outcome_Status)(0),           // 0: headgate.session.v1.Outcome.Status
+	(*SessionRequest)(nil),        // 1: headgate.session.v1.SessionRequest
+	(*SessionResponse)(nil),       // 2: headgate.session.v1.SessionResponse
+	(*Heartbeat)(nil),             // 3: headgate.session.v1.Heartbeat
+	(*Settlement)(nil),            // 4: headgate.session.v1.Settlement
+	(*Outcome)(nil),               // 5: headgate.session.v1.Outcome
+	(*Cost)(nil),                  // 6: headgate.session.v1.Cost
+	(*Return)(nil),                // 7: headgate.session.v1.Return
+	(*SettlementResult)(nil),      // 8: headgate.session.v1.SettlementResult
+	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
+	(*v1.InflightRequestRef)(nil), // 10: aperture.flowcontrol.check.v1.InflightRequestRef
 }
 var file_headgate_session_v1_session_proto_depIdxs = []int32{
-	3, // 0: headgate.session.v1.SessionRequest.heartbeat:type_name -> headgate.session.v1.Heartbeat
-	4, // 1: headgate.session.v1.SessionRequest.settlements:type_name -> headgate.session.v1.Settlement
-	3, // 2: headgate.session.v1.SessionResponse.heartbeat:type_name -> headgate.session.v1.Heartbeat
-	7, // 3: headgate.session.v1.SessionResponse.results:type_name -> headgate.session.v1.SettlementResult
-	6, // 4: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
-	5, // 5: headgate.session.v1.Settlement.outcome:type_name -> headgate.session.v1.Outcome
-	0, // 6: headgate.session.v1.Outcome.status:type_name -> headgate.session.v1.Outcome.Status
-	8, // 7: headgate.session.v1.Outcome.took:type_name -> google.protobuf.Duration
-	1, // 8: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
-	2, // 9: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
-	9, // [9:10] is the sub-list for method output_type
-	8, // [8:9] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	3,  // 0: headgate.session.v1.SessionRequest.heartbeat:type_name -> headgate.session.v1.Heartbeat
+	4,  // 1: headgate.session.v1.SessionRequest.settlements:type_name -> headgate.session.v1.Settlement
+	7,  // 2: headgate.session.v1.SessionRequest.returns:type_name -> headgate.session.v1.Return
+	3,  // 3: headgate.session.v1.SessionResponse.heartbeat:type_name -> headgate.session.v1.Heartbeat
+	8,  // 4: headgate.session.v1.SessionResponse.results:type_name -> headgate.session.v1.SettlementResult
+	6,  // 5: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
+	5,  // 6: headgate.session.v1.Settlement.outcome:type_name -> headgate.session.v1.Outcome
+	0,  // 7: headgate.session.v1.Outcome.status:type_name -> headgate.session.v1.Outcome.Status
+	9,  // 8: headgate.session.v1.Outcome.took:type_name -> google.protobuf.Duration
+	10, // 9: headgate.session.v1.Return.slots:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	1,  // 10: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
+	2,  // 11: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
+	11, // [11:12] is the sub-list for method output_type
+	10, // [10:11] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_headgate_session_v1_session_proto_init() }
@@ -597,7 +696,7 @@ func file_headgate_session_v1_session_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_headgate_session_v1_session_proto_rawDesc), len(file_headgate_session_v1_session_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -665,7 +665,11 @@ type CheckRequest struct {
 	// the call's deadline leaves. An agent that knows the field answers when the
 	// time is up. Zero or less: the flow does not wait. Absent: the deadline is
 	// the only bound.
-	MaxWait       *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	MaxWait *durationpb.Duration `protobuf:"bytes,1002,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	// Headgate's own: numbers the checks of the client's session, which the
+	// metadata headgate-session names. If the client gets no answer, it gives the
+	// check up by this number. 0: the check has none.
+	SessionCheck  uint64 `protobuf:"varint,1004,opt,name=session_check,json=sessionCheck,proto3" json:"session_check,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -747,6 +751,13 @@ func (x *CheckRequest) GetMaxWait() *durationpb.Duration {
 		return x.MaxWait
 	}
 	return nil
+}
+
+func (x *CheckRequest) GetSessionCheck() uint64 {
+	if x != nil {
+		return x.SessionCheck
+	}
+	return 0
 }
 
 // CheckResponse is the agent's decision with everything that led to it.
@@ -2629,7 +2640,7 @@ var File_aperture_flowcontrol_check_v1_check_proto protoreflect.FileDescriptor
 
 const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\n" +
-	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x03\n" +
+	")aperture/flowcontrol/check/v1/check.proto\x12\x1daperture.flowcontrol.check.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x03\n" +
 	"\fCheckRequest\x12#\n" +
 	"\rcontrol_point\x18\x01 \x01(\tR\fcontrolPoint\x12O\n" +
 	"\x06labels\x18\x02 \x03(\v27.aperture.flowcontrol.check.v1.CheckRequest.LabelsEntryR\x06labels\x12\x1b\n" +
@@ -2638,7 +2649,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\n" +
 	"expect_end\x18\x05 \x01(\bR\texpectEnd\x12\x18\n" +
 	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x125\n" +
-	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x1a9\n" +
+	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x12$\n" +
+	"\rsession_check\x18\xec\a \x01(\x04R\fsessionCheck\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x0e\n" +

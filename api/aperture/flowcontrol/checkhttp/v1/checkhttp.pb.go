@@ -110,7 +110,10 @@ type CheckHTTPRequest struct {
 	// comes to. If there are any, the members of the header "baggage" are these
 	// labels again, as far as the header can hold them, for agents that do not
 	// know this field.
-	Labels        map[string]string `protobuf:"bytes,1003,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,1003,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Headgate's own: numbers the checks of the client's session, as session_check
+	// of CheckRequest.
+	SessionCheck  uint64 `protobuf:"varint,1004,opt,name=session_check,json=sessionCheck,proto3" json:"session_check,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -206,6 +209,13 @@ func (x *CheckHTTPRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *CheckHTTPRequest) GetSessionCheck() uint64 {
+	if x != nil {
+		return x.SessionCheck
+	}
+	return 0
 }
 
 // DeniedHttpResponse is how to answer a request that must not run.
@@ -624,7 +634,7 @@ var File_aperture_flowcontrol_checkhttp_v1_checkhttp_proto protoreflect.FileDesc
 
 const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"\n" +
-	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xa2\a\n" +
+	"1aperture/flowcontrol/checkhttp/v1/checkhttp.proto\x12!aperture.flowcontrol.checkhttp.v1\x1a)aperture/flowcontrol/check/v1/check.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\"\xc8\a\n" +
 	"\x10CheckHTTPRequest\x12H\n" +
 	"\x06source\x18\x01 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\x06source\x12R\n" +
 	"\vdestination\x18\x02 \x01(\v20.aperture.flowcontrol.checkhttp.v1.SocketAddressR\vdestination\x12Y\n" +
@@ -635,7 +645,8 @@ const file_aperture_flowcontrol_checkhttp_v1_checkhttp_proto_rawDesc = "" +
 	"expect_end\x18\x06 \x01(\bR\texpectEnd\x12\x18\n" +
 	"\adry_run\x18\xe9\a \x01(\bR\x06dryRun\x125\n" +
 	"\bmax_wait\x18\xea\a \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x12X\n" +
-	"\x06labels\x18\xeb\a \x03(\v2?.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.LabelsEntryR\x06labels\x1a\xcd\x02\n" +
+	"\x06labels\x18\xeb\a \x03(\v2?.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.LabelsEntryR\x06labels\x12$\n" +
+	"\rsession_check\x18\xec\a \x01(\x04R\fsessionCheck\x1a\xcd\x02\n" +
 	"\vHttpRequest\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12f\n" +
 	"\aheaders\x18\x02 \x03(\v2L.aperture.flowcontrol.checkhttp.v1.CheckHTTPRequest.HttpRequest.HeadersEntryR\aheaders\x12\x12\n" +
