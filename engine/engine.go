@@ -162,6 +162,9 @@ func (e *Engine) Close() error {
 	again := e.closed.Swap(true)
 	e.applying.Unlock() // a signal that is read just now may call Apply
 	if !again {
+		if e.store != nil {
+			e.store.leased.close()
+		}
 		close(e.done)
 		e.running.Wait()
 		e.instruments.close()

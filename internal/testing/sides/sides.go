@@ -124,7 +124,7 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 		side.Client = dial(t, serve(side.Engine, &side.log), s.Travel, s.Options...)
 		return side
 	}
-	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), &side.log}, s.Options...); err != nil {
+	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), side.Engine.Agent().(agentapi.Leaser), &side.log}, s.Options...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Client.Close(context.WithoutCancel(t.Context())) }) // the context has ended by then
