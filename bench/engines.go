@@ -21,13 +21,14 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // The control points, each with what its name says.
 const (
 	nothing     = "nothing"     // no policy
-	rateLimited = "rate"        // a rate limiter, keyed by user
+	rateLimited = "rate"        // a rate limiter, keyed by user; also of an engine with a store, which it does not share there
 	oneKey      = "one-key"     // the same, for the rows with label maps in turn
 	manyKeys    = "many-keys"   // the same
 	exception   = "exception"   // a rate limiter, keyed by user, with an override for the user
@@ -101,6 +102,8 @@ type engines struct {
 	ctx    context.Context //nolint:containedctx // the run's
 	engine *engine.Engine
 	client *flowctl.Client
+	beside *engine.Engine // has a store
+	local  *flowctl.Client
 	users  []map[string]string // of different users of one tenant
 
 	bytesPerKey, bytesPerDebt float64
@@ -115,7 +118,16 @@ func openEngines(ctx context.Context, keys int) (*engines, error) {
 	if err != nil {
 		return nil, firstError(err, limits.Close())
 	}
-	return &engines{ctx: ctx, engine: limits, client: client}, nil
+	e := &engines{ctx: ctx, engine: limits, client: client}
+	if e.beside, err = engine.New([]policy.Policy{{Name: "per-user", Components: []policy.Component{policy.RateLimiter{
+		Selectors: policy.At(rateLimited), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", Local: true,
+	}}}}, engine.WithStore(sharedtest.New().Instance())); err != nil {
+		return nil, firstError(err, limits.Close())
+	}
+	if e.local, err = flowctl.New(e.beside); err != nil {
+		return nil, firstError(err, e.close())
+	}
+	return e, nil
 }
 
 // fill makes the many users, and gives each a key in their limiter, and one in debt in another.
@@ -157,7 +169,7 @@ func heap() float64 {
 	return float64(m.HeapAlloc)
 }
 
-func (e *engines) close() error { return e.engine.Close() }
+func (e *engines) close() error { return firstError(e.engine.Close(), e.beside.Close()) }
 
 const (
 	keyedLimiter = "Guard, one keyed rate limiter"
@@ -187,6 +199,10 @@ func (e *engines) rows() []*row {
 		{name: oneOverride, call: e.guard(exception), targets: []target{{inTime, keyedLimiter, 0, true}}},
 		{name: fmt.Sprintf("Guard, one keyed rate limiter, %d overrides", manyOverrides), call: e.guard(exceptions), targets: []target{
 			{inTime, oneOverride, 1.05, false},
+		}},
+		{name: "Guard, one keyed rate limiter, local beside a store", call: e.guardLocal, targets: []target{
+			{inTime, keyedLimiter, 1.25, false},
+			{moreAllocs, keyedLimiter, 0, false},
 		}},
 		{name: floor, call: leastWork, targets: []target{{inScaling, "", 0, true}}},
 		{name: doKeyed, call: e.do(rateLimited), targets: []target{
@@ -267,6 +283,12 @@ func (e *engines) guard(controlPoint string) func() func() error {
 	return func() func() error {
 		return func() error { _, err := guarded(e.ctx); return err }
 	}
+}
+
+// guardLocal asks the engine that has a store.
+func (e *engines) guardLocal() func() error {
+	guarded := headgate.Guard(e.local, rateLimited, flowctl.Params{Labels: oneLabel()}, workContext, nil)
+	return func() error { _, err := guarded(e.ctx); return err }
 }
 
 // guardOwn gives each caller a key of its own.

@@ -39,17 +39,12 @@ func (a *agent) Watch(v *agentapi.Verdict, over func(lost bool)) {
 	e.tellLost(e.store.leased.join(e.store.Kept, v, leasedFlow{a.Leased(v), over}, began, e.judgeLease))
 }
 
-// ends has the flow's slots not be watched any more. The function is to be called when they have been returned.
-func (s *store) ends(v *agentapi.Verdict) (returned func()) {
-	if s == nil {
-		return func() {}
+// unwatch has the flow's slots not be watched any more. It returns what to call when they have been returned; nil for nothing.
+func (a *agent) unwatch(v *agentapi.Verdict) (over func(lost bool)) {
+	if a.store == nil || a.Leased(v) == 0 { // most flows
+		return nil
 	}
-	over := s.leased.leave(v)
-	return func() {
-		if over != nil {
-			over(false)
-		}
-	}
+	return a.store.leased.leave(v)
 }
 
 // judgeLease looks at the lease while flows hold slots by it.
