@@ -33,7 +33,7 @@ import (
 // overAll runs f in a bubble with a client of each kind of agent, none of which rejects anything.
 func overAll(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
 	t.Helper()
-	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
+	sides.Setup{}.InBubbles(t, sides.AllAndStored, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
 }
 
 type report struct{ Title string }

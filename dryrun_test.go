@@ -252,7 +252,7 @@ func (s dryRunStream) Context() context.Context { return s.ctx }
 // overDryRuns runs f in a bubble for each limit that is not in force, by each way to have it so, at each agent.
 func overDryRuns(t *testing.T, f func(t *testing.T, client *flowctl.Client, params flowctl.Params, s switchedOff)) {
 	for _, s := range switchesOff {
-		for _, kind := range sides.All {
+		for _, kind := range sides.AllAndStored {
 			for _, l := range dryRunLimits {
 				if s.off && kind != sides.Embedded || s.component && l.of == nil {
 					continue // there is no agent, or no component
@@ -310,7 +310,7 @@ func TestDryRun(t *testing.T) {
 
 // The limits that TestDryRun has out of force do reject and hold up flows when they are in force.
 func TestDryRunLimitsInForce(t *testing.T) {
-	for _, kind := range sides.All {
+	for _, kind := range sides.AllAndStored {
 		for _, l := range dryRunLimits {
 			t.Run(string(kind)+"/"+l.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {

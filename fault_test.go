@@ -23,7 +23,7 @@ func again(t *testing.T, s situation, suits func(form) bool, params flowctl.Para
 	check func(t *testing.T, form form, flow *flowctl.Flow, got result) (want flowctl.Status),
 ) {
 	const flows = 10
-	for _, kind := range sides.All {
+	for _, kind := range sides.AllAndStored {
 		for _, form := range forms {
 			if !suits(form) {
 				continue
@@ -206,7 +206,7 @@ func TestS3NoErrorIsNil(t *testing.T) {
 			}
 			return flowctl.StatusOK
 		})
-	for _, kind := range sides.All {
+	for _, kind := range sides.AllAndStored {
 		t.Run(string(kind), func(t *testing.T) {
 			client := newSide(t, kind, situation{}).Client
 			flow := client.Start(t.Context(), point, flowctl.Params{ResultCacheKey: "k", GlobalCacheKeys: []string{"g"}})
@@ -228,7 +228,7 @@ func TestS3NoErrorIsNil(t *testing.T) {
 
 // C4: who ended twice freed two slots, so that a limit of one admitted two.
 func TestC4EndingTwiceFreesOneSlot(t *testing.T) {
-	for _, kind := range sides.Engines { // the scripted agent has no limit
+	for _, kind := range sides.EnginesAndStored { // the scripted agent has no limit
 		t.Run(string(kind), func(t *testing.T) {
 			client := newSide(t, kind, situation{}).Client
 			first := client.Start(t.Context(), point, flowctl.Params{})

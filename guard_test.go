@@ -243,7 +243,7 @@ func newSide(t *testing.T, kind sides.Kind, s situation) *sides.Side {
 // TestMatrix holds every way to guard a function to the same promises, whatever becomes of the flow and of the function,
 // over all kinds of agents.
 func TestMatrix(t *testing.T) {
-	for _, kind := range sides.All {
+	for _, kind := range sides.AllAndStored {
 		for _, s := range situations {
 			for _, o := range outcomes {
 				for _, form := range forms {

@@ -25,7 +25,7 @@ func overEnginesShown(t *testing.T, opts []flowctl.Option, components []policy.C
 	f func(t *testing.T, client *flowctl.Client, p *metertest.Provider),
 ) {
 	t.Helper()
-	for _, kind := range sides.Engines {
+	for _, kind := range sides.EnginesAndStored {
 		t.Run(string(kind), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := new(metertest.Provider)

@@ -22,13 +22,14 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/benchtable"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // The control points, each with what its name says.
 const (
 	nothing     = "nothing"     // no policy
-	rateLimited = "rate"        // a rate limiter, keyed by user
+	rateLimited = "rate"        // a rate limiter, keyed by user; also of an engine with a store, which it does not share there
 	oneKey      = "one-key"     // the same, for the rows with label maps in turn
 	manyKeys    = "many-keys"   // the same
 	exception   = "exception"   // a rate limiter, keyed by user, with an override for the user
@@ -102,6 +103,8 @@ type engines struct {
 	ctx    context.Context //nolint:containedctx // the run's
 	engine *engine.Engine
 	client *flowctl.Client
+	beside *engine.Engine // has a store
+	local  *flowctl.Client
 	users  []map[string]string // of different users of one tenant
 
 	bytesPerKey, bytesPerDebt float64
@@ -116,7 +119,16 @@ func openEngines(ctx context.Context, keys int) (*engines, error) {
 	if err != nil {
 		return nil, firstError(err, limits.Close())
 	}
-	return &engines{ctx: ctx, engine: limits, client: client}, nil
+	e := &engines{ctx: ctx, engine: limits, client: client}
+	if e.beside, err = engine.New([]policy.Policy{{Name: "per-user", Components: []policy.Component{policy.RateLimiter{
+		Selectors: policy.At(rateLimited), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", Local: true,
+	}}}}, engine.WithStore(sharedtest.New().Instance())); err != nil {
+		return nil, firstError(err, limits.Close())
+	}
+	if e.local, err = flowctl.New(e.beside); err != nil {
+		return nil, firstError(err, e.close())
+	}
+	return e, nil
 }
 
 // fill makes the many users, and gives each a key in their limiter, and one in debt in another.
@@ -158,7 +170,7 @@ func heap() float64 {
 	return float64(m.HeapAlloc)
 }
 
-func (e *engines) close() error { return e.engine.Close() }
+func (e *engines) close() error { return firstError(e.engine.Close(), e.beside.Close()) }
 
 const (
 	keyedLimiter = "Guard, one keyed rate limiter"
@@ -188,6 +200,10 @@ func (e *engines) rows() []*benchtable.Row {
 		{Name: oneOverride, Call: e.guard(exception), Targets: []benchtable.Target{benchtable.Beside(benchtable.InTime, keyedLimiter)}},
 		{Name: fmt.Sprintf("Guard, one keyed rate limiter, %d overrides", manyOverrides), Call: e.guard(exceptions), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, oneOverride, 1.05),
+		}},
+		{Name: "Guard, one keyed rate limiter, local beside a store", Call: e.guardLocal, Targets: []benchtable.Target{
+			benchtable.AtMost(benchtable.InTime, keyedLimiter, 1.25),
+			benchtable.AtMost(benchtable.MoreAllocs, keyedLimiter, 0),
 		}},
 		{Name: floor, Call: leastWork, Targets: []benchtable.Target{benchtable.Beside(benchtable.InScaling, "")}},
 		{Name: doKeyed, Call: e.do(rateLimited), Targets: []benchtable.Target{
@@ -268,6 +284,12 @@ func (e *engines) guard(controlPoint string) func() func() error {
 	return func() func() error {
 		return func() error { _, err := guarded(e.ctx); return err }
 	}
+}
+
+// guardLocal asks the engine that has a store.
+func (e *engines) guardLocal() func() error {
+	guarded := headgate.Guard(e.local, rateLimited, flowctl.Params{Labels: oneLabel()}, workContext, nil)
+	return func() error { _, err := guarded(e.ctx); return err }
 }
 
 // guardOwn gives each caller a key of its own.

@@ -66,6 +66,9 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 // asks for it, End measures how long the flow's work took.
 func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict, o agentapi.Outcome) (agentapi.Returns, error) {
 	e := a.engine()
+	if over := a.unwatch(v); over != nil {
+		defer over(false)
+	}
 	if sinks := e.rules.Load().sinks[req.ControlPoint]; len(sinks) > 0 && !o.Failed() {
 		e.measure(sinks, req, v)
 	}
@@ -119,6 +122,9 @@ func (e *Engine) measure(sinks []latencySink, req *agentapi.Request, v *agentapi
 
 // Revert undoes what Check did for a flow that does not run.
 func (a *agent) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) {
+	if over := a.unwatch(v); over != nil {
+		defer over(false)
+	}
 	if !v.Rejected() || req.DryRun() { // any other rejected flow holds nothing
 		a.engine().undo(ctx, v)
 	}

@@ -36,7 +36,7 @@ func TestCalendarQuotaOverAgents(t *testing.T) {
 		{"month over a change", policy.CalendarQuota{Period: policy.PeriodMonth, TimeZone: "Europe/Berlin"}, "2000-02-29T22:00:00Z", time.Hour, 31*24*time.Hour - time.Hour},
 	} {
 		tt.quota.Selectors, tt.quota.Amount, tt.quota.LimitBy = policy.At("point"), 3, "user"
-		for _, kind := range sides.Engines {
+		for _, kind := range sides.EnginesAndStored {
 			t.Run(tt.name+"/"+string(kind), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					begin, err := time.Parse(time.RFC3339, tt.begin)
@@ -104,7 +104,7 @@ func TestCalendarQuotaCosts(t *testing.T) {
 		{"without the label", calendarQuota(func(q *policy.CalendarQuota) { q.Amount, q.LimitBy = 0, "user" }), "", flowctl.Accepted, 0, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sides.Setup{Policies: sides.Policies(tt.quota)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+			sides.Setup{Policies: sides.Policies(tt.quota)}.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 				flow := side.Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"cost": tt.cost}})
 				defer end(flow)
 				if flow.Decision() != tt.want {
@@ -189,7 +189,7 @@ func TestCalendarQuotaForgetsKeys(t *testing.T) {
 
 func TestCalendarQuotaDryRun(t *testing.T) {
 	sides.Setup{Policies: sides.Policies(calendarQuota(func(q *policy.CalendarQuota) { q.DryRun = true }))}.
-		InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+		InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 			for range 5 {
 				flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
 				if end(flow); flow.Decision() != flowctl.Accepted {

@@ -165,6 +165,9 @@ func (e *Engine) Close() error {
 	again := e.closed.Swap(true)
 	e.applying.Unlock() // a signal that is read just now may call Apply
 	if !again {
+		if e.store != nil {
+			e.store.watched.close()
+		}
 		close(e.done)
 		e.running.Wait()
 		e.store.end()

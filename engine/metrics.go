@@ -131,7 +131,7 @@ type metrics struct {
 	settlements                                              counter
 	opened                                                   counter
 	local, unreturned, differing                             counter
-	storeFailures, storeUnanswered                           counter
+	storeFailures, storeUnanswered, lostSlots                counter
 
 	incomingTokens, acceptedTokens, rejectedTokens, forgivenTokens metric.Float64ObservableCounter
 
@@ -176,6 +176,7 @@ func newMetrics(meter metric.Meter) (*metrics, error) {
 		{&m.differing, "limiter_numbers_differ_total", "Answers of the store that say that another engine uses other numbers."},
 		{&m.storeFailures, "store_failures_total", "Calls that the store did not answer, or answered with an error."},
 		{&m.storeUnanswered, "store_unanswered_flows_total", "Flows that were decided about without the store."},
+		{&m.lostSlots, "flowcontrol_lost_slots_total", "Slots of flows in flight that may be given to others, because they were not renewed in time."},
 		{&m.cacheHits, "cache_lookup_hits_total", "Lookups that found a value."},
 		{&m.cacheMisses, "cache_lookup_misses_total", "Lookups that found none."},
 		{&m.cacheOperations, "cache_operation_results_total", "Changes of the caches."},
@@ -279,6 +280,7 @@ func (m *metrics) observeStore(o metric.Observer, s *StoreStats) {
 	o.ObserveInt64(m.storeInstances, int64(s.Instances))
 	o.ObserveInt64(m.storeFailures, int64(s.Failures))
 	o.ObserveInt64(m.storeUnanswered, int64(s.Unanswered))
+	o.ObserveInt64(m.lostSlots, int64(s.LostSlots))
 }
 
 // observeReloads shows nothing where no file is watched.

@@ -104,7 +104,7 @@ func TestOverrides(t *testing.T) {
 		return map[string]policy.Override{"acme": o, long: o, "": o, strings.Repeat("y", 100_000): o}
 	}
 	for _, k := range kindsWithOverrides() {
-		for _, kind := range sides.Engines {
+		for _, kind := range sides.EnginesAndStored {
 			t.Run(k.name+"/"+string(kind), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					side := sides.Setup{Policies: sides.Policies(k.of(all(k.override)))}.New(t, kind)

@@ -43,6 +43,8 @@ type store struct {
 	shared.Store
 	names keys.Secret // the same for all engines
 
+	watched watched // what flows in this process hold
+
 	failures, unanswered atomic.Uint64
 
 	// warned is when a failure was logged last, by the engine's time; 0 for never. Told is how many flows were told of then.
@@ -93,13 +95,17 @@ type StoreStats struct {
 
 	// Unanswered counts the flows that were decided about without the store because of that.
 	Unanswered uint64
+
+	// LostSlots counts the slots that flows in this process held, and that the store may have given to others, because the process was
+	// cut off from it for longer than its lease lasts.
+	LostSlots uint64
 }
 
 func (s *store) stats() StoreStats {
 	if s == nil {
 		return StoreStats{}
 	}
-	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load(), s.unanswered.Load()}
+	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load(), s.unanswered.Load(), s.watched.lost.Load()}
 }
 
 // failed counts a call that failed, and logs once a minute that there are some. Flows is how many were decided about without the store.

@@ -43,7 +43,7 @@ func TestTop(t *testing.T) {
 		{"concurrency_scheduler.0", policy.ConcurrencyScheduler{Selectors: at, MaxInflight: time.Second, LimitBy: "user"}, false},
 		{"sampler.0", policy.Sampler{Selectors: at, SessionLabel: "user"}, true},
 	} {
-		sides.Setup{Policies: sides.Policies(tt.c)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+		sides.Setup{Policies: sides.Policies(tt.c)}.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 			if got := topOf(t, side.Engine, tt.id); len(got) != 0 {
 				t.Errorf("%s: before a rejection Top() = %+v", tt.id, got)
 			}

@@ -73,7 +73,8 @@ type Client struct {
 	logger       *slog.Logger
 	observer     *observer // nil without a tracer and a meter
 	onDecision   func(context.Context, *Flow)
-	cancelLost   bool // flows whose slots are lost
+	cancelLost   bool            // flows whose slots are lost
+	leaser       agentapi.Leaser // the agent, if flows may lose their slots there; nil otherwise
 	endLog       limitedLog
 	silenceLog   limitedLog
 	invalidLog   limitedLog
@@ -110,6 +111,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 		onDecision:   cfg.onDecision,
 		cancelLost:   cfg.cancelLost,
 		done:         make(chan struct{}),
+	}
+	if l, ok := agent.(agentapi.Leaser); ok && l.Leases() {
+		c.leaser = l
 	}
 	c.runs.Unstored = c.unstored
 	c.runs.Closed = c.isClosed
@@ -155,7 +159,10 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 	case f.decision == Unreachable:
 		f.run = !params.RampMode && params.OnUnreachable == FailOpen
 	}
-	if c.cancelLost {
+	switch {
+	case c.leaser != nil:
+		f.watchSlots()
+	case c.cancelLost:
 		f.cancelOnLostSlot()
 	}
 	if f.decision == Invalid {

@@ -46,7 +46,7 @@ var (
 
 	// ErrSlotLost is why the context of a flow ended that [WithCancelOnLostSlot] has canceled: [context.Cause] returns it.
 	// No flow's error matches it.
-	ErrSlotLost = errors.New("headgate: slot lost: the agent has not acknowledged a heartbeat for 9s")
+	ErrSlotLost = errors.New("headgate: slot lost: it was not renewed in time")
 )
 
 // RejectReason is why the agent rejected a flow.

@@ -220,6 +220,26 @@ func (f *Flow) cancelOnLostSlot() {
 	}
 }
 
+// watchSlots has the agent in this process watch the flow's slots that it holds by a lease.
+func (f *Flow) watchSlots() {
+	leaser := f.client.leaser
+	if !f.Success() || leaser.Leased(&f.verdict) == 0 {
+		return
+	}
+	var over func(lost bool)
+	if f.client.cancelLost {
+		parent, cancel := context.WithCancelCause(f.parent)
+		f.parent = parent
+		over = func(lost bool) {
+			if lost {
+				cancel(ErrSlotLost)
+			}
+			cancel(nil)
+		}
+	}
+	leaser.Watch(&f.verdict, over)
+}
+
 // FromContext finds the innermost flow that ctx comes from.
 func FromContext(ctx context.Context) (*Flow, bool) {
 	f, ok := ctx.Value(flowKey{}).(*Flow)

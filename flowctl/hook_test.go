@@ -72,7 +72,7 @@ func TestOnDecisionPanics(t *testing.T) {
 		Policies: sides.Policies(policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour}),
 		Options:  []flowctl.Option{flowctl.WithOnDecision(func(context.Context, *flowctl.Flow) { panic("hook") })},
 	}
-	setup.Over(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+	setup.Over(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 		func() {
 			defer func() {
 				if p := recover(); p != "hook" {

@@ -84,7 +84,7 @@ func TestMaxWait(t *testing.T) {
 	}
 	for k, want := range engines {
 		t.Run(fmt.Sprintf("MaxWait=%v/CheckTimeout=%v/deadline=%v", k.maxWait, k.checkTimeout, k.deadline), func(t *testing.T) {
-			setup.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+			setup.InBubbles(t, sides.AllAndStored, func(t *testing.T, side *sides.Side) {
 				want := want
 				if side.Kind == sides.Scripted {
 					want = others[k]
@@ -177,7 +177,7 @@ func TestMaxWaitOnTheWire(t *testing.T) {
 
 // The longest times there are do not overflow.
 func TestMaxWaitWithoutEnd(t *testing.T) {
-	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+	sides.Setup{}.InBubbles(t, sides.AllAndStored, func(t *testing.T, side *sides.Side) {
 		flow := side.Client.Start(t.Context(), "point", flowctl.Params{MaxWait: math.MaxInt64, CheckTimeout: math.MaxInt64})
 		if flow.Decision() != flowctl.Accepted {
 			t.Errorf("%v: %v", flow, flow.Err())

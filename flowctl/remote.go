@@ -79,7 +79,7 @@ func (r *remote) Instrument(provider metric.MeterProvider) error {
 		return err
 	}
 	if r.lostSlots, err = meter.Int64Counter("flowcontrol_lost_slots_total",
-		metric.WithDescription("Slots of flows in flight that the agent may give to others, because it has acknowledged no heartbeat for 9 s.")); err != nil {
+		metric.WithDescription("Slots of flows in flight that may be given to others, because they were not renewed in time.")); err != nil {
 		return err
 	}
 	at := metric.WithAttributes(attribute.String("server_address", r.address))

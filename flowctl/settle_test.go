@@ -71,7 +71,7 @@ func TestSettle(t *testing.T) {
 		{"a bad number after a good one", func(f *flowctl.Flow) { f.Settle("tokens", 40); f.Settle("tokens", math.NaN()) }, true, 60},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sides.Setup{Policies: budget()}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+			sides.Setup{Policies: budget()}.InBubbles(t, sides.AllAndStored, func(t *testing.T, side *sides.Side) {
 				synctest.Wait() // for the session
 				flow := side.Client.Start(t.Context(), "point", estimated("10"))
 				if flow.Decision() != flowctl.Accepted {
@@ -126,7 +126,7 @@ func TestSettleOfFlowsThatTookNothing(t *testing.T) {
 		{"estimated at nothing", limited, nil, "0", true, true, 50},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sides.Setup{Policies: sides.Policies(tt.limit), Options: tt.options}.InBubbles(t, sides.Engines,
+			sides.Setup{Policies: sides.Policies(tt.limit), Options: tt.options}.InBubbles(t, sides.EnginesAndStored,
 				func(t *testing.T, side *sides.Side) {
 					synctest.Wait() // for the session
 					params := flowctl.Params{}
@@ -151,7 +151,7 @@ func TestSettleOfFlowsThatTookNothing(t *testing.T) {
 
 // A flow that nobody decided about, and one without flow control, can be settled for nothing.
 func TestSettleWithoutAgent(t *testing.T) {
-	sides.Setup{}.InBubbles(t, sides.All, func(t *testing.T, side *sides.Side) {
+	sides.Setup{}.InBubbles(t, sides.AllAndStored, func(t *testing.T, side *sides.Side) {
 		side.Silence()
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()

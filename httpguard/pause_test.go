@@ -28,7 +28,7 @@ import (
 // overEngines runs a test in a bubble over engines with these components.
 func overEngines(t *testing.T, components []policy.Component, test func(t *testing.T, e *engine.Engine, client *flowctl.Client), opts ...flowctl.Option) {
 	t.Helper()
-	sides.Setup{Policies: limits(components), Options: opts}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
+	sides.Setup{Policies: limits(components), Options: opts}.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 		if err := side.Client.Ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}

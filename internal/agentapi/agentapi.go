@@ -104,6 +104,20 @@ type Local interface {
 	Logger() *slog.Logger
 }
 
+// A Leaser is a Local that may hold slots for flows in another place, by a lease. When the lease has run out, flows that run may have lost
+// their slots.
+type Leaser interface {
+	// Leases reports whether flows may have such slots. It does not change.
+	Leases() bool
+
+	// Leased returns how many such slots a flow has.
+	Leased(v *Verdict) int
+
+	// Watch watches those of a flow until End or Revert. If over is not nil it is called once: when the slots are lost, or after the flow
+	// has ended. It must not block.
+	Watch(v *Verdict, over func(lost bool))
+}
+
 // A StateCount counts what a state has, or what was taken from one.
 type StateCount struct {
 	Keys    int // states of keys, and those without a key

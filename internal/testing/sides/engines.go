@@ -31,6 +31,7 @@ import (
 // A recorder is a local agent that logs what it is asked.
 type recorder struct {
 	agentapi.Local
+	agentapi.Leaser
 	log *log
 }
 

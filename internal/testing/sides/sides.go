@@ -10,6 +10,7 @@ package sides
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -32,14 +34,20 @@ const (
 	Embedded Kind = "embedded" // an engine in the process
 	Served   Kind = "served"   // an engine that package agent serves, over gRPC in memory
 	Scripted Kind = "scripted" // flowtest's agent, over gRPC in memory
+	Stored   Kind = "stored"   // an engine in the process whose limits are in a store
 )
 
 var (
-	// All is every kind.
+	// All is every kind but Stored.
 	All = []Kind{Embedded, Served, Scripted}
 
 	// Engines are the kinds that decide by policies.
 	Engines = []Kind{Embedded, Served}
+
+	// AllAndStored and EnginesAndStored are for what must also hold with a store. Elsewhere a Stored engine is an Embedded one: labels,
+	// caches without bounds, breakers that reject before the store is asked, and texts of errors do not depend on a store.
+	AllAndStored     = append(slices.Clip(All), Stored)
+	EnginesAndStored = append(slices.Clip(Engines), Stored)
 )
 
 // A Setup is what a side is made of. The zero value accepts every flow.
@@ -114,7 +122,11 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 		return side
 	}
 	var err error
-	if side.Engine, err = engine.New(s.Policies, s.EngineOptions...); err != nil {
+	opts := s.EngineOptions
+	if kind == Stored {
+		opts = append(slices.Clip(opts), engine.WithStore(sharedtest.New().Instance()))
+	}
+	if side.Engine, err = engine.New(s.Policies, opts...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Engine.Close() })
@@ -124,7 +136,7 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 		side.Client = dial(t, serve(side.Engine, &side.log), s.Travel, s.Options...)
 		return side
 	}
-	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), &side.log}, s.Options...); err != nil {
+	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), side.Engine.Agent().(agentapi.Leaser), &side.log}, s.Options...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = side.Client.Close(context.WithoutCancel(t.Context())) }) // the context has ended by then

@@ -1,0 +1,190 @@
+package engine
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/headgate-go/headgate/internal/agentapi"
+)
+
+// Slots of the store that flows in this process hold are kept by the lease of the store's instance. When the lease has run out, the store
+// may give them to others.
+var _ agentapi.Leaser = (*agent)(nil)
+
+// Leases reports whether there is a store.
+func (a *agent) Leases() bool { return a.store != nil }
+
+// Leased counts the slots that the store has given the flow.
+func (a *agent) Leased(v *agentapi.Verdict) (slots int) {
+	for i := range v.Len() {
+		d := v.At(i)
+		if !d.Component.Slots || d.Slot() == 0 || d.Local || d.Untaken {
+			continue
+		}
+		if _, ok := d.Component.Settler.(returner); ok {
+			slots++
+		}
+	}
+	return slots
+}
+
+// Watch does what agentapi.Leaser says.
+func (a *agent) Watch(v *agentapi.Verdict, over func(lost bool)) {
+	e := a.engine()
+	began := e.epoch.Add(time.Duration(v.Start - e.epoch.UnixNano()))
+	e.tellLost(e.store.watched.join(e.store.Kept, v, watchedFlow{a.Leased(v), over}, began, e.judgeLease))
+}
+
+// unwatch has the flow's slots not be watched any more. It returns what to call when they have been returned; nil for nothing.
+func (a *agent) unwatch(v *agentapi.Verdict) (over func(lost bool)) {
+	if a.store == nil || a.Leased(v) == 0 { // most flows
+		return nil
+	}
+	return a.store.watched.leave(v)
+}
+
+// judgeLease looks at the lease while flows hold slots by it.
+func (e *Engine) judgeLease() { e.tellLost(e.store.watched.look(e.store.Kept)) }
+
+// tellLost counts slots that are lost, and tells their flows. It logs that once a minute.
+func (e *Engine) tellLost(flows []watchedFlow) {
+	if len(flows) == 0 {
+		return
+	}
+	slots := 0
+	for _, one := range flows {
+		slots += one.slots
+		if one.over != nil {
+			one.over(true)
+		}
+	}
+	l, now := &e.store.watched, e.now()
+	n := l.lost.Add(uint64(slots))
+	last := l.warned.Load()
+	if last != 0 && now-last < int64(sweepEvery) || !l.warned.CompareAndSwap(last, max(now, 1)) {
+		return
+	}
+	e.logger.Warn("headgate: the store has not renewed the lease of this process in time: it may give slots of flows that run to others",
+		"slots", n-l.told.Swap(n))
+}
+
+// A watched is the flows in this process that hold slots of the store. The zero value is ready.
+type watched struct {
+	lost, told atomic.Uint64 // slots; those that were logged
+	warned     atomic.Int64  // when they were logged last, by the engine's time; 0 for never
+
+	mu     sync.Mutex
+	flows  map[*agentapi.Verdict]watchedFlow
+	kept   time.Time   // until when the lease lasted when it was last looked at; zero if that is not known
+	gap    time.Time   // when it was last found to have run out
+	timer  *time.Timer // looks at the lease while there are flows; nil before the first
+	closed bool
+}
+
+// A watchedFlow is a flow that holds slots. Over may be nil.
+type watchedFlow struct {
+	slots int
+	over  func(lost bool)
+}
+
+// The lease is looked at so often: at a quarter of what is left of it, and when it runs out.
+const (
+	looksAtMost  = time.Second
+	looksAtLeast = 10 * time.Millisecond
+)
+
+// join adds a flow whose check began then. It returns the flows whose slots are lost. Look is called later to find others.
+func (l *watched) join(kept func() time.Time, v *agentapi.Verdict, f watchedFlow, began time.Time, look func()) (lost []watchedFlow) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	known := len(l.flows) > 0 && now.Before(l.kept)
+	if !known {
+		lost = l.judge(now, kept())
+	}
+	if began.Before(l.gap) || passed(l.kept, now) { // the process may have stood still during the check
+		return append(lost, f)
+	}
+	if l.flows == nil {
+		l.flows = make(map[*agentapi.Verdict]watchedFlow)
+	}
+	l.flows[v] = f
+	if l.timer == nil {
+		l.timer = time.AfterFunc(looksAtMost, look)
+	}
+	if !known || len(l.flows) == 1 {
+		l.arm(now)
+	}
+	return lost
+}
+
+// leave removes a flow, and returns what is to be called.
+func (l *watched) leave(v *agentapi.Verdict) (over func(lost bool)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f, ok := l.flows[v]
+	if !ok {
+		return nil
+	}
+	delete(l.flows, v)
+	if len(l.flows) == 0 {
+		l.arm(time.Time{})
+	}
+	return f.over
+}
+
+// look looks at the lease, and returns the flows whose slots are lost.
+func (l *watched) look(kept func() time.Time) (lost []watchedFlow) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.flows) == 0 || l.closed {
+		return nil
+	}
+	now := time.Now()
+	lost = l.judge(now, kept())
+	l.arm(now)
+	return lost
+}
+
+// judge returns the flows whose slots are lost, now that the lease lasts until then, as far as is known. A lease that was not looked at
+// before it would have run out counts as run out, even if it lasts now: the process may have stood still, and the slots may have gone to
+// others meanwhile.
+func (l *watched) judge(now, kept time.Time) (lost []watchedFlow) {
+	ranOut := len(l.flows) > 0 && passed(l.kept, now) || passed(kept, now)
+	l.kept = kept
+	if !ranOut {
+		return nil
+	}
+	l.gap = now
+	for _, f := range l.flows {
+		lost = append(lost, f)
+	}
+	clear(l.flows)
+	return lost
+}
+
+// passed reports whether a time that is known has passed.
+func passed(at, now time.Time) bool { return !at.IsZero() && !now.Before(at) }
+
+// arm sets the timer. The caller holds the mutex.
+func (l *watched) arm(now time.Time) {
+	switch {
+	case l.timer == nil:
+	case len(l.flows) == 0 || l.closed:
+		l.timer.Stop()
+	case l.kept.IsZero():
+		l.timer.Reset(looksAtMost)
+	default:
+		left := l.kept.Sub(now)
+		l.timer.Reset(min(left, max(left/4, looksAtLeast), looksAtMost))
+	}
+}
+
+// close has slots not be judged any more.
+func (l *watched) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	l.arm(time.Time{})
+}

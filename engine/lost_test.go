@@ -1,0 +1,209 @@
+package engine_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
+	"github.com/headgate-go/headgate/internal/testing/sides"
+	"github.com/headgate-go/headgate/policy"
+)
+
+// twoSlots are two slots of the store, or of each engine.
+func twoSlots(local bool) policy.Component {
+	return policy.ConcurrencyLimiter{ID: "c", Selectors: policy.At("point"), Max: 2, MaxInflight: time.Hour, Local: local}
+}
+
+// When a process was cut off from the store for longer than its lease lasts, flows in it that hold slots of the store count them as lost, and
+// are canceled if they want that, before the store gives the slots to others. Other flows go on.
+func TestLostSlotsOfAStore(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		local   bool
+		options []flowctl.Option
+		dry     bool
+		begins  func(*sharedtest.Store) // before the flow
+		cancels bool
+		lost    uint64
+	}{
+		{name: "counts", lost: 1},
+		{name: "cancels", options: []flowctl.Option{flowctl.WithCancelOnLostSlot()}, cancels: true, lost: 1},
+		{name: "in a dry run", options: []flowctl.Option{flowctl.WithCancelOnLostSlot(), flowctl.WithDryRun()}, cancels: true, lost: 1},
+		{name: "slots of the engine", local: true, options: []flowctl.Option{flowctl.WithCancelOnLostSlot()}},
+		{
+			name: "slots of an outage", options: []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+			begins: func(s *sharedtest.Store) { s.Behave(sharedtest.Behavior{Err: shared.ErrDown}) },
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log strings.Builder
+				store, meter := sharedtest.New().Instance(), new(metertest.Provider)
+				side := sides.Setup{
+					Policies: sides.Policies(twoSlots(tt.local)),
+					EngineOptions: []engine.Option{
+						engine.WithStore(store), engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
+					},
+					Options: append(tt.options, flowctl.WithMeterProvider(meter)),
+				}.New(t, sides.Embedded)
+				if tt.begins != nil {
+					tt.begins(store)
+				}
+				flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+				<-time.After(time.Minute + 300*time.Millisecond)
+				if n := side.Engine.Stats().Store.LostSlots; n != 0 || flow.Context().Err() != nil {
+					t.Errorf("%d slots are lost while the lease is renewed: %v", n, flow.Context().Err())
+				}
+				store.Behave(sharedtest.Behavior{Cut: true})
+				<-time.After(sharedtest.Lease - time.Millisecond)
+				if n := side.Engine.Stats().Store.LostSlots; n != 0 || flow.Context().Err() != nil {
+					t.Errorf("%d slots are lost too early: %v", n, flow.Context().Err())
+				}
+				<-time.After(time.Millisecond)
+				synctest.Wait()
+				if got := errors.Is(context.Cause(flow.Context()), flowctl.ErrSlotLost); got != tt.cancels || (flow.Context().Err() != nil) != tt.cancels {
+					t.Errorf("canceled by %v want it canceled: %v", context.Cause(flow.Context()), tt.cancels)
+				}
+				<-time.After(time.Minute)
+				synctest.Wait()
+				if n := side.Engine.Stats().Store.LostSlots; n != tt.lost || meter.Read(t.Context())["flowcontrol_lost_slots_total"] != float64(tt.lost) {
+					t.Errorf("%d slots were counted, shown %v want %d", n, meter.Read(t.Context()), tt.lost)
+				}
+				if n := strings.Count(log.String(), "has not renewed the lease"); n != int(tt.lost) {
+					t.Errorf("%d lines want %d: %s", n, tt.lost, log.String())
+				}
+				store.Behave(sharedtest.Behavior{})
+				if _, err := flow.End(t.Context()); err != nil {
+					t.Error(err)
+				}
+				next := side.Client.Start(t.Context(), "point", flowctl.Params{})
+				<-time.After(time.Minute)
+				if err := next.Context().Err(); err != nil {
+					t.Errorf("a flow from after the store was back: %v", err)
+				}
+				if r := end(next); r.Returned != 1 {
+					t.Errorf("End() = %+v want a slot", r)
+				}
+				if n := side.Engine.Stats().Store.LostSlots; n != tt.lost {
+					t.Errorf("%d slots were counted want %d", n, tt.lost)
+				}
+			})
+		})
+	}
+}
+
+// A lease that had run out before it was renewed is noticed, whoever looks first: a flow that begins, or the timer. The flows of before
+// have lost their slots, those of afterwards have not. Lines are logged once a minute, with all slots since the last one.
+func TestLostSlotsOfALeaseThatWasRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies: sides.Policies(twoSlots(false)),
+			EngineOptions: []engine.Option{
+				engine.WithStore(store), engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
+			},
+			Options: []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+		}.New(t, sides.Embedded)
+		for round := range uint64(3) {
+			old := side.Client.Start(t.Context(), "point", flowctl.Params{})
+			store.Behave(sharedtest.Behavior{Cut: true})
+			<-time.After(sharedtest.Lease) // the timer may look now, or after what follows
+			store.Behave(sharedtest.Behavior{})
+			fresh := side.Client.Start(t.Context(), "point", flowctl.Params{})
+			<-time.After(20 * time.Second)
+			if err := context.Cause(old.Context()); !errors.Is(err, flowctl.ErrSlotLost) {
+				t.Errorf("round %d: the flow of before: %v", round, err)
+			}
+			if err := fresh.Context().Err(); err != nil {
+				t.Errorf("round %d: the flow of afterwards: %v", round, err)
+			}
+			end(old)
+			end(fresh)
+			if fresh.Context().Err() == nil {
+				t.Errorf("round %d: the context outlasts its flow", round)
+			}
+			if n := side.Engine.Stats().Store.LostSlots; n != round+1 {
+				t.Errorf("round %d: %d slots were counted", round, n)
+			}
+		}
+		synctest.Wait()
+		if n := strings.Count(log.String(), "has not renewed the lease"); n != 2 || !strings.Contains(log.String(), "slots=2") {
+			t.Errorf("%d lines want two, the second of two slots: %s", n, log.String())
+		}
+	})
+}
+
+// After Close no slot is judged, and flows still end. A flow that did not run is not watched any more either.
+func TestLostSlotsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies: sides.Policies(twoSlots(false)), EngineOptions: []engine.Option{engine.WithStore(store)},
+			Options: []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+		}.New(t, sides.Embedded)
+		var unused *flowctl.Flow
+		func() {
+			client, err := flowctl.New(side.Engine, flowctl.WithCancelOnLostSlot(), flowctl.WithOnDecision(func(_ context.Context, f *flowctl.Flow) {
+				unused = f
+				panic("a hook")
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = recover() }()
+			client.Start(t.Context(), "point", flowctl.Params{})
+		}()
+		if err := context.Cause(unused.Context()); !errors.Is(err, context.Canceled) {
+			t.Errorf("the context of a flow that did not run: %v", err)
+		}
+		flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+		if err := side.Engine.Close(); err != nil {
+			t.Fatal(err)
+		}
+		store.Behave(sharedtest.Behavior{Cut: true})
+		<-time.After(time.Minute)
+		if err := flow.Context().Err(); err != nil || side.Engine.Stats().Store.LostSlots != 0 {
+			t.Errorf("a closed engine: %v, %+v", err, side.Engine.Stats().Store)
+		}
+		end(flow)
+		if flow.Context().Err() == nil {
+			t.Error("the context outlasts its flow")
+		}
+	})
+}
+
+// Slots of clients across the network are those of their sessions. An agent that is cut off from the store cannot renew these there, so the
+// store gives their slots to others; the clients are not told.
+func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFleet(t, 2, sides.Served, twoSlots(false))
+		<-time.After(time.Minute) // a session has begun
+		flows := f.admits(t, "ann", 2)
+		<-time.After(time.Minute)
+		f.stores[0].Behave(sharedtest.Behavior{Cut: true})
+		<-time.After(sharedtest.Lease + time.Second)
+		next := f.start(t, 1, "ann")
+		if next.Decision() != flowctl.Accepted {
+			t.Errorf("%v want the slot of the agent that was cut off", next)
+		}
+		end(next)
+		for i, flow := range flows {
+			if r := end(flow); (r.Returned == 1) != (i == 1) {
+				t.Errorf("flow %d returned %+v", i, r)
+			}
+			if n := f.sides[i].Engine.Stats().Store.LostSlots; n != 0 {
+				t.Errorf("engine %d counts %d slots of others' flows", i, n)
+			}
+		}
+	})
+}
