@@ -69,7 +69,7 @@ test: racedetector ## Run the tests of all modules, the race detector on
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
 	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),$(RACE)),$(filter-out $(EXAMPLES),$(MODULES)))
-	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. $(EXAMPLES))
+	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. redisstore $(EXAMPLES))
 
 # Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
 # for leases to run out, or for servers to find each other.

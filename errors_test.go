@@ -511,8 +511,8 @@ func TestNilErrors(t *testing.T) {
 					continue
 				}
 				var args []reflect.Value
-				for i := range takes.NumIn() {
-					args = append(args, reflect.Zero(takes.In(i)))
+				for in := range takes.Ins() {
+					args = append(args, reflect.Zero(in))
 				}
 				try(name, func() { v.Method(i).Call(args) })
 			}

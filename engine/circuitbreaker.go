@@ -122,7 +122,7 @@ func (c *circuits) close(s *breaker.State, now int64) {
 }
 
 // ask decides at once: no flow waits for a circuit to close.
-func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+func (b *circuitBreaker) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) { //nolint:unparam // it is a decider
 	now := a.now
 	if !b.scope(&req.Labels, d) {
 		b.counts.decision(d)

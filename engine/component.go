@@ -302,12 +302,12 @@ func (k *keyed[S, R]) heldOff(d *agentapi.LimiterDecision, now int64) {
 	}
 }
 
-// tokensOf returns how many tokens the flow's label says, or otherwise if it says no number of tokens.
-func tokensOf(labels *agentapi.Labels, label string, otherwise float64) float64 {
+// tokensOf returns how many tokens the flow's label says, or 1 if it says no number of tokens.
+func tokensOf(labels *agentapi.Labels, label string) float64 {
 	if tokens, ok := tokensSaid(labels, label); ok {
 		return tokens
 	}
-	return otherwise
+	return 1
 }
 
 // tokensSaid returns how many tokens the flow's label says; ok is false if it says no number of tokens.

@@ -96,7 +96,7 @@ func TestLookAheadForetells(t *testing.T) {
 					s.single.Lock()
 					var told outlook
 					if s.serve(s.single, e.now()); l.waiting() {
-						tokens := tokensOf(req, "tokens", 1)
+						tokens := tokensOf(req, "tokens")
 						told = outlookOf(s.of(s.single).rule, l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, mostVisits})
 					}
 					s.single.Unlock()

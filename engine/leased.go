@@ -207,7 +207,7 @@ func (l *sharedLimiter[S]) offhand(req *agentapi.Request, now int64, d *agentapi
 	if !l.leased {
 		return false, nil
 	}
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
 		return true, nil
@@ -443,8 +443,7 @@ func (e *Engine) collect(all bool) {
 	if len(batch) == 0 {
 		return
 	}
-	// No flow waits for it. The store bounds the call.
-	_, err := e.giveBack(context.Background(), batch)
+	_, err := e.giveBack(e.store.detached(), batch)
 	for i, one := range of {
 		if err != nil {
 			tallies[i].unpaid.Add(1)

@@ -92,7 +92,7 @@ func (l *limiter[S]) costsBy(label string) {
 // ask decides at once: no flow waits for a limiter.
 func (l *limiter[S]) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
 	now := a.now
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
 		return now, nil
@@ -145,7 +145,7 @@ func (l *limiter[S]) admitted() uint64 {
 }
 
 func (l *limiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if l.scope(&req.Labels, d) {
 		l.drop(d, cause, 0)
 	}

@@ -44,7 +44,7 @@ func samplerOf(e *Engine, in *installed, p policy.Sampler, c agentapi.Component)
 	return s
 }
 
-func (s *sampler) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) {
+func (s *sampler) ask(_ context.Context, req *agentapi.Request, a asking, d *agentapi.LimiterDecision) (int64, error) { //nolint:unparam // it is a decider
 	s.decide(req, a.now, d)
 	return a.now, nil
 }

@@ -136,7 +136,7 @@ func (l *sharedLimiter[S]) key(name string) shared.Key {
 }
 
 func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool {
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
 		return false
@@ -306,7 +306,7 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 }
 
 func (l *sharedLimiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDecision, cause agentapi.Cause) {
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel, 1)
+	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if l.scope(&req.Labels, d) {
 		l.drop(d, cause, 0)
 	}

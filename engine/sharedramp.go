@@ -32,7 +32,7 @@ const followEvery = time.Second
 
 // followRamps has ramps stand where the store says, until the engine is closed.
 func (e *Engine) followRamps() {
-	ctx := context.Background() // it is for no caller in particular, and the store bounds each call
+	ctx := e.store.detached()
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
 	for {

@@ -232,8 +232,7 @@ func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
 	r := shared.Return{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true}
 	back := func() {
-		// The flow's caller has gone. The store bounds the call.
-		_, _ = s.engine.giveBack(context.Background(), []shared.Return{r})
+		_, _ = s.engine.giveBack(s.engine.store.detached(), []shared.Return{r}) // the flow's caller has gone
 	}
 	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so nobody waits for the entry
 		back()
@@ -255,8 +254,8 @@ func (s *sharedScheduler[S]) draw(e *keys.Entry[line[drawnState[S]]], d *draws) 
 			return
 		}
 		e.Unlock()
-		// No flow's context ends it: it is for all that wait, and what comes for one that has gone is given back. The store bounds the call.
-		answer, err := s.engine.store.Draw(context.Background(), ask)
+		// It is for all flows that wait, and what comes for one that has gone is given back.
+		answer, err := s.engine.store.Draw(s.engine.store.detached(), ask)
 		e.Lock()
 		s.drew(e, d, ask, listings, &answer, err)
 		key := ask.Key

@@ -79,6 +79,11 @@ func (s *store) end() {
 	s.goes.Wait()
 }
 
+// detached is the context of calls that are for no flow in particular. No caller ends them: the store bounds each of them.
+func (*store) detached() context.Context {
+	return context.Background() //nolint:forbidigo // see above
+}
+
 // StoreStats are about the store that engines share.
 type StoreStats struct {
 	// Shared reports whether there is one; see [WithStore].
@@ -134,6 +139,6 @@ func (e *Engine) answered(ctx context.Context, err error) {
 // succeeded logs that the store answers again, if it was logged that it does not.
 func (e *Engine) succeeded() {
 	if s := e.store; s.failing.Load() && s.failing.Swap(false) {
-		e.logger.Info("headgate: the store answers again", "after", (time.Duration(e.now() - s.warned.Load())).Round(time.Millisecond))
+		e.logger.Info("headgate: the store answers again", "after", time.Duration(e.now()-s.warned.Load()).Round(time.Millisecond))
 	}
 }

@@ -327,12 +327,12 @@ func FuzzFormat(f *testing.F) {
 
 // numbersOf calls each with the numbers in a value: counts, amounts and durations.
 func numbersOf(v reflect.Value, each func(reflect.Value)) {
-	switch v.Kind() {
+	switch v.Kind() { //nolint:exhaustive // policies have no numbers of other kinds
 	case reflect.Int, reflect.Int64, reflect.Float64:
 		each(v)
 	case reflect.Struct:
-		for i := range v.NumField() {
-			numbersOf(v.Field(i), each)
+		for _, field := range v.Fields() {
+			numbersOf(field, each)
 		}
 	case reflect.Slice:
 		for i := range v.Len() {
@@ -370,29 +370,25 @@ func TestFormatOfExtremes(t *testing.T) {
 			t.Errorf("%T with %s: written again, %v:\n%s\nwant\n%s", c, what, err, twice, text)
 		}
 	}
-	// set sets number i of the value to its extremes; it reports false if there are fewer numbers.
-	set := func(v reflect.Value, i int, then func(what string)) bool {
-		found := false
+	// every sets each number of the value to its extremes, one number at a time.
+	every := func(v reflect.Value, then func(what string)) {
+		i := 0
 		numbersOf(v, func(n reflect.Value) {
-			if i--; i != -1 {
-				return
-			}
-			found = true
 			before := reflect.ValueOf(n.Interface())
 			if n.Kind() == reflect.Float64 {
 				for _, x := range floats {
 					n.SetFloat(x)
-					then(fmt.Sprint(x))
+					then(fmt.Sprintf("%v as number %d", x, i))
 				}
 			} else {
 				for _, x := range integers {
 					n.SetInt(x)
-					then(fmt.Sprint(x))
+					then(fmt.Sprintf("%v as number %d", x, i))
 				}
 			}
 			n.Set(before)
+			i++
 		})
-		return found
 	}
 	for _, kind := range allKinds {
 		v := reflect.New(reflect.TypeOf(kind)).Elem()
@@ -400,19 +396,17 @@ func TestFormatOfExtremes(t *testing.T) {
 		if f := v.FieldByName("Steps"); f.IsValid() { // the slices of a value are its own
 			f.Set(reflect.AppendSlice(reflect.MakeSlice(f.Type(), 0, f.Len()), f))
 		}
-		for i := 0; set(v, i, func(what string) {
-			check(v.Interface().(policy.Component), fmt.Sprintf("number %d of %s", i, what))
-		}); i++ {
-		}
+		every(v, func(what string) {
+			check(v.Interface().(policy.Component), what+" of "+fmt.Sprintf("%T", kind))
+		})
 		if !v.FieldByName("Overrides").IsValid() {
 			continue
 		}
 		v.FieldByName("LimitBy").SetString("user")
 		var o policy.Override
-		for i := 0; set(reflect.ValueOf(&o).Elem(), i, func(what string) {
+		every(reflect.ValueOf(&o).Elem(), func(what string) {
 			v.FieldByName("Overrides").Set(reflect.ValueOf(map[string]policy.Override{"ann": o}))
-			check(v.Interface().(policy.Component), fmt.Sprintf("number %d of an override of %s", i, what))
-		}); i++ {
-		}
+			check(v.Interface().(policy.Component), what+" of an override of "+fmt.Sprintf("%T", kind))
+		})
 	}
 }

@@ -124,7 +124,8 @@ func behaviors() map[string][]step {
 		"slots": {
 			one(0, ask("s", slots, 1), true, 1, 0), one(1, ask("s", slots, 1), true, 0, 0), look("s", slots, 0, 2),
 			{by: 1, of: 1, back: &shared.Return{Tokens: 1}, returned: true}, // of another instance
-			{by: 0, of: 1, back: &shared.Return{Tokens: 1}}, look("s", slots, 1, 1),
+			{by: 0, of: 1, back: &shared.Return{Tokens: 1}},
+			look("s", slots, 1, 1),
 			back(0, false, 0, shared.Return{Key: key("s"), Rule: slots, Slot: 99}), one(0, ask("s", slots, 1), true, 0, 0),
 		},
 		"parts of slots": {

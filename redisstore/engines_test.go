@@ -80,7 +80,9 @@ func TestFleetEnginesShare(t *testing.T) {
 									<-time.After(2 * time.Millisecond)
 								}
 							}
-							flow.End(t.Context())
+							if _, err := flow.End(t.Context()); err != nil {
+								t.Error(err)
+							}
 						}
 					})
 				}

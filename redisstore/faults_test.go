@@ -254,7 +254,7 @@ func TestFleetInstanceGone(t *testing.T) {
 			defer func() {
 				if ended != nil {
 					_ = cmd.Process.Kill()
-					<-ended
+					_ = <-ended
 				}
 			}()
 			eventually(t, "instance that holds slots", func() bool { return strings.Contains(out.String(), "holds all") })

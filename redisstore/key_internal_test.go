@@ -23,7 +23,8 @@ func TestName(t *testing.T) {
 		{"no value", shared.Key{Policy: "p", Component: "c", Label: "user"}, "{headgate:user=}:p/c"},
 		{"characters of names", shared.Key{Policy: "a/b", Component: "c}", Label: "l=", Value: "{v}%"}, "{headgate:l%3d=%7bv%7d%25}:a%2fb/c%7d"},
 		{
-			"long", shared.Key{Policy: "p", Component: "c", Label: "l", Value: long},
+			"long",
+			shared.Key{Policy: "p", Component: "c", Label: "l", Value: long},
 			"{headgate:l=" + long[:40] + "#9537c5fdf120482f7d58d25e9ed583f5}:p/c",
 		},
 	} {

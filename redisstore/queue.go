@@ -397,11 +397,14 @@ func (s *Store) hear() {
 			s.wake("")
 		}
 	})
+	pause := time.NewTimer(0)
+	defer pause.Stop()
 	for s.ctx.Err() == nil {
 		_ = s.client.Receive(ctx, s.client.B().Subscribe().Channel(own, s.wakes()).Build(), func(m rueidis.PubSubMessage) { s.wake(m.Message) })
+		pause.Reset(resubscribe)
 		select {
 		case <-s.ctx.Done():
-		case <-time.After(resubscribe):
+		case <-pause.C:
 		}
 	}
 }

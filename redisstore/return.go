@@ -130,8 +130,8 @@ func (s *Store) postpone(p pending) {
 	s.kick()
 }
 
-// returnPending returns slots in the background. It reports whether some are left.
-func (s *Store) returnPending(ctx context.Context, now time.Time) (left bool) {
+// returnPending returns slots that have not come back yet.
+func (s *Store) returnPending(ctx context.Context, now time.Time) {
 	s.mu.Lock()
 	var rs []returned
 	for id, p := range s.pending {
@@ -174,9 +174,6 @@ func (s *Store) returnPending(ctx context.Context, now time.Time) (left bool) {
 		})
 	}
 	wg.Wait()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.pending) > 0
 }
 
 // confirm forgets pending slots that have come back, or that have not been taken.

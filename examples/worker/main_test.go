@@ -228,8 +228,15 @@ func testWork(t *testing.T, args []string) {
 }
 
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{{"what"}, {"-what"}, {"-serve", "nowhere"}, {"-witness", "nowhere"}, {"-store", "nowhere"},
-		{"-store", "nowhere", "-api", "http://127.0.0.1:1"}, {"-store", "redis://127.0.0.1:1", "-api", "http://127.0.0.1:1"}} {
+	for _, args := range [][]string{
+		{"what"},
+		{"-what"},
+		{"-serve", "nowhere"},
+		{"-witness", "nowhere"},
+		{"-store", "nowhere"},
+		{"-store", "nowhere", "-api", "http://127.0.0.1:1"},
+		{"-store", "redis://127.0.0.1:1", "-api", "http://127.0.0.1:1"},
+	} {
 		if err := run(t.Context(), args, io.Discard); err == nil {
 			t.Errorf("%q: no error", args)
 		}

@@ -241,7 +241,7 @@ func (o *ours) take(instances, buckets int, user func() string) func() func() er
 			}
 			for _, a := range answers {
 				if !a.OK {
-					return rejected
+					return errRejected
 				}
 			}
 			return nil

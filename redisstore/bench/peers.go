@@ -90,8 +90,8 @@ const (
 	throttling  = "throttled"
 )
 
-// rejected is the error of a call that a limiter did not let through.
-var rejected = errors.New("rejected")
+// errRejected is the error of a call that a limiter did not let through.
+var errRejected = errors.New("rejected")
 
 func (p *peers) rows() []*benchtable.Row {
 	limit := redis_rate.Limit{Rate: fill, Burst: capacity, Period: time.Second}
@@ -99,7 +99,7 @@ func (p *peers) rows() []*benchtable.Row {
 		return each(func() error {
 			result, err := p.rate.Allow(p.ctx, key(), limit)
 			if err == nil && result.Allowed == 0 {
-				err = rejected
+				err = errRejected
 			}
 			return err
 		})
@@ -118,7 +118,7 @@ func (p *peers) rows() []*benchtable.Row {
 		{Name: throttling, InFlight: inFlight, Call: each(func() error {
 			limited, _, err := p.throttled.RateLimitCtx(p.ctx, anyUser(), 1)
 			if err == nil && limited {
-				err = rejected
+				err = errRejected
 			}
 			return err
 		})},
@@ -136,7 +136,7 @@ func granted(answer []string, err error) error {
 		return err
 	}
 	if len(answer) != 2 || answer[0] != "1" {
-		return fmt.Errorf("%w: %q", rejected, answer)
+		return fmt.Errorf("%w: %q", errRejected, answer)
 	}
 	return nil
 }

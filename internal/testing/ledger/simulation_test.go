@@ -114,8 +114,10 @@ var scenarios = []scenario{
 	}, {
 		name: "costs that differ", capacity: 50, rate: 500, instances: 3,
 		streams: []stream{
-			{instance: 0, workload: "a", weight: 1, cost: 5, keep: 50}, {instance: 1, workload: "a", weight: 1, cost: 5, keep: 50},
-			{instance: 1, workload: "b", weight: 1, keep: 50}, {instance: 2, workload: "b", weight: 1, keep: 50},
+			{instance: 0, workload: "a", weight: 1, cost: 5, keep: 50},
+			{instance: 1, workload: "a", weight: 1, cost: 5, keep: 50},
+			{instance: 1, workload: "b", weight: 1, keep: 50},
+			{instance: 2, workload: "b", weight: 1, keep: 50},
 		},
 		want: map[string]float64{"a": 50, "b": 50},
 	}, {

@@ -44,9 +44,11 @@ var (
 	// Engines are the kinds that decide by policies.
 	Engines = []Kind{Embedded, Served}
 
-	// AllAndStored and EnginesAndStored are for what must also hold with a store. Elsewhere a Stored engine is an Embedded one: labels,
+	// AllAndStored is for what must also hold with a store. Elsewhere a Stored engine is an Embedded one: labels,
 	// caches without bounds, breakers that reject before the store is asked, and texts of errors do not depend on a store.
-	AllAndStored     = append(slices.Clip(All), Stored)
+	AllAndStored = append(slices.Clip(All), Stored)
+
+	// EnginesAndStored is the same without Scripted.
 	EnginesAndStored = append(slices.Clip(Engines), Stored)
 )
 

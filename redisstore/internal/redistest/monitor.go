@@ -34,7 +34,7 @@ func StartMonitor(tb TB, server *Server) *Monitor {
 		tb.Fatalf("redistest: %v", err)
 	}
 	in := bufio.NewReader(conn)
-	if _, err := fmt.Fprint(conn, "MONITOR\r\n"); err == nil {
+	if _, err = fmt.Fprint(conn, "MONITOR\r\n"); err == nil {
 		_, err = in.ReadString('\n')
 	}
 	if err != nil {

@@ -81,8 +81,7 @@ func read(in *bufio.Reader) (any, error) {
 		list := make([]any, 0, n)
 		for range n {
 			element, err := read(in)
-			var refused answerError
-			if errors.As(err, &refused) {
+			if refused, ok := errors.AsType[answerError](err); ok {
 				element, err = refused, nil
 			}
 			if err != nil {
