@@ -51,7 +51,10 @@ func newNetwork() *network {
 
 func (n *network) dialer() flowctl.Option {
 	return flowctl.WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-		conn, err := n.listener.DialContext(ctx)
+		n.mu.Lock()
+		listener := n.listener
+		n.mu.Unlock()
+		conn, err := listener.DialContext(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -834,9 +837,10 @@ func TestChecksOnNewConnections(t *testing.T) {
 				a := serveSessions(t, slotsFor(1000), append(agent.ServerOptions(), append(options, late(20*time.Millisecond))...)...)
 				client := a.dial(t)
 				accepted := 0
-				for i := range 6000 {
-					if i%2000 == 1500 && options == nil {
+				for i := range 1200 {
+					if i%400 == 300 && options == nil {
 						a.cut()
+						synctest.Wait() // a check that is under way goes on by the next connection
 					}
 					flow := client.Start(t.Context(), "point", flowctl.Params{OnUnreachable: flowctl.FailClosed})
 					if flow.Decision() == flowctl.Accepted {
@@ -848,9 +852,9 @@ func TestChecksOnNewConnections(t *testing.T) {
 					if _, err := flow.End(t.Context()); err != nil {
 						t.Error(err)
 					}
-					<-time.After(time.Millisecond)
+					<-time.After(5 * time.Millisecond)
 				}
-				if accepted < 1000 {
+				if accepted < 600 {
 					t.Errorf("%d flows were accepted", accepted)
 				}
 			})
