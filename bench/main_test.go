@@ -29,7 +29,7 @@ func TestProcessRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"Guard, one keyed rate limiter", "Guard, one keyed rate limiter, 10000 overrides", "Guard, one keyed quota scheduler", "Guard, one concurrency scheduler", "Guard, one sampler", "Guard, one keyed circuit breaker", "failsafe-go circuit breaker", "Cached, a hit",
+		"Guard, one keyed rate limiter", "Guard, one keyed rate limiter, 10000 overrides", "local beside a store", "Guard, one keyed quota scheduler", "Guard, one concurrency scheduler", "Guard, one sampler", "Guard, one keyed circuit breaker", "failsafe-go circuit breaker", "Cached, a hit",
 		"Guard, queue and wake, 1 waiter", "Guard, queue and wake, 10000 waiters", "failsafe-go bulkhead with queueing", "failsafe-go adaptive limiter", "Do, label maps in turn, 1000 keys", "gobreaker", "x/time/rate",
 		"HTTP middleware on the engine", "failsafe-go HTTP handler", "gRPC interceptor on the engine",
 		"a key for each caller", "parallel to alone", "floor: clock read", "16 MiB of live objects",
@@ -39,7 +39,7 @@ func TestProcessRun(t *testing.T) {
 			t.Errorf("the table does not have %q:\n%s", want, &out)
 		}
 	}
-	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 32; got != want {
+	if got, want := strings.Count(out.String(), ": met")+strings.Count(out.String(), ": missed"), 34; got != want {
 		t.Errorf("%d targets judged want %d:\n%s", got, want, &out)
 	}
 }
