@@ -132,7 +132,9 @@ func (f *drawnFrom[S]) Forecast(state *drawnState[S], now int64, ahead source.Ah
 		there := min(state.left+float64(now-state.at)/each, rule.Capacity)
 		least = source.Nanos(math.Ceil(max(ahead.Least+tokens-there, 0) * each))
 	}
-	likely = max(least, 1)
+	if likely = least; rule.Kind == shared.Bucket { // of slots nothing may be known
+		likely = max(least, 1)
+	}
 	if d := state.draws; d != nil {
 		likely = max(likely, d.next-now)
 		if d.granted > 0 {

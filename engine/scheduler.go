@@ -202,12 +202,6 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 		}
 		return s.patience(ctx, req, of, a.now-a.start)
 	})
-	if a.wait && d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
-		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
-		if req.MaxWait() > 0 && s.answerLeft(ctx, req, a.now-a.start) > 0 {
-			d.Cause = agentapi.CauseLongQueue // it has time, and may not wait any longer
-		}
-	}
 	now := a.now
 	if t.waiter != nil {
 		var err error
@@ -216,6 +210,12 @@ func (s *scheduler[S]) ask(ctx context.Context, req *agentapi.Request, a asking,
 		s.engine.instruments.waited(ctx, &s.component, t.of, now-a.now)
 		if err != nil {
 			return now, err
+		}
+	}
+	if a.wait && (t.waiter == nil || t.once) && d.Dropped && d.Cause == agentapi.CauseNone && d.Wait() != source.Never && t.of.timeout >= 0 {
+		d.Cause = agentapi.CauseLate // its workload may wait, and the margin takes all the time that it has
+		if req.MaxWait() > 0 && s.answerLeft(ctx, req, now-a.start) > 0 {
+			d.Cause = agentapi.CauseLongQueue // it has time, and may not wait any longer
 		}
 	}
 	if d.Dropped && t.entry != nil && d.Cause != agentapi.CauseClosed && d.Cause != agentapi.CauseNoStore {

@@ -76,6 +76,7 @@ type draws struct {
 	onWire  bool           // it has not answered yet
 	next    int64          // when the next turn is due; 0 if that is not known
 	soon    bool           // there is something to tell the store
+	urgent  bool           // a flow that does not wait has come since
 	short   bool           // all that were listed got theirs, and others wait
 	listed  map[string]int // flows that the store takes to wait here, by workload
 	rule    *shared.Rule   // that it was asked with
@@ -189,7 +190,7 @@ func (s *sharedScheduler[S]) turn(e *keys.Entry[line[drawnState[S]]], now int64,
 
 func (s *sharedScheduler[S]) came(e *keys.Entry[line[drawnState[S]]], w *waiter) {
 	if d := e.State.tokens.draws; d != nil && (w.Flow.once || d.listed[s.workloadName(w.Claim())] == 0) {
-		d.soon = true
+		d.soon, d.urgent = true, d.urgent || w.Flow.once
 		d.wake()
 	}
 }
@@ -318,7 +319,7 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	}
 	ask.Owed = st.report(now)
 	d.woken.Store(false)
-	d.sent, d.onWire, d.soon, d.short, d.next, d.listed, d.rule, d.back = now, true, false, false, 0, told, rule, nil
+	d.sent, d.onWire, d.soon, d.urgent, d.short, d.next, d.listed, d.rule, d.back = now, true, false, false, false, 0, told, rule, nil
 	return ask, listings
 }
 
@@ -381,7 +382,11 @@ func (s *sharedScheduler[S]) drew(e *keys.Entry[line[drawnState[S]]], d *draws, 
 			case w.Flow.once:
 				st.learn(now, ask.Rule, w.Flow.tokens, &shared.Answer{Left: answer.Left, Wait: answer.Next})
 				st.refused = s.workloadName(w.Claim())
-				e.State.queue.decide(w, agentapi.CauseNone, max(int64(answer.Next), 1))
+				wait := int64(answer.Next)
+				if wait == 0 && ask.Rule.Kind == shared.Slots {
+					wait = st.forecast(ask.Rule.Capacity)
+				}
+				e.State.queue.decide(w, agentapi.CauseNone, wait)
 			}
 		}
 	}
@@ -419,6 +424,9 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 		next++
 		e.State.queue.Serve(w)
 		w.Flow.slot, w.Flow.left = slot, e.State.tokens.left
+		if slot != 0 {
+			w.Flow.left += tokens // what is left of slots does not count the flow
+		}
 		d.granted += tokens
 		close(w.Flow.ready)
 	}
@@ -474,7 +482,7 @@ func (s *sharedScheduler[S]) pause(e *keys.Entry[line[drawnState[S]]], d *draws)
 	}
 	at := d.sent + int64(refresh)
 	switch {
-	case !e.State.waiting() || d.short || s.engine.closed.Load():
+	case !e.State.waiting() || d.short || d.urgent && !st.here || s.engine.closed.Load():
 		return 0
 	case st.here:
 		at = st.again

@@ -254,7 +254,9 @@ func TestFleetInstanceGone(t *testing.T) {
 			defer func() {
 				if ended != nil {
 					_ = cmd.Process.Kill()
-					_ = <-ended
+					if err := <-ended; err == nil {
+						t.Error("an instance that was killed ended well")
+					}
 				}
 			}()
 			eventually(t, "instance that holds slots", func() bool { return strings.Contains(out.String(), "holds all") })

@@ -31,7 +31,7 @@ var limits = []policy.Policy{{Name: "api", Components: []policy.Component{policy
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
+	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
 	url := "redis://localhost:6379"
 	if len(os.Args) > 1 {
 		url = os.Args[1]

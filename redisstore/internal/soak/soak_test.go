@@ -148,7 +148,7 @@ func (s *soak) read(w *worker, line string) {
 // kill kills a worker.
 func (w *worker) kill() {
 	_ = w.cmd.Process.Kill()
-	_ = <-w.done
+	<-w.done //nolint:errcheck // it was killed
 	_ = w.stdin.Close()
 }
 
