@@ -8,7 +8,7 @@ import (
 	"github.com/headgate-go/headgate/internal/agentapi"
 )
 
-// After the process stood still, a lease that lasts again says nothing about the time between: whoever looks first finds that.
+// After the process stood still, a lease that lasts again says nothing about the time between. The first that looks finds that.
 func TestLeaseAfterAPause(t *testing.T) {
 	const lease = 10 * time.Second
 	for _, tt := range []struct {

@@ -101,7 +101,7 @@ func TestLostSlotsOfAStore(t *testing.T) {
 	}
 }
 
-// A lease that had run out before it was renewed is noticed, whoever looks first: a flow that begins, or the timer. The flows of before
+// A lease that had run out before it was renewed is noticed by the first that looks: a flow that begins, or the timer. The flows of before
 // have lost their slots, those of afterwards have not. Lines are logged once a minute, with all slots since the last one.
 func TestLostSlotsOfALeaseThatWasRenewed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -36,7 +36,7 @@ type sharedTally struct {
 // A sharedLimits is how a limiter is configured whose state is in the store.
 type sharedLimits[S any] = config[account[S], *budget[S]]
 
-// sharing is what a shared limiter is told besides.
+// sharing is how a shared limiter is configured beyond its keys.
 type sharing struct {
 	outage      policy.Outage
 	tokensLabel string

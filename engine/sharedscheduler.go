@@ -42,7 +42,7 @@ type far[S any] interface {
 	closed(e *keys.Entry[line[S]]) bool
 
 	// turn returns the least time that a flow of the claim must wait, as the store has said; 0 if that is not known. A flow that may
-	// not wait goes by what the store said to one that did not, too. Others are told to the store in any case.
+	// not wait goes by what the store said to one that did not, too. The store learns of others in any case.
 	turn(e *keys.Entry[line[S]], now int64, w wish, waits bool) int64
 
 	// came notes that a flow has come to the queue.
@@ -59,8 +59,8 @@ type far[S any] interface {
 }
 
 const (
-	mostListed    = 32                     // flows of a workload that the store is told of
-	mostWorkloads = 64                     // of those that are told: peers may make up any number
+	mostListed    = 32                     // flows of a workload that the store knows of
+	mostWorkloads = 64                     // that the store knows of: peers may make up any number
 	refresh       = 500 * time.Millisecond // after which the store would take flows that wait for gone is twice as long
 	fastest       = 5 * time.Millisecond   // between two questions for a key
 	askAgain      = 100 * time.Millisecond // after the store has not answered

@@ -174,7 +174,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		s.secret = []byte(s.namespace)
 	}
 	_, _ = rand.Read(s.own[:]) // it does not fail
-	// Whoever makes the store may have a context that ends before it.
+	// The store outlives the context that it is made with. Close ends this one.
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // see above
 	s.instances.Store(1)
 	alone := s.newShard()

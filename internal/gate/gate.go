@@ -9,7 +9,7 @@ import (
 
 // A Gate opens when a server is silent. While it is open, callers fail at once instead of waiting. It is safe for concurrent use.
 //
-// Any answer closes it, an error too: a server that answers is not gone. Whoever owns the gate asks the server once in a while,
+// Any answer closes it, an error too: a server that answers is not gone. The owner of the gate asks the server once in a while,
 // apart from its callers, and says when it has answered.
 type Gate struct {
 	failures int64

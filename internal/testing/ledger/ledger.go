@@ -42,7 +42,7 @@ const (
 //
 // Within a workload the instances take turns, whatever their flows cost.
 //
-// Whoever calls, all that there is is handed out in that order, to all instances. What falls to another instance than
+// Each call hands out all that there is in that order, to all instances. What falls to another instance than
 // the caller lies in the other's box until it calls. So the shares are those of one queue although the instances call at
 // different times. An instance lists the first [MaxFlows] flows of each workload anew in each call. The first of them get
 // what its box holds for their workload. What is left in the box, because flows have gone, goes back. So does what lies in the box

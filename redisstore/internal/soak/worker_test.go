@@ -38,7 +38,7 @@ type load struct {
 // lease is that of the workers' slots. No outage lasts as long, and a worker is stopped for less than a third of it, or for longer.
 const lease = 10 * time.Second
 
-// loads are those of all workers. None lets flows in while the store does not answer, but for the one that shares its limit then.
+// loads are those of all workers. While the store does not answer, only the one that shares its limit lets flows in.
 func loads() []load {
 	return []load{
 		{
