@@ -31,7 +31,11 @@
 // # When it does not answer
 //
 // Each call has a bound, 50 ms by default, and none is made twice for one flow: what timed out may have counted. After five calls in a
-// row without an answer the server counts as down. Calls fail at once then, until it answers again.
+// row without an answer, over at least four times the bound, the server counts as down. Calls fail at once then, until it answers
+// again.
+//
+// What flows do meanwhile is up to the OnOutage of each component in package policy. By default each engine decides by its part of the
+// limit. The slots of flows that began before are not counted then: work that must never exceed a limit needs policy.OutageClosed.
 package redisstore
 
 import (
@@ -122,7 +126,8 @@ func WithNamespace(namespace string) Option {
 	return option(func(s *Store) { s.namespace = namespace })
 }
 
-// WithTimeout is how long a call may take, in full. The default is 50 ms.
+// WithTimeout is how long a call may take, in full. The default is 50 ms: an outage costs the first flows that much. A program that
+// would rather wait than decide without the store needs more.
 func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
 
 // WithLease is after which time the slots of a process come back that was killed, or cut off. Processes renew their leases at a third
