@@ -102,7 +102,7 @@ type StoreStats struct {
 	Unanswered uint64
 
 	// LostSlots counts the slots that flows in this process held, and that the store may have given to others, because the process was
-	// cut off from it for longer than its lease lasts.
+	// cut off from it for longer than two thirds of its lease.
 	LostSlots uint64
 }
 

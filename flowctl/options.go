@@ -317,7 +317,7 @@ func WithDryRun() Option {
 
 // WithCancelOnLostSlot cancels the context of a flow when its slots are lost: an agent of Headgate has acknowledged no
 // heartbeat for 9 s, so it may soon give them to other flows. Slots that an engine in this process has of a store are lost when it
-// was cut off from the store for longer than its lease lasts. [context.Cause] of the flow's context is [ErrSlotLost] then.
+// was cut off from the store for longer than two thirds of its lease. [context.Cause] of the flow's context is [ErrSlotLost] then.
 // Use it for work that must never run more often than the limit says. Without this option, such flows go on, because an
 // agent's outage should not become the application's. The context is [Flow.Context], or what package headgate's guards
 // pass on. With this option it also ends when a flow with slots ends. It has no effect on slots at other agents,

@@ -1,6 +1,6 @@
 // Fleet has several processes share one limit of 10 calls a second. Start a Redis server, and run this in two terminals:
 //
-//	redis-server --maxmemory-policy noeviction
+//	redis-server --maxmemory-policy noeviction --save ""
 //	go run ./redisstore/examples/fleet redis://localhost:6379
 //
 // Each process calls as fast as it can, and prints each second how many of its calls ran. Together they are 10. Stop the server to
