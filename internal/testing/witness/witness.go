@@ -5,6 +5,7 @@
 package witness
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -38,7 +39,7 @@ func (b Bound) Worst(admissions []Admission) Span {
 		return Span{}
 	}
 	byTold := slices.Clone(admissions)
-	slices.SortFunc(byTold, func(x, y Admission) int { return int(x.Told - y.Told) })
+	slices.SortFunc(byTold, func(x, y Admission) int { return cmp.Compare(x.Told, y.Told) })
 	from := make([]time.Duration, len(byTold)) // where the worst span may begin
 	for i, a := range byTold {
 		from[i] = a.Asked
@@ -74,8 +75,8 @@ func (b Bound) Since(admissions []Admission) Span {
 		return Span{}
 	}
 	byTold := slices.Clone(admissions)
-	slices.SortFunc(byTold, func(x, y Admission) int { return int(x.Told - y.Told) })
-	from := slices.MinFunc(byTold, func(x, y Admission) int { return int(x.Asked - y.Asked) }).Asked
+	slices.SortFunc(byTold, func(x, y Admission) int { return cmp.Compare(x.Told, y.Told) })
+	from := slices.MinFunc(byTold, func(x, y Admission) int { return cmp.Compare(x.Asked, y.Asked) }).Asked
 	var worst Span
 	sum := 0.0
 	for i, a := range byTold {
@@ -174,7 +175,7 @@ func AtOnce(holds []Hold) (most int, at time.Duration) {
 	}
 	slices.SortFunc(changes, func(x, y change) int {
 		if x.at != y.at {
-			return int(x.at - y.at)
+			return cmp.Compare(x.at, y.at)
 		}
 		return x.more - y.more // what ends is not held together with what begins then
 	})
