@@ -157,21 +157,14 @@ func (e *Engine) decide(ctx context.Context, p *controlPoint, req *agentapi.Requ
 // dropped waits for no other, and a flow in dry run waits for none. Now advances while the flow waits. Dropped reports
 // whether a component dropped the flow, in the flow's dry run too; a component in dry run drops no flow.
 func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
-	late, dry := req.Late(), req.DryRun()
+	late := req.Late()
 	for i := range placements {
 		m := &placements[i]
-		selected := m.selectors.selects(&req.Labels)
-		if selected == no {
+		d, asks := m.meet(req, late, v)
+		if d == nil {
 			continue
 		}
-		d := v.Add(m.id)
-		d.DryRun = dry || m.id.DryRun
-		switch {
-		case selected == unknown:
-			m.refuse(req, d, agentapi.CauseLongLabel)
-		case late:
-			m.refuse(req, d, agentapi.CauseLate)
-		default:
+		if asks {
 			a := asking{start: v.Start - e.epoch.UnixNano(), now: *now, wait: !dropped && !d.DryRun}
 			if *now, err = m.decider.ask(ctx, req, a, d); err != nil {
 				return dropped, err
@@ -180,6 +173,26 @@ func (e *Engine) ask(ctx context.Context, placements []placement, req *agentapi.
 		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
 	return dropped, nil
+}
+
+// meet adds a decision to the verdict if the component picks the flow; otherwise d is nil. It reports whether the component is to be
+// asked. If not, it has refused the flow.
+func (m *placement) meet(req *agentapi.Request, late bool, v *agentapi.Verdict) (d *agentapi.LimiterDecision, asks bool) {
+	selected := m.selectors.selects(&req.Labels)
+	if selected == no {
+		return nil, false
+	}
+	d = v.Add(m.id)
+	d.DryRun = req.DryRun() || m.id.DryRun
+	switch {
+	case selected == unknown:
+		m.refuse(req, d, agentapi.CauseLongLabel)
+	case late:
+		m.refuse(req, d, agentapi.CauseLate)
+	default:
+		return d, true
+	}
+	return d, false
 }
 
 // undo gives back what the flow was given.

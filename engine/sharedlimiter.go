@@ -315,20 +315,20 @@ func (l *sharedLimiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDeci
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (l *sharedLimiter[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	batch := make([]shared.Return, 1)
-	needed, done := l.returns(d, o, &batch[0])
+	r, needed, done := l.returns(d, o)
 	if !needed {
 		return done
 	}
+	batch := []shared.Return{r}
 	results, err := l.engine.giveBack(ctx, batch)
 	return l.returned(d, o, &batch[0], results[0], err)
 }
 
-func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool) {
+func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
 	unused := o.Ended == agentapi.EndedUnused
 	took := d.Consumed != 0 || d.Slot() != 0
 	if d.Scope == agentapi.ScopeNone || unused && !took {
-		return false, false
+		return r, false, false
 	}
 	if unused {
 		count(l.counts, d, decisionsRefunded)
@@ -336,27 +336,27 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	slot := l.component.Slots && d.Slot() != 0
 	cost, settled := l.settled(d, o)
 	if d.Untaken || !unused && !slot && !settled {
-		return false, false
+		return r, false, false
 	}
 	if done, here := l.returnsHere(d, unused, slot, cost, settled); here {
-		return false, done
+		return r, false, done
 	}
 	if settled && cost == d.Consumed {
 		l.countSettlement(d, true, 0)
-		return false, false
+		return r, false, false
 	}
 	if unused && l.refunds(d) {
-		return false, true
+		return r, false, true
 	}
 	_, n := l.knownNumbers(d.Label)
-	*r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
 	if d.Local { // a quota's period has another name in the store, and a slot is not there
 		if slot {
-			return false, false
+			return r, false, false
 		}
 		r.Slot = 0
 	}
-	return true, false
+	return r, true, false
 }
 
 // knownNumbers returns the key's numbers.

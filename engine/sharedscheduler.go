@@ -514,11 +514,11 @@ func (t *sharedTally) holds(now int64, r *shared.Rule) {
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (s *sharedScheduler[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	batch := make([]shared.Return, 1)
-	needed, done := s.returns(d, o, &batch[0])
+	r, needed, done := s.returns(d, o)
 	if !needed {
 		return done
 	}
+	batch := []shared.Return{r}
 	results, err := s.engine.giveBack(ctx, batch)
 	done = s.returned(d, o, &batch[0], results[0], err)
 	// A slot's name over the wire does not distinguish values beyond the cap.
@@ -530,10 +530,10 @@ func (s *sharedScheduler[S]) Settle(ctx context.Context, d *agentapi.LimiterDeci
 	return done
 }
 
-func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool) {
+func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
 	unused := o.Ended == agentapi.EndedUnused
 	if d.Scope == agentapi.ScopeNone || unused && d.Consumed == 0 && d.Slot() == 0 {
-		return false, false
+		return r, false, false
 	}
 	if unused {
 		count(s.counts, d, decisionsRefunded)
@@ -541,7 +541,7 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 	slot := s.component.Slots && d.Slot() != 0
 	cost, settled := s.settled(d, o)
 	if !unused && !slot && !settled {
-		return false, false
+		return r, false, false
 	}
 	e, name := s.known(d)
 	if e != nil {
@@ -560,18 +560,18 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 					e.State.queue.changes++
 					s.serve(e, now)
 				}
-				return false, done
+				return r, false, done
 			}
 		}
 	}
 	if settled && cost == d.Consumed {
 		s.countSettlement(d, true, 0)
-		return false, false
+		return r, false, false
 	}
 	if d.Local && slot { // it is not in the store
-		return false, false
+		return r, false, false
 	}
-	*r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
+	r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
 	if e != nil {
 		r.Rule = s.from(e).current()
 	} else {
@@ -579,7 +579,7 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 		place, _ := t.placed(d.Label)
 		r.Rule = t.number(place).rule.(*drawnFrom[S]).current() //nolint:forcetypeassert // it has no others
 	}
-	return true, false
+	return r, true, false
 }
 
 // known returns the entry that has decided, locked, and its name in the store. The entry is nil if there is none any more.

@@ -79,9 +79,9 @@ func (s *store) end() {
 	s.goes.Wait()
 }
 
-// detached is the context of calls that are for no flow in particular. No caller ends them: the store bounds each of them.
+// detached is the context of calls that are for no flow in particular.
 func (*store) detached() context.Context {
-	return context.Background() //nolint:forbidigo // see above
+	return context.Background() //nolint:forbidigo // no caller ends these calls; the store bounds each of them
 }
 
 // StoreStats are about the store that engines share.

@@ -34,7 +34,7 @@ type sharer interface {
 // A returner is a component that gives back to the store. The engine gives back together what a flow has of all of them.
 type returner interface {
 	// returns is Settle up to what the store is to do. Done is what Settle reports if there is nothing.
-	returns(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return) (needed, done bool)
+	returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool)
 
 	// returned is the rest of Settle.
 	returned(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return, result shared.Result, err error) bool
@@ -49,28 +49,19 @@ type question struct {
 // askTogether is ask for the components of the store: one call asks for all of them. If one of them rejects the flow without a question,
 // there is no call.
 func (e *Engine) askTogether(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
-	late, dry := req.Late(), req.DryRun()
+	late := req.Late()
 	var questions []question
 	for i := range placements {
 		m := &placements[i]
-		selected := m.selectors.selects(&req.Labels)
-		if selected == no {
+		d, asks := m.meet(req, late, v)
+		if d == nil {
 			continue
 		}
-		d := v.Add(m.id)
-		d.DryRun = dry || m.id.DryRun
-		switch {
-		case selected == unknown:
-			m.refuse(req, d, agentapi.CauseLongLabel)
-		case late:
-			m.refuse(req, d, agentapi.CauseLate)
-		default:
-			if !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
-				if questions == nil {
-					questions = make([]question, 0, len(placements)-i)
-				}
-				questions = append(questions, question{m.sharer, v.Len() - 1})
+		if asks && !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
+			if questions == nil {
+				questions = make([]question, 0, len(placements)-i)
 			}
+			questions = append(questions, question{m.sharer, v.Len() - 1})
 		}
 		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
@@ -93,7 +84,7 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 	if asks = asks[:len(questions)]; len(asks) == 0 {
 		return dropped, nil
 	}
-	if dropped && !dry {
+	if dropped && !req.DryRun() {
 		for i, q := range questions {
 			q.of.unasked(*now, v.At(q.at), &asks[i])
 		}
@@ -190,8 +181,7 @@ func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agen
 			}
 			continue
 		}
-		var r shared.Return
-		needed, done := one.returns(d, o, &r)
+		r, needed, done := one.returns(d, o)
 		if done && holds {
 			returned++
 		}

@@ -54,9 +54,7 @@ type exporter struct {
 type invoker func(ctx context.Context, method string, req, m any, opts ...grpc.CallOption) error
 
 func newExporter(invoke invoker, logger *slog.Logger, answered func()) *exporter {
-	// A background context, because no caller's lives as long as the exporter, which sends for all of them. Close
-	// cancels it, so that no export outlasts the client.
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // the exporter outlives every call; close cancels it
+	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // the exporter sends for all callers; close cancels it
 	x := &exporter{
 		invoke: invoke, logger: logger, answered: answered,
 		wake: make(chan struct{}, 1), hurry: make(chan struct{}, 1),

@@ -77,9 +77,8 @@ func newSession(r *remote) *session {
 		lines: make(map[*line]struct{}), stays: make(map[uint64]*stay), pending: make(map[uint64]*settlement),
 		returns: make(map[uint64]*returning), answers: make(chan struct{}, 1), trying: make(chan struct{}),
 	}
-	_, _ = rand.Read(s.id[:]) // it does not fail
-	// A background context, because the session is no caller's. It ends when the client is closed.
-	background := context.Background() //nolint:forbidigo // see above
+	_, _ = rand.Read(s.id[:])          // it does not fail
+	background := context.Background() //nolint:forbidigo // the session is no caller's; it ends when the client is closed
 	s.names = []string{wire.SessionText(s.id)}
 	s.sent = metadata.AppendToOutgoingContext(background, wire.SessionHeader, s.names[0])
 	s.ctx, s.stop = context.WithCancel(s.sent)

@@ -82,8 +82,7 @@ func (v *vigil) join(w *watch) {
 	}
 	if len(v.watches) == 0 {
 		v.watches = make(map[*watch]struct{})
-		// A background context, because the question is no caller's. It ends with the last watch.
-		v.busy, v.idle = context.WithCancel(context.Background()) //nolint:forbidigo // see above
+		v.busy, v.idle = context.WithCancel(context.Background()) //nolint:forbidigo // the question is no caller's; it ends with the last watch
 	}
 	v.watches[w] = struct{}{}
 	switch {

@@ -179,8 +179,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		s.secret = []byte(s.namespace)
 	}
 	_, _ = rand.Read(s.own[:]) // it does not fail
-	// The store outlives the context that it is made with. Close ends this one.
-	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // see above
+	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
 	s.instances.Store(1)
 	alone := s.newShard()
 	s.single = s.newLanes(func() *shard { return alone })
@@ -252,8 +251,7 @@ func (s *Store) leaveInstances() {
 	if s.Down() {
 		return
 	}
-	// The store's own context has ended.
-	ctx, cancel := context.WithTimeout(context.Background(), s.timeout) //nolint:forbidigo // see above
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout) //nolint:forbidigo // the store's own has ended
 	defer cancel()
 	_ = s.client.Do(unbounded{ctx}, s.client.B().Zrem().Key(s.instancesKey()).Member(rueidis.BinaryString(s.own[:])).Build()).Error()
 }

@@ -210,8 +210,8 @@ func (s *Store) take(now time.Time, asks []shared.Ask, answers []shared.Answer) 
 	}
 }
 
-// Return does what shared.Limits says. What fails for slots is done later without another call, so the server does it although the
-// caller is told of an error, unless the instance is down.
+// Return does what shared.Limits says. A call that fails returns slots nevertheless, unless the instance is down: a store repeats it
+// later.
 func (s *Store) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
 	done := make([]shared.Result, len(returns))
 	var wake []func()

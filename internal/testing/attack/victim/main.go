@@ -78,14 +78,14 @@ func run(kind string) error {
 		return err
 	}
 	defer e.Close()
+	ctx := context.Background() // the program's own: a signal ends the program
 	// A cache has a goroutine from its first value on. The attacks must leave no more of them than there were.
 	for _, k := range []agentapi.CacheKey{{Key: "first", Global: true}, {Key: "first", ControlPoint: "point"}} {
-		if err := e.Agent().Store(context.Background(), k, nil, time.Hour); err != nil { // as below
+		if err := e.Agent().Store(ctx, k, nil, time.Hour); err != nil {
 			return err
 		}
 	}
-	// The program ends by a signal, and has no other context.
-	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
