@@ -178,7 +178,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	if s.secret == nil {
 		s.secret = []byte(s.namespace)
 	}
-	_, _ = rand.Read(s.own[:]) // it does not fail
+	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
 	s.instances.Store(1)
 	alone := s.newShard()
