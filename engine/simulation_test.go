@@ -115,12 +115,18 @@ func simulate(t *testing.T, components []policy.Component, crowds []crowd, hold,
 		all.tokens += row.tokens
 		all.busy += row.busy
 	}
+	largest := 1
+	for _, c := range crowds {
+		largest = max(largest, c.tokens)
+	}
+	// The end of the simulation may fall just before or just after one flow of the largest cost.
+	cut := 100 * float64(largest) / all.tokens
 	fmt.Fprintf(w, "\n\tflows\tadmitted\tshare %%\twant %%\t longest pause\t\n")
 	for i, row := range rows {
 		share := 100 * row.tokens / all.tokens
 		fmt.Fprintf(w, "%s\t%d\t%d\t%.2f\t%.2f\t%v\t\n", crowds[i].name, row.started, row.admitted, share, crowds[i].want, row.longest.Round(time.Millisecond))
-		if math.Abs(share-crowds[i].want) > crowds[i].within {
-			t.Errorf("%s: %.2f %% of what is admitted want %.2f ± %v", crowds[i].name, share, crowds[i].want, crowds[i].within)
+		if within := crowds[i].within + cut; math.Abs(share-crowds[i].want) > within {
+			t.Errorf("%s: %.2f %% of what is admitted want %.2f ± %.2f", crowds[i].name, share, crowds[i].want, within)
 		}
 	}
 	fmt.Fprintf(w, "all\t%d\t%d\t\t\t\t\n", all.started, all.admitted)
@@ -188,7 +194,7 @@ func TestSimulations(t *testing.T) {
 		{"ten users, each with twice as many clients", doubling, last},
 		{"ten users who want 2 to 11 times their share within a second", demanding, last / 2},
 		{"a workload of one user and one of nine", oneAndNine, last},
-		{"costs", costs, last},
+		{"costs", costs, max(last, 30*time.Second)}, // in less, one flow is more than a percent
 		{"extremes", extremes, 100 * time.Second},
 	} {
 		t.Run("quota/"+tt.name, func(t *testing.T) {
