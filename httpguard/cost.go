@@ -16,7 +16,7 @@ import (
 // the trailers that the handler has set when the handler returns, not when it panics. They are sent as always: let the handler
 // call Settle for what callers must not see.
 //
-// If the response has neither, the flow keeps its charge. The same holds if the value is no decimal number from 0 up, or if there
+// If the response has neither, what the flow took stays taken. The same holds if the value is no decimal number from 0 up, or if there
 // are several values: the client logs this once a minute. The sender of the response decides what the flow costs. By default no
 // header is read. Repeated use adds more labels.
 func WithCostHeader(label, header string) Option {

@@ -168,7 +168,7 @@ func (g *gateway) ask(ctx context.Context, p prompt) (answer, error) {
 }
 
 // askModel asks one model. It settles the tenant's tokens for what the upstream says that the answer has cost. If the answer
-// is cut before that, the flow keeps its charge.
+// is cut before that, what the flow took stays taken.
 func (g *gateway) askModel(ctx context.Context, model string, p prompt) (answer, error) {
 	body, err := json.Marshal(p)
 	if err != nil {
