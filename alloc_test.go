@@ -10,6 +10,7 @@ import (
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -30,14 +31,19 @@ func components() map[string]policy.Component {
 		"quota scheduler": policy.QuotaScheduler{
 			Selectors: policy.At(point), Capacity: 1e12, Fill: 1e12, Interval: time.Second, LimitBy: "user_id", Scheduler: s,
 		},
+		"concurrency limiter": policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 100, MaxInflight: time.Minute, LimitBy: "user_id"},
 		"concurrency scheduler": policy.ConcurrencyScheduler{
 			Selectors: policy.At(point), Max: 100, MaxInflight: time.Minute, LimitBy: "user_id", Scheduler: s,
 		},
-		"load scheduler": policy.AIMDLoadScheduler{
+		"load scheduler": policy.LoadScheduler{Selectors: policy.At(point), Scheduler: s, LoadMultiplier: policy.Constant(1)},
+		"AIMD load scheduler": policy.AIMDLoadScheduler{
 			Selectors: policy.At(point), Scheduler: s, WorkloadLatencyTokens: true, Setpoint: policy.Constant(100),
 			Signal: policy.MeanLatency{Selectors: policy.At(point), Over: time.Minute},
 		},
 		"sampler": policy.Sampler{Selectors: policy.At(point), AcceptPercentage: 100, SessionLabel: "user_id"},
+		"load ramp": policy.LoadRamp{
+			Selectors: policy.At(point), Steps: []policy.RampStep{{Target: 100}}, Start: true, SessionLabel: "user_id",
+		},
 		"calendar quota": policy.CalendarQuota{
 			Selectors: policy.At(point), Amount: 1e12, Period: policy.PeriodHour, TimeZone: "Europe/Berlin", LimitBy: "user_id",
 		},
@@ -115,9 +121,12 @@ func calls(client *flowctl.Client) map[string]func(context.Context) error {
 func TestAllocations(t *testing.T) {
 	ctx := t.Context()
 	clients := map[string]*flowctl.Client{"rate limiter": keyedClient(t)}
+	tested := []policy.Component{policy.RateLimiter{}}
 	for kind, c := range components() {
 		clients[kind] = engineClient(t, c)
+		tested = append(tested, c)
 	}
+	allkinds.Covered(t, "components", allkinds.Any, tested...)
 	for kind, client := range clients {
 		for name, call := range calls(client) {
 			if got := testing.AllocsPerRun(1000, func() {

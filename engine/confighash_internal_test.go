@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"testing"
 
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -18,18 +19,8 @@ func TestConfigHash(t *testing.T) {
 		}
 		seen[hash] = path
 	}
-	for _, c := range []policy.Component{
-		policy.RateLimiter{},
-		policy.ConcurrencyLimiter{},
-		policy.QuotaScheduler{},
-		policy.ConcurrencyScheduler{},
-		policy.LoadScheduler{},
-		policy.AIMDLoadScheduler{},
-		policy.Sampler{},
-		policy.LoadRamp{},
-		policy.CalendarQuota{},
-		policy.CircuitBreaker{},
-	} {
+	for _, kind := range allkinds.Components() {
+		c := allkinds.Zero(kind)
 		name := fmt.Sprintf("%T", c)
 		note(name, configHash("p", c))
 		note(name+" in another policy", configHash("q", c))

@@ -10,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -27,6 +28,7 @@ func dryRunClients(t *testing.T, components ...policy.Component) (e *engine.Engi
 
 // A component takes, counts and gets back the same, whether it is in dry run or the client is.
 func TestDryRunIsOneMechanism(t *testing.T) {
+	var tested []policy.Component
 	for _, tt := range []struct {
 		name string
 		of   func(dry bool) policy.Component
@@ -79,6 +81,7 @@ func TestDryRunIsOneMechanism(t *testing.T) {
 			}
 		}},
 	} {
+		tested = append(tested, tt.of(true))
 		t.Run(tt.name, func(t *testing.T) {
 			// Flows of two users, some of which overlap, and a minute's worth, for schedulers that learn.
 			run := func(t *testing.T, component policy.Component, opts ...flowctl.Option) (stats []engine.ComponentStats, held int) {
@@ -120,6 +123,7 @@ func TestDryRunIsOneMechanism(t *testing.T) {
 			})
 		})
 	}
+	allkinds.Covered(t, "TestDryRunIsOneMechanism", allkinds.Having("DryRun"), tested...)
 }
 
 // A flow in dry run does not wait behind flows that do, nor takes their turn. A slot that it takes is one.

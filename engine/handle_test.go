@@ -11,11 +11,13 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // What four flows of ann's, which stay in flight, leave of two tokens or slots, and of new ones.
 func TestPeekAndReset(t *testing.T) {
+	var tested []policy.Component
 	for _, tt := range []struct {
 		name     string
 		c        policy.Component
@@ -69,6 +71,7 @@ func TestPeekAndReset(t *testing.T) {
 			c:  policy.LoadScheduler{Selectors: policy.At("point"), LoadMultiplier: policy.Constant(0.5)},
 		},
 	} {
+		tested = append(tested, tt.c)
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e, err := engine.New([]policy.Policy{{Name: "test", Components: []policy.Component{tt.c}}}, tt.options...)
@@ -123,6 +126,7 @@ func TestPeekAndReset(t *testing.T) {
 			})
 		})
 	}
+	allkinds.Covered(t, "TestPeekAndReset", allkinds.Having("LimitBy"), tested...)
 }
 
 // A load scheduler that knows its load lets in a share of it, until it is to learn it again.

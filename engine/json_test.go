@@ -10,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -33,10 +34,12 @@ func TestStatsEncodeAsJSON(t *testing.T) {
 				MaxLoadMultiplier: n, LinearIncrement: n, Scheduler: all, DryRun: true,
 			},
 			policy.Sampler{Selectors: at, AcceptPercentage: min(n, 100), DryRun: true},
+			policy.CalendarQuota{Selectors: at, Amount: n, Period: policy.PeriodHour, TokensLabel: "tokens", DryRun: true},
 			policy.CircuitBreaker{Selectors: at, FailureRatio: min(n, 1), FailureCount: 1, Window: math.MaxInt64, OpenDuration: math.MaxInt64, DryRun: true},
 			policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: min(n, 100), Duration: math.MaxInt64}}, DryRun: true},
 		)
 	}
+	allkinds.Covered(t, "TestStatsEncodeAsJSON", allkinds.Any, components...)
 	for _, odd := range []float64{math.NaN(), math.Inf(1), math.Inf(-1), -1} {
 		synctest.Test(t, func(t *testing.T) {
 			e, err := engine.New([]policy.Policy{{Name: "p", Components: components}}, engine.WithSignal("odd", func() float64 { return odd }))

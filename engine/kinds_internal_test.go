@@ -2,28 +2,14 @@ package engine
 
 import (
 	"testing"
-	"time"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // oneOfEach are components of all kinds that let flows pass, in the order of the table.
-func oneOfEach() [policy.Kinds]policy.Component {
-	at := policy.At("point")
-	return [...]policy.Component{
-		policy.RateLimiter{Selectors: at, Capacity: 9, Interval: 1},
-		policy.ConcurrencyLimiter{Selectors: at, Max: 9, MaxInflight: time.Hour},
-		policy.QuotaScheduler{Selectors: at, Capacity: 9, Interval: 1},
-		policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: time.Hour},
-		policy.LoadScheduler{Selectors: at, LoadMultiplier: policy.Constant(9)},
-		policy.AIMDLoadScheduler{Selectors: at, Signal: policy.Constant(1), Setpoint: policy.Constant(2)},
-		policy.Sampler{Selectors: at, AcceptPercentage: 100},
-		policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true},
-		policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay},
-		policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute},
-	}
-}
+func oneOfEach() [policy.Kinds]policy.Component { return allkinds.Components(policy.At("point")...) }
 
 // Each kind has its row in its place, decides about a flow, learns how the flow ended, and shows itself in Stats by the name
 // that files have for it. Flows hold slots where the row says so.

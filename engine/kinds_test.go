@@ -2,59 +2,33 @@ package engine_test
 
 import (
 	"context"
+	"maps"
+	"reflect"
+	"slices"
 	"testing"
-	"time"
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
-// anyKind makes a component of the kind that lets all flows of the selector pass.
-func anyKind(kind string, dry bool, selector policy.Selector) policy.Component {
-	at := []policy.Selector{selector}
-	switch kind {
-	case "rate":
-		return policy.RateLimiter{Selectors: at, Capacity: 9, Interval: 1, DryRun: dry}
-	case "slots":
-		return policy.ConcurrencyLimiter{Selectors: at, Max: 9, MaxInflight: time.Hour, DryRun: dry}
-	case "quota":
-		return policy.QuotaScheduler{Selectors: at, Capacity: 9, Interval: 1, DryRun: dry}
-	case "places":
-		return policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: time.Hour, DryRun: dry}
-	case "load":
-		return policy.LoadScheduler{Selectors: at, LoadMultiplier: policy.Constant(9), DryRun: dry}
-	case "aimd":
-		return policy.AIMDLoadScheduler{Selectors: at, Signal: policy.Constant(1), Setpoint: policy.Constant(2), DryRun: dry}
-	case "sampler":
-		return policy.Sampler{Selectors: at, AcceptPercentage: 100, DryRun: dry}
-	case "calendar":
-		return policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay, DryRun: dry}
-	case "breaker":
-		return policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute, DryRun: dry}
-	default:
-		return policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true, DryRun: dry}
+// The tables that others go over have all kinds: limiters and schedulers with a store, and what flows settle.
+func TestTablesHaveAllKinds(t *testing.T) {
+	values := func(table map[string]policy.Component) []policy.Component { return slices.Collect(maps.Values(table)) }
+	shared := func(queue bool) func(policy.Component) bool {
+		return func(c policy.Component) bool {
+			return allkinds.Has(c, "OnOutage") && allkinds.Has(c, "Scheduler") == queue
+		}
 	}
-}
-
-// withScheduler gives the component a scheduler.
-func withScheduler(c policy.Component, s policy.Scheduler) policy.Component {
-	switch c := c.(type) {
-	case policy.QuotaScheduler:
-		c.Scheduler = s
-		return c
-	case policy.ConcurrencyScheduler:
-		c.Scheduler = s
-		return c
-	case policy.LoadScheduler:
-		c.Scheduler = s
-		return c
-	case policy.AIMDLoadScheduler:
-		c.Scheduler = s
-		return c
-	default:
-		return c
+	allkinds.Covered(t, "settling", allkinds.Having("MaxDebt"), values(settling(0))...)
+	allkinds.Covered(t, "limiters", shared(false), values(limiters())...)
+	allkinds.Covered(t, "sharedSchedulers", shared(true), values(sharedSchedulers())...)
+	for name, c := range limiters() {
+		if want := allkinds.With(t, c, "OnOutage", policy.OutageOpen); !reflect.DeepEqual(onOutage(c, policy.OutageOpen), want) {
+			t.Errorf("onOutage does not set what a %s does in an outage: add a case", name)
+		}
 	}
 }
 

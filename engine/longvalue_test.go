@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -34,12 +35,11 @@ func TestLongValuesOfSelectors(t *testing.T) {
 		{"not any, and another holds", policy.Not{Of: policy.Any{matches, exists}}, false},
 		{"not all, and another does not hold", policy.Not{Of: policy.All{matches, absent}}, false},
 	} {
-		for _, kind := range []string{"rate", "slots", "quota", "places", "load", "aimd", "sampler", "ramp", "calendar", "breaker"} {
+		for _, c := range allkinds.Components(policy.Selector{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: tt.condition}}) {
 			for _, dry := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s/%s/dry=%v", tt.name, kind, dry), func(t *testing.T) {
+				t.Run(fmt.Sprintf("%s/%s/dry=%v", tt.name, allkinds.Name(c), dry), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
-						c := anyKind(kind, dry, policy.Selector{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: tt.condition}})
-						e, client := opened(t, c)
+						e, client := opened(t, allkinds.With(t, c, "DryRun", dry))
 						flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"l": strings.Repeat("x", 300)}})
 						end(flow)
 						want := flowctl.CauseNone
@@ -86,14 +86,15 @@ func TestLongValuesOfWhatPassesAnyway(t *testing.T) {
 func TestLongValuesOfWorkloads(t *testing.T) {
 	slow := policy.LabelMatcher{Expression: policy.LabelMatches{Label: "l", Regex: dearRegex}}
 	first := policy.LabelMatcher{Equal: map[string]string{"first": "yes"}}
-	for _, kind := range []string{"quota", "places", "load", "aimd"} {
-		t.Run(kind, func(t *testing.T) {
+	for _, c := range allkinds.Components(policy.At("point")...) {
+		if !allkinds.Has(c, "Scheduler") {
+			continue
+		}
+		t.Run(allkinds.Name(c), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := anyKind(kind, false, policy.Selector{ControlPoint: "point"})
-				c = withScheduler(c, policy.Scheduler{Workloads: []policy.Workload{
+				e, client := opened(t, allkinds.With(t, c, "Scheduler", policy.Scheduler{Workloads: []policy.Workload{
 					{Name: "first", Labels: first}, {Name: "slow", Labels: slow}, {Name: "all", Labels: policy.LabelMatcher{Expression: policy.LabelExists("l")}},
-				}})
-				e, client := opened(t, c)
+				}}))
 				long := strings.Repeat("x", 300)
 				for _, tt := range []struct {
 					name   string
@@ -127,6 +128,7 @@ func TestLongValuesOfWorkloads(t *testing.T) {
 // A value that a component has a bucket for, or samples by, is bounded too: to hash it takes time.
 func TestLongValuesThatAreHashed(t *testing.T) {
 	at := policy.At("point")
+	var tested []policy.Component
 	for _, tt := range []struct {
 		name string
 		c    policy.Component
@@ -137,9 +139,11 @@ func TestLongValuesThatAreHashed(t *testing.T) {
 		{"quota scheduler", policy.QuotaScheduler{Selectors: at, Capacity: 9, Interval: 1, LimitBy: "l"}},
 		{"concurrency scheduler", policy.ConcurrencyScheduler{Selectors: at, Max: 9, MaxInflight: 1, LimitBy: "l"}},
 		{"sampler", policy.Sampler{Selectors: at, AcceptPercentage: 100, SessionLabel: "l"}},
+		{"load ramp", policy.LoadRamp{Selectors: at, Steps: []policy.RampStep{{Target: 100}}, Start: true, SessionLabel: "l"}},
 		{"calendar quota", policy.CalendarQuota{Selectors: at, Amount: 9, Period: policy.PeriodDay, LimitBy: "l"}},
 		{"circuit breaker", policy.CircuitBreaker{Selectors: at, FailureCount: 9, Window: time.Minute, OpenDuration: time.Minute, LimitBy: "l"}},
 	} {
+		tested = append(tested, tt.c)
 		for size, want := range map[int]flowctl.RejectCause{64 << 10: flowctl.CauseNone, 64<<10 + 1: flowctl.CauseLabelTooLong} {
 			t.Run(fmt.Sprintf("%s/%d bytes", tt.name, size), func(t *testing.T) {
 				e, _ := opened(t, tt.c)
@@ -154,6 +158,9 @@ func TestLongValuesThatAreHashed(t *testing.T) {
 			})
 		}
 	}
+	allkinds.Covered(t, "TestLongValuesThatAreHashed", func(c policy.Component) bool {
+		return allkinds.Has(c, "LimitBy") || allkinds.Has(c, "SessionLabel")
+	}, tested...)
 }
 
 // What a check costs does not grow with the length of values without bound, whatever a policy reads them for.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
@@ -74,27 +75,18 @@ func (k kindWithOverrides) admitted(t *testing.T, c *flowctl.Client, who string)
 	return n
 }
 
-// Every kind with a label is among kindsWithOverrides: a kind of components is missing here if this fails.
+// Every kind with a label is among kindsWithOverrides.
 func TestOverridesOfAllKinds(t *testing.T) {
-	var with []policy.Component
+	var tested []policy.Component
 	for _, k := range kindsWithOverrides() {
-		with = append(with, k.of(map[string]policy.Override{"acme": k.override}))
+		tested = append(tested, k.of(map[string]policy.Override{"acme": k.override}))
 	}
-	names := make(map[string]bool)
-	for _, d := range (policy.Policy{Name: "p", Components: with}).Describe() {
+	for _, d := range (policy.Policy{Name: "p", Components: tested}).Describe() {
 		if d.With == nil {
 			t.Errorf("%s has no overrides", d.Name)
 		}
-		names[d.Name] = true
 	}
-	for _, kind := range []string{"rate", "slots", "quota", "places", "load", "aimd", "sampler", "ramp", "calendar", "breaker"} {
-		c := anyKind(kind, false, policy.Selector{ControlPoint: "point"})
-		d := policy.Policy{Name: "p", Components: []policy.Component{c}}.Describe()[0]
-		labelled := strings.Contains(fmt.Sprintf("%+v", c), " LimitBy:")
-		if labelled != names[d.Name] {
-			t.Errorf("%s: a label: %v, in the table: %v", d.Name, labelled, names[d.Name])
-		}
-	}
+	allkinds.Covered(t, "kindsWithOverrides", allkinds.Having("LimitBy"), tested...)
 }
 
 // A value with an override has its own numbers, over all agents, and others do not. Long values find theirs, and hidden ones too.

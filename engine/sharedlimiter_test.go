@@ -692,11 +692,11 @@ func TestStoreOutageIsLogged(t *testing.T) {
 
 // Apply changes the numbers of all keys, which keep what they have used. The engines need not change at once.
 func TestSharedLimitsAcrossApply(t *testing.T) {
-	for _, name := range []string{"rate limiter", "calendar quota", "concurrency limiter"} {
+	for name, c := range limiters() {
 		synctest.Test(t, func(t *testing.T) {
-			f := newFleet(t, 2, sides.Embedded, limiters()[name])
+			f := newFleet(t, 2, sides.Embedded, c)
 			flows := f.admits(t, "ann", 4)
-			more := limiters()[name]
+			more := c
 			switch c := more.(type) {
 			case policy.RateLimiter:
 				c.Capacity = 6
@@ -707,6 +707,8 @@ func TestSharedLimitsAcrossApply(t *testing.T) {
 			case policy.ConcurrencyLimiter:
 				c.Max = 6
 				more = c
+			default:
+				t.Fatalf("how does a %s get more? Add a case", name)
 			}
 			for _, side := range f.sides {
 				apply(t, side.Engine, more)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -29,6 +30,7 @@ func topOf(t *testing.T, e *engine.Engine, id string) []engine.TopValue {
 // Limiters and schedulers with a label know whose flows they reject most, whatever the agent is.
 func TestTop(t *testing.T) {
 	at := policy.At("point")
+	tested := []policy.Component{policy.CircuitBreaker{}} // see TestTopOfCircuitBreakers
 	for _, tt := range []struct {
 		id   string
 		c    policy.Component
@@ -43,6 +45,7 @@ func TestTop(t *testing.T) {
 		{"concurrency_scheduler.0", policy.ConcurrencyScheduler{Selectors: at, MaxInflight: time.Second, LimitBy: "user"}, false},
 		{"sampler.0", policy.Sampler{Selectors: at, SessionLabel: "user"}, true},
 	} {
+		tested = append(tested, tt.c)
 		sides.Setup{Policies: sides.Policies(tt.c)}.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
 			if got := topOf(t, side.Engine, tt.id); len(got) != 0 {
 				t.Errorf("%s: before a rejection Top() = %+v", tt.id, got)
@@ -71,6 +74,7 @@ func TestTop(t *testing.T) {
 			}
 		})
 	}
+	allkinds.Covered(t, "TestTop", allkinds.Having("LimitBy"), tested...)
 }
 
 // A circuit breaker knows for whom it is open.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -84,6 +85,19 @@ func inFiles(of struct{ name, short, circuit, blueprint string }, keys string) m
 		files["blueprint"] = with(of.blueprint)
 	}
 	return files
+}
+
+// Every kind that shares something is among the sharers.
+func TestSharersOfAllKinds(t *testing.T) {
+	var tested []policy.Component
+	for _, of := range sharers() {
+		policies, err := policy.Parse("limits.yaml", []byte(inFiles(of, "")["short"]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tested = append(tested, policies[0].Components...)
+	}
+	allkinds.Covered(t, "sharers", allkinds.Having("Local"), tested...)
 }
 
 // What a component does with a store can be said in files of all formats, and comes back from a file that Format writes.
