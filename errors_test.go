@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"go/ast"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -488,6 +490,40 @@ func TestTransportDeadlineIsATimeout(t *testing.T) {
 	}
 }
 
+// fallbacks are all of package fallback, by the names of the functions that make them. They are for a call that has failed with the error.
+func fallbacks(err error) map[string]fallback.Func[int] {
+	work := func(context.Context) (int, error) { return 0, err }
+	return map[string]fallback.Func[int]{
+		"Value":       fallback.Value(1),
+		"Error":       fallback.Error[int](err),
+		"Call":        fallback.Call(work),
+		"First":       fallback.First(fallback.Error[int](err), fallback.Error[int](nil)),
+		"NewLastGood": fallback.NewLastGood[int](time.Minute).Func,
+		"Stale":       fallback.Stale[int](time.Minute),
+		"For": func(ctx context.Context, err error) (int, error) {
+			return fallback.For[string](fallback.Error[int](err))(ctx, "argument", err)
+		},
+		"Rescue": func(ctx context.Context, _ error) (int, error) { return fallback.Rescue(work, fallback.Value(1))(ctx) },
+	}
+}
+
+// Every exported function of package fallback is among the fallbacks, or is none.
+func TestFallbacksAreAll(t *testing.T) {
+	none := []string{"RetryAfter", "WithLast"} // TestNilErrors calls the first; the second takes no error
+	listed := fallbacks(nil)
+	for _, file := range sources(t, "fallback") {
+		for _, decl := range parse(t, file).Decls {
+			f, ok := decl.(*ast.FuncDecl)
+			if !ok || f.Recv != nil || !f.Name.IsExported() || slices.Contains(none, f.Name.Name) {
+				continue
+			}
+			if listed[f.Name.Name] == nil {
+				t.Errorf("fallbacks in errors_test.go does not have %s: add it, or say why it is none", f.Name.Name)
+			}
+		}
+	}
+}
+
 // A nil pointer to an error is a mistake of the program that returns it, and no reason to panic: not for the methods of our errors, nor
 // for our functions that take an error.
 func TestNilErrors(t *testing.T) {
@@ -553,12 +589,7 @@ func TestNilErrors(t *testing.T) {
 						t.Errorf("RetryAfter = %v", after)
 					}
 				})
-				for name, f := range map[string]fallback.Func[int]{
-					"Error": fallback.Error[int](e), "First": fallback.First(fallback.Error[int](e), fallback.Error[int](nil)), "Value": fallback.Value(1),
-					"LastGood": new(fallback.LastGood[int]).Func, "Stale": fallback.Stale[int](time.Minute), "Rescue": func(ctx context.Context, _ error) (int, error) {
-						return fallback.Rescue(func(context.Context) (int, error) { return 0, e }, fallback.Value(1))(ctx)
-					},
-				} {
+				for name, f := range fallbacks(e) {
 					try("fallback."+name, func() {
 						if _, err := f(t.Context(), e); err != nil {
 							_ = err.Error()
