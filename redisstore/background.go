@@ -2,10 +2,14 @@ package redisstore
 
 import (
 	"context"
+	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/redis/rueidis"
 )
 
 const (
@@ -101,16 +105,29 @@ func (s *Store) askAgain(ctx context.Context) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, sh := range s.shards() {
-		key := sh.probe.Load()
-		if !sh.gate.Open() || key == nil {
-			continue
+		if client := s.clientOf(sh); sh.gate.Open() && client != nil {
+			wg.Go(func() {
+				sent := time.Now()
+				_ = s.evidence(sh, client.Do(unbounded{ctx}, client.B().Ping().Build()).Error(), sent)
+			})
 		}
-		wg.Go(func() {
-			sent := time.Now()
-			_ = s.evidence(sh, s.client.Do(unbounded{ctx}, s.client.B().Exists().Key(*key).Build()).Error(), sent)
-		})
 	}
 	wg.Wait()
+}
+
+// clientOf returns the client of a shard's server alone. It is nil if the cluster's client does not know that server any more: then
+// [Store.follow] finds out which one has taken its place.
+func (s *Store) clientOf(sh *shard) rueidis.Client {
+	if sh.address == "" {
+		return s.client
+	}
+	for address, client := range s.client.Nodes() {
+		// A server that does not know its own host tells its port only.
+		if address == sh.address || sh.address[0] == ':' && strings.HasSuffix(address, sh.address) {
+			return client
+		}
+	}
+	return nil
 }
 
 // clustered is what is known of a cluster: which shard has which slots. Outside a cluster one shard has all.
@@ -184,11 +201,11 @@ func (s *Store) follow(ctx context.Context) {
 		}
 		host, _ := node[0].ToString()
 		port, _ := node[1].AsInt64()
-		address := host + ":" + strconv.FormatInt(port, 10)
+		address := net.JoinHostPort(host, strconv.FormatInt(port, 10))
 		sh := known[address]
 		if sh == nil {
 			if sh = c.known[address]; sh == nil {
-				sh = s.newShard()
+				sh = s.newShard(address)
 			}
 			known[address] = sh
 			all = append(all, sh)

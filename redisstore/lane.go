@@ -28,14 +28,13 @@ const (
 
 // A shard is a server that has a part of the keys.
 type shard struct {
-	gate   *gate.Gate
+	address string // in a cluster
+	gate    *gate.Gate
+
 	offset atomic.Int64 // the server's clock less this process's, in microseconds
 	heard  atomic.Bool  // the offset is known
 
 	renewing turn // of renewing leases there
-
-	// probe is a key of the shard, by which it is asked whether it is back.
-	probe atomic.Pointer[string]
 }
 
 // A call is what a flow wants of one shard, or gives back there.
@@ -208,10 +207,6 @@ func (l *lane) send(batch []*call) {
 		head = appendFloats(nil, last)
 	}
 	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
-	if sh.probe.Load() == nil {
-		probe := keys[0]
-		sh.probe.Store(&probe)
-	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
 	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
 	cancel()

@@ -255,9 +255,6 @@ func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode 
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	if sh.probe.Load() == nil {
-		sh.probe.Store(&keys[0])
-	}
 	script := s.scripts.queue
 	if kind == shared.Bucket {
 		script = s.scripts.queueTokens

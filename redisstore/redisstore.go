@@ -181,7 +181,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
 	s.instances.Store(1)
-	alone := s.newShard()
+	alone := s.newShard("")
 	s.single = s.newLanes(func() *shard { return alone })
 	s.clustered.init(alone)
 	s.start(s.background)
@@ -204,7 +204,9 @@ func (s *Store) check() error {
 	}
 }
 
-func (s *Store) newShard() *shard { return &shard{gate: gate.New(gateFailures, 4*s.timeout)} }
+func (s *Store) newShard(address string) *shard {
+	return &shard{address: address, gate: gate.New(gateFailures, 4*s.timeout)}
+}
 
 func (s *Store) newLanes(of func() *shard) *lanes {
 	return &lanes{
