@@ -5,7 +5,9 @@ package redisstore_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -102,6 +104,44 @@ func TestFleetBackAgain(t *testing.T) {
 					eventually(t, "call that succeeds again", func() bool { return ask(key) == nil })
 				}
 			})
+		}
+	}
+}
+
+// Values at several servers of a cluster are asked for together. A server that is away costs those that it has, and no others.
+func TestFleetGetFromSeveral(t *testing.T) {
+	t.Parallel()
+	cluster := redistest.StartCluster(t, redistest.Options{})
+	store := open(t, cluster.URL(), redisstore.WithTimeout(downBound))
+	of := map[*redistest.Server]shared.CacheKey{} // a key of each
+	for i := 0; len(of) < len(cluster.Servers); i++ {
+		k := cacheKeyAt(i)
+		eventually(t, "value that is kept", func() bool { return store.Set(t.Context(), k, []byte("v"), time.Hour) == nil })
+		for _, server := range cluster.Servers {
+			if slices.ContainsFunc(keysOf(t, server), func(name string) bool { return strings.Contains(name, ":cache:") }) {
+				of[server] = k
+			}
+			server.Text("FLUSHALL")
+		}
+	}
+	away := cluster.Servers[1]
+	here := cluster.Other(away)
+	away.Stop()
+	for name, keys := range map[string][]shared.CacheKey{"first": {of[away], of[here]}, "last": {of[here], of[away]}} {
+		eventually(t, "store that is down, with the key of the server that is away "+name, func() bool {
+			_, err := store.Get(t.Context(), keys)
+			if err == nil {
+				t.Error("values came from a server that is away")
+			}
+			return errors.Is(err, shared.ErrDown)
+		})
+	}
+	if _, err := store.Get(t.Context(), []shared.CacheKey{of[away]}); !errors.Is(err, shared.ErrDown) {
+		t.Errorf("Get from the server that is away = %v want %v", err, shared.ErrDown)
+	}
+	for range 10 {
+		if _, err := store.Get(t.Context(), []shared.CacheKey{of[here]}); errors.Is(err, shared.ErrDown) {
+			t.Errorf("Get from a server that answers = %v", err)
 		}
 	}
 }

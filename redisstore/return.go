@@ -191,7 +191,8 @@ func (s *Store) confirm(c *call, now time.Time) {
 func (s *Store) Reset(ctx context.Context, key shared.Key) error {
 	n := s.name(key)
 	client := s.client
-	results, err := s.plain(ctx, s.lanesFor(n).take.shard(),
+	sh := s.lanesFor(n).take.shard()
+	results, err := s.plain(ctx, []*shard{sh, sh},
 		client.B().Del().Key(n.all, n.all+suffixSlots, n.all+suffixEnds, n.all+suffixQueue).Build(),
 		s.wakeCommand(n))
 	if err != nil {
