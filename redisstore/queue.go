@@ -210,6 +210,11 @@ func (c *drawing) asked(w, flow int) asked {
 // Draw does what [shared.Queues] says. If the answer is lost, so are the tokens that it had. Slots come back.
 func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, error) {
 	n := s.name(d.Key)
+	for _, g := range d.Unneeded {
+		for _, slot := range g.Slots {
+			s.drop(slot)
+		}
+	}
 	c := newDrawing(d, n)
 	leases := s.leases(n)
 	var drawn shared.Drawn
