@@ -101,12 +101,12 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		l.store.silent(l.shard(), began)
 	}
 	if err == nil {
-		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
+		return mayHaveCounted(c.err), c.err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c.state == callDone {
-		return errors.Is(c.err, errTimeout) || errors.Is(c.err, errConnection), c.err
+		return mayHaveCounted(c.err), c.err
 	}
 	maybe = c.state == callSent
 	c.state = callLeft

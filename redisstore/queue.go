@@ -230,7 +230,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 		return err
 	})
 	switch {
-	case err != nil && c.ids != nil && (errors.Is(err, errTimeout) || errors.Is(err, errConnection) || errors.Is(err, errReply)):
+	case mayHaveCounted(err) && c.ids != nil:
 		var lost []asked
 		for w := range c.ids {
 			for flow := range c.ids[w] {
