@@ -229,8 +229,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 		drawn = got
 		return err
 	})
-	switch {
-	case mayHaveCounted(err) && c.ids != nil:
+	if mayHaveCounted(err) {
 		var lost []asked
 		for w := range c.ids {
 			for flow := range c.ids[w] {
@@ -238,8 +237,6 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 			}
 		}
 		s.lose(lost, time.Now())
-	case drawn.Differs:
-		s.noteDiffering(d.Key)
 	}
 	return drawn, err
 }

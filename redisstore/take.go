@@ -36,9 +36,6 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 		if !taken && as[i].Rule.Kind != shared.Bucket {
 			answers[i].Slot = 0
 		}
-		if answers[i].Differs {
-			s.noteDiffering(as[i].Key)
-		}
 	}
 	return nil
 }
