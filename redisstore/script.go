@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -117,18 +116,19 @@ func refusal(err *rueidis.RedisError) error {
 	return &serverError{code}
 }
 
-// untouched are the codes of answers that servers give before they do anything. Without memory, replicas or a disk to write to, a server
-// refuses the first write of a script, and none after that.
-var untouched = []string{
-	"ASK", "BUSY", "CLUSTERDOWN", "CROSSSLOT", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOAUTH", "NOREPLICAS", "NOSCRIPT", "OOM",
-	"READONLY", "TRYAGAIN", "WRONGPASS",
-}
-
 // mayHaveCounted reports whether a server may have done what a call that failed was to do, or a part of it. A script that fails in the
 // middle keeps what it has done until then.
 func mayHaveCounted(err error) bool {
-	if refused, ok := errors.AsType[*serverError](err); ok {
-		return !slices.Contains(untouched, refused.code)
+	refused, ok := errors.AsType[*serverError](err)
+	if !ok {
+		return errors.Is(err, errTimeout) || errors.Is(err, errConnection) || errors.Is(err, errReply)
 	}
-	return errors.Is(err, errTimeout) || errors.Is(err, errConnection) || errors.Is(err, errReply)
+	switch refused.code {
+	case "ASK", "BUSY", "CLUSTERDOWN", "CROSSSLOT", "LOADING", "MASTERDOWN", "MOVED", "NOAUTH", "NOSCRIPT", "TRYAGAIN", "WRONGPASS":
+		return false // before the script begins
+	case "MISCONF", "NOREPLICAS", "OOM", "READONLY":
+		return false // at the first write of the script, and at none after that
+	default:
+		return true
+	}
 }
