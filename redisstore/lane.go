@@ -89,8 +89,8 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	c.done = make(chan struct{})
 	began := time.Now()
 	l.submit(c)
-	bound := time.NewTimer(l.store.timeout)
-	defer bound.Stop()
+	bound := l.store.timer()
+	defer l.store.stop(bound)
 	select {
 	case <-c.done:
 	case <-ctx.Done():
@@ -121,7 +121,7 @@ func (l *lane) submit(c *call) {
 		l.running++
 	}
 	l.mu.Unlock()
-	if start && !l.store.start(l.run) {
+	if start && !l.store.hand(l) {
 		l.mu.Lock()
 		l.running--
 		left := l.queue
@@ -129,6 +129,70 @@ func (l *lane) submit(c *call) {
 		l.mu.Unlock()
 		l.finish(left, errClosed)
 	}
+}
+
+// maxIdle is how many goroutines of a store stay for the next call at most.
+const maxIdle = 8
+
+// hand has a goroutine send the lane's batches, and reports whether the store is not closed. One that has sent those of another lane, and
+// has stayed, takes less time to begin than a new one. A call by itself waits for that.
+func (s *Store) hand(l *lane) bool {
+	select {
+	case s.runs <- l:
+		return true
+	default:
+		return s.start(func() { s.sending(l) })
+	}
+}
+
+// sending sends the batches of lanes until the store is closed, or enough other goroutines stay.
+func (s *Store) sending(l *lane) {
+	for {
+		l.run()
+		if s.idle.Add(1) > maxIdle {
+			s.idle.Add(-1)
+			return
+		}
+		select {
+		case l = <-s.runs:
+			s.idle.Add(-1)
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// timer returns a timer of the store's bound, for stop.
+func (s *Store) timer() *time.Timer {
+	if t, ok := s.timers.Get().(*time.Timer); ok {
+		t.Reset(s.timeout)
+		return t
+	}
+	return time.NewTimer(s.timeout)
+}
+
+func (s *Store) stop(t *time.Timer) {
+	t.Stop()
+	s.timers.Put(t)
+}
+
+// A span is a context that the batches of some time share. To make one for each took 1 µs of the 30 µs of a lone call.
+type span struct {
+	ctx   context.Context //nolint:containedctx // it is what is shared
+	until time.Time       // when the last of them begins
+}
+
+// bounded returns the context of a batch that begins now. It ends after the store's bound, or an eighth of it later. Calls do not wait
+// for that: they have their own timers.
+func (s *Store) bounded(now time.Time) context.Context {
+	if sp := s.span.Load(); sp != nil && now.Before(sp.until) {
+		return sp.ctx
+	}
+	ctx, cancel := context.WithDeadline(s.ctx, now.Add(s.timeout+s.timeout/8))
+	context.AfterFunc(ctx, cancel)
+	sp := &span{unbounded{ctx}, now.Add(s.timeout / 8)}
+	s.span.Store(sp)
+	return sp.ctx
 }
 
 // run sends batches until there are no more calls.
@@ -207,9 +271,7 @@ func (l *lane) send(batch []*call) {
 		head = appendFloats(nil, last)
 	}
 	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
-	ctx, cancel := context.WithTimeout(s.ctx, s.timeout)
-	reply, err := s.run(unbounded{ctx}, sc, keys, arg)
-	cancel()
+	reply, err := s.run(s.bounded(sent), sc, keys, arg)
 	e.reset()
 	s.encoders.Put(e)
 	if err = s.evidence(sh, err, sent); err != nil {

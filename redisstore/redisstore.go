@@ -93,6 +93,11 @@ type Store struct {
 
 	waiters  waiters
 	encoders sync.Pool
+	timers   sync.Pool
+
+	runs chan *lane // to goroutines that stay
+	idle atomic.Int64
+	span atomic.Pointer[span]
 
 	mu       sync.Mutex
 	closed   bool
@@ -161,6 +166,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		epoch:     time.Now(),
 		kicked:    make(chan struct{}, 1),
 		renewSoon: make(chan struct{}, 1),
+		runs:      make(chan *lane),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]sessionHeld),
