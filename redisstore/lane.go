@@ -422,7 +422,9 @@ func (l *lane) finish(batch []*call, err error) {
 		c.state = callDone
 		close(c.done)
 	}
-	l.queue = append(again, l.queue...)
+	if again != nil {
+		l.queue = append(again, l.queue...)
+	}
 	l.mu.Unlock()
 	for _, c := range left {
 		l.store.leave(c)

@@ -10,7 +10,7 @@ local plain = true
 do
   local last, n, at = unpack('<dH', input)
   if last > 0 and now > last then plain, n = false, 0 end
-  local rules = {false} -- with room for one, as all tables here: one that grows takes time
+  local rules = {false} -- with room for one: a table that grows takes time
   for i = 1, n do
     local flags, capacity, base, fill, interval, _
     flags, capacity, base, fill, interval, _, at = unpack('<Bddddd', input, at)
@@ -23,20 +23,22 @@ do
   local flows = 0
   if plain then flows, at = unpack('<H', input, at) end
 
-  -- By the place of the key: what is there, since when, by which rule, and whether it has changed.
-  local tokens, since, rule_of, changed = {false}, {false}, {false}, {false}
-  local order, keys, asks = {false}, 0, {}
-  local reply, replies = {pack('<d', now), false}, 1
+  -- By the place of the key, for those that are read: what is there, since when, by which rule, and whether it has changed. The tables
+  -- have room for all keys from the start. Places are in the order in which flows ask.
+  local tokens, since, rule_of, changed = {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}
+  local keys, asks = 0, {}
+  local reply, replies = {pack('<d', now), all_of(KEYS)}, 1
 
   for flow = 1, flows do
     n, at = unpack('<H', input, at)
     local begin, refused = at, false
+    local key, rule, flags, want
     for _ = 1, n do
-      local key, rule, flags, want
       key, rule, flags, want, at = unpack('<HHBd', input, at)
-      local there = tokens[key]
+      local there
       rule = rules[rule]
-      if not there then
+      if key > keys then
+        if key ~= keys + 1 then plain = false break end
         local capacity, value, seen = rule[1], values[key], now
         there = capacity
         if value then
@@ -53,12 +55,11 @@ do
           end
           if there < capacity and there >= capacity - SLACK then there = capacity end
         end
-        keys = keys + 1
-        order[keys] = key
-        tokens[key], since[key], rule_of[key] = there, seen, rule
-      elseif rule_of[key] ~= rule then
-        plain = false
-        break
+        keys = key
+        tokens[key], since[key], rule_of[key], changed[key] = there, seen, rule, false
+      else
+        if rule_of[key] ~= rule then plain = false break end
+        there = tokens[key]
       end
       if flags == 8 then
         at = at + 8 -- since when the numbers are in force, which does not matter to a bucket that has them
@@ -74,9 +75,10 @@ do
     end
     if not plain then break end
     for _ = 1, n do
-      local key, _, flags, want
-      key, _, flags, want, begin = unpack('<HHBd', input, begin)
-      if flags == 8 then begin = begin + 8 end
+      if n > 1 then
+        key, rule, flags, want, begin = unpack('<HHBd', input, begin)
+        if flags == 8 then begin = begin + 8 end
+      end
       local there = tokens[key]
       replies = replies + 1
       if want == 0 or there - want >= -SLACK then
@@ -87,7 +89,8 @@ do
         end
         reply[replies] = pack('<Bd', 1, there)
       else
-        local rule, wait = rule_of[key], -1
+        local wait = -1
+        rule = rule_of[key]
         if want <= rule[1] and rule[2] > 0 then
           wait = since[key] - now + min(ceil(ceil((want - there) / rule[2] * rule[3]) / 1000), CENTURY)
           if wait < 1 then wait = 1 end
@@ -99,8 +102,7 @@ do
 
   if plain then
     local before, text
-    for i = 1, keys do
-      local key = order[i]
+    for key = 1, keys do
       if changed[key] then
         local rule = rule_of[key]
         local there, seen, capacity, fill, interval = tokens[key], since[key], rule[1], rule[2], rule[3]
@@ -114,6 +116,6 @@ do
         end
       end
     end
-    return table.concat(reply)
+    return table.concat(reply, '', 1, replies)
   end
 end
