@@ -568,6 +568,26 @@ func TestFleetOutOfMemory(t *testing.T) {
 	}
 }
 
+// A server that refuses to write without a replica answers: the store is not down, and works when it writes again.
+func TestFleetNoReplica(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	store := open(t, server.URL())
+	rule := budget(10)
+	mustTake(t, store, rule, "u", 1)
+	server.Text("CONFIG", "SET", "min-replicas-to-write", "1")
+	for range 10 {
+		if answer, err := take(t.Context(), store, rule, "u", 1); err == nil || store.Down() {
+			t.Errorf("Take = %+v, %v without a replica, Down() = %v", answer, err, store.Down())
+		}
+	}
+	server.Text("CONFIG", "SET", "min-replicas-to-write", "0")
+	mustTake(t, store, rule, "u", 1)
+	if got := left(t, store, rule, "u"); got != 8 {
+		t.Errorf("%v left want 8", got)
+	}
+}
+
 // A replica takes nothing. A primary that has become one does not, either.
 func TestFleetReadOnly(t *testing.T) {
 	t.Parallel()

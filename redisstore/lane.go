@@ -1,6 +1,7 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
@@ -22,7 +23,7 @@ const (
 	// maxKeys is how many keys the flows of a batch have together, about.
 	maxKeys = 512
 
-	// maxOnWire is how many full batches are on the wire to one shard at a time.
+	// maxOnWire is how many batches of a lane are on the wire at most. Another one than the first begins when it is full.
 	maxOnWire = 4
 )
 
@@ -65,8 +66,8 @@ const (
 
 // A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once.
 //
-// A flow with one bucket takes 11 µs of a server's time in a call of its own, and 4 µs in a batch of 32: the script makes its functions
-// once a call, and the server reads all keys by one command.
+// A flow with one bucket takes almost four times as much of a server's time in a call of its own as in a batch of 32. The script reads
+// the call and the time once, and the server reads all keys by one command.
 type lane struct {
 	store  *Store
 	script *script
@@ -331,7 +332,7 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 				if n == 0 {
 					return false
 				}
-				c.err = first(c.err, err)
+				c.err = cmp.Or(c.err, err)
 				reply = reply[n:]
 			}
 			continue
@@ -343,21 +344,11 @@ func (s *Store) decode(sh *shard, batch []*call, reply []byte, sent time.Time) b
 		for i := range c.returns {
 			flags := reply[0]
 			c.results[i] = shared.Result{Returned: flags&replyOK != 0, Forgiven: floatAt(reply[1:]), Held: micros(floatAt(reply[9:]))}
-			c.err = first(c.err, undecided(flags))
+			c.err = cmp.Or(c.err, undecided(flags))
 			reply = reply[returnedSize:]
 		}
 	}
 	return len(reply) == 0
-}
-
-// first returns the first error.
-func first(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // undecided returns why a server has done nothing, and nil if it has.

@@ -15,7 +15,7 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// A holding is who holds slots, beside which tag. The store's own instance is the zero holder.
+// A holding is the slots of one holder beside one tag. The zero holder is the store's own instance.
 type holding struct {
 	leases string
 	holder shared.Holder

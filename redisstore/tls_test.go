@@ -79,7 +79,7 @@ func listenTLS(t *testing.T, server *redistest.Server) string {
 	t.Helper()
 	var port string
 	eventually(t, "port that is free", func() bool { // another process may take it before the server does
-		l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not block
+		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
