@@ -231,11 +231,15 @@ func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64
 }
 
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
-	r := shared.Return{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true}
-	back := func() {
-		_, _ = s.engine.giveBack(s.engine.store.detached(), []shared.Return{r}) // the flow's caller has gone
-	}
-	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so nobody waits for the entry
+	s.giveLater([]shared.Return{
+		{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true},
+	})
+}
+
+// giveLater gives back what flows have got that have gone. It does not wait. If the call fails, the store goes on returning the slots.
+func (s *sharedScheduler[S]) giveLater(batch []shared.Return) {
+	back := func() { _, _ = s.engine.giveBack(s.engine.store.detached(), batch) } // the flows' callers have gone
+	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so no flow waits for the entry
 		back()
 	}
 }
@@ -440,10 +444,14 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, err error, now int64) {
 	s.engine.failed(err, 0)
 	d.listed = nil
+	var back []shared.Return
 	for _, g := range ask.Unneeded {
-		if g.Slots != nil { // tokens may have gone back already
-			d.back = append(d.back, g)
+		for i, slot := range g.Slots { // tokens may have gone back already
+			back = append(back, shared.Return{Key: ask.Key, Rule: ask.Rule, Slot: slot, Tokens: g.Tokens[i], Unused: true, Queued: true})
 		}
+	}
+	if len(back) > 0 {
+		s.giveLater(back)
 	}
 	st := &e.State.tokens
 	st.here, st.again = true, now+int64(askAgain)

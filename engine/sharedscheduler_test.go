@@ -747,3 +747,41 @@ func TestSharedSchedulersPeekAndReset(t *testing.T) {
 		})
 	}
 }
+
+// What comes for a flow that has gone goes back although the store does not answer, and the engine does not ask for it over and over.
+func TestSharedSchedulersGiveBackInAnOutage(t *testing.T) {
+	for _, kind := range sides.Engines {
+		t.Run(string(kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 1, kind, sharedSchedulers()["concurrency scheduler"])
+				store := f.stores[0]
+				store.Behave(sharedtest.Behavior{Late: 20 * time.Millisecond})
+				defer time.AfterFunc(15*time.Millisecond, func() { // the answer has been made, and is on its way
+					store.Behave(sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded})
+				}).Stop()
+				if flow := f.enter(t.Context(), 0, "ann", 10*time.Millisecond); flow.Decision() != flowctl.Rejected {
+					t.Errorf("%v want it rejected, because the answer comes later", flow)
+				}
+				<-time.After(time.Second)
+				if got := store.Counted().Draw; got > 2 {
+					t.Errorf("the engine asked %d times want no more than twice", got)
+				}
+				closed := make(chan error, 1)
+				go func() { closed <- f.sides[0].Engine.Close() }()
+				select {
+				case err := <-closed:
+					if err != nil {
+						t.Error(err)
+					}
+				case <-time.After(time.Minute):
+					t.Error("Close has not returned after a minute of the outage")
+				}
+				store.Behave(sharedtest.Behavior{})
+				synctest.Wait()
+				other := &fleet{server: f.server}
+				other.add(t, sides.Embedded, sharedSchedulers()["concurrency scheduler"])
+				other.admitsNow(t, "ann", 4)
+			})
+		})
+	}
+}
