@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -82,6 +83,11 @@ type draws struct {
 	rule    *shared.Rule   // that it was asked with
 	granted float64        // to this key, since then
 	since   int64
+
+	// once are the flows that do not wait, in the order in which they came. The first asked of them came before the store was asked
+	// last: its answer is for them, too, even if it was not told of them.
+	once  []*waiter
+	asked int
 
 	back []shared.Grant // what came for flows that had gone
 }
@@ -189,10 +195,20 @@ func (s *sharedScheduler[S]) turn(e *keys.Entry[line[drawnState[S]]], now int64,
 }
 
 func (s *sharedScheduler[S]) came(e *keys.Entry[line[drawnState[S]]], w *waiter) {
-	if d := e.State.tokens.draws; d != nil && (w.Flow.once || d.listed[s.workloadName(w.Claim())] == 0) {
-		d.soon, d.urgent = true, d.urgent || w.Flow.once
-		d.wake()
+	if w.Flow.once {
+		s.attend(e)
 	}
+	d := e.State.tokens.draws
+	switch {
+	case d == nil:
+		return
+	case w.Flow.once:
+		d.once, d.urgent = append(d.once, w), true
+	case d.listed[s.workloadName(w.Claim())] > 0:
+		return
+	}
+	d.soon = true
+	d.wake()
 }
 
 // wake has the goroutine look what is to be done.
@@ -324,6 +340,7 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	ask.Owed = st.report(now)
 	d.woken.Store(false)
 	d.sent, d.onWire, d.soon, d.urgent, d.short, d.next, d.listed, d.rule, d.back = now, true, false, false, false, 0, told, rule, nil
+	d.asked = len(d.once)
 	return ask, listings
 }
 
@@ -377,29 +394,41 @@ func (s *sharedScheduler[S]) drew(e *keys.Entry[line[drawnState[S]]], d *draws, 
 			}
 		}
 	}
+	more := true // there may be more for others: none that was listed waits any longer
 	for _, of := range listings {
 		for _, w := range of.waiters {
-			switch {
-			case !w.Waits():
-			case answer.Next < 0:
+			if w.Waits() && answer.Next < 0 {
 				e.State.queue.decide(w, agentapi.CauseNone, source.Never)
-			case w.Flow.once:
-				st.learn(now, ask.Rule, w.Flow.tokens, &shared.Answer{Left: answer.Left, Wait: answer.Next})
-				st.refused = s.workloadName(w.Claim())
-				wait := int64(answer.Next)
-				if wait == 0 && ask.Rule.Kind == shared.Slots {
-					wait = st.forecast(ask.Rule.Capacity)
-				}
-				e.State.queue.decide(w, agentapi.CauseNone, wait)
 			}
+			more = more && !w.Waits()
 		}
 	}
+	if !more {
+		s.refuseOnce(e, d, ask, answer, now)
+	}
+	d.once = slices.DeleteFunc(d.once, func(w *waiter) bool { return !w.Waits() })
+	d.urgent = d.urgent || len(d.once) > 0
 	if ask.Once {
 		d.listed = nil
 	}
 	if q := e.State.queue; q != nil {
 		q.changes++
 		s.serve(e, now)
+	}
+}
+
+// refuseOnce drops the flows that do not wait, and came before the store was asked: there is nothing left for them.
+func (s *sharedScheduler[S]) refuseOnce(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, answer *shared.Drawn, now int64) {
+	st, wait := &e.State.tokens, int64(answer.Next)
+	if wait == 0 && ask.Rule.Kind == shared.Slots {
+		wait = st.forecast(ask.Rule.Capacity)
+	}
+	for _, w := range d.once[:d.asked] {
+		if w.Waits() {
+			st.learn(now, ask.Rule, w.Flow.tokens, &shared.Answer{Left: answer.Left, Wait: answer.Next})
+			st.refused = s.workloadName(w.Claim())
+			e.State.queue.decide(w, agentapi.CauseNone, wait)
+		}
 	}
 }
 
@@ -465,15 +494,14 @@ func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws
 		q.decide(w, agentapi.CauseNoStore, 0)
 	}
 	s.serve(e, now)
-	for _, of := range q.Turns(mostListed) {
-		for _, w := range of.Waiters {
-			if w.Flow.once {
-				_, likely := s.of(e).rule.Forecast(st, now, source.Ahead{}, w.Flow.tokens)
-				w.Flow.local = true
-				q.decide(w, agentapi.CauseNone, likely)
-			}
+	for _, w := range d.once {
+		if w.Waits() {
+			_, likely := s.of(e).rule.Forecast(st, now, source.Ahead{}, w.Flow.tokens)
+			w.Flow.local = true
+			q.decide(w, agentapi.CauseNone, likely)
 		}
 	}
+	d.once = nil
 	s.serve(e, now)
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"math"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -785,3 +787,82 @@ func TestSharedSchedulersGiveBackInAnOutage(t *testing.T) {
 		})
 	}
 }
+
+// Flows that do not wait are decided about at once by what the store says, however many there are, and whatever waits before them.
+func TestSharedSchedulersDecideAtOnce(t *testing.T) {
+	const flows = 3*mostListed + 5
+	for name, c := range sharedSchedulers() {
+		for _, tt := range []struct {
+			name      string
+			waiting   int // flows that wait before they come
+			workloads int
+			behavior  sharedtest.Behavior
+			want      int // that are admitted
+			local     int // that are decided about without the store
+		}{
+			{"all at once", 0, 1, sharedtest.Behavior{Late: time.Millisecond}, 4, 0},
+			{"of many workloads", 0, flows, sharedtest.Behavior{Late: time.Millisecond}, 4, 0},
+			{"behind flows that wait", 2 * mostListed, 1, sharedtest.Behavior{Late: time.Millisecond}, 0, 0},
+			{"behind workloads that wait", 3 * mostListed, 3 * mostListed, sharedtest.Behavior{Late: time.Millisecond}, 0, 0},
+			{"in an outage", 0, 1, sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded}, 4, flows},
+			{"of many workloads in an outage", 0, flows, sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded}, 4, flows},
+		} {
+			for _, kind := range sides.Engines {
+				t.Run(name+"/"+tt.name+"/"+string(kind), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						switch s := c.(type) {
+						case policy.QuotaScheduler:
+							s.Scheduler.WorkloadLabel = "class"
+							c = s
+						case policy.ConcurrencyScheduler:
+							s.Scheduler.WorkloadLabel = "class"
+							c = s
+						}
+						f := newFleet(t, 1, kind, c)
+						params := func(i int, most time.Duration) flowctl.Params {
+							return flowctl.Params{Labels: map[string]string{"user": "ann", "class": strconv.Itoa(i % tt.workloads)}, MaxWait: most}
+						}
+						ctx, cancel := context.WithCancel(t.Context())
+						var wg sync.WaitGroup
+						defer wg.Wait()
+						defer cancel()
+						if tt.waiting > 0 {
+							f.admitsNow(t, "ann", 4)
+						}
+						for i := range tt.waiting {
+							wg.Go(func() { f.sides[0].Client.Start(ctx, "point", params(i, 2*time.Hour)) })
+						}
+						<-time.After(time.Second)
+						before := f.sides[0].Engine.Stats().Components[0]
+						f.stores[0].Behave(tt.behavior)
+						var admitted atomic.Int64
+						var own sync.WaitGroup
+						for i := range flows {
+							own.Go(func() {
+								began := time.Now()
+								flow := f.sides[0].Client.Start(t.Context(), "point", params(i, flowctl.NoWait))
+								if flow.Decision() == flowctl.Accepted {
+									admitted.Add(1)
+								}
+								if took := time.Since(began); took > 10*time.Millisecond {
+									t.Errorf("%v after %v want it at once", flow, took)
+								}
+							})
+						}
+						own.Wait()
+						after := f.sides[0].Engine.Stats().Components[0]
+						if got := int(admitted.Load()); got != tt.want {
+							t.Errorf("%d flows were admitted want %d", got, tt.want)
+						}
+						if got := int(after.LocalDecisions - before.LocalDecisions); got != tt.local {
+							t.Errorf("%d flows were decided about without the store want %d", got, tt.local)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// mostListed is how many flows of a workload the store is told of.
+const mostListed = 32
