@@ -450,7 +450,7 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 				back.Slots = []uint64{slot}
 			}
 			d.back, d.soon = append(d.back, back), true
-			next++
+			next = min(next+1, len(of.waiters)) // more may come than was asked for
 			continue
 		}
 		w := of.waiters[next]

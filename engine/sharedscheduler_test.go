@@ -866,3 +866,41 @@ func TestSharedSchedulersDecideAtOnce(t *testing.T) {
 
 // mostListed is how many flows of a workload the store is told of.
 const mostListed = 32
+
+// A generous store grants more than it was asked for: what it had put aside for flows that have gone.
+type generous struct{ *sharedtest.Store }
+
+func (g generous) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, error) {
+	drawn, err := g.Store.Draw(ctx, d)
+	for i := range drawn.Grants {
+		one := &drawn.Grants[i]
+		for range 3 {
+			one.Tokens = append(one.Tokens, 1)
+			if d.Rule.Kind == shared.Slots {
+				one.Slots = append(one.Slots, 1)
+			}
+		}
+	}
+	return drawn, err
+}
+
+// What comes beyond the flows that wait goes back.
+func TestSharedSchedulersGrantedMore(t *testing.T) {
+	for name, c := range sharedSchedulers() {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := generous{sharedtest.New().Instance()}
+				_, client := reloadable(t, []policy.Component{c}, engine.WithStore(store))
+				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+				if flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v want it accepted", flow)
+				}
+				end(flow)
+				synctest.Wait()
+				if got := store.Counted().Draw; got != 2 {
+					t.Errorf("%d drawings want 2: one for the flow, and one that gives back", got)
+				}
+			})
+		})
+	}
+}
