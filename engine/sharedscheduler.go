@@ -626,7 +626,8 @@ func (s *sharedScheduler[S]) known(d *agentapi.LimiterDecision) (*keys.Entry[lin
 		e = s.single
 		e.Lock()
 	case d.Spilled:
-		e = s.table.LockSpill()
+		e = s.table.Spill()
+		e.Lock()
 	default:
 		e = s.table.LockKnown(d.Label)
 	}

@@ -706,8 +706,8 @@ func TestSharedSchedulersBeyondTheCap(t *testing.T) {
 			}
 		}
 		wg.Wait()
-		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows == 0 {
-			t.Errorf("stats = %+v want one key, and overflows", s)
+		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows != 6 {
+			t.Errorf("stats = %+v want one key, and an overflow for each flow of the others", s)
 		}
 		for range 4 {
 			if flow := enter("eve"); flow.Decision() != flowctl.Accepted {
