@@ -433,15 +433,15 @@ func (l *sharedLimiter[S]) returned(d *agentapi.LimiterDecision, o agentapi.Outc
 }
 
 func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (Usage, error) {
-	e, n := l.metNow(value)
-	if e != nil {
-		e.Unlock()
-	}
-	rule := n.rule.current()
+	e, n := l.met(value, now)
+	e.Unlock()
 	name := ""
 	if l.table != nil {
-		name = l.namer.Name(value)
+		if name = l.namer.Name(value); e == l.table.Spill() {
+			n = l.unkept(name)
+		}
 	}
+	rule := n.rule.current()
 	u, err := l.engine.store.Look(ctx, l.key(name), rule)
 	if err != nil {
 		return Usage{}, l.wrong(err)
@@ -452,11 +452,6 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 		e.Unlock()
 	}
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}, nil
-}
-
-// metNow is met.
-func (l *sharedLimiter[S]) metNow(value string) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
-	return l.met(value, l.engine.now())
 }
 
 // wrong is an error of the store to a caller of the engine.

@@ -660,6 +660,27 @@ func TestSharedPeekAndReset(t *testing.T) {
 	}
 }
 
+// Peek goes by the numbers that flows of a value go by, also if the engine has no room for it.
+func TestSharedPeekBeyondTheCap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := limiters()["rate limiter"].(policy.RateLimiter)
+		c.Overrides = map[string]policy.Override{"vip": {Capacity: 10, Fill: 10}}
+		e, client := reloadable(t, []policy.Component{c}, engine.WithStore(sharedtest.New().Instance()), engine.WithKeyCap(1))
+		for _, user := range []string{"ann", "bob", "vip"} {
+			end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}}))
+		}
+		for user, capacity := range map[string]float64{"ann": 4, "bob": 4, "vip": 10, "eve": 4} {
+			used := 1.0
+			if user == "eve" {
+				used = 0
+			}
+			if u, err := peekAt(e, "test", "c", user); err != nil || u != (engine.Usage{Capacity: capacity, Remaining: capacity - used}) {
+				t.Errorf("Peek of %s = %+v, %v want %v of %v", user, u, err, capacity-used, capacity)
+			}
+		}
+	})
+}
+
 // An outage is logged once a minute, and its end.
 func TestStoreOutageIsLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
