@@ -338,7 +338,8 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	if d.Untaken || !unused && !slot && !settled {
 		return r, false, false
 	}
-	if done, here := l.returnsHere(d, unused, slot, cost, settled); here {
+	r = shared.Return{Key: l.key(d.Label), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	if done, here := l.returnsHere(d, &r, slot, settled); here {
 		return r, false, done
 	}
 	if settled && cost == d.Consumed {
@@ -348,8 +349,7 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	if unused && l.refunds(d) {
 		return r, false, true
 	}
-	_, n := l.knownNumbers(d.Label)
-	r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	r.Rule = l.rule(d.Label)
 	if d.Local { // a quota's period has another name in the store, and a slot is not there
 		if slot {
 			return r, false, false
@@ -359,42 +359,25 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	return r, true, false
 }
 
-// knownNumbers returns the key's numbers.
-func (l *sharedLimiter[S]) knownNumbers(name string) (kept bool, n *numbers[*budget[S]]) {
+// rule returns the numbers that the key goes by now.
+func (l *sharedLimiter[S]) rule(name string) *shared.Rule {
 	e, n := l.known(name)
 	if e != nil {
 		e.Unlock()
 	}
-	return e != nil, n
+	return n.rule.current()
 }
 
 // returnsHere is returns for what this process has granted in place of the store. Here is false if it has not, or has told the store since.
 // A name over the wire does not say whose slot it is, so it is looked for here too.
-func (l *sharedLimiter[S]) returnsHere(d *agentapi.LimiterDecision, unused, slot bool, cost float64, settled bool) (done, here bool) {
+func (l *sharedLimiter[S]) returnsHere(d *agentapi.LimiterDecision, r *shared.Return, slot, settled bool) (done, here bool) {
 	if !d.Local && (d.Component != nil || !slot) {
 		return false, false
 	}
-	now := l.engine.now()
 	try := func(e *keys.Entry[account[S]]) {
-		s := e.State.spare
-		if s == nil || here {
-			return
-		}
-		switch {
-		case slot:
-			done = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), unused)
-			here = done
-		case unused:
-			done, here = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), true), true
-			s.owed = max(s.owed-d.Consumed, 0)
-		case settled:
-			forgiven := 0.0
-			if from, ok := s.by.from.(source.Settler[S]); ok {
-				forgiven = from.Settle(&s.state, now, d.Consumed, cost, d.Slot())
-			}
-			s.owed = max(s.owed+cost-d.Consumed-forgiven, 0)
+		var forgiven float64
+		if done, here, forgiven = e.State.giveBackHere(l.engine.now(), r, settled); here && settled {
 			l.countSettlement(d, true, forgiven)
-			here = true
 		}
 	}
 	if !d.Spilled {

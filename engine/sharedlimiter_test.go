@@ -352,33 +352,91 @@ func TestStoreOutageOfUsedKeys(t *testing.T) {
 	}
 }
 
-// Slots that an engine has granted in an outage come back to it, during the outage and afterwards, over the network too.
+// slotted have 4 slots for each user.
+func slotted() map[string]policy.Component {
+	return map[string]policy.Component{
+		"concurrency limiter":   limiters()["concurrency limiter"],
+		"concurrency scheduler": sharedSchedulers()["concurrency scheduler"],
+	}
+}
+
+// Slots that an engine has granted in an outage come back to it, during the outage and afterwards, over the network too. So do those of
+// values beyond the engine's cap.
 func TestStoreOutageSlots(t *testing.T) {
-	for _, kind := range sides.Engines {
-		for _, after := range []bool{false, true} {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFleet(t, 2, kind, limiters()["concurrency limiter"])
-				f.down(true)
-				var flows []*flowctl.Flow
-				for range 2 {
-					flows = append(flows, f.start(t, 0, "ann"))
-				}
-				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Rejected {
-					t.Errorf("%v want it rejected", flow)
-				}
-				f.down(!after)
-				for _, flow := range flows {
-					if r := end(flow); r.Returned != 1 {
-						t.Errorf("%v returned %+v want a slot", flow, r)
+	for name, c := range slotted() {
+		for _, kind := range sides.Engines {
+			for _, tt := range []struct {
+				name          string
+				beyond, after bool
+			}{
+				{"during the outage", false, false},
+				{"after the outage", false, true},
+				{"beyond the cap, during the outage", true, false},
+				{"beyond the cap, after the outage", true, true},
+			} {
+				t.Run(name+"/"+string(kind)+"/"+tt.name, func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						f := &fleet{server: sharedtest.New()}
+						f.stores = append(f.stores, f.server.Instance(), f.server.Instance())
+						f.sides = append(f.sides, sides.Setup{
+							Policies: sides.Policies(c), EngineOptions: []engine.Option{engine.WithStore(f.stores[0]), engine.WithKeyCap(1)},
+						}.New(t, kind))
+						f.down(true)
+						if tt.beyond { // the key is in use
+							f.enter(t.Context(), 0, "eve", flowctl.NoWait)
+						}
+						var flows []*flowctl.Flow
+						for range 2 {
+							flows = append(flows, f.enter(t.Context(), 0, "ann", flowctl.NoWait))
+						}
+						if flow := f.enter(t.Context(), 0, "ann", flowctl.NoWait); flow.Decision() != flowctl.Rejected {
+							t.Errorf("%v want it rejected", flow)
+						}
+						f.down(!tt.after)
+						for _, flow := range flows {
+							if r := end(flow); r.Returned != 1 {
+								t.Errorf("%v returned %+v want a slot", flow, r)
+							}
+						}
+						f.down(true)
+						if flow := f.enter(t.Context(), 0, "ann", flowctl.NoWait); flow.Decision() != flowctl.Accepted {
+							t.Errorf("%v want the slots to be free", flow)
+						}
+						if got := f.stores[0].Counted().Return; got != 0 {
+							t.Errorf("%d slots went to the store want none", got)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// A slot that had run out before it came back leaves as many free as there were.
+func TestSharedSlotsThatRanOut(t *testing.T) {
+	for name, c := range slotted() {
+		for _, kind := range sides.Engines {
+			t.Run(name+"/"+string(kind), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					switch s := c.(type) {
+					case policy.ConcurrencyLimiter:
+						s.LimitBy, s.MaxInflight = "", 10*time.Second
+						c = s
+					case policy.ConcurrencyScheduler:
+						s.LimitBy, s.MaxInflight = "", 10*time.Second
+						c = s
 					}
-				}
-				f.down(true)
-				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Accepted {
-					t.Errorf("%v want the slots to be free", flow)
-				}
-				if got := f.stores[0].Counted().Return; got != 0 {
-					t.Errorf("%d slots went to the store want none", got)
-				}
+					f := newFleet(t, 1, kind, c)
+					late := f.enter(t.Context(), 0, "", flowctl.NoWait)
+					<-time.After(11 * time.Second)
+					f.admitsNow(t, "", 4)
+					if r := end(late); r.Returned != 0 {
+						t.Errorf("end returned %+v want nothing", r)
+					}
+					if s := f.sides[0].Engine.Stats().Components[0]; s.Usage.Remaining != 0 {
+						t.Errorf("%v slots are free want none", s.Usage.Remaining)
+					}
+				})
 			})
 		}
 	}

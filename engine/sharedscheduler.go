@@ -254,7 +254,9 @@ func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *wai
 
 // giveLater gives back what flows have got that have gone. It does not wait. If the call fails, the store goes on returning the slots.
 func (s *sharedScheduler[S]) giveLater(batch []shared.Return) {
-	back := func() { _, _ = s.engine.giveBack(s.engine.store.detached(), batch) } // the flows' callers have gone
+	back := func() {
+		_, _ = s.engine.giveBack(s.engine.store.detached(), batch) // the flows' callers have gone
+	}
 	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so no flow waits for the entry
 		back()
 	}
@@ -557,8 +559,7 @@ func (s *sharedScheduler[S]) Settle(ctx context.Context, d *agentapi.LimiterDeci
 	batch := []shared.Return{r}
 	results, err := s.engine.giveBack(ctx, batch)
 	done = s.returned(d, o, &batch[0], results[0], err)
-	// A slot's name over the wire does not distinguish values beyond the cap.
-	if d.Component == nil && !done && err == nil && s.table != nil && s.table.Spilled() > 0 {
+	if !done && err == nil && s.mayBeSpilled(d) {
 		batch[0].Key.Value = spilledName
 		results, err = s.engine.giveBack(ctx, batch)
 		done = s.returned(d, o, &batch[0], results[0], err)
@@ -580,25 +581,28 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 		return r, false, false
 	}
 	e, name := s.known(d)
+	r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
+	here := false
 	if e != nil {
-		defer e.Unlock()
 		if settled {
 			s.learn(e, d, o, cost)
 		}
-		if d.Local || d.Component == nil {
-			now := s.engine.now()
-			done, here, forgiven := e.State.tokens.giveBackHere(now, d.Consumed, d.Slot(), unused, cost, settled)
-			if here {
-				if settled {
-					s.countSettlement(d, true, forgiven)
-				}
-				if e.State.queue != nil {
-					e.State.queue.changes++
-					s.serve(e, now)
-				}
-				return r, false, done
-			}
-		}
+		r.Rule = s.from(e).current()
+		done, here = s.returnsHere(e, d, &r, settled)
+		e.Unlock()
+	} else {
+		t := s.terms.Load()
+		place, _ := t.placed(d.Label)
+		r.Rule = t.number(place).rule.(*drawnFrom[S]).current() //nolint:forcetypeassert // it has no others
+	}
+	if !here && s.mayBeSpilled(d) {
+		spill := s.table.Spill()
+		spill.Lock()
+		done, here = s.returnsHere(spill, d, &r, settled)
+		spill.Unlock()
+	}
+	if here {
+		return r, false, done
 	}
 	if settled && cost == d.Consumed {
 		s.countSettlement(d, true, 0)
@@ -607,15 +611,31 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 	if d.Local && slot { // it is not in the store
 		return r, false, false
 	}
-	r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
-	if e != nil {
-		r.Rule = s.from(e).current()
-	} else {
-		t := s.terms.Load()
-		place, _ := t.placed(d.Label)
-		r.Rule = t.number(place).rule.(*drawnFrom[S]).current() //nolint:forcetypeassert // it has no others
-	}
 	return r, true, false
+}
+
+// returnsHere is returns for what this process has granted in place of the store. The entry is locked. Here is false if it has not, or
+// has told the store since.
+func (s *sharedScheduler[S]) returnsHere(e *keys.Entry[line[drawnState[S]]], d *agentapi.LimiterDecision, r *shared.Return, settled bool,
+) (done, here bool) {
+	if !d.Local && d.Component != nil {
+		return false, false
+	}
+	now := s.engine.now()
+	done, here, forgiven := e.State.tokens.giveBackHere(now, r, settled)
+	if here && settled {
+		s.countSettlement(d, true, forgiven)
+	}
+	if here && e.State.queue != nil {
+		e.State.queue.changes++
+		s.serve(e, now)
+	}
+	return done, here
+}
+
+// mayBeSpilled reports whether the decision may be one about a value beyond the cap of keys: a slot's name over the wire does not say so.
+func (s *sharedScheduler[S]) mayBeSpilled(d *agentapi.LimiterDecision) bool {
+	return d.Component == nil && s.table != nil && s.table.Spilled() > 0
 }
 
 // known returns the entry that has decided, locked, and its name in the store. The entry is nil if there is none any more.
@@ -661,6 +681,9 @@ func (s *sharedScheduler[S]) returned(d *agentapi.LimiterDecision, o agentapi.Ou
 	}
 	if settled {
 		s.countSettlement(d, true, result.Forgiven)
+	}
+	if !result.Returned && !settled {
+		return false
 	}
 	if e, _ := s.known(d); e != nil {
 		e.State.tokens.corrected(r.Rule.Capacity, r.Tokens-r.Cost)
