@@ -116,14 +116,15 @@ func (l *line) batchReturns() (batch []*sessionv1.Return) {
 	slots := 0
 	for len(l.returns) > 0 && len(batch) < wire.MostSettlements {
 		one := l.returns[0]
+		if l.session.returns[one.message.GetId()] != one { // it was answered on another stream, or given up
+			l.returns = l.returns[1:]
+			continue
+		}
 		slots += len(one.message.GetSlots())
 		if size += one.size; size > wire.MaxSessionMessage || slots > wire.MostSettlements {
 			break
 		}
-		l.returns = l.returns[1:]
-		if l.session.returns[one.message.GetId()] == one { // else it was answered on another stream, or given up
-			batch = append(batch, one.message)
-		}
+		l.returns, batch = l.returns[1:], append(batch, one.message)
 	}
 	return batch
 }
