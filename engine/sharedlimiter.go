@@ -315,14 +315,11 @@ func (l *sharedLimiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDeci
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (l *sharedLimiter[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	r, needed, done := l.returns(d, o)
-	if !needed {
-		return done
-	}
-	batch := []shared.Return{r}
-	results, err := l.engine.giveBack(ctx, batch)
-	return l.returned(d, o, &batch[0], results[0], err)
+	return l.engine.settleOne(ctx, l, d, o)
 }
+
+// elsewhere reports false: each value has a key of its own in the store.
+func (l *sharedLimiter[S]) elsewhere(*agentapi.LimiterDecision, *shared.Return) bool { return false }
 
 func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
 	unused := o.Ended == agentapi.EndedUnused

@@ -556,9 +556,11 @@ func TestSharedSlotsEndAnywhere(t *testing.T) {
 		}
 		d := v.At(0)
 		for _, want := range []bool{true, false} {
-			known, returned := f.sides[1].Engine.Agent().EndSlot(t.Context(), "test", d.Component.Hash, "c", "user:"+d.Label, d.Slot())
-			if !known || returned != want {
-				t.Errorf("EndSlot = %v, %v want true, %v", known, returned, want)
+			got := f.sides[1].Engine.Agent().EndSlots(t.Context(), []agentapi.SlotName{{
+				Policy: "test", Hash: d.Component.Hash, Component: "c", Label: "user:" + d.Label, Slot: d.Slot(),
+			}})
+			if !got[0].Known || got[0].Returned != want {
+				t.Errorf("EndSlots = %+v want it returned: %v", got, want)
 			}
 		}
 	}

@@ -552,19 +552,13 @@ func (t *sharedTally) holds(now int64, r *shared.Rule) {
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (s *sharedScheduler[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	r, needed, done := s.returns(d, o)
-	if !needed {
-		return done
-	}
-	batch := []shared.Return{r}
-	results, err := s.engine.giveBack(ctx, batch)
-	done = s.returned(d, o, &batch[0], results[0], err)
-	if !done && err == nil && s.mayBeSpilled(d) {
-		batch[0].Key.Value = spilledName
-		results, err = s.engine.giveBack(ctx, batch)
-		done = s.returned(d, o, &batch[0], results[0], err)
-	}
-	return done
+	return s.engine.settleOne(ctx, s, d, o)
+}
+
+// elsewhere has r return to the key that values beyond the cap share.
+func (s *sharedScheduler[S]) elsewhere(d *agentapi.LimiterDecision, r *shared.Return) bool {
+	r.Key.Value = spilledName
+	return s.mayBeSpilled(d)
 }
 
 func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
