@@ -314,8 +314,10 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	var listings []listing
 	told := make(map[string]int)
 	if l.waiting() && !s.engine.closed.Load() {
-		s.dismissHopeless(e, rule)
 		turns := l.queue.Turns(mostListed)
+		for dismissHopeless(l.queue, turns, rule) {
+			turns = l.queue.Turns(mostListed)
+		}
 		ask.Once = len(turns) <= mostWorkloads
 		for _, of := range turns[:min(len(turns), mostWorkloads)] {
 			w := shared.Waiting{Workload: s.workloadName(of.Claim), Weight: of.Claim.Priority}
@@ -354,20 +356,18 @@ func drawCost(r *shared.Rule, w *waiter) float64 {
 	return w.Flow.tokens
 }
 
-// dismissHopeless sends flows away that never get what they cost, because the numbers have changed since they came.
-func (s *sharedScheduler[S]) dismissHopeless(e *keys.Entry[line[drawnState[S]]], r *shared.Rule) {
-	q := e.State.queue
-	for again := true; again; {
-		again = false
-		for _, of := range q.Turns(mostListed) {
-			for _, w := range of.Waiters {
-				if r.Capacity <= 0 || r.Kind == shared.Bucket && w.Flow.tokens > r.Capacity+source.Slack {
-					q.dismiss(w)
-					again = true
-				}
+// dismissHopeless sends flows away that never get what they cost, because the numbers have changed since they came. It reports whether
+// there were any.
+func dismissHopeless(q *queue, turns []wfq.Turns[pending], r *shared.Rule) (found bool) {
+	for _, of := range turns {
+		for _, w := range of.Waiters {
+			if r.Capacity <= 0 || r.Kind == shared.Bucket && w.Flow.tokens > r.Capacity+source.Slack {
+				q.dismiss(w)
+				found = true
 			}
 		}
 	}
+	return found
 }
 
 // drew has the flows run that the store has granted something.
