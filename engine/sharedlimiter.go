@@ -283,7 +283,7 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 	e.State.reported(now, ask.Owed, false)
 	if l.outage == policy.OutageClosed && want > 0 { // what costs nothing is never refused
 		e.Unlock()
-		l.drop(d, agentapi.CauseNoStore, 0)
+		l.drop(d, agentapi.CauseNoStore, closedFor)
 		l.counts.decision(d)
 		return
 	}

@@ -222,8 +222,8 @@ func (f *fleet) outage(t *testing.T, want int, down, closed bool) {
 			if got := flow.Decision() == flowctl.Accepted; got != (i < want) {
 				t.Errorf("flow %d: %v want it admitted: %v", i, flow, i < want)
 			}
-			if r := rejectedBy(flow); closed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503) {
-				t.Errorf("%v want it rejected with no store, 503", flow.Err())
+			if r := rejectedBy(flow); closed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503 || r.RetryAfter() != time.Second) {
+				t.Errorf("%v want it rejected with no store, 503, for a second", flow.Err())
 			}
 		}
 		s := f.sides[at].Engine.Stats()

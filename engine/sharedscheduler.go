@@ -493,7 +493,7 @@ func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws
 	q.changes++
 	for w := q.First(); w != nil && s.closed(e); w = q.First() {
 		w.Flow.local = true
-		q.decide(w, agentapi.CauseNoStore, 0)
+		q.decide(w, agentapi.CauseNoStore, closedFor)
 	}
 	s.serve(e, now)
 	for _, w := range d.once {

@@ -253,8 +253,8 @@ func TestSharedSchedulersInAnOutage(t *testing.T) {
 									if got := flow.Decision() == flowctl.Accepted; got != (i < want) {
 										t.Errorf("flow %d: %v want it admitted: %v", i, flow, i < want)
 									}
-									if r := rejectedBy(flow); mode == policy.OutageClosed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503) {
-										t.Errorf("%v want it rejected with no store, 503", flow.Err())
+									if r := rejectedBy(flow); mode == policy.OutageClosed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503 || r.RetryAfter() != time.Second) {
+										t.Errorf("%v want it rejected with no store, 503, for a second", flow.Err())
 									}
 								}
 								s := f.sides[at].Engine.Stats()

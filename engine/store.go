@@ -57,6 +57,10 @@ type store struct {
 	ended bool // none begins any more; guarded by mu
 }
 
+// closedFor is after which time flows may come back that were rejected because the store did not answer: a store that is down is asked
+// once a second whether it is back.
+const closedFor = int64(time.Second)
+
 // begin runs f in a goroutine that Close waits for. It reports false after Close.
 func (s *store) begin(f func()) bool {
 	s.mu.Lock()
