@@ -762,8 +762,8 @@ func TestStoreOutageIsLogged(t *testing.T) {
 		if got := strings.Count(log.String(), "does not answer"); got != 2 {
 			t.Errorf("%d warnings want 2: %s", got, log.String())
 		}
-		if got := strings.Count(log.String(), "answers again"); got != 1 {
-			t.Errorf("%d lines of its end want 1: %s", got, log.String())
+		if got := strings.Count(log.String(), "answers again"); got != 1 || !strings.Contains(log.String(), "after=1m30s") {
+			t.Errorf("%d lines of its end want 1, after 90 s: %s", got, log.String())
 		}
 		if strings.Contains(log.String(), "ann") {
 			t.Errorf("the log has a label's value: %s", log.String())
