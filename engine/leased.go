@@ -236,10 +236,11 @@ func (l *sharedLimiter[S]) draw(e *keys.Entry[account[S]], now int64, d *agentap
 	switch s := e.State.lease; {
 	case d.Consumed == 0 || d.Consumed > ask.Rule.Capacity+source.Slack || l.engine.closed.Load():
 	case s == nil:
-		s = &lease{rule: ask.Rule}
-		if l.engine.leased.begin(&leaser[S]{l, s, d.Label}) {
+		if l.engine.leased.room() {
+			s = &lease{rule: ask.Rule}
 			s.want(now, d.Consumed)
 			e.State.lease = s
+			l.engine.leased.begin(&leaser[S]{l, s, d.Label})
 		}
 	case s.drawing == nil:
 		s.follow(ask.Rule)
@@ -369,20 +370,26 @@ type leasing interface {
 	collected(r *shared.Return)
 }
 
-// begin adds a lease, if there may be one more.
-func (q *leased) begin(of leasing) bool {
+// room takes room for a lease, and reports whether there was any.
+func (q *leased) room() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.count >= q.limit {
 		return false
 	}
 	q.count++
+	return true
+}
+
+// begin adds a lease, for which room was taken.
+func (q *leased) begin(of leasing) {
+	q.mu.Lock()
 	q.all = append(q.all, of)
+	q.mu.Unlock()
 	select {
 	case q.begun <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 func (q *leased) none() bool {
