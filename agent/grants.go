@@ -17,9 +17,9 @@ const (
 	slotSize   = 48                    // bytes that each further slot takes, besides the value of its label
 )
 
-// grants are the checks of a session whose flows have got slots lately, and those that the client has given up, by the
-// numbers that the client gave them. An answer that does not reach its client leaves slots that nobody would end, for as long as
-// the session lives. The zero value is ready.
+// grants are the checks of a session whose flows have got slots lately, and those that the client has given up. Their keys are the
+// numbers that the client gave them. If an answer does not reach its client, no end comes for its slots, and they would last as long as the
+// session. The zero value is ready.
 type grants struct {
 	mu    sync.Mutex
 	by    map[uint64]int // the index in the ring

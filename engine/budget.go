@@ -12,8 +12,8 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// A budget is what a key goes by whose state is in the store: the numbers that travel to the store, and the source that decides in this
-// process while the store does not answer. S is the state of that source.
+// A budget is the rule of a key whose state is in the store. It has the numbers that travel to the store, and the source that decides in
+// this process while the store does not answer. S is the state of that source.
 type budget[S any] struct {
 	own *shared.Rule
 

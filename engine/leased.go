@@ -56,7 +56,7 @@ type lease struct {
 	held, coming float64
 	full         int64
 
-	back float64 // what is to go back although nobody has waited for it
+	back float64 // what is to go back at once, without the wait for unused tokens
 
 	// low is the least that was there since then.
 	low   float64
@@ -269,11 +269,11 @@ type outcome struct {
 	drawn  float64
 	after  time.Duration
 	used   bool // the flow has got what it asked for
-	failed bool // nobody has answered
+	failed bool // the store has not answered
 }
 
-// drew ends the question's drawing, if it has one. It puts back what the flow was to use if it does not. Over is what nobody may use any
-// more. The entry is locked.
+// drew ends the question's drawing, if it has one. If the flow does not use its part of the lease, that part goes back to the lease. Over is
+// what goes back to the store instead, because the engine was closed. The entry is locked.
 func (l *sharedLimiter[S]) drew(e *keys.Entry[account[S]], now int64, d *agentapi.LimiterDecision, ask *shared.Ask, o outcome) (over float64) {
 	s := e.State.lease
 	if s == nil || s.drawing == nil || s.drawing.of != ask {
@@ -350,7 +350,7 @@ func (e *Engine) await(ctx context.Context, req *agentapi.Request, passed time.D
 	return false
 }
 
-// leased are the leases of an engine, and who returns what is not used.
+// leased are the leases of an engine.
 type leased struct {
 	limit int
 	begun chan struct{} // receives when there is a lease, with room for one

@@ -93,7 +93,8 @@ type Local interface {
 	// wire are. Both are in order.
 	Acting() iter.Seq2[string, []*Component]
 
-	// WriteState writes what limits hold to a file of at most limit bytes. The header's Written and Secret are the agent's own. It stalls no check: it locks one key at a time.
+	// WriteState writes what limits hold to a file of at most limit bytes. The header's Written and Secret are the agent's own. It
+	// stalls no check: it locks one key at a time.
 	WriteState(to io.Writer, h statefile.Header, limit int) (StateCount, error)
 
 	// ReadState takes what was written into the limits in force, and leaves to no flow more than was written. It is called
