@@ -204,13 +204,13 @@ func (l *sharedLimiter[S]) spends(e *keys.Entry[account[S]], rule *shared.Rule, 
 }
 
 func (l *sharedLimiter[S]) offhand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, awaited int) (done bool, more *drawing) {
-	if !l.leased {
-		return false, nil
-	}
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
 		return true, nil
+	}
+	if !l.leased {
+		return false, nil
 	}
 	e, n := l.open(&req.Labels, d.Label, now)
 	if e == nil {

@@ -136,11 +136,6 @@ func (l *sharedLimiter[S]) key(name string) shared.Key {
 }
 
 func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool {
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
-	if !l.scope(&req.Labels, d) {
-		l.counts.decision(d)
-		return false
-	}
 	e, n := l.open(&req.Labels, d.Label, now)
 	d.Capacity = n.capacity
 	*ask = shared.Ask{Key: l.key(d.Label), Rule: n.rule.current(), Tokens: d.Consumed, Dry: d.DryRun, Since: l.since(now, n.rule)}

@@ -292,10 +292,7 @@ func (s *sharedScheduler[S]) draw(e *keys.Entry[line[drawnState[S]]], d *draws) 
 			select {
 			case <-timer.C:
 			case <-d.kick:
-			case <-s.engine.done:
-				e.Lock()
-				d.soon, d.short = true, true
-				e.Unlock()
+			case <-s.engine.done: // there is no pause any more
 			}
 		}
 	}

@@ -16,7 +16,7 @@ type sharer interface {
 	// question of another flow is to come, and offhand may be called again after it. So many were awaited.
 	offhand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, awaited int) (done bool, more *drawing)
 
-	// prepare fills the question for a flow. If it is false, there is none: the decision is made.
+	// prepare fills the question for a flow, after offhand. If it is false, there is none: the decision is made.
 	prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool
 
 	// answered makes the decision by the answer. If taken is false, the store has given the flow nothing.
