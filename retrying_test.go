@@ -24,7 +24,9 @@ import (
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/race"
+	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -45,6 +47,35 @@ func overLimits(t *testing.T, f func(t *testing.T, client *flowctl.Client)) {
 	t.Helper()
 	limit := policy.RateLimiter{Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second}
 	sides.Setup{Policies: sides.Policies(limit)}.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) { f(t, side.Client) })
+}
+
+// What a store keeps out while it does not answer comes back when it does.
+func TestRetryingOutlastsAnOutageOfAStore(t *testing.T) {
+	for name, c := range map[string]policy.Component{
+		"limiter": policy.RateLimiter{
+			Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second, OnOutage: policy.OutageClosed,
+		},
+		"scheduler": policy.ConcurrencyScheduler{
+			Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour, OnOutage: policy.OutageClosed,
+		},
+	} {
+		for _, kind := range sides.Engines {
+			t.Run(name+"/"+string(kind), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					store := sharedtest.New().Instance()
+					side := sides.Setup{Policies: sides.Policies(c), EngineOptions: []engine.Option{engine.WithStore(store)}}.New(t, kind)
+					store.Behave(sharedtest.Behavior{Err: shared.ErrDown})
+					defer time.AfterFunc(1500*time.Millisecond, func() { store.Behave(sharedtest.Behavior{}) }).Stop()
+					began := time.Now()
+					flow := headgate.Retrying(side.Client, exactly(headgate.RetryPolicy{})).Start(t.Context(), point, flowctl.Params{})
+					if took := time.Since(began); flow.Decision() != flowctl.Accepted || took != 2*time.Second {
+						t.Errorf("%v after %v want it accepted after 2 s", flow, took)
+					}
+					_, _ = flow.End(t.Context())
+				})
+			})
+		}
+	}
 }
 
 func rejected(after time.Duration) flowtest.Answer {

@@ -233,8 +233,12 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, number uint6
 		}
 		response, unnamed, _ = wire.Answer(req, &v, named, room)
 	}
+	var ends []agentapi.Settling
 	for _, d := range unnamed { // no end names them
-		d.Component.Settler.Settle(ctx, d, agentapi.Outcome{Ended: agentapi.EndedOK})
+		ends = append(ends, agentapi.Settling{By: d.Component.Settler, Decision: d, Outcome: agentapi.Outcome{Ended: agentapi.EndedOK}})
+	}
+	s.service.engine.Settle(ctx, ends)
+	for _, d := range unnamed {
 		d.Hold(0)
 	}
 	response.End = timestamppb.New(response.GetStart().AsTime().Add(time.Since(begin)))
@@ -267,10 +271,9 @@ func (s handler) FlowEnd(ctx context.Context, m *checkv1.FlowEndRequest) (*check
 	refs := m.GetInflightRequests()
 	refs = refs[:min(len(refs), maxSlots)]
 	response := &checkv1.FlowEndResponse{TokenReturnStatuses: make([]*checkv1.TokenReturnStatus, 0, len(refs))}
-	for _, ref := range refs {
-		known, returned := s.service.end(ctx, ref)
-		one := &checkv1.TokenReturnStatus{InflightRequestRef: ref, Returned: returned}
-		if !known {
+	for i, end := range s.service.engine.EndSlots(ctx, slotNames(refs)) {
+		one := &checkv1.TokenReturnStatus{InflightRequestRef: refs[i], Returned: end.Returned}
+		if !end.Known {
 			one.Error = "flow ender not found for limiter id"
 		}
 		response.TokenReturnStatuses = append(response.TokenReturnStatuses, one)
@@ -278,10 +281,16 @@ func (s handler) FlowEnd(ctx context.Context, m *checkv1.FlowEndRequest) (*check
 	return response, nil
 }
 
-// end gives back one slot. It reports whether the engine knows the limiter, and whether the slot was still taken.
-func (s *Service) end(ctx context.Context, ref *checkv1.InflightRequestRef) (known, returned bool) {
-	return s.engine.EndSlot(ctx,
-		ref.GetPolicyName(), ref.GetPolicyHash(), ref.GetComponentId(), ref.GetLabel(), wire.ReadSlotID(ref.GetRequestId()))
+// slotNames returns what the slots are called that a client names.
+func slotNames(refs []*checkv1.InflightRequestRef) []agentapi.SlotName {
+	names := make([]agentapi.SlotName, 0, len(refs))
+	for _, ref := range refs {
+		names = append(names, agentapi.SlotName{
+			Policy: ref.GetPolicyName(), Hash: ref.GetPolicyHash(), Component: ref.GetComponentId(), Label: ref.GetLabel(),
+			Slot: wire.ReadSlotID(ref.GetRequestId()),
+		})
+	}
+	return names
 }
 
 func invalid(err error) error { return status.Error(codes.InvalidArgument, wire.Clip(err.Error())) }

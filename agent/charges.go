@@ -148,31 +148,31 @@ func (own *charges) drop() int64 {
 	return int64(n)
 }
 
-// settle corrects what a flow took, and tells how it ended, as far as the settlement says so. It reports whether the settlement is
-// taken, now or earlier.
-func (one *session) settle(ctx context.Context, m *sessionv1.Settlement, awaited *outcomes) bool {
+// settle tells how a flow ended, as far as the settlement says so, and adds to all what is to be corrected of what it took. It reports
+// whether the settlement is taken, now or earlier.
+func (one *session) settle(ctx context.Context, m *sessionv1.Settlement, awaited *outcomes, all []agentapi.Settling) ([]agentapi.Settling, bool) {
 	var costs agentapi.Costs
 	for _, cost := range m.GetCosts() {
 		if !(cost.GetTokens() >= 0 && cost.GetTokens() <= math.MaxFloat64) || cost.GetLabel() == "" {
-			return false
+			return all, false
 		}
 		costs.Say(cost.GetLabel(), cost.GetTokens())
 	}
 	if took := m.GetOutcome().GetTook(); took != nil && (!took.IsValid() || took.AsDuration() < 0) {
-		return false
+		return all, false
 	}
 	ended, said := endedOf(m.GetOutcome())
 	c, ok := one.charges.take(m.GetId(), len(m.GetCosts()) > 0, said)
 	o := agentapi.Outcome{Ended: agentapi.EndedOK, Costs: costs.Close(), Labels: c.labels}
 	for i := range c.decisions {
-		c.decisions[i].Component.Settler.Settle(ctx, &c.decisions[i], o)
+		all = append(all, agentapi.Settling{By: c.decisions[i].Component.Settler, Decision: &c.decisions[i], Outcome: o})
 	}
 	o = agentapi.Outcome{Ended: ended}
 	if ended == agentapi.EndedOK { // as by a span: no longer than since the check, and no time is a nanosecond
 		o.Took = max(min(m.GetOutcome().GetTook().AsDuration(), time.Since(time.Unix(0, c.began))), 1)
 	}
 	awaited.end(ctx, c.awaited, o)
-	return ok
+	return all, ok
 }
 
 // endedOf returns how the flow ended, by what its session says. It reports false if that says nothing.

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"strings"
 	"sync"
 	"time"
@@ -18,9 +17,9 @@ const (
 	slotSize   = 48                    // bytes that each further slot takes, besides the value of its label
 )
 
-// grants are the checks of a session whose flows have got slots lately, and those that the client has given up, by the
-// numbers that the client gave them. An answer that does not reach its client leaves slots that nobody would end, for as long as
-// the session lives. The zero value is ready.
+// grants are the checks of a session whose flows have got slots lately, and those that the client has given up. Their keys are the
+// numbers that the client gave them. If an answer does not reach its client, no end comes for its slots, and they would last as long as the
+// session. The zero value is ready.
 type grants struct {
 	mu    sync.Mutex
 	by    map[uint64]int // the index in the ring
@@ -48,13 +47,11 @@ type grantedSlot struct {
 	scope     agentapi.Scope
 }
 
-func (s *grantedSlot) end(ctx context.Context) {
-	if s.component == nil {
-		return
-	}
-	d := agentapi.LimiterDecision{Component: s.component, Label: s.label, Scope: s.scope}
+// end is what ends the slot. As over the wire, its decision has no component: that does not say where the slot was granted.
+func (s *grantedSlot) end() agentapi.Settling {
+	d := &agentapi.LimiterDecision{Label: s.label, Scope: s.scope}
 	d.Hold(s.id)
-	s.component.Settler.Settle(ctx, &d, agentapi.Outcome{Ended: agentapi.EndedOK})
+	return agentapi.Settling{By: s.component.Settler, Decision: d, Outcome: agentapi.Outcome{Ended: agentapi.EndedOK}}
 }
 
 // grant remembers the slots that the verdict has for a check of that number. It reports false if the client has given the check
@@ -90,8 +87,8 @@ func (s *sessions) grant(one *session, number uint64, v *agentapi.Verdict) bool 
 	return true
 }
 
-// giveUp ends the slots of a check that the client has given up, now or when it gets them.
-func (s *sessions) giveUp(ctx context.Context, one *session, number uint64) {
+// giveUp notes that the client has given up a check: it gets no slots from now on. It adds to all what ends those that it has.
+func (s *sessions) giveUp(one *session, number uint64, all []agentapi.Settling) []agentapi.Settling {
 	own := &one.grants
 	own.mu.Lock()
 	var ended grant
@@ -102,10 +99,13 @@ func (s *sessions) giveUp(ctx context.Context, one *session, number uint64) {
 		s.remember(own, grant{number: number, at: time.Now(), size: grantSize})
 	}
 	own.mu.Unlock()
-	ended.slot.end(ctx)
-	for i := range ended.more {
-		ended.more[i].end(ctx)
+	if ended.slot.component != nil {
+		all = append(all, ended.slot.end())
 	}
+	for i := range ended.more {
+		all = append(all, ended.more[i].end())
+	}
+	return all
 }
 
 // remember adds the grant if there is room, or can be. The caller holds own's mutex.

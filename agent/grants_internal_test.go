@@ -67,7 +67,7 @@ func TestGrantsAreBounded(t *testing.T) {
 				}
 				for i := range tt.checks { // the newest first
 					before := len(component.slots)
-					all.giveUp(t.Context(), one, uint64(tt.checks-i))
+					e.Agent().Settle(t.Context(), all.giveUp(one, uint64(tt.checks-i), nil))
 					if got := len(component.slots) > before; i < tt.want && !got || i > tt.want && got {
 						t.Errorf("a slot of the check before %d others came back: %v", i, got)
 					}
@@ -103,8 +103,8 @@ func TestNumbersThatAreUsedAgain(t *testing.T) {
 			all.grant(one, 1+i%2, &v)
 			<-time.After(time.Second / 10)
 		}
-		all.giveUp(t.Context(), one, 1)
-		all.giveUp(t.Context(), one, 1)
+		e.Agent().Settle(t.Context(), all.giveUp(one, 1, nil))
+		e.Agent().Settle(t.Context(), all.giveUp(one, 1, nil))
 		if len(component.slots) != 1 || component.slots[0] != 999 {
 			t.Errorf("slots %v came back want 999", component.slots)
 		}

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/protofield"
@@ -250,7 +251,8 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 				return status.FromContextError(err).Err()
 			}
 			m := new(sessionv1.SessionRequest)
-			if protofield.Count(data, maxSessionElements) > maxSessionElements || proto.Unmarshal(data, m) != nil {
+			if protofield.Count(data, maxSessionElements) > maxSessionElements || proto.Unmarshal(data, m) != nil ||
+				slotsIn(m.GetReturns()) > maxSessionElements {
 				return errMessage
 			}
 			if m.GetHeartbeat() != nil {
@@ -258,24 +260,17 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 				beats++
 				response.Heartbeat = &sessionv1.Heartbeat{Number: beats, Acknowledges: m.GetHeartbeat().GetNumber()}
 			}
-			slots := 0
-			for _, back := range m.GetReturns() {
-				if slots += len(back.GetSlots()); slots > maxSessionElements {
-					return errMessage
-				}
-				for _, ref := range back.GetSlots() {
-					s.service.end(ctx, ref)
-				}
-				if number := back.GetCheck(); number != 0 {
-					all.giveUp(ctx, one, number)
-				}
-				response.Returned = append(response.Returned, back.GetId())
+			if len(m.GetReturns())+len(m.GetSettlements()) == 0 {
+				break
 			}
-			for _, settlement := range m.GetSettlements() {
-				response.Results = append(response.Results, &sessionv1.SettlementResult{
-					Id: settlement.GetId(), Settled: one.settle(ctx, settlement, &s.service.outcomes),
-				})
+			if response.Heartbeat != nil { // it does not wait for a store
+				if err := stream.Send(response); err != nil {
+					return err
+				}
+				response = &sessionv1.SessionResponse{AgentId: all.agentID}
 			}
+			response.Returned = s.service.carryOut(ctx, one, m.GetReturns())
+			response.Results = s.service.settle(ctx, one, m.GetSettlements())
 		case <-draining:
 			draining = nil
 			response.Drain = true
@@ -295,6 +290,41 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 			return err
 		}
 	}
+}
+
+func slotsIn(returns []*sessionv1.Return) (slots int) {
+	for _, back := range returns {
+		slots += len(back.GetSlots())
+	}
+	return slots
+}
+
+// carryOut gives back what the client's flows have held, all together, and returns the ids of the returns.
+func (s *Service) carryOut(ctx context.Context, one *session, returns []*sessionv1.Return) (ids []uint64) {
+	var slots []*checkv1.InflightRequestRef
+	var ends []agentapi.Settling
+	for _, back := range returns {
+		slots = append(slots, back.GetSlots()...)
+		if number := back.GetCheck(); number != 0 {
+			ends = s.sessions.giveUp(one, number, ends)
+		}
+		ids = append(ids, back.GetId())
+	}
+	s.engine.EndSlots(ctx, slotNames(slots))
+	s.engine.Settle(ctx, ends)
+	return ids
+}
+
+// settle corrects what the client's flows took, all together, and tells how they ended.
+func (s *Service) settle(ctx context.Context, one *session, settlements []*sessionv1.Settlement) (results []*sessionv1.SettlementResult) {
+	var all []agentapi.Settling
+	for _, m := range settlements {
+		var ok bool
+		all, ok = one.settle(ctx, m, &s.outcomes, all)
+		results = append(results, &sessionv1.SettlementResult{Id: m.GetId(), Settled: ok})
+	}
+	s.engine.Settle(ctx, all)
+	return results
 }
 
 // A pace bounds how often messages of a stream are read. A peer that sends more waits. The zero value is ready.

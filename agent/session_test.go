@@ -160,6 +160,11 @@ func serveSessions(t *testing.T, components []policy.Component, opts ...grpc.Ser
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveEngine(t, e, opts...)
+}
+
+func serveEngine(t *testing.T, e *engine.Engine, opts ...grpc.ServerOption) *agentOfSessions {
+	t.Helper()
 	a := &agentOfSessions{network: newNetwork(), engine: e, server: grpc.NewServer(opts...)}
 	a.service = agent.Register(a.server, e)
 	served := make(chan error, 1)

@@ -34,9 +34,7 @@ func (s *Service) read(ctx context.Context, span []byte) {
 		return
 	}
 	if !m.GetExpectEnd() {
-		for _, ref := range wire.Held(m) {
-			s.end(ctx, ref)
-		}
+		s.engine.EndSlots(ctx, slotNames(wire.Held(m)))
 	}
 	if awaited && m.GetStart().IsValid() {
 		s.outcomes.settle(ctx, m.GetStart().AsTime(), m.GetLimiterDecisions(), outcomeOf(&r, m))

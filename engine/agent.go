@@ -86,24 +86,7 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		return r, nil
 	}
 	r.Settled = o.Costs != nil && !req.DryRun()
-	if e.store != nil {
-		r.Held, r.Returned = e.settleTogether(ctx, v, o)
-		return r, nil
-	}
-	for i := range v.Len() {
-		d := v.At(i)
-		if d.Dropped {
-			continue
-		}
-		held := d.Component.Slots && d.Slot() != 0
-		returned := d.Component.Settler.Settle(ctx, d, o)
-		if held {
-			r.Held++
-			if returned {
-				r.Returned++
-			}
-		}
-	}
+	r.Held, r.Returned = e.settleTogether(ctx, v, o)
 	return r, nil
 }
 
@@ -130,32 +113,55 @@ func (a *agent) Revert(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 }
 
-// EndSlot asks all components with these names, retired ones included. One of them may know the slot. A slot of the store may be that
-// of an engine with another version of the policy, so the hash does not matter there.
-func (a *agent) EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool) {
+// EndSlots asks all components with the slots' names, retired ones included. One of them may know the slot.
+func (a *agent) EndSlots(ctx context.Context, slots []agentapi.SlotName) []agentapi.SlotEnd {
 	e := a.engine()
+	ends := make([]agentapi.SlotEnd, len(slots))
+	var far []agentapi.Settling
+	var of []int // the slots
+	for i := range slots {
+		name := &slots[i]
+		for _, h := range e.holdersOf(name) {
+			ends[i].Known = true
+			d := &agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
+			d.Hold(name.Slot)
+			if key := h.identity().LabelKey; key != "" {
+				value, ok := strings.CutPrefix(name.Label, key+":")
+				if !ok {
+					continue
+				}
+				d.Scope, d.Label = agentapi.ScopeLabel, value
+			}
+			o := agentapi.Outcome{Ended: agentapi.EndedOK}
+			if _, ok := h.(returner); ok {
+				far, of = append(far, agentapi.Settling{By: h, Decision: d, Outcome: o}), append(of, i)
+			} else if h.Settle(ctx, d, o) {
+				ends[i].Returned = true
+				break
+			}
+		}
+	}
+	e.settle(ctx, far)
+	for i := range far {
+		ends[of[i]].Returned = ends[of[i]].Returned || far[i].Done
+	}
+	return ends
+}
+
+// holdersOf returns the components that may have granted the slot. A slot of the store may be that of an engine with another version of
+// the policy, so the hash does not matter there.
+func (e *Engine) holdersOf(name *agentapi.SlotName) []component {
 	e.mu.RLock()
-	holders := e.holders[identity{policyName, hash, component}]
+	holders := e.holders[identity{name.Policy, name.Hash, name.Component}]
 	e.mu.RUnlock()
-	if in := e.rules.Load().byName[componentName{policyName, component}]; len(holders) == 0 && in != nil && in.shared && in.kind.slots {
+	if in := e.rules.Load().byName[componentName{name.Policy, name.Component}]; len(holders) == 0 && in != nil && in.shared && in.kind.slots {
 		holders = append(holders, in.component)
 	}
-	for _, h := range holders {
-		d := agentapi.LimiterDecision{Scope: agentapi.ScopeDefault}
-		d.Hold(slot)
-		if key := h.identity().LabelKey; key != "" {
-			value, ok := strings.CutPrefix(label, key+":")
-			if !ok {
-				continue
-			}
-			d.Scope, d.Label = agentapi.ScopeLabel, value
-		}
-		if h.Settle(ctx, &d, agentapi.Outcome{Ended: agentapi.EndedOK}) {
-			return true, true
-		}
-	}
-	return len(holders) > 0, false
+	return holders
 }
+
+// Settle does what agentapi.Local says.
+func (a *agent) Settle(ctx context.Context, all []agentapi.Settling) { a.engine().settle(ctx, all) }
 
 // Renew has a client's session live for so long from now on.
 func (a *agent) Renew(session [16]byte, lasts time.Duration) {

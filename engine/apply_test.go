@@ -13,6 +13,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
@@ -115,23 +116,28 @@ func TestApplyInFlight(t *testing.T) {
 		if got := end(embedded); got.Returned != 1 {
 			t.Errorf("End = %+v want the slot given back", got)
 		}
-		endSlot := func(flow *flowctl.Flow) string {
+		endSlot := func(flow *flowctl.Flow) agentapi.SlotEnd {
 			d := flow.CheckResponse().GetLimiterDecisions()[0]
 			info := d.GetConcurrencyLimiterInfo()
-			return fmt.Sprint(e.Agent().EndSlot(t.Context(), d.GetPolicyName(), d.GetPolicyHash(), d.GetComponentId(), info.GetLabel(), wire.ReadSlotID(info.GetRequestId())))
+			return e.Agent().EndSlots(t.Context(), []agentapi.SlotName{
+				{
+					Policy: d.GetPolicyName(), Hash: d.GetPolicyHash(), Component: d.GetComponentId(), Label: info.GetLabel(),
+					Slot: wire.ReadSlotID(info.GetRequestId()),
+				},
+			})[0]
 		}
-		if got := endSlot(served); got != "true true" {
-			t.Errorf("EndSlot = %s want it returned", got)
+		if got := endSlot(served); got != (agentapi.SlotEnd{Known: true, Returned: true}) {
+			t.Errorf("EndSlots = %+v want it returned", got)
 		}
 		peek(t, e, "concurrency_limiter.0", engine.Usage{Capacity: 3, Remaining: 2, InFlight: 1})
-		if got := endSlot(served); got != "true false" {
-			t.Errorf("the second EndSlot = %s want it known", got)
+		if got := endSlot(served); got != (agentapi.SlotEnd{Known: true}) {
+			t.Errorf("the second EndSlots = %+v want it known", got)
 		}
 		apply(t, e)
 		<-time.After(2*time.Minute + time.Second) // a sweep after its time is over
 		synctest.Wait()
-		if got := endSlot(late); got != "false false" {
-			t.Errorf("EndSlot after MaxInflight = %s want it unknown", got)
+		if got := endSlot(late); got != (agentapi.SlotEnd{}) {
+			t.Errorf("EndSlots after MaxInflight = %+v want it unknown", got)
 		}
 	})
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// A budget is what a key goes by whose state is in the store: the numbers that travel to the store, and the source that decides in this
-// process while the store does not answer. S is the state of that source.
+// A budget is the rule of a key whose state is in the store. It has the numbers that travel to the store, and the source that decides in
+// this process while the store does not answer. S is the state of that source.
 type budget[S any] struct {
 	own *shared.Rule
 
@@ -290,6 +290,29 @@ func (a *account[S]) take(now int64, b *budget[S], instances int, want float64, 
 	}
 	_, got.Wait = s.by.from.Forecast(&s.state, now, source.Ahead{}, want)
 	return got
+}
+
+// giveBackHere gives back what this process has granted or, if it is settled, corrects it by the cost. Here is false if the account knows
+// nothing of that.
+func (a *account[S]) giveBackHere(now int64, r *shared.Return, settled bool) (done, here bool, forgiven float64) {
+	s := a.spare
+	switch {
+	case s == nil:
+		return false, false, 0
+	case r.Slot != 0 && !s.by.from.Timed(): // a quota's is its period
+		done = s.by.from.GiveBack(&s.state, now, r.Tokens, r.Slot, r.Unused)
+		return done, done, 0
+	case r.Unused:
+		s.owed = max(s.owed-r.Tokens, 0)
+		return s.by.from.GiveBack(&s.state, now, r.Tokens, r.Slot, true), true, 0
+	case settled:
+		if from, ok := s.by.from.(source.Settler[S]); ok {
+			forgiven = from.Settle(&s.state, now, r.Tokens, r.Cost, r.Slot)
+		}
+		s.owed = max(s.owed+r.Cost-r.Tokens-forgiven, 0)
+		return false, true, forgiven
+	}
+	return false, false, 0
 }
 
 // begin makes the spare's state that of a key of which the store has said how much is left, as far as it has.

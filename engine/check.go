@@ -197,13 +197,9 @@ func (m *placement) meet(req *agentapi.Request, late bool, v *agentapi.Verdict) 
 
 // undo gives back what the flow was given.
 func (e *Engine) undo(ctx context.Context, v *agentapi.Verdict) {
-	if e.store != nil {
-		e.settleTogether(ctx, v, agentapi.Outcome{Ended: agentapi.EndedUnused})
-		return
-	}
+	e.settleTogether(ctx, v, agentapi.Outcome{Ended: agentapi.EndedUnused})
 	for i := range v.Len() {
 		if d := v.At(i); !d.Dropped {
-			d.Component.Settler.Settle(ctx, d, agentapi.Outcome{Ended: agentapi.EndedUnused})
 			d.Hold(0)
 		}
 	}

@@ -76,30 +76,8 @@ func (*drawnFrom[S]) Timed() bool { return false }
 
 // GiveBack gives back what this process has granted.
 func (*drawnFrom[S]) GiveBack(state *drawnState[S], now int64, tokens float64, slot uint64, unused bool) bool {
-	done, _, _ := state.giveBackHere(now, tokens, slot, unused, 0, false)
+	done, _, _ := state.giveBackHere(now, &shared.Return{Slot: slot, Tokens: tokens, Unused: unused}, false)
 	return done
-}
-
-// giveBackHere gives back what this process has granted, or corrects it by the cost. Here is false if it knows nothing of that.
-func (a *account[S]) giveBackHere(now int64, tokens float64, slot uint64, unused bool, cost float64, settled bool) (done, here bool, forgiven float64) {
-	s := a.spare
-	switch {
-	case s == nil:
-		return false, false, 0
-	case slot != 0:
-		done = s.by.from.GiveBack(&s.state, now, tokens, slot, unused)
-		return done, done, 0
-	case unused:
-		s.owed = max(s.owed-tokens, 0)
-		return s.by.from.GiveBack(&s.state, now, tokens, 0, true), true, 0
-	case settled:
-		if from, ok := s.by.from.(source.Settler[S]); ok {
-			forgiven = from.Settle(&s.state, now, tokens, cost, 0)
-		}
-		s.owed = max(s.owed+cost-tokens-forgiven, 0)
-		return false, true, forgiven
-	}
-	return false, false, 0
 }
 
 // Usage returns what the store said last.

@@ -83,7 +83,7 @@ type Engine struct {
 	unlisted controlPoint          // stands for the control points that no policy names: nothing acts there
 
 	mu      sync.RWMutex             // guards the next two
-	holders map[identity][]component // components with slots, for EndSlot; lists are replaced, not changed
+	holders map[identity][]component // components with slots, for EndSlots; lists are replaced, not changed
 	retired []retired
 
 	leases slots.Leases // of the sessions of clients across the network

@@ -80,8 +80,8 @@ func escalated(rule *bucket.Rule, when policy.Escalation, changes *bucket.Change
 	return rule
 }
 
-// lettingIn returns the share of the load that a load scheduler lets in; +Inf where that is everything. So it is while the scheduler
-// learns how much comes, at first and after a silence, and in a dry run: what keeps nobody out must not change what others do.
+// lettingIn returns the share of the load that a load scheduler lets in, +Inf for everything. A scheduler lets everything in while it
+// learns how much comes: at first, and after a silence. A dry run counts as letting everything in, because a dry run changes no decision.
 func lettingIn(p *installed, now int64) float64 {
 	if p == nil {
 		return math.Inf(1)

@@ -56,7 +56,7 @@ type lease struct {
 	held, coming float64
 	full         int64
 
-	back float64 // what is to go back although nobody has waited for it
+	back float64 // what is to go back at once, without the wait for unused tokens
 
 	// low is the least that was there since then.
 	low   float64
@@ -204,13 +204,13 @@ func (l *sharedLimiter[S]) spends(e *keys.Entry[account[S]], rule *shared.Rule, 
 }
 
 func (l *sharedLimiter[S]) offhand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, awaited int) (done bool, more *drawing) {
-	if !l.leased {
-		return false, nil
-	}
 	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
 	if !l.scope(&req.Labels, d) {
 		l.counts.decision(d)
 		return true, nil
+	}
+	if !l.leased {
+		return false, nil
 	}
 	e, n := l.open(&req.Labels, d.Label, now)
 	if e == nil {
@@ -236,10 +236,11 @@ func (l *sharedLimiter[S]) draw(e *keys.Entry[account[S]], now int64, d *agentap
 	switch s := e.State.lease; {
 	case d.Consumed == 0 || d.Consumed > ask.Rule.Capacity+source.Slack || l.engine.closed.Load():
 	case s == nil:
-		s = &lease{rule: ask.Rule}
-		if l.engine.leased.begin(&leaser[S]{l, s, d.Label}) {
+		if l.engine.leased.room() {
+			s = &lease{rule: ask.Rule}
 			s.want(now, d.Consumed)
 			e.State.lease = s
+			l.engine.leased.begin(&leaser[S]{l, s, d.Label})
 		}
 	case s.drawing == nil:
 		s.follow(ask.Rule)
@@ -268,11 +269,11 @@ type outcome struct {
 	drawn  float64
 	after  time.Duration
 	used   bool // the flow has got what it asked for
-	failed bool // nobody has answered
+	failed bool // the store has not answered
 }
 
-// drew ends the question's drawing, if it has one. It puts back what the flow was to use if it does not. Over is what nobody may use any
-// more. The entry is locked.
+// drew ends the question's drawing, if it has one. If the flow does not use its part of the lease, that part goes back to the lease. Over is
+// what goes back to the store instead, because the engine was closed. The entry is locked.
 func (l *sharedLimiter[S]) drew(e *keys.Entry[account[S]], now int64, d *agentapi.LimiterDecision, ask *shared.Ask, o outcome) (over float64) {
 	s := e.State.lease
 	if s == nil || s.drawing == nil || s.drawing.of != ask {
@@ -349,7 +350,7 @@ func (e *Engine) await(ctx context.Context, req *agentapi.Request, passed time.D
 	return false
 }
 
-// leased are the leases of an engine, and who returns what is not used.
+// leased are the leases of an engine.
 type leased struct {
 	limit int
 	begun chan struct{} // receives when there is a lease, with room for one
@@ -369,20 +370,26 @@ type leasing interface {
 	collected(r *shared.Return)
 }
 
-// begin adds a lease, if there may be one more.
-func (q *leased) begin(of leasing) bool {
+// room takes room for a lease, and reports whether there was any.
+func (q *leased) room() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.count >= q.limit {
 		return false
 	}
 	q.count++
+	return true
+}
+
+// begin adds a lease, for which room was taken.
+func (q *leased) begin(of leasing) {
+	q.mu.Lock()
 	q.all = append(q.all, of)
+	q.mu.Unlock()
 	select {
 	case q.begun <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 func (q *leased) none() bool {

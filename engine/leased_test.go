@@ -13,6 +13,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
@@ -487,6 +488,26 @@ func TestWithLeasedKeys(t *testing.T) {
 			t.Error("100 flows of the other key asked more than 20 times, although the first one has ended")
 		}
 	})
+	allocations := func(c policy.RateLimiter) float64 {
+		e, err := engine.New(sides.Policies(c), engine.WithStore(sharedtest.New().Instance()), engine.WithLeasedKeys(0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		req := &agentapi.Request{ControlPoint: "point", Labels: agentapi.Labels{Params: map[string]string{"user": "ann"}}}
+		return testing.AllocsPerRun(1000, func() {
+			var v agentapi.Verdict
+			if err := e.Agent().Check(t.Context(), req, &v); err != nil || v.Rejected() {
+				t.Fatal(err)
+			}
+		})
+	}
+	leased := leasedLimiter(1e9, 1)
+	exact := leased
+	exact.Share = policy.ShareExact
+	if with, without := allocations(leased), allocations(exact); with > without {
+		t.Errorf("%v allocations a flow beyond the bound, %v without leases", with, without)
+	}
 	if _, err := engine.New(nil, engine.WithLeasedKeys(-1)); err == nil {
 		t.Error("a negative bound is no error")
 	}

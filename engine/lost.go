@@ -59,20 +59,17 @@ func (e *Engine) tellLost(flows []watchedFlow) {
 			one.over(true)
 		}
 	}
-	l, now := &e.store.watched, e.now()
-	n := l.lost.Add(uint64(slots))
-	last := l.warned.Load()
-	if last != 0 && now-last < int64(sweepEvery) || !l.warned.CompareAndSwap(last, max(now, 1)) {
-		return
+	l := &e.store.watched
+	if more, due := l.log.due(e.now(), l.lost.Add(uint64(slots))); due {
+		e.logger.Warn("headgate: the store has not renewed the lease of this process in time: it may give slots of flows that run to others",
+			"slots", more)
 	}
-	e.logger.Warn("headgate: the store has not renewed the lease of this process in time: it may give slots of flows that run to others",
-		"slots", n-l.told.Swap(n))
 }
 
 // A watched is the flows in this process that hold slots of the store. The zero value is ready.
 type watched struct {
-	lost, told atomic.Uint64 // slots; those that were logged
-	warned     atomic.Int64  // when they were logged last, by the engine's time; 0 for never
+	lost atomic.Uint64 // slots
+	log  minutely      // about them
 
 	mu     sync.Mutex
 	flows  map[*agentapi.Verdict]watchedFlow

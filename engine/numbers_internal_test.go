@@ -129,8 +129,9 @@ func TestNamesOfSlotsAfterChanges(t *testing.T) {
 		back := func(d *agentapi.LimiterDecision) {
 			t.Helper()
 			c := d.Component
-			if known, returned := e.Agent().EndSlot(t.Context(), c.Policy, c.Hash, c.ID, "user:u", d.Slot()); !known || !returned {
-				t.Errorf("EndSlot = %v, %v want the slot given back", known, returned)
+			got := e.Agent().EndSlots(t.Context(), []agentapi.SlotName{{Policy: c.Policy, Hash: c.Hash, Component: c.ID, Label: "user:u", Slot: d.Slot()}})
+			if !got[0].Known || !got[0].Returned {
+				t.Errorf("EndSlots = %+v want the slot given back", got)
 			}
 		}
 		first := take()

@@ -334,7 +334,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 	}
 	if s.far != nil && d.Consumed != 0 && s.far.closed(t.entry) {
 		d.Local = true
-		s.drop(d, agentapi.CauseNoStore, 0)
+		s.drop(d, agentapi.CauseNoStore, closedFor)
 		return true
 	}
 	if l.waiting() {
@@ -575,7 +575,7 @@ func (s *scheduler[S]) decideAlone(e *keys.Entry[line[S]], now int64, t *ticket[
 	d.Local = true
 	switch {
 	case closed:
-		s.drop(d, agentapi.CauseNoStore, 0)
+		s.drop(d, agentapi.CauseNoStore, closedFor)
 	case got.OK:
 		fill(d, got)
 	default:

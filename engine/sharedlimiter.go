@@ -136,11 +136,6 @@ func (l *sharedLimiter[S]) key(name string) shared.Key {
 }
 
 func (l *sharedLimiter[S]) prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool {
-	d.Consumed = tokensOf(&req.Labels, l.tokensLabel)
-	if !l.scope(&req.Labels, d) {
-		l.counts.decision(d)
-		return false
-	}
 	e, n := l.open(&req.Labels, d.Label, now)
 	d.Capacity = n.capacity
 	*ask = shared.Ask{Key: l.key(d.Label), Rule: n.rule.current(), Tokens: d.Consumed, Dry: d.DryRun, Since: l.since(now, n.rule)}
@@ -283,7 +278,7 @@ func (l *sharedLimiter[S]) unanswered(req *agentapi.Request, now int64, d *agent
 	e.State.reported(now, ask.Owed, false)
 	if l.outage == policy.OutageClosed && want > 0 { // what costs nothing is never refused
 		e.Unlock()
-		l.drop(d, agentapi.CauseNoStore, 0)
+		l.drop(d, agentapi.CauseNoStore, closedFor)
 		l.counts.decision(d)
 		return
 	}
@@ -315,14 +310,11 @@ func (l *sharedLimiter[S]) refuse(req *agentapi.Request, d *agentapi.LimiterDeci
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (l *sharedLimiter[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	r, needed, done := l.returns(d, o)
-	if !needed {
-		return done
-	}
-	batch := []shared.Return{r}
-	results, err := l.engine.giveBack(ctx, batch)
-	return l.returned(d, o, &batch[0], results[0], err)
+	return l.engine.settleOne(ctx, l, d, o)
 }
+
+// elsewhere reports false: each value has a key of its own in the store.
+func (l *sharedLimiter[S]) elsewhere(*agentapi.LimiterDecision, *shared.Return) bool { return false }
 
 func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
 	unused := o.Ended == agentapi.EndedUnused
@@ -338,7 +330,8 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	if d.Untaken || !unused && !slot && !settled {
 		return r, false, false
 	}
-	if done, here := l.returnsHere(d, unused, slot, cost, settled); here {
+	r = shared.Return{Key: l.key(d.Label), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	if done, here := l.returnsHere(d, &r, slot, settled); here {
 		return r, false, done
 	}
 	if settled && cost == d.Consumed {
@@ -348,8 +341,7 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	if unused && l.refunds(d) {
 		return r, false, true
 	}
-	_, n := l.knownNumbers(d.Label)
-	r = shared.Return{Key: l.key(d.Label), Rule: n.rule.current(), Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused}
+	r.Rule = l.rule(d.Label)
 	if d.Local { // a quota's period has another name in the store, and a slot is not there
 		if slot {
 			return r, false, false
@@ -359,42 +351,25 @@ func (l *sharedLimiter[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outco
 	return r, true, false
 }
 
-// knownNumbers returns the key's numbers.
-func (l *sharedLimiter[S]) knownNumbers(name string) (kept bool, n *numbers[*budget[S]]) {
+// rule returns the numbers that the key goes by now.
+func (l *sharedLimiter[S]) rule(name string) *shared.Rule {
 	e, n := l.known(name)
 	if e != nil {
 		e.Unlock()
 	}
-	return e != nil, n
+	return n.rule.current()
 }
 
 // returnsHere is returns for what this process has granted in place of the store. Here is false if it has not, or has told the store since.
 // A name over the wire does not say whose slot it is, so it is looked for here too.
-func (l *sharedLimiter[S]) returnsHere(d *agentapi.LimiterDecision, unused, slot bool, cost float64, settled bool) (done, here bool) {
+func (l *sharedLimiter[S]) returnsHere(d *agentapi.LimiterDecision, r *shared.Return, slot, settled bool) (done, here bool) {
 	if !d.Local && (d.Component != nil || !slot) {
 		return false, false
 	}
-	now := l.engine.now()
 	try := func(e *keys.Entry[account[S]]) {
-		s := e.State.spare
-		if s == nil || here {
-			return
-		}
-		switch {
-		case slot:
-			done = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), unused)
-			here = done
-		case unused:
-			done, here = s.by.from.GiveBack(&s.state, now, d.Consumed, d.Slot(), true), true
-			s.owed = max(s.owed-d.Consumed, 0)
-		case settled:
-			forgiven := 0.0
-			if from, ok := s.by.from.(source.Settler[S]); ok {
-				forgiven = from.Settle(&s.state, now, d.Consumed, cost, d.Slot())
-			}
-			s.owed = max(s.owed+cost-d.Consumed-forgiven, 0)
+		var forgiven float64
+		if done, here, forgiven = e.State.giveBackHere(l.engine.now(), r, settled); here && settled {
 			l.countSettlement(d, true, forgiven)
-			here = true
 		}
 	}
 	if !d.Spilled {
@@ -433,15 +408,15 @@ func (l *sharedLimiter[S]) returned(d *agentapi.LimiterDecision, o agentapi.Outc
 }
 
 func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (Usage, error) {
-	e, n := l.metNow(value)
-	if e != nil {
-		e.Unlock()
-	}
-	rule := n.rule.current()
+	e, n := l.met(value, now)
+	e.Unlock()
 	name := ""
 	if l.table != nil {
-		name = l.namer.Name(value)
+		if name = l.namer.Name(value); e == l.table.Spill() {
+			n = l.unkept(name)
+		}
 	}
+	rule := n.rule.current()
 	u, err := l.engine.store.Look(ctx, l.key(name), rule)
 	if err != nil {
 		return Usage{}, l.wrong(err)
@@ -452,11 +427,6 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 		e.Unlock()
 	}
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}, nil
-}
-
-// metNow is met.
-func (l *sharedLimiter[S]) metNow(value string) (*keys.Entry[account[S]], *numbers[*budget[S]]) {
-	return l.met(value, l.engine.now())
 }
 
 // wrong is an error of the store to a caller of the engine.

@@ -222,8 +222,8 @@ func (f *fleet) outage(t *testing.T, want int, down, closed bool) {
 			if got := flow.Decision() == flowctl.Accepted; got != (i < want) {
 				t.Errorf("flow %d: %v want it admitted: %v", i, flow, i < want)
 			}
-			if r := rejectedBy(flow); closed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503) {
-				t.Errorf("%v want it rejected with no store, 503", flow.Err())
+			if r := rejectedBy(flow); closed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503 || r.RetryAfter() != time.Second) {
+				t.Errorf("%v want it rejected with no store, 503, for a second", flow.Err())
 			}
 		}
 		s := f.sides[at].Engine.Stats()
@@ -352,33 +352,91 @@ func TestStoreOutageOfUsedKeys(t *testing.T) {
 	}
 }
 
-// Slots that an engine has granted in an outage come back to it, during the outage and afterwards, over the network too.
+// slotted have 4 slots for each user.
+func slotted() map[string]policy.Component {
+	return map[string]policy.Component{
+		"concurrency limiter":   limiters()["concurrency limiter"],
+		"concurrency scheduler": sharedSchedulers()["concurrency scheduler"],
+	}
+}
+
+// Slots that an engine has granted in an outage come back to it, during the outage and afterwards, over the network too. So do those of
+// values beyond the engine's cap.
 func TestStoreOutageSlots(t *testing.T) {
-	for _, kind := range sides.Engines {
-		for _, after := range []bool{false, true} {
-			synctest.Test(t, func(t *testing.T) {
-				f := newFleet(t, 2, kind, limiters()["concurrency limiter"])
-				f.down(true)
-				var flows []*flowctl.Flow
-				for range 2 {
-					flows = append(flows, f.start(t, 0, "ann"))
-				}
-				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Rejected {
-					t.Errorf("%v want it rejected", flow)
-				}
-				f.down(!after)
-				for _, flow := range flows {
-					if r := end(flow); r.Returned != 1 {
-						t.Errorf("%v returned %+v want a slot", flow, r)
+	for name, c := range slotted() {
+		for _, kind := range sides.Engines {
+			for _, tt := range []struct {
+				name          string
+				beyond, after bool
+			}{
+				{"during the outage", false, false},
+				{"after the outage", false, true},
+				{"beyond the cap, during the outage", true, false},
+				{"beyond the cap, after the outage", true, true},
+			} {
+				t.Run(name+"/"+string(kind)+"/"+tt.name, func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						f := &fleet{server: sharedtest.New()}
+						f.stores = append(f.stores, f.server.Instance(), f.server.Instance())
+						f.sides = append(f.sides, sides.Setup{
+							Policies: sides.Policies(c), EngineOptions: []engine.Option{engine.WithStore(f.stores[0]), engine.WithKeyCap(1)},
+						}.New(t, kind))
+						f.down(true)
+						if tt.beyond { // the key is in use
+							f.enter(t.Context(), 0, "eve", flowctl.NoWait)
+						}
+						var flows []*flowctl.Flow
+						for range 2 {
+							flows = append(flows, f.enter(t.Context(), 0, "ann", flowctl.NoWait))
+						}
+						if flow := f.enter(t.Context(), 0, "ann", flowctl.NoWait); flow.Decision() != flowctl.Rejected {
+							t.Errorf("%v want it rejected", flow)
+						}
+						f.down(!tt.after)
+						for _, flow := range flows {
+							if r := end(flow); r.Returned != 1 {
+								t.Errorf("%v returned %+v want a slot", flow, r)
+							}
+						}
+						f.down(true)
+						if flow := f.enter(t.Context(), 0, "ann", flowctl.NoWait); flow.Decision() != flowctl.Accepted {
+							t.Errorf("%v want the slots to be free", flow)
+						}
+						if got := f.stores[0].Counted().Return; got != 0 {
+							t.Errorf("%d slots went to the store want none", got)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// A slot that had run out before it came back leaves as many free as there were.
+func TestSharedSlotsThatRanOut(t *testing.T) {
+	for name, c := range slotted() {
+		for _, kind := range sides.Engines {
+			t.Run(name+"/"+string(kind), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					switch s := c.(type) {
+					case policy.ConcurrencyLimiter:
+						s.LimitBy, s.MaxInflight = "", 10*time.Second
+						c = s
+					case policy.ConcurrencyScheduler:
+						s.LimitBy, s.MaxInflight = "", 10*time.Second
+						c = s
 					}
-				}
-				f.down(true)
-				if flow := f.start(t, 0, "ann"); flow.Decision() != flowctl.Accepted {
-					t.Errorf("%v want the slots to be free", flow)
-				}
-				if got := f.stores[0].Counted().Return; got != 0 {
-					t.Errorf("%d slots went to the store want none", got)
-				}
+					f := newFleet(t, 1, kind, c)
+					late := f.enter(t.Context(), 0, "", flowctl.NoWait)
+					<-time.After(11 * time.Second)
+					f.admitsNow(t, "", 4)
+					if r := end(late); r.Returned != 0 {
+						t.Errorf("end returned %+v want nothing", r)
+					}
+					if s := f.sides[0].Engine.Stats().Components[0]; s.Usage.Remaining != 0 {
+						t.Errorf("%v slots are free want none", s.Usage.Remaining)
+					}
+				})
 			})
 		}
 	}
@@ -498,9 +556,11 @@ func TestSharedSlotsEndAnywhere(t *testing.T) {
 		}
 		d := v.At(0)
 		for _, want := range []bool{true, false} {
-			known, returned := f.sides[1].Engine.Agent().EndSlot(t.Context(), "test", d.Component.Hash, "c", "user:"+d.Label, d.Slot())
-			if !known || returned != want {
-				t.Errorf("EndSlot = %v, %v want true, %v", known, returned, want)
+			got := f.sides[1].Engine.Agent().EndSlots(t.Context(), []agentapi.SlotName{{
+				Policy: "test", Hash: d.Component.Hash, Component: "c", Label: "user:" + d.Label, Slot: d.Slot(),
+			}})
+			if !got[0].Known || got[0].Returned != want {
+				t.Errorf("EndSlots = %+v want it returned: %v", got, want)
 			}
 		}
 	}
@@ -660,6 +720,27 @@ func TestSharedPeekAndReset(t *testing.T) {
 	}
 }
 
+// Peek goes by the numbers that flows of a value go by, also if the engine has no room for it.
+func TestSharedPeekBeyondTheCap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := limiters()["rate limiter"].(policy.RateLimiter)
+		c.Overrides = map[string]policy.Override{"vip": {Capacity: 10, Fill: 10}}
+		e, client := reloadable(t, []policy.Component{c}, engine.WithStore(sharedtest.New().Instance()), engine.WithKeyCap(1))
+		for _, user := range []string{"ann", "bob", "vip"} {
+			end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": user}}))
+		}
+		for user, capacity := range map[string]float64{"ann": 4, "bob": 4, "vip": 10, "eve": 4} {
+			used := 1.0
+			if user == "eve" {
+				used = 0
+			}
+			if u, err := peekAt(e, "test", "c", user); err != nil || u != (engine.Usage{Capacity: capacity, Remaining: capacity - used}) {
+				t.Errorf("Peek of %s = %+v, %v want %v of %v", user, u, err, capacity-used, capacity)
+			}
+		}
+	})
+}
+
 // An outage is logged once a minute, and its end.
 func TestStoreOutageIsLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -681,8 +762,8 @@ func TestStoreOutageIsLogged(t *testing.T) {
 		if got := strings.Count(log.String(), "does not answer"); got != 2 {
 			t.Errorf("%d warnings want 2: %s", got, log.String())
 		}
-		if got := strings.Count(log.String(), "answers again"); got != 1 {
-			t.Errorf("%d lines of its end want 1: %s", got, log.String())
+		if got := strings.Count(log.String(), "answers again"); got != 1 || !strings.Contains(log.String(), "after=1m30s") {
+			t.Errorf("%d lines of its end want 1, after 90 s: %s", got, log.String())
 		}
 		if strings.Contains(log.String(), "ann") {
 			t.Errorf("the log has a label's value: %s", log.String())

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -82,6 +83,11 @@ type draws struct {
 	rule    *shared.Rule   // that it was asked with
 	granted float64        // to this key, since then
 	since   int64
+
+	// once are the flows that do not wait, in the order in which they came. The first asked of them came before the store was asked
+	// last: its answer is for them, too, even if it was not told of them.
+	once  []*waiter
+	asked int
 
 	back []shared.Grant // what came for flows that had gone
 }
@@ -189,10 +195,20 @@ func (s *sharedScheduler[S]) turn(e *keys.Entry[line[drawnState[S]]], now int64,
 }
 
 func (s *sharedScheduler[S]) came(e *keys.Entry[line[drawnState[S]]], w *waiter) {
-	if d := e.State.tokens.draws; d != nil && (w.Flow.once || d.listed[s.workloadName(w.Claim())] == 0) {
-		d.soon, d.urgent = true, d.urgent || w.Flow.once
-		d.wake()
+	if w.Flow.once {
+		s.attend(e)
 	}
+	d := e.State.tokens.draws
+	switch {
+	case d == nil:
+		return
+	case w.Flow.once:
+		d.once, d.urgent = append(d.once, w), true
+	case d.listed[s.workloadName(w.Claim())] > 0:
+		return
+	}
+	d.soon = true
+	d.wake()
 }
 
 // wake has the goroutine look what is to be done.
@@ -231,11 +247,17 @@ func (s *sharedScheduler[S]) alone(e *keys.Entry[line[drawnState[S]]], now int64
 }
 
 func (s *sharedScheduler[S]) unneeded(e *keys.Entry[line[drawnState[S]]], w *waiter) {
-	r := shared.Return{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true}
+	s.giveLater([]shared.Return{
+		{Key: s.key(e), Rule: s.from(e).current(), Slot: w.Flow.slot, Tokens: w.Flow.tokens, Unused: true, Queued: true},
+	})
+}
+
+// giveLater gives back what flows have got that have gone. It does not wait. If the call fails, the store goes on returning the slots.
+func (s *sharedScheduler[S]) giveLater(batch []shared.Return) {
 	back := func() {
-		_, _ = s.engine.giveBack(s.engine.store.detached(), []shared.Return{r}) // the flow's caller has gone
+		_, _ = s.engine.giveBack(s.engine.store.detached(), batch) // the flows' callers have gone
 	}
-	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so nobody waits for the entry
+	if !s.engine.store.begin(back) { // the engine was closed meanwhile, so no flow waits for the entry
 		back()
 	}
 }
@@ -270,10 +292,7 @@ func (s *sharedScheduler[S]) draw(e *keys.Entry[line[drawnState[S]]], d *draws) 
 			select {
 			case <-timer.C:
 			case <-d.kick:
-			case <-s.engine.done:
-				e.Lock()
-				d.soon, d.short = true, true
-				e.Unlock()
+			case <-s.engine.done: // there is no pause any more
 			}
 		}
 	}
@@ -292,8 +311,10 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	var listings []listing
 	told := make(map[string]int)
 	if l.waiting() && !s.engine.closed.Load() {
-		s.dismissHopeless(e, rule)
 		turns := l.queue.Turns(mostListed)
+		for dismissHopeless(l.queue, turns, rule) {
+			turns = l.queue.Turns(mostListed)
+		}
 		ask.Once = len(turns) <= mostWorkloads
 		for _, of := range turns[:min(len(turns), mostWorkloads)] {
 			w := shared.Waiting{Workload: s.workloadName(of.Claim), Weight: of.Claim.Priority}
@@ -320,6 +341,7 @@ func (s *sharedScheduler[S]) list(e *keys.Entry[line[drawnState[S]]], d *draws) 
 	ask.Owed = st.report(now)
 	d.woken.Store(false)
 	d.sent, d.onWire, d.soon, d.urgent, d.short, d.next, d.listed, d.rule, d.back = now, true, false, false, false, 0, told, rule, nil
+	d.asked = len(d.once)
 	return ask, listings
 }
 
@@ -331,20 +353,18 @@ func drawCost(r *shared.Rule, w *waiter) float64 {
 	return w.Flow.tokens
 }
 
-// dismissHopeless sends flows away that never get what they cost, because the numbers have changed since they came.
-func (s *sharedScheduler[S]) dismissHopeless(e *keys.Entry[line[drawnState[S]]], r *shared.Rule) {
-	q := e.State.queue
-	for again := true; again; {
-		again = false
-		for _, of := range q.Turns(mostListed) {
-			for _, w := range of.Waiters {
-				if r.Capacity <= 0 || r.Kind == shared.Bucket && w.Flow.tokens > r.Capacity+source.Slack {
-					q.dismiss(w)
-					again = true
-				}
+// dismissHopeless sends flows away that never get what they cost, because the numbers have changed since they came. It reports whether
+// there were any.
+func dismissHopeless(q *queue, turns []wfq.Turns[pending], r *shared.Rule) (found bool) {
+	for _, of := range turns {
+		for _, w := range of.Waiters {
+			if r.Capacity <= 0 || r.Kind == shared.Bucket && w.Flow.tokens > r.Capacity+source.Slack {
+				q.dismiss(w)
+				found = true
 			}
 		}
 	}
+	return found
 }
 
 // drew has the flows run that the store has granted something.
@@ -373,29 +393,41 @@ func (s *sharedScheduler[S]) drew(e *keys.Entry[line[drawnState[S]]], d *draws, 
 			}
 		}
 	}
+	more := true // there may be more for others: none that was listed waits any longer
 	for _, of := range listings {
 		for _, w := range of.waiters {
-			switch {
-			case !w.Waits():
-			case answer.Next < 0:
+			if w.Waits() && answer.Next < 0 {
 				e.State.queue.decide(w, agentapi.CauseNone, source.Never)
-			case w.Flow.once:
-				st.learn(now, ask.Rule, w.Flow.tokens, &shared.Answer{Left: answer.Left, Wait: answer.Next})
-				st.refused = s.workloadName(w.Claim())
-				wait := int64(answer.Next)
-				if wait == 0 && ask.Rule.Kind == shared.Slots {
-					wait = st.forecast(ask.Rule.Capacity)
-				}
-				e.State.queue.decide(w, agentapi.CauseNone, wait)
 			}
+			more = more && !w.Waits()
 		}
 	}
+	if !more {
+		s.refuseOnce(e, d, ask, answer, now)
+	}
+	d.once = slices.DeleteFunc(d.once, func(w *waiter) bool { return !w.Waits() })
+	d.urgent = d.urgent || len(d.once) > 0
 	if ask.Once {
 		d.listed = nil
 	}
 	if q := e.State.queue; q != nil {
 		q.changes++
 		s.serve(e, now)
+	}
+}
+
+// refuseOnce drops the flows that do not wait, and came before the store was asked: there is nothing left for them.
+func (s *sharedScheduler[S]) refuseOnce(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, answer *shared.Drawn, now int64) {
+	st, wait := &e.State.tokens, int64(answer.Next)
+	if wait == 0 && ask.Rule.Kind == shared.Slots {
+		wait = st.forecast(ask.Rule.Capacity)
+	}
+	for _, w := range d.once[:d.asked] {
+		if w.Waits() {
+			st.learn(now, ask.Rule, w.Flow.tokens, &shared.Answer{Left: answer.Left, Wait: answer.Next})
+			st.refused = s.workloadName(w.Claim())
+			e.State.queue.decide(w, agentapi.CauseNone, wait)
+		}
 	}
 }
 
@@ -417,7 +449,7 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 				back.Slots = []uint64{slot}
 			}
 			d.back, d.soon = append(d.back, back), true
-			next++
+			next = min(next+1, len(of.waiters)) // more may come than was asked for
 			continue
 		}
 		w := of.waiters[next]
@@ -440,10 +472,14 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, err error, now int64) {
 	s.engine.failed(err, 0)
 	d.listed = nil
+	var back []shared.Return
 	for _, g := range ask.Unneeded {
-		if g.Slots != nil { // tokens may have gone back already
-			d.back = append(d.back, g)
+		for i, slot := range g.Slots { // tokens may have gone back already
+			back = append(back, shared.Return{Key: ask.Key, Rule: ask.Rule, Slot: slot, Tokens: g.Tokens[i], Unused: true, Queued: true})
 		}
+	}
+	if len(back) > 0 {
+		s.giveLater(back)
 	}
 	st := &e.State.tokens
 	st.here, st.again = true, now+int64(askAgain)
@@ -454,18 +490,17 @@ func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws
 	q.changes++
 	for w := q.First(); w != nil && s.closed(e); w = q.First() {
 		w.Flow.local = true
-		q.decide(w, agentapi.CauseNoStore, 0)
+		q.decide(w, agentapi.CauseNoStore, closedFor)
 	}
 	s.serve(e, now)
-	for _, of := range q.Turns(mostListed) {
-		for _, w := range of.Waiters {
-			if w.Flow.once {
-				_, likely := s.of(e).rule.Forecast(st, now, source.Ahead{}, w.Flow.tokens)
-				w.Flow.local = true
-				q.decide(w, agentapi.CauseNone, likely)
-			}
+	for _, w := range d.once {
+		if w.Waits() {
+			_, likely := s.of(e).rule.Forecast(st, now, source.Ahead{}, w.Flow.tokens)
+			w.Flow.local = true
+			q.decide(w, agentapi.CauseNone, likely)
 		}
 	}
+	d.once = nil
 	s.serve(e, now)
 }
 
@@ -514,20 +549,13 @@ func (t *sharedTally) holds(now int64, r *shared.Rule) {
 
 // Settle gives back what was not used, and slots, and corrects what the flow took by what it cost.
 func (s *sharedScheduler[S]) Settle(ctx context.Context, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
-	r, needed, done := s.returns(d, o)
-	if !needed {
-		return done
-	}
-	batch := []shared.Return{r}
-	results, err := s.engine.giveBack(ctx, batch)
-	done = s.returned(d, o, &batch[0], results[0], err)
-	// A slot's name over the wire does not distinguish values beyond the cap.
-	if d.Component == nil && !done && err == nil && s.table != nil && s.table.Spilled() > 0 {
-		batch[0].Key.Value = spilledName
-		results, err = s.engine.giveBack(ctx, batch)
-		done = s.returned(d, o, &batch[0], results[0], err)
-	}
-	return done
+	return s.engine.settleOne(ctx, s, d, o)
+}
+
+// elsewhere has r return to the key that values beyond the cap share.
+func (s *sharedScheduler[S]) elsewhere(d *agentapi.LimiterDecision, r *shared.Return) bool {
+	r.Key.Value = spilledName
+	return s.mayBeSpilled(d)
 }
 
 func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool) {
@@ -544,25 +572,28 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 		return r, false, false
 	}
 	e, name := s.known(d)
+	r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
+	here := false
 	if e != nil {
-		defer e.Unlock()
 		if settled {
 			s.learn(e, d, o, cost)
 		}
-		if d.Local || d.Component == nil {
-			now := s.engine.now()
-			done, here, forgiven := e.State.tokens.giveBackHere(now, d.Consumed, d.Slot(), unused, cost, settled)
-			if here {
-				if settled {
-					s.countSettlement(d, true, forgiven)
-				}
-				if e.State.queue != nil {
-					e.State.queue.changes++
-					s.serve(e, now)
-				}
-				return r, false, done
-			}
-		}
+		r.Rule = s.from(e).current()
+		done, here = s.returnsHere(e, d, &r, settled)
+		e.Unlock()
+	} else {
+		t := s.terms.Load()
+		place, _ := t.placed(d.Label)
+		r.Rule = t.number(place).rule.(*drawnFrom[S]).current() //nolint:forcetypeassert // it has no others
+	}
+	if !here && s.mayBeSpilled(d) {
+		spill := s.table.Spill()
+		spill.Lock()
+		done, here = s.returnsHere(spill, d, &r, settled)
+		spill.Unlock()
+	}
+	if here {
+		return r, false, done
 	}
 	if settled && cost == d.Consumed {
 		s.countSettlement(d, true, 0)
@@ -571,15 +602,31 @@ func (s *sharedScheduler[S]) returns(d *agentapi.LimiterDecision, o agentapi.Out
 	if d.Local && slot { // it is not in the store
 		return r, false, false
 	}
-	r = shared.Return{Key: name, Slot: d.Slot(), Tokens: d.Consumed, Cost: cost, Unused: unused, Queued: true}
-	if e != nil {
-		r.Rule = s.from(e).current()
-	} else {
-		t := s.terms.Load()
-		place, _ := t.placed(d.Label)
-		r.Rule = t.number(place).rule.(*drawnFrom[S]).current() //nolint:forcetypeassert // it has no others
-	}
 	return r, true, false
+}
+
+// returnsHere is returns for what this process has granted in place of the store. The entry is locked. Here is false if it has not, or
+// has told the store since.
+func (s *sharedScheduler[S]) returnsHere(e *keys.Entry[line[drawnState[S]]], d *agentapi.LimiterDecision, r *shared.Return, settled bool,
+) (done, here bool) {
+	if !d.Local && d.Component != nil {
+		return false, false
+	}
+	now := s.engine.now()
+	done, here, forgiven := e.State.tokens.giveBackHere(now, r, settled)
+	if here && settled {
+		s.countSettlement(d, true, forgiven)
+	}
+	if here && e.State.queue != nil {
+		e.State.queue.changes++
+		s.serve(e, now)
+	}
+	return done, here
+}
+
+// mayBeSpilled reports whether the decision may be one about a value beyond the cap of keys: a slot's name over the wire does not say so.
+func (s *sharedScheduler[S]) mayBeSpilled(d *agentapi.LimiterDecision) bool {
+	return d.Component == nil && s.table != nil && s.table.Spilled() > 0
 }
 
 // known returns the entry that has decided, locked, and its name in the store. The entry is nil if there is none any more.
@@ -590,7 +637,8 @@ func (s *sharedScheduler[S]) known(d *agentapi.LimiterDecision) (*keys.Entry[lin
 		e = s.single
 		e.Lock()
 	case d.Spilled:
-		e = s.table.LockSpill()
+		e = s.table.Spill()
+		e.Lock()
 	default:
 		e = s.table.LockKnown(d.Label)
 	}
@@ -624,6 +672,9 @@ func (s *sharedScheduler[S]) returned(d *agentapi.LimiterDecision, o agentapi.Ou
 	}
 	if settled {
 		s.countSettlement(d, true, result.Forgiven)
+	}
+	if !result.Returned && !settled {
+		return false
 	}
 	if e, _ := s.known(d); e != nil {
 		e.State.tokens.corrected(r.Rule.Capacity, r.Tokens-r.Cost)

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"math"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -251,8 +253,8 @@ func TestSharedSchedulersInAnOutage(t *testing.T) {
 									if got := flow.Decision() == flowctl.Accepted; got != (i < want) {
 										t.Errorf("flow %d: %v want it admitted: %v", i, flow, i < want)
 									}
-									if r := rejectedBy(flow); mode == policy.OutageClosed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503) {
-										t.Errorf("%v want it rejected with no store, 503", flow.Err())
+									if r := rejectedBy(flow); mode == policy.OutageClosed && (r == nil || r.Cause() != flowctl.CauseNoStore || r.HTTPStatus != 503 || r.RetryAfter() != time.Second) {
+										t.Errorf("%v want it rejected with no store, 503, for a second", flow.Err())
 									}
 								}
 								s := f.sides[at].Engine.Stats()
@@ -663,9 +665,11 @@ func TestSharedSchedulersEndAnywhere(t *testing.T) {
 			}
 			d := v.At(0)
 			for _, want := range []bool{true, false} {
-				known, returned := f.sides[1].Engine.Agent().EndSlot(t.Context(), "test", d.Component.Hash, "c", "user:"+d.Label, d.Slot())
-				if !known || returned != want {
-					t.Errorf("EndSlot = %v, %v want true, %v", known, returned, want)
+				got := f.sides[1].Engine.Agent().EndSlots(t.Context(), []agentapi.SlotName{{
+					Policy: "test", Hash: d.Component.Hash, Component: "c", Label: "user:" + d.Label, Slot: d.Slot(),
+				}})
+				if !got[0].Known || got[0].Returned != want {
+					t.Errorf("EndSlots = %+v want it returned: %v", got, want)
 				}
 			}
 		}
@@ -704,8 +708,8 @@ func TestSharedSchedulersBeyondTheCap(t *testing.T) {
 			}
 		}
 		wg.Wait()
-		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows == 0 {
-			t.Errorf("stats = %+v want one key, and overflows", s)
+		if s := e.Stats().Components[0]; s.Keys != 1 || s.Overflows != 6 {
+			t.Errorf("stats = %+v want one key, and an overflow for each flow of the others", s)
 		}
 		for range 4 {
 			if flow := enter("eve"); flow.Decision() != flowctl.Accepted {
@@ -742,6 +746,161 @@ func TestSharedSchedulersPeekAndReset(t *testing.T) {
 				}
 				if err := resetAt(f.sides[1].Engine, "test", "c", "ann"); !errors.Is(err, shared.ErrDown) {
 					t.Errorf("Reset without the store: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// What comes for a flow that has gone goes back although the store does not answer, and the engine does not ask for it over and over.
+func TestSharedSchedulersGiveBackInAnOutage(t *testing.T) {
+	for _, kind := range sides.Engines {
+		t.Run(string(kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 1, kind, sharedSchedulers()["concurrency scheduler"])
+				store := f.stores[0]
+				store.Behave(sharedtest.Behavior{Late: 20 * time.Millisecond})
+				defer time.AfterFunc(15*time.Millisecond, func() { // the answer has been made, and is on its way
+					store.Behave(sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded})
+				}).Stop()
+				if flow := f.enter(t.Context(), 0, "ann", 10*time.Millisecond); flow.Decision() != flowctl.Rejected {
+					t.Errorf("%v want it rejected, because the answer comes later", flow)
+				}
+				<-time.After(time.Second)
+				if got := store.Counted().Draw; got > 2 {
+					t.Errorf("the engine asked %d times want no more than twice", got)
+				}
+				closed := make(chan error, 1)
+				go func() { closed <- f.sides[0].Engine.Close() }()
+				select {
+				case err := <-closed:
+					if err != nil {
+						t.Error(err)
+					}
+				case <-time.After(time.Minute):
+					t.Error("Close has not returned after a minute of the outage")
+				}
+				store.Behave(sharedtest.Behavior{})
+				synctest.Wait()
+				other := &fleet{server: f.server}
+				other.add(t, sides.Embedded, sharedSchedulers()["concurrency scheduler"])
+				other.admitsNow(t, "ann", 4)
+			})
+		})
+	}
+}
+
+// Flows that do not wait are decided about at once by what the store says, however many there are, and whatever waits before them.
+func TestSharedSchedulersDecideAtOnce(t *testing.T) {
+	const flows = 3*mostListed + 5
+	for name, c := range sharedSchedulers() {
+		for _, tt := range []struct {
+			name      string
+			waiting   int // flows that wait before they come
+			workloads int
+			behavior  sharedtest.Behavior
+			want      int // that are admitted
+			local     int // that are decided about without the store
+		}{
+			{"all at once", 0, 1, sharedtest.Behavior{Late: time.Millisecond}, 4, 0},
+			{"of many workloads", 0, flows, sharedtest.Behavior{Late: time.Millisecond}, 4, 0},
+			{"behind flows that wait", 2 * mostListed, 1, sharedtest.Behavior{Late: time.Millisecond}, 0, 0},
+			{"behind workloads that wait", 3 * mostListed, 3 * mostListed, sharedtest.Behavior{Late: time.Millisecond}, 0, 0},
+			{"in an outage", 0, 1, sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded}, 4, flows},
+			{"of many workloads in an outage", 0, flows, sharedtest.Behavior{Late: time.Millisecond, Lost: context.DeadlineExceeded}, 4, flows},
+		} {
+			for _, kind := range sides.Engines {
+				t.Run(name+"/"+tt.name+"/"+string(kind), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						switch s := c.(type) {
+						case policy.QuotaScheduler:
+							s.Scheduler.WorkloadLabel = "class"
+							c = s
+						case policy.ConcurrencyScheduler:
+							s.Scheduler.WorkloadLabel = "class"
+							c = s
+						}
+						f := newFleet(t, 1, kind, c)
+						params := func(i int, most time.Duration) flowctl.Params {
+							return flowctl.Params{Labels: map[string]string{"user": "ann", "class": strconv.Itoa(i % tt.workloads)}, MaxWait: most}
+						}
+						ctx, cancel := context.WithCancel(t.Context())
+						var wg sync.WaitGroup
+						defer wg.Wait()
+						defer cancel()
+						if tt.waiting > 0 {
+							f.admitsNow(t, "ann", 4)
+						}
+						for i := range tt.waiting {
+							wg.Go(func() { f.sides[0].Client.Start(ctx, "point", params(i, 2*time.Hour)) })
+						}
+						<-time.After(time.Second)
+						before := f.sides[0].Engine.Stats().Components[0]
+						f.stores[0].Behave(tt.behavior)
+						var admitted atomic.Int64
+						var own sync.WaitGroup
+						for i := range flows {
+							own.Go(func() {
+								began := time.Now()
+								flow := f.sides[0].Client.Start(t.Context(), "point", params(i, flowctl.NoWait))
+								if flow.Decision() == flowctl.Accepted {
+									admitted.Add(1)
+								}
+								if took := time.Since(began); took > 10*time.Millisecond {
+									t.Errorf("%v after %v want it at once", flow, took)
+								}
+							})
+						}
+						own.Wait()
+						after := f.sides[0].Engine.Stats().Components[0]
+						if got := int(admitted.Load()); got != tt.want {
+							t.Errorf("%d flows were admitted want %d", got, tt.want)
+						}
+						if got := int(after.LocalDecisions - before.LocalDecisions); got != tt.local {
+							t.Errorf("%d flows were decided about without the store want %d", got, tt.local)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// mostListed is how many flows of a workload the store is told of.
+const mostListed = 32
+
+// A generous store grants more than it was asked for: what it had put aside for flows that have gone.
+type generous struct{ *sharedtest.Store }
+
+func (g generous) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, error) {
+	drawn, err := g.Store.Draw(ctx, d)
+	for i := range drawn.Grants {
+		one := &drawn.Grants[i]
+		for range 3 {
+			one.Tokens = append(one.Tokens, 1)
+			if d.Rule.Kind == shared.Slots {
+				one.Slots = append(one.Slots, 1)
+			}
+		}
+	}
+	return drawn, err
+}
+
+// What comes beyond the flows that wait goes back.
+func TestSharedSchedulersGrantedMore(t *testing.T) {
+	for name, c := range sharedSchedulers() {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := generous{sharedtest.New().Instance()}
+				_, client := reloadable(t, []policy.Component{c}, engine.WithStore(store))
+				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "ann"}})
+				if flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v want it accepted", flow)
+				}
+				end(flow)
+				synctest.Wait()
+				if got := store.Counted().Draw; got != 2 {
+					t.Errorf("%d drawings want 2: one for the flow, and one that gives back", got)
 				}
 			})
 		})

@@ -432,7 +432,10 @@ func TestFlowsEndAfterRestart(t *testing.T) {
 					if d.Component.LabelKey != "" {
 						label = d.Component.LabelKey + ":" + label
 					}
-					return e.Agent().EndSlot(t.Context(), d.Component.Policy, d.Component.Hash, d.Component.ID, label, d.Slot())
+					got := e.Agent().EndSlots(t.Context(), []agentapi.SlotName{{
+						Policy: d.Component.Policy, Hash: d.Component.Hash, Component: d.Component.ID, Label: label, Slot: d.Slot(),
+					}})
+					return got[0].Known, got[0].Returned
 				}
 				for i, v := range append(held, held...) {
 					if _, returned := end(v); returned != (i < len(held)) {

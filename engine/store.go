@@ -48,15 +48,17 @@ type store struct {
 
 	failures, unanswered atomic.Uint64
 
-	// warned is when a failure was logged last, by the engine's time; 0 for never. Told is how many flows were told of then.
-	warned  atomic.Int64
-	told    atomic.Uint64
-	failing atomic.Bool // a failure was logged, and no success since
+	log     minutely     // about flows that the store did not decide about
+	failing atomic.Int64 // when a failure was logged that no success came after, by the engine's time; 0 for none
 
 	goes  sync.WaitGroup // what asks for flows that wait
 	mu    sync.Mutex
 	ended bool // none begins any more; guarded by mu
 }
+
+// closedFor is after which time flows may come back that were rejected because the store did not answer: a store that is down is asked
+// once a second whether it is back.
+const closedFor = int64(time.Second)
 
 // begin runs f in a goroutine that Close waits for. It reports false after Close.
 func (s *store) begin(f func()) bool {
@@ -119,12 +121,25 @@ func (e *Engine) failed(err error, flows uint64) {
 	s, now := e.store, e.now()
 	s.failures.Add(1)
 	n := s.unanswered.Add(flows)
-	last := s.warned.Load()
-	if last != 0 && now-last < int64(sweepEvery) || !s.warned.CompareAndSwap(last, max(now, 1)) {
-		return
+	if more, due := s.log.due(now, n); due {
+		s.failing.CompareAndSwap(0, max(now, 1))
+		e.logger.Warn("headgate: the store does not answer; limits hold as OnOutage says", "error", err, "flows", more)
 	}
-	s.failing.Store(true)
-	e.logger.Warn("headgate: the store does not answer; limits hold as OnOutage says", "error", err, "flows", n-s.told.Swap(n))
+}
+
+// A minutely is log lines about something that is counted, one a minute at the most. The zero value is ready.
+type minutely struct {
+	last atomic.Int64  // when there was one, by the engine's time; 0 for never
+	told atomic.Uint64 // the count by then
+}
+
+// due reports whether there is to be one now, and how many more have been counted since the last, if the count is n.
+func (w *minutely) due(now int64, n uint64) (more uint64, due bool) {
+	last := w.last.Load()
+	if last != 0 && now-last < int64(sweepEvery) || !w.last.CompareAndSwap(last, max(now, 1)) {
+		return 0, false
+	}
+	return n - w.told.Swap(n), true
 }
 
 // answered notes what became of a call. It is no failure of the store that a caller leaves.
@@ -139,7 +154,11 @@ func (e *Engine) answered(ctx context.Context, err error) {
 
 // succeeded logs that the store answers again, if it was logged that it does not.
 func (e *Engine) succeeded() {
-	if s := e.store; s.failing.Load() && s.failing.Swap(false) {
-		e.logger.Info("headgate: the store answers again", "after", time.Duration(e.now()-s.warned.Load()).Round(time.Millisecond))
+	s := e.store
+	if s.failing.Load() == 0 { // most calls
+		return
+	}
+	if since := s.failing.Swap(0); since != 0 {
+		e.logger.Info("headgate: the store answers again", "after", time.Duration(e.now()-since).Round(time.Millisecond))
 	}
 }

@@ -16,7 +16,7 @@ type sharer interface {
 	// question of another flow is to come, and offhand may be called again after it. So many were awaited.
 	offhand(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, awaited int) (done bool, more *drawing)
 
-	// prepare fills the question for a flow. If it is false, there is none: the decision is made.
+	// prepare fills the question for a flow, after offhand. If it is false, there is none: the decision is made.
 	prepare(req *agentapi.Request, now int64, d *agentapi.LimiterDecision, ask *shared.Ask) bool
 
 	// answered makes the decision by the answer. If taken is false, the store has given the flow nothing.
@@ -33,11 +33,16 @@ type sharer interface {
 
 // A returner is a component that gives back to the store. The engine gives back together what a flow has of all of them.
 type returner interface {
+	agentapi.Settler
+
 	// returns is Settle up to what the store is to do. Done is what Settle reports if there is nothing.
 	returns(d *agentapi.LimiterDecision, o agentapi.Outcome) (r shared.Return, needed, done bool)
 
 	// returned is the rest of Settle.
 	returned(d *agentapi.LimiterDecision, o agentapi.Outcome, r *shared.Return, result shared.Result, err error) bool
+
+	// elsewhere has r return what the store did not find to another key. It reports false if there is none.
+	elsewhere(d *agentapi.LimiterDecision, r *shared.Return) bool
 }
 
 // A question is what one component wants to know of the store.
@@ -159,12 +164,10 @@ func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Du
 	return err
 }
 
-// settleTogether settles all decisions of a flow that hold something. One call returns what is the store's. It returns how many slots the
-// flow held, and how many of them were still its own.
+// settleTogether settles all decisions of a flow that hold something. It returns how many slots the flow held, and how many of them were
+// still its own.
 func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agentapi.Outcome) (held, returned int) {
-	var batch []shared.Return
-	var of []returner
-	var at []int // their decisions
+	var far []agentapi.Settling
 	for i := range v.Len() {
 		d := v.At(i)
 		if d.Dropped {
@@ -174,38 +177,59 @@ func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agen
 		if holds {
 			held++
 		}
-		one, ok := d.Component.Settler.(returner)
-		if !ok {
-			if d.Component.Settler.Settle(ctx, d, o) && holds {
-				returned++
-			}
-			continue
-		}
-		r, needed, done := one.returns(d, o)
-		if done && holds {
+		if _, ok := d.Component.Settler.(returner); ok {
+			far = append(far, agentapi.Settling{By: d.Component.Settler, Decision: d, Outcome: o})
+		} else if d.Component.Settler.Settle(ctx, d, o) && holds {
 			returned++
 		}
-		if needed {
-			batch, of, at = append(batch, r), append(of, one), append(at, i)
-		}
 	}
-	if len(batch) > 0 {
-		results, err := e.giveBack(ctx, batch)
-		for i := range of {
-			d := v.At(at[i])
-			if of[i].returned(d, o, &batch[i], results[i], err) && d.Component.Slots && d.Slot() != 0 {
-				returned++
-			}
-		}
-	}
-	if o.Ended == agentapi.EndedUnused {
-		for i := range v.Len() {
-			if d := v.At(i); !d.Dropped {
-				d.Hold(0)
-			}
+	e.settle(ctx, far)
+	for i := range far {
+		if d := far[i].Decision; far[i].Done && d.Component.Slots && d.Slot() != 0 {
+			returned++
 		}
 	}
 	return held, returned
+}
+
+// settle settles the decisions. One call returns what is the store's.
+func (e *Engine) settle(ctx context.Context, all []agentapi.Settling) {
+	var batch []shared.Return
+	var at []int // of all
+	for i := range all {
+		one := &all[i]
+		of, ok := one.By.(returner)
+		if !ok {
+			one.Done = one.By.Settle(ctx, one.Decision, one.Outcome)
+			continue
+		}
+		var r shared.Return
+		var needed bool
+		if r, needed, one.Done = of.returns(one.Decision, one.Outcome); needed {
+			batch, at = append(batch, r), append(at, i)
+		}
+	}
+	for again := false; len(batch) > 0; again = true {
+		results, err := e.giveBack(ctx, batch)
+		left := 0
+		for i, place := range at {
+			one := &all[place]
+			of := one.By.(returner) //nolint:forcetypeassert // it has returned something
+			one.Done = of.returned(one.Decision, one.Outcome, &batch[i], results[i], err)
+			if !one.Done && err == nil && !again && of.elsewhere(one.Decision, &batch[i]) {
+				batch[left], at[left] = batch[i], place
+				left++
+			}
+		}
+		batch, at = batch[:left], at[:left]
+	}
+}
+
+// settleOne is settle for one decision.
+func (e *Engine) settleOne(ctx context.Context, by returner, d *agentapi.LimiterDecision, o agentapi.Outcome) bool {
+	one := []agentapi.Settling{{By: by, Decision: d, Outcome: o}}
+	e.settle(ctx, one)
+	return one[0].Done
 }
 
 // giveBack returns what the store gave. The results are zero after an error.

@@ -48,7 +48,7 @@ func (s *session) giveBack(agent uint64, refs []*checkv1.InflightRequestRef) {
 	}
 }
 
-// giveUp tells the agents of the session that nobody has the answer to a check.
+// giveUp tells the agents of the session that the answer to a check did not come.
 func (s *session) giveUp(number uint64) {
 	ends := time.Now().Add(givenUpBy)
 	s.mu.Lock()
@@ -96,8 +96,8 @@ func (s *session) comeBack(one *returning) {
 	}
 }
 
-// takeReturns has the stream bring back what there is. Nothing is known of what other streams have brought. Another agent may be the
-// same one after a kill, with slots of its last copy, and to one that is not, the names say nothing.
+// takeReturns has the stream bring back all returns. Other streams may have brought some already, which does no harm. Returns for another
+// agent come, too: this one may be the same agent after a kill, with slots of its last copy. If it is not, it does not know their names.
 func (l *line) takeReturns(now time.Time) {
 	l.returns, l.bringing = nil, 0
 	for id, one := range l.session.returns {
@@ -116,14 +116,15 @@ func (l *line) batchReturns() (batch []*sessionv1.Return) {
 	slots := 0
 	for len(l.returns) > 0 && len(batch) < wire.MostSettlements {
 		one := l.returns[0]
+		if l.session.returns[one.message.GetId()] != one { // it was answered on another stream, or given up
+			l.returns = l.returns[1:]
+			continue
+		}
 		slots += len(one.message.GetSlots())
 		if size += one.size; size > wire.MaxSessionMessage || slots > wire.MostSettlements {
 			break
 		}
-		l.returns = l.returns[1:]
-		if l.session.returns[one.message.GetId()] == one { // else it was answered on another stream, or given up
-			batch = append(batch, one.message)
-		}
+		l.returns, batch = l.returns[1:], append(batch, one.message)
 	}
 	return batch
 }

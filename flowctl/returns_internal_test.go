@@ -1,6 +1,8 @@
 package flowctl
 
 import (
+	"cmp"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -50,12 +52,15 @@ func TestBatchesOfReturns(t *testing.T) {
 		slots int // of a flow
 		label int // bytes
 		flows int
+		gone  int // returns, the first, that have come back on another stream
 		want  int // slots that come
 	}{
-		{"small", 1, 0, 1000, 1000},
-		{"many slots", 4096, 100, 1, 4096},
-		{"long labels", 3, 8 << 10, 10, 30},
-		{"a label that fits into no message", 1, wire.MaxSessionMessage, 3, 0},
+		{"small", 1, 0, 1000, 0, 1000},
+		{"many slots", 4096, 100, 1, 0, 4096},
+		{"long labels", 3, 8 << 10, 10, 0, 30},
+		{"a label that fits into no message", 1, wire.MaxSessionMessage, 3, 0, 0},
+		{"small, and many have come back", 1, 0, 1000, 900, 100},
+		{"long labels, and many have come back", 3, 8 << 10, 100, 270, 30},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSession(&remote{})
@@ -71,6 +76,10 @@ func TestBatchesOfReturns(t *testing.T) {
 			}
 			l := &line{session: s, told: true, agent: 7}
 			l.takeReturns(time.Now())
+			slices.SortFunc(l.returns, func(a, b *returning) int { return cmp.Compare(a.message.GetId(), b.message.GetId()) })
+			for id := range tt.gone {
+				delete(s.returns, uint64(id+1))
+			}
 			got := 0
 			for len(l.returns) > 0 {
 				m := &sessionv1.SessionRequest{Returns: l.batchReturns(), Heartbeat: &sessionv1.Heartbeat{Number: 1 << 62, Acknowledges: 1 << 62}}

@@ -36,7 +36,7 @@ const (
 	// OutageOpen admits every flow.
 	OutageOpen Outage = "open"
 
-	// OutageClosed rejects every flow, with the status 503.
+	// OutageClosed rejects every flow, with the status 503 and a time to retry of a second.
 	OutageClosed Outage = "closed"
 )
 

@@ -2,10 +2,14 @@ package redisstore
 
 import (
 	"context"
+	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/redis/rueidis"
 )
 
 const (
@@ -22,12 +26,28 @@ func (s *Store) kick() {
 	}
 }
 
-// background does what no flow waits for: it returns slots, asks servers that count as down, and follows the cluster. It has leases
-// renewed, which waits for none of this.
+// A round is one of a loop that does several things, each in its period.
+type round struct {
+	now  time.Time
+	wait time.Duration // until the next one
+}
+
+// due reports whether something is due that was done then. If so, it is done now.
+func (r *round) due(last *time.Time, period time.Duration) bool {
+	if left := last.Add(period).Sub(r.now); left > 0 {
+		r.wait = min(r.wait, left)
+		return false
+	}
+	*last = r.now
+	r.wait = min(r.wait, period)
+	return true
+}
+
+// background does what no flow waits for: it returns slots, asks servers that count as down, and follows the cluster.
 func (s *Store) background() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var counted, probed, looked, returnedAt time.Time
+	var probed, looked, returnedAt time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -35,40 +55,27 @@ func (s *Store) background() {
 		case <-timer.C:
 		case <-s.kicked:
 		}
-		now := time.Now()
-		wait := topologyPeriod
-		due := func(last *time.Time, period time.Duration) bool {
-			if left := last.Add(period).Sub(now); left > 0 {
-				wait = min(wait, left)
-				return false
-			}
-			*last = now
-			wait = min(wait, period)
-			return true
-		}
-		if s.cluster && due(&looked, s.topologyPeriod()) {
+		r := round{time.Now(), topologyPeriod}
+		if s.cluster && r.due(&looked, s.topologyPeriod()) {
 			s.follow(s.ctx)
 		}
-		if s.Down() && due(&probed, gateProbe) {
+		if s.Down() && r.due(&probed, gateProbe) {
 			s.askAgain(s.ctx)
 		}
-		if s.cluster {
-			s.index(s.ctx)
+		if s.hasPending() && r.due(&returnedAt, pendingPeriod) {
+			s.returnPending(s.ctx, r.now)
 		}
-		if due(&counted, countPeriod) {
-			once(s, &s.counting, func() { s.count(s.ctx) })
-		}
-		if s.hasPending() && due(&returnedAt, pendingPeriod) {
-			s.returnPending(s.ctx, now)
-		}
-		timer.Reset(wait)
+		timer.Reset(r.wait)
 	}
 }
 
-// renewing has leases renewed at a third of their time, and when there is a new one.
+// renewing has leases renewed: those of slots at a third of their time, those of sessions likewise and when there is something new, and
+// that of the instance more often, because the others count it. It waits for none of them, so a shard that does not answer costs no
+// lease at the others.
 func (s *Store) renewing() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var counted, renewed, refreshed time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -76,8 +83,20 @@ func (s *Store) renewing() {
 		case <-timer.C:
 		case <-s.renewSoon:
 		}
-		s.renew(s.ctx)
-		timer.Reset(s.lease / 3)
+		r := round{time.Now(), countPeriod}
+		if r.due(&counted, min(countPeriod, s.lease/3)) {
+			s.once(&s.counting, func() { s.count(s.ctx) })
+		}
+		if r.due(&renewed, s.lease/3) {
+			for _, sh := range s.shards() {
+				s.once(&sh.renewing, func() { s.renewOwn(s.ctx, sh) })
+			}
+		}
+		if r.due(&refreshed, s.sessionPeriod()) {
+			s.refreshSessions()
+		}
+		s.once(&s.renewingSessions, func() { s.renewSessions(s.ctx) })
+		timer.Reset(r.wait)
 	}
 }
 
@@ -101,16 +120,29 @@ func (s *Store) askAgain(ctx context.Context) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, sh := range s.shards() {
-		key := sh.probe.Load()
-		if !sh.gate.Open() || key == nil {
-			continue
+		if client := s.clientOf(sh); sh.gate.Open() && client != nil {
+			wg.Go(func() {
+				sent := time.Now()
+				_ = s.evidence(sh, client.Do(unbounded{ctx}, client.B().Ping().Build()).Error(), sent)
+			})
 		}
-		wg.Go(func() {
-			sent := time.Now()
-			_ = s.evidence(sh, s.client.Do(unbounded{ctx}, s.client.B().Exists().Key(*key).Build()).Error(), sent)
-		})
 	}
 	wg.Wait()
+}
+
+// clientOf returns the client of a shard's server alone. It is nil if the cluster's client does not know that server any more: then
+// [Store.follow] finds out which one has taken its place.
+func (s *Store) clientOf(sh *shard) rueidis.Client {
+	if sh.address == "" {
+		return s.client
+	}
+	for address, client := range s.client.Nodes() {
+		// A server that does not know its own host tells its port only.
+		if address == sh.address || sh.address[0] == ':' && strings.HasSuffix(address, sh.address) {
+			return client
+		}
+	}
+	return nil
 }
 
 // clustered is what is known of a cluster: which shard has which slots. Outside a cluster one shard has all.
@@ -184,11 +216,11 @@ func (s *Store) follow(ctx context.Context) {
 		}
 		host, _ := node[0].ToString()
 		port, _ := node[1].AsInt64()
-		address := host + ":" + strconv.FormatInt(port, 10)
+		address := net.JoinHostPort(host, strconv.FormatInt(port, 10))
 		sh := known[address]
 		if sh == nil {
 			if sh = c.known[address]; sh == nil {
-				sh = s.newShard()
+				sh = s.newShard(address)
 			}
 			known[address] = sh
 			all = append(all, sh)

@@ -3,10 +3,12 @@ package redisstore
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"math"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/redis/rueidis"
 	"pgregory.net/rapid"
 
@@ -231,6 +233,8 @@ type failer interface {
 type harness struct {
 	tb failer
 	*Store
+
+	taking *script
 }
 
 func newHarness(tb testing.TB) *harness {
@@ -247,7 +251,7 @@ func newHarness(tb testing.TB) *harness {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = s.Close() })
-	return &harness{tb, s}
+	return &harness{tb, s, s.scripts.take}
 }
 
 func (h *harness) send(sc *script, c *call, head []byte) (now float64) {
@@ -276,7 +280,7 @@ func (h *harness) send(sc *script, c *call, head []byte) (now float64) {
 func (h *harness) take(a shared.Ask) (answer shared.Answer, now float64) {
 	h.tb.Helper()
 	c := &call{asks: []asked{h.asked(a)}}
-	now = h.send(h.scripts.take, c, appendFloats(nil, 0))
+	now = h.send(h.taking, c, appendFloats(nil, 0))
 	return c.answers[0], now
 }
 
@@ -357,6 +361,7 @@ func TestFleetBucketAndModel(t *testing.T) {
 				if rapid.Bool().Draw(rt, "known") {
 					a.Since = time.Duration(rapid.Int64Range(1, int64(2*time.Hour)/1000).Draw(rt, "since")) * time.Microsecond
 				}
+				h.taking = rapid.SampledFrom([]*script{h.scripts.take, h.scripts.takeTokens}).Draw(rt, "script")
 				got, now := h.take(a)
 				if want := m.take(&a, now, 2); got != want {
 					rt.Fatalf("Take(%+v) by %+v = %+v want %+v", a, rule, got, want)
@@ -388,5 +393,69 @@ func TestFleetBucketAndModel(t *testing.T) {
 				}
 			},
 		})
+	})
+}
+
+// A call about several flows decides about one after the other. It is the same for a script that decides about all of them as plain ones,
+// and for one that finds on the way that some are not.
+func TestFleetFlowsOfACall(t *testing.T) {
+	h := newHarness(t)
+	run := 0
+	rapid.Check(t, func(rt *rapid.T) {
+		h.tb = rt
+		run++
+		rules := []*shared.Rule{
+			{Kind: shared.Bucket, Capacity: 5, Interval: time.Hour},
+			{Kind: shared.Bucket, Capacity: 9, Interval: time.Hour},
+			{Kind: shared.Bucket, Capacity: 7, Interval: time.Hour, Step: true}, // it is not plain
+		}
+		var left [4]float64
+		kinds := rapid.SliceOfN(rapid.SampledFrom([]int{0, 0, 1, 2}), len(left), len(left)).Draw(rt, "rules")
+		for i, kind := range kinds {
+			left[i] = rules[kind].Capacity
+		}
+		for range rapid.IntRange(1, 3).Draw(rt, "calls") {
+			e := newEncoder()
+			var calls []*call
+			var want []shared.Answer
+			for range rapid.IntRange(1, 9).Draw(rt, "flows") {
+				keys := rapid.SliceOfNDistinct(rapid.IntRange(0, len(left)-1), 1, 3, rapid.ID).Draw(rt, "keys")
+				c := &call{}
+				refused := false
+				for _, k := range keys {
+					a := shared.Ask{Key: shared.Key{Policy: "p", Component: fmt.Sprint(k), Label: "run", Value: fmt.Sprint(run)}, Rule: rules[kinds[k]], Tokens: float64(rapid.IntRange(0, 3).Draw(rt, "tokens"))}
+					a.Since = rapid.SampledFrom([]time.Duration{0, time.Second}).Draw(rt, "since")
+					c.asks = append(c.asks, h.asked(a))
+					refused = refused || a.Tokens > left[k]
+				}
+				for i, k := range keys {
+					tokens := c.asks[i].Tokens
+					answer := shared.Answer{OK: tokens <= left[k] || tokens == 0}
+					if !answer.OK {
+						answer.Wait = -1
+					}
+					if !refused {
+						left[k] -= tokens
+					}
+					answer.Left = left[k]
+					want = append(want, answer)
+				}
+				e.flow(c.asks, time.Now(), h.own, nil, 1)
+				calls = append(calls, c)
+			}
+			keys, arg := e.call(appendFloats(nil, 0), len(calls))
+			sc := rapid.SampledFrom([]*script{h.scripts.take, h.scripts.takeTokens}).Draw(rt, "script")
+			reply, err := h.run(t.Context(), sc, keys, arg)
+			if err != nil || !h.decode(h.single.take.shard(), calls, reply, time.Now()) {
+				rt.Fatalf("reply %x, %v", reply, err)
+			}
+			var got []shared.Answer
+			for _, c := range calls {
+				got = append(got, c.answers...)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				rt.Fatalf("answers (-want +got):\n%s", diff)
+			}
+		}
 	})
 }

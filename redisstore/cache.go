@@ -1,7 +1,9 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"strconv"
 	"time"
 
@@ -15,18 +17,12 @@ func (s *Store) Get(ctx context.Context, keys []shared.CacheKey) ([][]byte, erro
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	commands := make([]rueidis.Completed, len(keys))
-	sh := s.single.take.shard()
+	commands, shards := make([]rueidis.Completed, len(keys)), make([]*shard, len(keys))
 	for i, k := range keys {
 		n := s.cacheName(k)
-		if s.cluster {
-			if sh = s.shardOf(slotOf("{" + n + "}")); sh.gate.Open() {
-				return nil, shared.ErrDown
-			}
-		}
-		commands[i] = s.client.B().Get().Key(n).Build()
+		commands[i], shards[i] = s.client.B().Get().Key(n).Build(), s.shardOfKey(n)
 	}
-	results, err := s.plain(ctx, sh, commands...)
+	results, err := s.plain(ctx, shards, commands...)
 	if err != nil {
 		return nil, err
 	}
@@ -54,22 +50,21 @@ func (s *Store) Delete(ctx context.Context, key shared.CacheKey) error {
 	return s.one(ctx, n, s.client.B().Del().Key(n).Build())
 }
 
+// shardOfKey returns the shard that has a key without a tag.
+func (s *Store) shardOfKey(key string) *shard { return s.shardOf(slotOf("{" + key + "}")) }
+
 // one runs a command of one key.
 func (s *Store) one(ctx context.Context, key string, command rueidis.Completed) error {
-	sh := s.single.take.shard()
-	if s.cluster {
-		sh = s.shardOf(slotOf("{" + key + "}"))
-	}
-	results, err := s.plain(ctx, sh, command)
+	results, err := s.plain(ctx, []*shard{s.shardOfKey(key)}, command)
 	if err != nil {
 		return err
 	}
 	return answerError(results[0].Error())
 }
 
-// plain runs commands within the store's bound. The error is that of a server that has not answered.
-func (s *Store) plain(ctx context.Context, sh *shard, commands ...rueidis.Completed) ([]rueidis.RedisResult, error) {
-	if sh.gate.Open() {
+// plain runs commands of these shards together, within the store's bound. The error is that of a server that has not answered.
+func (s *Store) plain(ctx context.Context, shards []*shard, commands ...rueidis.Completed) ([]rueidis.RedisResult, error) {
+	if slices.ContainsFunc(shards, func(sh *shard) bool { return sh.gate.Open() }) {
 		return nil, shared.ErrDown
 	}
 	if s.ctx.Err() != nil {
@@ -79,15 +74,18 @@ func (s *Store) plain(ctx context.Context, sh *shard, commands ...rueidis.Comple
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	results := s.client.DoMulti(unbounded{bounded}, commands...)
-	for _, r := range results {
-		if err := r.NonRedisError(); err != nil {
-			if ctx.Err() != nil {
-				return nil, ctx.Err()
-			}
-			return nil, s.evidence(sh, err, sent)
-		}
+	became := make(map[*shard]error, 1) // of what was asked of each
+	for i, r := range results {
+		became[shards[i]] = cmp.Or(became[shards[i]], r.NonRedisError())
 	}
-	return results, s.evidence(sh, nil, sent)
+	var err error
+	for sh, failed := range became {
+		if failed != nil && ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		err = cmp.Or(err, s.evidence(sh, failed, sent))
+	}
+	return results, err
 }
 
 // answerError returns the error of an answer. Nil, the answer that there is no value, is none.

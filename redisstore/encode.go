@@ -17,6 +17,7 @@ const (
 	askDry   = 1 << 0
 	askLook  = 1 << 1
 	askExtra = 1 << 2
+	askSince = 1 << 3
 
 	returnUnused = 1 << 0
 
@@ -193,15 +194,21 @@ func (e *encoder) flow(asks []asked, at time.Time, own shared.Holder, lease func
 		if a.look {
 			flags |= askLook
 		}
-		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0 || a.Since > 0
+		extra := a.Ahead > 0 || a.Reserve > 0 || a.Owed > 0
 		if extra {
 			flags |= askExtra
+		}
+		if a.Since > 0 {
+			flags |= askSince
 		}
 		e.place(a.name, a.Rule, at)
 		e.body = append(e.body, flags)
 		e.body = appendFloats(e.body, a.Tokens)
 		if extra {
-			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances), math.Round(float64(a.Since)/1000))
+			e.body = appendFloats(e.body, a.Ahead, a.Reserve, a.Owed, float64(instances))
+		}
+		if a.Since > 0 {
+			e.body = appendFloats(e.body, math.Round(float64(a.Since)/1000))
 		}
 		if a.Rule.Kind == shared.Slots {
 			e.leases = a.leases

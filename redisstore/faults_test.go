@@ -8,11 +8,14 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/redis/rueidis"
 
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/redisstore"
@@ -565,6 +568,26 @@ func TestFleetOutOfMemory(t *testing.T) {
 	}
 }
 
+// A server that refuses to write without a replica answers: the store is not down, and works when it writes again.
+func TestFleetNoReplica(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	store := open(t, server.URL())
+	rule := budget(10)
+	mustTake(t, store, rule, "u", 1)
+	server.Text("CONFIG", "SET", "min-replicas-to-write", "1")
+	for range 10 {
+		if answer, err := take(t.Context(), store, rule, "u", 1); err == nil || store.Down() {
+			t.Errorf("Take = %+v, %v without a replica, Down() = %v", answer, err, store.Down())
+		}
+	}
+	server.Text("CONFIG", "SET", "min-replicas-to-write", "0")
+	mustTake(t, store, rule, "u", 1)
+	if got := left(t, store, rule, "u"); got != 8 {
+		t.Errorf("%v left want 8", got)
+	}
+}
+
 // A replica takes nothing. A primary that has become one does not, either.
 func TestFleetReadOnly(t *testing.T) {
 	t.Parallel()
@@ -686,6 +709,59 @@ func TestFleetLateReply(t *testing.T) {
 		if err := other.Reset(t.Context(), key("slow")); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// What goes back to queues and to limiters goes at once: no call waits for the answer of another.
+func TestFleetReturnAtOnce(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	proxy := redistest.StartProxy(t, server)
+	client, err := rueidis.NewClient(rueidis.ClientOption{ // one that does not give up a connection without answers
+		InitAddress: []string{proxy.Addr()}, ForceSingleClient: true, DisableCache: true, AlwaysPipelining: true, ConnWriteTimeout: time.Hour,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Close)
+	store := newStore(t, client, redisstore.WithTimeout(time.Hour), redisstore.WithLease(time.Hour))
+	other := newStore(t, newClient(t, server.Addr()))
+	rule := slots(1)
+	var returns []shared.Return
+	for i, user := range []string{"a", "b", "c", "d"} {
+		back := shared.Return{Key: key(user), Rule: rule, Tokens: 1, Cost: 1, Queued: i%2 == 1}
+		if back.Queued {
+			d := &shared.Drawing{Key: back.Key, Rule: rule, Waiting: []shared.Waiting{{Workload: "w", Weight: 1, Costs: []float64{1}}}}
+			drawn := draw(t, store, d)
+			back.Slot = drawn.Grants[0].Slots[0]
+		} else {
+			back.Slot = mustTake(t, store, rule, user, 1).Slot
+		}
+		returns = append(returns, back)
+	}
+	warm := make([]shared.Result, len(returns)) // the server knows the scripts then
+	nothing := slices.Clone(returns)
+	for i := range nothing {
+		nothing[i].Slot = 1
+	}
+	if err := store.Return(t.Context(), nothing, warm); err != nil {
+		t.Fatal(err)
+	}
+	proxy.Hold()
+	t.Cleanup(proxy.Release)
+	done := make(chan error, 1)
+	go func() { done <- store.Return(t.Context(), returns, make([]shared.Result, len(returns))) }()
+	eventually(t, "slots that are free before any answer has come", func() bool {
+		for _, r := range returns {
+			if usage, err := other.Look(t.Context(), r.Key, rule); err != nil || usage.InFlight != 0 {
+				return false
+			}
+		}
+		return true
+	})
+	proxy.Release()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -16,7 +15,7 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// A holding is who holds slots, beside which tag. The store's own instance is the zero holder.
+// A holding is the slots of one holder beside one tag. The zero holder is the store's own instance.
 type holding struct {
 	leases string
 	holder shared.Holder
@@ -34,7 +33,8 @@ type held struct {
 // A sessionHeld is a session that is at this instance, or has ended.
 type sessionHeld struct {
 	until time.Time
-	ended bool
+	lasts time.Duration // from when that was said
+	due   bool          // its leases have yet to be renewed
 }
 
 // A slotHeld is a slot that this process has taken.
@@ -72,7 +72,7 @@ func (s *Store) hold(as []asked, answers []shared.Answer, sent time.Time) {
 		}
 		s.mu.Unlock()
 		if soon {
-			s.kick()
+			s.renewLater()
 		}
 	}
 }
@@ -111,15 +111,65 @@ func (s *Store) leaseOf(h shared.Holder, now time.Time) time.Duration {
 	return max(one.until.Sub(now), time.Millisecond)
 }
 
-// Renew does what [shared.Holders] says.
+// Renew does what [shared.Holders] says. A session that is new, or has ended, is renewed at once, and others at a third of the time that
+// they last.
 func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
 	s.mu.Lock()
-	_, known := s.sessions[session]
-	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts <= 0}
+	one, known := s.sessions[session]
+	soon := !known || lasts <= 0
+	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts, soon || one.due}
+	if lasts > 0 && lasts < s.shortest {
+		s.shortest, soon = lasts, true // the next round is sooner
+	}
 	s.mu.Unlock()
-	if !known || lasts < s.lease {
+	if soon {
 		s.renewLater()
 	}
+}
+
+// sessionPeriod is how often the leases of sessions are renewed.
+func (s *Store) sessionPeriod() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.shortest / 3
+}
+
+// refreshSessions has the leases of all sessions renewed.
+func (s *Store) refreshSessions() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shortest = s.lease
+	for session, one := range s.sessions {
+		one.due = true
+		s.sessions[session] = one
+		if one.lasts > 0 {
+			s.shortest = min(s.shortest, one.lasts)
+		}
+	}
+}
+
+// dueSessions returns until when sessions last whose leases have yet to be renewed. One that has ended is renewed once more, for no
+// time. One that nobody has renewed may be at another instance.
+func (s *Store) dueSessions(now time.Time) map[shared.Holder]time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	due := make(map[shared.Holder]time.Time)
+	for session, one := range s.sessions {
+		switch {
+		case !now.Before(one.until):
+			delete(s.sessions, session)
+			if one.lasts > 0 {
+				continue
+			}
+		case !one.due:
+			continue
+		default:
+			one.due = false
+			s.sessions[session] = one
+		}
+		due[session] = one.until
+	}
+	return due
 }
 
 // Kept does what [shared.Holders] says.
@@ -150,10 +200,9 @@ func (s *Store) Down() bool {
 
 // A renewal is the leases of one key that are renewed.
 type renewal struct {
-	key     string
-	holders []holding
-	arg     []byte
-	n       int
+	key string
+	arg []byte // of holders
+	n   int
 }
 
 func (r *renewal) add(h shared.Holder, lasts time.Duration) {
@@ -165,8 +214,6 @@ func (r *renewal) add(h shared.Holder, lasts time.Duration) {
 // index has the instance that a client's session is at know beside which tags the session holds slots. Another instance may have taken
 // them, and in a cluster each tag has leases of its own. A tag is in the index until the latest of the slots runs out.
 func (s *Store) index(ctx context.Context) {
-	s.indexing.Lock()
-	defer s.indexing.Unlock()
 	s.mu.Lock()
 	unindexed := s.unindexed
 	s.unindexed = make(map[holding]time.Time)
@@ -191,19 +238,13 @@ func (s *Store) index(ctx context.Context) {
 	defer s.mu.Unlock()
 	for i, h := range of {
 		if _, newer := s.unindexed[h]; !newer && results[2*i].Error() != nil {
-			s.unindexed[h] = unindexed[h] // again with the next renewal
+			s.unindexed[h] = unindexed[h] // again in the next round
 		}
 	}
 }
 
-// tags returns beside which tags the sessions hold slots that are at this instance.
-func (s *Store) tags(ctx context.Context) map[shared.Holder][]string {
-	s.mu.Lock()
-	sessions := slices.Collect(maps.Keys(s.sessions))
-	s.mu.Unlock()
-	if !s.cluster || len(sessions) == 0 {
-		return nil
-	}
+// tags returns beside which tags of a cluster sessions hold slots.
+func (s *Store) tags(ctx context.Context, sessions []shared.Holder) map[shared.Holder][]string {
 	commands := make([]rueidis.Completed, len(sessions))
 	for i, session := range sessions {
 		key := s.sessionKey(session)
@@ -232,129 +273,56 @@ func (s *Store) renewLater() {
 	}
 }
 
-// renew has the leases renewed of all who hold slots, and of the instance, by one batch for each shard. It waits for none of them,
-// so a shard that does not answer costs no lease at the others. A shard that has not answered yet gets no other batch.
-func (s *Store) renew(ctx context.Context) {
-	now := time.Now()
-	for sh, renewals := range s.byShard(s.renewals(now)) {
-		once(s, &sh.renewing, func() { s.renewAt(ctx, renewals, now) })
-	}
-	once(s, &s.renewingSessions, func() { s.renewSessions(ctx) })
+// A turn is that of something which is done once at a time.
+type turn struct {
+	mu           sync.Mutex
+	taken, again bool
 }
 
-// A turn is that of something which is done once at a time.
-type turn struct{ taken, again atomic.Bool }
+// take reports whether the turn is the caller's. If it is not, the turn comes again.
+func (t *turn) take() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	free := !t.taken
+	t.taken, t.again = true, !free
+	return free
+}
 
-// once does something in a goroutine of its own, unless it is being done. Then leases are renewed again after that.
-func once(s *Store, t *turn, do func()) {
-	if !t.taken.CompareAndSwap(false, true) {
-		t.again.Store(true)
+// comesAgain ends the turn, unless it comes again.
+func (t *turn) comesAgain() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.taken, t.again = t.again, false
+	return t.taken
+}
+
+// once does something in a goroutine of its own. If it is being done, it is done once more after that.
+func (s *Store) once(t *turn, do func()) {
+	if !t.take() {
 		return
 	}
 	s.start(func() {
 		do()
-		t.taken.Store(false)
-		if t.again.Swap(false) {
-			s.renewLater()
+		for t.comesAgain() {
+			do()
 		}
 	})
 }
 
-// byShard divides renewals by the shard that has their keys.
-func (s *Store) byShard(renewals []*renewal) map[*shard][]*renewal {
-	by := make(map[*shard][]*renewal, 1)
-	for _, r := range renewals {
-		sh := s.shardOf(slotOf(r.key[:strings.IndexByte(r.key, '}')+1]))
-		by[sh] = append(by[sh], r)
-	}
-	return by
-}
-
-// renewSessions renews the leases of sessions, in a cluster beside each tag that they hold slots under.
-func (s *Store) renewSessions(ctx context.Context) {
-	if s.cluster {
-		s.index(ctx)
-	}
-	tags := s.tags(ctx)
+// renewOwn renews the leases of the slots that the instance itself holds at a shard.
+func (s *Store) renewOwn(ctx context.Context, sh *shard) {
 	now := time.Now()
-	var wg sync.WaitGroup
-	for _, renewals := range s.byShard(s.sessionRenewals(now, tags)) {
-		wg.Go(func() { s.renewAt(ctx, renewals, now) })
-	}
-	wg.Wait()
+	s.renewAt(ctx, s.renewals(now, sh), func(r *renewal, _ []byte) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if h := s.held[holding{leases: r.key}]; h != nil {
+			h.kept = now.Add(s.lease)
+		}
+	})
 }
 
-// count renews the lease of the instance alone, and learns how many instances there are. An engine's part of a limit goes by
-// their number when the server is silent.
-func (s *Store) count(ctx context.Context) { s.renewAt(ctx, []*renewal{s.instance()}, time.Now()) }
-
-// instance renews that of the instance.
-func (s *Store) instance() *renewal {
-	r := &renewal{key: s.instancesKey()}
-	r.add(s.own, s.lease)
-	return r
-}
-
-// renewAt renews leases at one shard.
-func (s *Store) renewAt(ctx context.Context, renewals []*renewal, now time.Time) {
-	multi := func(byText bool) []rueidis.Completed {
-		commands := make([]rueidis.Completed, len(renewals))
-		for i, r := range renewals {
-			arg := append(binary.LittleEndian.AppendUint16(nil, uint16(r.n)), r.arg...)
-			commands[i] = s.scripts.lease.command(s.client, byText, []string{r.key}, arg)
-		}
-		return commands
-	}
-	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
-	defer cancel()
-	results := s.client.DoMulti(unbounded{ctx}, multi(false)...)
-	for _, r := range results {
-		if unknownScript(r.Error()) { // to renew twice is harmless
-			results = s.client.DoMulti(unbounded{ctx}, multi(true)...)
-			break
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i, r := range results {
-		reply, err := r.AsBytes()
-		if err != nil || len(reply) != 16 {
-			continue
-		}
-		if renewals[i].key == s.instancesKey() {
-			s.instances.Store(max(int64(floatAt(reply[8:])), 1))
-		}
-		for _, of := range renewals[i].holders {
-			if h := s.held[of]; h != nil && of.holder == (shared.Holder{}) {
-				h.kept = now.Add(s.lease)
-			}
-		}
-	}
-}
-
-// maxHolders is how many leases one call of the script renews.
-const maxHolders = 1000
-
-// A renewalsByKey is the renewals of several keys.
-type renewalsByKey struct {
-	all   []*renewal
-	byKey map[string]*renewal
-}
-
-func (b *renewalsByKey) add(of holding, h shared.Holder, lasts time.Duration) {
-	r := b.byKey[of.leases]
-	if r == nil || r.n == maxHolders {
-		r = &renewal{key: of.leases}
-		b.byKey[of.leases] = r
-		b.all = append(b.all, r)
-	}
-	r.holders = append(r.holders, of)
-	r.add(h, lasts)
-}
-
-// renewals returns what is to be renewed now: the instance, and the slots that it holds itself.
-func (s *Store) renewals(now time.Time) []*renewal {
-	b := renewalsByKey{[]*renewal{s.instance()}, make(map[string]*renewal)}
+// renewals returns what is to be renewed now of the slots that the instance itself holds at a shard.
+func (s *Store) renewals(now time.Time, sh *shard) (all []*renewal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, one := range s.slots {
@@ -363,33 +331,99 @@ func (s *Store) renewals(now time.Time) []*renewal {
 		}
 	}
 	for of := range s.held {
-		if of.holder == (shared.Holder{}) {
-			b.add(of, s.own, s.lease)
+		if of.holder == (shared.Holder{}) && s.shardOfLeases(of.leases) == sh {
+			r := &renewal{key: of.leases}
+			r.add(s.own, s.lease)
+			all = append(all, r)
 		}
 	}
-	return b.all
+	return all
 }
 
-// sessionRenewals returns what is to be renewed now of the sessions that are at this instance, which in a cluster hold slots under
-// these tags. A session that has ended is renewed once more, for no time.
-func (s *Store) sessionRenewals(now time.Time, tags map[shared.Holder][]string) []*renewal {
-	b := renewalsByKey{nil, make(map[string]*renewal)}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for session, one := range s.sessions {
-		lasts := max(one.until.Sub(now), 0)
-		if lasts == 0 {
-			delete(s.sessions, session)
-			if !one.ended { // it may be at another instance
-				continue
-			}
+// shardOfLeases returns the shard that has a key of leases.
+func (s *Store) shardOfLeases(key string) *shard {
+	if !s.cluster {
+		return s.shardOf(0)
+	}
+	return s.shardOf(slotOf(key[:strings.IndexByte(key, '}')+1]))
+}
+
+// renewSessions renews the leases of sessions, in a cluster beside each tag that they hold slots under.
+func (s *Store) renewSessions(ctx context.Context) {
+	if s.cluster {
+		s.index(ctx)
+	}
+	due := s.dueSessions(time.Now())
+	sessions := slices.Collect(maps.Keys(due))
+	if len(sessions) == 0 {
+		return
+	}
+	var tags map[shared.Holder][]string
+	if s.cluster {
+		tags = s.tags(ctx, sessions)
+	}
+	now := time.Now()
+	byShard, latest := make(map[*shard][]*renewal, 1), make(map[string]*renewal)
+	add := func(leases string, session shared.Holder) {
+		r := latest[leases]
+		if r == nil || r.n == maxHolders {
+			r = &renewal{key: leases}
+			latest[leases] = r
+			sh := s.shardOfLeases(leases)
+			byShard[sh] = append(byShard[sh], r)
 		}
+		r.add(session, max(due[session].Sub(now), 0))
+	}
+	for _, session := range sessions {
 		if !s.cluster {
-			b.add(holding{s.leases(name{}), session}, session, lasts)
+			add(s.leases(name{}), session)
 		}
 		for _, leases := range tags[session] {
-			b.add(holding{leases, session}, session, lasts)
+			add(leases, session)
 		}
 	}
-	return b.all
+	var wg sync.WaitGroup
+	for _, renewals := range byShard {
+		wg.Go(func() { s.renewAt(ctx, renewals, func(*renewal, []byte) {}) })
+	}
+	wg.Wait()
+}
+
+// maxHolders is how many leases one call of the script renews.
+const maxHolders = 1000
+
+// count renews the lease of the instance, and learns how many instances there are. An engine's part of a limit goes by their number when
+// the server is silent.
+func (s *Store) count(ctx context.Context) {
+	r := &renewal{key: s.instancesKey()}
+	r.add(s.own, s.lease)
+	s.renewAt(ctx, []*renewal{r}, func(_ *renewal, reply []byte) { s.instances.Store(max(int64(floatAt(reply[8:])), 1)) })
+}
+
+// renewAt renews leases at one shard, and says which the server has confirmed, by its reply.
+func (s *Store) renewAt(ctx context.Context, renewals []*renewal, confirmed func(r *renewal, reply []byte)) {
+	if len(renewals) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
+	defer cancel()
+	sc := s.scripts.lease
+	call := func(r *renewal) ([]string, []byte) {
+		return []string{r.key}, append(binary.LittleEndian.AppendUint16(nil, uint16(r.n)), r.arg...)
+	}
+	commands := make([]rueidis.Completed, len(renewals))
+	for i, r := range renewals {
+		keys, arg := call(r)
+		commands[i] = sc.command(s.client, false, keys, arg)
+	}
+	for i, result := range s.client.DoMulti(unbounded{ctx}, commands...) {
+		reply, err := result.AsBytes()
+		if unknownScript(err) {
+			keys, arg := call(renewals[i])
+			reply, err = s.run(unbounded{ctx}, sc, keys, arg)
+		}
+		if err == nil && len(reply) == 16 {
+			confirmed(renewals[i], reply)
+		}
+	}
 }

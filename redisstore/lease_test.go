@@ -7,6 +7,7 @@ import (
 
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
 // takeSlot takes a slot for the holder.
@@ -101,6 +102,28 @@ func TestFleetSessions(t *testing.T) {
 	}
 	b.Renew(one, 0)
 	eventually(t, "the slot of a session that has ended comes back", func() bool { return inFlight() == 0 })
+}
+
+// A heartbeat of a session that is known costs the server nothing, however long the instances' lease is.
+func TestFleetHeartbeats(t *testing.T) {
+	server := redistest.Start(t, redistest.Options{})
+	s := newStore(t, newClient(t, server.Addr()), redisstore.WithLease(time.Hour))
+	session := shared.Holder{1}
+	rule := &shared.Rule{Kind: shared.Slots, Capacity: 1, MaxInflight: time.Hour}
+	s.Renew(session, 10*time.Second)
+	takeSlot(t, s, keyOf("s", "a"), rule, session)
+	const heartbeats = 200
+	scripts := func() int64 { return ran(t, server, "evalsha") + ran(t, server, "eval") }
+	before := scripts()
+	for range heartbeats {
+		s.Renew(session, 10*time.Second)
+		if usage, err := s.Look(t.Context(), keyOf("s", "a"), rule); err != nil || usage.InFlight != 1 {
+			t.Fatalf("Look = %+v, %v want a slot that is held", usage, err)
+		}
+	}
+	if renewals := scripts() - before - heartbeats; renewals > heartbeats/4 {
+		t.Errorf("%d heartbeats were %d renewals", heartbeats, renewals)
+	}
 }
 
 // A slot runs out by its own time, although its holder lives.

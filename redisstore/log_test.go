@@ -36,23 +36,6 @@ func (l *logs) logger() redisstore.Option {
 	return redisstore.WithLogger(slog.New(slog.NewTextHandler(l, nil)))
 }
 
-// Numbers that differ are logged once for a component, without label values.
-func TestFleetDiffersIsLogged(t *testing.T) {
-	var l logs
-	s := newStore(t, newClient(t, startServer(t)), l.logger())
-	for i := range 20 {
-		rule := &shared.Rule{Kind: shared.Bucket, Capacity: float64(10 + i%2), Fill: 1, Interval: time.Hour}
-		answers := make([]shared.Answer, 1)
-		key := keyOf("rate", "secret-value")
-		if err := s.Take(t.Context(), []shared.Ask{{Key: key, Rule: rule, Tokens: 0.1}}, answers); err != nil || answers[0].Differs != (i > 0) {
-			t.Fatalf("take %d = %+v, %v", i, answers, err)
-		}
-	}
-	if l.count("other numbers") != 1 || l.count("rate") == 0 || l.count("secret-value") != 0 {
-		t.Errorf("logs:\n%s", l.text.String())
-	}
-}
-
 // While a server is down, calls fail at once, and slots that could not be returned come back when it is there again.
 func TestFleetDown(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})

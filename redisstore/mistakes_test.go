@@ -101,21 +101,6 @@ func TestFleetHotKey(t *testing.T) {
 	}
 }
 
-// ran returns how often the server ran a command.
-func ran(t *testing.T, server *redistest.Server, command string) int64 {
-	t.Helper()
-	_, after, found := strings.Cut(server.Info("cmdstat_"+command), "calls=")
-	if !found {
-		return 0
-	}
-	number, _, _ := strings.Cut(after, ",")
-	n, err := strconv.ParseInt(number, 10, 64)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
 // Every key has a time to live, whatever call wrote it last, and however often. What never comes back by itself has none.
 func TestFleetTimeToLive(t *testing.T) {
 	t.Parallel()

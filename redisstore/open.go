@@ -22,8 +22,9 @@ import (
 //
 // TLS goes by the system's certificates; for others, make a client and use [New].
 //
-// Open fails if a server cannot be reached, or refuses scripts. It logs a warning for a server that may evict keys, or that keeps
-// nothing on disk. The context bounds Open, not the store.
+// Open fails if no server can be reached, because it could not say then what the servers are like. A program that starts while its
+// server is away calls Open again, or begins with an engine without a store. Open also fails if a server refuses scripts. It logs a
+// warning for a server that may evict keys, or that keeps nothing on disk. The context bounds Open, not the store.
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
 	s, err := open(ctx, url, opts)
 	if err != nil {
@@ -91,9 +92,6 @@ func (s *Store) look(ctx context.Context, alone bool) error {
 	now := time.Now()
 	for _, sh := range s.shards() {
 		sh.learn(floatAt(reply), s.micros(now), s.micros(now))
-	}
-	if s.cluster {
-		s.kick()
 	}
 	return nil
 }

@@ -210,6 +210,11 @@ func (c *drawing) asked(w, flow int) asked {
 // Draw does what [shared.Queues] says. If the answer is lost, so are the tokens that it had. Slots come back.
 func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, error) {
 	n := s.name(d.Key)
+	for _, g := range d.Unneeded {
+		for _, slot := range g.Slots {
+			s.drop(slot)
+		}
+	}
 	c := newDrawing(d, n)
 	leases := s.leases(n)
 	var drawn shared.Drawn
@@ -224,8 +229,7 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 		drawn = got
 		return err
 	})
-	switch {
-	case err != nil && c.ids != nil && (errors.Is(err, errTimeout) || errors.Is(err, errConnection) || errors.Is(err, errReply)):
+	if mayHaveCounted(err) {
 		var lost []asked
 		for w := range c.ids {
 			for flow := range c.ids[w] {
@@ -233,8 +237,6 @@ func (s *Store) Draw(ctx context.Context, d *shared.Drawing) (shared.Drawn, erro
 			}
 		}
 		s.lose(lost, time.Now())
-	case drawn.Differs:
-		s.noteDiffering(d.Key)
 	}
 	return drawn, err
 }
@@ -255,9 +257,6 @@ func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode 
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	if sh.probe.Load() == nil {
-		sh.probe.Store(&keys[0])
-	}
 	script := s.scripts.queue
 	if kind == shared.Bucket {
 		script = s.scripts.queueTokens
@@ -285,9 +284,9 @@ func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode 
 	}
 }
 
-// encodeQueued returns the numbers of a call that gives back what flows of a queue have taken.
-func encodeQueued(last float64, r *shared.Rule, channels string, returns []shared.Return) []byte {
-	arg := queueHead(r, last, channels, queueReturn)
+// encodeQueued returns the numbers of a call that gives back what flows of a queue have taken. It counts whenever it comes.
+func encodeQueued(r *shared.Rule, channels string, returns []returned) []byte {
+	arg := queueHead(r, 0, channels, queueReturn)
 	arg = binary.LittleEndian.AppendUint16(arg, uint16(len(returns)))
 	for i := range returns {
 		one := &returns[i]
@@ -317,31 +316,12 @@ func decodeQueued(reply []byte, results []shared.Result) error {
 	return nil
 }
 
-// returnQueued gives back what flows of queues have taken, to those that wait there. Those of one key are one call if they come one
-// after the other. With later, slots that cannot be returned are returned in the background.
-func (s *Store) returnQueued(ctx context.Context, rs []returned, results []shared.Result, later bool) error {
-	var err error
-	for from := 0; from < len(rs); {
-		to := from + 1
-		for to < len(rs) && to-from < maxBatch && rs[to].name == rs[from].name && rs[to].Rule == rs[from].Rule {
-			to++
-		}
-		one, rule := rs[from:to], rs[from].Rule
-		returns := make([]shared.Return, len(one))
-		for i := range one {
-			returns[i] = one[i].Return
-		}
-		n := one[0].name
-		failed := s.queueCall(ctx, n, rule.Kind, func(float64, time.Time) []byte {
-			return encodeQueued(0, rule, s.wakes(), returns)
-		}, func(reply []byte, _ time.Time) error { return decodeQueued(reply, results[from:to]) })
-		if failed != nil && later {
-			s.returnLater(one, time.Now())
-		}
-		err = errors.Join(err, failed)
-		from = to
-	}
-	return err
+// returnQueued gives back what flows of one queue have taken, to those that wait there.
+func (s *Store) returnQueued(ctx context.Context, rs []returned, results []shared.Result) error {
+	n, rule := rs[0].name, rs[0].Rule
+	return s.queueCall(ctx, n, rule.Kind, func(float64, time.Time) []byte {
+		return encodeQueued(rule, s.wakes(), rs)
+	}, func(reply []byte, _ time.Time) error { return decodeQueued(reply, results) })
 }
 
 // What wakes instances: a channel for each, and one for all. A message is the name of a ledger.

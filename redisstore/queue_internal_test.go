@@ -172,7 +172,7 @@ func (q *queueTester) compare(t *testing.T, seed uint64, rule shared.Rule) {
 			for id := range m.slots {
 				r.Slot = id
 			}
-			reply := run(encodeQueued(0, &rule, "wake:", []shared.Return{r}))
+			reply := run(encodeQueued(&rule, "wake:", []returned{{Return: r}}))
 			results := make([]shared.Result, 1)
 			if err := decodeQueued(reply, results); err != nil {
 				t.Fatalf("%s: %v", at, err)

@@ -222,3 +222,18 @@ func BenchmarkDraw(b *testing.B) {
 		})
 	}
 }
+
+// Slots that a drawing gives back are not held any more, so their lease is not kept.
+func TestFleetUnneededSlots(t *testing.T) {
+	s := newStore(t, newClient(t, startServer(t)))
+	d := &shared.Drawing{Key: keyOf("slots", "a"), Rule: &shared.Rule{Kind: shared.Slots, Capacity: 2, MaxInflight: time.Hour}}
+	d.Waiting = []shared.Waiting{{Workload: "w", Weight: 1, Costs: []float64{1, 1}}}
+	drawn := draw(t, s, d)
+	if len(drawn.Grants) != 1 || s.Kept().IsZero() {
+		t.Fatalf("Draw = %+v, kept until %v want slots that are kept", drawn, s.Kept())
+	}
+	draw(t, s, &shared.Drawing{Key: d.Key, Rule: d.Rule, Unneeded: drawn.Grants})
+	if !s.Kept().IsZero() {
+		t.Errorf("slots that were given back are kept until %v", s.Kept())
+	}
+}

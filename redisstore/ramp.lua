@@ -5,8 +5,8 @@
 
 local move, from, to, direction, left
 move, from, to, direction, left, at = unpack('<BddbB', input, at)
-local value, newer = fetch(27, 'GET', KEYS[1])
-if newer then return pack('<BddbB', 8, 0, 0, 0, 0) end
+local value = values[1]
+if value and foreign(value, 27) then return pack('<BddbB', 8, 0, 0, 0, 0) end
 local version, position, since, heading, has_left = 0, 0, now, 0, 0
 if value then
   version, position, since, heading, has_left = unpack('<dddbB', value, 2)

@@ -75,4 +75,19 @@ func infoNumber(tb testing.TB, info, name string) int64 {
 	return 0
 }
 
+// ran returns how often the server ran a command.
+func ran(t *testing.T, server *redistest.Server, command string) int64 {
+	t.Helper()
+	_, after, found := strings.Cut(server.Info("cmdstat_"+command), "calls=")
+	if !found {
+		return 0
+	}
+	number, _, _ := strings.Cut(after, ",")
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 func userName(i int) string { return "user-" + strconv.Itoa(i) }

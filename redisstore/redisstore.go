@@ -87,14 +87,17 @@ type Store struct {
 	clustered clustered
 	instances atomic.Int64
 	renewSoon chan struct{}
-	indexing  sync.Mutex // is held while the index of sessions is written
 
 	renewingSessions, counting turn
 	kicked                     chan struct{}
 
-	waiters   waiters
-	encoders  sync.Pool
-	differing sync.Map // shared.Key without the value -> when it was logged, *atomic.Int64
+	waiters  waiters
+	encoders sync.Pool
+	timers   sync.Pool
+
+	runs chan *lane // to goroutines that stay
+	idle atomic.Int64
+	span atomic.Pointer[span]
 
 	mu       sync.Mutex
 	closed   bool
@@ -102,6 +105,7 @@ type Store struct {
 	held     map[holding]*held
 	slots    map[uint64]slotHeld
 	sessions map[shared.Holder]sessionHeld
+	shortest time.Duration // that a session lasts; the lease if none lasts less
 	pending  map[uint64]pending
 
 	// unindexed is what the index of sessions does not have yet.
@@ -162,6 +166,7 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 		epoch:     time.Now(),
 		kicked:    make(chan struct{}, 1),
 		renewSoon: make(chan struct{}, 1),
+		runs:      make(chan *lane),
 		held:      make(map[holding]*held),
 		slots:     make(map[uint64]slotHeld),
 		sessions:  make(map[shared.Holder]sessionHeld),
@@ -181,7 +186,8 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
 	s.instances.Store(1)
-	alone := s.newShard()
+	s.shortest = s.lease
+	alone := s.newShard("")
 	s.single = s.newLanes(func() *shard { return alone })
 	s.clustered.init(alone)
 	s.start(s.background)
@@ -204,7 +210,9 @@ func (s *Store) check() error {
 	}
 }
 
-func (s *Store) newShard() *shard { return &shard{gate: gate.New(gateFailures, 4*s.timeout)} }
+func (s *Store) newShard(address string) *shard {
+	return &shard{address: address, gate: gate.New(gateFailures, 4*s.timeout)}
+}
 
 func (s *Store) newLanes(of func() *shard) *lanes {
 	return &lanes{
@@ -254,16 +262,4 @@ func (s *Store) leaveInstances() {
 	ctx, cancel := context.WithTimeout(context.Background(), s.timeout) //nolint:forbidigo // the store's own has ended
 	defer cancel()
 	_ = s.client.Do(unbounded{ctx}, s.client.B().Zrem().Key(s.instancesKey()).Member(rueidis.BinaryString(s.own[:])).Build()).Error()
-}
-
-// noteDiffering logs, at most once a minute for a component, that its numbers are not those that a key was last used with.
-func (s *Store) noteDiffering(k shared.Key) {
-	now := s.micros(time.Now())
-	value, _ := s.differing.LoadOrStore(shared.Key{Policy: k.Policy, Component: k.Component}, new(atomic.Int64))
-	at, _ := value.(*atomic.Int64)
-	if last := at.Load(); last != 0 && now-last < time.Minute.Microseconds() || !at.CompareAndSwap(at.Load(), now) {
-		return
-	}
-	s.logger.Warn("headgate: the store has a key that was last used with other numbers: two versions of a policy are in use, or the policy has changed",
-		"policy", k.Policy, "component", k.Component)
 }

@@ -1,8 +1,8 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"sync"
 	"time"
 
@@ -22,76 +22,81 @@ func (s *Store) Return(ctx context.Context, returns []shared.Return, results []s
 		return nil
 	}
 	rs := make([]returned, len(returns))
-	queued := 0
 	for i, r := range returns {
 		rs[i] = returned{r, s.name(r.Key)}
 		if r.Rule.Kind == shared.Slots {
 			s.drop(r.Slot)
 		}
-		if r.Queued {
-			queued++
-		}
-	}
-	switch queued {
-	case 0:
-		return s.giveBack(ctx, rs, results)
-	case len(rs):
-		return s.returnQueued(ctx, rs, results, true)
 	}
 	var err error
-	for i := range rs {
-		if rs[i].Queued {
-			err = errors.Join(err, s.returnQueued(ctx, rs[i:i+1], results[i:i+1], true))
-		} else {
-			err = errors.Join(err, s.giveBack(ctx, rs[i:i+1], results[i:i+1]))
+	for _, b := range s.giveBack(ctx, rs) {
+		if b.err != nil {
+			s.returnLater(b.returns, time.Now())
+			err = cmp.Or(err, b.err)
+			continue
+		}
+		for i, at := range b.indexes {
+			results[at] = b.results[i]
 		}
 	}
 	return err
 }
 
-// giveBack gives back by calls of at most a batch, those of different shards at the same time.
-func (s *Store) giveBack(ctx context.Context, rs []returned, results []shared.Result) error {
-	type part struct {
-		lanes   *lanes
-		call    call
-		indexes []int
-		err     error
+// A batch is what one call of a script gives back.
+type batch struct {
+	returns []returned
+	indexes []int // of the returns, where they come from
+	results []shared.Result
+	err     error
+}
+
+// giveBack gives back by as few calls as there can be, all at the same time. Returns to a queue are a call for each key and rule,
+// others one for each shard.
+func (s *Store) giveBack(ctx context.Context, rs []returned) []*batch {
+	type kind struct {
+		lanes *lanes
+		queue name
+		rule  *shared.Rule
 	}
-	var parts []*part
-	latest := make(map[*lanes]*part, 1)
-	for i, r := range rs {
-		to := s.lanesFor(r.name)
-		p := latest[to]
-		if p == nil || len(p.indexes) == maxBatch {
-			p = &part{lanes: to}
-			latest[to] = p
-			parts = append(parts, p)
+	var batches []*batch
+	latest := make(map[kind]*batch, 1)
+	for i := range rs {
+		r := &rs[i]
+		k := kind{lanes: s.lanesFor(r.name)}
+		if r.Queued {
+			k = kind{k.lanes, r.name, r.Rule}
 		}
-		p.call.returns, p.indexes = append(p.call.returns, r), append(p.indexes, i)
+		b := latest[k]
+		if b == nil || len(b.returns) == maxBatch {
+			b = new(batch)
+			latest[k] = b
+			batches = append(batches, b)
+		}
+		b.returns, b.indexes = append(b.returns, *r), append(b.indexes, i)
 	}
-	do := func(p *part) {
-		if _, p.err = p.lanes.giveBack.do(ctx, &p.call); p.err != nil {
-			s.returnLater(p.call.returns, time.Now())
-			return
-		}
-		for i, at := range p.indexes {
-			results[at] = p.call.results[i]
-		}
-	}
-	if len(parts) == 1 {
-		do(parts[0])
-		return parts[0].err
+	if len(batches) == 1 {
+		s.send(ctx, batches[0])
+		return batches
 	}
 	var wg sync.WaitGroup
-	for _, p := range parts {
-		wg.Go(func() { do(p) })
+	for _, b := range batches {
+		wg.Go(func() { s.send(ctx, b) })
 	}
 	wg.Wait()
-	var err error
-	for _, p := range parts {
-		err = first(err, p.err)
+	return batches
+}
+
+// send gives back a batch.
+func (s *Store) send(ctx context.Context, b *batch) {
+	if b.returns[0].Queued {
+		b.results = make([]shared.Result, len(b.returns))
+		b.err = s.returnQueued(ctx, b.returns, b.results)
+		return
 	}
-	return err
+	c := &call{returns: b.returns}
+	if _, b.err = s.lanesFor(b.returns[0].name).giveBack.do(ctx, c); b.err == nil {
+		b.results = c.results
+	}
 }
 
 // A pending slot is one that has yet to come back.
@@ -142,46 +147,19 @@ func (s *Store) returnPending(ctx context.Context, now time.Time) {
 		}
 	}
 	s.mu.Unlock()
-	byLanes := make(map[*lanes][]returned)
-	byQueue := make(map[name][]returned)
-	for _, r := range rs {
-		if r.Queued {
-			byQueue[r.name] = append(byQueue[r.name], r)
-			continue
+	for _, b := range s.giveBack(ctx, rs) {
+		if b.err == nil {
+			s.confirm(b, now)
 		}
-		to := s.lanesFor(r.name)
-		byLanes[to] = append(byLanes[to], r)
 	}
-	var wg sync.WaitGroup
-	for to, rs := range byLanes {
-		wg.Go(func() {
-			for len(rs) > 0 {
-				n := min(len(rs), maxBatch)
-				c := &call{returns: rs[:n]}
-				if _, err := to.giveBack.do(ctx, c); err == nil {
-					s.confirm(c, now)
-				}
-				rs = rs[n:]
-			}
-		})
-	}
-	for _, rs := range byQueue {
-		wg.Go(func() {
-			c := &call{returns: rs, results: make([]shared.Result, len(rs))}
-			if s.returnQueued(ctx, rs, c.results, false) == nil {
-				s.confirm(c, now)
-			}
-		})
-	}
-	wg.Wait()
 }
 
 // confirm forgets pending slots that have come back, or that have not been taken.
-func (s *Store) confirm(c *call, now time.Time) {
+func (s *Store) confirm(b *batch, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, r := range c.returns {
-		if p := s.pending[r.Slot]; c.results[i].Returned || now.Sub(p.since) > s.settled() {
+	for i, r := range b.returns {
+		if p := s.pending[r.Slot]; b.results[i].Returned || now.Sub(p.since) > s.settled() {
 			delete(s.pending, r.Slot)
 		}
 	}
@@ -191,7 +169,8 @@ func (s *Store) confirm(c *call, now time.Time) {
 func (s *Store) Reset(ctx context.Context, key shared.Key) error {
 	n := s.name(key)
 	client := s.client
-	results, err := s.plain(ctx, s.lanesFor(n).take.shard(),
+	sh := s.lanesFor(n).take.shard()
+	results, err := s.plain(ctx, []*shard{sh, sh},
 		client.B().Del().Key(n.all, n.all+suffixSlots, n.all+suffixEnds, n.all+suffixQueue).Build(),
 		s.wakeCommand(n))
 	if err != nil {

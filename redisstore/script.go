@@ -15,6 +15,10 @@ import (
 
 // What scripts have in common is before each of them.
 var (
+	//go:embed head.lua
+	headLua string
+	//go:embed plain.lua
+	plainLua string
 	//go:embed state.lua
 	stateLua string
 	//go:embed quota.lua
@@ -34,13 +38,14 @@ var (
 // A script is one that servers keep by its hash.
 type script struct{ text, sha string }
 
-func newScript(text string) *script { return scriptOf(stateLua + quotaLua + slotsLua + text) }
+func newScript(text string) *script { return scriptOf(headLua, stateLua, quotaLua, slotsLua, text) }
 
 // newBucketScript returns a script that knows buckets only. A server compiles a script once, but makes its functions at each call: a
-// lone call takes a fifth less time without those that it does not need.
-func newBucketScript(text string) *script { return scriptOf(stateLua + text) }
+// lone call takes a fifth less time without those that it does not need. What is before the functions does without all of them.
+func newBucketScript(text string) *script { return scriptOf(headLua, stateLua, text) }
 
-func scriptOf(text string) *script {
+func scriptOf(parts ...string) *script {
+	text := strings.Join(parts, "")
 	sum := sha1.Sum([]byte(text))
 	return &script{text, hex.EncodeToString(sum[:])}
 }
@@ -51,7 +56,7 @@ type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue, queueTokens
 func newScripts() scripts {
 	return scripts{
 		take:        newScript(takeLua),
-		takeTokens:  newBucketScript(takeLua),
+		takeTokens:  scriptOf(headLua, plainLua, stateLua, takeLua),
 		giveBack:    newScript(returnLua),
 		lease:       newBucketScript(leaseLua),
 		ramp:        newBucketScript(rampLua),
@@ -114,4 +119,21 @@ func refusal(err *rueidis.RedisError) error {
 		code = "ERR"
 	}
 	return &serverError{code}
+}
+
+// mayHaveCounted reports whether a server may have done what a call that failed was to do, or a part of it. A script that fails in the
+// middle keeps what it has done until then.
+func mayHaveCounted(err error) bool {
+	refused, ok := errors.AsType[*serverError](err)
+	if !ok {
+		return errors.Is(err, errTimeout) || errors.Is(err, errConnection) || errors.Is(err, errReply)
+	}
+	switch refused.code {
+	case "ASK", "BUSY", "CLUSTERDOWN", "CROSSSLOT", "LOADING", "MASTERDOWN", "MOVED", "NOAUTH", "NOSCRIPT", "TRYAGAIN", "WRONGPASS":
+		return false // before the script begins
+	case "MISCONF", "NOREPLICAS", "OOM", "READONLY":
+		return false // at the first write of the script, and at none after that
+	default:
+		return true
+	}
 }

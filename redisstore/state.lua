@@ -1,24 +1,4 @@
--- What the scripts have in common: the clock, the numbers that travel with a call, and the states that keys hold.
---
--- Numbers travel packed, as doubles, because the server cuts a script's numbers to integers. Times are microseconds of
--- the server's clock, since 1970. Intervals, and times that pass, are nanoseconds where buckets compute with them, as in
--- package engine/internal/bucket: the sums are the same.
-
-local all_of = unpack
-local call, pack, unpack = redis.call, struct.pack, struct.unpack
-local floor, ceil, min, max, huge = math.floor, math.ceil, math.min, math.max, math.huge
-
-local SCHEMA = 1 -- of the states; a reader does not write what is newer
-local SLACK = 1e-9 -- of a token, lost by floating point
-local CENTURY = 3153600000 * 1e6
-local MOST = 1e9 -- what one flow counts for, of slots
-local RETAINED = 3600 * 1e6 -- how long a lease that has run out is remembered
-local BUCKET, QUOTA, SLOTS = 1, 2, 3
-
-local time = call('TIME')
-local now = time[1] * 1e6 + time[2]
-
-local input, at = ARGV[1], 1
+-- The rules that travel with a call, and the states that keys hold.
 
 -- What is not understood is neither used nor overwritten: it counts as of a newer schema. So does what another program has
 -- put there. It does not keep other flows of the call from their answers. A state of another kind is understood, since its
@@ -60,9 +40,6 @@ local function time_to_fill(r, tokens)
   if r.step then fills = ceil(tokens / min(r.fill, r.capacity)) end
   return min(ceil(ceil(fills * r.interval) / 1000), CENTURY)
 end
-
--- The values of buckets and quotas. Slots have none here.
-local values = call('MGET', all_of(KEYS))
 
 -- What calls about buckets only do without: see quota.lua and slots.lua.
 local load_quota, save_quota, wait_quota, load_slots, save_slots, lease
@@ -174,19 +151,15 @@ local function load_bucket(index, r, since)
   return s
 end
 
--- store writes a string that nobody needs after so long. It lasts a second longer, and up to an eighth: then many keys of a
--- call have the same time, which is text once.
-local times = {}
+-- store writes a string that nobody needs after so long.
+local times = {} -- as text
 
 local function store(key, value, lasts)
   if lasts == huge then
     call('SET', key, value)
     return
   end
-  local ms = ceil(min(max(lasts, 0), CENTURY) / 1000) + 1000
-  local _, exponent = math.frexp(ms)
-  local unit = 2 ^ (exponent - 4)
-  ms = ceil(ms / unit) * unit
+  local ms = rounded(lasts)
   local text = times[ms]
   if not text then
     text = string.format('%.0f', ms)

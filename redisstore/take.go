@@ -1,6 +1,7 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
 	"math/rand/v2"
 	"sync"
@@ -9,7 +10,7 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// maxAsks is how many keys one flow may ask for. A script cannot read any number of keys at once.
+// maxAsks is the most keys that one flow may ask for. A script reads all of them by one command, and Lua bounds what a command takes.
 const maxAsks = 1000
 
 // Take does what [shared.Limits] says. Keys of one shard are one call of a script. In a cluster, shards are asked at the same time, and
@@ -35,9 +36,6 @@ func (s *Store) Take(ctx context.Context, asks []shared.Ask, answers []shared.An
 	for i := range as {
 		if !taken && as[i].Rule.Kind != shared.Bucket {
 			answers[i].Slot = 0
-		}
-		if answers[i].Differs {
-			s.noteDiffering(as[i].Key)
 		}
 	}
 	return nil
@@ -131,7 +129,7 @@ func (s *Store) takeParts(ctx context.Context, parts []*part, as []asked, answer
 	wg.Wait()
 	var err error
 	for _, p := range parts {
-		err = first(err, p.err)
+		err = cmp.Or(err, p.err)
 		for i, at := range p.indexes {
 			answers[at] = p.answers[i]
 		}

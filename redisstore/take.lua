@@ -101,7 +101,7 @@ for _ = 1, flows do
   for i = 1, n do
     local a = pool[i]
     if not a then
-      a = {rule = false, tokens = 0, flags = 0, state = false, ok = false, left = 0, wait = 0, drawn = 0, after = 0}
+      a = {rule = false, tokens = 0, flags = 0, extra = false, state = false, ok = false, left = 0, wait = 0, drawn = 0, after = 0}
       pool[i] = a
     end
     local index, rule
@@ -109,9 +109,11 @@ for _ = 1, flows do
     local r = rules[rule]
     a.rule, a.wait, a.drawn, a.after = r, 0, 0, 0
     local since = 0
-    if a.flags >= 4 then
-      a.ahead, a.reserve, a.owed, a.instances, since, at = unpack('<ddddd', input, at)
+    a.extra = a.flags % 8 >= 4
+    if a.extra then
+      a.ahead, a.reserve, a.owed, a.instances, at = unpack('<dddd', input, at)
     end
+    if a.flags >= 8 then since, at = unpack('<d', input, at) end
     if r.kind == SLOTS then
       a.id, a.holder, a.lasts, at = unpack('<c8c16d', input, at)
     end
@@ -126,7 +128,7 @@ for _ = 1, flows do
       local a = pool[i]
       local s = a.state
       if (s.differs or s.looked) and a.flags % 4 < 2 then s.dirty = true end
-      if a.flags >= 4 and a.owed > 0 and a.rule.kind ~= SLOTS then
+      if a.extra and a.owed > 0 and a.rule.kind ~= SLOTS then
         owe(s, a.owed, a.rule.lowest)
         s.dirty = true
       end
@@ -142,7 +144,7 @@ for _ = 1, flows do
     else
       local taken = refused == 0 and a.ok and a.flags % 4 < 2
       if taken then take(a, s, r) end
-      if a.flags >= 4 and a.ahead + a.reserve > 0 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then draw(a, s, r, taken) end
+      if a.extra and a.ahead + a.reserve > 0 and r.kind == BUCKET and (taken or not a.ok and refused <= 1) then draw(a, s, r, taken) end
       local period = r.kind == QUOTA and s.over or r.kind == SLOTS and s.count or 0
       answer((a.ok and 1 or 0) + (s.differs and 2 or 0), a.left, a.wait, period, a.drawn, a.after)
     end

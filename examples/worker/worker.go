@@ -45,11 +45,8 @@ func work(ctx context.Context, client *flowctl.Client, api, jobs string) error {
 				if err := finish(job, code, err); err != nil {
 					slog.Error("job", "error", err)
 				}
-				switch rejected, _ := errors.AsType[*flowctl.RejectedError](err); {
-				case errors.Is(err, flowctl.ErrUnreachable): // no agent
+				if errors.Is(err, flowctl.ErrUnreachable) { // no agent
 					_ = client.Ready(ctx) // the next call says what is wrong
-				case rejected != nil && rejected.Cause() == flowctl.CauseNoStore:
-					<-time.After(time.Second)
 				}
 			}
 		})

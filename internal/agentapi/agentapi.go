@@ -59,9 +59,13 @@ type Local interface {
 	Reverter
 	Closer
 
-	// EndSlot gives back a slot by its names on the wire, because a server does not keep flows. It reports whether the
-	// agent knows the limiter, and whether the slot was still taken.
-	EndSlot(ctx context.Context, policyName, hash, component, label string, slot uint64) (known, returned bool)
+	// EndSlots gives back slots by their names on the wire, because a server does not keep flows. It gives back together what is in
+	// another place. The ends are in the order of the slots.
+	EndSlots(ctx context.Context, slots []SlotName) []SlotEnd
+
+	// Settle settles decisions of any number of flows as their components do, and notes in each whether it is done. It settles
+	// together what is in another place.
+	Settle(ctx context.Context, all []Settling)
 
 	// Renew has a client's session live for so long from now on. Slots of flows that named it run out when it does. A
 	// session that has run out begins anew: it does not bring slots back.
@@ -89,7 +93,8 @@ type Local interface {
 	// wire are. Both are in order.
 	Acting() iter.Seq2[string, []*Component]
 
-	// WriteState writes what limits hold to a file of at most limit bytes. The header's Written and Secret are the agent's own. It stalls no check: it locks one key at a time.
+	// WriteState writes what limits hold to a file of at most limit bytes. The header's Written and Secret are the agent's own. It
+	// stalls no check: it locks one key at a time.
 	WriteState(to io.Writer, h statefile.Header, limit int) (StateCount, error)
 
 	// ReadState takes what was written into the limits in force, and leaves to no flow more than was written. It is called
@@ -102,6 +107,19 @@ type Local interface {
 
 	// Logger is the agent's. It is never nil.
 	Logger() *slog.Logger
+}
+
+// A SlotName is what a slot is called on the wire.
+type SlotName struct {
+	Policy, Hash, Component, Label string
+
+	Slot uint64
+}
+
+// A SlotEnd is what became of a slot that was to be given back.
+type SlotEnd struct {
+	Known    bool // the agent has the component
+	Returned bool // the slot was still taken
 }
 
 // A Leaser is a Local that may hold slots for flows in another place, by a lease. When the lease has run out, flows that run may have lost
@@ -362,6 +380,14 @@ type Settler interface {
 	// used, or a slot, went back. A second call gives back nothing. It does not fail because ctx was canceled. A component that has
 	// its state outside the process counts what it could not give back: neither the flow nor its caller could do more.
 	Settle(ctx context.Context, d *LimiterDecision, o Outcome) bool
+}
+
+// A Settling is a decision that is to be settled, and what the component that made it says then; see [Settler].
+type Settling struct {
+	By       Settler
+	Decision *LimiterDecision
+	Outcome  Outcome
+	Done     bool
 }
 
 // An Outcome is what became of a flow.

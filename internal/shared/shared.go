@@ -174,8 +174,8 @@ type Queues interface {
 	// Draw takes tokens or slots for flows that wait at a key. See [Drawing].
 	Draw(ctx context.Context, d *Drawing) (Drawn, error)
 
-	// Wake has f called when something came back to the key by another engine, until stop is called. F must not block. It may be called without a
-	// reason, and is not called for all reasons: there must be a timer too.
+	// Wake has f called when something came back to the key by another engine, until stop is called. F must not block. It may be called
+	// without a reason, and is not called for all reasons: there must be a timer too.
 	Wake(key Key, f func()) (stop func())
 }
 

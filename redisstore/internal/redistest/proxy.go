@@ -56,7 +56,8 @@ func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 // URL returns where the server is through the proxy.
 func (p *Proxy) URL() string { return p.url(p.Addr()) }
 
-// Cut has the proxy close the connection whose replies go on after so many more bytes, of whichever connection. All pass after that.
+// Cut lets so many more bytes of replies pass, of all connections together. Then the proxy closes the connection that the next byte is
+// of. All replies of other connections pass after that.
 func (p *Proxy) Cut(after int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
