@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/headgate-go/headgate/internal/testing/allkinds"
 )
 
 // documents gives all documents: those in the root, those in docs, the recipes, those for contributors, and the list of examples.
@@ -266,6 +268,32 @@ func TestReadmeFigures(t *testing.T) {
 	for _, m := range quoted {
 		if got := (figures{m[2], m[3], m[4]}); got != measured[m[1]] {
 			t.Errorf("README.md: %s: %v; docs/benchmarks.md has %v", m[1], got, measured[m[1]])
+		}
+	}
+}
+
+// TestTablesHaveAllKinds checks that tables that go by kinds of components have them all. An AIMD load scheduler is a load scheduler there.
+func TestTablesHaveAllKinds(t *testing.T) {
+	for _, tt := range []struct {
+		document, header string
+		none             []string // the kinds that the table need not have
+	}{
+		{"README.md", "| you want |", []string{"sampler"}}, // a load ramp does what it does
+		{"docs/fleet.md", "| component |", nil},
+		{"docs/glossary.md", "| term |", nil},
+		{"docs/http.md", "| what the request met |", nil},
+	} {
+		_, table, found := strings.Cut(read(t, tt.document), "\n"+tt.header)
+		if !found {
+			t.Errorf("%s has no table %s", tt.document, tt.header)
+			continue
+		}
+		table, _, _ = strings.Cut(table, "\n\n")
+		for _, c := range allkinds.Components() {
+			kind := strings.TrimPrefix(strings.ReplaceAll(allkinds.Name(c), "_", " "), "aimd ")
+			if !strings.Contains(table, kind) && !slices.Contains(tt.none, kind) {
+				t.Errorf("%s: the table %s has no %s: add it to a row, or a row for it", tt.document, tt.header, kind)
+			}
 		}
 	}
 }
