@@ -362,7 +362,9 @@ func (s *session) open() (*line, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
 	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(slices.Clip(r.bounded),
-		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity))...)
+		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity),
+		grpc.MaxRetryRPCBufferSize(0), // see begin
+	)...)
 	if err != nil {
 		cancel()
 		return nil, err
@@ -381,8 +383,7 @@ func (s *session) open() (*line, error) {
 	s.makeRoom()
 	s.lines[l] = struct{}{}
 	s.mu.Unlock()
-	s.runs.Go(l.send)
-	s.runs.Go(l.receive)
+	s.runs.Go(l.begin)
 	return l, nil
 }
 
@@ -417,15 +418,29 @@ func (l *line) retire() {
 	l.poke()
 }
 
-// send sends what there is to be said until the stream ends.
-func (l *line) send() {
+// begin sends the first message, and only then has the stream read. gRPC retries a stream by itself that no agent has taken, such as one
+// on a connection that ends. It holds the stream's mutex until there is another connection, so a second goroutine could do nothing
+// meanwhile, not even end. After the first message it does not retry, because nothing is kept to be sent again.
+func (l *line) begin() {
+	m, next := l.message(time.Now())
+	if m != nil {
+		_ = l.stream.Send(m) // its error is the stream's
+	} else { // another stream has taken its place already
+		l.cancel()
+	}
+	l.session.runs.Go(l.receive)
+	l.send(next)
+}
+
+// send sends what there is to be said until the stream ends. There is nothing before the time next.
+func (l *line) send(next time.Duration) {
 	s := l.session
 	defer l.cancel()
 	var goAway <-chan struct{}
 	if s.remote.links != nil {
 		goAway = s.remote.links.goAway
 	}
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(next)
 	defer timer.Stop()
 	for {
 		select {
