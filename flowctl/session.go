@@ -40,7 +40,6 @@ type session struct {
 	checks  atomic.Int64  // that are under way
 	checked atomic.Int64  // when the last one began, since began
 	resting atomic.Bool   // heartbeats are rare, because there is nothing at the agent
-	known   atomic.Bool   // an agent has answered on a stream
 	waited  atomic.Bool   // no check waits for a stream
 	number  atomic.Uint64 // of the newest check
 	answers chan struct{} // receives when an agent has said anything, or a stream has ended
@@ -200,14 +199,15 @@ func (s *session) awaitStream(ctx context.Context) {
 	}
 }
 
-// begins notes that a check begins. It returns the check's number; 0 if no agent is known that would go by it.
+// begins notes that a check begins. It returns the check's number; 0 if the agent knows no sessions. The first checks have one too: they
+// are part of the session at the agent, although its first answer is still on the way.
 func (s *session) begins(at time.Time) (number uint64) {
 	s.checks.Add(1)
 	s.checked.Store(int64(at.Sub(s.began)))
 	if s.resting.Load() {
 		s.wake()
 	}
-	if s.known.Load() {
+	if !s.foreign.Load() {
 		number = s.number.Add(1)
 	}
 	return number
@@ -595,7 +595,6 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 		}
 		l.underWay = 0
 		l.takeReturns(time.Now())
-		s.known.Store(true)
 		s.tried()
 		for other := range s.lines {
 			if other != l && other.leaves {
