@@ -25,9 +25,9 @@ type remembering struct {
 	done    chan error
 }
 
-func (n *network) serve(t *testing.T, file string) *remembering {
+func (n *network) serve(t *testing.T, file string, components ...policy.Component) *remembering {
 	t.Helper()
-	e, err := engine.New([]policy.Policy{{Name: "p", Components: slotsFor(4)}})
+	e, err := engine.New([]policy.Policy{{Name: "p", Components: components}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +85,7 @@ func TestFlowsOutlastRestarts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				file, n := filepath.Join(t.TempDir(), "state"), newNetwork()
-				a := n.serve(t, file)
+				a := n.serve(t, file, slotsFor(4)...)
 				meter := new(metertest.Provider)
 				client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(),
 					flowctl.WithMeterProvider(meter), flowctl.WithCancelOnLostSlot(), n.dialer())
@@ -111,7 +111,7 @@ func TestFlowsOutlastRestarts(t *testing.T) {
 					}
 				}
 				<-time.After(tt.away)
-				a = n.serve(t, file)
+				a = n.serve(t, file, slotsFor(4)...)
 				if got := a.engine.Stats().Components[0].Usage.InFlight; got != 1 {
 					t.Errorf("%d slots are in the file want 1", got)
 				}
@@ -137,6 +137,65 @@ func TestFlowsOutlastRestarts(t *testing.T) {
 				if r, err := flow.End(t.Context()); r.Returned != tt.held || err != nil {
 					t.Errorf("End() = %+v, %v", r, err)
 				}
+			})
+		})
+	}
+}
+
+// What a flow has cost counts once, whatever becomes of the agent meanwhile: in the file of an agent that was stopped in good order it
+// has counted, also where the client did not hear of that. The next agent settles nothing of the one before.
+func TestSettlementsOverRestarts(t *testing.T) {
+	limit := policy.RateLimiter{Selectors: policy.At("point"), Capacity: 100, Interval: time.Hour, TokensLabel: "tokens"}
+	for _, tt := range []struct {
+		name string
+		stop func(*remembering, *testing.T)
+		late bool    // the flow ends when the agent is back; else its settlement arrives before, and the answer is lost
+		left float64 // of 100 tokens, of which the flow took 10 and cost 2
+	}{
+		{"stopped, the answer is lost", (*remembering).stop, false, 98},
+		{"stopped, and the flow ends later", (*remembering).stop, true, 90},
+		{"killed, the answer is lost", (*remembering).kill, false, 90}, // as in the last copy
+		{"killed, and the flow ends later", (*remembering).kill, true, 90},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				file, n := filepath.Join(t.TempDir(), "state"), newNetwork()
+				a := n.serve(t, file, limit)
+				client, err := flowctl.Dial("passthrough:///localhost", flowctl.WithInsecure(), flowctl.WithoutTelemetry(),
+					flowctl.WithEndTimeout(20*time.Second), n.dialer())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() {
+					if err := client.Close(t.Context()); err != nil {
+						t.Error(err)
+					}
+					synctest.Wait()
+				}()
+				synctest.Wait() // for the session
+				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"tokens": "10"}})
+				flow.Settle("tokens", 2)
+				<-time.After(11 * time.Second) // a copy has the charge
+				restart := func() {
+					tt.stop(a, t)
+					n.cut()
+					n.plug()
+					a = n.serve(t, file, limit)
+				}
+				n.muzzle()
+				if tt.late {
+					restart()
+					<-time.After(3 * time.Second) // for a connection
+				} else {
+					time.AfterFunc(time.Second, restart)
+				}
+				if r, err := flow.End(t.Context()); r.Settled || err != nil {
+					t.Errorf("End() = %+v, %v want it to be settled by no answer", r, err)
+				}
+				if got := a.engine.Stats().Components[0].Usage.Remaining; got != tt.left {
+					t.Errorf("%v tokens are left want %v", got, tt.left)
+				}
+				a.stop(t)
 			})
 		})
 	}

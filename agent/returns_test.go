@@ -7,9 +7,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/flowctl"
@@ -190,6 +192,47 @@ func TestAnswersThatDoNotArrive(t *testing.T) {
 }
 
 func plugAgain(a *agentOfSessions) { a.plug() }
+
+// The same holds for the first flows of a client, whose checks are part of a session that the client has heard nothing of yet.
+func TestFirstAnswersThatDoNotArrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		answers := make(chan struct{}) // closed when those of the session arrive
+		a := serveSessions(t, slotsFor(3), append(agent.ServerOptions(),
+			grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+				return handle(srv, lateStream{stream, answers})
+			}),
+			grpc.ChainUnaryInterceptor(func(ctx context.Context, m any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+				answer, err := handle(ctx, m)
+				<-ctx.Done()
+				return answer, err
+			}))...)
+		client := a.dial(t)
+		flow := client.Start(t.Context(), "point", flowctl.Params{})
+		if flow.Decision() != flowctl.Unreachable {
+			t.Errorf("%v, %v", flow, flow.Err())
+		}
+		_, _ = flow.End(t.Context())
+		a.holds(t, 1, "before the check is given up")
+		close(answers)
+		<-time.After(3 * time.Second)
+		a.holds(t, 0, "after the agent was heard")
+	})
+}
+
+// A lateStream sends nothing before the channel is closed.
+type lateStream struct {
+	grpc.ServerStream
+	sends <-chan struct{}
+}
+
+func (s lateStream) SendMsg(m any) error {
+	select {
+	case <-s.sends:
+		return s.ServerStream.SendMsg(m)
+	case <-s.Context().Done():
+		return s.Context().Err()
+	}
+}
 
 // A check that its client has given up gets nothing, whichever of the two comes first, and only the session's own.
 func TestChecksThatAreGivenUp(t *testing.T) {

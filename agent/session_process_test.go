@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -26,8 +27,8 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// sessionRole makes this test's process one of another's: "agent", with an address and a state file, or "hold", "finish" or "load"
-// with the addresses of the agent and the witness.
+// sessionRole makes this test's process one of another's: "agent", with an address and a state file, or "hold", "finish", "load" or
+// "hasty" with the addresses of the agent and the witness.
 const sessionRole = "HEADGATE_TEST_SESSION_ROLE"
 
 const (
@@ -100,6 +101,39 @@ func TestProcessRestartUnderLoad(t *testing.T) {
 	last := client("hold")
 	more := client("hold")
 	w.await(t, "all slots for others", func() bool { return w.flows[last.pid()] == sessionHalf && w.flows[more.pid()] == sessionHalf })
+	w.check(t)
+}
+
+// An agent and its clients are stopped for a moment, again and again, while checks are given up soon. So ends and answers get lost. There
+// are never more flows than the limit, and no slot stays taken: all are in use again each time.
+func TestProcessFreezes(t *testing.T) {
+	const rounds = 4
+	w := newWitness(t)
+	served := startRole(t, "agent 127.0.0.1:0 "+filepath.Join(t.TempDir(), "state"))
+	address := served.address(t)
+	client := func() *role { return startRole(t, "hasty "+address+" "+w.listener.Addr().String()) }
+	one, other := client(), client()
+	all := func() bool { return w.flows[one.pid()]+w.flows[other.pid()] == sessionSlots }
+	w.await(t, "the load", all)
+	for range rounds {
+		var frozen sync.WaitGroup
+		for _, r := range []*role{served, one, other} {
+			begins, lasts := rand.N(time.Second), rand.N(1500*time.Millisecond)
+			frozen.Go(func() {
+				<-time.After(begins)
+				if err := r.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+					t.Error(err)
+				}
+				<-time.After(lasts)
+				if err := r.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		frozen.Wait()
+		took := w.await(t, "all slots after some were stopped", all)
+		t.Logf("all slots were in use after %v", took)
+	}
 	w.check(t)
 }
 
@@ -341,9 +375,13 @@ func playRole(t *testing.T, role []string) {
 		t.Fatal(err)
 	}
 	many, work := sessionHalf, time.Hour
+	params := flowctl.Params{MaxWait: time.Hour, CheckTimeout: 3 * time.Second, OnUnreachable: flowctl.FailClosed}
 	switch role[0] {
 	case "load":
 		many, work = 2*sessionSlots, 10*time.Millisecond
+	case "hasty":
+		many, work = 2*sessionSlots, 10*time.Millisecond
+		params.MaxWait, params.CheckTimeout = 0, 100*time.Millisecond
 	case "finish":
 		work = 15 * time.Second
 	}
@@ -358,7 +396,7 @@ func playRole(t *testing.T, role []string) {
 			defer conn.Close()
 			fmt.Fprintf(conn, "%d\n", os.Getpid())
 			for ctx.Err() == nil {
-				ran, err := reportFlow(ctx, client, conn, work)
+				ran, err := reportFlow(ctx, client, params, conn, work)
 				lost := errors.Is(err, flowctl.ErrSlotLost)
 				if ctx.Err() == nil && err != nil && (!lost || role[0] == "finish") {
 					t.Error(err)
@@ -375,10 +413,8 @@ func playRole(t *testing.T, role []string) {
 
 // reportFlow runs one flow, and reports it to the witness. It reports whether the flow ran. The error is ErrSlotLost if it lost its
 // slot.
-func reportFlow(ctx context.Context, client *flowctl.Client, witness io.ReadWriter, work time.Duration) (ran bool, err error) {
-	flow := client.Start(ctx, "point", flowctl.Params{
-		MaxWait: time.Hour, CheckTimeout: 3 * time.Second, OnUnreachable: flowctl.FailClosed,
-	})
+func reportFlow(ctx context.Context, client *flowctl.Client, params flowctl.Params, witness io.ReadWriter, work time.Duration) (ran bool, err error) {
+	flow := client.Start(ctx, "point", params)
 	defer func() { _, _ = flow.End(ctx) }()
 	if !flow.ShouldRun() {
 		select {

@@ -236,6 +236,7 @@ func TestSaturatedAgentAfterAnOutage(t *testing.T) {
 		if err := client.Ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		synctest.Wait() // for what else the agent has to send, which would be a sign of life
 		agent.Freeze()
 		for !strings.Contains(log.String(), "does not answer") {
 			client.Start(t.Context(), "point", flowctl.Params{})

@@ -628,6 +628,7 @@ func TestHTTPAgentBreaker(t *testing.T) {
 		agent := flowtest.NewAgent(t)
 		client := agent.Client()
 		client.Start(t.Context(), "point", flowctl.Params{HTTP: get(nil)})
+		synctest.Wait() // for what else the agent has to send, which would be a sign of life
 		agent.Freeze()
 		start := func() time.Duration {
 			begin := time.Now()

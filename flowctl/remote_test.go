@@ -267,6 +267,7 @@ func TestAgentBreaker(t *testing.T) {
 		var log bytes.Buffer
 		client := agent.Client(logTo(&log))
 		client.Start(t.Context(), "point", flowctl.Params{})
+		synctest.Wait() // for what else the agent has to send, which would be a sign of life
 		agent.Freeze()
 		begin := time.Now()
 		start := func() time.Duration {
@@ -588,6 +589,7 @@ func TestAgentBreakerSpan(t *testing.T) {
 		if err := client.Ready(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		synctest.Wait() // for what else the agent has to send, which would be a sign of life
 		agent.Freeze()
 		burst := func() {
 			var wg sync.WaitGroup

@@ -40,7 +40,6 @@ type session struct {
 	checks  atomic.Int64  // that are under way
 	checked atomic.Int64  // when the last one began, since began
 	resting atomic.Bool   // heartbeats are rare, because there is nothing at the agent
-	known   atomic.Bool   // an agent has answered on a stream
 	waited  atomic.Bool   // no check waits for a stream
 	number  atomic.Uint64 // of the newest check
 	answers chan struct{} // receives when an agent has said anything, or a stream has ended
@@ -200,14 +199,15 @@ func (s *session) awaitStream(ctx context.Context) {
 	}
 }
 
-// begins notes that a check begins. It returns the check's number; 0 if no agent is known that would go by it.
+// begins notes that a check begins. It returns the check's number; 0 if the agent knows no sessions. The first checks have one too: they
+// are part of the session at the agent, although its first answer is still on the way.
 func (s *session) begins(at time.Time) (number uint64) {
 	s.checks.Add(1)
 	s.checked.Store(int64(at.Sub(s.began)))
 	if s.resting.Load() {
 		s.wake()
 	}
-	if s.known.Load() {
+	if !s.foreign.Load() {
 		number = s.number.Add(1)
 	}
 	return number
@@ -362,7 +362,9 @@ func (s *session) open() (*line, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
 	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(slices.Clip(r.bounded),
-		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity))...)
+		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity),
+		grpc.MaxRetryRPCBufferSize(0), // see begin
+	)...)
 	if err != nil {
 		cancel()
 		return nil, err
@@ -381,8 +383,7 @@ func (s *session) open() (*line, error) {
 	s.makeRoom()
 	s.lines[l] = struct{}{}
 	s.mu.Unlock()
-	s.runs.Go(l.send)
-	s.runs.Go(l.receive)
+	s.runs.Go(l.begin)
 	return l, nil
 }
 
@@ -417,15 +418,29 @@ func (l *line) retire() {
 	l.poke()
 }
 
-// send sends what there is to be said until the stream ends.
-func (l *line) send() {
+// begin sends the first message, and only then has the stream read. gRPC retries a stream by itself that no agent has taken, such as one
+// on a connection that ends. It holds the stream's mutex until there is another connection, so a second goroutine could do nothing
+// meanwhile, not even end. After the first message it does not retry, because nothing is kept to be sent again.
+func (l *line) begin() {
+	m, next := l.message(time.Now())
+	if m != nil {
+		_ = l.stream.Send(m) // its error is the stream's
+	} else { // another stream has taken its place already
+		l.cancel()
+	}
+	l.session.runs.Go(l.receive)
+	l.send(next)
+}
+
+// send sends what there is to be said until the stream ends. There is nothing before the time next.
+func (l *line) send(next time.Duration) {
 	s := l.session
 	defer l.cancel()
 	var goAway <-chan struct{}
 	if s.remote.links != nil {
 		goAway = s.remote.links.goAway
 	}
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(next)
 	defer timer.Stop()
 	for {
 		select {
@@ -580,7 +595,6 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 		}
 		l.underWay = 0
 		l.takeReturns(time.Now())
-		s.known.Store(true)
 		s.tried()
 		for other := range s.lines {
 			if other != l && other.leaves {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -17,6 +18,7 @@ import (
 
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/hostile"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -49,6 +51,12 @@ func (a *agentOf) streams() int {
 // dial connects a client to the agent, and returns its session.
 func (a *agentOf) dial(t *testing.T) *session {
 	t.Helper()
+	return a.dialBy(t, func(ctx context.Context, agent *bufconn.Listener) (net.Conn, error) { return agent.DialContext(ctx) })
+}
+
+// dialBy connects a client by connections that the function makes.
+func (a *agentOf) dialBy(t *testing.T, connect func(ctx context.Context, agent *bufconn.Listener) (net.Conn, error)) *session {
+	t.Helper()
 	server := grpc.NewServer(grpc.WaitForHandlers(true))
 	sessionv1.RegisterSessionServiceServer(server, a)
 	listener := bufconn.Listen(1 << 16)
@@ -62,7 +70,7 @@ func (a *agentOf) dial(t *testing.T) *session {
 		<-served
 	})
 	client, err := Dial("passthrough:///localhost", WithInsecure(), WithoutTelemetry(),
-		WithLogger(slog.New(slog.DiscardHandler)), WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) })))
+		WithLogger(slog.New(slog.DiscardHandler)), WithDialOptions(grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return connect(ctx, listener) })))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,6 +246,48 @@ func TestAcknowledgmentsOfNothing(t *testing.T) {
 		defer s.mu.Unlock()
 		if at := of.acked; !at.Equal(began.Add(-time.Second)) {
 			t.Errorf("a heartbeat that was not sent is acknowledged: %v", at.Sub(began))
+		}
+	})
+}
+
+// A stream that no agent has taken ends, and leaves its place to another one. gRPC must not hold it back for a retry until there is a
+// connection: what is to be said next would wait for that in a mutex, and the time of this bubble would stand still.
+func TestStreamsThatNoAgentTakes(t *testing.T) {
+	const away = 2 * wire.RestingEvery // so that there is something to be said next
+	synctest.Test(t, func(t *testing.T) {
+		a := &agentOf{session: func(stream grpc.BidiStreamingServer[sessionv1.SessionRequest, sessionv1.SessionResponse], _ *sessionv1.SessionRequest) error {
+			if err := stream.Send(&sessionv1.SessionResponse{AgentId: 7}); err != nil {
+				return err
+			}
+			<-stream.Context().Done()
+			return stream.Context().Err()
+		}}
+		all := hostile.Agents()
+		before := all[slices.IndexFunc(all, func(one hostile.Agent) bool { return one.Name == "goes away soon" })]
+		first := bufconn.Listen(1 << 16)
+		go func() {
+			conn, err := first.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			before.Serve(t.Context(), conn)
+			_, _ = conn.Close(), first.Close()
+		}()
+		begin := time.Now()
+		s := a.dialBy(t, func(ctx context.Context, agent *bufconn.Listener) (net.Conn, error) {
+			if time.Since(begin) < away {
+				return first.DialContext(ctx)
+			}
+			return agent.DialContext(ctx)
+		})
+		s.giveUp(1) // so that the stream is still of use when its agent goes away
+		<-time.After(away + 3*time.Second)
+		s.mu.Lock()
+		reaches := s.reaches(7)
+		s.mu.Unlock()
+		if !reaches || a.streams() != 1 {
+			t.Errorf("the session reaches the agent: %v, by %d streams want true, by 1", reaches, a.streams())
 		}
 	})
 }

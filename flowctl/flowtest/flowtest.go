@@ -71,7 +71,7 @@ type Answer struct {
 	HTTPResponse *checkhttpv1.CheckHTTPResponse
 }
 
-// A Check is what the agent was asked.
+// A Check is what the agent was asked. It leaves out the number that the check may have in a session, because an Agent has none.
 type Check struct {
 	// Request is the question. In a check of an HTTP request it has the labels of the baggage header, and nothing else
 	// of the HTTP request.
@@ -359,6 +359,10 @@ func (a service) CheckHTTP(ctx context.Context, req *checkhttpv1.CheckHTTPReques
 // asked records a check, takes the next answer, and applies it by act.
 func (a *Agent) asked(ctx context.Context, c Check) (Answer, error) {
 	c.Metadata, _ = metadata.FromIncomingContext(ctx)
+	c.Request.SessionCheck = 0 // the first checks have one, until the client learns that there are no sessions
+	if c.HTTP != nil {
+		c.HTTP.SessionCheck = 0
+	}
 	if deadline, ok := ctx.Deadline(); ok {
 		c.Timeout = time.Until(deadline)
 	}
