@@ -20,8 +20,8 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// A Flow is one run of guarded work, from [Client.Start] to [Flow.End]. It is never nil, and every method is safe to
-// call at any time and from any goroutine.
+// A Flow is one request to run guarded work, and the run if it is admitted. It lasts from [Client.Start] to [Flow.End]. It is never
+// nil, and every method is safe to call at any time and from any goroutine.
 //
 // Every verb that prints a flow, or the context that it gives, prints no label. A struct with a flow in an unexported field is
 // different: package fmt prints such fields without calling methods. Then a verb that fits no pointer, such as %s, shows the
@@ -108,7 +108,7 @@ type EndResponse struct {
 	// Settled reports whether the agent took all that [Flow.Settle] said. It is false if nothing was said, if the flow did not
 	// run or was not decided about, and in a client's dry run. For an agent across the network it is also false if the agent
 	// is not Headgate's, has been restarted, or remembers too many later flows, and if the check came before the client's session
-	// had begun. Then the flow keeps its charge. If no answer came in time it is false too, although the agent may take the
+	// had begun. Then what the flow took stays taken. If no answer came in time it is false too, although the agent may take the
 	// settlement yet.
 	Settled bool
 }

@@ -14,7 +14,7 @@ import "math"
 // flows have cost.
 //
 // For each label, the last call before End counts. After the flow has ended, Settle does nothing. If Settle is not called, as
-// after a panic, the flow keeps its charge, because its cost is not known. Settle(label, 0) is for work that has certainly not
+// after a panic, what the flow took stays taken, because its cost is not known. Settle(label, 0) is for work that has certainly not
 // begun. A call with an empty label, or with tokens that are negative, infinite or not a number, is ignored and logged once a
 // minute. An earlier call then still counts.
 //

@@ -192,7 +192,7 @@ func TestSettleLog(t *testing.T) {
 	})
 }
 
-// However Settle and End meet, the flow is settled once, for one of the numbers that were said, or keeps its charge.
+// However Settle and End meet, the flow is settled once, for one of the numbers that were said, or what it took stays taken.
 func TestSettleAndEndAtOnce(t *testing.T) {
 	side := sides.Setup{Policies: budget()}.New(t, sides.Embedded)
 	for range 300 {
