@@ -24,6 +24,11 @@ const (
 	pingsApart       = 5 * time.Second
 	idleFor          = 30 * time.Minute
 	handshakeTimeout = 10 * time.Second
+
+	// GRPC's windows grow to 16 MiB for each stream otherwise, if a client has a fast network. A message that is longer has room as
+	// soon as it is read.
+	streamWindow     = 64 << 10
+	connectionWindow = 1 << 20
 )
 
 // keyHeader is the metadata that carries the API key.
@@ -74,6 +79,7 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - There can be 8192 sessions of clients, of which one API key, or one certificate, can have 2048. So can all clients
 //     without either. A message of a session may have 16 KiB, and 1000 of them are read a second. What is remembered of
 //     flows that can be settled takes at most 16 MiB for one session, and 128 MiB, with 16 KiB more for each session.
+//   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
@@ -92,6 +98,8 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connectionWindow),
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
