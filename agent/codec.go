@@ -27,7 +27,7 @@ type loan struct{ *debt }
 
 // A debt is apart from its loan because it outlives it.
 type debt struct {
-	gate       *gate
+	unsent     *unsent
 	connection any
 	size       int
 	paid       atomic.Bool
@@ -37,12 +37,12 @@ func (d *debt) pay() {
 	if d.paid.Swap(true) {
 		return
 	}
-	g := d.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.unsent -= d.size
-	if g.by[d.connection] -= d.size; g.by[d.connection] <= 0 {
-		delete(g.by, d.connection)
+	u := d.unsent
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.size -= d.size
+	if u.by[d.connection] -= d.size; u.by[d.connection] <= 0 {
+		delete(u.by, d.connection)
 	}
 }
 
@@ -67,22 +67,29 @@ func (c *call) lend(ctx context.Context, size int, must bool) bool {
 	if c.loan != nil {
 		more -= c.loan.size
 	}
-	g := c.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	by := g.by[c.connection] + more
-	if more > 0 && !must && (by > maxUnsentByOne || g.unsent+more > maxUnsent && by > ownUnsent) {
+	if !c.gate.unsent.lend(c.connection, more, must) {
 		return false
 	}
-	g.unsent += more
-	g.by[c.connection] = by
-	if c.loan == nil {
-		c.loan = &loan{&debt{gate: g, connection: c.connection}}
+	if c.loan == nil { // without the mutex, because streams send much
+		c.loan = &loan{&debt{unsent: c.gate.unsent, connection: c.connection}}
 		runtime.AddCleanup(c.loan, (*debt).pay, c.loan.debt)
 		// A compressed copy would outlive the buffer that we know of.
 		_ = grpc.SetSendCompressor(ctx, encoding.Identity)
 	}
 	c.loan.size = size
+	return true
+}
+
+// lend takes room for so many more bytes of answers, if there is room or it must.
+func (u *unsent) lend(connection any, more int, must bool) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	by := u.by[connection] + more
+	if more > 0 && !must && (by > maxUnsentByOne || u.size+more > maxUnsent && by > ownUnsent) {
+		return false
+	}
+	u.size += more
+	u.by[connection] = by
 	return true
 }
 

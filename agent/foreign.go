@@ -12,55 +12,75 @@ import (
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
 
-// The bounds of the streams of other services of the server, such as reflection.
+// The bounds of the streams of other services of the server, such as reflection, and of sessions by connection.
 const (
 	maxForeign      = 64             // at a time, over all connections
 	maxForeignByOne = maxForeign / 4 // of one connection
+	maxLinesByOne   = 128            // streams of sessions of one connection: a client has one, and a proxy has many clients
 )
 
-// foreign are the streams of other services. A Watch of the health service does not count: it says little and lasts.
-// Sessions are the agent's own, and have bounds of their own.
-type foreign struct {
+// streams are those of one kind that are under way.
+type streams struct {
+	most, byOne int   // over all connections, and of one
+	full        error // what ends one more
+
 	mu  sync.Mutex
 	all int
 	by  map[any]int
 }
 
-var errForeign = status.Error(codes.ResourceExhausted, "too many streams of services other than the agent's are under way")
+var (
+	errForeign = status.Error(codes.ResourceExhausted, "too many streams of services other than the agent's are under way")
+	errLines   = status.Error(codes.ResourceExhausted, "the connection has too many streams of sessions")
+)
+
+// kinds are a server's streams by what they are for. A Watch of the health service has none: it says little and lasts.
+type kinds struct{ foreign, lines streams }
+
+func newKinds() *kinds {
+	return &kinds{
+		foreign: streams{most: maxForeign, byOne: maxForeignByOne, full: errForeign},
+		lines:   streams{most: maxSessions + maxSpares, byOne: maxLinesByOne, full: errLines},
+	}
+}
 
 // serve handles a stream of the call, if there is room for it. What the stream sends counts as the agent's own answers do.
-func (f *foreign) serve(c *call, server any, stream grpc.ServerStream, method string, handle grpc.StreamHandler) error {
+func (k *kinds) serve(c *call, server any, stream grpc.ServerStream, method string, handle grpc.StreamHandler) error {
 	stream = countedStream{stream, c}
-	if method == healthv1.Health_Watch_FullMethodName || method == sessionv1.SessionService_Session_FullMethodName {
+	of := &k.foreign
+	switch method {
+	case healthv1.Health_Watch_FullMethodName:
 		return handle(server, stream)
+	case sessionv1.SessionService_Session_FullMethodName:
+		of = &k.lines
 	}
-	if !f.enter(c.connection) {
-		return errForeign
+	if !of.enter(c.connection) {
+		return of.full
 	}
-	defer f.leave(c.connection)
+	defer of.leave(c.connection)
 	return handle(server, stream)
 }
 
-func (f *foreign) enter(connection any) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.all >= maxForeign || f.by[connection] >= maxForeignByOne {
+func (s *streams) enter(connection any) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.all >= s.most || s.by[connection] >= s.byOne {
 		return false
 	}
-	if f.by == nil {
-		f.by = make(map[any]int)
+	if s.by == nil {
+		s.by = make(map[any]int)
 	}
-	f.all++
-	f.by[connection]++
+	s.all++
+	s.by[connection]++
 	return true
 }
 
-func (f *foreign) leave(connection any) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.all--
-	if f.by[connection]--; f.by[connection] == 0 {
-		delete(f.by, connection)
+func (s *streams) leave(connection any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.all--
+	if s.by[connection]--; s.by[connection] == 0 {
+		delete(s.by, connection)
 	}
 }
 

@@ -134,7 +134,7 @@ func TestForeignAnswersCount(t *testing.T) {
 		}
 		sent.Free()
 	}
-	if g.unsent != 0 {
-		t.Errorf("%d bytes are unread", g.unsent)
+	if g.unsent.size != 0 {
+		t.Errorf("%d bytes are unread", g.unsent.size)
 	}
 }

@@ -19,27 +19,29 @@ import (
 
 // The bounds of a server, over all its connections.
 const (
-	maxArriving    = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
-	arrival        = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
-	patience       = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
-	maxOpening     = 128 << 20             // bytes that calls take whose messages have not been read
-	callSize       = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
-	maxRefusals    = 256                   // calls of a connection that are refused within lateFor for want of that room; then it ends
-	maxLost        = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it finds no room
-	lateFor        = time.Second           // how long a connection that lost an overdue message goes after others
-	maxLate        = 1024                  // connections that are remembered for lateFor
-	maxUnread      = 64 << 20              // bytes of large requests that have arrived and are not read
-	maxHeld        = 128 << 20             // bytes of requests that are being decided about, and of their metadata
-	smallHeld      = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
-	large          = 64 << 10              // bytes from which a request counts for maxUnread
-	maxUnsent      = 64 << 20              // bytes of answers that clients have not read
-	maxUnsentByOne = maxUnsent / 4         // of one connection
-	ownUnsent      = 128 << 10             // of one connection, even if others leave no room
-	smallAnswer    = 1 << 10               // bytes up to which an answer does not count: gRPC does not report when it has sent it
-	smallValues    = 4 << 10               // bytes of values up to which they count only with the answer
+	maxArriving     = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
+	arrival         = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
+	patience        = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
+	maxOpening      = 128 << 20             // bytes that calls take whose messages have not been read
+	maxLinesOpening = maxOpening / 4        // bytes that streams of sessions take whose handlers have not begun
+	callSize        = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
+	maxRefusals     = 256                   // calls of a connection that are refused within lateFor for want of that room; then it ends
+	maxLost         = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it finds no room
+	lateFor         = time.Second           // how long a connection that lost an overdue message goes after others
+	maxLate         = 1024                  // connections that are remembered for lateFor
+	maxUnread       = 64 << 20              // bytes of large requests that have arrived and are not read
+	maxHeld         = 128 << 20             // bytes of requests that are being decided about, and of their metadata
+	smallHeld       = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
+	large           = 64 << 10              // bytes from which a request counts for maxUnread
+	maxUnsent       = 64 << 20              // bytes of answers that clients have not read
+	maxUnsentByOne  = maxUnsent / 4         // of one connection
+	ownUnsent       = 128 << 10             // of one connection, even if others leave no room
+	smallAnswer     = 1 << 10               // bytes up to which an answer does not count: gRPC does not report when it has sent it
+	smallValues     = 4 << 10               // bytes of values up to which they count only with the answer
 )
 
-// A gate bounds what the calls of one server have under way together.
+// A gate bounds what the calls of one server have under way together. Streams of sessions have one of their own, so that checks do not
+// wait for its mutex when thousands of streams begin.
 type gate struct {
 	mu       sync.Mutex
 	arriving []*call           // those with compressed messages, in the order in which they were let in
@@ -58,8 +60,17 @@ type gate struct {
 	readers chan struct{} // has an element for each call that reads a large request
 	unread  int
 	held    int
-	unsent  int
-	by      map[any]int // unsent, by connection
+
+	most   int     // bytes that calls take whose messages have not been read
+	unsent *unsent // shared with the other gate of the server
+}
+
+// unsent are the bytes of answers that clients have not read. They have a mutex of their own, because streams send more often than calls
+// begin.
+type unsent struct {
+	mu   sync.Mutex
+	size int
+	by   map[any]int // by connection
 }
 
 // A turn is the calls of one connection that wait to be let in. Connections get turns one after the other, so that those
@@ -75,9 +86,17 @@ type turn struct {
 func newGate() *gate {
 	return &gate{
 		late:    make(map[any]time.Time),
-		by:      make(map[any]int),
+		most:    maxOpening,
+		unsent:  &unsent{by: make(map[any]int)},
 		readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
 	}
+}
+
+// newLineGate makes the gate of sessions' streams on a server whose other calls have that one.
+func newLineGate(other *gate) *gate {
+	g := newGate()
+	g.most, g.unsent = maxLinesOpening, other.unsent
+	return g
 }
 
 type callKey struct{}
@@ -124,7 +143,7 @@ func (g *gate) call(ctx context.Context, connection any, sent metadata.MD) (*cal
 	if own := g.opening.by[connection]; own != nil && own.lost >= maxLost {
 		return nil, g.refuse(c)
 	}
-	for g.opening.size+c.size() > maxOpening {
+	for g.opening.size+c.size() > g.most {
 		most := g.opening.most()
 		if most == nil || g.opening.of(c.connection)+c.size() >= most.size {
 			return nil, g.refuse(c)

@@ -46,10 +46,11 @@ func TestGrantsAreBounded(t *testing.T) {
 				defer e.Close()
 				all := newSessions(e.Agent())
 				all.charged.Store(tt.others)
-				one, err := all.open([16]byte{1}, "")
+				stream, err := all.open([16]byte{1}, "", nil)
 				if err != nil {
 					t.Fatal(err)
 				}
+				one := stream.session
 				component := new(backs)
 				label := string(make([]byte, tt.label))
 				for i := range tt.checks {
@@ -72,7 +73,7 @@ func TestGrantsAreBounded(t *testing.T) {
 						t.Errorf("a slot of the check before %d others came back: %v", i, got)
 					}
 				}
-				all.close(one)
+				all.close(stream)
 				<-time.After(time.Hour)
 				synctest.Wait()
 				if got := all.charged.Load(); got != tt.others {
@@ -92,10 +93,11 @@ func TestNumbersThatAreUsedAgain(t *testing.T) {
 		}
 		defer e.Close()
 		all := newSessions(e.Agent())
-		one, err := all.open([16]byte{1}, "")
+		stream, err := all.open([16]byte{1}, "", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
+		one := stream.session
 		component := new(backs)
 		for i := range uint64(1000) {
 			var v agentapi.Verdict
@@ -111,6 +113,6 @@ func TestNumbersThatAreUsedAgain(t *testing.T) {
 		if n := len(one.grants.by); n != 2 || one.grants.count > 201 {
 			t.Errorf("%d numbers, %d checks are remembered", n, one.grants.count)
 		}
-		all.close(one)
+		all.close(stream)
 	})
 }

@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
 
 // The bounds of a connection.
@@ -24,6 +26,11 @@ const (
 	pingsApart       = 5 * time.Second
 	idleFor          = 30 * time.Minute
 	handshakeTimeout = 10 * time.Second
+
+	// GRPC's windows grow to 16 MiB for each stream otherwise, if a client has a fast network. A message that is longer has room as
+	// soon as it is read.
+	streamWindow     = 64 << 10
+	connectionWindow = 1 << 20
 )
 
 // keyHeader is the metadata that carries the API key.
@@ -72,8 +79,11 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
 //     are not compressed.
 //   - There can be 8192 sessions of clients, of which one API key, or one certificate, can have 2048. So can all clients
-//     without either. A message of a session may have 16 KiB, and 1000 of them are read a second. What is remembered of
-//     flows that can be settled takes at most 16 MiB for one session, and 128 MiB, with 16 KiB more for each session.
+//     without either. A connection can have 128 streams of sessions. A message of a session may have 16 KiB. 1000 of a stream
+//     are handled a second, and the others wait. A stream with more than 64 messages that wait, or two large ones, ends. What
+//     waits or arrives takes at most 64 MiB. What is remembered of flows that can be settled takes at most 16 MiB for one
+//     session, and 128 MiB, with 16 KiB more for each session.
+//   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
@@ -84,14 +94,17 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		opt(&o)
 	}
 	g := newGate()
+	lines := newLineGate(g)
 	visitors := newVisitors()
-	others := new(foreign)
+	others := newKinds()
 	return []grpc.ServerOption{
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connectionWindow),
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
@@ -100,7 +113,11 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			}
 			owner, err := o.owner(info)
 			if err == nil {
-				c, err := g.call(ctx, connectionOf(ctx), info.Header)
+				of := g
+				if info.FullMethodName == sessionv1.SessionService_Session_FullMethodName {
+					of = lines
+				}
+				c, err := of.call(ctx, connectionOf(ctx), info.Header)
 				if err != nil {
 					if errors.Is(err, errFlood) {
 						closeConnection(ctx)

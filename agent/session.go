@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,7 +31,10 @@ const (
 	maxSessions        = 8192
 	maxSessionsByOne   = maxSessions / 4 // of one API key, of one certificate, or of all clients without either
 	maxSessionStreams  = 4               // of one session
-	sessionMessages    = 1000            // that are read of a stream each second, and at once after a pause
+	maxSpares          = maxSessions / 4 // streams besides the first of each session
+	maxSparesByOne     = maxSpares / 4   // of one owner
+	sessionMessages    = 1000            // that are handled of a stream each second
+	sessionBurst       = 64              // that are handled at once after a pause
 	sessionBegin       = 10 * time.Second
 	sessionSilence     = 3 * wire.RestingEvery
 	comeBack           = time.Second // after which the flows that a draining agent has rejected come back, and up to twice that
@@ -45,23 +49,30 @@ type sessions struct {
 
 	mu       sync.RWMutex
 	by       map[[16]byte]*session
-	owners   map[string]int // how many sessions each has
-	draining chan struct{}  // closed by drain
+	owners   map[string]*owner
+	spares   int           // streams besides the first of each session
+	draining chan struct{} // closed by drain
 	drained  bool
 
-	charged atomic.Int64 // bytes that the charges and grants of all sessions take
+	charged   atomic.Int64  // bytes that the charges and grants of all sessions take
+	unhandled atomic.Int64  // bytes of messages that are not handled
+	turns     chan struct{} // has an element for each message that is handled
+
+	floodsMu    sync.Mutex
+	flooded     map[any]int // how many streams of a connection have ended since then because they send too fast
+	floodsSince time.Time
 }
 
 // A session is one client's.
 type session struct {
 	id    [16]byte
-	owner string
+	owner *owner
 	heard atomic.Int64 // when the client last said that it lives, in nanoseconds since began
 	began time.Time
 
 	// Guarded by sessions.mu.
-	streams int
-	end     *time.Timer // forgets the session when it has run out; nil while no stream has ended
+	lines []*line     // the oldest first
+	end   *time.Timer // forgets the session when it has run out; nil while no stream has ended
 
 	charges charges
 	grants  grants
@@ -69,7 +80,8 @@ type session struct {
 
 func newSessions(engine agentapi.Local) *sessions {
 	s := &sessions{
-		engine: engine, by: make(map[[16]byte]*session), owners: make(map[string]int), draining: make(chan struct{}),
+		engine: engine, by: make(map[[16]byte]*session), owners: make(map[string]*owner), draining: make(chan struct{}),
+		turns: make(chan struct{}, maxHandled),
 	}
 	for s.agentID == 0 {
 		s.agentID = rand.Uint64()
@@ -122,9 +134,9 @@ func (s *sessions) of(ctx context.Context) *session {
 	}
 	s.mu.RLock()
 	one := s.by[id]
-	lives := one != nil && one.streams > 0
+	lives := one != nil && len(one.lines) > 0
 	s.mu.RUnlock()
-	if !lives || one.owner != ownerOf(ctx) {
+	if !lives || one.owner.name != ownerOf(ctx) {
 		return nil
 	}
 	if now := time.Since(one.began); now-time.Duration(one.heard.Load()) >= wire.HeartbeatEvery {
@@ -141,35 +153,70 @@ func (s *sessions) renew(one *session) {
 	one.heard.Store(now)
 }
 
-// open begins a stream of the session.
-func (s *sessions) open(id [16]byte, owner string) (*session, error) {
+// open begins a stream of the session. The function cancel ends its call, if not nil. If the session has as many streams as it may,
+// or its owner has, its oldest one ends: after the client has lost a connection, the agent takes long to notice that.
+func (s *sessions) open(id [16]byte, by string, cancel context.CancelFunc) (*line, error) {
+	l, oldest, err := s.begin(id, by, cancel)
+	if oldest != nil {
+		oldest.fail(errReplaced)
+	}
+	return l, err
+}
+
+func (s *sessions) begin(id [16]byte, by string, cancel context.CancelFunc) (l, oldest *line, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	one := s.by[id]
+	one, of := s.by[id], s.owners[by]
 	switch {
 	case s.drained:
-		return nil, errDraining
-	case one != nil && one.owner != owner:
-		return nil, errOthersSession
-	case one == nil && (len(s.by) >= maxSessions || s.owners[owner] >= maxSessionsByOne):
-		return nil, errSessions
+		return nil, nil, errDraining
+	case one != nil && one.owner.name != by:
+		return nil, nil, errOthersSession
+	case one == nil && (len(s.by) >= maxSessions || of != nil && of.sessions >= maxSessionsByOne):
+		return nil, nil, errSessions
 	case one == nil:
-		one = &session{id: id, owner: owner, began: time.Now()}
+		if of == nil {
+			of = &owner{name: by, turns: make(chan struct{}, maxHandledByOne)}
+			s.owners[by] = of
+		}
+		one = &session{id: id, owner: of, began: time.Now()}
 		s.by[id] = one
-		s.owners[owner]++
-	case one.streams >= maxSessionStreams:
-		return nil, errSessions
+		of.sessions++
 	}
-	one.streams++
+	if n := len(one.lines); n >= maxSessionStreams || n > 0 && (of.spares >= maxSparesByOne || s.spares >= maxSpares) {
+		oldest = one.lines[0]
+		s.remove(oldest)
+	}
+	l = &line{session: one, all: s, cancel: cancel, messages: make(chan []byte, maxUnhandled), failed: make(chan struct{})}
+	if one.lines = append(one.lines, l); len(one.lines) > 1 {
+		of.spares++
+		s.spares++
+	}
 	s.renew(one)
-	return one, nil
+	return l, oldest, nil
+}
+
+// remove removes the stream from its session, unless a newer one has taken its place.
+func (s *sessions) remove(l *line) {
+	one := l.session
+	i := slices.Index(one.lines, l)
+	if i < 0 {
+		return
+	}
+	if one.lines = slices.Delete(one.lines, i, i+1); len(one.lines) > 0 {
+		one.owner.spares--
+		s.spares--
+	}
 }
 
 // close ends a stream of the session. The session outlasts its last stream until it runs out.
-func (s *sessions) close(one *session) {
+func (s *sessions) close(l *line) {
+	l.over()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if one.streams--; one.streams > 0 {
+	s.remove(l)
+	one := l.session
+	if len(one.lines) > 0 {
 		return
 	}
 	if one.end == nil { // one for all streams, because a peer may open and close many
@@ -187,7 +234,7 @@ func (one *session) left() time.Duration {
 func (s *sessions) forget(one *session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if one.streams > 0 || s.by[one.id] != one {
+	if len(one.lines) > 0 || s.by[one.id] != one {
 		return
 	}
 	if left := one.left(); left > 0 { // a check has renewed it while its last stream ended
@@ -195,8 +242,8 @@ func (s *sessions) forget(one *session) {
 		return
 	}
 	delete(s.by, one.id)
-	if s.owners[one.owner]--; s.owners[one.owner] == 0 {
-		delete(s.owners, one.owner)
+	if one.owner.sessions--; one.owner.sessions == 0 {
+		delete(s.owners, one.owner.name)
 	}
 	s.charged.Add(-one.charges.drop() - one.grants.drop())
 }
@@ -218,26 +265,16 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 	if !ok {
 		return errNoSession
 	}
-	one, err := all.open(id, ownerOf(ctx))
+	var cancel context.CancelFunc
+	if c := callOf(ctx); c != nil {
+		cancel = c.cancel
+	}
+	l, err := all.open(id, ownerOf(ctx), cancel)
 	if err != nil {
 		return err
 	}
-	defer all.close(one)
-	messages, ended := make(chan []byte), make(chan error, 1)
-	go func() { // it ends with the stream
-		for {
-			data, err := receive(stream, wire.MaxSessionMessage)
-			if err != nil {
-				ended <- err
-				return
-			}
-			select {
-			case messages <- data:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
+	defer all.close(l)
+	go l.read(stream) // it ends with the stream
 	silence := time.NewTimer(sessionBegin)
 	defer silence.Stop()
 	var pace pace
@@ -245,51 +282,76 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 	for {
 		response := &sessionv1.SessionResponse{AgentId: all.agentID}
 		select {
-		case data := <-messages:
-			silence.Reset(sessionSilence)
-			if err := pace.wait(ctx); err != nil {
-				return status.FromContextError(err).Err()
+		case data, ok := <-l.messages:
+			if !ok {
+				if errors.Is(l.readErr, io.EOF) {
+					return nil
+				}
+				return l.readErr
 			}
-			m := new(sessionv1.SessionRequest)
-			if protofield.Count(data, maxSessionElements) > maxSessionElements || proto.Unmarshal(data, m) != nil ||
-				slotsIn(m.GetReturns()) > maxSessionElements {
+			silence.Reset(sessionSilence)
+			elements := protofield.Count(data, maxSessionElements)
+			if elements > maxSessionElements {
 				return errMessage
 			}
-			if m.GetHeartbeat() != nil {
-				all.renew(one)
-				beats++
-				response.Heartbeat = &sessionv1.Heartbeat{Number: beats, Acknowledges: m.GetHeartbeat().GetNumber()}
+			if err := pace.wait(ctx, 1, sessionMessages, sessionBurst); err != nil {
+				return l.reason(status.FromContextError(err).Err())
 			}
-			if len(m.GetReturns())+len(m.GetSettlements()) == 0 {
-				break
+			done, err := all.turn(ctx, l.session.owner, elements)
+			if err != nil {
+				return l.reason(err)
 			}
-			if response.Heartbeat != nil { // it does not wait for a store
-				if err := stream.Send(response); err != nil {
-					return err
-				}
-				response = &sessionv1.SessionResponse{AgentId: all.agentID}
+			err = s.hear(stream, l.session, data, &beats, response)
+			done()
+			l.handled(len(data) + unhandledSize)
+			if err != nil {
+				return l.reason(err)
 			}
-			response.Returned = s.service.carryOut(ctx, one, m.GetReturns())
-			response.Results = s.service.settle(ctx, one, m.GetSettlements())
 		case <-draining:
 			draining = nil
 			response.Drain = true
-		case err := <-ended:
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
+		case <-l.failed:
+			return l.reason(nil)
 		case <-s.service.engine.Closed():
 			return closed(agentapi.ErrClosed)
 		case <-silence.C:
 			return errSilent
 		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
+			return l.reason(status.FromContextError(ctx.Err()).Err())
 		}
 		if err := stream.Send(response); err != nil {
-			return err
+			return l.reason(err)
 		}
 	}
+}
+
+// hear does what a message says, and puts the answers into the response. It sends the answer to a heartbeat at once if there is more to do,
+// which may wait for a store. The stream has had so many heartbeats.
+func (s handler) hear(
+	stream grpc.BidiStreamingServer[sessionv1.SessionRequest, sessionv1.SessionResponse], one *session, data []byte, beats *uint64,
+	response *sessionv1.SessionResponse,
+) error {
+	m := new(sessionv1.SessionRequest)
+	if proto.Unmarshal(data, m) != nil || slotsIn(m.GetReturns()) > maxSessionElements {
+		return errMessage
+	}
+	more := len(m.GetReturns())+len(m.GetSettlements()) > 0
+	if m.GetHeartbeat() != nil {
+		s.service.sessions.renew(one)
+		*beats++
+		response.Heartbeat = &sessionv1.Heartbeat{Number: *beats, Acknowledges: m.GetHeartbeat().GetNumber()}
+		if more {
+			if err := stream.Send(response); err != nil {
+				return err
+			}
+			response.Heartbeat = nil
+		}
+	}
+	if more {
+		response.Returned = s.service.carryOut(stream.Context(), one, m.GetReturns())
+		response.Results = s.service.settle(stream.Context(), one, m.GetSettlements())
+	}
+	return nil
 }
 
 func slotsIn(returns []*sessionv1.Return) (slots int) {
@@ -327,17 +389,23 @@ func (s *Service) settle(ctx context.Context, one *session, settlements []*sessi
 	return results
 }
 
-// A pace bounds how often messages of a stream are read. A peer that sends more waits. The zero value is ready.
-type pace struct{ due time.Time }
+// A pace bounds how much is handled in a second. What is more waits. The zero value is ready. It is safe for concurrent use.
+type pace struct {
+	mu  sync.Mutex
+	due time.Time
+}
 
-func (p *pace) wait(ctx context.Context) error {
+// wait waits for units of which there are so many a second, and some at once after a pause.
+func (p *pace) wait(ctx context.Context, units, perSecond, atOnce int) error {
 	now := time.Now()
-	const each = time.Second / sessionMessages
-	if ahead := now.Add(-time.Second); p.due.Before(ahead) {
+	each := func(n int) time.Duration { return time.Duration(n) * time.Second / time.Duration(perSecond) }
+	p.mu.Lock()
+	if ahead := now.Add(-each(atOnce)); p.due.Before(ahead) {
 		p.due = ahead
 	}
-	p.due = p.due.Add(each)
+	p.due = p.due.Add(each(units))
 	wait := p.due.Sub(now)
+	p.mu.Unlock()
 	if wait <= 0 {
 		return nil
 	}
@@ -346,7 +414,10 @@ func (p *pace) wait(ctx context.Context) error {
 	select {
 	case <-timer.C:
 		return nil
-	case <-ctx.Done():
+	case <-ctx.Done(): // what a stream does not use any more is left to others
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.due = p.due.Add(-each(units))
 		return ctx.Err()
 	}
 }

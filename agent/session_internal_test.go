@@ -20,10 +20,10 @@ func TestSessionsAreBounded(t *testing.T) {
 		}
 		defer e.Close()
 		all := newSessions(e.Agent())
-		var open []*session
+		var open []*line
 		for owner := range 5 {
 			for i := range maxSessionsByOne + 1 {
-				one, err := all.open([16]byte{byte(owner), 1, byte(i), byte(i >> 8)}, string(rune('a'+owner)))
+				one, err := all.open([16]byte{byte(owner), 1, byte(i), byte(i >> 8)}, string(rune('a'+owner)), nil)
 				if errors.Is(err, errSessions) != (owner == 4 || i == maxSessionsByOne) {
 					t.Fatalf("session %d of owner %d: %v", i, owner, err)
 				}
@@ -61,12 +61,13 @@ func TestSessionsThatAreRenewedAtTheirEnd(t *testing.T) {
 		}
 		defer e.Close()
 		all := newSessions(e.Agent())
-		one, err := all.open([16]byte{1}, "a")
+		stream, err := all.open([16]byte{1}, "a", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
+		one := stream.session
 		<-time.After(3 * time.Second)
-		all.close(one)
+		all.close(stream)
 		all.renew(one) // by a check that has seen the stream
 		left := func() int {
 			all.mu.RLock()
@@ -104,10 +105,11 @@ func TestSessionsAreRenewedAtTheEngineFirst(t *testing.T) {
 				t.Error("checks take the session for renewed before the engine does")
 			}
 		}})
-		one, err := all.open([16]byte{1}, "a")
+		stream, err := all.open([16]byte{1}, "a", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
+		one = stream.session
 		<-time.After(time.Minute)
 		all.renew(one)
 		if renewals != 2 {

@@ -417,6 +417,7 @@ func TestHostileSessions(t *testing.T) {
 		}
 		return m
 	}
+	large := &sessionv1.SessionRequest{Settlements: []*sessionv1.Settlement{{Costs: []*sessionv1.Cost{{Label: strings.Repeat("x", 16<<10-64)}}}}}
 	long := many(1)
 	long.Settlements[0].Costs = []*sessionv1.Cost{{Label: strings.Repeat("x", 20<<10)}}
 	for _, tt := range []struct {
@@ -433,11 +434,36 @@ func TestHostileSessions(t *testing.T) {
 			_ = s.SendMsg(wrapperspb.String("no heartbeat")) // whose place it has
 		}, codes.InvalidArgument, 0},
 		{"messages at once", func(t *testing.T, s sessionv1.SessionService_SessionClient) {
-			for range 3000 { // of which 1000 are read at once
+			for range 2064 { // of which 64 are handled at once
 				say(t, s, heartbeat)
 			}
 			_ = s.CloseSend()
 		}, codes.OK, 2 * time.Second},
+		{"messages that wait for no answers", func(_ *testing.T, s sessionv1.SessionService_SessionClient) {
+			for range 200 { // of which 64 are handled, and 64 wait
+				_ = s.Send(heartbeat)
+			}
+			readAll(s)
+		}, codes.ResourceExhausted, 0},
+		{"more large messages than a client sends", func(_ *testing.T, s sessionv1.SessionService_SessionClient) {
+			for range 64 {
+				_ = s.Send(heartbeat)
+			}
+			for range 3 { // the pace has the others wait
+				_ = s.Send(large)
+			}
+			readAll(s)
+		}, codes.ResourceExhausted, 0},
+		{"as many large messages as a client sends", func(t *testing.T, s sessionv1.SessionService_SessionClient) {
+			for range 64 {
+				say(t, s, heartbeat)
+			}
+			for range 2 {
+				_ = s.Send(large)
+			}
+			_ = s.CloseSend()
+			readAll(s)
+		}, codes.OK, 2 * time.Millisecond},
 		{"more than a window of large messages", func(t *testing.T, s sessionv1.SessionService_SessionClient) {
 			for range 20 {
 				say(t, s, &sessionv1.SessionRequest{Settlements: []*sessionv1.Settlement{{Costs: []*sessionv1.Cost{{Label: strings.Repeat("x", 15<<10)}}}}})
@@ -463,24 +489,28 @@ func TestHostileSessions(t *testing.T) {
 	}
 }
 
-// A session has few streams.
+// readAll reads what the agent says, up to the last. The next Recv has the stream's end.
+func readAll(s sessionv1.SessionService_SessionClient) {
+	for err := error(nil); err == nil; {
+		_, err = s.Recv()
+	}
+}
+
+// A session has few streams: the oldest makes room for one more.
 func TestStreamsOfASessionAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAgentOfSessions(t, oneSlot(time.Hour))
-		client := sessionv1.NewSessionServiceClient(a.conn(t))
-		open := func(session string) error {
-			stream, err := client.Session(withSession(t.Context(), session, ""))
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = stream.Send(heartbeat)
-			_, err = stream.Recv()
-			return err
+		var streams []sessionv1.SessionService_SessionClient
+		for range 5 {
+			stream := a.stream(t, sessionA, "")
+			say(t, stream, heartbeat)
+			streams = append(streams, stream)
 		}
-		for i := range 5 {
-			if err := open(sessionA); (status.Code(err) == codes.ResourceExhausted) != (i == 4) {
-				t.Errorf("stream %d of a session: %v", i, err)
-			}
+		if _, err := streams[0].Recv(); status.Code(err) != codes.Unavailable {
+			t.Errorf("the oldest stream: %v want Unavailable", err)
+		}
+		for _, stream := range streams[1:] {
+			say(t, stream, heartbeat)
 		}
 	})
 }

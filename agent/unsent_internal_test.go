@@ -91,22 +91,22 @@ func TestUnreadAnswersTakeRoom(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if g.unsent != maxUnsent {
-		t.Errorf("%d bytes are unsent want %d", g.unsent, maxUnsent)
+	if g.unsent.size != maxUnsent {
+		t.Errorf("%d bytes are unsent want %d", g.unsent.size, maxUnsent)
 	}
 	m := new(checkv1.CacheLookupResponse)
 	if err := proto.Unmarshal(sent.Materialize(), m); err != nil || len(m.GetResultCacheResponse().GetValue()) != value {
 		t.Fatalf("the answer has %d bytes, %v", len(m.GetResultCacheResponse().GetValue()), err)
 	}
 	sent.Free()
-	if g.unsent != maxUnsent-value {
-		t.Errorf("%d bytes are unsent after one answer was sent want %d", g.unsent, maxUnsent-value)
+	if g.unsent.size != maxUnsent-value {
+		t.Errorf("%d bytes are unsent after one answer was sent want %d", g.unsent.size, maxUnsent-value)
 	}
 	for _, c := range lentTo {
 		c.loan.pay() // twice for the first
 	}
-	if g.unsent != 0 || len(g.by) != 0 {
-		t.Errorf("%d bytes of %d connections are left", g.unsent, len(g.by))
+	if g.unsent.size != 0 || len(g.unsent.by) != 0 {
+		t.Errorf("%d bytes of %d connections are left", g.unsent.size, len(g.unsent.by))
 	}
 }
 
@@ -155,8 +155,8 @@ func TestAnswersCount(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			g := newGate()
 			sent, err := answered(t, g.callFrom("a"), tt.answer)
-			if err != nil || g.unsent != tt.counts || g.by["a"] != tt.counts {
-				t.Fatalf("%d bytes are unsent, %d of the connection, %v want %d", g.unsent, g.by["a"], err, tt.counts)
+			if err != nil || g.unsent.size != tt.counts || g.unsent.by["a"] != tt.counts {
+				t.Fatalf("%d bytes are unsent, %d of the connection, %v want %d", g.unsent.size, g.unsent.by["a"], err, tt.counts)
 			}
 			if tt.counts > maxPooled {
 				if data := sent[0].ReadOnlyData(); cap(data) > tt.counts+tt.counts/8 {
@@ -164,8 +164,8 @@ func TestAnswersCount(t *testing.T) {
 				}
 			}
 			sent.Free()
-			if g.unsent != 0 || len(g.by) != 0 {
-				t.Errorf("%d bytes of %d connections are left", g.unsent, len(g.by))
+			if g.unsent.size != 0 || len(g.unsent.by) != 0 {
+				t.Errorf("%d bytes of %d connections are left", g.unsent.size, len(g.unsent.by))
 			}
 
 			full := g.callFrom("a")
@@ -208,9 +208,9 @@ func TestForgottenAnswersGiveTheirRoomBack(t *testing.T) {
 	}()
 	for range 1000 {
 		runtime.GC()
-		g.mu.Lock()
-		left := g.unsent
-		g.mu.Unlock()
+		g.unsent.mu.Lock()
+		left := g.unsent.size
+		g.unsent.mu.Unlock()
 		if left == 0 {
 			return
 		}

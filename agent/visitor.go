@@ -139,7 +139,7 @@ func (s visitingStream) RecvMsg(into any) error {
 	if !isMessage {
 		return errUnreadable
 	}
-	data, err := receive(s, maxServiceOf)
+	data, err := receive(s, maxServiceOf, nil)
 	switch {
 	case errors.Is(err, errNoTransport):
 		return errUnreadable
@@ -154,8 +154,12 @@ func (s visitingStream) RecvMsg(into any) error {
 
 var errNoTransport = status.Error(codes.Unimplemented, "the server's transport is not gRPC's own")
 
-// receive reads a message of at most so many bytes, which is not compressed.
-func receive(stream grpc.ServerStream, most uint32) ([]byte, error) {
+// receivePiece is how many bytes of a message are read at a time. Up to then gRPC keeps each frame by itself, also one of a byte.
+const receivePiece = 512
+
+// receive reads a message of at most so many bytes, which is not compressed. The function begins, if not nil, gets its size before it
+// is read, and may refuse it.
+func receive(stream grpc.ServerStream, most uint32, begins func(size int) error) ([]byte, error) {
 	// GRPC's own type, which has no name here.
 	transport, ok := grpc.ServerTransportStreamFromContext(stream.Context()).(interface {
 		ReadMessageHeader(header []byte) error
@@ -172,12 +176,21 @@ func receive(stream grpc.ServerStream, most uint32) ([]byte, error) {
 	if header[0] != 0 || size > most {
 		return nil, errMessage
 	}
-	data, err := transport.Read(int(size))
-	if err != nil {
-		return nil, err
+	if begins != nil {
+		if err := begins(int(size)); err != nil {
+			return nil, err
+		}
 	}
-	defer data.Free()
-	return data.Materialize(), nil
+	data := make([]byte, size)
+	for rest := data; len(rest) > 0; {
+		piece, err := transport.Read(min(len(rest), receivePiece))
+		if err != nil {
+			return nil, err
+		}
+		rest = rest[piece.CopyTo(rest):]
+		piece.Free()
+	}
+	return data, nil
 }
 
 // visitError is the error of a call whose message has not arrived.

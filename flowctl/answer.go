@@ -26,6 +26,14 @@ const (
 	maxUnknown      = 1024             // fields that this version does not know: they are kept, and reported with the flow
 	maxNesting      = 64
 
+	// Elements of other agents have 5 bytes and more. Those of an answer that is full of shorter ones would cost a hundred times as much as
+	// they do on the network.
+	fewElements    = 512 // that any answer may have
+	bytesByElement = 4   // of the others
+
+	// A smaller answer cannot have too much in it. A larger one takes long to decode, so its check must have time left.
+	smallAnswer = 2 * fewElements
+
 	// The bytes of large answers that may be decoded at a time. An answer beyond them fails instead of waiting: it would
 	// wait in memory, and past the deadline of its check.
 	maxDecoding = 48 << 20
@@ -33,11 +41,12 @@ const (
 )
 
 var (
-	errElements = fmt.Errorf("the answer has more than %d elements", maxElements)
-	errUnknown  = fmt.Errorf("the answer has more than %d unknown fields", maxUnknown)
-	errNesting  = fmt.Errorf("the answer is nested more than %d deep", maxNesting)
-	errDecoding = errors.New("too many large answers came at the same time")
-	errLate     = errors.New("the answer came too late to be decoded")
+	errElements      = fmt.Errorf("the answer has more than %d elements", maxElements)
+	errEmptyElements = fmt.Errorf("the answer has more than %d elements, most of which are empty", fewElements)
+	errUnknown       = fmt.Errorf("the answer has more than %d unknown fields", maxUnknown)
+	errNesting       = fmt.Errorf("the answer is nested more than %d deep", maxNesting)
+	errDecoding      = errors.New("too many large answers came at the same time")
+	errLate          = errors.New("the answer came too late to be decoded")
 )
 
 // boundedCodec is gRPC's codec for Protocol Buffers. It checks the bounds of an answer before it decodes it.
@@ -52,16 +61,17 @@ func (c boundedCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	return c.CodecV2.Unmarshal(data, v)
 }
 
-// decode decodes the answer to a check, which may be large. repeated is how many of its elements repeat the question. A
-// large answer is an error if ctx has ended.
+// decode decodes the answer to a check, which may be large. repeated is how many of its elements repeat the question. An
+// answer that is not small is an error if ctx has ended: its check would end even later, and so would those that wait for a processor.
 func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any, repeated int) error {
-	if size := int64(data.Len()); size >= largeAnswer {
+	size := int64(data.Len())
+	if size >= smallAnswer && ctx.Err() != nil {
+		return errLate
+	}
+	if size >= largeAnswer {
 		defer r.decoding.Add(-size)
 		if r.decoding.Add(size) > maxDecoding {
 			return errDecoding
-		}
-		if ctx.Err() != nil {
-			return errLate
 		}
 	}
 	if err := checkBounds(data, v, repeated); err != nil {
@@ -74,17 +84,20 @@ func (r *remote) decode(ctx context.Context, data mem.BufferSlice, v any, repeat
 // that, and are not looked at. repeated is how many elements repeat the question.
 func checkBounds(data mem.BufferSlice, v any, repeated int) error {
 	m, ok := v.(proto.Message)
-	if !ok || data.Len() < 2*maxUnknown {
+	if !ok || data.Len() < smallAnswer {
 		return nil
 	}
 	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer buf.Free()
-	n := counted{elements: -repeated}
+	n := counted{elements: -repeated, most: min(maxElements, fewElements+data.Len()/bytesByElement)}
 	return n.add(m.ProtoReflect().Descriptor(), buf.ReadOnlyData(), maxNesting)
 }
 
-// counted counts elements and unknown fields.
-type counted struct{ elements, unknown int }
+// counted counts elements and unknown fields. Of the elements, those of packed lists are apart: they are numbers, which cost little.
+type counted struct {
+	elements, packed, unknown int
+	most                      int // elements that are not packed
+}
 
 // add counts those of an encoded message. What is malformed is left to the decoder.
 func (n *counted) add(desc protoreflect.MessageDescriptor, data []byte, depth int) error {
@@ -121,11 +134,14 @@ func (n *counted) add(desc protoreflect.MessageDescriptor, data []byte, depth in
 					return err
 				}
 			case known.IsList() && known.Kind() != protoreflect.StringKind && known.Kind() != protoreflect.BytesKind:
-				n.elements += len(inner) // a packed list
+				n.packed += len(inner)
 			}
 		}
-		if n.elements > maxElements {
+		switch {
+		case n.elements+n.packed > maxElements:
 			return errElements
+		case n.elements > n.most:
+			return errEmptyElements
 		}
 	}
 	return nil

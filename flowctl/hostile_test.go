@@ -184,7 +184,8 @@ func TestFloodedConnectionsEnd(t *testing.T) {
 
 // An answer that was small on the wire had hundreds of megabytes in memory, and was decoded after its check's time.
 func TestAnswersAreBounded(t *testing.T) {
-	decisions := func(n int) []byte { return bytes.Repeat([]byte{0x62, 0}, n) }
+	decisions := func(n int) []byte { return bytes.Repeat([]byte{0x62, 3, 0x0a, 1, 'p'}, n) }
+	empty := func(n int) []byte { return bytes.Repeat([]byte{0x62, 0}, n) }
 	encoded := func(m proto.Message) []byte {
 		data, err := proto.Marshal(m)
 		if err != nil {
@@ -205,9 +206,12 @@ func TestAnswersAreBounded(t *testing.T) {
 		{name: "as many elements as may be", agent: hostile.Answering(decisions(4096)), want: flowctl.Accepted},
 		{name: "one more", agent: hostile.Answering(decisions(4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
 		{name: "as many to a check of caches", agent: hostile.Answering(decisions(1 << 20)), params: flowctl.Params{ResultCacheKey: "r"}, want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "as many empty elements as may be", agent: hostile.Answering(empty(1024)), want: flowctl.Accepted},
+		{name: "one more that is empty", agent: hostile.Answering(empty(1025)), want: flowctl.Unreachable, why: "most of which are empty"},
+		{name: "8 KiB of empty elements", agent: hostile.Answering(empty(4050)), want: flowctl.Unreachable, why: "most of which are empty"},
 		{name: "as many unknown fields as may be", agent: hostile.Answering(bytes.Repeat([]byte{0xf8, 0x7f, 0}, 1024)), want: flowctl.Accepted},
 		{name: "one more unknown field", agent: hostile.Answering(bytes.Repeat([]byte{0xf8, 0x7f, 0}, 1025)), want: flowctl.Unreachable, why: "more than 1024 unknown fields"},
-		{name: "many entries", agent: hostile.Answering(bytes.Repeat([]byte{0x3a, 0}, 4097)), want: flowctl.Unreachable, why: "more than 4096 elements"},
+		{name: "many entries", agent: hostile.Answering(bytes.Repeat([]byte{0x3a, 0}, 4097)), want: flowctl.Unreachable, why: "most of which are empty"},
 		{name: "200 KiB", agent: hostile.Answering(encoded(labelled(200 << 10))), want: flowctl.Accepted},
 		{name: "300 KiB", agent: hostile.Answering(encoded(labelled(300 << 10))), want: flowctl.Unreachable, why: "larger than max"},
 		{

@@ -8,7 +8,9 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -322,6 +324,45 @@ func sessions(frame int) assault {
 			sleep(ctx, time.Minute)
 		})
 	}
+}
+
+// returns begins sessions, fills the windows of all streams of a connection with as many returns as there is room for, and connects
+// again. Thousands of streams with four messages each had innocent calls wait for a mutex.
+func returns(ctx context.Context, _ *testing.T, address string) {
+	const streams = 1020
+	var message []byte
+	for i := range uint64(wire.MostSettlements) {
+		message = append(message, field(3, marshal(&sessionv1.Return{Id: i<<40 + 1, Check: rand.Uint64()}))...)
+	}
+	message = envelope(len(message), message)
+	var made atomic.Uint64
+	each(ctx, 8, address, func(p *peer) {
+		var ids []uint32
+		for range streams {
+			stream, err := p.call(sessionv1.SessionService_Session_FullMethodName, nil, wire.SessionHeader, fmt.Sprintf("%032x", 1+made.Add(1)/4))
+			if err != nil || ctx.Err() != nil {
+				return
+			}
+			ids = append(ids, stream)
+		}
+		for range (64<<10 - 1) / len(message) {
+			for some := range slices.Chunk(ids, 32) { // so that the attack itself costs little
+				var frames bytes.Buffer
+				all := http2.NewFramer(&frames, nil)
+				for _, stream := range some {
+					_ = all.WriteData(stream, false, message)
+				}
+				p.mu.Lock()
+				_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+				_, err := p.conn.Write(frames.Bytes())
+				p.mu.Unlock()
+				if err != nil || ctx.Err() != nil {
+					return
+				}
+			}
+		}
+		sleep(ctx, patience)
+	})
 }
 
 // slowBodies begins calls with messages that are large and never end. Each piece is as large as the first window.

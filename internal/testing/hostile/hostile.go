@@ -225,6 +225,7 @@ func bombs() []bomb {
 	}
 	return []bomb{
 		{"250 KiB of decisions", func() []byte { return fill(small, entry(12, nil)) }},
+		{"8 KiB of decisions", func() []byte { return fill(8100, entry(12, nil)) }},
 		{"16 MiB of decisions", func() []byte { return fill(large, entry(12, nil)) }},
 		{"250 KiB of decisions to HTTP", func() []byte { return entry(5, fill(small, entry(12, nil))) }},
 		{"250 KiB of labels", func() []byte { return labels(small) }},
