@@ -176,11 +176,13 @@ func TestSettlementsOverRestarts(t *testing.T) {
 				flow := client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"tokens": "10"}})
 				flow.Settle("tokens", 2)
 				<-time.After(11 * time.Second) // a copy has the charge
+				restarted := make(chan struct{})
 				restart := func() {
 					tt.stop(a, t)
 					n.cut()
 					n.plug()
 					a = n.serve(t, file, limit)
+					close(restarted)
 				}
 				n.muzzle()
 				if tt.late {
@@ -192,6 +194,7 @@ func TestSettlementsOverRestarts(t *testing.T) {
 				if r, err := flow.End(t.Context()); r.Settled || err != nil {
 					t.Errorf("End() = %+v, %v want it to be settled by no answer", r, err)
 				}
+				<-restarted
 				if got := a.engine.Stats().Components[0].Usage.Remaining; got != tt.left {
 					t.Errorf("%v tokens are left want %v", got, tt.left)
 				}

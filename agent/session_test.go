@@ -123,10 +123,13 @@ func (w *cable) carry(ofAgent bool) error {
 
 func (w *cable) Read(p []byte) (int, error) {
 	n, err := w.Conn.Read(p)
-	if err == nil {
-		err = w.carry(true)
+	if err != nil {
+		return n, err
 	}
-	return n, err
+	if err := w.carry(true); err != nil { // what is lost is not read, either
+		return 0, err
+	}
+	return n, nil
 }
 
 func (w *cable) Write(p []byte) (int, error) {
