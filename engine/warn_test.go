@@ -337,6 +337,38 @@ func TestNoWarningsOfQueueTimeoutsInDryRun(t *testing.T) {
 	}
 }
 
+// The numbers of an escalation are checked as those of an override are, since no flow may pass while they are in force.
+func TestWarningsOfEscalations(t *testing.T) {
+	at := policy.At("point")
+	for _, tt := range []struct {
+		name     string
+		capacity float64
+		warned   bool
+	}{{"below the cost", 0.5, true}, {"the cost", 1, false}, {"zero, which refuses", 0, false}} {
+		when := policy.Escalation{Load: "load", Below: 1, Capacity: tt.capacity}
+		for name, c := range map[string]policy.Component{
+			"rate limiter":    policy.RateLimiter{ID: "x", Selectors: at, Capacity: 9, Fill: 9, Interval: time.Second, When: when},
+			"quota scheduler": policy.QuotaScheduler{ID: "x", Selectors: at, Capacity: 9, Fill: 9, Interval: time.Second, When: when},
+		} {
+			t.Run(tt.name+" "+name, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+					policy.LoadScheduler{ID: "load", Selectors: at, LoadMultiplier: policy.Constant(1)}, c,
+				}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				warned := slices.ContainsFunc(e.Warnings(), func(w string) bool {
+					return strings.HasPrefix(w, `policy "p": component "x": When: `) && strings.HasSuffix(w, "no flow is ever admitted: it takes 1 tokens, and the bucket holds 0.5")
+				})
+				if warned != tt.warned || !warned && len(e.Warnings()) > 0 {
+					t.Errorf("Warnings() = %q", e.Warnings())
+				}
+			})
+		}
+	}
+}
+
 // A queue timeout that a flow's MaxWait cuts short is reported too. A flow that is not to wait is none.
 func TestWarningsOfMaxWaits(t *testing.T) {
 	for _, tt := range []struct {
