@@ -74,10 +74,10 @@ const defaultLastGood = 256
 // any other run is under way for its key, the call begins a run of its own. So one inner key may run once in each outer
 // run, and is stored each time.
 //
-// If fn or the codec panics, or calls runtime.Goexit, that goes on in the call that began the run. If that call has
-// given up, it goes on in another one. The other calls get an error. The panic keeps its value. Its stack is that of
-// the call; a program that ends by the panic prints fn's too. If all calls have given up, a panic of fn ends the
-// program, like a panic in a goroutine that fn starts.
+// If fn or the codec panics, or calls runtime.Goexit, the panic or Goexit continues in the call that began the run, or in another
+// one if that call has given up. The other calls get an error. The panic keeps its value. Its stack is that of the call; a
+// program that ends by the panic prints fn's too. If all calls have given up, a panic of fn ends the program, like a panic in a
+// goroutine that fn starts.
 //
 // A value is stored only if decoding gives it back, see CachePolicy.Exact. JSON loses bytes that are not UTF-8,
 // unexported fields, and the types of numbers in an any, for example. With omitempty it turns an empty slice into a nil
@@ -86,7 +86,7 @@ const defaultLastGood = 256
 // type and not by value. A failure of the cache is never the call's error. A cached value that cannot be decoded counts
 // as none.
 //
-// The key must say the shape of the result too. Results are stored without their type, so a function with another T and the
+// The key must also stand for the type of the result. Results are stored without their type, so a function with another T and the
 // same key finds them, and so does another release of the program. JSON leaves fields that it does not find at zero. If T
 // changes, change the key with it, for example from "v1" to "v2".
 //

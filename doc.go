@@ -15,8 +15,8 @@
 //   - [Retrying] makes a client wait and ask again when a flow is rejected. All of these and the adaptors can use it.
 //   - flowctl's Start and EndWith are for code that cannot be a closure.
 //
-// All of them promise the same. A flow that should not run does not run. A flow that was started is ended exactly once,
-// on return, error, panic and runtime.Goexit alike. The function's own result and error come back as they are. No panic
-// is lost, and only two recover one: flowctl's EndWith panics again with the same value, and a panic in a run that
-// calls of Cached share goes on in one of the calls.
+// All of them promise the same. A flow that should not run does not run. A flow that was started is ended exactly once: on
+// return, error, panic and runtime.Goexit. The function's own result and error come back unchanged. No panic is lost. Only two of
+// them recover panics: flowctl's EndWith panics again with the same value, and a panic in a shared run of Cached continues in one
+// of the calls.
 package headgate

@@ -15,11 +15,11 @@ import (
 	"testing"
 )
 
-// documents gives all documents: those in the root, those in docs, the recipes, and those for contributors.
+// documents gives all documents: those in the root, those in docs, the recipes, those for contributors, and the list of examples.
 func documents(t *testing.T) []string {
 	t.Helper()
 	var found []string
-	for _, pattern := range []string{"*.md", "docs/*.md", "docs/recipes/*.md", "docs/contributing/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/recipes/*.md", "docs/contributing/*.md", "examples/*.md"} {
 		names, err := filepath.Glob(filepath.FromSlash(pattern))
 		if err != nil || len(names) == 0 {
 			t.Fatalf("no documents match %s: %v", pattern, err)

@@ -79,9 +79,9 @@ func Register(s grpc.ServiceRegistrar, e *engine.Engine) *Service {
 	return svc
 }
 
-// New makes a Service with options, for [Service.Register]. Call it before the engine decides about flows: the state that
-// [WithState] has it read is that of before. The caller still has to close the engine, and then the Service. The error joins what
-// is wrong with the options.
+// New makes a Service with options, for [Service.Register]. Call it before the engine decides about flows, because with
+// [WithState] it reads the state from before the restart. The caller still has to close the engine, and then the Service. The
+// error joins what is wrong with the options.
 func New(e *engine.Engine, opts ...ServiceOption) (*Service, error) {
 	var o serviceOptions
 	for _, opt := range opts {
@@ -113,8 +113,8 @@ func (s *Service) Register(r grpc.ServiceRegistrar) {
 	telemetry.RegisterCounter(services, func(spans int) { s.spans.Add(uint64(spans)) }, s.read)
 }
 
-// Close writes the state for the last time, see [WithState]. Call it when the server has stopped and the engine is closed: no
-// other order is good, because a flow that is admitted later would be forgotten. So in another order, the next start counts as
+// Close writes the state for the last time, see [WithState]. Call it after the server has stopped and the engine is closed.
+// Otherwise a flow that is admitted later would be missing in the file. So if Close is called earlier, the next start counts as
 // one after a kill. The error says why the state could not be written. A second Close does nothing. Without a state, Close is not
 // needed.
 func (s *Service) Close() error {
@@ -127,7 +127,7 @@ func (s *Service) Close() error {
 	return s.memory.close(drained)
 }
 
-// State says what the agent remembers of before its start, and of its copies; see [WithState].
+// State says what the agent has read from its file, and how it has written copies; see [WithState].
 func (s *Service) State() State { return s.memory.now() }
 
 // A registrar registers services that are bounded.

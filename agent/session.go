@@ -321,10 +321,10 @@ func (p *pace) wait(ctx context.Context) error {
 	}
 }
 
-// Drain prepares the agent for its end. The flows that wait in queues are rejected with the cause "closed" and a time to
-// come back after, by when another agent may be there, and so are flows that would wait from now on. Other checks are
-// decided as before. Clients of Headgate open their sessions elsewhere, and end those here when their flows have given
-// back their slots. It does not wait for that: stop the server gracefully afterwards. A second Drain does nothing.
+// Drain prepares the agent for its end. Flows that wait in queues are rejected with the cause "closed", and so are flows that
+// would wait from now on. Their RetryAfter leaves time for another agent to start. Other checks are decided as before. Clients of
+// Headgate open their next sessions elsewhere. They end their sessions here when their flows have given back their slots. Drain
+// does not wait for that: stop the server gracefully afterwards. A second Drain does nothing.
 func (s *Service) Drain() { s.sessions.drain() }
 
 // comesBack says when the flow can come back, if it is rejected because the agent is about to stop. Not all flows come

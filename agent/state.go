@@ -29,19 +29,20 @@ type serviceOptions struct {
 	holdOff time.Duration
 }
 
-// WithState has the agent remember in a file what its limits hold, over a restart: buckets that are not full, calendar quotas,
-// slots of flows in flight, circuit breakers and how far load ramps are. New reads the file, if there is one. The agent copies
-// its state to the file every 10 s, and [Service.Close] writes it for the last time. By default it remembers nothing.
+// WithState makes the agent keep the state of its limits in a file, over a restart: buckets that are not full, calendar quotas,
+// slots of flows in flight, circuit breakers, and the positions of load ramps. New reads the file, if there is one. The agent
+// copies its state to the file every 10 s, and [Service.Close] writes it for the last time. By default it remembers nothing.
 //
-// A component finds its state by the names of its policy and itself. The numbers are those of the policies in force. What a
-// component of another kind, label, calendar or way to fill has left is dropped. So is a value for which there is no room, see
-// engine.WithKeyCap. The engine logs that, [Service.State] counts it, and [Service.Warnings] says it.
+// A component finds its state by the names of its policy and itself. The numbers are those of the policies in force. A state is
+// dropped if the component now has another kind, label, calendar or way to fill. The state of a value is also dropped if there is
+// no room for it, see engine.WithKeyCap. The engine logs dropped states, [Service.State] counts them, and [Service.Warnings]
+// lists them.
 //
-// Time goes on between the writing and the reading: buckets fill, and slots run out. It goes by the wall clock then. If the clock
-// was set back meanwhile, no time has passed.
+// The time between writing and reading counts, by the wall clock: buckets fill, and slots run out. If the clock was set back
+// meanwhile, no time has passed.
 //
-// A file that cannot be read does not keep the agent from starting: then its limits start afresh, and the engine logs why. A
-// program that would rather not start looks at State.Unread.
+// If the file cannot be read, the agent starts all the same. Then its limits begin anew, and the engine logs why. If a program
+// should not start then, let it check State.Unread.
 //
 // The folder must exist. The file has values of labels, and only its owner can read it. It has at most 256 MiB; what does not fit
 // is left out, slots last. Two agents must not share a file.
@@ -49,10 +50,11 @@ func WithState(file string) ServiceOption {
 	return func(o *serviceOptions) { o.state, o.kept = file, true }
 }
 
-// WithHoldOff has concurrency limiters and concurrency schedulers admit no flow for the time d from New on, unless the agent starts
-// from the state of one that was closed in good order; see [WithState] and [Service.Close]. So flows that an agent has admitted
-// before it was killed can end, before others take their slots. Flows are rejected with the time that is left as RetryAfter. Those
-// that may wait in the queue of a scheduler can wait for it. Other limits go on. The default is 0, for none.
+// WithHoldOff makes concurrency limiters and concurrency schedulers admit no flow for the time d after New. This does not apply
+// if the agent starts from the state of an agent that was closed in good order; see [WithState] and [Service.Close]. So flows
+// that an agent admitted before it was killed can end before other flows take their slots. Meanwhile flows are rejected, with the
+// rest of d as RetryAfter. Flows that may wait in the queue of a scheduler can wait until d has passed. Other limits hold as
+// usual. The default is 0, which means no hold-off.
 func WithHoldOff(d time.Duration) ServiceOption {
 	return func(o *serviceOptions) { o.holdOff = d }
 }

@@ -1,5 +1,5 @@
-// Package engine is the agent that Headgate embeds in the process: it decides about flows by the policies that it was
-// given, without a server and without a network.
+// Package engine is the agent that runs inside a program's own process. It decides about flows by policies, and needs no server
+// and no network.
 //
 //	e, err := engine.New([]policy.Policy{{
 //		Name: "per-user",
@@ -8,44 +8,44 @@
 //		}},
 //	}})
 //
-// Hand it to flowctl.New. One engine can serve any number of clients; limits hold for all of them together.
+// Pass it to flowctl.New. One engine can serve any number of clients. Limits hold for all of them together.
 //
 // # How it decides
 //
 // A flow meets the components whose selectors pick it, in stages: first load ramps and samplers in ramp mode, then other
-// samplers, then rate limiters, calendar quotas, concurrency limiters and circuit breakers, then concurrency schedulers,
-// then, unless its result is in the cache, quota schedulers and load schedulers. Within a stage, they come in the order of
-// the policies.
-// The flow is accepted when none of them drops it. A flow that is not accepted takes nothing: what components gave it
-// goes back. If several components of a stage drop it, the longest wait counts, then the order. Flows that no component
-// picks are accepted, except in ramp mode: a flow in ramp mode needs at least one ramp that picks it, and none that
-// drops it.
+// samplers, then rate limiters, calendar quotas, concurrency limiters and circuit breakers, then concurrency schedulers, then
+// quota schedulers and load schedulers. A flow whose result is in the cache skips the last stage. Within a stage, components come
+// in the order of the policies. The flow is accepted if none of them drops it. If a component drops it, everything that other
+// components gave it goes back. If several components of a stage drop it, the one with the longest wait counts, and among equal
+// ones the first. A flow that no component picks is accepted. A flow in ramp mode is an exception: it is accepted only if at
+// least one ramp picks it, and no ramp drops it.
 //
-// With a store that engines share (see [WithStore]), limiters that are not local are asked after those in memory, all together.
+// If engines share a store (see [WithStore]), the flow meets the limiters in memory first. Then it asks all shared limiters
+// together.
 //
-// Limiters answer at once. Schedulers have flows wait for tokens, in a queue for each value of their label, by weighted
-// fair queueing (see [policy.Scheduler]): what becomes free goes at once to the flow whose turn it is. A flow waits
-// until its deadline, less a margin, or the queue timeout of its workload. A flow that cannot be served in time, as far
-// as is known, is rejected when it comes. While a flow waits, it keeps what earlier components gave it, slots of
-// concurrency limiters included.
+// Limiters answer at once. A scheduler lets flows wait for tokens, in a queue for each value of its label. The queue uses
+// weighted fair queueing (see [policy.Scheduler]): tokens that become free go at once to the flow whose turn it is. A flow waits
+// until its deadline, less a margin, or until the queue timeout of its workload. A flow that certainly cannot be served in time
+// is rejected when it comes. While a flow waits, it keeps what earlier components gave it, including slots of concurrency
+// limiters.
 //
 // Load schedulers let in a share of the load. A goroutine of the engine sets the share every 10 seconds, by signals
 // that the host provides (see [WithSignal]) or by the latency of flows. The engine measures latencies as flows end, if
 // a policy asks for it. If package agent serves the engine, latencies come from its clients' telemetry.
 //
-// The decisions are those of an Aperture agent, with these exceptions, where the engine is meant to do better:
+// The engine decides as an Aperture agent does, with these exceptions:
 //
 //   - A rejection refunds every component, and several drops have one deterministic outcome.
-//   - A limit of 0 refuses. A flow that costs more than a bucket can hold is rejected without a time to retry.
+//   - A limit of 0 rejects all flows. A flow that costs more than a bucket can hold is rejected without a time to retry.
 //     Concurrency limiters and schedulers give an estimate of that time.
 //   - A token count or a priority that is negative or not a finite number is ignored.
-//   - A small flow is not refused because a large one was. Flows that wait are served in the order of their virtual
-//     finish times at the moment when tokens come. Queues have a bound.
+//   - A small flow is not rejected because a large one was. When tokens come, waiting flows are served in the order of their
+//     virtual finish times at that moment. Queues have a bound.
 //   - Ramps let flows in ramp mode pass, and end on their last target.
 //   - A load scheduler lets in a flow that wants more than a second's worth of tokens when its bucket is full. Flows
 //     whose result the cache had are not measured.
 //   - Every component has a dry run.
-//   - Agent groups are ignored, and the service that a selector names is the one that the client says it is.
+//   - Agent groups are ignored. The service that a selector names is the one that the client gives for itself.
 package engine
 
 import (

@@ -16,7 +16,7 @@ type Usage struct {
 	// it lets in each second, +Inf for everything.
 	Capacity float64
 
-	// Remaining is how many of these are left. It is below 0 where flows cost more than was free.
+	// Remaining is how many of these are left. It is below 0 if flows cost more than was free.
 	Remaining float64
 
 	// InFlight counts the flows that hold slots. It is 0 for a component without slots.
@@ -31,8 +31,8 @@ type Usage struct {
 	State string
 }
 
-// A Component lets the engine's host inspect, reset or move a limiter, a circuit breaker, a scheduler, a sampler or a load
-// ramp. Get one with [Engine.Component]. It is that of the policies in force then: after [Engine.Apply], get the new one if its
+// A Component lets the engine's host inspect, reset or move a limiter, a circuit breaker, a scheduler, a sampler or a load ramp.
+// Get one with [Engine.Component]. It belongs to the policies in force at that time: after [Engine.Apply], get the new one if its
 // policy has changed. It is safe for concurrent use.
 type Component struct {
 	engine *Engine
@@ -62,11 +62,11 @@ func (c *Component) ID() string { return c.of.named.id }
 // Kind returns what policy files call such a component; see [ComponentStats].
 func (c *Component) Kind() string { return c.of.name }
 
-// Peek returns the usage of a value of the component's label, at a limiter or a scheduler. It takes nothing. The value
-// is "" for a component without a label. A value that no flow has had yet has everything. For a value without a bucket
-// of its own, Peek returns the usage of the shared one (see [WithKeyCap]). It is an error if the component has no
-// buckets, if it has no label and the value is not "", or if it is no longer in force. The context bounds the wait for a state outside the
-// process; components in memory do not look at it.
+// Peek returns the usage of a value of the component's label, at a limiter or a scheduler. It takes nothing. The value is "" for
+// a component without a label. If no flow has had the value yet, everything is left. For a value without a bucket of its own,
+// Peek returns the usage of the shared one (see [WithKeyCap]). It returns an error if the component has no buckets, if it has no
+// label and the value is not "", or if it is no longer in force. The context bounds the wait for a store (see [WithStore]).
+// Components in memory ignore it.
 func (c *Component) Peek(ctx context.Context, value string) (Usage, error) {
 	i, err := c.inspected(value)
 	if err != nil {
@@ -75,11 +75,10 @@ func (c *Component) Peek(ctx context.Context, value string) (Usage, error) {
 	return i.peek(ctx, value, c.engine.now())
 }
 
-// Reset gives a value of the component's label a new bucket or new slots, and closes its circuit breaker; see
-// [Component.Peek] for the value and the errors. Flows that wait are served from the new state. Slots that flows hold are
-// forgotten, and do not come back when those flows end: for a while, more flows may run than there are slots. A load
-// scheduler learns its load
-// again, and lets everything in meanwhile.
+// Reset gives a value of the component's label a new bucket or new slots, and closes its circuit breaker; see [Component.Peek]
+// for the value and the errors. Waiting flows are served from the new state. Slots that flows hold are forgotten, and do not come
+// back when those flows end. So for a while, more flows may run than there are slots. A load scheduler learns its load again, and
+// lets everything in meanwhile.
 func (c *Component) Reset(ctx context.Context, value string) error {
 	i, err := c.inspected(value)
 	if err != nil {
@@ -88,12 +87,12 @@ func (c *Component) Reset(ctx context.Context, value string) error {
 	return i.reset(ctx, value, c.engine.now())
 }
 
-// Top returns the values of the component's label whose flows it rejects most often, the most frequent first. It is for
-// people who look for a cause: values of labels are in no metric, log or error. A limiter, circuit breaker or scheduler
-// with a label keeps 64 values. All values with more than a 64th of its rejections are among them. In a dry run it counts flows that
-// it would have rejected. It leaves out flows that it cannot tell apart, which share a bucket (see [WithKeyCap]), flows
-// that came with too little time, and some of those that were rejected in the same moment. Other components have no
-// values.
+// Top returns the values of the component's label whose flows it rejects most often, the most frequent first. Use it to find out
+// whose flows a limit rejects: values of labels are in no metric, log or error. A limiter, circuit breaker or scheduler with a
+// label keeps 64 values. Every value with more than a 64th of its rejections is among them. Other components have no values. In a
+// dry run, Top counts flows that the component would have rejected. It leaves out flows that share a bucket (see [WithKeyCap]),
+// because it cannot tell them apart. It also leaves out flows that came with too little time, and some of the flows that were
+// rejected in the same moment.
 func (c *Component) Top() []TopValue {
 	r, ok := c.of.component.(rejecting)
 	if !ok {
@@ -102,7 +101,7 @@ func (c *Component) Top() []TopValue {
 	return r.top(c.engine.epoch)
 }
 
-// Ramp returns the component as a ramp to move; false if it is not a [policy.LoadRamp].
+// Ramp returns the component as a ramp that can be moved. It returns false if the component is not a [policy.LoadRamp].
 func (c *Component) Ramp() (*Ramp, bool) {
 	m, ok := c.of.component.(moved)
 	if !ok {

@@ -13,12 +13,12 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// DefaultLeasedKeys is for how many keys at a time an engine has leased tokens.
+// DefaultLeasedKeys is the default number of keys for which an engine has leased tokens at a time.
 const DefaultLeasedKeys = 10_000
 
-// WithLeasedKeys bounds for how many keys at a time, of all components together, the engine has leased tokens: a key takes some 200
-// bytes for as long as flows come. The other keys of components with policy.ShareLeased ask the store about each flow. The default is
-// [DefaultLeasedKeys].
+// WithLeasedKeys bounds the number of keys, of all components together, for which the engine has leased tokens at a time. Such a
+// key takes about 200 bytes for as long as flows come. For other keys of components with policy.ShareLeased, the engine asks the
+// store about each flow. The default is [DefaultLeasedKeys].
 func WithLeasedKeys(n int) Option {
 	return option(func(e *Engine) error {
 		if n < 0 {

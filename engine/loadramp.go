@@ -36,23 +36,24 @@ func newLoadRamp(e *Engine, in *installed, p policy.LoadRamp, c agentapi.Compone
 
 func (l *loadRamp) course() *ramp { return l.ramp }
 
-// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Component.Ramp]. It is that of the policies
-// in force then: after [Engine.Apply], get the new one if the policy's ramp has changed. It is safe for concurrent use.
+// A Ramp moves a load ramp of a policy while the engine runs. Get one with [Component.Ramp]. It belongs to the policies in force
+// at that time: after [Engine.Apply], get the new one if the policy's ramp has changed. It is safe for concurrent use.
 type Ramp struct {
 	engine *Engine
 	course *ramp
 }
 
-// Forward has the ramp move towards its last step's target, from where it stands.
+// Forward makes the ramp move towards its last step's target, from its present place.
 //
-// If engines share a store (see [WithStore]), it is the store's ramp that moves, and all engines follow within a second. The error is that
-// of the store, and then the ramp has perhaps not moved. The context bounds the wait for the store. Without one there is no error.
+// If engines share a store (see [WithStore]), the ramp moves in the store, and all engines follow within a second. The context
+// bounds the wait for the store. If the store returns an error, Forward returns it, and the ramp may not have moved. Without a
+// store there is no error.
 func (r *Ramp) Forward(ctx context.Context) error { return r.move(ctx, 1) }
 
-// Backward has the ramp move back the way it came, down to the beginning of its first step. See Forward for the error.
+// Backward makes the ramp move back through its steps, down to the beginning of the first one. See Forward for the error.
 func (r *Ramp) Backward(ctx context.Context) error { return r.move(ctx, -1) }
 
-// Hold has the ramp stand still where it is. See Forward for the error.
+// Hold stops the ramp where it is. See Forward for the error.
 func (r *Ramp) Hold(ctx context.Context) error { return r.move(ctx, 0) }
 
 // Reset puts the ramp back to the beginning of its first step, where it stands still. See Forward for the error.
@@ -72,7 +73,7 @@ func (r *Ramp) move(ctx context.Context, direction int64) error {
 	return nil
 }
 
-// Percentage is the share of flows that the ramp accepts just now, 0 to 100.
+// Percentage is the share of flows that the ramp accepts now, from 0 to 100.
 func (r *Ramp) Percentage() float64 { return r.course.percentage(r.engine.now()) }
 
 // A position is where a load ramp stands and which way it moves. It is never changed, only replaced, so that flows read

@@ -28,9 +28,10 @@ const (
 	DefaultCacheBytes   = 64 << 20
 )
 
-// WithKeyCap bounds how many values of its label each limiter keeps apart: a bucket takes some 80 bytes and the value.
-// When there are more, full buckets are forgotten, which changes no decision. While no bucket is full, the values that
-// the limiter does not know yet share one bucket, which has the component's own numbers whatever overrides they have. The default is [DefaultKeyCap].
+// WithKeyCap bounds how many values of its label each limiter distinguishes. A bucket takes about 80 bytes and the value. If
+// there are more values, the limiter forgets full buckets, which changes no decision. While no bucket is full, values that the
+// limiter does not know yet share one bucket. That bucket has the component's own numbers, and no overrides. The default is
+// [DefaultKeyCap].
 func WithKeyCap(keys int) Option {
 	return option(func(e *Engine) error {
 		if keys < 1 {
@@ -67,8 +68,8 @@ func WithCacheBounds(entries int, bytes int64) Option {
 	})
 }
 
-// WithLogger has the engine log what its operator should know, such as a limiter with too many keys. By default, and
-// with nil, it logs nothing.
+// WithLogger makes the engine log what its operator should know, such as a limiter with too many keys. By default, and with nil,
+// it logs nothing.
 func WithLogger(logger *slog.Logger) Option {
 	return option(func(e *Engine) error {
 		if logger == nil {
@@ -79,23 +80,23 @@ func WithLogger(logger *slog.Logger) Option {
 	})
 }
 
-// WithOverrides has f say which numbers a value of a component's label has, such as those of a customer that live in a database. It
-// returns false for those of the component. It is asked about a value that the component does not know, before the flow is decided
-// about, by [Component.Peek], and about all values that it knows whenever [Engine.Apply] or a reload comes into force. It is not asked where the policy's
-// own Overrides have the value. Component is the ID of the component: give components IDs of their own if f is to tell apart those of
-// several policies. By default there is no such function.
+// WithOverrides sets the function f, which returns the numbers of a value of a component's label, such as those of a customer in
+// a database. It returns false if the component's own numbers hold. The engine calls f when a flow or [Component.Peek] brings a
+// value that the component does not know, and waits for the answer. Whenever [Engine.Apply] or a reload comes into force, the
+// engine calls f for all values that it knows. It does not call f for values that the policy's own Overrides have. The argument
+// component is the ID of the component: give components IDs of their own if f is to distinguish those of several policies. By
+// default there is no such function.
 //
-// The engine calls f from the goroutines of flows, for several at once, and holds no lock meanwhile. A value that has just come to be
-// known may be asked about twice. A flow waits for f, and so does Apply, so f must be quick: it answers from memory, and
-// does not ask the database. It must not
-// call Apply or Close. A panic of f is not recovered. Whoever can make up values has f called for each of them; WithKeyCap
-// bounds how many of them are remembered, and for those beyond f is not called.
+// The engine calls f from the goroutines of flows, for several at once, and holds no lock meanwhile. It may call f twice for a
+// new value. Flows and Apply wait for f, so f must be quick: it answers from memory, and does not ask the database. It must not
+// call Apply or Close. A panic of f is not recovered. If peers can make up values, the engine calls f for each of them.
+// WithKeyCap bounds how many of them are remembered, and f is not called for values beyond that.
 //
-// Numbers that the component cannot have are not used: those of the component hold. They are counted in
-// ComponentStats.InvalidOverrides, and logged once a minute.
+// If the component cannot have a number that f returns, the component's own numbers hold. ComponentStats.InvalidOverrides counts
+// such results, and the engine logs them once a minute.
 //
-// A value that is longer than 256 bytes is only asked about when it comes: the engine does not keep it, and its numbers remain when a
-// policy is applied. The same is true for values of headers that carry credentials.
+// For a value of more than 256 bytes, the engine calls f only when the value comes. It does not keep the value, so the value's
+// numbers remain when policies are applied. The same is true for values of headers that carry credentials.
 func WithOverrides(f func(component, value string) (policy.Override, bool)) Option {
 	return option(func(e *Engine) error {
 		e.overrides = f
@@ -103,10 +104,9 @@ func WithOverrides(f func(component, value string) (policy.Override, bool)) Opti
 	})
 }
 
-// WithSignal provides a number that policies may name, as in policy.Named("cpu"): how loaded the service is, say. If a
-// policy names it, the engine calls f every 10 seconds for each component that does, one after the other from one
-// goroutine, so f must return at once. It returns NaN for a number that is not known. Close waits for a call that is
-// under way.
+// WithSignal provides a number that policies may name, as in policy.Named("cpu"), such as how loaded the service is. The engine
+// calls f every 10 seconds for each component that names it. All calls come from one goroutine, so f must return at once. It
+// returns NaN if the number is not known. Close waits for a call of f to return.
 func WithSignal(name string, f func() float64) Option {
 	return option(func(e *Engine) error {
 		if name == "" || f == nil {

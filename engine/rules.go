@@ -70,26 +70,28 @@ type retired struct {
 	followed bool
 }
 
-// Apply replaces the policies in force, all at once. There may be none. If a policy is invalid, the old policies stay
-// in force; the error joins every problem. Flows are decided about meanwhile.
+// Apply replaces the policies in force, all at once. An empty list is valid. If a policy is invalid, the old policies stay in
+// force, and the error joins every problem. The engine decides about flows meanwhile.
 //
-// A component keeps its buckets, slots, queues, course and measurements if its policy's name, its ID and its
-// configuration stay the same. Without an ID, a component is known by its kind and its index among the policy's components of that
-// kind: give it an ID if it is to keep its state when the index changes.
+// A component keeps its buckets, slots, queues, course and measurements if its policy's name, its ID and its configuration stay
+// the same. A component without an ID is known by its kind and its index among the policy's components of that kind. Give it an
+// ID if it is to keep its state when the index changes.
 //
-// A limiter, a circuit breaker, and a scheduler that has a LimitBy field, also keep their state if anything changes besides the label
-// and how buckets fill: StepFill and DelayInitialFill, or the period, the time zone and the start of the week of a calendar quota. The
-// new numbers hold at once. A bucket gets what has come by the old ones, and keeps what it has used: with 5 more of Capacity, it has 5
-// tokens more. With less Capacity it has less, but owes nothing that it has not owed before. Slots stay taken, also more than the new
-// Max. Flows that wait keep their places, and are served by the new numbers. They are decided about anew if no number of tokens to
-// come is enough for them, or if no flow waits any more, because of a dry run or PassThrough. A [policy.Escalation] goes on: its new
-// numbers hold at once if it is in force.
+// A limiter, a circuit breaker, and a scheduler that has a LimitBy field, also keep their state if anything changes besides the
+// label and how buckets fill: StepFill and DelayInitialFill, or the period, the time zone and the start of the week of a calendar
+// quota. The new numbers hold at once. A bucket first gets the tokens that have come by the old numbers, and what was used stays
+// used: with 5 more of Capacity, it has 5 tokens more. With less Capacity it has fewer tokens, but no debt that it did not have
+// before. Slots stay taken, even if there are more than the new Max. Waiting flows keep their places, and are served by the new
+// numbers. The engine decides about them anew if the tokens to come can never be enough for them. It does so, too, if no flow
+// waits any more because of a dry run or PassThrough. A [policy.Escalation] that is in force stays in force, with its new
+// numbers.
 //
-// Others begin with full buckets and free slots. A flow in flight gives its slots back where it got them, over the network too, until
-// their MaxInflight has passed; a new limiter does not count them. A flow that waits in a queue that is no longer in force gives back
-// what it has. The new policies decide about it, within the time that it has left.
+// All other components begin with full buckets and free slots. A flow in flight gives its slots back to the component that
+// granted them, over the network too, until their MaxInflight has passed. A new limiter does not count these slots. If a flow
+// waits in a queue that is no longer in force, it gives back what it has. The new policies decide about it, within the time that
+// it has left.
 //
-// If there are overrides by [WithOverrides], Apply asks for those of all keys, one after the other, before it returns.
+// With [WithOverrides], Apply calls the function for all keys, one after the other, before it returns.
 func (e *Engine) Apply(policies []policy.Policy) error {
 	e.applying.Lock()
 	defer e.applying.Unlock()

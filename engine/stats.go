@@ -41,7 +41,7 @@ type ControlPointStats struct {
 	// The flows that were rejected, by the reason.
 	RateLimited, NoTokens, NotSampled, NoMatchingRamp uint64
 
-	// Canceled counts the flows whose contexts ended while they waited.
+	// Canceled counts the flows whose callers' contexts ended while they waited.
 	Canceled uint64
 
 	// CacheHits and CacheMisses count the lookups in the result cache.
@@ -89,32 +89,35 @@ type ComponentStats struct {
 	// too long to match a regular expression, or for the component to go by. They are in Dropped or DryRunDrops too.
 	LabelTooLong uint64
 
-	// Keys is how many values of its label the component keeps apart. Overflows is how many decisions went by the
-	// bucket that values beyond the cap share (see [WithKeyCap]). Both are 0 without a label.
+	// Keys is how many values of its label the component distinguishes. Overflows counts the decisions by the bucket that values
+	// beyond the cap share (see [WithKeyCap]). Both are 0 without a label.
 	Keys      int
 	Overflows uint64
 
-	// InvalidOverrides counts what the function of [WithOverrides] returned and the component cannot have.
+	// InvalidOverrides counts the overrides of the function of [WithOverrides] that have a number which the component cannot
+	// have.
 	InvalidOverrides uint64
 
-	// Shared reports whether the state is in the store that engines share; see [WithStore]. Usage is what the engine has last learned
-	// of it then, and does not know how many flows hold slots; [Component.Peek] asks the store.
+	// Shared reports whether the state is in the store that engines share; see [WithStore]. If so, Usage is what the engine
+	// learned last, without the number of flows that hold slots. [Component.Peek] asks the store.
 	Shared bool
 
-	// LocalDecisions counts the flows that the engine decided about by itself, because the store did not answer. Unreturned counts
-	// what flows did not give back because of that: tokens remain taken, and slots come back later.
+	// LocalDecisions counts the flows that the engine decided about by itself, because the store did not answer. Unreturned
+	// counts the decisions whose tokens or slots did not go back for that reason: the tokens remain taken, and the slots come
+	// back later.
 	LocalDecisions, Unreturned uint64
 
 	// NumbersDiffer counts the answers of the store that say that another engine uses other numbers: two versions of the policy are
 	// in force. A component with an [policy.Escalation] does not count them, because each engine has its own load.
 	NumbersDiffer uint64
 
-	// Usage is set for a component without a label. With a label, only two fields are set: Capacity, which each value
-	// has that has no override, and Waiting, which counts the flows in all queues.
+	// Usage is set for a component without a label. For a component with a label, only two fields are set. Capacity is that of
+	// each value without an override. Waiting counts the flows in all queues.
 	Usage Usage
 
-	// Opened is how often a circuit breaker has opened, and Open for how many values of its label, or for all flows, it is open or
-	// half-open. One that is open becomes half-open when a flow comes.
+	// Opened is how often a circuit breaker has opened. Open is the number of its label's values for which it is open or
+	// half-open. Without a label it is 1 if it is open or half-open for all flows. An open breaker becomes half-open when a flow
+	// comes.
 	Opened uint64
 	Open   int
 
@@ -124,12 +127,12 @@ type ComponentStats struct {
 	// LoadMultiplier is the share of its load that a load scheduler lets in; +Inf while that is everything.
 	LoadMultiplier float64
 
-	// Workloads are a scheduler's, in the order of its policy; the default one is the last. A flow whose workload a
-	// label names counts in the workload that it matches without the label.
+	// Workloads are a scheduler's, in the order of its policy. The default workload is the last. If a label names a flow's
+	// workload, the flow counts in the workload that it matches without the label.
 	Workloads []WorkloadStats
 }
 
-// SelectorStats say on which flows a component acts, and whether there were any.
+// SelectorStats say which flows a selector picks, and whether it has picked any.
 type SelectorStats struct {
 	// ControlPoint is the selector's. Service is "" for all services.
 	ControlPoint, Service string
@@ -153,15 +156,15 @@ type WorkloadStats struct {
 
 	Accepted, Dropped, DryRunDrops, Unlimited uint64
 
-	// These count some of the dropped flows. QueueFull counts those for which there was no room, or that made room for
-	// others. QueueTooLong counts those that would have had to wait for longer than they could, TimedOut those that
-	// waited in vain, and Closed those that waited when the engine was closed.
+	// These count some of the dropped flows. QueueFull counts flows that found no room, or that made room for others.
+	// QueueTooLong counts flows that would have had to wait longer than they could. TimedOut counts flows that waited in the
+	// queue as long as they could. Closed counts flows that waited when the engine was closed.
 	QueueFull, QueueTooLong, TimedOut, Closed uint64
 
 	// AcceptedTokens are the tokens that accepted flows asked for, and RejectedTokens those of the dropped ones.
 	AcceptedTokens, RejectedTokens float64
 
-	// Waits counts the flows that have waited in the queue, whatever was decided. Waited is the sum of their waits.
+	// Waits counts the flows that have waited in the queue, whatever the decision was. Waited is the sum of their waits.
 	Waits  uint64
 	Waited time.Duration
 }
@@ -177,8 +180,8 @@ type CacheStats struct {
 	Entries int
 }
 
-// Stats returns what the engine has decided, and what there is now. The counters go on while they are read, so sums may
-// differ by the flows that are being decided about.
+// Stats returns what the engine has decided, and what is in use now. Counters continue to count while Stats reads them. So sums
+// may differ by the flows that are being decided about.
 func (e *Engine) Stats() Stats { return e.stats(e.rules.Load()) }
 
 // stats are those of the rules and their components, in their order.

@@ -12,20 +12,21 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-// WithStore has engines share their limits: all engines with the same store have the same buckets, quotas and slots, and a limit holds
-// for them together. Package redisstore has such a store. What a policy marks as Local stays the engine's own, and so do load
-// schedulers, circuit breakers and samplers. Components are the same if their policy's name, ID and label are. By default there is no
-// store.
+// WithStore lets engines share their limits. All engines with the same store have the same buckets, quotas and slots, and a limit
+// holds for them together. Package redisstore has such a store. Components that a policy marks as Local stay the engine's own. So
+// do load schedulers, circuit breakers and samplers. Two components are the same if their policies' names, their IDs and their
+// labels are the same. By default there is no store.
 //
-// A flow asks the store once for all limiters that it meets, after those in memory have let it pass. While the store does not answer, a
-// policy's OnOutage decides. [Engine.Stats] tells of it.
+// After the limiters in memory have let a flow pass, the flow asks the store once for all shared limiters that it meets. While
+// the store does not answer, the OnOutage of each component decides. [Engine.Stats] shows this in StoreStats.
 //
-// Flows wait for quota and concurrency schedulers in queues of each engine. The store shares what there is among the workloads of all
-// engines, by their priorities, wherever their flows wait. Of one workload, the engines at which flows wait take turns. Values of the
-// fairness label share alike within each engine only. While flows wait at a key, an engine asks for them every 5 ms at the most.
+// Each engine has its own queues for quota and concurrency schedulers. The store divides tokens and slots among the workloads of
+// all engines, by their priorities, wherever their flows wait. Within one workload, the engines with waiting flows take turns.
+// Values of the fairness label have equal shares only within each engine. While flows wait at a key, an engine asks the store at
+// most every 5 ms.
 //
-// The engine does not close the store. Values of labels that carry credentials are named in the store by a hash without a key, because
-// all engines must name them alike.
+// The engine does not close the store. In the store, values of labels that carry credentials are named by a hash without a key,
+// because all engines must use the same names.
 func WithStore(s shared.Store) Option {
 	return option(func(e *Engine) error {
 		if s == nil {
@@ -89,7 +90,7 @@ type StoreStats struct {
 	// Shared reports whether there is one; see [WithStore].
 	Shared bool
 
-	// Down reports whether it did not answer lately. The engine is degraded then: policies say by OnOutage what holds.
+	// Down reports whether it did not answer lately. The engine is degraded then: each component's OnOutage says what holds.
 	Down bool
 
 	// Instances is how many have used the store lately, this one included.
@@ -101,8 +102,8 @@ type StoreStats struct {
 	// Unanswered counts the flows that were decided about without the store because of that.
 	Unanswered uint64
 
-	// LostSlots counts the slots that flows in this process held, and that the store may have given to others, because the process was
-	// cut off from it for longer than two thirds of its lease.
+	// LostSlots counts the slots of flows in this process that the store may have given to others. That happens if the process
+	// was cut off from the store for longer than two thirds of its lease.
 	LostSlots uint64
 }
 

@@ -15,10 +15,10 @@ type TopValue struct {
 	// Value is the label's. It is the name of a value that is too long, or that carries credentials: see docs/operating.md.
 	Value string
 
-	// Rejected is about how many flows with the value were rejected, or would have been without a dry run.
+	// Rejected is the approximate number of flows with the value that were rejected, or would have been without a dry run.
 	Rejected uint64
 
-	// Excess is how much of Rejected may be the rejections of other values.
+	// Excess is the part of Rejected that may be rejections of other values.
 	Excess uint64
 
 	// Last is when a flow with the value was rejected last.

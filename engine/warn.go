@@ -14,7 +14,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// Warnings lists what the policies in force say that an operator is unlikely to want. The most important come first:
+// Warnings lists what is in the policies in force that an operator is unlikely to want. The most important come first:
 //
 //   - limits that no flow can ever meet, circuit breakers that a single flow opens, and expressions that never hold,
 //   - quota schedulers that are to lease tokens from a store: they ask it for each flow,
@@ -26,7 +26,7 @@ import (
 //     to the queue,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
-// The engine logs each when policies come into force. A limit of 0 is no warning: it refuses all flows on purpose.
+// The engine logs each warning when policies come into force. A limit of 0 gives no warning: it rejects all flows on purpose.
 func (e *Engine) Warnings() []string {
 	w := &e.rules.Load().warnings
 	all := slices.Concat(w.impossible, w.exact)

@@ -13,7 +13,7 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// DefaultWatchInterval is how often [Engine.Watch] looks at the files if WatchParams do not say.
+// DefaultWatchInterval is how often [Engine.Watch] reads the files if WatchParams set no interval.
 const DefaultWatchInterval = 2 * time.Second
 
 // WatchParams are the parameters of [Engine.Watch]. The zero value has the defaults.
@@ -21,28 +21,28 @@ type WatchParams struct {
 	// Interval is the time between two looks at the files. 0 means [DefaultWatchInterval]; a negative one is an error.
 	Interval time.Duration
 
-	// OnReload is called after each change that was found: with nil when the changed policies are in force, and with
-	// the error when they are not. It may be nil. It is called by the goroutine that watches, not under a lock, and
-	// must not close the engine: Close waits for that goroutine.
+	// OnReload is called after each change that Watch finds. Its argument is nil if the changed policies are in force, and the
+	// error otherwise. OnReload may be nil. The goroutine that watches calls it, under no lock. It must not close the engine,
+	// because Close waits for that goroutine.
 	OnReload func(error)
 }
 
-// Watch puts the policies of a file or a directory into force, and again whenever they change, until ctx ends or the
-// engine is closed. It applies them once before it returns, and goes on in a goroutine of the engine. If that first
-// time fails, Watch returns the error, the policies in force stay, and nothing is watched.
+// Watch puts the policies of a file or a directory into force, and again whenever they change, until ctx ends or the engine is
+// closed. It applies them once before it returns, and continues in a goroutine of the engine. If the first time fails, Watch
+// returns the error. Then the policies in force stay, and nothing is watched.
 //
-// Watch reads the files at each interval and goes by their content, so it also notices the new content of mounted config
-// maps, of files on network file systems and of files that an editor has replaced. Which files of a directory count, and
-// how large they may be, is as in [policy.Load]. A change is applied by [Engine.Apply] when two looks in a row have found
-// the same, which takes one to two intervals: a file that is still being written is left alone. All files are applied at
-// once, or none. If a file is missing or wrong, the policies in force stay, and the error is reported once. Reports go to
-// the callback, to the log (see [WithLogger]) and to [Stats].
+// Watch reads the files at each interval and goes by their content, so it also notices the new content of mounted config maps, of
+// files on network file systems and of files that an editor has replaced. Which files of a directory count, and how large they
+// may be, is as in [policy.Load]. It applies a change by [Engine.Apply] when it has read the same content twice in a row, which
+// takes one to two intervals. So it does not apply a file that is still being written. All files are applied at once, or none. If
+// a file is missing or wrong, the policies in force stay, and the error is reported once. Reports go to the callback, to the log
+// (see [WithLogger]) and to [Stats].
 //
 // A file that is not regular, such as a FIFO, is an error. If a file system does not answer, Watch and Close do not wait for it
-// once ctx has ended or the engine is closed: the read goes on in a goroutine until it fails, and its result is dropped.
+// after ctx has ended or the engine is closed. The read then continues in a goroutine until it fails, and its result is dropped.
 //
-// An engine watches one path at a time; a second call is an error. If other policies are put into force by Apply, they
-// stay until the files change.
+// An engine watches one path at a time; a second call is an error. If Apply puts other policies into force, they stay until the
+// files change.
 func (e *Engine) Watch(ctx context.Context, path string, params WatchParams) error {
 	w := &watch{engine: e, path: path, interval: params.Interval, onReload: params.OnReload}
 	switch {
@@ -229,7 +229,7 @@ func (w *watch) report(err error) {
 	}
 }
 
-// ReloadStats say what [Engine.Watch] has made of the files.
+// ReloadStats say which changes of the files [Engine.Watch] has applied.
 type ReloadStats struct {
 	// Applied counts how often policies were put into force, the first time included. LastApplied is when that was last.
 	Applied     uint64
@@ -239,7 +239,7 @@ type ReloadStats struct {
 	Failed     uint64
 	LastFailed time.Time
 
-	// Error says why what is in the files now is not in force. It is "" if it is in force.
+	// Error says why the present content of the files is not in force. It is "" if the content is in force.
 	Error string
 }
 

@@ -49,8 +49,8 @@ func Call[T any](fn func(context.Context) (T, error)) Func[T] {
 	return func(ctx context.Context, _ error) (T, error) { return fn(ctx) }
 }
 
-// First returns a Func that calls fns in turn, each with the flow's error, until one succeeds. It calls no more once
-// the context is done, which counts as a failure too. Nil ones are skipped.
+// First returns a Func that calls fns in turn, each with the flow's error, until one succeeds. After the context has ended, it
+// calls no more of them, and the end of the context counts as a failure, too. Nil ones are skipped.
 //
 // If none succeeds, it returns the zero value and an error with the text of the last failure. The error matches every
 // failure and the flow's error by [errors.Is] and [errors.As], the latest first. Without a Func to call, it returns the

@@ -7,12 +7,12 @@ import (
 	"github.com/headgate-go/headgate/internal/sentinel"
 )
 
-// Rescue returns a function that calls fn, and then f if fn failed because a flow within it did not run. That is so if its
-// error matches flowctl.ErrRejected or flowctl.ErrUnreachable, also by wrapping. Then f gets fn's error, and its result
-// counts. Other results of fn come back as they are: those without an error, errors of flows that were Canceled or Invalid,
-// and errors of the work itself. If ctx has ended, f is not called either. With a nil f, Rescue returns fn.
+// Rescue returns a function that calls fn, and then f if fn failed because a flow within it did not run. That is so if fn's error
+// matches flowctl.ErrRejected or flowctl.ErrUnreachable, also if it wraps one of them. Then f gets fn's error, and the function
+// returns the result of f. Other results of fn come back as they are: those without an error, errors of flows that were Canceled
+// or Invalid, and errors of the work itself. If ctx has ended, f is not called either. With a nil f, Rescue returns fn.
 //
-// What fn did before its flow was rejected is done. So Rescue is for functions that begin with the guarded call, or that
+// Rescue does not undo what fn did before its flow was rejected. So it is for functions that begin with the guarded call, or that
 // can be given up halfway.
 //
 // The returned function is safe for concurrent use if fn and f are.

@@ -8,17 +8,17 @@ import (
 	"time"
 )
 
-// AgentBreaker says when a remote agent counts as dead. While it does, flows are Unreachable at once, without waiting
-// for their timeout. Only probes still ask the agent.
+// AgentBreaker says when a remote agent counts as dead. While the agent counts as dead, flows are Unreachable at once, without
+// waiting for their timeout. Only probes still ask the agent.
 //
-// A check counts as a failure if the agent was unavailable or did not answer in time, and if nothing at all came from
-// the agent meanwhile. Anything that comes resets the count, even a rejection, an error, an answer that is too late, or
-// a sign of life on the connection. An overloaded agent must not be taken for a dead one, because that would let
-// everything in. So the breaker is about processes, machines and networks that are gone or frozen. While an agent's
-// server lives, each flow takes its check timeout at the most.
+// A check counts as a failure if the agent was unavailable or did not answer in time, and if nothing at all came from the agent
+// meanwhile. Anything that comes resets the count, even a rejection, an error, an answer that is too late, or a sign of life on
+// the connection. An overloaded agent must not be taken for a dead one, because that would let everything in. So the breaker is
+// for processes, machines and networks that are gone or frozen. While an agent's server lives, each flow takes at most its check
+// timeout.
 //
-// A new connection counts for the agent when it has brought an answer, or has lasted for a second. What a shorter one
-// brings does not count: a proxy that accepts connections and ends them is no agent.
+// A new connection counts as a sign of the agent when it has brought an answer, or has lasted for a second. Anything that a
+// shorter connection brings does not count: a proxy that accepts connections and ends them is no agent.
 //
 // A flow with a Params.MaxWait may wait for longer than an agent may be silent. While it waits, the client asks the
 // agent for signs of life. If none comes, the flow counts as a failure, whose time begins with the silence.
@@ -26,10 +26,10 @@ import (
 // On a connection of [WithConn], only answers that come in time are seen. So an agent whose answers are all too late
 // opens the breaker there. Set Failures to a negative number if that is worse than waiting for a dead agent.
 //
-// Other calls do not wait for a dead agent either. While the breaker is open, ends of flows that hold slots and changes
-// of caches fail at once, with [ErrUnreachable]. An agent of Headgate gets such slots back by the client's session, as soon as it
-// can be reached. Any other agent takes them back by itself after their max_inflight_duration. This includes slots of flows that
-// end when the agent is there again, but before the next probe. If a probe is overdue because no flow starts, these calls are made.
+// Other calls do not wait for a dead agent either. While the breaker is open, ends of flows that hold slots and changes of caches
+// fail at once, with [ErrUnreachable]. An agent of Headgate gets such slots back by the client's session, as soon as it can be
+// reached. Any other agent takes them back by itself after their max_inflight_duration. This includes slots of flows that end
+// after the agent has come back, but before the next probe. If a probe is overdue because no flow starts, these calls are made.
 type AgentBreaker struct {
 	// Failures is how many failures in a row open the breaker. Zero means 5; a negative number keeps the breaker closed
 	// for good.

@@ -22,14 +22,13 @@
 //	Canceled     the caller's context ended first   no                                         matches ctx.Err() and context.Cause(ctx)
 //	Invalid      the agent could not be asked       no                                         ErrInvalid
 //
-// With [WithDryRun], and with a nil client, every flow runs. The decision of a dry run is what it would have been
-// without one.
+// With [WithDryRun], and with a nil client, every flow runs. The decision of a flow in a dry run is what it would have been
+// without the dry run.
 //
-// A remote agent may have admitted a flow when the caller's context ends. So the check goes on for up to 200 ms, and no
-// longer than its timeout. Start returns when the answer is in, or when that time is up. The flow is Canceled, and
-// ending it gives back the slots that it holds. If the answer comes later, or after the check timeout, the client's session
-// tells an agent of Headgate that the flow does not run. Any other agent takes the slots back when its own limit on the age of
-// flows has passed.
+// A remote agent may have admitted a flow when the caller's context ends. So the check continues for up to 200 ms, and no longer
+// than its timeout. Start returns when the answer has come, or when that time has passed. The flow is Canceled, and ending it
+// gives back the slots that it holds. If the answer comes later, or after the check timeout, the client's session tells an agent
+// of Headgate that the flow does not run. Any other agent takes the slots back when its own limit on the age of flows has passed.
 package flowctl
 
 import (
@@ -136,9 +135,9 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 	return c, nil
 }
 
-// Start asks the agent about a flow, and returns the flow with its decision. It waits for the answer for the check
-// timeout at the most, and longer if Params.MaxWait says so. If ctx ends first, it waits up to 200 ms more for a remote agent's answer. The control point has
-// 1 to 255 bytes. Every flow must be ended, whatever the decision; see [Flow.End] and [Flow.EndWith].
+// Start asks the agent about a flow, and returns the flow with its decision. It waits for the answer for at most the check
+// timeout, or longer if [Params].MaxWait allows it. If ctx ends first, it waits up to 200 ms more for a remote agent's answer.
+// The control point has 1 to 255 bytes. Every flow must be ended, whatever the decision; see [Flow.End] and [Flow.EndWith].
 func (c *Client) Start(ctx context.Context, controlPoint string, params Params) *Flow {
 	f := &Flow{parent: ctx, client: c, fails: params.IsFailure}
 	f.req.ControlPoint = controlPoint
@@ -372,11 +371,10 @@ func (c *Client) end(ctx context.Context, f *Flow, unused bool) (EndResponse, er
 	return EndResponse{Held: r.Held, Returned: r.Returned, Settled: r.Settled}, err
 }
 
-// Ready waits until the agent can be asked. If ctx ends first, the error matches the context's. Its method Cause()
-// error says why the agent was not ready, and log/slog shows that too. Give ctx a deadline: Ready waits for an agent
-// that is down, and also for a server that does not speak gRPC, or that has TLS if the client has none, or the reverse.
-// It does not wait for an agent that refuses the API key, or for a gRPC server that does not speak the protocol. A nil
-// client is always ready.
+// Ready waits until the agent can be asked. If ctx ends first, the error matches the context's. Its method Cause() error says why
+// the agent was not ready, and log/slog shows that too. Give ctx a deadline: Ready waits for an agent that is down, and also for
+// a server that does not speak gRPC, or that has TLS if the client has none, or the reverse. It does not wait if the agent
+// refuses the API key, or if the gRPC server does not speak the protocol. A nil client is always ready.
 func (c *Client) Ready(ctx context.Context) error {
 	if c == nil {
 		return nil
@@ -387,8 +385,8 @@ func (c *Client) Ready(ctx context.Context) error {
 	return c.callError(ctx, opReady, "", c.agent.Ready(ctx))
 }
 
-// Close closes the client. It sends the remaining telemetry and, for up to the end timeout, what an agent of Headgate is to know of
-// flows that have ended. Then it closes the connection if Dial opened it. If ctx ends
+// Close closes the client. It sends the remaining telemetry. For up to the end timeout, it also sends an agent of Headgate the
+// costs and outcomes of flows that have ended, and their slots. Then it closes the connection if Dial opened it. If ctx ends
 // first, Close cuts the connection and returns an error that matches the context's. A second Close does nothing.
 //
 // Close does not wait for flows. End them first: slots that they hold at a remote agent cannot be given back

@@ -33,19 +33,19 @@ var (
 	// ErrUnreachable matches when no usable answer came. The error of a flow is an [*UnreachableError].
 	ErrUnreachable = sentinel.ErrUnreachable
 
-	// ErrInvalid matches when the flow could not be asked about: its control point, labels or cache keys are
-	// not what an agent accepts. The error's text says what is wrong.
+	// ErrInvalid matches if no agent could be asked about the flow: no agent accepts its control point, labels or cache keys. The
+	// error's text says what is wrong.
 	ErrInvalid = errors.New("headgate: invalid flow")
 
-	// ErrEnded matches when a flow is ended that has ended already.
+	// ErrEnded matches if End is called for a flow that has ended already.
 	ErrEnded = errors.New("headgate: flow has ended already")
 
 	// ErrClosed matches when the client or its engine was closed. A flow's error that matches it matches ErrUnreachable
 	// too.
 	ErrClosed = errors.New("headgate: client closed")
 
-	// ErrSlotLost is why the context of a flow ended that [WithCancelOnLostSlot] has canceled: [context.Cause] returns it.
-	// No flow's error matches it.
+	// ErrSlotLost is what [context.Cause] returns for the context of a flow that [WithCancelOnLostSlot] has canceled. No flow's
+	// error matches it.
 	ErrSlotLost = errors.New("headgate: slot lost: it was not renewed in time")
 )
 
@@ -201,9 +201,9 @@ func (e *RejectedError) Component() string { return e.detailed().component }
 // LabelKey is the key of the label that the component limits by; "" when it limits by none, or the agent does not say.
 func (e *RejectedError) LabelKey() string { return e.detailed().labelKey }
 
-// RetryAfter is how long until a retry can succeed; 0 if that is not known, or if no retry can succeed. A concurrency
-// limiter or scheduler does not know it until a flow has given a slot back. Until then, LogValue has
-// retry_after_unknown if the engine is in this process.
+// RetryAfter is how long until a retry can succeed. It is 0 if that is not known, or if no retry can succeed. At a concurrency
+// limiter or scheduler it is not known until a flow has given a slot back. Until then, LogValue has retry_after_unknown if the
+// engine is in this process.
 func (e *RejectedError) RetryAfter() time.Duration {
 	if e == nil {
 		return 0

@@ -24,7 +24,7 @@ import (
 // call at any time and from any goroutine.
 //
 // Every verb that prints a flow, or the context that it gives, prints no label. A struct with a flow in an unexported field is
-// another matter: package fmt prints such fields without calling methods, and a verb that fits no pointer, such as %s, shows the
+// different: package fmt prints such fields without calling methods. Then a verb that fits no pointer, such as %s, shows the
 // flow's labels. Print the flow itself, or give the struct a method String.
 type Flow struct {
 	parent  context.Context // of the caller, with the flow's trace span where there is one
@@ -42,7 +42,7 @@ type Flow struct {
 	traced   bool // there is a span
 }
 
-// Decision is what was decided about a flow.
+// A Decision is the outcome of a flow's check.
 type Decision uint8
 
 // The decisions. Zero is none of them, and no flow has it.
@@ -51,7 +51,7 @@ const (
 	Rejected                        // the agent said no
 	Unreachable                     // no usable answer came
 	Canceled                        // the caller's own context ended first
-	Invalid                         // the flow could not be asked about
+	Invalid                         // no agent could be asked about the flow
 )
 
 // String gives the decision in lower case.
@@ -100,10 +100,10 @@ func (s Status) String() string {
 	}
 }
 
-// EndResponse tells what became of the concurrency slots of a flow that ended, and of its settlements.
+// EndResponse says whether the concurrency slots of a flow came back when it ended, and whether its settlements were taken.
 type EndResponse struct {
 	Held     int // slots that the flow took
-	Returned int // those that it still held; the agent had taken the others back because it took too long
+	Returned int // slots that it still held; the agent had taken back the others, because the flow took too long
 
 	// Settled reports whether the agent took all that [Flow.Settle] said. It is false if nothing was said, if the flow did not
 	// run or was not decided about, and in a client's dry run. For an agent across the network it is also false if the agent
@@ -324,12 +324,12 @@ func (f *Flow) ending(s Status) agentapi.Ended {
 	}
 }
 
-// End ends the flow. It gives back the concurrency slots that the flow holds, even if the flow was rejected, settles
-// what [Flow.Settle] said, and reports the flow's status. The status is Error if the flow did not run, and OK if it ran
-// and no status was set. End does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and
-// does not wait for an agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return
-// [ErrEnded]. Any other error means that slots may not have been given back. The client's session brings them back to an agent
-// of Headgate, for up to 10 minutes. Any other agent takes them back later by itself.
+// End ends the flow. It gives back the concurrency slots that the flow holds, even if the flow was rejected, settles what
+// [Flow.Settle] said, and reports the flow's status. The status is Error if the flow did not run, and OK if it ran and no status
+// was set. End does not stop when ctx is canceled. It has a time limit of its own, see [WithEndTimeout], and does not wait for an
+// agent that counts as dead, see [AgentBreaker]. Only the first call counts; later ones return [ErrEnded]. Any other error means
+// that slots may not have been given back. To an agent of Headgate, the client's session gives them back later, for up to 10
+// minutes. Any other agent takes them back later by itself.
 func (f *Flow) End(ctx context.Context) (EndResponse, error) { return f.end(ctx, false) }
 
 // end is End. An unused flow did not run although it was let in.
@@ -403,9 +403,9 @@ func (f *Flow) holds() bool {
 	return f.decision == Canceled && f.verdict.Details != nil && f.verdict.Details.Remote != nil
 }
 
-// ResultCache returns what the check found under Params.ResultCacheKey. On a hit ok is true. On a plain miss ok is
-// false and err is nil; otherwise err says what went wrong. A flow that was not accepted has found nothing, and err is
-// the flow's, except that in a dry run a rejected flow has found what there is.
+// ResultCache returns what the check found under Params.ResultCacheKey. On a hit ok is true. On a plain miss ok is false and err
+// is nil. Otherwise err says what went wrong. If the flow was not accepted, ResultCache returns the flow's error. A rejected flow
+// in a dry run is an exception: it has the values that the cache has.
 func (f *Flow) ResultCache() (value []byte, ok bool, err error) {
 	if asked := f.req.Lookup(); asked == nil || asked.Result == "" {
 		return nil, false, nil

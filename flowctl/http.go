@@ -16,16 +16,16 @@ import (
 	"github.com/headgate-go/headgate/labels"
 )
 
-// HTTPRequest describes an HTTP request to an agent, see [Params]. All of it may come from a peer: what an agent would
-// not take is repaired or left out. Only headers beyond 1 MiB make a flow Invalid. Start keeps nothing of it.
+// HTTPRequest describes an HTTP request to an agent, see [Params]. All of it may come from a peer: text that an agent would
+// refuse is repaired or left out. Only headers of more than 1 MiB make a flow Invalid. Start keeps nothing of the request.
 //
-// The agent makes labels of the request, such as http.method. They are in the place of the transport's, see package
-// labels: [WithLabels] does not replace them, and all other sources do.
+// The agent makes labels of the request, such as http.method. They are in the layer of the transport's labels, see package
+// labels. [WithLabels] does not replace them, and all other sources do.
 //
-// The flow's other labels travel beside the request to agents of Headgate, and in a baggage header to all others. The
-// header has at most 8192 bytes and 180 labels. A label in it has at most 4096 bytes, with its key and its escapes. If
-// labels of Params, labels.With or WithLabels do not fit, or members that [WithBaggage] names, then the flow is Invalid,
-// whatever the agent. Other members of baggage are left out of the header, the largest first, and the client logs that.
+// The flow's other labels travel beside the request to agents of Headgate, and in a baggage header to all others. The header has
+// at most 8192 bytes and 180 labels. A label in it has at most 4096 bytes, with its key and its escapes. If labels of Params,
+// labels.With or WithLabels do not fit, or members that [WithBaggage] names, the flow is Invalid, whatever the agent is. Other
+// members of baggage that do not fit are left out of the header, the largest first, and the client logs that.
 type HTTPRequest struct {
 	Method string
 

@@ -225,10 +225,9 @@ func WithAgentBreaker(g AgentBreaker) Option {
 	}}
 }
 
-// WithCheckTimeout sets how long the agent may take to answer if Params do not say. The default is 200 ms, and a d of 0
-// means that too. A negative d sets no limit. The check timeout is also the longest that a flow waits in a queue.
-// Across the network it should be well above 10 ms: with less time left, an agent rejects a flow that a limiter or
-// scheduler acts on.
+// WithCheckTimeout sets how long the agent may take to answer if Params do not say. The default is 200 ms. A d of 0 means the
+// default. A negative d sets no limit. The check timeout is also the longest that a flow waits in a queue. Across the network it
+// should be well above 10 ms: with less time left, an agent rejects a flow that a limiter or scheduler acts on.
 func WithCheckTimeout(d time.Duration) Option {
 	return option{"WithCheckTimeout", false, func(c *config) error {
 		if d == 0 {
@@ -315,14 +314,14 @@ func WithDryRun() Option {
 	}}
 }
 
-// WithCancelOnLostSlot cancels the context of a flow when its slots are lost: an agent of Headgate has acknowledged no
-// heartbeat for 9 s, so it may soon give them to other flows. Slots that an engine in this process has of a store are lost when it
-// was cut off from the store for longer than two thirds of its lease. [context.Cause] of the flow's context is [ErrSlotLost] then.
-// Use it for work that must never run more often than the limit says. Without this option, such flows go on, because an
-// agent's outage should not become the application's. The context is [Flow.Context], or what package headgate's guards
-// pass on. With this option it also ends when a flow with slots ends. It has no effect on slots at other agents,
-// nor on slots from before the session began, because these do not run out with the session. Slots that an engine in this process
-// has in its memory are never lost.
+// WithCancelOnLostSlot cancels the context of a flow when its slots are lost. Slots at an agent of Headgate are lost when it has
+// acknowledged no heartbeat for 9 s, because it may soon give them to other flows. Slots that an engine in this process has taken
+// from a store are lost when the engine was cut off from the store for longer than two thirds of its lease. [context.Cause] of
+// the flow's context is [ErrSlotLost] then. Use this option for work that must never run more often than the limit allows.
+// Without it, such flows continue, because an agent's outage should not become the application's. The context is [Flow.Context],
+// or what package headgate's guards pass on. With this option it also ends when a flow with slots ends. It has no effect on slots
+// at other agents, nor on slots from before the session began, because these do not run out with the session. Slots that an
+// engine in this process has in its memory are never lost.
 func WithCancelOnLostSlot() Option {
 	return option{"WithCancelOnLostSlot", false, func(c *config) error {
 		c.cancelLost = true
@@ -342,11 +341,11 @@ func WithLogger(logger *slog.Logger) Option {
 	}}
 }
 
-// WithOnDecision calls f with each flow when it is decided, before Start returns: with accepted flows and with all
-// others, in a dry run too, whatever the agent is. It is for programs that record decisions by what metrics must not
-// hold, such as a customer's ID. Ctx is that of Start's caller, with the flow's span. A call of f delays its flow, and f
-// is called by many goroutines at once. It must not end the flow. If f panics, Start ends the flow, and the panic goes
-// on. Without this option, and with nil, no call is made.
+// WithOnDecision makes Start call f with each flow after the decision and before Start returns. Start calls it for accepted flows
+// and for all others, in a dry run too, and with any kind of agent. It is for programs that record decisions by what metrics must
+// not hold, such as a customer's ID. Ctx is that of Start's caller, with the flow's span. A call of f delays its flow. Many
+// goroutines call f at once. It must not end the flow. If f panics, Start ends the flow, and the panic continues. Without this
+// option, and with a nil f, Start makes no such call.
 func WithOnDecision(f func(ctx context.Context, flow *Flow)) Option {
 	return option{"WithOnDecision", false, func(c *config) error {
 		c.onDecision = f
@@ -363,11 +362,10 @@ func WithTracerProvider(p trace.TracerProvider) Option {
 	}}
 }
 
-// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and
-// reason, and the pauses of package httpguard's Transports. It also shows what is known of the agent. For an engine
-// this is all that the engine counts. For a remote agent it is whether the agent breaker is open, in
-// flowcontrol_gate_open, and what components in dry run would have dropped. By default, and with nil, nothing is shown.
-// No label of a flow becomes an attribute.
+// WithMeterProvider counts the client's decisions in flowcontrol_decisions_total, by control point, decision and reason, and the
+// pauses of package httpguard's Transports. It also shows what the client knows of its agent. For an engine these are all of the
+// engine's metrics. For a remote agent they are the state of the agent breaker, in flowcontrol_gate_open, and the drops that
+// components in dry run would have made. By default, and with nil, nothing is shown. No label of a flow becomes an attribute.
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return option{"WithMeterProvider", false, func(c *config) error {
 		c.meter = p

@@ -1,29 +1,28 @@
 package flowctl
 
-import (
-	"math"
-	"sync/atomic"
-)
+import "math"
 
 // Settle says how many tokens the flow has really cost by a label. The label is the TokensLabel of rate limiters, calendar quotas
-// and quota schedulers. When the flow started, they took what the label said, or what they take without it. They correct that
-// when the flow ends:
+// and quota schedulers. When the flow started, these components took as many tokens as the label's value, or their default
+// without the label. They correct that when the flow ends:
 //
-//   - If the flow cost less, what is too much goes back, up to the capacity of the bucket.
+//   - If the flow cost less, the rest goes back, up to the capacity of the bucket.
 //   - If it cost more, the rest becomes a debt: the balance of the bucket is below zero, and flows are rejected, or wait, until
-//     the debt is paid. The policy's MaxDebt bounds the debt. The engine's Stats count what is beyond.
+//     the debt is paid. The policy's MaxDebt bounds the debt. The engine's Stats count the tokens beyond it.
 //
-// A load scheduler lets in the same share of the load. Its queue, and that of a quota scheduler, learn what flows cost.
+// A load scheduler still lets in the same share of the load. Its queue, and that of a quota scheduler, price later flows by what
+// flows have cost.
 //
-// The last call before End counts for each label. After the flow has ended, Settle does nothing. If nothing is said, as after a panic,
-// the flow keeps its charge: what it cost is not known. Settle(label, 0) is for work that has certainly not begun.
-// Tokens that are negative, infinite or not a number, and an empty label, are ignored and logged once a minute: what was
-// said before still counts.
+// For each label, the last call before End counts. After the flow has ended, Settle does nothing. If Settle is not called, as
+// after a panic, the flow keeps its charge, because its cost is not known. Settle(label, 0) is for work that has certainly not
+// begun. A call with an empty label, or with tokens that are negative, infinite or not a number, is ignored and logged once a
+// minute. An earlier call then still counts.
 //
-// Settle changes nothing at components that took no tokens by the label: another label is theirs, they let the flow
-// pass without a bucket, they are in dry run or the client is, or they have slots, which come back anyway. The same holds for a flow that
-// did not run. An agent across the network takes settlements if it is Headgate's, and the flow's check was part of a session with it:
-// see EndResponse.Settled. End then waits for its answer. Flows that settle nothing make no call for it.
+// Settle changes nothing at a component that took no tokens by the label. Such a component has another TokensLabel, let the flow
+// pass without a bucket, is in dry run, or has slots, which come back anyway. Settle also changes nothing if the client is in dry
+// run, or if the flow did not run. An agent across the network takes settlements if it is one of Headgate's, and if the flow's
+// check was part of a session with it: see EndResponse.Settled. End then waits for its answer. Flows that settle nothing make no
+// call for it.
 //
 // Within a function that package headgate guards, and within a handler of an adaptor, [FromContext] finds the flow. Settle
 // allocates once for each label.
@@ -37,37 +36,4 @@ func (f *Flow) Settle(label string, tokens float64) {
 		return
 	}
 	f.costs.Say(label, tokens)
-}
-
-// A progress is whether a flow has ended, and the two statuses that it may end with. It is one word, because a flow is as
-// large as its size class allows. The zero value is that of a flow which has just begun. It is safe for concurrent use.
-type progress struct{ word atomic.Uint32 }
-
-// Where the parts of the word are. The status that was set is in the lowest bits.
-const (
-	derivedShift = 8
-	hasEnded     = 1 << 16
-)
-
-func (p *progress) ended() bool { return p.word.Load()&hasEnded != 0 }
-
-// end notes the end, and reports whether it was noted already.
-func (p *progress) end() (again bool) { return p.word.Or(hasEnded)&hasEnded != 0 }
-
-// set is the status that SetStatus was given.
-func (p *progress) set() Status { return Status(p.word.Load()) }
-
-// derived is the status that SetError came to.
-func (p *progress) derived() Status { return Status(p.word.Load() >> derivedShift) }
-
-func (p *progress) setStatus(s Status)  { p.replace(s, 0) }
-func (p *progress) setDerived(s Status) { p.replace(s, derivedShift) }
-
-func (p *progress) replace(s Status, shift int) {
-	for {
-		old := p.word.Load()
-		if p.word.CompareAndSwap(old, old&^(math.MaxUint8<<shift)|uint32(s)<<shift) {
-			return
-		}
-	}
 }

@@ -11,14 +11,14 @@ import (
 // WithCostHeader settles the flow of each request for the tokens that a header of the response says, or a trailer, as
 // flowctl's Flow.Settle does. The label is the TokensLabel of limiters and schedulers.
 //
-// A [Transport] reads the header when the response begins, and the trailer when the body has been read to its end. Of both
-// the trailer counts. If the body is closed before, or breaks off, there is no trailer. A [Middleware] reads the
-// header and the trailers that the handler has set when the handler returns, not when it panics. They are sent as always: let
-// the handler call Settle for what callers must not see.
+// A [Transport] reads the header when the response begins, and the trailer when the body has been read to its end. If there are
+// both, the trailer counts. If the body is closed before, or breaks off, there is no trailer. A [Middleware] reads the header and
+// the trailers that the handler has set when the handler returns, not when it panics. They are sent as always: let the handler
+// call Settle for what callers must not see.
 //
-// A flow whose response has neither keeps its charge. So does one whose header is no decimal number from 0 up, or has several values:
-// the client logs this once a minute. Whoever writes the response decides what the flow costs. By default no header is read.
-// Repeated use adds more labels.
+// If the response has neither, the flow keeps its charge. The same holds if the value is no decimal number from 0 up, or if there
+// are several values: the client logs this once a minute. The sender of the response decides what the flow costs. By default no
+// header is read. Repeated use adds more labels.
 func WithCostHeader(label, header string) Option {
 	c := costHeader{label, http.CanonicalHeaderKey(header)}
 	return option(func(g *guard) { g.costs = append(g.costs, c) })

@@ -181,10 +181,10 @@ func WithMaxPause(d time.Duration) TransportOption {
 	return transportOption(func(g *guard) { g.maxPause = d })
 }
 
-// WithMaxWait has a request wait while the upstream pauses, for d at most. It is sent when the pause is over, a little later
-// by a random part of the pause, so that not all requests come back at once. If the pause takes longer, or until after the
-// deadline of the request's context, the request fails at once with a [PausedError]. So it does if the client or its engine
-// is closed while it waits. If the context ends, the error matches the context's, and its cause.
+// WithMaxWait lets a request wait while the upstream pauses, for at most d. The request is sent after the pause. It waits longer
+// by a random part of the pause, so that not all requests come back at once. If the pause takes longer than d, or ends after the
+// deadline of the request's context, the request fails at once with a [PausedError]. The same happens if the client or its engine
+// is closed while the request waits. If the context ends, the error matches the context's error and its cause.
 //
 // All waits of a request count together: for pauses, and before the retries of [WithRetries]. Waits in queues do not count;
 // Params.MaxWait bounds those. A redirect is a request of its own. While a request waits, it has no flow.

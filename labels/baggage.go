@@ -11,12 +11,11 @@ import (
 	"github.com/headgate-go/headgate/internal/w3cbaggage"
 )
 
-// FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits; nil if there are none.
-// It takes the members with these keys. If no key is given, it takes all except those that begin with "http." or
-// "rpc.", which are for labels that a server sets itself. Keys are case-sensitive and are not decoded; properties of
-// members are ignored. What is no member by the W3C's format is left out, and of several members with one key the last
-// one counts.
-// Members named like a header with credentials never become labels; see the package documentation.
+// FromBaggage returns members of the OpenTelemetry baggage in ctx as labels within the limits; nil if there are none. It takes
+// the members with these keys. If no key is given, it takes all except those that begin with "http." or "rpc.", which are for
+// labels that a server sets itself. Keys are case-sensitive and are not decoded. Properties of members are ignored. Text that is
+// no member by the W3C's format is left out. If several members have one key, the last one counts. Members named like a header
+// with credentials never become labels; see the package documentation.
 //
 // Packages httpguard and grpcguard put the whole baggage of a call into the context. A member is then found behind any
 // number of others. OpenTelemetry itself reads only 64 members and 8192 bytes.

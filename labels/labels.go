@@ -1,7 +1,7 @@
 // Package labels says where the labels of a flow come from, and how long and how many they may be.
 //
-// A label is a key and a value that policies match, limit and prioritise by. The labels of a flow are merged from five
-// layers; for each key the last layer that has it wins:
+// A label is a key and a value that policies match, limit and prioritise by. The labels of a flow come from five layers. If
+// several layers have a key, the last one wins:
 //
 //	layer               set by                                       controlled by    beyond the limits
 //	1 client defaults   an option of the client                      the application  the client is refused
@@ -11,22 +11,22 @@
 //	4 labels.With       With                                         the application  the flow is Invalid
 //	5 Params.Labels     the call that starts the flow                the application  the flow is Invalid
 //
-// The number of labels from peers has no limit, so that a stranger who sends many cannot push out a label that a
-// gateway adds. A flow carries up to 1 MiB of them, with 32 bytes counted for each besides its key and value. With more
-// it is Invalid: to leave out some of them could leave out the one that a limit goes by.
+// The number of labels from peers has no limit, so that a stranger's labels cannot push out a label that a gateway adds. A flow
+// carries up to 1 MiB of them. Each label counts as its key, its value and 32 bytes. With more than 1 MiB the flow is Invalid.
+// Leaving out some of the labels would be unsafe, because a limit may depend on one of them.
 //
-// So nothing that a peer sends replaces a label that the application sets for a flow. It may replace a default: a label
-// that decides what a caller is allowed belongs in layer 4 or 5.
+// So a label from a peer never replaces a label that the application sets for a flow. It may replace a default. If a label
+// decides what a caller is allowed to do, set it in layer 4 or 5.
 //
-// Baggage does not replace labels that a server sets itself: members whose names begin with "http." or "rpc." become
-// labels only when they are listed. Metadata has no such prefix; to keep baggage from replacing it, list the members to
-// take.
+// Baggage does not replace labels that a server sets itself: members whose names begin with "http." or "rpc." become labels only
+// if they are listed. Labels of metadata have no such prefix. To keep baggage from replacing them, list the members to take.
 //
-// Headers and metadata become labels only when they are listed. Those that carry credentials never do, listed or not, in
-// any case, written with "-" or "_": Authorization, Proxy-Authorization, X-Forwarded-Authorization,
-// X-Original-Authorization, Cookie, Set-Cookie, Api-Key, Apikey, X-Api-Key, X-Goog-Api-Key, Ocp-Apim-Subscription-Key,
-// X-Auth-Token, X-Session-Token, X-Access-Token, X-Forwarded-Access-Token, X-Amz-Security-Token, X-Vault-Token,
-// X-Gitlab-Token, Private-Token, X-Csrf-Token, X-Csrftoken, X-Xsrf-Token, X-Goog-Iap-Jwt-Assertion and
+// Headers and metadata become labels only when they are listed. Those that carry credentials never become labels, even if they
+// are listed. This holds in upper and lower case, and for names that are
+// written with "-" or "_": Authorization, Proxy-Authorization,
+// X-Forwarded-Authorization, X-Original-Authorization, Cookie, Set-Cookie, Api-Key, Apikey, X-Api-Key, X-Goog-Api-Key,
+// Ocp-Apim-Subscription-Key, X-Auth-Token, X-Session-Token, X-Access-Token, X-Forwarded-Access-Token, X-Amz-Security-Token,
+// X-Vault-Token, X-Gitlab-Token, Private-Token, X-Csrf-Token, X-Csrftoken, X-Xsrf-Token, X-Goog-Iap-Jwt-Assertion and
 // Cf-Access-Jwt-Assertion. Neither do baggage members of these names, or of the labels that the headers would be.
 //
 // All functions are safe for concurrent use as long as their arguments do not change meanwhile. Only WithTransport
@@ -51,10 +51,9 @@ const (
 	MaxValueLen = 4096 // Bytes of a value, which may be empty.
 )
 
-// Check returns an error if labels that the application sets are beyond the limits. The error is that they are too
-// many, or the problem of the smallest bad key. Its text shows neither keys nor values, because it may reach strangers.
-// Its method LabelKey() string gives the bad key, cut short if it is long, and log/slog shows it. Valid labels cost no
-// allocation.
+// Check returns an error if labels that the application sets are beyond the limits. The error says that there are too many
+// labels, or what is wrong with the smallest bad key. Its text shows neither keys nor values, because it may reach strangers. Its
+// method LabelKey() string gives the bad key, cut short if it is long, and log/slog shows it. Valid labels cost no allocation.
 func Check(m map[string]string) error {
 	if len(m) > MaxLabels {
 		return fmt.Errorf("%d labels are more than %d", len(m), MaxLabels)

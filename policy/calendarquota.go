@@ -61,7 +61,7 @@ type CalendarQuota struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
-	// Local keeps the quotas to the engine. Otherwise engines that have a store in common have them in common too.
+	// Local keeps the quotas in the engine. Otherwise engines that share a store share the quotas.
 	Local bool
 
 	// OnOutage is what the component does while the store does not answer. Empty means "share". A component that is Local cannot

@@ -6,8 +6,9 @@ import (
 	"github.com/headgate-go/headgate/internal/components"
 )
 
-// CircuitBreaker rejects flows for a while after too many have failed, for each value of a label: a dependency that is in
-// trouble, or a tenant whose work fails. A flow fails if it ends with the status Error, or takes longer than SlowAfter.
+// CircuitBreaker rejects flows for a while after too many flows have failed, for each value of a label. The value may name a
+// dependency that is in trouble, or a tenant whose work fails. A flow fails if it ends with the status Error, or takes longer
+// than SlowAfter.
 //
 // The breaker is closed at first, and every flow passes. It opens when at least MinFlows have ended within Window, and
 // FailureRatio of them or FailureCount have failed. An open breaker rejects every flow, with DeniedStatus, the cause
@@ -15,14 +16,15 @@ import (
 // Probes flows through at a time. After Successes of these have ended well it closes, with nothing counted. When one fails it
 // opens again.
 //
-// A flow counts when it ends, and only in the state in which it was admitted. A flow that does not run, because another
-// component rejects it or its caller has gone, counts neither way, and gives its place back if it is a probe. So does one that its
-// caller has canceled, however it ends and however long it took, and one whose result a cache has. What failed before its caller
-// canceled it is a failure. A caller's deadline is no cancellation.
+// A flow counts when it ends, and only in the state that admitted it. These flows count neither as a success nor as a failure,
+// and a probe among them gives its place back: flows that do not run, because another component rejects them or their caller has
+// gone; flows that their caller has canceled, however they end and however long they took; and flows whose result a cache has. A
+// flow that failed before its caller canceled it counts as a failure. A caller's deadline is not a cancellation.
 //
-// In the process a breaker knows how a flow went as soon as it ends. A served breaker learns it at once from clients that have a session
-// with their agent, and from the telemetry of others a second or so later. Only the outcome of a flow that the agent has admitted
-// counts, and only once. A client with neither tells nothing. A probe whose outcome does not come keeps its place until ProbeTimeout.
+// A breaker in the process knows how a flow ended as soon as it ends. A breaker of an agent that serves several processes learns
+// it at once from clients that have a session with the agent. It learns it from the telemetry of other clients, about a second
+// later. It learns nothing from clients with neither. Only the outcome of a flow that the agent has admitted counts, and only
+// once. If the outcome of a probe does not come, the probe keeps its place until ProbeTimeout.
 //
 // A flowctl.AgentBreaker is something else: it stops checks to an agent that does not answer.
 type CircuitBreaker struct {
@@ -63,8 +65,8 @@ type CircuitBreaker struct {
 	// negative.
 	Successes int
 
-	// ProbeTimeout is when a probe of which no outcome has come gives its place to another flow. Its outcome counts all the same if
-	// it comes while the breaker is half-open. Zero means a minute. Not negative.
+	// ProbeTimeout is the time after which another flow can take the place of a probe whose outcome has not come. If the outcome
+	// comes later, while the breaker is half-open, it still counts. Zero means a minute. Not negative.
 	ProbeTimeout time.Duration
 
 	// LimitBy is the label whose values have a breaker each. Empty: one breaker for all flows. A flow without the
@@ -75,9 +77,9 @@ type CircuitBreaker struct {
 	// any number of them.
 	Overrides map[string]Override
 
-	// MaxIdle is how long an unused breaker is remembered once no flow counts any more. A breaker that is not closed counts as
-	// unused when no flow has come for Window after it could have let one through. Make MaxIdle longer than flows take. Zero
-	// means DefaultMaxIdle, KeepIdle (or any negative value) as long as there is room.
+	// MaxIdle is how long an unused breaker is remembered once no flow counts any more. A breaker that is not closed is unused if
+	// no flow has come for Window since it could have let one through. Make MaxIdle longer than flows take. Zero means
+	// DefaultMaxIdle. KeepIdle, or any negative value, means as long as there is room.
 	MaxIdle time.Duration
 
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 503.

@@ -42,7 +42,7 @@ type ConcurrencyLimiter struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 429.
 	DeniedStatus int
 
-	// Local keeps the slots to the engine. Otherwise engines that have a store in common have them in common too.
+	// Local keeps the slots in the engine. Otherwise engines that share a store share the slots.
 	Local bool
 
 	// OnOutage is what the component does while the store does not answer. Empty means "share". A component that is Local cannot

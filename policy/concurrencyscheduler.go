@@ -38,8 +38,8 @@ type ConcurrencyScheduler struct {
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
-	// Local and OnOutage are as in [ConcurrencyLimiter]. Engines that share the slots share them out by the priorities of all
-	// their workloads. Values of the fairness label share alike within each engine.
+	// Local and OnOutage are as in [ConcurrencyLimiter]. Engines that share the slots divide them by the priorities of all
+	// their workloads. Values of the fairness label have equal shares within each engine.
 	Local    bool
 	OnOutage Outage
 

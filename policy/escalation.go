@@ -5,33 +5,35 @@ import (
 	"time"
 )
 
-// An Escalation gives a limiter other numbers while a load scheduler of its policy lets in too little of the load. So
-// it rejects less important flows before the others have to wait. The zero value does nothing.
+// An Escalation gives a limiter other numbers while a load scheduler of its policy lets in too little of the load. So the limiter
+// rejects less important flows before other flows have to wait. The zero value does nothing.
 //
-// The engine looks at the scheduler each second. Tokens beyond a capacity are lost when it comes into force, and a capacity
-// that grows brings none, so a bucket never grants more than the numbers of each time. A limiter that is new has its own numbers. One
-// that replaces another of its policy and ID goes on with the escalation of that one. Answers have the limiter's own capacity, or
-// that of an [Override], at all times.
+// The engine looks at the scheduler each second. When a lower capacity comes into force, tokens beyond it are lost. A higher
+// capacity brings no tokens. So a bucket never grants more than the numbers that were in force at each time. A new limiter begins
+// with its own numbers. If it replaces a limiter of the same policy and ID, it continues the escalation of that limiter. Answers
+// always have the limiter's own capacity, or that of an [Override].
 //
-// A flow that waits goes on waiting, for as long as it may, if the other numbers never give it its tokens and the own ones do. A flow
-// that comes meanwhile is rejected then.
+// If a waiting flow can get its tokens by the limiter's own numbers, but never by the other ones, it continues to wait for as
+// long as it may. A flow that comes meanwhile is rejected.
 //
-// A value with an [Override] has the lesser of its own Capacity and those here, and so with Fill. It keeps its Interval and MaxDebt.
+// A value with an [Override] has the lesser of its own Capacity and the one here, and likewise of Fill. It keeps its Interval and
+// MaxDebt.
 type Escalation struct {
 	// Load is the ID, own or default, of a [LoadScheduler] or an [AIMDLoadScheduler] of the same policy. Required.
 	Load string
 
-	// Below is the load multiplier below which the scheduler lets in too little: 1 for whenever it keeps flows out. A scheduler
-	// that accepts every flow, or whose multiplier is not known, does not. So does none while it learns how many flows come, for 31 s
-	// after its first flow and after each silence of 31 s, and none in dry run. Flows of a client in dry run count for the scheduler as
-	// any. Required, positive.
+	// Below is the load multiplier below which the scheduler lets in too little: with 1, whenever it keeps flows out. It does not
+	// let in too little while it accepts every flow, while its multiplier is not known, or in dry run. The same holds while it
+	// learns how many flows come, for 31 s after its first flow and after each silence of 31 s. Flows of a client in dry run
+	// count for the scheduler as other flows do. Required, positive.
 	Below float64
 
-	// For is how long the multiplier must have been below, without a break, before the other numbers are in force. They end
-	// as soon as it is not. Zero means no time. Not negative.
+	// For is how long the multiplier must have been less than Below, without a break, before the other numbers are in force. They
+	// are no longer in force as soon as it is not less. Zero means no time. Not negative.
 	For time.Duration
 
-	// Capacity and Fill are those of the limiter meanwhile. Zero refuses every flow, and never refills. Not negative.
+	// Capacity and Fill are the limiter's numbers meanwhile. A Capacity of zero rejects every flow, and a Fill of zero never
+	// refills. Not negative.
 	Capacity, Fill float64
 }
 

@@ -18,8 +18,8 @@ type LoadRamp struct {
 	// Steps are taken in order. At least one.
 	Steps []RampStep
 
-	// Start has the ramp move as soon as the engine has it. Otherwise it stands at the first step until the engine's
-	// Component moves it.
+	// Start makes the ramp move as soon as the engine has it. Otherwise it stays at the first step until the engine's Component
+	// moves it.
 	Start bool
 
 	// SessionLabel and PassThroughValues are as in [Sampler].
@@ -29,7 +29,7 @@ type LoadRamp struct {
 	// DeniedStatus is the HTTP status of a rejection, 400 to 599. Zero means 403.
 	DeniedStatus int
 
-	// Local keeps where the ramp stands to the engine. Otherwise engines that have a store in common move it together.
+	// Local keeps the position of the ramp in the engine. Otherwise engines that share a store move the ramp together.
 	Local bool
 
 	// DryRun decides and counts, but drops no flow: flows in ramp mode are all accepted.

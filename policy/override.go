@@ -14,16 +14,16 @@ import (
 )
 
 // An Override has other numbers for one value of a component's label. Each number replaces the component's field of the same
-// name. Zero means the component's own number, and math.SmallestNonzeroFloat64 means 0, as for a value that is to be refused. In a
-// MaxDebt it is as good as no debt. Files say 0 for it.
+// name. Zero means the component's own number. math.SmallestNonzeroFloat64 means 0, for a value whose flows are all to be
+// rejected. In a MaxDebt it is as good as no debt. In files, 0 has this meaning.
 //
-// A flow gets the numbers of the value that its label has. Callers that set the label themselves can claim any override:
-// have only labels with overrides that callers do not control.
+// A flow gets the numbers of its label's value. If callers set the label themselves, they can claim any override. So use
+// overrides only with labels that callers do not control.
 //
-// While a limiter has the numbers of an [Escalation], a value with an override has these as far as they are less than its own.
+// While a limiter has the numbers of an [Escalation], a value with an override has the lesser of these and its own.
 //
-// A number that the kind of component does not have is an error, and so is an override without a number. Errors name an
-// override by its index in the order of the values, because a value may be a customer's name.
+// An override with a number that the kind of component does not have is an error. So is an override without a number. Errors name
+// an override by its index in the order of the values, because a value may be a customer's name.
 type Override struct {
 	// Of a RateLimiter or a QuotaScheduler, and MaxDebt of a CalendarQuota too.
 	Capacity, Fill float64

@@ -18,10 +18,10 @@ type Policy struct {
 	// Name identifies the policy in decisions, errors and metrics. Required; unique within an engine.
 	Name string
 
-	// Labels are names of this policy for labels of the flow: {"user_type": "http.request.header.user_type"}. Where a
-	// component names user_type, it reads the other label. A label user_type that the flow has itself counts for nothing in
-	// this policy, so callers cannot claim with it what the other label does not say. Answers, warnings and telemetry have the
-	// flow's label, and so has a caller that settles a cost. A name cannot stand for another name.
+	// Labels are names of this policy for labels of the flow: {"user_type": "http.request.header.user_type"}. Where a component
+	// names user_type, it reads the other label. If the flow itself has a label user_type, this policy ignores it. So callers
+	// cannot use it to claim another value. Answers, warnings and telemetry name the flow's own label, and callers settle costs
+	// by that label. A name cannot stand for another name.
 	Labels map[string]string
 
 	// Components run in this order within their stage. Required.

@@ -44,8 +44,8 @@ type QuotaScheduler struct {
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
-	// Local, Share and OnOutage are as in [RateLimiter]. Engines that share the buckets share them out by the priorities of all
-	// their workloads. Values of the fairness label share alike within each engine.
+	// Local, Share and OnOutage are as in [RateLimiter]. Engines that share the buckets divide them by the priorities of all
+	// their workloads. Values of the fairness label have equal shares within each engine.
 	Local    bool
 	Share    Share
 	OnOutage Outage

@@ -57,7 +57,7 @@ type RateLimiter struct {
 	// When has other numbers for the buckets while a load scheduler lets in too little. The zero value does nothing.
 	When Escalation
 
-	// Local keeps the buckets to the engine. Otherwise engines that have a store in common have them in common too.
+	// Local keeps the buckets in the engine. Otherwise engines that share a store share the buckets.
 	Local bool
 
 	// Share is how tokens are taken from the store of engines that share it: exactly, or leased. Empty means "exact". ShareLeased

@@ -22,19 +22,19 @@ type Scheduler struct {
 	// DefaultMargin. Not negative.
 	Margin time.Duration
 
-	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name. What is
-	// no decimal number, a number of tokens that is negative, or a priority that is not above 0, is ignored. Accept these labels only from
-	// callers that you trust: a flow takes the tokens that it asks for, and a load scheduler counts them as load.
-	// The real cost of a flow, which flowctl's Flow.Settle says, corrects the bucket of a quota scheduler, and teaches
-	// the queue what flows of a workload cost. It changes neither slots nor the share that a load scheduler lets in.
+	// TokensLabel, PriorityLabel and WorkloadLabel are labels that override the workload's Tokens, Priority and Name. A value
+	// that is no decimal number, a negative number of tokens, and a priority that is not above 0 are ignored. Accept these labels
+	// only from callers that you trust: a flow takes the tokens that it asks for, and a load scheduler counts them as load.
+	// Flow.Settle of package flowctl sets the real cost of a flow. That cost corrects the bucket of a quota scheduler, and the
+	// queue prices later flows of the workload by it. It changes neither slots nor the share that a load scheduler lets in.
 	TokensLabel, PriorityLabel, WorkloadLabel string
 
-	// FairnessLabel is the label whose values share a workload's tokens alike. Empty: first come, first served.
+	// FairnessLabel is the label whose values get equal shares of a workload's tokens. Empty: first come, first served.
 	FairnessLabel string
 
-	// MaxQueue is how many flows may wait at once, for all values of the component's label together, because those may
-	// be made up. When there is no room, the newest flow of the largest share is rejected: in the value of the
-	// component's label for which the most flows wait, the largest workload, and in that the largest fairness value.
+	// MaxQueue is how many flows may wait at once, for all values of the component's label together, because callers may make up
+	// values. If there is no room, the newest flow of the largest share is rejected. The share is found in three steps: the value
+	// of the component's label with the most waiting flows, the largest workload in it, and the largest fairness value in that.
 	// Zero means DefaultMaxQueue. Not negative, and at most 2,147,483,647. Aperture's files have no key for it.
 	MaxQueue int
 
@@ -79,7 +79,7 @@ type WorkloadParameters struct {
 const (
 	// NoQueue as a QueueTimeout accepts a flow at once or not at all.
 	NoQueue time.Duration = -1
-	// NoTokens as a workload's Tokens has its flows cost nothing, unless a label says otherwise.
+	// NoTokens as a workload's Tokens means that its flows cost nothing, unless a label sets their cost.
 	NoTokens float64 = -1
 )
 

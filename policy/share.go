@@ -6,19 +6,20 @@ import (
 	"strings"
 )
 
-// Share is how a limiter takes tokens from a store that several engines share. What each value promises holds as long as the store
-// loses nothing that it was given. A Share means nothing without a store. The zero value is ShareExact.
+// Share is how a limiter takes tokens from a store that several engines share. The bounds of each value hold as long as the store
+// loses no data. A Share means nothing without a store. The zero value is ShareExact.
 type Share string
 
 // The ways to take tokens from a store.
 const (
-	// ShareExact asks the store about each flow. In a span of time no more tokens are taken than Capacity, and what Fill brings in it.
+	// ShareExact asks the store about each flow. In any span of time, at most Capacity and the tokens that Fill brings in the
+	// span are taken.
 	ShareExact Share = "exact"
 
-	// ShareLeased has each engine draw tokens ahead, and decide by itself while it has some. Since the bucket was new, no more tokens
-	// were taken than Capacity, and what Fill has brought. A span of time may see half of Capacity more. Engines that ask for
-	// much more than there is get parts that are more alike than what they ask for. Quota schedulers do not lease tokens: they are
-	// exact, and an engine with a store warns of it.
+	// ShareLeased lets each engine draw tokens ahead, and decide by itself while it has some. Since the bucket was new, at most
+	// Capacity and the tokens that Fill has brought were taken. In a single span of time, half of Capacity more may be let in. If
+	// engines ask for many more tokens than there are, they get more equal parts than they ask for. Quota schedulers do not lease
+	// tokens: they are exact, and an engine with a store warns of it.
 	ShareLeased Share = "leased"
 )
 
@@ -26,10 +27,10 @@ const (
 // store. The zero value is OutageShare.
 type Outage string
 
-// The ways to go on without the store.
+// What a limiter can do without the store.
 const (
-	// OutageShare has each engine decide by itself, by its part of the limit: the limit divided by the engines that were there
-	// last.
+	// OutageShare lets each engine decide by itself, by its part of the limit. The part is the limit divided by the number of
+	// engines that it last saw.
 	OutageShare Outage = "share"
 
 	// OutageOpen admits every flow.

@@ -17,10 +17,10 @@
 //
 // # Queues
 //
-// Where flows wait for a scheduler, the key has a ledger beside it, whose name ends in #q: what waits at which instance, by workload, and
-// what has fallen to instances that have not asked since. Names of workloads are in it by a hash. An instance that does not ask for a
-// second has nothing there any more. Instances are woken by messages, for which a user with an access list needs the channels
-// {<namespace>}#w:*.
+// If flows wait for a scheduler, the key has a ledger beside it, whose name ends in #q. The ledger has the waiting flows of each
+// instance, by workload. It also has the tokens and slots for instances that have not asked since. Names of workloads are in it
+// as hashes. If an instance does not ask for a second, its part of the ledger is gone. Messages wake instances. For these, a user
+// with an access list needs the channels {<namespace>}#w:*.
 //
 // # The server
 //
@@ -120,33 +120,33 @@ type option func(*Store)
 
 func (o option) apply(s *Store) { o(s) }
 
-// WithNamespace is what the names of all keys begin with. Engines share limits if they have the same. The default is "headgate". It
-// must not be empty, or contain braces.
+// WithNamespace sets the beginning of the names of all keys. Engines share limits only if their stores have the same namespace.
+// The default is "headgate". It must not be empty, or contain braces.
 func WithNamespace(namespace string) Option {
 	return option(func(s *Store) { s.namespace = namespace })
 }
 
-// WithTimeout is how long a call may take, in full. The default is 50 ms: an outage costs the first flows that much. A program that
-// would rather wait than decide without the store needs more.
+// WithTimeout sets how long a call may take in all. The default is 50 ms: in an outage, the first flows wait that long. Set more
+// if flows should rather wait than be decided about without the store.
 func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
 
-// WithLease is after which time the slots of a process come back that was killed, or cut off. Processes renew their leases at a third
-// of it. The default is 10 s, the least 1 s.
+// WithLease sets how long the lease of a process lasts. If a process is killed or cut off, its slots come back when its lease has
+// run out. Processes renew their leases after a third of that time. The default is 10 s, the least 1 s.
 func WithLease(lease time.Duration) Option { return option(func(s *Store) { s.lease = lease }) }
 
-// WithLogger is where the store logs. It logs nothing by default.
+// WithLogger sets the logger of the store. By default the store logs nothing.
 func WithLogger(logger *slog.Logger) Option { return option(func(s *Store) { s.logger = logger }) }
 
-// WithSecret is what the names of credentials are made with: the values of labels that carry API keys, cookies and the like are kept
-// by an HMAC of them. All instances need the same secret to have the same limits. Without one, names are made by the namespace
-// alone. Then a reader of the server's keys can try whether a credential that he guesses was used. Random API keys cannot be guessed,
-// passwords may.
+// WithSecret sets the secret that hides credentials in the names of keys. Values of labels that carry API keys, cookies and the
+// like are named by an HMAC with this secret. All instances need the same secret to have the same limits. Without a secret, the
+// names depend on the namespace alone. Then a reader of the server's keys can guess a credential, and find out whether it was
+// used. Random API keys cannot be guessed, but passwords may.
 func WithSecret(secret []byte) Option {
 	return option(func(s *Store) { s.secret = append([]byte(nil), secret...) })
 }
 
-// New returns a store that uses the client. The client must not be closed before the store, and is not closed with it. Use [Open] if the
-// program has none: it makes one that suits, and looks at the server.
+// New returns a store that uses the client. Close the client after the store: the store does not close it. If the program has no
+// client, use [Open], which makes a suitable one and checks the server.
 //
 // The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
 // connection without answers is given up.
