@@ -72,7 +72,7 @@ func neverComes(key string) string {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
-	return oddName(key)
+	return slip.InName(key)
 }
 
 // notInHeader reports whether no name of a header has the character (RFC 9110, section 5.6.2).
@@ -95,7 +95,7 @@ func ofRequest(key string) bool {
 func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measured map[string][]latencySink) {
 	warned := make(map[string]bool)
 	warn := func(does, controlPoint string) {
-		if why := oddName(controlPoint); why != "" && !warned[controlPoint] {
+		if why := slip.InName(controlPoint); why != "" && !warned[controlPoint] {
 			warned[controlPoint] = true
 			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
 				"policy %q: component %q %s the control point %q: %s", id.Policy, id.ID, does, controlPoint, why)})
@@ -107,14 +107,4 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measur
 	for controlPoint := range measured {
 		warn("measures", controlPoint)
 	}
-}
-
-// oddName returns why programs hardly give a control point or a label this name; "" if they may. Files get such names
-// by accident, and then a limit is missing although the file is well formed: an extra bracket at the end of a line is
-// text, a block of text ends with a line end, and text copied from a page has spaces that do not look odd.
-func oddName(name string) string {
-	if strings.HasSuffix(name, ".") { // a value may: full names of hosts do
-		return `it ends with "."`
-	}
-	return slip.In(name)
 }

@@ -191,6 +191,7 @@ func TestWarningsOfOddNames(t *testing.T) {
 		"search": "", "GET /orders/{id}": "", "/pkg.Service/Method": "", "a b": "", "it's": "", "suche-für-alle": "", "f(x)[0]": "", `a "b"`: "",
 		"search]": bracket, "search}": bracket, "(search": bracket, "[search)": bracket, `search"`: bracket, "“search”": bracket, "}{": bracket,
 		"search,": `ends with ","`, "search.": `ends with "."`, "search;": `ends with ";"`, "search'": bracket, "search // the search": "no comment",
+		"search; find": `holds ";"`, "search;find": `holds ";"`, "a, b": `holds ","`, "a,b": "", "GET /a b": "",
 		"search\n": space, " search": space, "search\u00a0": space, "search\t": space,
 		"sea\u200brch": unseen, "sea\u00a0rch": unseen, "sea\nrch": unseen, "sea\x00rch": unseen,
 		"${POINT}": template, "{{ .Values.point }}": template,

@@ -372,7 +372,7 @@ func (d *decoder) shortSignal(v value) Signal {
 	case v.kind == number:
 		return Constant(v.number)
 	case v.kind == text:
-		return Named(v.text)
+		return Named(d.text(v))
 	case v.kind == mapping:
 		if key, part := d.one(v, meanLatencyKey); key != "" {
 			var m MeanLatency
