@@ -52,9 +52,10 @@ const defaultLastGood = 256
 // wait.
 //
 // If there is no run, the call starts the flow of a new one. Calls that come while that flow waits in a queue share its
-// decision. If the flow does not run, each call applies its own onReject, with two exceptions. If the flow ended
-// Canceled or Invalid, or was rejected because the first call's deadline was too near, one of the calls asks again. If
-// the flow was Unreachable, a call that fails open asks again.
+// decision. If the flow does not run, each call applies its own onReject, with three exceptions. If the flow ended
+// Canceled or Invalid, one of the calls asks again. If the flow was rejected because it had too little time, a call asks
+// again that has a later deadline, or may wait for longer by its MaxWait or CheckTimeout. If the flow was Unreachable, a
+// call asks again that fails open.
 //
 // If the client or its engine is closed while a call waits, the call does not run when it asks again. It is rejected with
 // [flowctl.CauseClosed]. If the first call was rejected and no agent answers when another call asks again, that rejection
@@ -197,8 +198,9 @@ type outcome[T any] struct {
 	// deadline is the first call's, if a call with a later one asks again; else zero.
 	deadline time.Time
 
-	// maxWait is the first call's, if a call that may wait for longer asks again; else zero.
-	maxWait time.Duration
+	// asked is the first call's flow, if a call that may wait for longer than wait asks again; else nil.
+	asked flowinfo.Info
+	wait  time.Duration
 
 	// rejection is how a limit rejected the call that led, although its flow may have ended otherwise after that; nil if
 	// none did.
@@ -309,14 +311,9 @@ func (o *outcome[T]) asksAnew(ctx context.Context, params *flowctl.Params, held 
 		return !params.RampMode && params.OnUnreachable == flowctl.FailOpen
 	default:
 		deadline, ok := ctx.Deadline()
-		return !o.deadline.IsZero() && (!ok || deadline.After(o.deadline)) || o.maxWait > 0 && waitsLonger(params.MaxWait, o.maxWait)
+		return !o.deadline.IsZero() && (!ok || deadline.After(o.deadline)) ||
+			o.asked != nil && o.asked.LongestWait(params.MaxWait, params.CheckTimeout) > o.wait
 	}
-}
-
-// waitsLonger reports whether a flow with one MaxWait may wait for longer than a flow with another, which is positive.
-// How long a flow without one may wait is not known here, except that it is longer than not at all.
-func waitsLonger(maxWait, than time.Duration) bool {
-	return maxWait < 0 || maxWait > than || maxWait == 0 && than == flowctl.NoWait
 }
 
 // holdsBack notes what has held back a call that waited for the flow. open reports whether the client and its engine
@@ -350,9 +347,7 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 		if shortOfTime(ctx, c.client, flow, params.MaxWait) {
 			out.deadline, _ = ctx.Deadline()
 		}
-		if couldWait(c.client, flow) {
-			out.maxWait = max(params.MaxWait, 0)
-		}
+		out.asked, out.wait = waited(c.client, flow, params)
 		run.End(out)
 		return out, true
 	}
@@ -393,23 +388,27 @@ func shortOfTime(ctx context.Context, client Starter, flow *flowctl.Flow, most t
 	return ok && r.shortOfTime(ctx, flow, most)
 }
 
-// couldWait reports whether the flow was rejected because it could wait no longer.
-func couldWait(client Starter, flow *flowctl.Flow) bool {
+// waited returns how long the flow of a call could wait, if it was rejected because it could wait no longer, and what knows how
+// long others may; else nil.
+func waited(client Starter, flow *flowctl.Flow, params *flowctl.Params) (asked flowinfo.Info, wait time.Duration) {
 	rejected, ok := errors.AsType[*flowctl.RejectedError](flow.Err())
 	if !ok {
-		return false
+		return nil, 0
 	}
-	if _, retries := client.(*retrier); retries && rejected.RetryAfter() > 0 {
-		return true
+	info, ok := flowinfo.From(flow.Context())
+	if !ok {
+		return nil, 0
 	}
-	switch rejected.Cause() {
-	case flowctl.CauseTimeout, flowctl.CauseQueueTooLong:
-		return true
-	case flowctl.CauseNone: // an agent that does not say
-		return rejected.Reason == flowctl.ReasonNoTokens
-	default:
-		return false
+	switch cause := rejected.Cause(); {
+	case cause == flowctl.CauseTimeout, cause == flowctl.CauseQueueTooLong, cause == flowctl.CauseLate,
+		cause == flowctl.CauseNone && rejected.Reason == flowctl.ReasonNoTokens: // an agent that does not say
+		return info, info.LongestWait(params.MaxWait, params.CheckTimeout)
 	}
+	// Of waits for a retry, only MaxWait is a bound.
+	if _, retries := client.(*retrier); retries && rejected.RetryAfter() > 0 && params.MaxWait > 0 {
+		return info, params.MaxWait
+	}
+	return nil, 0
 }
 
 // find decodes the result that came with the check. If it returns one, it ends the flow.

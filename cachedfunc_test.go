@@ -14,6 +14,8 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/flowctl/flowtest"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -244,44 +246,103 @@ func TestCachedFuncConcurrently(t *testing.T) {
 	})
 }
 
-// A flow that could wait no longer decides for calls that may wait no longer than it, and not for others.
-func TestCachedFuncMaxWait(t *testing.T) {
+// A flow that could wait no longer decides for calls that may wait no longer than it, and not for others, whether MaxWait or
+// a check timeout says how long they may.
+func TestCachedFuncMayWaitLonger(t *testing.T) {
+	const second = time.Second
+	type params = flowctl.Params
+	at := policy.At("report")
+	queues := map[string]policy.Component{ // which let the next flow in after 3 s
+		"slots":  policy.ConcurrencyScheduler{Selectors: at, Max: 1, MaxInflight: time.Hour},
+		"tokens": policy.QuotaScheduler{Selectors: at, Capacity: 1, Fill: 1, Interval: 3 * second},
+	}
 	for _, tt := range []struct {
-		first, second time.Duration // the MaxWait of a call, and of one that joins its run
-		runs          bool          // the second
+		name         string
+		timeout      time.Duration // the client's
+		first, other params        // of a call, and of one that joins its run
+		runs         bool          // the other call
 	}{
-		{time.Second, time.Second, false},
-		{time.Second, flowctl.NoWait, false},
-		{time.Second, 0, false},
-		{time.Second, time.Minute, true},
-		{time.Second, -1, true},
+		{name: "the same MaxWait", first: params{MaxWait: second}, other: params{MaxWait: second}},
+		{name: "not at all", first: params{MaxWait: second}, other: params{MaxWait: flowctl.NoWait}},
+		{name: "for the check timeout", first: params{MaxWait: second}},
+		{name: "a longer MaxWait", first: params{MaxWait: second}, other: params{MaxWait: time.Minute}, runs: true},
+		{name: "without limit", first: params{MaxWait: second}, other: params{MaxWait: -1}, runs: true},
+		{name: "MaxWait, not the check timeout", first: params{MaxWait: second}, other: params{MaxWait: second, CheckTimeout: time.Minute}},
+		{name: "a longer check timeout than MaxWait", first: params{MaxWait: second}, other: params{CheckTimeout: time.Minute}, runs: true},
+		{name: "no check timeout", first: params{MaxWait: second}, other: params{CheckTimeout: -1}, runs: true},
+		{name: "the client's check timeout is longer", timeout: 5 * second, first: params{CheckTimeout: second}, runs: true},
+		{name: "the client has no check timeout", timeout: -1, first: params{CheckTimeout: second}, runs: true},
+		{name: "the same check timeout"},
+		{name: "the same check timeout, said once", other: params{CheckTimeout: 200 * time.Millisecond}},
+		{name: "a shorter check timeout", other: params{CheckTimeout: 100 * time.Millisecond}},
+		{name: "a longer check timeout", other: params{CheckTimeout: 5 * second}, runs: true},
+		{name: "MaxWait is longer than the check timeout", other: params{MaxWait: time.Minute}, runs: true},
+		{name: "MaxWait is no limit", other: params{MaxWait: -1}, runs: true},
+		{name: "the first does not wait", first: params{MaxWait: flowctl.NoWait}, other: params{CheckTimeout: 5 * second}, runs: true},
 	} {
-		t.Run(fmt.Sprintf("%v, %v", tt.first, tt.second), func(t *testing.T) {
-			setup := sides.Setup{Policies: sides.Policies(policy.ConcurrencyScheduler{
-				Selectors: policy.At("report"), Max: 1, MaxInflight: time.Hour,
-			})}
-			setup.InBubbles(t, sides.Engines, func(t *testing.T, side *sides.Side) {
-				report := headgate.CachedFunc(side.Client, "report",
-					func(_ context.Context, maxWait time.Duration) flowctl.Params {
-						return flowctl.Params{ResultCacheKey: "May", MaxWait: maxWait}
-					},
-					func(context.Context, time.Duration) (int, error) { return 1, nil }, nil, headgate.CachePolicy[int]{})
-				holder := side.Client.Start(t.Context(), "report", flowctl.Params{})
-				time.AfterFunc(3*time.Second, func() { _, _ = holder.End(t.Context()) })
-				var calls sync.WaitGroup
-				calls.Go(func() {
-					if _, err := report(t.Context(), tt.first); !errors.Is(err, flowctl.ErrRejected) {
-						t.Errorf("the first call: %v", err)
-					}
-				})
-				<-time.After(500 * time.Millisecond)
-				_, err := report(t.Context(), tt.second)
-				if tt.runs != (err == nil) || err != nil && !errors.Is(err, flowctl.ErrRejected) {
-					t.Errorf("the second call: %v", err)
+		for queue, component := range queues {
+			t.Run(tt.name+", "+queue, func(t *testing.T) {
+				setup := sides.Setup{Policies: sides.Policies(component)}
+				if tt.timeout != 0 {
+					setup.Options = append(setup.Options, flowctl.WithCheckTimeout(tt.timeout))
 				}
-				calls.Wait()
-				<-time.After(3 * time.Second)
+				setup.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
+					report := headgate.CachedFunc(&lateStarter{Client: side.Client}, "report",
+						func(_ context.Context, p params) params {
+							p.ResultCacheKey = "May"
+							return p
+						},
+						func(context.Context, params) (int, error) { return 1, nil }, nil, headgate.CachePolicy[int]{})
+					holder := side.Client.Start(t.Context(), "report", params{})
+					time.AfterFunc(3*second, func() { _, _ = holder.End(t.Context()) })
+					var calls sync.WaitGroup
+					calls.Go(func() {
+						if _, err := report(t.Context(), tt.first); !errors.Is(err, flowctl.ErrRejected) {
+							t.Errorf("the first call: %v", err)
+						}
+					})
+					<-time.After(late / 2)
+					_, err := report(t.Context(), tt.other)
+					if tt.runs != (err == nil) || err != nil && !errors.Is(err, flowctl.ErrRejected) {
+						t.Errorf("the other call: %v", err)
+					}
+					calls.Wait()
+					<-time.After(4 * second) // until the holder has ended
+				})
 			})
-		})
+		}
+	}
+}
+
+// A call that may wait longer asks anew after a rejection that its patience can change, and after no other.
+func TestCachedFuncMayWaitLongerByCause(t *testing.T) {
+	byPatience := map[flowctl.RejectCause]bool{
+		flowctl.CauseNone: true, flowctl.CauseLate: true, flowctl.CauseQueueTooLong: true, flowctl.CauseTimeout: true,
+	}
+	for cause := range flowctl.RejectCause(agentapi.Causes) {
+		for _, reason := range []flowctl.RejectReason{flowctl.ReasonNoTokens, flowctl.ReasonRateLimited} {
+			t.Run(fmt.Sprintf("%v, %v", reason, cause), func(t *testing.T) {
+				setup := sides.Setup{Answers: []flowtest.Answer{{Reason: reason, Cause: cause}, accepted}}
+				setup.InBubbles(t, []sides.Kind{sides.Scripted}, func(t *testing.T, side *sides.Side) {
+					report := headgate.CachedFunc(&lateStarter{Client: side.Client}, "report",
+						func(_ context.Context, timeout time.Duration) flowctl.Params {
+							return flowctl.Params{ResultCacheKey: "May", CheckTimeout: timeout}
+						},
+						func(context.Context, time.Duration) (int, error) { return 1, nil }, nil, headgate.CachePolicy[int]{})
+					var calls sync.WaitGroup
+					calls.Go(func() {
+						if _, err := report(t.Context(), time.Second); !errors.Is(err, flowctl.ErrRejected) {
+							t.Errorf("the first call: %v", err)
+						}
+					})
+					<-time.After(late / 2)
+					runs := byPatience[cause] && (cause != flowctl.CauseNone || reason == flowctl.ReasonNoTokens)
+					if _, err := report(t.Context(), time.Minute); runs != (err == nil) || err != nil && !errors.Is(err, flowctl.ErrRejected) {
+						t.Errorf("the second call: %v", err)
+					}
+					calls.Wait()
+				})
+			})
+		}
 	}
 }

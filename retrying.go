@@ -125,7 +125,9 @@ func (r *retrier) start(ctx context.Context, controlPoint string, params flowctl
 		}
 		rejected = flow
 		if most > 0 {
-			params.MaxWait = max(most-time.Since(begin), flowctl.NoWait)
+			if params.MaxWait = most - time.Since(begin); params.MaxWait <= 0 { // zero would stand for the default
+				params.MaxWait = flowctl.NoWait
+			}
 		}
 	}
 }

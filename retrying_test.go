@@ -161,15 +161,15 @@ func TestRetryingAttempts(t *testing.T) {
 			flows: 2, waited: time.Hour,
 		},
 		{
-			name: "within the flow's MaxWait", params: flowctl.Params{MaxWait: 2*time.Second + 1},
+			name: "within the flow's MaxWait", params: flowctl.Params{MaxWait: 2 * time.Second},
 			answers: []flowtest.Answer{rejected(time.Second), rejected(time.Second), accepted}, flows: 3, waited: 2 * time.Second,
 		},
 		{
-			name: "not within the flow's MaxWait", params: flowctl.Params{MaxWait: time.Second}, answers: []flowtest.Answer{rejected(time.Second), accepted},
+			name: "not within the flow's MaxWait", params: flowctl.Params{MaxWait: time.Second - 1}, answers: []flowtest.Answer{rejected(time.Second), accepted},
 			flows: 1, err: flowctl.ErrRejected, wait: time.Second,
 		},
 		{
-			name: "not within what is left of the flow's MaxWait", params: flowctl.Params{MaxWait: 3 * time.Second},
+			name: "not within what is left of the flow's MaxWait", params: flowctl.Params{MaxWait: 3*time.Second - 1},
 			answers: []flowtest.Answer{rejected(time.Second), rejected(2 * time.Second), accepted},
 			flows:   2, waited: time.Second, err: flowctl.ErrRejected, wait: 2 * time.Second,
 		},

@@ -57,6 +57,8 @@ func neverComes(key string) string {
 			return "the members of this header become labels, and not the header"
 		case key != right:
 			return fmt.Sprintf("the label of a header is in lower case and has _ for -: it is %q", right)
+		case strings.ContainsFunc(name, notInHeader):
+			return "no header has a name with such characters"
 		case credential.Named(name):
 			return "Headgate's clients make no label of this header, because it carries credentials: it arrives where the " +
 				"application sets the label itself, and where a proxy asks about the request by CheckHTTP"
@@ -70,7 +72,13 @@ func neverComes(key string) string {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
-	return oddName(key)
+	return slip.InName(key)
+}
+
+// notInHeader reports whether no name of a header has the character (RFC 9110, section 5.6.2).
+func notInHeader(r rune) bool {
+	letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+	return !letter && !strings.ContainsRune("!#$%&'*+-.^_`|~", r)
 }
 
 // ofRequest reports whether adaptors set the label, besides those of headers.
@@ -83,24 +91,20 @@ func ofRequest(key string) bool {
 	}
 }
 
-// acts warns of control points that hardly any flow has.
-func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector) {
+// acts warns of control points that hardly any flow has: those of a component's selectors, and those whose flows it measures.
+func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measured map[string][]latencySink) {
 	warned := make(map[string]bool)
-	for _, s := range selectors {
-		if why := oddName(s.ControlPoint); why != "" && !warned[s.ControlPoint] {
-			warned[s.ControlPoint] = true
-			r.warnings.missing = append(r.warnings.missing,
-				missing{components.ActsAt, fmt.Sprintf("policy %q: component %q acts at the control point %q: %s", id.Policy, id.ID, s.ControlPoint, why)})
+	warn := func(does, controlPoint string) {
+		if why := slip.InName(controlPoint); why != "" && !warned[controlPoint] {
+			warned[controlPoint] = true
+			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
+				"policy %q: component %q %s the control point %q: %s", id.Policy, id.ID, does, controlPoint, why)})
 		}
 	}
-}
-
-// oddName returns why programs hardly give a control point or a label this name; "" if they may. Files get such names
-// by accident, and then a limit is missing although the file is well formed: an extra bracket at the end of a line is
-// text, a block of text ends with a line end, and text copied from a page has spaces that do not look odd.
-func oddName(name string) string {
-	if strings.HasSuffix(name, ".") { // a value may: full names of hosts do
-		return `it ends with "."`
+	for _, s := range selectors {
+		warn("acts at", s.ControlPoint)
 	}
-	return slip.In(name)
+	for controlPoint := range measured {
+		warn("measures", controlPoint)
+	}
 }

@@ -135,6 +135,13 @@ func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
 		"Tenant":                            "",
 		"http.request.header.:authority":    "no header has this label",
 		"http.request.header.":              "no header has this label",
+		"http.request.header.user_id]":      "no header has a name with such characters",
+		"http.request.header.x_api_key]":    "no header has a name with such characters",
+		"http.request.header.user id":       "no header has a name with such characters",
+		"http.request.header.user_id ":      "no header has a name with such characters",
+		"http.request.header.user_id,":      "no header has a name with such characters",
+		"http.request.header.user/id":       "no header has a name with such characters",
+		"http.request.header.user.id!":      "",
 		"http.request.header.baggage":       "the members of this header",
 		"http.request.header.x_api_key":     "carries credentials",
 		"http.request.header.authorization": "carries credentials",
@@ -184,6 +191,7 @@ func TestWarningsOfOddNames(t *testing.T) {
 		"search": "", "GET /orders/{id}": "", "/pkg.Service/Method": "", "a b": "", "it's": "", "suche-für-alle": "", "f(x)[0]": "", `a "b"`: "",
 		"search]": bracket, "search}": bracket, "(search": bracket, "[search)": bracket, `search"`: bracket, "“search”": bracket, "}{": bracket,
 		"search,": `ends with ","`, "search.": `ends with "."`, "search;": `ends with ";"`, "search'": bracket, "search // the search": "no comment",
+		"search; find": `holds ";"`, "search;find": `holds ";"`, "a, b": `holds ","`, "a,b": "", "GET /a b": "",
 		"search\n": space, " search": space, "search\u00a0": space, "search\t": space,
 		"sea\u200brch": unseen, "sea\u00a0rch": unseen, "sea\nrch": unseen, "sea\x00rch": unseen,
 		"${POINT}": template, "{{ .Values.point }}": template,
@@ -203,6 +211,32 @@ func TestWarningsOfOddNames(t *testing.T) {
 			!strings.HasPrefix(got[0], fmt.Sprintf("policy \"p\": component \"rate_limiter.0\" acts at the control point %q: it ", name)) ||
 			!strings.HasPrefix(got[1], fmt.Sprintf("policy \"p\": component \"rate_limiter.0\" limits by the label %q: it ", name)) {
 			t.Errorf("%q: Warnings() = %q want %q of the control point and the label", name, got, want)
+		}
+	}
+}
+
+// Control points whose flows a signal measures are checked as those of selectors are.
+func TestWarningsOfOddMeasuredControlPoints(t *testing.T) {
+	for _, at := range []string{"ingress", "ingress]"} {
+		mean := policy.MeanLatency{Selectors: policy.At(at), Over: time.Minute}
+		for name, c := range map[string]policy.Component{
+			"multiplier": policy.LoadScheduler{ID: "x", Selectors: policy.At("point"), LoadMultiplier: mean},
+			"signal": policy.AIMDLoadScheduler{
+				ID: "x", Selectors: policy.At("point"), Signal: mean, Setpoint: policy.Constant(9), OverloadConfirmation: policy.Constant(1),
+				Gradient: policy.Gradient{Slope: -1, Min: 0.1, Max: 1}, MaxLoadMultiplier: 2, LinearIncrement: 0.1,
+			},
+		} {
+			t.Run(name+" "+at, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{c}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				want := `policy "p": component "x" measures the control point "ingress]": it holds a quote or a bracket by accident, as it seems`
+				if got := e.Warnings(); slices.Contains(got, want) != (at == "ingress]") {
+					t.Errorf("Warnings() = %q", got)
+				}
+			})
 		}
 	}
 }

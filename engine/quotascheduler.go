@@ -60,14 +60,18 @@ func warnQuotaScheduler(w *warnings, of string, p policy.QuotaScheduler) {
 		w.exact = append(w.exact, of+": a quota scheduler does not lease tokens: it asks the store for the flows that wait, as with share: exact")
 	}
 	w.scheduler(of, &p.Scheduler, p.DryRun)
-	workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
-		w.cost(of, p.Capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
-	})
-	overridden(of, p.Overrides, func(of string, o policy.Override) {
-		capacity := replaced(p.Capacity, o.Capacity)
-		w.bucket(of, capacity, replaced(p.Fill, o.Fill), cmp.Or(o.Interval, p.Interval))
+	costs := func(of string, capacity float64) {
 		workloadsOf(of, &p.Scheduler, func(of string, work policy.WorkloadParameters) {
 			w.cost(of, capacity, newWorkload("", work).tokens, p.Scheduler.TokensLabel)
 		})
+	}
+	costs(of, p.Capacity)
+	overridden(of, p.Overrides, func(of string, o policy.Override) {
+		capacity := replaced(p.Capacity, o.Capacity)
+		w.bucket(of, capacity, replaced(p.Fill, o.Fill), cmp.Or(o.Interval, p.Interval))
+		costs(of, capacity)
 	})
+	if p.When.Load != "" {
+		costs(of+": When", p.When.Capacity)
+	}
 }

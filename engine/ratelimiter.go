@@ -67,6 +67,9 @@ func warnRateLimiter(w *warnings, of string, p policy.RateLimiter) {
 		w.bucket(of, replaced(p.Capacity, o.Capacity), replaced(p.Fill, o.Fill), cmp.Or(o.Interval, p.Interval))
 		w.cost(of, replaced(p.Capacity, o.Capacity), 1, p.TokensLabel)
 	})
+	if p.When.Load != "" {
+		w.cost(of+": When", p.When.Capacity, 1, p.TokensLabel)
+	}
 }
 
 // bucket warns of one that does not refill.

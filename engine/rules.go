@@ -286,7 +286,7 @@ func (e *Engine) add(r *rules, p policy.Policy, kept map[identity]*installed) er
 		if err == nil {
 			selectors := built.selectors
 			built.selectors = nil
-			r.acts(built.identity(), selectors)
+			r.acts(built.identity(), selectors, built.sinks)
 			before := e.rules.Load().controlPoints
 			if k := kept[built.named]; k != nil {
 				built = k

@@ -679,20 +679,34 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 	}
 	wait := s.timeLeft(ctx, req, asked)
 	if of.timeout > 0 {
-		of.cut(req.MaxWait())
+		s.cut(of, req)
 		wait = min(wait, of.timeout)
 	}
 	return wait
 }
 
-// shortestWait returns the shortest MaxWait that cut the timeout of a workload short; 0 where there was none.
-func (s *scheduler[S]) shortestWait(workload int) time.Duration {
-	for of := range s.workloads.all {
-		if of.index == workload {
-			return time.Duration(of.shortest.Load())
+// cut notes by what the flow cuts the timeout of its workload short. A flow that is not to wait at all is left out, and so is a check
+// timeout that a client has: it is known by Expect. Over the network, where a request has a Closing, the time is what is left.
+func (s *scheduler[S]) cut(of *workload, req *agentapi.Request) {
+	if most := req.MaxWait(); most > agentapi.NoWait {
+		of.cut(&of.cuts.maxWait, most)
+	}
+	if req.Closing() == nil && req.Timeout > s.margin {
+		if shortest := time.Duration(s.engine.checkTimeout.Load()); shortest == 0 || req.Timeout < shortest {
+			of.cut(&of.cuts.check, req.Timeout)
 		}
 	}
-	return 0
+}
+
+// shortestWaits returns the shortest MaxWait and check timeout of flows that cut the timeout of a workload short; 0 where there was
+// none.
+func (s *scheduler[S]) shortestWaits(workload int) (maxWait, check time.Duration) {
+	for of := range s.workloads.all {
+		if of.index == workload {
+			return time.Duration(of.cuts.maxWait.Load()), time.Duration(of.cuts.check.Load())
+		}
+	}
+	return 0, 0
 }
 
 // timeLeft returns how long the flow may wait by its deadline, its own timeout and its MaxWait. The last is no time for

@@ -23,7 +23,7 @@ import (
 //     that no component of it reads,
 //   - selectors that have picked no flow, although their control points had some,
 //   - waits that are longer than the check timeout of a client that has not been closed, or than the MaxWait of a flow that came
-//     to the queue,
+//     to the queue; and in this process, also than the CheckTimeout of such a flow,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
 // The engine logs each warning when policies come into force. A limit of 0 gives no warning: it rejects all flows on purpose.
@@ -54,18 +54,18 @@ type longWait struct {
 	by       component // at work
 }
 
-// shortest returns the shortest MaxWait that cut a wait short; 0 where there was none.
-func (w *longWait) shortest() time.Duration {
+// shortest returns the shortest MaxWait and check timeout of flows that cut a wait short; 0 where there was none.
+func (w *longWait) shortest() (maxWait, check time.Duration) {
 	if p, ok := w.by.(interface {
-		shortestWait(workload int) time.Duration
+		shortestWaits(workload int) (maxWait, check time.Duration)
 	}); ok && w.timeout > 0 {
-		return p.shortestWait(w.workload)
+		return p.shortestWaits(w.workload)
 	}
-	return 0
+	return 0, 0
 }
 
 // cutShort returns a warning for each wait that clients cut short: by the shortest of their check timeouts, or by the
-// MaxWait of a flow.
+// MaxWait or the CheckTimeout of a flow.
 func (e *Engine) cutShort() (all []string) {
 	timeout := time.Duration(e.checkTimeout.Load())
 	for _, w := range e.rules.Load().warnings.waits {
@@ -78,8 +78,12 @@ func (e *Engine) cutShort() (all []string) {
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: a client's check timeout of %v lets flows wait for %v, unless "+
 				"Params.MaxWait or Params.CheckTimeout says more", w.of, w.timeout, timeout, timeout-w.margin))
 		}
-		if most := w.shortest(); most > 0 {
+		most, check := w.shortest()
+		if most > 0 {
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.MaxWait of a flow let it wait for %v", w.of, w.timeout, most))
+		}
+		if check > 0 {
+			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.CheckTimeout of a flow let it wait for %v", w.of, w.timeout, check-w.margin))
 		}
 	}
 	return all

@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"github.com/headgate-go/headgate"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -337,6 +339,38 @@ func TestNoWarningsOfQueueTimeoutsInDryRun(t *testing.T) {
 	}
 }
 
+// The numbers of an escalation are checked as those of an override are, since no flow may pass while they are in force.
+func TestWarningsOfEscalations(t *testing.T) {
+	at := policy.At("point")
+	for _, tt := range []struct {
+		name     string
+		capacity float64
+		warned   bool
+	}{{"below the cost", 0.5, true}, {"the cost", 1, false}, {"zero, which refuses", 0, false}} {
+		when := policy.Escalation{Load: "load", Below: 1, Capacity: tt.capacity}
+		for name, c := range map[string]policy.Component{
+			"rate limiter":    policy.RateLimiter{ID: "x", Selectors: at, Capacity: 9, Fill: 9, Interval: time.Second, When: when},
+			"quota scheduler": policy.QuotaScheduler{ID: "x", Selectors: at, Capacity: 9, Fill: 9, Interval: time.Second, When: when},
+		} {
+			t.Run(tt.name+" "+name, func(t *testing.T) {
+				e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+					policy.LoadScheduler{ID: "load", Selectors: at, LoadMultiplier: policy.Constant(1)}, c,
+				}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer e.Close()
+				warned := slices.ContainsFunc(e.Warnings(), func(w string) bool {
+					return strings.HasPrefix(w, `policy "p": component "x": When: `) && strings.HasSuffix(w, "no flow is ever admitted: it takes 1 tokens, and the bucket holds 0.5")
+				})
+				if warned != tt.warned || !warned && len(e.Warnings()) > 0 {
+					t.Errorf("Warnings() = %q", e.Warnings())
+				}
+			})
+		}
+	}
+}
+
 // A queue timeout that a flow's MaxWait cuts short is reported too. A flow that is not to wait is none.
 func TestWarningsOfMaxWaits(t *testing.T) {
 	for _, tt := range []struct {
@@ -381,6 +415,87 @@ func TestWarningsOfMaxWaits(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A queue timeout that a flow's own CheckTimeout cuts short is reported too, if that is less than its client's. Over the network it is not
+// known: there is only the time that is left.
+func TestWarningsOfCheckTimeouts(t *testing.T) {
+	const ms = time.Millisecond
+	type params = flowctl.Params
+	for _, tt := range []struct {
+		name  string
+		kinds []sides.Kind
+		flows []params
+		want  time.Duration // 0: no warning
+	}{
+		{"the client's", sides.EnginesAndStored, []params{{}, {CheckTimeout: time.Minute}}, 0},
+		{"none", sides.EnginesAndStored, []params{{CheckTimeout: -1}}, 0},
+		{"long enough", sides.EnginesAndStored, []params{{CheckTimeout: 5 * time.Second}, {CheckTimeout: time.Hour}}, 0},
+		{"apart from MaxWait", sides.EnginesAndStored, []params{{CheckTimeout: time.Second, MaxWait: 6 * time.Second}}, 0},
+		{"no wait", sides.EnginesAndStored, []params{{CheckTimeout: 10 * ms}}, 0},
+		{"the shortest", []sides.Kind{sides.Embedded, sides.Stored}, []params{{CheckTimeout: 2 * time.Second}, {CheckTimeout: 200 * ms}, {CheckTimeout: 10 * ms}}, 190 * ms},
+		{"over the network", []sides.Kind{sides.Served}, []params{{CheckTimeout: 2 * time.Second}, {CheckTimeout: 200 * ms}}, 0},
+	} {
+		for _, at := range []struct {
+			flows int // of each at a time
+			check time.Duration
+		}{{1, time.Minute}, {9, time.Minute}, {1, -1}, {9, -1}} {
+			t.Run(fmt.Sprintf("%s, %d at a time, client's %v", tt.name, at.flows, at.check), func(t *testing.T) {
+				sides.Setup{
+					Policies: sides.Policies(concurrency(func(c *policy.ConcurrencyScheduler) { c.Scheduler.Default.QueueTimeout = 5 * time.Second })),
+					Options:  []flowctl.Option{flowctl.WithCheckTimeout(at.check)},
+				}.InBubbles(t, tt.kinds, func(t *testing.T, side *sides.Side) {
+					for { // until the slots are taken
+						if flow := side.Client.Start(t.Context(), "point", params{MaxWait: flowctl.NoWait}); !flow.ShouldRun() {
+							break
+						}
+					}
+					var flows sync.WaitGroup
+					for _, p := range tt.flows {
+						for range at.flows {
+							flows.Go(func() { end(side.Client.Start(t.Context(), "point", p)) })
+						}
+					}
+					flows.Wait()
+					var want []string
+					if tt.want > 0 {
+						want = []string{fmt.Sprintf(`policy "test": component "concurrency_scheduler.0": workload "default": queue timeout of 5s: `+
+							"the Params.CheckTimeout of a flow let it wait for %v", tt.want)}
+					}
+					if diff := cmp.Diff(want, side.Engine.Warnings()); diff != "" {
+						t.Errorf("Warnings() (-want +got):\n%s", diff)
+					}
+				})
+			})
+		}
+	}
+}
+
+// What flows of a client cut short counts no more as a check timeout of their own once the client is closed.
+func TestWarningsOfCheckTimeoutsOfClosedClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
+			concurrency(func(c *policy.ConcurrencyScheduler) { c.Scheduler.Default.QueueTimeout = 5 * time.Second }),
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		for _, d := range []time.Duration{time.Minute, time.Second} {
+			client, err := flowctl.New(e, flowctl.WithCheckTimeout(d))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for client.Start(t.Context(), "point", flowctl.Params{}).ShouldRun() { // until the slots are taken
+			}
+			if d == time.Second {
+				_ = client.Close(t.Context())
+			}
+		}
+		if got := e.Warnings(); got != nil {
+			t.Errorf("Warnings() = %q", got)
+		}
+	})
 }
 
 // The check timeout of a client counts until the client is closed.

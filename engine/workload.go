@@ -34,16 +34,18 @@ type workload struct {
 	drops  *[agentapi.Causes]atomic.Uint64 // by the cause
 	waits  *waits
 
-	// shortest is the shortest MaxWait of a flow that had to wait, in nanoseconds, if it is shorter than the timeout; 0
-	// while there is none.
-	shortest *atomic.Int64
+	cuts *cuts
 }
 
-// cut notes a flow's MaxWait if it cuts the workload's timeout short. A flow that is not to wait at all is left out.
-func (w *workload) cut(most time.Duration) {
-	for most > agentapi.NoWait && most < w.timeout {
-		old := w.shortest.Load()
-		if old > 0 && old <= int64(most) || w.shortest.CompareAndSwap(old, int64(most)) {
+// cuts are the shortest times by which flows that had to wait cut the workload's timeout short: by MaxWait, and by a check timeout of
+// their own. They are in nanoseconds, and 0 while there is none.
+type cuts struct{ maxWait, check atomic.Int64 }
+
+// cut notes a time of a flow if it is less than the workload's timeout.
+func (w *workload) cut(shortest *atomic.Int64, most time.Duration) {
+	for most < w.timeout {
+		old := shortest.Load()
+		if old > 0 && old <= int64(most) || shortest.CompareAndSwap(old, int64(most)) {
 			return
 		}
 	}
@@ -80,7 +82,7 @@ func newWorkload(label string, p policy.WorkloadParameters) workload {
 		counts:   new(counts),
 		drops:    new([agentapi.Causes]atomic.Uint64),
 		waits:    new(waits),
-		shortest: new(atomic.Int64),
+		cuts:     new(cuts),
 	}
 }
 
@@ -97,7 +99,7 @@ func (w *workloads) follow(before *workloads) {
 		}
 		of.ratio, of.counts, of.drops, of.waits = b.ratio, b.counts, b.drops, b.waits
 		if of.timeout == b.timeout {
-			of.shortest = b.shortest
+			of.cuts = b.cuts
 		}
 	}
 }

@@ -96,7 +96,7 @@ type RejectCause uint8
 
 // The causes. A flow that was not rejected has CauseNone.
 const (
-	CauseNone         = RejectCause(agentapi.CauseNone)      // none but the reason, or the agent does not say
+	CauseNone         = RejectCause(agentapi.CauseNone)      // none but the reason, as for a workload with policy.NoQueue, or the agent does not say
 	CauseLate         = RejectCause(agentapi.CauseLate)      // too little time was left for the answer to arrive
 	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // the queue was full
 	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the flow would have had to wait longer than it could

@@ -93,3 +93,18 @@ func (f *flowInfo) ShortOfTime() bool {
 		return false
 	}
 }
+
+// LongestWait is what MaxWait and CheckTimeout of Params say together.
+func (f *flowInfo) LongestWait(maxWait, checkTimeout time.Duration) time.Duration {
+	longest := maxWait
+	if maxWait == 0 {
+		longest = checkTimeout
+	}
+	if longest == 0 && f.client != nil {
+		longest = f.client.checkTimeout
+	}
+	if longest <= 0 {
+		return math.MaxInt64
+	}
+	return longest
+}

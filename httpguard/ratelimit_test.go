@@ -158,6 +158,69 @@ func TestRateLimitHeadersOfEachKind(t *testing.T) {
 	}
 }
 
+// A debt and costs that are no whole numbers do not change the capacity by rounding.
+func TestRateLimitHeadersOfFractions(t *testing.T) {
+	at := policy.At(point)
+	for _, tt := range []struct {
+		name       string
+		components []policy.Component
+		settle     float64
+		policy     string
+	}{
+		{
+			name:       "a rate limiter's debt",
+			components: []policy.Component{policy.RateLimiter{ID: "a", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Hour, TokensLabel: "cost"}},
+			settle:     3.5, policy: `"test/a";q=2`,
+		},
+		{
+			name:       "a rate limiter's debt with a capacity that is no whole number",
+			components: []policy.Component{policy.RateLimiter{ID: "a", Selectors: at, Capacity: 2.7, Fill: 1, Interval: time.Hour, TokensLabel: "cost"}},
+			settle:     3.5, policy: `"test/a";q=2`,
+		},
+		{
+			name:       "a calendar quota's debt",
+			components: []policy.Component{policy.CalendarQuota{ID: "a", Selectors: at, Amount: 3, Period: policy.PeriodDay, TokensLabel: "cost"}},
+			settle:     3.3, policy: `"test/a";q=3`,
+		},
+		{
+			name: "a debt beside a limiter that gets its tokens back",
+			components: []policy.Component{
+				policy.RateLimiter{ID: "a", Selectors: at, Capacity: 3, Fill: 3, Interval: 3 * time.Second, TokensLabel: "cost"},
+				policy.RateLimiter{ID: "b", Selectors: at, Capacity: 2, Fill: 1, Interval: time.Hour, TokensLabel: "cost"},
+			},
+			settle: 3.5, policy: `"test/a";q=3, "test/b";q=2`,
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			setup := sides.Setup{Policies: sides.Policies(tt.components...)}
+			setup.InBubbles(t, sides.EnginesAndStored, func(t *testing.T, side *sides.Side) {
+				h := httpguard.Middleware(side.Client, point, httpguard.WithRateLimitHeaders(), httpguard.WithParams(func(*http.Request) flowctl.Params {
+					return flowctl.Params{Labels: map[string]string{"cost": "0.7"}}
+				}))(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+					if flow, ok := flowctl.FromContext(r.Context()); ok {
+						flow.Settle("cost", tt.settle)
+					}
+				}))
+				rejected := 0
+				for range 200 {
+					w := httptest.NewRecorder()
+					h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody))
+					if w.Code == http.StatusTooManyRequests {
+						rejected++
+					}
+					if got := w.Header().Get("RateLimit-Policy"); got != tt.policy {
+						t.Errorf("%d: RateLimit-Policy: %s want %s", w.Code, got, tt.policy)
+					}
+					<-time.After(7*time.Minute + 331*time.Millisecond)
+				}
+				if rejected < 20 {
+					t.Errorf("%d rejections want many", rejected)
+				}
+			})
+		})
+	}
+}
+
 // The fields do not have a limit that is not in force: neither that tokens are left, nor that there are none.
 func TestRateLimitHeadersOfDryRuns(t *testing.T) {
 	at := policy.At(point)

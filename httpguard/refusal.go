@@ -168,7 +168,7 @@ func setRateLimit(h http.Header, flow *flowctl.Flow) {
 			limit += ";t=" + strconv.FormatInt(wholeSeconds(wait), 10)
 		}
 		limits = append(limits, limit)
-		capacity := tokens.GetRemaining() + tokens.GetCurrent()
+		capacity := capacityOf(tokens)
 		leftOut := capacity == 0 && d.GetDropped() && d.GetQuotaSchedulerInfo() != nil // as agents do
 		switch {
 		case slots:
@@ -201,6 +201,18 @@ func counted(d *checkv1.LimiterDecision) (tokens *checkv1.LimiterDecision_Tokens
 	default:
 		return nil, false
 	}
+}
+
+// capacityOf returns the capacity of a limit. Agents report what is left of it, which may be a debt, and the difference to the
+// capacity. So the sum is rounded twice. If no more than that is between it and a whole number, it is the whole number.
+func capacityOf(tokens *checkv1.LimiterDecision_TokensInfo) float64 {
+	const rounded = 0x1p-51 // twice, as a share of the larger number
+	left, used := tokens.GetRemaining(), tokens.GetCurrent()
+	capacity := left + used
+	if whole := math.Round(capacity); math.Abs(capacity-whole) <= rounded*max(math.Abs(left), math.Abs(used)) {
+		return whole
+	}
+	return capacity
 }
 
 // quoted is a string of structured fields, RFC 9651. Such a string holds printable ASCII only. Other bytes, and "%", become "%"

@@ -82,15 +82,16 @@ func (s *sending) waitOut(found pause, left time.Duration) error {
 	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
-	return s.await(ctx, timer, found, left)
+	return s.await(ctx, timer, wait, found, left)
 }
 
-// await waits for the timer, after which a pause is over that has so much left.
-func (s *sending) await(ctx context.Context, timer *time.Timer, during pause, left time.Duration) error {
+// await waits for the timer, which was set to the wait. After it a pause is over that has so much left. That the timer is late does not
+// count as waited: otherwise several waits would not fit whose sum does.
+func (s *sending) await(ctx context.Context, timer *time.Timer, wait time.Duration, during pause, left time.Duration) error {
 	begin := time.Now()
 	end := retries.Await(ctx, timer, during.client, during.agent)
 	took := time.Since(begin)
-	s.waited += took
+	s.waited += min(took, wait)
 	switch end {
 	case retries.Canceled:
 		return canceled.New("start", s.controlPoint, ctx.Err(), context.Cause(ctx))
@@ -146,10 +147,11 @@ func (s *sending) decide(resp *http.Response, sent *trip) (bool, error) {
 	begin := time.Now()
 	sent.drop(resp.Body, wait)
 	drained := time.Since(begin)
+	drained = min(drained, wait)
 	s.request, s.waited = next, s.waited+drained
 	during := pause{status: resp.StatusCode, seen: info.Pauses()}
 	during.client, during.agent = info.Closed()
-	if err := s.await(r.Context(), timer, during, after-drained); err != nil {
+	if err := s.await(r.Context(), timer, wait-drained, during, after-drained); err != nil {
 		rules.Budget.Return()
 		return false, err
 	}

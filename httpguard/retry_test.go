@@ -195,9 +195,18 @@ func TestRetries(t *testing.T) {
 			opts: []httpguard.TransportOption{httpguard.WithMaxWait(9 * time.Second)},
 		},
 		{
+			name: "all waits just fit", replies: []reply{busy, busy, ok}, policy: steady, want: want{at: []int{0, 4, 8}, status: 200},
+			opts: []httpguard.TransportOption{httpguard.WithMaxWait(8 * time.Second)},
+		},
+		{
+			name: "one nanosecond is missing", replies: []reply{busy, busy, ok}, policy: steady, want: want{at: []int{0, 4}, status: 429},
+			opts: []httpguard.TransportOption{httpguard.WithMaxWait(8*time.Second - 1)},
+		},
+		{
 			name: "all waits do not fit", replies: []reply{busy, busy, ok}, policy: steady, want: want{at: []int{0, 4}, status: 429},
 			opts: []httpguard.TransportOption{httpguard.WithMaxWait(7 * time.Second)},
 		},
+		{name: "a minute", replies: []reply{{status: 429, retryAfter: "60"}, ok}, want: want{at: []int{0, 60}, status: 200}},
 		{name: "a minute in all", replies: []reply{{status: 429, retryAfter: "50"}}, policy: steady, want: want{at: []int{0, 50}, status: 429}},
 		{name: "more than a number", replies: []reply{{status: 429, retryAfter: "99999999999999999999"}}, want: want{at: []int{0}, status: 429}},
 		{
@@ -395,9 +404,9 @@ func TestMaxWait(t *testing.T) {
 		{name: "zero", opts: []httpguard.TransportOption{httpguard.WithMaxWait(0)}},
 		{name: "retries alone", opts: []httpguard.TransportOption{httpguard.WithRetries(headgate.RetryPolicy{})}},
 		{name: "long enough", opts: []httpguard.TransportOption{httpguard.WithMaxWait(time.Minute)}, sent: true, most: 24 * time.Second},
-		{name: "just enough", opts: []httpguard.TransportOption{httpguard.WithMaxWait(20*time.Second + 1)}, sent: true, most: 20*time.Second + 1},
+		{name: "just enough", opts: []httpguard.TransportOption{httpguard.WithMaxWait(20 * time.Second)}, sent: true, most: 20 * time.Second},
 		{name: "no limit", opts: []httpguard.TransportOption{httpguard.WithMaxWait(-1)}, sent: true, most: 24 * time.Second},
-		{name: "too short", opts: []httpguard.TransportOption{httpguard.WithMaxWait(20 * time.Second)}},
+		{name: "too short", opts: []httpguard.TransportOption{httpguard.WithMaxWait(20*time.Second - 1)}},
 		{name: "before the deadline", opts: []httpguard.TransportOption{httpguard.WithMaxWait(-1)}, deadline: 21 * time.Second, sent: true, most: 20500 * time.Millisecond},
 		{name: "after the deadline", opts: []httpguard.TransportOption{httpguard.WithMaxWait(-1)}, deadline: 20 * time.Second},
 		{

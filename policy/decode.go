@@ -296,7 +296,17 @@ func (d *decoder) items(v value) []value {
 	return items
 }
 
+// text reads a text that stands in one line. A name that goes on in the next line is mostly two names, and lacks a comma or a dash.
 func (d *decoder) text(v value) string {
+	text := d.anyText(v)
+	if text != "" && v.goesOn > 0 {
+		d.errorf(v, `goes on in line %d; is a comma or a "- " missing? If not, write it in one line`, v.goesOn)
+	}
+	return text
+}
+
+// anyText reads a text.
+func (d *decoder) anyText(v value) string {
 	if !d.is(v, text) {
 		return ""
 	}
@@ -306,8 +316,12 @@ func (d *decoder) text(v value) string {
 // labelValue reads a value that flows are compared with. It warns of a value that programs hardly give: the file is
 // well formed, but the component does not act on the flows that are meant.
 func (d *decoder) labelValue(v value) string {
-	text := d.text(v)
-	if why := slip.In(text); why != "" {
+	text := d.anyText(v)
+	why := slip.In(text)
+	if text != "" && v.goesOn > 0 {
+		why = fmt.Sprintf(`it goes on in line %d; is a comma or a "- " missing?`, v.goesOn)
+	}
+	if why != "" {
 		d.warn(v, "flows hardly have this value: "+why)
 	}
 	return text

@@ -15,7 +15,8 @@ import (
 // Format returns a file in Headgate's own shape that holds the policies. [Parse] reads the same policies from it. Only
 // negative numbers that mean the same as [KeepIdle], [NoQueue] or [NoTokens] become these, and pointers to components
 // become values. Warnings are left out. A policy that [Policy.Validate] refuses is an error, and so are two of one name,
-// a value that is not valid UTF-8, and conditions that are nested deeper than a file may be.
+// a value that is not valid UTF-8 or has the placeholder of Aperture's files, and conditions that are nested deeper than a file may
+// be.
 func Format(policies []Policy) ([]byte, error) {
 	if len(policies) == 0 {
 		return nil, &Error{Message: "no policy to write"}
@@ -247,14 +248,21 @@ var ambiguous = regexp.MustCompile(`^(?i:null|true|false|yes|no|on|off|y|n)$`)
 func (w *writer) text(s, at string) *written {
 	switch {
 	case !utf8.ValidString(s):
-		if w.err == nil {
-			w.err = &Error{Field: at, Message: "is not valid UTF-8"}
-		}
-		return &written{}
+		return w.refuse(at, "is not valid UTF-8")
+	case strings.Contains(s, placeholder):
+		return w.refuse(at, "has "+placeholder+", which is to be replaced")
 	case bare.MatchString(s) && !ambiguous.MatchString(s):
 		return &written{scalar: s}
 	}
 	return &written{scalar: strconv.Quote(s)} // whose escapes are YAML's, too
+}
+
+// refuse notes the first text that a file cannot have.
+func (w *writer) refuse(at, why string) *written {
+	if w.err == nil {
+		w.err = &Error{Field: at, Message: why}
+	}
+	return &written{}
 }
 
 func numberText(n float64) string {

@@ -96,6 +96,7 @@ func TestFormatRefuses(t *testing.T) {
 		{"a bad one", []policy.Policy{good, {Name: "q"}}, `policy "q": components: needs at least one flow-control component`},
 		{"depth", []policy.Policy{with(policy.LabelMatcher{Expression: deep})}, `policy "p": is nested more than 64 levels deep`},
 		{"bytes", []policy.Policy{with(policy.LabelMatcher{Equal: map[string]string{"a": "\xff"}})}, `policy "p": components[0].Selectors[0].Labels.Equal["a"]: is not valid UTF-8`},
+		{"a placeholder", []policy.Policy{with(policy.LabelMatcher{Equal: map[string]string{"a": "__REQUIRED_FIELD__"}})}, `policy "p": components[0].Selectors[0].Labels.Equal["a"]: has __REQUIRED_FIELD__, which is to be replaced`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			text, err := policy.Format(tt.policies)

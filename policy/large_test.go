@@ -49,6 +49,8 @@ func TestManyLimiters(t *testing.T) {
 		{"one policy", one.String(), 1, limiters},
 		{"a short file", short.String(), limiters / 1000, limiters / 10},
 		{"JSON in a line", `{"circuit":{"components":[` + strings.TrimSuffix(strings.Repeat(json+",", 70_000), ",") + "]}}", 1, 70_000},
+		{"words without quotes in a line", `{"circuit":{"components":[` +
+			strings.TrimSuffix(strings.Repeat(strings.Replace(json, `"a"`, "GET /a", 1)+",", 70_000), ",") + "]}}", 1, 70_000},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			policies, err := policy.Parse("x.yaml", []byte(tt.data))

@@ -47,6 +47,9 @@ func (d *decoder) unknown(key value, own string) {
 		hint = d.unshared(key)
 	}
 	if hint == "" {
+		hint = d.below(key)
+	}
+	if hint == "" {
 		hint = suggest(key.key, known)
 	}
 	if hint == "" {
@@ -61,10 +64,10 @@ func (d *decoder) unknown(key value, own string) {
 	d.errorf(key, "unknown key%s", hint)
 }
 
-// home returns a hint at the nearest mapping that may have the key, or one much like it; "" if there is none.
-func (d *decoder) home(key value) string {
+// learnHomes learns which mappings have which keys. It reports whether the document has a shape.
+func (d *decoder) learnHomes() bool {
 	if d.shape == nil {
-		return ""
+		return false
 	}
 	if d.homes == nil {
 		reader := newDecoder(d.file)
@@ -72,42 +75,84 @@ func (d *decoder) home(key value) string {
 		d.shape(reader)
 		d.homes = reader.learned
 	}
-	from := shapePath(key.up)
-	for _, like := range []bool{false, true} {
-		var places []string
-		word, nearest := "", 0
-		for _, path := range slices.Sorted(maps.Keys(d.homes)) {
-			keys := d.homes[path]
-			if like {
-				meant := suggest(key.key, strings.Fields(keys))
-				if meant == "" {
-					continue
-				}
-				word = cmp.Or(word, meant)
-			} else if !has(keys, key.key) {
-				continue
-			}
-			places = append(places, path)
+	return true
+}
+
+// below returns a hint at where in the mapping the key belongs; "" if that is nowhere. First comes what stands above the key, whose
+// keys may have lost their indentation, and then any part of a component.
+func (d *decoder) below(key value) string {
+	if !d.learnHomes() {
+		return ""
+	}
+	from, hint := shapePath(key.up), ""
+	for _, e := range key.up.entries {
+		if e.line > key.line || e.line == key.line && e.column >= key.column || e.value.kind != null && e.value.kind != mapping {
+			continue
 		}
-		slices.SortStableFunc(places, func(a, b string) int { return cmp.Compare(steps(from, a), steps(from, b)) })
-		var best []string
-		for _, path := range places {
-			if len(best) == 0 {
-				nearest = steps(from, path)
-			}
-			if len(best) < 3 && steps(from, path) <= nearest+1 {
-				best = append(best, place(path))
-			}
+		path := child(from, e.key)
+		if !has(d.homes[path], key.key) {
+			continue
 		}
-		switch {
-		case best == nil, nearest > 4 && len(best) > 1: // too many, and too far
-		case like:
-			return strings.TrimSuffix(word, "?") + ", which belongs in " + strings.Join(best, " or ") + "?"
-		default:
-			return "; it belongs in " + strings.Join(best, " or ")
+		if hint = "; it belongs in " + place(path); e.value.kind == null {
+			hint += ", indented further"
 		}
 	}
-	return ""
+	if hint == "" && d.kindAround(key) != nil {
+		best := d.nearest(from, func(path, keys string) bool {
+			return len(path) > len(from) && strings.HasPrefix(path, from) && has(keys, key.key)
+		})
+		if best != "" {
+			hint = "; it belongs in " + best
+		}
+	}
+	return hint
+}
+
+// home returns a hint at the nearest mapping that may have the key, or one much like it; "" if there is none.
+func (d *decoder) home(key value) string {
+	if !d.learnHomes() {
+		return ""
+	}
+	from := shapePath(key.up)
+	if best := d.nearest(from, func(_, keys string) bool { return has(keys, key.key) }); best != "" {
+		return "; it belongs in " + best
+	}
+	word := ""
+	best := d.nearest(from, func(_, keys string) bool {
+		meant := suggest(key.key, strings.Fields(keys))
+		word = cmp.Or(word, meant)
+		return meant != ""
+	})
+	if best == "" {
+		return ""
+	}
+	return strings.TrimSuffix(word, "?") + ", which belongs in " + best + "?"
+}
+
+// nearest returns the places that fits chooses by their path and their keys, up to three of those that are nearest to a path. It
+// returns "" if there is none, or if there are too many, and too far.
+func (d *decoder) nearest(from string, fits func(path, keys string) bool) string {
+	var places []string
+	for _, path := range slices.Sorted(maps.Keys(d.homes)) {
+		if fits(path, d.homes[path]) {
+			places = append(places, path)
+		}
+	}
+	if len(places) == 0 {
+		return ""
+	}
+	slices.SortStableFunc(places, func(a, b string) int { return cmp.Compare(steps(from, a), steps(from, b)) })
+	nearest := steps(from, places[0])
+	var best []string
+	for _, path := range places[:min(len(places), 3)] {
+		if steps(from, path) <= nearest+1 {
+			best = append(best, place(path))
+		}
+	}
+	if nearest > 4 && len(best) > 1 {
+		return ""
+	}
+	return strings.Join(best, " or ")
 }
 
 // shapePath returns the path of a value in the shape of its document, where sequences have one item.

@@ -142,7 +142,7 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 	case reflect.Int:
 		to.SetInt(int64(d.shortCount(v, field)))
 	case reflect.Struct:
-		if v.node != nil || d.learned != nil {
+		if !d.meansLabels(v, to.Type()) && (v.node != nil || d.learned != nil) {
 			d.structure(v, to)
 		}
 	case reflect.Pointer:
@@ -166,6 +166,21 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 	case reflect.Map:
 		d.shortMap(v, field, to)
 	}
+}
+
+// meansLabels reports whether a value has labels of flows, and an escalation belongs there: both have the key when. That is an error.
+func (d *decoder) meansLabels(v value, as reflect.Type) bool {
+	if as != reflect.TypeFor[Escalation]() || v.node == nil || v.kind != mapping || len(v.entries) == 0 {
+		return false
+	}
+	keys := shapeOf(as).keys
+	for _, e := range v.entries {
+		if has(keys, e.key) || suggest(e.key, strings.Fields(keys)) != "" {
+			return false
+		}
+	}
+	d.errorf(v, "wants load, below and the like, which make an escalation; labels of flows belong in when of selectors[]")
+	return true
 }
 
 // shortMap reads a mapping whose keys are the user's: names or values of labels. Its values are text, or structs.
@@ -372,7 +387,7 @@ func (d *decoder) shortSignal(v value) Signal {
 	case v.kind == number:
 		return Constant(v.number)
 	case v.kind == text:
-		return Named(v.text)
+		return Named(d.text(v))
 	case v.kind == mapping:
 		if key, part := d.one(v, meanLatencyKey); key != "" {
 			var m MeanLatency

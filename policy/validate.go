@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -42,6 +43,9 @@ func (r report) at(prefix string, index int) report {
 func (p Policy) check(wrong report) {
 	if p.Name == "" {
 		wrong("name", "is required")
+	}
+	if strings.Contains(p.Name, placeholder) {
+		wrong("name", "has %s, which is to be replaced", placeholder)
 	}
 	if len(p.Components) == 0 {
 		wrong("components", "needs at least one flow-control component")
@@ -121,6 +125,8 @@ func impossible(name string) string {
 		return fmt.Sprintf("is longer than %d bytes", maxName)
 	case !utf8.ValidString(name):
 		return "is not valid UTF-8"
+	case strings.Contains(name, placeholder):
+		return "has " + placeholder + ", which is to be replaced"
 	default:
 		return ""
 	}

@@ -70,6 +70,12 @@ func TestValidate(t *testing.T) {
 				".Selectors[3].ControlPoint: is not valid UTF-8",
 		},
 		{
+			"placeholders", rate(func(l *policy.RateLimiter) {
+				l.Selectors, l.LimitBy = policy.At("__REQUIRED_FIELD__"), "http.request.header.__REQUIRED_FIELD__"
+			}),
+			".Selectors[0].ControlPoint: has __REQUIRED_FIELD__, which is to be replaced\n.LimitBy: has __REQUIRED_FIELD__, which is to be replaced",
+		},
+		{
 			"longest labels of a rate limiter",
 			rate(func(l *policy.RateLimiter) {
 				l.LimitBy, l.TokensLabel = strings.Repeat("a", 255), strings.Repeat("é", 127)

@@ -46,7 +46,9 @@ type node struct {
 	items        []*node // of sequence
 	entries      []entry // of mapping, in the file's order; keys are unique
 	index        map[string]int
-	size, height int // bytes and levels of it and below, aliases expanded
+	size         int   // bytes of it and below, aliases expanded
+	height       int32 // levels of it and below, aliases expanded
+	goesOn       int32 // of text that is no block, the line after a line break that is a blank in it; 0 if there is none
 }
 
 type entry struct {
@@ -79,6 +81,7 @@ type yamlReader struct {
 	lines   []int  // offsets in text
 	flows   []int  // lines that begin a document in brackets; see findFlows
 	placed  placed // what place looked up last
+	found   found  // what rest looked up last
 	errs    []*Error
 	left    int // bytes that aliases may still stand for
 	nodes   slab[node]
@@ -89,6 +92,12 @@ type yamlReader struct {
 type placed struct {
 	line int
 	flow bool
+}
+
+// found is a position and its offset in its line.
+type found struct {
+	position
+	offset int
 }
 
 // newReader returns the reader of a file, or nil and what keeps the file from being read.
@@ -378,10 +387,16 @@ func (r *yamlReader) line(n int) string {
 // rest returns what stands in a line from a position on; nothing at the end of the file.
 func (r *yamlReader) rest(at position) string {
 	line := r.line(at.line)
-	for range at.column - 1 {
-		_, size := utf8.DecodeRuneInString(line)
-		line = line[size:]
+	from := r.found // most calls are about a position behind that of the call before
+	if from.line != at.line || from.column > at.column {
+		from = found{position: position{at.line, 1}}
 	}
+	for ; from.column < at.column; from.column++ {
+		_, size := utf8.DecodeRuneInString(line[from.offset:])
+		from.offset += size
+	}
+	r.found = from
+	line = line[from.offset:]
 	if line == "" && at.line < len(r.lines) {
 		return "\n"
 	}
@@ -622,7 +637,7 @@ func (c *converter) alias(in *yaml.Node, at position, depth int) *node {
 	case !ok:
 		c.failf(at, "alias %s stands within what it stands for", quote(in.Value))
 		return none
-	case depth+target.height > maxDepth:
+	case depth+int(target.height) > maxDepth:
 		c.failf(at, tooDeep)
 		return none
 	case c.r.left >= 0 && c.r.left < target.size:
@@ -651,6 +666,9 @@ var (
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
+		if in.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle) != 0 && strings.ContainsAny(in.Value, " \n") {
+			n.goesOn = c.foldedQuotes(c.begins(n, in))
+		}
 		return
 	}
 	switch in.Value {
@@ -688,7 +706,58 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 			c.failf(at, "is a number to some readers of YAML and text to others; write it in decimal digits without _, or quote it")
 		}
 	}
-	c.severalLines(n, in.Value)
+	c.severalLines(n, in)
+}
+
+// begins returns the line in which a scalar's text begins, behind its anchor if it has one, and what stands there.
+func (c *converter) begins(n *node, in *yaml.Node) (line int, rest string) {
+	line, rest = n.line, c.r.rest(position{n.line, n.column})
+	if in.Anchor == "" {
+		return line, rest
+	}
+	rest = strings.TrimLeft(strings.TrimPrefix(rest, "&"+in.Anchor), " \t\r\n")
+	for ; (rest == "" || rest[0] == '#') && line < len(c.r.lines); line++ {
+		rest = strings.TrimLeft(c.r.line(line+1), " \t\r\n")
+	}
+	return line, rest
+}
+
+// foldedQuotes returns the line in which a text in quotes goes on behind a line break that is part of it; 0 if there is none. The
+// text begins in the line with rest.
+func (c *converter) foldedQuotes(line int, rest string) int32 {
+	if rest == "" {
+		return 0
+	}
+	quote := rest[0]
+	for rest = rest[1:]; ; rest = c.r.line(line) {
+		escaped := false // the line break is
+		for i := 0; i < len(rest); i++ {
+			switch {
+			case rest[i] == '\\' && quote == '"':
+				i++
+				escaped = i < len(rest) && (rest[i] == '\n' || rest[i] == '\r')
+			case rest[i] != quote:
+			case quote == '\'' && strings.HasPrefix(rest[i+1:], "'"):
+				i++
+			default:
+				return 0
+			}
+		}
+		if line++; line > len(c.r.lines) {
+			return 0
+		}
+		if !escaped {
+			return c.filled(line)
+		}
+	}
+}
+
+// filled returns the first line, from a line on, that is not empty.
+func (c *converter) filled(line int) int32 {
+	for line < len(c.r.lines) && strings.TrimSpace(c.r.line(line)) == "" {
+		line++
+	}
+	return int32(line) //nolint:gosec // files are smaller
 }
 
 // isInteger reports whether s consists of digits, without a leading 0.
@@ -703,16 +772,18 @@ func isInteger(s string) bool {
 
 // severalLines refuses unquoted text of several lines that is hardly meant as such: a line that begins with "- " is an
 // item of a list, indented too far, and one that is indented less than what it is part of has been broken by accident.
-func (c *converter) severalLines(n *node, value string) {
+func (c *converter) severalLines(n *node, in *yaml.Node) {
+	value := in.Value
 	if n.kind != text || !strings.Contains(value, " ") && !strings.Contains(value, "\n") {
 		return
 	}
-	rest := c.r.rest(position{n.line, n.column})
+	first, rest := c.begins(n, in)
 	if strings.HasPrefix(rest, value) {
 		return
 	}
+	n.goesOn = c.filled(first + 1)
 	// Each line is part of the value, without the space around it.
-	for line, read := n.line+1, len(strings.TrimSpace(rest)); read < len(value) && line <= len(c.r.lines); line++ {
+	for line, read := first+1, len(strings.TrimSpace(rest)); read < len(value) && line <= len(c.r.lines); line++ {
 		have := c.r.line(line)
 		indent := len(indentation(have))
 		have = strings.TrimSpace(have)
@@ -720,10 +791,10 @@ func (c *converter) severalLines(n *node, value string) {
 		switch {
 		case have == "":
 		case strings.HasPrefix(have, "- "):
-			c.failf(position{line, indent + 1}, `"- " continues the text of line %d; is it indented too far? If not, quote the text`, n.line)
+			c.failf(position{line, indent + 1}, `"- " continues the text of line %d; is it indented too far? If not, quote the text`, first)
 			return
 		case indent < c.indent:
-			c.failf(position{line, indent + 1}, "continues the text of line %d and is indented less; put the text in one line, or quote it", n.line)
+			c.failf(position{line, indent + 1}, "continues the text of line %d and is indented less; put the text in one line, or quote it", first)
 			return
 		}
 	}

@@ -294,6 +294,27 @@ func TestMisplacedKeys(t *testing.T) {
 		{"port among parameters", edit(t, "interval: 1s", "{interval: 1s, bucket_capacity: 1}"), limiter + ".parameters.bucket_capacity: unknown key; it belongs in rate_limiter.in_ports"},
 		{"port among parameters, in another style", edit(t, "interval: 1s", "{interval: 1s, bucketCapacity: 1}"), `bucketCapacity: unknown key; did you mean "bucket_capacity", which belongs in rate_limiter.in_ports?`},
 		{"parameter above", edit(t, "          parameters:", "          interval: 1s\n          parameters:"), limiter + ".interval: unknown key; it belongs in rate_limiter.parameters"},
+		{"indentation that is lost", edit(t, "            interval", "          interval"), limiter + ".interval: unknown key; it belongs in rate_limiter.parameters, indented further"},
+		{"indentation of a limiter that is lost", "circuit:\n  components:\n    - flow_control:\n      rate_limiter: {}\n", "circuit.components[0].rate_limiter: unknown key; it belongs in flow_control, indented further"},
+		{"a key of flows that wait", scheduled("at: [a], priority: 3"), "quota_scheduler.priority: unknown key; it belongs in quota_scheduler.default or quota_scheduler.workloads[]\n"},
+		{"tokens of flows that wait", scheduled("at: [a], tokens: 3"), "quota_scheduler.tokens: unknown key; it belongs in quota_scheduler.default or quota_scheduler.workloads[]\n"},
+		{"their timeout", scheduled("at: [a], queue_timeout: 3s"), "quota_scheduler.queue_timeout: unknown key; it belongs in quota_scheduler.default or quota_scheduler.workloads[]\n"},
+		{"labels of flows for an escalation", ofOwn("at: [a], when: {plan: free}"), "limits.yaml:5:75: policies[0].components[0].rate_limiter.when: wants load, below and the like, which make an escalation; labels of flows belong in when of selectors[]\n"},
+		{"labels of flows where there is no escalation", strings.Replace(ofOwn("at: [a], when: {plan: free}"), "rate_limiter", "concurrency_limiter", 1), "when: unknown key; it belongs in concurrency_limiter.selectors[]\n"},
+		{"a misspelt key of an escalation", ofOwn("at: [a], when: {laod: x}"), `when.laod: unknown key; did you mean "load"?`},
+		{
+			"indentation of a component that is lost", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n        at: [a]\n        capacity: 1\n",
+			"limits.yaml:6:9: policies[0].components[0].at: unknown key; it belongs in rate_limiter, indented further\n" +
+				"limits.yaml:7:9: policies[0].components[0].capacity: unknown key; it belongs in rate_limiter, indented further\n",
+		},
+		{
+			"indentation that is lost in part", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - concurrency_scheduler:\n          at: [a]\n        max_inflight: 1s\n",
+			"limits.yaml:7:9: policies[0].components[0].max_inflight: unknown key; it belongs in concurrency_scheduler\n",
+		},
+		{
+			"indentation that is lost below an escalation", ofOwn("at: [a], when: , below: 1"),
+			"rate_limiter.below: unknown key; it belongs in rate_limiter.when, indented further\n",
+		},
 		{"parameter below", edit(t, "interval: 1s", "{interval: 1s, selectors: []}"), "parameters.selectors: unknown key; it belongs in rate_limiter"},
 		{"parameter of requests", edit(t, "interval: 1s", "{interval: 1s, tokens_label_key: a}"), "it belongs in rate_limiter.request_parameters"},
 		{"control point of a limiter", edit(t, "          parameters:", "          control_point: a\n          parameters:"), limiter + ".control_point: unknown key; it belongs in rate_limiter.selectors[]"},

@@ -16,6 +16,10 @@ type Info interface {
 	// which has more, could be let in.
 	ShortOfTime() bool
 
+	// LongestWait is the longest that a flow of the same client with the MaxWait and the CheckTimeout of its Params waits in
+	// queues, if its context has no deadline. Without limit it is the longest duration.
+	LongestWait(maxWait, checkTimeout time.Duration) time.Duration
+
 	// Pauses shows the pauses of the flow's client; nil for a nil client.
 	Pauses() Pauses
 

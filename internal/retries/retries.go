@@ -64,18 +64,19 @@ func (r *Rules) Last(attempt int) bool { return attempt == r.attempts }
 func (r *Rules) TooLong(after time.Duration) bool { return r.maxWait > 0 && after > r.maxWait }
 
 // Wait returns how long to wait if a retry can succeed after the given time, and whether to wait at all. The call may wait
-// for as long as is left, and until its deadline. What Wait adds to after is at most half of the time that is left then.
-// Jitter uses only what exceeds lateMargin.
+// for as long as is left, and the wait must end before its deadline. What Wait adds to after is at most half of the time that
+// remains then. Jitter uses only what exceeds lateMargin.
 func (r *Rules) Wait(ctx context.Context, after, left time.Duration) (time.Duration, bool) {
-	if after <= 0 || r.TooLong(after) {
+	if after <= 0 || after > left || r.TooLong(after) {
 		return 0, false
-	}
-	if deadline, ok := ctx.Deadline(); ok {
-		left = min(left, time.Until(deadline))
 	}
 	spare := left - after
-	if spare <= 0 && left < math.MaxInt64 {
-		return 0, false
+	if deadline, ok := ctx.Deadline(); ok {
+		before := time.Until(deadline) - after
+		if before <= 0 {
+			return 0, false
+		}
+		spare = min(spare, before)
 	}
 	if short := minWait - after; short > 0 {
 		short = min(short, spare/2)

@@ -33,6 +33,24 @@ func In(text string) string {
 	return punctuation(text)
 }
 
+// InName is In for the name of a control point or of a label: why programs hardly give such a name. Files get it by accident, and
+// then a limit is missing although the file is well formed: an extra bracket at the end of a line is text, a block of text ends
+// with a line end, text copied from a page has spaces that do not look odd, and a wrong separator makes one name of two.
+func InName(name string) string {
+	if why := In(name); why != "" {
+		return why
+	}
+	for i := range len(name) {
+		if name[i] == ';' || name[i] == ',' && i+1 < len(name) && name[i+1] == ' ' {
+			return fmt.Sprintf("it holds %q, which separates no names there", name[i:i+1])
+		}
+	}
+	if strings.HasSuffix(name, ".") { // a value may end so: full names of hosts do
+		return `it ends with "."`
+	}
+	return ""
+}
+
 // punctuation tells what separates items of lists, or ends lines, at the beginning or the end of a text.
 func punctuation(text string) string {
 	if text == "" {

@@ -7,6 +7,27 @@ import (
 	"github.com/headgate-go/headgate/internal/slip"
 )
 
+// What names have besides.
+func TestInName(t *testing.T) {
+	for want, texts := range map[string][]string{
+		"": {
+			"", "search", "GET /a b", "a b", "a,b", "/orders/{id},{line}", "suche-f\u00fcr-alle", "f(x)[0]", "a.b", "k8s:app",
+		},
+		"a quote or a bracket": {"search]", "a; b]"},
+		`ends with ","`:        {"search,", "a, b,"},
+		`ends with ";"`:        {"search;"},
+		`ends with "."`:        {"search."},
+		`holds ","`:            {"a, b", "a, b, c", "search , find", "GET /a, GET /b"},
+		`holds ";"`:            {"search; find", "search;find", "search ;find", "a;b, c"},
+	} {
+		for _, text := range texts {
+			if got := slip.InName(text); want == "" && got != "" || !strings.Contains(got, want) {
+				t.Errorf("InName(%q) = %q want %q", text, got, want)
+			}
+		}
+	}
+}
+
 func TestIn(t *testing.T) {
 	for want, texts := range map[string][]string{
 		"": {
