@@ -866,7 +866,7 @@ func TestSharedSchedulersDecideAtOnce(t *testing.T) {
 	}
 }
 
-// mostListed is how many flows of a workload the store is told of.
+// mostListed is how many flows of a workload a question to the store lists.
 const mostListed = 32
 
 // A generous store grants more than it was asked for: what it had put aside for flows that have gone.
