@@ -100,7 +100,7 @@ func (s Status) String() string {
 	}
 }
 
-// EndResponse says whether the concurrency slots of a flow came back when it ended, and whether its settlements were taken.
+// An EndResponse is what an agent did when a flow ended: what it took back, and what it settled.
 type EndResponse struct {
 	Held     int // slots that the flow took
 	Returned int // slots that it still held; the agent had taken back the others, because the flow took too long
