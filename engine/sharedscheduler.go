@@ -414,6 +414,9 @@ func (s *sharedScheduler[S]) drew(e *keys.Entry[line[drawnState[S]]], d *draws, 
 		q.changes++
 		s.serve(e, now)
 	}
+	if more && !e.State.waiting() {
+		d.since, d.granted = now, 0 // what was there at once does not say how fast more comes
+	}
 }
 
 // refuseOnce drops the flows that do not wait, and came before the store was asked: there is nothing left for them.
