@@ -1,6 +1,7 @@
 package redisstore_test
 
 import (
+	"context"
 	"slices"
 	"sync"
 	"testing"
@@ -10,6 +11,8 @@ import (
 
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
+	"github.com/headgate-go/headgate/redisstore"
+	"github.com/headgate-go/headgate/redisstore/internal/redistest"
 )
 
 // A step is a call of a store, and what becomes of it. Waits depend on when a step runs, so only their signs are compared.
@@ -209,6 +212,38 @@ func TestFleetConforms(t *testing.T) {
 		t.Helper()
 		return [2]shared.Store{newStore(t, client), newStore(t, client)}
 	})
+}
+
+// The callers of such a store send lone calls themselves.
+func TestFleetOwnCallsConform(t *testing.T) {
+	server := redistest.Start(t, redistest.Options{})
+	conform(t, func(t *testing.T) (stores [2]shared.Store) {
+		t.Helper()
+		for i := range stores {
+			s, err := redisstore.Open(t.Context(), server.URL(), redisstore.WithNamespace(t.Name()), redisstore.WithTimeout(5*time.Second))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = s.Close() })
+			stores[i] = uncanceled{s}
+		}
+		return stores
+	})
+}
+
+// An uncanceled store has calls whose context does not end.
+type uncanceled struct{ *redisstore.Store }
+
+func (u uncanceled) Take(ctx context.Context, asks []shared.Ask, answers []shared.Answer) error {
+	return u.Store.Take(context.WithoutCancel(ctx), asks, answers)
+}
+
+func (u uncanceled) Return(ctx context.Context, returns []shared.Return, results []shared.Result) error {
+	return u.Store.Return(context.WithoutCancel(ctx), returns, results)
+}
+
+func (u uncanceled) Look(ctx context.Context, key shared.Key, rule *shared.Rule) (shared.Usage, error) {
+	return u.Store.Look(context.WithoutCancel(ctx), key, rule)
 }
 
 // What tests of engines use instead is no other.

@@ -23,8 +23,14 @@ const (
 	// maxKeys is how many keys the flows of a batch have together, about.
 	maxKeys = 512
 
-	// maxOnWire is how many batches of a lane are on the wire at most. Another one than the first begins when it is full.
+	// maxOnWire is how many batches of a lane are on the wire at most. Another one than the first begins when it has minBatch calls: the
+	// server decides about one batch while this process makes the next. With 64 calls in flight that took 5.5 µs a call, and 9.3 µs with
+	// one batch at a time, where both had a processor of their own. The server's time for a call was the same.
 	maxOnWire = 4
+	minBatch  = 16
+
+	// maxDeaf is the longest bound of a store with which callers send calls themselves.
+	maxDeaf = 100 * time.Millisecond
 )
 
 // A shard is a server that has a part of the keys.
@@ -64,7 +70,8 @@ const (
 	callLeft // nobody waits for it
 )
 
-// A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once.
+// A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once, and
+// in most cases its caller sends it.
 //
 // A flow with one bucket takes almost four times as much of a server's time in a call of its own as in a batch of 32. The script reads
 // the call and the time once, and the server reads all keys by one command.
@@ -89,7 +96,14 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	}
 	c.done = make(chan struct{})
 	began := time.Now()
-	l.submit(c)
+	if !l.sendOwn(ctx, c, began) {
+		l.submit(c)
+	}
+	select {
+	case <-c.done:
+		return mayHaveCounted(c.err), c.err
+	default:
+	}
 	bound := l.store.timer()
 	defer l.store.stop(bound)
 	select {
@@ -114,15 +128,72 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	return maybe, err
 }
 
+// sendOwn has the caller send its call, if that may be. It reports whether it has. The call has not ended after that if it has to be
+// sent again.
+//
+// It saves two changes of goroutines, which take a tenth of the time of a lone call. But a caller that sends does not see that its
+// context has ended, because the client would drop the answer then, and with it what the flow got. So the bound has to be short, and
+// to come before the context's deadline.
+func (l *lane) sendOwn(ctx context.Context, c *call, now time.Time) bool {
+	s := l.store
+	if s.link == nil || !s.link.up.Load() {
+		return false
+	}
+	if ctx.Done() != nil {
+		if deadline, ok := ctx.Deadline(); s.timeout > maxDeaf || ok && deadline.Before(now.Add(s.timeout)) {
+			return false
+		}
+	}
+	l.mu.Lock()
+	alone := l.running == 0
+	if alone {
+		l.running++
+		c.state = callSent
+	}
+	l.mu.Unlock()
+	if !alone {
+		return false
+	}
+	if !s.begin() {
+		l.finish([]*call{c}, errClosed)
+		l.leave()
+		return true
+	}
+	defer s.goes.Done()
+	l.send([]*call{c}, true)
+	l.leave()
+	return true
+}
+
+// leave ends the turn of a caller that has sent its call. Another goroutine sends what has gathered meanwhile.
+func (l *lane) leave() {
+	l.mu.Lock()
+	more := len(l.queue) > 0
+	if !more {
+		l.running--
+	}
+	l.mu.Unlock()
+	if more {
+		l.goOn()
+	}
+}
+
 func (l *lane) submit(c *call) {
 	l.mu.Lock()
 	l.queue = append(l.queue, c)
-	start := l.running == 0 || len(l.queue) >= maxBatch && l.running < maxOnWire
+	start := l.running == 0 || len(l.queue) >= minBatch && l.running < maxOnWire
 	if start {
 		l.running++
 	}
 	l.mu.Unlock()
-	if start && !l.store.hand(l) {
+	if start {
+		l.goOn()
+	}
+}
+
+// goOn has a goroutine send what is in the queue.
+func (l *lane) goOn() {
+	if !l.store.hand(l) {
 		l.mu.Lock()
 		l.running--
 		left := l.queue
@@ -184,15 +255,23 @@ type span struct {
 }
 
 // bounded returns the context of a batch that begins now. It ends after the store's bound, or an eighth of it later. Calls do not wait
-// for that: they have their own timers.
-func (s *Store) bounded(now time.Time) context.Context {
-	if sp := s.span.Load(); sp != nil && now.Before(sp.until) {
+// for that: they have their own timers. A caller that sends its own call has none. Its context ends after the bound, or an eighth of
+// it earlier.
+func (s *Store) bounded(now time.Time, own bool) context.Context {
+	spans, lasts := &s.span, s.timeout+s.timeout/8
+	if own {
+		spans, lasts = &s.ownSpan, s.timeout
+	}
+	if sp := spans.Load(); sp != nil && now.Before(sp.until) {
 		return sp.ctx
 	}
-	ctx, cancel := context.WithDeadline(s.ctx, now.Add(s.timeout+s.timeout/8))
+	ctx, cancel := context.WithDeadline(s.ctx, now.Add(lasts))
 	context.AfterFunc(ctx, cancel)
+	if own {
+		ctx = context.WithValue(ctx, ownKey{}, true)
+	}
 	sp := &span{unbounded{ctx}, now.Add(s.timeout / 8)}
-	s.span.Store(sp)
+	spans.Store(sp)
 	return sp.ctx
 }
 
@@ -203,7 +282,7 @@ func (l *lane) run() {
 		if batch == nil {
 			return
 		}
-		l.send(batch)
+		l.send(batch, false)
 	}
 }
 
@@ -233,8 +312,8 @@ func (l *lane) next() (batch []*call) {
 	return batch
 }
 
-// send has the shard do what a batch of calls say.
-func (l *lane) send(batch []*call) {
+// send has the shard do what a batch of calls say. Own reports whether it is the one call of a caller.
+func (l *lane) send(batch []*call, own bool) {
 	s, sh := l.store, l.shard()
 	if sh.gate.Open() {
 		l.finish(batch, shared.ErrDown)
@@ -272,9 +351,13 @@ func (l *lane) send(batch []*call) {
 		head = appendFloats(nil, last)
 	}
 	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
-	reply, err := s.run(s.bounded(sent), sc, keys, arg)
+	reply, err := s.run(s.bounded(sent, own), sc, keys, arg)
 	e.reset()
 	s.encoders.Put(e)
+	if errors.Is(err, errUnconnected) {
+		l.requeue(batch)
+		return
+	}
 	if err = s.evidence(sh, err, sent); err != nil {
 		l.finish(batch, err)
 		return
@@ -291,6 +374,9 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	answer, refused := rueidis.IsRedisErr(err)
 	switch {
 	case err == nil || refused:
+		if s.link != nil && !s.link.up.Load() {
+			s.link.up.Store(true)
+		}
 		if sh.gate.Answered() {
 			s.logger.Info("headgate: the store's server answers again")
 		}
@@ -420,6 +506,16 @@ func (l *lane) finish(batch []*call, err error) {
 	for _, c := range left {
 		l.store.leave(c)
 	}
+}
+
+// requeue has calls that were not sent be the next.
+func (l *lane) requeue(batch []*call) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range batch {
+		c.state = callQueued
+	}
+	l.queue = append(batch, l.queue...)
 }
 
 // learn takes the server's time into the offset.

@@ -44,6 +44,8 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		o.Dialer.Timeout = min(o.Dialer.Timeout, max(time.Until(deadline), time.Millisecond))
 	}
+	l := &link{}
+	o.DialCtxFn = l.dial
 	client, err := rueidis.NewClient(o)
 	if err != nil {
 		if client != nil {
@@ -57,6 +59,9 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 		return nil, err
 	}
 	s.owned = true
+	if !s.cluster { // with several servers, one could be gone while others answer
+		s.link = l
+	}
 	if err := s.look(ctx, o.ForceSingleClient); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}

@@ -67,7 +67,8 @@ const (
 // A Store keeps states in Redis. It is safe for concurrent use.
 type Store struct {
 	client  rueidis.Client
-	owned   bool // the client is closed with the store
+	owned   bool  // the client is closed with the store
+	link    *link // nil for a client that is not the store's, and for a cluster
 	cluster bool
 	scripts scripts
 
@@ -95,9 +96,9 @@ type Store struct {
 	encoders sync.Pool
 	timers   sync.Pool
 
-	runs chan *lane // to goroutines that stay
-	idle atomic.Int64
-	span atomic.Pointer[span]
+	runs          chan *lane // to goroutines that stay
+	idle          atomic.Int64
+	span, ownSpan atomic.Pointer[span]
 
 	mu       sync.Mutex
 	closed   bool
@@ -132,6 +133,10 @@ func WithNamespace(namespace string) Option {
 
 // WithTimeout sets how long a call may take in all. The default is 50 ms: in an outage, the first flows wait that long. Set more
 // if flows should rather wait than be decided about without the store.
+//
+// A call ends before that when its context ends. There is one exception, which makes lone calls faster: if the bound is at most 100 ms,
+// and [Open] made the store, a call may notice only at the end of the bound that its context has been canceled. It ends by the
+// context's deadline all the same.
 func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
 
 // WithLease sets how long the lease of a process lasts. If a process is killed or cut off, its slots come back when its lease has
@@ -223,12 +228,24 @@ func (s *Store) newLanes(of func() *shard) *lanes {
 
 // start runs f in a goroutine that Close waits for. It reports false if the store is closed.
 func (s *Store) start(f func()) bool {
+	if !s.begin() {
+		return false
+	}
+	go func() {
+		defer s.goes.Done()
+		f()
+	}()
+	return true
+}
+
+// begin has Close wait until goes.Done is called. It reports false if the store is closed.
+func (s *Store) begin() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return false
 	}
-	s.goes.Go(f)
+	s.goes.Add(1)
 	return true
 }
 

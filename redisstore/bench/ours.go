@@ -115,7 +115,9 @@ type ours struct {
 
 // openOurs opens the rows' stores at the server, and one at another server, which it stops.
 func openOurs(ctx context.Context, server, stopped *redistest.Server) (_ *ours, err error) {
-	o := &ours{ctx: ctx}
+	// With a bound of 50 ms the context could end, and the callers of lone calls would send them as here. With the bound of this program they
+	// do so only if it cannot.
+	o := &ours{ctx: context.WithoutCancel(ctx)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, o.close())
