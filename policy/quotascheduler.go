@@ -44,10 +44,13 @@ type QuotaScheduler struct {
 	// Scheduler says which flow goes first. The zero value serves all flows alike.
 	Scheduler Scheduler
 
-	// Local, Share and OnOutage are as in [RateLimiter]. Engines that share the buckets divide them by the priorities of all
-	// their workloads. Values of the fairness label have equal shares within each engine.
+	// Share is as in [RateLimiter], but ShareLeased means ShareExact, and an engine with a store warns of it: it asks the store for
+	// the flows that wait.
+	Share Share
+
+	// Local and OnOutage are as in [RateLimiter]. Engines that share the buckets divide them by the priorities of all their
+	// workloads. Values of the fairness label have equal shares within each engine.
 	Local    bool
-	Share    Share
 	OnOutage Outage
 
 	// PassThrough accepts every flow and takes no tokens.
