@@ -64,31 +64,31 @@ all: test lint ## Test and lint
 
 .PHONY: test
 test: racedetector ## Run the tests of all modules, the race detector on
-	@$(call in-modules,go test,go test $(RACE) -shuffle=on -skip '$(PROCESS)|$(FLEET)' $(TESTFLAGS) $$(go list ./... | grep -v /examples/),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test,$(call test-named,-v,$(PROCESS)|$(FLEET)|^TestMain$$|^Benchmark,$(RACE) -skip '$(PROCESS)|$(FLEET)'),$(filter-out $(EXAMPLES),$(MODULES)))
 
 .PHONY: test-process
 test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
-	@$(call in-modules,go test -run $(PROCESS),$(call test-named,$(PROCESS),$(RACE)),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(PROCESS),$(call test-named,,$(PROCESS),$(RACE) -run '$(PROCESS)'),$(filter-out $(EXAMPLES),$(MODULES)))
 	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. redisstore $(EXAMPLES))
 
 # Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
 # for leases to run out, or for servers to find each other.
 .PHONY: test-fleet
 test-fleet: racedetector ## Run the tests that need Redis servers, which they start, stop and kill
-	@$(call in-modules,go test -run $(FLEET),$(call test-named,$(FLEET),$(RACE) -parallel 8),$(filter-out $(EXAMPLES),$(MODULES)))
+	@$(call in-modules,go test -run $(FLEET),$(call test-named,,$(FLEET),$(RACE) -run '$(FLEET)' -parallel 8),$(filter-out $(EXAMPLES),$(MODULES)))
 
-# $(call test-named,NAMES,FLAGS) runs the tests whose names match NAMES, an extended regular expression. Only packages
-# that have such tests are linked.
+# $(call test-named,OPTION,NAMES,FLAGS) tests the packages that have a test whose name matches NAMES, an extended regular expression, or
+# with the option -v one whose name does not. Other packages are not linked.
 test-named = packages=$$(go list -f '{{.Dir}}' ./... | grep -v /examples/ | while read -r dir; do \
 		names=$$(sed -n 's/^func \([A-Z][A-Za-z0-9_]*\)(.*/\1/p' "$$dir"/*_test.go 2>/dev/null || true); \
-		! grep -qE '$(1)' <<<"$$names" || echo "$$dir"; \
+		[ -z "$$names" ] || ! grep -qE $(1) '$(2)' <<<"$$names" || echo "$$dir"; \
 	done); \
-	[ -z "$$packages" ] || go test -shuffle=on -run '$(1)' $(2) $(TESTFLAGS) $$packages
+	[ -z "$$packages" ] || go test -shuffle=on $(3) $(TESTFLAGS) $$packages
 
 # Tests that do one thing very often do it less often under the race detector.
 .PHONY: test-long
 test-long: ## Run the tests that match LONG in full, without the race detector
-	@$(call in-modules,go test in full,$(call test-named,$(LONG),-skip '$(PROCESS)|$(FLEET)'),. policy/difftest)
+	@$(call in-modules,go test in full,$(call test-named,,$(LONG),-run '$(LONG)' -skip '$(PROCESS)|$(FLEET)'),. policy/difftest)
 
 # Without a C compiler the go command only says that -race requires cgo.
 .PHONY: racedetector
