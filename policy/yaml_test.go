@@ -373,6 +373,21 @@ func TestMisplacedKeys(t *testing.T) {
 			"indentation that is lost below an escalation", ofOwn("at: [a], when: , below: 1"),
 			"rate_limiter.below: unknown key; it belongs in rate_limiter.when, indented further\n",
 		},
+		{"misspelt, and indentation that is lost", edit(t, "            interval", "          intervall"), limiter + `.intervall: unknown key; did you mean "interval", which belongs in rate_limiter.parameters, indented further?`},
+		{"misspelt, and indentation of a limiter that is lost", "circuit:\n  components:\n    - flow_control:\n      rate_limitr: {}\n", `circuit.components[0].rate_limitr: unknown key; did you mean "rate_limiter", which belongs in flow_control, indented further?`},
+		{"misspelt, and indentation of a selector's part that is lost", edit(t, "[{control_point: checkout}]", "\n            - control_point: a\n              label_matcher:\n              match_labls: {}"), `match_labls: unknown key; did you mean "match_labels", which belongs in rate_limiter.selectors[].label_matcher, indented further?`},
+		{"misspelt, and indentation of metadata that is lost", "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata:\nnme: x\nspec: {}\n", `nme: unknown key; did you mean "name", which belongs in metadata, indented further?`},
+		{
+			"misspelt, and indentation of a component that is lost", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n        att: [a]\n        capacty: 1\n",
+			`limits.yaml:6:9: policies[0].components[0].att: unknown key; did you mean "at", which belongs in rate_limiter, indented further?` + "\n" +
+				`limits.yaml:7:9: policies[0].components[0].capacty: unknown key; did you mean "capacity", which belongs in rate_limiter, indented further?` + "\n",
+		},
+		{
+			"misspelt, and indentation that is lost in part", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - concurrency_scheduler:\n          at: [a]\n        max_inflite: 1s\n",
+			`limits.yaml:7:9: policies[0].components[0].max_inflite: unknown key; did you mean "max_inflight", which belongs in concurrency_scheduler?` + "\n",
+		},
+		{"misspelt, and indentation that is lost below an escalation", ofOwn("at: [a], when: , belw: 1"), `rate_limiter.belw: unknown key; did you mean "below", which belongs in rate_limiter.when, indented further?`},
+		{"misspelt, where two kinds have the key", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n        quota_scheduler:\n        capacty: 1\n", `did you mean "capacity", which belongs in quota_scheduler, indented further?`},
 		{"parameter below", edit(t, "interval: 1s", "{interval: 1s, selectors: []}"), "parameters.selectors: unknown key; it belongs in rate_limiter"},
 		{"parameter of requests", edit(t, "interval: 1s", "{interval: 1s, tokens_label_key: a}"), "it belongs in rate_limiter.request_parameters"},
 		{"control point of a limiter", edit(t, "          parameters:", "          control_point: a\n          parameters:"), limiter + ".control_point: unknown key; it belongs in rate_limiter.selectors[]"},
