@@ -49,7 +49,8 @@ type node struct {
 	index        map[string]int
 	size         int   // bytes of it and below, aliases expanded
 	height       int32 // levels of it and below, aliases expanded
-	goesOn       int32 // of text that is no block, the line after a line break that is a blank in it; 0 if there is none
+	goesOn       int32 // of text, the line after a line break in the file that is part of it; 0 if there is none
+	block        bool  // text after | or >
 }
 
 type entry struct {
@@ -896,7 +897,12 @@ var (
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
-		if in.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle) != 0 && strings.ContainsAny(in.Value, " \n") {
+		n.block = in.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0
+		switch {
+		case !strings.ContainsAny(in.Value, " \n"):
+		case n.block:
+			n.goesOn = c.secondLine(n, in)
+		default:
 			n.goesOn = c.foldedQuotes(c.begins(n, in))
 		}
 		return
@@ -980,6 +986,16 @@ func (c *converter) foldedQuotes(line int, rest string) int32 {
 			return c.filled(line)
 		}
 	}
+}
+
+// secondLine returns the second line of a block that is not empty; 0 if there is none.
+func (c *converter) secondLine(n *node, in *yaml.Node) int32 {
+	header, _ := c.begins(n, in)
+	first := c.filled(header + 1)
+	if strings.TrimSpace(c.r.line(int(first))) == strings.TrimSpace(in.Value) {
+		return 0
+	}
+	return c.filled(int(first) + 1)
 }
 
 // filled returns the first line, from a line on, that is not empty.
