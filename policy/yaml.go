@@ -218,6 +218,7 @@ func (r *yamlReader) broken(err error, first int) int {
 		return len(r.lines)
 	}
 	at, opened := r.mark(e.Mark, first), r.mark(e.ContextMark, first)
+	at.line = max(at.line, 1) // an error without a position is possible
 	rest := r.rest(at)
 	if tab := strings.IndexByte(indentation(r.line(at.line)), '\t'); tab >= 0 && e.Message != tooDeep {
 		r.fail(position{at.line, tab + 1}, "bad YAML: tab in the indentation; indent with spaces")
@@ -386,12 +387,9 @@ func marks(text string, from, to int) iter.Seq2[int, int] {
 	}
 }
 
-// offset returns the offset of a position.
+// offset returns the offset of a position in the file.
 func (r *yamlReader) offset(at position) int {
-	if at.line > len(r.lines) {
-		return len(r.text)
-	}
-	_ = r.rest(at)
+	_ = r.rest(at) // finds the offset in the line
 	return r.lines[at.line-1] + r.found.offset
 }
 
