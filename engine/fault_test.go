@@ -51,7 +51,7 @@ func TestFaultyPolicyFiles(t *testing.T) {
 	}{
 		{"empty", map[string]string{"bad.yaml": ""}, "bad.yaml:1:1: holds no policy"},
 		{"only comments", map[string]string{"bad.yaml": "# soon\n---\n"}, "bad.yaml:1:1: holds no policy"},
-		{"truncated in a word", map[string]string{"bad.yaml": goodFile[:len(goodFile)-9]}, "bad.yaml:13:60: bad YAML: want a value, have the end of the file; is a bracket not closed?"},
+		{"truncated in a word", map[string]string{"bad.yaml": goodFile[:len(goodFile)-9]}, `bad.yaml:13:25: bad YAML: "{" is not closed; "}" is missing`},
 		{"truncated between lines", map[string]string{"bad.yaml": withoutParameters}, "bad.yaml:8:11: " + limiter + ".parameters.interval: is required"},
 		{"truncated to nothing much", map[string]string{"bad.yaml": goodFile[:20]}, `bad.yaml:1:13: apiVersion: want fluxninja.com/v1alpha1, have "fluxninj"`},
 		{"exploding aliases", map[string]string{"bad.yaml": aliases + goodFile}, "aliases stand for more than 32 MiB"},

@@ -221,6 +221,48 @@ func TestRateLimitHeadersOfFractions(t *testing.T) {
 	}
 }
 
+// A policy change can leave more slots in use than there are now. Then the fields have the new number of slots, and none is free.
+func TestRateLimitHeadersOfFewerSlots(t *testing.T) {
+	at := policy.At(point)
+	for name, limit := range map[string]func(most float64) policy.Component{
+		"concurrency limiter": func(most float64) policy.Component {
+			return policy.ConcurrencyLimiter{ID: "a", Selectors: at, Max: most, MaxInflight: time.Hour}
+		},
+		"concurrency scheduler": func(most float64) policy.Component {
+			return policy.ConcurrencyScheduler{
+				ID: "a", Selectors: at, Max: most, MaxInflight: time.Hour,
+				Scheduler: policy.Scheduler{Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}},
+			}
+		},
+		"concurrency scheduler that lets flows in for nothing": func(most float64) policy.Component {
+			c := policy.ConcurrencyScheduler{ID: "a", Selectors: at, Max: most, MaxInflight: time.Hour}
+			if most < 5 {
+				c.Scheduler.Default.Tokens = policy.NoTokens
+			}
+			return c
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			overEngines(t, []policy.Component{limit(5)}, func(t *testing.T, e *engine.Engine, client *flowctl.Client) {
+				for range 5 {
+					flow := client.Start(t.Context(), point, flowctl.Params{})
+					defer func() { _, _ = flow.End(t.Context()) }()
+				}
+				for _, most := range []float64{4, 2, 0} {
+					if err := e.Apply(limits([]policy.Component{limit(most)})); err != nil {
+						t.Fatal(err)
+					}
+					got := tell(t, client)
+					want := told{got.Status, `"limits/a";r=0`, fmt.Sprintf(`"limits/a";q=%v;qu="concurrent-requests"`, most)}
+					if diff := cmp.Diff(want, got); diff != "" {
+						t.Errorf("with %v slots (-want +got):\n%s", most, diff)
+					}
+				}
+			})
+		})
+	}
+}
+
 // The fields do not have a limit that is not in force: neither that tokens are left, nor that there are none.
 func TestRateLimitHeadersOfDryRuns(t *testing.T) {
 	at := policy.At(point)

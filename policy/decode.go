@@ -314,11 +314,11 @@ func (d *decoder) anyText(v value) string {
 }
 
 // labelValue reads a value that flows are compared with. It warns of a value that programs hardly give: the file is
-// well formed, but the component does not act on the flows that are meant.
+// well formed, but the component does not act on the flows that are meant. Those of blocks have several lines on purpose.
 func (d *decoder) labelValue(v value) string {
 	text := d.anyText(v)
 	why := slip.In(text)
-	if text != "" && v.goesOn > 0 {
+	if text != "" && v.goesOn > 0 && !v.block {
 		why = fmt.Sprintf(`it goes on in line %d; is a comma or a "- " missing?`, v.goesOn)
 	}
 	if why != "" {

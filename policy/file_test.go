@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -225,7 +226,7 @@ func TestLoadReportsEveryPath(t *testing.T) {
 	want := []string{
 		"stat " + in("none") + ": no such file or directory",
 		in("b.yaml") + `:3:18: metadata.name: policy "a" is at ` + in("a.yaml") + ":1:1 already",
-		in("c.yaml") + ":1:2: bad YAML: want a value, have the end of the file; is a bracket not closed?",
+		in("c.yaml") + `:1:1: bad YAML: "{" is not closed; "}" is missing`,
 		in("d.yaml") + ":1:1: holds no policy",
 		"open " + in("e.yaml") + ": no such file or directory",
 		in("a.yaml") + `:1:1: policy "a" is at ` + in("a.yaml") + ":1:1 already; a plain policy has the name of its file",
@@ -496,7 +497,7 @@ func TestParseErrors(t *testing.T) {
 		{
 			"syntax",
 			[]string{"[{control_point: checkout}]", "[{control_point: checkout}"},
-			`limits.yaml:6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`,
+			`limits.yaml:5:22: bad YAML: "[" is not closed; "]" is missing`,
 		},
 		{
 			"missing comma in a selector",
@@ -515,7 +516,7 @@ func TestParseErrors(t *testing.T) {
 		{
 			"bracket that is not closed",
 			[]string{"[{control_point: checkout}]", "[{control_point: checkout}", request, request + "    - flow_control: {}\n"},
-			`limits.yaml:6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`,
+			`limits.yaml:5:22: bad YAML: "[" is not closed; "]" is missing`,
 		},
 		{"missing comma before a blank line", []string{"checkout}", "checkout service:\n\n            shop}"}, "limits.yaml:5:55: " + comma},
 		{
@@ -843,7 +844,16 @@ func TestHostile(t *testing.T) {
 	for i := range 100 {
 		chain += fmt.Sprintf("x%d: &a%d [*a%d]\n", i, i+1, i)
 	}
-	long := race.Pick(1<<19, 1<<20) // beyond the bound of commas
+	long := race.Pick(1<<19, 1<<20)                                                       // beyond the bound of commas
+	full := race.Pick(4<<20, 16<<20)                                                      // beyond the bounds, too
+	fill := func(text string) string { return strings.Repeat(text, (full-64)/len(text)) } // a file with room for little more
+	numbered := func(format string) string {
+		var b strings.Builder
+		for i := 0; b.Len() < full-64; i++ {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
 	for _, tt := range []struct{ name, data, want string }{
 		{"aliases of aliases", bomb, "aliases stand for more than 32 MiB"},
 		{"aliases of long text", "a: &a '" + strings.Repeat("a|b", 1<<18) + "'\nb: [" + strings.Repeat("*a, ", 50) + "]", "aliases stand for more than 32 MiB"},
@@ -864,6 +874,25 @@ func TestHostile(t *testing.T) {
 		{"unclosed brackets", strings.Repeat("[", 60) + strings.Repeat("a: ", long), "x.yaml:1:2: bad YAML: more than 300000 commas"},
 		{"block sequences in flow", "a: [" + strings.Repeat("- ", long), `want a value, have "-"`},
 		{"unclosed quote", `a: "` + strings.Repeat("\t", long), "x.yaml:1:4: bad YAML: the quote that closes this text is missing"},
+		{"many flow sequences", fill("["), "nested more than 64 levels deep"},
+		{"many flow mappings", fill("{a: "), "nested more than 64 levels deep"},
+		{"many flow mappings in a mapping", "a: " + fill("{a: "), "nested more than 64 levels deep"},
+		{"many flow collections by turns", "- " + fill("[{a: "), "x.yaml:1:3: bad YAML: more than 300000 commas"},
+		{"many unclosed brackets", fill("a: [b\n"), "nested more than 64 levels deep"},
+		{"many unclosed brackets in a list", fill("- [a\n"), "x.yaml:1:3: bad YAML: more than 300000 commas"},
+		{"many anchors and tags", fill("&a !b "), "x.yaml:1:900004: bad YAML: more than 300000 anchors, tags and quotes in this line"},
+		{"many quotes", fill("'a' "), "bad YAML: more than 300000 anchors, tags and quotes in this line"},
+		{"many aliases", "a: b\n" + fill("*a "), "bad YAML: more than 300000 anchors, tags and quotes in this line"},
+		{"many closing brackets", fill("]"), `bad YAML: want a value, have "]"`},
+		{"many directives", numbered("%%TAG !%d! a\n"), "x.yaml:1:1: YAML directives are not supported"},
+		{"many directives of many documents", fill("%YAML 1.2\n---\na: b\n...\n"), "x.yaml:1:1: YAML directives are not supported"},
+		{"many broken documents", fill("---\n}\n"), `x.yaml:2:1: bad YAML: want a value, have "}"`},
+		{"many broken documents in brackets", fill("[a\n---\n"), `x.yaml:1:1: bad YAML: "[" is not closed; "]" is missing`},
+		{"many documents with an open quote", fill("---\na: '\n"), "x.yaml:2:4: bad YAML: the quote that closes this text is missing"},
+		{"long key", fill("k"), "x.yaml:1:1: want a policy, have a string"},
+		{"deep indentation", "a:\n" + fill(" ") + "b: c", "a: unknown key"},
+		{"many line ends", fill("\r"), "holds no policy"},
+		{"many comments", fill("# a\n"), "holds no policy"},
 		{"binary", "\x7fELF\xff", "x.yaml:1:5: is not UTF-8"},
 		{"tags", strings.Repeat("- !a\n", 10_000), "YAML tags are not supported"},
 		{"broken documents", strings.Repeat("---\n}\n", 100_000), `x.yaml:2:1: bad YAML: want a value, have "}"`},
@@ -897,6 +926,27 @@ func TestHostile(t *testing.T) {
 			_, err := soon(t, func() ([]policy.Policy, error) { return policy.Parse("x.yaml", []byte(tt.data)) })
 			if err == nil || strings.Contains(err.Error(), " more than ") {
 				t.Errorf("Parse = %.300v, want another error than that it is too much", err)
+			}
+		})
+	}
+}
+
+// TestBrokenDocuments expects that what is behind a broken document is read on from there, and not copied for each.
+func TestBrokenDocuments(t *testing.T) {
+	for name, data := range map[string]string{
+		"of blocks":   strings.Repeat("---\n}\n", 1<<20/6),
+		"in brackets": strings.Repeat("---\n{}}\n", 1<<20/8),
+	} {
+		t.Run(name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := policy.Parse("x.yaml", []byte(data))
+			runtime.ReadMemStats(&after)
+			if err == nil || !strings.HasSuffix(err.Error(), "and at least 180 more") {
+				t.Errorf("Parse = %.300v, want 200 errors", err)
+			}
+			if got, most := after.TotalAlloc-before.TotalAlloc, uint64(60*len(data)); got > most {
+				t.Errorf("Parse of %d bytes allocates %d, want at most %d", len(data), got, most)
 			}
 		})
 	}

@@ -125,6 +125,58 @@ func TestNamesOfSeveralLinesInLists(t *testing.T) {
 	}
 }
 
+// A block stands on lines of its own, and its name is as likely two without a "- " between them.
+func TestNamesInBlocks(t *testing.T) {
+	const (
+		head    = "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n          capacity: 1\n          fill: 1\n          interval: 1s\n"
+		aliased = "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter: {at: [a], limit_by: label, capacity: 1, fill: 1, interval: 1s}\n    labels:\n      label: NAME"
+	)
+	for file, path := range map[string]string{
+		head + "          at:\n            - NAME":                       "policies[0].components[0].rate_limiter.at[0]",
+		head + "          selectors:\n            - control_point: NAME": "policies[0].components[0].rate_limiter.selectors[0].control_point",
+		head + "          at: [a]\n          limit_by: NAME":             "policies[0].components[0].rate_limiter.limit_by",
+		aliased: "policies[0].labels.label",
+		edit(t, "[{control_point: checkout}]", "\n            - control_point: NAME"): limiter + ".selectors[0].control_point",
+		edit(t, "interval: 1s", "interval: 1s\n            limit_by_label_key: NAME"): limiter + ".parameters.limit_by_label_key",
+	} {
+		before, _, _ := strings.Cut(file, "NAME")
+		begins := 1 + strings.Count(before, "\n")
+		for _, tt := range []struct {
+			name, text string
+			on         int // lines further; 0 is no error
+		}{
+			{"one line", ">-\n                GET /search", 0},
+			{"one line of a literal block", "|-\n                GET /search", 0},
+			{"one line below an anchor", "&a # find\n                >- # more\n\n                GET /search\n\n", 0},
+			{"folded", ">-\n                search\n                find", 2},
+			{"literal", "|-\n                search\n                find", 2},
+			{"folded, with the last line end", ">\n                search\n                find", 2},
+			{"literal, with the last line end", "|\n                search\n                find", 2},
+			{"folded, with empty lines", ">-\n\n                search\n\n                find", 4},
+			{"folded, below an anchor", "&a # find\n                >- # more\n                search\n                find", 3},
+			{"folded, three lines", ">-\n                search\n                find\n                seek", 2},
+			{"folded, a word and two", ">-\n                GET\n                /search find", 2},
+		} {
+			for _, end := range []string{"\n", "\r\n", "\r"} {
+				t.Run(fmt.Sprintf("%s/%s/%q", path, tt.name, end), func(t *testing.T) {
+					data := strings.ReplaceAll(strings.Replace(file, "NAME", tt.text, 1), "\n", end)
+					_, err := policy.Parse("limits.yaml", []byte(data))
+					if tt.on == 0 {
+						if err != nil {
+							t.Errorf("Parse(%s) = %v", data, err)
+						}
+						return
+					}
+					want := fmt.Sprintf(`%s: goes on in line %d; is a comma or a "- " missing? If not, write it in one line`, path, begins+tt.on)
+					if err == nil || !strings.Contains(err.Error(), want) {
+						t.Errorf("Parse(%s) = %v want %s", data, err, want)
+					}
+				})
+			}
+		}
+	}
+}
+
 // A value of a label may be any text, so one of several lines gives a warning. A block of text and a regular expression have several
 // lines on purpose.
 func TestValuesOfSeveralLines(t *testing.T) {
@@ -145,6 +197,11 @@ func TestValuesOfSeveralLines(t *testing.T) {
 		if got := strings.Join(policies[0].Warnings, "\n"); got != want {
 			t.Errorf("%s: Warnings = %q want %q", values, got, want)
 		}
+	}
+	const block = "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n          capacity: 1\n          fill: 1\n          interval: 1s\n" +
+		"          selectors:\n            - control_point: a\n              when:\n                k: >-\n                  eu\n                  us\n"
+	if policies, err := policy.Parse("limits.yaml", []byte(block)); err != nil || len(policies[0].Warnings) > 0 {
+		t.Errorf("Parse(%s) = %v, %v, want no warning", block, policies, err)
 	}
 	for _, regex := range []string{"a\n              b", "'a\n              b'"} {
 		if _, err := policy.Parse("limits.yaml", []byte(ofOwn("selectors: [{control_point: a, expression: {label_matches: {label: k, regex: "+regex+"}}}]"))); err != nil {

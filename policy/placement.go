@@ -53,6 +53,9 @@ func (d *decoder) unknown(key value, own string) {
 		hint = suggest(key.key, known)
 	}
 	if hint == "" {
+		hint = d.misspelt(key)
+	}
+	if hint == "" {
 		hint = d.home(key)
 	}
 	if hint == "" && d.isShort {
@@ -85,17 +88,8 @@ func (d *decoder) below(key value) string {
 		return ""
 	}
 	from, hint := shapePath(key.up), ""
-	for _, e := range key.up.entries {
-		if e.line > key.line || e.line == key.line && e.column >= key.column || e.value.kind != null && e.value.kind != mapping {
-			continue
-		}
-		path := child(from, e.key)
-		if !has(d.homes[path], key.key) {
-			continue
-		}
-		if hint = "; it belongs in " + place(path); e.value.kind == null {
-			hint += ", indented further"
-		}
+	if best := d.above(key, func(keys string) bool { return has(keys, key.key) }); best != "" {
+		hint = "; it belongs in " + best
 	}
 	if hint == "" && d.kindAround(key) != nil {
 		best := d.nearest(from, func(path, keys string) bool {
@@ -106,6 +100,46 @@ func (d *decoder) below(key value) string {
 		}
 	}
 	return hint
+}
+
+// above returns the place that is nearest above the key in its mapping, of those whose keys fit. It returns "" if there is none.
+func (d *decoder) above(key value, fits func(keys string) bool) (best string) {
+	from := shapePath(key.up)
+	for _, e := range key.up.entries {
+		if e.line > key.line || e.line == key.line && e.column >= key.column || e.value.kind != null && e.value.kind != mapping {
+			continue
+		}
+		path := child(from, e.key)
+		if !fits(d.homes[path]) {
+			continue
+		}
+		if best = place(path); e.value.kind == null {
+			best += ", indented further"
+		}
+	}
+	return best
+}
+
+// misspelt returns a hint at a key of what stands above, where the key is misspelt and has lost its indentation; "" if none is like it.
+func (d *decoder) misspelt(key value) string {
+	if !d.learnHomes() {
+		return ""
+	}
+	word := "" // of the last that fits, which is the nearest
+	best := d.above(key, func(keys string) bool {
+		meant := suggest(key.key, strings.Fields(keys))
+		word = cmp.Or(meant, word)
+		return meant != ""
+	})
+	return meantIn(word, best)
+}
+
+// meantIn adds to what suggest returns where the key belongs. It returns "" if that is nowhere.
+func meantIn(word, place string) string {
+	if place == "" {
+		return ""
+	}
+	return strings.TrimSuffix(word, "?") + ", which belongs in " + place + "?"
 }
 
 // home returns a hint at the nearest mapping that may have the key, or one much like it; "" if there is none.
@@ -123,10 +157,7 @@ func (d *decoder) home(key value) string {
 		word = cmp.Or(word, meant)
 		return meant != ""
 	})
-	if best == "" {
-		return ""
-	}
-	return strings.TrimSuffix(word, "?") + ", which belongs in " + best + "?"
+	return meantIn(word, best)
 }
 
 // nearest returns the places that fits chooses by their path and their keys, up to three of those that are nearest to a path. It

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math"
 	"regexp"
 	"slices"
@@ -48,7 +49,8 @@ type node struct {
 	index        map[string]int
 	size         int   // bytes of it and below, aliases expanded
 	height       int32 // levels of it and below, aliases expanded
-	goesOn       int32 // of text that is no block, the line after a line break that is a blank in it; 0 if there is none
+	goesOn       int32 // of text, the line after a line break in the file that is part of it; 0 if there is none
+	block        bool  // text after | or >
 }
 
 type entry struct {
@@ -79,7 +81,7 @@ type yamlReader struct {
 	file    string
 	text    string
 	lines   []int  // offsets in text
-	flows   []int  // lines that begin a document in brackets; see findFlows
+	flows   []int  // lines that begin a document in brackets; see readHeads
 	placed  placed // what place looked up last
 	found   found  // what rest looked up last
 	errs    []*Error
@@ -107,17 +109,21 @@ func newReader(file string, data []byte) (*yamlReader, []*Error) {
 		return nil, []*Error{{File: file, Line: 1, Column: 1, Message: message}}
 	}
 	r := &yamlReader{file: file, text: withoutMarks(string(data)), left: maxAlias}
+	r.lines = lines(r.text)
 	if problem, at := checkSource(r.text); problem != "" {
 		r.fail(r.position(at), problem)
 		return nil, r.errs
 	}
-	r.lines = lines(r.text)
 	if at := checkFlow(r.text); at >= 0 {
-		r.fail(r.position(at), fmt.Sprintf("bad YAML: more than %d commas, colons and the like in these brackets; "+
-			`write each item in a line of its own, after "- "`, maxFlow))
+		message := fmt.Sprintf("bad YAML: more than %d commas, colons and the like in these brackets; "+
+			`write each item in a line of its own, after "- "`, maxFlow)
+		if closing(r.text[at]) == 0 {
+			message = fmt.Sprintf("bad YAML: more than %d anchors, tags and quotes in this line", maxFlow)
+		}
+		r.fail(r.position(at), message)
 		return nil, r.errs
 	}
-	r.findFlows()
+	r.readHeads()
 	return r, nil
 }
 
@@ -171,22 +177,15 @@ func (r *yamlReader) all() (docs []*node, errs []*Error) {
 // documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at a
 // broken one. A document that failed is not broken: it is YAML, but makes no sense.
 func (r *yamlReader) documents(first, end int, yield func(doc *node, failed bool) bool) error {
-	loader, err := yaml.NewLoader(strings.NewReader(r.opened(first, end)), yaml.WithStreamNodes(), yaml.WithPlugin(depthLimit{}))
+	loader, err := yaml.NewLoader(r.opened(first, end), yaml.WithPlugin(depthLimit{}))
 	for err == nil {
 		var n yaml.Node
 		if err = loader.Load(&n); err != nil {
 			break
 		}
-		switch n.Kind {
-		case yaml.StreamNode:
-			if n.Stream.Version != nil || n.Stream.TagDirectives != nil {
-				err = directiveError(n.Line)
-			}
-		case yaml.DocumentNode:
-			c := converter{r: r, base: first}
-			if doc := c.node(n.Content[0], 0); !yield(doc, c.failed) {
-				return nil
-			}
+		c := converter{r: r, base: first}
+		if doc := c.node(n.Content[0], 0); !yield(doc, c.failed) {
+			return nil
 		}
 	}
 	if errors.Is(err, io.EOF) {
@@ -210,26 +209,16 @@ func (depthLimit) CheckDepth(depth int, _ *yaml.DepthContext) error {
 // CheckAlias is not called: documents are read as nodes, in which aliases stay what they are.
 func (depthLimit) CheckAlias(_, _ int) error { return nil }
 
-// directiveError is the line of a document whose directives the library understands.
-type directiveError int
-
-func (directiveError) Error() string { return "" }
-
 // broken notes the error that keeps the library from reading on, and returns its line.
 func (r *yamlReader) broken(err error, first int) int {
 	var e *yaml.LoadError
-	var directive directiveError
-	switch {
-	case errors.As(err, &directive):
-		at := r.mark(yaml.Mark{Line: int(directive), Column: 1}, first)
-		r.fail(at, directivesUnsupported)
-		return at.line
-	case !errors.As(err, &e):
+	if !errors.As(err, &e) {
 		at := position{first + 1, 1}
 		r.fail(at, "bad YAML: "+err.Error())
 		return len(r.lines)
 	}
 	at, opened := r.mark(e.Mark, first), r.mark(e.ContextMark, first)
+	at.line = max(at.line, 1) // an error without a position is possible
 	rest := r.rest(at)
 	if tab := strings.IndexByte(indentation(r.line(at.line)), '\t'); tab >= 0 && e.Message != tooDeep {
 		r.fail(position{at.line, tab + 1}, "bad YAML: tab in the indentation; indent with spaces")
@@ -244,13 +233,17 @@ func (r *yamlReader) broken(err error, first int) int {
 		}
 	}
 	message := "bad YAML: "
+	from := r.quoteInto(at, first)
 	switch m := e.Message; {
 	case m == tooDeep:
 		message = tooDeep
+	case from != (position{}):
+		message += fmt.Sprintf("the text that begins with this quote ends in line %d, and more follows; is the quote that closes it missing?", at.line)
+		at = from
 	case strings.HasPrefix(m, "did not find expected ',' or "):
 		bracket := strings.Trim(strings.TrimPrefix(m, "did not find expected ',' or "), "'")
-		if rest == "" {
-			at, message = opened, message+fmt.Sprintf("%q that closes this bracket is missing", bracket)
+		if rest == "" || r.unclosed(opened, at.line) {
+			at, message = opened, message+notClosed(bracket)
 			break
 		}
 		message += fmt.Sprintf(`want "," or %q, have %s`, bracket, have)
@@ -274,11 +267,14 @@ func (r *yamlReader) broken(err error, first int) int {
 	case m == "block sequence entries are not allowed in this context":
 		message += `a list that begins with "- " needs a line of its own`
 	case m == "did not find expected node content":
-		message += "want a value, have " + have
-		if rest == "" {
-			message += "; is a bracket not closed?"
+		if rest == "" || at.column == 1 && startsDocument(rest) {
+			if bracket, open := r.openBracket(at, first); open != (position{}) {
+				at, message = open, message+notClosed(bracket)
+				break
+			}
 		}
-	case m == "found unexpected end of stream" && e.ContextMsg == "while scanning a quoted scalar":
+		message += "want a value, have " + have
+	case strings.HasPrefix(m, "found unexpected ") && e.ContextMsg == "while scanning a quoted scalar": // the end of the file or the document
 		at, message = opened, message+"the quote that closes this text is missing"
 	case m == "found unknown escape character":
 		message += `unknown escape in double quotes; write \\ for a backslash, or use single quotes`
@@ -290,9 +286,8 @@ func (r *yamlReader) broken(err error, first int) int {
 		}
 	case strings.HasPrefix(m, "unknown anchor '"):
 		message = "unknown alias " + quote(strings.TrimSuffix(strings.TrimPrefix(m, "unknown anchor '"), "' referenced"))
-	case e.ContextMsg == "while scanning a directive", e.ContextMsg == "while scanning a %YAML directive",
-		e.ContextMsg == "while scanning a %TAG directive", m == "found incompatible YAML document":
-		message = directivesUnsupported
+	case m == "did not find expected <document end> before directive":
+		message += `text cannot begin with "%"; quote it`
 	case m == "did not find expected <document start>":
 		message += "want the end of the document, have " + have
 	default:
@@ -303,6 +298,197 @@ func (r *yamlReader) broken(err error, first int) int {
 	}
 	r.fail(at, message)
 	return max(r.mark(e.Mark, first).line, at.line)
+}
+
+// notClosed is what is wrong with a bracket that this one would close.
+func notClosed(closes string) string {
+	opens := "["
+	if closes == "}" {
+		opens = "{"
+	}
+	return fmt.Sprintf("%q is not closed; %q is missing", opens, closes)
+}
+
+// closing returns the bracket that closes another one, and 0 for what opens none.
+func closing(bracket byte) byte {
+	switch bracket {
+	case '[':
+		return ']'
+	case '{':
+		return '}'
+	default:
+		return 0
+	}
+}
+
+// marks yields where brackets and texts in quotes begin and end, and the "---" of documents, from an offset up to another. Those in
+// plain text and in comments are none. It reads block scalars as if they were YAML.
+func marks(text string, from, to int) iter.Seq2[int, int] {
+	return func(yield func(begin, end int) bool) {
+		depth := 0    // of brackets
+		token := true // what comes next may begin a token
+		for i := from; i < to; i++ {
+			begin := i
+			switch c := text[i]; c {
+			case '\n', '\r':
+				token = true
+				continue
+			case ' ', '\t':
+				token = token || i > 0 && strings.IndexByte(":-?,", text[i-1]) >= 0
+				continue
+			case '#':
+				if i == 0 || strings.IndexByte(" \t\n\r", text[i-1]) >= 0 {
+					for i+1 < to && text[i+1] != '\n' && text[i+1] != '\r' {
+						i++
+					}
+				}
+				continue
+			case '-':
+				if (i == 0 || text[i-1] == '\n' || text[i-1] == '\r') && startsDocument(text[i:]) {
+					depth, token = 0, true
+					i += len("--")
+					break
+				}
+				continue
+			case '"', '\'':
+				if !token {
+					continue
+				}
+				for i++; i < to && text[i] != c; i++ {
+					if c == '"' && text[i] == '\\' {
+						i++
+					}
+				}
+				if i >= to {
+					return
+				}
+				token = false
+			case '[', '{':
+				if !token && depth == 0 {
+					continue
+				}
+				depth++
+				token = true
+			case ']', '}':
+				if depth == 0 {
+					token = false
+					continue
+				}
+				depth--
+				token = false
+			default:
+				token = depth > 0 && (c == ',' || c == ':')
+				continue
+			}
+			if !yield(begin, i+1) {
+				return
+			}
+		}
+	}
+}
+
+// offset returns the offset of a position in the file.
+func (r *yamlReader) offset(at position) int {
+	_ = r.rest(at) // finds the offset in the line
+	return r.lines[at.line-1] + r.found.offset
+}
+
+// quoteInto returns where a text in quotes begins that goes on into the line of a position, and ends before it. A quote that
+// closes it in an earlier line may be missing: then the text ends at the next quote, which would open another one. Only
+// plain text may stand between its end and the position. The document begins in the line after first, or later. Without such a
+// text, it returns no position.
+func (r *yamlReader) quoteInto(at position, first int) position {
+	to := r.offset(at)
+	line := r.text[r.lines[at.line-1]:to]
+	if !strings.ContainsAny(line, `"'`) {
+		return position{}
+	}
+	begin, end := -1, -1
+	for from, until := range marks(r.text, r.lines[first], to) {
+		begin, end = from, until
+	}
+	if begin < 0 || r.text[begin] != '"' && r.text[begin] != '\'' || begin >= r.lines[at.line-1] || strings.ContainsAny(r.text[end:to], ",[]{}") {
+		return position{}
+	}
+	return r.position(begin)
+}
+
+// openBracket returns the bracket that would close the innermost one that is open at the end of a document, and where that is. The
+// document begins in the line after first, or later. If none is open, it returns no position.
+func (r *yamlReader) openBracket(end position, first int) (closes string, at position) {
+	var open []int
+	for begin := range marks(r.text, r.lines[first], r.offset(end)) {
+		switch c := r.text[begin]; {
+		case c == '-':
+			open = open[:0]
+		case closing(c) != 0:
+			open = append(open, begin)
+		case len(open) > 0 && (c == ']' || c == '}'):
+			open = open[:len(open)-1]
+		}
+	}
+	if len(open) == 0 {
+		return "", position{}
+	}
+	last := open[len(open)-1]
+	return string(closing(r.text[last])), r.position(last)
+}
+
+// unclosed reports whether the bracket at a position is not closed. Otherwise something is wrong within the brackets, in the line
+// where the library gave up. A bracket is not closed if no other closes it. It is not closed either if that line is indented no
+// further than what the bracket is the value of: then the bracket that would close it belongs to something else.
+func (r *yamlReader) unclosed(at position, line int) bool {
+	if line <= at.line {
+		return false
+	}
+	begins := r.offset(at)
+	if !r.closes(begins) {
+		return true
+	}
+	if r.inBrackets(at.line) { // indentation means nothing
+		return false
+	}
+	before, indent := r.text[r.lines[at.line-1]:begins], len(indentation(r.line(line)))
+	switch key := strings.TrimLeft(before, " -?"); {
+	case key != "":
+		return indent <= len(before)-len(key)
+	case strings.ContainsAny(before, "-?"):
+		return indent <= strings.LastIndexAny(before, "-?")
+	default:
+		return indent < len(before)
+	}
+}
+
+// closes reports whether the bracket at an offset is closed, and all in it.
+func (r *yamlReader) closes(offset int) bool {
+	var open []byte // what closes those that are open
+	for begin := range marks(r.text, offset, len(r.text)) {
+		switch c := r.text[begin]; {
+		case closing(c) != 0:
+			open = append(open, closing(c))
+		case c == '-', (c == ']' || c == '}') && c != open[len(open)-1]:
+			return false
+		case c == ']', c == '}':
+			if open = open[:len(open)-1]; len(open) == 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// inBrackets reports whether the document of a line is a list or mapping in brackets.
+func (r *yamlReader) inBrackets(line int) bool {
+	next, _ := slices.BinarySearch(r.flows, line+1)
+	if next == 0 {
+		return false
+	}
+	for i := r.flows[next-1]; i < line; i++ {
+		if startsDocument(r.text[r.lines[i]:]) {
+			return false
+		}
+	}
+	return true
 }
 
 // surrogates returns the character that text begins with as JSON escapes it: by two halves in UTF-16.
@@ -316,8 +502,6 @@ func surrogates(text string) (rune, bool) {
 	pair := utf16.DecodeRune(rune(high), rune(low))
 	return pair, err == nil && err2 == nil && pair != utf8.RuneError
 }
-
-const directivesUnsupported = "YAML directives are not supported"
 
 func indentation(line string) string { return line[:len(line)-len(strings.TrimLeft(line, " \t"))] }
 
@@ -345,9 +529,11 @@ func lines(text string) []int {
 
 // position returns where an offset is.
 func (r *yamlReader) position(offset int) position {
-	begins := lines(r.text[:offset])
-	line := len(begins)
-	return position{line, utf8.RuneCountInString(r.text[begins[line-1]:offset]) + 1}
+	line, begins := slices.BinarySearch(r.lines, offset)
+	if begins {
+		line++
+	}
+	return position{line, utf8.RuneCountInString(r.text[r.lines[line-1]:offset]) + 1}
 }
 
 // mark returns where the library says that something is.
@@ -442,20 +628,33 @@ func validUTF8(source string) int {
 // openingFlow is what opened adds.
 const openingFlow = "--- "
 
-// findFlows notes the lines at which documents begin that are a list or mapping in brackets, as JSON is.
-func (r *yamlReader) findFlows() {
-	start := true // the document has not begun
+// readHeads reads how documents begin. It notes the lines at which they begin if they are a list or mapping in brackets, as
+// JSON is. It refuses directives and turns them into comments: the library takes quadratic time in them.
+func (r *yamlReader) readHeads() {
+	start := true    // the document has not begun
+	refused := false // its directives
+	var text []byte  // without directives; nil if there are none
 	for i, begins := range r.lines {
 		if rest := r.text[begins:]; strings.HasPrefix(rest, "---") || strings.HasPrefix(rest, "...") {
 			behind := strings.TrimSpace(r.line(i + 1)[3:])
-			start = behind == "" || behind[0] == '#'
+			start, refused = behind == "" || behind[0] == '#', false
 			continue
 		}
 		if !start {
 			continue
 		}
+		if strings.HasPrefix(r.text[begins:], "%") {
+			if !refused {
+				r.fail(position{i + 1, 1}, "YAML directives are not supported")
+			}
+			if text == nil {
+				text = []byte(r.text)
+			}
+			text[begins], refused = '#', true
+			continue
+		}
 		line := strings.TrimSpace(r.line(i + 1))
-		if line == "" || line[0] == '#' || line[0] == '%' {
+		if line == "" || line[0] == '#' {
 			continue
 		}
 		start = false
@@ -463,56 +662,79 @@ func (r *yamlReader) findFlows() {
 			r.flows = append(r.flows, i+1)
 		}
 	}
+	if text != nil {
+		r.text = string(text)
+	}
 }
 
 // opened returns the lines from first up to end, counted from 0, with "--- " before those of flows. Without it, such a
 // document could turn out to be a key, so the library keeps all tokens of it until it ends: 16 MiB of JSON took 27 s
 // and 3.4 GB, and take 1.2 s and 0.5 GB now.
-func (r *yamlReader) opened(first, end int) string {
-	to := len(r.text)
+func (r *yamlReader) opened(first, end int) *openedText {
+	o := &openedText{r: r, from: r.lines[first], to: len(r.text)}
 	if end < len(r.lines) {
-		to = r.lines[end]
+		o.to = r.lines[end]
 	}
-	from := r.lines[first]
-	next, _ := slices.BinarySearch(r.flows, first+1)
-	var b strings.Builder
-	b.Grow(to - from + len(openingFlow))
-	for ; next < len(r.flows) && r.flows[next] <= end; next++ {
-		begins := r.lines[r.flows[next]-1]
-		b.WriteString(r.text[from:begins])
-		b.WriteString(openingFlow)
-		from = begins
+	o.next, _ = slices.BinarySearch(r.flows, first+1)
+	return o
+}
+
+// An openedText reads what opened returns. It copies nothing in advance: after each broken document another one begins.
+type openedText struct {
+	r        *yamlReader
+	from, to int    // offsets of what is still to be read
+	next     int    // index in flows of the next that may be in it
+	piece    string // being read, before from
+}
+
+// Read implements [io.Reader].
+func (o *openedText) Read(p []byte) (int, error) {
+	for o.piece == "" {
+		until := o.to
+		if o.next < len(o.r.flows) {
+			until = min(until, o.r.lines[o.r.flows[o.next]-1])
+		}
+		switch {
+		case o.from == o.to:
+			return 0, io.EOF
+		case o.from == until:
+			o.piece = openingFlow
+			o.next++
+		default:
+			o.piece, o.from = o.r.text[o.from:until], until
+		}
 	}
-	b.WriteString(r.text[from:to])
-	return b.String()
+	n := copy(p, o.piece)
+	o.piece = o.piece[n:]
+	return n, nil
 }
 
 // checkFlow returns the offset of a list or mapping in brackets that has more than maxFlow indicators and stands where
 // a key may stand, or -1. The library keeps all tokens of one until it ends, at least 150 bytes for each, and takes
-// quadratic time in them. It reads block scalars as if they were YAML, which matters only if one has a line that begins
+// quadratic time in them. What begins a line may be a key, too, so checkFlow also returns the offset of an anchor, an alias, a tag or
+// a quote that has more than maxFlow others before it in its line. It reads block scalars as if they were YAML, which matters only if one has a line that begins
 // with a bracket that the next 300,000 indicators do not close.
 func checkFlow(source string) (offset int) {
 	if len(source) <= maxFlow {
 		return -1
 	}
-	type bracket struct {
-		offset, indicators int
-		key                bool // may be a key, or is in what may be
+	depth := 0       // of brackets that are open
+	var key struct { // the outermost of them that may be a key, and all in it with it
+		depth, offset, indicators int // depth is 0 if there is none
 	}
-	var open []bracket
-	indicators := 0
+	indicators, inLine := 0, 0 // inLine counts those outside of brackets, in a line
 	token, value := true, true // what comes next may begin a token, and cannot be a key
-	begun := false             // a document has begun; findFlows sees to one that is in brackets
+	begun := false             // a document has begun; readHeads sees to one that is in brackets
 	for i := 0; i < len(source); i++ {
 		c := source[i]
 		switch c {
 		case '\n', '\r':
-			token = true
+			token, inLine = true, 0
 			if strings.HasPrefix(source[i+1:], "---") {
-				open, begun = nil, false
+				depth, key.depth, begun = 0, 0, false
 				i += 3
 			}
-			if len(open) == 0 {
+			if depth == 0 {
 				value = !begun
 			}
 			continue
@@ -537,30 +759,37 @@ func checkFlow(source string) (offset int) {
 				}
 			}
 		case '[', '{':
-			if token || len(open) > 0 {
-				within := len(open) > 0 && open[len(open)-1].key
-				open = append(open, bracket{i, indicators, within || !value})
+			if token || depth > 0 {
+				depth++
+				if !value && key.depth == 0 {
+					key.depth, key.offset, key.indicators = depth, i, indicators
+				}
 				token, value, begun = true, false, true
 				continue
 			}
 		case ']', '}':
-			if len(open) > 0 {
-				open = open[:len(open)-1]
+			if depth > 0 && depth == key.depth {
+				key.depth = 0
 			}
+			depth = max(depth-1, 0)
 		}
 		begun = true
-		if len(open) > 0 {
+		if depth > 0 {
 			switch c {
 			case ',', ':', '-', '?', '&', '*', '!', '"', '\'':
 				indicators++
-				first := slices.IndexFunc(open, func(b bracket) bool { return b.key })
-				if first >= 0 && indicators-open[first].indicators > maxFlow {
-					return open[first].offset
+				if key.depth > 0 && indicators-key.indicators > maxFlow {
+					return key.offset
 				}
 			}
 		}
+		if depth == 0 && i > 0 && source[i-1] == ' ' && strings.IndexByte("&*!\"'", c) >= 0 {
+			if inLine++; inLine > maxFlow {
+				return i
+			}
+		}
 		value = c == ':'
-		token = len(open) > 0 && (c == ',' || c == ':') || len(open) == 0 && token && (c == '-' || c == '?' || c == ':')
+		token = depth > 0 && (c == ',' || c == ':') || depth == 0 && token && (c == '-' || c == '?' || c == ':')
 	}
 	return -1
 }
@@ -666,7 +895,12 @@ var (
 func (c *converter) scalar(n *node, in *yaml.Node) {
 	n.kind, n.text = text, in.Value
 	if in.Style&^yaml.TaggedStyle != 0 {
-		if in.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle) != 0 && strings.ContainsAny(in.Value, " \n") {
+		n.block = in.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0
+		switch {
+		case !strings.ContainsAny(in.Value, " \n"):
+		case n.block:
+			n.goesOn = c.secondLine(n, in)
+		default:
 			n.goesOn = c.foldedQuotes(c.begins(n, in))
 		}
 		return
@@ -750,6 +984,16 @@ func (c *converter) foldedQuotes(line int, rest string) int32 {
 			return c.filled(line)
 		}
 	}
+}
+
+// secondLine returns the second line of a block that is not empty; 0 if there is none.
+func (c *converter) secondLine(n *node, in *yaml.Node) int32 {
+	header, _ := c.begins(n, in)
+	first := c.filled(header + 1)
+	if strings.TrimSpace(c.r.line(int(first))) == strings.TrimSpace(in.Value) {
+		return 0
+	}
+	return c.filled(int(first) + 1)
 }
 
 // filled returns the first line, from a line on, that is not empty.

@@ -24,8 +24,9 @@ func TestUnbalancedBrackets(t *testing.T) {
 		{"a bracket too many", selectors, selectors + "]", `5:49: bad YAML: want a key, have "]"`},
 		{"only a closing bracket", selectors, "]", `5:22: bad YAML: want a value, have "]"`},
 		{"brackets that cross", selectors, "[{control_point: checkout]}", `5:47: bad YAML: want "," or "}", have "]"`},
-		{"a bracket is not closed", selectors, "[{control_point: checkout}", `6:11: bad YAML: want "," or "]", have "i"; the bracket to close is in line 5`},
-		{"a brace is not closed at the end of the file", parameters, "{interval: 1s", `10:13: bad YAML: "}" that closes this bracket is missing`},
+		{"a comma is missing between lines", selectors, "[\n            {control_point: checkout}\n            {control_point: cart}]", `7:13: bad YAML: want "," or "]", have "{"; the bracket to close is in line 5`},
+		{"a comma is missing between keys", selectors, "\n          - {control_point: checkout\n             agent_group: any}", `7:25: bad YAML: want "," or "}", have ":"; is a comma missing?`},
+		{"a comma is missing between keys in a column", selectors, "\n          - {control_point: checkout\n            agent_group: any}", `7:24: bad YAML: want "," or "}", have ":"; is a comma missing?`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := policy.Parse("limits.yaml", []byte(edit(t, tt.old, tt.new)))
@@ -33,6 +34,59 @@ func TestUnbalancedBrackets(t *testing.T) {
 				t.Errorf("Parse = %v, want limits.yaml:%s", err, tt.want)
 			}
 		})
+	}
+}
+
+// TestUnclosed expects an error where the bracket or the quote is that nothing closes, however far behind it the library gives up.
+func TestUnclosed(t *testing.T) {
+	const selectors, parameters = "[{control_point: checkout}]", "interval: 1s"
+	const bracket, brace = `bad YAML: "[" is not closed; "]" is missing`, `bad YAML: "{" is not closed; "}" is missing`
+	const quote = "bad YAML: the quote that closes this text is missing"
+	own := func(rest string) string {
+		return "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n          at: " + rest
+	}
+	const numbers = "\n          capacity: 1\n          fill: 1\n          interval: 1s\n"
+	for _, tt := range []struct {
+		name, data, want string
+	}{
+		{"bracket around mappings", edit(t, selectors, "[{control_point: checkout}"), "5:22: " + bracket},
+		{"brace at the end of the file", edit(t, parameters, "{interval: 1s"), "10:13: " + brace},
+		{"bracket of a key in a list", edit(t, selectors, "\n            - control_point: [search\n              agent_group: any"), "6:30: " + bracket},
+		{"bracket on a line of its own", edit(t, selectors, "\n            - control_point:\n                [search\n              agent_group: any"), "7:17: " + bracket},
+		{"brace in a list", edit(t, selectors, "\n            - {control_point: search\n            - {control_point: cart}"), "6:15: " + brace},
+		{"bracket before keys", own("[search" + numbers), "6:15: " + bracket},
+		{"brace before keys", own("{search" + numbers), "6:15: " + brace},
+		{"bracket before keys with brackets", own("[search" + numbers + "          when: [a]\n          x: b]\n"), "6:15: " + bracket},
+		{"bracket after a closed one", own("[[a], [b]" + numbers), "6:15: " + bracket},
+		{"bracket of two lines", own("[search,\n            cart" + numbers), "6:15: " + bracket},
+		{"bracket that a comment hides", own("[search # ]" + numbers), "6:15: " + bracket},
+		{"bracket before a document", own("[a]" + numbers + "---\n" + own("[b"+numbers) + "---\n" + own("[c]"+numbers)), "16:15: " + bracket},
+		{"bracket before an empty document", own("[a" + numbers + "---\n"), "6:15: " + bracket},
+		{"bracket before a value and a document", own("[a: \n---\n"), "6:15: " + bracket},
+		{"quote before a document", own("['a]" + numbers + "---\n"), "6:16: " + quote},
+		{"bracket before nothing", own("[a: "), "6:15: " + bracket},
+		{"brace before nothing", own("[b, {a: "), "6:19: " + brace},
+		{"bracket in JSON", "{\n  \"headgate\": 1,\n  \"policies\": [\n}\n", `4:1: bad YAML: want a value, have "}"`},
+		{"bracket in a line of JSON", "{\n  \"headgate\": 1,\n  \"policies\": [1\n}\n", "3:15: " + bracket},
+		{"comma in JSON", "{\n\"headgate\": 1\n\"policies\": []\n}\n", `3:11: bad YAML: want "," or "}", have ":"; is a comma missing?`},
+		{"quote", edit(t, "checkout}", "'checkout}"), "5:39: " + quote},
+		{"quote before keys", own(`["search]` + numbers), "6:16: " + quote},
+		{"quote before a text in quotes", own(`["search]` + numbers + "          limit_by: \"user\"\n"), "6:16: " +
+			"bad YAML: the text that begins with this quote ends in line 10, and more follows; is the quote that closes it missing?"},
+		{"quote of a key before a text in quotes", own("\n            - 'search" + numbers + "          limit_by: 'user'\n"), "7:15: " +
+			"bad YAML: the text that begins with this quote ends in line 11, and more follows; is the quote that closes it missing?"},
+		{"quote before one that is not closed either", own(`["search]` + numbers + "          limit_by: it's\n"), "6:16: " + quote},
+		{"text behind quotes", own(`["sea"rch]` + numbers), `6:21: bad YAML: want "," or "]", have "r"`},
+		{"text behind quotes of two lines", own("[\"a\n             b\", c: d: e]" + numbers), `7:22: bad YAML: want "," or "]", have ":"; is a comma missing?`},
+	} {
+		for _, end := range []string{"\n", "\r\n"} {
+			t.Run(fmt.Sprintf("%s/%q", tt.name, end), func(t *testing.T) {
+				_, err := policy.Parse("limits.yaml", []byte(strings.ReplaceAll(tt.data, "\n", end)))
+				if err == nil || !strings.HasPrefix(err.Error(), "limits.yaml:"+tt.want) {
+					t.Errorf("Parse = %v, want limits.yaml:%s", err, tt.want)
+				}
+			})
+		}
 	}
 }
 
@@ -257,6 +311,10 @@ func TestParseYAML(t *testing.T) {
 		{"two keys in a line", edit(t, "interval: 1s", "interval: 1s: x"), "10:25: bad YAML: a colon is not allowed here"},
 		{"tag directive", "%TAG ! x\n---\n" + base, "1:1: YAML directives are not supported"},
 		{"unknown directive", "%FOO\n---\n" + base, "YAML directives are not supported"},
+		{"directives of two documents", "%FOO\n%YAML 1.2\n---\n" + resource("a") + "\n...\n%YAML 1.2\n---\n" + resource("b"), "limits.yaml:1:1: YAML directives are not supported\nlimits.yaml:20:1: YAML directives are not supported"},
+		{"directive behind a document's beginning", "---\n# a\n%YAML 1.2\n" + base, "3:1: YAML directives are not supported"},
+		{"directive behind a document", base + "%YAML 1.2\n---\n" + resource("b"), `11:1: bad YAML: text cannot begin with "%"; quote it`},
+		{"an error besides a directive", "%YAML 1.2\n---\ncircuit: []\n", "limits.yaml:1:1: YAML directives are not supported\nlimits.yaml:3:10: circuit: want a mapping, have a sequence"},
 		{"older version", "%YAML 1.1\n---\n" + base, "1:1: YAML directives are not supported"},
 		{"zero byte", edit(t, "checkout", "check\x00out"), "5:44: holds a zero byte"},
 		{"control character", edit(t, "checkout", "check\x07out"), `5:44: holds the control character U+0007; write it as \u0007 in double quotes`},
@@ -315,6 +373,21 @@ func TestMisplacedKeys(t *testing.T) {
 			"indentation that is lost below an escalation", ofOwn("at: [a], when: , below: 1"),
 			"rate_limiter.below: unknown key; it belongs in rate_limiter.when, indented further\n",
 		},
+		{"misspelt, and indentation that is lost", edit(t, "            interval", "          intervall"), limiter + `.intervall: unknown key; did you mean "interval", which belongs in rate_limiter.parameters, indented further?`},
+		{"misspelt, and indentation of a limiter that is lost", "circuit:\n  components:\n    - flow_control:\n      rate_limitr: {}\n", `circuit.components[0].rate_limitr: unknown key; did you mean "rate_limiter", which belongs in flow_control, indented further?`},
+		{"misspelt, and indentation of a selector's part that is lost", edit(t, "[{control_point: checkout}]", "\n            - control_point: a\n              label_matcher:\n              match_labls: {}"), `match_labls: unknown key; did you mean "match_labels", which belongs in rate_limiter.selectors[].label_matcher, indented further?`},
+		{"misspelt, and indentation of metadata that is lost", "apiVersion: fluxninja.com/v1alpha1\nkind: Policy\nmetadata:\nnme: x\nspec: {}\n", `nme: unknown key; did you mean "name", which belongs in metadata, indented further?`},
+		{
+			"misspelt, and indentation of a component that is lost", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n        att: [a]\n        capacty: 1\n",
+			`limits.yaml:6:9: policies[0].components[0].att: unknown key; did you mean "at", which belongs in rate_limiter, indented further?` + "\n" +
+				`limits.yaml:7:9: policies[0].components[0].capacty: unknown key; did you mean "capacity", which belongs in rate_limiter, indented further?` + "\n",
+		},
+		{
+			"misspelt, and indentation that is lost in part", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - concurrency_scheduler:\n          at: [a]\n        max_inflite: 1s\n",
+			`limits.yaml:7:9: policies[0].components[0].max_inflite: unknown key; did you mean "max_inflight", which belongs in concurrency_scheduler?` + "\n",
+		},
+		{"misspelt, and indentation that is lost below an escalation", ofOwn("at: [a], when: , belw: 1"), `rate_limiter.belw: unknown key; did you mean "below", which belongs in rate_limiter.when, indented further?`},
+		{"misspelt, where two kinds have the key", "headgate: 1\npolicies:\n  - name: p\n    components:\n      - rate_limiter:\n        quota_scheduler:\n        capacty: 1\n", `did you mean "capacity", which belongs in quota_scheduler, indented further?`},
 		{"parameter below", edit(t, "interval: 1s", "{interval: 1s, selectors: []}"), "parameters.selectors: unknown key; it belongs in rate_limiter"},
 		{"parameter of requests", edit(t, "interval: 1s", "{interval: 1s, tokens_label_key: a}"), "it belongs in rate_limiter.request_parameters"},
 		{"control point of a limiter", edit(t, "          parameters:", "          control_point: a\n          parameters:"), limiter + ".control_point: unknown key; it belongs in rate_limiter.selectors[]"},

@@ -235,9 +235,6 @@ func tellQuotaScheduler(m *checkv1.LimiterDecision, t telling) {
 }
 
 func tellConcurrencyScheduler(m *checkv1.LimiterDecision, t telling) {
-	if t.tokens != nil {
-		t.tokens.Remaining = max(t.d.Remaining, 0)
-	}
 	m.Details = &checkv1.LimiterDecision_ConcurrencySchedulerInfo_{ConcurrencySchedulerInfo: &checkv1.LimiterDecision_ConcurrencySchedulerInfo{
 		Label: Label(t.d), WorkloadIndex: t.workload, TokensInfo: t.tokens, Priority: t.priority, RequestId: slotID(t.d.Slot()),
 	}}
