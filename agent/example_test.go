@@ -126,8 +126,9 @@ func ExampleServerOptions() {
 	valid := func(sent string) (name string, ok bool) {
 		return "shop", subtle.ConstantTimeCompare([]byte(sent), []byte(key)) == 1
 	}
-	server := grpc.NewServer(append(agent.ServerOptions(agent.WithKeys(valid)),
-		grpc.Creds(credentials.NewServerTLSFromCert(&certificate)),
+	server := grpc.NewServer(agent.ServerOptions(
+		agent.WithKeys(valid),
+		agent.WithCredentials(credentials.NewServerTLSFromCert(&certificate)),
 	)...)
 	agent.Register(server, limits)
 

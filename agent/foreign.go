@@ -102,3 +102,11 @@ func (s countedStream) SendMsg(m any) error {
 	}
 	return s.ServerStream.SendMsg(lent{message, one.loan})
 }
+
+func (s countedStream) RecvMsg(into any) error {
+	err := s.ServerStream.RecvMsg(into)
+	if err == nil {
+		s.call.allowance.earn(messageEarns, callEarnsData)
+	}
+	return err
+}

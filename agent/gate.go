@@ -107,9 +107,10 @@ type call struct {
 	cancel     context.CancelFunc
 	gate       *gate
 	connection any
-	compressed bool // the message may be
-	metadata   int  // bytes that it takes in memory, about
-	hasKey     bool // the call has an API key, because calls need one
+	compressed bool       // the message may be
+	metadata   int        // bytes that it takes in memory, about
+	allowance  *allowance // of the connection; nil if it is not known
+	hasKey     bool       // the call has an API key, because calls need one
 	owner      string
 
 	// Guarded by the gate's mutex.

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -40,7 +41,16 @@ const keyHeader = "x-api-key"
 type Option func(*options)
 
 type options struct {
-	keys func(key string) (name string, ok bool)
+	keys  func(key string) (name string, ok bool)
+	creds credentials.TransportCredentials
+}
+
+// WithCredentials secures the server's connections, as [grpc.Creds] does. Without the option, or with nil, connections are
+// in plaintext. If the option is repeated, the last one counts. Handlers and interceptors find the same peer as with
+// grpc.Creds. Do not give the server grpc.Creds as well: one that comes before [ServerOptions] has no effect, so that
+// connections are in plaintext. With one that comes after it, what connections send is not paced.
+func WithCredentials(creds credentials.TransportCredentials) Option {
+	return func(o *options) { o.creds = creds }
 }
 
 // WithKeys makes the server refuse calls without a valid API key, which clients send as the metadata x-api-key. If a
@@ -83,11 +93,17 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     are handled a second, and the others wait. A stream with more than 64 messages that wait, or two large ones, ends. What
 //     waits or arrives takes at most 64 MiB. What is remembered of flows that can be settled takes at most 16 MiB for one
 //     session, and 128 MiB, with 16 KiB more for each session.
+//   - A connection is read more slowly if it sends frames that no call needs. Each call that is let in pays for some 15 small
+//     frames and for 4 MiB of data, and each message of a stream for 4 small frames. A connection can have 5000 other frames a
+//     second, and all together 40,000 a second for each processor, where each connection has a part of 100. A call that is
+//     refused counts as 17 or more, and a frame other than DATA as one more for each 64 bytes. A connection that has more for
+//     3 s ends. Connections whose addresses are equal count as one.
 //   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
-// The options include a codec and a tap handle. A server can have only one tap handle: gRPC panics if it is given another.
+// The options include a codec, credentials and a tap handle. Give credentials by [WithCredentials], because they replace
+// those of earlier options. A server can have only one tap handle: gRPC panics if it is given another.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
 	var o options
 	for _, opt := range opts {
@@ -97,7 +113,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 	lines := newLineGate(g)
 	visitors := newVisitors()
 	others := newKinds()
+	paces := new(pacer)
 	return []grpc.ServerOption{
+		grpc.Creds(newPacedCredentials(o.creds, paces)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
 		grpc.ConnectionTimeout(handshakeTimeout),
@@ -117,14 +135,17 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 				if info.FullMethodName == sessionv1.SessionService_Session_FullMethodName {
 					of = lines
 				}
-				c, err := of.call(ctx, connectionOf(ctx), info.Header)
+				connection := connectionOf(ctx)
+				a := paces.allowance(connection)
+				c, err := of.call(ctx, connection, info.Header)
 				if err != nil {
 					if errors.Is(err, errFlood) {
 						closeConnection(ctx)
 					}
 					return refuse(ctx, err)
 				}
-				c.owner, c.hasKey = owner, o.keys != nil
+				c.owner, c.hasKey, c.allowance = owner, o.keys != nil, a
+				a.admit(c.metadata)
 				return c, nil
 			}
 			if visits := visitors.of(info.FullMethodName); visits != nil {
@@ -266,9 +287,17 @@ var (
 
 // connectionOf identifies the connection that a call came by.
 func connectionOf(ctx context.Context) any {
+	if p, ok := peer.FromContext(ctx); ok {
+		return connectionAt(p.Addr)
+	}
+	return nil
+}
+
+// connectionAt identifies the connection whose peer has the address.
+func connectionAt(address net.Addr) any {
 	// The application's own listener can have addresses that cannot be keys of maps.
-	if p, ok := peer.FromContext(ctx); ok && reflect.ValueOf(p.Addr).Comparable() {
-		return p.Addr
+	if reflect.ValueOf(address).Comparable() {
+		return address
 	}
 	return nil
 }

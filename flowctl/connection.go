@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/credentials"
+
+	"github.com/headgate-go/headgate/internal/frames"
 )
 
 // The bounds of connections that are dialled.
@@ -141,7 +143,7 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 	now := time.Since(cs.epoch)
 	c := &connection{
 		Conn: conn, raw: raw, connections: cs, began: now, credited: now, number: cs.made.Add(1),
-		streams: make(map[uint32]stream), credit: frameCredit, out: frames{skip: prefaceBytes},
+		streams: make(map[uint32]stream), credit: frameCredit, out: frames.After(frames.PrefaceBytes),
 	}
 	cs.mu.Lock()
 	cs.open[c] = struct{}{}
@@ -182,8 +184,8 @@ type connection struct {
 	proved atomic.Bool
 	gone   atomic.Bool // it ends, or has
 
-	in  frames // of the reader
-	out frames // of the writer
+	in  frames.Follower // of the reader
+	out frames.Follower // of the writer
 
 	mu       sync.Mutex
 	streams  map[uint32]stream // those that are open
@@ -233,7 +235,7 @@ func (c *connection) Read(p []byte) (int, error) {
 
 func (c *connection) Write(p []byte) (int, error) {
 	c.mu.Lock()
-	c.out.each(p, c.sends, c.sendsData)
+	c.out.Each(p, c.sends, c.sendsData)
 	c.mu.Unlock()
 	c.connections.writing.Add(1)
 	defer c.connections.writing.Add(-1)
@@ -255,109 +257,34 @@ func (c *connection) Close() error {
 
 // The types and flags of HTTP/2 frames that are looked at.
 const (
-	frameData         = 0
-	frameHeaders      = 1
-	frameRSTStream    = 3
-	frameGoAway       = 7
-	frameContinuation = 9
+	frameData         = frames.Data
+	frameHeaders      = frames.Headers
+	frameRSTStream    = frames.RSTStream
+	frameGoAway       = frames.GoAway
+	frameContinuation = frames.Continuation
 
-	flagEndStream = 1
-	flagPadded    = 8
-
-	frameHeaderBytes = 9
-	prefaceBytes     = 24
+	flagEndStream = frames.EndStream
+	flagPadded    = frames.Padded
 )
 
-// frames finds the frames in a sequence of bytes that comes in pieces.
-type frames struct {
-	frame  frame
-	have   int // bytes of the next header
-	skip   int // bytes that are not looked at, before all else
-	padded bool
-	data   int // bytes of a DATA frame to come
-	tail   int // bytes of its padding
-	bytes  [frameHeaderBytes]byte
-}
-
-type frame struct {
-	length int
-	kind   byte
-	flags  byte
-	stream uint32
-}
-
-// each calls begin with each frame that begins in p, and data with the pieces of DATA frames that are not padding.
-func (f *frames) each(p []byte, begin func(frame), data func(f frame, p []byte, end bool)) {
-	for len(p) > 0 {
-		switch {
-		case f.skip > 0:
-			n := min(f.skip, len(p))
-			f.skip -= n
-			p = p[n:]
-		case f.padded:
-			f.padded = false
-			f.tail = min(int(p[0]), f.data)
-			f.data -= f.tail
-			p = p[1:]
-			if f.data == 0 {
-				f.skip, f.tail = f.tail, 0
-				data(f.frame, nil, true)
-			}
-		case f.data > 0:
-			n := min(f.data, len(p))
-			f.data -= n
-			if f.data == 0 {
-				f.skip, f.tail = f.tail, 0
-			}
-			data(f.frame, p[:n], f.data == 0)
-			p = p[n:]
-		default:
-			n := copy(f.bytes[f.have:], p)
-			f.have += n
-			p = p[n:]
-			if f.have < frameHeaderBytes {
-				return
-			}
-			f.have = 0
-			f.frame = frame{
-				length: int(f.bytes[0])<<16 | int(f.bytes[1])<<8 | int(f.bytes[2]),
-				kind:   f.bytes[3],
-				flags:  f.bytes[4],
-				stream: binary.BigEndian.Uint32(f.bytes[5:]) &^ (1 << 31),
-			}
-			begin(f.frame)
-			switch length := f.frame.length; {
-			case f.frame.kind != frameData:
-				f.skip = length
-			case length == 0:
-				data(f.frame, nil, true)
-			case f.frame.flags&flagPadded != 0:
-				f.padded, f.data = true, length-1
-			default:
-				f.data = length
-			}
-		}
-	}
-}
-
 // sends notes a frame that the client sends.
-func (c *connection) sends(f frame) {
-	switch f.kind {
+func (c *connection) sends(f frames.Frame) {
+	switch f.Kind {
 	case frameHeaders:
 		c.connections.opened.Add(1)
-		c.streams[f.stream] = stream{}
-		c.newest = max(c.newest, f.stream)
+		c.streams[f.Stream] = stream{}
+		c.newest = max(c.newest, f.Stream)
 		c.earn(framesPerCall)
 	case frameRSTStream:
-		c.ended(f.stream)
+		c.ended(f.Stream)
 		c.earn(framesPerCall)
 	case frameData:
 		c.earn(framesPerFrame)
 	}
 }
 
-func (c *connection) sendsData(f frame, p []byte, _ bool) {
-	s, ok := c.streams[f.stream]
+func (c *connection) sendsData(f frames.Frame, p []byte, _ bool) {
+	s, ok := c.streams[f.Stream]
 	if !ok || len(p) == 0 {
 		return
 	}
@@ -370,7 +297,7 @@ func (c *connection) sendsData(f frame, p []byte, _ bool) {
 		s.underWay = 0
 		c.connections.opened.Add(uint64(more))
 	}
-	c.streams[f.stream] = s
+	c.streams[f.Stream] = s
 }
 
 // A framing follows the messages of a stream, each of which has a prefix of five bytes that ends with its length.
@@ -427,7 +354,7 @@ func (c *connection) carry(n int64) {
 func (c *connection) arrived(p []byte, now time.Duration) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.in.each(p, c.receives, c.receivesData)
+	c.in.Each(p, c.receives, c.receivesData)
 	if c.credit < 0 {
 		earned := min((now-c.credited)/framesEvery, frameCreditMax)
 		c.earn(int(earned))
@@ -443,27 +370,27 @@ func (c *connection) arrived(p []byte, now time.Duration) error {
 }
 
 // receives notes a frame that the agent sends.
-func (c *connection) receives(f frame) {
-	s, known := c.streams[f.stream]
+func (c *connection) receives(f frames.Frame) {
+	s, known := c.streams[f.Stream]
 	small := smallData
-	if f.flags&flagPadded != 0 {
+	if f.Flags&flagPadded != 0 {
 		small += mostPadding
 	}
 	switch {
-	case f.kind == frameHeaders:
+	case f.Kind == frameHeaders:
 		c.shift = 3
 		if known && s.blocks < 2 {
 			s.blocks++
-			c.streams[f.stream] = s
+			c.streams[f.Stream] = s
 			c.shift = 5
 		}
-		c.credit -= 1 + f.length>>c.shift
-	case f.kind == frameContinuation:
-		c.credit -= 1 + f.length>>c.shift
-	case f.kind != frameData || !known || s.whole || f.length < small:
-		c.credit -= 1 + f.length>>10
+		c.credit -= 1 + f.Length>>c.shift
+	case f.Kind == frameContinuation:
+		c.credit -= 1 + f.Length>>c.shift
+	case f.Kind != frameData || !known || s.whole || f.Length < small:
+		c.credit -= 1 + f.Length>>10
 	}
-	switch f.kind {
+	switch f.Kind {
 	case frameGoAway:
 		for gone := &c.connections.gone; ; {
 			if of := gone.Load(); of >= c.number || gone.CompareAndSwap(of, c.number) {
@@ -475,11 +402,11 @@ func (c *connection) receives(f frame) {
 			c.gone.Store(true)
 		}
 	case frameData, frameHeaders, frameRSTStream:
-		if f.stream > 0 && f.stream <= c.newest { // also one that is over: an answer may come late
+		if f.Stream > 0 && f.Stream <= c.newest { // also one that is over: an answer may come late
 			c.proved.Store(true)
 		}
-		if f.kind == frameRSTStream || f.kind == frameHeaders && f.flags&flagEndStream != 0 {
-			c.ended(f.stream)
+		if f.Kind == frameRSTStream || f.Kind == frameHeaders && f.Flags&flagEndStream != 0 {
+			c.ended(f.Stream)
 		}
 	}
 }
@@ -495,8 +422,8 @@ const (
 
 // receivesData follows the messages that the agent sends. An answer is only one. What follows it is under way until the
 // stream ends, which is when the agent or the client says so: the client does that once gRPC has let go of the stream.
-func (c *connection) receivesData(f frame, p []byte, end bool) {
-	s, known := c.streams[f.stream]
+func (c *connection) receivesData(f frames.Frame, p []byte, end bool) {
+	s, known := c.streams[f.Stream]
 	if !known {
 		return
 	}
@@ -526,8 +453,8 @@ func (c *connection) receivesData(f frame, p []byte, end bool) {
 		p = p[n:]
 	}
 	c.carry(int64(s.underWay) - int64(before))
-	c.streams[f.stream] = s
-	if end && f.flags&flagEndStream != 0 {
-		c.ended(f.stream)
+	c.streams[f.Stream] = s
+	if end && f.Flags&flagEndStream != 0 {
+		c.ended(f.Stream)
 	}
 }

@@ -20,44 +20,6 @@ func encodeFrame(kind, flags byte, stream uint32, payload ...byte) []byte {
 	return append(binary.BigEndian.AppendUint32(f, stream), payload...)
 }
 
-// However the bytes come in pieces, the frames and their data are the same.
-func TestFrames(t *testing.T) {
-	all := slices.Concat(
-		[]byte("pre"),
-		encodeFrame(frameSettingsKind, 0, 0, 1, 2, 3, 4, 5, 6),
-		encodeFrame(frameData, 0, 1, 'a', 'b', 'c'),
-		encodeFrame(frameData, flagEndStream, 1),
-		encodeFrame(frameData, flagPadded, 3, 2, 'd', 'e', 0, 0),
-		encodeFrame(frameData, flagPadded, 3, 3, 0, 0, 0),
-		encodeFrame(frameData, flagPadded, 3, 9, 'x'), // more padding than there is room for
-		encodeFrame(frameHeaders, flagEndStream, 1<<31|5, 'h'),
-		encodeFrame(frameData, 0, 7, bytes.Repeat([]byte{'z'}, 300)...),
-	)
-	want := []string{
-		"4 0 0", "0 0 1", "data 1 abc end", "0 1 1", "data 1  end", "0 8 3", "data 3 de end", "0 8 3", "data 3  end", "0 8 3", "data 3  end",
-		"1 1 5", "0 0 7", "data 7 " + string(bytes.Repeat([]byte{'z'}, 300)) + " end",
-	}
-	for piece := 1; piece <= len(all); piece++ {
-		f := frames{skip: 3}
-		var got []string
-		var data []byte
-		for part := range slices.Chunk(all, piece) {
-			f.each(part, func(f frame) {
-				got = append(got, fmt.Sprintf("%d %d %d", f.kind, f.flags, f.stream))
-			}, func(f frame, p []byte, end bool) {
-				data = append(data, p...)
-				if end {
-					got = append(got, fmt.Sprintf("data %d %s end", f.stream, data))
-					data = nil
-				}
-			})
-		}
-		if !slices.Equal(got, want) {
-			t.Fatalf("in pieces of %d bytes: %q want %q", piece, got, want)
-		}
-	}
-}
-
 const frameSettingsKind = 4
 
 // follow is a connection on which the client has said what it says, and reads what the agent says, in pieces.

@@ -18,7 +18,7 @@
 // With -state it keeps what its limits hold in a file, and goes on from there when it starts again. With -hold-off it admits no
 // flows to concurrency limits for that long after it was killed, because flows of before may still run.
 //
-// It listens on this machine only, in plaintext. To serve other machines, also give gRPC credentials.
+// It listens on this machine only, in plaintext. To serve other machines, also give agent.WithCredentials.
 package main
 
 import (

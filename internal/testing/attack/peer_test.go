@@ -326,6 +326,171 @@ func sessions(frame int) assault {
 	}
 }
 
+// A storm makes the next frames that a peer sends, some thousand at a time.
+type storm func(all *http2.Framer)
+
+// storms sends frames as fast as it can, over so many connections for each kind.
+func storms(connections int, kinds ...func(p *peer) storm) assault {
+	return func(ctx context.Context, _ *testing.T, address string) {
+		var working sync.WaitGroup
+		for _, kind := range kinds {
+			working.Go(func() {
+				each(ctx, connections, address, func(p *peer) {
+					next := kind(p)
+					var frames bytes.Buffer
+					all := http2.NewFramer(&frames, nil)
+					for ctx.Err() == nil {
+						frames.Reset()
+						next(all)
+						p.mu.Lock()
+						_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+						_, err := p.conn.Write(frames.Bytes())
+						p.mu.Unlock()
+						if err != nil {
+							return
+						}
+					}
+				})
+			})
+		}
+		working.Wait()
+	}
+}
+
+// atOnce is how many frames, or calls, a storm makes at a time.
+const atOnce = 2000
+
+// again returns a storm of one frame.
+func again(one func(all *http2.Framer)) func(p *peer) storm {
+	return func(*peer) storm {
+		return func(all *http2.Framer) {
+			for range atOnce {
+				one(all)
+			}
+		}
+	}
+}
+
+// begins appends the header of a call, and returns its stream. A peer sends no other calls meanwhile.
+func (p *peer) begins(all *http2.Framer, end bool, pairs ...string) (stream uint32) {
+	p.block.Reset()
+	for i := 0; i < len(pairs); i += 2 {
+		_ = p.hpack.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
+	}
+	stream = p.next
+	p.next += 2
+	_ = all.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: p.block.Bytes(), EndHeaders: true, EndStream: end})
+	return stream
+}
+
+// header is what calls of the method begin with.
+func header(method string, more ...string) []string {
+	return append([]string{":method", "POST", ":scheme", "http", ":path", method, ":authority", "x", "content-type", "application/grpc", "te", "trailers"}, more...)
+}
+
+func priorities() func(p *peer) storm {
+	return again(func(all *http2.Framer) { _ = all.WritePriority(1, http2.PriorityParam{Weight: 1}) })
+}
+
+func acknowledgements() func(p *peer) storm {
+	return again(func(all *http2.Framer) { _ = all.WritePing(true, [8]byte{}) })
+}
+
+func updates() func(p *peer) storm {
+	return again(func(all *http2.Framer) { _ = all.WriteWindowUpdate(1, 1) })
+}
+
+// manySettings are frames of settings that are as long as they may be. gRPC compares each with the others.
+func manySettings() func(p *peer) storm {
+	var settings []http2.Setting
+	for i := range 16384 / 6 {
+		settings = append(settings, http2.Setting{ID: http2.SettingID(1000 + i)})
+	}
+	return func(*peer) storm {
+		return func(all *http2.Framer) { _ = all.WriteSettings(settings...) }
+	}
+}
+
+// continuations begin one header that never ends.
+func continuations(p *peer) storm {
+	begun := false
+	return func(all *http2.Framer) {
+		if !begun {
+			begun = true
+			_ = all.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}})
+		}
+		for range atOnce {
+			_ = all.WriteContinuation(1, false, nil)
+		}
+	}
+}
+
+// refusals are calls without a key, or others that end before anything asks for the key. All but the first have equal headers, which are
+// in the table of their compression: making them would take more than refusing them.
+func refusals(pairs ...string) func(p *peer) storm {
+	return func(p *peer) storm {
+		first := true
+		return func(all *http2.Framer) {
+			if first {
+				first = false
+				p.begins(all, true, pairs...)
+			}
+			p.begins(all, true, pairs...)
+			for range atOnce {
+				_ = all.WriteHeaders(http2.HeadersFrameParam{StreamID: p.next, BlockFragment: p.block.Bytes(), EndHeaders: true, EndStream: true})
+				p.next += 2
+			}
+		}
+	}
+}
+
+// dataOf sends data of so many bytes on the stream of a call that has ended.
+func dataOf(size int) func(p *peer) storm {
+	return func(p *peer) storm {
+		stream, data := uint32(0), make([]byte, size)
+		return func(all *http2.Framer) {
+			if stream == 0 {
+				stream = p.begins(all, true, header(methodCheck)...)
+			}
+			for range max(1, atOnce/max(1, size>>4)) {
+				_ = all.WriteData(stream, false, data)
+			}
+		}
+	}
+}
+
+// crumbs are calls whose messages come in frames of a byte.
+func crumbs(p *peer) storm {
+	const size = 250
+	message := envelope(size, make([]byte, size))
+	return func(all *http2.Framer) {
+		for range atOnce / size {
+			stream := p.begins(all, false, header(methodCheck)...)
+			for i := range message {
+				_ = all.WriteData(stream, i == len(message)-1, message[i:i+1])
+			}
+		}
+	}
+}
+
+// crumbsInSessions are messages of sessions in frames of a byte. They say nothing.
+func crumbsInSessions() func(p *peer) storm {
+	const streams = 64
+	var made atomic.Uint64
+	return func(p *peer) storm {
+		var ids []uint32
+		return func(all *http2.Framer) {
+			for len(ids) < streams {
+				id := fmt.Sprintf("%032x", 1<<20+made.Add(1)/4)
+				ids = append(ids, p.begins(all, false, header(sessionv1.SessionService_Session_FullMethodName, wire.SessionHeader, id)...))
+			}
+			for i := range atOnce {
+				_ = all.WriteData(ids[i%streams], false, []byte{0})
+			}
+		}
+	}
+}
+
 // returns begins sessions, fills the windows of all streams of a connection with as many returns as there is room for, and connects
 // again. Thousands of streams with four messages each had innocent calls wait for a mutex.
 func returns(ctx context.Context, _ *testing.T, address string) {

@@ -30,6 +30,8 @@ type bounds struct {
 	memory     int     // MiB, at the peak
 	slower     float64 // times the innocent client's calls may take as long as before, at the 99th percentile
 	unanswered float64 // the share of the innocent client's calls that may fail
+
+	timely bool // a call that takes longer than a client waits by default has failed
 }
 
 // standard are the bounds for what a peer with a key may do.
@@ -37,6 +39,12 @@ var standard = bounds{memory: 1024, slower: 10, unanswered: 0.02}
 
 // keyless are the bounds for what a peer without a key may do: 64 connections, with 1 MiB each.
 var keyless = bounds{memory: 64 + base, slower: 10, unanswered: 0.02}
+
+// timely returns bounds by which a call fails that a client would not have waited for. A client waits for 200 ms by default.
+func timely(b bounds) bounds {
+	b.timely = true
+	return b
+}
 
 // base is the memory of a server that is not attacked, in MiB, with the innocent client's.
 const base = 48
@@ -93,6 +101,7 @@ func TestServers(t *testing.T) {
 		{"reflection that is not read", "agent", nil, unreadReflection, standard, false},
 		{"messages of sessions", "agent", nil, sessions(12 << 10), standard, false},
 		{"messages of sessions in small frames", "agent", nil, sessions(1), standard, false},
+		{"data in frames of a byte", "agent", nil, storms(8, crumbs, crumbsInSessions(), dataOf(1)), timely(standard), false},
 		{name: "returns in sessions", victim: "agent", attack: returns, bounds: bounds{memory: 320, slower: 10, unanswered: 0.02}, alone: true},
 		{"zeros", "agent", nil, zeros(methodCheck), standard, false},
 		{"zeros", "grpc", nil, zeros(methodHealth), standard, false},
@@ -103,6 +112,8 @@ func TestServers(t *testing.T) {
 		{"metadata without a key", "agent", keyed, metadataFlood(methodCheck), keyless, false},
 		{"slow bodies without a key", "agent", keyed, slowBodies(methodCheck, methodHealth, methodWatch), keyless, false},
 		{"resets without a key", "agent", keyed, resets(methodCheck), keyless, false},
+		{"frames that mean nothing, without a key", "agent", keyed, storms(8, priorities(), continuations, acknowledgements(), updates()), timely(keyless), false},
+		{"calls and frames that are refused, without a key", "agent", keyed, storms(6, refusals(header(methodCheck)...), refusals(":method", "GET"), manySettings(), dataOf(1), dataOf(1024)), timely(keyless), false},
 		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}, false},
 	}
 	for name, attack := range bombs() {
@@ -147,6 +158,9 @@ func TestServers(t *testing.T) {
 			var attacking sync.WaitGroup
 			attacking.Go(func() { tt.attack(ctx, t, address) })
 			during := measure(ctx, call, length)
+			if tt.bounds.timely {
+				during = during.within(attack.CheckTimeout)
+			}
 			attacking.Wait()
 			slack := starvations * machine.stats(t).Starved
 
@@ -204,6 +218,12 @@ func (c calls) share() float64 {
 		return 0
 	}
 	return float64(c.failed) / float64(c.failed+len(c.took))
+}
+
+// within returns the calls as a client sees them that waits for so long.
+func (c calls) within(most time.Duration) calls {
+	i, _ := slices.BinarySearch(c.took, most+1)
+	return calls{took: c.took[:i], failed: c.failed + len(c.took) - i}
 }
 
 // measure makes calls for a time, four at once with pauses between.

@@ -1,0 +1,435 @@
+package agent
+
+import (
+	"errors"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/mem"
+
+	"github.com/headgate-go/headgate/internal/frames"
+)
+
+// What a connection sends costs units, about a microsecond of a processor each, and calls and answers earn them. Without units the
+// connection is not read. A call earns more than an honest client's frames for it cost, so that only other frames count.
+const (
+	frameUnits   = 1
+	callUnits    = 16      // of the header of a call, besides its frame's: a refused call costs more than other frames
+	headerBytes  = 64      // of a frame other than DATA, for each of which it costs one unit more
+	readUnits    = 1       // of a read that brings few bytes: it costs as much as several frames
+	smallRead    = 512     // bytes
+	largeData    = 1 << 10 // bytes of a DATA frame from which on it is free, as part of a message
+	largePerUnit = 4 << 10 // bytes of a large DATA frame that is part of no message, for each of which it costs one unit more
+
+	callEarns     = callUnits + 16 // of a call that is let in, besides what its header cost
+	callEarnsData = 4 << 20        // bytes of large DATA frames: one message
+	messageEarns  = 4              // of a message of a stream
+	answerPerUnit = 4 << 10        // bytes that the agent sends, for each of which the connection earns a unit: clients acknowledge them
+
+	mostUnits = 1 << 16  // that a connection can have earned, or owe
+	mostData  = 64 << 20 // bytes of large DATA frames
+)
+
+// What connections get without earning it.
+const (
+	firstUnits     = 500    // of a connection that begins
+	unitsPerSecond = 5000   // of a connection, which also are the most that it has after a pause
+	ownUnits       = 100    // a second of these, however many other connections want some
+	sharedUnits    = 40_000 // a second for each processor, of all connections together, besides their own
+	wakingUnits    = 64     // for which a connection waits, so that it is not woken for each frame
+	shortestWait   = 20 * time.Millisecond
+	longestWait    = time.Second
+	behindFor      = 3 * time.Second // that a connection may have had fewer units than at first, and have to wait, until it is closed
+)
+
+var errBehind = errors.New("headgate: the connection sends too many frames that are of no use")
+
+// A pacer bounds what the connections of one server cost besides calls that are let in. It is safe for concurrent use.
+type pacer struct {
+	finds      atomic.Bool // calls have found their connections: nothing waits on a server where they never do
+	allowances sync.Map    // of connections that are open, by what connectionOf returns for their calls
+
+	mu    sync.Mutex // also of opening and closing connections
+	begin time.Time  // of the current second
+	left  float64    // shared units for it
+	count int        // connections that have drawn on the allowance since begin
+	last  int        // the same of the second before
+}
+
+// allowance returns that of the connection by which a call came; nil if it is unknown.
+func (p *pacer) allowance(connection any) *allowance {
+	found, ok := p.allowances.Load(connection)
+	if !ok {
+		return nil
+	}
+	a, _ := found.(*allowance)
+	if !p.finds.Load() {
+		p.finds.Store(true)
+	}
+	return a
+}
+
+// open returns the allowance of a connection that begins. Connections with equal addresses have one together, because their calls
+// cannot be told apart.
+func (p *pacer) open(connection any) *allowance {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	found, _ := p.allowances.LoadOrStore(connection, &allowance{pacer: p, balance: firstUnits, drew: time.Now()})
+	a, _ := found.(*allowance)
+	a.connections++
+	return a
+}
+
+func (p *pacer) close(connection any, a *allowance) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a.connections--; a.connections == 0 {
+		p.allowances.Delete(connection)
+	}
+}
+
+// draw returns the units that a connection gets which has drawn none since then. All connections that draw have equal shares.
+func (p *pacer) draw(since, now time.Time) float64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if age := now.Sub(p.begin); age >= time.Second {
+		if p.last = p.count; age >= 2*time.Second {
+			p.last = 0
+		}
+		p.begin, p.count, p.left = now, 0, float64(sharedUnits*runtime.GOMAXPROCS(0))
+	}
+	if since.Before(p.begin) {
+		p.count++
+	}
+	seconds := min(now.Sub(since), time.Second).Seconds()
+	shared := max(0, min((p.rate()-ownUnits)*seconds, p.left))
+	p.left -= shared
+	return ownUnits*seconds + shared
+}
+
+// rate is how many units a connection gets in a second.
+func (p *pacer) rate() float64 {
+	return min(unitsPerSecond, ownUnits+float64(sharedUnits*runtime.GOMAXPROCS(0))/float64(max(p.count, p.last, 1)))
+}
+
+// wait is about how long it takes to get so many units.
+func (p *pacer) wait(units float64) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(shortestWait, min(time.Duration(units/p.rate()*float64(time.Second)), longestWait))
+}
+
+// An allowance is the units of a connection.
+type allowance struct {
+	pacer       *pacer
+	connections int // guarded by the pacer's mutex
+
+	mu      sync.Mutex
+	balance float64
+	data    int       // bytes of large DATA frames that are free
+	drew    time.Time // when it last drew on the pacer
+	behind  time.Time // since when it has had few units; zero if it has more
+}
+
+// earn adds units, and bytes of large DATA frames. There is nothing to do for a nil allowance.
+func (a *allowance) earn(units float64, data int) {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.balance = min(a.balance+units, mostUnits)
+	a.data = min(a.data+data, mostData)
+}
+
+// admit adds what a call earns that is let in, and whose metadata takes so many bytes in memory: more than in frames.
+func (a *allowance) admit(metadata int) {
+	a.earn(callEarns+float64(metadata/headerBytes), callEarnsData)
+}
+
+// spend takes units for what has arrived: so many, and those for large DATA frames that are not free.
+func (a *allowance) spend(units, large, data int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.data >= data {
+		a.data -= data
+	} else {
+		units += large*frameUnits + data/largePerUnit
+	}
+	a.balance = max(a.balance-float64(units), -mostUnits)
+}
+
+// read returns how many of so many bytes may be read now. If there are none, it returns how long to wait. The caller
+// reports whether it has waited for this read. A connection without calls reads less than gRPC would, so that it cannot send thousands of
+// frames before it waits.
+func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, err error) {
+	if !a.pacer.finds.Load() {
+		return most, 0, nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.balance <= 0 {
+		now := time.Now()
+		if drawn := a.pacer.draw(a.drew, now); a.balance+drawn < unitsPerSecond {
+			a.balance += drawn
+		} else {
+			a.balance = unitsPerSecond
+		}
+		a.drew = now
+		if a.balance <= 0 {
+			if a.behind.IsZero() {
+				a.behind = now
+			} else if now.Sub(a.behind) >= behindFor {
+				return 0, 0, errBehind
+			}
+			return 0, a.pacer.wait(wakingUnits - a.balance), nil
+		}
+	}
+	if a.balance >= firstUnits && !waited && !a.behind.IsZero() {
+		a.behind = time.Time{}
+	}
+	if a.data == 0 {
+		most = min(most, max(2*smallRead, 9*int(a.balance))) // a frame has at least 9 bytes
+	}
+	return most, 0, nil
+}
+
+// pacedCredentials are the credentials of a server whose connections are paced.
+type pacedCredentials struct {
+	credentials.TransportCredentials
+	plain bool // the application has given none
+	pacer *pacer
+}
+
+func newPacedCredentials(creds credentials.TransportCredentials, p *pacer) *pacedCredentials {
+	if creds == nil {
+		return &pacedCredentials{insecure.NewCredentials(), true, p}
+	}
+	return &pacedCredentials{creds, false, p}
+}
+
+func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return conn, info, err
+	}
+	if c.plain {
+		info = nil // as on a server without credentials
+	}
+	return newPacedConn(conn, c.pacer), info, nil
+}
+
+func (c *pacedCredentials) Clone() credentials.TransportCredentials {
+	return &pacedCredentials{c.TransportCredentials.Clone(), c.plain, c.pacer}
+}
+
+// A pacedConn is read as fast as its allowance lasts. One goroutine may read it, as gRPC does.
+type pacedConn struct {
+	net.Conn
+	address net.Addr // of the peer: always the same value, which is what calls know their connection by
+	pacer   *pacer
+	ready   *readyReader // nil if the connection has no such thing
+	sent    atomic.Int64 // bytes that have earned nothing yet
+
+	// The reader's.
+	frames frames.Follower
+	units  int // of what is being looked at
+	large  int // DATA frames in it that are large
+	data   int // bytes of these
+	timer  *time.Timer
+
+	mu        sync.Mutex
+	allowance *allowance // nil until the first read
+	deadline  time.Time  // of reads
+	changed   chan struct{}
+	closed    chan struct{}
+	isClosed  bool
+}
+
+func newPacedConn(conn net.Conn, p *pacer) *pacedConn {
+	return &pacedConn{
+		Conn: conn, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
+		changed: make(chan struct{}, 1), closed: make(chan struct{}),
+	}
+}
+
+func (c *pacedConn) RemoteAddr() net.Addr { return c.address }
+
+func (c *pacedConn) Read(p []byte) (int, error) {
+	a, most, err := c.wait(len(p))
+	if err != nil {
+		return 0, err
+	}
+	n, err := c.Conn.Read(p[:most])
+	c.arrived(a, p[:n])
+	return n, err
+}
+
+// ReadOnReady is what gRPC calls instead of Read, because a connection that is idle then keeps no buffer.
+func (c *pacedConn) ReadOnReady(size int, pool mem.BufferPool) (buf *[]byte, n int, err error) {
+	a, most, err := c.wait(size)
+	if err != nil {
+		return nil, 0, err
+	}
+	if c.ready != nil {
+		buf, n, err = c.ready.read(size, most, pool)
+	} else {
+		buf = pool.Get(size)
+		n, err = c.Conn.Read((*buf)[:most])
+	}
+	if n > 0 {
+		c.arrived(a, (*buf)[:n])
+	} else if buf != nil {
+		pool.Put(buf)
+		buf = nil
+	}
+	return buf, n, err
+}
+
+// wait waits until the connection may be read, and returns how many bytes of so many.
+func (c *pacedConn) wait(most int) (a *allowance, bytes int, err error) {
+	if a = c.opened(); a == nil {
+		return nil, 0, net.ErrClosed
+	}
+	for waited := false; ; waited = true {
+		bytes, wait, err := a.read(most, waited)
+		if wait == 0 || err != nil {
+			return a, bytes, err // after an error gRPC closes the connection
+		}
+		if err := c.sleep(wait); err != nil {
+			return nil, 0, err
+		}
+	}
+}
+
+// opened returns the connection's allowance; nil if it is closed. Before the first read gRPC may drop the connection without closing it.
+func (c *pacedConn) opened() *allowance {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.allowance == nil && !c.isClosed {
+		c.allowance = c.pacer.open(connectionAt(c.address))
+	}
+	return c.allowance
+}
+
+// sleep waits for so long, or until the connection is closed, or its read deadline has passed.
+func (c *pacedConn) sleep(d time.Duration) error {
+	if c.timer == nil {
+		c.timer = time.NewTimer(d)
+	} else {
+		c.timer.Reset(d)
+	}
+	defer c.timer.Stop()
+	for {
+		c.mu.Lock()
+		deadline := c.deadline
+		c.mu.Unlock()
+		if !deadline.IsZero() {
+			left := time.Until(deadline)
+			if left <= 0 {
+				return os.ErrDeadlineExceeded
+			}
+			if left < d {
+				c.timer.Reset(left)
+			}
+		}
+		select {
+		case <-c.timer.C:
+			return nil
+		case <-c.closed:
+			return net.ErrClosed
+		case <-c.changed:
+		}
+	}
+}
+
+// arrived counts what has been read.
+func (c *pacedConn) arrived(a *allowance, p []byte) {
+	if len(p) == 0 {
+		return
+	}
+	c.units, c.large, c.data = 0, 0, 0
+	if len(p) < smallRead {
+		c.units = readUnits
+	}
+	c.frames.Each(p, c.count, nil)
+	if c.units+c.large > 0 {
+		a.spend(c.units, c.large, c.data)
+	}
+}
+
+// count counts a frame.
+func (c *pacedConn) count(f frames.Frame) {
+	switch {
+	case f.Kind == frames.Data && f.Length >= largeData:
+		c.large++
+		c.data += f.Length
+	case f.Kind == frames.Data:
+		c.units += frameUnits
+	case f.Kind == frames.Headers:
+		c.units += frameUnits + callUnits + f.Length/headerBytes
+	default:
+		c.units += frameUnits + f.Length/headerBytes
+	}
+}
+
+func (c *pacedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if c.sent.Add(int64(n)) >= answerPerUnit {
+		if sent := c.sent.Swap(0); sent > 0 {
+			if a := c.opened(); a != nil {
+				a.earn(float64(sent)/answerPerUnit, 0)
+			}
+		}
+	}
+	return n, err
+}
+
+func (c *pacedConn) Close() error {
+	c.mu.Lock()
+	if !c.isClosed {
+		c.isClosed = true
+		close(c.closed)
+		if c.allowance != nil {
+			c.pacer.close(connectionAt(c.address), c.allowance)
+			c.allowance = nil
+		}
+	}
+	c.mu.Unlock()
+	return c.Conn.Close()
+}
+
+func (c *pacedConn) SetDeadline(t time.Time) error {
+	c.setReadDeadline(t)
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *pacedConn) SetReadDeadline(t time.Time) error {
+	c.setReadDeadline(t)
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *pacedConn) setReadDeadline(t time.Time) {
+	c.mu.Lock()
+	c.deadline = t
+	c.mu.Unlock()
+	select {
+	case c.changed <- struct{}{}:
+	default:
+	}
+}
+
+// SyscallConn is for gRPC's channelz, which shows the socket's options.
+func (c *pacedConn) SyscallConn() (syscall.RawConn, error) {
+	if s, ok := c.Conn.(syscall.Conn); ok {
+		return s.SyscallConn()
+	}
+	return nil, errors.ErrUnsupported
+}

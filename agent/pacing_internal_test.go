@@ -1,0 +1,631 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/headgate-go/headgate/internal/testing/race"
+)
+
+// frame is a frame of so many bytes.
+func frame(kind http2.FrameType, length int) []byte {
+	var b bytes.Buffer
+	_ = http2.NewFramer(&b, nil).WriteRawFrame(kind, 0, 1, make([]byte, length))
+	return b.Bytes()
+}
+
+// A source is a connection that brings the same bytes again and again.
+type source struct {
+	net.Conn
+	address net.Addr
+	bytes   []byte
+	at      int
+	reads   []int // the largest that each read brings, in turn; any number if there are none
+	count   int   // of bytes that were read
+}
+
+func (s *source) RemoteAddr() net.Addr             { return s.address }
+func (s *source) Close() error                     { return nil }
+func (s *source) Write(p []byte) (int, error)      { return len(p), nil }
+func (s *source) SetDeadline(time.Time) error      { return nil }
+func (s *source) SetReadDeadline(time.Time) error  { return nil }
+func (s *source) SetWriteDeadline(time.Time) error { return nil }
+
+func (s *source) Read(p []byte) (int, error) {
+	if len(s.reads) > 0 {
+		p = p[:min(len(p), s.reads[0])]
+		s.reads = append(s.reads[1:], s.reads[0])
+	}
+	n := 0
+	for n < len(p) {
+		more := copy(p[n:], s.bytes[s.at:])
+		s.at = (s.at + more) % len(s.bytes)
+		n += more
+	}
+	s.count += n
+	return n, nil
+}
+
+// paced is a connection that brings the frames again and again, behind a preface, to a server whose calls find their connections.
+func paced(p *pacer, all []byte) (*pacedConn, *source) {
+	p.finds.Store(true)
+	s := &source{address: new(net.TCPAddr), bytes: all}
+	c := newPacedConn(s, p)
+	c.frames.Each(make([]byte, 24), c.count, nil)
+	return c, s
+}
+
+// What arrives costs units, however it comes in pieces. Reads that bring little cost more.
+func TestUnits(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		bytes      []byte
+		units      int
+		data, left int // bytes of large DATA frames that are free, before and after
+	}{
+		{"a priority", frame(http2.FramePriority, 5), 1, 0, 0},
+		{"an empty continuation", frame(http2.FrameContinuation, 0), 1, 0, 0},
+		{"a ping", frame(http2.FramePing, 8), 1, 0, 0},
+		{"an unknown frame", frame(200, 3), 1, 0, 0},
+		{"settings", frame(http2.FrameSettings, 16380), 256, 0, 0},
+		{"a call", frame(http2.FrameHeaders, 50), 17, 0, 0},
+		{"a call with much metadata", append(frame(http2.FrameHeaders, 16384), frame(http2.FrameContinuation, 8192)...), 17 + 256 + 1 + 128, 0, 0},
+		{"a byte of data", frame(http2.FrameData, 1), 1, mostData, mostData},
+		{"data", frame(http2.FrameData, 1023), 1, mostData, mostData},
+		{"large data of a message", frame(http2.FrameData, 16384), 0, 20000, 20000 - 16384},
+		{"large data of nothing", frame(http2.FrameData, 16384), 5, 0, 0},
+		{"large data of nothing, as small as may be", frame(http2.FrameData, 1024), 1, 1000, 1000},
+		{"several", slices.Concat(frame(http2.FrameHeaders, 50), frame(http2.FrameData, 5), frame(http2.FrameData, 50), frame(http2.FrameRSTStream, 4)), 20, 0, 0},
+	} {
+		for _, piece := range []int{1, 5, 9, 13, 511, 512, 1 << 20} {
+			c, s := paced(new(pacer), tt.bytes)
+			a := c.opened()
+			a.balance, a.data = mostUnits, tt.data
+			want := float64(mostUnits - tt.units)
+			for rest := len(tt.bytes); rest > 0; {
+				n := min(piece, rest)
+				if _, err := c.Read(make([]byte, n)); err != nil {
+					t.Fatal(err)
+				}
+				if rest -= n; n < smallRead {
+					want -= readUnits
+				}
+			}
+			if s.count != len(tt.bytes) {
+				t.Fatalf("%s: %d bytes were read want %d", tt.name, s.count, len(tt.bytes))
+			}
+			if a.balance != want || a.data != tt.left {
+				t.Errorf("%s in pieces of %d: %v units and %d bytes are left want %v, %d", tt.name, piece, a.balance, a.data, want, tt.left)
+			}
+		}
+	}
+}
+
+// Clients that make calls, as fast as they can, never wait.
+func TestCallsDoNotWait(t *testing.T) {
+	const (
+		data, headers, reset = http2.FrameData, http2.FrameHeaders, http2.FrameRSTStream
+		update, ping         = http2.FrameWindowUpdate, http2.FramePing
+	)
+	small := []byte{}
+	for _, n := range []int{5, 60} {
+		small = append(small, frame(data, n)...)
+	}
+	for _, tt := range []struct {
+		name     string
+		metadata int // bytes of the list
+		header   []byte
+		rest     []byte
+		reads    []int
+		answer   int // bytes
+		messages int // of a session, which the handler has handled
+	}{
+		{name: "unary calls", metadata: 150, header: frame(headers, 60), rest: frame(data, 40)},
+		{name: "unary calls one by one", metadata: 150, header: frame(headers, 60), rest: frame(data, 40), reads: []int{118}},
+		{name: "calls with a frame for everything", metadata: 150, header: frame(headers, 120), rest: slices.Concat(small, frame(data, 0), frame(update, 4), frame(update, 4), frame(ping, 8), frame(reset, 4))},
+		{name: "the same, in reads of a frame", metadata: 150, header: frame(headers, 120), rest: slices.Concat(small, frame(data, 0), frame(update, 4), frame(update, 4), frame(ping, 8)), reads: []int{129, 14, 69, 9, 13, 13, 17}},
+		{name: "calls with 16 KiB of metadata", metadata: 16<<10 + 400, header: append(frame(headers, 16384), frame(http2.FrameContinuation, 200)...), rest: frame(data, 40)},
+		{name: "calls that are canceled", metadata: 150, header: frame(headers, 60), rest: frame(reset, 4)},
+		{name: "messages of 4 MiB", metadata: 150, header: frame(headers, 60), rest: append(slices.Repeat(frame(data, 16384), 256), frame(data, 5)...), reads: []int{1448}},
+		{name: "answers of 3 MiB", metadata: 150, header: frame(headers, 60), rest: append(frame(data, 40), slices.Repeat(frame(update, 4), 2*192)...), answer: 3 << 20},
+		{name: "sessions", metadata: 150, header: frame(headers, 60), rest: slices.Repeat(append(frame(data, 5), frame(data, 30)...), 1000), messages: 1000},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, s := paced(new(pacer), append(slices.Clone(tt.header), tt.rest...))
+				s.reads = tt.reads
+				begin := time.Now()
+				p, answer := make([]byte, 32<<10), make([]byte, tt.answer)
+				handled := 0
+				for handled < race.Pick(2000, 20_000) && s.count < 1<<27 {
+					if _, err := c.Read(p); err != nil {
+						t.Fatal(err)
+					}
+					// gRPC handles what it has read before it reads on: calls when their headers have come.
+					for begun := (s.count + len(tt.rest)) / len(s.bytes); handled < begun; handled++ {
+						c.opened().admit(4 * tt.metadata)
+						_, _ = c.Write(answer)
+					}
+					if tt.messages > 0 {
+						for range len(p) / (len(tt.rest) / tt.messages) {
+							c.opened().earn(messageEarns, 0)
+						}
+					}
+				}
+				if took := time.Since(begin); took > 0 {
+					t.Errorf("%d calls waited for %v", handled, took)
+				}
+			})
+		})
+	}
+}
+
+// Frames that belong to no call wait, and all connections have equal shares of what there is.
+func TestOtherFramesWait(t *testing.T) {
+	const length = 2 * time.Second // connections are behind, but not for so long that they end
+	shared := float64(sharedUnits * runtime.GOMAXPROCS(0))
+	for _, tt := range []struct {
+		name  string
+		frame []byte
+		units int
+	}{
+		{"priorities", frame(http2.FramePriority, 5), 1},
+		{"empty frames", frame(http2.FrameContinuation, 0), 1},
+		{"calls that are refused", frame(http2.FrameHeaders, 20), 17},
+		{"settings", frame(http2.FrameSettings, 16380), 256},
+		{"data of calls that have ended", frame(http2.FrameData, 16384), 5},
+	} {
+		for _, connections := range []int{1, 10, 100, 1000} {
+			t.Run(tt.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					p := new(pacer)
+					units := make([]float64, connections)
+					done := make(chan struct{})
+					for i := range connections {
+						c, s := paced(p, tt.frame)
+						go func() {
+							defer func() { done <- struct{}{} }()
+							buf := make([]byte, 32<<10)
+							for begin := time.Now(); time.Since(begin) < length && units[i] < 100*unitsPerSecond; {
+								if _, err := c.Read(buf); errors.Is(err, errBehind) {
+									break // one frame can cost what there is for seconds
+								} else if err != nil {
+									t.Error(err)
+									return
+								}
+								units[i] = float64(s.count / len(tt.frame) * tt.units)
+							}
+							_ = c.Close()
+						}()
+					}
+					for range connections {
+						<-done
+					}
+					each := min(unitsPerSecond, ownUnits+shared/float64(connections))*length.Seconds() + firstUnits
+					once := float64(max(firstUnits*9/len(tt.frame)*tt.units, 1024*tt.units/len(tt.frame), tt.units)) // what one read brings
+					for i, n := range units {
+						if most := 2*each + 2*once; n > most || n < each/4 && n < 2*once {
+							t.Fatalf("connection %d of %d spends %v units want about %v", i, connections, n, each)
+						}
+					}
+					total := 0.0
+					for _, n := range units {
+						total += n
+					}
+					most := float64(connections)*(ownUnits*length.Seconds()+firstUnits+2*once) + shared*(length.Seconds()+1)
+					if total > most {
+						t.Errorf("%d connections spend %v units want at most %v", connections, total, most)
+					}
+				})
+			})
+		}
+	}
+}
+
+// A connection that goes on for long ends. One that makes calls again does not.
+func TestConnectionsThatAreBehindEnd(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		pause time.Duration // after each second
+		want  error
+	}{
+		{"no pause", 0, errBehind},
+		{"pauses", time.Second, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, _ := paced(new(pacer), frame(http2.FramePriority, 5))
+				begin, last := time.Now(), time.Now()
+				for i := 0; time.Since(begin) < 10*behindFor && i < 100_000; i++ {
+					if _, err := c.Read(make([]byte, 4096)); err != nil {
+						if !errors.Is(err, tt.want) || time.Since(begin) < behindFor {
+							t.Errorf("after %v: %v want %v", time.Since(begin), err, tt.want)
+						}
+						return
+					}
+					if time.Since(last) > time.Second && tt.pause > 0 {
+						<-time.After(tt.pause)
+						last = time.Now()
+					}
+				}
+				if tt.want != nil {
+					t.Errorf("the connection lasts want %v", tt.want)
+				}
+			})
+		})
+	}
+}
+
+// A read that waits ends with its connection, and when its deadline passes.
+func TestReadsThatWaitEnd(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(c *pacedConn)
+		want error
+	}{
+		{"closed", func(c *pacedConn) { _ = c.Close() }, net.ErrClosed},
+		{"a deadline", func(c *pacedConn) { _ = c.SetReadDeadline(time.Now().Add(time.Nanosecond)) }, os.ErrDeadlineExceeded},
+		{"a deadline for all", func(c *pacedConn) { _ = c.SetDeadline(time.Now()) }, os.ErrDeadlineExceeded},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := new(pacer)
+				c, _ := paced(p, frame(http2.FramePriority, 5))
+				c.opened().balance = -mostUnits
+				ended := make(chan error)
+				begin := time.Now()
+				go func() {
+					_, err := c.Read(make([]byte, 100))
+					ended <- err
+				}()
+				synctest.Wait()
+				tt.end(c)
+				if err := <-ended; !errors.Is(err, tt.want) || time.Since(begin) > time.Nanosecond {
+					t.Errorf("Read() = %v after %v want %v at once", err, time.Since(begin), tt.want)
+				}
+				_ = c.Close()
+				if _, err := c.Read(nil); !errors.Is(err, net.ErrClosed) {
+					t.Errorf("Read() = %v want %v", err, net.ErrClosed)
+				}
+				p.allowances.Range(func(any, any) bool {
+					t.Error("an allowance is left")
+					return true
+				})
+			})
+		})
+	}
+}
+
+// addressed accepts connections that have addresses of their own, as those of a network do.
+type addressed struct{ *bufconn.Listener }
+
+func (l addressed) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return remote{conn}, nil
+}
+
+// A remote connection makes a new address each time, as those of some libraries do.
+type remote struct{ net.Conn }
+
+func (remote) RemoteAddr() net.Addr { return new(net.TCPAddr) }
+
+// On a server, calls of a client do not wait, whatever others send. The others do, also those whose calls are refused.
+func TestServersPace(t *testing.T) {
+	for _, named := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			l := bufconn.Listen(1 << 16)
+			var listener net.Listener = l
+			if named {
+				listener = addressed{l}
+			}
+			server := grpc.NewServer(ServerOptions(WithKeys(func(key string) (string, bool) { return "", key == "sesame" }))...)
+			healthv1.RegisterHealthServer(server, health.NewServer())
+			go func() { _ = server.Serve(listener) }()
+			defer server.Stop()
+			conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			check := func(n int) (took time.Duration) {
+				begin := time.Now()
+				ctx := metadata.AppendToOutgoingContext(t.Context(), keyHeader, "sesame")
+				for range n {
+					if _, err := healthv1.NewHealthClient(conn).List(ctx, new(healthv1.HealthListRequest)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				return time.Since(begin)
+			}
+			if took := check(1500); took > 0 {
+				t.Errorf("calls took %v", took)
+			}
+			if !named {
+				return
+			}
+			// What the others send ends up in a buffer of 64 KiB, and then waits.
+			priorities := slices.Repeat(frame(http2.FramePriority, 5), 1000)
+			greeting := append([]byte(http2.ClientPreface), make([]byte, 9)...)
+			greeting[len(http2.ClientPreface)+3] = byte(http2.FrameSettings)
+			const others = 3
+			var sent [others]atomic.Int64
+			for i := range others {
+				other, err := l.DialContext(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer other.Close()
+				go func() { _, _ = io.Copy(io.Discard, other) }()
+				go func() {
+					_, _ = other.Write(greeting)
+					for sent[i].Load() < 100*unitsPerSecond { // time would not pass if the server read everything
+						n, err := other.Write(priorities)
+						sent[i].Add(int64(n / 14))
+						if err != nil {
+							return
+						}
+					}
+				}()
+			}
+			<-time.After(2 * time.Second)
+			if took := check(500); took > 0 {
+				t.Errorf("calls took %v beside others", took)
+			}
+			for i := range sent {
+				if n := sent[i].Load(); n < 5000 || n > 2*unitsPerSecond+firstUnits+64<<10/14+2000 {
+					t.Errorf("%d frames were taken within 2s want about %d", n, 2*unitsPerSecond)
+				}
+			}
+		})
+	}
+}
+
+// What credentials say of themselves and of connections is what the application's do.
+func TestCredentialsPassThrough(t *testing.T) {
+	site := httptest.NewUnstartedServer(nil)
+	site.StartTLS()
+	defer site.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(site.Certificate())
+	secure := credentials.NewServerTLSFromCert(&site.TLS.Certificates[0])
+	for _, tt := range []struct {
+		name   string
+		opts   []grpc.ServerOption
+		client credentials.TransportCredentials
+		want   func(info credentials.AuthInfo) bool
+	}{
+		{"none", ServerOptions(), insecure.NewCredentials(), func(info credentials.AuthInfo) bool { return info == nil }},
+		{"nil", ServerOptions(WithCredentials(nil)), insecure.NewCredentials(), func(info credentials.AuthInfo) bool { return info == nil }},
+		{"insecure", ServerOptions(WithCredentials(insecure.NewCredentials())), insecure.NewCredentials(), func(info credentials.AuthInfo) bool { return info != nil && info.AuthType() == "insecure" }},
+		{"TLS", ServerOptions(WithCredentials(secure)), credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "example.com"}), isTLS},
+		{"TLS by gRPC's option", append(ServerOptions(), grpc.Creds(secure)), credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "example.com"}), isTLS},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var seen atomic.Pointer[peer.Peer]
+			server := grpc.NewServer(append(tt.opts, grpc.ChainUnaryInterceptor(func(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+				p, _ := peer.FromContext(ctx)
+				seen.Store(p)
+				return handle(ctx, request)
+			}))...)
+			healthv1.RegisterHealthServer(server, health.NewServer())
+			l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() { _ = server.Serve(l) }()
+			defer server.Stop()
+			conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(tt.client))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			for range 100 {
+				if _, err := healthv1.NewHealthClient(conn).Check(t.Context(), new(healthv1.HealthCheckRequest)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if p := seen.Load(); !tt.want(p.AuthInfo) || p.Addr.Network() != "tcp" {
+				t.Errorf("the peer is %v, %#v", p.Addr, p.AuthInfo)
+			}
+		})
+	}
+	c := newPacedCredentials(secure, new(pacer))
+	clone, ok := c.Clone().(*pacedCredentials)
+	if !ok || clone.pacer != c.pacer || clone.plain || clone.TransportCredentials == c.TransportCredentials {
+		t.Errorf("Clone() = %#v", clone)
+	}
+	if got, want := c.Info().SecurityProtocol, secure.Info().SecurityProtocol; got != want {
+		t.Errorf("Info() = %q want %q", got, want)
+	}
+}
+
+func isTLS(info credentials.AuthInfo) bool {
+	_, ok := info.(credentials.TLSInfo)
+	return ok
+}
+
+// A failure of the application's handshake is gRPC's to judge.
+func TestHandshakesFail(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	_ = far.Close()
+	secure := credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12})
+	if conn, _, err := newPacedCredentials(secure, new(pacer)).ServerHandshake(near); err == nil || conn != nil {
+		t.Errorf("ServerHandshake() = %v, %v want an error", conn, err)
+	}
+}
+
+// countingPool counts its buffers that are out.
+type countingPool struct{ out int }
+
+func (p *countingPool) Get(size int) *[]byte {
+	p.out++
+	buf := make([]byte, size)
+	return &buf
+}
+
+func (p *countingPool) Put(*[]byte) { p.out-- }
+
+var _ mem.BufferPool = new(countingPool)
+
+// gRPC's own way to read brings what Read brings, and takes a buffer only when there is something.
+func TestReadOnReady(t *testing.T) {
+	for _, network := range []string{"tcp", "unix", "pipe"} {
+		t.Run(network, func(t *testing.T) {
+			near, far := ends(t, network)
+			c := newPacedConn(near, new(pacer))
+			pool := new(countingPool)
+			written := make(chan error, 1)
+			go func() {
+				_, err := far.Write([]byte("some text"))
+				written <- err
+			}()
+			var got []byte
+			for len(got) < 9 {
+				buf, n, err := c.ReadOnReady(6, pool)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = append(got, (*buf)[:n]...)
+				pool.Put(buf)
+			}
+			if string(got) != "some text" || <-written != nil {
+				t.Errorf("%q was read", got)
+			}
+			if err := c.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if buf, n, err := c.ReadOnReady(6, pool); !errors.Is(err, os.ErrDeadlineExceeded) || n != 0 || buf != nil {
+				t.Errorf("ReadOnReady() = %v, %d, %v want %v", buf, n, err, os.ErrDeadlineExceeded)
+			}
+			if err := c.SetReadDeadline(time.Time{}); err != nil {
+				t.Fatal(err)
+			}
+			_ = far.Close()
+			if buf, n, err := c.ReadOnReady(6, pool); !errors.Is(err, io.EOF) || n != 0 || buf != nil {
+				t.Errorf("ReadOnReady() = %v, %d, %v want %v", buf, n, err, io.EOF)
+			}
+			if _, err := c.SyscallConn(); (err == nil) != (network != "pipe") {
+				t.Errorf("SyscallConn(): %v", err)
+			}
+			_ = c.Close()
+			if buf, n, err := c.ReadOnReady(6, pool); !errors.Is(err, net.ErrClosed) || n != 0 || buf != nil {
+				t.Errorf("ReadOnReady() = %v, %d, %v want %v", buf, n, err, net.ErrClosed)
+			}
+			if pool.out != 0 {
+				t.Errorf("%d buffers were not put back", pool.out)
+			}
+		})
+	}
+}
+
+// ends returns both ends of a connection.
+func ends(t *testing.T, network string) (near, far net.Conn) {
+	t.Helper()
+	if network == "pipe" {
+		near, far = net.Pipe()
+		return near, far
+	}
+	address := "127.0.0.1:0"
+	if network == "unix" {
+		address = filepath.Join(t.TempDir(), "s")
+	}
+	l, err := new(net.ListenConfig).Listen(t.Context(), network, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	far, err = new(net.Dialer).DialContext(t.Context(), network, l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, err = l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = near.Close(); _ = far.Close() })
+	return near, far
+}
+
+// Reads allocate nothing, whether they bring calls or not.
+func TestReadsDoNotAllocate(t *testing.T) {
+	c, _ := paced(new(pacer), append(frame(http2.FrameHeaders, 60), frame(http2.FrameData, 40)...))
+	p := make([]byte, 32<<10)
+	if n := testing.AllocsPerRun(100, func() {
+		_, _ = c.Read(p)
+		for range 300 {
+			c.opened().admit(1600)
+		}
+	}); n > 0 {
+		t.Errorf("a read allocates %v times", n)
+	}
+}
+
+// BenchmarkReads reads frames of 16 bytes, and of 118 bytes with their calls.
+func BenchmarkReads(b *testing.B) {
+	for _, bb := range []struct {
+		name  string
+		bytes []byte
+		calls bool
+	}{
+		{"small frames", frame(http2.FramePing, 7), false},
+		{"calls", append(frame(http2.FrameHeaders, 60), frame(http2.FrameData, 40)...), true},
+	} {
+		for _, wrapped := range []bool{false, true} {
+			name := bb.name + "/bare"
+			if wrapped {
+				name = bb.name + "/paced"
+			}
+			b.Run(name, func(b *testing.B) {
+				c, s := paced(new(pacer), bb.bytes)
+				var conn net.Conn = s
+				if wrapped {
+					conn = c
+				}
+				p := make([]byte, 32<<10)
+				done := 0
+				b.ReportAllocs()
+				for b.Loop() {
+					if !bb.calls {
+						c.opened().earn(mostUnits, 0)
+					}
+					if _, err := conn.Read(p); err != nil {
+						b.Fatal(err)
+					}
+					for ; bb.calls && wrapped && done < s.count/len(bb.bytes); done++ {
+						c.pacer.allowance(c.address).admit(1600)
+					}
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(s.count/len(bb.bytes)), "ns/each")
+			})
+		}
+	}
+}
