@@ -64,7 +64,7 @@ func TestLostSlotsOfAStore(t *testing.T) {
 					t.Errorf("%d slots are lost while the lease is renewed: %v", n, flow.Context().Err())
 				}
 				store.Behave(sharedtest.Behavior{Cut: true})
-				<-time.After(sharedtest.Lease - time.Millisecond)
+				<-time.After(sharedtest.CountOn - time.Millisecond)
 				if n := side.Engine.Stats().Store.LostSlots; n != 0 || flow.Context().Err() != nil {
 					t.Errorf("%d slots are lost too early: %v", n, flow.Context().Err())
 				}
@@ -117,10 +117,10 @@ func TestLostSlotsOfALeaseThatWasRenewed(t *testing.T) {
 		for round := range uint64(3) {
 			old := side.Client.Start(t.Context(), "point", flowctl.Params{})
 			store.Behave(sharedtest.Behavior{Cut: true})
-			<-time.After(sharedtest.Lease) // the timer may look now, or after what follows
+			<-time.After(sharedtest.CountOn) // the timer may look now, or after what follows
 			store.Behave(sharedtest.Behavior{})
 			fresh := side.Client.Start(t.Context(), "point", flowctl.Params{})
-			<-time.After(20 * time.Second)
+			<-time.After(30 * time.Second)
 			if err := context.Cause(old.Context()); !errors.Is(err, flowctl.ErrSlotLost) {
 				t.Errorf("round %d: the flow of before: %v", round, err)
 			}
@@ -191,7 +191,7 @@ func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
 		flows := f.admits(t, "ann", 2)
 		<-time.After(time.Minute)
 		f.stores[0].Behave(sharedtest.Behavior{Cut: true})
-		<-time.After(sharedtest.Lease + time.Second)
+		<-time.After(2 * sharedtest.Lease)
 		next := f.start(t, 1, "ann")
 		if next.Decision() != flowctl.Accepted {
 			t.Errorf("%v want the slot of the agent that was cut off", next)

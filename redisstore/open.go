@@ -98,7 +98,20 @@ func (s *Store) look(ctx context.Context, alone bool) error {
 	for _, sh := range s.shards() {
 		sh.learn(floatAt(reply), s.micros(now), s.micros(now))
 	}
+	s.load(ctx)
 	return nil
+}
+
+// load has all servers know the scripts, so that the first flows do not have to send them: that is a second round trip, within one bound.
+// A server that refuses gets each script when a flow first needs it.
+func (s *Store) load(ctx context.Context) {
+	for _, client := range s.client.Nodes() {
+		var commands []rueidis.Completed
+		for _, sc := range s.scripts.all() {
+			commands = append(commands, client.B().ScriptLoad().Script(sc.text).Build())
+		}
+		client.DoMulti(unbounded{ctx}, commands...)
+	}
 }
 
 // judge logs what is wrong with a server, and returns an error for one that cannot be used so.

@@ -87,6 +87,7 @@ type Store struct {
 	single    *lanes // of all keys, outside a cluster
 	clustered clustered
 	instances atomic.Int64
+	failures  atomic.Uint64 // of calls of the store's own
 	renewSoon chan struct{}
 
 	renewingSessions, counting turn
