@@ -807,6 +807,30 @@ func TestSharedLimitsAcrossApply(t *testing.T) {
 	}
 }
 
+// A store that is closed while flows are in flight is no outage. It is one for flows that still come.
+func TestClosedStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies: sides.Policies(twoSlots(false)),
+			EngineOptions: []engine.Option{
+				engine.WithStore(store), engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
+			},
+		}.New(t, sides.Embedded)
+		flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+		store.Behave(sharedtest.Behavior{Err: shared.ErrClosed})
+		end(flow)
+		if s := side.Engine.Stats().Store; s.Failures != 0 || log.Len() != 0 {
+			t.Errorf("%+v, %s want nothing of an outage", s, log.String())
+		}
+		end(side.Client.Start(t.Context(), "point", flowctl.Params{}))
+		if s := side.Engine.Stats().Store; s.Failures != 0 || s.Unanswered != 1 || strings.Count(log.String(), "does not answer") != 1 {
+			t.Errorf("%+v, %s want a flow that was decided without the store", s, log.String())
+		}
+	})
+}
+
 // The metrics say how the store is, and what was decided without it.
 func TestStoreMetrics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
