@@ -130,6 +130,20 @@ func testClusterSessions(t *testing.T, cluster *redistest.Cluster, a, b *redisst
 		}
 		return n
 	}
+	eventually(t, "it is known beside which tags the session holds slots", func() bool {
+		for _, server := range cluster.Servers {
+			keys, err := server.Do("KEYS", "{"+t.Name()+":session:*")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, key := range keys.([]any) {
+				if n, err := server.Do("ZCARD", key.(string)); err == nil && n == int64(len(values)) {
+					return true
+				}
+			}
+		}
+		return false
+	})
 	known := 0
 	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); <-time.After(100 * time.Millisecond) {
 		kept := b.Renew(session, 2*time.Second)

@@ -24,15 +24,18 @@ type holding struct {
 }
 
 // What is counted on of a lease. A process that is cut off knows that its slots are lost by its own clock, and needs time to end their
-// flows. So it counts on its own lease for two thirds of it, from the sending of the last renewal. Others get the slots after the whole.
-// A session's lease outlasts the session by a period of renewals. So what the store has confirmed covers the session until the next
-// renewal, and a little longer.
+// flows. So it counts on its own lease for two thirds of it, from the sending of the last renewal, or of the last call that took a slot.
+// Others get the slots after the whole, or after eleven twelfths in the second case. A session's lease outlasts the session by a period of
+// renewals. So what the store has confirmed covers the session until the next renewal, and most of its time after that.
 const (
 	spare      = 3  // a process does not count on this part of its lease
 	renewAfter = 3  // a lease is renewed after this part of it, and a session after this part of the time that it lasts
 	retryAfter = 12 // a renewal that has failed is made again after this part
 	leftAlone  = 12 // a call that takes a slot leaves a lease alone that lacks less than this part; see lease in slots.lua
 )
+
+// countedOn is how long the process counts on its lease.
+func (s *Store) countedOn() time.Duration { return s.lease - s.lease/spare }
 
 // sureOf returns how much of a lease that a call was to renew is there after the call.
 func sureOf(lease time.Duration) time.Duration { return lease - lease/leftAlone }
@@ -78,7 +81,7 @@ func (s *Store) hold(as []asked, answers []shared.Answer, sent time.Time) {
 			s.held[of] = h
 		}
 		h.count++
-		h.countOn(sent.Add(sureOf(s.lease) - s.lease/spare))
+		h.countOn(sent.Add(s.countedOn()))
 		until := sent.Add(a.Rule.MaxInflight)
 		s.slots[a.id] = slotHeld{of, until}
 		soon := false
@@ -383,7 +386,7 @@ func (s *Store) renewOwn(ctx context.Context, sh *shard) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if h := s.held[holding{leases: r.key}]; h != nil {
-			h.countOn(now.Add(s.lease - s.lease/spare))
+			h.countOn(now.Add(s.countedOn()))
 		}
 	})
 	if sh.unrenewed.Store(confirmed < len(all)); confirmed < len(all) {

@@ -278,8 +278,8 @@ func TestFleetClosed(t *testing.T) {
 	}
 }
 
-// A process counts on its lease for so long that a third of it is left by then at the server, whether a renewal or a call that took a slot
-// was the last. It counts on a session's leases no longer than they last.
+// A process counts on its lease for so long that a quarter of it is left by then at the server, whether a renewal or a call that took a
+// slot was the last. It counts on a session's leases no longer than they last.
 func TestFleetLeasesOutlastWhatIsCountedOn(t *testing.T) {
 	t.Parallel()
 	const lease = time.Second
@@ -306,8 +306,8 @@ func TestFleetLeasesOutlastWhatIsCountedOn(t *testing.T) {
 				if left := ends.Sub(known.Round(0)); left < 0 {
 					t.Errorf("the session's slots count as kept until %v after its lease", -left)
 				}
-			} else if left := ends.Sub(kept.Round(0)); left < lease/3 {
-				t.Errorf("the process counts on a lease of which %v are left by then want a third of %v", left, lease)
+			} else if left := ends.Sub(kept.Round(0)); left < lease/4 {
+				t.Errorf("the process counts on a lease of which %v are left by then want a quarter of %v", left, lease)
 			}
 		}
 	}

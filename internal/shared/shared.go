@@ -257,13 +257,14 @@ type Holder [16]byte
 // Holders are those that hold slots.
 type Holders interface {
 	// Renew has a session live for so long from now on. It does not wait: the store sends it with others. It returns until when the
-	// store certainly keeps all slots of the session, by what its servers have confirmed; zero if nothing is confirmed. A slot that
-	// is taken for the session within a tenth of lasts after the call is kept for lasts after it was taken, at the least.
+	// store certainly keeps all slots that it has taken for the session, by what its servers have confirmed; zero if nothing is confirmed.
+	// In a cluster, slots that other instances have taken are among them some time later. A slot that is taken for the session within a
+	// tenth of lasts after the call is kept for lasts after it was taken, at the least.
 	Renew(session Holder, lasts time.Duration) (kept time.Time)
 
 	// Kept returns until when the store's own instance may count on all slots that it holds. That is two thirds of a lease after the
-	// sending of the last renewal that was confirmed, or earlier, so others do not get the slots before. It is zero while nothing is
-	// held.
+	// sending of the last call that renewed the lease or took a slot, as far as the store has confirmed it. Others do not get the
+	// slots before most of the last third has passed, too. It is zero while nothing is held.
 	Kept() time.Time
 
 	// Failures counts the calls that the store has made by itself, for none of its callers, and that failed.
