@@ -250,6 +250,9 @@ func (s handler) decide(ctx context.Context, req *agentapi.Request, number uint6
 		response.AgentId = s.service.sessions.agentID
 		response.SettlementId = s.service.sessions.charge(session, req, &v, awaited)
 		response.AwaitsOutcome = response.GetSettlementId() != 0 && len(awaited) > 0
+		if stored, ok := s.service.engine.(agentapi.Leaser); ok && stored.Leases() {
+			response.StoredSlots = stored.Leased(&v) > 0
+		}
 	}
 	return response, nil
 }

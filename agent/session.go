@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
@@ -147,10 +148,13 @@ func (s *sessions) of(ctx context.Context) *session {
 
 // renew notes that the client lives. Checks at the same time go by heard, so the engine hears of it first: a slot that is bound to
 // a session which has run out is lost at once.
-func (s *sessions) renew(one *session) {
+//
+// It returns for how long from now on a store certainly keeps the session's slots.
+func (s *sessions) renew(one *session) (leased time.Duration) {
 	now := int64(time.Since(one.began))
-	s.engine.Renew(one.id, wire.SessionLasts)
+	leased = s.engine.Renew(one.id, wire.SessionLasts)
 	one.heard.Store(now)
+	return leased
 }
 
 // open begins a stream of the session. The function cancel ends its call, if not nil. If the session has as many streams as it may,
@@ -339,14 +343,16 @@ func (s handler) hear(
 	}
 	more := len(m.GetReturns())+len(m.GetSettlements()) > 0
 	if m.GetHeartbeat() != nil {
-		s.service.sessions.renew(one)
+		if leased := s.service.sessions.renew(one); leased > 0 {
+			response.Leased = durationpb.New(leased)
+		}
 		*beats++
 		response.Heartbeat = &sessionv1.Heartbeat{Number: *beats, Acknowledges: m.GetHeartbeat().GetNumber()}
 		if more {
 			if err := stream.Send(response); err != nil {
 				return err
 			}
-			response.Heartbeat = nil
+			response.Heartbeat, response.Leased = nil, nil
 		}
 	}
 	if more {

@@ -91,7 +91,10 @@ type leaseholder struct {
 	renewed func()
 }
 
-func (l leaseholder) Renew([16]byte, time.Duration) { l.renewed() }
+func (l leaseholder) Renew([16]byte, time.Duration) (leased time.Duration) {
+	l.renewed()
+	return 0
+}
 
 // Checks take a session that was heard of lately for one that the engine knows. So the engine is renewed first. Otherwise the slot
 // of a check at the same time is bound to a session that has run out, and others take it while its flow runs.

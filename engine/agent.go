@@ -163,14 +163,15 @@ func (e *Engine) holdersOf(name *agentapi.SlotName) []component {
 // Settle does what agentapi.Local says.
 func (a *agent) Settle(ctx context.Context, all []agentapi.Settling) { a.engine().settle(ctx, all) }
 
-// Renew has a client's session live for so long from now on.
-func (a *agent) Renew(session [16]byte, lasts time.Duration) {
+// Renew does what agentapi.Local says.
+func (a *agent) Renew(session [16]byte, lasts time.Duration) (leased time.Duration) {
 	e := a.engine()
 	now := e.now()
 	e.leases.Renew(session, now, now+int64(lasts))
-	if e.store != nil {
-		e.store.Renew(session, lasts)
+	if e.store == nil {
+		return 0
 	}
+	return min(max(time.Until(e.store.Renew(session, lasts)), 0), lasts)
 }
 
 // Lookup finds values in the caches, as a flow's check does.

@@ -9,7 +9,7 @@ import (
 )
 
 // Slots of the store that flows in this process hold are kept by the lease of the store's instance. When the lease has run out, the store
-// may give them to others.
+// may give them to others. The instance counts on the lease for two thirds of it. So flows know before that.
 var _ agentapi.Leaser = (*agent)(nil)
 
 // Leases reports whether there is a store.
@@ -73,7 +73,7 @@ type watched struct {
 
 	mu     sync.Mutex
 	flows  map[*agentapi.Verdict]watchedFlow
-	kept   time.Time   // until when the lease lasted when it was last looked at; zero if that is not known
+	kept   time.Time   // until when the lease was counted on when it was last looked at; zero if that is not known
 	gap    time.Time   // when it was last found to have run out
 	timer  *time.Timer // looks at the lease while there are flows; nil before the first
 	closed bool
@@ -144,7 +144,7 @@ func (l *watched) look(kept func() time.Time) (lost []watchedFlow) {
 	return lost
 }
 
-// judge returns the flows whose slots are lost, now that the lease lasts until then, as far as is known. A lease that was not looked at
+// judge returns the flows whose slots are lost, now that the lease is counted on until then, as far as is known. A lease that was not looked at
 // before it would have run out counts as run out, even if it lasts now: the process may have stood still, and the slots may have gone to
 // others meanwhile.
 func (l *watched) judge(now, kept time.Time) (lost []watchedFlow) {

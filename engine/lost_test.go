@@ -64,7 +64,7 @@ func TestLostSlotsOfAStore(t *testing.T) {
 					t.Errorf("%d slots are lost while the lease is renewed: %v", n, flow.Context().Err())
 				}
 				store.Behave(sharedtest.Behavior{Cut: true})
-				<-time.After(sharedtest.Lease - time.Millisecond)
+				<-time.After(sharedtest.CountOn - time.Millisecond)
 				if n := side.Engine.Stats().Store.LostSlots; n != 0 || flow.Context().Err() != nil {
 					t.Errorf("%d slots are lost too early: %v", n, flow.Context().Err())
 				}
@@ -117,10 +117,10 @@ func TestLostSlotsOfALeaseThatWasRenewed(t *testing.T) {
 		for round := range uint64(3) {
 			old := side.Client.Start(t.Context(), "point", flowctl.Params{})
 			store.Behave(sharedtest.Behavior{Cut: true})
-			<-time.After(sharedtest.Lease) // the timer may look now, or after what follows
+			<-time.After(sharedtest.CountOn) // the timer may look now, or after what follows
 			store.Behave(sharedtest.Behavior{})
 			fresh := side.Client.Start(t.Context(), "point", flowctl.Params{})
-			<-time.After(20 * time.Second)
+			<-time.After(30 * time.Second)
 			if err := context.Cause(old.Context()); !errors.Is(err, flowctl.ErrSlotLost) {
 				t.Errorf("round %d: the flow of before: %v", round, err)
 			}
@@ -182,28 +182,103 @@ func TestLostSlotsEnd(t *testing.T) {
 	})
 }
 
-// Slots of clients across the network are those of their sessions. An agent that is cut off from the store cannot renew these there, so the
-// store gives their slots to others; the clients are not told.
+// Slots of clients across the network are those of their sessions. If their agent cannot renew these in the store any more, the store gives
+// their slots to others. A client knows before that, however long ago the agent renewed its session last.
 func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFleet(t, 2, sides.Served, twoSlots(false))
-		<-time.After(time.Minute) // a session has begun
-		flows := f.admits(t, "ann", 2)
-		<-time.After(time.Minute)
-		f.stores[0].Behave(sharedtest.Behavior{Cut: true})
-		<-time.After(sharedtest.Lease + time.Second)
-		next := f.start(t, 1, "ann")
-		if next.Decision() != flowctl.Accepted {
-			t.Errorf("%v want the slot of the agent that was cut off", next)
+	for _, tt := range []struct {
+		name string
+		ends func(*sides.Side, *sharedtest.Store) // after the flow has got a slot
+	}{
+		{"an agent that is cut off from the store", func(_ *sides.Side, s *sharedtest.Store) { s.Behave(sharedtest.Behavior{Cut: true}) }},
+		{"an agent whose store is down", func(_ *sides.Side, s *sharedtest.Store) { s.Behave(sharedtest.Behavior{Err: shared.ErrDown}) }},
+		{"an agent that is killed", func(side *sides.Side, s *sharedtest.Store) {
+			s.Behave(sharedtest.Behavior{Cut: true})
+			side.Silence()
+		}},
+	} {
+		for phase := time.Duration(0); phase < 5*time.Second; phase += 250 * time.Millisecond {
+			t.Run(tt.name+" after "+phase.String(), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					f := newFleet(t, 1, sides.Served, twoSlots(false))
+					store := f.server.Instance()
+					side := servedFor(t, store, twoSlots(false))
+					<-time.After(time.Minute) // a session has begun
+					flows := []*flowctl.Flow{side.Client.Start(t.Context(), "point", flowctl.Params{}), side.Client.Start(t.Context(), "point", flowctl.Params{})}
+					<-time.After(time.Minute + phase)
+					for _, flow := range flows {
+						if err := flow.Context().Err(); err != nil || flow.Decision() != flowctl.Accepted {
+							t.Fatalf("%v while all is well: %v", flow, err)
+						}
+					}
+					tt.ends(side, store)
+					for waited := time.Duration(0); ; waited += 10 * time.Millisecond {
+						synctest.Wait()
+						lost := 0
+						for _, flow := range flows {
+							if errors.Is(context.Cause(flow.Context()), flowctl.ErrSlotLost) {
+								lost++
+							}
+						}
+						next := f.start(t, 0, "")
+						if next.Decision() == flowctl.Accepted {
+							if lost != len(flows) {
+								t.Errorf("another client has a slot after %v, and %d of %d flows know that theirs are lost", waited, lost, len(flows))
+							}
+							break
+						}
+						if waited > time.Minute {
+							t.Fatal("the slots do not come back")
+						}
+						<-time.After(10 * time.Millisecond)
+					}
+					if n := side.Engine.Stats().Store.LostSlots; n != 0 {
+						t.Errorf("the engine counts %d slots of others' flows", n)
+					}
+				})
+			})
 		}
-		end(next)
-		for i, flow := range flows {
-			if r := end(flow); (r.Returned == 1) != (i == 1) {
-				t.Errorf("flow %d returned %+v", i, r)
-			}
-			if n := f.sides[i].Engine.Stats().Store.LostSlots; n != 0 {
-				t.Errorf("engine %d counts %d slots of others' flows", i, n)
-			}
-		}
-	})
+	}
+}
+
+// servedFor is an agent with the store, and a client whose flows want to know of lost slots.
+func servedFor(t *testing.T, store *sharedtest.Store, c policy.Component) *sides.Side {
+	t.Helper()
+	return sides.Setup{
+		Policies: sides.Policies(c), EngineOptions: []engine.Option{engine.WithStore(store)},
+		Options: []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+	}.New(t, sides.Served)
+}
+
+// An agent that is cut off from the store for a moment, or that has given slots without the store, loses none as long as it lives.
+func TestKeptSlotsOfAnAgentWithAStore(t *testing.T) {
+	for _, tt := range []struct {
+		name          string
+		local         bool
+		before, after sharedtest.Behavior // the flow has begun
+		lasts         time.Duration       // of what is after it
+	}{
+		{name: "all is well", lasts: time.Hour},
+		{name: "a moment without the store", after: sharedtest.Behavior{Cut: true}, lasts: 3 * time.Second},
+		{name: "a slot of the agent", local: true, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
+		{name: "a slot of an outage", before: sharedtest.Behavior{Err: shared.ErrDown}, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
+		{name: "a slot of an outage that ends", before: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := sharedtest.New().Instance()
+				side := servedFor(t, store, twoSlots(tt.local))
+				<-time.After(time.Minute) // a session has begun
+				store.Behave(tt.before)
+				flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+				store.Behave(tt.after)
+				<-time.After(tt.lasts)
+				store.Behave(sharedtest.Behavior{})
+				<-time.After(time.Minute)
+				synctest.Wait()
+				if err := context.Cause(flow.Context()); err != nil || flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v, %v want it to go on", flow, err)
+				}
+			})
+		})
+	}
 }

@@ -807,6 +807,30 @@ func TestSharedLimitsAcrossApply(t *testing.T) {
 	}
 }
 
+// A store that is closed while flows are in flight is no outage. It is one for flows that still come.
+func TestClosedStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies: sides.Policies(twoSlots(false)),
+			EngineOptions: []engine.Option{
+				engine.WithStore(store), engine.WithLogger(slog.New(slog.NewTextHandler(&log, nil))),
+			},
+		}.New(t, sides.Embedded)
+		flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+		store.Behave(sharedtest.Behavior{Err: shared.ErrClosed})
+		end(flow)
+		if s := side.Engine.Stats().Store; s.Failures != 0 || log.Len() != 0 {
+			t.Errorf("%+v, %s want nothing of an outage", s, log.String())
+		}
+		end(side.Client.Start(t.Context(), "point", flowctl.Params{}))
+		if s := side.Engine.Stats().Store; s.Failures != 0 || s.Unanswered != 1 || strings.Count(log.String(), "does not answer") != 1 {
+			t.Errorf("%+v, %s want a flow that was decided without the store", s, log.String())
+		}
+	})
+}
+
 // The metrics say how the store is, and what was decided without it.
 func TestStoreMetrics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -815,10 +839,12 @@ func TestStoreMetrics(t *testing.T) {
 			t.Fatal(err)
 		}
 		flow := f.start(t, 0, "ann")
-		f.down(true)
+		const own = 3
+		f.stores[0].Behave(sharedtest.Behavior{Err: errors.New("the store is not well"), Failures: own})
 		flow.Settle("cost", 2)
 		end(flow) // in vain
-		end(f.start(t, 0, "bob"))
+		f.stores[0].Behave(sharedtest.Behavior{Err: shared.ErrDown, Failures: own})
+		end(f.start(t, 0, "bob")) // which asks nobody
 		got := make(map[string]float64)
 		for name, n := range p.Read(t.Context()) {
 			name, _, _ = strings.Cut(name, " ")
@@ -827,7 +853,7 @@ func TestStoreMetrics(t *testing.T) {
 			}
 		}
 		if diff := cmp.Diff(map[string]float64{
-			"store_up": 0, "store_instances": 2, "store_failures_total": 2, "store_unanswered_flows_total": 1,
+			"store_up": 0, "store_instances": 2, "store_failures_total": own + 1, "store_unanswered_flows_total": 1,
 			"limiter_local_decisions_total": 1, "limiter_unreturned_total": 1, "limiter_numbers_differ_total": 0,
 		}, got); diff != "" {
 			t.Errorf("metrics (-want +got):\n%s", diff)

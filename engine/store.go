@@ -98,14 +98,17 @@ type StoreStats struct {
 	// Instances is how many have used the store lately, this one included.
 	Instances int
 
-	// Failures counts the calls that the store did not answer, or answered with an error.
+	// Failures counts the calls that the store did not answer, or answered with an error. It has those of flows, and those that the
+	// store makes by itself, such as renewals of leases. It does not have those that are not made, because the store is down or closed:
+	// Unanswered counts the flows of these. Engines in one process with the same store all count the store's own calls.
 	Failures uint64
 
 	// Unanswered counts the flows that were decided about without the store because of that.
 	Unanswered uint64
 
-	// LostSlots counts the slots of flows in this process that the store may have given to others. That happens if the process
-	// was cut off from the store for longer than two thirds of its lease.
+	// LostSlots counts the slots of flows in this process that the store may give to others soon, or has given to others. A slot
+	// counts if the process's lease was not renewed for two thirds of its time, from the sending of the last renewal: the process was
+	// cut off from the store, or stood still. Others get the slot after the whole lease.
 	LostSlots uint64
 }
 
@@ -113,14 +116,21 @@ func (s *store) stats() StoreStats {
 	if s == nil {
 		return StoreStats{}
 	}
-	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load(), s.unanswered.Load(), s.watched.lost.Load()}
+	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load() + s.Store.Failures(), s.unanswered.Load(), s.watched.lost.Load()}
 }
 
-// failed counts a call that failed, and logs once a minute that there are some. Flows is how many were decided about without the store.
+// failed counts a call that failed, if it was made, and logs once a minute that there are some. Flows is how many were decided about
+// without the store. A store that is closed is no outage unless flows still come.
 func (e *Engine) failed(err error, flows uint64) {
 	s, now := e.store, e.now()
-	s.failures.Add(1)
+	closed := errors.Is(err, shared.ErrClosed)
+	if !closed && !errors.Is(err, shared.ErrDown) {
+		s.failures.Add(1)
+	}
 	n := s.unanswered.Add(flows)
+	if closed && flows == 0 {
+		return
+	}
 	if more, due := s.log.due(now, n); due {
 		s.failing.CompareAndSwap(0, max(now, 1))
 		e.logger.Warn("headgate: the store does not answer; limits hold as OnOutage says", "error", err, "flows", more)

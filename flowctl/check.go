@@ -98,7 +98,7 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	c.Remote = c
 	if agent := c.answer().GetAgentId(); agent != 0 && r.session != nil {
 		if c.slots = wire.Holds(c.answer()); c.slots > 0 {
-			c.stay = r.session.join(agent, c.slots, start)
+			c.stay = r.session.join(place{agent, c.answer().GetStoredSlots()}, c.slots, start)
 		}
 	}
 	v.Start, v.Details = start.UnixNano(), &c.VerdictDetails

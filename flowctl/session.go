@@ -47,7 +47,7 @@ type session struct {
 	mu       sync.Mutex
 	trying   chan struct{}      // closed by tried
 	lines    map[*line]struct{} // those that are open
-	stays    map[uint64]*stay   // by agent
+	stays    map[place]*stay
 	pending  map[uint64]*settlement
 	returns  map[uint64]*returning // by their ids
 	newest   uint64                // id of a return
@@ -73,7 +73,7 @@ const (
 func newSession(r *remote) *session {
 	s := &session{
 		remote: r, began: time.Now(),
-		lines: make(map[*line]struct{}), stays: make(map[uint64]*stay), pending: make(map[uint64]*settlement),
+		lines: make(map[*line]struct{}), stays: make(map[place]*stay), pending: make(map[uint64]*settlement),
 		returns: make(map[uint64]*returning), answers: make(chan struct{}, 1), trying: make(chan struct{}),
 	}
 	_, _ = rand.Read(s.id[:])          // it does not fail
@@ -535,8 +535,10 @@ func (l *line) over() bool {
 			return true
 		}
 	}
-	if at := s.stays[l.agent]; at != nil && at.slots > 0 {
-		return false
+	for _, stored := range []bool{false, true} {
+		if at := s.stays[place{l.agent, stored}]; at != nil && at.slots > 0 {
+			return false
+		}
 	}
 	for _, one := range s.pending {
 		if one.agent == l.agent {
@@ -606,7 +608,7 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 		l.theirs = max(l.theirs, h.GetNumber())
 		for len(l.unacked) > 0 && l.unacked[0].number <= h.GetAcknowledges() {
 			if l.unacked[0].number == h.GetAcknowledges() {
-				s.acknowledged(l.agent, l.unacked[0].at)
+				s.acknowledged(l.agent, l.unacked[0].at, m.GetLeased().AsDuration())
 			}
 			l.unacked = l.unacked[1:]
 		}
@@ -663,63 +665,76 @@ func (s *session) alive(ctx context.Context) (alive, known bool) {
 	}
 }
 
-// A stay is the time in which an agent has the session, as far as the client knows.
+// A place is where slots are: at an agent, or in the store that it has them from.
+type place struct {
+	agent  uint64
+	stored bool
+}
+
+// A stay is the time in which a place has the session's slots, as far as the client knows.
 type stay struct {
-	agent uint64
-	acked time.Time // when the last heartbeat was sent that the agent has acknowledged
+	at    place
+	until time.Time // when the slots are lost, unless the agent says more
 	slots int       // of flows that have not ended
 	lost  bool
 	timer *time.Timer // while there are slots
 	flows map[*check]context.CancelCauseFunc
 }
 
-// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time.
-func (s *session) acknowledged(agent uint64, at time.Time) {
-	of := s.stays[agent]
+// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time. After it came, the store that the agent may have
+// keeps the session's slots for the lease at the least.
+func (s *session) acknowledged(agent uint64, sent time.Time, leased time.Duration) {
+	s.extend(place{agent, false}, sent.Add(wire.SessionLost))
+	if leased > 0 {
+		s.extend(place{agent, true}, sent.Add(min(leased, wire.SessionLasts)-wire.SessionSpare))
+	}
+}
+
+// extend notes that slots at the place are not lost until then.
+func (s *session) extend(at place, until time.Time) {
+	of := s.stays[at]
 	if of == nil {
 		for id, other := range s.stays {
-			if other.slots == 0 && time.Since(other.acked) >= wire.SessionLost {
+			if other.slots == 0 && !time.Now().Before(other.until) {
 				delete(s.stays, id)
 			}
 		}
-		of = s.newStay(agent)
+		of = s.newStay(at)
 	}
-	if at.After(of.acked) && !of.isOver() {
-		of.acked = at
+	if until.After(of.until) && !of.isOver() {
+		of.until = until
 	}
 }
 
 // isOver reports whether slots of the stay are lost. After a pause of the process, the agent's answer to a new heartbeat may come
 // before the timer does.
-func (of *stay) isOver() bool {
-	return of.slots > 0 && time.Since(of.acked) >= wire.SessionLost
-}
+func (of *stay) isOver() bool { return of.slots > 0 && !time.Now().Before(of.until) }
 
-func (s *session) newStay(agent uint64) *stay {
-	of := &stay{agent: agent, flows: make(map[*check]context.CancelCauseFunc)}
+func (s *session) newStay(at place) *stay {
+	of := &stay{at: at, flows: make(map[*check]context.CancelCauseFunc)}
 	of.timer = time.AfterFunc(wire.SessionLost, func() { s.judge(of) })
 	of.timer.Stop()
-	s.stays[agent] = of
+	s.stays[at] = of
 	return of
 }
 
-// join notes that a flow holds slots at the agent, whose answer says that they last as long as the session. The check began
-// at the time, and the answer acknowledges it as it does a heartbeat.
-func (s *session) join(agent uint64, slots int, began time.Time) *stay {
+// join notes that a flow holds slots at the place. The agent's answer says that they last as long as the session. The check began at the
+// time, and the answer acknowledges it as it does a heartbeat. A store has just renewed its lease by then.
+func (s *session) join(at place, slots int, began time.Time) *stay {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.isClosed {
 		return nil
 	}
-	of := s.stays[agent]
+	of := s.stays[at]
 	if of == nil || of.isOver() { // which its timer finds
-		of = s.newStay(agent)
+		of = s.newStay(at)
 	}
-	if began.After(of.acked) {
-		of.acked = began
+	if until := began.Add(wire.SessionLost); until.After(of.until) {
+		of.until = until
 	}
 	if of.slots == 0 {
-		of.timer.Reset(time.Until(of.acked.Add(wire.SessionLost)))
+		of.timer.Reset(time.Until(of.until))
 	}
 	of.slots += slots
 	return of
@@ -737,8 +752,8 @@ func (s *session) leave(of *stay, c *check) {
 				l.poke()
 			}
 		}
-		if s.stays[of.agent] == of && !s.reaches(of.agent) { // so that answers with made-up agents leave nothing behind
-			delete(s.stays, of.agent)
+		if s.stays[of.at] == of && !s.reaches(of.at.agent) { // so that answers with made-up agents leave nothing behind
+			delete(s.stays, of.at)
 		}
 	}
 }
@@ -766,21 +781,21 @@ func (s *session) watch(of *stay, c *check, cancel context.CancelCauseFunc) {
 	}
 }
 
-// judge takes the slots for lost if the agent has acknowledged nothing for so long.
+// judge takes the slots for lost if the agent has not said in time that they are kept.
 func (s *session) judge(of *stay) {
 	s.mu.Lock()
 	if of.slots == 0 || of.lost || s.isClosed {
 		s.mu.Unlock()
 		return
 	}
-	if left := time.Until(of.acked.Add(wire.SessionLost)); left > 0 {
+	if left := time.Until(of.until); left > 0 {
 		of.timer.Reset(left)
 		s.mu.Unlock()
 		return
 	}
 	of.lost = true
-	if s.stays[of.agent] == of {
-		delete(s.stays, of.agent)
+	if s.stays[of.at] == of {
+		delete(s.stays, of.at)
 	}
 	slots, flows := of.slots, of.flows
 	of.flows = nil
@@ -792,8 +807,11 @@ func (s *session) judge(of *stay) {
 	if r.lostSlots != nil {
 		r.lostSlots.Add(s.ctx, int64(slots))
 	}
-	s.lostLog.warn(r.logger, "headgate: the agent has not acknowledged a heartbeat for 9s: it may give slots of flows that run to others",
-		"slots", slots)
+	message := "headgate: the agent has not acknowledged a heartbeat for 9s: it may give slots of flows that run to others"
+	if of.at.stored {
+		message = "headgate: the agent has not said in time that the store keeps the slots of flows that run: the store may give them to others"
+	}
+	s.lostLog.warn(r.logger, message, "slots", slots)
 }
 
 // A settlement is on its way to the agent.

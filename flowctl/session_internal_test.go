@@ -104,7 +104,7 @@ func TestDrainsAreBounded(t *testing.T) {
 				}}
 				s := a.dial(t)
 				if slots > 0 {
-					of := s.join(7, slots, time.Now())
+					of := s.join(place{agent: 7}, slots, time.Now())
 					defer func() { s.leave(of, &check{slots: slots}) }()
 				}
 				most := 0
@@ -164,7 +164,7 @@ func TestMadeUpAgentsLeaveNothing(t *testing.T) {
 		s := a.dial(t)
 		<-time.After(2 * time.Minute) // the first heartbeat is not answered
 		for id := range uint64(1000) {
-			s.leave(s.join(1000+id, 1, time.Now()), &check{slots: 1})
+			s.leave(s.join(place{agent: 1000 + id}, 1, time.Now()), &check{slots: 1})
 		}
 		if _, stays := s.count(); stays > 1 {
 			t.Errorf("%d agents are remembered want none of those that were made up", stays)
@@ -206,15 +206,15 @@ func TestLostSlotsStayLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSession(&remote{logger: slog.New(slog.DiscardHandler)})
 		defer s.close()
-		of := s.join(7, 1, time.Now())
+		of := s.join(place{agent: 7}, 1, time.Now())
 		cancelled := make(chan error, 1)
 		s.watch(of, new(check), func(cause error) { cancelled <- cause })
 		<-time.After(wire.SessionLost - time.Nanosecond)
 		s.mu.Lock()
-		for time.Since(of.acked) < wire.SessionLost { // so that the timer waits for the mutex
-			of.acked = of.acked.Add(-time.Second)
+		for !of.isOver() { // so that the timer waits for the mutex
+			of.until = of.until.Add(-time.Second)
 		}
-		s.acknowledged(7, time.Now())
+		s.acknowledged(7, time.Now(), 0)
 		s.mu.Unlock()
 		<-time.After(time.Second)
 		select {
@@ -228,6 +228,45 @@ func TestLostSlotsStayLost(t *testing.T) {
 	})
 }
 
+// Slots at an agent last as long as the session. Slots that the agent has from a store last as the agent says, and no longer than that.
+func TestSlotsLastAsTheAgentSays(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		leased time.Duration
+		want   time.Duration // after the heartbeat that was acknowledged
+	}{
+		{"nothing is known", 0, 0},
+		{"for less than nothing", -time.Hour, 0},
+		{"for a part of the session", 8 * time.Second, 7 * time.Second},
+		{"for less than a client needs", time.Second / 2, 0},
+		{"for as long as the session", wire.SessionLasts, wire.SessionLost},
+		{"for longer", time.Hour, wire.SessionLost},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newSession(&remote{logger: slog.New(slog.DiscardHandler)})
+				defer s.close()
+				began := time.Now()
+				at, far := s.join(place{7, false}, 1, began), s.join(place{7, true}, 1, began)
+				defer s.leave(at, &check{slots: 1})
+				defer s.leave(far, &check{slots: 1})
+				<-time.After(5 * time.Second)
+				sent := time.Now()
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.acknowledged(7, sent, tt.leased)
+				if got := at.until.Sub(sent); got != wire.SessionLost {
+					t.Errorf("slots at the agent last for %v want %v", got, wire.SessionLost)
+				}
+				want := max(tt.want, began.Add(wire.SessionLost).Sub(sent)) // which the check's answer has said
+				if got := far.until.Sub(sent); got != want {
+					t.Errorf("slots in the store last for %v want %v", got, want)
+				}
+			})
+		})
+	}
+}
+
 // Acknowledgments of what was not sent count for nothing.
 func TestAcknowledgmentsOfNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -236,7 +275,7 @@ func TestAcknowledgmentsOfNothing(t *testing.T) {
 		began := time.Now()
 		l := &line{session: s, cancel: func() {}, woken: make(chan struct{}, 1), number: 1, unacked: []beat{{1, began}}}
 		s.lines[l] = struct{}{}
-		of := s.join(7, 1, began.Add(-time.Second))
+		of := s.join(place{agent: 7}, 1, began.Add(-time.Second))
 		defer s.leave(of, &check{slots: 1})
 		<-time.After(time.Second)
 		for _, number := range []uint64{0, 2, math.MaxUint64} {
@@ -244,8 +283,8 @@ func TestAcknowledgmentsOfNothing(t *testing.T) {
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if at := of.acked; !at.Equal(began.Add(-time.Second)) {
-			t.Errorf("a heartbeat that was not sent is acknowledged: %v", at.Sub(began))
+		if until := of.until; !until.Equal(began.Add(wire.SessionLost - time.Second)) {
+			t.Errorf("a heartbeat that was not sent is acknowledged: slots are kept for %v", until.Sub(began))
 		}
 	})
 }

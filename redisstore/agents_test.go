@@ -5,12 +5,15 @@ package redisstore_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -86,6 +89,21 @@ func startAgent(t *testing.T, url string) (cmd *exec.Cmd, address string) {
 	return nil, ""
 }
 
+// dialAgent returns a client of an agent.
+func dialAgent(t *testing.T, address string, opts ...flowctl.Option) *flowctl.Client {
+	t.Helper()
+	opts = append(opts, flowctl.WithInsecure(), flowctl.WithCheckTimeout(patient), flowctl.WithEndTimeout(patient), flowctl.WithoutTelemetry())
+	client, err := flowctl.Dial(address, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
+	if err := client.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
 // Agents behind one address are one: a flow keeps its slot when its agent is killed, for as long as its client lives, and ends at
 // another agent.
 func TestFleetAgents(t *testing.T) {
@@ -100,18 +118,7 @@ func TestFleetAgents(t *testing.T) {
 	var to atomic.Pointer[string]
 	to.Store(&firstAddress)
 	balancer := redistest.StartRelay(t, func() string { return *to.Load() })
-	dial := func(address string) *flowctl.Client {
-		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(patient), flowctl.WithEndTimeout(patient), flowctl.WithoutTelemetry())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = client.Close(context.WithoutCancel(t.Context())) })
-		if err := client.Ready(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		return client
-	}
-	client, other := dial(balancer.Addr()), dial(secondAddress)
+	client, other := dialAgent(t, balancer.Addr()), dialAgent(t, secondAddress)
 	start := func(client *flowctl.Client) *flowctl.Flow {
 		return client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": "u"}, OnUnreachable: flowctl.FailClosed})
 	}
@@ -139,5 +146,58 @@ func TestFleetAgents(t *testing.T) {
 	}
 	if flow := start(other); flow.Decision() != flowctl.Accepted {
 		t.Errorf("%v, %v after the slot was given back", flow, flow.Err())
+	}
+}
+
+// A client knows that its slots are lost before a client of another agent gets them, when its agent is killed, is stopped, or is cut off
+// from the store.
+func TestFleetLostSlotsOfAgents(t *testing.T) {
+	t.Parallel()
+	server := redistest.Start(t, redistest.Options{})
+	_, otherAddress := startAgent(t, server.URL())
+	other := dialAgent(t, otherAddress)
+	var all sync.WaitGroup
+	defer all.Wait()
+	for name, fails := range map[string]func(cmd *exec.Cmd, way *redistest.Proxy){
+		"killed":  func(cmd *exec.Cmd, _ *redistest.Proxy) { _ = cmd.Process.Kill() },
+		"stopped": func(cmd *exec.Cmd, _ *redistest.Proxy) { _ = redistest.StopProcess(cmd.Process) },
+		"cut off": func(_ *exec.Cmd, way *redistest.Proxy) { way.Close() },
+	} {
+		var gone atomic.Bool
+		way := redistest.StartRelay(t, func() string {
+			if gone.Load() {
+				return "127.0.0.1:1"
+			}
+			return server.Addr()
+		})
+		cmd, address := startAgent(t, "redis://"+way.Addr())
+		client := dialAgent(t, address, flowctl.WithCancelOnLostSlot())
+		start := func(client *flowctl.Client) *flowctl.Flow {
+			return client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": name}, OnUnreachable: flowctl.FailClosed})
+		}
+		flow := start(client)
+		if flow.Decision() != flowctl.Accepted {
+			t.Fatalf("%s: %v", name, flow.Err())
+		}
+		all.Go(func() {
+			<-time.After(wire.SessionLasts + rand.N(5*time.Second)) // renewals come every few seconds
+			if err := flow.Context().Err(); err != nil {
+				t.Errorf("%s: %v while all is well", name, context.Cause(flow.Context()))
+			}
+			gone.Store(true)
+			fails(cmd, way)
+			failed := time.Now()
+			for next := start(other); next.Decision() != flowctl.Accepted; next = start(other) {
+				if time.Since(failed) > time.Minute {
+					t.Errorf("%s: the slot does not come back", name)
+					return
+				}
+				<-time.After(5 * time.Millisecond)
+			}
+			t.Logf("%s: another client has the slot after %v", name, time.Since(failed))
+			if err := context.Cause(flow.Context()); !errors.Is(err, flowctl.ErrSlotLost) {
+				t.Errorf("%s: another client has the slot, and the flow that had it is not canceled: %v", name, err)
+			}
+		})
 	}
 }

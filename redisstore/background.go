@@ -69,13 +69,13 @@ func (s *Store) background() {
 	}
 }
 
-// renewing has leases renewed: those of slots at a third of their time, those of sessions likewise and when there is something new, and
-// that of the instance more often, because the others count it. It waits for none of them, so a shard that does not answer costs no
+// renewing has leases renewed: those of slots at a third of their time, and sooner after a failure, those of sessions likewise and when
+// there is something new, and that of the instance more often, because the others count it. It waits for none of them, so a shard that does not answer costs no
 // lease at the others.
 func (s *Store) renewing() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var counted, renewed, refreshed time.Time
+	var counted, refreshed time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -84,11 +84,15 @@ func (s *Store) renewing() {
 		case <-s.renewSoon:
 		}
 		r := round{time.Now(), countPeriod}
-		if r.due(&counted, min(countPeriod, s.lease/3)) {
+		if r.due(&counted, min(countPeriod, s.lease/renewAfter)) {
 			s.once(&s.counting, func() { s.count(s.ctx) })
 		}
-		if r.due(&renewed, s.lease/3) {
-			for _, sh := range s.shards() {
+		for _, sh := range s.shards() {
+			period := s.lease / renewAfter
+			if sh.unrenewed.Load() {
+				period = s.lease / retryAfter
+			}
+			if r.due(&sh.renewed, period) {
 				s.once(&sh.renewing, func() { s.renewOwn(s.ctx, sh) })
 			}
 		}
@@ -123,7 +127,7 @@ func (s *Store) askAgain(ctx context.Context) {
 		if client := s.clientOf(sh); sh.gate.Open() && client != nil {
 			wg.Go(func() {
 				sent := time.Now()
-				_ = s.evidence(sh, client.Do(unbounded{ctx}, client.B().Ping().Build()).Error(), sent)
+				s.failed(s.evidence(sh, client.Do(unbounded{ctx}, client.B().Ping().Build()).Error(), sent))
 			})
 		}
 	}

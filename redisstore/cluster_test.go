@@ -36,7 +36,7 @@ func TestFleetCluster(t *testing.T) {
 	t.Run("queues", func(t *testing.T) { testDrawSlots(t, openCluster(t, cluster), openCluster(t, cluster)) })
 	t.Run("gives back what another shard refuses", func(t *testing.T) { testGivesBack(t, openCluster(t, cluster)) })
 	t.Run("sessions", func(t *testing.T) {
-		testClusterSessions(t, openCluster(t, cluster, redisstore.WithLease(time.Second)), openCluster(t, cluster, redisstore.WithLease(time.Second)))
+		testClusterSessions(t, cluster, openCluster(t, cluster, redisstore.WithLease(time.Second)), openCluster(t, cluster, redisstore.WithLease(time.Second)))
 	})
 	t.Run("caches", func(t *testing.T) {
 		s := openCluster(t, cluster)
@@ -109,8 +109,9 @@ func testGivesBack(t *testing.T, s *redisstore.Store) {
 	}
 }
 
-// A session's slots live by the renewals of the instance that it is at, whichever instances have taken them.
-func testClusterSessions(t *testing.T, a, b *redisstore.Store) {
+// A session's slots live by the renewals of the instance that it is at, whichever instances have taken them. That one knows until when all
+// leases of the session last.
+func testClusterSessions(t *testing.T, cluster *redistest.Cluster, a, b *redisstore.Store) {
 	rule := &shared.Rule{Kind: shared.Slots, Capacity: 2, MaxInflight: time.Hour}
 	session := shared.Holder{7}
 	values := []string{"a", "b", "c", "d", "e", "f"}
@@ -129,11 +130,54 @@ func testClusterSessions(t *testing.T, a, b *redisstore.Store) {
 		}
 		return n
 	}
+	eventually(t, "it is known beside which tags the session holds slots", func() bool {
+		for _, server := range cluster.Servers {
+			keys, err := server.Do("KEYS", "{"+t.Name()+":session:*")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, key := range keys.([]any) {
+				if n, err := server.Do("ZCARD", key.(string)); err == nil && n == int64(len(values)) {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	known := 0
 	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); <-time.After(100 * time.Millisecond) {
-		b.Renew(session, 2*time.Second)
+		kept := b.Renew(session, 2*time.Second)
 		if got := inFlight(); got != len(values) {
 			t.Fatalf("%d slots are held want %d", got, len(values))
 		}
+		if kept.IsZero() {
+			continue
+		}
+		known++
+		leases := 0
+		for _, server := range cluster.Servers {
+			keys, err := server.Do("KEYS", "{"+t.Name()+"*#l")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, key := range keys.([]any) {
+				score, err := server.Do("ZSCORE", key.(string), string(session[:]))
+				if err != nil || score == nil {
+					continue
+				}
+				leases++
+				ends, err := strconv.ParseFloat(score.(string), 64)
+				if left := time.UnixMicro(int64(ends)).Sub(kept.Round(0)); err != nil || left < 0 {
+					t.Errorf("a lease ends %v before the slots count as kept, %v", -left, err)
+				}
+			}
+		}
+		if leases != len(values) {
+			t.Errorf("%d leases of the session want one for each of %d tags", leases, len(values))
+		}
+	}
+	if known == 0 {
+		t.Error("nothing is known of the session's leases")
 	}
 	b.Renew(session, 0)
 	eventually(t, "the session's slots come back", func() bool { return inFlight() == 0 })

@@ -41,7 +41,9 @@ type shard struct {
 	offset atomic.Int64 // the server's clock less this process's, in microseconds
 	heard  atomic.Bool  // the offset is known
 
-	renewing turn // of renewing leases there
+	renewing  turn        // of renewing leases there
+	unrenewed atomic.Bool // some have yet to be renewed, because that has failed
+	renewed   time.Time   // when that began last; only one goroutine uses it
 }
 
 // A call is what a flow wants of one shard, or gives back there.
@@ -379,6 +381,7 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 		}
 		if sh.gate.Answered() {
 			s.logger.Info("headgate: the store's server answers again")
+			s.renewLater()
 		}
 		if err == nil {
 			return nil

@@ -1,8 +1,10 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
 	"maps"
 	"slices"
 	"strconv"
@@ -21,7 +23,24 @@ type holding struct {
 	holder shared.Holder
 }
 
-// held is how many slots a holding has, as far as this process knows, and until when they are certainly kept.
+// What is counted on of a lease. A process that is cut off knows that its slots are lost by its own clock, and needs time to end their
+// flows. So it counts on its own lease for two thirds of it, from the sending of the last renewal, or of the last call that took a slot.
+// Others get the slots after the whole, or after eleven twelfths in the second case. A session's lease outlasts the session by a period of
+// renewals. So what the store has confirmed covers the session until the next renewal, and most of its time after that.
+const (
+	spare      = 3  // a process does not count on this part of its lease
+	renewAfter = 3  // a lease is renewed after this part of it, and a session after this part of the time that it lasts
+	retryAfter = 12 // a renewal that has failed is made again after this part
+	leftAlone  = 12 // a call that takes a slot leaves a lease alone that lacks less than this part; see lease in slots.lua
+)
+
+// countedOn is how long the process counts on its lease.
+func (s *Store) countedOn() time.Duration { return s.lease - s.lease/spare }
+
+// sureOf returns how much of a lease that a call was to renew is there after the call.
+func sureOf(lease time.Duration) time.Duration { return lease - lease/leftAlone }
+
+// held is how many slots a holding has, as far as this process knows, and until when the process counts on them.
 type held struct {
 	count int
 	kept  time.Time
@@ -35,7 +54,11 @@ type sessionHeld struct {
 	until time.Time
 	lasts time.Duration // from when that was said
 	due   bool          // its leases have yet to be renewed
+	kept  time.Time     // until when all its leases last, as servers have confirmed
 }
+
+// leased returns until when the leases of the session are to last.
+func (one sessionHeld) leased() time.Time { return one.until.Add(max(one.lasts, 0) / renewAfter) }
 
 // A slotHeld is a slot that this process has taken.
 type slotHeld struct {
@@ -58,10 +81,7 @@ func (s *Store) hold(as []asked, answers []shared.Answer, sent time.Time) {
 			s.held[of] = h
 		}
 		h.count++
-		// The script leaves a lease alone that lasts for two thirds.
-		if kept := sent.Add(s.lease * 2 / 3); kept.After(h.kept) {
-			h.kept = kept
-		}
+		h.countOn(sent.Add(s.countedOn()))
 		until := sent.Add(a.Rule.MaxInflight)
 		s.slots[a.id] = slotHeld{of, until}
 		soon := false
@@ -74,6 +94,13 @@ func (s *Store) hold(as []asked, answers []shared.Answer, sent time.Time) {
 		if soon {
 			s.renewLater()
 		}
+	}
+}
+
+// countOn takes note that slots are kept until then.
+func (h *held) countOn(kept time.Time) {
+	if kept.After(h.kept) {
+		h.kept = kept
 	}
 }
 
@@ -108,16 +135,17 @@ func (s *Store) leaseOf(h shared.Holder, now time.Time) time.Duration {
 	if !ok {
 		return s.lease
 	}
-	return max(one.until.Sub(now), time.Millisecond)
+	return max(one.leased().Sub(now), time.Millisecond)
 }
 
 // Renew does what [shared.Holders] says. A session that is new, or has ended, is renewed at once, and others at a third of the time that
 // they last.
-func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
+func (s *Store) Renew(session shared.Holder, lasts time.Duration) (kept time.Time) {
 	s.mu.Lock()
 	one, known := s.sessions[session]
 	soon := !known || lasts <= 0
-	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts, soon || one.due}
+	kept = one.kept
+	s.sessions[session] = sessionHeld{time.Now().Add(lasts), lasts, soon || one.due, kept}
 	if lasts > 0 && lasts < s.shortest {
 		s.shortest, soon = lasts, true // the next round is sooner
 	}
@@ -125,13 +153,14 @@ func (s *Store) Renew(session shared.Holder, lasts time.Duration) {
 	if soon {
 		s.renewLater()
 	}
+	return kept
 }
 
 // sessionPeriod is how often the leases of sessions are renewed.
 func (s *Store) sessionPeriod() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.shortest / 3
+	return s.shortest / renewAfter
 }
 
 // refreshSessions has the leases of all sessions renewed.
@@ -148,8 +177,8 @@ func (s *Store) refreshSessions() {
 	}
 }
 
-// dueSessions returns until when sessions last whose leases have yet to be renewed. One that has ended is renewed once more, for no
-// time. One that nobody has renewed may be at another instance.
+// dueSessions returns until when the leases are to last of sessions that have yet to be renewed. One that has ended is renewed once more,
+// for no time. One that nobody has renewed may be at another instance.
 func (s *Store) dueSessions(now time.Time) map[shared.Holder]time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -167,9 +196,30 @@ func (s *Store) dueSessions(now time.Time) map[shared.Holder]time.Time {
 			one.due = false
 			s.sessions[session] = one
 		}
-		due[session] = one.until
+		due[session] = one.leased()
 	}
 	return due
+}
+
+// confirmSessions takes note of what became of the renewals of sessions that were sent then: how many of each are not confirmed. Those of which
+// some are not are renewed again.
+func (s *Store) confirmSessions(due map[shared.Holder]time.Time, unconfirmed map[shared.Holder]int, sent time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for session, until := range due {
+		one, ok := s.sessions[session]
+		switch {
+		case !ok:
+		case unconfirmed[session] > 0:
+			one.due = true
+			s.sessions[session] = one
+		default:
+			if kept := sent.Add(sureOf(until.Sub(sent))); kept.After(one.kept) {
+				one.kept = kept
+				s.sessions[session] = one
+			}
+		}
+	}
 }
 
 // Kept does what [shared.Holders] says.
@@ -183,6 +233,16 @@ func (s *Store) Kept() time.Time {
 		}
 	}
 	return kept
+}
+
+// Failures does what [shared.Holders] says.
+func (s *Store) Failures() uint64 { return s.failures.Load() }
+
+// failed counts a call of the store's own that failed. One that was not made, or that Close has ended, is none.
+func (s *Store) failed(err error) {
+	if err != nil && !errors.Is(err, shared.ErrDown) && !errors.Is(err, errClosed) {
+		s.failures.Add(1)
+	}
 }
 
 // Instances does what [shared.Holders] says.
@@ -200,20 +260,21 @@ func (s *Store) Down() bool {
 
 // A renewal is the leases of one key that are renewed.
 type renewal struct {
-	key string
-	arg []byte // of holders
-	n   int
+	key     string
+	arg     []byte // of holders
+	holders []shared.Holder
 }
 
 func (r *renewal) add(h shared.Holder, lasts time.Duration) {
 	r.arg = append(r.arg, h[:]...)
 	r.arg = appendFloats(r.arg, float64(lasts.Microseconds()))
-	r.n++
+	r.holders = append(r.holders, h)
 }
 
 // index has the instance that a client's session is at know beside which tags the session holds slots. Another instance may have taken
-// them, and in a cluster each tag has leases of its own. A tag is in the index until the latest of the slots runs out.
-func (s *Store) index(ctx context.Context) {
+// them, and in a cluster each tag has leases of its own. A tag is in the index until the latest of the slots runs out. It returns the
+// sessions of which the index does not have all.
+func (s *Store) index(ctx context.Context) (lacking []shared.Holder) {
 	s.mu.Lock()
 	unindexed := s.unindexed
 	s.unindexed = make(map[holding]time.Time)
@@ -229,7 +290,7 @@ func (s *Store) index(ctx context.Context) {
 		of = append(of, h)
 	}
 	if len(commands) == 0 {
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
 	defer cancel()
@@ -237,10 +298,15 @@ func (s *Store) index(ctx context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, h := range of {
-		if _, newer := s.unindexed[h]; !newer && results[2*i].Error() != nil {
+		if results[2*i].Error() == nil {
+			continue
+		}
+		lacking = append(lacking, h.holder)
+		if _, newer := s.unindexed[h]; !newer {
 			s.unindexed[h] = unindexed[h] // again in the next round
 		}
 	}
+	return lacking
 }
 
 // tags returns beside which tags of a cluster sessions hold slots.
@@ -309,16 +375,23 @@ func (s *Store) once(t *turn, do func()) {
 	})
 }
 
-// renewOwn renews the leases of the slots that the instance itself holds at a shard.
+// renewOwn renews the leases of the slots that the instance itself holds at a shard. If some are not confirmed, it has them renewed again
+// soon.
 func (s *Store) renewOwn(ctx context.Context, sh *shard) {
 	now := time.Now()
-	s.renewAt(ctx, s.renewals(now, sh), func(r *renewal, _ []byte) {
+	all := s.renewals(now, sh)
+	confirmed := 0
+	s.renewAt(ctx, sh, all, func(r *renewal, _ []byte) {
+		confirmed++
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if h := s.held[holding{leases: r.key}]; h != nil {
-			h.kept = now.Add(s.lease)
+			h.countOn(now.Add(s.countedOn()))
 		}
 	})
+	if sh.unrenewed.Store(confirmed < len(all)); confirmed < len(all) {
+		s.renewLater()
+	}
 }
 
 // renewals returns what is to be renewed now of the slots that the instance itself holds at a shard.
@@ -350,10 +423,14 @@ func (s *Store) shardOfLeases(key string) *shard {
 
 // renewSessions renews the leases of sessions, in a cluster beside each tag that they hold slots under.
 func (s *Store) renewSessions(ctx context.Context) {
+	began := time.Now()
+	unconfirmed := make(map[shared.Holder]int) // how many renewals of each
 	if s.cluster {
-		s.index(ctx)
+		for _, session := range s.index(ctx) {
+			unconfirmed[session]++
+		}
 	}
-	due := s.dueSessions(time.Now())
+	due := s.dueSessions(began)
 	sessions := slices.Collect(maps.Keys(due))
 	if len(sessions) == 0 {
 		return
@@ -365,8 +442,9 @@ func (s *Store) renewSessions(ctx context.Context) {
 	now := time.Now()
 	byShard, latest := make(map[*shard][]*renewal, 1), make(map[string]*renewal)
 	add := func(leases string, session shared.Holder) {
+		unconfirmed[session]++
 		r := latest[leases]
-		if r == nil || r.n == maxHolders {
+		if r == nil || len(r.holders) == maxHolders {
 			r = &renewal{key: leases}
 			latest[leases] = r
 			sh := s.shardOfLeases(leases)
@@ -378,15 +456,28 @@ func (s *Store) renewSessions(ctx context.Context) {
 		if !s.cluster {
 			add(s.leases(name{}), session)
 		}
+		if _, known := tags[session]; s.cluster && !known {
+			unconfirmed[session]++
+		}
 		for _, leases := range tags[session] {
 			add(leases, session)
 		}
 	}
 	var wg sync.WaitGroup
-	for _, renewals := range byShard {
-		wg.Go(func() { s.renewAt(ctx, renewals, func(*renewal, []byte) {}) })
+	var mu sync.Mutex // of unconfirmed
+	for sh, renewals := range byShard {
+		wg.Go(func() {
+			s.renewAt(ctx, sh, renewals, func(r *renewal, _ []byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				for _, session := range r.holders {
+					unconfirmed[session]--
+				}
+			})
+		})
 	}
 	wg.Wait()
+	s.confirmSessions(due, unconfirmed, began) // a slot that was taken since then is kept for longer
 }
 
 // maxHolders is how many leases one call of the script renews.
@@ -397,25 +488,29 @@ const maxHolders = 1000
 func (s *Store) count(ctx context.Context) {
 	r := &renewal{key: s.instancesKey()}
 	r.add(s.own, s.lease)
-	s.renewAt(ctx, []*renewal{r}, func(_ *renewal, reply []byte) { s.instances.Store(max(int64(floatAt(reply[8:])), 1)) })
+	s.renewAt(ctx, s.shardOfLeases(r.key), []*renewal{r}, func(_ *renewal, reply []byte) { s.instances.Store(max(int64(floatAt(reply[8:])), 1)) })
 }
 
-// renewAt renews leases at one shard, and says which the server has confirmed, by its reply.
-func (s *Store) renewAt(ctx context.Context, renewals []*renewal, confirmed func(r *renewal, reply []byte)) {
-	if len(renewals) == 0 {
+// renewAt renews leases at one shard, and says which the server has confirmed, by its reply. What becomes of that is evidence of how the
+// shard is, as that of a flow's call is: there may be none of these.
+func (s *Store) renewAt(ctx context.Context, sh *shard, renewals []*renewal, confirmed func(r *renewal, reply []byte)) {
+	if len(renewals) == 0 || sh.gate.Open() { // then it is asked apart from this
 		return
 	}
+	sent := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, s.backgroundTimeout())
 	defer cancel()
 	sc := s.scripts.lease
 	call := func(r *renewal) ([]string, []byte) {
-		return []string{r.key}, append(binary.LittleEndian.AppendUint16(nil, uint16(r.n)), r.arg...)
+		return []string{r.key}, append(binary.LittleEndian.AppendUint16(nil, uint16(len(r.holders))), r.arg...)
 	}
 	commands := make([]rueidis.Completed, len(renewals))
 	for i, r := range renewals {
 		keys, arg := call(r)
 		commands[i] = sc.command(s.client, false, keys, arg)
 	}
+	var failed error
+	answered := false
 	for i, result := range s.client.DoMulti(unbounded{ctx}, commands...) {
 		reply, err := result.AsBytes()
 		if unknownScript(err) {
@@ -425,5 +520,17 @@ func (s *Store) renewAt(ctx context.Context, renewals []*renewal, confirmed func
 		if err == nil && len(reply) == 16 {
 			confirmed(renewals[i], reply)
 		}
+		if _, refused := rueidis.IsRedisErr(err); err == nil || refused {
+			answered = true
+		}
+		failed = cmp.Or(failed, err)
+	}
+	if answered {
+		_ = s.evidence(sh, nil, sent)
+	} else {
+		failed = s.evidence(sh, failed, sent)
+	}
+	if s.ctx.Err() == nil {
+		s.failed(failed)
 	}
 }

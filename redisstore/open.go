@@ -24,7 +24,8 @@ import (
 //
 // Open fails if no server can be reached, because it could not say then what the servers are like. A program that starts while its
 // server is away calls Open again, or begins with an engine without a store. Open also fails if a server refuses scripts. It logs a
-// warning for a server that may evict keys, or that keeps nothing on disk. The context bounds Open, not the store.
+// warning for a server that may evict keys, or that keeps nothing on disk. It has the servers load the store's scripts, so that the first
+// flows do not have to. The context bounds Open, not the store.
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
 	s, err := open(ctx, url, opts)
 	if err != nil {
@@ -53,15 +54,12 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 		}
 		return nil, err
 	}
-	s, err := New(client, opts...)
+	s, err := newStore(client, l, opts)
 	if err != nil {
 		client.Close()
 		return nil, err
 	}
 	s.owned = true
-	if !s.cluster { // with several servers, one could be gone while others answer
-		s.link = l
-	}
 	if err := s.look(ctx, o.ForceSingleClient); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -98,7 +96,20 @@ func (s *Store) look(ctx context.Context, alone bool) error {
 	for _, sh := range s.shards() {
 		sh.learn(floatAt(reply), s.micros(now), s.micros(now))
 	}
+	s.load(ctx)
 	return nil
+}
+
+// load has all servers know the scripts, so that the first flows do not have to send them: that is a second round trip, within one bound.
+// A server that refuses gets each script when a flow first needs it.
+func (s *Store) load(ctx context.Context) {
+	for _, client := range s.client.Nodes() {
+		var commands []rueidis.Completed
+		for _, sc := range s.scripts.all() {
+			commands = append(commands, client.B().ScriptLoad().Script(sc.text).Build())
+		}
+		client.DoMulti(unbounded{ctx}, commands...)
+	}
 }
 
 // judge logs what is wrong with a server, and returns an error for one that cannot be used so.

@@ -87,6 +87,7 @@ type Store struct {
 	single    *lanes // of all keys, outside a cluster
 	clustered clustered
 	instances atomic.Int64
+	failures  atomic.Uint64 // of calls of the store's own
 	renewSoon chan struct{}
 
 	renewingSessions, counting turn
@@ -140,7 +141,10 @@ func WithNamespace(namespace string) Option {
 func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
 
 // WithLease sets how long the lease of a process lasts. If a process is killed or cut off, its slots come back when its lease has
-// run out. Processes renew their leases after a third of that time. The default is 10 s, the least 1 s.
+// run out. Processes renew their leases after a third of that time. A process that was cut off for two thirds of it counts its slots as
+// lost; see [flowctl.WithCancelOnLostSlot]. The default is 10 s, the least 1 s.
+//
+// [flowctl.WithCancelOnLostSlot]: https://pkg.go.dev/github.com/headgate-go/headgate/flowctl#WithCancelOnLostSlot
 func WithLease(lease time.Duration) Option { return option(func(s *Store) { s.lease = lease }) }
 
 // WithLogger sets the logger of the store. By default the store logs nothing.
@@ -159,7 +163,10 @@ func WithSecret(secret []byte) Option {
 //
 // The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
 // connection without answers is given up.
-func New(client rueidis.Client, opts ...Option) (*Store, error) {
+func New(client rueidis.Client, opts ...Option) (*Store, error) { return newStore(client, nil, opts) }
+
+// newStore is New with a link that knows of the connections of the client; nil for none.
+func newStore(client rueidis.Client, l *link, opts []Option) (*Store, error) {
 	s := &Store{
 		client:    client,
 		cluster:   client.Mode() == rueidis.ClientModeCluster,
@@ -190,6 +197,9 @@ func New(client rueidis.Client, opts ...Option) (*Store, error) {
 	}
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
+	if !s.cluster { // with several servers, one could be gone while others answer
+		s.link = l
+	}
 	s.instances.Store(1)
 	s.shortest = s.lease
 	alone := s.newShard("")
@@ -249,7 +259,8 @@ func (s *Store) begin() bool {
 	return true
 }
 
-// Close ends the store. Slots that flows hold come back when they are returned at another instance, or when the lease has run out. It
+// Close ends the store. Slots of flows in flight do not come back when the flows end after that: they come back when the lease has run
+// out, or, if a session has them, when they are returned at another instance. Calls fail then, which is no outage. Close
 // returns after the calls that are under way have ended, which takes no longer than their bound. A second call does nothing.
 func (s *Store) Close() error {
 	if s.hasPending() && !s.Down() {

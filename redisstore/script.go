@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+
+	"github.com/headgate-go/headgate/internal/shared"
 )
 
 // What scripts have in common is before each of them.
@@ -65,6 +67,11 @@ func newScripts() scripts {
 	}
 }
 
+// all returns all of them.
+func (s *scripts) all() []*script {
+	return []*script{s.take, s.takeTokens, s.giveBack, s.lease, s.ramp, s.queue, s.queueTokens}
+}
+
 // command returns the call of the script by its hash, or by its text.
 func (sc *script) command(client rueidis.Client, byText bool, keys []string, arg []byte) rueidis.Completed {
 	input := rueidis.BinaryString(arg)
@@ -108,7 +115,7 @@ var (
 	errLate       = errors.New("the store got the call too late")
 	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
 	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
-	errClosed     = errors.New("the store is closed")
+	errClosed     = shared.ErrClosed
 )
 
 // refusal returns the error for what the server has refused. It has the first word of the server's answer, because the rest may have

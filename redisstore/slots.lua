@@ -89,10 +89,10 @@ save_slots = function(s, r)
   end
 end
 
--- lease has a holder hold its slots for so long from now on, at the least.
+-- lease has a holder hold its slots for so long from now on, less a twelfth at the most: calls that take slots are many.
 lease = function(leases, holder, lasts)
   local score = call('ZSCORE', leases, holder)
-  if not score or tonumber(score) < now + lasts * 2 / 3 then
+  if not score or tonumber(score) < now + lasts * 11 / 12 then
     call('ZADD', leases, now + lasts, holder)
     call('PEXPIREAT', leases, ceil((now + lasts + RETAINED) / 1000))
   end

@@ -68,8 +68,9 @@ type Local interface {
 	Settle(ctx context.Context, all []Settling)
 
 	// Renew has a client's session live for so long from now on. Slots of flows that named it run out when it does. A
-	// session that has run out begins anew: it does not bring slots back.
-	Renew(session [16]byte, lasts time.Duration)
+	// session that has run out begins anew: it does not bring slots back. It returns for how long from now on the session's slots in
+	// another place are certainly kept; see [Leaser]. That is at most lasts, and 0 if it is not known or there is no such place.
+	Renew(session [16]byte, lasts time.Duration) (leased time.Duration)
 
 	// Lookup finds values in the caches. If room is not nil, it takes room for a value in the answer, or reports that
 	// there is none, which makes a miss. Then the values must not be changed. Flows look up with their check.

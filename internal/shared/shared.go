@@ -15,7 +15,8 @@ import (
 //
 // Each method that has a context also has a bound of the store's own, and returns an error when either ends. It is never
 // called again for the same flow: a call that timed out may have counted. An error means that nobody has decided, and wraps
-// [ErrDown] if the store did not even ask because its server was silent lately. Texts of errors name no address, no key and no value.
+// [ErrDown] if the store did not even ask because its server was silent lately, or [ErrClosed]. Texts of errors name no address, no key
+// and no value.
 type Store interface {
 	Limits
 	Queues
@@ -26,6 +27,9 @@ type Store interface {
 
 // ErrDown is the error of calls that fail at once, because the server that they go to did not answer lately.
 var ErrDown = errors.New("the store did not answer lately, and is asked again once in a while")
+
+// ErrClosed is the error of calls after the store was closed, and of those that this has ended.
+var ErrClosed = errors.New("the store is closed")
 
 // Limits are what limiters take from and give back to.
 type Limits interface {
@@ -252,12 +256,19 @@ type Holder [16]byte
 
 // Holders are those that hold slots.
 type Holders interface {
-	// Renew has a session live for so long from now on. It does not wait: the store sends it with others.
-	Renew(session Holder, lasts time.Duration)
+	// Renew has a session live for so long from now on. It does not wait: the store sends it with others. It returns until when the
+	// store certainly keeps all slots that it has taken for the session, by what its servers have confirmed; zero if nothing is confirmed.
+	// In a cluster, slots that other instances have taken are among them some time later. A slot that is taken for the session within a
+	// tenth of lasts after the call is kept for lasts after it was taken, at the least.
+	Renew(session Holder, lasts time.Duration) (kept time.Time)
 
-	// Kept returns until when slots that this store's own instance holds are certainly kept, by the lease that was last confirmed.
-	// It is zero while nothing is held.
+	// Kept returns until when the store's own instance may count on all slots that it holds. That is two thirds of a lease after the
+	// sending of the last call that renewed the lease or took a slot, as far as the store has confirmed it. Others do not get the
+	// slots before most of the last third has passed, too. It is zero while nothing is held.
 	Kept() time.Time
+
+	// Failures counts the calls that the store has made by itself, for none of its callers, and that failed.
+	Failures() uint64
 
 	// Instances returns how many instances have lately used the store, itself included. It does not wait.
 	Instances() int

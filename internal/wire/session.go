@@ -16,10 +16,12 @@ const (
 	RestingEvery   = time.Minute
 
 	// SessionLasts is how long a session lives at the agent after a heartbeat. SessionLost is how long after the sending
-	// of the last heartbeat that the agent has acknowledged a client takes it for lost. It is sooner, so that the client
-	// knows first.
+	// of the last heartbeat that the agent has acknowledged a client takes it for lost. It is sooner by SessionSpare, so
+	// that the client knows first. A client takes slots in a store for lost sooner by as much than the store may give
+	// them to others.
 	SessionLasts = 10 * time.Second
-	SessionLost  = 9 * time.Second
+	SessionSpare = time.Second
+	SessionLost  = SessionLasts - SessionSpare
 
 	// MaxSessionMessage is the most bytes of a message of a session, and MostSettlements the most settlements in it, or the most returns,
 	// with as many slots in all.

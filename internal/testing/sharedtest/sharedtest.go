@@ -19,8 +19,11 @@ import (
 	"github.com/headgate-go/headgate/internal/testing/ledger"
 )
 
-// Lease is how long slots of an instance outlive its last renewal.
-const Lease = 10 * time.Second
+// Lease is how long slots of an instance outlive its last renewal, and CountOn is how long the instance counts on them.
+const (
+	Lease   = 10 * time.Second
+	CountOn = Lease * 2 / 3
+)
 
 // Bound is how long an instance waits for an answer.
 const Bound = 50 * time.Millisecond
@@ -66,13 +69,16 @@ func (s *Server) Forget() {
 func (s *Server) Instance() *Store {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	one := &Store{server: s, id: strconv.Itoa(len(s.instances))}
+	one := &Store{server: s, id: strconv.Itoa(len(s.instances)), renewed: make(map[shared.Holder]renewal)}
 	s.instances = append(s.instances, one)
 	return one
 }
 
 // A session is a client's: until when it lives, and since when. Slots of before are lost.
 type session struct{ since, until time.Time }
+
+// A renewal is what an instance last wrote of a session: when, and until when the instance knows its slots to be kept.
+type renewal struct{ at, kept time.Time }
 
 // Behavior is how an instance's calls go. The zero value is well.
 type Behavior struct {
@@ -85,8 +91,11 @@ type Behavior struct {
 	// Lost is what calls fail with after the server has done what they ask.
 	Lost error
 
-	// Cut has the instance's lease run out.
+	// Cut has the instance's lease run out, and those of the sessions there.
 	Cut bool
+
+	// Failures is how many calls of the instance's own have failed.
+	Failures uint64
 }
 
 // Counted is how often an instance was called.
@@ -102,6 +111,7 @@ type Store struct {
 	counted Counted
 	asks    []shared.Ask
 	cutAt   time.Time // since when its lease is not renewed; zero while it is
+	renewed map[shared.Holder]renewal
 }
 
 var _ shared.Store = (*Store)(nil)
@@ -269,22 +279,33 @@ func (s *Store) Reset(ctx context.Context, key shared.Key) error {
 	return err
 }
 
-// Renew does what shared.Holders says.
-func (s *Store) Renew(of shared.Holder, lasts time.Duration) {
+// Renew does what shared.Holders says. It writes what it is told of a session that is new to the instance, and then after a third of the
+// time that the session lasts. In between, the server keeps the session for as long as was written.
+func (s *Store) Renew(of shared.Holder, lasts time.Duration) (kept time.Time) {
 	s.server.mu.Lock()
 	defer s.server.mu.Unlock()
-	if s.is.Err != nil || s.is.Cut {
-		return
+	now, last := time.Now(), s.renewed[of]
+	if s.is.Err != nil || s.is.Cut || lasts > 0 && now.Before(last.at.Add(lasts/3)) {
+		return last.kept
 	}
-	now := time.Now()
 	one := s.server.sessions[of]
 	if !one.until.After(now) {
 		one.since = now
 	}
-	if end := now.Add(lasts); end.After(one.until) {
+	lease := lasts + lasts/3
+	if end := now.Add(lease); end.After(one.until) {
 		one.until = end
 	}
 	s.server.sessions[of] = one
+	s.renewed[of] = renewal{now, now.Add(lease - lease/12)}
+	return last.kept // as the next call says
+}
+
+// Failures does what shared.Holders says.
+func (s *Store) Failures() uint64 {
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	return s.is.Failures
 }
 
 // Kept does what shared.Holders says. A lease is renewed all the time while the instance is not cut off.
@@ -299,9 +320,9 @@ func (s *Store) Kept() time.Time {
 	}
 	switch {
 	case !s.cutAt.IsZero():
-		return s.cutAt.Add(Lease)
+		return s.cutAt.Add(CountOn)
 	case held:
-		return time.Now().Add(Lease)
+		return time.Now().Add(CountOn)
 	default:
 		return time.Time{}
 	}

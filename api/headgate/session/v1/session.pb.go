@@ -170,7 +170,12 @@ type SessionResponse struct {
 	AgentId uint64 `protobuf:"fixed64,4,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
 	// The ids of returns that the agent has carried out, whatever became of the
 	// slots.
-	Returned      []uint64 `protobuf:"varint,5,rep,packed,name=returned,proto3" json:"returned,omitempty"`
+	Returned []uint64 `protobuf:"varint,5,rep,packed,name=returned,proto3" json:"returned,omitempty"`
+	// With a heartbeat: for how long after the acknowledged heartbeat came a store
+	// certainly keeps the slots that flows of the session hold there; see
+	// stored_slots in CheckResponse. Absent: the agent does not know, or it has no
+	// store.
+	Leased        *durationpb.Duration `protobuf:"bytes,6,opt,name=leased,proto3" json:"leased,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -236,6 +241,13 @@ func (x *SessionResponse) GetAgentId() uint64 {
 func (x *SessionResponse) GetReturned() []uint64 {
 	if x != nil {
 		return x.Returned
+	}
+	return nil
+}
+
+func (x *SessionResponse) GetLeased() *durationpb.Duration {
+	if x != nil {
+		return x.Leased
 	}
 	return nil
 }
@@ -602,13 +614,14 @@ const file_headgate_session_v1_session_proto_rawDesc = "" +
 	"\x0eSessionRequest\x12<\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x1e.headgate.session.v1.HeartbeatR\theartbeat\x12A\n" +
 	"\vsettlements\x18\x02 \x03(\v2\x1f.headgate.session.v1.SettlementR\vsettlements\x125\n" +
-	"\areturns\x18\x03 \x03(\v2\x1b.headgate.session.v1.ReturnR\areturns\"\xdd\x01\n" +
+	"\areturns\x18\x03 \x03(\v2\x1b.headgate.session.v1.ReturnR\areturns\"\x90\x02\n" +
 	"\x0fSessionResponse\x12<\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x1e.headgate.session.v1.HeartbeatR\theartbeat\x12?\n" +
 	"\aresults\x18\x02 \x03(\v2%.headgate.session.v1.SettlementResultR\aresults\x12\x14\n" +
 	"\x05drain\x18\x03 \x01(\bR\x05drain\x12\x19\n" +
 	"\bagent_id\x18\x04 \x01(\x06R\aagentId\x12\x1a\n" +
-	"\breturned\x18\x05 \x03(\x04R\breturned\"G\n" +
+	"\breturned\x18\x05 \x03(\x04R\breturned\x121\n" +
+	"\x06leased\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x06leased\"G\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\"\n" +
 	"\facknowledges\x18\x02 \x01(\x04R\facknowledges\"\x85\x01\n" +
@@ -671,18 +684,19 @@ var file_headgate_session_v1_session_proto_depIdxs = []int32{
 	7,  // 2: headgate.session.v1.SessionRequest.returns:type_name -> headgate.session.v1.Return
 	3,  // 3: headgate.session.v1.SessionResponse.heartbeat:type_name -> headgate.session.v1.Heartbeat
 	8,  // 4: headgate.session.v1.SessionResponse.results:type_name -> headgate.session.v1.SettlementResult
-	6,  // 5: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
-	5,  // 6: headgate.session.v1.Settlement.outcome:type_name -> headgate.session.v1.Outcome
-	0,  // 7: headgate.session.v1.Outcome.status:type_name -> headgate.session.v1.Outcome.Status
-	9,  // 8: headgate.session.v1.Outcome.took:type_name -> google.protobuf.Duration
-	10, // 9: headgate.session.v1.Return.slots:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
-	1,  // 10: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
-	2,  // 11: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
-	11, // [11:12] is the sub-list for method output_type
-	10, // [10:11] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	9,  // 5: headgate.session.v1.SessionResponse.leased:type_name -> google.protobuf.Duration
+	6,  // 6: headgate.session.v1.Settlement.costs:type_name -> headgate.session.v1.Cost
+	5,  // 7: headgate.session.v1.Settlement.outcome:type_name -> headgate.session.v1.Outcome
+	0,  // 8: headgate.session.v1.Outcome.status:type_name -> headgate.session.v1.Outcome.Status
+	9,  // 9: headgate.session.v1.Outcome.took:type_name -> google.protobuf.Duration
+	10, // 10: headgate.session.v1.Return.slots:type_name -> aperture.flowcontrol.check.v1.InflightRequestRef
+	1,  // 11: headgate.session.v1.SessionService.Session:input_type -> headgate.session.v1.SessionRequest
+	2,  // 12: headgate.session.v1.SessionService.Session:output_type -> headgate.session.v1.SessionResponse
+	12, // [12:13] is the sub-list for method output_type
+	11, // [11:12] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_headgate_session_v1_session_proto_init() }

@@ -805,6 +805,12 @@ type CheckResponse struct {
 	// Headgate's own: something at the agent goes by how the flow ends. The session
 	// says it by the settlement_id, as soon as the flow has ended.
 	AwaitsOutcome bool `protobuf:"varint,1004,opt,name=awaits_outcome,json=awaitsOutcome,proto3" json:"awaits_outcome,omitempty"`
+	// Headgate's own: the flow holds slots that the agent has from a store. The
+	// store may give them to others although the agent lives, if the agent is cut
+	// off from the store. They last for as long as a session does without a
+	// heartbeat, from the beginning of the check, and then as leased says in the
+	// answers to heartbeats.
+	StoredSlots   bool `protobuf:"varint,1005,opt,name=stored_slots,json=storedSlots,proto3" json:"stored_slots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -968,6 +974,13 @@ func (x *CheckResponse) GetAgentId() uint64 {
 func (x *CheckResponse) GetAwaitsOutcome() bool {
 	if x != nil {
 		return x.AwaitsOutcome
+	}
+	return false
+}
+
+func (x *CheckResponse) GetStoredSlots() bool {
+	if x != nil {
+		return x.StoredSlots
 	}
 	return false
 }
@@ -2653,7 +2666,7 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\rsession_check\x18\xec\a \x01(\x04R\fsessionCheck\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x0e\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa8\x0e\n" +
 	"\rCheckResponse\x120\n" +
 	"\x05start\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12,\n" +
 	"\x03end\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x12\x1a\n" +
@@ -2675,7 +2688,8 @@ const file_aperture_flowcontrol_check_v1_check_proto_rawDesc = "" +
 	"\x05cause\x18\xe9\a \x01(\x0e22.aperture.flowcontrol.check.v1.CheckResponse.CauseR\x05cause\x12$\n" +
 	"\rsettlement_id\x18\xea\a \x01(\x06R\fsettlementId\x12\x1a\n" +
 	"\bagent_id\x18\xeb\a \x01(\x06R\aagentId\x12&\n" +
-	"\x0eawaits_outcome\x18\xec\a \x01(\bR\rawaitsOutcome\x1aF\n" +
+	"\x0eawaits_outcome\x18\xec\a \x01(\bR\rawaitsOutcome\x12\"\n" +
+	"\fstored_slots\x18\xed\a \x01(\bR\vstoredSlots\x1aF\n" +
 	"\x18TelemetryFlowLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc2\x01\n" +
