@@ -107,9 +107,7 @@ func TestFleetDrawLost(t *testing.T) {
 	a, b := newStore(t, newClient(t, proxy.Addr()), redisstore.WithTimeout(50*time.Millisecond)), newStore(t, newClient(t, server.Addr()))
 	rule := &shared.Rule{Kind: shared.Slots, Capacity: 3, MaxInflight: time.Hour}
 	d := &shared.Drawing{Key: keyOf("slots", "x"), Rule: rule, Waiting: []shared.Waiting{{Workload: "w", Weight: 1, Costs: []float64{1, 1, 1}}}}
-	if err := a.Reset(t.Context(), d.Key); err != nil { // it is connected
-		t.Fatal(err)
-	}
+	eventually(t, "it is connected", func() bool { return a.Reset(t.Context(), d.Key) == nil })
 	proxy.Lose()
 	if _, err := a.Draw(t.Context(), d); err == nil {
 		t.Fatal("a lost answer is no error")
