@@ -47,7 +47,7 @@ func (e *Error) Error() string {
 	return message
 }
 
-// mostErrors is the number of errors after which reading a file stops.
+// mostErrors is the number of errors after which reading stops.
 const mostErrors = 200
 
 // join returns nil, the only error, or all of them as one: the first 20, because a file of the wrong kind has
@@ -108,11 +108,13 @@ func suggest(wrong string, known []string) string {
 	if len(wrong) > longest {
 		return ""
 	}
-	fold := strings.NewReplacer("_", "", "-", "")
-	wrong = fold.Replace(strings.ToLower(wrong))
+	wrong = fold(wrong)
 	best, nearest := len(wrong)/3+1, ""
 	for _, word := range known {
-		folded := fold.Replace(strings.ToLower(word))
+		folded := fold(word)
+		if d := len(wrong) - len(folded); max(d, -d) >= best {
+			continue // so are as many bytes to insert or delete
+		}
 		d := distance(wrong, folded)
 		if len(wrong) == 2 && len(folded) == 2 && wrong[0] == folded[1] && wrong[1] == folded[0] {
 			d = 0 // of is as near to fo as a short word can be
@@ -122,7 +124,7 @@ func suggest(wrong string, known []string) string {
 		}
 	}
 	if nearest == "" {
-		nearest = abridged(wrong, known, fold)
+		nearest = abridged(wrong, known)
 	}
 	if nearest == "" {
 		return ""
@@ -130,15 +132,20 @@ func suggest(wrong string, known []string) string {
 	return fmt.Sprintf("; did you mean %q?", nearest)
 }
 
+// fold returns a word without what does not count in it.
+func fold(word string) string {
+	return strings.ReplaceAll(strings.ReplaceAll(strings.ToLower(word), "_", ""), "-", "")
+}
+
 // abridged returns the only known word that a wrong one is short for, as capacity is for bucket_capacity, and params for
 // parameters. It returns "" if there are none or several.
-func abridged(wrong string, known []string, fold *strings.Replacer) (word string) {
+func abridged(wrong string, known []string) (word string) {
 	const shortest = 4
 	if len(wrong) < shortest {
 		return ""
 	}
 	for _, w := range known {
-		if whole := fold.Replace(strings.ToLower(w)); !strings.HasPrefix(whole, strings.TrimSuffix(wrong, "s")) && !strings.HasSuffix(whole, wrong) {
+		if whole := fold(w); !strings.HasPrefix(whole, strings.TrimSuffix(wrong, "s")) && !strings.HasSuffix(whole, wrong) {
 			continue
 		}
 		if word != "" && word != w {

@@ -31,9 +31,8 @@ func (d *decoder) learnCircuit(components value) {
 
 // unknown reports a key that a mapping may not have. It may have those in own.
 func (d *decoder) unknown(key value, own string) {
-	d.invalid = true
-	if d.sources == nil || len(d.errs) >= mostErrors {
-		return
+	if !d.notes(key) {
+		return // before a hint is looked for, which takes longer than to read the key
 	}
 	known := strings.Fields(own)
 	if key.up.up == nil && !d.isShort {
@@ -106,6 +105,9 @@ func (d *decoder) below(key value) string {
 func (d *decoder) above(key value, fits func(keys string) bool) (best string) {
 	from := shapePath(key.up)
 	for _, e := range key.up.entries {
+		if e.key == key.key {
+			break // those that follow are below it, or merged
+		}
 		if e.line > key.line || e.line == key.line && e.column >= key.column || e.value.kind != null && e.value.kind != mapping {
 			continue
 		}
