@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/headgate-go/headgate/internal/slip"
 )
 
 // An Error is one problem of a policy. The error that [Load], [Parse] and [Policy.Validate] return is one of these or
@@ -115,7 +117,7 @@ func suggest(wrong string, known []string) string {
 		if d := len(wrong) - len(folded); max(d, -d) >= best {
 			continue // so are as many bytes to insert or delete
 		}
-		d := distance(wrong, folded)
+		d := slip.Distance(wrong, folded)
 		if len(wrong) == 2 && len(folded) == 2 && wrong[0] == folded[1] && wrong[1] == folded[0] {
 			d = 0 // of is as near to fo as a short word can be
 		}
@@ -154,27 +156,4 @@ func abridged(wrong string, known []string) (word string) {
 		word = w
 	}
 	return word
-}
-
-// distance counts the bytes to insert, delete or replace, and the neighbors to swap, to turn a into b.
-func distance(a, b string) int {
-	before, row, next := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		next[0] = i + 1
-		for j := range len(b) {
-			replace := row[j]
-			if a[i] != b[j] {
-				replace++
-			}
-			next[j+1] = min(replace, next[j]+1, row[j+1]+1)
-			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
-				next[j+1] = min(next[j+1], before[j-1]+1)
-			}
-		}
-		before, row, next = row, next, before
-	}
-	return row[len(b)]
 }
