@@ -128,6 +128,9 @@ func suggest(wrong string, known []string) string {
 	if nearest == "" {
 		nearest = abridged(wrong, known)
 	}
+	if nearest == "" && len(wrong) == 2 {
+		nearest = lacking(wrong, known)
+	}
 	if nearest == "" {
 		return ""
 	}
@@ -137,6 +140,21 @@ func suggest(wrong string, known []string) string {
 // fold returns a word without what does not count in it.
 func fold(word string) string {
 	return strings.ReplaceAll(strings.ReplaceAll(strings.ToLower(word), "_", ""), "-", "")
+}
+
+// lacking returns the only known word of three letters from which one is missing in a wrong word of two; "" if there are none or
+// several.
+func lacking(wrong string, known []string) (word string) {
+	for _, w := range known {
+		if folded := fold(w); len(folded) != len(wrong)+1 || slip.Distance(wrong, folded) != 1 {
+			continue
+		}
+		if word != "" && word != w {
+			return ""
+		}
+		word = w
+	}
+	return word
 }
 
 // abridged returns the only known word that a wrong one is short for, as capacity is for bucket_capacity, and params for
