@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -72,7 +73,30 @@ func neverComes(key string) string {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
+	if right := misspelt(lower); right != "" {
+		return fmt.Sprintf("no adaptor sets this label; it may be misspelt %q", right)
+	}
 	return slip.InName(key)
+}
+
+// misspelt returns the label of an adaptor that a key in lower case is so near to that it may be meant; "" if there is none. Of the
+// label of a header, the prefix may be misspelt or lack a part.
+func misspelt(key string) string {
+	for _, label := range ofRequests {
+		if d := len(key) - len(label); max(d, -d) <= 1 && slip.Distance(key, label) == 1 {
+			return label
+		}
+	}
+	parts := strings.SplitN(key, ".", 4)
+	near := func(part, right string) bool { return slip.Distance(part, right) <= 1 }
+	name := parts[len(parts)-1]
+	switch {
+	case len(parts) == 4 && near(parts[0], "http") && near(parts[1], "request") && near(parts[2], "header"):
+	case len(parts) == 3 && (parts[0] == "http" || parts[0] == "request") && near(parts[1], "header"):
+	default:
+		return ""
+	}
+	return headerPrefix + strings.ReplaceAll(name, "-", "_")
 }
 
 // notInHeader reports whether no name of a header has the character (RFC 9110, section 5.6.2).
@@ -81,15 +105,13 @@ func notInHeader(r rune) bool {
 	return !letter && !strings.ContainsRune("!#$%&'*+-.^_`|~", r)
 }
 
-// ofRequest reports whether adaptors set the label, besides those of headers.
-func ofRequest(key string) bool {
-	switch key {
-	case "http.method", "http.target", "http.host", "http.scheme", "http.flavor", "http.request_content_length", "rpc.service", "rpc.method":
-		return true
-	default:
-		return false
-	}
+// ofRequests are the labels that adaptors set, besides those of headers.
+var ofRequests = [...]string{ //nolint:gochecknoglobals // a table, never written to
+	"http.method", "http.target", "http.host", "http.scheme", "http.flavor", "http.request_content_length", "rpc.service", "rpc.method",
 }
+
+// ofRequest reports whether adaptors set the label, besides those of headers.
+func ofRequest(key string) bool { return slices.Contains(ofRequests[:], key) }
 
 // acts warns of control points that hardly any flow has: those of a component's selectors, and those whose flows it measures.
 func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measured map[string][]latencySink) {

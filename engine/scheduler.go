@@ -689,11 +689,11 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 // timeout that a client has: it is known by Expect. Over the network, where a request has a Closing, the time is what is left.
 func (s *scheduler[S]) cut(of *workload, req *agentapi.Request) {
 	if most := req.MaxWait(); most > agentapi.NoWait {
-		of.cut(&of.cuts.maxWait, most)
+		of.cut(&of.cuts.maxWait, most, most)
 	}
-	if req.Closing() == nil && req.Timeout > s.margin {
+	if req.Closing() == nil && req.Timeout > policy.DefaultMargin {
 		if shortest := time.Duration(s.engine.checkTimeout.Load()); shortest == 0 || req.Timeout < shortest {
-			of.cut(&of.cuts.check, req.Timeout)
+			of.cut(&of.cuts.check, req.Timeout, req.Timeout-s.margin)
 		}
 	}
 }

@@ -16,17 +16,20 @@ import (
 
 // Warnings lists what is in the policies in force that an operator is unlikely to want. The most important come first:
 //
-//   - limits that no flow can ever meet, circuit breakers that a single flow opens, and expressions that never hold,
+//   - limits that are less than what a flow costs or that never refill, circuit breakers that a single flow opens, conditions on
+//     labels that contradict each other, and selectors of flows without the label that their component limits by,
 //   - quota schedulers that are to lease tokens from a store: they ask it for each flow,
-//   - control points with odd names, such as "search]", which hardly any flow has,
-//   - labels that do not arrive or have odd names, in the order of what components read them for, and names of a policy's for labels
+//   - control points with odd names, such as "search]" and "search,find", which hardly any flow has,
+//   - labels that do not arrive, or have odd names or those of adaptors misspelt, in the order of what components read them for, and names of a policy's for labels
 //     that no component of it reads,
 //   - selectors that have picked no flow, although their control points had some,
-//   - waits that are longer than the check timeout of a client that has not been closed, or than the MaxWait of a flow that came
-//     to the queue; and in this process, also than the CheckTimeout of such a flow,
+//   - waits that are longer than the check timeout of a client that has not been closed, less the margin, or than the MaxWait of a
+//     flow that came to the queue; and in this process, also than the CheckTimeout of such a flow, less the margin,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
-// The engine logs each warning when policies come into force. A limit of 0 gives no warning: it rejects all flows on purpose.
+// Of conditions, only those that must all hold are compared, by labels that are there or not, and by their exact values. Regular
+// expressions are not looked into. The engine logs each warning when policies come into force. A limit of 0 gives no warning: it
+// rejects all flows on purpose.
 func (e *Engine) Warnings() []string {
 	w := &e.rules.Load().warnings
 	all := slices.Concat(w.impossible, w.exact)
@@ -74,7 +77,7 @@ func (e *Engine) cutShort() (all []string) {
 		case w.timeout == 0 && w.margin >= timeout:
 			all = append(all, fmt.Sprintf("%s: no flow waits, unless Params.MaxWait says so: the margin of %v leaves none of a client's "+
 				"check timeout of %v", w.of, w.margin, timeout))
-		case w.timeout > timeout && w.margin < timeout:
+		case w.timeout > timeout-w.margin && w.margin < timeout:
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: a client's check timeout of %v lets flows wait for %v, unless "+
 				"Params.MaxWait or Params.CheckTimeout says more", w.of, w.timeout, timeout, timeout-w.margin))
 		}
@@ -83,7 +86,7 @@ func (e *Engine) cutShort() (all []string) {
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.MaxWait of a flow let it wait for %v", w.of, w.timeout, most))
 		}
 		if check > 0 {
-			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.CheckTimeout of a flow let it wait for %v", w.of, w.timeout, check-w.margin))
+			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.CheckTimeout of a flow let it wait for %v", w.of, w.timeout, max(check-w.margin, 0)))
 		}
 	}
 	return all
@@ -185,7 +188,7 @@ func workloadsOf(of string, p *policy.Scheduler, each func(named string, p polic
 	each(of+`: workload "default"`, p.Default)
 }
 
-// conditions warns of expressions that never hold, because their parts are missing: what they select is nothing.
+// conditions warns of conditions on labels that never hold: what they select is nothing.
 func (w *warnings) conditions(of, at string, v reflect.Value) {
 	switch v.Kind() { //nolint:exhaustive // the others hold no conditions
 	case reflect.Interface, reflect.Pointer:
@@ -198,11 +201,18 @@ func (w *warnings) conditions(of, at string, v reflect.Value) {
 		}
 	case reflect.Struct:
 		if m, ok := reflect.TypeAssert[policy.LabelMatcher](v); ok {
-			if always(m.Expression) == no {
-				w.impossible = append(w.impossible, fmt.Sprintf(
-					"%s: %s.Expression holds for no flow: an any without parts is false, and an all without parts is true", of, at))
+			if why := neverHolds(m); why != "" {
+				w.impossible = append(w.impossible, fmt.Sprintf("%s: %s%s", of, at, why))
 			}
 			return
+		}
+		if s, ok := reflect.TypeAssert[policy.Selector](v); ok {
+			w.conditions(of, at+".Labels", reflect.ValueOf(s.Labels))
+			return
+		}
+		if by := v.FieldByName("LimitBy"); by.IsValid() {
+			selectors, _ := reflect.TypeAssert[[]policy.Selector](v.FieldByName("Selectors"))
+			w.unlimited(of, by.String(), selectors)
 		}
 		for i := range v.NumField() {
 			w.conditions(of, strings.TrimPrefix(at+"."+v.Type().Field(i).Name, "."), v.Field(i))
@@ -210,24 +220,12 @@ func (w *warnings) conditions(of, at string, v reflect.Value) {
 	}
 }
 
-// always is what an expression is for every flow; unknown where that depends on the flow.
-func always(e policy.Expression) truth {
-	switch e := e.(type) {
-	case policy.Not:
-		return yes - always(e.Of)
-	case policy.All:
-		least := yes
-		for _, part := range e {
-			least = min(least, always(part))
+// unlimited warns of selectors whose flows cannot have the label that their component limits by.
+func (w *warnings) unlimited(of, by string, selectors []policy.Selector) {
+	for i, s := range selectors {
+		if by != "" && knownOf(s.Labels)[by].absent {
+			w.impossible = append(w.impossible, fmt.Sprintf(
+				"%s: Selectors[%d] limits no flow: it selects flows without the label %q, and the component limits by that label", of, i, by))
 		}
-		return least
-	case policy.Any:
-		most := no
-		for _, part := range e {
-			most = max(most, always(part))
-		}
-		return most
-	default:
-		return unknown
 	}
 }

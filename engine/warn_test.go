@@ -64,6 +64,9 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 			ID: "x", Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{Expression: e}}}, Interval: time.Second,
 		}
 	}
+	matched := func(m policy.LabelMatcher) policy.Component {
+		return policy.RateLimiter{ID: "x", Selectors: []policy.Selector{{ControlPoint: "point", Labels: m}}, Interval: time.Second}
+	}
 	for _, tt := range []struct {
 		name   string
 		c      policy.Component
@@ -124,6 +127,38 @@ func TestWarningsOfImpossibleLimits(t *testing.T) {
 		{"a not of an all without parts", where(policy.Not{Of: policy.All{}}), "", "Selectors[0].Labels.Expression holds for no flow", 2},
 		{"an all with an any without parts", where(policy.All{policy.LabelExists("job"), policy.Any{}}), "", "Selectors[0].Labels.Expression holds for no flow", 2},
 		{"an all without parts", where(policy.All{}), "", "", 0},
+		{"a label that is there and is not", where(policy.All{policy.LabelExists("job"), policy.Not{Of: policy.LabelExists("job")}}), "job=heavy", `Selectors[0].Labels holds for no flow: its conditions on the label "job" contradict each other`, 2},
+		{"a label of two values", where(policy.All{policy.LabelEquals{Label: "job", Value: "heavy"}, policy.All{policy.LabelEquals{Label: "job", Value: "light"}}}), "job=heavy", `the label "job" contradict`, 2},
+		{"a label of one of two values", where(policy.Any{policy.LabelEquals{Label: "job", Value: "heavy"}, policy.LabelEquals{Label: "job", Value: "light"}}), "job=heavy", "", 0},
+		{"a value that it has and has not", where(policy.All{policy.LabelEquals{Label: "job", Value: "heavy"}, policy.Not{Of: policy.Any{policy.LabelEquals{Label: "job", Value: "heavy"}, policy.LabelExists("x")}}}), "job=heavy", `the label "job" contradict`, 2},
+		{"a value and not another", where(policy.All{policy.LabelEquals{Label: "job", Value: "heavy"}, policy.Not{Of: policy.LabelEquals{Label: "job", Value: "light"}}}), "job=heavy", "", 0},
+		{"a match of a label that is not there", where(policy.All{policy.LabelMatches{Label: "job", Regex: ".*"}, policy.Not{Of: policy.LabelExists("job")}}), "", `the label "job" contradict`, 2},
+		{"no match of a label that is not there", where(policy.All{policy.Not{Of: policy.LabelMatches{Label: "job", Regex: ".*"}}, policy.Not{Of: policy.LabelExists("job")}}), "", "", 0},
+		{"possibilities that contradict themselves", where(policy.Any{
+			policy.All{policy.LabelExists("job"), policy.Not{Of: policy.LabelExists("job")}},
+			policy.Not{Of: policy.Any{policy.LabelExists("a"), policy.Not{Of: policy.LabelExists("a")}}},
+		}), "job=heavy", "Selectors[0].Labels.Expression holds for no flow: in each of its possibilities", 2},
+		{"a possibility that contradicts itself, and another", where(policy.Any{policy.All{policy.LabelExists("job"), policy.Not{Of: policy.LabelExists("job")}}, policy.LabelExists("job")}), "job=heavy", "", 0},
+		{"a not of all", where(policy.Not{Of: policy.All{policy.LabelExists("job"), policy.Not{Of: policy.LabelExists("job")}}}), "job=heavy", "", 0},
+		{"an equal and a require", matched(policy.LabelMatcher{Equal: map[string]string{"job": "heavy"}, Require: []policy.Requirement{{Key: "job", Operator: policy.DoesNotExist}}}), "job=heavy", `the label "job" contradict`, 2},
+		{"lists without a common value", matched(policy.LabelMatcher{Require: []policy.Requirement{
+			{Key: "job", Operator: policy.In, Values: []string{"a", "b"}}, {Key: "job", Operator: policy.In, Values: []string{"c", "d"}},
+		}}), "job=a", `the label "job" contradict`, 2},
+		{"a list without any of its values", matched(policy.LabelMatcher{Require: []policy.Requirement{
+			{Key: "job", Operator: policy.In, Values: []string{"a", "b"}}, {Key: "job", Operator: policy.NotIn, Values: []string{"b", "a"}},
+		}}), "job=a", `the label "job" contradict`, 2},
+		{"a list without one of its values", matched(policy.LabelMatcher{Require: []policy.Requirement{
+			{Key: "job", Operator: policy.In, Values: []string{"a", "b"}}, {Key: "job", Operator: policy.NotIn, Values: []string{"b"}},
+		}}), "job=a", "", 0},
+		{"a label that is not there has none of the values", matched(policy.LabelMatcher{Require: []policy.Requirement{
+			{Key: "job", Operator: policy.NotIn, Values: []string{"b"}}, {Key: "job", Operator: policy.DoesNotExist},
+		}}), "", "", 0},
+		{"a limit by a label that is not there", policy.RateLimiter{ID: "x", Interval: time.Second, LimitBy: "job", Selectors: []policy.Selector{{
+			ControlPoint: "point", Labels: policy.LabelMatcher{Require: []policy.Requirement{{Key: "job", Operator: policy.DoesNotExist}}},
+		}}}, "", `Selectors[0] limits no flow: it selects flows without the label "job"`, 2},
+		{"a limit by a label that may not be there", policy.RateLimiter{ID: "x", Interval: time.Second, LimitBy: "job", Selectors: []policy.Selector{{
+			ControlPoint: "point", Labels: policy.LabelMatcher{Require: []policy.Requirement{{Key: "job", Operator: policy.NotIn, Values: []string{"a"}}}},
+		}}}, "job=heavy", "", 0},
 		{"an any with parts", where(policy.Any{policy.Any{}, policy.LabelExists("job")}), "job=heavy", "", 0},
 		{"a workload of an any without parts", quota(9, 9, func(s *policy.Scheduler) {
 			s.Workloads = []policy.Workload{{Name: "none", Labels: policy.LabelMatcher{Expression: policy.Any{}}}}
@@ -194,7 +229,12 @@ func TestWarningsOfQueueTimeouts(t *testing.T) {
 	}{
 		{"none", scheduled(policy.Scheduler{}), []time.Duration{0}, nil},
 		{"no queue", scheduled(timeouts(policy.NoQueue, policy.NoQueue)), []time.Duration{0}, nil},
-		{"short", scheduled(timeouts(200*ms, 100*ms)), []time.Duration{0}, nil},
+		{"short", scheduled(timeouts(190*ms, 100*ms)), []time.Duration{0}, nil},
+		{"shorter by less than the margin", scheduled(timeouts(200*ms, 191*ms)), []time.Duration{0}, []string{
+			warning("gold", 191*ms, 200*ms, 190*ms), warning("default", 200*ms, 200*ms, 190*ms),
+		}},
+		{"shorter by less than a margin of its own", scheduled(policy.Scheduler{Margin: 150 * ms, Default: policy.WorkloadParameters{QueueTimeout: 150 * ms}}),
+			[]time.Duration{0}, []string{warning("default", 150*ms, 200*ms, 50*ms)}},
 		{"no client", scheduled(timeouts(5*time.Second, 0)), nil, nil},
 		{"the default", scheduled(timeouts(5*time.Second, 0)), []time.Duration{0}, []string{warning("default", 5*time.Second, 200*ms, 190*ms)}},
 		{"a workload's", scheduled(timeouts(0, time.Second)), []time.Duration{0}, []string{warning("gold", time.Second, 200*ms, 190*ms)}},
@@ -430,9 +470,10 @@ func TestWarningsOfCheckTimeouts(t *testing.T) {
 	}{
 		{"the client's", sides.EnginesAndStored, []params{{}, {CheckTimeout: time.Minute}}, 0},
 		{"none", sides.EnginesAndStored, []params{{CheckTimeout: -1}}, 0},
-		{"long enough", sides.EnginesAndStored, []params{{CheckTimeout: 5 * time.Second}, {CheckTimeout: time.Hour}}, 0},
+		{"long enough", sides.EnginesAndStored, []params{{CheckTimeout: 5010 * ms}, {CheckTimeout: time.Hour}}, 0},
 		{"apart from MaxWait", sides.EnginesAndStored, []params{{CheckTimeout: time.Second, MaxWait: 6 * time.Second}}, 0},
 		{"no wait", sides.EnginesAndStored, []params{{CheckTimeout: 10 * ms}}, 0},
+		{"long enough without the margin", []sides.Kind{sides.Embedded, sides.Stored}, []params{{CheckTimeout: 5005 * ms}}, 4995 * ms},
 		{"the shortest", []sides.Kind{sides.Embedded, sides.Stored}, []params{{CheckTimeout: 2 * time.Second}, {CheckTimeout: 200 * ms}, {CheckTimeout: 10 * ms}}, 190 * ms},
 		{"over the network", []sides.Kind{sides.Served}, []params{{CheckTimeout: 2 * time.Second}, {CheckTimeout: 200 * ms}}, 0},
 	} {

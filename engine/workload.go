@@ -41,9 +41,9 @@ type workload struct {
 // their own. They are in nanoseconds, and 0 while there is none.
 type cuts struct{ maxWait, check atomic.Int64 }
 
-// cut notes a time of a flow if it is less than the workload's timeout.
-func (w *workload) cut(shortest *atomic.Int64, most time.Duration) {
-	for most < w.timeout {
+// cut notes a time of a flow if what it lets the flow wait is less than the workload's timeout.
+func (w *workload) cut(shortest *atomic.Int64, most, wait time.Duration) {
+	for wait < w.timeout {
 		old := shortest.Load()
 		if old > 0 && old <= int64(most) || shortest.CompareAndSwap(old, int64(most)) {
 			return

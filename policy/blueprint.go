@@ -26,15 +26,34 @@ var blueprints = map[string]blueprint{ //nolint:gochecknoglobals // a table, nev
 	"load-scheduling/average-latency": {"load_scheduling_core latency_baseliner", "evaluation_interval", (*decoder).averageLatency},
 }
 
+// blueprintOf returns the blueprint whose values a document has.
+func blueprintOf(top value) (b blueprint, ok bool) {
+	from := top.get("blueprint")
+	if from.node == nil || from.kind != text {
+		return b, false
+	}
+	b, ok = blueprints[from.text]
+	if !ok && !strings.Contains(from.text, "/") {
+		b, ok = blueprints[from.text+"/base"]
+	}
+	return b, ok
+}
+
 // values reads the values of a blueprint.
 func (d *decoder) values(top value, p *Policy) {
+	b, ok := blueprintOf(top)
+	if ok { // before the keys at the top are read, which may belong elsewhere
+		d.shape = func(d *decoder) {
+			top := d.fields(value{}, "blueprint uri policy dynamicConfig", "")
+			policy := d.fields(top.get("policy"), "policy_name components resources "+b.keys, b.unused)
+			d.resources(policy.get("resources"))
+			b.read(d, policy)
+			d.learnCircuit(policy.get("components"))
+		}
+	}
 	f := d.fields(top, "blueprint uri policy dynamicConfig", "")
 	from := d.need(f.get("blueprint"))
 	name := d.text(from)
-	b, ok := blueprints[name]
-	if !ok && !strings.Contains(name, "/") {
-		b, ok = blueprints[name+"/base"]
-	}
 	if !ok {
 		known := slices.Sorted(maps.Keys(blueprints))
 		d.errorf(from, "unsupported blueprint %s; want one of %s", quote(name), strings.Join(known, ", "))
@@ -43,13 +62,6 @@ func (d *decoder) values(top value, p *Policy) {
 	d.text(f.get("uri"))
 	d.dynamicConfig(f.get("dynamicConfig"))
 
-	d.shape = func(d *decoder) {
-		top := d.fields(value{}, "blueprint uri policy dynamicConfig", "")
-		policy := d.fields(top.get("policy"), "policy_name components resources "+b.keys, b.unused)
-		d.resources(policy.get("resources"))
-		b.read(d, policy)
-		d.learnCircuit(policy.get("components"))
-	}
 	policy := d.fields(f.get("policy"), "policy_name components resources "+b.keys, b.unused)
 	d.name = d.fill(policy, "name", "policy_name")
 	p.Name = d.text(d.name)

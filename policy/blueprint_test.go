@@ -62,7 +62,7 @@ func TestBlueprintErrors(t *testing.T) {
 		{"unknown key of the block", values, []string{"fill_amount", "fill_amout"}, "" +
 			"limits.yaml:4:3: policy.rate_limiter.fill_amount: is required\n" +
 			`limits.yaml:6:5: policy.rate_limiter.fill_amout: unknown key; did you mean "fill_amount"?`},
-		{"port of a circuit", values, []string{"fill_amount", "in_ports: {}\n    fill_amount"}, "limits.yaml:6:5: policy.rate_limiter.in_ports: unknown key"},
+		{"port of a circuit", values, []string{"fill_amount", "in_ports: {}\n    fill_amount"}, "limits.yaml:6:5: policy.rate_limiter.in_ports: unknown key; what it has in a circuit stands beside the other keys here"},
 		{
 			"pass-through", values,
 			[]string{"fill_amount", "pass_through: 1\n    fill_amount"},

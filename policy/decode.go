@@ -19,7 +19,7 @@ type value struct {
 	key          string // its key, if it is in a mapping
 	index        int    // its index, if it is in a sequence
 	named        bool   // there is a key
-	field        string // the Go field of the Policy that it fills; only where sources are noted
+	field        string // the Go field of the Policy that it fills; only where sources are sought
 }
 
 // path returns the path of keys to v, as errors show it.
@@ -35,16 +35,19 @@ func (v value) path() string {
 }
 
 // A decoder reads one document of a file into a Policy. What it returns is good only if there are no errors. Most files
-// have none, so a first decoder only finds out whether there are any. A second one, with sources, notes what is wrong
-// and reads on, so that all of it is reported at once.
+// have none, so a first decoder, which is hasty, only finds out whether there are any. A second one notes what is wrong
+// and reads on, so that all of it is reported at once. For what check finds wrong with a Policy, a third one seeks where the file
+// says it. None of them keeps anything for each value: a file may have a million.
 type decoder struct {
+	hasty    bool // it stops at the first error
+	noting   bool // it notes errors, and stops when there are mostErrors
 	file     string
 	errs     []*Error
 	warnings []string
 	failed   map[string]bool    // what errs are about, by path
 	warned   map[string]bool    // what is in warnings
 	invalid  bool               // there is an error
-	sources  map[string]value   // what fills each Go field; nil in a first decoder
+	sources  map[string]value   // what fills the Go fields of these names, where known; nil in a decoder that seeks none
 	learned  map[string]string  // keys of each mapping, by path; only in a decoder that learns
 	shape    func(*decoder)     // reads an empty document of the same shape
 	homes    map[string]string  // what another decoder has learned by shape
@@ -75,25 +78,51 @@ func newDecoder(file string) *decoder {
 	}
 }
 
+// stopped is the panic of a decoder that need not read on. The rest of a large file may be errors, too.
+type stopped struct{}
+
+// whileNeeded calls read until it ends, or until the decoder need not read on.
+func (d *decoder) whileNeeded(read func()) {
+	defer func() {
+		if r := recover(); r != nil && r != any(stopped{}) {
+			panic(r)
+		}
+	}()
+	read()
+}
+
 // errorf notes what is wrong with v. After an error of v, or of what it is part of, it notes nothing: that would be an
 // echo.
 func (d *decoder) errorf(v value, format string, args ...any) {
-	d.invalid = true
-	if d.sources == nil {
+	if !d.notes(v) {
 		return
-	}
-	for at := &v; at != nil && at.up != nil; at = at.up {
-		if d.failed[at.path()] {
-			return
-		}
 	}
 	path := v.path()
 	d.failed[path] = true
-	if len(d.errs) < mostErrors {
-		d.errs = append(d.errs, &Error{
-			File: d.file, Line: v.line, Column: v.column, Field: path, Message: fmt.Sprintf(format, args...),
-		})
+	d.errs = append(d.errs, &Error{
+		File: d.file, Line: v.line, Column: v.column, Field: path, Message: fmt.Sprintf(format, args...),
+	})
+	if len(d.errs) >= mostErrors {
+		panic(stopped{})
 	}
+}
+
+// notes reports whether an error of v is to be noted: whether this decoder notes any, and this one is no echo. If the decoder is hasty,
+// notes does not return.
+func (d *decoder) notes(v value) bool {
+	d.invalid = true
+	if d.hasty {
+		panic(stopped{})
+	}
+	if !d.noting {
+		return false
+	}
+	for at := &v; at != nil && at.up != nil; at = at.up {
+		if d.failed[at.path()] {
+			return false
+		}
+	}
+	return true
 }
 
 // unused notes, once, that the file says something that is of no use here.
@@ -101,6 +130,9 @@ func (d *decoder) unused(v value, why string) { d.warn(v, "not used"+why) }
 
 // warn notes a warning about v once.
 func (d *decoder) warn(v value, message string) {
+	if d.sources != nil {
+		return // another decoder has warned
+	}
 	e := Error{File: d.file, Line: v.line, Column: v.column, Field: v.path(), Message: message}
 	if warning := e.Error(); !d.warned[warning] {
 		d.warned[warning] = true
@@ -108,9 +140,12 @@ func (d *decoder) warn(v value, message string) {
 	}
 }
 
-// note notes that v fills the Go field.
+// note notes that v fills the Go field, if that is sought.
 func (d *decoder) note(field string, v value) {
-	if d.sources != nil {
+	if d.sources == nil {
+		return
+	}
+	if _, sought := d.sources[field]; sought {
 		d.sources[field] = v
 	}
 }

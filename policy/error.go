@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/headgate-go/headgate/internal/slip"
 )
 
 // An Error is one problem of a policy. The error that [Load], [Parse] and [Policy.Validate] return is one of these or
@@ -47,7 +49,7 @@ func (e *Error) Error() string {
 	return message
 }
 
-// mostErrors is the number of errors after which reading a file stops.
+// mostErrors is the number of errors after which reading stops.
 const mostErrors = 200
 
 // join returns nil, the only error, or all of them as one: the first 20, because a file of the wrong kind has
@@ -108,12 +110,14 @@ func suggest(wrong string, known []string) string {
 	if len(wrong) > longest {
 		return ""
 	}
-	fold := strings.NewReplacer("_", "", "-", "")
-	wrong = fold.Replace(strings.ToLower(wrong))
+	wrong = fold(wrong)
 	best, nearest := len(wrong)/3+1, ""
 	for _, word := range known {
-		folded := fold.Replace(strings.ToLower(word))
-		d := distance(wrong, folded)
+		folded := fold(word)
+		if d := len(wrong) - len(folded); max(d, -d) >= best {
+			continue // so are as many bytes to insert or delete
+		}
+		d := slip.Distance(wrong, folded)
 		if len(wrong) == 2 && len(folded) == 2 && wrong[0] == folded[1] && wrong[1] == folded[0] {
 			d = 0 // of is as near to fo as a short word can be
 		}
@@ -122,7 +126,10 @@ func suggest(wrong string, known []string) string {
 		}
 	}
 	if nearest == "" {
-		nearest = abridged(wrong, known, fold)
+		nearest = abridged(wrong, known)
+	}
+	if nearest == "" && len(wrong) == 2 {
+		nearest = lacking(wrong, known)
 	}
 	if nearest == "" {
 		return ""
@@ -130,15 +137,16 @@ func suggest(wrong string, known []string) string {
 	return fmt.Sprintf("; did you mean %q?", nearest)
 }
 
-// abridged returns the only known word that a wrong one is short for, as capacity is for bucket_capacity, and params for
-// parameters. It returns "" if there are none or several.
-func abridged(wrong string, known []string, fold *strings.Replacer) (word string) {
-	const shortest = 4
-	if len(wrong) < shortest {
-		return ""
-	}
+// fold returns a word without what does not count in it.
+func fold(word string) string {
+	return strings.ReplaceAll(strings.ReplaceAll(strings.ToLower(word), "_", ""), "-", "")
+}
+
+// lacking returns the only known word of three letters from which one is missing in a wrong word of two; "" if there are none or
+// several.
+func lacking(wrong string, known []string) (word string) {
 	for _, w := range known {
-		if whole := fold.Replace(strings.ToLower(w)); !strings.HasPrefix(whole, strings.TrimSuffix(wrong, "s")) && !strings.HasSuffix(whole, wrong) {
+		if folded := fold(w); len(folded) != len(wrong)+1 || slip.Distance(wrong, folded) != 1 {
 			continue
 		}
 		if word != "" && word != w {
@@ -149,25 +157,21 @@ func abridged(wrong string, known []string, fold *strings.Replacer) (word string
 	return word
 }
 
-// distance counts the bytes to insert, delete or replace, and the neighbors to swap, to turn a into b.
-func distance(a, b string) int {
-	before, row, next := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
+// abridged returns the only known word that a wrong one is short for, as capacity is for bucket_capacity, and params for
+// parameters. It returns "" if there are none or several.
+func abridged(wrong string, known []string) (word string) {
+	const shortest = 4
+	if len(wrong) < shortest {
+		return ""
 	}
-	for i := range len(a) {
-		next[0] = i + 1
-		for j := range len(b) {
-			replace := row[j]
-			if a[i] != b[j] {
-				replace++
-			}
-			next[j+1] = min(replace, next[j]+1, row[j+1]+1)
-			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
-				next[j+1] = min(next[j+1], before[j-1]+1)
-			}
+	for _, w := range known {
+		if whole := fold(w); !strings.HasPrefix(whole, strings.TrimSuffix(wrong, "s")) && !strings.HasSuffix(whole, wrong) {
+			continue
 		}
-		before, row, next = row, next, before
+		if word != "" && word != w {
+			return ""
+		}
+		word = w
 	}
-	return row[len(b)]
+	return word
 }

@@ -16,8 +16,8 @@ import (
 //
 // A file holds one or several YAML documents in the shapes that [Parse] describes: Headgate's own, or Aperture's. A path without
 // a policy is an error, and so are two policies of one name. If there is an error, Load returns no policies. The error
-// joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read. A FIFO, a device
-// and a socket are not read.
+// joins up to 20 problems of all files: each is an [*Error], or an [*io/fs.PathError] for what cannot be read. After 200 problems
+// Load reads no further. A FIFO, a device and a socket are not read.
 func Load(paths ...string) ([]Policy, error) {
 	var l loader
 	for _, path := range paths {
@@ -26,6 +26,9 @@ func Load(paths ...string) ([]Policy, error) {
 			l.errs = append(l.errs, err)
 		}
 		for _, file := range files {
+			if len(l.errs) >= mostErrors {
+				break
+			}
 			data, err := policyfiles.Read(file)
 			if err != nil {
 				l.errs = append(l.errs, err)
@@ -107,54 +110,76 @@ func (l *loader) parse(file string, data []byte) {
 	}
 	unfinished := bytes.Contains(data, []byte(placeholder))
 	r, errs := newReader(file, data)
-	var docs []*node
-	if r != nil {
-		if !unfinished {
-			if sections, good := r.good(plain, sectionSize); good && l.take(file, sections) {
-				return
-			}
-		}
-		docs, errs = r.all()
+	if r == nil {
+		l.fail(errs)
+		return
 	}
-	l.inspect(file, plain, docs, errs, unfinished)
+	// What is one section is in memory at once anyway, and need not be read twice.
+	if !unfinished && len(r.sections(sectionSize)) > 1 {
+		if sections, good := r.good(plain, sectionSize); good && l.take(file, sections) {
+			return
+		}
+	}
+	l.inspect(r, plain, unfinished)
 }
 
-// inspect takes the policies of a file's documents, and notes what is wrong with them after what was wrong with the YAML.
-func (l *loader) inspect(file, plain string, docs []*node, errs []*Error, unfinished bool) {
-	if len(docs)+len(errs) == 0 {
-		errs = append(errs, &Error{File: file, Line: 1, Column: 1, Message: "holds no policy"})
+// inspect takes the policies of a file's documents, and notes what is wrong with the file.
+func (l *loader) inspect(r *yamlReader, plain string, unfinished bool) {
+	var errs []*Error
+	empty := true
+	r.all(func(doc *node) bool {
+		empty = false
+		policies, wrong := l.document(r.file, plain, doc, unfinished)
+		l.policies, errs = append(l.policies, policies...), append(errs, wrong...)
+		r.nodes.reset()
+		r.entries.reset()
+		return len(errs)+len(r.errs) < mostErrors
+	})
+	if empty && len(r.errs) == 0 {
+		errs = append(errs, &Error{File: r.file, Line: 1, Column: 1, Message: "holds no policy"})
 	}
-	for _, doc := range docs {
-		d := newDecoder(file)
-		policies := d.policies(doc, plain)
-		if len(errs) >= mostErrors {
-			break
-		}
-		if d.invalid || unfinished {
-			d = newDecoder(file)
-			d.sources = map[string]value{}
-			d.placeholders(value{node: doc, line: doc.line, column: doc.column})
-			policies = d.policies(doc, plain)
-		}
-		for i, p := range policies {
-			name := d.names[i]
-			if first, taken := l.places[p.Name]; taken {
-				hint := ""
-				if name.up == nil {
-					hint = "; a plain policy has the name of its file"
-				}
-				d.errs = append(d.errs, &Error{
-					File: file, Line: name.line, Column: name.column, Field: name.path(),
-					Message: fmt.Sprintf("policy %s is at %s:%d:%d already%s", quote(p.Name), first.file, first.line, first.column, hint),
-				})
-			} else if p.Name != "" {
-				l.note(p.Name, filePosition{file, position{name.line, name.column}})
-			}
-		}
-		l.policies = append(l.policies, policies...)
-		errs = append(errs, d.errs...)
-	}
+	errs = append(r.errs, errs...)
 	inOrder(errs)
+	l.fail(errs)
+}
+
+// document returns the policies of a document, and what is wrong with it.
+func (l *loader) document(file, plain string, doc *node, unfinished bool) ([]Policy, []*Error) {
+	d := newDecoder(file)
+	d.hasty = true
+	policies := d.policies(doc, plain)
+	if d.invalid || unfinished {
+		d = newDecoder(file)
+		d.noting = true
+		d.whileNeeded(func() { d.placeholders(value{node: doc, line: doc.line, column: doc.column}) })
+		if len(d.errs) >= mostErrors {
+			return nil, d.errs
+		}
+		policies = d.policies(doc, plain)
+	}
+	for i, p := range policies {
+		name := d.names[i]
+		if first, taken := l.places[p.Name]; taken {
+			hint := ""
+			if name.up == nil {
+				hint = "; a plain policy has the name of its file"
+			}
+			d.errs = append(d.errs, &Error{
+				File: file, Line: name.line, Column: name.column, Field: name.path(),
+				Message: fmt.Sprintf("policy %s is at %s:%d:%d already%s", quote(p.Name), first.file, first.line, first.column, hint),
+			})
+			if len(d.errs) >= mostErrors {
+				break
+			}
+		} else if p.Name != "" {
+			l.note(p.Name, filePosition{file, position{name.line, name.column}})
+		}
+	}
+	return policies, d.errs
+}
+
+// fail notes what is wrong with a file.
+func (l *loader) fail(errs []*Error) {
 	for _, err := range errs {
 		l.errs = append(l.errs, err)
 	}
@@ -227,8 +252,15 @@ func (d *decoder) findPlaceholders(v value, hidden bool) {
 	}
 }
 
-// policies reads a document, which has several policies only in Headgate's own shape. A plain policy gets the name.
-func (d *decoder) policies(doc *node, plain string) []Policy {
+// policies reads a document, which has several policies only in Headgate's own shape. A plain policy gets the name. There are none
+// if the decoder stops.
+func (d *decoder) policies(doc *node, plain string) (policies []Policy) {
+	d.whileNeeded(func() { policies = d.all(doc, plain) })
+	return policies
+}
+
+// all is policies for a decoder that does not stop.
+func (d *decoder) all(doc *node, plain string) []Policy {
 	d.kindAround = kindAround
 	known := *doc
 	known.index = nil
@@ -245,13 +277,22 @@ func (d *decoder) policies(doc *node, plain string) []Policy {
 	return []Policy{p}
 }
 
-// policy reads a document in one of Aperture's shapes, which has tells apart.
+// policy reads a document in one of Aperture's shapes, which has tells apart, and checks it.
 func (d *decoder) policy(top value, has func(keys ...string) bool, plain string) Policy {
-	var p Policy
+	p, ok := d.aperture(top, has, plain)
+	if ok {
+		d.unusedSettings()
+		d.finish(&p, 0, func(d *decoder) { d.aperture(top, has, plain) })
+	}
+	return p
+}
+
+// aperture reads such a document. It reports false if it cannot tell the shape.
+func (d *decoder) aperture(top value, has func(keys ...string) bool, plain string) (p Policy, ok bool) {
 	switch {
 	case top.kind != mapping:
 		d.errorf(top, "want a policy, have %s", top.kind)
-		return p
+		return p, false
 	case has("blueprint"):
 		d.values(top, &p)
 	case has("apiVersion", "kind", "metadata", "spec"):
@@ -259,26 +300,50 @@ func (d *decoder) policy(top value, has func(keys ...string) bool, plain string)
 		p = d.resource(top)
 	case plain == "":
 		d.errorf(top, "a plain policy has the name of its file, and %s has none", quote(d.file))
-		return p
+		return p, false
 	default:
 		d.shape = func(d *decoder) { d.spec(value{}) }
 		d.name = top
 		d.note("name", top)
 		p.Name, p.Components = plain, d.spec(top)
 	}
-	d.unusedSettings()
-	d.finish(&p, 0)
-	return p
+	return p, true
 }
 
-// finish checks a policy that has been read. There were so many errors before it.
-func (d *decoder) finish(p *Policy, before int) {
-	if d.sources == nil {
-		p.check(func(string, string, ...any) { d.invalid = true })
-	} else if len(p.Components) > 0 || len(d.errs) == before {
-		p.check(d.recheck)
-	}
+// finish checks a policy that has been read, and can be read again. There were so many errors before it.
+func (d *decoder) finish(p *Policy, before int, again func(*decoder)) {
 	p.Warnings = d.warnings
+	if d.noting && len(p.Components) == 0 && len(d.errs) > before {
+		return
+	}
+	type problem struct{ field, message string }
+	var problems []problem
+	d.whileNeeded(func() {
+		p.check(func(field, format string, args ...any) {
+			d.invalid = true
+			if !d.hasty {
+				problems = append(problems, problem{field, fmt.Sprintf(format, args...)})
+			}
+			if d.hasty || len(problems) >= mostErrors {
+				panic(stopped{})
+			}
+		})
+	})
+	if problems == nil {
+		return
+	}
+	source := newDecoder(d.file)
+	source.sources = map[string]value{}
+	for _, problem := range problems {
+		for field := problem.field; field != ""; field = parent(field) {
+			source.sources[field] = value{}
+		}
+	}
+	source.sources[""] = value{}
+	again(source)
+	for _, problem := range problems {
+		d.recheck(source.sources, problem.field, problem.message)
+	}
 }
 
 // resource reads a document in the shape of a Kubernetes resource.
@@ -297,13 +362,15 @@ func (d *decoder) resource(top value) Policy {
 func parent(field string) string { return field[:max(strings.LastIndexAny(field, ".["), 0)] }
 
 // recheck reports what check finds wrong with a Go field as a problem of what the file says about it.
-func (d *decoder) recheck(field, format string, args ...any) {
+func (d *decoder) recheck(sources map[string]value, field, message string) {
 	for f := field; ; f = parent(f) {
-		if v, ok := d.sources[f]; ok && f == field && v.node == nil {
+		v := sources[f]
+		known := v.up != nil || v.line > 0
+		if known && f == field && v.node == nil {
 			d.errorf(v, "is required")
 			return
-		} else if ok || f == "" {
-			d.errorf(v, format, args...)
+		} else if known || f == "" {
+			d.errorf(v, "%s", message)
 			return
 		}
 	}

@@ -31,9 +31,8 @@ func (d *decoder) learnCircuit(components value) {
 
 // unknown reports a key that a mapping may not have. It may have those in own.
 func (d *decoder) unknown(key value, own string) {
-	d.invalid = true
-	if d.sources == nil || len(d.errs) >= mostErrors {
-		return
+	if !d.notes(key) {
+		return // before a hint is looked for, which takes longer than to read the key
 	}
 	known := strings.Fields(own)
 	if key.up.up == nil && !d.isShort {
@@ -45,6 +44,9 @@ func (d *decoder) unknown(key value, own string) {
 	}
 	if hint == "" {
 		hint = d.unshared(key)
+	}
+	if hint == "" {
+		hint = d.translated(key)
 	}
 	if hint == "" {
 		hint = d.below(key)
@@ -65,6 +67,45 @@ func (d *decoder) unknown(key value, own string) {
 		hint = "; dynamicConfig belongs at the top of a resource, or of blueprint values"
 	}
 	d.errorf(key, "unknown key%s", hint)
+}
+
+// translated returns a hint at where the content of a key belongs, if other files or other components have the key; "" if they do not.
+func (d *decoder) translated(key value) string {
+	kind := d.kindAround(key)
+	if kind == nil {
+		return ""
+	}
+	of := key.up.key // what the key is in
+	inComponent := key.up.named && slices.ContainsFunc(kind.forms, func(f form) bool { return f.key == of }) || of == kind.name
+	switch {
+	case d.isShort && key.key == "label_matcher":
+		where := "here"
+		if inComponent {
+			where = "in selectors[]"
+		}
+		return "; what it has in Aperture's files is when, require and expression " + where
+	case d.isShort && inComponent && has("in_ports parameters request_parameters scheduler", key.key):
+		return "; what it has in Aperture's files stands beside the other keys here"
+	case d.isShort && inComponent && key.key == "when" && meansEscalation(key):
+		return "; an escalation is for rate_limiter and quota_scheduler"
+	case d.isShort || !inComponent:
+		return ""
+	case key.key == "parameters" && of == "quota_scheduler":
+		return "; what it has in a rate_limiter belongs in rate_limiter here"
+	case key.key == "parameters" && of == "concurrency_scheduler":
+		return "; what it has in a concurrency_limiter belongs in concurrency_limiter here"
+	case key.key == "request_parameters" && has("quota_scheduler concurrency_scheduler", of):
+		return "; what it has in a limiter belongs in scheduler here"
+	case key.key == "in_ports" && has("policy", key.up.up.key):
+		return "; what it has in a circuit stands beside the other keys here"
+	}
+	return ""
+}
+
+// meansEscalation reports whether an unknown key has what an escalation requires.
+func meansEscalation(key value) bool {
+	e, _ := key.up.find(key.key)
+	return e.value.kind == mapping && slices.ContainsFunc(e.value.entries, func(e entry) bool { return has("load below", e.key) })
 }
 
 // learnHomes learns which mappings have which keys. It reports whether the document has a shape.
@@ -106,6 +147,9 @@ func (d *decoder) below(key value) string {
 func (d *decoder) above(key value, fits func(keys string) bool) (best string) {
 	from := shapePath(key.up)
 	for _, e := range key.up.entries {
+		if e.key == key.key {
+			break // those that follow are below it, or merged
+		}
 		if e.line > key.line || e.line == key.line && e.column >= key.column || e.value.kind != null && e.value.kind != mapping {
 			continue
 		}

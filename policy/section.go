@@ -80,7 +80,7 @@ func (s *section) read(r yamlReader, plain string) bool {
 			good = false
 		} else if doc.kind != null {
 			d := newDecoder(r.file)
-			d.kept = &kept
+			d.hasty, d.kept = true, &kept
 			s.policies = append(s.policies, d.policies(doc, plain)...)
 			for _, name := range d.names {
 				s.names = append(s.names, position{name.line, name.column})

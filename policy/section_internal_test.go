@@ -19,16 +19,15 @@ func checkSections(t *testing.T, text string) {
 	}
 	sections, good := r.good("x", 1)
 	var whole loader
-	docs, errs := r.all()
-	// Names are compared by take, not by sections.
-	for _, doc := range docs {
-		var one loader
-		one.inspect("x.yaml", "x", []*node{doc}, nil, false)
-		whole.errs = append(whole.errs, one.errs...)
-		whole.policies = append(whole.policies, one.policies...)
-	}
-	if want := len(whole.errs)+len(errs) == 0; good != want {
-		t.Fatalf("good = %t, want %t: errors of the whole file are %v, %v\n%s", good, want, errs, whole.errs, text)
+	r.all(func(doc *node) bool {
+		var one loader // names are compared by take, not by sections
+		policies, errs := one.document("x.yaml", "x", doc, false)
+		whole.fail(errs)
+		whole.policies = append(whole.policies, policies...)
+		return true
+	})
+	if want := len(whole.errs)+len(r.errs) == 0; good != want {
+		t.Fatalf("good = %t, want %t: errors of the whole file are %v, %v\n%s", good, want, r.errs, whole.errs, text)
 	}
 	if !good {
 		return

@@ -49,13 +49,13 @@ func (d *decoder) short(top value) []Policy {
 	}
 	policies := make([]Policy, 0, len(items))
 	for _, item := range items {
-		if d.sources != nil {
-			d.sources = map[string]value{}
-		}
 		item.field, d.warnings = "", nil
 		known := len(d.errs)
 		p := d.shortPolicy(item)
-		d.finish(&p, known)
+		d.finish(&p, known, func(d *decoder) {
+			d.isShort = true
+			d.shortPolicy(item)
+		})
 		policies = append(policies, p)
 	}
 	return policies

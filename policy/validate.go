@@ -18,6 +18,9 @@ import (
 func (p Policy) Validate() error {
 	var errs []error
 	p.check(func(field, format string, args ...any) {
+		if len(errs) >= mostErrors {
+			return
+		}
 		field = fmt.Sprintf("policy %s: %s", quote(p.Name), field)
 		errs = append(errs, &Error{Field: field, Message: fmt.Sprintf(format, args...)})
 	})

@@ -154,14 +154,15 @@ func withoutMarks(text string) string {
 	return b.String()
 }
 
-// all returns the documents that are not empty and not broken, and what is wrong with the others.
-func (r *yamlReader) all() (docs []*node, errs []*Error) {
+// all yields the documents that are not empty and not broken, for as long as yield returns true, and notes what is wrong with the
+// others.
+func (r *yamlReader) all(yield func(doc *node) bool) {
 	for first := 0; first < len(r.lines) && len(r.errs) < mostErrors; {
 		err := r.documents(first, len(r.lines), func(doc *node, failed bool) bool {
-			if !failed && doc.kind != null {
-				docs = append(docs, doc)
+			if !failed && doc.kind != null && !yield(doc) {
+				return false
 			}
-			return true
+			return len(r.errs) < mostErrors
 		})
 		if err == nil {
 			break
@@ -171,7 +172,6 @@ func (r *yamlReader) all() (docs []*node, errs []*Error) {
 			first++
 		}
 	}
-	return docs, r.errs
 }
 
 // documents yields the documents in the lines from first up to end, for as long as yield returns true. It stops at a
@@ -1111,6 +1111,9 @@ func (c *converter) mapping(n *node, in *yaml.Node, depth int) {
 // duplicate reports a key that a mapping has already. The rest of the document still makes sense, so this does not fail it. The error
 // does not show the key, which may be a value of a label, such as the name of a customer.
 func (c *converter) duplicate(at, first position) {
+	if len(c.r.errs) >= mostErrors {
+		return
+	}
 	c.r.fail(at, fmt.Sprintf("duplicate key, first at line %d, column %d", first.line, first.column))
 }
 
@@ -1131,5 +1134,8 @@ func (n *node) add(e entry) {
 
 func (c *converter) failf(at position, format string, args ...any) {
 	c.failed = true
+	if len(c.r.errs) >= mostErrors {
+		return
+	}
 	c.r.fail(at, fmt.Sprintf(format, args...))
 }

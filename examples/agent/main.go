@@ -53,7 +53,7 @@ func main() {
 	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
-	err := run(ctx, os.Args[1:], hangup, os.Stdout, os.Stderr)
+	err := run(ctx, policy.Load, os.Args[1:], hangup, os.Stdout, os.Stderr)
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "agent:", err)
@@ -61,8 +61,11 @@ func main() {
 	}
 }
 
+// A reader reads policies, as policy.Load does.
+type reader func(paths ...string) ([]policy.Policy, error)
+
 // run serves until ctx ends, and reads the policies again at each hangup.
-func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) (err error) {
+func run(ctx context.Context, read reader, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	listen := flags.String("listen", "127.0.0.1:8089", "`address` to serve at")
@@ -90,7 +93,11 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 	}
 	// Warnings are printed anyway.
 	logger := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelError}))
-	limits, err := engine.Load(*policies, engine.WithLogger(logger))
+	first, err := read.until(ctx, *policies)
+	if err != nil {
+		return err
+	}
+	limits, err := engine.New(first, engine.WithLogger(logger))
 	if err != nil {
 		return err
 	}
@@ -140,7 +147,11 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 			case <-serving.Done():
 				return
 			case <-hangup:
-				if err := reload(limits, *policies); err != nil {
+				err := reload(serving, read, limits, *policies)
+				if serving.Err() != nil {
+					return
+				}
+				if err != nil {
 					fmt.Fprintln(stderr, "the policies stay as they are:", err)
 					continue
 				}
@@ -189,9 +200,27 @@ func warn(stderr io.Writer, limits *engine.Engine, served *agent.Service) {
 	}
 }
 
+// until reads policies, and waits for them until ctx ends. A large file takes seconds, and a file system that does not answer takes
+// forever. Nothing ends such a read, so it may go on until the process ends, and its result is dropped.
+func (read reader) until(ctx context.Context, path string) ([]policy.Policy, error) {
+	done := make(chan struct{})
+	var have []policy.Policy
+	var failed error
+	go func() {
+		defer close(done)
+		have, failed = read(path)
+	}()
+	select {
+	case <-done:
+		return have, failed
+	case <-ctx.Done():
+		return nil, fmt.Errorf("reading %s: %w", path, ctx.Err())
+	}
+}
+
 // reload puts the policies into force that are in the files now, or leaves everything as it is.
-func reload(limits *engine.Engine, path string) error {
-	policies, err := policy.Load(path)
+func reload(ctx context.Context, read reader, limits *engine.Engine, path string) error {
+	policies, err := read.until(ctx, path)
 	if err != nil {
 		return err
 	}

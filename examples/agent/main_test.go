@@ -23,6 +23,7 @@ import (
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/policy"
 )
 
 func TestMain(m *testing.M) {
@@ -54,7 +55,7 @@ func TestRun(t *testing.T) {
 	var stderr bytes.Buffer // to be read when run has returned
 	done := make(chan error, 1)
 	go func() {
-		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, nil, printed, &stderr)
+		err := run(ctx, policy.Load, []string{"-listen", "127.0.0.1:0", "-policies", file}, nil, printed, &stderr)
 		printed.Close()
 		done <- err
 	}()
@@ -162,7 +163,7 @@ func TestRunReloads(t *testing.T) {
 	hangup := make(chan os.Signal)
 	done := make(chan error, 1)
 	go func() {
-		err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", file}, hangup, printed, says)
+		err := run(ctx, policy.Load, []string{"-listen", "127.0.0.1:0", "-policies", file}, hangup, printed, says)
 		printed.Close()
 		says.Close()
 		done <- err
@@ -215,10 +216,56 @@ func TestRunIsInterruptedAtOnce(t *testing.T) {
 			cancel()
 			runtime.Gosched()
 		})
-		if err := run(ctx, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, nil, interrupt, io.Discard); err != nil {
+		if err := run(ctx, policy.Load, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, nil, interrupt, io.Discard); err != nil {
 			t.Errorf("run = %v", err)
 		}
 		cancel()
+	}
+}
+
+// A read of the policies that hangs keeps nobody waiting: neither the first one nor one after a hangup.
+func TestRunDoesNotWaitForPolicies(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		answers int // that many reads do not hang
+		wrong   bool
+	}{
+		{"at the start", 0, true},
+		{"after a hangup", 1, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			hangs, ends, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+			reads := 0
+			read := func(paths ...string) ([]policy.Policy, error) {
+				if reads++; reads <= tt.answers {
+					return policy.Load(paths...)
+				}
+				defer close(ended)
+				close(hangs)
+				<-ends
+				return nil, nil
+			}
+			hangup := make(chan os.Signal, 1)
+			hangup <- syscall.SIGHUP
+			done := make(chan error, 1)
+			go func() {
+				done <- run(ctx, read, []string{"-listen", "127.0.0.1:0", "-policies", "../quickstart/policy.yaml"}, hangup, io.Discard, io.Discard)
+			}()
+			<-hangs
+			cancel()
+			select {
+			case err := <-done:
+				if (err != nil) != tt.wrong {
+					t.Errorf("run = %v, want an error: %t", err, tt.wrong)
+				}
+			case <-time.After(time.Minute):
+				t.Error("run waits for the read")
+			}
+			close(ends)
+			<-ended
+		})
 	}
 }
 
@@ -240,7 +287,7 @@ func TestRunErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var stderr bytes.Buffer
-			if err := run(t.Context(), args, nil, io.Discard, &stderr); err == nil {
+			if err := run(t.Context(), policy.Load, args, nil, io.Discard, &stderr); err == nil {
 				t.Error("run = nil")
 			}
 		})

@@ -35,20 +35,89 @@ func In(text string) string {
 
 // InName is In for the name of a control point or of a label: why programs hardly give such a name. Files get it by accident, and
 // then a limit is missing although the file is well formed: an extra bracket at the end of a line is text, a block of text ends
-// with a line end, text copied from a page has spaces that do not look odd, and a wrong separator makes one name of two.
+// with a line end, text copied from a page has spaces that do not look odd, quotes in quotes and a "#" or a "-" without a space are
+// text, and a wrong separator makes one name of two.
+//
+// An ordinary name begins with a letter, a digit, or what begins paths, wildcards and addresses: one of /_*.:@~$({[. It may hold what
+// the names of functions, calls, routes and hosts do, and single words.
 func InName(name string) string {
 	if why := In(name); why != "" {
 		return why
 	}
+	if name == "" {
+		return ""
+	}
+	first, size := utf8.DecodeRuneInString(name)
+	if first < utf8.RuneSelf && !letterOrDigit(first) && !strings.ContainsRune("/_*.:@~$({[", first) {
+		return fmt.Sprintf("it begins with %q", name[:size])
+	}
+	if wrapped(name) {
+		return "it is in brackets"
+	}
+	path := strings.Contains(name, "/") // may hold a comma
 	for i := range len(name) {
-		if name[i] == ';' || name[i] == ',' && i+1 < len(name) && name[i+1] == ' ' {
-			return fmt.Sprintf("it holds %q, which separates no names there", name[i:i+1])
+		switch c := name[i]; c {
+		case ';', '|':
+		case ',':
+			if path && i+1 < len(name) && strings.IndexByte(" /", name[i+1]) < 0 {
+				continue
+			}
+		case ':':
+			if i+1 == len(name) || name[i+1] != ' ' {
+				continue
+			}
+			return `it holds ": ", which separates no key from a value there`
+		default:
+			continue
 		}
+		return fmt.Sprintf("it holds %q, which separates no names there", name[i:i+1])
 	}
 	if strings.HasSuffix(name, ".") { // a value may end so: full names of hosts do
 		return `it ends with "."`
 	}
 	return ""
+}
+
+func letterOrDigit(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) }
+
+// wrapped reports whether a text, whose brackets all have counterparts, begins with a bracket that its end closes.
+func wrapped(text string) bool {
+	depth := 0
+	for i := range len(text) {
+		switch text[i] {
+		case '(', '[', '{':
+			depth++
+		case ')', ']', '}':
+			depth--
+		}
+		if depth == 0 {
+			return i > 0 && i == len(text)-1
+		}
+	}
+	return false
+}
+
+// Distance counts the bytes to insert, delete or replace, and the neighbors to swap, to turn a into b.
+func Distance(a, b string) int {
+	before, row, next := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		next[0] = i + 1
+		for j := range len(b) {
+			replace := row[j]
+			if a[i] != b[j] {
+				replace++
+			}
+			next[j+1] = min(replace, next[j]+1, row[j+1]+1)
+			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
+				next[j+1] = min(next[j+1], before[j-1]+1)
+			}
+		}
+		before, row, next = row, next, before
+	}
+	return row[len(b)]
 }
 
 // punctuation tells what separates items of lists, or ends lines, at the beginning or the end of a text.

@@ -11,13 +11,31 @@ import (
 func TestInName(t *testing.T) {
 	for want, texts := range map[string][]string{
 		"": {
-			"", "search", "GET /a b", "a b", "a,b", "/orders/{id},{line}", "suche-f\u00fcr-alle", "f(x)[0]", "a.b", "k8s:app",
+			"", "search", "GET /a b", "a b", "/orders/{id},{line}", "suche-f\u00fcr-alle", "f(x)[0]", "a.b", "k8s:app", "*", "*.example.com",
+			"{host}/{path}", "/", "/{$}", "GET example.com:8080/a/{rest...}", "/pkg.Service/Method", "main.(*Server).Search", "[::1]:8080", ":8080",
+			"$default", "@scope/name", "_private", ".well-known", "it's", "C++", "a-b_c", "billing@v2", "search & find", `a "b"`, "\u691c\u7d22", "9",
+			"(*Server).Search", "/a?b=c&d=e", `App\Search`,
 		},
+		`begins with "\""`:     {`"search"`, `"a" b`},
+		`begins with "'"`:      {"'search'"},
+		"begins with \"`\"":    {"`search`"},
+		`begins with "#"`:      {"#search", "# search"},
+		`begins with "-"`:      {"- search", "-search"},
+		`begins with "&"`:      {"&search"},
+		`begins with "!"`:      {"!search"},
+		`begins with ">"`:      {"> search"},
+		`begins with "|"`:      {"| search"},
+		`begins with "?"`:      {"? search"},
+		`begins with "<"`:      {"<control point>"},
+		`begins with "="`:      {"=search"},
+		"is in brackets":       {"[search]", "(search)", "{search}", "[a, b]", "[a[0]]"},
+		`holds ": "`:           {"control_point: search", "a: b: c"},
+		`holds "|"`:            {"search|find", "search | find"},
 		"a quote or a bracket": {"search]", "a; b]"},
 		`ends with ","`:        {"search,", "a, b,"},
 		`ends with ";"`:        {"search;"},
 		`ends with "."`:        {"search."},
-		`holds ","`:            {"a, b", "a, b, c", "search , find", "GET /a, GET /b"},
+		`holds ","`:            {"a, b", "a, b, c", "search , find", "GET /a, GET /b", "search,find", "/a,/b"},
 		`holds ";"`:            {"search; find", "search;find", "search ;find", "a;b, c"},
 	} {
 		for _, text := range texts {
