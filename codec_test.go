@@ -91,7 +91,7 @@ type (
 	}
 	badText string
 	moment  time.Time
-	span    struct{ from, to moment } // a key of maps
+	span    struct{ from moment } // a key of maps
 	kept    struct{ by any }
 )
 

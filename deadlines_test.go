@@ -113,7 +113,7 @@ func TestMethodsReturnTimeouts(t *testing.T) {
 						}
 						results := f.Call(args)
 						cancel()
-						err, _ := results[len(results)-1].Interface().(error)
+						err, _ := reflect.TypeAssert[error](results[len(results)-1])
 						late := slices.Contains(w.late, method.Name) || slices.Contains(w.late, method.Name+" "+name)
 						if late && !deadline.In(err) {
 							t.Errorf("%s: %s returns %v want a deadline", what, method.Name, err)
@@ -131,7 +131,8 @@ func answersAsDeadline(t *testing.T, what string, err error) {
 	if !deadline.In(err) {
 		return
 	}
-	if e, ok := err.(net.Error); !ok || !e.Timeout() || !os.IsTimeout(err) || !(&url.Error{Err: err}).Timeout() {
+	e, ok := err.(net.Error) //nolint:errorlint // the error itself is asked
+	if !ok || !e.Timeout() || !os.IsTimeout(err) || !(&url.Error{Err: err}).Timeout() {
 		t.Errorf("%s returns %v, which is no timeout", what, err)
 	}
 }

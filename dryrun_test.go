@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -342,7 +343,7 @@ func TestDryRunLimitsInForce(t *testing.T) {
 // Where no limit is in force no slot is lost: work goes on, and nothing is counted or logged. It is lost where the limit is in force.
 func TestDryRunLosesNoSlots(t *testing.T) {
 	inForce := switchedOff{name: "in force"}
-	for _, s := range append(switchesOff[1:len(switchesOff):len(switchesOff)], inForce) {
+	for _, s := range append(slices.Clip(switchesOff[1:]), inForce) {
 		for _, kind := range sides.AllAndStored {
 			for _, l := range dryRunLimits {
 				if !l.slots {
@@ -356,7 +357,7 @@ func TestDryRunLosesNoSlots(t *testing.T) {
 						side := sides.Setup{
 							Policies:      l.policies(s.component),
 							EngineOptions: []engine.Option{engine.WithLogger(logger)},
-							Options: append(s.opts[:len(s.opts):len(s.opts)], flowctl.WithCancelOnLostSlot(),
+							Options: append(slices.Clip(s.opts), flowctl.WithCancelOnLostSlot(),
 								flowctl.WithMeterProvider(meter), flowctl.WithLogger(logger)),
 						}.New(t, kind)
 						if kind != sides.Scripted {
