@@ -82,10 +82,12 @@ const defaultLastGood = 256
 //
 // A value is stored only if decoding gives it back, see CachePolicy.Exact. JSON loses bytes that are not UTF-8,
 // unexported fields, and the types of numbers in an any, for example. With omitempty it turns an empty slice into a nil
-// one, which is another value. Values are compared as reflect.DeepEqual does, except that times are compared by
-// [time.Time.Equal], and that NaN equals NaN. The client logs results that are not stored, once a minute at most, by
-// type and not by value. A failure of the cache is never the call's error. A cached value that cannot be decoded counts
-// as none.
+// one, which is another value. Values are compared as reflect.DeepEqual does, with these exceptions. Times, also those of
+// types that are defined as time.Time, are compared by [time.Time.Equal], in unexported fields and in keys of maps too.
+// Protobuf messages are compared by proto.Equal. For them use a Codec that calls proto.Marshal and proto.Unmarshal. NaN
+// equals NaN, but a map with NaN as a key equals none. A value is not stored if more than 30,000 pointers, interfaces,
+// slices and maps are nested in it. The client logs results that are not stored, once a minute at most, by type and not
+// by value. A failure of the cache is never the call's error. A cached value that cannot be decoded counts as none.
 //
 // The key must also stand for the type of the result. Results are stored without their type, so a function with another T and the
 // same key finds them, and so does another release of the program. JSON leaves fields that it does not find at zero. If T

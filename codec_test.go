@@ -20,7 +20,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/dynamicpb"
+
 	"github.com/headgate-go/headgate"
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/fallback"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
@@ -86,7 +90,14 @@ type (
 		n  int
 	}
 	badText string
+	moment  time.Time
+	span    struct{ from moment } // a key of maps
+	kept    struct{ by any }
 )
+
+func (m moment) MarshalText() ([]byte, error) { return time.Time(m).MarshalText() }
+
+func (m *moment) UnmarshalText(text []byte) error { return (*time.Time)(m).UnmarshalText(text) }
 
 func (o oneWay) MarshalJSON() ([]byte, error) { return fmt.Appendf(nil, `"number %d"`, o.N), nil }
 
@@ -144,6 +155,11 @@ func TestCodecValues(t *testing.T) {
 		value("a time in a struct", true, record{At: now}),
 		value("times in lists and maps", true, map[string][]time.Time{"a": {now}}),
 		value("a time behind a pointer", true, &now),
+		value("an unexported time with a monotonic reading", true, secret{now, 42}),
+		value("a type defined as a time", true, moment(now)),
+		value("times as keys", true, map[time.Time]int{now: 1, utc: 2}),
+		value("keys of a type defined as a time", true, map[moment]moment{moment(now): moment(utc)}),
+		value("two keys of one instant", false, map[time.Time]int{now: 1, now.UTC(): 2}),
 		value("a nil slice", true, []string(nil)),
 		value("an empty slice", true, []string{}),
 		value("an empty slice that is left out", false, record{Items: []string{}}),
@@ -344,6 +360,179 @@ func TestCodecIsAsStrictAsDeepEqual(t *testing.T) {
 				<-time.After(2 * time.Second) // until it has expired
 			}
 		}
+	})
+}
+
+// Times are the same if they are the same instant, wherever they are in a value.
+func TestCodecTimes(t *testing.T) {
+	now := time.Now()
+	same, later := now.In(time.FixedZone("there", 3600)), now.Add(1)
+	values := []struct {
+		name string
+		of   func(time.Time) any
+	}{
+		{"alone", func(at time.Time) any { return at }},
+		{"a type of its own", func(at time.Time) any { return moment(at) }},
+		{"unexported", func(at time.Time) any { return secret{at: at} }},
+		{"unexported in an unexported field", func(at time.Time) any { return kept{secret{at: at}} }},
+		{"unexported in an unexported map", func(at time.Time) any { return kept{map[int]secret{1: {at: at}}} }},
+		{"unexported in an unexported array", func(at time.Time) any { return kept{[1]secret{{at: at}}} }},
+		{"behind an unexported pointer", func(at time.Time) any { return kept{&kept{&at}} }},
+		{"in an unexported list", func(at time.Time) any { return kept{[]any{at}} }},
+		{"a key", func(at time.Time) any { return map[time.Time]int{at: 1} }},
+		{"a key of a type of its own", func(at time.Time) any { return map[moment]int{moment(at): 1} }},
+		{"an unexported key", func(at time.Time) any { return kept{map[time.Time]int{at: 1}} }},
+		{"unexported in a key", func(at time.Time) any { return map[span]int{{from: moment(at)}: 1} }},
+		{"in an array that is a key", func(at time.Time) any { return map[[1]time.Time]int{{at}: 1} }},
+		{"in an any that is a key", func(at time.Time) any { return map[any]int{at: 1, "b": 2} }},
+		{"in a struct in an any that is a key", func(at time.Time) any { return map[any]int{kept{span{from: moment(at)}}: 1} }},
+		{"below a key", func(at time.Time) any { return map[time.Time]moment{at: moment(at)} }},
+		{"one of two keys", func(at time.Time) any { return map[time.Time]int{at: 1, now.Add(time.Hour): 2} }},
+	}
+	synctest.Test(t, func(t *testing.T) {
+		client := engineClient(t)
+		for _, v := range values {
+			if stored := storesAs(t, client, v.of(now), v.of(same)); !stored {
+				t.Errorf("%s: the same instant is not stored", v.name)
+			}
+			if stored := storesAs(t, client, v.of(now), v.of(later)); stored {
+				t.Errorf("%s: another instant is stored", v.name)
+			}
+		}
+		for _, tt := range []struct {
+			name       string
+			made, back any
+		}{
+			{"two keys of one instant", map[time.Time]int{now: 1, same: 1}, map[time.Time]int{now: 1, later: 1}},
+			{"two keys of one instant, decoded", map[time.Time]int{now: 1, later: 1}, map[time.Time]int{now: 1, same: 1}},
+			{"another type", moment(now), now},
+			{"another value below a key", map[time.Time]int{now: 1}, map[time.Time]int{same: 2}},
+			{"a key of another type", map[any]int{now: 1}, map[any]int{moment(now): 1}},
+		} {
+			if storesAs(t, client, tt.made, tt.back) {
+				t.Errorf("%s is stored", tt.name)
+			}
+		}
+	})
+}
+
+// storesAs reports whether a value is stored that is decoded as another one.
+func storesAs(t *testing.T, client *flowctl.Client, made, back any) bool {
+	t.Helper()
+	runs := 0
+	cached := headgate.Cached(client, "value", flowctl.Params{}, func(context.Context) (any, error) {
+		runs++
+		return made, nil
+	}, nil, headgate.CachePolicy[any]{TTL: time.Second, Codec: constant[any]{back}})
+	for range 2 {
+		_, _ = cached(t.Context())
+		synctest.Wait()
+	}
+	<-time.After(2 * time.Second) // until it has expired
+	return runs == 1
+}
+
+// messageCodec is the codec of protobuf messages that their package has.
+type messageCodec struct{}
+
+func (messageCodec) Encode(m *checkv1.CheckRequest) ([]byte, error) { return proto.Marshal(m) }
+
+func (messageCodec) Decode(data []byte) (*checkv1.CheckRequest, error) {
+	m := new(checkv1.CheckRequest)
+	return m, proto.Unmarshal(data, m)
+}
+
+// request is a struct that embeds a message.
+type request struct {
+	*checkv1.CheckRequest
+	Extra int
+}
+
+// Protobuf messages have state of their own in unexported fields, which does not count.
+func TestCodecMessages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := engineClient(t)
+		message := func(point string) *checkv1.CheckRequest {
+			m := &checkv1.CheckRequest{ControlPoint: point, Labels: map[string]string{"a": "b"}}
+			_ = m.ProtoReflect().Descriptor() // which sets the state
+			return m
+		}
+		fresh := func(point string) *checkv1.CheckRequest {
+			return &checkv1.CheckRequest{ControlPoint: point, Labels: map[string]string{"a": "b"}}
+		}
+		if runs, _ := runsOfTwoCalls(t, client, fresh("p"), headgate.CachePolicy[*checkv1.CheckRequest]{TTL: time.Second, Codec: messageCodec{}}); runs != 1 {
+			t.Error("a message is not stored")
+		}
+		<-time.After(2 * time.Second) // until it has expired
+		for _, tt := range []struct {
+			name       string
+			made, back any
+			stored     bool
+		}{
+			{"in a list", []any{message("p")}, []any{fresh("p")}, true},
+			{"unexported", kept{message("p")}, kept{fresh("p")}, true},
+			{"another", message("p"), fresh("q"), false},
+			{"embedded", request{message("p"), 1}, request{fresh("p"), 1}, true},
+			{"embedded, beside another value", &request{message("p"), 1}, &request{fresh("p"), 2}, false},
+			{"embedded nil", &request{Extra: 1}, &request{Extra: 1}, true},
+			{"dynamic", dynamicpb.NewMessage(message("p").ProtoReflect().Descriptor()), dynamicpb.NewMessage(message("p").ProtoReflect().Descriptor()), true},
+		} {
+			if stored := storesAs(t, client, tt.made, tt.back); stored != tt.stored {
+				t.Errorf("%s: stored %v want %v", tt.name, stored, tt.stored)
+			}
+		}
+	})
+}
+
+// What is nested too deep to be compared is not stored, and does not end the program.
+func TestCodecDepth(t *testing.T) {
+	chain := func(n int, of func(any) any) (v any) {
+		for range n {
+			v = of(v)
+		}
+		return v
+	}
+	links := map[string]func(any) any{
+		"pointers":   func(v any) any { return &v },
+		"structs":    func(v any) any { return kept{v} },
+		"slices":     func(v any) any { return []any{v} },
+		"arrays":     func(v any) any { return [1]any{v} },
+		"maps":       func(v any) any { return map[string]any{"": v} },
+		"fields":     func(v any) any { next, _ := v.(*record); return &record{Next: next} },
+		"interfaces": func(v any) any { return &record{Extra: v} },
+	}
+	for name, of := range links {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				client := engineClientWith(t, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+				if !storesAs(t, client, chain(10_000, of), chain(10_000, of)) {
+					t.Errorf("10,000 are not stored: %s", &log)
+				}
+				if storesAs(t, client, chain(50_000, of), chain(50_000, of)) {
+					t.Error("50,000 are stored")
+				}
+				if !strings.Contains(log.String(), "is nested more than") {
+					t.Errorf("logged: %s", &log)
+				}
+			})
+		})
+	}
+	t.Run("a difference far inside", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			var log bytes.Buffer
+			client := engineClientWith(t, flowctl.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+			below := func(n int) any {
+				r := &record{Extra: n}
+				for range 20_000 {
+					r = &record{Next: r}
+				}
+				return r
+			}
+			if storesAs(t, client, below(1), below(2)) || !strings.Contains(log.String(), "Next: Extra: int has another value") || log.Len() > 1000 {
+				t.Errorf("it is stored, or logged in %d bytes", log.Len())
+			}
+		})
 	})
 }
 

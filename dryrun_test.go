@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -15,10 +18,12 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/headgate-go/headgate"
+	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/grpcguard"
 	"github.com/headgate-go/headgate/httpguard"
+	"github.com/headgate-go/headgate/internal/testing/metertest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -29,6 +34,7 @@ type limit struct {
 	of     func(dryRun bool) policy.Component // nil: it is in force without a component
 	ramp   bool                               // for flows in ramp mode
 	learns bool                               // it lets the flows of the first minute in
+	slots  bool                               // flows hold slots of it
 	reason flowctl.RejectReason
 }
 
@@ -36,13 +42,13 @@ var dryRunLimits = []limit{
 	{name: "rate limiter", reason: flowctl.ReasonRateLimited, of: func(dry bool) policy.Component {
 		return policy.RateLimiter{Selectors: policy.At(point), Capacity: 1, Interval: time.Hour, DryRun: dry}
 	}},
-	{name: "concurrency limiter", reason: flowctl.ReasonRateLimited, of: func(dry bool) policy.Component {
+	{name: "concurrency limiter", slots: true, reason: flowctl.ReasonRateLimited, of: func(dry bool) policy.Component {
 		return policy.ConcurrencyLimiter{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour, DryRun: dry}
 	}},
 	{name: "quota scheduler", reason: flowctl.ReasonNoTokens, of: func(dry bool) policy.Component {
 		return policy.QuotaScheduler{Selectors: policy.At(point), Capacity: 1, Fill: 1, Interval: time.Second, DryRun: dry}
 	}},
-	{name: "concurrency scheduler", reason: flowctl.ReasonNoTokens, of: func(dry bool) policy.Component {
+	{name: "concurrency scheduler", slots: true, reason: flowctl.ReasonNoTokens, of: func(dry bool) policy.Component {
 		return policy.ConcurrencyScheduler{Selectors: policy.At(point), Max: 1, MaxInflight: time.Hour, DryRun: dry}
 	}},
 	{name: "load scheduler", reason: flowctl.ReasonNoTokens, learns: true, of: func(dry bool) policy.Component {
@@ -330,6 +336,49 @@ func TestDryRunLimitsInForce(t *testing.T) {
 					}
 				})
 			})
+		}
+	}
+}
+
+// Where no limit is in force no slot is lost: work goes on, and nothing is counted or logged. It is lost where the limit is in force.
+func TestDryRunLosesNoSlots(t *testing.T) {
+	inForce := switchedOff{name: "in force"}
+	for _, s := range append(slices.Clip(switchesOff[1:]), inForce) {
+		for _, kind := range sides.AllAndStored {
+			for _, l := range dryRunLimits {
+				if !l.slots {
+					continue
+				}
+				t.Run(s.name+"/"+string(kind)+"/"+l.name, func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						var log strings.Builder
+						logger := slog.New(slog.NewTextHandler(&log, nil))
+						meter := new(metertest.Provider)
+						side := sides.Setup{
+							Policies:      l.policies(s.component),
+							EngineOptions: []engine.Option{engine.WithLogger(logger)},
+							Options: append(slices.Clip(s.opts), flowctl.WithCancelOnLostSlot(),
+								flowctl.WithMeterProvider(meter), flowctl.WithLogger(logger)),
+						}.New(t, kind)
+						if kind != sides.Scripted {
+							<-time.After(time.Minute) // a session has begun
+						}
+						canceled := false
+						_ = headgate.Do(t.Context(), side.Client, point, flowctl.Params{}, func(ctx context.Context, _ *flowctl.Flow) error {
+							side.Cut()
+							<-time.After(5 * time.Minute) // no slot lasts that long then
+							canceled = errors.Is(context.Cause(ctx), flowctl.ErrSlotLost)
+							return ctx.Err()
+						})
+						synctest.Wait()
+						want := s.name == inForce.name && (kind == sides.Served || kind == sides.Stored)
+						lost := meter.Read(t.Context())["flowcontrol_lost_slots_total"] > 0
+						if logged := strings.Contains(log.String(), "slots of flows"); canceled != want || lost != want || logged != want {
+							t.Errorf("canceled: %v, counted: %v, logged: %v want %v\n%s", canceled, lost, logged, want, log.String())
+						}
+					})
+				})
+			}
 		}
 	}
 }

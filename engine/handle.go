@@ -7,6 +7,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine/internal/keys"
 	"github.com/headgate-go/headgate/engine/internal/source"
+	"github.com/headgate-go/headgate/internal/deadline"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -85,6 +86,12 @@ func (c *Component) Reset(ctx context.Context, value string) error {
 		return err
 	}
 	return i.reset(ctx, value, c.engine.now())
+}
+
+// failed is the error of a call about a component. It names the policy and the component, because the caller has named
+// them. Strangers see the errors of flows, which name neither.
+func failed(policyName, id string, err error) error {
+	return deadline.Errorf("headgate: engine: policy %q: component %q: %w", policyName, id, err)
 }
 
 // Top returns the values of the component's label whose flows it rejects most often, the most frequent first. Use it to find out

@@ -19,7 +19,7 @@ func (a *agent) Leases() bool { return a.store != nil }
 func (a *agent) Leased(v *agentapi.Verdict) (slots int) {
 	for i := range v.Len() {
 		d := v.At(i)
-		if !d.Component.Slots || d.Slot() == 0 || d.Local || d.Untaken {
+		if !d.Component.Slots || d.Slot() == 0 || d.Local || d.Untaken || d.DryRun {
 			continue
 		}
 		if _, ok := d.Component.Settler.(returner); ok {

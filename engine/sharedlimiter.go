@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -431,7 +430,7 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 
 // wrong is an error of the store to a caller of the engine.
 func (l *sharedLimiter[S]) wrong(err error) error {
-	return fmt.Errorf("headgate: engine: policy %q: component %q: %w", l.component.Policy, l.component.ID, err)
+	return failed(l.component.Policy, l.component.ID, err)
 }
 
 func (l *sharedLimiter[S]) reset(ctx context.Context, value string, _ int64) error {

@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/shared"
@@ -93,7 +92,7 @@ func (s *sharedRamp) move(ctx context.Context, next func(p *position, now int64)
 	select {
 	case <-s.calls:
 	case <-ctx.Done():
-		return fmt.Errorf("headgate: engine: policy %q: component %q: %w", s.key.Policy, s.key.Component, ctx.Err())
+		return failed(s.key.Policy, s.key.Component, ctx.Err())
 	}
 	defer func() { s.calls <- struct{}{} }()
 	err := errMoved
@@ -118,5 +117,5 @@ func (s *sharedRamp) move(ctx context.Context, next func(p *position, now int64)
 			return nil
 		}
 	}
-	return fmt.Errorf("headgate: engine: policy %q: component %q: %w", s.key.Policy, s.key.Component, err)
+	return failed(s.key.Policy, s.key.Component, err)
 }

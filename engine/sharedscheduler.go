@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -729,7 +728,7 @@ func (s *sharedScheduler[S]) reset(ctx context.Context, value string, now int64)
 
 // wrong is an error of the store to a caller of the engine.
 func (s *sharedScheduler[S]) wrong(err error) error {
-	return fmt.Errorf("headgate: engine: policy %q: component %q: %w", s.component.Policy, s.component.ID, err)
+	return failed(s.component.Policy, s.component.ID, err)
 }
 
 func (s *sharedScheduler[S]) stats(now int64) ComponentStats {

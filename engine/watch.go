@@ -4,11 +4,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"time"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/deadline"
 	"github.com/headgate-go/headgate/internal/policyfiles"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -82,7 +82,7 @@ type finding struct {
 }
 
 func (w *watch) failed(err error) error {
-	return fmt.Errorf("headgate: engine: watch %q: %w", w.path, err)
+	return deadline.Errorf("headgate: engine: watch %q: %w", w.path, err)
 }
 
 // look is what is in the files now. The error says that the watch is to end.

@@ -40,7 +40,8 @@ type HTTPRequest struct {
 	Size int64
 
 	// Headers are the headers that the agent may see, by names in lower case. Repeated values are joined with ",".
-	// Headers that carry credentials are never sent, see package labels. Give only those that policies need. Clients with
+	// Headers that carry credentials are never sent, see package labels. Of several headers of one label, such as x-user and x_user,
+	// one is sent, as labels.FromRequest chooses. Give only those that policies need. Clients with
 	// [WithBaggage] take labels of the peer from a baggage header.
 	Headers map[string]string
 
@@ -264,7 +265,32 @@ func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
 			b.Headers[key] = boundedText(r.Headers[name])
 		}
 	}
+	spelledOnce(b.Headers)
 	return b
+}
+
+// spelledOnce keeps one of the headers that agents make one label of, as labels.FromRequest does: that with "-" in all places, or else
+// the first by name. An agent could take either.
+func spelledOnce(headers map[string]string) {
+	var kept map[string]string // with "_", by the name with "-" in all places
+	for name := range headers {
+		if !strings.Contains(name, "_") {
+			continue
+		}
+		plain := strings.ReplaceAll(name, "_", "-")
+		if _, ok := headers[plain]; ok {
+			delete(headers, name)
+			continue
+		}
+		if kept == nil {
+			kept = make(map[string]string)
+		}
+		if other, ok := kept[plain]; ok {
+			delete(headers, max(name, other))
+			name = min(name, other)
+		}
+		kept[plain] = name
+	}
 }
 
 // boundedText makes a text of a peer's fit what labels may be.

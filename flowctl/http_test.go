@@ -101,6 +101,15 @@ func TestCheckHTTPRequest(t *testing.T) {
 			}},
 		},
 		{
+			name: "spellings of one label",
+			request: &flowctl.HTTPRequest{Headers: map[string]string{
+				"X_User": "peer", "x-user": "proxy", "a_b-c": "1", "a-b_c": "2", "a_b_c": "3", "x_plan": "alone",
+			}},
+			want: &checkhttpv1.CheckHTTPRequest{Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{
+				Headers: map[string]string{"x-user": "proxy", "a-b_c": "2", "x_plan": "alone"},
+			}},
+		},
+		{
 			name:    "many headers",
 			request: &flowctl.HTTPRequest{Headers: many("k", 90)},
 			want:    &checkhttpv1.CheckHTTPRequest{Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: many("k", 90)}},

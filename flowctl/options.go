@@ -323,7 +323,7 @@ func WithDryRun() Option {
 // Without it, such flows continue, because an agent's outage should not become the application's. The context is [Flow.Context],
 // or what package headgate's guards pass on. With this option it also ends when a flow with slots ends. It has no effect on slots
 // at other agents, nor on slots from before the session began, because these do not run out with the session. Slots that an
-// engine in this process has in its memory are never lost.
+// engine in this process has in its memory are never lost. Neither are slots of a dry run, the client's or a component's.
 func WithCancelOnLostSlot() Option {
 	return option{"WithCancelOnLostSlot", false, func(c *config) error {
 		c.cancelLost = true

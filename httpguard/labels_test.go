@@ -89,6 +89,47 @@ func TestLabelsOfTheApplicationWin(t *testing.T) {
 	}
 }
 
+// Of two headers that become one label, the one counts that a proxy can set, however an agent is asked, and an agent of another make
+// gets that one alone.
+func TestPeersSpellNoHeaderOtherwise(t *testing.T) {
+	const label = "http.request.header.x_user"
+	limit := policy.RateLimiter{
+		Interval:  time.Second, // without a token
+		Selectors: []policy.Selector{{ControlPoint: point, Labels: policy.LabelMatcher{Equal: map[string]string{label: "proxy"}}}},
+	}
+	setup := sides.Setup{Policies: sides.Policies(limit), Options: []flowctl.Option{flowctl.WithCheckTimeout(time.Minute)}}
+	setup.Over(t, sides.All, func(t *testing.T, side *sides.Side) {
+		for _, checkHTTP := range []bool{false, true} {
+			for _, names := range [][]string{{"X-User", "X_User"}, {"X_User", "X-User"}, {"x_user", "X_USER", "x-user"}} {
+				opts := []httpguard.MiddlewareOption{httpguard.WithHeaders(names...)}
+				if checkHTTP {
+					opts = append(opts, httpguard.WithCheckHTTP())
+				}
+				h := httpguard.Middleware(side.Client, point, opts...)(http.NotFoundHandler())
+				r := httptest.NewRequest(http.MethodGet, "/", http.NoBody)
+				r.Header["X-User"], r.Header["X_user"] = []string{"proxy"}, []string{"peer"}
+				w := httptest.NewRecorder()
+				h.ServeHTTP(w, r)
+				if side.Script == nil {
+					if w.Code != http.StatusTooManyRequests {
+						t.Errorf("by CheckHTTP %t, listed %q: status %d, so the peer's counts", checkHTTP, names, w.Code)
+					}
+					continue
+				}
+				checks := side.Script.Checks()
+				last := checks[len(checks)-1]
+				got, sent := last.Request.GetLabels()[label], last.HTTP.GetRequest().GetHeaders()
+				if checkHTTP {
+					got = sent["x-user"]
+				}
+				if _, other := sent["x_user"]; got != "proxy" || other {
+					t.Errorf("by CheckHTTP %t, listed %q: the agent gets %q, %v", checkHTTP, names, got, sent)
+				}
+			}
+		}
+	})
+}
+
 // A caller's headers push out no label that the service names: a limit of nothing lets no request pass.
 func TestCallersPushOutNoLabel(t *testing.T) {
 	for name, tt := range map[string]struct {

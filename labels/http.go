@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -20,7 +21,8 @@ import (
 //	http.request.header.<name>   of each listed header that is present; the name in lower case with "_" for "-",
 //	                             repeated values joined with ","
 //
-// Headers may be listed in any case. The Host header is not among them: http.host has it. Headers that carry
+// If a request has several headers of one label, such as X-User and X_User, one counts: that with "-" in all places, which a
+// proxy can set, or else the first by name. Headers may be listed in any case and order. The Host header is not among them: http.host has it. Headers that carry
 // credentials never become labels; see the package documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
 	return fromRequest(r, listed(headers))
@@ -47,7 +49,8 @@ func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request
 // A header is one that becomes a label.
 type header struct{ name, key string }
 
-// listed returns the headers to look for, without those that carry credentials.
+// listed returns the headers to look for, without those that carry credentials. Of several headers of one label, the last that a
+// request has counts: "-" is before "_".
 func listed(names []string) []header {
 	list := make([]header, 0, len(names))
 	for _, name := range names {
@@ -56,6 +59,9 @@ func listed(names []string) []header {
 			list = append(list, header{http.CanonicalHeaderKey(name), key})
 		}
 	}
+	slices.SortFunc(list, func(a, b header) int {
+		return cmp.Or(strings.Compare(strings.ToLower(b.name), strings.ToLower(a.name)), strings.Compare(b.name, a.name))
+	})
 	return list
 }
 

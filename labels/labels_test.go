@@ -326,6 +326,22 @@ func TestFromRequest(t *testing.T) {
 			want:    with(post, "http.request.header.x_user_id", "42", "http.request.header.x_plan", "a,b"),
 		},
 		{
+			name: "spellings of one label",
+			request: incoming("/a", func(r *http.Request) {
+				r.Header = http.Header{"X-User": {"proxy"}, "X_user": {"peer"}, "A_b-C": {"1"}, "A-B_c": {"2"}, "A_b_c": {"3"}, "X_plan": {"alone"}}
+			}),
+			headers: []string{"A-B-C", "A-B_C", "X-User", "X_User", "A_B_C", "A_B-C", "X_Plan", "X-Plan"},
+			want:    with(post, "http.request.header.x_user", "proxy", "http.request.header.a_b_c", "2", "http.request.header.x_plan", "alone"),
+		},
+		{
+			name: "spellings of one label, listed otherwise",
+			request: incoming("/a", func(r *http.Request) {
+				r.Header = http.Header{"X-User": {""}, "X_user": {"peer"}, "A_b-C": {"1"}, "A-B_c": {"2"}, "A_b_c": {"3"}, "X_plan": {"alone"}}
+			}),
+			headers: []string{"A_b_c", "A_b-c", "x_user", "x-user", "A-B_c", "A-B-C", "X-Plan", "X_Plan"},
+			want:    with(post, "http.request.header.x_user", "", "http.request.header.a_b_c", "2", "http.request.header.x_plan", "alone"),
+		},
+		{
 			name:    "outgoing",
 			request: sent("https://example.com", nil),
 			want:    get,

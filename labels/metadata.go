@@ -7,7 +7,7 @@ import (
 )
 
 // FromMetadata returns the listed keys of gRPC metadata as labels within the limits, for [WithTransport]; nil when none
-// is present. The label key is the metadata key in lower case; repeated values are joined with ",". Keys may be listed
+// is present. The label key is the metadata key in lower case, so x-user and x_user are two labels; repeated values are joined with ",". Keys may be listed
 // in any case. Binary values (keys that end in "-bin") and credentials never become labels; see the package
 // documentation.
 func FromMetadata(md metadata.MD, keys ...string) map[string]string {

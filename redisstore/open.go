@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+
+	"github.com/headgate-go/headgate/internal/deadline"
 )
 
 // Open connects to the servers that the URL names, looks at them, and returns a store that uses them:
@@ -29,7 +31,7 @@ import (
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
 	s, err := open(ctx, url, opts)
 	if err != nil {
-		return nil, fmt.Errorf("headgate: redisstore: open: %w", err)
+		return nil, deadline.Errorf("headgate: redisstore: open: %w", err)
 	}
 	return s, nil
 }
@@ -42,8 +44,8 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if deadline, ok := ctx.Deadline(); ok {
-		o.Dialer.Timeout = min(o.Dialer.Timeout, max(time.Until(deadline), time.Millisecond))
+	if until, ok := ctx.Deadline(); ok {
+		o.Dialer.Timeout = min(o.Dialer.Timeout, max(time.Until(until), time.Millisecond))
 	}
 	l := &link{}
 	o.DialCtxFn = l.dial

@@ -2,9 +2,14 @@ package redisstore_test
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
+	"net"
+	"net/url"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/headgate-go/headgate/redisstore"
 	"github.com/headgate-go/headgate/redisstore/internal/redistest"
@@ -89,6 +94,27 @@ func TestFleetOpenUnreachable(t *testing.T) {
 	if s, err := redisstore.Open(t.Context(), "redis://127.0.0.1:1"); err == nil {
 		_ = s.Close()
 		t.Error("no error")
+	}
+}
+
+// If its context's deadline ends Open, its error is a timeout to net, net/http and os.
+func TestOpenReturnsTimeouts(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // it accepts connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = silent.Close() }()
+	for name, timeout := range map[string]time.Duration{"passed": -1, "passes": 50 * time.Millisecond} {
+		for _, target := range []string{"redis://%s", "redis://%s?cluster=true", "redis+sentinel://%s/primary"} {
+			t.Run(name+"/"+target, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), timeout)
+				defer cancel()
+				_, err := redisstore.Open(ctx, strings.ReplaceAll(target, "%s", silent.Addr().String()))
+				if err == nil || !os.IsTimeout(err) || !(&url.Error{Err: err}).Timeout() {
+					t.Errorf("%v is no timeout", err)
+				}
+			})
+		}
 	}
 }
 

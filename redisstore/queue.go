@@ -14,6 +14,7 @@ import (
 
 	"github.com/redis/rueidis"
 
+	"github.com/headgate-go/headgate/internal/deadline"
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
@@ -269,7 +270,7 @@ func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode 
 		}
 		reply, err := s.run(unbounded{bounded}, script, keys, encode(last, sent))
 		if ctx.Err() != nil && err != nil {
-			return errors.Join(errTimeout, ctx.Err()) // it may have been done, and says nothing about the server
+			return deadline.Errorf("%w: %w", errTimeout, ctx.Err()) // it may have been done, and says nothing about the server
 		}
 		if err := s.evidence(sh, err, sent); err != nil {
 			return err

@@ -106,9 +106,16 @@ type serverError struct{ code string }
 
 func (e *serverError) Error() string { return "the store's server has refused: " + e.code }
 
+// A timeoutError is that the store's own bound of a call has passed.
+type timeoutError string
+
+func (e timeoutError) Error() string { return string(e) }
+func (timeoutError) Timeout() bool   { return true }
+func (timeoutError) Temporary() bool { return true }
+
 // What calls fail with.
 var (
-	errTimeout    = errors.New("the store did not answer in time")
+	errTimeout    = error(timeoutError("the store did not answer in time"))
 	errConnection = errors.New("the connection to the store has failed")
 	errReply      = errors.New("the store's answer makes no sense")
 	errNewer      = errors.New("the key's state was written by a newer version, or by another program")

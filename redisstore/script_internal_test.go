@@ -3,6 +3,7 @@ package redisstore
 import (
 	"context"
 	"errors"
+	"os"
 	"testing"
 
 	"github.com/headgate-go/headgate/internal/shared"
@@ -37,5 +38,14 @@ func TestMayHaveCounted(t *testing.T) {
 				t.Errorf("mayHaveCounted(%v) = %v want %v", tt.err, got, tt.want)
 			}
 		})
+	}
+}
+
+// The errors of calls that took too long are timeouts to net, net/http and os.
+func TestTimeouts(t *testing.T) {
+	for err, want := range map[error]bool{errTimeout: true, errConnection: false, errClosed: false} {
+		if os.IsTimeout(err) != want {
+			t.Errorf("os.IsTimeout(%v) = %v want %v", err, !want, want)
+		}
 	}
 }

@@ -129,7 +129,7 @@ type Leaser interface {
 	// Leases reports whether flows may have such slots. It does not change.
 	Leases() bool
 
-	// Leased returns how many such slots a flow has.
+	// Leased returns how many such slots a flow has. Slots of a dry run do not count: no limit is broken if others get them.
 	Leased(v *Verdict) int
 
 	// Watch watches those of a flow until End or Revert. If over is not nil it is called once: when the slots are lost, or after the flow

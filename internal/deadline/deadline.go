@@ -1,9 +1,10 @@
-// Package deadline finds deadlines in errors.
+// Package deadline finds deadlines in errors, and makes errors that answer for those that they wrap.
 package deadline
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 )
@@ -28,3 +29,22 @@ func timeoutIn(err error) bool {
 		return false
 	}
 }
+
+// Errorf is [fmt.Errorf]. If there is a deadline in what the error wraps, it is a net.Error that reports a timeout: net, net/http and os
+// ask only the error itself, and none that it wraps. Use it wherever an error of ours wraps that of a call with a context.
+func Errorf(format string, args ...any) error {
+	err := fmt.Errorf(format, args...)
+	if !In(err) {
+		return err
+	}
+	return passed{err}
+}
+
+// passed is an error with a deadline in it.
+type passed struct{ error }
+
+func (p passed) Unwrap() error { return p.error }
+
+// Timeout and Temporary make it a net.Error.
+func (passed) Timeout() bool   { return true }
+func (passed) Temporary() bool { return true }

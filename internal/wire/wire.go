@@ -461,10 +461,11 @@ func Held(m *checkv1.CheckResponse) []*checkv1.InflightRequestRef {
 	return refs
 }
 
-// Holds returns how many slots the flow holds by the answer.
+// Holds returns how many slots the flow can lose: those that it holds by the answer, without slots of components in dry run. No limit is
+// broken if others get these.
 func Holds(m *checkv1.CheckResponse) (slots int) {
 	for _, d := range m.GetLimiterDecisions() {
-		if !d.GetDropped() && cmp.Or(d.GetConcurrencyLimiterInfo().GetRequestId(), d.GetConcurrencySchedulerInfo().GetRequestId()) != "" {
+		if !d.GetDropped() && !d.GetDryRun() && cmp.Or(d.GetConcurrencyLimiterInfo().GetRequestId(), d.GetConcurrencySchedulerInfo().GetRequestId()) != "" {
 			slots++
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -206,11 +207,17 @@ func WithoutSessions() grpc.ServerOption {
 // Serve runs the server in memory until the test ends, and returns the option that dials it.
 func Serve(t testing.TB, server *grpc.Server) grpc.DialOption {
 	t.Helper()
-	return serveFar(t, server, 0)
+	return serveBy(t, server, new(network))
 }
 
-// serveFar is Serve of a server whose messages take so long to arrive.
-func serveFar(t testing.TB, server *grpc.Server, travel time.Duration) grpc.DialOption {
+// A network carries the messages of a server and its clients.
+type network struct {
+	travel time.Duration // how long they take to arrive
+	cut    atomic.Bool   // it carries nothing that clients say
+}
+
+// serveBy is Serve of a server that is reached by the network.
+func serveBy(t testing.TB, server *grpc.Server, by *network) grpc.DialOption {
 	t.Helper()
 	listener := bufconn.Listen(1 << 16) // a connection makes two buffers of that size, which the race detector clears
 	served := make(chan error, 1)
@@ -223,11 +230,27 @@ func serveFar(t testing.TB, server *grpc.Server, travel time.Duration) grpc.Dial
 	})
 	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		conn, err := listener.DialContext(ctx)
-		if err == nil && travel > 0 {
-			conn = &far{Conn: conn, travel: travel, closed: make(chan struct{})}
+		if err != nil {
+			return nil, err
 		}
-		return conn, err
+		if by.travel > 0 {
+			conn = &far{Conn: conn, travel: by.travel, closed: make(chan struct{})}
+		}
+		return cable{conn, by}, nil
 	})
+}
+
+// cable is a connection by a network.
+type cable struct {
+	net.Conn
+	network *network
+}
+
+func (c cable) Write(b []byte) (int, error) {
+	if c.network.cut.Load() {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
 }
 
 // far is a connection to a peer that is far away.
@@ -256,13 +279,13 @@ func (f *far) Close() error {
 // Dial runs the server in memory, and makes a client of it. Both are closed when the test ends.
 func Dial(t testing.TB, server *grpc.Server, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
-	return dial(t, server, 0, opts...)
+	return dial(t, server, new(network), opts...)
 }
 
-func dial(t testing.TB, server *grpc.Server, travel time.Duration, opts ...flowctl.Option) *flowctl.Client {
+func dial(t testing.TB, server *grpc.Server, by *network, opts ...flowctl.Option) *flowctl.Client {
 	t.Helper()
 	client, err := flowctl.Dial("passthrough:///localhost",
-		append([]flowctl.Option{flowctl.WithInsecure(), flowctl.WithDialOptions(serveFar(t, server, travel))}, opts...)...)
+		append([]flowctl.Option{flowctl.WithInsecure(), flowctl.WithDialOptions(serveBy(t, server, by))}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -91,8 +91,10 @@ type Side struct {
 	// Script is the agent of a scripted side; nil for the others.
 	Script *flowtest.Agent
 
-	t   testing.TB
-	log log // of the engines' sides
+	t       testing.TB
+	log     log               // of the engines' sides
+	network network           // of a served side
+	store   *sharedtest.Store // of a stored side; else nil
 }
 
 // Over runs f as a subtest with each kind of agent.
@@ -126,7 +128,8 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 	var err error
 	opts := s.EngineOptions
 	if kind == Stored {
-		opts = append(slices.Clip(opts), engine.WithStore(sharedtest.New().Instance()))
+		side.store = sharedtest.New().Instance()
+		opts = append(slices.Clip(opts), engine.WithStore(side.store))
 	}
 	if side.Engine, err = engine.New(s.Policies, opts...); err != nil {
 		t.Fatal(err)
@@ -135,7 +138,8 @@ func (s Setup) New(t testing.TB, kind Kind) *Side {
 	side.Agent = side.Engine.Agent()
 	side.log.answers = s.Answers
 	if kind == Served {
-		side.Client = dial(t, serve(side.Engine, &side.log), s.Travel, s.Options...)
+		side.network.travel = s.Travel
+		side.Client = dial(t, serve(side.Engine, &side.log), &side.network, s.Options...)
 		return side
 	}
 	if side.Client, err = flowctl.New(&recorder{side.Engine.Agent(), side.Engine.Agent().(agentapi.Leaser), &side.log}, s.Options...); err != nil {
@@ -163,6 +167,15 @@ func (s *Side) Silence() {
 		return
 	}
 	_ = s.Engine.Close()
+}
+
+// Cut cuts what decides about slots off from the flows that hold them, without a word: a served agent no longer hears its clients,
+// and a stored engine no longer reaches its store. The other kinds cannot be cut off.
+func (s *Side) Cut() {
+	s.network.cut.Store(true)
+	if s.store != nil {
+		s.store.Behave(sharedtest.Behavior{Cut: true})
+	}
 }
 
 // StoreResult stores a value in the agent's result cache, as another process would. A scripted agent keeps it for ever.
