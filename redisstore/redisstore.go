@@ -88,6 +88,7 @@ type Store struct {
 	clustered clustered
 	instances atomic.Int64
 	failures  atomic.Uint64 // of calls of the store's own
+	logged    atomic.Int64  // when a line said last that a server does not answer, from epoch on; 0 for never
 	renewSoon chan struct{}
 
 	renewingSessions, counting turn
@@ -197,7 +198,7 @@ func newStore(client rueidis.Client, l *link, opts []Option) (*Store, error) {
 	}
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
-	if !s.cluster { // with several servers, one could be gone while others answer
+	if !s.cluster {                                            // with several servers, one could be gone while others answer
 		s.link = l
 	}
 	s.instances.Store(1)
