@@ -37,8 +37,14 @@ func (s *Store) Get(ctx context.Context, keys []shared.CacheKey) ([][]byte, erro
 	return values, nil
 }
 
-// Set does what [shared.Caches] says.
+// maxCached is how many bytes a value has at most. A larger one could not be read.
+const maxCached = maxReply - elementCost
+
+// Set does what [shared.Caches] says. It fails for a value of more than 64 MiB, about.
 func (s *Store) Set(ctx context.Context, key shared.CacheKey, value []byte, ttl time.Duration) error {
+	if len(value) > maxCached {
+		return errValue
+	}
 	n := s.cacheName(key)
 	ms := max(ttl.Milliseconds(), 1)
 	return s.one(ctx, n, ofText, s.client.B().Arbitrary("SET").Keys(n).Args(rueidis.BinaryString(value), "PX", strconv.FormatInt(ms, 10)).Build())

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync/atomic"
@@ -146,5 +147,31 @@ func TestOutageBySenselessAnswers(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A value that could not be read is not stored.
+func TestSetOfLargeValue(t *testing.T) {
+	server := startFake(t)
+	s, err := Open(t.Context(), server.urls()["alone"], WithTimeout(30*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	k := shared.CacheKey{Key: "k"}
+	if err := s.Set(t.Context(), k, make([]byte, maxCached+1), time.Hour); !errors.Is(err, errValue) {
+		t.Errorf("Set of a value that is too large = %v want %v", err, errValue)
+	}
+	if err := s.Set(t.Context(), k, make([]byte, 1<<20), time.Hour); err != nil {
+		t.Errorf("Set of a large value = %v", err)
+	}
+	server.answer(func(args []string) string {
+		if args[0] == "GET" {
+			return fmt.Sprintf("$%d\r\n%s\r\n", maxCached, strings.Repeat("a", maxCached))
+		}
+		return server.honest(args)
+	})
+	if values, err := s.Get(t.Context(), []shared.CacheKey{k}); err != nil || len(values[0]) != maxCached {
+		t.Errorf("Get of the largest value = %v", err)
 	}
 }

@@ -34,6 +34,8 @@
 // row without an answer, over at least four times the bound, the server counts as down. Calls fail at once then, until it answers
 // again.
 //
+// An answer without sense is none, and an error is one: a server that refuses calls is not down.
+//
 // What flows do meanwhile is up to the OnOutage of each component in package policy. By default each engine decides by its part of the
 // limit. The slots of flows that began before are not counted then: work that must never exceed a limit needs policy.OutageClosed.
 package redisstore
@@ -164,6 +166,9 @@ func WithSecret(secret []byte) Option {
 //
 // The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
 // connection without answers is given up.
+//
+// The client is the program's own, and so is its trust in the server. The store bounds what a server sends only on connections that
+// [Open] makes. A client of rueidis by itself reserves the memory that the server names, and panics at replies that it does not await.
 func New(client rueidis.Client, opts ...Option) (*Store, error) { return newStore(client, nil, opts) }
 
 // newStore is New with a link that knows of the connections of the client; nil for none.

@@ -121,6 +121,7 @@ var (
 	errLate       = errors.New("the store got the call too late")
 	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
 	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
+	errValue      = fmt.Errorf("a value has more than %d bytes", maxCached)
 	errClosed     = shared.ErrClosed
 )
 
