@@ -127,11 +127,20 @@ func (s *Store) askAgain(ctx context.Context) {
 		if client := s.clientOf(sh); sh.gate.Open() && client != nil {
 			wg.Go(func() {
 				sent := time.Now()
-				s.failed(s.evidence(sh, client.Do(unbounded{ctx}, client.B().Ping().Build()).Error(), sent))
+				s.failed(s.evidence(sh, s.probe(ctx, client), sent))
 			})
 		}
 	}
 	wg.Wait()
+}
+
+// probe asks a server for what flows need of it, which is a script. A server may answer PING, and no script.
+func (s *Store) probe(ctx context.Context, client rueidis.Client) error {
+	reply, err := runAt(unbounded{ctx}, client, s.scripts.probe, nil, nil)
+	if err == nil && len(reply) != 8 {
+		return errReply
+	}
+	return err
 }
 
 // clientOf returns the client of a shard's server alone. It is nil if the cluster's client does not know that server any more: then

@@ -22,7 +22,7 @@ func (s *Store) Get(ctx context.Context, keys []shared.CacheKey) ([][]byte, erro
 		n := s.cacheName(k)
 		commands[i], shards[i] = s.client.B().Get().Key(n).Build(), s.shardOfKey(n)
 	}
-	results, err := s.plain(ctx, shards, commands...)
+	results, err := s.plain(ctx, shards, ofText, commands...)
 	if err != nil {
 		return nil, err
 	}
@@ -37,33 +37,62 @@ func (s *Store) Get(ctx context.Context, keys []shared.CacheKey) ([][]byte, erro
 	return values, nil
 }
 
-// Set does what [shared.Caches] says.
+// maxCached is how many bytes a value has at most. A larger one could not be read.
+const maxCached = maxReply - elementCost
+
+// Set does what [shared.Caches] says. It fails for a value of more than 64 MiB, about.
 func (s *Store) Set(ctx context.Context, key shared.CacheKey, value []byte, ttl time.Duration) error {
+	if len(value) > maxCached {
+		return errValue
+	}
 	n := s.cacheName(key)
 	ms := max(ttl.Milliseconds(), 1)
-	return s.one(ctx, n, s.client.B().Arbitrary("SET").Keys(n).Args(rueidis.BinaryString(value), "PX", strconv.FormatInt(ms, 10)).Build())
+	return s.one(ctx, n, ofText, s.client.B().Arbitrary("SET").Keys(n).Args(rueidis.BinaryString(value), "PX", strconv.FormatInt(ms, 10)).Build())
 }
 
 // Delete does what [shared.Caches] says.
 func (s *Store) Delete(ctx context.Context, key shared.CacheKey) error {
 	n := s.cacheName(key)
-	return s.one(ctx, n, s.client.B().Del().Key(n).Build())
+	return s.one(ctx, n, ofNumber, s.client.B().Del().Key(n).Build())
 }
 
 // shardOfKey returns the shard that has a key without a tag.
 func (s *Store) shardOfKey(key string) *shard { return s.shardOf(slotOf("{" + key + "}")) }
 
 // one runs a command of one key.
-func (s *Store) one(ctx context.Context, key string, command rueidis.Completed) error {
-	results, err := s.plain(ctx, []*shard{s.shardOfKey(key)}, command)
+func (s *Store) one(ctx context.Context, key string, of answerKind, command rueidis.Completed) error {
+	results, err := s.plain(ctx, []*shard{s.shardOfKey(key)}, of, command)
 	if err != nil {
 		return err
 	}
 	return answerError(results[0].Error())
 }
 
-// plain runs commands of these shards together, within the store's bound. The error is that of a server that has not answered.
-func (s *Store) plain(ctx context.Context, shards []*shard, commands ...rueidis.Completed) ([]rueidis.RedisResult, error) {
+// An answerKind is what commands are answered with, unless they are refused.
+type answerKind uint8
+
+const (
+	ofText answerKind = iota // or with nil
+	ofNumber
+)
+
+// failed returns why a result is no answer of the kind. It is nil for a refusal.
+func (of answerKind) failed(r rueidis.RedisResult) error {
+	var err error
+	if of == ofNumber {
+		_, err = r.ToInt64()
+	} else {
+		_, err = r.ToString()
+	}
+	if _, refused := rueidis.IsRedisErr(err); refused || rueidis.IsRedisNil(err) {
+		return nil
+	}
+	return err
+}
+
+// plain runs commands of these shards together, within the store's bound. The error is that of a server that has not answered, or not
+// with what the commands are answered with.
+func (s *Store) plain(ctx context.Context, shards []*shard, of answerKind, commands ...rueidis.Completed) ([]rueidis.RedisResult, error) {
 	if slices.ContainsFunc(shards, func(sh *shard) bool { return sh.gate.Open() }) {
 		return nil, shared.ErrDown
 	}
@@ -76,7 +105,7 @@ func (s *Store) plain(ctx context.Context, shards []*shard, commands ...rueidis.
 	results := s.client.DoMulti(unbounded{bounded}, commands...)
 	became := make(map[*shard]error, 1) // of what was asked of each
 	for i, r := range results {
-		became[shards[i]] = cmp.Or(became[shards[i]], r.NonRedisError())
+		became[shards[i]] = cmp.Or(became[shards[i]], of.failed(r))
 	}
 	var err error
 	for sh, failed := range became {

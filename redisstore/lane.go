@@ -44,6 +44,8 @@ type shard struct {
 	renewing  turn        // of renewing leases there
 	unrenewed atomic.Bool // some have yet to be renewed, because that has failed
 	renewed   time.Time   // when that began last; only one goroutine uses it
+
+	logged atomic.Bool // the last line about the shard says that it does not answer
 }
 
 // A call is what a flow wants of one shard, or gives back there.
@@ -360,18 +362,14 @@ func (l *lane) send(batch []*call, own bool) {
 		l.requeue(batch)
 		return
 	}
-	if err = s.evidence(sh, err, sent); err != nil {
-		l.finish(batch, err)
-		return
+	if err == nil && !s.decode(sh, batch, reply, sent) {
+		err = errReply
 	}
-	if !s.decode(sh, batch, reply, sent) {
-		l.finish(batch, errReply)
-		return
-	}
-	l.finish(batch, nil)
+	l.finish(batch, s.evidence(sh, err, sent))
 }
 
-// evidence takes what became of a call to a shard as evidence of how the shard is, and returns the error that callers get.
+// evidence takes what became of a call to a shard as evidence of how the shard is, and returns the error that callers get. A refusal is an
+// answer. One that makes no sense is none: no flow could use it.
 func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	answer, refused := rueidis.IsRedisErr(err)
 	switch {
@@ -380,8 +378,10 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 			s.link.up.Store(true)
 		}
 		if sh.gate.Answered() {
-			s.logger.Info("headgate: the store's server answers again")
 			s.renewLater()
+		}
+		if sh.logged.Load() && sh.logged.Swap(false) {
+			s.logger.Info("headgate: the store's server answers again")
 		}
 		if err == nil {
 			return nil
@@ -391,18 +391,44 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 		return errClosed
 	}
 	s.silent(sh, sent)
-	if errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
 		return errTimeout
+	case errors.Is(err, errReply), rueidis.IsParseErr(err):
+		return errReply
+	case errors.Is(err, errConnection): // it says what the server has sent
+		return err
+	default:
+		return errConnection
 	}
-	return errConnection
 }
 
 // silent notes that a shard has not answered since then.
 func (s *Store) silent(sh *shard, since time.Time) {
-	if sh.gate.Failed(since, time.Now()) {
-		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
+	now := time.Now()
+	if sh.gate.Failed(since, now) {
 		s.kick()
 	}
+	if sh.gate.Open() && s.logs(sh, now) {
+		s.logger.Warn("headgate: the store's server does not answer, and is asked again once in a while")
+	}
+}
+
+// logPeriod is how often the store logs that a server does not answer, at most.
+const logPeriod = time.Minute
+
+// logs reports whether it is to be logged now that a shard does not answer. That is once for each outage that lasts until it may be
+// logged, and once a minute for all shards.
+func (s *Store) logs(sh *shard, now time.Time) bool {
+	if sh.logged.Load() {
+		return false
+	}
+	last, at := s.logged.Load(), max(now.Sub(s.epoch), 1)
+	if last != 0 && at-time.Duration(last) < logPeriod || !s.logged.CompareAndSwap(last, int64(at)) {
+		return false
+	}
+	sh.logged.Store(true)
+	return true
 }
 
 // decode gives each call what became of it. It reports whether the reply makes sense.

@@ -517,8 +517,12 @@ func (s *Store) renewAt(ctx context.Context, sh *shard, renewals []*renewal, con
 			keys, arg := call(renewals[i])
 			reply, err = s.run(unbounded{ctx}, sc, keys, arg)
 		}
-		if err == nil && len(reply) == 16 {
+		switch {
+		case err != nil:
+		case len(reply) == 16:
 			confirmed(renewals[i], reply)
+		default:
+			err = errReply
 		}
 		if _, refused := rueidis.IsRedisErr(err); err == nil || refused {
 			answered = true

@@ -20,14 +20,22 @@ type ownKey struct{}
 // errUnconnected is the error of a call that its caller has sent, if there was no connection. The call has not left.
 var errUnconnected = errors.New("there is no connection to the store")
 
+// dial makes a connection that ends when its server sends what no server may send. See [wire].
 func (l *link) dial(ctx context.Context, address string, dialer *net.Dialer, config *tls.Config) (net.Conn, error) {
 	l.up.Store(false)
 	if ctx.Value(ownKey{}) != nil {
 		return nil, errUnconnected
 	}
+	var conn net.Conn
+	var err error
 	if config != nil {
 		secure := tls.Dialer{NetDialer: dialer, Config: config}
-		return secure.DialContext(ctx, "tcp", address)
+		conn, err = secure.DialContext(ctx, "tcp", address)
+	} else {
+		conn, err = dialer.DialContext(ctx, "tcp", address)
 	}
-	return dialer.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return &wire{Conn: conn}, nil
 }

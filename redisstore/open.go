@@ -28,6 +28,9 @@ import (
 // server is away calls Open again, or begins with an engine without a store. Open also fails if a server refuses scripts. It logs a
 // warning for a server that may evict keys, or that keeps nothing on disk. It has the servers load the store's scripts, so that the first
 // flows do not have to. The context bounds Open, not the store.
+//
+// A connection ends if the server sends a reply of more than 64 MiB, one that is malformed, or one that belongs to no command. So a server
+// cannot end the process, or take its memory.
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
 	s, err := open(ctx, url, opts)
 	if err != nil {

@@ -272,15 +272,22 @@ func (s *Store) queueCall(ctx context.Context, n name, kind shared.Kind, encode 
 		if ctx.Err() != nil && err != nil {
 			return deadline.Errorf("%w: %w", errTimeout, ctx.Err()) // it may have been done, and says nothing about the server
 		}
+		var undone error
+		switch {
+		case err != nil:
+		case len(reply) < 8:
+			err = errReply
+		default:
+			sh.learn(floatAt(reply), s.micros(sent), s.micros(time.Now()))
+			if undone = decode(reply, sent); errors.Is(undone, errReply) {
+				err = undone
+			}
+		}
 		if err := s.evidence(sh, err, sent); err != nil {
 			return err
 		}
-		if len(reply) < 8 {
-			return errReply
-		}
-		sh.learn(floatAt(reply), s.micros(sent), s.micros(time.Now()))
-		if err := decode(reply, sent); again || !errors.Is(err, errLate) {
-			return err
+		if again || !errors.Is(undone, errLate) {
+			return undone
 		}
 	}
 }

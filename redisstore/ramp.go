@@ -33,11 +33,12 @@ func (s *Store) Move(ctx context.Context, key shared.Key, from uint64, to *share
 	if err != nil && ctx.Err() != nil {
 		return shared.Position{}, ctx.Err()
 	}
+	if err == nil && len(reply) != 19 {
+		err = errReply
+	}
 	switch err = s.evidence(sh, err, sent); {
 	case err != nil:
 		return shared.Position{}, err
-	case len(reply) != 19:
-		return shared.Position{}, errReply
 	case reply[0]&replyNewer != 0:
 		return shared.Position{}, errNewer
 	}

@@ -34,6 +34,8 @@
 // row without an answer, over at least four times the bound, the server counts as down. Calls fail at once then, until it answers
 // again.
 //
+// An answer without sense is none, and an error is one: a server that refuses calls is not down.
+//
 // What flows do meanwhile is up to the OnOutage of each component in package policy. By default each engine decides by its part of the
 // limit. The slots of flows that began before are not counted then: work that must never exceed a limit needs policy.OutageClosed.
 package redisstore
@@ -88,6 +90,7 @@ type Store struct {
 	clustered clustered
 	instances atomic.Int64
 	failures  atomic.Uint64 // of calls of the store's own
+	logged    atomic.Int64  // when a line said last that a server does not answer, from epoch on; 0 for never
 	renewSoon chan struct{}
 
 	renewingSessions, counting turn
@@ -163,6 +166,9 @@ func WithSecret(secret []byte) Option {
 //
 // The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
 // connection without answers is given up.
+//
+// The client is the program's own, and so is its trust in the server. The store bounds what a server sends only on connections that
+// [Open] makes. A client of rueidis by itself reserves the memory that the server names, and panics at replies that it does not await.
 func New(client rueidis.Client, opts ...Option) (*Store, error) { return newStore(client, nil, opts) }
 
 // newStore is New with a link that knows of the connections of the client; nil for none.
@@ -197,7 +203,7 @@ func newStore(client rueidis.Client, l *link, opts []Option) (*Store, error) {
 	}
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
-	if !s.cluster { // with several servers, one could be gone while others answer
+	if !s.cluster {                                            // with several servers, one could be gone while others answer
 		s.link = l
 	}
 	s.instances.Store(1)

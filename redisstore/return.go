@@ -170,7 +170,7 @@ func (s *Store) Reset(ctx context.Context, key shared.Key) error {
 	n := s.name(key)
 	client := s.client
 	sh := s.lanesFor(n).take.shard()
-	results, err := s.plain(ctx, []*shard{sh, sh},
+	results, err := s.plain(ctx, []*shard{sh, sh}, ofNumber,
 		client.B().Del().Key(n.all, n.all+suffixSlots, n.all+suffixEnds, n.all+suffixQueue).Build(),
 		s.wakeCommand(n))
 	if err != nil {

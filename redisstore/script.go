@@ -53,7 +53,7 @@ func scriptOf(parts ...string) *script {
 }
 
 // scripts are those of a store.
-type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue, queueTokens *script }
+type scripts struct{ take, takeTokens, giveBack, lease, ramp, queue, queueTokens, probe *script }
 
 func newScripts() scripts {
 	return scripts{
@@ -64,12 +64,13 @@ func newScripts() scripts {
 		ramp:        newBucketScript(rampLua),
 		queue:       newScript(queueLua),
 		queueTokens: newBucketScript(queueLua),
+		probe:       scriptOf("local time = redis.call('TIME')\nreturn struct.pack('<d', time[1] * 1e6 + time[2])\n"), // without a key, for any server of a cluster
 	}
 }
 
 // all returns all of them.
 func (s *scripts) all() []*script {
-	return []*script{s.take, s.takeTokens, s.giveBack, s.lease, s.ramp, s.queue, s.queueTokens}
+	return []*script{s.take, s.takeTokens, s.giveBack, s.lease, s.ramp, s.queue, s.queueTokens, s.probe}
 }
 
 // command returns the call of the script by its hash, or by its text.
@@ -83,9 +84,14 @@ func (sc *script) command(client rueidis.Client, byText bool, keys []string, arg
 
 // run runs the script. A server that does not know it, has not run it, and gets its text. Nothing else is ever tried again.
 func (s *Store) run(ctx context.Context, sc *script, keys []string, arg []byte) ([]byte, error) {
-	reply, err := s.client.Do(ctx, sc.command(s.client, false, keys, arg)).AsBytes()
+	return runAt(ctx, s.client, sc, keys, arg)
+}
+
+// runAt runs the script at the server of a client.
+func runAt(ctx context.Context, client rueidis.Client, sc *script, keys []string, arg []byte) ([]byte, error) {
+	reply, err := client.Do(ctx, sc.command(client, false, keys, arg)).AsBytes()
 	if unknownScript(err) {
-		reply, err = s.client.Do(ctx, sc.command(s.client, true, keys, arg)).AsBytes()
+		reply, err = client.Do(ctx, sc.command(client, true, keys, arg)).AsBytes()
 	}
 	return reply, err
 }
@@ -122,6 +128,7 @@ var (
 	errLate       = errors.New("the store got the call too late")
 	errCalendar   = errors.New("the store's clock and this process's are too far apart for a calendar")
 	errTooMany    = fmt.Errorf("a flow asks the store for more than %d keys", maxAsks)
+	errValue      = fmt.Errorf("a value has more than %d bytes", maxCached)
 	errClosed     = shared.ErrClosed
 )
 
