@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -141,10 +140,11 @@ func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 		if n := len(e.GetValue()); n > maxCacheValues {
 			return fmt.Errorf("cache entry of %d bytes is larger than %d", n, maxCacheValues)
 		}
-		if e.GetTtl().CheckValid() == nil && e.GetTtl().AsDuration() < 0 {
+		ttl := e.GetTtl().AsDuration() // also where the signs differ; what is too long for a Duration becomes the longest one
+		if ttl < 0 {
 			return errNegativeTTL
 		}
-		return s.service.engine.Store(ctx, key, e.GetValue(), ttlOf(e))
+		return s.service.engine.Store(ctx, key, e.GetValue(), ttl)
 	}
 	told := func(err error) *checkv1.KeyUpsertResponse {
 		operation, text := outcome(err)
@@ -173,14 +173,6 @@ func (s handler) CacheUpsert(ctx context.Context, m *checkv1.CacheUpsertRequest)
 		response.GlobalCacheResponses[key] = told(err)
 	}
 	return response, nil
-}
-
-// ttlOf returns an entry's time to live; 0, the default, if it is missing or invalid.
-func ttlOf(e *checkv1.CacheEntry) time.Duration {
-	if e.GetTtl().CheckValid() != nil {
-		return 0
-	}
-	return e.GetTtl().AsDuration()
 }
 
 func (s handler) CacheDelete(ctx context.Context, m *checkv1.CacheDeleteRequest) (*checkv1.CacheDeleteResponse, error) {

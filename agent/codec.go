@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"google.golang.org/grpc"
@@ -186,10 +187,13 @@ type lent struct {
 	loan *loan
 }
 
-// codec is gRPC's own for protobuf, except that it knows of loans, and of health requests.
-type codec struct{ encoding.CodecV2 }
+// codec is gRPC's own for protobuf, except that it knows of loans, of health requests, and of messages that are compressed.
+type codec struct {
+	encoding.CodecV2
+	bales *sync.Pool
+}
 
-func newCodec() codec { return codec{encoding.GetCodecV2("proto")} }
+func newCodec() codec { return codec{encoding.GetCodecV2("proto"), new(sync.Pool)} }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	m, ok := v.(lent)
@@ -207,9 +211,23 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.NewBuffer(buf, m.loan)}, nil
 }
 
-// Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch.
+// Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch. It decompresses
+// the messages of other services than the agent's own.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	m, ok := v.(*healthv1.HealthCheckRequest)
+	if _, own := v.(message); !own && isPacked(data) {
+		b := takeBale(c.bales)
+		defer c.bales.Put(b)
+		err := b.unpack(data)
+		if ok && errors.Is(err, errLarge) {
+			m.Service = longName
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		data = mem.BufferSlice{mem.SliceBuffer(b.plain.Bytes())}
+	}
 	if !ok || data.Len() <= maxServiceOf {
 		return c.CodecV2.Unmarshal(data, v)
 	}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -57,7 +58,9 @@ type gate struct {
 	sweep   *time.Timer // for these
 	due     time.Time   // when sweep fires; zero if it does not
 
-	readers chan struct{} // has an element for each call that reads a large request
+	readers readers   // of large requests
+	bales   sync.Pool // of messages that are decompressed
+	buffers sync.Pool // of large ones, when they have their turns
 	unread  int
 	held    int
 
@@ -88,7 +91,7 @@ func newGate() *gate {
 		late:    make(map[any]time.Time),
 		most:    maxOpening,
 		unsent:  &unsent{by: make(map[any]int)},
-		readers: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
+		readers: readers{most: max(1, runtime.GOMAXPROCS(0)/2)},
 	}
 }
 
@@ -247,11 +250,12 @@ func callOf(ctx context.Context) *call {
 	return c
 }
 
-// compresses reports whether the call's message may be compressed.
+// compresses reports whether the call's message may be compressed, otherwise than by gzip: such a message arrives compressed, and is
+// decompressed by unpack.
 func compresses(ctx context.Context) bool {
 	// The other way to ask is a stats handler, which costs every call.
 	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
-	return !ok || s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity
+	return !ok || s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity && s.RecvCompress() != gzip.Name
 }
 
 // enter waits until the call's message may be read. Only a compressed message waits: a few bytes of it become 4 MiB at
@@ -513,12 +517,11 @@ func (c *call) read(size int, by func() error) (fits bool, err error) {
 		defer g.mu.Unlock()
 		g.unread -= size
 	}()
-	select {
-	case g.readers <- struct{}{}:
-	case <-c.Done():
-		return true, status.FromContextError(c.Err()).Err()
+	if err := g.readers.enter(c, c.connection); err != nil {
+		return true, status.FromContextError(err).Err()
 	}
-	defer func() { <-g.readers }()
+	begin := time.Now()
+	defer func() { g.readers.leave(c.connection, time.Since(begin)) }()
 	return true, by()
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
@@ -385,12 +386,13 @@ func TestBadCacheKeys(t *testing.T) {
 			t.Errorf("%v want a miss and %q", r, text)
 		}
 	}
-	const tooLong, empty = "cache key of 256 bytes is longer than 255", "cache key cannot be empty"
+	const tooLong, empty, negative = "cache key of 256 bytes is longer than 255", "cache key cannot be empty", "the time to live is negative"
 	up, err := stub.CacheUpsert(t.Context(), &checkv1.CacheUpsertRequest{ // without a control point
 		ResultCacheEntry: &checkv1.CacheEntry{Key: "r", Value: []byte("v")},
 		GlobalCacheEntries: map[string]*checkv1.CacheEntry{
-			"g": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: -5, Nanos: 7}}, "h": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: 1 << 62, Nanos: -1}},
-			"n": {Value: []byte("v"), Ttl: durationpb.New(-time.Second)}, long: {}, "": {}, "big": {Value: make([]byte, 3<<20+1)},
+			"g": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: 3600, Nanos: -7}}, "h": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: 1 << 62, Nanos: -1}},
+			"n": {Value: []byte("v"), Ttl: durationpb.New(-time.Second)}, "malformed": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: -5, Nanos: 7}}, "least": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: math.MinInt64}},
+			"sum": {Value: []byte("v"), Ttl: &durationpb.Duration{Seconds: 1, Nanos: math.MinInt32}}, long: {}, "": {}, "big": {Value: make([]byte, 3<<20+1)},
 		},
 	})
 	if err != nil {
@@ -399,7 +401,7 @@ func TestBadCacheKeys(t *testing.T) {
 	if got := up.GetResultCacheResponse(); got.GetOperationStatus() != failed || got.GetError() != "cache control_point cannot be empty" {
 		t.Errorf("result = %v", got)
 	}
-	for key, want := range map[string]string{"g": "", "h": "", "n": "the time to live is negative", long: tooLong, "": empty, "big": "cache entry of 3145729 bytes is larger than 3145728"} {
+	for key, want := range map[string]string{"g": "", "h": "", "n": negative, "malformed": negative, "least": negative, "sum": negative, long: tooLong, "": empty, "big": "cache entry of 3145729 bytes is larger than 3145728"} {
 		if got := up.GetGlobalCacheResponses()[key]; got == nil || got.GetError() != want {
 			t.Errorf("entry %.10q: %v want %q", key, got, want)
 		}

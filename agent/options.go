@@ -82,7 +82,10 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
 //     connection with the most of them loses a call.
 //   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
-//     loses its oldest one. At most 64 compressed messages arrive at a time, and others wait.
+//     loses its oldest one. At most 64 messages that are compressed otherwise than by gzip arrive at a time, and others wait.
+//   - At most half of the processors read requests of 64 KiB and more, which is also the size of a compressed one without
+//     its compression. The others wait, at most 64 MiB of them. The next is of the connection that has taken the least time
+//     of late. A message may have 4 MiB without its compression, and one for another service 64 KiB.
 //   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
 //     beyond that is decided at once, and does not wait.
 //   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
@@ -102,7 +105,7 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
-// The options include a codec, credentials and a tap handle. Give credentials by [WithCredentials], because they replace
+// The options include a codec, a decompressor, credentials and a tap handle. Give credentials by [WithCredentials], because they replace
 // those of earlier options. A server can have only one tap handle: gRPC panics if it is given another.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
 	var o options
@@ -125,6 +128,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.StaticConnWindowSize(connectionWindow),
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
+		grpc.RPCDecompressor(mark{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
 			if !isPlain(info.FullMethodName) {
 				return refuse(ctx, errMethod)

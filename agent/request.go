@@ -76,7 +76,8 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		var refused error // gRPC has a status of its own for what a codec returns
 		err := decode(message{m, func(data []byte, m proto.Message) error {
 			size = len(data)
-			if c == nil || !c.compressed && size < large {
+			isPacked := size > 0 && data[0] == packed
+			if c == nil || !c.compressed && !isPacked && size < large {
 				return read(data, m)
 			}
 			// The time in which it is read is not the network's. Then gRPC waits for the end of the stream.
@@ -84,7 +85,17 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 				refused = errEvicted
 				return nil
 			}
-			fits, err := c.read(size, func() error { return read(data, m) })
+			by := func(plain []byte) error {
+				size = len(plain)
+				return read(plain, m)
+			}
+			var fits bool
+			var err error
+			if isPacked {
+				fits, err = c.unpack(data, by)
+			} else {
+				fits, err = c.read(size, func() error { return by(data) })
+			}
 			_, isStatus := status.FromError(err)
 			c.compressed = false
 			again := c.enter()

@@ -477,7 +477,7 @@ func TestFewSlowMessagesLast(t *testing.T) {
 func TestLargeRequestsAreReadInTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
-		g.readers = make(chan struct{}, 1)
+		g.readers.most = 1
 		const size = 4 << 20
 		reading, end := 0, make(chan struct{})
 		read := func() error {
@@ -506,11 +506,13 @@ func TestLargeRequestsAreReadInTurn(t *testing.T) {
 		}
 		close(end)
 		calls.Wait()
-		if reading != maxUnread/size || g.unread != 0 || len(g.readers) != 0 {
-			t.Errorf("%d requests were read, %d bytes and %d readers are left want %d, 0, 0", reading, g.unread, len(g.readers), maxUnread/size)
+		if reading != maxUnread/size || g.unread != 0 || g.readers.busy != 0 {
+			t.Errorf("%d requests were read, %d bytes and %d readers are left want %d, 0, 0", reading, g.unread, g.readers.busy, maxUnread/size)
 		}
 
-		g.readers <- struct{}{}
+		if err := g.readers.enter(t.Context(), "b"); err != nil {
+			t.Fatal(err)
+		}
 		gone := g.callFrom("c")
 		gone.cancel()
 		if fits, err := gone.read(large, read); !fits || status.Code(err) != codes.Canceled {

@@ -48,7 +48,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		case len(refs) == 0:
 			return returns, nil
 		case lives:
-			r.session.giveBack(c.answer().GetAgentId(), refs)
+			r.session.giveBack(c.answer().GetAgentId(), c.number, refs)
 			return returns, errEndsLater
 		default:
 			return returns, errNotEnded
@@ -78,7 +78,7 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		first = call.Err()
 	}
 	if left = append(left, refs...); len(left) > 0 && lives {
-		r.session.giveBack(c.answer().GetAgentId(), left)
+		r.session.giveBack(c.answer().GetAgentId(), c.number, left)
 	}
 	return returns, first
 }
@@ -102,7 +102,7 @@ func (c *check) settle(costs *agentapi.Cost, outcome *sessionv1.Outcome) func(co
 	if id == 0 { // nothing of the flow can be corrected
 		return func(context.Context) bool { return true }
 	}
-	one := c.remote.session.settle(c.answer().GetAgentId(), id, costs, outcome)
+	one := c.remote.session.settle(c.answer().GetAgentId(), id, c.number, costs, outcome)
 	if one == nil {
 		return func(context.Context) bool { return false }
 	}

@@ -22,7 +22,7 @@ const (
 	hurryBytes    = 28 << 10 // wake the exporter before its time: gRPC has buffers of 32 KiB at hand, and the next are of 1 MiB
 	batchBytes    = 3 << 20  // messages end at 4 MiB
 	maxRecords    = 8192     // that wait to be sent
-	maxBytes      = 16 << 20
+	maxBytes      = 8 << 20  // twice, while some are being sent
 )
 
 // An exporter sends a record of each flow to the agent. The agent's policies on latency and load need these records.

@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"cmp"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -13,7 +14,11 @@ import (
 
 // The bounds of returns. The oldest go first.
 const (
-	maxReturns = 1 << 14
+	maxReturns     = 1 << 14
+	maxReturnBytes = 8 << 20 // in memory: as many as there may be, with a slot of little text
+	returnKept     = 256     // bytes of a return in memory, besides its slots
+	slotKept       = 208     // bytes of a slot in memory, besides those on the wire
+
 	returnedBy = 10 * time.Minute // after which an agent that was restarted is not waited for any more
 	givenUpBy  = 30 * time.Second // longer than an agent remembers a check
 	returnSize = 32               // bytes of a return on the wire, besides its slots, at the most
@@ -22,29 +27,42 @@ const (
 // A returning is slots that no call has brought back, or a check that was given up, on the way to the agent. Without one, the
 // agent would keep the slots for as long as the session lives, up to their max_inflight_duration.
 type returning struct {
-	message *sessionv1.Return
-	agent   uint64 // 0: that of the next stream
-	size    int    // on the wire
+	message *sessionv1.Return // nil when the session has dropped it, because streams may still have it in their lists
+	flow    uint64            // the number of its check
+	agent   uint64            // 0: that of the next stream
+	size    int               // on the wire
+	kept    int               // bytes in memory
 	ends    time.Time
 }
 
-// giveBack has the session bring back the slots of a flow that has ended.
-func (s *session) giveBack(agent uint64, refs []*checkv1.InflightRequestRef) {
+// giveBack has the session bring back the slots of a flow that has ended. It does nothing if they are more than an agent of Headgate
+// can name in an answer: they would take much memory, and be no such agent's.
+func (s *session) giveBack(agent, number uint64, refs []*checkv1.InflightRequestRef) {
 	ends := time.Now().Add(returnedBy)
+	sizes, all := make([]int, len(refs)), 0
+	for i, ref := range refs {
+		sizes[i] = proto.Size(ref)
+		all += sizes[i]
+	}
+	if len(refs) > wire.MostDecisions || all > wire.MaxDecisions {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(refs) > 0 {
-		n, size := 0, returnSize
+		n, size, kept := 0, returnSize, returnKept
 		for n < len(refs) && n < wire.MostSettlements {
-			need := returnSize + proto.Size(refs[n])
+			need := returnSize + sizes[n]
 			if size+need > wire.MaxSessionMessage-settlingSize && n > 0 {
 				break
 			}
 			size += need
+			kept += slotKept + sizes[n]
 			n++
 		}
-		s.comeBack(&returning{message: &sessionv1.Return{Slots: refs[:n]}, agent: agent, size: size, ends: ends})
-		refs = refs[n:]
+		slots := slices.Clone(refs[:n]) // each return lasts for a time of its own, and must not keep the slots of the others
+		s.comeBack(&returning{message: &sessionv1.Return{Slots: slots}, flow: number, agent: agent, size: size, kept: kept, ends: ends})
+		refs, sizes = refs[n:], sizes[n:]
 	}
 }
 
@@ -57,11 +75,11 @@ func (s *session) giveUp(number uint64) {
 	for l := range s.lines {
 		if l.told && l.isFirst() {
 			told = true
-			s.comeBack(&returning{message: &sessionv1.Return{Check: number}, agent: l.agent, size: returnSize, ends: ends})
+			s.comeBack(&returning{message: &sessionv1.Return{Check: number}, flow: number, agent: l.agent, size: returnSize, kept: returnKept, ends: ends})
 		}
 	}
 	if !told {
-		s.comeBack(&returning{message: &sessionv1.Return{Check: number}, size: returnSize, ends: ends})
+		s.comeBack(&returning{message: &sessionv1.Return{Check: number}, flow: number, size: returnSize, kept: returnKept, ends: ends})
 	}
 }
 
@@ -83,16 +101,29 @@ func (s *session) comeBack(one *returning) {
 	if s.isClosed || one.size > wire.MaxSessionMessage-settlingSize {
 		return
 	}
-	for len(s.returns) >= maxReturns {
+	for len(s.returns) >= maxReturns || s.returnsKept+one.kept > maxReturnBytes {
 		s.oldest++
-		delete(s.returns, s.oldest)
+		s.drop(s.oldest)
 	}
 	s.newest++
 	one.message.Id = s.newest
 	s.returns[s.newest] = one
+	s.returnsKept += one.kept
 	if l := s.lineAt(one.agent); l != nil {
+		if len(l.returns) >= 2*len(s.returns) { // an agent may never answer a batch
+			l.returns = slices.DeleteFunc(l.returns, func(one *returning) bool { return one.message == nil })
+		}
 		l.returns = append(l.returns, one)
 		l.poke()
+	}
+}
+
+// drop ends a return, if there is one with the id.
+func (s *session) drop(id uint64) {
+	if one := s.returns[id]; one != nil {
+		delete(s.returns, id)
+		s.returnsKept -= one.kept
+		one.message = nil
 	}
 }
 
@@ -102,7 +133,7 @@ func (l *line) takeReturns(now time.Time) {
 	l.returns, l.bringing = nil, 0
 	for id, one := range l.session.returns {
 		if !now.Before(one.ends) {
-			delete(l.session.returns, id)
+			l.session.drop(id)
 			continue
 		}
 		one.agent = cmp.Or(one.agent, l.agent)
@@ -116,7 +147,7 @@ func (l *line) batchReturns() (batch []*sessionv1.Return) {
 	slots := 0
 	for len(l.returns) > 0 && len(batch) < wire.MostSettlements {
 		one := l.returns[0]
-		if l.session.returns[one.message.GetId()] != one { // it was answered on another stream, or given up
+		if one.message == nil { // it was answered on another stream, or given up
 			l.returns = l.returns[1:]
 			continue
 		}
@@ -134,7 +165,7 @@ func (l *line) returned(ids []uint64) {
 	s := l.session
 	for _, id := range ids {
 		if one := s.returns[id]; one != nil && one.agent == l.agent {
-			delete(s.returns, id)
+			s.drop(id)
 		}
 		l.bringing = max(l.bringing-1, 0)
 	}

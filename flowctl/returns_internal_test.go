@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"cmp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
+	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -26,7 +28,7 @@ func TestReturnsAreBounded(t *testing.T) {
 			t.Errorf("%d returns wait want the newest %d", len(s.returns), maxReturns)
 		}
 		<-time.After(givenUpBy)
-		s.giveBack(7, []*checkv1.InflightRequestRef{{RequestId: "1"}})
+		s.giveBack(7, 1, []*checkv1.InflightRequestRef{{RequestId: "1"}})
 		l := &line{session: s, told: true, agent: 7}
 		l.takeReturns(time.Now())
 		if len(l.returns) != 1 || len(s.returns) != 1 || !s.brings(7) {
@@ -56,7 +58,9 @@ func TestBatchesOfReturns(t *testing.T) {
 		want  int // slots that come
 	}{
 		{"small", 1, 0, 1000, 0, 1000},
-		{"many slots", 4096, 100, 1, 0, 4096},
+		{"as many slots as an agent can name", wire.MostDecisions, 100, 1, 0, wire.MostDecisions},
+		{"one slot more", wire.MostDecisions + 1, 0, 1, 0, 0},
+		{"more bytes than an answer has", wire.MaxDecisions / 8000, 8 << 10, 1, 0, 0},
 		{"long labels", 3, 8 << 10, 10, 0, 30},
 		{"a label that fits into no message", 1, wire.MaxSessionMessage, 3, 0, 0},
 		{"small, and many have come back", 1, 0, 1000, 900, 100},
@@ -72,13 +76,13 @@ func TestBatchesOfReturns(t *testing.T) {
 						PolicyName: "policy", PolicyHash: "0123", ComponentId: "root.0", Label: strings.Repeat("x", tt.label), RequestId: "0123456789abcdef",
 					})
 				}
-				s.giveBack(7, refs)
+				s.giveBack(7, 1, refs)
 			}
 			l := &line{session: s, told: true, agent: 7}
 			l.takeReturns(time.Now())
 			slices.SortFunc(l.returns, func(a, b *returning) int { return cmp.Compare(a.message.GetId(), b.message.GetId()) })
 			for id := range tt.gone {
-				delete(s.returns, uint64(id+1))
+				s.drop(uint64(id + 1))
 			}
 			got := 0
 			for len(l.returns) > 0 {
@@ -96,5 +100,94 @@ func TestBatchesOfReturns(t *testing.T) {
 				t.Errorf("%d slots come want %d", got, tt.want)
 			}
 		})
+	}
+}
+
+// What waits for an agent that answers nothing is bounded in memory too, whatever it names, and however many streams it ends.
+func TestReturnsAreBoundedInMemory(t *testing.T) {
+	named := func(slots, label int) []*checkv1.InflightRequestRef {
+		refs := make([]*checkv1.InflightRequestRef, slots)
+		for i := range refs {
+			refs[i] = &checkv1.InflightRequestRef{PolicyName: strings.Repeat("p", 1), Label: strings.Repeat("x", label), RequestId: strings.Repeat("r", 16)}
+		}
+		return refs
+	}
+	lineOf := func(s *session) *line {
+		l := &line{session: s, opened: time.Now(), told: true, agent: 7, woken: make(chan struct{}, 1)}
+		s.lines[l] = struct{}{}
+		l.takeReturns(time.Now())
+		return l
+	}
+	costing := func(label int) *agentapi.Cost {
+		costs := new(agentapi.Costs)
+		costs.Say(strings.Repeat("x", label), 1)
+		return costs.Close()
+	}
+	for _, tt := range []struct {
+		name  string
+		flows int
+		most  int // bytes
+		do    func(s *session, l *line, i int)
+	}{
+		{"many slots", 1000, maxReturnBytes, func(s *session, _ *line, i int) { s.giveBack(7, uint64(i), named(800, 100)) }},
+		{"more slots than an agent can name", 1000, maxReturnBytes, func(s *session, _ *line, i int) { s.giveBack(7, uint64(i), named(1300, 100)) }},
+		{"long labels", 5000, maxReturnBytes, func(s *session, _ *line, i int) { s.giveBack(7, uint64(i), named(1, 12<<10)) }},
+		{"no labels", 30_000, maxReturnBytes, func(s *session, _ *line, i int) { s.giveBack(7, uint64(i), named(8, 0)) }},
+		{"some parts of each flow come back", 300, maxReturnBytes, func(s *session, l *line, i int) {
+			before := s.newest
+			s.giveBack(7, uint64(i), named(800, 100))
+			for id := before + 2; id <= s.newest; id++ {
+				l.returned([]uint64{id})
+			}
+		}},
+		{"many streams", 5000, maxReturnBytes, func(s *session, _ *line, i int) {
+			s.giveBack(7, uint64(i), named(1, 12<<10))
+			if i%1000 == 0 && len(s.lines) < maxLines {
+				lineOf(s)
+			}
+		}},
+		{"no heartbeat is acknowledged, and checks are given up", 400_000, maxReturnBytes, func(s *session, _ *line, i int) { s.giveUp(uint64(i)) }},
+		{"settlements", 12_000, maxPendingBytes, func(s *session, _ *line, i int) { s.settle(7, uint64(i+1), uint64(i), costing(8<<10), nil) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSession(&remote{})
+			defer s.close()
+			l := lineOf(s)
+			heap := func() int {
+				runtime.GC()
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				return int(m.HeapAlloc)
+			}
+			before := heap()
+			for i := range tt.flows {
+				tt.do(s, l, i)
+			}
+			if got := heap() - before; got > tt.most+tt.most/8 {
+				t.Errorf("%d MiB are kept want at most %d", got>>20, tt.most>>20)
+			}
+			runtime.KeepAlive(s)
+			if n := s.unanswered(); n > tt.flows {
+				t.Errorf("%d flows wait of %d", n, tt.flows)
+			}
+		})
+	}
+}
+
+// A flow is one, however many parts it comes back in, and whether or not it is settled too.
+func TestUnansweredFlows(t *testing.T) {
+	s := newSession(&remote{})
+	defer s.close()
+	s.lines[&line{session: s, told: true, agent: 7, woken: make(chan struct{}, 1)}] = struct{}{}
+	slots := make([]*checkv1.InflightRequestRef, wire.MostDecisions)
+	for i := range slots {
+		slots[i] = &checkv1.InflightRequestRef{RequestId: "1"}
+	}
+	s.giveBack(7, 1, slots)
+	s.settle(7, 1, 1, nil, nil)
+	s.giveBack(7, 2, slots[:1])
+	s.giveBack(8, 3, slots[:1]) // there is no stream at this agent
+	if n := s.unanswered(); n != 2 {
+		t.Errorf("unanswered() = %d want 2", n)
 	}
 }

@@ -55,6 +55,8 @@ type session struct {
 	pruned   time.Time             // when the pending ones were last looked at
 	lostLog  limitedLog
 	isClosed bool
+
+	pendingKept, returnsKept int // bytes in memory
 }
 
 // The times of a session, besides those that both sides go by.
@@ -65,9 +67,13 @@ const (
 	maxUnacked   = 64      // heartbeats whose times are kept
 	maxPending   = 1 << 16 // settlements, as many as an agent remembers
 	settledBy    = 30 * time.Second
-	settlingSize = 64               // bytes of a settlement on the wire, besides its labels, at the most
-	maxLines     = 16               // streams at a time; agents that drain keep theirs for a while
-	endsBy       = 10 * time.Second // after the client has said all, an agent ends a stream
+	settlingSize = 64 // bytes of a settlement on the wire, besides its labels, at the most
+
+	maxPendingBytes = 48 << 20 // of settlements in memory: as many as there may be, with a short label
+	settlingKept    = 512      // bytes of a settlement in memory, besides what it takes on the wire
+
+	maxLines = 16               // streams at a time; agents that drain keep theirs for a while
+	endsBy   = 10 * time.Second // after the client has said all, an agent ends a stream
 )
 
 func newSession(r *remote) *session {
@@ -101,19 +107,20 @@ func (s *session) flush(ctx context.Context) error {
 	}
 }
 
-// unanswered counts what is on the way on a stream.
-func (s *session) unanswered() (n int) {
+// unanswered counts the flows of which something is on the way on a stream.
+func (s *session) unanswered() int {
+	flows := make(map[uint64]struct{})
 	for _, one := range s.pending {
 		if s.reaches(one.agent) {
-			n++
+			flows[one.flow] = struct{}{}
 		}
 	}
 	for _, one := range s.returns {
 		if s.reaches(one.agent) {
-			n++
+			flows[one.flow] = struct{}{}
 		}
 	}
-	return n
+	return len(flows)
 }
 
 // close ends all streams, and waits for that.
@@ -816,32 +823,35 @@ func (s *session) judge(of *stay) {
 
 // A settlement is on its way to the agent.
 type settlement struct {
-	message *sessionv1.Settlement
+	message *sessionv1.Settlement // nil when it is settled, because streams may still have it in their lists
+	flow    uint64                // the number of its check
 	agent   uint64
+	kept    int // bytes in memory
 	since   time.Time
 	taken   bool
 	done    chan struct{} // closed when the agent has answered, or never will
 }
 
 // settle sends what a flow has cost and how it has ended, and again after a stream was lost. It is nil if that cannot be sent.
-func (s *session) settle(agent, id uint64, costs *agentapi.Cost, outcome *sessionv1.Outcome) *settlement {
+func (s *session) settle(agent, id, number uint64, costs *agentapi.Cost, outcome *sessionv1.Outcome) *settlement {
 	m := &sessionv1.Settlement{Id: id, Outcome: outcome}
 	size := settlingSize
 	for label, tokens := range costs.All() {
 		m.Costs = append(m.Costs, &sessionv1.Cost{Label: label, Tokens: tokens})
 		size += len(label) + settlingSize
 	}
-	one := &settlement{message: m, agent: agent, since: time.Now(), done: make(chan struct{})}
+	one := &settlement{message: m, flow: number, agent: agent, kept: size + settlingKept, since: time.Now(), done: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.prune(one.since)
-	if s.isClosed || size > wire.MaxSessionMessage || len(s.pending) >= maxPending {
+	if s.isClosed || size > wire.MaxSessionMessage || len(s.pending) >= maxPending || s.pendingKept+one.kept > maxPendingBytes {
 		return nil
 	}
 	if other := s.pending[id]; other != nil { // agents make ids at random, but one may be hostile
 		s.resolve(other, false)
 	}
 	s.pending[id] = one
+	s.pendingKept += one.kept
 	for l := range s.lines {
 		if l.told && l.agent == agent {
 			l.fresh = append(l.fresh, one)
@@ -864,7 +874,7 @@ func (s *session) prune(now time.Time) {
 		}
 	}
 	for l := range s.lines { // an agent may never answer a batch
-		l.fresh = slices.DeleteFunc(l.fresh, func(one *settlement) bool { return s.pending[one.message.GetId()] != one })
+		l.fresh = slices.DeleteFunc(l.fresh, func(one *settlement) bool { return one.message == nil })
 	}
 }
 
@@ -879,11 +889,13 @@ func (one *settlement) await(ctx context.Context) bool {
 }
 
 func (s *session) resolve(one *settlement, taken bool) {
-	if s.pending[one.message.GetId()] == one {
-		delete(s.pending, one.message.GetId())
-		one.taken = taken
-		close(one.done)
+	if one.message == nil {
+		return
 	}
+	delete(s.pending, one.message.GetId())
+	s.pendingKept -= one.kept
+	one.message, one.taken = nil, taken
+	close(one.done)
 }
 
 // batch takes as many settlements as fit into one message.
@@ -892,6 +904,10 @@ func (l *line) batch() []*sessionv1.Settlement {
 	size := settlingSize // a heartbeat goes with it
 	for len(l.fresh) > 0 && len(batch) < wire.MostSettlements {
 		one := l.fresh[0]
+		if one.message == nil { // it was answered on another stream, or given up
+			l.fresh = l.fresh[1:]
+			continue
+		}
 		need := settlingSize
 		for _, cost := range one.message.GetCosts() {
 			need += len(cost.GetLabel()) + settlingSize
@@ -899,10 +915,7 @@ func (l *line) batch() []*sessionv1.Settlement {
 		if size += need; size > wire.MaxSessionMessage && len(batch) > 0 {
 			break
 		}
-		l.fresh = l.fresh[1:]
-		if l.session.pending[one.message.GetId()] == one { // else it was answered on another stream, or given up
-			batch = append(batch, one.message)
-		}
+		l.fresh, batch = l.fresh[1:], append(batch, one.message)
 	}
 	return batch
 }

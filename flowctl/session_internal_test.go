@@ -172,14 +172,14 @@ func TestMadeUpAgentsLeaveNothing(t *testing.T) {
 		costs := new(agentapi.Costs)
 		costs.Say("tokens", 1)
 		of := costs.Close()
-		same := []*settlement{s.settle(7, 1, of, nil), s.settle(7, 1, of, nil)}
+		same := []*settlement{s.settle(7, 1, 1, of, nil), s.settle(7, 1, 1, of, nil)}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		if same[0].await(ctx) || ctx.Err() != nil {
 			t.Error("a settlement whose id was given to another flow too is waited for")
 		}
 		for id := range uint64(10_000) {
-			if one := s.settle(7, 2+id, of, nil); one == nil {
+			if one := s.settle(7, 2+id, 2+id, of, nil); one == nil {
 				t.Fatal("no room for a settlement")
 			}
 			<-time.After(100 * time.Millisecond)

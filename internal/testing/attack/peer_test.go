@@ -65,6 +65,12 @@ func manyLabels(number protowire.Number) []byte {
 	return m
 }
 
+// sameLabel is one label again and again, which takes little room when it is compressed.
+func sameLabel() []byte {
+	entry := field(2, append(field(1, []byte("user_id")), field(2, []byte("x"))...))
+	return bytes.Repeat(entry, largest/len(entry))
+}
+
 // A request is a call's method and message.
 type request struct {
 	method  string
@@ -99,8 +105,8 @@ func flood(pause time.Duration, requests ...request) assault {
 	}
 }
 
-// bomb returns an assault: calls whose messages are compressed, once for all of them.
-func bomb(pause time.Duration, requests ...request) assault {
+// compressed compresses the messages of requests.
+func compressed(requests []request) {
 	for i, r := range requests {
 		var b bytes.Buffer
 		w := gzip.NewWriter(&b)
@@ -109,6 +115,11 @@ func bomb(pause time.Duration, requests ...request) assault {
 		requests[i].message = envelope(b.Len(), b.Bytes())
 		requests[i].message[0] = 1
 	}
+}
+
+// bomb returns an assault: calls whose messages are compressed, once for all of them.
+func bomb(pause time.Duration, requests ...request) assault {
+	compressed(requests)
 	return func(ctx context.Context, _ *testing.T, address string) {
 		each(ctx, 8, address, func(p *peer) {
 			for i := range streamsOfPeer {
@@ -123,6 +134,34 @@ func bomb(pause time.Duration, requests ...request) assault {
 	}
 }
 
+// barrage returns an assault like bomb, without pauses: each of a few connections has 16 calls under way, and the next follows when one has
+// ended.
+func barrage(requests ...request) assault {
+	const peers, underWay, calls = 4, 16, 200
+	compressed(requests)
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, peers, address, func(p *peer) {
+			for i := range calls {
+				r := requests[i%len(requests)]
+				stream, err := p.call(r.method, nil, "grpc-encoding", "gzip")
+				if err != nil || p.data(stream, true, r.message) != nil {
+					return
+				}
+				if i < underWay {
+					continue
+				}
+				select {
+				case <-p.ended:
+				case <-p.done:
+					return
+				case <-ctx.Done():
+					return
+				}
+			}
+		})
+	}
+}
+
 // A peer speaks HTTP/2 to a server, one frame at a time. It opens no flow-control windows, so it reads nothing of note.
 type peer struct {
 	conn   net.Conn
@@ -132,6 +171,7 @@ type peer struct {
 	hpack  *hpack.Encoder
 	next   uint32
 	done   chan struct{}
+	ended  chan struct{} // receives for each call that has ended, as far as it has room
 }
 
 // greet connects; nil when ctx has ended or the server does not want it.
@@ -140,7 +180,7 @@ func greet(ctx context.Context, address string) *peer {
 	if conn == nil {
 		return nil
 	}
-	p := &peer{conn: conn, framer: http2.NewFramer(conn, conn), next: 1, done: make(chan struct{})}
+	p := &peer{conn: conn, framer: http2.NewFramer(conn, conn), next: 1, done: make(chan struct{}), ended: make(chan struct{}, 64)}
 	p.hpack = hpack.NewEncoder(&p.block)
 	_ = conn.SetWriteDeadline(time.Now().Add(patience))
 	_, err := conn.Write([]byte(http2.ClientPreface))
@@ -164,6 +204,13 @@ func greet(ctx context.Context, address string) *peer {
 			case *http2.PingFrame:
 				if !f.IsAck() {
 					_ = p.framer.WritePing(true, f.Data)
+				}
+			case *http2.HeadersFrame:
+				if f.StreamEnded() {
+					select {
+					case p.ended <- struct{}{}:
+					default:
+					}
 				}
 			}
 			p.mu.Unlock()

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/attack"
@@ -104,6 +105,8 @@ func TestServers(t *testing.T) {
 		{"data in frames of a byte", "agent", nil, storms(8, crumbs, crumbsInSessions(), dataOf(1)), timely(standard), false},
 		{name: "returns in sessions", victim: "agent", attack: returns, bounds: bounds{memory: 320, slower: 10, unanswered: 0.02}, alone: true},
 		{"zeros", "agent", nil, zeros(methodCheck), standard, false},
+		{"a barrage of bombs", "agent", nil, barrage(request{methodCheck, append(field(1, []byte("point")), sameLabel()...)}, request{methodCheck, make([]byte, 64<<20)}), timely(standard), false},
+		{"a barrage of bombs of reflection", "agent", nil, barrage(request{reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName, field(1, make([]byte, largest))}), timely(standard), false},
 		{"zeros", "grpc", nil, zeros(methodHealth), standard, false},
 		{"slots without a key", "agent", keyed, bomb(10*time.Millisecond, request{flowService + "FlowEnd", bytes.Repeat([]byte{0x12, 0}, largest/2)}), keyless, false},
 		{"watches without a key", "agent", keyed, bomb(pauseOfBombs, request{methodWatch, field(1, make([]byte, largest))}), keyless, false},

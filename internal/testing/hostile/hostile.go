@@ -8,8 +8,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +21,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
+	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
 
 // An Agent is a way of treating connections.
@@ -173,6 +180,7 @@ func Agents() []Agent {
 			return write(w, frameRSTStream, 0, stream, number(7))
 		}),
 	}
+	agents = append(agents, forgetful()...)
 	for _, b := range bombs() {
 		message := sync.OnceValue(b.message)
 		zipped := sync.OnceValue(func() []byte { return zip(message()) })
@@ -256,19 +264,123 @@ func (raw) Name() string                { return "proto" }
 
 // serve is an agent that keeps to HTTP/2 and gRPC, and answers every question with the same bytes.
 func serve(name string, message func() []byte) Agent {
+	return served(name, func(*grpc.Server) {}, grpc.ForceServerCodec(raw{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		var question []byte
+		if err := stream.RecvMsg(&question); err != nil {
+			return err
+		}
+		return stream.SendMsg(message())
+	}))
+}
+
+// served is an agent that is a server of gRPC's own for each connection.
+func served(name string, register func(*grpc.Server), opts ...grpc.ServerOption) Agent {
 	return Agent{name, func(_ context.Context, conn net.Conn) {
-		s := grpc.NewServer(grpc.WaitForHandlers(true), grpc.ForceServerCodec(raw{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
-			var question []byte
-			if err := stream.RecvMsg(&question); err != nil {
-				return err
-			}
-			return stream.SendMsg(message())
-		}))
+		s := grpc.NewServer(append(slices.Clip(opts), grpc.WaitForHandlers(true))...)
+		register(s)
 		defer s.Stop()
 		l := &single{conn: make(chan net.Conn, 1), closed: make(chan struct{})}
 		l.conn <- &watched{Conn: conn, l: l}
 		_ = s.Serve(l)
 	}}
+}
+
+// forgetful are agents whose clients keep something of each flow that has ended, because it is on the way to them: slots that no call
+// gives back, and settlements.
+func forgetful() []Agent {
+	slots := func(number, label int) *checkv1.CheckResponse {
+		m := new(checkv1.CheckResponse)
+		for i := range number {
+			m.LimiterDecisions = append(m.LimiterDecisions, &checkv1.LimiterDecision{Details: &checkv1.LimiterDecision_ConcurrencyLimiterInfo_{
+				ConcurrencyLimiterInfo: &checkv1.LimiterDecision_ConcurrencyLimiterInfo{RequestId: fmt.Sprintf("%0*d", label, i)},
+			}})
+		}
+		return m
+	}
+	many, few := slots(1300, 100), slots(800, 100)
+	unsettled := func(id uint64) *checkv1.CheckResponse {
+		return &checkv1.CheckResponse{AgentId: 7, SettlementId: id, AwaitsOutcome: true}
+	}
+	of := func(m *checkv1.CheckResponse) func(uint64) *checkv1.CheckResponse {
+		return func(uint64) *checkv1.CheckResponse {
+			m := proto.CloneOf(m)
+			m.AgentId = 7
+			return m
+		}
+	}
+	acknowledge := func(stream sessionv1.SessionService_SessionServer) error {
+		for n := uint64(1); ; n++ {
+			m, err := stream.Recv()
+			if err != nil {
+				return err
+			}
+			if err := stream.Send(&sessionv1.SessionResponse{AgentId: 7, Heartbeat: &sessionv1.Heartbeat{Number: n, Acknowledges: m.GetHeartbeat().GetNumber()}}); err != nil {
+				return err
+			}
+		}
+	}
+	drain := func(stream sessionv1.SessionService_SessionServer) error {
+		if err := stream.Send(&sessionv1.SessionResponse{AgentId: 7, Drain: true}); err != nil {
+			return err
+		}
+		return acknowledge(stream)
+	}
+	deaf := func(stream sessionv1.SessionService_SessionServer) error {
+		if err := stream.Send(&sessionv1.SessionResponse{AgentId: 7}); err != nil {
+			return err
+		}
+		<-stream.Context().Done()
+		return nil
+	}
+	kinds := []struct {
+		name    string
+		check   func(id uint64) *checkv1.CheckResponse
+		session func(stream sessionv1.SessionService_SessionServer) error
+	}{
+		{"answers with 1300 slots that it does not take back", of(many), acknowledge},
+		{"answers with 800 slots that it does not take back", of(few), acknowledge},
+		{"answers with 800 slots, and reads no session", of(few), deaf},
+		{"answers with 800 slots, and ends each session", of(few), drain},
+		{"answers with 800 slots of agents that are not there", func(id uint64) *checkv1.CheckResponse {
+			m := proto.CloneOf(few)
+			m.AgentId = id
+			return m
+		}, acknowledge},
+		{"answers with settlements, and reads no session", unsettled, deaf},
+		{"answers with settlements that it does not take", unsettled, acknowledge},
+	}
+	var agents []Agent
+	for _, k := range kinds {
+		s := &forgetter{check: k.check, session: k.session}
+		agents = append(agents, served(k.name, func(server *grpc.Server) {
+			checkv1.RegisterFlowControlServiceServer(server, s)
+			checkhttpv1.RegisterFlowControlServiceHTTPServer(server, s)
+			sessionv1.RegisterSessionServiceServer(server, s)
+		}))
+	}
+	return agents
+}
+
+// A forgetter is an agent that has what its clients say at the end of flows be lost.
+type forgetter struct {
+	checkv1.UnimplementedFlowControlServiceServer // FlowEnd fails
+	checkhttpv1.UnimplementedFlowControlServiceHTTPServer
+	sessionv1.UnimplementedSessionServiceServer
+	ids     atomic.Uint64
+	check   func(id uint64) *checkv1.CheckResponse
+	session func(stream sessionv1.SessionService_SessionServer) error
+}
+
+func (s *forgetter) Check(context.Context, *checkv1.CheckRequest) (*checkv1.CheckResponse, error) {
+	return s.check(s.ids.Add(1)), nil
+}
+
+func (s *forgetter) CheckHTTP(context.Context, *checkhttpv1.CheckHTTPRequest) (*checkhttpv1.CheckHTTPResponse, error) {
+	return &checkhttpv1.CheckHTTPResponse{CheckResponse: s.check(s.ids.Add(1))}, nil
+}
+
+func (s *forgetter) Session(stream sessionv1.SessionService_SessionServer) error {
+	return s.session(stream)
 }
 
 // single listens for one connection, and until that is closed.

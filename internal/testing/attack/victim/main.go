@@ -220,6 +220,7 @@ func runClient() (*attack.Report, error) {
 				if err := flow.Err(); err != nil {
 					longest = len(err.Error())
 				}
+				flow.Settle("tokens", 1)
 				if _, err := flow.End(ctx); err != nil {
 					longest = max(longest, len(err.Error()))
 				}

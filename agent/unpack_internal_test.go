@@ -1,0 +1,223 @@
+package agent
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/mem"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+)
+
+// pack compresses a message as a client does, and marks it as the server's decompressor does.
+func pack(t *testing.T, message []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, _ = w.Write(message)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return marked(t, b.Bytes())
+}
+
+func marked(t *testing.T, data []byte) []byte {
+	t.Helper()
+	data, err := mark{}.Do(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// Small messages are decompressed at once. Those that become large, and those that already are, wait for their turns.
+func TestUnpack(t *testing.T) {
+	var empties bytes.Buffer // which are long to decompress, although nothing comes of them
+	for empties.Len() < large {
+		w := gzip.NewWriter(&empties)
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	noise := make([]byte, 2*large)
+	for i, n := 0, uint32(1); i < len(noise); i++ {
+		n = n*1664525 + 1013904223
+		noise[i] = byte(n >> 24)
+	}
+	for _, tt := range []struct {
+		name    string
+		message []byte
+		size    int // of what is read; 0: nothing is
+		waits   bool
+		want    codes.Code
+	}{
+		{"nothing", pack(t, nil), 0, false, codes.OK},
+		{"small", pack(t, make([]byte, 100)), 100, false, codes.OK},
+		{"as large as needs no turn", pack(t, make([]byte, large-1)), large - 1, false, codes.OK},
+		{"a byte more", pack(t, make([]byte, large)), large, true, codes.OK},
+		{"large before it is decompressed", pack(t, noise), len(noise), true, codes.OK},
+		{"long, of nothing", marked(t, empties.Bytes()), 0, true, codes.OK},
+		{"the largest", pack(t, make([]byte, maxMessage)), maxMessage, true, codes.OK},
+		{"too large", pack(t, make([]byte, maxMessage+1)), 0, true, codes.ResourceExhausted},
+		{"64 MiB", pack(t, make([]byte, 64<<20)), 0, true, codes.ResourceExhausted},
+		{"no gzip", marked(t, []byte("no gzip")), 0, false, codes.Internal},
+		{"the mark alone", marked(t, nil), 0, false, codes.Internal},
+		{"cut", pack(t, make([]byte, 1000))[:15], 0, false, codes.Internal},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				g.readers.most = 1
+				if err := g.readers.enter(t.Context(), "other"); err != nil {
+					t.Fatal(err)
+				}
+				got, ended := 0, false
+				go func() {
+					fits, err := g.callFrom("a").unpack(tt.message, func(plain []byte) error {
+						got = len(plain)
+						return nil
+					})
+					if ended = true; !fits || status.Code(err) != tt.want {
+						t.Errorf("unpack() = %v, %v want true, %v", fits, err, tt.want)
+					}
+				}()
+				synctest.Wait()
+				if ended == tt.waits {
+					t.Errorf("it waits: %v want %v", !ended, tt.waits)
+				}
+				g.readers.leave("other", 0)
+				synctest.Wait()
+				if !ended || got != tt.size || g.unread != 0 || g.readers.busy != 0 {
+					t.Errorf("ended %v, %d bytes are read want %d; %d bytes and %d readers are left", ended, got, tt.size, g.unread, g.readers.busy)
+				}
+			})
+		})
+	}
+}
+
+// Messages that wait to be decompressed have their beginnings in memory. Only those whose turn it is are whole.
+func TestUnpackingTakesLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		g.readers.most = 1
+		bomb := pack(t, make([]byte, maxMessage))
+		var calls sync.WaitGroup
+		for range 64 {
+			calls.Go(func() {
+				if fits, err := g.callFrom("a").unpack(bomb, func([]byte) error { return nil }); !fits || err != nil {
+					t.Errorf("unpack() = %v, %v want true, nil", fits, err)
+				}
+			})
+		}
+		calls.Wait()
+		kept := 0
+		for b, ok := g.bales.Get().(*bale); ok; b, ok = g.bales.Get().(*bale) {
+			kept += b.plain.Cap()
+		}
+		if most := 64 * 4 * large; kept > most {
+			t.Errorf("%d bytes are kept for messages that waited want at most %d", kept, most)
+		}
+	})
+}
+
+// The next turn is that of the connection which has taken the least time of late, and of several the one that has waited the longest.
+func TestTurnsGoToThoseWhoTookLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &readers{most: 1}
+		read := func(connection any, takes time.Duration) {
+			if err := r.enter(t.Context(), connection); err != nil {
+				t.Error(err)
+			}
+			<-time.After(takes)
+			r.leave(connection, takes)
+		}
+		for range 10 {
+			read("heavy", 50*time.Millisecond)
+		}
+		var order []string
+		var calls sync.WaitGroup
+		wait := func(connection string) {
+			calls.Go(func() {
+				if err := r.enter(t.Context(), connection); err != nil {
+					t.Error(err)
+				}
+				order = append(order, connection)
+				<-time.After(50 * time.Millisecond)
+				r.leave(connection, 50*time.Millisecond)
+			})
+			synctest.Wait()
+		}
+		for _, connection := range []string{"heavy", "heavy", "heavy", "light", "lighter", "light"} {
+			wait(connection)
+		}
+		calls.Wait()
+		if want := []string{"heavy", "light", "lighter", "light", "heavy", "heavy"}; !slices.Equal(order, want) {
+			t.Errorf("turns went to %v want %v", order, want)
+		}
+		if r.busy != 0 || len(r.waiting) != 0 {
+			t.Errorf("%d are busy and %d wait after all", r.busy, len(r.waiting))
+		}
+		for i := range 1000 { // what was taken is forgotten
+			read(fmt.Sprint(i), time.Microsecond)
+		}
+		<-time.After(time.Minute)
+		for range 20 {
+			<-time.After(time.Second)
+			read("last", 0)
+		}
+		if n := len(r.taken); n > 1 {
+			t.Errorf("%d connections are remembered want the last", n)
+		}
+	})
+}
+
+// Messages for other services than the agent's own are decompressed up to 64 KiB.
+func TestForeignMessagesAreSmall(t *testing.T) {
+	encoded := func(m proto.Message) []byte {
+		data, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	question := func(size int) []byte {
+		return encoded(&reflectionv1.ServerReflectionRequest{Host: strings.Repeat("x", size)})
+	}
+	named := func(size int) []byte {
+		return encoded(&healthv1.HealthCheckRequest{Service: strings.Repeat("x", size)})
+	}
+	for _, tt := range []struct {
+		name string
+		data []byte
+		into proto.Message
+		want error
+	}{
+		{"small", pack(t, question(100)), new(reflectionv1.ServerReflectionRequest), nil},
+		{"large", pack(t, question(maxForeignMessage)), new(reflectionv1.ServerReflectionRequest), errLarge},
+		{"a bomb", pack(t, question(4<<20-100)), new(reflectionv1.ServerReflectionRequest), errLarge},
+		{"large, and not compressed", question(1 << 20), new(reflectionv1.ServerReflectionRequest), nil},
+		{"no gzip", marked(t, []byte("no")), new(reflectionv1.ServerReflectionRequest), errPacked},
+		{"a name of a service", pack(t, named(100)), new(healthv1.HealthCheckRequest), nil},
+		{"a long name", pack(t, named(4<<20-100)), new(healthv1.HealthCheckRequest), nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(tt.data)}, tt.into); !errors.Is(err, tt.want) {
+				t.Errorf("Unmarshal() = %v want %v", err, tt.want)
+			}
+			if m, ok := tt.into.(*healthv1.HealthCheckRequest); ok && len(m.GetService()) > maxServiceOf {
+				t.Errorf("a name of %d bytes is kept", len(m.GetService()))
+			}
+		})
+	}
+}
