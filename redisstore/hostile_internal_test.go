@@ -30,7 +30,7 @@ type fakeServer struct {
 // startFake starts a server that is honest.
 func startFake(tb testing.TB) *fakeServer {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not block
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -235,11 +235,7 @@ func (r *replies) looksAt() looks {
 
 // inLine reads of a line what is there of it, and returns the rest.
 func (r *replies) inLine(p []byte, a *awaited) ([]byte, error) {
-	end := bytes.IndexByte(p, '\n')
-	part, rest := p, p[len(p):]
-	if end >= 0 {
-		part, rest = p[:end], p[end+1:]
-	}
+	part, rest, whole := bytes.Cut(p, []byte{'\n'})
 	if r.line += len(part); r.line > maxLine {
 		return nil, errLarge
 	}
@@ -268,7 +264,7 @@ func (r *replies) inLine(p []byte, a *awaited) ([]byte, error) {
 			}
 		}
 	}
-	if end < 0 {
+	if !whole {
 		return rest, nil
 	}
 	if !r.ends {

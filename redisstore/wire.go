@@ -8,7 +8,7 @@ import (
 
 // A wire is a connection to a server that is not trusted. It follows the commands and the replies, and ends at the first byte that shows
 // a reply that is beyond the bounds, that is malformed, or that nobody has asked for. The client would panic at such a reply, in a
-// goroutine of its own, or take all memory for it. It copies nothing.
+// goroutine of its own, or take all memory for it. It allocates nothing.
 type wire struct {
 	net.Conn
 
@@ -165,23 +165,16 @@ func (a *awaited) takeMessage(r *reply) error {
 	if r.size < 2 {
 		return nil
 	}
-	switch r.word {
-	case wordMessage:
-		if r.size > 2 && r.words < r.wants {
-			return errMalformed
-		}
-	case wordSubscribe, wordUnsubscribe:
-		if a.skip > 0 {
-			a.skip--
-			return nil
-		}
-		if r.word == wordUnsubscribe {
-			return nil
-		}
-		next := a.next()
-		if next.kind != subscribe {
-			return errUnasked
-		}
+	begins, ends := r.word == wordSubscribe, r.word == wordUnsubscribe
+	next := a.next()
+	switch {
+	case r.word == wordMessage && r.size > 2 && r.words < r.wants:
+		return errMalformed
+	case (begins || ends) && a.skip > 0:
+		a.skip--
+	case begins && next.kind != subscribe:
+		return errUnasked
+	case begins:
 		a.skip = next.args - 1
 		a.done(0)
 	}
