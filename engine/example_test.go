@@ -94,6 +94,27 @@ func ExampleEngine_Watch() {
 	// Output: 1
 }
 
+// Policies that the program reads itself come into force when they are applied. If they are wrong, those before stay.
+func ExampleEngine_Apply() {
+	limits, err := engine.Load("testdata/limits.yaml")
+	if err != nil {
+		panic(err)
+	}
+	defer limits.Close()
+	reload := func(path string) error {
+		policies, err := policy.Load(path)
+		if err != nil {
+			return err
+		}
+		return limits.Apply(policies)
+	}
+	fmt.Println(reload("testdata/limits.yaml"))
+	fmt.Println(reload("testdata/typo.yaml") == nil)
+	// Output:
+	// <nil>
+	// false
+}
+
 // A mistake in a file is an error that says where it is.
 func ExampleLoad_mistake() {
 	_, err := engine.Load("testdata/typo.yaml")

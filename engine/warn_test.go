@@ -233,8 +233,11 @@ func TestWarningsOfQueueTimeouts(t *testing.T) {
 		{"shorter by less than the margin", scheduled(timeouts(200*ms, 191*ms)), []time.Duration{0}, []string{
 			warning("gold", 191*ms, 200*ms, 190*ms), warning("default", 200*ms, 200*ms, 190*ms),
 		}},
-		{"shorter by less than a margin of its own", scheduled(policy.Scheduler{Margin: 150 * ms, Default: policy.WorkloadParameters{QueueTimeout: 150 * ms}}),
-			[]time.Duration{0}, []string{warning("default", 150*ms, 200*ms, 50*ms)}},
+		{
+			"shorter by less than a margin of its own", scheduled(policy.Scheduler{Margin: 150 * ms, Default: policy.WorkloadParameters{QueueTimeout: 150 * ms}}),
+			[]time.Duration{0},
+			[]string{warning("default", 150*ms, 200*ms, 50*ms)},
+		},
 		{"no client", scheduled(timeouts(5*time.Second, 0)), nil, nil},
 		{"the default", scheduled(timeouts(5*time.Second, 0)), []time.Duration{0}, []string{warning("default", 5*time.Second, 200*ms, 190*ms)}},
 		{"a workload's", scheduled(timeouts(0, time.Second)), []time.Duration{0}, []string{warning("gold", time.Second, 200*ms, 190*ms)}},

@@ -85,7 +85,7 @@ type stopped struct{}
 func (d *decoder) whileNeeded(read func()) {
 	defer func() {
 		if r := recover(); r != nil && r != any(stopped{}) {
-			panic(r)
+			panic(r) //nolint:forbidigo // it is a fault of the program, and goes on
 		}
 	}()
 	read()
@@ -103,7 +103,7 @@ func (d *decoder) errorf(v value, format string, args ...any) {
 		File: d.file, Line: v.line, Column: v.column, Field: path, Message: fmt.Sprintf(format, args...),
 	})
 	if len(d.errs) >= mostErrors {
-		panic(stopped{})
+		panic(stopped{}) //nolint:forbidigo // whileNeeded ends it
 	}
 }
 
@@ -112,7 +112,7 @@ func (d *decoder) errorf(v value, format string, args ...any) {
 func (d *decoder) notes(v value) bool {
 	d.invalid = true
 	if d.hasty {
-		panic(stopped{})
+		panic(stopped{}) //nolint:forbidigo // whileNeeded ends it
 	}
 	if !d.noting {
 		return false

@@ -325,7 +325,7 @@ func (d *decoder) finish(p *Policy, before int, again func(*decoder)) {
 				problems = append(problems, problem{field, fmt.Sprintf(format, args...)})
 			}
 			if d.hasty || len(problems) >= mostErrors {
-				panic(stopped{})
+				panic(stopped{}) //nolint:forbidigo // whileNeeded ends it
 			}
 		})
 	})
