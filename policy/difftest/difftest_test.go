@@ -33,7 +33,7 @@ var knownFaults = []struct {
 	{"takes quotes in wrong places, and text behind quotes, for text", nil, regexp.MustCompile(`["']`)},
 	{"drops tabs, or takes them for indentation", nil, regexp.MustCompile(`\t`)},
 	{"takes indicators where no text may begin with them for text", regexp.MustCompile("text cannot begin with|want a value, have|want a key, have"), nil},
-	{"is lax about the indentation", regexp.MustCompile(`look at the indentation|needs a line of its own|while scanning|is no "key: value"|continues the text|want the end of the document`), nil},
+	{"is lax about the indentation", regexp.MustCompile(`look at the indentation|needs a line of its own|is not closed|while scanning|is no "key: value"|continues the text|want the end of the document`), nil},
 	{"reads tags, directives, anchors and aliases otherwise", nil, regexp.MustCompile(`[!%&*|>?]`)},
 	{"takes # without a space before it for a comment", regexp.MustCompile("comment without preceding whitespace"), nil},
 	{"takes numbers, booleans and null for keys", regexp.MustCompile(`want a string for a key|octal`), nil},
