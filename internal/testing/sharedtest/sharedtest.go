@@ -279,8 +279,8 @@ func (s *Store) Reset(ctx context.Context, key shared.Key) error {
 	return err
 }
 
-// Renew does what shared.Holders says. It writes until when a session lasts if the session is new to the instance, and then after a third of the
-// time that the session lasts. In between, the server keeps the session for as long as was written.
+// Renew does what shared.Holders says. It writes until when a session lasts if the session is new to the instance, and again after a
+// third of that time. In between, the server keeps the session for as long as was written.
 func (s *Store) Renew(of shared.Holder, lasts time.Duration) (kept time.Time) {
 	s.server.mu.Lock()
 	defer s.server.mu.Unlock()
