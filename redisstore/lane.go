@@ -537,12 +537,14 @@ func (l *lane) finish(batch []*call, err error) {
 	}
 }
 
-// requeue has calls that were not sent be the next.
+// requeue has calls that were not sent be the next. Those that nobody waits for any more stay so.
 func (l *lane) requeue(batch []*call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, c := range batch {
-		c.state = callQueued
+		if c.state == callSent {
+			c.state = callQueued
+		}
 	}
 	l.queue = append(batch, l.queue...)
 }
