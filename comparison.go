@@ -25,7 +25,7 @@ type comparison struct {
 // each other, and each of them counts twice in an any.
 const mostNested = 30_000
 
-// longestPath is from which length on what tells where a value was lost names no more outer fields.
+// longestPath is how many bytes the place of a difference has at most before an outer field is added to it.
 const longestPath = 256
 
 // visit is two pointers, maps or slices that have been met.
@@ -185,7 +185,7 @@ func (c *comparison) entries(made, back reflect.Value) string {
 	return ""
 }
 
-// byKey returns the entries of a map by what its keys become without what times.Equal does not go by.
+// byKey returns the entries of a map by their unified keys.
 func (c *comparison) byKey(m reflect.Value) map[any]reflect.Value {
 	entries := make(map[any]reflect.Value, m.Len())
 	for all := m.MapRange(); all.Next(); {
@@ -194,14 +194,14 @@ func (c *comparison) byKey(m reflect.Value) map[any]reflect.Value {
 	return entries
 }
 
-// key returns a copy of a map's key that equals the copies of all keys with the same times.
+// key returns a unified copy of a map's key. Keys that differ only in how they write the same instants have equal copies.
 func (c *comparison) key(v reflect.Value) any {
 	key := copied(v)
 	c.unify(key)
 	return key.Interface()
 }
 
-// unify takes from the times in a map's key what Equal does not go by.
+// unify removes from the times in a map's key what [time.Time.Equal] does not compare.
 func (c *comparison) unify(key reflect.Value) {
 	switch {
 	case key.Kind() == reflect.Interface && !key.IsNil():

@@ -79,8 +79,8 @@ func neverComes(key string) string {
 	return slip.InName(key)
 }
 
-// misspelt returns the label of an adaptor that a key in lower case is so near to that it may be meant; "" if there is none. Of the
-// label of a header, the prefix may be misspelt or lack a part.
+// misspelt returns the label of an adaptor from which a key in lower case differs by one letter; "" if there is none. In the label of a
+// header, each part of the prefix may differ so, and one part may be missing.
 func misspelt(key string) string {
 	for _, label := range ofRequests {
 		if d := len(key) - len(label); max(d, -d) <= 1 && slip.Distance(key, label) == 1 {

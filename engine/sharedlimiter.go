@@ -418,7 +418,7 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 	rule := n.rule.current()
 	u, err := l.engine.store.Look(ctx, l.key(name), rule)
 	if err != nil {
-		return Usage{}, l.wrong(err)
+		return Usage{}, failed(l.component.Policy, l.component.ID, err)
 	}
 	if e, _ := l.known(name); e != nil {
 		e.State.left, e.State.at, e.State.last = u.Remaining, now, rule
@@ -428,18 +428,13 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight}, nil
 }
 
-// wrong is an error of the store to a caller of the engine.
-func (l *sharedLimiter[S]) wrong(err error) error {
-	return failed(l.component.Policy, l.component.ID, err)
-}
-
 func (l *sharedLimiter[S]) reset(ctx context.Context, value string, _ int64) error {
 	name := ""
 	if l.table != nil {
 		name = l.namer.Name(value)
 	}
 	if err := l.engine.store.Reset(ctx, l.key(name)); err != nil {
-		return l.wrong(err)
+		return failed(l.component.Policy, l.component.ID, err)
 	}
 	if e, _ := l.known(name); e != nil {
 		s := e.State.lease

@@ -694,7 +694,7 @@ func (s *sharedScheduler[S]) peek(ctx context.Context, value string, now int64) 
 	e.Unlock()
 	u, err := s.engine.store.Look(ctx, key, rule)
 	if err != nil {
-		return Usage{}, s.wrong(err)
+		return Usage{}, failed(s.component.Policy, s.component.ID, err)
 	}
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight, Waiting: waiting}, nil
 }
@@ -713,7 +713,7 @@ func (s *sharedScheduler[S]) reset(ctx context.Context, value string, now int64)
 	key := s.keyOf(value, e)
 	e.Unlock()
 	if err := s.engine.store.Reset(ctx, key); err != nil {
-		return s.wrong(err)
+		return failed(s.component.Policy, s.component.ID, err)
 	}
 	e.Lock()
 	defer e.Unlock()
@@ -724,11 +724,6 @@ func (s *sharedScheduler[S]) reset(ctx context.Context, value string, now int64)
 		d.wake()
 	}
 	return nil
-}
-
-// wrong is an error of the store to a caller of the engine.
-func (s *sharedScheduler[S]) wrong(err error) error {
-	return failed(s.component.Policy, s.component.ID, err)
 }
 
 func (s *sharedScheduler[S]) stats(now int64) ComponentStats {

@@ -120,7 +120,7 @@ func (s *store) stats() StoreStats {
 }
 
 // failed counts a call that failed, if it was made, and logs once a minute that there are some. Flows is how many were decided about
-// without the store. A store that is closed is no outage unless flows still come.
+// without the store. A failure of a closed store is logged only if flows were decided about without it.
 func (e *Engine) failed(err error, flows uint64) {
 	s, now := e.store, e.now()
 	closed := errors.Is(err, shared.ErrClosed)

@@ -20,8 +20,8 @@ import (
 //     labels that contradict each other, and selectors of flows without the label that their component limits by,
 //   - quota schedulers that are to lease tokens from a store: they ask it for each flow,
 //   - control points with odd names, such as "search]" and "search,find", which hardly any flow has,
-//   - labels that do not arrive, or have odd names or those of adaptors misspelt, in the order of what components read them for, and names of a policy's for labels
-//     that no component of it reads,
+//   - labels that do not arrive, that have odd names, or that are misspelt labels of adaptors, in the order of what components read
+//     them for, and names of a policy's for labels that no component of it reads,
 //   - selectors that have picked no flow, although their control points had some,
 //   - waits that are longer than the check timeout of a client that has not been closed, less the margin, or than the MaxWait of a
 //     flow that came to the queue; and in this process, also than the CheckTimeout of such a flow, less the margin,

@@ -50,7 +50,7 @@ func RequestLabeler(headers ...string) func(ctx context.Context, r *http.Request
 type header struct{ name, key string }
 
 // listed returns the headers to look for, without those that carry credentials. Of several headers of one label, the last that a
-// request has counts: "-" is before "_".
+// request has counts. So the list is in descending order: "_" is before "-" in it.
 func listed(names []string) []header {
 	list := make([]header, 0, len(names))
 	for _, name := range names {
@@ -59,9 +59,7 @@ func listed(names []string) []header {
 			list = append(list, header{http.CanonicalHeaderKey(name), key})
 		}
 	}
-	slices.SortFunc(list, func(a, b header) int {
-		return cmp.Or(strings.Compare(strings.ToLower(b.name), strings.ToLower(a.name)), strings.Compare(b.name, a.name))
-	})
+	slices.SortFunc(list, func(a, b header) int { return strings.Compare(b.name, a.name) }) // canonical names first differ in "-" or "_"
 	return list
 }
 

@@ -81,7 +81,7 @@ func newDecoder(file string) *decoder {
 // stopped is the panic of a decoder that need not read on. The rest of a large file may be errors, too.
 type stopped struct{}
 
-// whileNeeded calls read until it ends, or until the decoder need not read on.
+// whileNeeded calls read. It ends read when the decoder need not read on.
 func (d *decoder) whileNeeded(read func()) {
 	defer func() {
 		if r := recover(); r != nil && r != any(stopped{}) {

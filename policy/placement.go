@@ -164,7 +164,7 @@ func (d *decoder) above(key value, fits func(keys string) bool) (best string) {
 	return best
 }
 
-// misspelt returns a hint at a key of what stands above, where the key is misspelt and has lost its indentation; "" if none is like it.
+// misspelt returns a hint for a misspelt key that has lost its indentation; "" if nothing above may have a key like it.
 func (d *decoder) misspelt(key value) string {
 	if !d.learnHomes() {
 		return ""

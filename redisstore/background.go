@@ -69,9 +69,9 @@ func (s *Store) background() {
 	}
 }
 
-// renewing has leases renewed: those of slots at a third of their time, and sooner after a failure, those of sessions likewise and when
-// there is something new, and that of the instance more often, because the others count it. It waits for none of them, so a shard that does not answer costs no
-// lease at the others.
+// renewing has leases renewed. Those of slots are renewed at a third of their time, and sooner after a failure. Those of sessions are
+// renewed at a third of theirs, and when there is something new. That of the instance is renewed more often, because the others count
+// it. It waits for none of them, so a shard that does not answer costs no lease at the others.
 func (s *Store) renewing() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()

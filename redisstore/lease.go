@@ -37,7 +37,7 @@ const (
 // countedOn is how long the process counts on its lease.
 func (s *Store) countedOn() time.Duration { return s.lease - s.lease/spare }
 
-// sureOf returns how much of a lease that a call was to renew is there after the call.
+// sureOf returns how much of a lease is left at the least, after a call that may have left it alone.
 func sureOf(lease time.Duration) time.Duration { return lease - lease/leftAlone }
 
 // held is how many slots a holding has, as far as this process knows, and until when the process counts on them.
@@ -491,10 +491,10 @@ func (s *Store) count(ctx context.Context) {
 	s.renewAt(ctx, s.shardOfLeases(r.key), []*renewal{r}, func(_ *renewal, reply []byte) { s.instances.Store(max(int64(floatAt(reply[8:])), 1)) })
 }
 
-// renewAt renews leases at one shard, and says which the server has confirmed, by its reply. What becomes of that is evidence of how the
-// shard is, as that of a flow's call is: there may be none of these.
+// renewAt renews leases at one shard, and calls confirmed for each that the server has confirmed. The outcome is evidence of how the
+// shard is, as that of a flow's call is: there may be no flows.
 func (s *Store) renewAt(ctx context.Context, sh *shard, renewals []*renewal, confirmed func(r *renewal, reply []byte)) {
-	if len(renewals) == 0 || sh.gate.Open() { // then it is asked apart from this
+	if len(renewals) == 0 || sh.gate.Open() { // askAgain asks it then
 		return
 	}
 	sent := time.Now()

@@ -71,10 +71,10 @@ func TestFleetOwnCall(t *testing.T) {
 		own   bool
 	}{
 		{"no end", time.Minute, func(t *testing.T) context.Context { return context.WithoutCancel(t.Context()) }, true},
-		{"can be canceled", maxDeaf, func(t *testing.T) context.Context { return t.Context() }, true},
-		{"can be canceled, and the bound is long", maxDeaf + 1, func(t *testing.T) context.Context { return t.Context() }, false},
-		{"a late deadline", maxDeaf, func(t *testing.T) context.Context { return withDeadline(t, time.Hour) }, true},
-		{"an early deadline", maxDeaf, func(t *testing.T) context.Context { return withDeadline(t, maxDeaf-1) }, false},
+		{"can be canceled", maxOwnBound, func(t *testing.T) context.Context { return t.Context() }, true},
+		{"can be canceled, and the bound is long", maxOwnBound + 1, func(t *testing.T) context.Context { return t.Context() }, false},
+		{"a late deadline", maxOwnBound, func(t *testing.T) context.Context { return withDeadline(t, time.Hour) }, true},
+		{"an early deadline", maxOwnBound, func(t *testing.T) context.Context { return withDeadline(t, maxOwnBound-1) }, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := openLinked(t, server.URL(), WithTimeout(tt.bound))

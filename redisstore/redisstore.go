@@ -34,7 +34,7 @@
 // row without an answer, over at least four times the bound, the server counts as down. Calls fail at once then, until it answers
 // again.
 //
-// An answer without sense is none, and an error is one: a server that refuses calls is not down.
+// An answer that makes no sense counts as none. An error is an answer: a server that refuses calls is not down.
 //
 // What flows do meanwhile is up to the OnOutage of each component in package policy. By default each engine decides by its part of the
 // limit. The slots of flows that began before are not counted then: work that must never exceed a limit needs policy.OutageClosed.

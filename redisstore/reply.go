@@ -400,7 +400,7 @@ func (r *replies) endText(a *awaited) error {
 	return r.end(a)
 }
 
-// redirection reports an error that the client would read beyond the end of. It is one that names an address without having it.
+// redirection returns an error for a redirection without an address: the client would read beyond the end of it.
 func (t *text) redirection() error {
 	w, spaces := t.word, t.spaces
 	if w.begins("ERR ") {
@@ -431,7 +431,7 @@ func wordOf(w *word) replyWord {
 	}
 }
 
-// look notes the text of a reply that is one.
+// look notes the text of a reply that is a text.
 func (r *reply) look(t *text) {
 	r.word = wordOf(&t.word)
 	if r.word != wordPong && r.word != wordQueued {

@@ -7,7 +7,7 @@ import (
 )
 
 // A wire is a connection to a server that is not trusted. It follows the commands and the replies, and ends at the first byte that shows
-// a reply that is beyond the bounds, that is malformed, or that nobody has asked for. The client would panic at such a reply, in a
+// a reply that is beyond the bounds, that is malformed, or that belongs to no command. The client would panic at such a reply, in a
 // goroutine of its own, or take all memory for it. It allocates nothing.
 type wire struct {
 	net.Conn

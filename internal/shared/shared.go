@@ -264,7 +264,7 @@ type Holders interface {
 
 	// Kept returns until when the store's own instance may count on all slots that it holds. That is two thirds of a lease after the
 	// sending of the last call that renewed the lease or took a slot, as far as the store has confirmed it. Others do not get the
-	// slots before most of the last third has passed, too. It is zero while nothing is held.
+	// slots before most of the last third has passed. It is zero while nothing is held.
 	Kept() time.Time
 
 	// Failures counts the calls that the store has made by itself, for none of its callers, and that failed.

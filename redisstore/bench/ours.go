@@ -115,8 +115,8 @@ type ours struct {
 
 // openOurs opens the rows' stores at the server, and one at another server, which it stops.
 func openOurs(ctx context.Context, server, stopped *redistest.Server) (_ *ours, err error) {
-	// With a bound of 50 ms the context could end, and the callers of lone calls would send them as here. With the bound of this program they
-	// do so only if it cannot.
+	// With the bound of 50 ms that is the default, callers send lone calls themselves. The bound is longer here, and they do so only if
+	// their context cannot end.
 	o := &ours{ctx: context.WithoutCancel(ctx)}
 	defer func() {
 		if err != nil {
