@@ -685,13 +685,14 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 	return wait
 }
 
-// cut notes by what the flow cuts the timeout of its workload short. A flow that is not to wait at all is left out, and so is a check
-// timeout that a client has: it is known by Expect. Over the network, where a request has a Closing, the time is what is left.
+// cut notes by what the flow cuts the timeout of its workload short. A check timeout that a client has is left out, because it is known by
+// Expect. So is one that is not longer than the margin, or than the margin that policies have if they name none: such a flow is not to wait.
+// Over the network, where a request has a Closing, the time is what is left.
 func (s *scheduler[S]) cut(of *workload, req *agentapi.Request) {
 	if most := req.MaxWait(); most > agentapi.NoWait {
 		of.cut(&of.cuts.maxWait, most, most)
 	}
-	if req.Closing() == nil && req.Timeout > policy.DefaultMargin {
+	if req.Closing() == nil && req.Timeout > min(s.margin, policy.DefaultMargin) {
 		if shortest := time.Duration(s.engine.checkTimeout.Load()); shortest == 0 || req.Timeout < shortest {
 			of.cut(&of.cuts.check, req.Timeout, req.Timeout-s.margin)
 		}

@@ -142,7 +142,7 @@ func fold(word string) string {
 	return strings.ReplaceAll(strings.ReplaceAll(strings.ToLower(word), "_", ""), "-", "")
 }
 
-// lacking returns the only known word of three letters from which one is missing in a wrong word of two; "" if there are none or
+// lacking returns the known word of three letters that a wrong word of two becomes with one letter more; "" if there are none or
 // several.
 func lacking(wrong string, known []string) (word string) {
 	for _, w := range known {

@@ -310,7 +310,7 @@ func (d *decoder) aperture(top value, has func(keys ...string) bool, plain strin
 	return p, true
 }
 
-// finish checks a policy that has been read, and can be read again. There were so many errors before it.
+// finish checks a policy that has been read, and can be read again. Before is how many errors the document had by then.
 func (d *decoder) finish(p *Policy, before int, again func(*decoder)) {
 	p.Warnings = d.warnings
 	if d.noting && len(p.Components) == 0 && len(d.errs) > before {

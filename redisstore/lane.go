@@ -101,7 +101,10 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	}
 	c.done = make(chan struct{})
 	began := time.Now()
-	if !l.sendOwn(ctx, c, began) {
+	left := l.store.timeout
+	if l.sendOwn(ctx, c, began) {
+		left -= time.Since(began)
+	} else {
 		l.submit(c)
 	}
 	select {
@@ -109,7 +112,7 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 		return mayHaveCounted(c.err), c.err
 	default:
 	}
-	bound := l.store.timer()
+	bound := l.store.timer(left)
 	defer l.store.stop(bound)
 	select {
 	case <-c.done:
@@ -238,13 +241,13 @@ func (s *Store) sending(l *lane) {
 	}
 }
 
-// timer returns a timer of the store's bound, for stop.
-func (s *Store) timer() *time.Timer {
+// timer returns a timer, for stop.
+func (s *Store) timer(d time.Duration) *time.Timer {
 	if t, ok := s.timers.Get().(*time.Timer); ok {
-		t.Reset(s.timeout)
+		t.Reset(d)
 		return t
 	}
-	return time.NewTimer(s.timeout)
+	return time.NewTimer(d)
 }
 
 func (s *Store) stop(t *time.Timer) {
@@ -374,8 +377,8 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	answer, refused := rueidis.IsRedisErr(err)
 	switch {
 	case err == nil || refused:
-		if s.link != nil && !s.link.up.Load() {
-			s.link.up.Store(true)
+		if s.link != nil {
+			s.link.answered(sent)
 		}
 		if sh.gate.Answered() {
 			s.renewLater()
@@ -389,6 +392,8 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 		return refusal(answer)
 	case s.ctx.Err() != nil:
 		return errClosed
+	case errors.Is(err, errUnconnected): // the client gives it also to calls that wait for the same connection, and the server knows of none
+		return errUnconnected
 	}
 	s.silent(sh, sent)
 	switch {

@@ -201,8 +201,8 @@ func (s *Store) dueSessions(now time.Time) map[shared.Holder]time.Time {
 	return due
 }
 
-// confirmSessions takes note of what became of the renewals of sessions that were sent then: how many of each are not confirmed. Those of which
-// some are not are renewed again.
+// confirmSessions notes which renewals of sessions, sent then, have been confirmed. Unconfirmed has how many renewals of each session failed.
+// Those sessions are renewed again.
 func (s *Store) confirmSessions(due map[shared.Holder]time.Time, unconfirmed map[shared.Holder]int, sent time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,6 +1,7 @@
 package redisstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,17 +48,15 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if until, ok := ctx.Deadline(); ok {
-		o.Dialer.Timeout = min(o.Dialer.Timeout, max(time.Until(until), time.Millisecond))
-	}
-	l := &link{}
+	l := &link{bound: ctx}
+	defer l.opened()
 	o.DialCtxFn = l.dial
 	client, err := rueidis.NewClient(o)
 	if err != nil {
 		if client != nil {
 			client.Close()
 		}
-		return nil, err
+		return nil, cmp.Or(ctx.Err(), err)
 	}
 	s, err := newStore(client, l, opts)
 	if err != nil {

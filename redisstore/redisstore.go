@@ -269,7 +269,7 @@ func (s *Store) begin() bool {
 // out, or, if a session has them, when they are returned at another instance. Calls fail then, which is no outage. Close
 // returns after the calls that are under way have ended, which takes no longer than their bound. A second call does nothing.
 func (s *Store) Close() error {
-	if s.hasPending() && !s.Down() {
+	if s.ctx.Err() == nil && s.hasPending() && !s.Down() {
 		s.returnPending(s.ctx, time.Now())
 	}
 	s.mu.Lock()

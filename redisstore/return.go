@@ -12,8 +12,7 @@ import (
 // maxPending is how many slots are returned in the background at a time. More of them run out by themselves.
 const maxPending = 100_000
 
-// settled returns how long after a take was lost no server does it any more: see send. A slot that is not there then has not been
-// taken.
+// settled returns how long after a take was lost a server may still do it: see send. A slot that is not there then has not been taken.
 func (s *Store) settled() time.Duration { return max(time.Second, 3*s.timeout) }
 
 // Return does what [shared.Limits] says.

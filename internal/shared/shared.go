@@ -258,7 +258,7 @@ type Holder [16]byte
 type Holders interface {
 	// Renew has a session live for so long from now on. It does not wait: the store sends it with others. It returns until when the
 	// store certainly keeps all slots that it has taken for the session, by what its servers have confirmed; zero if nothing is confirmed.
-	// In a cluster, slots that other instances have taken are among them some time later. A slot that is taken for the session within a
+	// In a cluster, slots that other instances take count from the next renewal on. A slot that is taken for the session within a
 	// tenth of lasts after the call is kept for lasts after it was taken, at the least.
 	Renew(session Holder, lasts time.Duration) (kept time.Time)
 
