@@ -207,11 +207,13 @@ func (r *readers) leave(connection any, took time.Duration) {
 	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if now.Sub(r.halved) >= time.Second {
+	if seconds := min(now.Sub(r.halved)/time.Second, 63); seconds > 0 {
 		r.halved = now
 		for connection, taken := range r.taken {
-			if r.taken[connection] = taken / 2; taken < time.Millisecond {
+			if taken >>= seconds; taken < time.Millisecond {
 				delete(r.taken, connection)
+			} else {
+				r.taken[connection] = taken
 			}
 		}
 	}
