@@ -218,7 +218,7 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if _, own := v.(message); !own && isPacked(data) {
 		b := takeBale(c.bales)
 		defer c.bales.Put(b)
-		err := b.unpack(data)
+		err := b.unpack(data.Reader(), maxForeignMessage)
 		if ok && errors.Is(err, errLarge) {
 			m.Service = longName
 			return nil

@@ -57,7 +57,8 @@ func WithCredentials(creds credentials.TransportCredentials) Option {
 // call has several keys, one valid key is enough, because some clients add their own to metadata that they pass on. The
 // option applies to all services of the server. The methods Check and Watch of gRPC's standard health service are the
 // exception, because balancers call them without a key. A refused call ends with the status Unauthenticated before its
-// message is read, and no interceptor and no handler runs.
+// message is read, and no interceptor and no handler runs. A server with keys refuses all calls by [grpc.Server.ServeHTTP],
+// because keys are not checked there.
 //
 // At most 32 Checks and 256 Watches of the health service can be under way without a key. A Check may take 1 s. The
 // message of a Watch must arrive within 1 s, and is refused if it is compressed or longer than 1 KiB.
@@ -106,7 +107,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     is not among them. What such streams send counts as answers do.
 //
 // The options include a codec, a decompressor, credentials and a tap handle. Give credentials by [WithCredentials], because they replace
-// those of earlier options. A server can have only one tap handle: gRPC panics if it is given another.
+// those of earlier options. A server can have only one tap handle: gRPC panics if it is given another. Most of these bounds do not
+// hold for [grpc.Server.ServeHTTP], which calls no tap handle.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
 	var o options
 	for _, opt := range opts {
@@ -165,6 +167,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if err := refusalOf(ctx); err != nil {
 				return nil, err
 			}
+			if o.bypassed(ctx) {
+				return nil, errServeHTTP
+			}
 			if callOf(ctx).ready() {
 				return nil, errEvicted
 			}
@@ -173,6 +178,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			if err := refusalOf(stream.Context()); err != nil {
 				return err
+			}
+			if o.bypassed(stream.Context()) {
+				return errServeHTTP
 			}
 			if callOf(stream.Context()).ready() {
 				return errEvicted
@@ -203,6 +211,11 @@ func (o *options) owner(info *tap.Info) (string, error) {
 		}
 	}
 	return "", errWrongKey
+}
+
+// bypassed reports whether the call needs a key, and none was asked for: ServeHTTP of gRPC's server calls no tap handle.
+func (o *options) bypassed(ctx context.Context) bool {
+	return o.keys != nil && callOf(ctx) == nil && visitOf(ctx) == nil
 }
 
 // isPlain reports whether a method can have the name. gRPC repeats the name of an unknown method several times, in a
@@ -286,7 +299,9 @@ func refusalOf(ctx context.Context) error {
 var (
 	errNoKey    = status.Error(codes.Unauthenticated, "an API key is needed, as metadata "+keyHeader)
 	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
-	errMethod   = status.Error(codes.Unimplemented, "no method has such a name")
+
+	errServeHTTP = status.Error(codes.Unauthenticated, "the server checks API keys only if it accepts connections by Serve, not by ServeHTTP")
+	errMethod    = status.Error(codes.Unimplemented, "no method has such a name")
 )
 
 // connectionOf identifies the connection that a call came by.

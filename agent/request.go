@@ -77,7 +77,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		err := decode(message{m, func(data []byte, m proto.Message) error {
 			size = len(data)
 			isPacked := size > 0 && data[0] == packed
-			if c == nil || !c.compressed && !isPacked && size < large {
+			if !isPacked && (c == nil || !c.compressed && size < large) {
 				return read(data, m)
 			}
 			// The time in which it is read is not the network's. Then gRPC waits for the end of the stream.
@@ -97,7 +97,9 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 				fits, err = c.read(size, func() error { return by(data) })
 			}
 			_, isStatus := status.FromError(err)
-			c.compressed = false
+			if c != nil {
+				c.compressed = false
+			}
 			again := c.enter()
 			switch {
 			case !fits && !isCheck(m):

@@ -107,13 +107,13 @@ func takeBale(pool *sync.Pool) *bale {
 	return new(bale)
 }
 
-// unpack decompresses a message of another service than the agent's.
-func (b *bale) unpack(data mem.BufferSlice) error {
-	if err := b.open(data.Reader()); err != nil {
+// unpack decompresses a message of at most so many bytes, without a turn.
+func (b *bale) unpack(data io.Reader, most int) error {
+	if err := b.open(data); err != nil {
 		return err
 	}
 	defer b.close()
-	if err := b.read(&b.plain, maxForeignMessage); err != nil {
+	if err := b.read(&b.plain, most); err != nil {
 		return err
 	}
 	if !b.whole {
@@ -125,6 +125,13 @@ func (b *bale) unpack(data mem.BufferSlice) error {
 // unpack decompresses a message of the agent's, and reads it by the function. A message that becomes large is a large request from there
 // on, which waits as such: see read.
 func (c *call) unpack(data []byte, by func(plain []byte) error) (fits bool, err error) {
+	if c == nil { // it came by ServeHTTP of gRPC's server, which calls no tap handle
+		b := new(bale)
+		if err := b.unpack(bytes.NewReader(data), maxMessage); err != nil {
+			return true, err
+		}
+		return true, by(b.plain.Bytes())
+	}
 	b := takeBale(&c.gate.bales)
 	defer c.gate.bales.Put(b)
 	if err := b.open(bytes.NewReader(data)); err != nil {
