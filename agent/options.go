@@ -130,7 +130,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.StaticConnWindowSize(connectionWindow),
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.RPCDecompressor(mark{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
+		grpc.RPCDecompressor(keepGzip{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
 			if !isPlain(info.FullMethodName) {
 				return refuse(ctx, errMethod)
