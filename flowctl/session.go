@@ -688,8 +688,8 @@ type stay struct {
 	flows map[*check]context.CancelCauseFunc
 }
 
-// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time. After it came, the store that the agent may have
-// keeps the session's slots for the lease at the least.
+// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time. From its arrival, the agent's
+// store keeps the session's slots for at least the lease. Leased is 0 if the agent has no store, or does not know.
 func (s *session) acknowledged(agent uint64, sent time.Time, leased time.Duration) {
 	s.extend(place{agent, false}, sent.Add(wire.SessionLost))
 	if leased > 0 {
