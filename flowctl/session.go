@@ -94,17 +94,38 @@ func newSession(r *remote) *session {
 func (s *session) flush(ctx context.Context) error {
 	for {
 		s.mu.Lock()
-		left := s.unanswered()
+		awaits := s.awaits()
 		s.mu.Unlock()
-		if left == 0 {
+		if !awaits {
 			return nil
 		}
 		select {
 		case <-s.answers:
 		case <-ctx.Done():
+			s.mu.Lock()
+			left := s.unanswered() // not in each round, because there can be 65,536
+			s.mu.Unlock()
+			if left == 0 {
+				return nil
+			}
 			return fmt.Errorf("%w: %w", ownError(fmt.Sprintf("the agent has not answered what it was told at the end of %d flows", left)), ctx.Err())
 		}
 	}
+}
+
+// awaits reports whether anything is on the way on a stream.
+func (s *session) awaits() bool {
+	for _, one := range s.pending {
+		if s.reaches(one.agent) {
+			return true
+		}
+	}
+	for _, one := range s.returns {
+		if s.reaches(one.agent) {
+			return true
+		}
+	}
+	return false
 }
 
 // unanswered counts the flows of which something is on the way on a stream.
