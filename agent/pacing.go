@@ -177,6 +177,9 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 	defer a.mu.Unlock()
 	if a.balance <= 0 {
 		now := time.Now()
+		if now.Sub(a.drew) >= behindFor { // it has had enough since
+			a.behind = time.Time{}
+		}
 		if drawn := a.pacer.draw(a.drew, now); a.balance+drawn < unitsPerSecond {
 			a.balance += drawn
 		} else {
