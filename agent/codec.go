@@ -187,10 +187,10 @@ type lent struct {
 	loan *loan
 }
 
-// codec is gRPC's own for protobuf, except that it knows of loans, of health requests, and of messages that are compressed.
+// codec is gRPC's own for protobuf, except that it knows of loans, of health requests, and of compressed messages.
 type codec struct {
 	encoding.CodecV2
-	bales *sync.Pool
+	decompressions *sync.Pool
 }
 
 func newCodec() codec { return codec{encoding.GetCodecV2("proto"), new(sync.Pool)} }
@@ -211,14 +211,14 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.NewBuffer(buf, m.loan)}, nil
 }
 
-// Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch. It decompresses
-// the messages of other services than the agent's own.
+// Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch. It also decompresses
+// messages of services other than the agent's.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	m, ok := v.(*healthv1.HealthCheckRequest)
-	if _, own := v.(message); !own && isPacked(data) {
-		b := takeBale(c.bales)
-		defer c.bales.Put(b)
-		err := b.unpack(data)
+	if _, own := v.(message); !own && isGzip(data) {
+		d := takeDecompression(c.decompressions)
+		defer c.decompressions.Put(d)
+		err := d.decompress(data.Reader(), maxForeignMessage)
 		if ok && errors.Is(err, errLarge) {
 			m.Service = longName
 			return nil
@@ -226,7 +226,7 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 		if err != nil {
 			return err
 		}
-		data = mem.BufferSlice{mem.SliceBuffer(b.plain.Bytes())}
+		data = mem.BufferSlice{mem.SliceBuffer(d.plain.Bytes())}
 	}
 	if !ok || data.Len() <= maxServiceOf {
 		return c.CodecV2.Unmarshal(data, v)

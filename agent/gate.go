@@ -20,7 +20,7 @@ import (
 
 // The bounds of a server, over all its connections.
 const (
-	maxArriving     = 64                    // compressed messages that arrive at a time, of 4 MiB each at the most; as many others are overdue
+	maxArriving     = 64                    // messages compressed otherwise than by gzip that arrive at a time, of 4 MiB each at the most; as many others are overdue
 	arrival         = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
 	patience        = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
 	maxOpening      = 128 << 20             // bytes that calls take whose messages have not been read
@@ -58,11 +58,11 @@ type gate struct {
 	sweep   *time.Timer // for these
 	due     time.Time   // when sweep fires; zero if it does not
 
-	readers readers   // of large requests
-	bales   sync.Pool // of messages that are decompressed
-	buffers sync.Pool // of large ones, when they have their turns
-	unread  int
-	held    int
+	readers        readers   // of large requests
+	decompressions sync.Pool // those that are not under way
+	buffers        sync.Pool // of large messages that are being decompressed
+	unread         int
+	held           int
 
 	most   int     // bytes that calls take whose messages have not been read
 	unsent *unsent // shared with the other gate of the server
@@ -110,7 +110,7 @@ type call struct {
 	cancel     context.CancelFunc
 	gate       *gate
 	connection any
-	compressed bool       // the message may be
+	compressed bool       // the message may be, otherwise than by gzip
 	metadata   int        // bytes that it takes in memory, about
 	allowance  *allowance // of the connection; nil if it is not known
 	hasKey     bool       // the call has an API key, because calls need one
@@ -250,8 +250,8 @@ func callOf(ctx context.Context) *call {
 	return c
 }
 
-// compresses reports whether the call's message may be compressed, otherwise than by gzip: such a message arrives compressed, and is
-// decompressed by unpack.
+// compresses reports whether the call's message may be compressed otherwise than by gzip. GRPC decompresses such a message where it
+// reads it. A gzip message stays as it is until decompress has it.
 func compresses(ctx context.Context) bool {
 	// The other way to ask is a stats handler, which costs every call.
 	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })

@@ -47,8 +47,8 @@ type options struct {
 
 // WithCredentials secures the server's connections, as [grpc.Creds] does. Without the option, or with nil, connections are
 // in plaintext. If the option is repeated, the last one counts. Handlers and interceptors find the same peer as with
-// grpc.Creds. Do not give the server grpc.Creds as well: one that comes before [ServerOptions] has no effect, so that
-// connections are in plaintext. With one that comes after it, what connections send is not paced.
+// grpc.Creds. Do not give the server grpc.Creds as well. Before [ServerOptions] it has no effect, and connections are in
+// plaintext. After ServerOptions it replaces these credentials, and what connections send is not paced.
 func WithCredentials(creds credentials.TransportCredentials) Option {
 	return func(o *options) { o.creds = creds }
 }
@@ -57,7 +57,8 @@ func WithCredentials(creds credentials.TransportCredentials) Option {
 // call has several keys, one valid key is enough, because some clients add their own to metadata that they pass on. The
 // option applies to all services of the server. The methods Check and Watch of gRPC's standard health service are the
 // exception, because balancers call them without a key. A refused call ends with the status Unauthenticated before its
-// message is read, and no interceptor and no handler runs.
+// message is read, and no interceptor and no handler runs. A server with keys refuses all calls by [grpc.Server.ServeHTTP],
+// because keys are not checked there.
 //
 // At most 32 Checks and 256 Watches of the health service can be under way without a key. A Check may take 1 s. The
 // message of a Watch must arrive within 1 s, and is refused if it is compressed or longer than 1 KiB.
@@ -83,9 +84,9 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     connection with the most of them loses a call.
 //   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
 //     loses its oldest one. At most 64 messages that are compressed otherwise than by gzip arrive at a time, and others wait.
-//   - At most half of the processors read requests of 64 KiB and more, which is also the size of a compressed one without
-//     its compression. The others wait, at most 64 MiB of them. The next is of the connection that has taken the least time
-//     of late. A message may have 4 MiB without its compression, and one for another service 64 KiB.
+//   - At most half of the processors read requests of 64 KiB and more. The other requests wait, and take at most 64 MiB. The
+//     next one is of the connection whose requests have lately taken the least time. The size of a request is that without
+//     compression. It may be 4 MiB. A compressed message for another service may have 64 KiB without compression.
 //   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
 //     beyond that is decided at once, and does not wait.
 //   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
@@ -96,17 +97,18 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //     are handled a second, and the others wait. A stream with more than 64 messages that wait, or two large ones, ends. What
 //     waits or arrives takes at most 64 MiB. What is remembered of flows that can be settled takes at most 16 MiB for one
 //     session, and 128 MiB, with 16 KiB more for each session.
-//   - A connection is read more slowly if it sends frames that no call needs. Each call that is let in pays for some 15 small
-//     frames and for 4 MiB of data, and each message of a stream for 4 small frames. A connection can have 5000 other frames a
-//     second, and all together 40,000 a second for each processor, where each connection has a part of 100. A call that is
-//     refused counts as 17 or more, and a frame other than DATA as one more for each 64 bytes. A connection that has more for
-//     3 s ends. Connections whose addresses are equal count as one.
+//   - A connection is read more slowly if it sends frames that no call needs. A call that is let in needs up to 15 small frames
+//     and 4 MiB of data, and a message of a stream needs 4 small frames. A connection can send 5000 other frames a second. All
+//     connections can send 40,000 a second for each processor, in equal shares, and each can send 100 even then. A call that
+//     is refused counts as 17 frames or more. A frame other than DATA counts as one more for each 64 bytes. A connection that
+//     sends more for 3 s ends. Connections whose addresses are equal count as one.
 //   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
 //
 // The options include a codec, a decompressor, credentials and a tap handle. Give credentials by [WithCredentials], because they replace
-// those of earlier options. A server can have only one tap handle: gRPC panics if it is given another.
+// those of earlier options. A server can have only one tap handle: gRPC panics if it is given another. Most of these bounds do not
+// hold for [grpc.Server.ServeHTTP], which calls no tap handle.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
 	var o options
 	for _, opt := range opts {
@@ -128,7 +130,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.StaticConnWindowSize(connectionWindow),
 		grpc.WaitForHandlers(true),
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.RPCDecompressor(mark{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
+		grpc.RPCDecompressor(keepGzip{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
 			if !isPlain(info.FullMethodName) {
 				return refuse(ctx, errMethod)
@@ -165,6 +167,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if err := refusalOf(ctx); err != nil {
 				return nil, err
 			}
+			if o.bypassed(ctx) {
+				return nil, errServeHTTP
+			}
 			if callOf(ctx).ready() {
 				return nil, errEvicted
 			}
@@ -173,6 +178,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			if err := refusalOf(stream.Context()); err != nil {
 				return err
+			}
+			if o.bypassed(stream.Context()) {
+				return errServeHTTP
 			}
 			if callOf(stream.Context()).ready() {
 				return errEvicted
@@ -203,6 +211,11 @@ func (o *options) owner(info *tap.Info) (string, error) {
 		}
 	}
 	return "", errWrongKey
+}
+
+// bypassed reports whether the call needs a key, and none was asked for: ServeHTTP of gRPC's server calls no tap handle.
+func (o *options) bypassed(ctx context.Context) bool {
+	return o.keys != nil && callOf(ctx) == nil && visitOf(ctx) == nil
 }
 
 // isPlain reports whether a method can have the name. gRPC repeats the name of an unknown method several times, in a
@@ -286,7 +299,9 @@ func refusalOf(ctx context.Context) error {
 var (
 	errNoKey    = status.Error(codes.Unauthenticated, "an API key is needed, as metadata "+keyHeader)
 	errWrongKey = status.Error(codes.Unauthenticated, "wrong API key")
-	errMethod   = status.Error(codes.Unimplemented, "no method has such a name")
+
+	errServeHTTP = status.Error(codes.Unauthenticated, "the server checks API keys only if it accepts connections by Serve, not by ServeHTTP")
+	errMethod    = status.Error(codes.Unimplemented, "no method has such a name")
 )
 
 // connectionOf identifies the connection that a call came by.

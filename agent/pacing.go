@@ -22,16 +22,16 @@ import (
 const (
 	frameUnits   = 1
 	callUnits    = 16      // of the header of a call, besides its frame's: a refused call costs more than other frames
-	headerBytes  = 64      // of a frame other than DATA, for each of which it costs one unit more
-	readUnits    = 1       // of a read that brings few bytes: it costs as much as several frames
+	headerBytes  = 64      // a frame other than DATA costs one unit more for each so many bytes
+	readUnits    = 1       // of a read that brings few bytes, besides its frames
 	smallRead    = 512     // bytes
-	largeData    = 1 << 10 // bytes of a DATA frame from which on it is free, as part of a message
-	largePerUnit = 4 << 10 // bytes of a large DATA frame that is part of no message, for each of which it costs one unit more
+	largeData    = 1 << 10 // a DATA frame of so many bytes or more is free if it is part of a message
+	largePerUnit = 4 << 10 // one that is not costs one unit more for each so many bytes
 
 	callEarns     = callUnits + 16 // of a call that is let in, besides what its header cost
 	callEarnsData = 4 << 20        // bytes of large DATA frames: one message
 	messageEarns  = 4              // of a message of a stream
-	answerPerUnit = 4 << 10        // bytes that the agent sends, for each of which the connection earns a unit: clients acknowledge them
+	answerPerUnit = 4 << 10        // the connection earns a unit for each so many bytes that the agent sends: clients acknowledge them
 
 	mostUnits = 1 << 16  // that a connection can have earned, or owe
 	mostData  = 64 << 20 // bytes of large DATA frames
@@ -46,7 +46,7 @@ const (
 	wakingUnits    = 64     // for which a connection waits, so that it is not woken for each frame
 	shortestWait   = 20 * time.Millisecond
 	longestWait    = time.Second
-	behindFor      = 3 * time.Second // that a connection may have had fewer units than at first, and have to wait, until it is closed
+	behindFor      = 3 * time.Second // a connection that has to wait is closed if it has had fewer units than firstUnits for so long
 )
 
 var errBehind = errors.New("headgate: the connection sends too many frames that are of no use")
@@ -95,7 +95,7 @@ func (p *pacer) close(connection any, a *allowance) {
 	}
 }
 
-// draw returns the units that a connection gets which has drawn none since then. All connections that draw have equal shares.
+// draw returns the units of a connection that has drawn none since then. All connections that draw have equal shares.
 func (p *pacer) draw(since, now time.Time) float64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -138,7 +138,7 @@ type allowance struct {
 	behind  time.Time // since when it has had few units; zero if it has more
 }
 
-// earn adds units, and bytes of large DATA frames. There is nothing to do for a nil allowance.
+// earn adds units, and bytes of large DATA frames. A nil allowance earns nothing.
 func (a *allowance) earn(units float64, data int) {
 	if a == nil {
 		return
@@ -149,7 +149,7 @@ func (a *allowance) earn(units float64, data int) {
 	a.data = min(a.data+data, mostData)
 }
 
-// admit adds what a call earns that is let in, and whose metadata takes so many bytes in memory: more than in frames.
+// admit adds what a call that is let in earns. Its metadata takes so many bytes in memory, which are more than in frames.
 func (a *allowance) admit(metadata int) {
 	a.earn(callEarns+float64(metadata/headerBytes), callEarnsData)
 }
@@ -166,8 +166,8 @@ func (a *allowance) spend(units, large, data int) {
 	a.balance = max(a.balance-float64(units), -mostUnits)
 }
 
-// read returns how many of so many bytes may be read now. If there are none, it returns how long to wait. The caller
-// reports whether it has waited for this read. A connection without calls reads less than gRPC would, so that it cannot send thousands of
+// read returns how many of so many bytes may be read now. If there are none, it returns how long to wait. Waited reports
+// whether the caller has waited for this read. A connection without calls reads less than gRPC would, so that it cannot send thousands of
 // frames before it waits.
 func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, err error) {
 	if !a.pacer.finds.Load() {
@@ -177,6 +177,9 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 	defer a.mu.Unlock()
 	if a.balance <= 0 {
 		now := time.Now()
+		if now.Sub(a.drew) >= behindFor { // it has had enough since
+			a.behind = time.Time{}
+		}
 		if drawn := a.pacer.draw(a.drew, now); a.balance+drawn < unitsPerSecond {
 			a.balance += drawn
 		} else {
@@ -233,7 +236,7 @@ func (c *pacedCredentials) Clone() credentials.TransportCredentials {
 // A pacedConn is read as fast as its allowance lasts. One goroutine may read it, as gRPC does.
 type pacedConn struct {
 	net.Conn
-	address net.Addr // of the peer: always the same value, which is what calls know their connection by
+	address net.Addr // of the peer. It is always the same value, because calls find their connection by it
 	pacer   *pacer
 	ready   *readyReader // nil if the connection has no such thing
 	sent    atomic.Int64 // bytes that have earned nothing yet

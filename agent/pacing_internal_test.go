@@ -281,6 +281,51 @@ func TestConnectionsThatAreBehindEnd(t *testing.T) {
 	}
 }
 
+// A connection that had to wait once is not behind from then on, also beside so many others that it gets few units.
+func TestConnectionsCatchUp(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		pause  time.Duration
+		waited bool // all the time
+		want   error
+	}{
+		{"a short time ago", time.Second, false, nil},
+		{"long ago", time.Hour, false, nil},
+		{"all the time", behindFor, true, errBehind},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := new(pacer)
+				p.finds.Store(true)
+				a := p.open("a")
+				read := func() error {
+					p.begin, p.last = time.Now(), 1<<20
+					a.balance = -10 * ownUnits
+					_, wait, err := a.read(1024, false)
+					if wait == 0 && err == nil {
+						t.Error("read() does not wait")
+					}
+					return err
+				}
+				if err := read(); err != nil {
+					t.Fatal(err)
+				}
+				left := tt.pause
+				for ; tt.waited && left > longestWait; left -= longestWait {
+					<-time.After(longestWait)
+					if err := read(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				<-time.After(left)
+				if err := read(); !errors.Is(err, tt.want) {
+					t.Errorf("read() = %v want %v", err, tt.want)
+				}
+			})
+		})
+	}
+}
+
 // A read that waits ends with its connection, and when its deadline passes.
 func TestReadsThatWaitEnd(t *testing.T) {
 	for _, tt := range []struct {

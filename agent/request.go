@@ -76,8 +76,8 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		var refused error // gRPC has a status of its own for what a codec returns
 		err := decode(message{m, func(data []byte, m proto.Message) error {
 			size = len(data)
-			isPacked := size > 0 && data[0] == packed
-			if c == nil || !c.compressed && !isPacked && size < large {
+			zipped := size > 0 && data[0] == gzipMark
+			if !zipped && (c == nil || !c.compressed && size < large) {
 				return read(data, m)
 			}
 			// The time in which it is read is not the network's. Then gRPC waits for the end of the stream.
@@ -91,13 +91,15 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 			}
 			var fits bool
 			var err error
-			if isPacked {
-				fits, err = c.unpack(data, by)
+			if zipped {
+				fits, err = c.decompress(data, by)
 			} else {
 				fits, err = c.read(size, func() error { return by(data) })
 			}
 			_, isStatus := status.FromError(err)
-			c.compressed = false
+			if c != nil {
+				c.compressed = false
+			}
 			again := c.enter()
 			switch {
 			case !fits && !isCheck(m):

@@ -255,30 +255,18 @@ func (c *connection) Close() error {
 	return c.Conn.Close()
 }
 
-// The types and flags of HTTP/2 frames that are looked at.
-const (
-	frameData         = frames.Data
-	frameHeaders      = frames.Headers
-	frameRSTStream    = frames.RSTStream
-	frameGoAway       = frames.GoAway
-	frameContinuation = frames.Continuation
-
-	flagEndStream = frames.EndStream
-	flagPadded    = frames.Padded
-)
-
 // sends notes a frame that the client sends.
 func (c *connection) sends(f frames.Frame) {
 	switch f.Kind {
-	case frameHeaders:
+	case frames.Headers:
 		c.connections.opened.Add(1)
 		c.streams[f.Stream] = stream{}
 		c.newest = max(c.newest, f.Stream)
 		c.earn(framesPerCall)
-	case frameRSTStream:
+	case frames.RSTStream:
 		c.ended(f.Stream)
 		c.earn(framesPerCall)
-	case frameData:
+	case frames.Data:
 		c.earn(framesPerFrame)
 	}
 }
@@ -373,11 +361,11 @@ func (c *connection) arrived(p []byte, now time.Duration) error {
 func (c *connection) receives(f frames.Frame) {
 	s, known := c.streams[f.Stream]
 	small := smallData
-	if f.Flags&flagPadded != 0 {
+	if f.Flags&frames.Padded != 0 {
 		small += mostPadding
 	}
 	switch {
-	case f.Kind == frameHeaders:
+	case f.Kind == frames.Headers:
 		c.shift = 3
 		if known && s.blocks < 2 {
 			s.blocks++
@@ -385,13 +373,13 @@ func (c *connection) receives(f frames.Frame) {
 			c.shift = 5
 		}
 		c.credit -= 1 + f.Length>>c.shift
-	case f.Kind == frameContinuation:
+	case f.Kind == frames.Continuation:
 		c.credit -= 1 + f.Length>>c.shift
-	case f.Kind != frameData || !known || s.whole || f.Length < small:
+	case f.Kind != frames.Data || !known || s.whole || f.Length < small:
 		c.credit -= 1 + f.Length>>10
 	}
 	switch f.Kind {
-	case frameGoAway:
+	case frames.GoAway:
 		for gone := &c.connections.gone; ; {
 			if of := gone.Load(); of >= c.number || gone.CompareAndSwap(of, c.number) {
 				break
@@ -401,11 +389,11 @@ func (c *connection) receives(f frames.Frame) {
 		if !c.proved.Load() {
 			c.gone.Store(true)
 		}
-	case frameData, frameHeaders, frameRSTStream:
+	case frames.Data, frames.Headers, frames.RSTStream:
 		if f.Stream > 0 && f.Stream <= c.newest { // also one that is over: an answer may come late
 			c.proved.Store(true)
 		}
-		if f.Kind == frameRSTStream || f.Kind == frameHeaders && f.Flags&flagEndStream != 0 {
+		if f.Kind == frames.RSTStream || f.Kind == frames.Headers && f.Flags&frames.EndStream != 0 {
 			c.ended(f.Stream)
 		}
 	}
@@ -454,7 +442,7 @@ func (c *connection) receivesData(f frames.Frame, p []byte, end bool) {
 	}
 	c.carry(int64(s.underWay) - int64(before))
 	c.streams[f.Stream] = s
-	if end && f.Flags&flagEndStream != 0 {
+	if end && f.Flags&frames.EndStream != 0 {
 		c.ended(f.Stream)
 	}
 }

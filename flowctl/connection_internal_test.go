@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/headgate-go/headgate/internal/frames"
 )
 
 func encodeFrame(kind, flags byte, stream uint32, payload ...byte) []byte {
@@ -68,7 +70,7 @@ func TestFraming(t *testing.T) {
 // A compressed answer is refused, unless the question was compressed, and however it comes.
 func TestCompressedAnswersAreRefused(t *testing.T) {
 	question := func(compressed byte) []byte {
-		return slices.Concat(encodeFrame(frameHeaders, 4, 1, 'h'), encodeFrame(frameData, flagEndStream, 1, compressed, 0, 0, 0, 1, 'q'))
+		return slices.Concat(encodeFrame(frames.Headers, 4, 1, 'h'), encodeFrame(frames.Data, frames.EndStream, 1, compressed, 0, 0, 0, 1, 'q'))
 	}
 	plain := []byte{0, 0, 0, 0, 1, 'a'}
 	zipped := []byte{1, 0, 0, 0, 1, 'a'}
@@ -78,12 +80,12 @@ func TestCompressedAnswersAreRefused(t *testing.T) {
 		answered []byte
 		want     byte // of the last message
 	}{
-		{"plain", question(0), encodeFrame(frameData, 0, 1, plain...), formatPlain},
-		{"compressed", question(0), encodeFrame(frameData, 0, 1, zipped...), formatRefused},
-		{"asked for", question(1), encodeFrame(frameData, 0, 1, zipped...), 1},
-		{"the second message", question(0), encodeFrame(frameData, 0, 1, append(plain, zipped...)...), formatRefused},
-		{"behind padding", question(0), slices.Concat(encodeFrame(frameData, flagPadded, 1, 3, 0, 0, 0), encodeFrame(frameData, 0, 1, zipped...)), formatRefused},
-		{"with the end of the stream", question(0), encodeFrame(frameData, flagEndStream, 1, zipped...), formatRefused},
+		{"plain", question(0), encodeFrame(frames.Data, 0, 1, plain...), formatPlain},
+		{"compressed", question(0), encodeFrame(frames.Data, 0, 1, zipped...), formatRefused},
+		{"asked for", question(1), encodeFrame(frames.Data, 0, 1, zipped...), 1},
+		{"the second message", question(0), encodeFrame(frames.Data, 0, 1, append(plain, zipped...)...), formatRefused},
+		{"behind padding", question(0), slices.Concat(encodeFrame(frames.Data, frames.Padded, 1, 3, 0, 0, 0), encodeFrame(frames.Data, 0, 1, zipped...)), formatRefused},
+		{"with the end of the stream", question(0), encodeFrame(frames.Data, frames.EndStream, 1, zipped...), formatRefused},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for piece := 1; piece <= len(tt.answered); piece++ {
@@ -101,10 +103,10 @@ func TestCompressedAnswersAreRefused(t *testing.T) {
 
 // What of large answers has come is counted until they are whole or over.
 func TestAnswersUnderWay(t *testing.T) {
-	asked := slices.Concat(encodeFrame(frameHeaders, 4, 1, 'h'), encodeFrame(frameHeaders, 4, 3, 'h'))
-	begun := encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 3, 'a', 'b')
+	asked := slices.Concat(encodeFrame(frames.Headers, 4, 1, 'h'), encodeFrame(frames.Headers, 4, 3, 'h'))
+	begun := encodeFrame(frames.Data, 0, 1, 0, 0, 0, 0, 3, 'a', 'b')
 	message := func(text string) []byte { return append([]byte{0, 0, 0, 0, byte(len(text))}, text...) }
-	says := func(data ...byte) []byte { return slices.Concat(asked, encodeFrame(frameData, 0, 1, data...)) }
+	says := func(data ...byte) []byte { return slices.Concat(asked, encodeFrame(frames.Data, 0, 1, data...)) }
 	for _, tt := range []struct {
 		name     string
 		said     []byte
@@ -112,22 +114,22 @@ func TestAnswersUnderWay(t *testing.T) {
 		want     int64
 	}{
 		{"begun", asked, begun, 2},
-		{"whole", asked, append(slices.Clone(begun), encodeFrame(frameData, 0, 1, 'c')...), 0},
-		{"reset by the agent", asked, append(slices.Clone(begun), encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0)...), 0},
-		{"ended by trailers", asked, append(slices.Clone(begun), encodeFrame(frameHeaders, flagEndStream, 1, 't')...), 0},
-		{"ended by data", asked, encodeFrame(frameData, flagEndStream, 1, 0, 0, 0, 0, 3, 'a', 'b'), 0},
-		{"of two", asked, append(slices.Clone(begun), encodeFrame(frameData, 0, 3, 0, 0, 0, 0, 3, 'a')...), 3},
-		{"not asked for", asked, encodeFrame(frameData, 0, 5, 0, 0, 0, 0, 3, 'a', 'b'), 0},
-		{"an empty answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 0), 0},
-		{"messages behind the answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a', 0, 0, 0, 0, 1, 'b', 0, 0, 0, 0, 0), 11},
-		{"a part of a message behind the answer", asked, encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 'a'), 6},
-		{"empty messages behind the answers of two", asked, slices.Concat(encodeFrame(frameData, 0, 1, make([]byte, 15)...), encodeFrame(frameData, 0, 3, make([]byte, 7)...)), 12},
-		{"a message behind the answer, ended by trailers", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameHeaders, flagEndStream, 1, 't')...), 0},
-		{"several messages of a session", says(append(message("q"), message("r")...)...), encodeFrame(frameData, 0, 1, append(message("a"), message("bc")...)...), 0},
-		{"a part of a message of a session", says(append(message("q"), message("")...)...), encodeFrame(frameData, 0, 1, append(message("a"), 0, 0, 0, 0, 3, 'b')...), 1},
-		{"messages behind the answer to one message", says(message("question")...), encodeFrame(frameData, 0, 1, append(message("a"), message("b")...)...), 6},
-		{"messages behind the answer to a part of one", says(0, 0, 0, 0, 9, 'q', 0, 0, 0, 0, 0, 0), encodeFrame(frameData, 0, 1, append(message("a"), message("b")...)...), 6},
-		{"a message behind the answer, reset by the agent", asked, append(encodeFrame(frameData, 0, 1, make([]byte, 10)...), encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0)...), 0},
+		{"whole", asked, append(slices.Clone(begun), encodeFrame(frames.Data, 0, 1, 'c')...), 0},
+		{"reset by the agent", asked, append(slices.Clone(begun), encodeFrame(frames.RSTStream, 0, 1, 0, 0, 0, 0)...), 0},
+		{"ended by trailers", asked, append(slices.Clone(begun), encodeFrame(frames.Headers, frames.EndStream, 1, 't')...), 0},
+		{"ended by data", asked, encodeFrame(frames.Data, frames.EndStream, 1, 0, 0, 0, 0, 3, 'a', 'b'), 0},
+		{"of two", asked, append(slices.Clone(begun), encodeFrame(frames.Data, 0, 3, 0, 0, 0, 0, 3, 'a')...), 3},
+		{"not asked for", asked, encodeFrame(frames.Data, 0, 5, 0, 0, 0, 0, 3, 'a', 'b'), 0},
+		{"an empty answer", asked, encodeFrame(frames.Data, 0, 1, 0, 0, 0, 0, 0), 0},
+		{"messages behind the answer", asked, encodeFrame(frames.Data, 0, 1, 0, 0, 0, 0, 1, 'a', 0, 0, 0, 0, 1, 'b', 0, 0, 0, 0, 0), 11},
+		{"a part of a message behind the answer", asked, encodeFrame(frames.Data, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 'a'), 6},
+		{"empty messages behind the answers of two", asked, slices.Concat(encodeFrame(frames.Data, 0, 1, make([]byte, 15)...), encodeFrame(frames.Data, 0, 3, make([]byte, 7)...)), 12},
+		{"a message behind the answer, ended by trailers", asked, append(encodeFrame(frames.Data, 0, 1, make([]byte, 10)...), encodeFrame(frames.Headers, frames.EndStream, 1, 't')...), 0},
+		{"several messages of a session", says(append(message("q"), message("r")...)...), encodeFrame(frames.Data, 0, 1, append(message("a"), message("bc")...)...), 0},
+		{"a part of a message of a session", says(append(message("q"), message("")...)...), encodeFrame(frames.Data, 0, 1, append(message("a"), 0, 0, 0, 0, 3, 'b')...), 1},
+		{"messages behind the answer to one message", says(message("question")...), encodeFrame(frames.Data, 0, 1, append(message("a"), message("b")...)...), 6},
+		{"messages behind the answer to a part of one", says(0, 0, 0, 0, 9, 'q', 0, 0, 0, 0, 0, 0), encodeFrame(frames.Data, 0, 1, append(message("a"), message("b")...)...), 6},
+		{"a message behind the answer, reset by the agent", asked, append(encodeFrame(frames.Data, 0, 1, make([]byte, 10)...), encodeFrame(frames.RSTStream, 0, 1, 0, 0, 0, 0)...), 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c, _, err := follow(t, tt.said, tt.answered, 4)
@@ -149,13 +151,13 @@ func TestAnswersUnderWay(t *testing.T) {
 	defer near.Close()
 	go func() { _, _ = io.Copy(io.Discard, far) }() // ends with near
 	c := &connection{Conn: near, connections: cs, streams: map[uint32]stream{1: {}, 3: {}}, credit: frameCredit}
-	if err := c.arrived(encodeFrame(frameData, 0, 1, 0, 0, 0, 0, 1, 'a'), 0); err != nil {
+	if err := c.arrived(encodeFrame(frames.Data, 0, 1, 0, 0, 0, 0, 1, 'a'), 0); err != nil {
 		t.Errorf("an answer that comes whole, beside much that has not: %v", err)
 	}
-	if err := c.arrived(encodeFrame(frameData, 0, 3, make([]byte, 10)...), 0); !errors.Is(err, errUnderWay) {
+	if err := c.arrived(encodeFrame(frames.Data, 0, 3, make([]byte, 10)...), 0); !errors.Is(err, errUnderWay) {
 		t.Errorf("a message behind an answer, beside much that has not come whole: %v want %v", err, errUnderWay)
 	}
-	if _, err := c.Write(encodeFrame(frameRSTStream, 0, 3, 0, 0, 0, 8)); err != nil {
+	if _, err := c.Write(encodeFrame(frames.RSTStream, 0, 3, 0, 0, 0, 8)); err != nil {
 		t.Fatal(err)
 	}
 	if got := cs.underWay.Load(); got != maxUnderWay {
@@ -169,8 +171,8 @@ func TestAnswersUnderWay(t *testing.T) {
 // Frames that nobody asked for end the connection, and those of many answers do not.
 func TestFloods(t *testing.T) {
 	ping := encodeFrame(6, 0, 0, make([]byte, 8)...)
-	headers := encodeFrame(frameHeaders, flagEndStream, 1, make([]byte, 200)...)
-	ask := encodeFrame(frameHeaders, 4, 1, 'h')
+	headers := encodeFrame(frames.Headers, frames.EndStream, 1, make([]byte, 200)...)
+	ask := encodeFrame(frames.Headers, 4, 1, 'h')
 	for _, tt := range []struct {
 		name           string
 		said, answered []byte
@@ -179,14 +181,14 @@ func TestFloods(t *testing.T) {
 		{"pings", ask, bytes.Repeat(ping, 2*frameCredit), errFlood},
 		{"some pings", ask, bytes.Repeat(ping, frameCredit/2), nil},
 		{"headers", ask, bytes.Repeat(headers, 2*frameCredit), errFlood},
-		{"empty data", ask, bytes.Repeat(encodeFrame(frameData, 0, 1), 2*frameCredit), errFlood},
-		{"data that nobody asked for", ask, bytes.Repeat(encodeFrame(frameData, 0, 3, make([]byte, 16384)...), frameCredit/16), errFlood},
-		{"messages behind an answer", ask, bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 16384)...), frameCredit/16), errFlood},
+		{"empty data", ask, bytes.Repeat(encodeFrame(frames.Data, 0, 1), 2*frameCredit), errFlood},
+		{"data that nobody asked for", ask, bytes.Repeat(encodeFrame(frames.Data, 0, 3, make([]byte, 16384)...), frameCredit/16), errFlood},
+		{"messages behind an answer", ask, bytes.Repeat(encodeFrame(frames.Data, 0, 1, make([]byte, 16384)...), frameCredit/16), errFlood},
 		{"a large answer", ask, slices.Concat(
-			encodeFrame(frameData, 0, 1, append([]byte{0, 1, 0, 0, 0}, make([]byte, 16379)...)...),
-			bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 16384)...), 1<<10-1)), nil},
-		{"padding", ask, bytes.Repeat(encodeFrame(frameData, flagPadded, 1, append([]byte{255}, make([]byte, 255)...)...), 2*frameCredit), errFlood},
-		{"two answers to each question", bytes.Repeat(ask, 1000), bytes.Repeat(encodeFrame(frameData, 0, 1, make([]byte, 10)...), 1000), nil},
+			encodeFrame(frames.Data, 0, 1, append([]byte{0, 1, 0, 0, 0}, make([]byte, 16379)...)...),
+			bytes.Repeat(encodeFrame(frames.Data, 0, 1, make([]byte, 16384)...), 1<<10-1)), nil},
+		{"padding", ask, bytes.Repeat(encodeFrame(frames.Data, frames.Padded, 1, append([]byte{255}, make([]byte, 255)...)...), 2*frameCredit), errFlood},
+		{"two answers to each question", bytes.Repeat(ask, 1000), bytes.Repeat(encodeFrame(frames.Data, 0, 1, make([]byte, 10)...), 1000), nil},
 		{"answers with pings", bytes.Repeat(ask, 1000), bytes.Repeat(append(slices.Clone(headers), ping...), 1000), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -202,7 +204,7 @@ func TestFloods(t *testing.T) {
 // What a connection brings counts for the breaker when there was an answer, or when it lasts.
 func TestConnectionsProveThemselves(t *testing.T) {
 	settings := encodeFrame(frameSettingsKind, 0, 0)
-	ask := encodeFrame(frameHeaders, 4, 1, 'h')
+	ask := encodeFrame(frames.Headers, 4, 1, 'h')
 	for _, tt := range []struct {
 		name     string
 		frames   []byte
@@ -211,10 +213,10 @@ func TestConnectionsProveThemselves(t *testing.T) {
 		received uint64
 	}{
 		{"settings", settings, 0, true, 0},
-		{"an answer", encodeFrame(frameHeaders, flagEndStream, 1, 'h'), 0, false, 1},
-		{"a reset", encodeFrame(frameRSTStream, 0, 1, 0, 0, 0, 0), 0, false, 1},
-		{"an answer to nothing", encodeFrame(frameHeaders, flagEndStream, 3, 'h'), 0, true, 0},
-		{"goes away", append(slices.Clone(settings), encodeFrame(frameGoAway, 0, 0, make([]byte, 8)...)...), 0, false, 0},
+		{"an answer", encodeFrame(frames.Headers, frames.EndStream, 1, 'h'), 0, false, 1},
+		{"a reset", encodeFrame(frames.RSTStream, 0, 1, 0, 0, 0, 0), 0, false, 1},
+		{"an answer to nothing", encodeFrame(frames.Headers, frames.EndStream, 3, 'h'), 0, true, 0},
+		{"goes away", append(slices.Clone(settings), encodeFrame(frames.GoAway, 0, 0, make([]byte, 8)...)...), 0, false, 0},
 		{"old", settings, time.Second, false, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -269,8 +269,8 @@ func (r *HTTPRequest) bounded() *agentapi.HTTPRequest {
 	return b
 }
 
-// spelledOnce keeps one of the headers that agents make one label of, as labels.FromRequest does: that with "-" in all places, or else
-// the first by name. An agent could take either.
+// spelledOnce keeps one header for each label, as labels.FromRequest does. That is the header with "-" in all places, or else the first
+// by name. If several were sent, each agent could choose another.
 func spelledOnce(headers map[string]string) {
 	var kept map[string]string // with "_", by the name with "-" in all places
 	for name := range headers {

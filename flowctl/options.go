@@ -318,7 +318,7 @@ func WithDryRun() Option {
 // acknowledged no heartbeat for 9 s, because it may soon give them to other flows. Slots that such an agent has taken from a store are
 // also lost when it was cut off from the store for so long that the store may soon give them to others. Slots that an engine in this
 // process has taken from a store are lost when the engine's lease was not renewed for two thirds of its time, because the engine was cut
-// off from the store, or stood still. The store gives none of them to others before that. [context.Cause] of the flow's context is
+// off from the store, or was paused. The store gives none of them to others before that. [context.Cause] of the flow's context is
 // [ErrSlotLost] then. Use this option for work that must never run more often than the limit allows.
 // Without it, such flows continue, because an agent's outage should not become the application's. The context is [Flow.Context],
 // or what package headgate's guards pass on. With this option it also ends when a flow with slots ends. It has no effect on slots

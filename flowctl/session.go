@@ -94,17 +94,38 @@ func newSession(r *remote) *session {
 func (s *session) flush(ctx context.Context) error {
 	for {
 		s.mu.Lock()
-		left := s.unanswered()
+		awaits := s.awaits()
 		s.mu.Unlock()
-		if left == 0 {
+		if !awaits {
 			return nil
 		}
 		select {
 		case <-s.answers:
 		case <-ctx.Done():
+			s.mu.Lock()
+			left := s.unanswered() // not in each round, because there can be 65,536
+			s.mu.Unlock()
+			if left == 0 {
+				return nil
+			}
 			return fmt.Errorf("%w: %w", ownError(fmt.Sprintf("the agent has not answered what it was told at the end of %d flows", left)), ctx.Err())
 		}
 	}
+}
+
+// awaits reports whether anything is on the way on a stream.
+func (s *session) awaits() bool {
+	for _, one := range s.pending {
+		if s.reaches(one.agent) {
+			return true
+		}
+	}
+	for _, one := range s.returns {
+		if s.reaches(one.agent) {
+			return true
+		}
+	}
+	return false
 }
 
 // unanswered counts the flows of which something is on the way on a stream.
@@ -688,8 +709,8 @@ type stay struct {
 	flows map[*check]context.CancelCauseFunc
 }
 
-// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time. After it came, the store that the agent may have
-// keeps the session's slots for the lease at the least.
+// acknowledged notes that the agent has acknowledged a heartbeat that was sent at the time. From its arrival, the agent's
+// store keeps the session's slots for at least the lease. Leased is 0 if the agent has no store, or does not know.
 func (s *session) acknowledged(agent uint64, sent time.Time, leased time.Duration) {
 	s.extend(place{agent, false}, sent.Add(wire.SessionLost))
 	if leased > 0 {

@@ -17,8 +17,8 @@ const (
 
 	// SessionLasts is how long a session lives at the agent after a heartbeat. SessionLost is how long after the sending
 	// of the last heartbeat that the agent has acknowledged a client takes it for lost. It is sooner by SessionSpare, so
-	// that the client knows first. A client takes slots in a store for lost sooner by as much than the store may give
-	// them to others.
+	// that the client knows first. A client takes slots in a store for lost SessionSpare before
+	// the store may give them to others.
 	SessionLasts = 10 * time.Second
 	SessionSpare = time.Second
 	SessionLost  = SessionLasts - SessionSpare

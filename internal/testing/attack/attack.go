@@ -19,7 +19,7 @@
 //   - slower: how many times longer than before the innocent client's calls may take while the attack lasts, at the 99th
 //     percentile. Times below a floor are not looked at, because they are the machine's.
 //   - unanswered: the share of the innocent client's calls that may fail meanwhile.
-//   - timely: whether a call counts as failed that takes longer than a client waits by default.
+//   - timely: a call that takes longer than a client waits by default counts as failed.
 //
 // The runner measures the innocent client before the attack, during it, and after it. Within 5 s after the attack the
 // client's calls must take as long as before, and the victim must have the goroutines that it had. A victim takes

@@ -285,8 +285,8 @@ func served(name string, register func(*grpc.Server), opts ...grpc.ServerOption)
 	}}
 }
 
-// forgetful are agents whose clients keep something of each flow that has ended, because it is on the way to them: slots that no call
-// gives back, and settlements.
+// forgetful are agents that do not answer what clients say at the end of flows. So their clients keep something of each flow: slots that
+// no call gives back, or a settlement.
 func forgetful() []Agent {
 	slots := func(number, label int) *checkv1.CheckResponse {
 		m := new(checkv1.CheckResponse)
@@ -361,7 +361,7 @@ func forgetful() []Agent {
 	return agents
 }
 
-// A forgetter is an agent that has what its clients say at the end of flows be lost.
+// A forgetter is an agent that loses what its clients say at the end of flows.
 type forgetter struct {
 	checkv1.UnimplementedFlowControlServiceServer // FlowEnd fails
 	checkhttpv1.UnimplementedFlowControlServiceHTTPServer

@@ -22,135 +22,142 @@ const (
 	maxForeignMessage = 64 << 10 // bytes of one for a service other than the agent's
 )
 
-// GRPC would decompress a message where it reads it, for any number of calls at a time: 4 KiB become 4 MiB, which takes 10 ms and more. So
-// the server's decompressor leaves the message as it is, behind a mark, and what decodes it decompresses it.
-type mark struct{}
+// keepGzip is the server's decompressor. It keeps a message as it is, and puts a mark before it. What decodes the message decompresses
+// it. GRPC would decompress messages of any number of calls at a time. 4 KiB become 4 MiB, which takes 10 ms and more.
+type keepGzip struct{}
 
-// packed is the mark. No message of Protocol Buffers begins with it, because no field has the number 0.
-const packed = 0
+// gzipMark is the mark. No message of Protocol Buffers begins with it, because no field has the number 0.
+const gzipMark = 0
 
-func (mark) Type() string { return gzip.Name }
+func (keepGzip) Type() string { return gzip.Name }
 
-func (mark) Do(r io.Reader) ([]byte, error) {
+func (keepGzip) Do(r io.Reader) ([]byte, error) {
 	room := 512
 	if sized, ok := r.(interface{ Remaining() int }); ok {
 		room = sized.Remaining()
 	}
 	b := bytes.NewBuffer(make([]byte, 0, 1+room+bytes.MinRead)) // with the room that ReadFrom wants before it sees the end
-	b.WriteByte(packed)
+	b.WriteByte(gzipMark)
 	_, err := b.ReadFrom(r)
 	return b.Bytes(), err
 }
 
-// isPacked reports whether the message has the mark.
-func isPacked(data mem.BufferSlice) bool {
+// isGzip reports whether the message has the mark.
+func isGzip(data mem.BufferSlice) bool {
 	for _, b := range data {
 		if b.Len() > 0 {
-			return b.ReadOnlyData()[0] == packed
+			return b.ReadOnlyData()[0] == gzipMark
 		}
 	}
 	return false
 }
 
 var (
-	errPacked = status.Error(codes.Internal, "the message cannot be decompressed")
-	errLarge  = status.Error(codes.ResourceExhausted, "the message is too large when it is decompressed")
+	errGzip  = status.Error(codes.Internal, "the message cannot be decompressed")
+	errLarge = status.Error(codes.ResourceExhausted, "the message is too large when it is decompressed")
 )
 
-// A bale is a message that is being decompressed.
-type bale struct {
+// A decompression is a message that is being decompressed.
+type decompression struct {
 	from  io.Reader
 	plain bytes.Buffer // its beginning
 	whole bool
 }
 
 // open begins to decompress a message with the mark.
-func (b *bale) open(data io.Reader) error {
+func (d *decompression) open(data io.Reader) error {
 	if _, err := io.ReadFull(data, make([]byte, 1)); err != nil {
-		return errPacked
+		return errGzip
 	}
 	from, err := encoding.GetCompressor(gzip.Name).Decompress(data)
 	if err != nil {
-		return errPacked
+		return errGzip
 	}
-	b.from, b.whole = from, false
-	b.plain.Reset()
+	d.from, d.whole = from, false
+	d.plain.Reset()
 	return nil
 }
 
 // read decompresses into the buffer until the message is whole, or has that many bytes and one more.
-func (b *bale) read(into *bytes.Buffer, most int) error {
-	_, err := io.CopyN(into, b.from, int64(most+1-into.Len()))
+func (d *decompression) read(into *bytes.Buffer, most int) error {
+	_, err := io.CopyN(into, d.from, int64(most+1-into.Len()))
 	switch {
 	case errors.Is(err, io.EOF):
-		b.whole = true
+		d.whole = true
 		return nil
 	case err != nil:
-		return errPacked
+		return errGzip
 	default:
 		return nil
 	}
 }
 
-func (b *bale) close() {
-	if c, ok := b.from.(io.Closer); ok {
-		_ = c.Close() // has gRPC use the reader again
+func (d *decompression) close() {
+	if c, ok := d.from.(io.Closer); ok {
+		_ = c.Close() // gives the reader back to its pool
 	}
-	b.from = nil
+	d.from = nil
 }
 
-// takeBale returns one from the pool, or a new one.
-func takeBale(pool *sync.Pool) *bale {
-	if b, ok := pool.Get().(*bale); ok {
-		return b
+// takeDecompression returns one from the pool, or a new one.
+func takeDecompression(pool *sync.Pool) *decompression {
+	if d, ok := pool.Get().(*decompression); ok {
+		return d
 	}
-	return new(bale)
+	return new(decompression)
 }
 
-// unpack decompresses a message of another service than the agent's.
-func (b *bale) unpack(data mem.BufferSlice) error {
-	if err := b.open(data.Reader()); err != nil {
+// decompress decompresses a message of at most so many bytes, without a turn.
+func (d *decompression) decompress(data io.Reader, most int) error {
+	if err := d.open(data); err != nil {
 		return err
 	}
-	defer b.close()
-	if err := b.read(&b.plain, maxForeignMessage); err != nil {
+	defer d.close()
+	if err := d.read(&d.plain, most); err != nil {
 		return err
 	}
-	if !b.whole {
+	if !d.whole {
 		return errLarge
 	}
 	return nil
 }
 
-// unpack decompresses a message of the agent's, and reads it by the function. A message that becomes large is a large request from there
-// on, which waits as such: see read.
-func (c *call) unpack(data []byte, by func(plain []byte) error) (fits bool, err error) {
-	b := takeBale(&c.gate.bales)
-	defer c.gate.bales.Put(b)
-	if err := b.open(bytes.NewReader(data)); err != nil {
-		return true, err
-	}
-	defer b.close()
-	if len(data) < large { // else even a little can take long
-		if err := b.read(&b.plain, large-1); err != nil {
+// decompress decompresses a message of the agent's, and reads it by the function. A message that becomes large waits as a large request
+// does: see read.
+func (c *call) decompress(data []byte, by func(plain []byte) error) (fits bool, err error) {
+	if c == nil { // it came by ServeHTTP of gRPC's server, which calls no tap handle
+		d := new(decompression)
+		if err := d.decompress(bytes.NewReader(data), maxMessage); err != nil {
 			return true, err
 		}
-		if b.whole {
-			return true, by(b.plain.Bytes())
+		return true, by(d.plain.Bytes())
+	}
+	d := takeDecompression(&c.gate.decompressions)
+	defer c.gate.decompressions.Put(d)
+	if err := d.open(bytes.NewReader(data)); err != nil {
+		return true, err
+	}
+	defer d.close()
+	if len(data) < large { // otherwise the first bytes alone can take long
+		if err := d.read(&d.plain, large-1); err != nil {
+			return true, err
+		}
+		if d.whole {
+			return true, by(d.plain.Bytes())
 		}
 	}
 	return c.read(len(data)+2*large, func() error {
-		whole, _ := c.gate.buffers.Get().(*bytes.Buffer) // not the bale's: thousands may wait, and few have their turns
+		whole, _ := c.gate.buffers.Get().(*bytes.Buffer) // not d.plain: thousands of calls may wait, and few have turns
 		if whole == nil {
 			whole = new(bytes.Buffer)
 		}
 		defer c.gate.buffers.Put(whole)
 		whole.Reset()
-		_, _ = b.plain.WriteTo(whole)
-		switch err := b.read(whole, maxMessage); {
+		_, _ = d.plain.WriteTo(whole)
+		switch err := d.read(whole, maxMessage); {
 		case err != nil:
 			return err
-		case !b.whole:
+		case !d.whole:
 			return errLarge
 		default:
 			return by(whole.Bytes())
@@ -158,8 +165,8 @@ func (c *call) unpack(data []byte, by func(plain []byte) error) (fits bool, err 
 	})
 }
 
-// Readers read large requests: so many at a time, and the others wait. The next is of the connection that has taken the least of late. They
-// are safe for concurrent use.
+// readers lets so many calls at a time read large requests. The other calls wait. The next turn goes to the connection that has lately
+// taken the least time. It is safe for concurrent use.
 type readers struct {
 	most int
 
@@ -207,11 +214,13 @@ func (r *readers) leave(connection any, took time.Duration) {
 	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if now.Sub(r.halved) >= time.Second {
+	if seconds := min(now.Sub(r.halved)/time.Second, 63); seconds > 0 {
 		r.halved = now
 		for connection, taken := range r.taken {
-			if r.taken[connection] = taken / 2; taken < time.Millisecond {
+			if taken >>= seconds; taken < time.Millisecond {
 				delete(r.taken, connection)
+			} else {
+				r.taken[connection] = taken
 			}
 		}
 	}
