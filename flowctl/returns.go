@@ -38,13 +38,16 @@ type returning struct {
 // giveBack has the session bring back the slots of a flow that has ended. It does nothing if they are more than an agent of Headgate
 // can name in an answer: they would take much memory, and be no such agent's.
 func (s *session) giveBack(agent, number uint64, refs []*checkv1.InflightRequestRef) {
+	if len(refs) > wire.MostDecisions {
+		return
+	}
 	ends := time.Now().Add(returnedBy)
 	sizes, all := make([]int, len(refs)), 0
 	for i, ref := range refs {
 		sizes[i] = proto.Size(ref)
 		all += sizes[i]
 	}
-	if len(refs) > wire.MostDecisions || all > wire.MaxDecisions {
+	if all > wire.MaxDecisions {
 		return
 	}
 	s.mu.Lock()
