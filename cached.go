@@ -75,7 +75,7 @@ const defaultLastGood = 256
 // any other run is under way for its key, the call begins a run of its own. So one inner key may run once in each outer
 // run, and is stored each time.
 //
-// If fn or the codec panics, or calls runtime.Goexit, the panic or Goexit continues in the call that began the run, or in another
+// If fn or a codec of yours panics, or calls runtime.Goexit, the panic or Goexit continues in the call that began the run, or in another
 // one if that call has given up. The other calls get an error. The panic keeps its value. Its stack is that of the call; a
 // program that ends by the panic prints fn's too. If all calls have given up, a panic of fn ends the program, like a panic in a
 // goroutine that fn starts.

@@ -49,6 +49,13 @@ func runsOfTwoCalls[T any](t *testing.T, client *flowctl.Client, v T, policy hea
 	return runs, found
 }
 
+// An embedded value is encoded by the methods of the time. Those of the nil pointer that it is decoded into panic.
+type embedded struct{ *time.Time }
+
+type panicking struct{}
+
+func (panicking) MarshalJSON() ([]byte, error) { panic(errWork) }
+
 // A row is a value, and whether it is stored.
 type row struct {
 	name   string
@@ -179,6 +186,8 @@ func TestCodecValues(t *testing.T) {
 		value("an address", true, netip.MustParseAddr("fe80::1%eth0")),
 		value("a URL", true, url.URL{Scheme: "https", Host: "example.com"}),
 		value("a URL with a user", false, url.URL{Scheme: "https", Host: "example.com", User: url.User("u")}),
+		value("a time that is embedded by a pointer", false, embedded{&now}),
+		value("a MarshalJSON that panics", false, panicking{}),
 		value("a duration", true, time.Second),
 		value("a complex number", false, complex(1, 2)),
 		value("an error in an any", false, any(errors.New("text"))),
