@@ -23,6 +23,8 @@ const (
 	frameUnits   = 1
 	callUnits    = 16      // of the header of a call, besides its frame's: a refused call costs more than other frames
 	headerBytes  = 64      // a frame other than DATA costs one unit more for each so many bytes
+	settingBytes = 6       // of an entry of a SETTINGS frame
+	settingUnits = 64      // of such an entry: gRPC may go through all calls of the connection for it
 	readUnits    = 1       // of a read that brings few bytes, besides its frames
 	smallRead    = 512     // bytes
 	largeData    = 1 << 10 // a DATA frame of so many bytes or more is free if it is part of a message
@@ -378,6 +380,8 @@ func (c *pacedConn) count(f frames.Frame) {
 		c.units += frameUnits
 	case f.Kind == frames.Headers:
 		c.units += frameUnits + callUnits + f.Length/headerBytes
+	case f.Kind == frames.Settings:
+		c.units += frameUnits + f.Length/settingBytes*settingUnits
 	default:
 		c.units += frameUnits + f.Length/headerBytes
 	}

@@ -92,7 +92,9 @@ func TestUnits(t *testing.T) {
 		{"an empty continuation", frame(http2.FrameContinuation, 0), 1, 0, 0},
 		{"a ping", frame(http2.FramePing, 8), 1, 0, 0},
 		{"an unknown frame", frame(200, 3), 1, 0, 0},
-		{"settings", frame(http2.FrameSettings, 16380), 256, 0, 0},
+		{"many settings", frame(http2.FrameSettings, 600), 1 + 100*64, 0, 0},
+		{"settings as clients begin with", frame(http2.FrameSettings, 36), 1 + 6*64, 0, 0},
+		{"an acknowledgement of settings", frame(http2.FrameSettings, 0), 1, 0, 0},
 		{"a call", frame(http2.FrameHeaders, 50), 17, 0, 0},
 		{"a call with much metadata", append(frame(http2.FrameHeaders, 16384), frame(http2.FrameContinuation, 8192)...), 17 + 256 + 1 + 128, 0, 0},
 		{"a byte of data", frame(http2.FrameData, 1), 1, mostData, mostData},
@@ -197,7 +199,7 @@ func TestOtherFramesWait(t *testing.T) {
 		{"priorities", frame(http2.FramePriority, 5), 1},
 		{"empty frames", frame(http2.FrameContinuation, 0), 1},
 		{"calls that are refused", frame(http2.FrameHeaders, 20), 17},
-		{"settings", frame(http2.FrameSettings, 16380), 256},
+		{"settings", frame(http2.FrameSettings, 18), 1 + 3*64},
 		{"data of calls that have ended", frame(http2.FrameData, 16384), 5},
 	} {
 		for _, connections := range []int{1, 10, 100, 1000} {

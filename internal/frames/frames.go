@@ -8,6 +8,7 @@ const (
 	Data         = 0
 	Headers      = 1
 	RSTStream    = 3
+	Settings     = 4
 	GoAway       = 7
 	Continuation = 9
 
