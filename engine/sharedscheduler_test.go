@@ -258,7 +258,7 @@ func TestSharedSchedulersInAnOutage(t *testing.T) {
 									}
 								}
 								s := f.sides[at].Engine.Stats()
-								if (s.Store.Failures == 0) != (tt.behavior.Err == shared.ErrDown) || mode != "" && (s.Store.Unanswered != 5 || s.Components[0].LocalDecisions != 5) {
+								if (s.Store.Failures == 0) != errors.Is(tt.behavior.Err, shared.ErrDown) || mode != "" && (s.Store.Unanswered != 5 || s.Components[0].LocalDecisions != 5) {
 									t.Errorf("stats = %+v, %+v want five decisions without the store", s.Store, s.Components[0])
 								}
 							}
