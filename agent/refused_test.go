@@ -14,6 +14,7 @@ import (
 	"github.com/headgate-go/headgate/agent"
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/engine"
+	"github.com/headgate-go/headgate/internal/testing/heap"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 )
@@ -54,21 +55,20 @@ func TestRefusedCallsLeaveNoMemory(t *testing.T) {
 					}
 				}
 			}
-			heap := func() (left, allocated uint64) {
+			memory := func() (left int64, allocated uint64) {
+				left = heap.Live()
 				var m runtime.MemStats
-				runtime.GC()
-				runtime.GC()
 				runtime.ReadMemStats(&m)
-				return m.HeapAlloc, m.TotalAlloc
+				return left, m.TotalAlloc
 			}
 			calls(100)
 			n := race.Pick(1200, 5000)
-			before, allocatedBefore := heap()
+			before, allocatedBefore := memory()
 			begin := time.Now()
 			calls(n)
 			took := time.Since(begin)
-			after, allocated := heap()
-			grown, perCall := int64(after)-int64(before), (allocated-allocatedBefore)/uint64(n)
+			after, allocated := memory()
+			grown, perCall := after-before, (allocated-allocatedBefore)/uint64(n)
 			t.Logf("%v a call; %d bytes are allocated and %d are left", took/time.Duration(n), perCall, grown/int64(n))
 			if perCall > 1<<20 {
 				t.Errorf("%d bytes are allocated for a call want at most 1 MiB", perCall)

@@ -270,9 +270,9 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 		return errNoSession
 	}
 	var cancel context.CancelFunc
-	var allowance *allowance
+	var credit *allowance
 	if c := callOf(ctx); c != nil {
-		cancel, allowance = c.cancel, c.allowance
+		cancel, credit = c.cancel, c.allowance
 	}
 	l, err := all.open(id, ownerOf(ctx), cancel)
 	if err != nil {
@@ -309,7 +309,7 @@ func (s handler) Session(stream grpc.BidiStreamingServer[sessionv1.SessionReques
 			err = s.hear(stream, l.session, data, &beats, response)
 			done()
 			l.handled(len(data) + unhandledSize)
-			allowance.earn(messageEarns, wire.MaxSessionMessage)
+			credit.earn(messageEarns, wire.MaxSessionMessage)
 			if err != nil {
 				return l.reason(err)
 			}

@@ -88,9 +88,9 @@ func (c *Component) Reset(ctx context.Context, value string) error {
 	return i.reset(ctx, value, c.engine.now())
 }
 
-// failed is the error of a call about a component. It names the policy and the component, because the caller has named
+// componentError is the error of a call about a component. It names the policy and the component, because the caller has named
 // them. Strangers see the errors of flows, which name neither.
-func failed(policyName, id string, err error) error {
+func componentError(policyName, id string, err error) error {
 	return deadline.Errorf("headgate: engine: policy %q: component %q: %w", policyName, id, err)
 }
 

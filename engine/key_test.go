@@ -10,6 +10,7 @@ import (
 
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
+	"github.com/headgate-go/headgate/internal/testing/heap"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -63,12 +64,6 @@ func TestLongKeys(t *testing.T) {
 func TestLongKeysAreBounded(t *testing.T) {
 	const each = 512
 	keys := race.Pick(1<<13, 1<<14)
-	heap := func() uint64 {
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
 	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
 		policy.RateLimiter{Selectors: policy.At("point"), Capacity: 1, Interval: time.Hour, LimitBy: "user"},
 	}}}, engine.WithKeyCap(keys))
@@ -80,11 +75,11 @@ func TestLongKeysAreBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before, long := heap(), strings.Repeat("x", 4000)
+	before, long := heap.Live(), strings.Repeat("x", 4000)
 	for i := range keys {
 		end(client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"user": fmt.Sprint(long, i)}}))
 	}
-	got := int64(heap()-before) / int64(keys)
+	got := (heap.Live() - before) / int64(keys)
 	t.Logf("%d bytes a key", got)
 	if n := e.Stats().Components[0].Keys; n != keys || got > each || got < 100 {
 		t.Errorf("%d keys take %d bytes each want %d, up to %d", n, got, keys, each)

@@ -13,6 +13,7 @@ import (
 	"github.com/headgate-go/headgate/engine/internal/slots"
 	"github.com/headgate-go/headgate/engine/internal/source"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/heap"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -41,9 +42,7 @@ func TestKeyMemory(t *testing.T) {
 	}
 	defer func() { _ = e.Close() }()
 	l := e.rules.Load().installed[0].component.(*limiter[bucket.State])
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
+	before := heap.Live()
 	for _, name := range names {
 		e := l.lock(nil, &agentapi.LimiterDecision{Label: name}, 0)
 		from := l.of(e).rule
@@ -51,9 +50,7 @@ func TestKeyMemory(t *testing.T) {
 		from.(source.Settler[bucket.State]).Settle(&e.State, 0, 1, 15, 0)
 		e.Unlock()
 	}
-	runtime.GC()
-	runtime.ReadMemStats(&after)
-	perKey := (float64(after.HeapAlloc-before.HeapAlloc) - float64(text)) / many
+	perKey := float64(heap.Live()-before-int64(text)) / many
 	t.Logf("%.1f bytes a key", perKey)
 	if perKey > 96 {
 		t.Errorf("%.1f bytes a key want at most 96", perKey)
@@ -69,9 +66,7 @@ func TestCircuitBreakerMemory(t *testing.T) {
 	}
 	const many = 1_000_000
 	r := &breaker.Rule{Ratio: 0.5, Least: 2, Step: breaker.StepOf(1e10), Open: 1e9, Probes: 1, Successes: 1, Timeout: 1e9}
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
+	before := heap.Live()
 	tab := keys.New(many, func(*keys.Entry[breaker.State], int64) {}, func(e *keys.Entry[breaker.State], now int64) bool { return r.Idle(&e.State, now) }, nil)
 	text := 0
 	for i := range many {
@@ -81,9 +76,7 @@ func TestCircuitBreakerMemory(t *testing.T) {
 		r.End(&e.State, 0, r.Admit(&e.State, 0).Ticket, breaker.Success, 0)
 		e.Unlock()
 	}
-	runtime.GC()
-	runtime.ReadMemStats(&after)
-	perKey := (float64(after.HeapAlloc-before.HeapAlloc) - float64(text)) / many
+	perKey := float64(heap.Live()-before-int64(text)) / many
 	t.Logf("%.0f bytes a key", perKey)
 	if perKey > 98 {
 		t.Errorf("%.1f bytes a key want at most 98", perKey)
@@ -123,11 +116,9 @@ func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
 			defer entry.Unlock()
 			return entry.State.queue
 		}
-		var before, after runtime.MemStats
 		await("busy")
 		busy := queueOf("busy")
-		runtime.GC()
-		runtime.ReadMemStats(&before)
+		before := heap.Live()
 		queues := 0
 		for i := range many {
 			await(fmt.Sprintf("user-%d", i))
@@ -135,8 +126,7 @@ func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
 				await("busy")
 			}
 		}
-		runtime.GC()
-		runtime.ReadMemStats(&after)
+		after := heap.Live()
 		if queueOf("busy") != busy {
 			t.Error("a busy key has lost its queue")
 		}
@@ -145,7 +135,7 @@ func TestMemoryOfKeysWithoutWaiters(t *testing.T) {
 				queues++
 			}
 		}
-		perKey := float64(after.HeapAlloc-before.HeapAlloc) / many
+		perKey := float64(after-before) / many
 		t.Logf("%.0f bytes a key, %d queues", perKey, queues)
 		if perKey > 400 || queues > mostRested {
 			t.Errorf("%.0f bytes a key and %d queues want at most 400 and %d", perKey, queues, mostRested)

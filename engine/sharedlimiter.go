@@ -418,7 +418,7 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 	rule := n.rule.current()
 	u, err := l.engine.store.Look(ctx, l.key(name), rule)
 	if err != nil {
-		return Usage{}, failed(l.component.Policy, l.component.ID, err)
+		return Usage{}, componentError(l.component.Policy, l.component.ID, err)
 	}
 	if e, _ := l.known(name); e != nil {
 		e.State.left, e.State.at, e.State.last = u.Remaining, now, rule
@@ -434,7 +434,7 @@ func (l *sharedLimiter[S]) reset(ctx context.Context, value string, _ int64) err
 		name = l.namer.Name(value)
 	}
 	if err := l.engine.store.Reset(ctx, l.key(name)); err != nil {
-		return failed(l.component.Policy, l.component.ID, err)
+		return componentError(l.component.Policy, l.component.ID, err)
 	}
 	if e, _ := l.known(name); e != nil {
 		s := e.State.lease

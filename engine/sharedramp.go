@@ -92,7 +92,7 @@ func (s *sharedRamp) move(ctx context.Context, next func(p *position, now int64)
 	select {
 	case <-s.calls:
 	case <-ctx.Done():
-		return failed(s.key.Policy, s.key.Component, ctx.Err())
+		return componentError(s.key.Policy, s.key.Component, ctx.Err())
 	}
 	defer func() { s.calls <- struct{}{} }()
 	err := errMoved
@@ -117,5 +117,5 @@ func (s *sharedRamp) move(ctx context.Context, next func(p *position, now int64)
 			return nil
 		}
 	}
-	return failed(s.key.Policy, s.key.Component, err)
+	return componentError(s.key.Policy, s.key.Component, err)
 }

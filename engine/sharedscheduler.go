@@ -472,7 +472,7 @@ func (s *sharedScheduler[S]) grant(e *keys.Entry[line[drawnState[S]]], d *draws,
 
 // failed has this process serve the queue, because the store has not answered.
 func (s *sharedScheduler[S]) failed(e *keys.Entry[line[drawnState[S]]], d *draws, ask *shared.Drawing, err error, now int64) {
-	s.engine.failed(err, 0)
+	s.engine.countFailure(err, 0)
 	d.listed = nil
 	var back []shared.Return
 	for _, g := range ask.Unneeded {
@@ -694,7 +694,7 @@ func (s *sharedScheduler[S]) peek(ctx context.Context, value string, now int64) 
 	e.Unlock()
 	u, err := s.engine.store.Look(ctx, key, rule)
 	if err != nil {
-		return Usage{}, failed(s.component.Policy, s.component.ID, err)
+		return Usage{}, componentError(s.component.Policy, s.component.ID, err)
 	}
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight, Waiting: waiting}, nil
 }
@@ -713,7 +713,7 @@ func (s *sharedScheduler[S]) reset(ctx context.Context, value string, now int64)
 	key := s.keyOf(value, e)
 	e.Unlock()
 	if err := s.engine.store.Reset(ctx, key); err != nil {
-		return failed(s.component.Policy, s.component.ID, err)
+		return componentError(s.component.Policy, s.component.ID, err)
 	}
 	e.Lock()
 	defer e.Unlock()

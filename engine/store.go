@@ -119,9 +119,9 @@ func (s *store) stats() StoreStats {
 	return StoreStats{true, s.Down(), s.Instances(), s.failures.Load() + s.Store.Failures(), s.unanswered.Load(), s.watched.lost.Load()}
 }
 
-// failed counts a call that failed, if it was made, and logs once a minute that there are some. Flows is how many were decided about
+// countFailure counts a call that failed, if it was made, and logs once a minute that there are some. Flows is how many were decided about
 // without the store. A failure of a closed store is logged only if flows were decided about without it.
-func (e *Engine) failed(err error, flows uint64) {
+func (e *Engine) countFailure(err error, flows uint64) {
 	s, now := e.store, e.now()
 	closed := errors.Is(err, shared.ErrClosed)
 	if !closed && !errors.Is(err, shared.ErrDown) {
@@ -158,7 +158,7 @@ func (e *Engine) answered(ctx context.Context, err error) {
 	case err == nil:
 		e.succeeded()
 	case ctx.Err() == nil:
-		e.failed(err, 0)
+		e.countFailure(err, 0)
 	}
 }
 

@@ -159,7 +159,7 @@ func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Du
 	case err == nil:
 		e.succeeded()
 	case ctx.Err() == nil: // it is no failure of the store that a caller leaves
-		e.failed(err, 1)
+		e.countFailure(err, 1)
 	}
 	return err
 }
@@ -237,7 +237,7 @@ func (e *Engine) giveBack(ctx context.Context, batch []shared.Return) ([]shared.
 	results := make([]shared.Result, len(batch))
 	// A flow ends whether its caller waits or not. The store bounds the call.
 	if err := e.store.Return(context.WithoutCancel(ctx), batch, results); err != nil {
-		e.failed(err, 0)
+		e.countFailure(err, 0)
 		clear(results)
 		return results, err
 	}

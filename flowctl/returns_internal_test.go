@@ -14,6 +14,7 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/testing/heap"
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
@@ -153,17 +154,11 @@ func TestReturnsAreBoundedInMemory(t *testing.T) {
 			s := newSession(&remote{})
 			defer s.close()
 			l := lineOf(s)
-			heap := func() int {
-				runtime.GC()
-				var m runtime.MemStats
-				runtime.ReadMemStats(&m)
-				return int(m.HeapAlloc)
-			}
-			before := heap()
+			before := heap.Live()
 			for i := range tt.flows {
 				tt.do(s, l, i)
 			}
-			if got := heap() - before; got > tt.most+tt.most/8 {
+			if got := heap.Live() - before; got > int64(tt.most+tt.most/8) {
 				t.Errorf("%d MiB are kept want at most %d", got>>20, tt.most>>20)
 			}
 			runtime.KeepAlive(s)

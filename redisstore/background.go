@@ -127,7 +127,7 @@ func (s *Store) askAgain(ctx context.Context) {
 		if client := s.clientOf(sh); sh.gate.Open() && client != nil {
 			wg.Go(func() {
 				sent := time.Now()
-				s.failed(s.evidence(sh, s.probe(ctx, client), sent))
+				s.countFailure(s.evidence(sh, s.probe(ctx, client), sent))
 			})
 		}
 	}

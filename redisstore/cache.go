@@ -76,8 +76,8 @@ const (
 	ofNumber
 )
 
-// failed returns why a result is no answer of the kind. It is nil for a refusal.
-func (of answerKind) failed(r rueidis.RedisResult) error {
+// unfit returns why a result is no answer of the kind. It is nil for a refusal.
+func (of answerKind) unfit(r rueidis.RedisResult) error {
 	var err error
 	if of == ofNumber {
 		_, err = r.ToInt64()
@@ -105,7 +105,7 @@ func (s *Store) plain(ctx context.Context, shards []*shard, of answerKind, comma
 	results := s.client.DoMulti(unbounded{bounded}, commands...)
 	became := make(map[*shard]error, 1) // of what was asked of each
 	for i, r := range results {
-		became[shards[i]] = cmp.Or(became[shards[i]], of.failed(r))
+		became[shards[i]] = cmp.Or(became[shards[i]], of.unfit(r))
 	}
 	var err error
 	for sh, failed := range became {

@@ -238,8 +238,8 @@ func (s *Store) Kept() time.Time {
 // Failures does what [shared.Holders] says.
 func (s *Store) Failures() uint64 { return s.failures.Load() }
 
-// failed counts a call of the store's own that failed. One that was not made, or that Close has ended, is none.
-func (s *Store) failed(err error) {
+// countFailure counts a call of the store's own that failed. One that was not made, or that Close has ended, is none.
+func (s *Store) countFailure(err error) {
 	if err != nil && !errors.Is(err, shared.ErrDown) && !errors.Is(err, errClosed) {
 		s.failures.Add(1)
 	}
@@ -535,6 +535,6 @@ func (s *Store) renewAt(ctx context.Context, sh *shard, renewals []*renewal, con
 		failed = s.evidence(sh, failed, sent)
 	}
 	if s.ctx.Err() == nil {
-		s.failed(failed)
+		s.countFailure(failed)
 	}
 }

@@ -88,8 +88,7 @@ func (s *Store) look(ctx context.Context, alone bool) error {
 			return err
 		}
 	}
-	// A script that does what all of them do: it asks for the time, reads, and packs numbers.
-	reply, err := s.run(unbounded{ctx}, newScript("return pack('<d', now)"), []string{"{" + s.namespace + "}#check"}, nil)
+	reply, err := s.run(unbounded{ctx}, s.scripts.probe, []string{"{" + s.namespace + "}#check"}, nil)
 	switch {
 	case err != nil:
 		return fmt.Errorf("the server does not run scripts: %w", err)

@@ -64,17 +64,24 @@ func TestOutageLog(t *testing.T) {
 	})
 }
 
+// openFake opens a store at a server that is honest until it is to answer otherwise.
+func openFake(t *testing.T, bound time.Duration) (*fakeServer, *Store) {
+	t.Helper()
+	server := startFake(t)
+	s, err := Open(t.Context(), server.urls()["alone"], WithTimeout(bound))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return server, s
+}
+
 // A server that answers, and runs no script, is down until it runs scripts.
 func TestOutageWithoutScripts(t *testing.T) {
 	for name, reply := range map[string]string{"list": "*0\r\n", "number": ":-1\r\n", "map": "%1\r\n$1\r\na\r\n:1\r\n", "text": "$3\r\nabc\r\n"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			server := startFake(t)
-			s, err := Open(t.Context(), server.urls()["alone"], WithTimeout(time.Second/10))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = s.Close() }()
+			server, s := openFake(t, time.Second/10)
 			var scripts atomic.Int64
 			server.answer(func(args []string) string {
 				if strings.HasPrefix(args[0], "EVAL") {
@@ -124,12 +131,7 @@ func TestOutageBySenselessAnswers(t *testing.T) {
 		for kind, reply := range map[string]string{"a list": "*0\r\n", "a map": "%1\r\n+a\r\n:1\r\n"} {
 			t.Run(name+", "+kind, func(t *testing.T) {
 				t.Parallel()
-				server := startFake(t)
-				s, err := Open(t.Context(), server.urls()["alone"], WithTimeout(time.Second/10))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer func() { _ = s.Close() }()
+				server, s := openFake(t, time.Second/10)
 				server.answer(func([]string) string { return reply })
 				senseless := 0
 				await(t, func() bool {
@@ -152,12 +154,7 @@ func TestOutageBySenselessAnswers(t *testing.T) {
 
 // A value that could not be read is not stored.
 func TestSetOfLargeValue(t *testing.T) {
-	server := startFake(t)
-	s, err := Open(t.Context(), server.urls()["alone"], WithTimeout(30*time.Second))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
+	server, s := openFake(t, 30*time.Second)
 	k := shared.CacheKey{Key: "k"}
 	if err := s.Set(t.Context(), k, make([]byte, maxCached+1), time.Hour); !errors.Is(err, errValue) {
 		t.Errorf("Set of a value that is too large = %v want %v", err, errValue)

@@ -56,10 +56,10 @@ type replies struct {
 	elements [maxDepth]int64 // that are left of each list
 	attr     uint64          // the lists that are attributes of what follows, by their bits
 
-	cost  int64
-	reply reply
-	text  text
-	looks looks
+	cost   int64
+	reply  reply
+	text   text
+	wanted wanted
 }
 
 type replyStage uint8
@@ -73,12 +73,12 @@ const (
 
 // A reply is what the client relies on of a reply or message.
 type reply struct {
-	typ   byte
-	size  int
-	word  replyWord // the text, or the first element
-	wants int       // how many words a message of its channel has at least
-	words int       // of the message
-	about bool      // the error is about PING
+	typ       byte
+	size      int
+	word      replyWord // the text, or the first element
+	wants     int       // how many words a message of its channel has at least
+	words     int       // of the message
+	aboutPing bool      // the error is about PING
 }
 
 type replyWord uint8
@@ -95,15 +95,15 @@ const (
 func (r *reply) array() bool { return r.typ == typeArray || r.typ == typeSet }
 
 // pong reports whether the client takes this for the reply to the PING after UNSUBSCRIBE.
-func (r *reply) pong() bool { return r.word == wordPong || r.about }
+func (r *reply) pong() bool { return r.word == wordPong || r.aboutPing }
 
-// looks is what is to be known of a text.
-type looks uint8
+// wanted is what is to be known of a text.
+type wanted uint8
 
 const (
-	atWord   looks = 1 << iota // how it begins
-	atSpaces                   // how many there are
-	atPing                     // whether it has quotedPing
+	atWord   wanted = 1 << iota // how it begins
+	atSpaces                    // how many there are
+	atPing                      // whether it has quotedPing
 )
 
 // A text is what has come of a string or line.
@@ -117,14 +117,14 @@ type text struct {
 // quotedPing is what an error has that refuses PING by an access list.
 const quotedPing = "'ping'"
 
-func (t *text) add(p []byte, looks looks) {
-	if looks&atWord != 0 {
+func (t *text) add(p []byte, wanted wanted) {
+	if wanted&atWord != 0 {
 		t.word.add(p)
 	}
-	if looks&atSpaces != 0 {
+	if wanted&atSpaces != 0 {
 		t.spaces += bytes.Count(p, []byte{' '})
 	}
-	if looks&atPing == 0 {
+	if wanted&atPing == 0 {
 		return
 	}
 	for _, b := range p {
@@ -153,7 +153,7 @@ func (r *replies) follow(p []byte, a *awaited) error {
 			p, err = r.inLine(p, a)
 		case atString:
 			n := min(int64(len(p)), r.left)
-			r.text.add(p[:n], r.looks)
+			r.text.add(p[:n], r.wanted)
 			p = p[n:]
 			if r.left -= n; r.left == 0 {
 				r.at, r.left = atEnd, 2
@@ -188,7 +188,7 @@ func (r *replies) begin(typ byte, a *awaited) error {
 	r.line, r.ends, r.number, r.digits, r.minus = 0, false, 0, 0, false
 	switch typ {
 	case typeString, typeError, typeLongErr, typeSimple, typeDouble, typeBig, typeVerbatim:
-		r.text, r.looks = text{}, r.looksAt()
+		r.text, r.wanted = text{}, r.wants()
 	case typeArray, typeSet, typeMap, typeAttr, typeNull, typeBool, typeInteger:
 	case typePush:
 		if r.depth > 0 {
@@ -218,8 +218,8 @@ func (r *replies) place() int {
 	}
 }
 
-// looksAt returns what is to be known of the text that begins.
-func (r *replies) looksAt() looks {
+// wants returns what is to be known of the text that begins.
+func (r *replies) wants() wanted {
 	place := r.place()
 	switch {
 	case r.typ == typeError:
@@ -245,7 +245,7 @@ func (r *replies) inLine(p []byte, a *awaited) ([]byte, error) {
 			return nil, err
 		}
 		if r.typ != typeInteger {
-			r.text.add(part, r.looks)
+			r.text.add(part, r.wanted)
 		}
 		if len(part) > 0 {
 			r.ends = part[len(part)-1] == '\r'
@@ -437,7 +437,7 @@ func (r *reply) look(t *text) {
 	if r.word != wordPong && r.word != wordQueued {
 		r.word = wordOther
 	}
-	r.about = r.typ == typeError && (t.begins("LOADING") || t.begins("BUSY") || t.quoted == len(quotedPing))
+	r.aboutPing = r.typ == typeError && (t.begins("LOADING") || t.begins("BUSY") || t.quoted == len(quotedPing))
 }
 
 // wordsOn returns how many words the client expects of a message on a channel of a Sentinel.

@@ -147,7 +147,7 @@ func (s *Store) returnPending(ctx context.Context, now time.Time) {
 	}
 	s.mu.Unlock()
 	for _, b := range s.giveBack(ctx, rs) {
-		if s.failed(b.err); b.err == nil {
+		if s.countFailure(b.err); b.err == nil {
 			s.confirm(b, now)
 		}
 	}
