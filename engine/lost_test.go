@@ -13,6 +13,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/shared"
 	"github.com/headgate-go/headgate/internal/testing/metertest"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
@@ -196,7 +197,7 @@ func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
 			side.Silence()
 		}},
 	} {
-		for phase := time.Duration(0); phase < 5*time.Second; phase += 250 * time.Millisecond {
+		for phase := time.Duration(0); phase < 5*time.Second; phase += race.Pick(1300*time.Millisecond, 250*time.Millisecond) {
 			t.Run(tt.name+" after "+phase.String(), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					f := newFleet(t, 1, sides.Served, twoSlots(false))
@@ -211,7 +212,8 @@ func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
 						}
 					}
 					tt.ends(side, store)
-					for waited := time.Duration(0); ; waited += 10 * time.Millisecond {
+					step := race.Pick(50*time.Millisecond, 10*time.Millisecond)
+					for waited := time.Duration(0); ; waited += step {
 						synctest.Wait()
 						lost := 0
 						for _, flow := range flows {
@@ -229,7 +231,7 @@ func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
 						if waited > time.Minute {
 							t.Fatal("the slots do not come back")
 						}
-						<-time.After(10 * time.Millisecond)
+						<-time.After(step)
 					}
 					if n := side.Engine.Stats().Store.LostSlots; n != 0 {
 						t.Errorf("the engine counts %d slots of others' flows", n)

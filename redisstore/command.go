@@ -12,6 +12,9 @@ type commands struct {
 	begun  bool // there was one
 }
 
+// maxNumber is more than any number of arguments or bytes that a server takes, and an int of 32 bits holds it.
+const maxNumber = 1_000_000_000
+
 type commandStage uint8
 
 const (
@@ -72,7 +75,7 @@ func (c *commands) follow(p []byte, to *awaited) error {
 			c.words = [2]word{}
 		case c.at == atArg && b == '$':
 			c.at, c.number = atLength, 0
-		case (c.at == atArgs || c.at == atLength) && '0' <= b && b <= '9' && c.number < 1<<40:
+		case (c.at == atArgs || c.at == atLength) && '0' <= b && b <= '9' && c.number < maxNumber/10:
 			c.number = c.number*10 + int(b-'0')
 		case (c.at == atArgs || c.at == atLength) && b == '\r':
 		case c.at == atArgs && b == '\n' && c.number > 0:

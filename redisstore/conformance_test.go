@@ -160,7 +160,7 @@ func conform(t *testing.T, instances func(t *testing.T) [2]shared.Store) {
 						t.Fatalf("step %d: Take: %v", i+1, err)
 					}
 					for j, a := range answers {
-						sign := min(max(int(a.Wait), -1), 1)
+						sign := int(min(max(a.Wait, -1), 1))
 						differs := st.differ != nil && st.differ[j]
 						if a.OK != st.ok[j] || !near(a.Left, st.left[j]) || sign != st.wait[j] && st.asks[j].Rule.Kind != shared.Slots || a.Differs != differs {
 							t.Errorf("step %d: answer %d = %+v want %v, %v left, a wait like %d, differs %v", i+1, j, a, st.ok[j], st.left[j], st.wait[j], differs)
