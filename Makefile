@@ -116,6 +116,12 @@ test32: ## Run PACKAGES32 of the root module with ints of 32 bits, where this ma
 		echo 'test32: this machine does not run programs of 32 bits, nothing was tested'; \
 	fi
 
+# The go command keeps what it has built. So this can be done while something else waits.
+.PHONY: tools
+tools: ## Build the linters and generators, at the lowest priority
+	@nice -n 19 $(TOOL) golangci-lint version >/dev/null
+	@nice -n 19 $(BUF) --version >/dev/null
+
 .PHONY: lint
 lint: ## Run the linters, and check formatting and go.mod files
 	@$(call in-modules,golangci-lint,$(TOOL) golangci-lint run --config='$(CURDIR)/.golangci.yml' ./...)

@@ -15,6 +15,7 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/shared"
+	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/sharedtest"
 	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/internal/testing/witness"
@@ -149,7 +150,7 @@ func TestLeasedDemand(t *testing.T) {
 		{"ten times too much", 500, 500, 10, 0.99, 0, 0.02},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			const lasts = 10 * time.Second
+			lasts := race.Pick(5*time.Second, 10*time.Second)
 			var exact, leased *record
 			var calls []sharedtest.Counted
 			synctest.Test(t, func(t *testing.T) {

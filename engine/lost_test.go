@@ -253,17 +253,18 @@ func servedFor(t *testing.T, store *sharedtest.Store, c policy.Component) *sides
 
 // An agent that is cut off from the store for a moment, or that has given slots without the store, loses none as long as it lives.
 func TestKeptSlotsOfAnAgentWithAStore(t *testing.T) {
+	long := race.Pick(10*time.Minute, time.Hour)
 	for _, tt := range []struct {
 		name          string
 		local         bool
 		before, after sharedtest.Behavior // the flow has begun
 		lasts         time.Duration       // of what is after it
 	}{
-		{name: "all is well", lasts: time.Hour},
+		{name: "all is well", lasts: long},
 		{name: "a moment without the store", after: sharedtest.Behavior{Cut: true}, lasts: 3 * time.Second},
-		{name: "a slot of the agent", local: true, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
-		{name: "a slot of an outage", before: sharedtest.Behavior{Err: shared.ErrDown}, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
-		{name: "a slot of an outage that ends", before: sharedtest.Behavior{Err: shared.ErrDown}, lasts: time.Hour},
+		{name: "a slot of the agent", local: true, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: long},
+		{name: "a slot of an outage", before: sharedtest.Behavior{Err: shared.ErrDown}, after: sharedtest.Behavior{Err: shared.ErrDown}, lasts: long},
+		{name: "a slot of an outage that ends", before: sharedtest.Behavior{Err: shared.ErrDown}, lasts: long},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

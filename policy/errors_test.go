@@ -21,7 +21,7 @@ func TestManyErrors(t *testing.T) {
 	)
 	lines := func(format string) string {
 		var b strings.Builder
-		for i := range race.Pick(1_000, 5_000) {
+		for i := range race.Pick(500, 5_000) {
 			fmt.Fprintf(&b, format, i)
 		}
 		return b.String()

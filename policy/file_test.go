@@ -845,7 +845,7 @@ func TestHostile(t *testing.T) {
 		chain += fmt.Sprintf("x%d: &a%d [*a%d]\n", i, i+1, i)
 	}
 	long := race.Pick(1<<19, 1<<20)                                                       // beyond the bound of commas
-	full := race.Pick(4<<20, 16<<20)                                                      // beyond the bounds, too
+	full := race.Pick(2<<20, 16<<20)                                                      // beyond the bounds, too
 	fill := func(text string) string { return strings.Repeat(text, (full-64)/len(text)) } // a file with room for little more
 	numbered := func(format string) string {
 		var b strings.Builder

@@ -171,7 +171,7 @@ func TestServers(t *testing.T) {
 			var after calls
 			var left int
 			for end := time.Now().Add(recovery); ; {
-				after, left = measure(t.Context(), call, 500*time.Millisecond), v.stats(t).Goroutines
+				after, left = measure(t.Context(), call, min(length/10, 500*time.Millisecond)), v.stats(t).Goroutines
 				slow := length >= holdsTimes && after.p99() > max(2*before.p99(), floor)+slack
 				if !slow && after.failed == 0 && left <= goroutines {
 					break
