@@ -3,9 +3,12 @@
 // them in full without it.
 package race
 
-// Pick returns the first value under the race detector, and the second without it.
+import "math/bits"
+
+// Pick returns the first value under the race detector, and the second without it. Tests of programs of 32 bits are after what an int
+// is too small for, and not after races, so they get the first value too.
 func Pick[T any](under, without T) T {
-	if Enabled {
+	if Enabled || bits.UintSize == 32 {
 		return under
 	}
 	return without
