@@ -98,6 +98,14 @@ func (m *bucketModel) until(r *shared.Rule, now, tokens float64) float64 {
 	return wait
 }
 
+// needed returns how long the state is needed from now on.
+func (m *bucketModel) needed(now float64) float64 {
+	if m.rule.Fill == 0 {
+		return math.Inf(1)
+	}
+	return max(m.last, m.start, now) - now + timeToFill(m.rule, max(m.rule.Capacity-m.tokens, 0)+m.excess)
+}
+
 // load brings the model up to now, by the numbers of the rule. They have been in force for so long.
 func (m *bucketModel) load(r *shared.Rule, now, since float64) (differs bool) {
 	if m.rule == nil {
@@ -309,6 +317,28 @@ func (h *harness) set(key shared.Key, value []byte) {
 	}
 }
 
+// expires checks that the key expires after the bucket is full, or never if the bucket does not fill. It returns how long after.
+func (h *harness) expires(key shared.Key, m *bucketModel) (after time.Duration) {
+	h.tb.Helper()
+	now := time.Now() // the server's clock, too: it is on this machine
+	ms, err := h.client.Do(context.Background(), h.client.B().Pttl().Key(h.name(key).all).Build()).AsInt64()
+	if err != nil {
+		h.tb.Fatal(err)
+	}
+	if m.rule.Fill == 0 {
+		if ms != -1 {
+			h.tb.Fatalf("the key of a bucket that does not fill expires in %d ms", ms)
+		}
+		return 0
+	}
+	needed := m.needed(float64(now.UnixMicro()))
+	after = time.Duration(ms)*time.Millisecond + time.Since(now) - time.Duration(needed)*time.Microsecond
+	if ms < 0 || after < 0 {
+		h.tb.Fatalf("the key expires in %d ms, and %+v is needed for %v ms", ms, *m, needed/1000)
+	}
+	return after
+}
+
 // age has the key's state be older, as if the time had passed.
 func (h *harness) age(key shared.Key, by time.Duration, m *bucketModel) {
 	h.tb.Helper()
@@ -391,9 +421,48 @@ func TestFleetBucketAndModel(t *testing.T) {
 				if got != *m {
 					rt.Fatalf("the state is %+v want %+v", got, *m)
 				}
+				h.expires(key, m)
 			},
 		})
 	})
+}
+
+// A key expires soon after its bucket is full, whichever script writes it, and whether that changes the expiry or not.
+func TestFleetBucketExpires(t *testing.T) {
+	h := newHarness(t)
+	for name, taking := range map[string]*script{"take": h.scripts.take, "take tokens": h.scripts.takeTokens} {
+		for _, tt := range []struct {
+			name string
+			rule shared.Rule
+		}{
+			{"fills in a moment", shared.Rule{Capacity: 1e9, Fill: 1e9, Interval: time.Second}},
+			{"fills in minutes", shared.Rule{Capacity: 1000, Fill: 1, Interval: time.Second}},
+			{"fills in centuries", shared.Rule{Capacity: 1e9, Fill: 1e-300, Interval: time.Hour}},
+			{"does not fill", shared.Rule{Capacity: 1000, Interval: time.Second}},
+		} {
+			t.Run(name+", "+tt.name, func(t *testing.T) {
+				h.tb, h.taking = t, taking
+				key, rule := shared.Key{Policy: "p", Component: tt.name, Label: "by", Value: name}, tt.rule
+				rule.Kind = shared.Bucket
+				m := new(bucketModel)
+				const most = 8*time.Second + 10*time.Millisecond
+				for i, tokens := range []float64{1, 0.01, 0.01, 1, 0, 2, 3, 4, 20, 0.1, 200, 2000, 1} {
+					a := shared.Ask{Key: key, Rule: &rule, Tokens: tokens}
+					_, now := h.take(a)
+					m.take(&a, now, 1)
+					if after := h.expires(key, m); after > most {
+						t.Errorf("after take %d the key expires %v after the bucket is full", i+1, after)
+					}
+				}
+				r := shared.Return{Key: key, Rule: &rule, Tokens: 200, Unused: true}
+				_, now := h.back(r)
+				m.giveBack(&r, now)
+				if after := h.expires(key, m); after > most {
+					t.Errorf("after a return the key expires %v after the bucket is full", after)
+				}
+			})
+		}
+	}
 }
 
 // A call about several flows decides about one after the other. It is the same for a script that decides about all of them as plain ones,

@@ -23,11 +23,11 @@ local input, at = ARGV[1], 1
 -- The values of buckets and quotas. Slots have none here.
 local values = call('MGET', all_of(KEYS))
 
--- rounded returns the time to live of what nobody needs after so long, in milliseconds. It is a second longer, and up to an eighth: then
--- many keys of a call have the same time, which is text once.
-local function rounded(lasts)
-  local ms = ceil(min(max(lasts, 0), CENTURY) / 1000) + 1000
-  local _, exponent = math.frexp(ms)
-  local unit = 2 ^ (exponent - 4)
-  return ceil(ms / unit) * unit
-end
+-- A key expires an epoch after the one in which its state is last needed. A change within that epoch leaves the expiry as it is, because
+-- SET with a time to live takes the server longer than SETRANGE. Such a key lives for another epoch at least.
+local EPOCH = 4e6
+
+-- epoch_of returns the end of the epoch of a time.
+local function epoch_of(over) return over - over % EPOCH + EPOCH end
+
+local function time_to_live(epoch) return string.format('%.0f', ceil((epoch + EPOCH - now) / 1000)) end

@@ -18,28 +18,28 @@ do
       plain = false
       break
     end
-    rules[i] = {capacity, fill, interval}
+    rules[i] = {capacity, fill, interval, min(interval / 1000 / fill, CENTURY)}
   end
   local flows = 0
   if plain then flows, at = unpack('<H', input, at) end
 
-  -- By the place of the key, for those that are read: what is there, since when, by which rule, and whether it has changed. The tables
-  -- have room for all keys from the start. Places are in the order in which flows ask.
-  local tokens, since, rule_of, changed = {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}
-  local keys, asks = 0, {}
+  -- By the place of the key, for those that are read: what is there, since when, by which rule, the end of the epoch in which the bucket
+  -- is full, and whether it has changed. The tables have room for all keys from the start. Places are in the order in which flows ask.
+  local tokens, since, rule_of, epochs, changed = {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}, {all_of(KEYS)}
+  local keys, asks, asked, wants = 0, {}, {}, {}
   local reply, replies = {pack('<d', now), all_of(KEYS)}, 1
 
   for flow = 1, flows do
     n, at = unpack('<H', input, at)
-    local begin, refused = at, false
+    local refused = false
     local key, rule, flags, want
-    for _ = 1, n do
+    for ask = 1, n do
       key, rule, flags, want, at = unpack('<HHBd', input, at)
       local there
       rule = rules[rule]
       if key > keys then
         if key ~= keys + 1 then plain = false break end
-        local capacity, value, seen = rule[1], values[key], now
+        local capacity, value, seen, epoch = rule[1], values[key], now, 0
         there = capacity
         if value then
           if #value ~= 42 then plain = false break end
@@ -49,6 +49,8 @@ do
             plain = false
             break
           end
+          local over = seen + min((capacity - there) * rule[4], CENTURY)
+          epoch = over - over % EPOCH + EPOCH
           if now > seen then
             there, seen = there + fill * ((now - seen) * 1000) / interval, now
             if there > capacity then there = capacity end
@@ -56,7 +58,7 @@ do
           if there < capacity and there >= capacity - SLACK then there = capacity end
         end
         keys = key
-        tokens[key], since[key], rule_of[key], changed[key] = there, seen, rule, false
+        tokens[key], since[key], rule_of[key], epochs[key], changed[key] = there, seen, rule, epoch, false
       else
         if rule_of[key] ~= rule then plain = false break end
         there = tokens[key]
@@ -69,16 +71,13 @@ do
       end
       if n > 1 then
         if asks[key] == flow then plain = false break end
-        asks[key] = flow
+        asks[key], asked[ask], wants[ask] = flow, key, want
       end
       if want ~= 0 and there - want < -SLACK then refused = true end
     end
     if not plain then break end
-    for _ = 1, n do
-      if n > 1 then
-        key, rule, flags, want, begin = unpack('<HHBd', input, begin)
-        if flags == 8 then begin = begin + 8 end
-      end
+    for ask = 1, n do
+      if n > 1 then key, want = asked[ask], wants[ask] end
       local there = tokens[key]
       replies = replies + 1
       if want == 0 or there - want >= -SLACK then
@@ -105,14 +104,20 @@ do
     for key = 1, keys do
       if changed[key] then
         local rule = rule_of[key]
-        local there, seen, capacity, fill, interval = tokens[key], since[key], rule[1], rule[2], rule[3]
-        local value = pack('<BBddddd', SCHEMA, BUCKET, there, seen, capacity, fill, interval)
-        if fill > 0 then
-          local ms = rounded(seen - now + min(ceil(ceil((capacity - there) / fill * interval) / 1000), CENTURY))
-          if ms ~= before then before, text = ms, string.format('%.0f', ms) end
-          call('SET', KEYS[key], value, 'PX', text)
+        local there, seen = tokens[key], since[key]
+        local over = seen + min((rule[1] - there) * rule[4], CENTURY)
+        if over < epochs[key] then
+          -- The key has not expired since it was read, which would have SETRANGE make a key without a time to live.
+          call('SETRANGE', KEYS[key], 2, pack('<dd', there, seen))
         else
-          call('SET', KEYS[key], value)
+          local value = pack('<BBddddd', SCHEMA, BUCKET, there, seen, rule[1], rule[2], rule[3])
+          if rule[2] > 0 then
+            local epoch = epoch_of(over)
+            if epoch ~= before then before, text = epoch, time_to_live(epoch) end
+            call('SET', KEYS[key], value, 'PX', text)
+          else
+            call('SET', KEYS[key], value)
+          end
         end
       end
     end

@@ -152,18 +152,18 @@ local function load_bucket(index, r, since)
 end
 
 -- store writes a string that nobody needs after so long.
-local times = {} -- as text
+local times = {} -- to live, by epoch
 
 local function store(key, value, lasts)
   if lasts == huge then
     call('SET', key, value)
     return
   end
-  local ms = rounded(lasts)
-  local text = times[ms]
+  local epoch = epoch_of(now + min(max(lasts, 0), CENTURY))
+  local text = times[epoch]
   if not text then
-    text = string.format('%.0f', ms)
-    times[ms] = text
+    text = time_to_live(epoch)
+    times[epoch] = text
   end
   call('SET', key, value, 'PX', text)
 end
