@@ -16,6 +16,7 @@ const (
 	pendingPeriod  = 100 * time.Millisecond
 	topologyPeriod = 10 * time.Second
 	countPeriod    = time.Second
+	checkPeriod    = time.Second
 )
 
 // kick has the background goroutine look what there is to do.
@@ -75,7 +76,7 @@ func (s *Store) background() {
 func (s *Store) renewing() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var counted, refreshed time.Time
+	var counted, checked, refreshed time.Time
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -86,6 +87,9 @@ func (s *Store) renewing() {
 		r := round{time.Now(), countPeriod}
 		if r.due(&counted, min(countPeriod, s.lease/renewAfter)) {
 			s.once(&s.counting, func() { s.count(s.ctx) })
+		}
+		if s.lone != nil && r.due(&checked, checkPeriod) && !s.Down() {
+			s.once(&s.checking, func() { s.lone.check(s.ctx, time.Now().Add(s.backgroundTimeout())) })
 		}
 		for _, sh := range s.shards() {
 			period := s.lease / renewAfter

@@ -75,8 +75,8 @@ const (
 	callLeft // nobody waits for it
 )
 
-// A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once, and
-// in most cases its caller sends it.
+// A lane is the way to a shard for calls of one script. While one batch is on the wire, the next gathers. A lone call leaves at once. Its
+// caller sends it if the store has a connection for that.
 //
 // A flow with one bucket takes almost four times as much of a server's time in a call of its own as in a batch of 32. The script reads
 // the call and the time once, and the server reads all keys by one command.
@@ -103,7 +103,7 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	began := time.Now()
 	left := l.store.timeout
 	if l.sendOwn(ctx, c, began) {
-		left -= time.Since(began)
+		left -= time.Since(began) // it is sent again if the server has decided nothing
 	} else {
 		l.submit(c)
 	}
@@ -136,14 +136,13 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 	return maybe, err
 }
 
-// sendOwn has the caller send its call if it may, and reports whether it has. A call that has to be sent again has not ended then.
+// sendOwn has the caller send its call if it may, and reports whether it has.
 //
-// It saves two changes of goroutines, which take a tenth of the time of a lone call. But a caller that sends does not see that its
-// context has ended, because the client would drop the answer then, and with it what the flow got. So the bound has to be short, and
-// to come before the context's deadline.
+// A caller that sends does not see that its context has ended, because the answer would be lost then, and with it what the flow got. So the
+// bound has to be short, and to come before the context's deadline.
 func (l *lane) sendOwn(ctx context.Context, c *call, now time.Time) bool {
 	s := l.store
-	if s.link == nil || !s.link.up.Load() {
+	if s.lone == nil {
 		return false
 	}
 	if ctx.Done() != nil {
@@ -151,6 +150,10 @@ func (l *lane) sendOwn(ctx context.Context, c *call, now time.Time) bool {
 			return false
 		}
 	}
+	if !s.lone.take() {
+		return false
+	}
+	defer s.lone.free()
 	l.mu.Lock()
 	alone := l.running == 0
 	if alone {
@@ -262,23 +265,15 @@ type span struct {
 }
 
 // bounded returns the context of a batch that begins now. It ends after the store's bound, or an eighth of it later. Calls do not wait
-// for that: they have their own timers. A caller that sends its own call has none. Its context ends after the bound, or an eighth of
-// it earlier.
-func (s *Store) bounded(now time.Time, own bool) context.Context {
-	spans, lasts := &s.span, s.timeout+s.timeout/8
-	if own {
-		spans, lasts = &s.ownSpan, s.timeout
-	}
-	if sp := spans.Load(); sp != nil && now.Before(sp.until) {
+// for that: they have their own timers.
+func (s *Store) bounded(now time.Time) context.Context {
+	if sp := s.span.Load(); sp != nil && now.Before(sp.until) {
 		return sp.ctx
 	}
-	ctx, cancel := context.WithDeadline(s.ctx, now.Add(lasts))
+	ctx, cancel := context.WithDeadline(s.ctx, now.Add(s.timeout+s.timeout/8))
 	context.AfterFunc(ctx, cancel)
-	if own {
-		ctx = context.WithValue(ctx, ownKey{}, true)
-	}
 	sp := &span{unbounded{ctx}, now.Add(s.timeout / 8)}
-	spans.Store(sp)
+	s.span.Store(sp)
 	return sp.ctx
 }
 
@@ -358,13 +353,15 @@ func (l *lane) send(batch []*call, own bool) {
 		head = appendFloats(nil, last)
 	}
 	keys, arg := e.call(head, n) // nothing else keeps what it has: the client copies the names of keys
-	reply, err := s.run(s.bounded(sent, own), sc, keys, arg)
+	var reply []byte
+	var err error
+	if own {
+		reply, err = runAt(until{s.ctx, sent.Add(s.timeout)}, s.lone.client, sc, keys, arg)
+	} else {
+		reply, err = s.run(s.bounded(sent), sc, keys, arg)
+	}
 	e.reset()
 	s.encoders.Put(e)
-	if errors.Is(err, errUnconnected) {
-		l.requeue(batch)
-		return
-	}
 	if err == nil && !s.decode(sh, batch, reply, sent) {
 		err = errReply
 	}
@@ -377,9 +374,6 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 	answer, refused := rueidis.IsRedisErr(err)
 	switch {
 	case err == nil || refused:
-		if s.link != nil {
-			s.link.answered(sent)
-		}
 		if sh.gate.Answered() {
 			s.renewLater()
 		}
@@ -392,8 +386,6 @@ func (s *Store) evidence(sh *shard, err error, sent time.Time) error {
 		return refusal(answer)
 	case s.ctx.Err() != nil:
 		return errClosed
-	case errors.Is(err, errUnconnected): // the client gives it also to calls that wait for the same connection, and the server knows of none
-		return errUnconnected
 	}
 	s.silent(sh, sent)
 	switch {
@@ -540,18 +532,6 @@ func (l *lane) finish(batch []*call, err error) {
 	for _, c := range left {
 		l.store.leave(c)
 	}
-}
-
-// requeue has calls that were not sent be the next. Those that nobody waits for any more stay so.
-func (l *lane) requeue(batch []*call) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, c := range batch {
-		if c.state == callSent {
-			c.state = callQueued
-		}
-	}
-	l.queue = append(batch, l.queue...)
 }
 
 // learn takes the server's time into the offset.

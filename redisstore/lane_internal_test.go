@@ -37,13 +37,3 @@ func TestLaneNext(t *testing.T) {
 		})
 	}
 }
-
-// Calls that go back to the queue are sent. Those that nobody waits for any more are not: what they got would not come back.
-func TestLaneRequeue(t *testing.T) {
-	waits, left := &call{state: callSent}, &call{state: callLeft}
-	l := &lane{running: 1}
-	l.requeue([]*call{left, waits})
-	if got := l.next(); len(got) != 1 || got[0] != waits {
-		t.Errorf("%d calls are sent again want the one that somebody waits for", len(got))
-	}
-}

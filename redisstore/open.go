@@ -30,6 +30,8 @@ import (
 // warning for a server that may evict keys, or that keeps nothing on disk. It has the servers load the store's scripts, so that the first
 // flows do not have to. The context bounds Open, not the store.
 //
+// A store of one server has two connections to it: one for a call at a time that no other call is under way with, and one for all others.
+//
 // A connection ends if the server sends a reply of more than 64 MiB, one that is malformed, or one that belongs to no command. So a server
 // cannot end the process, or take its memory.
 func Open(ctx context.Context, url string, opts ...Option) (*Store, error) {
@@ -58,9 +60,19 @@ func open(ctx context.Context, url string, opts []Option) (*Store, error) {
 		}
 		return nil, cmp.Or(ctx.Err(), err)
 	}
-	s, err := newStore(client, l, opts)
+	var own *lone
+	if o.ForceSingleClient {
+		if own, err = newLone(o, l); err != nil {
+			client.Close()
+			return nil, cmp.Or(ctx.Err(), err)
+		}
+	}
+	s, err := newStore(client, own, opts)
 	if err != nil {
 		client.Close()
+		if own != nil {
+			own.client.Close()
+		}
 		return nil, err
 	}
 	s.owned = true

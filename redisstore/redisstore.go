@@ -70,7 +70,7 @@ const (
 type Store struct {
 	client  rueidis.Client
 	owned   bool  // the client is closed with the store
-	link    *link // nil for a client that is not the store's, and for a cluster
+	lone    *lone // nil for a client that is not the store's, and for several servers
 	cluster bool
 	scripts scripts
 
@@ -93,16 +93,16 @@ type Store struct {
 	logged    atomic.Int64  // when a line said last that a server does not answer, from epoch on; 0 for never
 	renewSoon chan struct{}
 
-	renewingSessions, counting turn
-	kicked                     chan struct{}
+	renewingSessions, counting, checking turn
+	kicked                               chan struct{}
 
 	waiters  waiters
 	encoders sync.Pool
 	timers   sync.Pool
 
-	runs          chan *lane // to goroutines that stay
-	idle          atomic.Int64
-	span, ownSpan atomic.Pointer[span]
+	runs chan *lane // to goroutines that stay
+	idle atomic.Int64
+	span atomic.Pointer[span]
 
 	mu       sync.Mutex
 	closed   bool
@@ -139,7 +139,7 @@ func WithNamespace(namespace string) Option {
 // if flows should rather wait than be decided about without the store.
 //
 // A call ends before that when its context ends. There is one exception, which makes lone calls faster: if the bound is at most 100 ms,
-// and [Open] made the store, a call may notice only at the end of the bound that its context has been canceled. It ends by the
+// and [Open] made the store, of one server, a call may notice only at the end of the bound that its context has been canceled. It ends by the
 // context's deadline all the same.
 func WithTimeout(timeout time.Duration) Option { return option(func(s *Store) { s.timeout = timeout }) }
 
@@ -167,14 +167,17 @@ func WithSecret(secret []byte) Option {
 // The client should have AlwaysPipelining, DisableCache and DisableRetry, and a ConnWriteTimeout of about a second, after which a
 // connection without answers is given up.
 //
+// Only a store that [Open] makes has a connection for lone calls, which are slower without it.
+//
 // The client is the program's own, and so is its trust in the server. The store bounds what a server sends only on connections that
 // [Open] makes. A client of rueidis by itself reserves the memory that the server names, and panics at replies that it does not await.
 func New(client rueidis.Client, opts ...Option) (*Store, error) { return newStore(client, nil, opts) }
 
-// newStore is New with a link that knows of the connections of the client; nil for none.
-func newStore(client rueidis.Client, l *link, opts []Option) (*Store, error) {
+// newStore is New with a connection for lone calls; nil for none.
+func newStore(client rueidis.Client, l *lone, opts []Option) (*Store, error) {
 	s := &Store{
 		client:    client,
+		lone:      l,
 		cluster:   client.Mode() == rueidis.ClientModeCluster,
 		scripts:   newScripts(),
 		namespace: defaultNamespace,
@@ -203,9 +206,6 @@ func newStore(client rueidis.Client, l *link, opts []Option) (*Store, error) {
 	}
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
-	if !s.cluster {                                            // with several servers, one could be gone while others answer
-		s.link = l
-	}
 	s.instances.Store(1)
 	s.shortest = s.lease
 	alone := s.newShard("")
@@ -284,6 +284,9 @@ func (s *Store) Close() error {
 	s.leaveInstances()
 	if s.owned {
 		s.client.Close()
+	}
+	if s.lone != nil {
+		s.lone.client.Close()
 	}
 	return nil
 }

@@ -12,6 +12,8 @@ import (
 type wire struct {
 	net.Conn
 
+	link *link
+
 	mu       sync.Mutex // the client writes and reads at the same time
 	awaited  awaited
 	commands commands
@@ -41,6 +43,12 @@ func (w *wire) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	return w.Conn.Write(p)
+}
+
+// Close ends the connection, and lets the link know.
+func (w *wire) Close() error {
+	w.link.ended.Add(1)
+	return w.Conn.Close()
 }
 
 // Why connections end.
