@@ -77,7 +77,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	fmt.Fprintf(stdout, "%s, %s/%s, %d processors, %s, redis-server %s on the same processors; median of %d rounds of %v a row\n\n",
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), benchtable.Processor(), server.Info("redis_version"), *rounds, *each)
 	t.Print(stdout)
-	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight; ns/op is then the time of the run over its calls. A ratio is the median of the ratios of the rounds.\n", inFlight)
+	fmt.Fprintf(stdout, "\nIn parallel is %d calls in flight; ns/op is then the time of the run over its calls. By itself, a row that calls the server is measured by single calls, in turn with the other such rows. A ratio is the median of the ratios of the rounds.\n", inFlight)
 	busy := slices.DeleteFunc(slices.Concat(ours.rows(), peers.rows()), func(r *benchtable.Row) bool {
 		return !rows.MatchString(r.Name) || r.Name == doLocal || r.Name == doStopped
 	})

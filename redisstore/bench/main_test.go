@@ -21,7 +21,7 @@ func TestFleetRun(t *testing.T) {
 	}
 	for _, want := range []string{
 		takeOne, takeThree, "Take, one hot bucket", "Take, one bucket, three instances", doOne, "Do, three shared limiters",
-		"Do, one shared concurrency limiter", "Do, one leased limiter", doLocal, doStopped, bareRueidis, bareGoRedis, redisRate, redisHot, throttling,
+		"Do, one shared concurrency limiter", "Do, one leased limiter", doLocal, doStopped, bareRueidis, barePooled, bareGoRedis, redisRate, redisHot, throttling,
 		"leased, 3 instances, one key, overload", "queue, two instances", "bytes for a bucket", "bytes for a slot",
 	} {
 		if !strings.Contains(out.String(), want) {

@@ -182,35 +182,37 @@ const (
 
 func (o *ours) rows() []*benchtable.Row {
 	return []*benchtable.Row{
-		{Name: takeOne, InFlight: inFlight, Call: o.take(1, 1, anyUser), Targets: []benchtable.Target{
+		{Name: takeOne, ByTurns: true, InFlight: inFlight, Call: o.take(1, 1, anyUser), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, bareRueidis, 1.15),
+			benchtable.Beside(benchtable.InTime, barePooled),
 			benchtable.AtMost(benchtable.InParallel, bareRueidis, 1),
 			benchtable.AtMost(benchtable.InParallel, redisRate, 1/2.5),
 		}},
-		{Name: takeThree, InFlight: inFlight, Call: o.take(1, 3, anyUser), Targets: []benchtable.Target{
+		{Name: takeThree, ByTurns: true, InFlight: inFlight, Call: o.take(1, 3, anyUser), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, takeOne, 1.3),
 			benchtable.Beside(benchtable.InParallel, takeOne),
 		}},
-		{Name: "Take, one hot bucket", InFlight: inFlight, Call: o.take(1, 1, hot), Targets: []benchtable.Target{
+		{Name: "Take, one hot bucket", ByTurns: true, InFlight: inFlight, Call: o.take(1, 1, hot), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InParallel, redisHot, 1/2.5),
 		}},
-		{Name: "Take, one bucket, three instances", InFlight: instances * inFlight, Call: o.take(instances, 1, anyUser), Targets: []benchtable.Target{
+		{Name: "Take, one bucket, three instances", ByTurns: true, InFlight: instances * inFlight, Call: o.take(instances, 1, anyUser), Targets: []benchtable.Target{
 			benchtable.Beside(benchtable.InParallel, takeOne),
 		}},
-		{Name: doOne, InFlight: inFlight, Call: o.do(o.shared[:1], oneLimiter, anyUser), Targets: []benchtable.Target{
+		{Name: doOne, ByTurns: true, InFlight: inFlight, Call: o.do(o.shared[:1], oneLimiter, anyUser), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, bareRueidis, 1.15),
+			benchtable.Beside(benchtable.InTime, barePooled),
 			benchtable.AtMost(benchtable.InParallel, bareRueidis, 1),
 			benchtable.AtMost(benchtable.InParallel, redisRate, 1/2.5),
 			benchtable.Beside(benchtable.InParallel, throttling),
 		}},
-		{Name: "Do, three shared limiters of one label", InFlight: inFlight, Call: o.do(o.shared[:1], threeLimiters, anyUser), Targets: []benchtable.Target{
+		{Name: "Do, three shared limiters of one label", ByTurns: true, InFlight: inFlight, Call: o.do(o.shared[:1], threeLimiters, anyUser), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, doOne, 1.3),
 			benchtable.Beside(benchtable.InParallel, doOne),
 		}},
-		{Name: "Do, one shared limiter, three instances", InFlight: instances * inFlight, Call: o.do(o.shared[:], oneLimiter, anyUser), Targets: []benchtable.Target{
+		{Name: "Do, one shared limiter, three instances", ByTurns: true, InFlight: instances * inFlight, Call: o.do(o.shared[:], oneLimiter, anyUser), Targets: []benchtable.Target{
 			benchtable.Beside(benchtable.InParallel, doOne),
 		}},
-		{Name: "Do, one shared concurrency limiter", InFlight: inFlight, Call: o.do(o.shared[:1], concurrency, anyUser)},
+		{Name: "Do, one shared concurrency limiter", ByTurns: true, InFlight: inFlight, Call: o.do(o.shared[:1], concurrency, anyUser)},
 		{Name: "Do, one leased limiter, one hot key", InFlight: inFlight, Call: o.do(o.shared[:1], leased, hot), Targets: []benchtable.Target{
 			benchtable.AtMost(benchtable.InTime, doLocal, 2),
 			benchtable.Beside(benchtable.InParallel, doLocal),

@@ -54,6 +54,7 @@ const (
 type peers struct {
 	ctx       context.Context //nolint:containedctx // the run's
 	rueidis   rueidis.Client
+	pooled    rueidis.Client // each call has a connection of a pool for itself
 	goredis   *redis.Client
 	rate      *redis_rate.Limiter
 	throttled *throttled.GCRARateLimiterCtx
@@ -63,6 +64,12 @@ func openPeers(ctx context.Context, server *redistest.Server) (_ *peers, err err
 	p := &peers{ctx: ctx}
 	p.rueidis, err = rueidis.NewClient(rueidis.ClientOption{
 		InitAddress: []string{server.Addr()}, DisableCache: true, AlwaysPipelining: true, DisableRetry: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.pooled, err = rueidis.NewClient(rueidis.ClientOption{
+		InitAddress: []string{server.Addr()}, DisableCache: true, DisableAutoPipelining: true, DisableRetry: true,
 	})
 	if err != nil {
 		return nil, err
@@ -79,11 +86,13 @@ func openPeers(ctx context.Context, server *redistest.Server) (_ *peers, err err
 
 func (p *peers) close() {
 	p.rueidis.Close()
+	p.pooled.Close()
 	_ = p.goredis.Close() // it has no calls
 }
 
 const (
 	bareRueidis = "bare EVALSHA of a bucket, rueidis"
+	barePooled  = "bare EVALSHA of a bucket, rueidis, a connection for each call"
 	bareGoRedis = "bare EVALSHA of a bucket, go-redis"
 	redisRate   = "redis_rate"
 	redisHot    = "redis_rate, one hot key"
@@ -105,17 +114,21 @@ func (p *peers) rows() []*benchtable.Row {
 		})
 	}
 	script := rueidis.NewLuaScript(bucket)
+	bare := func(client rueidis.Client, prefix string) func() func() error {
+		return each(func() error {
+			return granted(script.Exec(p.ctx, client, []string{prefix + anyUser()}, []string{"1e9", "1e9", "1"}).AsStrSlice())
+		})
+	}
 	other := redis.NewScript(bucket)
 	return []*benchtable.Row{
-		{Name: bareRueidis, InFlight: inFlight, Call: each(func() error {
-			return granted(script.Exec(p.ctx, p.rueidis, []string{"bare:" + anyUser()}, []string{"1e9", "1e9", "1"}).AsStrSlice())
-		})},
-		{Name: bareGoRedis, InFlight: inFlight, Call: each(func() error {
+		{Name: bareRueidis, ByTurns: true, InFlight: inFlight, Call: bare(p.rueidis, "bare:")},
+		{Name: barePooled, ByTurns: true, InFlight: inFlight, Call: bare(p.pooled, "bare3:")},
+		{Name: bareGoRedis, ByTurns: true, InFlight: inFlight, Call: each(func() error {
 			return granted(other.Run(p.ctx, p.goredis, []string{"bare2:" + anyUser()}, "1e9", "1e9", "1").StringSlice())
 		})},
-		{Name: redisRate, InFlight: inFlight, Call: allow(anyUser)},
-		{Name: redisHot, InFlight: inFlight, Call: allow(func() string { return "hot" })},
-		{Name: throttling, InFlight: inFlight, Call: each(func() error {
+		{Name: redisRate, ByTurns: true, InFlight: inFlight, Call: allow(anyUser)},
+		{Name: redisHot, ByTurns: true, InFlight: inFlight, Call: allow(func() string { return "hot" })},
+		{Name: throttling, ByTurns: true, InFlight: inFlight, Call: each(func() error {
 			limited, _, err := p.throttled.RateLimitCtx(p.ctx, anyUser(), 1)
 			if err == nil && limited {
 				err = errRejected

@@ -1,6 +1,6 @@
 // Package benchtable measures rows beside each other in one run, and prints a table of them with the ratios that are targets.
 //
-// All rows take turns, for several rounds. The table shows the median over the rounds. A ratio is the median of the ratios of the
+// All rows take turns, for several rounds. Serially, rows can also take turns by single calls. The table shows the median over the rounds. A ratio is the median of the ratios of the
 // rounds, which is another number than the ratio of two medians.
 package benchtable
 
@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"regexp"
 	"runtime"
@@ -31,6 +32,11 @@ type Row struct {
 
 	// InFlight is how many goroutines call at once in parallel; 0 is one for each processor.
 	InFlight int
+
+	// ByTurns has calls by one goroutine take turns with those of the other rows that have it, one call at a time and in a random order.
+	// Their time is then the median of single calls. Calls that wake up processors take as long as what ran just before them lets them,
+	// so a row that runs by itself for a while is not comparable with others. The time has two reads of the clock in it.
+	ByTurns bool
 
 	Targets []Target
 
@@ -111,7 +117,11 @@ func (t *Table) Measure(ctx context.Context, rounds int, each time.Duration, row
 	}
 	rows = slices.DeleteFunc(slices.Clone(rows), func(r *Row) bool { return !t.Only.MatchString(r.Name) })
 	t.rows = append(t.rows, rows...)
+	turning := slices.DeleteFunc(slices.Clone(rows), func(r *Row) bool { return !r.ByTurns })
 	for range rounds {
+		if err := measureTurns(ctx, each, turning); err != nil {
+			return err
+		}
 		for _, r := range rows {
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -124,8 +134,17 @@ func (t *Table) Measure(ctx context.Context, rounds int, each time.Duration, row
 	return nil
 }
 
-// Measure measures the row once: serially, and in parallel.
+// Measure measures the row once: serially if it does not do so by turns, and in parallel.
 func (r *Row) Measure() error {
+	if !r.ByTurns {
+		if err := r.measureSerial(); err != nil {
+			return err
+		}
+	}
+	return r.measureParallel()
+}
+
+func (r *Row) measureSerial() error {
 	var failed error
 	serial := testing.Benchmark(func(b *testing.B) {
 		call := r.Call()
@@ -139,6 +158,70 @@ func (r *Row) Measure() error {
 	if failed != nil {
 		return failed
 	}
+	r.Serial = append(r.Serial, nsPerOp(serial))
+	r.Allocs = append(r.Allocs, float64(serial.AllocsPerOp()))
+	r.Bytes = append(r.Bytes, float64(serial.AllocedBytesPerOp()))
+	return nil
+}
+
+// A turn is a row that takes turns.
+type turn struct {
+	row  *Row
+	call func() error
+	took []float64 // ns, for each call
+}
+
+// measureTurns measures rows serially, by turns, for as long as if each was measured for that time.
+func measureTurns(ctx context.Context, each time.Duration, rows []*Row) error {
+	turns := make([]*turn, len(rows))
+	for i, r := range rows {
+		turns[i] = &turn{row: r, call: r.Call()}
+		if err := turns[i].allocations(); err != nil {
+			return fmt.Errorf("%s: %w", r.Name, err)
+		}
+	}
+	for begin := time.Now(); len(turns) > 0; {
+		rand.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
+		for _, t := range turns {
+			began := time.Now()
+			err := t.call()
+			t.took = append(t.took, float64(time.Since(began)))
+			if err != nil {
+				return fmt.Errorf("%s: %w", t.row.Name, err)
+			}
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if time.Since(begin) >= each*time.Duration(len(turns)) {
+			break
+		}
+	}
+	for _, t := range turns {
+		t.row.Serial = append(t.row.Serial, Median(t.took))
+	}
+	return nil
+}
+
+// allocCalls is how many calls of a row in a round show what it allocates, before it takes turns.
+const allocCalls = 50
+
+// allocations measures what calls allocate.
+func (t *turn) allocations() error {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range allocCalls {
+		if err := t.call(); err != nil {
+			return err
+		}
+	}
+	runtime.ReadMemStats(&after)
+	t.row.Allocs = append(t.row.Allocs, float64((after.Mallocs-before.Mallocs)/allocCalls))
+	t.row.Bytes = append(t.row.Bytes, float64((after.TotalAlloc-before.TotalAlloc)/allocCalls))
+	return nil
+}
+
+func (r *Row) measureParallel() error {
 	failures := make(chan error, 1)
 	parallel := testing.Benchmark(func(b *testing.B) {
 		var begun atomic.Int64
@@ -166,10 +249,7 @@ func (r *Row) Measure() error {
 		return err
 	default:
 	}
-	r.Serial = append(r.Serial, nsPerOp(serial))
 	r.Parallel = append(r.Parallel, nsPerOp(parallel))
-	r.Allocs = append(r.Allocs, float64(serial.AllocsPerOp()))
-	r.Bytes = append(r.Bytes, float64(serial.AllocedBytesPerOp()))
 	return nil
 }
 

@@ -2,9 +2,11 @@ package benchtable
 
 import (
 	"flag"
+	"regexp"
 	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // As many call at once as the row says, whatever the number of processors.
@@ -23,6 +25,33 @@ func TestInFlight(t *testing.T) {
 	}
 	if got := callers.Load(); got != 1+64 { // one of them in serial
 		t.Errorf("%d callers want 1 and 64", got)
+	}
+}
+
+// Rows that take turns by single calls call once each, and then once more. Every row has one figure in each column.
+func TestByTurns(t *testing.T) {
+	var order []string
+	row := func(name string, byTurns bool) *Row {
+		return &Row{Name: name, ByTurns: byTurns, InFlight: 1, Call: func() func() error {
+			return func() error {
+				order = append(order, name)
+				return nil
+			}
+		}}
+	}
+	rows := []*Row{row("a", true), row("b", true), row("block", false)}
+	table := Table{Only: regexp.MustCompile("")}
+	if err := table.Measure(t.Context(), 1, time.Microsecond, rows); err != nil {
+		t.Fatal(err)
+	}
+	if turn := order[2*allocCalls:][:2]; turn[0] == turn[1] {
+		t.Errorf("the first turn has %v want a call of each", turn)
+	}
+	for _, r := range rows {
+		if len(r.Serial) != 1 || len(r.Parallel) != 1 || len(r.Allocs) != 1 || len(r.Bytes) != 1 {
+			t.Errorf("%s has %d figures in serial, %d in parallel, and %d and %d of what it allocates, want one of each",
+				r.Name, len(r.Serial), len(r.Parallel), len(r.Allocs), len(r.Bytes))
+		}
 	}
 }
 
