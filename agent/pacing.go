@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/mem"
 
 	"github.com/headgate-go/headgate/internal/frames"
+	"github.com/headgate-go/headgate/internal/records"
 )
 
 // What a connection sends costs units, about a microsecond of a processor each, and calls and answers earn them. Without units the
@@ -25,6 +26,7 @@ const (
 	headerBytes  = 64      // a frame other than DATA costs one unit more for each so many bytes
 	settingBytes = 6       // of an entry of a SETTINGS frame
 	settingUnits = 64      // of such an entry: gRPC may go through all calls of the connection for it
+	recordUnits  = 16      // of a record of TLS that brings no data: it may change the keys, and ask for an answer
 	readUnits    = 1       // of a read that brings few bytes, besides its frames
 	smallRead    = 512     // bytes
 	largeData    = 1 << 10 // a DATA frame of so many bytes or more is free if it is part of a message
@@ -211,16 +213,20 @@ type pacedCredentials struct {
 	credentials.TransportCredentials
 	plain bool // the application has given none
 	pacer *pacer
+	turns chan struct{} // of handshakes
 }
 
 func newPacedCredentials(creds credentials.TransportCredentials, p *pacer) *pacedCredentials {
 	if creds == nil {
-		return &pacedCredentials{insecure.NewCredentials(), true, p}
+		return &pacedCredentials{insecure.NewCredentials(), true, p, nil}
 	}
-	return &pacedCredentials{creds, false, p}
+	return &pacedCredentials{creds, false, p, newTurns()}
 }
 
 func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if c.Info().SecurityProtocol == securityTLS { // other credentials may want the connection as it is
+		return c.handshake(raw)
+	}
 	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
 		return conn, info, err
@@ -232,7 +238,7 @@ func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.
 }
 
 func (c *pacedCredentials) Clone() credentials.TransportCredentials {
-	return &pacedCredentials{c.TransportCredentials.Clone(), c.plain, c.pacer}
+	return &pacedCredentials{c.TransportCredentials.Clone(), c.plain, c.pacer, c.turns}
 }
 
 // A pacedConn is read as fast as its allowance lasts. One goroutine may read it, as gRPC does.
@@ -240,8 +246,9 @@ type pacedConn struct {
 	net.Conn
 	address net.Addr // of the peer. It is always the same value, because calls find their connection by it
 	pacer   *pacer
-	ready   *readyReader // nil if the connection has no such thing
-	sent    atomic.Int64 // bytes that have earned nothing yet
+	ready   *readyReader  // nil if the connection has no such thing
+	below   *records.Conn // nil if the connection has no TLS
+	sent    atomic.Int64  // bytes that have earned nothing yet
 
 	// The reader's.
 	frames frames.Follower
@@ -272,8 +279,20 @@ func (c *pacedConn) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	n, err := c.Conn.Read(p[:most])
+	n, err := c.read(a, p[:most])
 	c.arrived(a, p[:n])
+	return n, err
+}
+
+// read reads, and counts the records of TLS that bring no data.
+func (c *pacedConn) read(a *allowance, p []byte) (int, error) {
+	if c.below == nil {
+		return c.Conn.Read(p)
+	}
+	n, err := c.below.ReadAbove(c.Conn, p)
+	if useless := c.below.TakeUseless(); useless > 0 {
+		a.spend(useless*recordUnits, 0, 0)
+	}
 	return n, err
 }
 
@@ -287,7 +306,7 @@ func (c *pacedConn) ReadOnReady(size int, pool mem.BufferPool) (buf *[]byte, n i
 		buf, n, err = c.ready.read(size, most, pool)
 	} else {
 		buf = pool.Get(size)
-		n, err = c.Conn.Read((*buf)[:most])
+		n, err = c.read(a, (*buf)[:most])
 	}
 	if n > 0 {
 		c.arrived(a, (*buf)[:n])
@@ -410,6 +429,9 @@ func (c *pacedConn) Close() error {
 		}
 	}
 	c.mu.Unlock()
+	if c.below != nil {
+		c.below.Closing()
+	}
 	return c.Conn.Close()
 }
 

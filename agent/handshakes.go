@@ -1,0 +1,103 @@
+package agent
+
+import (
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+
+	"github.com/headgate-go/headgate/internal/records"
+)
+
+// securityTLS is what gRPC's credentials for TLS call themselves.
+const securityTLS = "tls"
+
+// longestTurn is how long a handshake may compute before it does not count any more: the application's callbacks may wait for something
+// else. The slowest signature in use, by an RSA key of 4096 bits, takes a few milliseconds.
+const longestTurn = 20 * time.Millisecond
+
+// newTurns returns as many turns as handshakes may compute at a time: half of the processors. A handshake waits in line for each turn.
+func newTurns() chan struct{} { return make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)) }
+
+// A handshakeConn is a connection below TLS. Its handshake computes only in turns, which end whenever it reads or writes.
+type handshakeConn struct {
+	*records.Conn
+	turns chan struct{}
+	until time.Time // when the handshake has taken too long
+	done  atomic.Bool
+	timer *time.Timer // ends a turn that takes long
+
+	mu  sync.Mutex
+	has bool // a turn
+}
+
+// handshake is ServerHandshake of credentials for TLS.
+func (c *pacedCredentials) handshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	h := &handshakeConn{Conn: records.Below(raw), turns: c.turns, until: time.Now().Add(handshakeTimeout)}
+	h.timer = time.AfterFunc(longestTurn, h.endTurn)
+	h.timer.Stop()
+	conn, info, err := c.TransportCredentials.ServerHandshake(h)
+	h.done.Store(true)
+	h.timer.Stop()
+	h.endTurn()
+	if err != nil {
+		return conn, info, err
+	}
+	paced := newPacedConn(conn, c.pacer)
+	if _, ok := info.(credentials.TLSInfo); ok { // others may use another implementation, which reads the connection otherwise
+		h.Established()
+		paced.below = h.Conn
+	}
+	return paced, info, nil
+}
+
+func (c *handshakeConn) Read(p []byte) (int, error) {
+	if c.done.Load() {
+		return c.Conn.Read(p)
+	}
+	c.endTurn()
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		return n, err
+	}
+	return n, c.beginTurn()
+}
+
+func (c *handshakeConn) Write(p []byte) (int, error) {
+	if c.done.Load() {
+		return c.Conn.Write(p)
+	}
+	c.endTurn()
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		return n, err
+	}
+	return n, c.beginTurn()
+}
+
+// beginTurn waits for a turn.
+func (c *handshakeConn) beginTurn() error {
+	c.turns <- struct{}{} // each turn ends soon
+	c.mu.Lock()
+	c.has = true
+	c.mu.Unlock()
+	c.timer.Reset(longestTurn)
+	if time.Now().After(c.until) {
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// endTurn ends the turn, if there is one.
+func (c *handshakeConn) endTurn() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.has {
+		c.has = false
+		<-c.turns
+	}
+}

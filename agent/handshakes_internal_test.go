@@ -1,0 +1,301 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+
+	"github.com/headgate-go/headgate/internal/testing/race"
+	"github.com/headgate-go/headgate/internal/testing/rawtls"
+)
+
+// rawServer has paced credentials for TLS.
+func rawServer(t *testing.T, edit func(config *tls.Config)) *pacedCredentials {
+	t.Helper()
+	config, err := rawtls.ServerConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if edit != nil {
+		edit(config)
+	}
+	p := new(pacer)
+	p.finds.Store(true)
+	return newPacedCredentials(credentials.NewTLS(config), p)
+}
+
+// Records that bring no data are read as slowly as frames that no call needs. A connection that sends them for long ends.
+func TestUselessRecordsWait(t *testing.T) {
+	priority := frame(2, 5)
+	for _, tt := range []struct {
+		name    string
+		append  func(c *rawtls.Conn) error
+		records int // for each frame
+		most    int // records a second
+	}{
+		{"updates of keys", (*rawtls.Conn).UpdateKey, 16, unitsPerSecond / recordUnits},
+		{"one update of keys", (*rawtls.Conn).UpdateKey, 1, unitsPerSecond / recordUnits},
+		{"empty records", func(c *rawtls.Conn) error {
+			c.Data(nil)
+			return nil
+		}, 16, unitsPerSecond / recordUnits},
+		{"frames in records of their own", func(*rawtls.Conn) error { return nil }, 1, unitsPerSecond},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			creds := rawServer(t, nil)
+			synctest.Test(t, func(t *testing.T) {
+				near, far := net.Pipe()
+				defer near.Close()
+				defer far.Close()
+				served := make(chan net.Conn, 1)
+				go func() {
+					conn, _, err := creds.ServerHandshake(near)
+					if err != nil {
+						t.Error(err)
+					}
+					served <- conn
+				}()
+				client, err := rawtls.Client(t.Context(), far)
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn := <-served
+				if conn == nil {
+					return
+				}
+				defer conn.Close()
+				var sent atomic.Int64
+				go func() { _, _ = io.Copy(io.Discard, far) }()
+				go func() {
+					for {
+						for range tt.records {
+							if tt.append(client) != nil {
+								return
+							}
+						}
+						client.Data(priority)
+						if client.Flush() != nil {
+							return
+						}
+						sent.Add(int64(tt.records))
+					}
+				}()
+				begin := time.Now()
+				p := make([]byte, 32<<10)
+				for err == nil && time.Since(begin) < 5*time.Second {
+					_, err = conn.Read(p)
+				}
+				if took := time.Since(begin); !errors.Is(err, errBehind) || took < behindFor || took > behindFor+longestWait {
+					t.Errorf("the connection ends after %v: %v want %v", took, err, errBehind)
+				}
+				seconds := int64(time.Since(begin) / time.Second)
+				if most := int64(tt.most)*(seconds+1) + 1000; sent.Load() > most {
+					t.Errorf("%d records want at most %d in %d s", sent.Load(), most, seconds)
+				}
+			})
+		})
+	}
+}
+
+// A client's calls do not wait, however they are spread over records. Each call has its own record, or each of its frames.
+func TestRecordsOfCallsDoNotWait(t *testing.T) {
+	frames := [][]byte{frame(1, 60), frame(0, 40), frame(8, 4), frame(8, 4), frame(6, 8)}
+	for _, whole := range []bool{true, false} {
+		creds := rawServer(t, nil)
+		synctest.Test(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer near.Close()
+			defer far.Close()
+			served := make(chan net.Conn, 1)
+			go func() {
+				conn, _, _ := creds.ServerHandshake(near)
+				served <- conn
+			}()
+			client, err := rawtls.Client(t.Context(), far)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn, ok := (<-served).(*pacedConn)
+			if !ok {
+				t.Fatal("there is no connection")
+			}
+			defer conn.Close()
+			calls, bytes := race.Pick(500, 5000), 0
+			for _, f := range frames {
+				bytes += len(f)
+			}
+			go func() {
+				client.Data(make([]byte, 24))
+				for range calls {
+					var all []byte
+					for _, f := range frames {
+						if all = append(all, f...); !whole {
+							client.Data(f)
+						}
+					}
+					if whole {
+						client.Data(all)
+					}
+					if client.Flush() != nil {
+						return
+					}
+				}
+			}()
+			begin, got := time.Now(), -24
+			for p, handled := make([]byte, 32<<10), 0; got < calls*bytes; {
+				n, err := conn.Read(p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for got += n; handled < (got+bytes-1)/bytes; handled++ {
+					conn.opened().admit(600)
+				}
+			}
+			if took := time.Since(begin); took > 0 {
+				t.Errorf("%d calls waited for %v", calls, took)
+			}
+		})
+	}
+}
+
+// Few handshakes compute at a time, and all have their turn. One that waits for something else, or for its peer, keeps none from theirs.
+func TestHandshakesTakeTurns(t *testing.T) {
+	const clients = 20
+	for _, tt := range []struct {
+		name    string
+		compute time.Duration // of the application's callback
+		silent  int           // peers that say nothing
+		most    time.Duration // until all are done
+	}{
+		{"short", time.Millisecond, 0, clients*time.Millisecond + longestTurn},
+		{"long", time.Second, 0, time.Second + clients*longestTurn},
+		{"beside silent peers", time.Millisecond, 100, clients*time.Millisecond + longestTurn},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var now, most atomic.Int64
+			creds := rawServer(t, func(config *tls.Config) {
+				certificate := config.Certificates[0]
+				config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+					if n := now.Add(1); n > most.Load() {
+						most.Store(n)
+					}
+					defer now.Add(-1)
+					<-time.After(tt.compute)
+					return &certificate, nil
+				}
+				config.Certificates = nil
+			})
+			synctest.Test(t, func(t *testing.T) {
+				creds := &pacedCredentials{creds.TransportCredentials, false, creds.pacer, newTurns()} // the bubble's own channel
+				var handshakes, silent sync.WaitGroup
+				for range tt.silent {
+					near, far := net.Pipe()
+					defer far.Close()
+					silent.Go(func() { _, _, _ = creds.ServerHandshake(near) })
+				}
+				synctest.Wait()
+				begin := time.Now()
+				for range clients {
+					near, far := net.Pipe()
+					defer far.Close()
+					handshakes.Go(func() {
+						conn, _, err := creds.Clone().ServerHandshake(near)
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						_ = conn.Close()
+					})
+					handshakes.Go(func() {
+						if _, err := rawtls.Client(context.WithoutCancel(t.Context()), far); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				handshakes.Wait()
+				if took := time.Since(begin); took > tt.most {
+					t.Errorf("%d handshakes took %v want at most %v", clients, took, tt.most)
+				}
+				if half := int64(max(1, runtime.GOMAXPROCS(0)/2)); tt.compute < longestTurn && most.Load() > half {
+					t.Errorf("%d handshakes computed at a time want at most %d", most.Load(), half)
+				}
+				if n := len(creds.turns); n > 0 {
+					t.Errorf("%d turns are left", n)
+				}
+			})
+		})
+	}
+}
+
+// A handshake that has waited for too long ends, and so does one whose peer goes away.
+func TestHandshakesEnd(t *testing.T) {
+	creds := rawServer(t, nil)
+	for _, tt := range []struct {
+		name string
+		wait time.Duration
+	}{
+		{"too late", handshakeTimeout + time.Second},
+		{"soon", 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				creds := &pacedCredentials{creds.TransportCredentials, false, creds.pacer, make(chan struct{}, 1)}
+				creds.turns <- struct{}{}
+				near, far := net.Pipe()
+				defer far.Close()
+				ended := make(chan error, 1)
+				go func() {
+					_, _, err := creds.ServerHandshake(near)
+					ended <- err
+				}()
+				go func() {
+					_, _ = rawtls.Client(context.WithoutCancel(t.Context()), far)
+				}()
+				<-time.After(tt.wait)
+				<-creds.turns
+				if err := <-ended; (err == nil) != (tt.wait == 0) {
+					t.Errorf("ServerHandshake() = %v", err)
+				}
+				if n := len(creds.turns); n > 0 {
+					t.Errorf("%d turns are left", n)
+				}
+			})
+		})
+	}
+}
+
+// nameless are credentials of the application's own. They get the connection as it is.
+type nameless struct {
+	credentials.TransportCredentials
+	got net.Conn
+}
+
+func (n *nameless) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "own"}
+}
+
+func (n *nameless) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	n.got = raw
+	return raw, nil, nil
+}
+
+// A connection below credentials that may not be TLS is the one that the listener made.
+func TestOtherCredentialsGetTheConnection(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	own := new(nameless)
+	if _, _, err := newPacedCredentials(own, new(pacer)).ServerHandshake(near); err != nil || own.got != near {
+		t.Errorf("the credentials got %T, %v", own.got, err)
+	}
+}
