@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/headgate-go/headgate/internal/frames"
+	"github.com/headgate-go/headgate/internal/records"
 )
 
 // The bounds of connections that are dialled.
@@ -33,9 +34,13 @@ const (
 	framesPerCall  = 64 // headers, data, trailers, window updates and pings
 	framesPerFrame = 4
 	framesEvery    = time.Second / 4096
+	framesOfRecord = 16  // of a record of TLS that brings no data: it may change the keys, and ask for an answer
 	smallData      = 256 // DATA frames with fewer bytes are not free, even in an answer
 	mostPadding    = 256 // of a frame, with the byte that says how much it is
 )
+
+// securityTLS is what gRPC's credentials for TLS call themselves.
+const securityTLS = "tls"
 
 var (
 	errFlood    = errors.New("the agent floods the connection with frames")
@@ -135,14 +140,24 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 	if err := t.connections.await(ctx, address); err != nil {
 		return nil, nil, err
 	}
+	var below *records.Conn
+	if t.Info().SecurityProtocol == securityTLS { // other credentials may want the connection as it is
+		below = records.Below(raw)
+		raw = below
+	}
 	conn, info, err := t.TransportCredentials.ClientHandshake(ctx, authority, raw)
 	if err != nil {
 		return nil, nil, err
 	}
+	if _, ok := info.(credentials.TLSInfo); !ok { // others may use another implementation, which reads the connection otherwise
+		below = nil
+	} else if below != nil {
+		below.Established()
+	}
 	cs := t.connections
 	now := time.Since(cs.epoch)
 	c := &connection{
-		Conn: conn, raw: raw, connections: cs, began: now, credited: now, number: cs.made.Add(1),
+		Conn: conn, raw: raw, below: below, connections: cs, began: now, credited: now, number: cs.made.Add(1),
 		streams: make(map[uint32]stream), credit: frameCredit, out: frames.After(frames.PrefaceBytes),
 	}
 	cs.mu.Lock()
@@ -175,7 +190,8 @@ func forget(c chan struct{}) {
 // A connection follows the frames that it carries.
 type connection struct {
 	net.Conn
-	raw         net.Conn // below the transport's security
+	raw         net.Conn      // below the transport's security
+	below       *records.Conn // the same; nil if there is none
 	connections *connections
 	began       time.Duration // since the connections' epoch
 	number      uint64        // of those that were made
@@ -211,8 +227,22 @@ type stream struct {
 	underWay uint32  // bytes that have come of the answer, and once it is whole, of what follows
 }
 
+// read reads, and counts the records of TLS that bring no data.
+func (c *connection) read(p []byte) (int, error) {
+	if c.below == nil {
+		return c.Conn.Read(p)
+	}
+	n, err := c.below.ReadAbove(c.Conn, p)
+	if useless := c.below.TakeUseless(); useless > 0 {
+		c.mu.Lock()
+		c.credit -= useless * framesOfRecord
+		c.mu.Unlock()
+	}
+	return n, err
+}
+
 func (c *connection) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
+	n, err := c.read(p)
 	if n > 0 {
 		now := time.Since(c.connections.epoch)
 		c.last.Store(int64(now))
@@ -252,6 +282,9 @@ func (c *connection) Close() error {
 	c.connections.mu.Lock()
 	delete(c.connections.open, c)
 	c.connections.mu.Unlock()
+	if c.below != nil {
+		c.below.Closing()
+	}
 	return c.Conn.Close()
 }
 

@@ -29,12 +29,17 @@ import (
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/flowctl/flowtest"
 	"github.com/headgate-go/headgate/internal/testing/hostile"
+	"github.com/headgate-go/headgate/internal/testing/rawtls"
 )
 
 func dialHostile(t *testing.T, a hostile.Agent, opts ...flowctl.Option) (*flowctl.Client, *hostile.Server) {
 	t.Helper()
 	s := hostile.Serve(t, a)
-	client, err := flowctl.Dial(s.Address, append([]flowctl.Option{flowctl.WithInsecure()}, opts...)...)
+	security := flowctl.WithInsecure()
+	if a.Secure {
+		security = flowctl.WithTLSConfig(rawtls.ClientConfig())
+	}
+	client, err := flowctl.Dial(s.Address, append([]flowctl.Option{security}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
 	}

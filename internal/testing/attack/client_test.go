@@ -53,7 +53,11 @@ func runClients(t *testing.T, program string, length time.Duration, machine *vic
 	for _, a := range agents {
 		server := hostile.Serve(t, a)
 		servers = append(servers, server)
-		runs = append(runs, &run{client: start(t, program, "-address", server.Address, "-for", length.String(), "client")})
+		args := []string{"-address", server.Address, "-for", length.String()}
+		if a.Secure {
+			args = append(args, "-tls")
+		}
+		runs = append(runs, &run{client: start(t, program, append(args, "client")...)})
 	}
 	for i, r := range runs {
 		r.client.read(t, &r.report)

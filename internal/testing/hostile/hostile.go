@@ -26,11 +26,13 @@ import (
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
+	"github.com/headgate-go/headgate/internal/testing/rawtls"
 )
 
 // An Agent is a way of treating connections.
 type Agent struct {
-	Name string
+	Name   string
+	Secure bool // its clients use TLS
 
 	// Serve treats one connection, until ctx ends or the connection does. Its caller closes the connection.
 	Serve func(ctx context.Context, conn net.Conn)
@@ -81,9 +83,9 @@ func Serve(t testing.TB, a Agent) *Server {
 // Agents are all of them.
 func Agents() []Agent {
 	agents := []Agent{
-		{"accepts and closes", func(context.Context, net.Conn) {}},
-		{"accepts and is silent", func(ctx context.Context, _ net.Conn) { <-ctx.Done() }},
-		{"reads nothing after the settings", func(ctx context.Context, conn net.Conn) {
+		{Name: "accepts and closes", Serve: func(context.Context, net.Conn) {}},
+		{Name: "accepts and is silent", Serve: func(ctx context.Context, _ net.Conn) { <-ctx.Done() }},
+		{Name: "reads nothing after the settings", Serve: func(ctx context.Context, conn net.Conn) {
 			if begin(conn, setting(settingInitialWindow, 1<<30)) != nil {
 				return
 			}
@@ -94,34 +96,34 @@ func Agents() []Agent {
 				<-ctx.Done()
 			}
 		}},
-		{"speaks HTTP/1", func(_ context.Context, conn net.Conn) {
+		{Name: "speaks HTTP/1", Serve: func(_ context.Context, conn net.Conn) {
 			_, _ = conn.Read(make([]byte, 1024))
 			_, _ = io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
 		}},
-		{"speaks TLS", func(_ context.Context, conn net.Conn) {
+		{Name: "speaks TLS", Serve: func(_ context.Context, conn net.Conn) {
 			_, _ = conn.Read(make([]byte, 1024))
 			_, _ = conn.Write([]byte("\x15\x03\x03\x00\x02\x02\x32"))
 		}},
-		{"sends garbage", func(_ context.Context, conn net.Conn) {
+		{Name: "sends garbage", Serve: func(_ context.Context, conn net.Conn) {
 			_, _ = conn.Write(bytes.Repeat([]byte{0xff, 0x00, 0x13}, 10_000))
 		}},
-		{"resets after the settings", func(_ context.Context, conn net.Conn) {
+		{Name: "resets after the settings", Serve: func(_ context.Context, conn net.Conn) {
 			if begin(conn) == nil {
 				abort(conn)
 			}
 		}},
-		{"goes away at once", func(_ context.Context, conn net.Conn) {
+		{Name: "goes away at once", Serve: func(_ context.Context, conn net.Conn) {
 			if begin(conn) == nil {
 				_ = goAway(conn, 0)
 			}
 		}},
-		{"goes away soon", func(ctx context.Context, conn net.Conn) {
+		{Name: "goes away soon", Serve: func(ctx context.Context, conn net.Conn) {
 			if begin(conn) == nil {
 				pause(ctx, 100*time.Millisecond)
 				_ = goAway(conn, 0)
 			}
 		}},
-		{"goes away with each answer", func(_ context.Context, conn net.Conn) {
+		{Name: "goes away with each answer", Serve: func(_ context.Context, conn net.Conn) {
 			_ = begin(conn)
 			_ = each(conn, func(stream uint32) error {
 				if err := answer(conn, stream, nil, ""); err != nil {
@@ -130,16 +132,16 @@ func Agents() []Agent {
 				return errors.Join(goAway(conn, stream), io.EOF)
 			})
 		}},
-		{"goes away with each question", func(_ context.Context, conn net.Conn) {
+		{Name: "goes away with each question", Serve: func(_ context.Context, conn net.Conn) {
 			_ = begin(conn)
 			_ = each(conn, func(uint32) error { return errors.Join(goAway(conn, 0), io.EOF) })
 		}},
-		{"allows no streams", func(ctx context.Context, conn net.Conn) {
+		{Name: "allows no streams", Serve: func(ctx context.Context, conn net.Conn) {
 			if begin(conn, setting(settingMaxStreams, 0)) == nil {
 				_, _ = io.Copy(io.Discard, conn)
 			}
 		}},
-		{"opens no window", func(ctx context.Context, conn net.Conn) {
+		{Name: "opens no window", Serve: func(ctx context.Context, conn net.Conn) {
 			if begin(conn, setting(settingInitialWindow, 0)) == nil {
 				_, _ = io.Copy(io.Discard, conn)
 			}
@@ -181,6 +183,7 @@ func Agents() []Agent {
 		}),
 	}
 	agents = append(agents, forgetful()...)
+	agents = append(agents, secure()...)
 	for _, b := range bombs() {
 		message := sync.OnceValue(b.message)
 		zipped := sync.OnceValue(func() []byte { return zip(message()) })
@@ -275,7 +278,7 @@ func serve(name string, message func() []byte) Agent {
 
 // served is an agent that is a server of gRPC's own for each connection.
 func served(name string, register func(*grpc.Server), opts ...grpc.ServerOption) Agent {
-	return Agent{name, func(_ context.Context, conn net.Conn) {
+	return Agent{Name: name, Serve: func(_ context.Context, conn net.Conn) {
 		s := grpc.NewServer(append(slices.Clip(opts), grpc.WaitForHandlers(true))...)
 		register(s)
 		defer s.Stop()
@@ -416,7 +419,7 @@ func (w *watched) Close() error { return errors.Join(w.Conn.Close(), w.l.Close()
 // flood is an agent that sends the same frame as fast as it can after a question.
 func flood(name string, f []byte) Agent {
 	many := bytes.Repeat(f, max(1, 64<<10/len(f)))
-	return Agent{name, func(_ context.Context, conn net.Conn) {
+	return Agent{Name: name, Serve: func(_ context.Context, conn net.Conn) {
 		_ = begin(conn)
 		_ = each(conn, func(uint32) error { return io.EOF })
 		go func() { _, _ = io.Copy(io.Discard, conn) }() // ends with the connection, which the caller closes
@@ -428,10 +431,46 @@ func flood(name string, f []byte) Agent {
 	}}
 }
 
+// secure are agents that flood their connections with records of TLS, so that what is above it sees little.
+func secure() []Agent {
+	config, err := rawtls.ServerConfig()
+	of := func(name string, appends func(c *rawtls.Conn) error) Agent {
+		return Agent{Name: name, Secure: true, Serve: func(ctx context.Context, conn net.Conn) {
+			if err != nil {
+				return
+			}
+			c, err := rawtls.Server(ctx, conn, config)
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(io.Discard, conn) }() // ends with the connection, which the caller closes
+			c.Data(frame(frameSettings, 0, 0, nil))
+			for {
+				for range 16 { // crypto/tls wants data after that
+					if appends(c) != nil {
+						return
+					}
+				}
+				c.Data(frame(framePing, flagAck, 0, make([]byte, 8)))
+				if c.Flush() != nil {
+					return
+				}
+			}
+		}}
+	}
+	return []Agent{
+		of("floods with updates of keys", (*rawtls.Conn).UpdateKey),
+		of("floods with empty records", func(c *rawtls.Conn) error {
+			c.Data(nil)
+			return nil
+		}),
+	}
+}
+
 // endless is an agent that begins an answer to each question, and then sends the same on each stream, in turn and as fast
 // as it can, also when the client has given the question up.
 func endless(name string, f func(stream uint32) []byte) Agent {
-	return Agent{name, func(_ context.Context, conn net.Conn) {
+	return Agent{Name: name, Serve: func(_ context.Context, conn net.Conn) {
 		if begin(conn) != nil {
 			return
 		}
@@ -472,7 +511,7 @@ func endless(name string, f func(stream uint32) []byte) Agent {
 
 // streams is an agent that treats each question alone.
 func streams(name string, respond func(w io.Writer, stream uint32) error) Agent {
-	return Agent{name, func(_ context.Context, conn net.Conn) {
+	return Agent{Name: name, Serve: func(_ context.Context, conn net.Conn) {
 		if begin(conn) != nil {
 			return
 		}

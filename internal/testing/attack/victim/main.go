@@ -1,7 +1,7 @@
 // Victim is what package attack attacks: an agent, a guarded HTTP server, a guarded gRPC server, or a client.
 //
-//	victim [-policies FILE] [-key KEY] agent|http|grpc
-//	victim -address ADDRESS [-flows N] [-for DURATION] client
+//	victim [-policies FILE] [-key KEY] [-tls] agent|http|grpc
+//	victim -address ADDRESS [-flows N] [-for DURATION] [-tls] client
 //	victim machine
 //
 // A server prints its Stats as JSON, one line at first and one for each line that it reads from standard input. A client
@@ -11,11 +11,16 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -25,6 +30,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
@@ -36,12 +42,14 @@ import (
 	"github.com/headgate-go/headgate/httpguard"
 	"github.com/headgate-go/headgate/internal/agentapi"
 	"github.com/headgate-go/headgate/internal/testing/attack"
+	"github.com/headgate-go/headgate/internal/testing/rawtls"
 	"github.com/headgate-go/headgate/policy"
 )
 
 var (
 	policies = flag.String("policies", "", "the policy file of a server's engine, instead of the built-in policies")
 	key      = flag.String("key", "", "the only API key of an agent; none for an agent that wants none")
+	secure   = flag.Bool("tls", false, "use TLS: an agent makes a certificate, and a client trusts any")
 	address  = flag.String("address", "", "the agent's address, for a client")
 	flows    = flag.Int("flows", 64, "how many flows a client has at a time")
 	length   = flag.Duration("for", time.Second, "how long a client starts flows")
@@ -99,6 +107,13 @@ func run(kind string) error {
 				return "innocent", subtle.ConstantTimeCompare([]byte(sent), []byte(*key)) == 1
 			}))
 		}
+		if *secure {
+			certificate, err := newCertificate()
+			if err != nil {
+				return err
+			}
+			opts = append(opts, agent.WithCredentials(credentials.NewServerTLSFromCert(certificate)))
+		}
 		s := grpc.NewServer(agent.ServerOptions(opts...)...)
 		agent.Register(s, e)
 		healthv1.RegisterHealthServer(s, health.NewServer())
@@ -137,6 +152,20 @@ func run(kind string) error {
 		return err
 	}
 	return nil
+}
+
+// newCertificate makes a certificate for itself. Its key is RSA, because a signature by such a key costs more than by others.
+func newCertificate() (*tls.Certificate, error) {
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, err
+	}
+	of := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	signed, err := x509.CreateCertificate(rand.Reader, of, of, private.Public(), private)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{signed}, PrivateKey: private}, nil
 }
 
 // answer prints Stats, at first and for each line of standard input.
@@ -192,7 +221,11 @@ func newEngine() (*engine.Engine, error) {
 // runClient runs flows of all kinds, one after the other in each of so many goroutines.
 func runClient() (*attack.Report, error) {
 	before := runtime.NumGoroutine()
-	client, err := flowctl.Dial(*address, flowctl.WithInsecure(), flowctl.WithCheckTimeout(attack.CheckTimeout))
+	security := flowctl.WithInsecure()
+	if *secure {
+		security = flowctl.WithTLSConfig(rawtls.ClientConfig())
+	}
+	client, err := flowctl.Dial(*address, security, flowctl.WithCheckTimeout(attack.CheckTimeout))
 	if err != nil {
 		return nil, err
 	}
