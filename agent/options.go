@@ -49,6 +49,9 @@ type options struct {
 // in plaintext. If the option is repeated, the last one counts. Handlers and interceptors find the same peer as with
 // grpc.Creds. Do not give the server grpc.Creds as well. Before [ServerOptions] it has no effect, and connections are in
 // plaintext. After ServerOptions it replaces these credentials, and what connections send is not paced.
+//
+// What TLS itself costs is bounded with gRPC's own credentials for TLS. They get a wrapped connection. Other credentials get the
+// connection as the listener made it.
 func WithCredentials(creds credentials.TransportCredentials) Option {
 	return func(o *options) { o.creds = creds }
 }
@@ -77,7 +80,7 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Clients may send pings every 5 s. gRPC's own default of 5 minutes would end the connections of SDKs that ping more
 //     often, with every check that waits on them.
 //   - A connection may have 10,240 calls under way, flows in queues included. It ends after 30 minutes without a call.
-//     A handshake may take 10 s.
+//     A handshake may take 10 s. With TLS, as many handshakes compute at a time as half of the processors, and others wait.
 //   - A call's metadata may have 24 KiB, where each entry counts 32 bytes more than its text. A method's name may have 256
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
 //   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
@@ -100,8 +103,9 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - A connection is read more slowly if it sends frames that no call needs. A call that is let in needs up to 15 small frames
 //     and 4 MiB of data, and a message of a stream needs 4 small frames. A connection can send 5000 other frames a second. All
 //     connections can send 40,000 a second for each processor, in equal shares, and each can send 100 even then. A call that
-//     is refused counts as 17 frames or more. A frame other than DATA counts as one more for each 64 bytes. A connection that
-//     sends more for 3 s ends. Connections whose addresses are equal count as one.
+//     is refused counts as 17 frames or more. A frame other than DATA counts as one more for each 64 bytes. A record of TLS
+//     that brings no data counts as 16. A connection that sends more for 3 s ends. Connections whose addresses are equal count
+//     as one.
 //   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/attack"
+	"github.com/headgate-go/headgate/internal/testing/rawtls"
 )
 
 // An assault attacks the server at the address until ctx ends. It closes what it has opened before it returns.
@@ -73,6 +74,7 @@ func TestServers(t *testing.T) {
 		alone  bool // a victim of its own, because the bound of its memory is its own
 	}
 	keyed := []string{"-key", innocentKey}
+	secure := []string{"-key", innocentKey, "-tls"}
 	rows := []row{
 		{"garbage", "agent", nil, garbage, standard, false},
 		{"garbage", "http", nil, garbage, standard, false},
@@ -119,6 +121,9 @@ func TestServers(t *testing.T) {
 		{"calls and frames that are refused, without a key", "agent", keyed, storms(6, refusals(header(methodCheck)...), refusals(":method", "GET"), manySettings(), dataOf(1), dataOf(1024)), timely(keyless), false},
 		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}, false},
 	}
+	for name, attack := range attacksOnTLS() {
+		rows = append(rows, row{name + ", without a key", "agent", secure, attack, timely(keyless), false})
+	}
 	for name, attack := range bombs() {
 		rows = append(rows, row{name, "agent", nil, attack, standard, false})
 	}
@@ -149,13 +154,14 @@ func TestServers(t *testing.T) {
 			var first attack.Stats
 			v.read(t, &first)
 			address = first.Address
-			call, done = innocent(t, tt.victim, address)
+			call, done = innocent(t, tt.victim, address, slices.Contains(tt.args, "-tls"))
 			machine.stats(t)
 			before = measure(t.Context(), call, min(length, 2*time.Second))
 			goroutines = v.stats(t).Goroutines
 		}
 		t.Run(tt.victim+" "+tt.name, func(t *testing.T) {
 			machine.stats(t)
+			worked := v.processor(t)
 			ctx, cancel := context.WithTimeout(t.Context(), length)
 			defer cancel()
 			var attacking sync.WaitGroup
@@ -165,6 +171,7 @@ func TestServers(t *testing.T) {
 				during = during.within(attack.CheckTimeout)
 			}
 			attacking.Wait()
+			processor := v.processor(t) - worked
 			slack := starvations * machine.stats(t).Starved
 
 			// The innocent client's calls, and the goroutines, are as before soon.
@@ -183,8 +190,8 @@ func TestServers(t *testing.T) {
 				}
 			}
 			peak := v.peak(t)
-			t.Logf("peak %d MiB; an innocent client: p99 %v before, %v while it lasts, %v after; %.1f %% of %d calls failed; goroutines %d before, %d after; slack %v",
-				peak, before.p99(), during.p99(), after.p99(), 100*during.share(), len(during.took)+during.failed, goroutines, left, slack)
+			t.Logf("peak %d MiB; %.2f of a core; an innocent client: p99 %v before, %v while it lasts, %v after; %.1f %% of %d calls failed; goroutines %d before, %d after; slack %v",
+				peak, processor.Seconds()/length.Seconds(), before.p99(), during.p99(), after.p99(), 100*during.share(), len(during.took)+during.failed, goroutines, left, slack)
 			if peak > tt.bounds.memory {
 				t.Errorf("peak %d MiB want at most %d", peak, tt.bounds.memory)
 			}
@@ -258,12 +265,16 @@ func measure(ctx context.Context, call func(ctx context.Context) error, length t
 }
 
 // innocent is a client that does what a victim is for, and has connected.
-func innocent(t *testing.T, victim, address string) (call func(ctx context.Context) error, done func()) {
+func innocent(t *testing.T, victim, address string, secure bool) (call func(ctx context.Context) error, done func()) {
 	t.Helper()
 	const patience = 2 * time.Second // of a call
 	switch victim {
 	case "agent":
-		client, err := flowctl.Dial(address, flowctl.WithInsecure(), flowctl.WithInsecureAPIKey(), flowctl.WithAPIKey(innocentKey), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(patience))
+		security := []flowctl.Option{flowctl.WithInsecure(), flowctl.WithInsecureAPIKey()}
+		if secure {
+			security = []flowctl.Option{flowctl.WithTLSConfig(rawtls.ClientConfig())}
+		}
+		client, err := flowctl.Dial(address, append(security, flowctl.WithAPIKey(innocentKey), flowctl.WithoutTelemetry(), flowctl.WithCheckTimeout(patience))...)
 		if err != nil {
 			t.Fatal(err)
 		}

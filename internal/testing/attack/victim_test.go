@@ -128,6 +128,26 @@ func (v *victim) peak(t *testing.T) int {
 	return 0
 }
 
+// processor is the processor time that the victim has had.
+func (v *victim) processor(t *testing.T) time.Duration {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", v.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(data), ") ")
+	fields := strings.Fields(rest) // of proc(5), from the third on
+	user, err := strconv.Atoi(fields[14-3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	system, err := strconv.Atoi(fields[15-3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
 // stop ends the victim, and gives the processor time that it has had.
 func (v *victim) stop(t *testing.T) time.Duration {
 	t.Helper()
