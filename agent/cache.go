@@ -72,7 +72,7 @@ func (r *refusal) refuse(key string, err error) {
 func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRequest) (*agentapi.Lookup, refusal) {
 	left, c := maxCacheValues, callOf(ctx)
 	room := func(size int) bool {
-		if size > left || !c.borrow(ctx, size) {
+		if size > left || !c.borrow(size) {
 			return false
 		}
 		left -= size

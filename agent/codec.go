@@ -3,9 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
-	"runtime"
 	"sync"
-	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -21,78 +19,8 @@ import (
 	"github.com/headgate-go/headgate/internal/wire"
 )
 
-// A loan is room for an answer until the client has read it. If a client does not read, gRPC keeps the encoded answer
-// for as long as the connection lasts. The answer's buffer gives the loan back when gRPC frees it. If gRPC only drops
-// the buffer, as when a connection breaks, the garbage collector gives the loan back.
-type loan struct{ *debt }
-
-// A debt is apart from its loan because it outlives it.
-type debt struct {
-	unsent     *unsent
-	connection any
-	size       int
-	paid       atomic.Bool
-}
-
-func (d *debt) pay() {
-	if d.paid.Swap(true) {
-		return
-	}
-	u := d.unsent
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.size -= d.size
-	if u.by[d.connection] -= d.size; u.by[d.connection] <= 0 {
-		delete(u.by, d.connection)
-	}
-}
-
-// borrow takes room for a value in the call's answer, and reports whether there was room. Small values need none yet,
-// because they count with the answer.
-func (c *call) borrow(ctx context.Context, size int) bool {
-	if c == nil {
-		return true
-	}
-	if c.values+size >= smallValues && !c.lend(ctx, c.values+size, false) {
-		return false
-	}
-	c.values += size
-	return true
-}
-
-// lend takes room for the call's answer, in addition to what the call has, and reports whether there was room. If must
-// is set, it always takes room. A connection with few unread bytes always finds room, so that connections that do not
-// read cannot keep it from answers.
-func (c *call) lend(ctx context.Context, size int, must bool) bool {
-	more := size
-	if c.loan != nil {
-		more -= c.loan.size
-	}
-	if !c.gate.unsent.lend(c.connection, more, must) {
-		return false
-	}
-	if c.loan == nil { // without the mutex, because streams send much
-		c.loan = &loan{&debt{unsent: c.gate.unsent, connection: c.connection}}
-		runtime.AddCleanup(c.loan, (*debt).pay, c.loan.debt)
-		// A compressed copy would outlive the buffer that we know of.
-		_ = grpc.SetSendCompressor(ctx, encoding.Identity)
-	}
-	c.loan.size = size
-	return true
-}
-
-// lend takes room for so many more bytes of answers, if there is room or it must.
-func (u *unsent) lend(connection any, more int, must bool) bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	by := u.by[connection] + more
-	if more > 0 && !must && (by > maxUnsentByOne || u.size+more > maxUnsent && by > ownUnsent) {
-		return false
-	}
-	u.size += more
-	u.by[connection] = by
-	return true
-}
+// borrow takes room for a value in the call's answer, and reports whether there was room.
+func (c *call) borrow(size int) bool { return c == nil || c.outbox.lend(c.stream, size) }
 
 var errUnread = status.Error(codes.ResourceExhausted, "too many answers are unread")
 
@@ -103,19 +31,27 @@ func (c *call) answer(ctx context.Context, m proto.Message) (any, error) {
 		return m, nil
 	}
 	size := proto.Size(m)
-	if size <= smallAnswer && c.loan == nil {
+	if size <= smallAnswer {
+		c.outbox.answer(c.stream, c.metadata, size, true)
 		return m, nil
 	}
-	if !c.lend(ctx, kept(size), false) {
+	if !c.outbox.answer(c.stream, c.metadata, size, false) {
 		check := shrink(m)
-		if !c.lend(ctx, kept(proto.Size(m)), check) {
-			if c.loan != nil {
-				c.loan.pay()
-			}
+		size = proto.Size(m)
+		if !c.outbox.answer(c.stream, c.metadata, size, check) {
+			c.over()
 			return nil, errUnread
 		}
 	}
-	return lent{m, c.loan}, nil
+	_ = grpc.SetSendCompressor(ctx, encoding.Identity) // a compressor takes much time and memory
+	return sized(m, size), nil
+}
+
+// over counts a call whose handler has ended without an answer.
+func (c *call) over() {
+	if c != nil {
+		c.outbox.answer(c.stream, c.metadata, 0, true)
+	}
 }
 
 // shrink removes what can be spared from the answer: labels, and cached values. It reports whether a check is answered.
@@ -157,6 +93,9 @@ const maxPooled = 32 << 10
 
 // kept is how many bytes the buffer of an answer has.
 func kept(size int) int {
+	if size <= smallAnswer { // it has no room to spare
+		return size
+	}
 	for _, of := range []int{4 << 10, 16 << 10, maxPooled} { // gRPC's own sizes
 		if size <= of {
 			return of
@@ -165,29 +104,18 @@ func kept(size int) int {
 	return size
 }
 
-// Get and Put make a loan the pool of one buffer.
-func (l *loan) Get(size int) *[]byte {
+// An unpooled message has a buffer of its own size.
+type unpooled struct{ proto.Message }
+
+// sized returns the message, unpooled if it is too large for gRPC's pool.
+func sized(m proto.Message, size int) any {
 	if size > maxPooled {
-		buf := make([]byte, size)
-		return &buf
+		return unpooled{m}
 	}
-	return mem.DefaultBufferPool().Get(max(size, smallAnswer+1)) // gRPC does not give smaller ones back
+	return m
 }
 
-func (l *loan) Put(buf *[]byte) {
-	l.pay()
-	if cap(*buf) <= maxPooled {
-		mem.DefaultBufferPool().Put(buf)
-	}
-}
-
-// A lent message has a loan.
-type lent struct {
-	proto.Message
-	loan *loan
-}
-
-// codec is gRPC's own for protobuf, except that it knows of loans, of health requests, and of compressed messages.
+// codec is gRPC's own for protobuf, except that it knows of large answers, of health requests, and of compressed messages.
 type codec struct {
 	encoding.CodecV2
 	decompressions *sync.Pool
@@ -196,19 +124,15 @@ type codec struct {
 func newCodec() codec { return codec{encoding.GetCodecV2("proto"), new(sync.Pool)} }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	m, ok := v.(lent)
+	m, ok := v.(unpooled)
 	if !ok {
 		return c.CodecV2.Marshal(v)
 	}
-	size := proto.Size(m.Message)
-	buf := m.loan.Get(size)
-	data, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend((*buf)[:0], m.Message)
+	data, err := proto.Marshal(m.Message)
 	if err != nil {
-		m.loan.Put(buf)
 		return nil, err
 	}
-	*buf = data
-	return mem.BufferSlice{mem.NewBuffer(buf, m.loan)}, nil
+	return mem.BufferSlice{mem.SliceBuffer(data)}, nil
 }
 
 // Unmarshal does not decode long health requests: the health service keeps the names that it is asked to watch. It also decompresses

@@ -5,6 +5,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -46,10 +47,12 @@ func newKinds() *kinds {
 
 // serve handles a stream of the call, if there is room for it. What the stream sends counts as the agent's own answers do.
 func (k *kinds) serve(c *call, server any, stream grpc.ServerStream, method string, handle grpc.StreamHandler) error {
+	_ = grpc.SetSendCompressor(stream.Context(), encoding.Identity) // the outbox counts what is sent
 	stream = countedStream{stream, c}
 	of := &k.foreign
 	switch method {
 	case healthv1.Health_Watch_FullMethodName:
+		c.over() // it lasts, and nothing else counts it
 		return handle(server, stream)
 	case sessionv1.SessionService_Session_FullMethodName:
 		of = &k.lines
@@ -96,11 +99,11 @@ func (s countedStream) SendMsg(m any) error {
 	if !ok {
 		return s.ServerStream.SendMsg(m)
 	}
-	one := &call{gate: s.call.gate, connection: s.call.connection}
-	if !one.lend(s.Context(), kept(max(proto.Size(message), smallAnswer+1)), false) {
+	size := proto.Size(message)
+	if !s.call.outbox.send(s.call.stream, size) {
 		return errUnread
 	}
-	return s.ServerStream.SendMsg(lent{message, one.loan})
+	return s.ServerStream.SendMsg(sized(message, size))
 }
 
 func (s countedStream) RecvMsg(into any) error {

@@ -34,11 +34,7 @@ const (
 	maxHeld         = 128 << 20             // bytes of requests that are being decided about, and of their metadata
 	smallHeld       = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
 	large           = 64 << 10              // bytes from which a request counts for maxUnread
-	maxUnsent       = 64 << 20              // bytes of answers that clients have not read
-	maxUnsentByOne  = maxUnsent / 4         // of one connection
-	ownUnsent       = 128 << 10             // of one connection, even if others leave no room
-	smallAnswer     = 1 << 10               // bytes up to which an answer does not count: gRPC does not report when it has sent it
-	smallValues     = 4 << 10               // bytes of values up to which they count only with the answer
+	smallAnswer     = 1 << 10               // bytes up to which an answer may be compressed, and loses nothing
 )
 
 // A gate bounds what the calls of one server have under way together. Streams of sessions have one of their own, so that checks do not
@@ -64,16 +60,7 @@ type gate struct {
 	unread         int
 	held           int
 
-	most   int     // bytes that calls take whose messages have not been read
-	unsent *unsent // shared with the other gate of the server
-}
-
-// unsent are the bytes of answers that clients have not read. They have a mutex of their own, because streams send more often than calls
-// begin.
-type unsent struct {
-	mu   sync.Mutex
-	size int
-	by   map[any]int // by connection
+	most int // bytes that calls take whose messages have not been read
 }
 
 // A turn is the calls of one connection that wait to be let in. Connections get turns one after the other, so that those
@@ -90,15 +77,14 @@ func newGate() *gate {
 	return &gate{
 		late:    make(map[any]time.Time),
 		most:    maxOpening,
-		unsent:  &unsent{by: make(map[any]int)},
 		readers: readers{most: max(1, runtime.GOMAXPROCS(0)/2)},
 	}
 }
 
-// newLineGate makes the gate of sessions' streams on a server whose other calls have that one.
-func newLineGate(other *gate) *gate {
+// newLineGate makes the gate of sessions' streams.
+func newLineGate() *gate {
 	g := newGate()
-	g.most, g.unsent = maxLinesOpening, other.unsent
+	g.most = maxLinesOpening
 	return g
 }
 
@@ -113,6 +99,7 @@ type call struct {
 	compressed bool       // the message may be, otherwise than by gzip
 	metadata   int        // bytes that it takes in memory, about
 	allowance  *allowance // of the connection; nil if it is not known
+	outboxes   *outboxes  // of the server
 	hasKey     bool       // the call has an API key, because calls need one
 	owner      string
 
@@ -126,12 +113,12 @@ type call struct {
 	evicted atomic.Bool
 
 	// The rest is the handler's.
-	opened bool  // the message has been read to its end, or never will be
-	kept   int   // bytes that count as held
-	full   bool  // there was no room to read the request
-	still  bool  // there is no room to hold it for long: the flow does not wait
-	values int   // bytes of cached values in the answer
-	loan   *loan // for the answer; nil for one that does not count
+	opened bool    // the message has been read to its end, or never will be
+	kept   int     // bytes that count as held
+	full   bool    // there was no room to read the request
+	still  bool    // there is no room to hold it for long: the flow does not wait
+	outbox *outbox // of the connection; nil if it is not known
+	stream uint32  // of the connection
 }
 
 // call makes a context that the gate can end. It counts the call, whose message has not arrived, until ready. All such
@@ -248,6 +235,15 @@ func (c *call) Value(key any) any {
 func callOf(ctx context.Context) *call {
 	c, _ := ctx.Value(callKey{}).(*call)
 	return c
+}
+
+// find finds the call's place in the outbox of its connection. It reports whether the call had none.
+func (c *call) find(ctx context.Context) bool {
+	if c == nil || c.outbox != nil || c.outboxes == nil {
+		return false
+	}
+	c.outbox, c.stream = c.outboxes.of(ctx)
+	return c.outbox != nil
 }
 
 // compresses reports whether the call's message may be compressed otherwise than by gzip. GRPC decompresses such a message where it
@@ -462,6 +458,7 @@ func (c *call) ready() (evicted bool) {
 		return false
 	}
 	c.opened = true
+	c.outbox.handle(c.stream)
 	if c.evicted.Load() && !c.compressed {
 		return true
 	}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+	"google.golang.org/protobuf/proto"
 
 	sessionv1 "github.com/headgate-go/headgate/api/headgate/session/v1"
 )
@@ -43,6 +44,7 @@ type Option func(*options)
 type options struct {
 	keys  func(key string) (name string, ok bool)
 	creds credentials.TransportCredentials
+	paces *pacer
 }
 
 // WithCredentials secures the server's connections, as [grpc.Creds] does. Without the option, or with nil, connections are
@@ -114,17 +116,16 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 // those of earlier options. A server can have only one tap handle: gRPC panics if it is given another. Most of these bounds do not
 // hold for [grpc.Server.ServeHTTP], which calls no tap handle.
 func ServerOptions(opts ...Option) []grpc.ServerOption {
-	var o options
+	o := options{paces: new(pacer)}
 	for _, opt := range opts {
 		opt(&o)
 	}
 	g := newGate()
-	lines := newLineGate(g)
+	lines := newLineGate()
 	visitors := newVisitors()
 	others := newKinds()
-	paces := new(pacer)
 	return []grpc.ServerOption{
-		grpc.Creds(newPacedCredentials(o.creds, paces)),
+		grpc.Creds(newPacedCredentials(o.creds, o.paces)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingsApart, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleFor}),
 		grpc.ConnectionTimeout(handshakeTimeout),
@@ -146,7 +147,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 					of = lines
 				}
 				connection := connectionOf(ctx)
-				a := paces.allowance(connection)
+				a := o.paces.allowance(connection)
 				c, err := of.call(ctx, connection, info.Header)
 				if err != nil {
 					if errors.Is(err, errFlood) {
@@ -154,7 +155,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 					}
 					return refuse(ctx, err)
 				}
-				c.owner, c.hasKey, c.allowance = owner, o.keys != nil, a
+				c.owner, c.hasKey, c.allowance, c.outboxes = owner, o.keys != nil, a, &o.paces.outboxes
 				a.admit(c.metadata)
 				return c, nil
 			}
@@ -174,10 +175,21 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if o.bypassed(ctx) {
 				return nil, errServeHTTP
 			}
-			if callOf(ctx).ready() {
+			c := callOf(ctx)
+			other := c.find(ctx) // of another service
+			if c.ready() {
+				c.over()
 				return nil, errEvicted
 			}
-			return handle(ctx, request)
+			response, err := handle(ctx, request)
+			if other {
+				size := 0
+				if m, ok := response.(proto.Message); ok && err == nil {
+					size = proto.Size(m)
+				}
+				c.outbox.answer(c.stream, c.metadata, size, true)
+			}
+			return response, err
 		}),
 		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 			if err := refusalOf(stream.Context()); err != nil {
@@ -186,13 +198,16 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			if o.bypassed(stream.Context()) {
 				return errServeHTTP
 			}
-			if callOf(stream.Context()).ready() {
+			c := callOf(stream.Context())
+			c.find(stream.Context())
+			defer c.over()
+			if c.ready() {
 				return errEvicted
 			}
 			if v := visitOf(stream.Context()); v != nil {
 				stream = visitingStream{stream, v}
 			}
-			if c := callOf(stream.Context()); c != nil {
+			if c != nil {
 				return others.serve(c, server, stream, info.FullMethod, handle)
 			}
 			return handle(server, stream)

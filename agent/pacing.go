@@ -59,6 +59,7 @@ var errBehind = errors.New("headgate: the connection sends too many frames that 
 type pacer struct {
 	finds      atomic.Bool // calls have found their connections: nothing waits on a server where they never do
 	allowances sync.Map    // of connections that are open, by what connectionOf returns for their calls
+	outboxes   outboxes
 
 	mu    sync.Mutex // also of opening and closing connections
 	begin time.Time  // of the current second
@@ -208,7 +209,7 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 	return most, 0, nil
 }
 
-// pacedCredentials are the credentials of a server whose connections are paced.
+// pacedCredentials are the credentials of a server whose connections are paced, and have outboxes.
 type pacedCredentials struct {
 	credentials.TransportCredentials
 	plain bool // the application has given none
@@ -234,14 +235,16 @@ func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.
 	if c.plain {
 		info = nil // as on a server without credentials
 	}
-	return newPacedConn(conn, c.pacer), info, nil
+	paced := newPacedConn(conn, c.pacer)
+	paced.outbox.end = func() { _ = raw.Close() } // TLS would wait until its client reads
+	return paced, info, nil
 }
 
 func (c *pacedCredentials) Clone() credentials.TransportCredentials {
 	return &pacedCredentials{c.TransportCredentials.Clone(), c.plain, c.pacer, c.turns}
 }
 
-// A pacedConn is read as fast as its allowance lasts. One goroutine may read it, as gRPC does.
+// A pacedConn is read as fast as its allowance lasts. One goroutine may read it, and one may write, as gRPC does.
 type pacedConn struct {
 	net.Conn
 	address net.Addr // of the peer. It is always the same value, because calls find their connection by it
@@ -249,6 +252,7 @@ type pacedConn struct {
 	ready   *readyReader  // nil if the connection has no such thing
 	below   *records.Conn // nil if the connection has no TLS
 	sent    atomic.Int64  // bytes that have earned nothing yet
+	outbox  *outbox
 
 	// The reader's.
 	frames frames.Follower
@@ -267,7 +271,7 @@ type pacedConn struct {
 
 func newPacedConn(conn net.Conn, p *pacer) *pacedConn {
 	return &pacedConn{
-		Conn: conn, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
+		Conn: conn, outbox: &outbox{all: &p.outboxes, end: func() { _ = conn.Close() }}, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
 		changed: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
@@ -322,6 +326,11 @@ func (c *pacedConn) wait(most int) (a *allowance, bytes int, err error) {
 	if a = c.opened(); a == nil {
 		return nil, 0, net.ErrClosed
 	}
+	for c.outbox.full() {
+		if err := c.sleep(shortestWait); err != nil {
+			return nil, 0, err
+		}
+	}
 	for waited := false; ; waited = true {
 		bytes, wait, err := a.read(most, waited)
 		if wait == 0 || err != nil {
@@ -339,6 +348,7 @@ func (c *pacedConn) opened() *allowance {
 	defer c.mu.Unlock()
 	if c.allowance == nil && !c.isClosed {
 		c.allowance = c.pacer.open(connectionAt(c.address))
+		c.pacer.outboxes.add(c.outbox)
 	}
 	return c.allowance
 }
@@ -383,14 +393,17 @@ func (c *pacedConn) arrived(a *allowance, p []byte) {
 	if len(p) < smallRead {
 		c.units = readUnits
 	}
+	c.outbox.mu.Lock()
 	c.frames.Each(p, c.count, nil)
+	c.outbox.unlock()
 	if c.units+c.large > 0 {
 		a.spend(c.units, c.large, c.data)
 	}
 }
 
-// count counts a frame.
+// count counts a frame, with the outbox's mutex.
 func (c *pacedConn) count(f frames.Frame) {
+	c.outbox.arrive(f)
 	switch {
 	case f.Kind == frames.Data && f.Length >= largeData:
 		c.large++
@@ -407,7 +420,9 @@ func (c *pacedConn) count(f frames.Frame) {
 }
 
 func (c *pacedConn) Write(p []byte) (int, error) {
+	c.outbox.write()
 	n, err := c.Conn.Write(p)
+	c.outbox.wrote(p[:n])
 	if c.sent.Add(int64(n)) >= answerPerUnit {
 		if sent := c.sent.Swap(0); sent > 0 {
 			if a := c.opened(); a != nil {
@@ -425,6 +440,7 @@ func (c *pacedConn) Close() error {
 		close(c.closed)
 		if c.allowance != nil {
 			c.pacer.close(connectionAt(c.address), c.allowance)
+			c.pacer.outboxes.remove(c.outbox)
 			c.allowance = nil
 		}
 	}

@@ -62,9 +62,11 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 	c := callOf(ctx)
 	if c != nil {
 		c.compressed = compresses(ctx)
+		c.find(ctx)
 	}
 	if err := c.enter(); err != nil {
 		c.ready()
+		c.over()
 		return nil, err
 	}
 	size := 0
@@ -130,9 +132,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 	if err == nil && ok {
 		return c.answer(ctx, m)
 	}
-	if c != nil && c.loan != nil {
-		c.loan.pay()
-	}
+	c.over()
 	return response, err
 }
 

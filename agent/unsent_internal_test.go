@@ -4,28 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/testing/protocmp"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
-	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
-	"github.com/headgate-go/headgate/internal/agentapi"
-	"github.com/headgate-go/headgate/internal/wire"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -43,180 +36,6 @@ func (g *gate) compressedFrom(connection any) *call {
 	c := g.callFrom(connection)
 	c.compressed = true
 	return c
-}
-
-// Large values of answers take room until gRPC has sent the answer, small ones take none, and one connection cannot take
-// all.
-func TestUnreadAnswersTakeRoom(t *testing.T) {
-	g := newGate()
-	ctx := context.Background()
-	const value = 1 << 20
-	var lentTo []*call
-	for range maxUnsentByOne / value {
-		c := g.callFrom("a")
-		if !c.borrow(ctx, value) {
-			t.Fatalf("there is no room for answer %d", len(lentTo))
-		}
-		lentTo = append(lentTo, c)
-	}
-	if c := g.callFrom("a"); c.borrow(ctx, value) {
-		t.Error("a connection has more unread than it may")
-	}
-	if c := g.callFrom("a"); !c.borrow(ctx, smallValues-1) || c.loan != nil {
-		t.Error("a small value finds no room")
-	} else if c.borrow(ctx, 1) {
-		t.Error("small values that are large together find room")
-	}
-	for _, connection := range []any{"b", "c", "d"} {
-		for range maxUnsentByOne / value {
-			if c := g.callFrom(connection); !c.borrow(ctx, value) {
-				t.Fatalf("there is no room for answers to %v", connection)
-			} else {
-				lentTo = append(lentTo, c)
-			}
-		}
-	}
-	switch c := g.callFrom("e"); {
-	case c.borrow(ctx, value):
-		t.Error("all connections have more unread than they may")
-	case !c.borrow(ctx, ownUnsent):
-		t.Error("a connection that has nothing unread finds no room")
-	case c.borrow(ctx, 1):
-		t.Error("a connection finds more room than its own")
-	default:
-		c.loan.pay()
-	}
-
-	sent, err := newCodec().Marshal(lent{&checkv1.CacheLookupResponse{ResultCacheResponse: &checkv1.KeyLookupResponse{Value: make([]byte, value)}}, lentTo[0].loan})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if g.unsent.size != maxUnsent {
-		t.Errorf("%d bytes are unsent want %d", g.unsent.size, maxUnsent)
-	}
-	m := new(checkv1.CacheLookupResponse)
-	if err := proto.Unmarshal(sent.Materialize(), m); err != nil || len(m.GetResultCacheResponse().GetValue()) != value {
-		t.Fatalf("the answer has %d bytes, %v", len(m.GetResultCacheResponse().GetValue()), err)
-	}
-	sent.Free()
-	if g.unsent.size != maxUnsent-value {
-		t.Errorf("%d bytes are unsent after one answer was sent want %d", g.unsent.size, maxUnsent-value)
-	}
-	for _, c := range lentTo {
-		c.loan.pay() // twice for the first
-	}
-	if g.unsent.size != 0 || len(g.unsent.by) != 0 {
-		t.Errorf("%d bytes of %d connections are left", g.unsent.size, len(g.unsent.by))
-	}
-}
-
-// An answer counts with the buffer that it has. Where there is no room, checks are answered without labels and values,
-// lookups without values, and other calls end with ResourceExhausted. What is sent gives its room back.
-func TestAnswersCount(t *testing.T) {
-	text := func(size int) string { return strings.Repeat("v", size) }
-	labels := func(size int) proto.Message {
-		return &checkv1.CheckResponse{ControlPoint: "point", TelemetryFlowLabels: map[string]string{"k": text(size)}}
-	}
-	value := func(size int) *checkv1.CacheLookupResponse {
-		found := &checkv1.KeyLookupResponse{Value: []byte(text(size))}
-		return &checkv1.CacheLookupResponse{ResultCacheResponse: found, GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"k": found}}
-	}
-	missed := wire.KeyLookup(agentapi.CacheAnswer{Err: errUnreadValue})
-	point := &checkv1.CheckResponse{ControlPoint: "point"}
-	tests := []struct {
-		name   string
-		answer proto.Message
-		counts int
-		full   proto.Message // what is answered where there is no room; nil for an error
-	}{
-		{"small", labels(900), 0, labels(900)},
-		{"labels of 1 KiB", labels(1 << 10), 4 << 10, point},
-		{"labels of 5 KiB", labels(5 << 10), 16 << 10, point},
-		{"labels of 32,768 bytes", labels(2*(32<<10) - proto.Size(labels(32<<10))), 32 << 10, point},
-		{"labels of 56 KiB", labels(56 << 10), proto.Size(labels(56 << 10)), point},
-		{"CheckHTTP", &checkhttpv1.CheckHTTPResponse{CheckResponse: labels(1 << 10).(*checkv1.CheckResponse)}, 4 << 10, &checkhttpv1.CheckHTTPResponse{CheckResponse: point}},
-		{"a check with values", &checkv1.CheckResponse{ControlPoint: "point", CacheLookupResponse: value(1 << 10)}, 4 << 10, &checkv1.CheckResponse{ControlPoint: "point", CacheLookupResponse: new(checkv1.CacheLookupResponse)}},
-		{"values", value(20 << 10), proto.Size(value(20 << 10)), &checkv1.CacheLookupResponse{ResultCacheResponse: missed, GlobalCacheResponses: map[string]*checkv1.KeyLookupResponse{"k": missed}}},
-		{"slots", &checkv1.FlowEndResponse{TokenReturnStatuses: []*checkv1.TokenReturnStatus{{Error: text(1 << 10)}}}, 4 << 10, nil},
-	}
-	answered := func(t *testing.T, c *call, m proto.Message) (mem.BufferSlice, error) {
-		t.Helper()
-		got, err := c.answer(context.Background(), proto.Clone(m))
-		if err != nil {
-			return nil, err
-		}
-		sent, err := newCodec().Marshal(got)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return sent, nil
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			g := newGate()
-			sent, err := answered(t, g.callFrom("a"), tt.answer)
-			if err != nil || g.unsent.size != tt.counts || g.unsent.by["a"] != tt.counts {
-				t.Fatalf("%d bytes are unsent, %d of the connection, %v want %d", g.unsent.size, g.unsent.by["a"], err, tt.counts)
-			}
-			if tt.counts > maxPooled {
-				if data := sent[0].ReadOnlyData(); cap(data) > tt.counts+tt.counts/8 {
-					t.Errorf("the buffer has %d bytes want about %d", cap(data), tt.counts)
-				}
-			}
-			sent.Free()
-			if g.unsent.size != 0 || len(g.unsent.by) != 0 {
-				t.Errorf("%d bytes of %d connections are left", g.unsent.size, len(g.unsent.by))
-			}
-
-			full := g.callFrom("a")
-			if !full.lend(context.Background(), maxUnsentByOne-1, false) {
-				t.Fatal("there is no room")
-			}
-			// A lookup without values finds the room that its values do not.
-			if _, ok := tt.answer.(*checkv1.CacheLookupResponse); ok {
-				full.lend(context.Background(), maxUnsentByOne-(4<<10), false)
-			}
-			sent, err = answered(t, g.callFrom("a"), tt.answer)
-			if tt.full == nil {
-				if status.Code(err) != codes.ResourceExhausted {
-					t.Errorf("answer() = %v want ResourceExhausted", err)
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := tt.full.ProtoReflect().New().Interface()
-			if err := proto.Unmarshal(sent.Materialize(), got); err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tt.full, got, protocmp.Transform()); diff != "" {
-				t.Errorf("without room (-want +got):\n%s", diff)
-			}
-		})
-	}
-}
-
-// What gRPC forgets without freeing it gives its room back with the garbage.
-func TestForgottenAnswersGiveTheirRoomBack(t *testing.T) {
-	g := newGate()
-	func() {
-		c := g.callFrom("a")
-		if c.ready() || !c.borrow(context.Background(), 1<<20) {
-			t.Fatal("there is no room")
-		}
-	}()
-	for range 1000 {
-		runtime.GC()
-		g.unsent.mu.Lock()
-		left := g.unsent.size
-		g.unsent.mu.Unlock()
-		if left == 0 {
-			return
-		}
-		runtime.Gosched()
-	}
-	t.Error("the room is not given back")
 }
 
 // Requests share their room until they are decided about. A check that finds none is marked, so that it does not wait, and

@@ -175,7 +175,16 @@ type peer struct {
 }
 
 // greet connects; nil when ctx has ended or the server does not want it.
-func greet(ctx context.Context, address string) *peer {
+func greet(ctx context.Context, address string, settings ...http2.Setting) *peer {
+	p := connect(ctx, address, settings...)
+	if p != nil {
+		go p.read()
+	}
+	return p
+}
+
+// connect connects as greet does, and does not read.
+func connect(ctx context.Context, address string, settings ...http2.Setting) *peer {
 	conn := dial(ctx, address)
 	if conn == nil {
 		return nil
@@ -184,39 +193,41 @@ func greet(ctx context.Context, address string) *peer {
 	p.hpack = hpack.NewEncoder(&p.block)
 	_ = conn.SetWriteDeadline(time.Now().Add(patience))
 	_, err := conn.Write([]byte(http2.ClientPreface))
-	if err != nil || p.framer.WriteSettings() != nil {
+	if err != nil || p.framer.WriteSettings(settings...) != nil {
 		_ = conn.Close()
 		return nil
 	}
-	go func() {
-		defer close(p.done)
-		for {
-			f, err := p.framer.ReadFrame()
-			if err != nil {
-				return
-			}
-			p.mu.Lock()
-			switch f := f.(type) {
-			case *http2.SettingsFrame:
-				if !f.IsAck() {
-					_ = p.framer.WriteSettingsAck()
-				}
-			case *http2.PingFrame:
-				if !f.IsAck() {
-					_ = p.framer.WritePing(true, f.Data)
-				}
-			case *http2.HeadersFrame:
-				if f.StreamEnded() {
-					select {
-					case p.ended <- struct{}{}:
-					default:
-					}
-				}
-			}
-			p.mu.Unlock()
-		}
-	}()
 	return p
+}
+
+// read reads frames until the connection ends.
+func (p *peer) read() {
+	defer close(p.done)
+	for {
+		f, err := p.framer.ReadFrame()
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		switch f := f.(type) {
+		case *http2.SettingsFrame:
+			if !f.IsAck() {
+				_ = p.framer.WriteSettingsAck()
+			}
+		case *http2.PingFrame:
+			if !f.IsAck() {
+				_ = p.framer.WritePing(true, f.Data)
+			}
+		case *http2.HeadersFrame:
+			if f.StreamEnded() {
+				select {
+				case p.ended <- struct{}{}:
+				default:
+				}
+			}
+		}
+		p.mu.Unlock()
+	}
 }
 
 func (p *peer) close() {
@@ -683,6 +694,77 @@ func unread(ctx context.Context, t *testing.T, address string) {
 		}
 		sleep(ctx, patience)
 	})
+}
+
+// An unreadCall is a call whose answer is not read.
+type unreadCall struct {
+	request
+	headers []string // besides those of all calls
+	reset   bool     // it is taken back at once
+}
+
+// unreadAnswers begins as many calls as a connection may have, and reads no answer: either all of the connection's, or, where the
+// streams' windows are closed, only data. Then it waits. Each connection makes one kind of call.
+func unreadAnswers(connections int, windows bool, kinds ...unreadCall) assault {
+	const calls, atOnce = 10_000, 100
+	return func(ctx context.Context, _ *testing.T, address string) {
+		var attacking sync.WaitGroup
+		for i := range connections {
+			kind := kinds[i%len(kinds)]
+			attacking.Go(func() {
+				for ; ctx.Err() == nil; sleep(ctx, 10*time.Millisecond) {
+					var p *peer
+					if windows {
+						p = greet(ctx, address, http2.Setting{ID: http2.SettingInitialWindowSize})
+					} else if p = connect(ctx, address); p != nil {
+						close(p.done)
+					}
+					if p == nil {
+						continue
+					}
+					p.neglect(ctx, kind, calls, atOnce)
+					p.close()
+				}
+			})
+		}
+		attacking.Wait()
+	}
+}
+
+// neglect makes calls, so many at once, and waits until the connection or ctx ends.
+func (p *peer) neglect(ctx context.Context, kind unreadCall, calls, atOnce int) {
+	message := envelope(len(kind.message), kind.message)
+	for i := 0; ctx.Err() == nil; i += atOnce {
+		if i >= calls {
+			sleep(ctx, 100*time.Millisecond)
+			atOnce = 1 // so that it notices when the connection has ended
+		}
+		var frames bytes.Buffer
+		all := http2.NewFramer(&frames, nil)
+		for range atOnce {
+			stream := p.begins(all, false, header(kind.method, kind.headers...)...)
+			_ = all.WriteData(stream, true, message)
+			if kind.reset {
+				_ = all.WriteRSTStream(stream, http2.ErrCodeCancel)
+			}
+		}
+		p.mu.Lock()
+		_ = p.conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		_, err := p.conn.Write(frames.Bytes())
+		p.mu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// heavy are headers that take much memory, and little on the network once they are in the table of their compression.
+func heavy() []string {
+	var pairs []string
+	for i := range 100 {
+		pairs = append(pairs, fmt.Sprint("x", i), "")
+	}
+	return slices.Concat(pairs, pairs, pairs, pairs)
 }
 
 // unreadLabels asks for answers with 56 KiB of labels, and reads none.
