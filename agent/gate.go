@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"maps"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,7 +18,7 @@ import (
 
 // The bounds of a server, over all its connections.
 const (
-	maxArriving     = 64                    // messages compressed otherwise than by gzip that arrive at a time, of 4 MiB each at the most; as many others are overdue
+	maxOverdue      = 64                    // messages that are overdue at a time
 	arrival         = 50 * time.Millisecond // how long a message may take to arrive before it is overdue
 	patience        = time.Second           // how long a call may take to begin, before it is overdue; for another service, to get its message
 	maxOpening      = 128 << 20             // bytes that calls take whose messages have not been read
@@ -28,8 +26,7 @@ const (
 	callSize        = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
 	maxRefusals     = 256                   // calls of a connection that are refused within lateFor for want of that room; then it ends
 	maxLost         = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it finds no room
-	lateFor         = time.Second           // how long a connection that lost an overdue message goes after others
-	maxLate         = 1024                  // connections that are remembered for lateFor
+	lateFor         = time.Second           // how long calls that were refused or ended count against their connection
 	maxUnread       = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld         = 128 << 20             // bytes of requests that are being decided about, and of their metadata
 	smallHeld       = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
@@ -41,18 +38,13 @@ const (
 // wait for its mutex when thousands of streams begin.
 type gate struct {
 	mu       sync.Mutex
-	arriving []*call           // those with compressed messages, in the order in which they were let in
-	waiting  []*turn           // one for each connection that has calls waiting, in the order in which they get their turns
-	late     map[any]time.Time // when a connection lost an overdue message
-	timer    *time.Timer
-
-	opening shares      // calls whose messages have not been read to their end, by what they take
-	begun   queue       // those of them that no handler has, as far as is known
-	plain   queue       // those that arrive with messages that are not compressed
-	overdue shares      // those that take longer
-	lost    queue       // in opening, for calls that have been ended because they were overdue: their room is taken for lateFor
-	sweep   *time.Timer // for these
-	due     time.Time   // when sweep fires; zero if it does not
+	opening  shares      // calls whose messages have not been read to their end, by what they take
+	begun    queue       // those of them that no handler has, as far as is known
+	arriving queue       // those whose messages arrive
+	overdue  shares      // those that take longer
+	lost     queue       // in opening, for calls that have been ended because they were overdue: their room is taken for lateFor
+	sweep    *time.Timer // for these
+	due      time.Time   // when sweep fires; zero if it does not
 
 	readers        readers   // of large requests
 	decompressions sync.Pool // those that are not under way
@@ -63,19 +55,10 @@ type gate struct {
 	most int // bytes that calls take whose messages have not been read
 }
 
-// A turn is the calls of one connection that wait to be let in. Connections get turns one after the other, so that those
-// with few calls do not wait for those with many.
-type turn struct {
-	connection any
-	calls      []*call
-	late       bool // its turn comes after those that are not late
-}
-
 // newGate makes a gate. A request of 4 MiB can take 50 ms to read. At most half of the processors read large requests,
 // so that small ones do not wait for them.
 func newGate() *gate {
 	return &gate{
-		late:    make(map[any]time.Time),
 		most:    maxOpening,
 		readers: readers{most: max(1, runtime.GOMAXPROCS(0)/2)},
 	}
@@ -96,7 +79,6 @@ type call struct {
 	cancel     context.CancelFunc
 	gate       *gate
 	connection any
-	compressed bool       // the message may be, otherwise than by gzip
 	metadata   int        // bytes that it takes in memory, about
 	allowance  *allowance // of the connection; nil if it is not known
 	outboxes   *outboxes  // of the server
@@ -104,12 +86,11 @@ type call struct {
 	owner      string
 
 	// Guarded by the gate's mutex.
-	begin time.Time     // of the arrival
-	open  place         // among those that are opening
-	turn  place         // in begun, plain, overdue or lost
-	in    chan struct{} // closed when a call that waits is let in; nil for one that need not wait
+	begin time.Time // of the arrival
+	open  place     // among those that are opening
+	turn  place     // in begun, arriving, overdue or lost
 
-	// Set with the gate's mutex. Unless the message is compressed, nothing of the gate's has the call then.
+	// Set with the gate's mutex. Nothing of the gate's has the call then.
 	evicted atomic.Bool
 
 	// The rest is the handler's.
@@ -246,18 +227,18 @@ func (c *call) find(ctx context.Context) bool {
 	return c.outbox != nil
 }
 
-// compresses reports whether the call's message may be compressed otherwise than by gzip. GRPC decompresses such a message where it
-// reads it. A gzip message stays as it is until decompress has it.
+// compresses reports whether the call's message is compressed otherwise than by gzip. GRPC decompresses such a message where it reads it:
+// a few bytes become 4 MiB. A gzip message stays as it is until decompress has it.
 func compresses(ctx context.Context) bool {
 	// The other way to ask is a stats handler, which costs every call.
 	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
-	return !ok || s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity && s.RecvCompress() != gzip.Name
+	return ok && s.RecvCompress() != "" && s.RecvCompress() != encoding.Identity && s.RecvCompress() != gzip.Name
 }
 
-// enter waits until the call's message may be read. Only a compressed message waits: a few bytes of it become 4 MiB at
-// once, so the number of such messages is bounded. Other messages take as much memory as was sent. The network bounds
-// what is sent within the time of an arrival, and the number of messages that take longer is bounded. So slow messages
-// make no other message wait.
+var errEncoding = status.Error(codes.Unimplemented, "a message may be compressed by gzip only")
+
+// enter begins the arrival of the call's message, which takes as much memory as was sent. The network bounds what is sent within the
+// time of an arrival, and the number of messages that take longer is bounded. So slow messages make no other message wait.
 func (c *call) enter() error {
 	if c == nil {
 		return nil
@@ -267,49 +248,15 @@ func (c *call) enter() error {
 	}
 	g := c.gate
 	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.unqueue(c)
 	if c.evicted.Load() {
-		g.mu.Unlock()
 		return errEvicted
 	}
-	if !c.compressed {
-		defer g.mu.Unlock()
-		c.begin = time.Now()
-		g.plain.push(&c.turn)
-		g.arm()
-		return nil
-	}
-	if len(g.waiting) == 0 && g.admit(c) {
-		g.mu.Unlock()
-		return nil
-	}
-	c.in = make(chan struct{})
-	if i := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.connection == c.connection }); i >= 0 {
-		g.waiting[i].calls = append(g.waiting[i].calls, c)
-	} else {
-		lost, ok := g.late[c.connection]
-		g.queue(&turn{connection: c.connection, calls: []*call{c}, late: ok && time.Since(lost) < lateFor})
-	}
-	g.next()
-	g.mu.Unlock()
-	select {
-	case <-c.in:
-		return nil
-	case <-c.Done():
-		c.leave()
-		return status.FromContextError(c.Err()).Err()
-	}
-}
-
-// queue puts the turn behind the others, and before those that are late.
-func (g *gate) queue(t *turn) {
-	i := len(g.waiting)
-	if !t.late {
-		if late := slices.IndexFunc(g.waiting, func(t *turn) bool { return t.late }); late >= 0 {
-			i = late
-		}
-	}
-	g.waiting = slices.Insert(g.waiting, i, t)
+	c.begin = time.Now()
+	g.arriving.push(&c.turn)
+	g.arm()
+	return nil
 }
 
 // arm calls endOverdue when the next call becomes overdue, if there are more than may be.
@@ -317,7 +264,7 @@ func (g *gate) arm() {
 	var next time.Time
 	if p := g.lost.first; p != nil {
 		next = p.call.begin.Add(lateFor)
-	} else if g.begun.size+g.plain.size+g.overdue.size <= maxArriving {
+	} else if g.begun.size+g.arriving.size+g.overdue.size <= maxOverdue {
 		return
 	}
 	sooner := func(q *queue, after time.Duration) {
@@ -328,7 +275,7 @@ func (g *gate) arm() {
 		}
 	}
 	sooner(&g.begun, patience)
-	sooner(&g.plain, arrival)
+	sooner(&g.arriving, arrival)
 	if next.IsZero() || !g.due.IsZero() && !next.Before(g.due) {
 		return
 	}
@@ -341,7 +288,7 @@ func (g *gate) arm() {
 	}
 }
 
-// endOverdue ends calls until no more than maxArriving are overdue. Each time it ends the oldest call of the connection
+// endOverdue ends calls until no more than maxOverdue are overdue. Each time it ends the oldest call of the connection
 // with the most overdue calls. Each call is looked at once, however many there are.
 func (g *gate) endOverdue() {
 	g.mu.Lock()
@@ -355,9 +302,9 @@ func (g *gate) endOverdue() {
 		}
 	}
 	late(&g.begun, patience)
-	late(&g.plain, arrival)
+	late(&g.arriving, arrival)
 	var ended []*call
-	for g.overdue.size > maxArriving {
+	for g.overdue.size > maxOverdue {
 		c := g.evict(g.overdue.most().calls.first.call)
 		ended = append(ended, c)
 		room := &call{connection: c.connection, metadata: c.metadata, begin: now}
@@ -373,82 +320,15 @@ func (g *gate) endOverdue() {
 	}
 }
 
-// admit lets the call in if there is room, or if there is a call that can make room.
-func (g *gate) admit(c *call) bool {
-	now := time.Now()
-	if len(g.arriving) >= maxArriving {
-		i := g.slowest(now)
-		if i < 0 {
-			return false
-		}
-		g.arriving[i].evicted.Store(true)
-		g.arriving[i].cancel()
-		if len(g.late) >= maxLate {
-			maps.DeleteFunc(g.late, func(_ any, lost time.Time) bool { return now.Sub(lost) >= lateFor })
-		}
-		if len(g.late) < maxLate {
-			g.late[g.arriving[i].connection] = now
-		}
-		g.arriving = slices.Delete(g.arriving, i, i+1)
-	}
-	c.begin = now
-	g.arriving = append(g.arriving, c)
-	return true
-}
-
-// slowest returns the place of the call that makes room: the oldest of the connection with the most overdue calls. It
-// returns -1 if no call is overdue.
-func (g *gate) slowest(now time.Time) int {
-	overdue := make(map[any]int)
-	most, of := 0, -1
-	for i, c := range slices.Backward(g.arriving) {
-		if now.Sub(c.begin) < arrival {
-			continue
-		}
-		overdue[c.connection]++
-		if n := overdue[c.connection]; n >= most {
-			most, of = n, i
-		}
-	}
-	return of
-}
-
-// next lets calls in while there is room, and sets a timer for the others.
-func (g *gate) next() {
-	for len(g.waiting) > 0 {
-		t := g.waiting[0]
-		c := t.calls[0]
-		if !g.admit(c) {
-			wait := arrival - time.Since(g.arriving[0].begin)
-			if g.timer == nil {
-				g.timer = time.AfterFunc(wait, func() {
-					g.mu.Lock()
-					defer g.mu.Unlock()
-					g.next()
-				})
-			} else {
-				g.timer.Reset(wait)
-			}
-			return
-		}
-		close(c.in)
-		t.calls = t.calls[1:]
-		g.waiting = g.waiting[1:]
-		if len(t.calls) > 0 {
-			g.queue(t)
-		}
-	}
-}
-
 // leave is called when the message has arrived, or never will. It reports whether the gate ended the call before.
 func (c *call) leave() (evicted bool) {
 	if c == nil {
 		return false
 	}
-	g := c.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.left(c)
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	c.gate.unqueue(c)
+	return c.evicted.Load()
 }
 
 // ready is called when the message has been read to its end, or never will be. It reports whether the gate ended the call
@@ -459,35 +339,12 @@ func (c *call) ready() (evicted bool) {
 	}
 	c.opened = true
 	c.outbox.handle(c.stream)
-	if c.evicted.Load() && !c.compressed {
+	if c.evicted.Load() {
 		return true
 	}
-	g := c.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	evicted = g.left(c)
-	g.drop(c)
-	return evicted
-}
-
-func (g *gate) left(c *call) (evicted bool) {
-	if !c.compressed {
-		g.unqueue(c)
-		return c.evicted.Load()
-	}
-	if i := slices.Index(g.arriving, c); i >= 0 {
-		g.arriving = slices.Delete(g.arriving, i, i+1)
-		g.next()
-		return c.evicted.Load()
-	}
-	for i, t := range g.waiting {
-		if j := slices.Index(t.calls, c); j >= 0 {
-			if t.calls = slices.Delete(t.calls, j, j+1); len(t.calls) == 0 {
-				g.waiting = slices.Delete(g.waiting, i, i+1)
-			}
-			break
-		}
-	}
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	c.gate.drop(c)
 	return c.evicted.Load()
 }
 

@@ -3,22 +3,31 @@ package agent
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/encoding"
+	grpcgzip "google.golang.org/grpc/encoding/gzip"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/testing/race"
 )
 
@@ -217,4 +226,45 @@ func TestForeignMessagesAreSmall(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An otherCompressor is one that the program has besides gzip.
+type otherCompressor struct{ used atomic.Bool }
+
+func (*otherCompressor) Name() string { return "other" }
+
+func (*otherCompressor) Compress(w io.Writer) (io.WriteCloser, error) { return nopCloser{w}, nil }
+
+func (c *otherCompressor) Decompress(r io.Reader) (io.Reader, error) {
+	c.used.Store(true)
+	return r, nil
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+// A message that is compressed otherwise than by gzip is refused before it is decompressed, as on an agent that has no other compressor.
+func TestOtherCompressionsAreRefused(t *testing.T) {
+	other := new(otherCompressor)
+	encoding.RegisterCompressor(other)
+	synctest.Test(t, func(t *testing.T) {
+		s := newFullServer(t, 1<<16)
+		conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return s.listener.DialContext(ctx) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		client := checkv1.NewFlowControlServiceClient(conn)
+		request := &checkv1.CheckRequest{ControlPoint: "point"}
+		if _, err := client.Check(t.Context(), request, grpc.UseCompressor(other.Name())); status.Code(err) != codes.Unimplemented || other.used.Load() {
+			t.Errorf("Check() = %v want Unimplemented", err)
+		}
+		for _, name := range []string{grpcgzip.Name, encoding.Identity} {
+			if _, err := client.Check(t.Context(), request, grpc.UseCompressor(name)); err != nil {
+				t.Errorf("Check() with %s: %v", name, err)
+			}
+		}
+	})
 }

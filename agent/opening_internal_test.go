@@ -72,8 +72,8 @@ func TestCallsThatHaveNoMessageShareRoom(t *testing.T) {
 				if evicted > 100 {
 					t.Errorf("%d calls made room for one at a time", evicted)
 				}
-				if len(g.opening.by) != 0 || len(g.opening.order) != 0 || g.opening.size != 0 || g.begun.size+g.plain.size+g.overdue.size != 0 {
-					t.Errorf("%d connections have %d bytes; %d, %d and %d calls are left", len(g.opening.by), g.opening.size, g.begun.size, g.plain.size, g.overdue.size)
+				if len(g.opening.by) != 0 || len(g.opening.order) != 0 || g.opening.size != 0 || g.begun.size+g.arriving.size+g.overdue.size != 0 {
+					t.Errorf("%d connections have %d bytes; %d, %d and %d calls are left", len(g.opening.by), g.opening.size, g.begun.size, g.arriving.size, g.overdue.size)
 				}
 			})
 		})
@@ -112,7 +112,7 @@ func TestLostCallsTakeRoom(t *testing.T) {
 		}
 		<-time.After(2 * arrival)
 		synctest.Wait()
-		if g.overdue.size != maxArriving || g.lost.size != most-maxArriving {
+		if g.overdue.size != maxOverdue || g.lost.size != most-maxOverdue {
 			t.Errorf("%d calls are overdue, and %d lost", g.overdue.size, g.lost.size)
 		}
 		if n := fill(); n != 0 {
@@ -135,8 +135,8 @@ func TestLostCallsTakeRoom(t *testing.T) {
 			t.Error("a call of another connection was ended")
 		}
 		<-time.After(lateFor)
-		if n := fill(); n < most-maxArriving {
-			t.Errorf("%d more calls are let in later want %d", n, most-maxArriving)
+		if n := fill(); n < most-maxOverdue {
+			t.Errorf("%d more calls are let in later want %d", n, most-maxOverdue)
 		}
 	})
 }

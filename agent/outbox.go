@@ -95,6 +95,7 @@ type outbox struct {
 
 	mu      sync.Mutex
 	streams map[uint32]outgoing
+	most    int    // streams that the map has had
 	last    uint32 // the latest stream
 	size    int
 	counted int // of size in all.size
@@ -153,8 +154,8 @@ func (o *outbox) grow(by int) {
 func (o *outbox) remove(stream uint32) {
 	if s, ok := o.streams[stream]; ok {
 		o.grow(-s.call - s.messages)
-		if delete(o.streams, stream); len(o.streams) == 0 && o.last > 1<<10 {
-			o.streams = nil // a map does not shrink
+		if delete(o.streams, stream); len(o.streams) == 0 && o.most > 1<<10 {
+			o.streams, o.most = nil, 0 // a map does not shrink
 		}
 	}
 }
@@ -169,6 +170,7 @@ func (o *outbox) arrive(f frames.Frame) {
 		}
 		o.last = f.Stream
 		o.set(f.Stream, outgoing{}, outgoing{call: unsentCall + unsentHeader*f.Length})
+		o.most = max(o.most, len(o.streams))
 	case f.Kind == frames.Continuation:
 		if s, ok := o.streams[f.Stream]; ok {
 			longer := s

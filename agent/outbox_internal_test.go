@@ -590,4 +590,3 @@ func BenchmarkChecks(b *testing.B) {
 		}
 	}
 }
-

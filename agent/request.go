@@ -61,8 +61,12 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 	}
 	c := callOf(ctx)
 	if c != nil {
-		c.compressed = compresses(ctx)
 		c.find(ctx)
+		if compresses(ctx) {
+			c.ready()
+			c.over()
+			return nil, errEncoding
+		}
 	}
 	if err := c.enter(); err != nil {
 		c.ready()
@@ -79,7 +83,7 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		err := decode(message{m, func(data []byte, m proto.Message) error {
 			size = len(data)
 			zipped := size > 0 && data[0] == gzipMark
-			if !zipped && (c == nil || !c.compressed && size < large) {
+			if !zipped && (c == nil || size < large) {
 				return read(data, m)
 			}
 			// The time in which it is read is not the network's. Then gRPC waits for the end of the stream.
@@ -99,9 +103,6 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 				fits, err = c.read(size, func() error { return by(data) })
 			}
 			_, isStatus := status.FromError(err)
-			if c != nil {
-				c.compressed = false
-			}
 			again := c.enter()
 			switch {
 			case !fits && !isCheck(m):

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,13 +27,6 @@ func (g *gate) callFrom(connection any) *call {
 	if err != nil {
 		panic(err) // no test has so many
 	}
-	return c
-}
-
-// compressedFrom is a call by a connection, with a message that may be compressed.
-func (g *gate) compressedFrom(connection any) *call {
-	c := g.callFrom(connection)
-	c.compressed = true
 	return c
 }
 
@@ -127,139 +119,46 @@ func TestRequestsShareRoom(t *testing.T) {
 
 var errMarked = errors.New("marked")
 
-// Compressed messages that do not end make room for others when their time is over, and a call waits no longer than its
-// context lasts.
-func TestGateLetsCallsWait(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGate()
-		var slow []*call
-		for range maxArriving {
-			c := g.compressedFrom("slow")
-			if err := c.enter(); err != nil {
-				t.Fatal(err)
-			}
-			slow = append(slow, c)
-		}
-		begin := time.Now()
-		canceled := g.compressedFrom("canceled")
-		time.AfterFunc(arrival/2, canceled.cancel)
-		if err := canceled.enter(); status.Code(err) != codes.Canceled || time.Since(begin) != arrival/2 {
-			t.Errorf("enter() = %v after %v want Canceled after %v", err, time.Since(begin), arrival/2)
-		}
-		next := g.compressedFrom("next")
-		if err := next.enter(); err != nil || time.Since(begin) != arrival {
-			t.Errorf("enter() = %v after %v want a place after %v", err, time.Since(begin), arrival)
-		}
-		if next.leave() {
-			t.Error("a call was ended that had just begun")
-		}
-		if err := g.compressedFrom("free").enter(); err != nil || time.Since(begin) != arrival {
-			t.Errorf("enter() = %v after %v want the place that is free", err, time.Since(begin))
-		}
-		if evicted := slow[0].leave(); !evicted || slow[0].Err() == nil {
-			t.Error("the first slow call was not ended")
-		}
-		for _, c := range slow[1:] {
-			if c.leave() || c.Err() != nil {
-				t.Error("more slow calls were ended than made room")
-			}
-		}
-		if len(g.waiting) != 0 || len(g.arriving) != 1 {
-			t.Errorf("%d calls arrive and %d connections wait want 1 and none", len(g.arriving), len(g.waiting))
-		}
-	})
-}
-
-// Connections get places in turns.
-func TestGateTakesTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGate()
-		var in []*call
-		for range maxArriving {
-			c := g.compressedFrom("first")
-			if err := c.enter(); err != nil {
-				t.Fatal(err)
-			}
-			in = append(in, c)
-		}
-		var order []any
-		wait := func(connection any) {
-			go func() {
-				c := g.compressedFrom(connection)
-				if c.enter() == nil {
-					order = append(order, connection)
-				}
-				c.leave()
-			}()
-			synctest.Wait()
-		}
-		for range 3 {
-			wait("many")
-		}
-		wait("few")
-		in[0].leave()
-		synctest.Wait()
-		if len(order) != 4 || order[0] != "many" || !slices.Contains(order[:2], any("few")) {
-			t.Errorf("places went to %v want few to be the second", order)
-		}
-		for _, c := range in[1:] {
-			c.leave()
-		}
-	})
-}
-
-// Slow messages keep no other waiting, whether or not those are compressed.
+// Slow messages keep no other waiting.
 func TestSlowMessagesKeepNoOtherWaiting(t *testing.T) {
-	const connections = 4 * maxArriving
-	tests := []struct {
-		name string
-		from func(g *gate, connection any) *call
-		wait time.Duration // that a call from another connection has at the most
-	}{
-		{"plain", (*gate).callFrom, 0},
-		{"compressed", (*gate).compressedFrom, arrival},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				g := newGate()
-				var slow sync.WaitGroup
-				var end atomic.Bool
-				for i := range connections {
-					slow.Go(func() {
-						for !end.Load() { // a call that is ended is renewed
-							c := tt.from(g, i)
-							if err := c.enter(); err != nil {
-								t.Errorf("enter() = %v", err)
-							}
-							select {
-							case <-c.Done():
-							case <-time.After(time.Second):
-							}
-							c.leave()
-						}
-					})
-				}
-				<-time.After(connections / maxArriving * arrival) // until each connection has lost a call
-				for range 50 {
-					<-time.After(7 * time.Millisecond)
-					begin := time.Now()
-					c := tt.from(g, "other")
-					if err := c.enter(); err != nil || time.Since(begin) > tt.wait {
-						t.Errorf("enter() = %v after %v want a place after %v at the most", err, time.Since(begin), tt.wait)
+	const connections = 4 * maxOverdue
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		var slow sync.WaitGroup
+		var end atomic.Bool
+		for i := range connections {
+			slow.Go(func() {
+				for !end.Load() { // a call that is ended is renewed
+					c := g.callFrom(i)
+					if err := c.enter(); err != nil {
+						t.Errorf("enter() = %v", err)
 					}
-					if c.leave() {
-						t.Error("a call was ended that had just begun")
+					select {
+					case <-c.Done():
+					case <-time.After(time.Second):
 					}
+					c.leave()
 				}
-				end.Store(true)
-				slow.Wait()
 			})
-		})
-	}
+		}
+		<-time.After(connections / maxOverdue * arrival) // until each connection has lost a call
+		for range 50 {
+			<-time.After(7 * time.Millisecond)
+			begin := time.Now()
+			c := g.callFrom("other")
+			if err := c.enter(); err != nil || time.Since(begin) > 0 {
+				t.Errorf("enter() = %v after %v want a place at once", err, time.Since(begin))
+			}
+			if c.leave() {
+				t.Error("a call was ended that had just begun")
+			}
+		}
+		end.Store(true)
+		slow.Wait()
+	})
 }
 
-// Of the plain messages that do not end only so many last, and the connection with the most loses the oldest.
+// Of the messages that do not end only so many last, and the connection with the most loses the oldest.
 func TestFewSlowMessagesLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -268,7 +167,7 @@ func TestFewSlowMessagesLast(t *testing.T) {
 			t.Fatal(err)
 		}
 		var many []*call
-		for range 3 * maxArriving {
+		for range 3 * maxOverdue {
 			c := g.callFrom("many")
 			if err := c.enter(); err != nil {
 				t.Fatal(err)
@@ -282,11 +181,11 @@ func TestFewSlowMessagesLast(t *testing.T) {
 			t.Error("the call of the connection with few was ended")
 		}
 		for i, c := range many {
-			if want := i < len(many)-maxArriving+1; c.leave() != want || (c.Err() != nil) != want {
+			if want := i < len(many)-maxOverdue+1; c.leave() != want || (c.Err() != nil) != want {
 				t.Errorf("call %d: ended %v want %v", i, !want, want)
 			}
 		}
-		if n := g.plain.size + g.overdue.size; n != 0 {
+		if n := g.arriving.size + g.overdue.size; n != 0 {
 			t.Errorf("%d calls are left", n)
 		}
 	})
