@@ -52,7 +52,7 @@ func (k *kinds) serve(c *call, server any, stream grpc.ServerStream, method stri
 	of := &k.foreign
 	switch method {
 	case healthv1.Health_Watch_FullMethodName:
-		c.over() // it lasts, and nothing else counts it
+		c.outbox.answer(c.stream, callSize-unsentCall+c.metadata, 0, true) // it lasts, and nothing else counts it
 		return handle(server, stream)
 	case sessionv1.SessionService_Session_FullMethodName:
 		of = &k.lines

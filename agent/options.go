@@ -50,7 +50,8 @@ type options struct {
 // WithCredentials secures the server's connections, as [grpc.Creds] does. Without the option, or with nil, connections are
 // in plaintext. If the option is repeated, the last one counts. Handlers and interceptors find the same peer as with
 // grpc.Creds. Do not give the server grpc.Creds as well. Before [ServerOptions] it has no effect, and connections are in
-// plaintext. After ServerOptions it replaces these credentials, and what connections send is not paced.
+// plaintext. After ServerOptions it replaces these credentials. Then what connections send is not paced, and what they do not read is
+// not bounded.
 //
 // What TLS itself costs is bounded with gRPC's own credentials for TLS. They get a wrapped connection. Other credentials get the
 // connection as the listener made it.
@@ -88,15 +89,17 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
 //     connection with the most of them loses a call.
 //   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
-//     loses its oldest one. At most 64 messages that are compressed otherwise than by gzip arrive at a time, and others wait.
+//     loses its oldest one. A call whose message is compressed otherwise than by gzip ends with Unimplemented.
 //   - At most half of the processors read requests of 64 KiB and more. The other requests wait, and take at most 64 MiB. The
 //     next one is of the connection whose requests have lately taken the least time. The size of a request is that without
 //     compression. It may be 4 MiB. A compressed message for another service may have 64 KiB without compression.
 //   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
 //     beyond that is decided at once, and does not wait.
-//   - Answers that clients have not read take at most 64 MiB, and 16 MiB for one connection. Beyond that, checks are
-//     answered without labels and cached values, and other calls end with ResourceExhausted. Answers of more than 1 KiB
-//     are not compressed.
+//   - Calls whose answers have not left take at most 128 MiB, with 4 KiB and four times their metadata for each. Beyond that,
+//     a connection ends: one with many such bytes that has not read for long. Beyond 16 MiB of one connection, checks are
+//     answered without labels and cached values, and other calls with answers of more than 1 KiB end with
+//     ResourceExhausted. If such a connection does not read at all, it is not read either. Flows that wait in queues do not
+//     count. Answers of more than 1 KiB are not compressed.
 //   - There can be 8192 sessions of clients, of which one API key, or one certificate, can have 2048. So can all clients
 //     without either. A connection can have 128 streams of sessions. A message of a session may have 16 KiB. 1000 of a stream
 //     are handled a second, and the others wait. A stream with more than 64 messages that wait, or two large ones, ends. What

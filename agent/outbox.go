@@ -169,12 +169,12 @@ func (o *outbox) arrive(f frames.Frame) {
 			o.streams = make(map[uint32]outgoing)
 		}
 		o.last = f.Stream
-		o.set(f.Stream, outgoing{}, outgoing{call: unsentCall + unsentHeader*f.Length})
+		o.set(f.Stream, outgoing{}, outgoing{call: headed(unsentCall, f)})
 		o.most = max(o.most, len(o.streams))
 	case f.Kind == frames.Continuation:
 		if s, ok := o.streams[f.Stream]; ok {
 			longer := s
-			longer.call += unsentHeader * f.Length
+			longer.call = headed(s.call, f)
 			o.set(f.Stream, s, longer)
 		}
 	case f.Kind == frames.RSTStream && o.writing:
@@ -185,6 +185,11 @@ func (o *outbox) arrive(f frames.Frame) {
 	case f.Kind == frames.RSTStream:
 		o.remove(f.Stream)
 	}
+}
+
+// headed returns what a call takes with one more frame of its header.
+func headed(call int, f frames.Frame) int {
+	return min(call+unsentHeader*f.Length, unsentCall+4*maxHeaders) // as weight has it
 }
 
 // leave notes a frame that has left, with the mutex.

@@ -72,6 +72,7 @@ func TestOutbox(t *testing.T) {
 	}{
 		{"a call that begins", func(*outbox) {}, begun},
 		{"with more headers", func(o *outbox) { o.arrives(frames.Frame{Kind: frames.Continuation, Stream: 1, Length: 5}) }, begun + 5*unsentHeader},
+		{"with more headers than calls may have", func(o *outbox) { o.arrives(frames.Frame{Kind: frames.Continuation, Stream: 1, Length: 1 << 14}) }, unsentCall + 4*maxHeaders},
 		{"that is handled", func(o *outbox) { o.handle(1) }, 0},
 		{"that is answered", func(o *outbox) { o.handle(1); o.answer(1, 100, 50, true) }, unsentCall + 150},
 		{"whose answer has left in part", func(o *outbox) { o.answer(1, 100, 50, true); o.leaves(data(11)) }, unsentCall + 100 + 40},
@@ -563,6 +564,32 @@ func TestConnectionsThatAreFullAreNotRead(t *testing.T) {
 			t.Errorf("%d bytes were read want %d", n, sent+header.Len())
 		}
 	})
+}
+
+// BenchmarkOutbox measures what a call costs besides its frames, with as many others.
+func BenchmarkOutbox(b *testing.B) {
+	for _, others := range []int{0, 1000} {
+		b.Run(fmt.Sprint(others, " others"), func(b *testing.B) {
+			o := &outbox{all: new(outboxes)}
+			o.all.add(o)
+			stream := uint32(1)
+			for ; stream < uint32(2*others); stream += 2 {
+				o.arrives(frames.Frame{Kind: frames.Headers, Stream: stream})
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				o.arrives(frames.Frame{Kind: frames.Headers, Stream: stream, Length: 50})
+				o.handle(stream)
+				o.answer(stream, 600, 100, true)
+				o.write()
+				o.leaves(frames.Frame{Kind: frames.Headers, Stream: stream})
+				o.leaves(frames.Frame{Kind: frames.Data, Stream: stream, Length: 105})
+				o.leaves(frames.Frame{Kind: frames.Headers, Flags: frames.EndStream, Stream: stream})
+				o.wrote(nil)
+				stream += 2
+			}
+		})
+	}
 }
 
 // BenchmarkChecks measures a check over a connection in memory.

@@ -700,30 +700,19 @@ func unread(ctx context.Context, t *testing.T, address string) {
 type unreadCall struct {
 	request
 	headers []string // besides those of all calls
-	reset   bool     // it is taken back at once
+	deaf    bool     // the connection is not read at all; otherwise the windows of its streams are closed
+	reset   bool     // the call is taken back at once
 }
 
-// unreadAnswers begins as many calls as a connection may have, and reads no answer: either all of the connection's, or, where the
-// streams' windows are closed, only data. Then it waits. Each connection makes one kind of call.
-func unreadAnswers(connections int, windows bool, kinds ...unreadCall) assault {
-	const calls, atOnce = 10_000, 100
+// unreadAnswers makes calls over many connections as long as it may, and reads no answer. Each connection makes one kind of call.
+func unreadAnswers(pause time.Duration, kinds ...unreadCall) assault {
+	const connections, atOnce, most = 34, 25, 10_000
 	return func(ctx context.Context, _ *testing.T, address string) {
 		var attacking sync.WaitGroup
 		for i := range connections {
-			kind := kinds[i%len(kinds)]
 			attacking.Go(func() {
 				for ; ctx.Err() == nil; sleep(ctx, 10*time.Millisecond) {
-					var p *peer
-					if windows {
-						p = greet(ctx, address, http2.Setting{ID: http2.SettingInitialWindowSize})
-					} else if p = connect(ctx, address); p != nil {
-						close(p.done)
-					}
-					if p == nil {
-						continue
-					}
-					p.neglect(ctx, kind, calls, atOnce)
-					p.close()
+					kinds[i%len(kinds)].neglect(ctx, address, pause, atOnce, most)
 				}
 			})
 		}
@@ -731,30 +720,56 @@ func unreadAnswers(connections int, windows bool, kinds ...unreadCall) assault {
 	}
 }
 
-// neglect makes calls, so many at once, and waits until the connection or ctx ends.
-func (p *peer) neglect(ctx context.Context, kind unreadCall, calls, atOnce int) {
-	message := envelope(len(kind.message), kind.message)
+// neglect makes at most so many calls, some at once with pauses between, until the connection or ctx ends.
+func (c unreadCall) neglect(ctx context.Context, address string, pause time.Duration, atOnce, most int) {
+	var p *peer
+	if !c.deaf {
+		p = greet(ctx, address, http2.Setting{ID: http2.SettingInitialWindowSize})
+	} else if p = connect(ctx, address); p != nil {
+		close(p.done)
+	}
+	if p == nil {
+		return
+	}
+	defer p.close()
+	message := envelope(len(c.message), c.message)
 	for i := 0; ctx.Err() == nil; i += atOnce {
-		if i >= calls {
-			sleep(ctx, 100*time.Millisecond)
+		if i >= most {
 			atOnce = 1 // so that it notices when the connection has ended
 		}
 		var frames bytes.Buffer
 		all := http2.NewFramer(&frames, nil)
 		for range atOnce {
-			stream := p.begins(all, false, header(kind.method, kind.headers...)...)
+			stream := p.begins(all, false, header(c.method, c.headers...)...)
 			_ = all.WriteData(stream, true, message)
-			if kind.reset {
+			if c.reset {
 				_ = all.WriteRSTStream(stream, http2.ErrCodeCancel)
 			}
 		}
 		p.mu.Lock()
-		_ = p.conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
 		_, err := p.conn.Write(frames.Bytes())
 		p.mu.Unlock()
 		if err != nil {
 			return
 		}
+		sleep(ctx, pause)
+	}
+}
+
+// unreadCalls are of all kinds.
+func unreadCalls() []unreadCall {
+	check := request{methodCheck, field(1, []byte("point"))}
+	return []unreadCall{
+		{request: check},
+		{request: check, headers: heavy()},
+		{request: check, deaf: true},
+		{request: check, headers: heavy(), deaf: true},
+		{request: check, headers: heavy(), deaf: true, reset: true},
+		{request: request{flowService + "Nothing", nil}, headers: heavy(), deaf: true},
+		{request: request{methodCheck, nil}, headers: append(heavy(), "grpc-encoding", "none"), deaf: true},
+		{request: request{flowService + "FlowEnd", field(1, []byte("point"))}, headers: heavy()},
+		{request: request{methodWatch, nil}, headers: heavy()},
 	}
 }
 

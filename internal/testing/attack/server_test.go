@@ -100,6 +100,7 @@ func TestServers(t *testing.T) {
 		{"connections", "grpc", nil, connections, standard, false},
 		{"connections", "http", nil, connections, standard, false},
 		{"answers that are not read", "agent", nil, unread, standard, false},
+		{name: "answers of all kinds that are not read", victim: "agent", attack: unreadAnswers(400*time.Millisecond, unreadCalls()...), bounds: bounds{memory: 600, slower: 10, unanswered: 0.02}, alone: true},
 		{"labels that are not read", "agent", nil, unreadLabels, standard, false},
 		{"reflection that is not read", "agent", nil, unreadReflection, standard, false},
 		{"messages of sessions", "agent", nil, sessions(12 << 10), standard, false},
