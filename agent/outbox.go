@@ -129,6 +129,9 @@ func (o *outbox) unlock() {
 func (o *outbox) weight(now time.Time) time.Duration {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.size == 0 {
+		return 0
+	}
 	if o.since.IsZero() {
 		o.since, o.turn = now, o.size
 	}

@@ -112,16 +112,18 @@ func TestTheWorstConnectionEnds(t *testing.T) {
 		calls  int
 		reads  bool          // all, all the time
 		silent time.Duration // before the others begin
+		idle   bool          // it has nothing until the others have begun
 	}
 	for _, tt := range []struct {
 		name        string
 		connections []connection
 		want        []string
 	}{
-		{"the most", []connection{{"a", 20, false, 0}, {"b", 30, false, 0}}, []string{"b"}},
-		{"as many as needed", []connection{{"a", 16, false, 0}, {"b", 15, false, 0}, {"c", 14, false, 0}}, []string{"a"}},
-		{"few bytes for long do not outweigh many", []connection{{"a", 1, false, time.Hour}, {"b", 40, false, 2 * time.Second}}, []string{"b"}},
-		{"many that leave do not outweigh few", []connection{{"a", 30, true, 0}, {"b", 20, false, 0}}, []string{"b"}},
+		{"the most", []connection{{name: "a", calls: 20}, {name: "b", calls: 30}}, []string{"b"}},
+		{"as many as needed", []connection{{name: "a", calls: 16}, {name: "b", calls: 15}, {name: "c", calls: 14}}, []string{"a"}},
+		{"few bytes for long do not outweigh many", []connection{{name: "a", calls: 1, silent: time.Hour}, {name: "b", calls: 40, silent: 2 * time.Second}}, []string{"b"}},
+		{"many that leave do not outweigh few", []connection{{name: "a", calls: 20, reads: true}, {name: "b", calls: 16, silent: time.Second}, {name: "c", calls: 10, idle: true}}, []string{"b"}},
+		{"time without bytes does not count", []connection{{name: "a", calls: 20, silent: time.Second}, {name: "b", calls: 30, idle: true}}, []string{"a"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -166,7 +168,12 @@ func TestTheWorstConnectionEnds(t *testing.T) {
 					}
 				}
 				for i, c := range tt.connections {
-					if c.silent == 0 && !c.reads {
+					if c.silent == 0 && !c.reads && !c.idle {
+						begin(open[i], c)
+					}
+				}
+				for i, c := range tt.connections {
+					if c.idle {
 						begin(open[i], c)
 					}
 				}
