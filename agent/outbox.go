@@ -15,12 +15,12 @@ import (
 // The bounds of what the agent has to send and clients have not read. A call counts from its header until its answer has left, but not
 // while a handler has it.
 const (
-	maxUnsent      = 128 << 20 // bytes, over all connections; beyond, a connection ends
-	maxUnsentByOne = 16 << 20  // of one connection; beyond, answers lose what can be spared
-	unsentCall     = 4 << 10   // bytes that a call takes besides its metadata and messages
-	unsentMessage  = 512       // bytes that a message takes besides its own
-	unsentHeader   = 32        // bytes that a call's metadata takes for each byte of its header's frames, until a handler has it
-	unsentLong     = time.Second
+	maxUnsent      = 128 << 20   // bytes, over all connections; beyond, a connection ends
+	maxUnsentByOne = 16 << 20    // of one connection; beyond, answers lose what can be spared
+	unsentCall     = 4 << 10     // bytes that a call takes besides its metadata and messages
+	unsentMessage  = 512         // bytes that a message takes besides its own
+	unsentHeader   = 32          // bytes that a call's metadata takes for each byte of its header's frames, until a handler has it
+	unsentLong     = time.Second // the most that counts of the time for which bytes have not left, so that few bytes do not outweigh many
 	unsentBriefly  = unsentLong / 100
 )
 
@@ -59,8 +59,7 @@ func (all *outboxes) drop(o *outbox) {
 	o.ended, o.size, o.counted, o.streams, o.resets = true, 0, 0, nil, nil
 }
 
-// relieve ends connections until the others have room: first that with the most bytes by the time for which they have not been read. Up to
-// unsentLong counts, so that few bytes do not outweigh many.
+// relieve ends connections until the others have room: first that with the largest weight.
 func (all *outboxes) relieve() {
 	var ends []func()
 	all.mu.Lock()
@@ -101,8 +100,9 @@ type outbox struct {
 	counted int // of size in all.size
 	ended   bool
 
-	since time.Time // since when no full turn of the bytes has left; zero if that is to be looked at next
-	turn  int       // bytes of this turn
+	// A turn is as many bytes as there were when it began. It has ended when as many have left.
+	since time.Time // when the turn began; zero for none
+	turn  int       // bytes of the turn that have not left
 
 	writing bool
 	resets  []uint32 // streams that the client has reset while writing
@@ -113,6 +113,7 @@ type outgoing struct {
 	call     int // bytes of the call besides its messages; 0 while a handler has it
 	messages int // bytes of messages that have not left
 	wire     int // the same as they are sent
+	reset    bool
 }
 
 // unlock also adds what has changed to the size of all.
@@ -125,7 +126,7 @@ func (o *outbox) unlock() {
 	}
 }
 
-// weight is the bytes by the time for which they have not been read.
+// weight is the bytes, multiplied by the time that the turn has lasted. A connection without a turn begins one.
 func (o *outbox) weight(now time.Time) time.Duration {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -182,7 +183,9 @@ func (o *outbox) arrive(f frames.Frame) {
 		}
 	case f.Kind == frames.RSTStream && o.writing:
 		// GRPC may have to write much before it forgets the answer.
-		if _, ok := o.streams[f.Stream]; ok {
+		if s, ok := o.streams[f.Stream]; ok && !s.reset {
+			s.reset = true
+			o.streams[f.Stream] = s
 			o.resets = append(o.resets, f.Stream)
 		}
 	case f.Kind == frames.RSTStream:
@@ -244,7 +247,9 @@ func (o *outbox) handle(stream uint32) {
 	o.mu.Lock()
 	defer o.unlock()
 	if s, ok := o.streams[stream]; ok {
-		o.set(stream, s, outgoing{messages: s.messages, wire: s.wire})
+		after := s
+		after.call = 0
+		o.set(stream, s, after)
 	}
 }
 
@@ -259,7 +264,9 @@ func (o *outbox) lend(stream uint32, size int) bool {
 		return false
 	}
 	if s, ok := o.streams[stream]; ok {
-		o.set(stream, s, outgoing{s.call, s.messages + size, s.wire})
+		after := s
+		after.messages += size
+		o.set(stream, s, after)
 	}
 	return true
 }
@@ -276,7 +283,10 @@ func (o *outbox) send(stream uint32, size int) bool {
 		return false
 	}
 	if s, ok := o.streams[stream]; ok {
-		o.set(stream, s, outgoing{s.call, s.messages + messages, s.wire + messageHeader + size})
+		after := s
+		after.messages += messages
+		after.wire += messageHeader + size
+		o.set(stream, s, after)
 	}
 	return true
 }
@@ -293,7 +303,8 @@ func (o *outbox) answer(stream uint32, metadata, size int, must bool) bool {
 	if !ok {
 		return true
 	}
-	after := outgoing{unsentCall + metadata, s.messages, s.wire}
+	after := s
+	after.call = unsentCall + metadata
 	if s.wire == 0 { // of a stream some may have left
 		after.messages, after.wire = kept(size), messageHeader+size
 	}

@@ -81,6 +81,16 @@ func TestOutbox(t *testing.T) {
 		{"that the agent has reset", func(o *outbox) { o.leaves(reset) }, 0},
 		{"that the client has reset", func(o *outbox) { o.arrives(reset) }, 0},
 		{"that the client has reset while a write does not return", func(o *outbox) { o.write(); o.arrives(reset) }, begun},
+		{"that the client resets again and again meanwhile", func(o *outbox) {
+			o.write()
+			for range 10 {
+				o.arrives(reset)
+				o.answer(1, 0, 50, true)
+			}
+			if len(o.resets) != 1 {
+				t.Errorf("%d resets are kept", len(o.resets))
+			}
+		}, unsentCall + 50},
 		{"that the client has reset, once it has returned", func(o *outbox) { o.write(); o.arrives(reset); o.wrote(nil) }, 0},
 		{"that has ended before its handler", func(o *outbox) { o.handle(1); o.leaves(end); o.answer(1, 100, 50, true) }, 0},
 		{"whose answer takes room before it is known", func(o *outbox) { o.handle(1); o.lend(1, 1000) }, 1000},
