@@ -47,7 +47,7 @@ func (c *pacedCredentials) handshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	if err != nil {
 		return conn, info, err
 	}
-	paced := newPacedConn(conn, c.pacer)
+	paced := newPacedConn(conn, raw, c.pacer)
 	if _, ok := info.(credentials.TLSInfo); ok { // others may use another implementation, which reads the connection otherwise
 		h.Established()
 		paced.below = h.Conn

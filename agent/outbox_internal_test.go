@@ -532,7 +532,7 @@ func TestConnectionsThatAreFullAreNotRead(t *testing.T) {
 		p := new(pacer)
 		near, far := net.Pipe()
 		defer far.Close()
-		c := newPacedConn(near, p)
+		c := newPacedConn(near, near, p)
 		defer c.Close()
 		calls := maxUnsentByOne/unsentCall + 1
 		read := make(chan int)

@@ -50,7 +50,7 @@ const (
 	wakingUnits    = 64     // for which a connection waits, so that it is not woken for each frame
 	shortestWait   = 20 * time.Millisecond
 	longestWait    = time.Second
-	behindFor      = 3 * time.Second // a connection that has to wait is closed if it has had fewer units than firstUnits for so long
+	behindFor      = 3 * time.Second // a connection that has to wait is closed if it has not had firstUnits, and no wait for longestWait, for so long
 )
 
 var errBehind = errors.New("headgate: the connection sends too many frames that are of no use")
@@ -141,6 +141,7 @@ type allowance struct {
 	data    int       // bytes of large DATA frames that are free
 	drew    time.Time // when it last drew on the pacer
 	behind  time.Time // since when it has had few units; zero if it has more
+	waited  time.Time // when a read last had to wait
 }
 
 // earn adds units, and bytes of large DATA frames. A nil allowance earns nothing.
@@ -200,8 +201,13 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 			return 0, a.pacer.wait(wakingUnits - a.balance), nil
 		}
 	}
-	if a.balance >= firstUnits && !waited && !a.behind.IsZero() {
-		a.behind = time.Time{}
+	if !a.behind.IsZero() {
+		// A wait may bring many units, if other connections have ended meanwhile. So they only count when it is long ago.
+		if now := time.Now(); waited {
+			a.waited = now
+		} else if a.balance >= firstUnits && now.Sub(a.waited) >= longestWait {
+			a.behind = time.Time{}
+		}
 	}
 	if a.data == 0 {
 		most = min(most, max(2*smallRead, 9*int(a.balance))) // a frame has at least 9 bytes
@@ -235,9 +241,7 @@ func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.
 	if c.plain {
 		info = nil // as on a server without credentials
 	}
-	paced := newPacedConn(conn, c.pacer)
-	paced.outbox.end = func() { _ = raw.Close() } // TLS would wait until its client reads
-	return paced, info, nil
+	return newPacedConn(conn, raw, c.pacer), info, nil
 }
 
 func (c *pacedCredentials) Clone() credentials.TransportCredentials {
@@ -269,9 +273,10 @@ type pacedConn struct {
 	isClosed  bool
 }
 
-func newPacedConn(conn net.Conn, p *pacer) *pacedConn {
+// newPacedConn returns a connection that is raw below the security of conn. Its outbox closes raw: TLS would wait until its client reads.
+func newPacedConn(conn, raw net.Conn, p *pacer) *pacedConn {
 	return &pacedConn{
-		Conn: conn, outbox: &outbox{all: &p.outboxes, end: func() { _ = conn.Close() }}, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
+		Conn: conn, outbox: &outbox{all: &p.outboxes, end: func() { _ = raw.Close() }}, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
 		changed: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }

@@ -75,7 +75,7 @@ func (s *source) Read(p []byte) (int, error) {
 func paced(p *pacer, all []byte) (*pacedConn, *source) {
 	p.finds.Store(true)
 	s := &source{address: new(net.TCPAddr), bytes: all}
-	c := newPacedConn(s, p)
+	c := newPacedConn(s, s, p)
 	c.frames.Each(make([]byte, 24), c.count, nil)
 	return c, s
 }
@@ -252,20 +252,32 @@ func TestOtherFramesWait(t *testing.T) {
 // A connection that goes on for long ends. One that makes calls again does not.
 func TestConnectionsThatAreBehindEnd(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
-		pause time.Duration // after each second
-		want  error
+		name   string
+		pause  time.Duration // after each second
+		others int           // that end before it would
+		want   error
 	}{
-		{"no pause", 0, errBehind},
-		{"pauses", time.Second, nil},
+		{"no pause", 0, 0, errBehind},
+		{"pauses", time.Second, 0, nil},
+		{"no pause, and then fewer others", 0, 100, errBehind},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c, _ := paced(new(pacer), frame(http2.FramePriority, 5))
+				p := new(pacer)
+				c, _ := paced(p, frame(http2.FrameHeaders, 20)) // which waits for long each time
 				begin, last := time.Now(), time.Now()
+				for range tt.others {
+					other, _ := paced(p, frame(http2.FramePriority, 5))
+					go func() {
+						for buf := make([]byte, 1024); time.Since(begin) < behindFor/3; {
+							_, _ = other.Read(buf)
+						}
+						_ = other.Close()
+					}()
+				}
 				for i := 0; time.Since(begin) < 10*behindFor && i < 100_000; i++ {
-					if _, err := c.Read(make([]byte, 4096)); err != nil {
-						if !errors.Is(err, tt.want) || time.Since(begin) < behindFor {
+					if _, err := c.Read(make([]byte, 1024)); err != nil {
+						if !errors.Is(err, tt.want) || time.Since(begin) < behindFor || time.Since(begin) > behindFor+longestWait {
 							t.Errorf("after %v: %v want %v", time.Since(begin), err, tt.want)
 						}
 						return
@@ -548,7 +560,7 @@ func TestReadOnReady(t *testing.T) {
 	for _, network := range []string{"tcp", "unix", "pipe"} {
 		t.Run(network, func(t *testing.T) {
 			near, far := ends(t, network)
-			c := newPacedConn(near, new(pacer))
+			c := newPacedConn(near, near, new(pacer))
 			pool := new(countingPool)
 			written := make(chan error, 1)
 			go func() {
