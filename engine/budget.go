@@ -192,10 +192,20 @@ func (a *account[S]) learn(now int64, asked *shared.Rule, want float64, answer *
 	return differs
 }
 
-// corrected forgets when there are tokens again, because so many have come back; below 0 for a debt.
-func (a *account[S]) corrected(capacity, tokens float64) {
+// corrected forgets when there are tokens again, because of a return. What is left changes by what the store has taken or given
+// back for it.
+func (a *account[S]) corrected(r *shared.Return, result shared.Result) {
 	a.recheck = 0
-	a.left = min(a.left+tokens, max(capacity, a.left))
+	switch debt := r.Cost - r.Tokens; {
+	case debt > 0:
+		lowest := source.Lowest(r.Rule.MaxDebt, r.Rule.Capacity)
+		source.Owe(&a.left, debt-result.Forgiven, lowest)
+		if result.Forgiven > 0 { // there was less than the engine knew
+			a.left = min(a.left, lowest)
+		}
+	case result.Returned:
+		a.left = min(a.left-debt, max(r.Rule.Capacity, a.left))
+	}
 }
 
 // mostReturns is how many returns of slots the average of their times is taken over.

@@ -366,8 +366,8 @@ type leasing interface {
 	// collect takes out what is to go back. It reports whether the lease has ended.
 	collect(now int64, all bool) (r shared.Return, of *sharedTally, ended bool)
 
-	// collected notes that the tokens have come back.
-	collected(r *shared.Return)
+	// collected notes what became of the return.
+	collected(r *shared.Return, result shared.Result)
 }
 
 // room takes room for a lease, and reports whether there was any.
@@ -450,12 +450,12 @@ func (e *Engine) collect(all bool) {
 	if len(batch) == 0 {
 		return
 	}
-	_, err := e.giveBack(e.store.detached(), batch)
+	results, err := e.giveBack(e.store.detached(), batch)
 	for i, one := range of {
 		if err != nil {
 			tallies[i].unpaid.Add(1)
 		} else {
-			one.collected(&batch[i])
+			one.collected(&batch[i], results[i])
 		}
 	}
 }
@@ -483,9 +483,9 @@ func (o *leaser[S]) collect(now int64, all bool) (r shared.Return, of *sharedTal
 	return r, o.l.sharedTally, ended
 }
 
-func (o *leaser[S]) collected(r *shared.Return) {
+func (o *leaser[S]) collected(r *shared.Return, result shared.Result) {
 	if e, _ := o.l.known(o.name); e != nil {
-		e.State.corrected(r.Rule.Capacity, r.Tokens)
+		e.State.corrected(r, result)
 		e.Unlock()
 	}
 }

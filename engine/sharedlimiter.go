@@ -397,7 +397,7 @@ func (l *sharedLimiter[S]) returned(d *agentapi.LimiterDecision, o agentapi.Outc
 	}
 	if result.Returned || settled {
 		l.account(d, func(e *keys.Entry[account[S]]) {
-			e.State.corrected(r.Rule.Capacity, r.Tokens-r.Cost)
+			e.State.corrected(r, result)
 			if result.Held > 0 && o.Ended != agentapi.EndedUnused {
 				e.State.learnHold(result.Held)
 			}

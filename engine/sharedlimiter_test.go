@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -717,6 +718,65 @@ func TestSharedPeekAndReset(t *testing.T) {
 				t.Errorf("%s: Reset without the store: %v", name, err)
 			}
 		})
+	}
+}
+
+// The stats show what the store has after a settlement, as Peek does, although another engine has taken tokens that this one does not
+// know of. The store forgives what is beyond MaxDebt.
+func TestSharedStatsOfSettledFlows(t *testing.T) {
+	at := policy.At("point")
+	components := map[string]policy.Component{
+		"rate limiter": policy.RateLimiter{
+			Selectors: at, Capacity: 10, Fill: 10, Interval: time.Hour, StepFill: true, TokensLabel: "cost", MaxDebt: 3,
+		},
+		"leased limiter": policy.RateLimiter{
+			Selectors: at, Capacity: 10, Fill: 1e-9, Interval: time.Hour, TokensLabel: "cost", MaxDebt: 3, Share: policy.ShareLeased,
+		},
+		"quota scheduler": policy.QuotaScheduler{
+			Selectors: at, Capacity: 10, Fill: 10, Interval: time.Hour, StepFill: true, MaxDebt: 3,
+			Scheduler: policy.Scheduler{TokensLabel: "cost", Default: policy.WorkloadParameters{QueueTimeout: policy.NoQueue}},
+		},
+		"calendar quota": policy.CalendarQuota{Selectors: at, Amount: 10, Period: policy.PeriodHour, TokensLabel: "cost", MaxDebt: 3},
+	}
+	for kind, c := range components {
+		for _, tt := range []struct {
+			name         string
+			other        float64 // what a flow of another engine takes meanwhile
+			cost, remain float64 // of a flow that takes 4
+		}{
+			{"a debt", 0, 12, -2},
+			{"beyond the largest debt", 0, 100, -3},
+			{"beyond it because of others", 6, 9, -3},
+			{"a refund", 0, 1, 9},
+		} {
+			for _, peeks := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/%s/%v", kind, tt.name, peeks), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						f := newFleet(t, 2, sides.Embedded, c)
+						start := func(at int, cost float64) *flowctl.Flow {
+							flow := f.sides[at].Client.Start(t.Context(), "point", flowctl.Params{Labels: map[string]string{"cost": fmt.Sprint(cost)}})
+							if !flow.ShouldRun() {
+								t.Fatal(flow.Err())
+							}
+							return flow
+						}
+						flow := start(0, 4)
+						end(start(1, tt.other))
+						flow.Settle("cost", tt.cost)
+						end(flow)
+						e := f.sides[0].Engine
+						if peeks {
+							if got := left(t, e, ""); got != tt.remain {
+								t.Errorf("Peek shows %v left want %v", got, tt.remain)
+							}
+						}
+						if _, s := first(t, e); s.Usage.Remaining != tt.remain {
+							t.Errorf("the stats show %v left want %v", s.Usage.Remaining, tt.remain)
+						}
+					})
+				})
+			}
+		}
 	}
 }
 

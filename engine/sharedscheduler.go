@@ -679,7 +679,7 @@ func (s *sharedScheduler[S]) returned(d *agentapi.LimiterDecision, o agentapi.Ou
 		return false
 	}
 	if e, _ := s.known(d); e != nil {
-		e.State.tokens.corrected(r.Rule.Capacity, r.Tokens-r.Cost)
+		e.State.tokens.corrected(r, result)
 		if result.Held > 0 && o.Ended != agentapi.EndedUnused {
 			e.State.tokens.learnHold(result.Held)
 		}
@@ -696,6 +696,9 @@ func (s *sharedScheduler[S]) peek(ctx context.Context, value string, now int64) 
 	if err != nil {
 		return Usage{}, componentError(s.component.Policy, s.component.ID, err)
 	}
+	e.Lock()
+	e.State.tokens.left, e.State.tokens.at, e.State.tokens.last = u.Remaining, now, rule
+	e.Unlock()
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight, Waiting: waiting}, nil
 }
 
