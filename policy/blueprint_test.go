@@ -66,7 +66,7 @@ func TestBlueprintErrors(t *testing.T) {
 		{
 			"pass-through", values,
 			[]string{"fill_amount", "pass_through: 1\n    fill_amount"},
-			"limits.yaml:6:5: policy.rate_limiter.pass_through: unknown key",
+			"limits.yaml:6:5: policy.rate_limiter.pass_through: unknown key; it belongs in calendar_quota.in_ports or circuit_breaker.in_ports or concurrency_limiter.in_ports, for example",
 		},
 		{
 			"port that is not a number", values,

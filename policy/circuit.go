@@ -155,7 +155,7 @@ func (d *decoder) port(v value) float64 {
 
 // noPort learns the keys of an input port, in a decoder that learns.
 func (d *decoder) noPort(v value) {
-	if d.learned != nil {
+	if d.learned != nil && has(d.learned[v.up.path()], v.key) { // blueprint values lack some
 		d.one(v, "constant_signal signal_name")
 		d.constant(v.get("constant_signal"))
 	}

@@ -44,22 +44,22 @@ type decoder struct {
 	file     string
 	errs     []*Error
 	warnings []string
-	failed   map[string]bool    // what errs are about, by path
-	warned   map[string]bool    // what is in warnings
-	invalid  bool               // there is an error
-	sources  map[string]value   // what fills the Go fields of these names, where known; nil in a decoder that seeks none
-	learned  map[string]string  // keys of each mapping, by path; only in a decoder that learns
-	shape    func(*decoder)     // reads an empty document of the same shape
-	homes    map[string]string  // what another decoder has learned by shape
-	isShort  bool               // the document is in Headgate's own shape
-	names    []value            // the policies', also if they lack one
-	name     value              // that of the one policy of Aperture's shapes
-	dynamic  value              // dynamicConfig
-	used     map[string]bool    // keys of dynamicConfig
-	signals  map[string]float64 // the constant ones, by name
-	computed map[string]bool    // the other signals that a component has for output, by name
-	meters   value              // flux_meters
-	metered  map[string]bool    // those that a port names
+	failed   map[string]bool     // what errs are about, by path
+	warned   map[string]bool     // what is in warnings
+	invalid  bool                // there is an error
+	sources  map[string]value    // what fills the Go fields of these names, where known; nil in a decoder that seeks none
+	learned  map[string]string   // keys of each mapping, by path; only in a decoder that learns
+	shape    func(*decoder)      // reads an empty document of the same shape
+	homes    map[string][]string // what another decoder has learned by shape
+	isShort  bool                // the document is in Headgate's own shape
+	names    []value             // the policies', also if they lack one
+	name     value               // that of the one policy of Aperture's shapes
+	dynamic  value               // dynamicConfig
+	used     map[string]bool     // keys of dynamicConfig
+	signals  map[string]float64  // the constant ones, by name
+	computed map[string]bool     // the other signals that a component has for output, by name
+	meters   value               // flux_meters
+	metered  map[string]bool     // those that a port names
 	kept     *slab[value]
 
 	kindAround func(value) *kindOf // the function: the readers in the table of kinds cannot refer to the table

@@ -104,8 +104,17 @@ func printable(s string) string {
 func quote(s string) string { return fmt.Sprintf("%q", clip(s, 40)) }
 
 // suggest returns `; did you mean "x"?` for the known word that is nearest to the wrong one, or "" when none is near.
-// Case, dashes and underscores do not count, so that bucketCapacity finds bucket_capacity.
 func suggest(wrong string, known []string) string {
+	word := likely(wrong, known)
+	if word == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %q?", word)
+}
+
+// likely returns the known word that is nearest to the wrong one; "" when none is near. Case, dashes and underscores do not count, so
+// that bucketCapacity finds bucket_capacity.
+func likely(wrong string, known []string) string {
 	const longest = 64 // no known word comes near it, and the distance takes quadratic time
 	if len(wrong) > longest {
 		return ""
@@ -129,12 +138,9 @@ func suggest(wrong string, known []string) string {
 		nearest = abridged(wrong, known)
 	}
 	if nearest == "" && len(wrong) == 2 {
-		nearest = lacking(wrong, known)
+		nearest = cmp.Or(lacking(wrong, known), beside(wrong, known))
 	}
-	if nearest == "" {
-		return ""
-	}
-	return fmt.Sprintf("; did you mean %q?", nearest)
+	return nearest
 }
 
 // fold returns a word without what does not count in it.
@@ -153,6 +159,24 @@ func lacking(wrong string, known []string) (word string) {
 			return ""
 		}
 		word = w
+	}
+	return word
+}
+
+// beside returns the known word of two letters that has one of a wrong word's two in its place, as at is for az. The first letter goes
+// before the second. It returns "" if there are none.
+func beside(wrong string, known []string) (word string) {
+	for _, w := range known {
+		folded := fold(w)
+		if len(folded) != len(wrong) {
+			continue
+		}
+		if folded[0] == wrong[0] {
+			return w
+		}
+		if word == "" && folded[1] == wrong[1] {
+			word = w
+		}
 	}
 	return word
 }

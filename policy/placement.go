@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 )
@@ -35,6 +36,11 @@ func (d *decoder) unknown(key value, own string) {
 		return // before a hint is looked for, which takes longer than to read the key
 	}
 	known := strings.Fields(own)
+	if d.learnHomes() {
+		if keys, ok := d.homes[shapePath(key.up)]; ok { // an override of one kind has fewer than those of all kinds
+			known = keys
+		}
+	}
 	if key.up.up == nil && !d.isShort {
 		known = append(known, "blueprint", "policy", "apiVersion", "kind", "metadata", "spec", "headgate", "policies") // of the other shapes
 	}
@@ -57,13 +63,13 @@ func (d *decoder) unknown(key value, own string) {
 	if hint == "" {
 		hint = d.misspelt(key)
 	}
+	if hint == "" && d.isShort && !d.isKnown(key.key) {
+		hint = longer(key.key, known)
+	}
 	if hint == "" {
 		hint = d.home(key)
 	}
-	if hint == "" && d.isShort {
-		hint = longer(key.key, known)
-	}
-	if hint == "" && !d.isShort && suggest(key.key, []string{"dynamicConfig"}) != "" {
+	if hint == "" && !d.isShort && likely(key.key, []string{"dynamicConfig"}) != "" {
 		hint = "; dynamicConfig belongs at the top of a resource, or of blueprint values"
 	}
 	d.errorf(key, "unknown key%s", hint)
@@ -79,11 +85,13 @@ func (d *decoder) translated(key value) string {
 	inComponent := key.up.named && slices.ContainsFunc(kind.forms, func(f form) bool { return f.key == of }) || of == kind.name
 	switch {
 	case d.isShort && key.key == "label_matcher":
-		where := "here"
 		if inComponent {
-			where = "in selectors[]"
+			return "; what it has in Aperture's files is when, require and expression in selectors[]"
 		}
-		return "; what it has in Aperture's files is when, require and expression " + where
+		if d.learnHomes() && slices.Contains(d.homes[shapePath(key.up)], "expression") {
+			return "; what it has in Aperture's files is when, require and expression here"
+		}
+		return ""
 	case d.isShort && inComponent && has("in_ports parameters request_parameters scheduler", key.key):
 		return "; what it has in Aperture's files stands beside the other keys here"
 	case d.isShort && inComponent && key.key == "when" && meansEscalation(key):
@@ -117,7 +125,10 @@ func (d *decoder) learnHomes() bool {
 		reader := newDecoder(d.file)
 		reader.learned = map[string]string{}
 		d.shape(reader)
-		d.homes = reader.learned
+		d.homes = make(map[string][]string, len(reader.learned))
+		for path, keys := range reader.learned {
+			d.homes[path] = strings.Fields(keys)
+		}
 	}
 	return true
 }
@@ -129,12 +140,12 @@ func (d *decoder) below(key value) string {
 		return ""
 	}
 	from, hint := shapePath(key.up), ""
-	if best := d.above(key, func(keys string) bool { return has(keys, key.key) }); best != "" {
+	if best := d.above(key, func(keys []string) bool { return slices.Contains(keys, key.key) }); best != "" {
 		hint = "; it belongs in " + best
 	}
 	if hint == "" && d.kindAround(key) != nil {
-		best := d.nearest(from, func(path, keys string) bool {
-			return len(path) > len(from) && strings.HasPrefix(path, from) && has(keys, key.key)
+		best := d.nearest(from, func(path string, keys []string) bool {
+			return len(path) > len(from) && strings.HasPrefix(path, from) && slices.Contains(keys, key.key)
 		})
 		if best != "" {
 			hint = "; it belongs in " + best
@@ -144,7 +155,7 @@ func (d *decoder) below(key value) string {
 }
 
 // above returns the place that is nearest above the key in its mapping, of those whose keys fit. It returns "" if there is none.
-func (d *decoder) above(key value, fits func(keys string) bool) (best string) {
+func (d *decoder) above(key value, fits func(keys []string) bool) (best string) {
 	from := shapePath(key.up)
 	for _, e := range key.up.entries {
 		if e.key == key.key {
@@ -170,64 +181,87 @@ func (d *decoder) misspelt(key value) string {
 		return ""
 	}
 	word := "" // of the last that fits, which is the nearest
-	best := d.above(key, func(keys string) bool {
-		meant := suggest(key.key, strings.Fields(keys))
+	best := d.above(key, func(keys []string) bool {
+		meant := likely(key.key, keys)
 		word = cmp.Or(meant, word)
 		return meant != ""
 	})
 	return meantIn(word, best)
 }
 
-// meantIn adds to what suggest returns where the key belongs. It returns "" if that is nowhere.
+// meantIn returns what suggest does for a word, and where it belongs. It returns "" if that is nowhere.
 func meantIn(word, place string) string {
 	if place == "" {
 		return ""
 	}
-	return strings.TrimSuffix(word, "?") + ", which belongs in " + place + "?"
+	return fmt.Sprintf("; did you mean %q, which belongs in %s?", word, place)
 }
 
-// home returns a hint at the nearest mapping that may have the key, or one much like it; "" if there is none.
+// isKnown reports whether any mapping may have the key.
+func (d *decoder) isKnown(key string) bool {
+	if !d.learnHomes() {
+		return false
+	}
+	for _, keys := range d.homes {
+		if slices.Contains(keys, key) {
+			return true
+		}
+	}
+	return false
+}
+
+// home returns a hint at the nearest mappings that may have the key or, if there are none, the word that is meant at the nearest
+// mapping. It returns "" if there is no such word.
 func (d *decoder) home(key value) string {
 	if !d.learnHomes() {
 		return ""
 	}
 	from := shapePath(key.up)
-	if best := d.nearest(from, func(_, keys string) bool { return has(keys, key.key) }); best != "" {
+	if best := d.nearest(from, func(_ string, keys []string) bool { return slices.Contains(keys, key.key) }); best != "" {
 		return "; it belongs in " + best
 	}
-	word := ""
-	best := d.nearest(from, func(_, keys string) bool {
-		meant := suggest(key.key, strings.Fields(keys))
-		word = cmp.Or(word, meant)
-		return meant != ""
-	})
+	word, least := "", math.MaxInt
+	for _, path := range slices.Sorted(maps.Keys(d.homes)) {
+		if n := steps(from, path); n < least {
+			if meant := likely(key.key, d.homes[path]); meant != "" {
+				word, least = meant, n
+			}
+		}
+	}
+	best := d.nearest(from, func(_ string, keys []string) bool { return slices.Contains(keys, word) })
+	if least > 4 && strings.Contains(best, " or ") { // too far for a guess
+		return ""
+	}
 	return meantIn(word, best)
 }
 
-// nearest returns the places that fits chooses by their path and their keys, up to three of those that are nearest to a path. It
-// returns "" if there is none, or if there are too many, and too far.
-func (d *decoder) nearest(from string, fits func(path, keys string) bool) string {
+// nearest returns the places that fits chooses by their path and their keys: up to three of those that are nearest to a path. It
+// returns "" if there is none.
+func (d *decoder) nearest(from string, fits func(path string, keys []string) bool) string {
 	var places []string
-	for _, path := range slices.Sorted(maps.Keys(d.homes)) {
-		if fits(path, d.homes[path]) {
+	for path, keys := range d.homes {
+		if fits(path, keys) {
 			places = append(places, path)
 		}
 	}
 	if len(places) == 0 {
 		return ""
 	}
-	slices.SortStableFunc(places, func(a, b string) int { return cmp.Compare(steps(from, a), steps(from, b)) })
-	nearest := steps(from, places[0])
-	var best []string
-	for _, path := range places[:min(len(places), 3)] {
-		if steps(from, path) <= nearest+1 {
-			best = append(best, place(path))
-		}
+	slices.SortFunc(places, func(a, b string) int {
+		return cmp.Or(cmp.Compare(steps(from, a), steps(from, b)), strings.Compare(a, b))
+	})
+	least, more := steps(from, places[0]), ""
+	near := slices.IndexFunc(places, func(path string) bool { return steps(from, path) > least+1 })
+	if near >= 0 {
+		places = places[:near]
 	}
-	if nearest > 4 && len(best) > 1 {
-		return ""
+	if len(places) > 3 {
+		places, more = places[:3], ", for example"
 	}
-	return strings.Join(best, " or ")
+	for i, path := range places {
+		places[i] = place(path)
+	}
+	return strings.Join(places, " or ") + more
 }
 
 // shapePath returns the path of a value in the shape of its document, where sequences have one item.
@@ -246,18 +280,28 @@ func shapePath(v *value) string {
 
 // steps counts the levels up and down from one path to another.
 func steps(from, to string) int {
-	split := func(path string) []string {
-		if path == "" {
-			return nil
+	same := 0 // bytes of the levels that both have
+	for i := range min(len(from), len(to)) + 1 {
+		if ends(from, i) && ends(to, i) {
+			same = i
 		}
-		return strings.Split(strings.ReplaceAll(path, "[", ".["), ".")
+		if i == min(len(from), len(to)) || from[i] != to[i] {
+			break
+		}
 	}
-	a, b := split(from), split(to)
-	same := 0
-	for same < min(len(a), len(b)) && a[same] == b[same] {
-		same++
+	return levels(from[same:]) + levels(to[same:])
+}
+
+// ends reports whether a level of the path ends before the byte.
+func ends(path string, at int) bool { return at == len(path) || path[at] == '.' || path[at] == '[' }
+
+// levels counts the levels of a path, or of its rest.
+func levels(path string) int {
+	n := strings.Count(path, ".") + strings.Count(path, "[")
+	if path != "" && path[0] != '.' && path[0] != '[' {
+		n++
 	}
-	return len(a) + len(b) - 2*same
+	return n
 }
 
 // place returns a path of a shape in words for readers.

@@ -147,7 +147,7 @@ func (d *decoder) unshared(key value) string {
 	keys := sharingKeys(kind.zero)
 	switch {
 	case key.key == headgateKey && d.isShort:
-		return "; what it has in other files stands beside the other keys here: " + strings.ReplaceAll(keys, " ", ", ")
+		return "; what it has in other files stands beside the other keys of " + kind.name + ": " + strings.ReplaceAll(keys, " ", ", ")
 	case has(keys, key.key) || key.key == headgateKey:
 		return "" // it is in the wrong place
 	case key.key == "share":
