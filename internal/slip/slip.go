@@ -72,8 +72,34 @@ func InName(name string) string {
 		}
 		return fmt.Sprintf("it holds %q, which separates no names there", name[i:i+1])
 	}
-	if strings.HasSuffix(name, ".") { // a value may end so: full names of hosts do
-		return `it ends with "."`
+	if last := name[len(name)-1]; strings.IndexByte(".?$", last) >= 0 { // a value may end so: full names of hosts do
+		return fmt.Sprintf("it ends with %q", string(last))
+	}
+	return pattern(name)
+}
+
+// pattern tells what looks like a pattern, a variable or a setting in a name. Names are compared as they are. What routes have for a
+// segment is no pattern here: a "*" before a word, and a "*." that begins the name of a host. Neither is the "*" of a Go method, nor
+// a query's "=".
+func pattern(name string) string {
+	for i := range len(name) {
+		rest := name[i+1:]
+		next, _ := utf8.DecodeRuneInString(rest)
+		switch name[i] {
+		case '*':
+			host := i == 0 && len(rest) > 1 && rest[0] == '.' && letterOrDigit(rune(rest[1]))
+			if !host && (rest == "" || !letterOrDigit(next) && next != '_') {
+				return `it holds "*", which stands for no other names there`
+			}
+		case '=':
+			if !strings.Contains(name[:i], "?") {
+				return `it holds "=", which separates no key from a value there`
+			}
+		case '$':
+			if i == 0 && rest != "default" && rest != "connect" && rest != "disconnect" { // which gateways name routes
+				return `it begins with "$", and no variable is replaced there`
+			}
+		}
 	}
 	return ""
 }

@@ -11,7 +11,7 @@ import (
 func TestInName(t *testing.T) {
 	for want, texts := range map[string][]string{
 		"": {
-			"", "search", "GET /a b", "a b", "/orders/{id},{line}", "suche-f\u00fcr-alle", "f(x)[0]", "a.b", "k8s:app", "*", "*.example.com",
+			"", "search", "GET /a b", "a b", "/orders/{id},{line}", "suche-f\u00fcr-alle", "f(x)[0]", "a.b", "k8s:app", "*.example.com", "/static/*path", "*Server.Search",
 			"{host}/{path}", "/", "/{$}", "GET example.com:8080/a/{rest...}", "/pkg.Service/Method", "main.(*Server).Search", "[::1]:8080", ":8080",
 			"$default", "@scope/name", "_private", ".well-known", "it's", "C++", "a-b_c", "billing@v2", "search & find", `a "b"`, "\u691c\u7d22", "9",
 			"(*Server).Search", "/a?b=c&d=e", `App\Search`,
@@ -36,6 +36,11 @@ func TestInName(t *testing.T) {
 		`ends with ";"`:        {"search;"},
 		`ends with "."`:        {"search."},
 		`holds ","`:            {"a, b", "a, b, c", "search , find", "GET /a, GET /b", "search,find", "/a,/b"},
+		`holds "*"`:            {"*", "search.*", "/search/*", "search*", "**", "/a/*/b", "sea*.rch"},
+		`holds "="`:            {"control_point=search", "a=b", "name==search"},
+		`begins with "$"`:      {"$search", "$1"},
+		`ends with "?"`:        {"search?"},
+		`ends with "$"`:        {"search$"},
 		`holds ";"`:            {"search; find", "search;find", "search ;find", "a;b, c"},
 	} {
 		for _, text := range texts {
