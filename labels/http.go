@@ -22,8 +22,9 @@ import (
 //	                             repeated values joined with ","
 //
 // If a request has several headers of one label, such as X-User and X_User, one counts: that with "-" in all places, which a
-// proxy can set, or else the first by name. Headers may be listed in any case and order. The Host header is not among them: http.host has it. Headers that carry
-// credentials never become labels; see the package documentation.
+// proxy can set, or else the first by name. Headers may be listed in any case and order. The Host header is not among them: http.host has it. Neither is the
+// Baggage header: its members become labels by flowctl.WithBaggage. Headers that carry credentials never become labels; see the package
+// documentation.
 func FromRequest(r *http.Request, headers ...string) map[string]string {
 	return fromRequest(r, listed(headers))
 }
@@ -54,9 +55,9 @@ type header struct{ name, key string }
 func listed(names []string) []header {
 	list := make([]header, 0, len(names))
 	for _, name := range names {
-		if !IsCredential(name) {
+		if canonical := http.CanonicalHeaderKey(name); !IsCredential(name) && canonical != "Baggage" {
 			key := headerPrefix + strings.ReplaceAll(strings.ToLower(name), "-", "_")
-			list = append(list, header{http.CanonicalHeaderKey(name), key})
+			list = append(list, header{canonical, key})
 		}
 	}
 	slices.SortFunc(list, func(a, b header) int { return strings.Compare(b.name, a.name) }) // canonical names first differ in "-" or "_"

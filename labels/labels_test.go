@@ -193,6 +193,24 @@ func TestIsCredentialOrdinary(t *testing.T) {
 	}
 }
 
+// The Baggage header is no label of a request, whatever source makes its labels: its members are.
+func TestBaggageHeaderIsNoLabel(t *testing.T) {
+	r := httptest.NewRequest(http.MethodGet, "/", http.NoBody)
+	r.Header.Set("Baggage", "tenant=acme")
+	r.Header.Set("X-User", "ann")
+	_, labeled, err := labels.FromContext(labels.RequestLabeler("X-User", "baggage")(t.Context(), r))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, got := range map[string]map[string]string{
+		"FromRequest": labels.FromRequest(r, "Baggage", "X-User"), "RequestLabeler": labeled,
+	} {
+		if _, ok := got["http.request.header.baggage"]; ok || got["http.request.header.x_user"] != "ann" {
+			t.Errorf("%s: %v want no label of the header", name, got)
+		}
+	}
+}
+
 // TestA23BaggageIsDecodedOnce is bug A23: decoded twice, "x+y" became "x y" and the label with "50%" was lost.
 func TestA23BaggageIsDecodedOnce(t *testing.T) {
 	ctx := withBaggage(t, "a=x%2By,b=50%25")
