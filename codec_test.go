@@ -414,6 +414,41 @@ func TestCodecTimes(t *testing.T) {
 	})
 }
 
+// The time to compare values is not exponential where interfaces share what they hold.
+func TestCodecOfSharedValues(t *testing.T) {
+	type pair struct{ Left, Right any }
+	nested := func(join func(v any) any, leaf any) any {
+		for range 100 {
+			leaf = join(leaf)
+		}
+		return leaf
+	}
+	for name, join := range map[string]func(v any) any{
+		"structs":   func(v any) any { return pair{v, v} },
+		"arrays":    func(v any) any { return [2]any{v, v} },
+		"errors":    func(v any) any { return pair{Left: fmt.Stringer(twins{v, v}), Right: v} },
+		"in slices": func(v any) any { return []any{pair{v, 1}, pair{v, 2}} },
+		"in maps":   func(v any) any { return map[int]any{1: pair{v, 1}, 2: pair{v, 2}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := engineClient(t)
+				if !storesAs(t, client, nested(join, 1), nested(join, 1)) {
+					t.Error("equal values are not stored")
+				}
+				if storesAs(t, client, nested(join, 1), nested(join, 2)) {
+					t.Error("values that differ are stored")
+				}
+			})
+		})
+	}
+}
+
+// twins are held by interfaces with methods.
+type twins struct{ left, right any }
+
+func (twins) String() string { return "" }
+
 // storesAs reports whether a value is stored that is decoded as another one.
 func storesAs(t *testing.T, client *flowctl.Client, made, back any) bool {
 	t.Helper()

@@ -28,7 +28,7 @@ const mostNested = 30_000
 // longestPath is how many bytes the place of a difference has at most before an outer field is added to it.
 const longestPath = 256
 
-// visit is two pointers, maps or slices that have been met.
+// visit is two pointers, maps or slices, or what two interfaces hold, that have been met.
 type visit struct {
 	made, back uintptr
 	size       int
@@ -68,6 +68,9 @@ func (c *comparison) values(made, back reflect.Value) string {
 	case reflect.Func:
 		same = made.IsNil() && back.IsNil()
 	case reflect.Interface:
+		if c.met(made, back) {
+			return ""
+		}
 		return c.inside(whole(made.Elem()), whole(back.Elem()))
 	case reflect.Struct:
 		if !isTime(made.Type()) {
@@ -137,13 +140,9 @@ func (c *comparison) behind(made, back reflect.Value) string {
 			return made.Type().String() + " has another length"
 		}
 	}
-	if v.made == v.back || c.seen[v] {
+	if c.visits(v) {
 		return ""
 	}
-	if c.seen == nil {
-		c.seen = make(map[visit]bool)
-	}
-	c.seen[v] = true
 	switch made.Kind() {
 	case reflect.Pointer:
 		if a, b := message(made), message(back); a != nil && b != nil {
@@ -161,6 +160,36 @@ func (c *comparison) behind(made, back reflect.Value) string {
 		}
 		return c.elements(made, back)
 	}
+}
+
+// visits notes a pair, and reports whether both are the same, or have been met before.
+func (c *comparison) visits(v visit) bool {
+	if v.made == v.back || c.seen[v] {
+		return true
+	}
+	if c.seen == nil {
+		c.seen = make(map[visit]bool)
+	}
+	c.seen[v] = true
+	return false
+}
+
+// met is visits for what two interfaces hold, if that are structs or arrays of one type: several interfaces may hold the same one. Without
+// it, the time to compare them could be exponential.
+func (c *comparison) met(made, back reflect.Value) bool {
+	a, b := made.Elem(), back.Elem()
+	if !a.IsValid() || !b.IsValid() || a.Type() != b.Type() || a.Kind() != reflect.Struct && a.Kind() != reflect.Array || isTime(a.Type()) {
+		return false
+	}
+	return c.visits(visit{made: held(made), back: held(back), typ: a.Type()})
+}
+
+// held returns the word by which an interface refers to what it holds, the second of its two.
+func held(v reflect.Value) uintptr {
+	if !v.CanAddr() {
+		v = copied(v)
+	}
+	return (*[2]uintptr)(v.Addr().UnsafePointer())[1]
 }
 
 // entries compares maps of one length.
