@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"go/ast"
+	"go/token"
 	"log/slog"
 	"net"
 	"net/http"
@@ -343,6 +344,12 @@ func TestErrorsTellStrangersNothing(t *testing.T) {
 		for _, e := range []error{err, wrapped, errors.Join(wrapped, errors.New("other"))} {
 			for _, verb := range []string{"%v", "%s", "%q", "%+v", "%#v", "%d", "%t"} {
 				texts = append(texts, fmt.Sprintf(verb, e), fmt.Sprintf(verb, []*result{{e}}), fmt.Sprintf(verb, result{e}))
+			}
+			// By value, an error of a type that a program can name has no methods.
+			if v := reflect.ValueOf(e); v.Kind() == reflect.Pointer && token.IsExported(v.Elem().Type().Name()) && !strings.Contains(v.Elem().Type().PkgPath(), "/internal/") {
+				for _, verb := range []string{"%v", "%s", "%q", "%+v", "%#v", "%d", "%t"} {
+					texts = append(texts, fmt.Sprintf(verb, v.Elem()), fmt.Sprintf(verb, []any{v.Elem().Interface()}))
+				}
 			}
 			encoded, jsonErr := json.Marshal(e)
 			if jsonErr != nil {

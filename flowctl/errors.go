@@ -133,11 +133,11 @@ type RejectedError struct {
 	HTTPStatus int
 
 	retryAfter time.Duration
-	details    *rejectionDetails // nil for an error that a program has made
+	details    **rejectionDetails // nil for an error that a program has made
 }
 
-// rejectionDetails are what the text of a RejectedError does not show. They are behind a pointer, because a verb that fits no
-// pointer, such as %s, prints the fields of an error in an unexported field of a struct, and calls none of its methods.
+// rejectionDetails are what the text of a RejectedError does not show. They are behind two pointers, because fmt prints what one pointer
+// leads to where it calls no methods, and the verb fits no pointer: of a RejectedError that is no pointer, for %s.
 type rejectionDetails struct {
 	cause                       RejectCause
 	noReturns                   bool // so there is no time to retry after
@@ -149,19 +149,21 @@ func (e *RejectedError) detailed() rejectionDetails {
 	if e == nil || e.details == nil {
 		return rejectionDetails{}
 	}
-	return *e.details
+	return **e.details
 }
 
 // newRejectedError makes the error of a rejection, with its details in one allocation.
 func newRejectedError(controlPoint string, r agentapi.Rejection) *RejectedError {
 	made := &struct {
 		err     RejectedError
+		to      *rejectionDetails
 		details rejectionDetails
 	}{
-		RejectedError{ControlPoint: controlPoint, Reason: RejectReason(r.Reason), HTTPStatus: deniedStatus(r), retryAfter: r.RetryAfter},
-		rejectionDetails{cause: RejectCause(r.Cause), noReturns: r.NoReturns},
+		err:     RejectedError{ControlPoint: controlPoint, Reason: RejectReason(r.Reason), HTTPStatus: deniedStatus(r), retryAfter: r.RetryAfter},
+		details: rejectionDetails{cause: RejectCause(r.Cause), noReturns: r.NoReturns},
 	}
-	made.err.details = &made.details
+	made.to = &made.details
+	made.err.details = &made.to
 	if by := r.By; by != nil {
 		made.details.policy, made.details.component, made.details.labelKey = by.Policy, by.ID, by.LabelKey
 	}
@@ -298,19 +300,21 @@ func grpcCode(httpStatus int) codes.Code {
 type UnreachableError struct {
 	ControlPoint string
 
-	details *unreachableDetails // nil for an error that a program has made
+	details **unreachableDetails // nil for an error that a program has made
 }
 
-// unreachableDetails are behind a pointer as rejectionDetails are.
+// unreachableDetails are behind two pointers as rejectionDetails are.
 type unreachableDetails struct{ cause error }
 
 // newUnreachableError makes the error in one allocation.
 func newUnreachableError(controlPoint string, cause error) *UnreachableError {
 	made := &struct {
 		err     UnreachableError
+		to      *unreachableDetails
 		details unreachableDetails
-	}{UnreachableError{ControlPoint: controlPoint}, unreachableDetails{cause}}
-	made.err.details = &made.details
+	}{err: UnreachableError{ControlPoint: controlPoint}, details: unreachableDetails{cause}}
+	made.to = &made.details
+	made.err.details = &made.to
 	return &made.err
 }
 
@@ -336,7 +340,7 @@ func (e *UnreachableError) Cause() error {
 	if e == nil || e.details == nil {
 		return nil
 	}
-	return e.details.cause
+	return (*e.details).cause
 }
 
 // Timeout reports whether the agent did not answer in time.

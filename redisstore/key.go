@@ -52,7 +52,7 @@ func (s *Store) name(k shared.Key) name {
 func (s *Store) value(label, value string) string {
 	switch {
 	case credential.Named(label):
-		code := hmac.New(sha256.New, s.secret)
+		code := hmac.New(sha256.New, s.secret())
 		_, _ = code.Write([]byte(value))
 		return "hidden#" + hex.EncodeToString(code.Sum(nil)[:16])
 	case len(value) > maxValue:

@@ -9,7 +9,9 @@ import (
 	"github.com/headgate-go/headgate/internal/shared"
 )
 
-func namer(secret string) *Store { return &Store{namespace: "headgate", secret: []byte(secret)} }
+func namer(secret string) *Store {
+	return &Store{namespace: "headgate", secret: func() []byte { return []byte(secret) }}
+}
 
 func TestName(t *testing.T) {
 	long := strings.Repeat("x", 65)

@@ -75,7 +75,7 @@ type Store struct {
 	scripts scripts
 
 	namespace string
-	secret    []byte
+	secret    func() []byte // a function, because package fmt prints none
 	timeout   time.Duration
 	lease     time.Duration
 	logger    *slog.Logger
@@ -158,7 +158,12 @@ func WithLogger(logger *slog.Logger) Option { return option(func(s *Store) { s.l
 // names depend on the namespace alone. Then a reader of the server's keys can guess a credential, and find out whether it was
 // used. Random API keys cannot be guessed, but passwords may.
 func WithSecret(secret []byte) Option {
-	return option(func(s *Store) { s.secret = append([]byte(nil), secret...) })
+	secret = append([]byte(nil), secret...)
+	return option(func(s *Store) {
+		if s.secret = nil; len(secret) > 0 {
+			s.secret = func() []byte { return secret }
+		}
+	})
 }
 
 // New returns a store that uses the client. Close the client after the store: the store does not close it. If the program has no
@@ -202,7 +207,7 @@ func newStore(client rueidis.Client, l *lone, opts []Option) (*Store, error) {
 		return nil, err
 	}
 	if s.secret == nil {
-		s.secret = []byte(s.namespace)
+		s.secret = func() []byte { return []byte(s.namespace) }
 	}
 	_, _ = rand.Read(s.own[:])                                 // it does not fail
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the store outlives the caller's; Close cancels it
