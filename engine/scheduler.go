@@ -677,15 +677,15 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 	if of.timeout < 0 || req.MaxWait() == agentapi.NoWait {
 		return 0
 	}
+	s.cut(of, req)
 	wait := s.timeLeft(ctx, req, asked)
 	if of.timeout > 0 {
-		s.cut(of, req)
 		wait = min(wait, of.timeout)
 	}
 	return wait
 }
 
-// cut notes by what the flow cuts the timeout of its workload short. A check timeout that a client has is left out, because it is known by
+// cut notes by what the flow cuts its wait short, or the timeout of its workload. A check timeout that a client has is left out, because it is known by
 // Expect. So is one that is not longer than the margin, or than the margin that policies have if they name none: such a flow is not to wait.
 // Over the network, where a request has a Closing, the time is what is left.
 func (s *scheduler[S]) cut(of *workload, req *agentapi.Request) {
@@ -708,6 +708,17 @@ func (s *scheduler[S]) shortestWaits(workload int) (maxWait, check time.Duration
 		}
 	}
 	return 0, 0
+}
+
+// shortestCheck returns the shortest check timeout of flows of workloads without a timeout that the margin has not let wait; 0 if there
+// was none.
+func (s *scheduler[S]) shortestCheck() (check time.Duration) {
+	for of := range s.workloads.all {
+		if own := time.Duration(of.cuts.check.Load()); of.timeout == 0 && own > 0 && own <= s.margin && (check == 0 || own < check) {
+			check = own
+		}
+	}
+	return check
 }
 
 // timeLeft returns how long the flow may wait by its deadline, its own timeout and its MaxWait. The last is no time for

@@ -24,7 +24,8 @@ import (
 //     them for, and names of a policy's for labels that no component of it reads,
 //   - selectors that have picked no flow, although their control points had some,
 //   - waits that are longer than the check timeout of a client that has not been closed, less the margin, or than the MaxWait of a
-//     flow that came to the queue; and in this process, also than the CheckTimeout of such a flow, less the margin,
+//     flow that came to the queue; and in this process, also than the CheckTimeout of such a flow, less the margin; and margins that
+//     leave a flow of this process no time to wait,
 //   - what the policies' files say that the engine does not use, as "file:line:column: field: …".
 //
 // Of conditions, only those that must all hold are compared, by labels that are there or not, and by their exact values. Regular
@@ -57,14 +58,21 @@ type longWait struct {
 	by       component // at work
 }
 
-// shortest returns the shortest MaxWait and check timeout of flows that cut a wait short; 0 where there was none.
+// shortest returns the shortest MaxWait and check timeout of flows that cut a wait short; 0 where there was none. For a component it is
+// the check timeout of flows that did not wait at all.
 func (w *longWait) shortest() (maxWait, check time.Duration) {
-	if p, ok := w.by.(interface {
+	p, ok := w.by.(interface {
 		shortestWaits(workload int) (maxWait, check time.Duration)
-	}); ok && w.timeout > 0 {
+		shortestCheck() time.Duration
+	})
+	switch {
+	case !ok:
+		return 0, 0
+	case w.timeout > 0:
 		return p.shortestWaits(w.workload)
+	default:
+		return 0, p.shortestCheck()
 	}
-	return 0, 0
 }
 
 // cutShort returns a warning for each wait that clients cut short: by the shortest of their check timeouts, or by the
@@ -85,7 +93,10 @@ func (e *Engine) cutShort() (all []string) {
 		if most > 0 {
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.MaxWait of a flow let it wait for %v", w.of, w.timeout, most))
 		}
-		if check > 0 {
+		switch {
+		case check > 0 && w.timeout == 0:
+			all = append(all, fmt.Sprintf("%s: a flow did not wait: the margin of %v left none of its Params.CheckTimeout of %v", w.of, w.margin, check))
+		case check > 0:
 			all = append(all, fmt.Sprintf("%s: queue timeout of %v: the Params.CheckTimeout of a flow let it wait for %v", w.of, w.timeout, max(check-w.margin, 0)))
 		}
 	}

@@ -515,6 +515,56 @@ func TestWarningsOfCheckTimeouts(t *testing.T) {
 	}
 }
 
+// A flow whose own check timeout leaves it no time to wait, less the margin, is told of, also if its workload has no queue timeout. A check
+// timeout as short as the margin that policies have by themselves says that the flow is not to wait.
+func TestWarningsOfCheckTimeoutsBelowTheMargin(t *testing.T) {
+	type params = flowctl.Params
+	const ms = time.Millisecond
+	local := []sides.Kind{sides.Embedded, sides.Stored}
+	for _, tt := range []struct {
+		name   string
+		kinds  []sides.Kind
+		margin time.Duration
+		queue  time.Duration
+		flows  []params
+		want   time.Duration // 0: no warning
+	}{
+		{"less than the margin", local, 500 * ms, 0, []params{{CheckTimeout: 200 * ms}}, 200 * ms},
+		{"the margin", local, 500 * ms, 0, []params{{CheckTimeout: 500 * ms}}, 500 * ms},
+		{"the shortest", local, 500 * ms, 0, []params{{CheckTimeout: 300 * ms}, {CheckTimeout: 200 * ms}, {CheckTimeout: time.Second}}, 200 * ms},
+		{"longer", sides.EnginesAndStored, 500 * ms, 0, []params{{CheckTimeout: 600 * ms}}, 0},
+		{"apart from MaxWait", sides.EnginesAndStored, 500 * ms, 0, []params{{CheckTimeout: 200 * ms, MaxWait: time.Second}}, 0},
+		{"no wait", sides.EnginesAndStored, 0, 0, []params{{CheckTimeout: policy.DefaultMargin}}, 0},
+		{"no queue", sides.EnginesAndStored, 500 * ms, policy.NoQueue, []params{{CheckTimeout: 200 * ms}}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			sides.Setup{
+				Policies: sides.Policies(concurrency(func(c *policy.ConcurrencyScheduler) {
+					c.Scheduler.Margin, c.Scheduler.Default.QueueTimeout = tt.margin, tt.queue
+				})),
+				Options: []flowctl.Option{flowctl.WithCheckTimeout(time.Minute)},
+			}.InBubbles(t, tt.kinds, func(t *testing.T, side *sides.Side) {
+				for { // until the slots are taken
+					if flow := side.Client.Start(t.Context(), "point", params{MaxWait: flowctl.NoWait}); !flow.ShouldRun() {
+						break
+					}
+				}
+				for _, p := range tt.flows {
+					end(side.Client.Start(t.Context(), "point", p))
+				}
+				var want []string
+				if tt.want > 0 {
+					want = []string{fmt.Sprintf(`policy "test": component "concurrency_scheduler.0": a flow did not wait: the margin of %v left none `+
+						"of its Params.CheckTimeout of %v", tt.margin, tt.want)}
+				}
+				if diff := cmp.Diff(want, side.Engine.Warnings()); diff != "" {
+					t.Errorf("Warnings() (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
 // What flows of a client cut short counts no more as a check timeout of their own once the client is closed.
 func TestWarningsOfCheckTimeoutsOfClosedClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

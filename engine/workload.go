@@ -41,9 +41,9 @@ type workload struct {
 // their own. They are in nanoseconds, and 0 while there is none.
 type cuts struct{ maxWait, check atomic.Int64 }
 
-// cut notes a time of a flow if what it lets the flow wait is less than the workload's timeout.
+// cut notes a time of a flow if what it lets the flow wait is less than the workload's timeout or, without one, if the flow cannot wait.
 func (w *workload) cut(shortest *atomic.Int64, most, wait time.Duration) {
-	for wait < w.timeout {
+	for wait < max(w.timeout, 1) {
 		old := shortest.Load()
 		if old > 0 && old <= int64(most) || shortest.CompareAndSwap(old, int64(most)) {
 			return
