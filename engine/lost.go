@@ -36,6 +36,21 @@ func (a *agent) Watch(v *agentapi.Verdict, over func(lost bool)) {
 	e.tellLost(e.store.watched.join(e.store.Kept, v, watchedFlow{a.Leased(v), over}, began, e.judgeLease))
 }
 
+// limited reports whether a component that has given the flow a slot is in force, and not in dry run.
+func (e *Engine) limited(v *agentapi.Verdict) bool {
+	r := e.rules.Load()
+	for i := range v.Len() {
+		c := v.At(i).Component
+		if _, ok := c.Settler.(returner); !ok || !c.Slots {
+			continue
+		}
+		if in := r.byName[componentName{c.Policy, c.ID}]; in != nil && !in.identity().DryRun {
+			return true
+		}
+	}
+	return false
+}
+
 // unwatch has the flow's slots not be watched any more. It returns what to call when they have been returned; nil for nothing.
 func (a *agent) unwatch(v *agentapi.Verdict) (over func(lost bool)) {
 	if a.store == nil || a.Leased(v) == 0 { // most flows
@@ -68,6 +83,8 @@ func (e *Engine) tellLost(flows []watchedFlow) {
 
 // A watched is the flows in this process that hold slots of the store. The zero value is ready.
 type watched struct {
+	limited func(v *agentapi.Verdict) bool // reports whether a slot of the flow still matters; nil for all
+
 	lost atomic.Uint64 // slots
 	log  minutely      // about them
 
@@ -146,7 +163,7 @@ func (l *watched) look(kept func() time.Time) (lost []watchedFlow) {
 
 // judge returns the flows whose slots are lost, now that the lease is counted on until then, as far as is known. A lease that was not looked at
 // before it would have run out counts as run out, even if it lasts now: the process may have stood still, and the slots may have gone to
-// others meanwhile.
+// others meanwhile. Flows that no slot limits any more, as in a dry run, lose none.
 func (l *watched) judge(now, kept time.Time) (lost []watchedFlow) {
 	ranOut := len(l.flows) > 0 && passed(l.kept, now) || passed(kept, now)
 	l.kept = kept
@@ -154,10 +171,12 @@ func (l *watched) judge(now, kept time.Time) (lost []watchedFlow) {
 		return nil
 	}
 	l.gap = now
-	for _, f := range l.flows {
-		lost = append(lost, f)
+	for v, f := range l.flows {
+		if l.limited == nil || l.limited(v) {
+			lost = append(lost, f)
+			delete(l.flows, v)
+		}
 	}
-	clear(l.flows)
 	return lost
 }
 
@@ -170,7 +189,7 @@ func (l *watched) arm(now time.Time) {
 	case l.timer == nil:
 	case len(l.flows) == 0 || l.closed:
 		l.timer.Stop()
-	case l.kept.IsZero():
+	case l.kept.IsZero(), passed(l.kept, now): // there are flows left that no slot limits
 		l.timer.Reset(looksAtMost)
 	default:
 		left := l.kept.Sub(now)

@@ -102,6 +102,61 @@ func TestLostSlotsOfAStore(t *testing.T) {
 	}
 }
 
+// A flow that no slot limits any more when the store is lost goes on: its policies are in dry run, or gone. Nothing is counted.
+func TestLostSlotsAfterApply(t *testing.T) {
+	limiter := func(edit func(*policy.ConcurrencyLimiter)) policy.Component {
+		c := twoSlots(false).(policy.ConcurrencyLimiter)
+		edit(&c)
+		return c
+	}
+	inForce, dry := limiter(func(*policy.ConcurrencyLimiter) {}), limiter(func(c *policy.ConcurrencyLimiter) { c.DryRun = true })
+	scheduler := func(dryRun bool) policy.Component {
+		return policy.ConcurrencyScheduler{ID: "c", Selectors: policy.At("point"), Max: 2, MaxInflight: time.Hour, DryRun: dryRun}
+	}
+	for _, tt := range []struct {
+		name    string
+		begins  policy.Component
+		applied [][]policy.Component
+		lost    uint64
+	}{
+		{"other numbers", inForce, [][]policy.Component{{limiter(func(c *policy.ConcurrencyLimiter) { c.Max = 3 })}}, 1},
+		{"into dry run", inForce, [][]policy.Component{{dry}}, 0},
+		{"a scheduler into dry run", scheduler(false), [][]policy.Component{{scheduler(true)}}, 0},
+		{"into dry run and back", inForce, [][]policy.Component{{dry}, {inForce}}, 1},
+		{"removed", inForce, [][]policy.Component{nil}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := sharedtest.New().Instance()
+				side := sides.Setup{
+					Policies:      sides.Policies(tt.begins),
+					EngineOptions: []engine.Option{engine.WithStore(store)},
+					Options:       []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+				}.New(t, sides.Embedded)
+				flow := side.Client.Start(t.Context(), "point", flowctl.Params{})
+				for _, components := range tt.applied {
+					if err := side.Engine.Apply(sides.Policies(components...)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				store.Behave(sharedtest.Behavior{Cut: true})
+				<-time.After(time.Minute)
+				synctest.Wait()
+				if err := flow.Context().Err(); (err != nil) != (tt.lost > 0) {
+					t.Errorf("the flow's context: %v", err)
+				}
+				if n := side.Engine.Stats().Store.LostSlots; n != tt.lost {
+					t.Errorf("%d slots are lost want %d", n, tt.lost)
+				}
+				end(flow)
+				if flow.Context().Err() == nil {
+					t.Error("the context outlasts its flow")
+				}
+			})
+		})
+	}
+}
+
 // A lease that had run out before it was renewed is noticed by the first that looks: a flow that begins, or the timer. The flows of before
 // have lost their slots, those of afterwards have not. Lines are logged once a minute, with all slots since the last one.
 func TestLostSlotsOfALeaseThatWasRenewed(t *testing.T) {

@@ -33,6 +33,7 @@ func WithStore(s shared.Store) Option {
 			return errors.New("WithStore: the store is nil")
 		}
 		e.store = &store{Store: s}
+		e.store.watched.limited = e.limited
 		sum := sha256.Sum256([]byte("headgate: names of credentials in a store"))
 		e.store.names.Set(sum[:])
 		return nil
