@@ -13,6 +13,7 @@ import (
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/race"
+	"github.com/headgate-go/headgate/internal/testing/sides"
 	"github.com/headgate-go/headgate/policy"
 )
 
@@ -194,5 +195,70 @@ func TestFullQueueIsShared(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The forecast for a flow does not count the flow that it displaces from a full queue.
+func TestFullQueueForecast(t *testing.T) {
+	set := policy.Scheduler{MaxQueue: 2, TokensLabel: "tokens", PriorityLabel: "priority", WorkloadLabel: "workload"}
+	schedulers := map[string]func(local bool) policy.Component{
+		"tokens": func(local bool) policy.Component {
+			return policy.QuotaScheduler{Selectors: policy.At("point"), Capacity: 5, Fill: 1, Interval: time.Second, Scheduler: set, Local: local}
+		},
+		"slots": func(local bool) policy.Component {
+			return policy.ConcurrencyScheduler{Selectors: policy.At("point"), Max: 5, MaxInflight: time.Hour, Scheduler: set, Local: local}
+		},
+	}
+	for name, c := range schedulers {
+		for _, local := range []bool{true, false} {
+			for _, tt := range []struct {
+				name     string
+				most     time.Duration
+				accepted bool
+			}{
+				{"in time", 12 * time.Second, true},
+				{"in time without the flow that it displaces", 8 * time.Second, true},
+				{"too late in any case", 4 * time.Second, false},
+			} {
+				t.Run(fmt.Sprintf("%s, in memory %t, %s", name, local, tt.name), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						client := newFleet(t, 1, sides.Embedded, c(local)).sides[0].Client
+						start := func(labels string, most time.Duration) *flowctl.Flow {
+							return client.Start(t.Context(), "point", flowctl.Params{Labels: labelled(labels), MaxWait: most})
+						}
+						hold := func(flow *flowctl.Flow) {
+							<-time.After(5 * time.Second)
+							end(flow)
+						}
+						hold(start("tokens=5", -1)) // it shows how long flows hold slots
+						var wg sync.WaitGroup
+						defer wg.Wait()
+						first := start("tokens=5", -1)
+						wg.Go(func() { hold(first) })
+						var displaced atomic.Int64
+						for range 2 {
+							wg.Go(func() {
+								flow := start("tokens=5 workload=high priority=100", -1)
+								if causeOf(flow) == flowctl.CauseQueueFull {
+									displaced.Add(1)
+									return
+								}
+								hold(flow)
+							})
+							synctest.Wait()
+						}
+						<-time.After(3500 * time.Millisecond) // after another 1.5 s, one of those that wait is served for 5 s
+						flow := start("tokens=5", tt.most)
+						end(flow)
+						if got := flow.Decision() == flowctl.Accepted; got != tt.accepted {
+							t.Errorf("%v: %v want it accepted: %v", flow, causeOf(flow), tt.accepted)
+						}
+						if n := displaced.Load(); tt.accepted && n != 1 {
+							t.Errorf("%d flows were displaced, want 1", n)
+						}
+					})
+				})
+			}
+		}
 	}
 }

@@ -13,8 +13,8 @@ import (
 // flows that wait will be served.
 //
 // The second is made where the first would reject the flow, because the first may say too much. A flow that waits may
-// give up before its turn, so that the new one is served earlier. If two turns come at about the same time, the sums do
-// not show which is first. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the
+// give up before its turn, so that the new one is served earlier. If the queue is full, the new one may displace one that
+// the sums count. If two turns come at about the same time, the sums do not show which is first. If tokens come by themselves, a look ahead plays what the queue will do on a copy of the
 // source's state. If they come back with flows that end, only the flows count that are sure to be served before. If
 // none of them gives up, a preview of the queue finds them.
 //
@@ -40,6 +40,7 @@ type outlook struct {
 // A forecastKey is what an outlook depends on besides the queue and what the source has.
 type forecastKey struct {
 	wish
+	but    *waiter // that the flow displaces; nil for none
 	visits int
 }
 
@@ -62,22 +63,23 @@ func (l *line[S]) ahead(w wish) source.Ahead {
 	return source.Ahead(l.queue.Ahead(w.claim, w.cost)) // package wfq has a type of its own
 }
 
-// rethink corrects a forecast for a flow that can wait until the deadline: flows before it may give up.
-func rethink[S any](from source.Source[S], l *line[S], now, deadline int64, w wish, least, likely int64) (atLeast, likeliest int64) {
+// rethink corrects a forecast for a flow that can wait until the deadline: flows before it may give up, and in a full queue it may
+// displace one.
+func rethink[S any](from source.Source[S], l *line[S], now, deadline int64, w wish, but *waiter, least, likely int64) (atLeast, likeliest int64) {
 	switch {
 	case !l.waiting():
 		return least, likely
 	case !from.Timed():
 		cost, all := l.queue.Outlast(w.claim, deadline)
 		if all {
-			cost = costBefore(l, w)
+			cost = costBefore(l, w, but)
 		}
 		ahead := l.ahead(w)
 		ahead.Least = cost
 		sure, _ := from.Forecast(&l.tokens, now, ahead, w.tokens)
 		return min(least, sure), likely
 	}
-	o := outlookOf(from, l, now, forecastKey{w, mostVisits})
+	o := outlookOf(from, l, now, forecastKey{w, but, mostVisits})
 	wait := max(o.at-now, 0)
 	if o.known {
 		likely = min(likely, max(wait, 1))
@@ -89,7 +91,7 @@ func rethink[S any](from source.Source[S], l *line[S], now, deadline int64, w wi
 func estimate[S any](from source.Source[S], l *line[S], now int64, w wish) int64 {
 	_, likely := forecast(from, l, now, w)
 	if likely > 0 && l.waiting() && l.queue.HasDeadlines() && from.Timed() {
-		if o := outlookOf(from, l, now, forecastKey{w, fewVisits}); o.known {
+		if o := outlookOf(from, l, now, forecastKey{w, nil, fewVisits}); o.known {
 			likely = min(likely, max(o.at-now, 1))
 		}
 	}
@@ -101,11 +103,11 @@ func outlookOf[S any](from source.Source[S], l *line[S], now int64, key forecast
 	return l.queue.remembered(key, func() outlook { return lookAhead(from, l.tokens, l.queue.Queue, now, key) })
 }
 
-// costBefore returns the cost of the flows that are served before this one if none gives up. It is computed anew only
-// after a change.
-func costBefore[S any](l *line[S], w wish) float64 {
-	return l.queue.remembered(forecastKey{w, mostVisits}, func() outlook {
-		return outlook{before: l.queue.CostBefore(w.claim, w.cost, mostVisits)}
+// costBefore returns the cost of the flows that are served before this one if none gives up, without the one that it displaces. It
+// is computed anew only after a change.
+func costBefore[S any](l *line[S], w wish, but *waiter) float64 {
+	return l.queue.remembered(forecastKey{w, but, mostVisits}, func() outlook {
+		return outlook{before: l.queue.CostBefore(w.claim, w.cost, but, mostVisits)}
 	}).before
 }
 
@@ -132,7 +134,7 @@ func (q *queue) remembered(key forecastKey, find func() outlook) outlook {
 // visits.
 func lookAhead[S any](from source.Source[S], state S, q *wfq.Queue[pending], now int64, key forecastKey) outlook {
 	self := &waiter{Flow: pending{demand: demand{tokens: key.tokens}}, Cost: key.cost, Deadline: wfq.NoDeadline}
-	p, ok := q.Preview(self, key.claim, now, key.visits)
+	p, ok := q.Preview(self, key.but, key.claim, now, key.visits)
 	if !ok {
 		return outlook{at: now}
 	}

@@ -35,7 +35,7 @@ func TestForecastExample(t *testing.T) {
 	if least, likely := rule.Forecast(&state, 0, source.Ahead(q.Ahead(c, 1)), 1); least != 3*second || likely != least {
 		t.Errorf("by sums the flow waits for %v, %v want 3s", time.Duration(least), time.Duration(likely))
 	}
-	got := lookAhead[bucket.State](rule, state, q, 0, forecastKey{wish{c, 1, 1}, mostVisits})
+	got := lookAhead[bucket.State](rule, state, q, 0, forecastKey{wish{c, 1, 1}, nil, mostVisits})
 	if !got.known || got.at != 2*second {
 		t.Errorf("the look ahead serves the flow at %v, %v want 2s", time.Duration(got.at), got.known)
 	}
@@ -97,7 +97,7 @@ func TestLookAheadForetells(t *testing.T) {
 					var told outlook
 					if s.serve(s.single, e.now()); l.waiting() {
 						tokens := tokensOf(req, "tokens")
-						told = outlookOf(s.of(s.single).rule, l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, mostVisits})
+						told = outlookOf(s.of(s.single).rule, l, e.now(), forecastKey{wish{s.workloads.claim(&s.workloads.others, req), tokens, tokens}, nil, mostVisits})
 					}
 					s.single.Unlock()
 					at, ok := check(last, 0)
@@ -125,7 +125,7 @@ func TestLookAheadOfLoad(t *testing.T) {
 	q := newTestQueue()
 	q.Push(newWaiter(5, 5, int64(5500*time.Millisecond)), wfq.Claim{Workload: "low", Priority: 1})
 	q.Push(newWaiter(5, 5, wfq.NoDeadline), wfq.Claim{Workload: "high", Priority: 100})
-	got := lookAhead[load](&rule, state, q, 0, forecastKey{wish{wfq.Claim{Workload: "low", Priority: 1}, 1, 1}, mostVisits})
+	got := lookAhead[load](&rule, state, q, 0, forecastKey{wish{wfq.Claim{Workload: "low", Priority: 1}, 1, 1}, nil, mostVisits})
 	if want := (outlook{at: int64(6 * time.Second), known: true}); got != want {
 		t.Errorf("lookAhead() = %v, %v want %v", time.Duration(got.at), got.known, time.Duration(want.at))
 	}
@@ -153,7 +153,7 @@ func TestLookAheadIsBounded(t *testing.T) {
 			for i := range 2000 {
 				q.Push(newWaiter(1, 1, wfq.NoDeadline-1), wfq.Claim{Priority: 1, Fairness: fmt.Sprint(i % tt.users)})
 			}
-			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, tt.visits}
+			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, nil, tt.visits}
 			got := lookAhead[bucket.State](rule, state, q, 0, key)
 			if got.known != tt.known || got.at < int64(tt.at) || got.at > int64(2001*time.Second) {
 				t.Errorf("lookAhead() = %v, %v want %v, at the least %v", time.Duration(got.at), got.known, tt.known, tt.at)
@@ -176,7 +176,7 @@ func BenchmarkLookAhead(b *testing.B) {
 			for i := range 10_000 {
 				q.Push(newWaiter(1, 1, wfq.NoDeadline-1), wfq.Claim{Priority: 1, Fairness: fmt.Sprint(i % users)})
 			}
-			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, mostVisits}
+			key := forecastKey{wish{wfq.Claim{Priority: 1, Fairness: "0"}, 1, 1}, nil, mostVisits}
 			for b.Loop() {
 				lookAhead[bucket.State](rule, state, q, 0, key)
 			}

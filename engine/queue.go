@@ -65,17 +65,12 @@ func (q *queue) decide(w *waiter, cause agentapi.Cause, wait int64) {
 	close(w.Flow.ready)
 }
 
-// makeRoom evicts the newest flow of the largest share for one of the claim, and reports whether it has.
-func (q *queue) makeRoom(c wfq.Claim) bool {
+// evictable returns the newest flow of the largest share, which makes room for one of the claim; nil where none does.
+func (q *queue) evictable(c wfq.Claim) *waiter {
 	if q == nil {
-		return false
+		return nil
 	}
-	w := q.Evictable(c)
-	if w == nil {
-		return false
-	}
-	q.evict(w)
-	return true
+	return q.Evictable(c)
 }
 
 // fillServed notes in the decision what a served waiter was given.

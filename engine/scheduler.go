@@ -297,7 +297,7 @@ func (s *scheduler[S]) stand(req *agentapi.Request, now int64, d *agentapi.Limit
 	}
 	t.patience = patience(t.of)
 	t.wish = wish{claim: s.workloads.claim(t.of, &req.Labels), tokens: d.Consumed, cost: n.rule.Cost(t.of.ratio.of(d.Consumed))}
-	likely, ok := s.judge(now, d, t)
+	likely, ok := s.judge(now, d, t, r)
 	if !ok {
 		return nil, 0
 	}
@@ -357,7 +357,7 @@ func (s *scheduler[S]) answer(now int64, d *agentapi.LimiterDecision, t *ticket[
 }
 
 // judge drops a flow that would wait in vain. For the others OK is true, and likely is how long they would wait.
-func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S]) (likely int64, ok bool) {
+func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S], r *reservation) (likely int64, ok bool) {
 	l := &t.entry.State
 	from := s.of(t.entry).rule
 	least, likely := forecast(from, l, now, t.wish)
@@ -381,7 +381,7 @@ func (s *scheduler[S]) judge(now int64, d *agentapi.LimiterDecision, t *ticket[S
 		s.drop(d, agentapi.CauseNone, estimate(from, l, now, t.wish))
 		return 0, false
 	case least > int64(t.patience):
-		if least, likely = rethink(from, l, now, t.deadline(now), t.wish, least, likely); least > int64(t.patience) {
+		if least, likely = rethink(from, l, now, t.deadline(now), t.wish, s.displaced(t, r), least, likely); least > int64(t.patience) {
 			s.drop(d, agentapi.CauseLongQueue, likely)
 			return 0, false
 		}
@@ -428,11 +428,21 @@ func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticke
 			return turnOut, leave, false
 		}
 	}
-	if l.queue.makeRoom(t.wish.claim) {
+	if w := l.queue.evictable(t.wish.claim); w != nil {
+		l.queue.evict(w)
 		return nil, 0, true
 	}
 	s.drop(d, agentapi.CauseQueueFull, estimate(s.of(t.entry).rule, l, now, t.wish))
 	return nil, 0, false
+}
+
+// displaced returns the flow of the same queue that findRoom evicts for this one; nil for none.
+func (s *scheduler[S]) displaced(t *ticket[S], r *reservation) *waiter {
+	l := &t.entry.State
+	if r.has || !s.room.Full() || !r.own && s.room.Longest(l.waits()+1) != nil {
+		return nil
+	}
+	return l.queue.evictable(t.wish.claim)
 }
 
 // enqueue puts a flow that has room into the queue.

@@ -66,13 +66,13 @@ func (s *share[T]) served(clock float64) (least, likely float64) {
 }
 
 // CostBefore returns the cost of the waiters that are served before a new one of the claim with the given cost, if no other
-// flow comes and no waiter leaves. It serves them in a preview of so many visits: rounding decides the order of two
-// shares that finish about the same time, and no formula shows it. If the visits do not suffice, it returns less: the
-// cost of waiters that are sure to be served before.
-func (q *Queue[T]) CostBefore(c Claim, cost float64, visits int) (sum float64) {
+// flow comes and no waiter leaves, except the waiter but; see [Queue.Preview]. It serves them in a preview of so many visits: rounding
+// decides the order of two shares that finish about the same time, and no formula shows it. If the visits do not
+// suffice, it returns less: the cost of waiters that are sure to be served before.
+func (q *Queue[T]) CostBefore(c Claim, cost float64, but *Waiter[T], visits int) (sum float64) {
 	const begin = math.MinInt64 // no waiter has given up
 	self := &Waiter[T]{Cost: cost, Deadline: NoDeadline}
-	p, ok := q.Preview(self, c, begin, visits)
+	p, ok := q.Preview(self, but, c, begin, visits)
 	if !ok {
 		return q.firstTurns(c, cost)
 	}

@@ -11,6 +11,7 @@ const (
 // waiters in the order of the queue, and drops those whose deadline has passed. The queue must not change meanwhile.
 type Preview[T any] struct {
 	self   *Waiter[T]
+	but    *Waiter[T]
 	groups []group[T]
 	clock  float64 // of the root
 	visits int
@@ -33,14 +34,15 @@ type group[T any] struct {
 	weight, start, finish, clock float64
 }
 
-// Preview begins a preview with one more flow, which comes with the claim. It may make so many visits. OK is false if
-// more shares wait than a preview looks at.
-func (q *Queue[T]) Preview(self *Waiter[T], c Claim, now int64, visits int) (p Preview[T], ok bool) {
+// Preview begins a preview with one more flow, which comes with the claim. The preview leaves out the waiter but, which may be nil:
+// one that the flow displaces, as [Queue.Evictable] returned it. It may make so many visits. OK is false if more shares
+// wait than a preview looks at.
+func (q *Queue[T]) Preview(self, but *Waiter[T], c Claim, now int64, visits int) (p Preview[T], ok bool) {
 	if len(q.shares) > maxLanes {
 		return p, false
 	}
 	self.number = q.count + 1
-	p = Preview[T]{self: self, groups: q.groups(c), clock: q.root.clock, visits: visits}
+	p = Preview[T]{self: self, but: but, groups: q.groups(c), clock: q.root.clock, visits: visits}
 	p.Expire(now)
 	return p, true
 }
@@ -150,12 +152,12 @@ func (p *Preview[T]) head(l *lane[T]) *Waiter[T] {
 	return l.next
 }
 
-// settle drops the waiters of a group that give up before the time, and finds its first lane.
+// settle drops the waiters of a group that give up before the time or are left out, and finds its first lane.
 func (p *Preview[T]) settle(g *group[T], at int64) {
 	g.first = -1
 	for i := range g.lanes {
 		l := &g.lanes[i]
-		for l.next != nil && l.next.Deadline < at {
+		for l.next != nil && (l.next.Deadline < at || l.next == p.but) {
 			l.next = l.next.next
 			p.visits--
 		}

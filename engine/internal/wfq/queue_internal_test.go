@@ -438,8 +438,8 @@ func TestQueueCostBefore(t *testing.T) {
 			},
 		})
 		c, own := claim(), cost()
-		told, first, formula := q.CostBefore(c, own, 1<<20), q.firstTurns(c, own), q.Ahead(c, own)
-		cut := q.CostBefore(c, own, 50)
+		told, first, formula := q.CostBefore(c, own, nil, 1<<20), q.firstTurns(c, own), q.Ahead(c, own)
+		cut := q.CostBefore(c, own, nil, 50)
 		w, got := push(q, c, own), 0.0
 		for q.First() != w {
 			got += q.First().Cost
@@ -606,7 +606,7 @@ func TestQueueChargeAndPreview(t *testing.T) {
 			},
 		})
 		c, own := claim(), cost()
-		told, least := q.CostBefore(c, own, 1<<20), q.Ahead(c, own).Least
+		told, least := q.CostBefore(c, own, nil, 1<<20), q.Ahead(c, own).Least
 		w, got := push(q, c, own), 0.0
 		for ; q.First() != w; q.Pop() {
 			got += q.First().Cost

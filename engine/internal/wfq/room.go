@@ -44,6 +44,9 @@ func (r *Room) Take() bool {
 	return true
 }
 
+// Full reports whether there is no room.
+func (r *Room) Full() bool { return r.free.Load() <= 0 }
+
 // Return returns the room of one flow.
 func (r *Room) Return() { r.free.Add(1) }
 
