@@ -31,7 +31,7 @@ func (a *agent) Closed() <-chan struct{} { return a.done }
 
 // Check asks the components of the flow's control point, which may have it wait. If the engine is closed meanwhile, the flow is
 // rejected. If it was closed before, the error is agentapi.ErrClosed. Any other error is that of ctx, or of a component that could
-// not decide. The flow holds nothing then.
+// not decide. The flow holds nothing then, nor if a function of the program's panics.
 func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Verdict) error {
 	e := a.engine()
 	if e.closed.Load() {
@@ -39,6 +39,13 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 	}
 	start := e.now()
 	now := start
+	decided := false
+	defer func() { // a function of the program's panicked
+		if !decided {
+			e.undo(ctx, v)
+			*v = agentapi.Verdict{}
+		}
+	}()
 	for {
 		v.Start = e.epoch.UnixNano() + start
 		p := e.controlPoint(req.ControlPoint)
@@ -50,7 +57,7 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 		e.undo(ctx, v)
 		*v = agentapi.Verdict{}
 		if !errors.Is(err, errRetired) {
-			if ctx.Err() != nil {
+			if decided = true; ctx.Err() != nil {
 				count(p.counts, req, flowsCanceled)
 			}
 			return err
@@ -59,6 +66,7 @@ func (a *agent) Check(ctx context.Context, req *agentapi.Request, v *agentapi.Ve
 	if now != start {
 		v.More().Waited = time.Duration(now - start)
 	}
+	decided = true
 	return nil
 }
 

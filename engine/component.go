@@ -207,7 +207,7 @@ func (k *keyed[S, R]) lock(labels *agentapi.Labels, d *agentapi.LimiterDecision,
 	if !k.asking {
 		e = k.table.Lock(d.Label, now)
 	} else {
-		e = k.lockAsking(labels, d.Label, now)
+		e = k.lockAsking(labels, d, now)
 	}
 	d.Spilled = e == k.table.Spill()
 	return e

@@ -322,8 +322,21 @@ func (k *keyed[S, R]) fresh(labels *agentapi.Labels, name string) func(*keys.Ent
 	return func(e *keys.Entry[S], now int64) { k.begin(e, now, o) }
 }
 
-// lockAsking is lock where the host's function is asked about a key that is new.
-func (k *keyed[S, R]) lockAsking(labels *agentapi.Labels, name string, now int64) *keys.Entry[S] {
+// lockAsking is lock where the host's function is asked about a key that is new. If the function panics, the decision drops the flow:
+// it has taken nothing.
+func (k *keyed[S, R]) lockAsking(labels *agentapi.Labels, d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
+	name, asked := d.Label, false
+	defer func() {
+		if !asked {
+			k.drop(d, agentapi.CauseNone, 0)
+		}
+	}()
+	e := k.lockNew(labels, name, now)
+	asked = true
+	return e
+}
+
+func (k *keyed[S, R]) lockNew(labels *agentapi.Labels, name string, now int64) *keys.Entry[S] {
 	if e := k.table.LockKnown(name); e != nil {
 		e.Use(now)
 		return e

@@ -89,7 +89,7 @@ func WithLogger(logger *slog.Logger) Option {
 //
 // The engine calls f from the goroutines of flows, for several at once, and holds no lock meanwhile. It may call f twice for a
 // new value. Flows and Apply wait for f, so f must be quick: it answers from memory, and does not ask the database. It must not
-// call Apply or Close. A panic of f is not recovered. If peers can make up values, the engine calls f for each of them.
+// call Apply or Close. A panic of f is not recovered; what the flow has taken goes back. If peers can make up values, the engine calls f for each of them.
 // WithKeyCap bounds how many of them are remembered, and f is not called for values beyond that.
 //
 // If the component cannot have a number that f returns, the component's own numbers hold. ComponentStats.InvalidOverrides counts

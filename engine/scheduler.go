@@ -250,6 +250,11 @@ func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.Limit
 		return
 	}
 	var r reservation
+	defer func() { // also if the host's function panics
+		if r.has {
+			s.room.Return()
+		}
+	}()
 	for {
 		turnOut, leave := s.stand(req, now, d, t, patience, &r)
 		if turnOut == nil {
@@ -257,9 +262,6 @@ func (s *scheduler[S]) enter(req *agentapi.Request, now int64, d *agentapi.Limit
 		}
 		// Only one entry is locked at a time, so that two flows that look for room do not wait for each other.
 		r = reservation{has: turnOut(leave), own: true}
-	}
-	if r.has {
-		s.room.Return()
 	}
 }
 

@@ -55,31 +55,57 @@ type question struct {
 // there is no call.
 func (e *Engine) askTogether(ctx context.Context, placements []placement, req *agentapi.Request, now *int64, v *agentapi.Verdict) (dropped bool, err error) {
 	late := req.Late()
-	var questions []question
+	var questions, rest []question // with and without an ask
+	var asks []shared.Ask
+	var answers []shared.Answer
+	taken, decided := true, false
+	var of *agentapi.LimiterDecision // that is made offhand
+	defer func() {
+		if decided {
+			return
+		}
+		// A function of the program's panicked. What the store has granted is noted, so that it can go back.
+		if of != nil {
+			of.Drop(0)
+		}
+		for i := range rest {
+			v.At(rest[i].at).Drop(0)
+		}
+		for i, q := range questions {
+			if i < len(answers) && answers[i].OK {
+				q.of.answered(ctx, req, *now, v.At(q.at), &asks[i], &answers[i], taken)
+			} else {
+				q.of.unasked(*now, v.At(q.at), &asks[i])
+			}
+		}
+	}()
 	for i := range placements {
 		m := &placements[i]
 		d, asks := m.meet(req, late, v)
 		if d == nil {
 			continue
 		}
-		if asks && !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
-			if questions == nil {
-				questions = make([]question, 0, len(placements)-i)
+		if of = d; asks && !e.offhand(ctx, m.sharer, req, now, d, v.Start) {
+			if rest == nil {
+				rest = make([]question, 0, len(placements)-i)
 			}
-			questions = append(questions, question{m.sharer, v.Len() - 1})
+			rest = append(rest, question{m.sharer, v.Len() - 1})
 		}
+		of = nil
 		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
-	if len(questions) == 0 {
+	if len(rest) == 0 {
+		decided = true
 		return dropped, nil
 	}
 	// No flow waits for another one from here on, so none waits for a question that waits.
-	all := questions
-	questions = all[:0]
-	asks := make([]shared.Ask, len(all)) // not used again: a store may keep it after a call that came to nothing
-	for _, q := range all {
+	questions = rest[:0]
+	asks = make([]shared.Ask, len(rest)) // not used again: a store may keep it after a call that came to nothing
+	for len(rest) > 0 {
+		q := rest[0]
 		d := v.At(q.at)
-		if q.of.prepare(req, *now, d, &asks[len(questions)]) {
+		asked := q.of.prepare(req, *now, d, &asks[len(questions)])
+		if rest = rest[1:]; asked {
 			questions = append(questions, q)
 		} else {
 			asks[len(questions)] = shared.Ask{}
@@ -87,36 +113,42 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		dropped = dropped || d.Dropped && !d.Component.DryRun
 	}
 	if asks = asks[:len(questions)]; len(asks) == 0 {
+		decided = true
 		return dropped, nil
 	}
 	if dropped && !req.DryRun() {
+		decided = true
 		for i, q := range questions {
 			q.of.unasked(*now, v.At(q.at), &asks[i])
 		}
 		return dropped, nil
 	}
-	answers := make([]shared.Answer, len(asks))
+	answers = make([]shared.Answer, len(asks))
 	err = e.take(ctx, req, e.passed(*now, v.Start), asks, answers)
 	*now = e.now()
 	if err != nil && ctx.Err() != nil {
+		decided = true
 		for i, q := range questions {
 			q.of.unasked(*now, v.At(q.at), &asks[i])
 		}
 		return dropped, ctx.Err()
 	}
-	taken := true
 	for i := range asks {
 		taken = taken && (answers[i].OK || asks[i].Dry)
 	}
-	for i, q := range questions {
+	for len(questions) > 0 {
+		q, ask, answer := questions[0], &asks[0], &answers[0]
 		d := v.At(q.at)
 		if err != nil {
-			q.of.unanswered(req, *now, d, &asks[i])
-		} else {
-			q.of.answered(ctx, req, *now, d, &asks[i], &answers[i], taken)
+			q.of.unanswered(req, *now, d, ask)
+		}
+		questions, asks, answers = questions[1:], asks[1:], answers[1:]
+		if err == nil {
+			q.of.answered(ctx, req, *now, d, ask, answer, taken)
 		}
 		dropped = dropped || d.Dropped && !d.Component.DryRun
 	}
+	decided = true
 	return dropped, nil
 }
 
@@ -167,8 +199,20 @@ func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Du
 // settleTogether settles all decisions of a flow that hold something. It returns how many slots the flow held, and how many of them were
 // still its own.
 func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agentapi.Outcome) (held, returned int) {
+	return e.settleFrom(ctx, v, 0, o)
+}
+
+// settleFrom is settleTogether from a decision on.
+func (e *Engine) settleFrom(ctx context.Context, v *agentapi.Verdict, from int, o agentapi.Outcome) (held, returned int) {
 	var far []agentapi.Settling
-	for i := range v.Len() {
+	i := from
+	defer func() {
+		if i < v.Len() { // a function of the program's panicked
+			defer e.settleFrom(ctx, v, i+1, o)
+			e.settle(ctx, far)
+		}
+	}()
+	for ; i < v.Len(); i++ {
 		d := v.At(i)
 		if d.Dropped {
 			continue

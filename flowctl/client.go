@@ -148,6 +148,12 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 	if c.observer != nil {
 		c.observer.start(f)
 	}
+	started := false
+	defer func() { // a function of the program's panicked, so the caller never gets the flow
+		if !started {
+			_, _ = f.end(f.parent, true)
+		}
+	}()
 	var err error
 	if f.decision, err = c.decide(f.parent, f, &params); err != nil {
 		_ = f.verdict.Fail(err)
@@ -171,21 +177,10 @@ func (c *Client) Start(ctx context.Context, controlPoint string, params Params) 
 		c.observer.decided(f)
 	}
 	if c.onDecision != nil {
-		c.tell(f)
+		c.onDecision(f.parent, f)
 	}
+	started = true
 	return f
-}
-
-// tell calls the hook for decisions. If that panics, the caller never gets the flow, so it ends here.
-func (c *Client) tell(f *Flow) {
-	told := false
-	defer func() {
-		if !told {
-			_, _ = f.end(f.parent, true)
-		}
-	}()
-	c.onDecision(f.parent, f)
-	told = true
 }
 
 // decide gets the agent's decision into the flow.
