@@ -64,7 +64,7 @@ func neverComes(key string) string {
 			return "Headgate's clients make no label of this header, because it carries credentials: it arrives where the " +
 				"application sets the label itself, and where a proxy asks about the request by CheckHTTP"
 		}
-		return ""
+		return ofMessage(name)
 	}
 	if key != lower && ofRequest(lower) {
 		return fmt.Sprintf("the labels of requests and calls are in lower case: it is %q", lower)
@@ -73,10 +73,38 @@ func neverComes(key string) string {
 		return "Headgate's clients make no label of metadata or baggage of this name, because it carries credentials: it " +
 			"arrives where the application sets the label itself"
 	}
+	if why := ofMetadata(lower); why != "" {
+		return why
+	}
 	if right := misspelt(lower); right != "" {
 		return fmt.Sprintf("no adaptor sets this label; it may be misspelt %q", right)
 	}
 	return slip.InName(key)
+}
+
+// ofMessage returns why Headgate's clients make no label of a header that net/http takes out of the others; "" if it does not.
+func ofMessage(name string) string {
+	const taken = "Go's net/http keeps this header apart, so Headgate's clients make no label of it"
+	switch name {
+	case "host":
+		return taken + `: use "http.host"`
+	case "transfer_encoding", "trailer":
+		return taken + ": it says how the body is sent, and no label has that"
+	}
+	return ""
+}
+
+// ofMetadata returns why no label of metadata has the key; "" if one may have it.
+func ofMetadata(key string) string {
+	switch key {
+	case "grpc-timeout", "grpc-encoding", "grpc-message", "grpc-message-type", "grpc-status":
+		return "gRPC keeps this key for itself, and it is not in the metadata of a call"
+	}
+	if strings.HasSuffix(key, "-bin") {
+		return "Headgate's clients make no label of binary metadata, which a key that ends in -bin has: send the value under another key, " +
+			"or set the label in the application"
+	}
+	return ""
 }
 
 // misspelt returns the label of an adaptor from which a key in lower case differs by one letter; "" if there is none. In the label of a

@@ -40,7 +40,8 @@ func WithParams(fn func(ctx context.Context, call Call) flowctl.Params) Option {
 }
 
 // WithMetadata makes metadata with these keys labels, as labels.FromMetadata does: what a server was sent, or what a
-// client is about to send. By default none is. Repeated use adds more.
+// client is about to send. By default none is. Repeated use adds more. Keys that end in -bin, or that carry credentials,
+// never become labels.
 func WithMetadata(keys ...string) Option {
 	lower := make([]string, len(keys))
 	for i, key := range keys {

@@ -72,7 +72,8 @@ func WithParams(fn func(*http.Request) flowctl.Params) Option {
 }
 
 // WithHeaders makes headers of the request labels, as labels.FromRequest does. By default none is. Repeated use adds
-// more.
+// more. Headers that carry credentials never become labels, and neither do Host, Transfer-Encoding and Trailer, which
+// net/http keeps apart: the label http.host has the host.
 func WithHeaders(names ...string) Option {
 	names = slices.Clone(names)
 	return option(func(g *guard) { g.headers = append(g.headers, names...) })
