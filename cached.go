@@ -69,7 +69,8 @@ const defaultLastGood = 256
 // A run does not belong to the call that began it. It has the values of that call's context, but neither its
 // cancellation nor its deadline. It is canceled when the last call that waits for it has given up. A call that gives up
 // returns its context's error. The run's flow ends with the run. A call whose context has ended before it begins is a
-// call of [Guard], which still runs in a dry run and without a client.
+// call of [Guard], which still runs in a dry run and without a client. In a dry run of the client this also holds for a
+// call whose context ends while it waits for an agent.
 //
 // A call from within a run waits only for runs that began inside that run, so that runs never wait for each other. If
 // any other run is under way for its key, the call begins a run of its own. So one inner key may run once in each outer
@@ -277,6 +278,8 @@ func (c *cache[T]) call(ctx context.Context, params *flowctl.Params,
 			out, err = run.Wait(ctx, leads)
 		}
 		switch {
+		case c.runs.DryRun && ctx.Err() != nil && (out.decision != 0 || errors.Is(err, flight.ErrLeft) && !run.Works()):
+			return guarded(ctx, c.client, c.controlPoint, *params, fn, onReject) // its time has passed with waiting for an agent
 		case errors.Is(err, flight.ErrLeft):
 			return out.value, c.gaveUp(ctx)
 		case err != nil:
@@ -361,6 +364,11 @@ func (c *cache[T]) lead(ctx context.Context, run *flight.Run[outcome[T]], params
 		return out, true
 	}
 	key := params.ResultCacheKey
+	if c.runs.DryRun && ctx.Err() != nil { // a call that waits for the run would give up at once; others ask anew
+		run.End(outcome[T]{err: c.gaveUp(ctx), decision: flowctl.Canceled})
+		out, _ = c.work(flow.Context(), flow, key, fn)
+		return out, true
+	}
 	run.Go(flow.Context(), func(ctx context.Context) (outcome[T], func()) { return c.work(ctx, flow, key, fn) })
 	return out, false
 }

@@ -506,3 +506,44 @@ func TestDryRunWithoutAnAnswer(t *testing.T) {
 		})
 	}
 }
+
+// In a dry run, a call whose context ends while it waits for an agent gives what its function gives, as without flow control. So does
+// one that shares the wait of another call.
+func TestDryRunCallsThatEndMeanwhile(t *testing.T) {
+	type call = func(context.Context) (int, error)
+	for name, makes := range map[string]func(client headgate.Starter, fn call) call{
+		"Guard": func(client headgate.Starter, fn call) call {
+			return headgate.Guard(client, point, flowctl.Params{}, fn, nil)
+		},
+		"Cached": func(client headgate.Starter, fn call) call {
+			return headgate.Cached(client, point, flowctl.Params{}, fn, nil, headgate.CachePolicy[int]{})
+		},
+		"Cached and Retrying": func(client headgate.Starter, fn call) call {
+			return headgate.Cached(headgate.Retrying(client, headgate.RetryPolicy{}), point, flowctl.Params{}, fn, nil, headgate.CachePolicy[int]{})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				agent := flowtest.NewAgent(t)
+				client := agent.Client(flowctl.WithDryRun(), flowctl.WithCheckTimeout(150*time.Millisecond))
+				if err := client.Ready(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				agent.Answer(flowtest.Answer{Hang: true})
+				guarded := makes(client, func(context.Context) (int, error) { return 7, nil })
+				var wg sync.WaitGroup
+				for _, most := range []time.Duration{20, 10, 30, 500} { // the first one begins the run
+					wg.Go(func() {
+						ctx, cancel := context.WithTimeout(t.Context(), most*time.Millisecond)
+						defer cancel()
+						if v, err := guarded(ctx); v != 7 || err != nil {
+							t.Errorf("after %v: %v, %v want 7", most*time.Millisecond, v, err)
+						}
+					})
+					synctest.Wait()
+				}
+				wg.Wait()
+			})
+		})
+	}
+}

@@ -116,6 +116,7 @@ func newClient(agent agentapi.Agent, cfg *config) (*Client, error) {
 	}
 	c.runs.Unstored = c.unstored
 	c.runs.Closed = c.isClosed
+	c.runs.DryRun = cfg.dryRun
 	cfg.shared.DryRun = cfg.dryRun
 	if len(cfg.shared.Defaults) > 0 || cfg.shared.Service != "" || cfg.shared.DryRun {
 		c.shared = &cfg.shared

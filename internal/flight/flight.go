@@ -25,6 +25,10 @@ type Runs struct {
 	// first run, and is safe for concurrent use.
 	Closed func() bool
 
+	// DryRun is set if all flows of the client run, also those whose callers' contexts end before an agent has answered. It is
+	// set before the first run.
+	DryRun bool
+
 	mu  sync.Mutex
 	all map[place]underway
 }
@@ -152,6 +156,13 @@ func (r *Run[V]) End(v V) {
 	defer r.runs.mu.Unlock()
 	r.value = v
 	r.end(returned, false)
+}
+
+// Works reports whether the run has begun to work.
+func (r *Run[V]) Works() bool {
+	r.runs.mu.Lock()
+	defer r.runs.mu.Unlock()
+	return r.cancel != nil
 }
 
 // Abort ends a run that its leader will not end, because the leader panicked or called runtime.Goexit itself. It does
