@@ -101,7 +101,7 @@ const (
 	CauseQueueFull    = RejectCause(agentapi.CauseQueueFull) // the queue was full
 	CauseQueueTooLong = RejectCause(agentapi.CauseLongQueue) // the flow would have had to wait longer than it could
 	CauseTimeout      = RejectCause(agentapi.CauseTimeout)   // the flow waited for as long as it could
-	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine or the client was closed while the flow waited
+	CauseClosed       = RejectCause(agentapi.CauseClosed)    // the engine, or the client of a remote agent, was closed while the flow waited
 	CauseLabelTooLong = RejectCause(agentapi.CauseLongLabel) // the value of a label was too long for the policy
 
 	// CauseCircuitOpen is the cause of a policy.CircuitBreaker that is open, or half-open without room for another probe. The
