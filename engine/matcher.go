@@ -5,8 +5,10 @@ import (
 	"maps"
 	"slices"
 	"sync/atomic"
+	"unicode/utf8"
 
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/pattern"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -24,7 +26,7 @@ type selector struct {
 // A condition looks at a flow's labels.
 type condition func(*agentapi.Labels) truth
 
-// A truth is what is known of a condition. It is unknown if a value is too long to be matched in time; of several
+// A truth is what is known of a condition. It is unknown if a value is too long to be matched in time, or was cut; of several
 // conditions the others may decide (Kleene's three-valued logic).
 type truth int8
 
@@ -195,7 +197,7 @@ func compileExpression(e policy.Expression) (condition, error) {
 				return no
 			}
 			matches, ok := re.Match(value)
-			if !ok {
+			if !ok || mayBeCut(value) {
 				return unknown
 			}
 			return truthOf(matches)
@@ -203,6 +205,11 @@ func compileExpression(e policy.Expression) (condition, error) {
 	default:
 		return nil, fmt.Errorf("unknown expression %T", e)
 	}
+}
+
+// mayBeCut reports whether a client may have cut the value, as labels.Repair does. The value then says nothing about what follows.
+func mayBeCut(value string) bool {
+	return len(value) > bounds.MaxLabelValue-utf8.UTFMax && len(value) <= bounds.MaxLabelValue
 }
 
 func compileExpressions(es []policy.Expression) ([]condition, error) {

@@ -7,6 +7,9 @@ import (
 	"unicode/utf8"
 )
 
+// MaxLabelValue is the longest value of a label that clients send, in bytes. They cut longer values of peers.
+const MaxLabelValue = 4096
+
 // MaxControlPoint is the longest control point, in bytes.
 const MaxControlPoint = 255
 
