@@ -417,10 +417,26 @@ func (d *decoder) duration(v value) time.Duration {
 		return 0
 	}
 	t, err := time.ParseDuration(v.text)
-	if err != nil {
+	switch {
+	case err == nil:
+	case wellFormed(v.text):
+		d.errorf(v, "duration %s is too long; the longest is %q", quote(v.text), fmt.Sprintf("%dh", math.MaxInt64/int64(time.Hour)))
+	default:
 		d.errorf(v, "bad duration %s; %s", quote(v.text), want)
 	}
 	return t
+}
+
+// wellFormed reports whether the text is a duration, also one that is too long for a time.Duration.
+func wellFormed(text string) bool {
+	digit := func(r rune) rune {
+		if '0' <= r && r <= '9' {
+			return '0'
+		}
+		return r
+	}
+	_, err := time.ParseDuration(strings.Map(digit, text))
+	return err == nil
 }
 
 // optional reads a duration that is not negative, for a field whose zero means the default. It returns zero for a 0 in

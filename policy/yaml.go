@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
 
@@ -610,9 +611,17 @@ func checkSource(source string) (problem string, at int) {
 			return `holds a byte order mark that is not at its beginning; remove it, or write it as \ufeff in double quotes`, i
 		case r < 0xa0, r == 0xfffe, r == 0xffff:
 			return fmt.Sprintf(`holds the control character U+%04X; write it as \u%04x in double quotes`, r, r), i
+		case unicode.In(r, unicode.Zs, unicode.Cf) && indents(source[:i]):
+			return fmt.Sprintf("bad YAML: U+%04X in the indentation, which is no space; indent with spaces", r), i
 		}
 	}
 	return "", 0
+}
+
+// indents reports whether what follows the text is in the indentation of its line, or behind the dashes of items.
+func indents(before string) bool {
+	before = strings.TrimRight(before, " \t-")
+	return before == "" || strings.HasSuffix(before, "\n") || strings.HasSuffix(before, "\r")
 }
 
 // validUTF8 returns how many bytes there are before the first that is no UTF-8.
