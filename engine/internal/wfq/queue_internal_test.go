@@ -587,7 +587,7 @@ func TestQueueCharge(t *testing.T) {
 	}
 }
 
-// After any charges, a preview serves in the order of the queue, and no flow sees more cost ahead than there is.
+// After any charges, a preview serves in the order of the queue, and no flow sees more cost ahead than there is, except by rounding.
 func TestQueueChargeAndPreview(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		q, all := newQueue(), claims([]float64{1, 5, 0.1}, 2)
@@ -607,11 +607,12 @@ func TestQueueChargeAndPreview(t *testing.T) {
 		})
 		c, own := claim(), cost()
 		told, least := q.CostBefore(c, own, nil, 1<<20), q.Ahead(c, own).Least
+		just := q.root.largest // of a waiter whose turn comes just after, which the formula may count
 		w, got := push(q, c, own), 0.0
 		for ; q.First() != w; q.Pop() {
 			got += q.First().Cost
 		}
-		if told != got || least > got+1e-6 && q.root.smallest != q.root.largest {
+		if told != got || least > got+just+1e-6 {
 			t.Fatalf("%v went before it, %v were told, %v by formula", got, told, least)
 		}
 	})
