@@ -341,7 +341,7 @@ func (c *rawClient) call(method string, message []byte, pairs ...string) (stream
 // unsent is what all connections have to send.
 func (s *fullServer) unsent() int { return int(s.paces.outboxes.size.Load()) }
 
-// What a client does not read counts, whatever it asked, and no longer than until it reads or resets it.
+// What a client does not read counts until it reads or resets it. So it is for all that it can ask.
 func TestAnswersThatAreNotReadCount(t *testing.T) {
 	const calls = 30
 	encode := func(m proto.Message) []byte {

@@ -58,18 +58,16 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 	var questions, rest []question // with and without an ask
 	var asks []shared.Ask
 	var answers []shared.Answer
-	taken, decided := true, false
+	taken := true
 	var of *agentapi.LimiterDecision // that is made offhand
+	// What is left of these is dropped at the end. If a function of the program's panics, what the store has granted is noted, so that it
+	// can go back.
 	defer func() {
-		if decided {
-			return
-		}
-		// A function of the program's panicked. What the store has granted is noted, so that it can go back.
 		if of != nil {
 			of.Drop(0)
 		}
-		for i := range rest {
-			v.At(rest[i].at).Drop(0)
+		for _, q := range rest {
+			v.At(q.at).Drop(0)
 		}
 		for i, q := range questions {
 			if i < len(answers) && answers[i].OK {
@@ -95,7 +93,6 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		dropped = dropped || d.Dropped && !m.id.DryRun
 	}
 	if len(rest) == 0 {
-		decided = true
 		return dropped, nil
 	}
 	// No flow waits for another one from here on, so none waits for a question that waits.
@@ -112,25 +109,14 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		}
 		dropped = dropped || d.Dropped && !d.Component.DryRun
 	}
-	if asks = asks[:len(questions)]; len(asks) == 0 {
-		decided = true
-		return dropped, nil
-	}
-	if dropped && !req.DryRun() {
-		decided = true
-		for i, q := range questions {
-			q.of.unasked(*now, v.At(q.at), &asks[i])
-		}
+	if asks = asks[:len(questions)]; len(asks) == 0 || dropped && !req.DryRun() {
 		return dropped, nil
 	}
 	answers = make([]shared.Answer, len(asks))
 	err = e.take(ctx, req, e.passed(*now, v.Start), asks, answers)
 	*now = e.now()
 	if err != nil && ctx.Err() != nil {
-		decided = true
-		for i, q := range questions {
-			q.of.unasked(*now, v.At(q.at), &asks[i])
-		}
+		answers = nil
 		return dropped, ctx.Err()
 	}
 	for i := range asks {
@@ -148,7 +134,6 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 		}
 		dropped = dropped || d.Dropped && !d.Component.DryRun
 	}
-	decided = true
 	return dropped, nil
 }
 

@@ -515,7 +515,7 @@ func TestWarningsOfCheckTimeouts(t *testing.T) {
 	}
 }
 
-// A flow whose own check timeout leaves it no time to wait, less the margin, is told of, also if its workload has no queue timeout. A check
+// A flow whose own check timeout leaves it no time to wait, less the margin, is warned about, also if its workload has no queue timeout. A check
 // timeout as short as the margin that policies have by themselves says that the flow is not to wait.
 func TestWarningsOfCheckTimeoutsBelowTheMargin(t *testing.T) {
 	type params = flowctl.Params

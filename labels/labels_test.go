@@ -193,7 +193,7 @@ func TestIsCredentialOrdinary(t *testing.T) {
 	}
 }
 
-// The Baggage header is no label of a request, whatever source makes its labels: its members are.
+// No source makes a label of the Baggage header. Its members are labels.
 func TestBaggageHeaderIsNoLabel(t *testing.T) {
 	r := httptest.NewRequest(http.MethodGet, "/", http.NoBody)
 	r.Header.Set("Baggage", "tenant=acme")
