@@ -45,8 +45,7 @@ in-modules = failed=; \
 	done; \
 	[ -z "$$failed" ] || { echo "$(1): failed in$$failed" >&2; exit 1; }
 
-# Tests that need processes of their own are named so, or are those of the
-# examples, each of which is a program.
+# Tests that need processes of their own are named so.
 PROCESS := ^TestProcess
 
 # Tests that need Redis servers, which they start, are named so.
@@ -67,9 +66,12 @@ test: racedetector ## Run the tests of all modules, the race detector on
 	@$(call in-modules,go test,$(call test-named,-v,$(PROCESS)|$(FLEET)|^TestMain$$|^Benchmark,$(RACE) -skip '$(PROCESS)|$(FLEET)'),$(filter-out $(EXAMPLES),$(MODULES)))
 
 .PHONY: test-process
-test-process: racedetector ## Run the tests that need processes: agents that are killed, and the examples
+test-process: racedetector ## Run the tests that need processes: agents that are killed
 	@$(call in-modules,go test -run $(PROCESS),$(call test-named,,$(PROCESS),$(RACE) -run '$(PROCESS)'),$(filter-out $(EXAMPLES),$(MODULES)))
-	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),. redisstore $(EXAMPLES))
+
+.PHONY: test-examples
+test-examples: racedetector ## Run the tests of the examples, each of which is a program
+	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),$(EXAMPLES) redisstore .)
 
 # Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
 # for leases to run out, or for servers to find each other.

@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
+	if err := os.Setenv(asPart, "1"); err != nil { // for the processes that tests start
+		panic(err)
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -59,6 +62,7 @@ func findServer(t *testing.T) string {
 }
 
 func TestShow(t *testing.T) {
+	t.Parallel() // most of the time it waits for leases to run out
 	for _, row := range []struct {
 		name, what string
 		heading    string // in the recipe, before the output; empty if it is not there
@@ -69,7 +73,7 @@ func TestShow(t *testing.T) {
 		{"another's server", "store", "", withServer},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			t.Setenv(asPart, "1")
+			t.Parallel()
 			args, stop := row.args(t)
 			var stdout strings.Builder
 			if err := run(t.Context(), args, &stdout); err != nil {

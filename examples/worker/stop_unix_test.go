@@ -12,7 +12,7 @@ import (
 
 // A server that hangs for longer than a lease has calls in flight end before their slots are others'.
 func TestServerHangs(t *testing.T) {
-	t.Setenv(asPart, "1")
+	t.Parallel()
 	ctx, folder := t.Context(), t.TempDir()
 	if err := writeJobs(folder); err != nil {
 		t.Fatal(err)
