@@ -71,7 +71,7 @@ test-process: racedetector ## Run the tests that need processes: agents that are
 
 .PHONY: test-examples
 test-examples: racedetector ## Run the tests of the examples, each of which is a program
-	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on $(TESTFLAGS) $$(go list ./... | grep /examples/),$(EXAMPLES) redisstore .)
+	@$(call in-modules,go test the examples,go test $(RACE) -shuffle=on -parallel 8 $(TESTFLAGS) $$(go list ./... | grep /examples/),$(EXAMPLES) redisstore .)
 
 # Without redis-server these tests are skipped, and say so. With HEADGATE_TEST_REDIS=required they fail. Most of their time they wait
 # for leases to run out, or for servers to find each other.
