@@ -531,13 +531,14 @@ func TestDryRunCallsThatEndMeanwhile(t *testing.T) {
 				}
 				agent.Answer(flowtest.Answer{Hang: true})
 				guarded := makes(client, func(context.Context) (int, error) { return 7, nil })
+				const ms = time.Millisecond
 				var wg sync.WaitGroup
-				for _, most := range []time.Duration{20, 10, 30, 500} { // the first one begins the run
+				for _, most := range []time.Duration{20 * ms, 10 * ms, 30 * ms, 500 * ms} { // the first one begins the run
 					wg.Go(func() {
-						ctx, cancel := context.WithTimeout(t.Context(), most*time.Millisecond)
+						ctx, cancel := context.WithTimeout(t.Context(), most)
 						defer cancel()
 						if v, err := guarded(ctx); v != 7 || err != nil {
-							t.Errorf("after %v: %v, %v want 7", most*time.Millisecond, v, err)
+							t.Errorf("after %v: %v, %v want 7", most, v, err)
 						}
 					})
 					synctest.Wait()
