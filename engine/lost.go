@@ -18,37 +18,42 @@ func (a *agent) Leases() bool { return a.store != nil }
 // Leased counts the slots that the store has given the flow.
 func (a *agent) Leased(v *agentapi.Verdict) (slots int) {
 	for i := range v.Len() {
-		d := v.At(i)
-		if !d.Component.Slots || d.Slot() == 0 || d.Local || d.Untaken || d.DryRun {
-			continue
-		}
-		if _, ok := d.Component.Settler.(returner); ok {
+		if byLease(v.At(i)) {
 			slots++
 		}
 	}
 	return slots
 }
 
+// byLease reports whether the store has given a flow a slot for a decision.
+func byLease(d *agentapi.LimiterDecision) bool {
+	if !d.Component.Slots || d.Slot() == 0 || d.Local || d.Untaken || d.DryRun {
+		return false
+	}
+	_, ok := d.Component.Settler.(returner)
+	return ok
+}
+
 // Watch does what agentapi.Leaser says.
 func (a *agent) Watch(v *agentapi.Verdict, over func(lost bool)) {
 	e := a.engine()
 	began := e.epoch.Add(time.Duration(v.Start - e.epoch.UnixNano()))
-	e.tellLost(e.store.watched.join(e.store.Kept, v, watchedFlow{a.Leased(v), over}, began, e.judgeLease))
+	e.tellLost(e.store.watched.join(e.store.Kept, v, over, began, e.judgeLease))
 }
 
-// limited reports whether a component that has given the flow a slot is in force, and not in dry run.
-func (e *Engine) limited(v *agentapi.Verdict) bool {
+// limited counts the slots that the store has given the flow for components that are in force, and not in dry run.
+func (e *Engine) limited(v *agentapi.Verdict) (slots int) {
 	r := e.rules.Load()
 	for i := range v.Len() {
-		c := v.At(i).Component
-		if _, ok := c.Settler.(returner); !ok || !c.Slots {
+		d := v.At(i)
+		if !byLease(d) {
 			continue
 		}
-		if in := r.byName[componentName{c.Policy, c.ID}]; in != nil && !in.identity().DryRun {
-			return true
+		if in := r.byName[componentName{d.Component.Policy, d.Component.ID}]; in != nil && !in.identity().DryRun {
+			slots++
 		}
 	}
-	return false
+	return slots
 }
 
 // unwatch has the flow's slots not be watched any more. It returns what to call when they have been returned; nil for nothing.
@@ -63,7 +68,7 @@ func (a *agent) unwatch(v *agentapi.Verdict) (over func(lost bool)) {
 func (e *Engine) judgeLease() { e.tellLost(e.store.watched.look(e.store.Kept)) }
 
 // tellLost counts slots that are lost, and tells their flows. It logs that once a minute.
-func (e *Engine) tellLost(flows []watchedFlow) {
+func (e *Engine) tellLost(flows []lostFlow) {
 	if len(flows) == 0 {
 		return
 	}
@@ -81,23 +86,23 @@ func (e *Engine) tellLost(flows []watchedFlow) {
 	}
 }
 
-// A watched is the flows in this process that hold slots of the store. The zero value is ready.
+// A watched is the flows in this process that hold slots of the store.
 type watched struct {
-	limited func(v *agentapi.Verdict) bool // reports whether a slot of the flow still matters; nil for all
+	limited func(v *agentapi.Verdict) int // counts the slots of a flow that are lost with the lease
 
 	lost atomic.Uint64 // slots
 	log  minutely      // about them
 
 	mu     sync.Mutex
-	flows  map[*agentapi.Verdict]watchedFlow
+	flows  map[*agentapi.Verdict]func(lost bool)
 	kept   time.Time   // until when the lease was counted on when it was last looked at; zero if that is not known
 	gap    time.Time   // when it was last found to have run out
 	timer  *time.Timer // looks at the lease while there are flows; nil before the first
 	closed bool
 }
 
-// A watchedFlow is a flow that holds slots. Over may be nil.
-type watchedFlow struct {
+// A lostFlow is a flow that has lost slots. Over may be nil.
+type lostFlow struct {
 	slots int
 	over  func(lost bool)
 }
@@ -109,7 +114,7 @@ const (
 )
 
 // join adds a flow whose check began then. It returns the flows whose slots are lost. Look is called later to find others.
-func (l *watched) join(kept func() time.Time, v *agentapi.Verdict, f watchedFlow, began time.Time, look func()) (lost []watchedFlow) {
+func (l *watched) join(kept func() time.Time, v *agentapi.Verdict, over func(lost bool), began time.Time, look func()) (lost []lostFlow) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
@@ -118,12 +123,14 @@ func (l *watched) join(kept func() time.Time, v *agentapi.Verdict, f watchedFlow
 		lost = l.judge(now, kept())
 	}
 	if began.Before(l.gap) || passed(l.kept, now) { // the process may have stood still during the check
-		return append(lost, f)
+		if slots := l.limited(v); slots > 0 {
+			return append(lost, lostFlow{slots, over})
+		}
 	}
 	if l.flows == nil {
-		l.flows = make(map[*agentapi.Verdict]watchedFlow)
+		l.flows = make(map[*agentapi.Verdict]func(lost bool))
 	}
-	l.flows[v] = f
+	l.flows[v] = over
 	if l.timer == nil {
 		l.timer = time.AfterFunc(looksAtMost, look)
 	}
@@ -137,7 +144,7 @@ func (l *watched) join(kept func() time.Time, v *agentapi.Verdict, f watchedFlow
 func (l *watched) leave(v *agentapi.Verdict) (over func(lost bool)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	f, ok := l.flows[v]
+	over, ok := l.flows[v]
 	if !ok {
 		return nil
 	}
@@ -145,11 +152,11 @@ func (l *watched) leave(v *agentapi.Verdict) (over func(lost bool)) {
 	if len(l.flows) == 0 {
 		l.arm(time.Time{})
 	}
-	return f.over
+	return over
 }
 
 // look looks at the lease, and returns the flows whose slots are lost.
-func (l *watched) look(kept func() time.Time) (lost []watchedFlow) {
+func (l *watched) look(kept func() time.Time) (lost []lostFlow) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.flows) == 0 || l.closed {
@@ -164,16 +171,16 @@ func (l *watched) look(kept func() time.Time) (lost []watchedFlow) {
 // judge returns the flows whose slots are lost, now that the lease is counted on until then, as far as is known. A lease that was not looked at
 // before it would have run out counts as run out, even if it lasts now: the process may have stood still, and the slots may have gone to
 // others meanwhile. Flows that no slot limits any more, as in a dry run, lose none.
-func (l *watched) judge(now, kept time.Time) (lost []watchedFlow) {
-	ranOut := len(l.flows) > 0 && passed(l.kept, now) || passed(kept, now)
+func (l *watched) judge(now, kept time.Time) (lost []lostFlow) {
+	ranOut := len(l.flows) > 0 && l.gap.Before(l.kept) && passed(l.kept, now) || passed(kept, now)
 	l.kept = kept
 	if !ranOut {
 		return nil
 	}
 	l.gap = now
-	for v, f := range l.flows {
-		if l.limited == nil || l.limited(v) {
-			lost = append(lost, f)
+	for v, over := range l.flows {
+		if slots := l.limited(v); slots > 0 {
+			lost = append(lost, lostFlow{slots, over})
 			delete(l.flows, v)
 		}
 	}

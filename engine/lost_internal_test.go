@@ -24,16 +24,21 @@ func TestLeaseAfterAPause(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var l watched
+				first, second := new(agentapi.Verdict), new(agentapi.Verdict)
+				l := watched{limited: func(v *agentapi.Verdict) int {
+					if v == second {
+						return 2
+					}
+					return 1
+				}}
 				kept := func() time.Time { return time.Now().Add(lease) }
 				still := func() {} // the timer does nothing while the process stands still
-				if lost := l.join(kept, new(agentapi.Verdict), watchedFlow{slots: 1}, time.Now(), still); lost != nil {
+				if lost := l.join(kept, first, nil, time.Now(), still); lost != nil {
 					t.Errorf("lost = %v at once", lost)
 				}
 				<-time.After(tt.pause)
-				second := new(agentapi.Verdict)
 				var got []int
-				for _, f := range l.join(kept, second, watchedFlow{slots: 2}, time.Now().Add(-tt.began), still) {
+				for _, f := range l.join(kept, second, nil, time.Now().Add(-tt.began), still) {
 					got = append(got, f.slots)
 				}
 				if len(got) != len(tt.lost) || len(got) > 0 && got[len(got)-1] != tt.lost[len(tt.lost)-1] {

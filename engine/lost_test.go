@@ -297,6 +297,43 @@ func TestLostSlotsOfAnAgentWithAStore(t *testing.T) {
 	}
 }
 
+// A flow that goes on after its component was removed and the store was lost has later flows lose nothing.
+func TestLostSlotsAfterApplyAndOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limiter := func(id, point string) policy.Component {
+			return policy.ConcurrencyLimiter{ID: id, Selectors: policy.At(point), Max: 2, MaxInflight: time.Hour}
+		}
+		store := sharedtest.New().Instance()
+		side := sides.Setup{
+			Policies:      sides.Policies(limiter("x", "one"), limiter("y", "two")),
+			EngineOptions: []engine.Option{engine.WithStore(store)},
+			Options:       []flowctl.Option{flowctl.WithCancelOnLostSlot()},
+		}.New(t, sides.Embedded)
+		before := side.Client.Start(t.Context(), "one", flowctl.Params{})
+		if err := side.Engine.Apply(sides.Policies(limiter("y", "two"))); err != nil {
+			t.Fatal(err)
+		}
+		store.Behave(sharedtest.Behavior{Cut: true})
+		<-time.After(time.Minute)
+		store.Behave(sharedtest.Behavior{Late: 5 * time.Millisecond})
+		for range 200 {
+			after := side.Client.Start(t.Context(), "two", flowctl.Params{})
+			<-time.After(50 * time.Millisecond)
+			if err := context.Cause(after.Context()); err != nil {
+				t.Fatalf("a flow of another component: %v", err)
+			}
+			end(after)
+		}
+		if err := before.Context().Err(); err != nil {
+			t.Errorf("the flow whose component is gone: %v", err)
+		}
+		if n := side.Engine.Stats().Store.LostSlots; n != 0 {
+			t.Errorf("%d slots are lost want none", n)
+		}
+		end(before)
+	})
+}
+
 // servedFor is an agent with the store, and a client whose flows want to know of lost slots.
 func servedFor(t *testing.T, store *sharedtest.Store, c policy.Component) *sides.Side {
 	t.Helper()
