@@ -192,17 +192,24 @@ func (a *account[S]) learn(now int64, asked *shared.Rule, want float64, answer *
 	return differs
 }
 
+// looked notes what a look at the store has found. A look uses no numbers, so another engine may have used others since.
+func (a *account[S]) looked(now int64, left float64) {
+	a.left, a.at = left, now
+	if a.last == nil {
+		a.last = new(shared.Rule) // that of no question
+	}
+}
+
 // corrected forgets when there are tokens again, because of a return. What is left changes by what the store has taken or given
 // back for it.
 func (a *account[S]) corrected(r *shared.Return, result shared.Result) {
 	a.recheck = 0
+	lowest := source.Lowest(r.Rule.MaxDebt, r.Rule.Capacity)
 	switch debt := r.Cost - r.Tokens; {
+	case result.Forgiven > 0: // there may have been less than the engine knew
+		a.left = min(a.left, lowest)
 	case debt > 0:
-		lowest := source.Lowest(r.Rule.MaxDebt, r.Rule.Capacity)
-		source.Owe(&a.left, debt-result.Forgiven, lowest)
-		if result.Forgiven > 0 { // there was less than the engine knew
-			a.left = min(a.left, lowest)
-		}
+		source.Owe(&a.left, debt, lowest)
 	case result.Returned:
 		a.left = min(a.left-debt, max(r.Rule.Capacity, a.left))
 	}

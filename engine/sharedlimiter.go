@@ -421,7 +421,7 @@ func (l *sharedLimiter[S]) peek(ctx context.Context, value string, now int64) (U
 		return Usage{}, componentError(l.component.Policy, l.component.ID, err)
 	}
 	if e, _ := l.known(name); e != nil {
-		e.State.left, e.State.at, e.State.last = u.Remaining, now, rule
+		e.State.looked(now, u.Remaining)
 		u.Remaining += e.State.heldAhead()
 		e.Unlock()
 	}

@@ -630,6 +630,41 @@ func TestSharedNumbersThatDiffer(t *testing.T) {
 	})
 }
 
+// A look at the store uses no numbers, so the first question after it does not say that another engine has others.
+func TestPeekUsesNoNumbers(t *testing.T) {
+	limiter := limiters()["rate limiter"].(policy.RateLimiter)
+	scheduler := policy.QuotaScheduler{ID: "c", Selectors: policy.At("point"), Capacity: 4, Fill: 4, Interval: time.Hour, LimitBy: "user"}
+	larger, wider := limiter, scheduler
+	larger.Capacity, wider.Capacity = 50, 50
+	for _, tt := range []struct {
+		name          string
+		before, after policy.Component
+	}{
+		{"a limiter", limiter, larger},
+		{"a scheduler", scheduler, wider},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t, 1, sides.Embedded, tt.before)
+				e := f.sides[0].Engine
+				end(f.start(t, 0, "ann"))
+				apply(t, e, tt.after)
+				c, err := e.Component("test", "c")
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := c.Peek(t.Context(), "ann"); err != nil {
+					t.Fatal(err)
+				}
+				end(f.start(t, 0, "ann"))
+				if n := e.Stats().Components[0].NumbersDiffer; n != 0 {
+					t.Errorf("%d answers differ want none", n)
+				}
+			})
+		})
+	}
+}
+
 // A check is over when its time is, and a flow whose caller leaves is canceled.
 func TestStoreIsBoundedByTheCheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

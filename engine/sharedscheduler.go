@@ -697,7 +697,7 @@ func (s *sharedScheduler[S]) peek(ctx context.Context, value string, now int64) 
 		return Usage{}, componentError(s.component.Policy, s.component.ID, err)
 	}
 	e.Lock()
-	e.State.tokens.left, e.State.tokens.at, e.State.tokens.last = u.Remaining, now, rule
+	e.State.tokens.looked(now, u.Remaining)
 	e.Unlock()
 	return Usage{Capacity: rule.Capacity, Remaining: u.Remaining, InFlight: u.InFlight, Waiting: waiting}, nil
 }
