@@ -389,6 +389,10 @@ type sign struct {
 func (s *session) open() (*line, error) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	r := s.remote
+	var before uint64 // the connection that there was
+	if r.links != nil && r.dialled.GetState() == connectivity.Ready {
+		before = r.links.made.Load()
+	}
 	stream, err := sessionv1.NewSessionServiceClient(r.conn).Session(ctx, append(slices.Clip(r.bounded),
 		grpc.WaitForReady(true), grpc.UseCompressor(encoding.Identity),
 		grpc.MaxRetryRPCBufferSize(0), // see begin
@@ -398,9 +402,10 @@ func (s *session) open() (*line, error) {
 		return nil, err
 	}
 	on := uint64(0)
-	if s.remote.links != nil { // the stream is on that connection
-		forget(s.remote.links.fresh)
-		on = s.remote.links.made.Load()
+	if r.links != nil {
+		if on = r.links.made.Load(); before == 0 || on == before { // else the stream may be on the one before, and ends soon
+			forget(r.links.fresh)
+		}
 	}
 	l := &line{
 		on:      on,
@@ -590,10 +595,11 @@ func (l *line) receive() {
 			l.asked = nil
 			l.err = clipError(err)
 			switch {
-			case !l.told:
-				s.tried()
-			case !l.leaves:
+			case l.leaves: // checks wait for the next stream already
+			case l.told:
 				s.tries()
+			default:
+				s.tried()
 			}
 			s.mu.Unlock()
 			close(l.ended)
@@ -625,7 +631,9 @@ func (l *line) heard(m *sessionv1.SessionResponse) {
 		}
 		l.underWay = 0
 		l.takeReturns(time.Now())
-		s.tried()
+		if !l.leaves { // else checks wait for the next stream
+			s.tried()
+		}
 		for other := range s.lines {
 			if other != l && other.leaves {
 				other.poke()

@@ -289,6 +289,56 @@ func TestAcknowledgmentsOfNothing(t *testing.T) {
 	})
 }
 
+// streamOf is a session's stream on which an agent says so much, and which then ends. It calls next before each of them.
+type streamOf struct {
+	grpc.BidiStreamingClient[sessionv1.SessionRequest, sessionv1.SessionResponse]
+	answers []*sessionv1.SessionResponse
+	next    func()
+}
+
+func (s *streamOf) Recv() (*sessionv1.SessionResponse, error) {
+	s.next()
+	if len(s.answers) == 0 {
+		return nil, io.EOF
+	}
+	answer := s.answers[0]
+	s.answers = s.answers[1:]
+	return answer, nil
+}
+
+// Checks wait for a stream that has just been opened. What an agent says on one that leaves, as on a connection that goes away, does not
+// end that wait: the agent may take the check on the next connection, when that stream has ended there.
+func TestChecksWaitForTheNewestStream(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		leaves  bool
+		answers []*sessionv1.SessionResponse
+		want    []bool // before each answer, and after the end: whether checks wait
+	}{
+		{"refused", false, nil, []bool{true, false}},
+		{"begins and ends", false, []*sessionv1.SessionResponse{{AgentId: 7}}, []bool{true, false, true}},
+		{"leaves and ends", true, nil, []bool{true, true}},
+		{"begins when it leaves", true, []*sessionv1.SessionResponse{{AgentId: 7}}, []bool{true, true, true}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSession(&remote{logger: slog.New(slog.DiscardHandler), breaker: newBreaker(AgentBreaker{}, time.Second)})
+			defer s.close()
+			var got []bool
+			note := func() { got = append(got, !s.waited.Load()) }
+			l := &line{
+				session: s, leaves: tt.leaves, cancel: func() {}, woken: make(chan struct{}, 1), ended: make(chan struct{}),
+				stream: &streamOf{answers: tt.answers, next: note},
+			}
+			s.lines[l] = struct{}{}
+			l.receive()
+			note()
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("checks wait: %v want %v", got, tt.want)
+			}
+		})
+	}
+}
+
 // A stream that no agent has taken ends, and leaves its place to another one. gRPC must not hold it back for a retry until there is a
 // connection: what is to be said next would wait for that in a mutex, and the time of this bubble would stand still.
 func TestStreamsThatNoAgentTakes(t *testing.T) {
