@@ -37,10 +37,11 @@ func (s *Store) Get(ctx context.Context, keys []shared.CacheKey) ([][]byte, erro
 	return values, nil
 }
 
-// maxCached is how many bytes a value has at most. A larger one could not be read.
-const maxCached = maxReply - elementCost
+// maxCached is how many bytes a value has at most, which is more than an agent takes. Values come by the connection on which flows are
+// decided about. The answers behind a larger one would take longer than calls wait, and the client would give the connection up.
+const maxCached = 4 << 20
 
-// Set does what [shared.Caches] says. It fails for a value of more than 64 MiB, about.
+// Set does what [shared.Caches] says. It fails for a value of more than 4 MiB.
 func (s *Store) Set(ctx context.Context, key shared.CacheKey, value []byte, ttl time.Duration) error {
 	if len(value) > maxCached {
 		return errValue
