@@ -680,16 +680,21 @@ func TestFleetLateReply(t *testing.T) {
 	t.Parallel()
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
-	store, other := open(t, proxy.URL()), open(t, server.URL())
+	store, other := open(t, proxy.URL(), redisstore.WithTimeout(10*time.Second)), open(t, server.URL())
 	slow := &shared.Rule{Kind: shared.Bucket, Capacity: 3, Fill: 1, Interval: time.Second}
 	works(t, store, budget(1e6), "u") // there are connections now
 	for range 3 {
 		proxy.Hold()
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		if answer, err := take(ctx, store, slow, "slow", 3); err == nil {
-			t.Errorf("Take = %+v without a reply", answer)
-		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var late sync.WaitGroup
+		late.Go(func() {
+			if answer, err := take(ctx, store, slow, "slow", 3); err == nil {
+				t.Errorf("Take = %+v without a reply", answer)
+			}
+		})
+		eventually(t, "the tokens are taken", func() bool { return left(t, other, slow, "slow") < 1 })
 		cancel()
+		late.Wait()
 		began := time.Now()
 		eventually(t, "two tokens that have come", func() bool {
 			answer, err := take(t.Context(), other, slow, "slow", 2)
