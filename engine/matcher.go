@@ -196,8 +196,11 @@ func compileExpression(e policy.Expression) (condition, error) {
 			if !ok {
 				return no
 			}
+			if mayBeCut(value) {
+				return unknown
+			}
 			matches, ok := re.Match(value)
-			if !ok || mayBeCut(value) {
+			if !ok {
 				return unknown
 			}
 			return truthOf(matches)

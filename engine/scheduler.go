@@ -441,7 +441,7 @@ func (s *scheduler[S]) findRoom(now int64, d *agentapi.LimiterDecision, t *ticke
 // displaced returns the flow of the same queue that findRoom evicts for this one; nil for none.
 func (s *scheduler[S]) displaced(t *ticket[S], r *reservation) *waiter {
 	l := &t.entry.State
-	if r.has || !s.room.Full() || !r.own && s.room.Longest(l.waits()+1) != nil {
+	if !l.waiting() || r.has || !s.room.Full() || !r.own && s.room.Longest(l.waits()+1) != nil {
 		return nil
 	}
 	return l.queue.evictable(t.wish.claim)
