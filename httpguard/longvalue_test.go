@@ -7,17 +7,12 @@ import (
 	"testing"
 
 	"github.com/headgate-go/headgate/httpguard"
-	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/testing/sides"
-	"github.com/headgate-go/headgate/labels"
 	"github.com/headgate-go/headgate/policy"
 )
 
 // A peer does not slip a limit by a header whose end is cut off.
 func TestLongHeadersSlipNoLimit(t *testing.T) {
-	if bounds.MaxLabelValue != labels.MaxValueLen {
-		t.Errorf("bounds.MaxLabelValue = %d want %d", bounds.MaxLabelValue, labels.MaxValueLen)
-	}
 	sides.Setup{Policies: sides.Policies(policy.RateLimiter{Selectors: []policy.Selector{{ControlPoint: "point", Labels: policy.LabelMatcher{
 		Expression: policy.LabelMatches{Label: "http.request.header.user_agent", Regex: "(?i)bot"},
 	}}}, Interval: 1})}.Over(t, sides.Engines, func(t *testing.T, side *sides.Side) {

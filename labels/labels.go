@@ -41,14 +41,15 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/headgate-go/headgate/internal/bounds"
 	"github.com/headgate-go/headgate/internal/credential"
 )
 
 // What a flow may carry. Keys are not empty; keys and values are valid UTF-8.
 const (
-	MaxLabels   = 64   // Labels that the application sets for one flow: layers 4 and 5; layer 1 has as many.
-	MaxKeyLen   = 255  // Bytes of a key.
-	MaxValueLen = 4096 // Bytes of a value, which may be empty.
+	MaxLabels   = 64                   // Labels that the application sets for one flow: layers 4 and 5; layer 1 has as many.
+	MaxKeyLen   = 255                  // Bytes of a key.
+	MaxValueLen = bounds.MaxLabelValue // Bytes of a value, which may be empty: 4096.
 )
 
 // Check returns an error if labels that the application sets are beyond the limits. The error says that there are too many
