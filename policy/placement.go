@@ -36,10 +36,9 @@ func (d *decoder) unknown(key value, own string) {
 		return // before a hint is looked for, which takes longer than to read the key
 	}
 	known := strings.Fields(own)
-	if d.learnHomes() {
-		if keys, ok := d.homes[shapePath(key.up)]; ok { // an override of one kind has fewer than those of all kinds
-			known = keys
-		}
+	d.learnHomes()
+	if keys, ok := d.homes[shapePath(key.up)]; ok { // an override of one kind has fewer than those of all kinds
+		known = keys
 	}
 	if key.up.up == nil && !d.isShort {
 		known = append(known, "blueprint", "policy", "apiVersion", "kind", "metadata", "spec", "headgate", "policies") // of the other shapes
@@ -63,11 +62,14 @@ func (d *decoder) unknown(key value, own string) {
 	if hint == "" {
 		hint = d.misspelt(key)
 	}
-	if hint == "" && d.isShort && !d.isKnown(key.key) {
+	if hint == "" {
+		hint = d.home(key)
+	}
+	if hint == "" && d.isShort {
 		hint = longer(key.key, known)
 	}
 	if hint == "" {
-		hint = d.home(key)
+		hint = d.misspeltElsewhere(key)
 	}
 	if hint == "" && !d.isShort && likely(key.key, []string{"dynamicConfig"}) != "" {
 		hint = "; dynamicConfig belongs at the top of a resource, or of blueprint values"
@@ -88,7 +90,7 @@ func (d *decoder) translated(key value) string {
 		if inComponent {
 			return "; what it has in Aperture's files is when, require and expression in selectors[]"
 		}
-		if d.learnHomes() && slices.Contains(d.homes[shapePath(key.up)], "expression") {
+		if slices.Contains(d.homes[shapePath(key.up)], "expression") {
 			return "; what it has in Aperture's files is when, require and expression here"
 		}
 		return ""
@@ -116,42 +118,33 @@ func meansEscalation(key value) bool {
 	return e.value.kind == mapping && slices.ContainsFunc(e.value.entries, func(e entry) bool { return has("load below", e.key) })
 }
 
-// learnHomes learns which mappings have which keys. It reports whether the document has a shape.
-func (d *decoder) learnHomes() bool {
-	if d.shape == nil {
-		return false
+// learnHomes learns which mappings have which keys, if the document has a shape.
+func (d *decoder) learnHomes() {
+	if d.shape == nil || d.homes != nil {
+		return
 	}
-	if d.homes == nil {
-		reader := newDecoder(d.file)
-		reader.learned = map[string]string{}
-		d.shape(reader)
-		d.homes = make(map[string][]string, len(reader.learned))
-		for path, keys := range reader.learned {
-			d.homes[path] = strings.Fields(keys)
-		}
+	reader := newDecoder(d.file)
+	reader.learned = map[string]string{}
+	d.shape(reader)
+	d.homes = make(map[string][]string, len(reader.learned))
+	for path, keys := range reader.learned {
+		d.homes[path] = strings.Fields(keys)
 	}
-	return true
 }
 
 // below returns a hint at where in the mapping the key belongs; "" if that is nowhere. First comes what stands above the key, whose
 // keys may have lost their indentation, and then any part of a component.
 func (d *decoder) below(key value) string {
-	if !d.learnHomes() {
+	if best := d.above(key, func(keys []string) bool { return slices.Contains(keys, key.key) }); best != "" {
+		return "; it belongs in " + best
+	}
+	if d.kindAround(key) == nil {
 		return ""
 	}
-	from, hint := shapePath(key.up), ""
-	if best := d.above(key, func(keys []string) bool { return slices.Contains(keys, key.key) }); best != "" {
-		hint = "; it belongs in " + best
-	}
-	if hint == "" && d.kindAround(key) != nil {
-		best := d.nearest(from, func(path string, keys []string) bool {
-			return len(path) > len(from) && strings.HasPrefix(path, from) && slices.Contains(keys, key.key)
-		})
-		if best != "" {
-			hint = "; it belongs in " + best
-		}
-	}
-	return hint
+	from := shapePath(key.up)
+	return belongsIn(d.nearest(from, func(path string, keys []string) bool {
+		return len(path) > len(from) && strings.HasPrefix(path, from) && slices.Contains(keys, key.key)
+	}))
 }
 
 // above returns the place that is nearest above the key in its mapping, of those whose keys fit. It returns "" if there is none.
@@ -177,9 +170,6 @@ func (d *decoder) above(key value, fits func(keys []string) bool) (best string) 
 
 // misspelt returns a hint for a misspelt key that has lost its indentation; "" if nothing above may have a key like it.
 func (d *decoder) misspelt(key value) string {
-	if !d.learnHomes() {
-		return ""
-	}
 	word := "" // of the last that fits, which is the nearest
 	best := d.above(key, func(keys []string) bool {
 		meant := likely(key.key, keys)
@@ -197,29 +187,14 @@ func meantIn(word, place string) string {
 	return fmt.Sprintf("; did you mean %q, which belongs in %s?", word, place)
 }
 
-// isKnown reports whether any mapping may have the key.
-func (d *decoder) isKnown(key string) bool {
-	if !d.learnHomes() {
-		return false
-	}
-	for _, keys := range d.homes {
-		if slices.Contains(keys, key) {
-			return true
-		}
-	}
-	return false
+// home returns a hint at the nearest mappings that may have the key; "" if there are none.
+func (d *decoder) home(key value) string {
+	return belongsIn(d.nearest(shapePath(key.up), func(_ string, keys []string) bool { return slices.Contains(keys, key.key) }))
 }
 
-// home returns a hint at the nearest mappings that may have the key or, if there are none, the word that is meant at the nearest
-// mapping. It returns "" if there is no such word.
-func (d *decoder) home(key value) string {
-	if !d.learnHomes() {
-		return ""
-	}
+// misspeltElsewhere returns a hint at the word that is meant at the nearest mapping; "" if there is no such word.
+func (d *decoder) misspeltElsewhere(key value) string {
 	from := shapePath(key.up)
-	if best := d.nearest(from, func(_ string, keys []string) bool { return slices.Contains(keys, key.key) }); best != "" {
-		return "; it belongs in " + best
-	}
 	word, least := "", math.MaxInt
 	for _, path := range slices.Sorted(maps.Keys(d.homes)) {
 		if n := steps(from, path); n < least {
@@ -228,40 +203,50 @@ func (d *decoder) home(key value) string {
 			}
 		}
 	}
-	best := d.nearest(from, func(_ string, keys []string) bool { return slices.Contains(keys, word) })
-	if least > 4 && strings.Contains(best, " or ") { // too far for a guess
+	paths := d.nearest(from, func(_ string, keys []string) bool { return slices.Contains(keys, word) })
+	if least > 4 && len(paths) > 1 { // too far for a guess
 		return ""
 	}
-	return meantIn(word, best)
+	return meantIn(word, places(paths))
 }
 
-// nearest returns the places that fits chooses by their path and their keys: up to three of those that are nearest to a path. It
-// returns "" if there is none.
-func (d *decoder) nearest(from string, fits func(path string, keys []string) bool) string {
-	var places []string
+// nearest returns the paths that are nearest to one, of those that fits chooses by path and keys. The nearest is the first.
+func (d *decoder) nearest(from string, fits func(path string, keys []string) bool) []string {
+	var paths []string
 	for path, keys := range d.homes {
 		if fits(path, keys) {
-			places = append(places, path)
+			paths = append(paths, path)
 		}
 	}
-	if len(places) == 0 {
-		return ""
-	}
-	slices.SortFunc(places, func(a, b string) int {
+	slices.SortFunc(paths, func(a, b string) int {
 		return cmp.Or(cmp.Compare(steps(from, a), steps(from, b)), strings.Compare(a, b))
 	})
-	least, more := steps(from, places[0]), ""
-	near := slices.IndexFunc(places, func(path string) bool { return steps(from, path) > least+1 })
-	if near >= 0 {
-		places = places[:near]
+	if far := slices.IndexFunc(paths, func(path string) bool { return steps(from, path) > steps(from, paths[0])+1 }); far >= 0 {
+		paths = paths[:far]
 	}
-	if len(places) > 3 {
-		places, more = places[:3], ", for example"
+	return paths
+}
+
+// belongsIn returns a hint at the paths that may have a key; "" if there are none.
+func belongsIn(paths []string) string {
+	if len(paths) == 0 {
+		return ""
 	}
-	for i, path := range places {
-		places[i] = place(path)
+	return "; it belongs in " + places(paths)
+}
+
+// places returns paths of a shape in words for readers, up to three of them; "" for none.
+func places(paths []string) string {
+	const most = 3
+	words := make([]string, min(len(paths), most))
+	for i := range words {
+		words[i] = place(paths[i])
 	}
-	return strings.Join(places, " or ") + more
+	text := strings.Join(words, " or ")
+	if len(paths) > most {
+		text += ", for example"
+	}
+	return text
 }
 
 // shapePath returns the path of a value in the shape of its document, where sequences have one item.

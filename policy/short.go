@@ -175,7 +175,7 @@ func (d *decoder) meansLabels(v value, as reflect.Type) bool {
 	}
 	keys := shapeOf(as).keys
 	for _, e := range v.entries {
-		if has(keys, e.key) || suggest(e.key, strings.Fields(keys)) != "" {
+		if has(keys, e.key) || likely(e.key, strings.Fields(keys)) != "" {
 			return false
 		}
 	}
