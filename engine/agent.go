@@ -94,7 +94,7 @@ func (a *agent) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		return r, nil
 	}
 	r.Settled = o.Costs != nil && !req.DryRun()
-	r.Held, r.Returned = e.settleTogether(ctx, v, o)
+	r.Held, r.Returned = e.settleFrom(ctx, v, 0, o)
 	return r, nil
 }
 

@@ -195,9 +195,17 @@ func (m *placement) meet(req *agentapi.Request, late bool, v *agentapi.Verdict) 
 	return d, false
 }
 
-// undo gives back what the flow was given.
+// undo gives back what the flow was given. If a function of the program's panics meanwhile, no decision is left: another undo, which may
+// follow, must not give back twice.
 func (e *Engine) undo(ctx context.Context, v *agentapi.Verdict) {
-	e.settleTogether(ctx, v, agentapi.Outcome{Ended: agentapi.EndedUnused})
+	undone := false
+	defer func() {
+		if !undone {
+			*v = agentapi.Verdict{}
+		}
+	}()
+	e.settleFrom(ctx, v, 0, agentapi.Outcome{Ended: agentapi.EndedUnused})
+	undone = true
 	for i := range v.Len() {
 		if d := v.At(i); !d.Dropped {
 			d.Hold(0)

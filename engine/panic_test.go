@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"runtime"
 	"testing"
 	"testing/synctest"
@@ -166,6 +167,70 @@ func TestPanickingFunctions(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// A failingHandler is a handler of log lines that fails.
+type failingHandler struct {
+	slog.Handler
+	fail func()
+}
+
+func (failingHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h failingHandler) Handle(context.Context, slog.Record) error {
+	h.fail()
+	return nil
+}
+
+// If a function of the program's panics or calls runtime.Goexit while a flow gives back what it took, the flow gives that back once.
+func TestPanickingFunctionsWhileGivingBack(t *testing.T) {
+	for how, fail := range map[string]func(){"panic": func() { panic("the program's") }, "Goexit": runtime.Goexit} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := sharedtest.New().Instance()
+				failing, failed := false, 0
+				logger := slog.New(failingHandler{slog.DiscardHandler, func() {
+					if failing {
+						failed++
+						fail()
+					}
+				}})
+				side := sides.Setup{
+					Policies: sides.Policies(
+						policy.RateLimiter{ID: "local", Selectors: policy.At("point"), Capacity: 5, Fill: 1, Interval: 1e6 * time.Hour, Local: true},
+						policy.ConcurrencyLimiter{ID: "shared", Selectors: policy.At("point"), Max: 5, MaxInflight: time.Hour},
+						policy.ConcurrencyScheduler{ID: "queue", Selectors: policy.At("point"), Max: 1, MaxInflight: time.Hour, Local: true},
+					),
+					EngineOptions: []engine.Option{engine.WithStore(store), engine.WithLogger(logger)},
+				}.New(t, sides.Embedded)
+				first := side.Client.Start(t.Context(), "point", flowctl.Params{})
+				defer end(first)
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					defer func() { _ = recover() }()
+					side.Client.Start(ctx, "point", flowctl.Params{})
+				}()
+				synctest.Wait()
+				store.Behave(sharedtest.Behavior{Err: errors.New("down")})
+				failing = true
+				cancel()
+				<-done
+				failing = false
+				if failed != 1 {
+					t.Errorf("the logger failed %d times want once", failed)
+				}
+				of, err := side.Engine.Component("test", "local")
+				if err != nil {
+					t.Fatal(err)
+				}
+				if u, err := of.Peek(t.Context(), ""); err != nil || u.Remaining > 4.01 {
+					t.Errorf("%v, %v left want 4: the first flow has one", err, u.Remaining)
+				}
+			})
+		})
 	}
 }
 

@@ -60,8 +60,8 @@ func (e *Engine) askTogether(ctx context.Context, placements []placement, req *a
 	var answers []shared.Answer
 	taken := true
 	var of *agentapi.LimiterDecision // that is made offhand
-	// What is left of these is dropped at the end. If a function of the program's panics, what the store has granted is noted, so that it
-	// can go back.
+	// This is the way out of all calls. Questions that are left are unasked. Those that the store has granted are noted instead, so that the
+	// flow can give back what it got. Only a panic of a function of the program's leaves something in of and rest. These decisions are dropped.
 	defer func() {
 		if of != nil {
 			of.Drop(0)
@@ -181,13 +181,8 @@ func (e *Engine) take(ctx context.Context, req *agentapi.Request, passed time.Du
 	return err
 }
 
-// settleTogether settles all decisions of a flow that hold something. It returns how many slots the flow held, and how many of them were
-// still its own.
-func (e *Engine) settleTogether(ctx context.Context, v *agentapi.Verdict, o agentapi.Outcome) (held, returned int) {
-	return e.settleFrom(ctx, v, 0, o)
-}
-
-// settleFrom is settleTogether from a decision on.
+// settleFrom settles the decisions of a flow that hold something, from one on. It returns how many slots the flow held there, and how many
+// of them were still its own.
 func (e *Engine) settleFrom(ctx context.Context, v *agentapi.Verdict, from int, o agentapi.Outcome) (held, returned int) {
 	var far []agentapi.Settling
 	i := from
