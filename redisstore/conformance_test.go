@@ -220,7 +220,7 @@ func TestFleetOwnCallsConform(t *testing.T) {
 	conform(t, func(t *testing.T) (stores [2]shared.Store) {
 		t.Helper()
 		for i := range stores {
-			s, err := redisstore.Open(t.Context(), server.URL(), redisstore.WithNamespace(t.Name()), redisstore.WithTimeout(5*time.Second))
+			s, err := redisstore.Open(t.Context(), server.URL(), redisstore.WithNamespace(t.Name()), redisstore.WithTimeout(time.Second))
 			if err != nil {
 				t.Fatal(err)
 			}

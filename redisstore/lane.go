@@ -139,10 +139,10 @@ func (l *lane) do(ctx context.Context, c *call) (maybe bool, err error) {
 // sendOwn has the caller send its call if it may, and reports whether it has.
 //
 // A caller that sends does not see that its context has ended, because the answer would be lost then, and with it what the flow got. So the
-// bound has to be short, and to come before the context's deadline.
+// bound has to be short, and to come before the context's deadline. The client ends such a call after writeTimeout, whatever the bound is.
 func (l *lane) sendOwn(ctx context.Context, c *call, now time.Time) bool {
 	s := l.store
-	if s.lone == nil {
+	if s.lone == nil || s.timeout > writeTimeout {
 		return false
 	}
 	if ctx.Done() != nil {

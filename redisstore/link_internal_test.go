@@ -96,16 +96,17 @@ func TestFleetOwnCall(t *testing.T) {
 		but   func(*testing.T, *Store)
 		own   bool
 	}{
-		{"no end", time.Minute, endless, nil, true},
+		{"no end", writeTimeout, endless, nil, true},
+		{"no end, and the bound is longer than the client's", writeTimeout + 1, endless, nil, false},
 		{"can be canceled", maxOwnBound, canceled, nil, true},
 		{"can be canceled, and the bound is long", maxOwnBound + 1, canceled, nil, false},
 		{"a late deadline", maxOwnBound, func(t *testing.T) context.Context { return withDeadline(t, time.Hour) }, nil, true},
 		{"an early deadline", maxOwnBound, func(t *testing.T) context.Context { return withDeadline(t, maxOwnBound-1) }, nil, false},
-		{"in use", time.Minute, endless, func(t *testing.T, s *Store) {
+		{"in use", writeTimeout, endless, func(t *testing.T, s *Store) {
 			s.lone.mu.Lock()
 			t.Cleanup(s.lone.free)
 		}, false},
-		{"another connection has ended", time.Minute, endless, func(_ *testing.T, s *Store) {
+		{"another connection has ended", writeTimeout, endless, func(_ *testing.T, s *Store) {
 			_ = (&wire{Conn: new(net.TCPConn), link: s.lone.link}).Close()
 		}, false},
 	} {
@@ -168,7 +169,7 @@ func TestFleetOwnCallUnanswered(t *testing.T) {
 func TestFleetOwnCallConnects(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
-	s := openLone(t, proxy.URL(), WithTimeout(30*time.Second))
+	s := openLone(t, proxy.URL(), WithTimeout(writeTimeout))
 	for range 50 {
 		check(t, s)
 		proxy.Close()
@@ -191,7 +192,7 @@ func TestFleetOwnCallConnects(t *testing.T) {
 // the client.
 func TestFleetOwnCallAmongOthers(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
-	s := openLone(t, server.URL(), WithTimeout(time.Second))
+	s := openLone(t, server.URL(), WithTimeout(writeTimeout))
 	before := senders(t)
 	var callers sync.WaitGroup
 	for range 8 {
@@ -223,7 +224,7 @@ func senders(t *testing.T) int {
 func TestFleetOwnCallAndClose(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
 	proxy := redistest.StartProxy(t, server)
-	s, err := Open(t.Context(), proxy.URL(), WithTimeout(time.Hour))
+	s, err := Open(t.Context(), proxy.URL(), WithTimeout(writeTimeout))
 	if err != nil {
 		t.Fatal(err)
 	}
