@@ -79,6 +79,9 @@ type lone struct {
 	ended uint64
 }
 
+// loneBufferSize is the size of the buffers of a connection for one call at a time.
+const loneBufferSize = 4 << 10
+
 // newLone connects to the server.
 func newLone(o rueidis.ClientOption, l *link) (*lone, error) {
 	o.AlwaysPipelining = false

@@ -50,7 +50,7 @@ do
             break
           end
           local over = seen + min((capacity - there) * rule[4], CENTURY)
-          epoch = over - over % EPOCH + EPOCH
+          epoch = epoch_of(over)
           if now > seen then
             there, seen = there + fill * ((now - seen) * 1000) / interval, now
             if there > capacity then there = capacity end

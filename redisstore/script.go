@@ -75,7 +75,7 @@ func (s *scripts) all() []*script {
 }
 
 // command returns the call of the script by its hash, or by its text.
-func (sc *script) command(client rueidis.CoreClient, byText bool, keys []string, arg []byte) rueidis.Completed {
+func (sc *script) command(client rueidis.Client, byText bool, keys []string, arg []byte) rueidis.Completed {
 	input := rueidis.BinaryString(arg)
 	if byText {
 		return client.B().Eval().Script(sc.text).Numkeys(int64(len(keys))).Key(keys...).Arg(input).Build()
@@ -89,7 +89,7 @@ func (s *Store) run(ctx context.Context, sc *script, keys []string, arg []byte) 
 }
 
 // runAt runs the script at the server of a client.
-func runAt(ctx context.Context, client rueidis.CoreClient, sc *script, keys []string, arg []byte) ([]byte, error) {
+func runAt(ctx context.Context, client rueidis.Client, sc *script, keys []string, arg []byte) ([]byte, error) {
 	reply, err := client.Do(ctx, sc.command(client, false, keys, arg)).AsBytes()
 	if unknownScript(err) {
 		reply, err = client.Do(ctx, sc.command(client, true, keys, arg)).AsBytes()

@@ -21,8 +21,6 @@ const (
 	writeTimeout = time.Second // after which a connection without answers is given up
 	bufferSize   = 64 << 10
 
-	loneBufferSize = 4 << 10
-
 	// sentinelPeriod is how often Sentinels are asked for the primary, in case one of their messages was lost.
 	sentinelPeriod = 5 * time.Second
 )

@@ -40,7 +40,7 @@ type Row struct {
 
 	Targets []Target
 
-	// What Measure has found, for each round.
+	// What Table.Measure has found, for each round.
 	Serial, Parallel []float64 // ns per call
 	Allocs, Bytes    []float64 // per call, in serial
 }
@@ -126,7 +126,7 @@ func (t *Table) Measure(ctx context.Context, rounds int, each time.Duration, row
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			if err := r.Measure(); err != nil {
+			if err := r.measure(); err != nil {
 				return fmt.Errorf("%s: %w", r.Name, err)
 			}
 		}
@@ -134,8 +134,8 @@ func (t *Table) Measure(ctx context.Context, rounds int, each time.Duration, row
 	return nil
 }
 
-// Measure measures the row once: serially if it does not do so by turns, and in parallel.
-func (r *Row) Measure() error {
+// measure measures the row once: serially if it does not do so by turns, and in parallel.
+func (r *Row) measure() error {
 	if !r.ByTurns {
 		if err := r.measureSerial(); err != nil {
 			return err

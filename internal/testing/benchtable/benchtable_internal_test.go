@@ -20,7 +20,7 @@ func TestInFlight(t *testing.T) {
 	if err := flag.Set("test.benchtime", "1x"); err != nil { // one round: each makes its callers
 		t.Fatal(err)
 	}
-	if err := r.Measure(); err != nil {
+	if err := r.measure(); err != nil {
 		t.Fatal(err)
 	}
 	if got := callers.Load(); got != 1+64 { // one of them in serial
