@@ -174,8 +174,8 @@ func (c *comparison) visits(v visit) bool {
 	return false
 }
 
-// met is visits for what two interfaces hold, if that are structs or arrays of one type: several interfaces may hold the same one. Without
-// it, the time to compare them could be exponential.
+// met is visits for what two interfaces hold, if both hold a struct or an array of one type. Several interfaces may hold the same one, and
+// to compare it each time could take exponential time.
 func (c *comparison) met(made, back reflect.Value) bool {
 	a, b := made.Elem(), back.Elem()
 	if !a.IsValid() || !b.IsValid() || a.Type() != b.Type() || a.Kind() != reflect.Struct && a.Kind() != reflect.Array || isTime(a.Type()) {

@@ -97,7 +97,7 @@ func ofMessage(name string) string {
 // ofMetadata returns why no label of metadata has the key; "" if one may have it.
 func ofMetadata(key string) string {
 	switch key {
-	case "grpc-timeout", "grpc-encoding", "grpc-message", "grpc-message-type", "grpc-status":
+	case "grpc-timeout", "grpc-encoding", "grpc-message", "grpc-message-type", "grpc-status", "te":
 		return "gRPC keeps this key for itself, and it is not in the metadata of a call"
 	}
 	if strings.HasSuffix(key, "-bin") {

@@ -133,6 +133,8 @@ func TestWarningsOfLabelsThatDoNotArrive(t *testing.T) {
 		"http.request.header.transfer_encoding": "keeps this header apart",
 		"http.request.header.trailer":           "keeps this header apart",
 		"http.request.header.connection":        "", // over HTTP/1
+		"http.request.header.te":                "",
+		"te":                                    "not in the metadata of a call",
 		"x-tenant-bin":                          "no label of binary metadata",
 		"X-Tenant-Bin":                          "no label of binary metadata",
 		"x-tenant":                              "",

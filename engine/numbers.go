@@ -322,8 +322,8 @@ func (k *keyed[S, R]) fresh(labels *agentapi.Labels, name string) func(*keys.Ent
 	return func(e *keys.Entry[S], now int64) { k.begin(e, now, o) }
 }
 
-// lockAsking is lock where the host's function is asked about a key that is new. If the function panics, the decision drops the flow:
-// it has taken nothing.
+// lockAsking returns the entry of the decision's key, locked, and drops the flow if the host's function panics when it is asked about a new
+// key: the flow has taken nothing then.
 func (k *keyed[S, R]) lockAsking(labels *agentapi.Labels, d *agentapi.LimiterDecision, now int64) *keys.Entry[S] {
 	name, asked := d.Label, false
 	defer func() {
@@ -336,6 +336,8 @@ func (k *keyed[S, R]) lockAsking(labels *agentapi.Labels, d *agentapi.LimiterDec
 	return e
 }
 
+// lockNew returns the entry of a name, locked: its own, which it makes with the numbers that the host's function returns if the name is new
+// and has room, or the one that keys beyond the cap share.
 func (k *keyed[S, R]) lockNew(labels *agentapi.Labels, name string, now int64) *keys.Entry[S] {
 	if e := k.table.LockKnown(name); e != nil {
 		e.Use(now)

@@ -697,9 +697,9 @@ func (s *scheduler[S]) patience(ctx context.Context, req *agentapi.Request, of *
 	return wait
 }
 
-// cut notes by what the flow cuts its wait short, or the timeout of its workload. A check timeout that a client has is left out, because it is known by
-// Expect. So is one that is not longer than the margin, or than the margin that policies have if they name none: such a flow is not to wait.
-// Over the network, where a request has a Closing, the time is what is left.
+// cut notes by what the flow cuts its wait short, or the timeout of its workload. A check timeout of a client is left out, because Expect
+// says it. So is one that is not longer than the margin, or than the default margin: such a flow is not to wait. So is that of a request
+// over the network, which has a Closing: it is what is left.
 func (s *scheduler[S]) cut(of *workload, req *agentapi.Request) {
 	if most := req.MaxWait(); most > agentapi.NoWait {
 		of.cut(&of.cuts.maxWait, most, most)

@@ -136,8 +136,9 @@ type RejectedError struct {
 	details    **rejectionDetails // nil for an error that a program has made
 }
 
-// rejectionDetails are what the text of a RejectedError does not show. They are behind two pointers, because fmt prints what one pointer
-// leads to where it calls no methods, and the verb fits no pointer: of a RejectedError that is no pointer, for %s.
+// rejectionDetails are what the text of a RejectedError does not show. They are behind two pointers. A RejectedError that is no pointer has
+// no methods, so fmt prints its fields. For %s, which fits no pointer, it prints what the first pointer leads to, and not what the second
+// one does.
 type rejectionDetails struct {
 	cause                       RejectCause
 	noReturns                   bool // so there is no time to retry after

@@ -38,8 +38,8 @@ func In(text string) string {
 // with a line end, text copied from a page has spaces that do not look odd, quotes in quotes and a "#" or a "-" without a space are
 // text, and a wrong separator makes one name of two.
 //
-// An ordinary name begins with a letter, a digit, or what begins paths, wildcards and addresses: one of /_*.:@~$({[. It may hold what
-// the names of functions, calls, routes and hosts do, and single words.
+// An ordinary name begins with a letter, a digit, or what begins paths, hosts, addresses and methods of Go: one of /_*.:@~({[. Some names
+// that gateways give routes begin with "$". It may hold what the names of functions, calls, routes and hosts do, and single words.
 func InName(name string) string {
 	if why := In(name); why != "" {
 		return why
@@ -79,8 +79,9 @@ func InName(name string) string {
 }
 
 // pattern tells what looks like a pattern, a variable or a setting in a name. Names are compared as they are. What routes have for a
-// segment is no pattern here: a "*" before a word, and a "*." that begins the name of a host. Neither is the "*" of a Go method, nor
-// a query's "=".
+// segment is no pattern here: a "*" before a word, a "*." that begins the name of a host, and a "/*" that ends a path, as in the routes of
+// chi and echo. A path with a dot is an exception, because it mostly has the name of a gRPC service. Neither the "*" of a Go method nor
+// a query's "=" is a pattern.
 func pattern(name string) string {
 	for i := range len(name) {
 		rest := name[i+1:]
@@ -88,7 +89,8 @@ func pattern(name string) string {
 		switch name[i] {
 		case '*':
 			host := i == 0 && len(rest) > 1 && rest[0] == '.' && letterOrDigit(rune(rest[1]))
-			if !host && (rest == "" || !letterOrDigit(next) && next != '_') {
+			route := rest == "" && name[0] == '/' && name[i-1] == '/' && !strings.Contains(name, ".")
+			if !host && !route && (rest == "" || !letterOrDigit(next) && next != '_') {
 				return `it holds "*", which stands for no other names there`
 			}
 		case '=':
