@@ -13,9 +13,6 @@ import (
 	"github.com/headgate-go/headgate/internal/records"
 )
 
-// securityTLS is what gRPC's credentials for TLS call themselves.
-const securityTLS = "tls"
-
 // longestTurn is how long a handshake may compute before it does not count any more: the application's callbacks may wait for something
 // else. The slowest signature in use, by an RSA key of 4096 bits, takes a few milliseconds.
 const longestTurn = 20 * time.Millisecond

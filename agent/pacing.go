@@ -231,7 +231,7 @@ func newPacedCredentials(creds credentials.TransportCredentials, p *pacer) *pace
 }
 
 func (c *pacedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if c.Info().SecurityProtocol == securityTLS { // other credentials may want the connection as it is
+	if c.Info().SecurityProtocol == records.SecurityTLS { // other credentials may want the connection as it is
 		return c.handshake(raw)
 	}
 	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
@@ -295,11 +295,8 @@ func (c *pacedConn) Read(p []byte) (int, error) {
 
 // read reads, and counts the records of TLS that bring no data.
 func (c *pacedConn) read(a *allowance, p []byte) (int, error) {
-	if c.below == nil {
-		return c.Conn.Read(p)
-	}
-	n, err := c.below.ReadAbove(c.Conn, p)
-	if useless := c.below.TakeUseless(); useless > 0 {
+	n, useless, err := c.below.ReadAbove(c.Conn, p)
+	if useless > 0 {
 		a.spend(useless*recordUnits, 0, 0)
 	}
 	return n, err
@@ -450,9 +447,7 @@ func (c *pacedConn) Close() error {
 		}
 	}
 	c.mu.Unlock()
-	if c.below != nil {
-		c.below.Closing()
-	}
+	c.below.Closing()
 	return c.Conn.Close()
 }
 

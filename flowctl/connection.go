@@ -39,9 +39,6 @@ const (
 	mostPadding    = 256 // of a frame, with the byte that says how much it is
 )
 
-// securityTLS is what gRPC's credentials for TLS call themselves.
-const securityTLS = "tls"
-
 var (
 	errFlood    = errors.New("the agent floods the connection with frames")
 	errUnderWay = errors.New("too many large answers are under way")
@@ -141,7 +138,7 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 		return nil, nil, err
 	}
 	var below *records.Conn
-	if t.Info().SecurityProtocol == securityTLS { // other credentials may want the connection as it is
+	if t.Info().SecurityProtocol == records.SecurityTLS { // other credentials may want the connection as it is
 		below = records.Below(raw)
 		raw = below
 	}
@@ -229,11 +226,8 @@ type stream struct {
 
 // read reads, and counts the records of TLS that bring no data.
 func (c *connection) read(p []byte) (int, error) {
-	if c.below == nil {
-		return c.Conn.Read(p)
-	}
-	n, err := c.below.ReadAbove(c.Conn, p)
-	if useless := c.below.TakeUseless(); useless > 0 {
+	n, useless, err := c.below.ReadAbove(c.Conn, p)
+	if useless > 0 {
 		c.mu.Lock()
 		c.credit -= useless * framesOfRecord
 		c.mu.Unlock()
@@ -282,9 +276,7 @@ func (c *connection) Close() error {
 	c.connections.mu.Lock()
 	delete(c.connections.open, c)
 	c.connections.mu.Unlock()
-	if c.below != nil {
-		c.below.Closing()
-	}
+	c.below.Closing()
 	return c.Conn.Close()
 }
 

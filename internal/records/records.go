@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// SecurityTLS is what gRPC's credentials for TLS call themselves.
+const SecurityTLS = "tls"
+
 const headerBytes = 5 // type, version and length of a record
 
 // farewell is how long an alert may take to be sent after Closing. A peer that reads nothing never gets it.
@@ -29,7 +32,7 @@ type Conn struct {
 	rest    int // bytes of the record to come
 	whole   int // records that have come whole since the last read
 	data    int // those of them whose data have been read
-	useless int // records without data that have not been taken
+	useless int // records without data that ReadAbove has not returned
 }
 
 // Below returns the connection for TLS to use instead of raw.
@@ -70,27 +73,29 @@ func (c *Conn) follow(p []byte) {
 // Established forgets the records of the handshake.
 func (c *Conn) Established() { c.whole, c.useless = 0, 0 }
 
-// ReadAbove reads what is above TLS. It reads no more from the connection at a time than p has room for. A record counts as useless
-// also if p has room for exactly the rest of it, which no peer gains by.
-func (c *Conn) ReadAbove(above net.Conn, p []byte) (int, error) {
+// ReadAbove reads what is above TLS. It reads no more from the connection at a time than p has room for. It also returns how many
+// records without data came since the last call, before those of its own last read. A record counts as useless also if p has room for
+// exactly the rest of it, which no peer gains by. With a nil Conn there are no records: ReadAbove only reads.
+func (c *Conn) ReadAbove(above net.Conn, p []byte) (n, useless int, err error) {
+	if c == nil {
+		n, err = above.Read(p)
+		return n, 0, err
+	}
 	c.most = len(p)
-	n, err := above.Read(p)
+	n, err = above.Read(p)
 	if n > 0 && n < len(p) { // or else the record may have more
 		c.data++
 	}
-	return n, err
-}
-
-// TakeUseless returns how many records without data there were since the last call. Those of the last read are not among them.
-func (c *Conn) TakeUseless() int {
-	n := c.useless
-	c.useless = 0
-	return n
+	useless, c.useless = c.useless, 0
+	return n, useless, err
 }
 
 // Closing prepares the connection for Close of what is above TLS. That waits for writes, and those of crypto/tls that answer
-// KeyUpdates have no deadline.
+// KeyUpdates have no deadline. A nil Conn needs no preparation.
 func (c *Conn) Closing() {
+	if c == nil {
+		return
+	}
 	c.closing.Store(true)
 	_ = c.SetWriteDeadline(time.Time{})
 }

@@ -96,13 +96,13 @@ func TestUselessRecords(t *testing.T) {
 					p := make([]byte, room)
 					var err error
 					for err == nil {
-						var n int
-						n, err = below.ReadAbove(server, p)
+						var n, more int
+						n, more, err = below.ReadAbove(server, p)
 						total += n
+						useless += more
 						if total == tt.data+1 {
 							_ = conn.Close()
 						}
-						useless += below.TakeUseless()
 					}
 					if !errors.Is(err, io.EOF) || total != tt.data+1 || useless != tt.useless {
 						t.Errorf("%s in pieces of %d into %d: %d useless, %d bytes, %v want %d, %d", tt.name, piece, room, useless, total, err, tt.useless, tt.data)
@@ -110,6 +110,25 @@ func TestUselessRecords(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// Without TLS there are no records to count.
+func TestNoRecords(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	go func() {
+		_, _ = far.Write([]byte("data"))
+		_ = far.Close()
+	}()
+	var none *records.Conn
+	none.Closing()
+	p := make([]byte, 10)
+	if n, useless, err := none.ReadAbove(near, p); string(p[:n]) != "data" || useless != 0 || err != nil {
+		t.Errorf("ReadAbove() = %q, %d, %v", p[:n], useless, err)
+	}
+	if n, useless, err := none.ReadAbove(near, p); n != 0 || useless != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("ReadAbove() = %d, %d, %v want %v", n, useless, err, io.EOF)
 	}
 }
 
@@ -136,7 +155,7 @@ func TestClosing(t *testing.T) {
 			below.Established()
 			read := make(chan error, 1)
 			go func() {
-				_, err := below.ReadAbove(server, make([]byte, 100))
+				_, _, err := below.ReadAbove(server, make([]byte, 100))
 				read <- err
 			}()
 			for range tt.updates {
