@@ -20,11 +20,12 @@ const longestTurn = 20 * time.Millisecond
 // newTurns returns as many turns as handshakes may compute at a time: half of the processors. A handshake waits in line for each turn.
 func newTurns() chan struct{} { return make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)) }
 
-// A handshakeConn is a connection below TLS. Its handshake computes only in turns, which end whenever it reads or writes.
+// A handshakeConn is a connection below TLS. Its handshake computes in turns. A turn begins when it has read, and ends when it reads
+// or writes.
 type handshakeConn struct {
 	*records.Conn
 	turns chan struct{}
-	until time.Time // when the handshake has taken too long
+	until time.Time // when the handshake has taken too long. GRPC's deadline ends reads and writes, but no wait for a turn
 	done  atomic.Bool
 	timer *time.Timer // ends a turn that takes long
 
@@ -69,11 +70,7 @@ func (c *handshakeConn) Write(p []byte) (int, error) {
 		return c.Conn.Write(p)
 	}
 	c.endTurn()
-	n, err := c.Conn.Write(p)
-	if err != nil {
-		return n, err
-	}
-	return n, c.beginTurn()
+	return c.Conn.Write(p) // crypto/tls computes before it writes, and reads before it computes again
 }
 
 // beginTurn waits for a turn.

@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"github.com/headgate-go/headgate/internal/records"
 	"github.com/headgate-go/headgate/internal/testing/race"
 	"github.com/headgate-go/headgate/internal/testing/rawtls"
 )
@@ -235,6 +236,31 @@ func TestHandshakesTakeTurns(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A handshake that writes does not wait for a turn, and gives back the one it has.
+func TestHandshakesWriteWithoutTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer near.Close()
+		defer far.Close()
+		h := &handshakeConn{Conn: records.Below(near), turns: make(chan struct{}, 1), has: true}
+		h.turns <- struct{}{}
+		go func() {
+			_, _ = io.ReadFull(far, make([]byte, 2))
+			h.turns <- struct{}{} // of another handshake
+			_, _ = io.ReadFull(far, make([]byte, 2))
+		}()
+		for range 2 {
+			if _, err := h.Write(make([]byte, 2)); err != nil {
+				t.Error(err)
+			}
+			synctest.Wait()
+		}
+		if h.has || len(h.turns) != 1 {
+			t.Errorf("the handshake has a turn: %t. %d turns are taken want 1", h.has, len(h.turns))
+		}
+	})
 }
 
 // A handshake that has waited for too long ends, and so does one whose peer goes away.
