@@ -4,6 +4,7 @@ package rawtls
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/ecdsa"
@@ -50,13 +51,21 @@ func ServerConfig() (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	of := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	signed, err := x509.CreateCertificate(rand.Reader, of, of, private.Public(), private)
+	certificate, err := Certificate(private)
 	if err != nil {
 		return nil, err
 	}
-	certificate := tls.Certificate{Certificate: [][]byte{signed}, PrivateKey: private}
 	return &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}}, nil
+}
+
+// Certificate makes a certificate of this machine that the key signs itself.
+func Certificate(private crypto.Signer) (tls.Certificate, error) {
+	of := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	signed, err := x509.CreateCertificate(rand.Reader, of, of, private.Public(), private)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.Certificate{Certificate: [][]byte{signed}, PrivateKey: private}, nil
 }
 
 // Client makes a handshake as a client with ClientConfig.
