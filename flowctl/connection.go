@@ -188,14 +188,14 @@ func forget(c chan struct{}) {
 type connection struct {
 	net.Conn
 	raw         net.Conn      // below the transport's security
-	below       *records.Conn // the same; nil if there is none
+	below       *records.Conn // raw, if the security is gRPC's own TLS; nil if not
 	connections *connections
 	began       time.Duration // since the connections' epoch
 	number      uint64        // of those that were made
 
 	last   atomic.Int64 // when anything was read, since the epoch
 	proved atomic.Bool
-	gone   atomic.Bool // it ends, or has
+	gone   atomic.Bool // it ends, or has ended
 
 	in  frames.Follower // of the reader
 	out frames.Follower // of the writer
