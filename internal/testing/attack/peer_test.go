@@ -706,13 +706,13 @@ type unreadCall struct {
 
 // unreadAnswers makes calls over many connections as long as it may, and reads no answer. Each connection makes one kind of call.
 func unreadAnswers(pause time.Duration, kinds ...unreadCall) assault {
-	const connections, atOnce, most = 34, 25, 10_000
+	const connections = 34
 	return func(ctx context.Context, _ *testing.T, address string) {
 		var attacking sync.WaitGroup
 		for i := range connections {
 			attacking.Go(func() {
 				for ; ctx.Err() == nil; sleep(ctx, 10*time.Millisecond) {
-					kinds[i%len(kinds)].neglect(ctx, address, pause, atOnce, most)
+					kinds[i%len(kinds)].neglect(ctx, address, pause)
 				}
 			})
 		}
@@ -720,8 +720,10 @@ func unreadAnswers(pause time.Duration, kinds ...unreadCall) assault {
 	}
 }
 
-// neglect makes at most so many calls, some at once with pauses between, until the connection or ctx ends.
-func (c unreadCall) neglect(ctx context.Context, address string, pause time.Duration, atOnce, most int) {
+// neglect makes calls, some at once with pauses between, until the connection or ctx ends.
+func (c unreadCall) neglect(ctx context.Context, address string, pause time.Duration) {
+	const most = 10_000 // calls; then it makes few, to notice when the connection has ended
+	atOnce := 25
 	var p *peer
 	if !c.deaf {
 		p = greet(ctx, address, http2.Setting{ID: http2.SettingInitialWindowSize})
@@ -735,7 +737,7 @@ func (c unreadCall) neglect(ctx context.Context, address string, pause time.Dura
 	message := envelope(len(c.message), c.message)
 	for i := 0; ctx.Err() == nil; i += atOnce {
 		if i >= most {
-			atOnce = 1 // so that it notices when the connection has ended
+			atOnce = 1
 		}
 		var frames bytes.Buffer
 		all := http2.NewFramer(&frames, nil)
