@@ -35,7 +35,8 @@ var (
 	errLines   = status.Error(codes.ResourceExhausted, "the connection has too many streams of sessions")
 )
 
-// kinds are a server's streams by what they are for. A Watch of the health service has none: it says little and lasts.
+// kinds are a server's streams by what they are for. A Watch of the health service is of neither kind: only its bytes are bounded, by the
+// outbox.
 type kinds struct{ foreign, lines streams }
 
 func newKinds() *kinds {
@@ -52,7 +53,7 @@ func (k *kinds) serve(c *call, server any, stream grpc.ServerStream, method stri
 	of := &k.foreign
 	switch method {
 	case healthv1.Health_Watch_FullMethodName:
-		c.outbox.answer(c.stream, callSize-unsentCall+c.metadata, 0, true) // it lasts, and nothing else counts it
+		c.outbox.lasts(c.stream, c.size()) // nothing else bounds how many there are
 		return handle(server, stream)
 	case sessionv1.SessionService_Session_FullMethodName:
 		of = &k.lines
@@ -87,8 +88,7 @@ func (s *streams) leave(connection any) {
 	}
 }
 
-// A countedStream counts each message that it sends, until the client has read it. Small ones count too, because one
-// stream sends many.
+// A countedStream counts each message that it sends, until the client has read it, also small ones: one stream can send many.
 type countedStream struct {
 	grpc.ServerStream
 	call *call

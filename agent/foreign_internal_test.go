@@ -117,7 +117,7 @@ func (s *bareStream) SendMsg(any) error {
 
 // What a stream of another service sends counts until it has left, and the stream ends where there is no room.
 func TestForeignAnswersCount(t *testing.T) {
-	c := called(1)
+	c := newCall()
 	c.outbox.handle(1)
 	bare := &bareStream{ctx: context.Background()}
 	stream := countedStream{bare, c}

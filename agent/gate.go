@@ -24,18 +24,18 @@ const (
 	maxOpening      = 128 << 20             // bytes that calls take whose messages have not been read
 	maxLinesOpening = maxOpening / 4        // bytes that streams of sessions take whose handlers have not begun
 	callSize        = 8 << 10               // bytes that such a call takes besides its metadata: a goroutine, and what gRPC keeps of it
-	maxRefusals     = 256                   // calls of a connection that are refused within lateFor for want of that room; then it ends
-	maxLost         = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it finds no room
+	maxRefusals     = 256                   // calls of a connection that are refused within lateFor because it has no room for them; then it ends
+	maxLost         = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it has no room
 	lateFor         = time.Second           // how long calls that were refused or ended count against their connection
 	maxUnread       = 64 << 20              // bytes of large requests that have arrived and are not read
 	maxHeld         = 128 << 20             // bytes of requests that are being decided about, and of their metadata
-	smallHeld       = 4 << 10               // bytes of a request, and of its metadata, up to which they do not count for maxHeld
+	smallHeld       = 4 << 10               // bytes of a request and of its metadata, each; one with no more does not count for maxHeld
 	large           = 64 << 10              // bytes from which a request counts for maxUnread
-	smallAnswer     = 1 << 10               // bytes up to which an answer may be compressed, and loses nothing
+	smallAnswer     = 1 << 10               // bytes of an answer up to which it may be compressed, and is sent whole however much is unread
 )
 
-// A gate bounds what the calls of one server have under way together. Streams of sessions have one of their own, so that checks do not
-// wait for its mutex when thousands of streams begin.
+// A gate bounds what the calls of one server have under way together. Streams of sessions have a gate of their own. Thousands of them
+// can begin at a time, and checks do not wait for that gate's mutex.
 type gate struct {
 	mu       sync.Mutex
 	opening  shares      // calls whose messages have not been read to their end, by what they take
@@ -81,7 +81,6 @@ type call struct {
 	connection any
 	metadata   int        // bytes that it takes in memory, about
 	allowance  *allowance // of the connection; nil if it is not known
-	outboxes   *outboxes  // of the server
 	hasKey     bool       // the call has an API key, because calls need one
 	owner      string
 
@@ -220,15 +219,16 @@ func callOf(ctx context.Context) *call {
 
 // find finds the call's place in the outbox of its connection. It reports whether the call had none.
 func (c *call) find(ctx context.Context) bool {
-	if c == nil || c.outbox != nil || c.outboxes == nil {
+	if c == nil || c.outbox != nil || c.allowance == nil {
 		return false
 	}
-	c.outbox, c.stream = c.outboxes.of(ctx)
+	c.outbox, c.stream = c.allowance.pacer.outboxes.of(ctx)
 	return c.outbox != nil
 }
 
-// compresses reports whether the call's message is compressed otherwise than by gzip. GRPC decompresses such a message where it reads it:
-// a few bytes become 4 MiB. A gzip message stays as it is until decompress has it.
+// compresses reports whether the call's messages are compressed otherwise than by gzip. GRPC decompresses such a message where it reads
+// it: a few bytes become 4 MiB. So the call must end before. Calls of other services that are not streams are an exception, because gRPC
+// reads their message before any interceptor runs. A gzip message stays as it is until decompress has it.
 func compresses(ctx context.Context) bool {
 	// The other way to ask is a stats handler, which costs every call.
 	s, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })

@@ -300,6 +300,52 @@ func TestHandshakesEnd(t *testing.T) {
 	}
 }
 
+// An outbox ends a connection whose listener has TLS of its own, also while the answer to a KeyUpdate waits to be sent.
+func TestConnectionsOfTLSListenersEnd(t *testing.T) {
+	config, err := rawtls.ServerConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, far := net.Pipe()
+	defer far.Close()
+	server := tls.Server(near, config)
+	conn := newPacedConn(server, server, new(pacer))
+	defer conn.Close()
+	read := make(chan error, 1)
+	go func() {
+		_, err := conn.Read(make([]byte, 100))
+		read <- err
+	}()
+	client, err := rawtls.Client(t.Context(), far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.UpdateKey(); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Read(make([]byte, 1)); err != nil { // the answer begins
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		conn.outbox.end()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(3 * time.Second):
+		t.Error("the connection does not end")
+		_ = far.Close()
+		<-ended
+	}
+	if err := <-read; err == nil {
+		t.Error("the reader got data")
+	}
+}
+
 // nameless are credentials of the application's own. They get the connection as it is.
 type nameless struct {
 	credentials.TransportCredentials

@@ -158,7 +158,7 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 					}
 					return refuse(ctx, err)
 				}
-				c.owner, c.hasKey, c.allowance, c.outboxes = owner, o.keys != nil, a, &o.paces.outboxes
+				c.owner, c.hasKey, c.allowance = owner, o.keys != nil, a
 				a.admit(c.metadata)
 				return c, nil
 			}

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,13 +17,14 @@ import (
 // The bounds of what the agent has to send and clients have not read. A call counts from its header until its answer has left, but not
 // while a handler has it.
 const (
-	maxUnsent      = 128 << 20   // bytes, over all connections; beyond, a connection ends
-	maxUnsentByOne = 16 << 20    // of one connection; beyond, answers lose what can be spared
-	unsentCall     = 4 << 10     // bytes that a call takes besides its metadata and messages
-	unsentMessage  = 512         // bytes that a message takes besides its own
-	unsentHeader   = 32          // bytes that a call's metadata takes for each byte of its header's frames, until a handler has it
-	unsentLong     = time.Second // the most that counts of the time for which bytes have not left, so that few bytes do not outweigh many
-	unsentBriefly  = unsentLong / 100
+	maxUnsent      = 128 << 20           // bytes, over all connections; beyond, connections end
+	enoughUnsent   = maxUnsent / 16 * 15 // they end until this is left, so that connections are not weighed again at once
+	maxUnsentByOne = 16 << 20            // of one connection; beyond, answers lose what can be spared
+	unsentCall     = 4 << 10             // bytes that a call takes besides its metadata and messages
+	unsentMessage  = 512                 // bytes that a message takes besides its own
+	unsentHeader   = 32                  // bytes that a call's metadata takes for each byte of its header's frames, until a handler has it
+	unsentLong     = time.Second         // the most that a turn's time counts, so that few bytes do not outweigh many
+	unsentBriefly  = unsentLong / 100    // the least that it counts, so that what has just come counts by its bytes
 )
 
 // outboxes are those of a server's connections. The zero value is ready. They are safe for concurrent use.
@@ -59,28 +62,31 @@ func (all *outboxes) drop(o *outbox) {
 	o.ended, o.size, o.counted, o.streams, o.resets = true, 0, 0, nil, nil
 }
 
-// relieve ends connections until the others have room: first that with the largest weight.
+// relieve ends connections until the others have room: first those with the largest weights.
 func (all *outboxes) relieve() {
-	var ends []func()
 	all.mu.Lock()
+	defer all.mu.Unlock()
+	if all.size.Load() <= maxUnsent { // another has just done so
+		return
+	}
+	type weighed struct {
+		*outbox
+		weight time.Duration
+	}
 	now := time.Now()
-	for all.size.Load() > maxUnsent {
-		var worst *outbox
-		most := time.Duration(0)
-		for o := range all.open {
-			if weight := o.weight(now); weight > most {
-				worst, most = o, weight
-			}
+	var worst []weighed
+	for o := range all.open {
+		if weight := o.weight(now); weight > 0 {
+			worst = append(worst, weighed{o, weight})
 		}
-		if worst == nil {
+	}
+	slices.SortFunc(worst, func(a, b weighed) int { return cmp.Compare(b.weight, a.weight) })
+	for _, o := range worst {
+		if all.size.Load() <= enoughUnsent {
 			break
 		}
-		all.drop(worst)
-		ends = append(ends, worst.end)
-	}
-	all.mu.Unlock()
-	for _, end := range ends {
-		end()
+		all.drop(o.outbox)
+		go o.end() // the connection may be the application's own, and take long to close
 	}
 }
 
@@ -100,12 +106,13 @@ type outbox struct {
 	counted int // of size in all.size
 	ended   bool
 
-	// A turn is as many bytes as there were when it began. It has ended when as many have left.
-	since time.Time // when the turn began; zero for none
-	turn  int       // bytes of the turn that have not left
+	// A turn is as many bytes as there were when it began. It has ended when as many have left. Then the next one begins, if there
+	// are bytes.
+	since time.Time // when the turn began
+	turn  int       // bytes of the turn that have not left; 0 for no turn
 
-	writing bool
-	resets  []uint32 // streams that the client has reset while writing
+	writing atomic.Bool // the writer's; it ends with the mutex
+	resets  []uint32    // streams that the client has reset while writing
 }
 
 // outgoing is what a stream takes.
@@ -115,6 +122,8 @@ type outgoing struct {
 	wire     int // the same as they are sent
 	reset    bool
 }
+
+func (s outgoing) size() int { return s.call + s.messages }
 
 // unlock also adds what has changed to the size of all.
 func (o *outbox) unlock() {
@@ -126,38 +135,36 @@ func (o *outbox) unlock() {
 	}
 }
 
-// weight is the bytes, multiplied by the time that the turn has lasted. A connection without a turn begins one.
+// weight is the bytes, multiplied by the time that the turn has lasted.
 func (o *outbox) weight(now time.Time) time.Duration {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.size == 0 {
-		return 0
-	}
-	if o.since.IsZero() {
-		o.since, o.turn = now, o.size
-	}
 	return time.Duration(o.size>>9) * min(max(now.Sub(o.since), unsentBriefly), unsentLong)
 }
 
-// set replaces what the stream takes.
-func (o *outbox) set(stream uint32, before, after outgoing) {
-	o.streams[stream] = after
-	o.grow(after.call + after.messages - before.call - before.messages)
+// update changes what a stream takes, if it is open.
+func (o *outbox) update(stream uint32, change func(s outgoing) outgoing) {
+	if before, ok := o.streams[stream]; ok {
+		after := change(before)
+		o.streams[stream] = after
+		o.grow(after.size() - before.size())
+	}
 }
 
 func (o *outbox) grow(by int) {
 	o.size += by
-	if by < 0 && !o.since.IsZero() {
-		if o.turn += by; o.turn <= 0 {
-			o.since = time.Time{}
-		}
+	if by < 0 {
+		o.turn = max(0, o.turn+by)
+	}
+	if o.turn == 0 && o.size > 0 {
+		o.since, o.turn = time.Now(), o.size
 	}
 }
 
 // remove forgets a stream.
 func (o *outbox) remove(stream uint32) {
 	if s, ok := o.streams[stream]; ok {
-		o.grow(-s.call - s.messages)
+		o.grow(-s.size())
 		if delete(o.streams, stream); len(o.streams) == 0 && o.most > 1<<10 {
 			o.streams, o.most = nil, 0 // a map does not shrink
 		}
@@ -173,29 +180,33 @@ func (o *outbox) arrive(f frames.Frame) {
 			o.streams = make(map[uint32]outgoing)
 		}
 		o.last = f.Stream
-		o.set(f.Stream, outgoing{}, outgoing{call: headed(unsentCall, f)})
+		s := outgoing{call: headed(unsentCall, f)}
+		o.streams[f.Stream] = s
+		o.grow(s.size())
 		o.most = max(o.most, len(o.streams))
 	case f.Kind == frames.Continuation:
-		if s, ok := o.streams[f.Stream]; ok {
-			longer := s
-			longer.call = headed(s.call, f)
-			o.set(f.Stream, s, longer)
-		}
-	case f.Kind == frames.RSTStream && o.writing:
+		o.update(f.Stream, func(s outgoing) outgoing {
+			s.call = headed(s.call, f)
+			return s
+		})
+	case f.Kind == frames.RSTStream && o.writing.Load():
 		// GRPC may have to write much before it forgets the answer.
-		if s, ok := o.streams[f.Stream]; ok && !s.reset {
-			s.reset = true
-			o.streams[f.Stream] = s
-			o.resets = append(o.resets, f.Stream)
-		}
+		o.update(f.Stream, func(s outgoing) outgoing {
+			if !s.reset {
+				s.reset = true
+				o.resets = append(o.resets, f.Stream)
+			}
+			return s
+		})
 	case f.Kind == frames.RSTStream:
 		o.remove(f.Stream)
 	}
 }
 
-// headed returns what a call takes with one more frame of its header.
+// headed returns what a call takes with one more frame of its header. GRPC refuses a call whose header list is longer than maxHeaders.
+// So no call takes more than the metadata of so many bytes do, which are counted fourfold.
 func headed(call int, f frames.Frame) int {
-	return min(call+unsentHeader*f.Length, unsentCall+4*maxHeaders) // as weight has it
+	return min(call+unsentHeader*f.Length, unsentCall+4*maxHeaders)
 }
 
 // leave notes a frame that has left, with the mutex.
@@ -204,28 +215,25 @@ func (o *outbox) leave(f frames.Frame) {
 	case f.Kind == frames.RSTStream || (f.Kind == frames.Headers || f.Kind == frames.Data) && f.Flags&frames.EndStream != 0:
 		o.remove(f.Stream)
 	case f.Kind == frames.Data:
-		if s, ok := o.streams[f.Stream]; ok && s.wire > 0 {
-			n := min(f.Length, s.wire)
-			left := s
-			left.messages -= int(int64(s.messages) * int64(n) / int64(s.wire))
-			left.wire -= n
-			o.set(f.Stream, s, left)
-		}
+		o.update(f.Stream, func(s outgoing) outgoing {
+			if s.wire > 0 {
+				n := min(f.Length, s.wire)
+				s.messages -= int(int64(s.messages) * int64(n) / int64(s.wire))
+				s.wire -= n
+			}
+			return s
+		})
 	}
 }
 
 // write is called before bytes are written, and wrote after it, with those that were.
-func (o *outbox) write() {
-	o.mu.Lock()
-	o.writing = true
-	o.mu.Unlock()
-}
+func (o *outbox) write() { o.writing.Store(true) }
 
 func (o *outbox) wrote(p []byte) {
 	o.mu.Lock()
 	defer o.unlock()
 	o.sending.Each(p, o.leave, nil)
-	o.writing = false
+	o.writing.Store(false)
 	for _, stream := range o.resets {
 		o.remove(stream)
 	}
@@ -234,9 +242,12 @@ func (o *outbox) wrote(p []byte) {
 
 // full reports whether the connection should not be read: it has much to send, and its client does not read.
 func (o *outbox) full() bool {
+	if !o.writing.Load() {
+		return false
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.writing && o.size > maxUnsentByOne
+	return o.size > maxUnsentByOne
 }
 
 // handle is called when a handler has the stream.
@@ -246,15 +257,22 @@ func (o *outbox) handle(stream uint32) {
 	}
 	o.mu.Lock()
 	defer o.unlock()
-	if s, ok := o.streams[stream]; ok {
-		after := s
-		after.call = 0
-		o.set(stream, s, after)
-	}
+	o.update(stream, func(s outgoing) outgoing {
+		s.call = 0
+		return s
+	})
 }
 
-// lend takes room for bytes of a message to come, and reports whether there was room.
-func (o *outbox) lend(stream uint32, size int) bool {
+// lend takes room for bytes of an answer to come, and reports whether there was room.
+func (o *outbox) lend(stream uint32, size int) bool { return o.take(stream, size, 0) }
+
+// send counts one more message that the stream sends, which is not compressed. It reports whether there was room.
+func (o *outbox) send(stream uint32, size int) bool {
+	return o.take(stream, unsentMessage+kept(size), messageHeader+size)
+}
+
+// take takes room for bytes of messages. As many as wire says are sent for them; 0 if that is not known yet.
+func (o *outbox) take(stream uint32, size, wire int) bool {
 	if o == nil {
 		return true
 	}
@@ -263,66 +281,59 @@ func (o *outbox) lend(stream uint32, size int) bool {
 	if o.size+size > maxUnsentByOne {
 		return false
 	}
-	if s, ok := o.streams[stream]; ok {
-		after := s
-		after.messages += size
-		o.set(stream, s, after)
-	}
+	o.update(stream, func(s outgoing) outgoing {
+		s.messages += size
+		s.wire += wire
+		return s
+	})
 	return true
 }
 
-// send counts one more message that the stream sends, which is not compressed. It reports whether there was room.
-func (o *outbox) send(stream uint32, size int) bool {
+// lasts counts so many bytes of a call until it ends, also while a handler has it.
+func (o *outbox) lasts(stream uint32, size int) {
 	if o == nil {
-		return true
+		return
 	}
 	o.mu.Lock()
 	defer o.unlock()
-	messages := unsentMessage + kept(size)
-	if o.size+messages > maxUnsentByOne {
-		return false
-	}
-	if s, ok := o.streams[stream]; ok {
-		after := s
-		after.messages += messages
-		after.wire += messageHeader + size
-		o.set(stream, s, after)
-	}
-	return true
+	o.update(stream, func(s outgoing) outgoing {
+		s.call = size
+		return s
+	})
 }
 
-// answer counts the answer of a stream whose handler has ended, instead of what was lent, and of the messages if there is no answer
-// (a size of 0). It reports whether there was room, and takes room if it must.
+// answer counts the answer of a call whose handler has ended, instead of what was lent. Of a stream, which has no answer besides its
+// messages, the size is 0, and messages that have not left still count. It reports whether there was room, and takes room if it must.
 func (o *outbox) answer(stream uint32, metadata, size int, must bool) bool {
 	if o == nil {
 		return true
 	}
 	o.mu.Lock()
 	defer o.unlock()
-	s, ok := o.streams[stream]
-	if !ok {
-		return true
-	}
-	after := s
-	after.call = unsentCall + metadata
-	if s.wire == 0 { // of a stream some may have left
-		after.messages, after.wire = kept(size), messageHeader+size
-	}
-	if !must && o.size+after.call+after.messages-s.call-s.messages > maxUnsentByOne {
-		return false
-	}
-	o.set(stream, s, after)
-	return true
+	fits := true
+	o.update(stream, func(s outgoing) outgoing {
+		after := s
+		after.call = unsentCall + metadata
+		if s.wire == 0 { // of a stream some may have left
+			after.messages, after.wire = kept(size), messageHeader+size
+		}
+		if fits = must || o.size+after.size()-s.size() <= maxUnsentByOne; !fits {
+			return s
+		}
+		return after
+	})
+	return fits
 }
 
 // messageHeader is the bytes that gRPC sends before a message.
 const messageHeader = 5
 
-// A streamPath is where gRPC keeps the connection and the number of a stream. There is no other way to learn them. If a future release
+// A streamPath is where gRPC keeps the connection and the number of a stream. GRPC does not tell them otherwise. If a future release
 // keeps them elsewhere, they are not found, and what clients do not read is not bounded.
 type streamPath struct {
-	stream, transport  reflect.Type
-	id, at, connection []int
+	stream, transport reflect.Type
+	id, at            []int // of stream: its number, and its transport
+	connection        []int // of transport
 }
 
 // of returns the outbox of the connection by which the call with the context came, and the call's stream; nil if they are not found.

@@ -37,12 +37,12 @@ import (
 	"github.com/headgate-go/headgate/policy"
 )
 
-// called is a call on the stream of a connection of its own.
-func called(stream uint32) *call {
-	o := &outbox{all: new(outboxes), end: func() {}}
+// newCall is a call on the first stream of a connection of its own.
+func newCall() *call {
+	o := &outbox{all: new(outboxes)}
 	o.all.add(o)
-	o.arrives(frames.Frame{Kind: frames.Headers, Stream: stream})
-	return &call{outbox: o, stream: stream}
+	o.arrives(frames.Frame{Kind: frames.Headers, Stream: 1})
+	return &call{outbox: o, stream: 1}
 }
 
 // arrives and leaves are one frame.
@@ -115,79 +115,80 @@ func TestOutbox(t *testing.T) {
 	}
 }
 
-// Where all connections together have more to send than they may, that ends which has most bytes for the longest time.
-func TestTheWorstConnectionEnds(t *testing.T) {
+// Where all connections together have more to send than they may, those end that have most bytes for the longest time.
+func TestTheWorstConnectionsEnd(t *testing.T) {
+	const mib, room = 1 << 20, 20 // of the connections that are looked at
 	type connection struct {
 		name   string
-		calls  int
-		reads  bool          // all, all the time
-		silent time.Duration // before the others begin
-		idle   bool          // it has nothing until the others have begun
+		unread int           // answers of 1 MiB
+		begins time.Duration // before the last connection does
+		reads  time.Duration // when it reads all, and has as many again; 0 for never
 	}
 	for _, tt := range []struct {
 		name        string
 		connections []connection
 		want        []string
 	}{
-		{"the most", []connection{{name: "a", calls: 20}, {name: "b", calls: 30}}, []string{"b"}},
-		{"as many as needed", []connection{{name: "a", calls: 16}, {name: "b", calls: 15}, {name: "c", calls: 14}}, []string{"a"}},
-		{"few bytes for long do not outweigh many", []connection{{name: "a", calls: 1, silent: time.Hour}, {name: "b", calls: 40, silent: 2 * time.Second}}, []string{"b"}},
-		{"many that leave do not outweigh few", []connection{{name: "a", calls: 20, reads: true}, {name: "b", calls: 16, silent: time.Second}, {name: "c", calls: 10, idle: true}}, []string{"b"}},
-		{"time without bytes does not count", []connection{{name: "a", calls: 20, silent: time.Second}, {name: "b", calls: 30, idle: true}}, []string{"a"}},
+		{"the most", []connection{{name: "a", unread: 9, begins: time.Second}, {name: "b", unread: 10, begins: time.Second}, {name: "c", unread: 2}}, []string{"b"}},
+		{"until 15/16 are left", []connection{
+			{name: "a", unread: 7, begins: time.Second}, {name: "b", unread: 6, begins: time.Second}, {name: "c", unread: 5, begins: time.Second}, {name: "d", unread: 3},
+		}, []string{"a", "b"}},
+		{"few bytes for long do not outweigh many", []connection{{name: "a", unread: 1, begins: time.Hour}, {name: "b", unread: 18, begins: time.Second}, {name: "c", unread: 2}}, []string{"b"}},
+		{"many that leave do not outweigh few", []connection{
+			{name: "a", unread: 10, begins: 2 * time.Second, reads: 100 * time.Millisecond}, {name: "b", unread: 9, begins: time.Second}, {name: "c", unread: 2},
+		}, []string{"b"}},
+		{"time since the last read counts", []connection{
+			{name: "a", unread: 10, begins: 2 * time.Second, reads: time.Second}, {name: "b", unread: 9, begins: time.Second / 2}, {name: "c", unread: 2},
+		}, []string{"a"}},
+		{"time before there is a lack of room counts", []connection{{name: "a", unread: 9, begins: time.Second}, {name: "b", unread: 12}}, []string{"a"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				all := new(outboxes)
-				all.size.Store(maxUnsent - 40*unsentCall) // of connections that are not looked at
-				var ended []string
-				var open []*outbox
-				longest := time.Duration(0)
+				all.size.Store(maxUnsent - room*mib) // of connections that are not looked at
+				ends := make(chan string, len(tt.connections))
+				type event struct {
+					before time.Duration
+					do     func()
+				}
+				var events []event
 				for _, c := range tt.connections {
-					o := &outbox{all: all, end: func() { ended = append(ended, c.name) }}
+					o := &outbox{all: all, end: func() { ends <- c.name }}
 					all.add(o)
-					open = append(open, o)
-					longest = max(longest, c.silent)
-				}
-				begin := func(o *outbox, c connection) {
-					for i := range c.calls {
-						o.arrives(frames.Frame{Kind: frames.Headers, Stream: uint32(2*i + 1)})
+					next := uint32(1)
+					answer := func() {
+						o.arrives(frames.Frame{Kind: frames.Headers, Stream: next})
+						o.answer(next, mib-unsentCall, 0, true)
+						next += 2
 					}
-				}
-				for i, c := range tt.connections {
-					if c.silent > 0 {
-						begin(open[i], c)
-						open[i].weight(time.Now())
-					}
-				}
-				<-time.After(longest)
-				for i, c := range tt.connections {
-					if c.silent == 0 && c.reads {
-						begin(open[i], c)
-					}
-				}
-				for i := range open {
-					open[i].weight(time.Now())
-				}
-				<-time.After(2 * time.Second)
-				for i, c := range tt.connections {
-					if c.reads { // all that were there, and others come
-						for stream := range uint32(c.calls) {
-							open[i].arrives(frames.Frame{Kind: frames.Headers, Stream: uint32(2*c.calls) + 2*stream + 1})
-							open[i].leaves(frames.Frame{Kind: frames.Headers, Flags: frames.EndStream, Stream: 2*stream + 1})
+					events = append(events, event{c.begins, func() {
+						for range c.unread {
+							answer()
 						}
+					}})
+					if c.reads > 0 {
+						events = append(events, event{c.reads, func() {
+							for i := range c.unread {
+								o.leaves(frames.Frame{Kind: frames.Headers, Flags: frames.EndStream, Stream: uint32(2*i + 1)})
+								answer()
+							}
+						}})
 					}
 				}
-				for i, c := range tt.connections {
-					if c.silent == 0 && !c.reads && !c.idle {
-						begin(open[i], c)
+				slices.SortStableFunc(events, func(a, b event) int { return int(b.before - a.before) })
+				for i, e := range events {
+					if i > 0 {
+						<-time.After(events[i-1].before - e.before)
 					}
+					e.do()
 				}
-				for i, c := range tt.connections {
-					if c.idle {
-						begin(open[i], c)
-					}
+				synctest.Wait()
+				close(ends)
+				var ended []string
+				for name := range ends {
+					ended = append(ended, name)
 				}
-				if !slices.Equal(ended, tt.want) {
+				if slices.Sort(ended); !slices.Equal(ended, tt.want) {
 					t.Errorf("connections %v ended want %v", ended, tt.want)
 				}
 			})
@@ -225,7 +226,7 @@ func TestAnswersCount(t *testing.T) {
 		{"slots", &checkv1.FlowEndResponse{TokenReturnStatuses: []*checkv1.TokenReturnStatus{{Error: text(1 << 10)}}}, 4 << 10, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := called(1)
+			c := newCall()
 			got, err := c.answer(t.Context(), proto.Clone(tt.answer))
 			if err != nil || c.outbox.size != unsentCall+tt.counts {
 				t.Fatalf("%d bytes are unsent, %v want %d", c.outbox.size, err, unsentCall+tt.counts)
@@ -238,15 +239,17 @@ func TestAnswersCount(t *testing.T) {
 				t.Errorf("the buffer has %d bytes want about %d", cap(data), tt.counts)
 			}
 
-			c = called(1)
+			c = newCall()
 			most := maxUnsentByOne - unsentCall
 			if _, ok := tt.answer.(*checkv1.CacheLookupResponse); ok {
 				most -= 4 << 10 // a lookup without values finds the room that its values do not
 			}
-			if !c.outbox.lend(0, most) {
+			c.outbox.arrives(frames.Frame{Kind: frames.Headers, Stream: 3})
+			c.outbox.handle(1)
+			c.outbox.handle(3)
+			if !c.outbox.lend(3, most) {
 				t.Fatal("there is no room")
 			}
-			c.outbox.size += most // of another stream
 			got, err = c.answer(t.Context(), proto.Clone(tt.answer))
 			if tt.full == nil {
 				if status.Code(err) != codes.ResourceExhausted {
@@ -270,7 +273,7 @@ type fullServer struct {
 	listener *bufconn.Listener
 }
 
-func newFullServer(t *testing.T, buffer int) *fullServer {
+func newFullServer(t *testing.T, buffer int, registers ...func(server *grpc.Server)) *fullServer {
 	t.Helper()
 	e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{
 		policy.ConcurrencyScheduler{Selectors: policy.At("queue"), Max: 1, MaxInflight: time.Hour},
@@ -283,6 +286,9 @@ func newFullServer(t *testing.T, buffer int) *fullServer {
 	Register(server, e)
 	healthv1.RegisterHealthServer(server, health.NewServer())
 	grpcreflection.Register(server)
+	for _, register := range registers {
+		register(server)
+	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(s.listener) }()
 	t.Cleanup(func() {
@@ -473,7 +479,7 @@ func TestSlowClientsAreAnswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls, others := 60, 4
 		s := newFullServer(t, 4<<10)
-		s.paces.outboxes.size.Store(maxUnsent - int64(calls+others*calls/2)*2*unsentCall) // as if others had the rest
+		s.paces.outboxes.size.Store(enoughUnsent - int64(calls)*2*unsentCall) // as if others had the rest
 		conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 				conn, err := s.listener.DialContext(ctx)
@@ -491,9 +497,10 @@ func TestSlowClientsAreAnswered(t *testing.T) {
 				failed <- err
 			}()
 		}
+		metadata := strings.Repeat("x", 4<<10) // it counts fourfold
 		message := []byte{0x0a, 5, 'p', 'o', 'i', 'n', 't'}
 		check := func(c *rawClient) error {
-			_, err := c.call(checkv1.FlowControlService_Check_FullMethodName, message, "content-type", "application/grpc")
+			_, err := c.call(checkv1.FlowControlService_Check_FullMethodName, message, "content-type", "application/grpc", "x", metadata)
 			return err
 		}
 		var open []*rawClient

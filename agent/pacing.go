@@ -44,13 +44,13 @@ const (
 // What connections get without earning it.
 const (
 	firstUnits     = 500    // of a connection that begins
-	unitsPerSecond = 5000   // of a connection, which also are the most that it has after a pause
-	ownUnits       = 100    // a second of these, however many other connections want some
-	sharedUnits    = 40_000 // a second for each processor, of all connections together, besides their own
-	wakingUnits    = 64     // for which a connection waits, so that it is not woken for each frame
+	unitsPerSecond = 5000   // the most that a connection gets in a second, and the most that it has after a pause
+	ownUnits       = 100    // that a connection gets in a second at least, however many others want some
+	sharedUnits    = 40_000 // that all connections together get in a second for each processor, besides ownUnits
+	wakingUnits    = 64     // that a connection has when its wait ends, so that it is not woken for each frame
 	shortestWait   = 20 * time.Millisecond
 	longestWait    = time.Second
-	behindFor      = 3 * time.Second // a connection that has to wait is closed if it has not had firstUnits, and no wait for longestWait, for so long
+	behindFor      = 3 * time.Second // a connection that has been behind for so long is closed
 )
 
 var errBehind = errors.New("headgate: the connection sends too many frames that are of no use")
@@ -131,7 +131,8 @@ func (p *pacer) wait(units float64) time.Duration {
 	return max(shortestWait, min(time.Duration(units/p.rate()*float64(time.Second)), longestWait))
 }
 
-// An allowance is the units of a connection.
+// An allowance is the units of a connection. The connection is behind from its first wait until it has firstUnits and no read has
+// waited for longestWait.
 type allowance struct {
 	pacer       *pacer
 	connections int // guarded by the pacer's mutex
@@ -140,7 +141,7 @@ type allowance struct {
 	balance float64
 	data    int       // bytes of large DATA frames that are free
 	drew    time.Time // when it last drew on the pacer
-	behind  time.Time // since when it has had few units; zero if it has more
+	behind  time.Time // since when the connection has been behind; zero if it is not
 	waited  time.Time // when a read last had to wait
 }
 
@@ -183,7 +184,7 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 	defer a.mu.Unlock()
 	if a.balance <= 0 {
 		now := time.Now()
-		if now.Sub(a.drew) >= behindFor { // it has had enough since
+		if now.Sub(a.drew) >= behindFor { // what it had has lasted for so long
 			a.behind = time.Time{}
 		}
 		if drawn := a.pacer.draw(a.drew, now); a.balance+drawn < unitsPerSecond {
@@ -202,7 +203,8 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 		}
 	}
 	if !a.behind.IsZero() {
-		// A wait may bring many units, if other connections have ended meanwhile. So they only count when it is long ago.
+		// A wait may bring many units, if other connections have ended meanwhile. So firstUnits alone do not say that the
+		// connection sends less.
 		if now := time.Now(); waited {
 			a.waited = now
 		} else if a.balance >= firstUnits && now.Sub(a.waited) >= longestWait {
@@ -254,7 +256,7 @@ type pacedConn struct {
 	address net.Addr // of the peer. It is always the same value, because calls find their connection by it
 	pacer   *pacer
 	ready   *readyReader  // nil if the connection has no such thing
-	below   *records.Conn // nil if the connection has no TLS
+	below   *records.Conn // below gRPC's own TLS; nil if the connection has none
 	sent    atomic.Int64  // bytes that have earned nothing yet
 	outbox  *outbox
 
@@ -273,11 +275,16 @@ type pacedConn struct {
 	isClosed  bool
 }
 
-// newPacedConn returns a connection that is raw below the security of conn. Its outbox closes raw: TLS would wait until its client reads.
+// newPacedConn returns a connection that is raw below the security of conn. Its outbox closes what is below TLS, also below that of the
+// application's listener: TLS would wait until its client reads.
 func newPacedConn(conn, raw net.Conn, p *pacer) *pacedConn {
+	if secured, ok := raw.(interface{ NetConn() net.Conn }); ok && secured.NetConn() != nil {
+		raw = secured.NetConn()
+	}
+	end := func() { _ = raw.Close() }
 	return &pacedConn{
-		Conn: conn, outbox: &outbox{all: &p.outboxes, end: func() { _ = raw.Close() }}, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), frames: frames.After(frames.PrefaceBytes),
-		changed: make(chan struct{}, 1), closed: make(chan struct{}),
+		Conn: conn, address: conn.RemoteAddr(), pacer: p, ready: newReadyReader(conn), outbox: &outbox{all: &p.outboxes, end: end},
+		frames: frames.After(frames.PrefaceBytes), changed: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 }
 
