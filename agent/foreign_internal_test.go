@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -18,6 +20,8 @@ import (
 	grpcreflection "google.golang.org/grpc/reflection"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
+
+	"github.com/headgate-go/headgate/internal/frames"
 )
 
 // withReflection is a connection to a server with our options, and the services that other programs add.
@@ -100,6 +104,88 @@ func TestForeignStreams(t *testing.T) {
 		}
 		<-time.After(time.Millisecond)
 	}
+}
+
+// The answer to a call of another service counts as an answer of the agent's own does, and finds room or not.
+func TestForeignAnswersNeedRoom(t *testing.T) {
+	const others = 101 // the stream that has what others take
+	for _, tt := range []struct {
+		name   string
+		size   int // of the answer
+		others int
+		want   codes.Code
+	}{
+		{"small", 100, 0, codes.OK},
+		{"small, without room", 100, maxUnsentByOne - unsentCall, codes.OK},
+		{"large", 40 << 10, 0, codes.OK},
+		{"large, without room", 40 << 10, maxUnsentByOne - 40<<10, codes.ResourceExhausted},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newFullServer(t, 1<<16, func(server *grpc.Server) {
+					server.RegisterService(&grpc.ServiceDesc{ServiceName: "other", Methods: []grpc.MethodDesc{{
+						MethodName: "Ask",
+						Handler: func(_ any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
+							request := new(healthv1.HealthCheckRequest)
+							if err := decode(request); err != nil {
+								return nil, err
+							}
+							return intercept(ctx, request, new(grpc.UnaryServerInfo), func(ctx context.Context, _ any) (any, error) {
+								o := callOf(ctx).outbox
+								o.arrives(frames.Frame{Kind: frames.Headers, Stream: others})
+								o.handle(others)
+								if !o.lend(others, tt.others) {
+									t.Error("others have no room")
+								}
+								return &healthv1.HealthCheckRequest{Service: strings.Repeat("s", tt.size)}, nil
+							})
+						},
+					}}}, nil)
+				})
+				conn, err := grpc.NewClient("passthrough:///localhost", grpc.WithTransportCredentials(insecure.NewCredentials()),
+					grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return s.listener.DialContext(ctx) }))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				answer := new(healthv1.HealthCheckRequest)
+				err = conn.Invoke(t.Context(), "/other/Ask", new(healthv1.HealthCheckRequest), answer)
+				if status.Code(err) != tt.want || err == nil && len(answer.GetService()) != tt.size {
+					t.Errorf("the answer has %d bytes, %v want %d, %v", len(answer.GetService()), err, tt.size, tt.want)
+				}
+				synctest.Wait()
+				if n := s.unsent(); n != tt.others {
+					t.Errorf("%d bytes are unsent want %d", n, tt.others)
+				}
+			})
+		})
+	}
+}
+
+// Watches of the health service count as long as they last. So a connection that begins very many ends.
+func TestWatchesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 10
+		s := newFullServer(t, 1<<16)
+		s.paces.outboxes.size.Store(maxUnsent - most*2*callSize) // as if others had the rest
+		c := s.connect(t)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = io.Copy(io.Discard, c.conn)
+		}()
+		for range 2 * most {
+			if _, err := c.call(healthv1.Health_Watch_FullMethodName, nil, "content-type", "application/grpc"); err != nil {
+				break
+			}
+			synctest.Wait()
+		}
+		select {
+		case <-ended:
+		default:
+			t.Errorf("%d Watches are under way", 2*most)
+		}
+	})
 }
 
 type bareStream struct {

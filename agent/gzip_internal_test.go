@@ -261,6 +261,14 @@ func TestOtherCompressionsAreRefused(t *testing.T) {
 		if _, err := client.Check(t.Context(), request, grpc.UseCompressor(other.Name())); status.Code(err) != codes.Unimplemented || other.used.Load() {
 			t.Errorf("Check() = %v want Unimplemented", err)
 		}
+		stream, err := reflectionv1.NewServerReflectionClient(conn).ServerReflectionInfo(t.Context(), grpc.UseCompressor(other.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = stream.Send(&reflectionv1.ServerReflectionRequest{MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{}})
+		if _, err := stream.Recv(); status.Code(err) != codes.Unimplemented || other.used.Load() {
+			t.Errorf("a stream of another service ends with %v want Unimplemented", err)
+		}
 		for _, name := range []string{grpcgzip.Name, encoding.Identity} {
 			if _, err := client.Check(t.Context(), request, grpc.UseCompressor(name)); err != nil {
 				t.Errorf("Check() with %s: %v", name, err)

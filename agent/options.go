@@ -89,7 +89,9 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
 //     connection with the most of them loses a call.
 //   - At most 64 messages may take more than 50 ms to arrive at a time. Beyond that, the connection with the most of them
-//     loses its oldest one. A call whose message is compressed otherwise than by gzip ends with Unimplemented.
+//     loses its oldest one. A call whose messages are compressed otherwise than by gzip ends with Unimplemented. The
+//     exception are other services' calls that are not streams: gRPC decompresses their messages first, if it can, to at
+//     most 4 MiB each.
 //   - At most half of the processors read requests of 64 KiB and more. The other requests wait, and take at most 64 MiB. The
 //     next one is of the connection whose requests have lately taken the least time. The size of a request is that without
 //     compression. It may be 4 MiB. A compressed message for another service may have 64 KiB without compression.
@@ -185,13 +187,13 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 				return nil, errEvicted
 			}
 			response, err := handle(ctx, request)
-			if other {
-				size := 0
-				if m, ok := response.(proto.Message); ok && err == nil {
-					size = proto.Size(m)
-				}
-				c.outbox.answer(c.stream, c.metadata, size, true)
+			if !other {
+				return response, err
 			}
+			if m, ok := response.(proto.Message); ok && err == nil {
+				return c.answer(ctx, m)
+			}
+			c.over()
 			return response, err
 		}),
 		grpc.ChainStreamInterceptor(func(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
@@ -206,6 +208,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 			defer c.over()
 			if c.ready() {
 				return errEvicted
+			}
+			if c != nil && compresses(stream.Context()) {
+				return errEncoding
 			}
 			if v := visitOf(stream.Context()); v != nil {
 				stream = visitingStream{stream, v}

@@ -60,15 +60,12 @@ func through(ctx context.Context, decode func(any) error, handle func(decode fun
 		return nil, err
 	}
 	c := callOf(ctx)
-	if c != nil {
-		c.find(ctx)
-		if compresses(ctx) {
-			c.ready()
-			c.over()
-			return nil, errEncoding
-		}
+	c.find(ctx)
+	err := errEncoding
+	if c == nil || !compresses(ctx) {
+		err = c.enter()
 	}
-	if err := c.enter(); err != nil {
+	if err != nil {
 		c.ready()
 		c.over()
 		return nil, err
