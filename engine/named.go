@@ -141,7 +141,8 @@ var ofRequests = [...]string{ //nolint:gochecknoglobals // a table, never writte
 // ofRequest reports whether adaptors set the label, besides those of headers.
 func ofRequest(key string) bool { return slices.Contains(ofRequests[:], key) }
 
-// acts warns of control points that hardly any flow has: those of a component's selectors, and those whose flows it measures.
+// acts warns of control points that hardly any flow has: those of a component's selectors, and those whose flows it measures. It warns of
+// services in the same way.
 func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measured map[string][]latencySink) {
 	warned := make(map[string]bool)
 	warn := func(does, controlPoint string) {
@@ -153,6 +154,10 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measur
 	}
 	for _, s := range selectors {
 		warn("acts at", s.ControlPoint)
+		if why := slip.InName(s.Service); why != "" && slip.In(s.Service) == "" { // else the policy's file was warned about
+			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
+				"policy %q: component %q acts at the service %q: %s", id.Policy, id.ID, s.Service, why)})
+		}
 	}
 	for controlPoint := range measured {
 		warn("measures", controlPoint)

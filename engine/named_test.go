@@ -242,6 +242,25 @@ func TestWarningsOfOddNames(t *testing.T) {
 	}
 }
 
+// Services are compared as they are, except "any".
+func TestWarningsOfOddServices(t *testing.T) {
+	for service, want := range map[string]string{
+		"": "", "any": "", "shop": "", "shop cart": "", "shop.example.com": "", "*": `holds "*"`, "shop*": `holds "*"`, "shop,cart": `holds ","`, "$SERVICE": `begins with "$"`,
+	} {
+		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.RateLimiter{
+			Selectors: []policy.Selector{{ControlPoint: "search", Service: service}}, Capacity: 1, Fill: 1, Interval: time.Second, LimitBy: "user",
+		}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := strings.Join(e.Warnings(), "; ")
+		_ = e.Close()
+		if want == "" && got != "" || want != "" && (!strings.Contains(got, want) || !strings.Contains(got, fmt.Sprintf("acts at the service %q", service))) {
+			t.Errorf("%q: Warnings() = %q want %q", service, got, want)
+		}
+	}
+}
+
 // Control points whose flows a signal measures are checked as those of selectors are.
 func TestWarningsOfOddMeasuredControlPoints(t *testing.T) {
 	for _, at := range []string{"ingress", "ingress]"} {

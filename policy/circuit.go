@@ -324,7 +324,7 @@ func (d *decoder) expression(v value) Expression {
 		return LabelEquals{Label: d.text(d.fill(f, "Label", "label")), Value: d.labelValue(f.get("value"))}
 	case "label_matches":
 		f := d.fields(part, "label regex", "")
-		return LabelMatches{Label: d.text(d.fill(f, "Label", "label")), Regex: d.anyText(d.fill(f, "Regex", "regex"))}
+		return LabelMatches{Label: d.text(d.fill(f, "Label", "label")), Regex: d.regex(d.fill(f, "Regex", "regex"))}
 	}
 	return nil
 }

@@ -336,6 +336,8 @@ func (d *decoder) text(v value) string {
 	text := d.anyText(v)
 	if text != "" && v.goesOn > 0 {
 		d.errorf(v, `goes on in line %d; is a comma or a "- " missing? If not, write it in one line`, v.goesOn)
+	} else if text != "" && v.bare && strings.Contains(text, " ") && !strings.Contains(text, "/") { // which requests have
+		d.warn(v, "is one name with a space in it; is a comma missing? If not, put it in quotes")
 	}
 	return text
 }
@@ -358,6 +360,15 @@ func (d *decoder) labelValue(v value) string {
 	}
 	if why != "" {
 		d.warn(v, "flows hardly have this value: "+why)
+	}
+	return text
+}
+
+// regex reads a regular expression. It warns of one that hardly matches what is meant.
+func (d *decoder) regex(v value) string {
+	text := d.anyText(v)
+	if why := slip.InRegex(text); why != "" {
+		d.warn(v, "hardly any value matches this: "+why)
 	}
 	return text
 }

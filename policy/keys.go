@@ -16,6 +16,7 @@ type keyRow struct {
 	rule  keyRule // what a file may say
 	zero  float64 // what a 0 in a file becomes, where Go's zero means a default; 0 for none
 	value bool    // flows are compared with it
+	regex bool    // it is a regular expression
 	label bool    // it names a label
 }
 
@@ -136,7 +137,7 @@ var keyRows = []keyRow{ //nolint:gochecknoglobals // a table, never written to
 	{field: "Values", value: true},
 	{field: "Label", rule: required},
 	{field: "LabelEquals.Value", rule: required, value: true},
-	{field: "Regex", rule: required},
+	{field: "Regex", rule: required, regex: true},
 }
 
 // A shape is how short files say the values of a struct.

@@ -130,9 +130,12 @@ func (d *decoder) shapeField(v value, field *shapeField, to reflect.Value) {
 	}
 	switch to.Kind() { //nolint:exhaustive // a test has every field of this package
 	case reflect.String:
-		if field.value {
+		switch {
+		case field.value:
 			to.SetString(d.labelValue(v))
-		} else {
+		case field.regex:
+			to.SetString(d.regex(v))
+		default:
 			to.SetString(d.text(v))
 		}
 	case reflect.Bool:

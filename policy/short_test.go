@@ -187,6 +187,47 @@ func TestShortFileWithMark(t *testing.T) {
 	}
 }
 
+// A comma that is missing in a list in brackets makes one name of two. Names of requests have spaces, and so has what is in quotes.
+func TestWarningsOfMissingCommas(t *testing.T) {
+	for at, want := range map[string]string{
+		"[search, find]": "", "[search find]": "search find", "[a, search  find, b]": "search  find", "['search find']": "", `["search find"]`: "",
+		"[GET /search, POST /search]": "", "\n          - search find": "",
+	} {
+		file := strings.Replace(short, "at: [checkout]", "at: "+at, 1)
+		policies, err := policy.Parse("limits.yaml", []byte(file))
+		if err != nil {
+			t.Fatalf("%s: %v", at, err)
+		}
+		got := strings.Join(policies[0].Warnings, "; ")
+		if want == "" && got != "" || want != "" && !strings.HasSuffix(got, "is one name with a space in it; is a comma missing? If not, put it in quotes") {
+			t.Errorf("at: %s: Warnings = %q", at, got)
+		}
+	}
+}
+
+// A regular expression in a block ends with a line end, and an escape in double quotes is not the expression's.
+func TestWarningsOfRegexes(t *testing.T) {
+	for regex, want := range map[string]string{
+		"(?i)googlebot|bingbot": "", `'\bbot\b'`: "", "'^a b|c #$'": "",
+		">-\n                  (?i)googlebot|bingbot": "",
+		">\n                  (?i)googlebot|bingbot":  "it begins or ends with white space",
+		"|\n                  (?i)googlebot|bingbot":  "it begins or ends with white space",
+		`"\bbot\b"`: "it holds U+0008, which cannot be seen",
+		`"a\nb"`:    "it holds U+000A, which cannot be seen",
+	} {
+		file := strings.Replace(short, "at: [checkout]",
+			"selectors:\n          - control_point: checkout\n            expression:\n              label_matches:\n                label: agent\n                regex: "+regex, 1)
+		policies, err := policy.Parse("limits.yaml", []byte(file))
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", regex, err, file)
+		}
+		if got := strings.Join(policies[0].Warnings, "; "); want == "" && got != "" || !strings.Contains(got, want) ||
+			want != "" && !strings.Contains(got, ".regex: hardly any value matches this: ") {
+			t.Errorf("regex: %s: Warnings = %q want %q", regex, got, want)
+		}
+	}
+}
+
 // Values that flows hardly have are warned about, at the policy that has them.
 func TestWarningsOfShortFiles(t *testing.T) {
 	file := short + strings.Replace(shortFrom(t, "  - name"), "orders", "exports", 1)

@@ -52,6 +52,7 @@ type node struct {
 	height       int32 // levels of it and below, aliases expanded
 	goesOn       int32 // of text, the line after a line break in the file that is part of it; 0 if there is none
 	block        bool  // text after | or >
+	bare         bool  // text without quotes, in a list in brackets
 }
 
 type entry struct {
@@ -825,6 +826,7 @@ func (c *converter) node(in *yaml.Node, depth int) *node {
 		n.items = make([]*node, len(in.Content))
 		for i, value := range in.Content {
 			n.items[i] = c.node(value, depth+1)
+			n.items[i].bare = in.Style&yaml.FlowStyle != 0 && value.Kind == yaml.ScalarNode && value.Style&^yaml.TaggedStyle == 0
 			n.hold(n.items[i])
 		}
 	case yaml.MappingNode:

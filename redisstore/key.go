@@ -4,6 +4,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"strconv"
 	"strings"
 
 	"github.com/headgate-go/headgate/internal/credential"
@@ -101,7 +102,7 @@ func (s *Store) sessionKey(h shared.Holder) string {
 
 // cacheName returns the key of a cached value.
 func (s *Store) cacheName(k shared.CacheKey) string {
-	sum := sha256.Sum256([]byte(k.ControlPoint + "\x00" + k.Key))
+	sum := sha256.Sum256([]byte(strconv.Itoa(len(k.ControlPoint)) + ":" + k.ControlPoint + k.Key)) // so that no two names run together
 	return s.namespace + ":cache:" + hex.EncodeToString(sum[:16])
 }
 

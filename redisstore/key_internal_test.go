@@ -81,6 +81,23 @@ func TestNamesDiffer(t *testing.T) {
 	})
 }
 
+// The names of cached values do not run together: neither the control point nor the key says where it ends.
+func TestCacheNamesDiffer(t *testing.T) {
+	s := namer("")
+	seen := make(map[string]shared.CacheKey)
+	for _, k := range []shared.CacheKey{
+		{ControlPoint: "report\x00ann", Key: "june"}, {ControlPoint: "report", Key: "ann\x00june"}, {ControlPoint: "report", Key: "\x00annjune"},
+		{ControlPoint: "", Key: "1:ab"}, {ControlPoint: "1", Key: ":ab"}, {ControlPoint: "1:a", Key: "b"}, {ControlPoint: "a", Key: "b"}, {ControlPoint: "", Key: "ab"},
+		{ControlPoint: "ab", Key: ""},
+	} {
+		name := s.cacheName(k)
+		if other, ok := seen[name]; ok {
+			t.Errorf("%+v and %+v have the name %q", other, k, name)
+		}
+		seen[name] = k
+	}
+}
+
 func TestSlotOf(t *testing.T) {
 	for tag, want := range map[string]uint16{"{123456789}": 12739, "{user1000}": 3443, "{foo}": 12182} {
 		if got := slotOf(tag); got != want {

@@ -17,10 +17,8 @@ func In(text string) string {
 	if strings.Contains(text, "${") || strings.Contains(text, "{{") {
 		return "it looks like part of a template"
 	}
-	for _, r := range text {
-		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
-			return fmt.Sprintf("it holds %U, which cannot be seen", r)
-		}
+	if why := unseen(text); why != "" {
+		return why
 	}
 	if !closes(text) || !quotes(text) {
 		return "it holds a quote or a bracket by accident, as it seems"
@@ -31,6 +29,24 @@ func In(text string) string {
 		}
 	}
 	return punctuation(text)
+}
+
+// InRegex is In for a regular expression, which may hold any mark. A block of text ends with a line end, which then is part of the last
+// alternative. In double quotes, "\b" is no edge of a word.
+func InRegex(text string) string {
+	if strings.TrimSpace(text) != text {
+		return "it begins or ends with white space"
+	}
+	return unseen(text)
+}
+
+func unseen(text string) string {
+	for _, r := range text {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
+			return fmt.Sprintf("it holds %U, which cannot be seen", r)
+		}
+	}
+	return ""
 }
 
 // InName is In for the name of a control point or of a label: why programs hardly give such a name. Files get it by accident, and

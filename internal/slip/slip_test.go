@@ -51,6 +51,20 @@ func TestInName(t *testing.T) {
 	}
 }
 
+func TestInRegex(t *testing.T) {
+	for want, texts := range map[string][]string{
+		"":               {"", "bot", `^a b\b[ \t]*(c|d)$`, "a|", "'[", "#"},
+		"white space":    {"bot\n", "a|bot\n", " bot", "bot ", "\tbot"},
+		"cannot be seen": {"\bbot", "a\nb", "bot\u200b"},
+	} {
+		for _, text := range texts {
+			if got := slip.InRegex(text); want == "" && got != "" || !strings.Contains(got, want) {
+				t.Errorf("InRegex(%q) = %q want %q", text, got, want)
+			}
+		}
+	}
+}
+
 func TestIn(t *testing.T) {
 	for want, texts := range map[string][]string{
 		"": {
