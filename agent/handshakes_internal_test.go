@@ -35,6 +35,27 @@ func rawServer(t *testing.T, edit func(config *tls.Config)) *pacedCredentials {
 	return newPacedCredentials(credentials.NewTLS(config), p)
 }
 
+// rawConn is a connection whose client sends records one by one.
+func rawConn(t *testing.T, creds *pacedCredentials) (*pacedConn, *rawtls.Conn) {
+	t.Helper()
+	near, far := net.Pipe()
+	t.Cleanup(func() { _ = near.Close(); _ = far.Close() })
+	served := make(chan net.Conn, 1)
+	go func() {
+		conn, _, _ := creds.ServerHandshake(near)
+		served <- conn
+	}()
+	client, err := rawtls.Client(t.Context(), far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, ok := (<-served).(*pacedConn)
+	if !ok {
+		t.Fatal("there is no connection")
+	}
+	return conn, client
+}
+
 // Records that bring no data are read as slowly as frames that no call needs. A connection that sends them for long ends.
 func TestUselessRecordsWait(t *testing.T) {
 	priority := frame(2, 5)
@@ -55,28 +76,10 @@ func TestUselessRecordsWait(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			creds := rawServer(t, nil)
 			synctest.Test(t, func(t *testing.T) {
-				near, far := net.Pipe()
-				defer near.Close()
-				defer far.Close()
-				served := make(chan net.Conn, 1)
-				go func() {
-					conn, _, err := creds.ServerHandshake(near)
-					if err != nil {
-						t.Error(err)
-					}
-					served <- conn
-				}()
-				client, err := rawtls.Client(t.Context(), far)
-				if err != nil {
-					t.Fatal(err)
-				}
-				conn := <-served
-				if conn == nil {
-					return
-				}
+				conn, client := rawConn(t, creds)
 				defer conn.Close()
 				var sent atomic.Int64
-				go func() { _, _ = io.Copy(io.Discard, far) }()
+				go func() { _, _ = io.Copy(io.Discard, client.Conn) }()
 				go func() {
 					for {
 						for range tt.records {
@@ -93,6 +96,7 @@ func TestUselessRecordsWait(t *testing.T) {
 				}()
 				begin := time.Now()
 				p := make([]byte, 32<<10)
+				var err error
 				for err == nil && time.Since(begin) < 5*time.Second {
 					_, err = conn.Read(p)
 				}
@@ -114,22 +118,7 @@ func TestRecordsOfCallsDoNotWait(t *testing.T) {
 	for _, whole := range []bool{true, false} {
 		creds := rawServer(t, nil)
 		synctest.Test(t, func(t *testing.T) {
-			near, far := net.Pipe()
-			defer near.Close()
-			defer far.Close()
-			served := make(chan net.Conn, 1)
-			go func() {
-				conn, _, _ := creds.ServerHandshake(near)
-				served <- conn
-			}()
-			client, err := rawtls.Client(t.Context(), far)
-			if err != nil {
-				t.Fatal(err)
-			}
-			conn, ok := (<-served).(*pacedConn)
-			if !ok {
-				t.Fatal("there is no connection")
-			}
+			conn, client := rawConn(t, creds)
 			defer conn.Close()
 			calls, bytes := race.Pick(500, 5000), 0
 			for _, f := range frames {
@@ -300,6 +289,14 @@ func TestHandshakesEnd(t *testing.T) {
 	}
 }
 
+// An ended connection is closed by its outbox.
+type ended struct{ *pacedConn }
+
+func (e ended) Close() error {
+	e.outbox.end()
+	return nil
+}
+
 // An outbox ends a connection whose listener has TLS of its own, also while the answer to a KeyUpdate waits to be sent.
 func TestConnectionsOfTLSListenersEnd(t *testing.T) {
 	config, err := rawtls.ServerConfig()
@@ -311,38 +308,17 @@ func TestConnectionsOfTLSListenersEnd(t *testing.T) {
 	server := tls.Server(near, config)
 	conn := newPacedConn(server, server, new(pacer))
 	defer conn.Close()
-	read := make(chan error, 1)
-	go func() {
-		_, err := conn.Read(make([]byte, 100))
-		read <- err
-	}()
+	handshake := make(chan error, 1)
+	go func() { handshake <- server.Handshake() }()
 	client, err := rawtls.Client(t.Context(), far)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := client.UpdateKey(); err != nil {
+	if err := <-handshake; err != nil {
 		t.Fatal(err)
 	}
-	if err := client.Flush(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := client.Read(make([]byte, 1)); err != nil { // the answer begins
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		conn.outbox.end()
-	}()
-	select {
-	case <-ended:
-	case <-time.After(3 * time.Second):
-		t.Error("the connection does not end")
-		_ = far.Close()
-		<-ended
-	}
-	if err := <-read; err == nil {
-		t.Error("the reader got data")
+	if err := client.CloseBesideUpdates(1, ended{conn}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"google.golang.org/grpc/credentials"
 
@@ -106,34 +105,8 @@ func TestUselessRecords(t *testing.T) {
 // A connection whose agent reads nothing ends soon, also when the answer to a KeyUpdate cannot be sent.
 func TestCloseBesideUpdatesOfKeys(t *testing.T) {
 	c, agent := dialRaw(t)
-	if err := agent.UpdateKey(); err != nil {
-		t.Fatal(err)
-	}
-	read := make(chan error, 1)
-	go func() {
-		_, err := c.Read(make([]byte, 100))
-		read <- err
-	}()
-	if err := agent.Flush(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := agent.Read(make([]byte, 1)); err != nil { // the answer begins
-		t.Fatal(err)
-	}
-	closed := make(chan struct{})
-	go func() {
-		defer close(closed)
-		_ = c.Close()
-	}()
-	select {
-	case <-closed:
-	case <-time.After(3 * time.Second):
-		t.Error("Close waits")
-		_ = agent.Close()
-		<-closed
-	}
-	if err := <-read; err == nil {
-		t.Error("the reader got data")
+	if err := agent.CloseBesideUpdates(1, c); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -16,7 +16,9 @@ import (
 	"crypto/x509"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"strings"
@@ -148,6 +150,46 @@ func (c *Conn) UpdateKey() error {
 	}
 	c.secret = secret
 	return c.rekey()
+}
+
+// CloseBesideUpdates closes the other end of the connection while it reads, and the answers to so many KeyUpdates wait to be sent. The
+// error says what went wrong. Close of crypto/tls would wait for 5 s, or for ever.
+func (c *Conn) CloseBesideUpdates(updates int, end io.ReadCloser) error {
+	read := make(chan error, 1)
+	go func() {
+		_, err := end.Read(make([]byte, 100))
+		read <- err
+	}()
+	for range updates {
+		if err := c.UpdateKey(); err != nil {
+			return err
+		}
+	}
+	if err := c.Flush(); err != nil { // one read of the other end takes all
+		return err
+	}
+	if updates > 0 { // the answer begins
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			return err
+		}
+	}
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		_ = end.Close() // an alert is not sent
+	}()
+	var err error
+	select {
+	case <-closed:
+	case <-time.After(3 * time.Second):
+		err = errors.New("rawtls: Close waits")
+		_ = c.Close()
+		<-closed
+	}
+	if <-read == nil {
+		err = errors.Join(err, errors.New("rawtls: there are data"))
+	}
+	return err
 }
 
 // Flush sends what was appended.
