@@ -98,10 +98,10 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
 //     beyond that is decided at once, and does not wait.
 //   - Calls whose answers have not left take at most 128 MiB, with 4 KiB and four times their metadata for each. Beyond that,
-//     a connection ends: one with many such bytes that has not read for long. Beyond 16 MiB of one connection, checks are
+//     connections end: those with many such bytes that have not read for long. Beyond 16 MiB of one connection, checks are
 //     answered without labels and cached values, and other calls with answers of more than 1 KiB end with
 //     ResourceExhausted. If such a connection does not read at all, it is not read either. Flows that wait in queues do not
-//     count. Answers of more than 1 KiB are not compressed.
+//     count. A Watch of the health service counts as long as it lasts. Answers of more than 1 KiB are not compressed.
 //   - There can be 8192 sessions of clients, of which one API key, or one certificate, can have 2048. So can all clients
 //     without either. A connection can have 128 streams of sessions. A message of a session may have 16 KiB. 1000 of a stream
 //     are handled a second, and the others wait. A stream with more than 64 messages that wait, or two large ones, ends. What
