@@ -226,6 +226,12 @@ func (r *yamlReader) broken(err error, first int) int {
 		r.fail(position{at.line, tab + 1}, "bad YAML: tab in the indentation; indent with spaces")
 		return at.line
 	}
+	for _, line := range []int{at.line, opened.line} {
+		if column, message := oddIndentation(r.line(line)); column > 0 && e.Message != tooDeep {
+			r.fail(position{line, column}, message)
+			return at.line
+		}
+	}
 	have := "the end of the file"
 	if rest != "" {
 		c, _ := utf8.DecodeRuneInString(rest)
@@ -612,18 +618,24 @@ func checkSource(source string) (problem string, at int) {
 			return `holds a byte order mark that is not at its beginning; remove it, or write it as \ufeff in double quotes`, i
 		case r < 0xa0, r == 0xfffe, r == 0xffff:
 			return fmt.Sprintf(`holds the control character U+%04X; write it as \u%04x in double quotes`, r, r), i
-		case unicode.In(r, unicode.Zs, unicode.Cf) && indents(source[:i]):
-			return fmt.Sprintf("bad YAML: U+%04X in the indentation, which is no space; indent with spaces", r), i
 		}
 	}
 	return "", 0
 }
 
-// indents reports whether what follows the text is in the indentation of its line, or behind the dashes of items.
-func indents(before string) bool {
-	before = strings.TrimRight(before, " \t-")
-	return before == "" || strings.HasSuffix(before, "\n") || strings.HasSuffix(before, "\r")
+// oddIndentation returns the column of a blank that is no space, or of an invisible character, in the indentation of a line, or behind the
+// dashes of items. It returns 0 if there is none. YAML takes such a character for text.
+func oddIndentation(line string) (column int, message string) {
+	rest := strings.TrimLeft(line, dashes)
+	r, _ := utf8.DecodeRuneInString(rest)
+	if !unicode.In(r, unicode.Zs, unicode.Cf) {
+		return 0, ""
+	}
+	return len(line) - len(rest) + 1, fmt.Sprintf("bad YAML: U+%04X in the indentation, which is no space; indent with spaces", r)
 }
+
+// dashes are what the indentation of a line consists of, with those of items.
+const dashes = " \t-"
 
 // validUTF8 returns how many bytes there are before the first that is no UTF-8.
 func validUTF8(source string) int {
@@ -951,7 +963,21 @@ func (c *converter) scalar(n *node, in *yaml.Node) {
 			c.failf(at, "is a number to some readers of YAML and text to others; write it in decimal digits without _, or quote it")
 		}
 	}
+	c.oddlyIndented(n)
 	c.severalLines(n, in)
+}
+
+// oddlyIndented refuses unquoted text that begins with what looks like indentation and is none. Quotes and blocks may hold it.
+func (c *converter) oddlyIndented(n *node) {
+	column, message := oddIndentation(n.text) // mostly 0, and found without a look at the line, which may be long
+	if n.kind != text || column == 0 {
+		return
+	}
+	line, rest := c.r.line(n.line), c.r.rest(position{n.line, n.column})
+	if !strings.HasPrefix(rest, n.text[:column]) || strings.Trim(line[:len(line)-len(rest)], dashes) != "" { // behind an anchor, or within the line
+		return
+	}
+	c.failf(position{n.line, n.column + column - 1}, "%s", message)
 }
 
 // begins returns the line in which a scalar's text begins, behind its anchor if it has one, and what stands there.
@@ -1040,6 +1066,10 @@ func (c *converter) severalLines(n *node, in *yaml.Node) {
 	// Each line is part of the value, without the space around it.
 	for line, read := first+1, len(strings.TrimSpace(rest)); read < len(value) && line <= len(c.r.lines); line++ {
 		have := c.r.line(line)
+		if column, message := oddIndentation(have); column > 0 {
+			c.failf(position{line, column}, "%s", message)
+			return
+		}
 		indent := len(indentation(have))
 		have = strings.TrimSpace(have)
 		read += len(have) + 1
