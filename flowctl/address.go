@@ -38,6 +38,29 @@ func checkAddress(address string, cfg *config) error {
 	return nil
 }
 
+// shownAddress returns what metrics show of a target, by which they tell agents apart: host and port, or the path of a socket. It is empty
+// for a scheme of the application's own, whose targets may hold secrets.
+func shownAddress(target string) string {
+	if _, port, err := net.SplitHostPort(target); err == nil {
+		if _, err := strconv.ParseUint(port, 10, 16); err == nil {
+			return target
+		}
+	}
+	scheme, rest, _ := strings.Cut(target, ":")
+	switch scheme {
+	case "unix", "unix-abstract":
+		return scheme + ":" + strings.TrimPrefix(rest, "//")
+	case "dns", "passthrough", "ipv4", "ipv6":
+		if after, ok := strings.CutPrefix(rest, "//"); ok { // a server of names may be before the slash
+			_, rest, _ = strings.Cut(after, "/")
+		}
+		if !strings.ContainsAny(rest, "@/?#") {
+			return rest
+		}
+	}
+	return ""
+}
+
 // isLoopback reports whether the target can only be this machine.
 func isLoopback(target string) bool {
 	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {

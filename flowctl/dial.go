@@ -3,7 +3,6 @@ package flowctl
 import (
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -54,8 +53,9 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		span = defaultCheckTimeout
 	}
 	r.breaker = newBreaker(cfg.breaker, span)
-	if _, _, err := net.SplitHostPort(address); err == nil {
-		r.address = address
+	r.address = shownAddress(address)
+	if conn, ok := cfg.conn.(interface{ Target() string }); ok {
+		r.address = shownAddress(conn.Target())
 	}
 	plaintextKey := cfg.plaintextKey
 	if cfg.conn != nil {

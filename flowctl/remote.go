@@ -32,7 +32,7 @@ type remote struct {
 	decoding    atomic.Int64  // bytes of large answers that are being decoded
 	timeout     time.Duration // of calls that no check timeout bounds
 	breaker     *breaker
-	address     string         // if it is host:port, else empty: other targets may hold secrets
+	address     string         // what metrics show of it: see shownAddress
 	received    *atomic.Uint64 // counts what comes from the agent, at the level of the connection where that is ours
 	logger      *slog.Logger
 	ownKey      bool // an API key goes with each call
