@@ -47,10 +47,10 @@ type charge struct {
 }
 
 // charge remembers what of the verdict can be settled, with what of it awaits an outcome. It returns the id of that; 0 if nothing can
-// be settled. If there is no room, or the session has run out, it returns an id all the same, so that the client learns that its
+// be settled. Of a flow in a client's dry run, only outcomes are awaited. If there is no room, or the session has run out, it returns an id all the same, so that the client learns that its
 // settlement was not taken.
 func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdict, awaits []*awaited) uint64 {
-	if v.Rejected() || req.DryRun() {
+	if v.Rejected() && !req.DryRun() {
 		return 0
 	}
 	var c *charge
@@ -59,7 +59,7 @@ func (s *sessions) charge(one *session, req *agentapi.Request, v *agentapi.Verdi
 	}
 	for i := range v.Len() {
 		d := v.At(i)
-		if d.Dropped || d.DryRun || d.Component.TokensLabel == "" || d.Scope == agentapi.ScopeNone {
+		if req.DryRun() || d.Dropped || d.DryRun || d.Component.TokensLabel == "" || d.Scope == agentapi.ScopeNone {
 			continue
 		}
 		if c == nil {

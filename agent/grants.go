@@ -45,16 +45,23 @@ type grantedSlot struct {
 	label     string
 	id        uint64
 	scope     agentapi.Scope
+	spilled   bool
 }
 
 // end is what ends the slot. As over the wire, its decision has no component: that does not say where the slot was granted.
+//
+// A probe ends without a result: the flow may have run, and nothing is known of that.
 func (s *grantedSlot) end() agentapi.Settling {
-	d := &agentapi.LimiterDecision{Label: s.label, Scope: s.scope}
+	d := &agentapi.LimiterDecision{Label: s.label, Scope: s.scope, Spilled: s.spilled}
 	d.Hold(s.id)
-	return agentapi.Settling{By: s.component.Settler, Decision: d, Outcome: agentapi.Outcome{Ended: agentapi.EndedOK}}
+	ended := agentapi.EndedOK
+	if s.component.Outcomes {
+		ended = agentapi.EndedUnknown
+	}
+	return agentapi.Settling{By: s.component.Settler, Decision: d, Outcome: agentapi.Outcome{Ended: ended}}
 }
 
-// grant remembers the slots that the verdict has for a check of that number. It reports false if the client has given the check
+// grant remembers the slots, and the places of probes, that the verdict has for a check of that number. It reports false if the client has given the check
 // up. A check without a number cannot be given up.
 func (s *sessions) grant(one *session, number uint64, v *agentapi.Verdict) bool {
 	if number == 0 {
@@ -63,10 +70,11 @@ func (s *sessions) grant(one *session, number uint64, v *agentapi.Verdict) bool 
 	g := grant{number: number, at: time.Now()}
 	for i := range v.Len() {
 		d := v.At(i)
-		if !d.Component.Slots || d.Slot() == 0 {
+		probe := d.Component.Outcomes && d.Consumed > 0 // of other flows, a circuit breaker keeps nothing
+		if d.Slot() == 0 || !d.Component.Slots && !probe {
 			continue
 		}
-		slot := grantedSlot{d.Component, strings.Clone(d.Label), d.Slot(), d.Scope} // the label is of a request, which may be large
+		slot := grantedSlot{d.Component, strings.Clone(d.Label), d.Slot(), d.Scope, d.Spilled} // the label is of a request, which may be large
 		if g.slot.component == nil {
 			g.slot, g.size = slot, grantSize+len(slot.label)
 		} else {

@@ -690,22 +690,84 @@ func TestAgentsWithoutSessions(t *testing.T) {
 	})
 }
 
-// Checks in a dry run are no part of a session: they take nothing that could be lost.
-func TestDryRunsHaveNoSession(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var asked atomic.Int32
-		a := serveSessions(t, oneSlot(time.Hour), append(agent.ServerOptions(), grpc.ChainStreamInterceptor(
-			func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
-				asked.Add(1)
-				return nil
-			}))...)
-		client := a.dial(t, flowctl.WithDryRun())
-		flow := client.Start(t.Context(), "point", flowctl.Params{})
-		<-time.After(time.Minute)
-		if _, err := flow.End(t.Context()); err != nil || asked.Load() != 0 {
-			t.Errorf("End() = %v, and %d streams", err, asked.Load())
-		}
-	})
+// What checks get whose answers are lost comes back by the session, also in a client's dry run, and also the place of a probe. Else other
+// clients' flows are rejected meanwhile.
+func TestLostAnswersHoldNothing(t *testing.T) {
+	const probes = 2
+	components := []policy.Component{
+		policy.ConcurrencyLimiter{Selectors: policy.At("point"), Max: probes, MaxInflight: time.Hour},
+		policy.CircuitBreaker{Selectors: policy.At("point"), FailureCount: 1, Window: time.Minute, OpenDuration: time.Second, Probes: probes, ProbeTimeout: time.Hour},
+	}
+	for _, tt := range []struct {
+		name string
+		opts []flowctl.Option
+	}{
+		{"in force", nil},
+		{"dry run", []flowctl.Option{flowctl.WithDryRun()}},
+		{"dry run without telemetry", []flowctl.Option{flowctl.WithDryRun(), flowctl.WithoutTelemetry()}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var late atomic.Bool
+				a := serveSessions(t, components, append(agent.ServerOptions(), grpc.ChainUnaryInterceptor(
+					func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+						answer, err := handle(context.WithoutCancel(ctx), req)
+						if late.Load() {
+							<-time.After(time.Second)
+						}
+						return answer, err
+					}))...)
+				client, other := a.dial(t, append(tt.opts, flowctl.WithCheckTimeout(50*time.Millisecond))...), a.dial(t)
+				failed := other.Start(t.Context(), "point", flowctl.Params{})
+				failed.SetStatus(flowctl.StatusError)
+				_, _ = failed.End(t.Context())
+				<-time.After(2 * time.Second) // the circuit is half-open
+				late.Store(true)
+				for range probes {
+					flow := client.Start(t.Context(), "point", flowctl.Params{})
+					if flow.Decision() != flowctl.Unreachable {
+						t.Errorf("%v want it unreachable", flow)
+					}
+					_, _ = flow.End(t.Context())
+				}
+				<-time.After(2 * time.Second)
+				late.Store(false)
+				flow := other.Start(t.Context(), "point", flowctl.Params{})
+				if flow.Decision() != flowctl.Accepted {
+					t.Errorf("%v want it accepted, as a probe", flow)
+				}
+				_, _ = flow.End(t.Context())
+			})
+		})
+	}
+}
+
+// Sessions say how flows in a client's dry run ended. Else a circuit would stay half-open, and keep out the flows of others.
+func TestProbesOfDryRuns(t *testing.T) {
+	for name, opts := range map[string][]flowctl.Option{"telemetry": {flowctl.WithDryRun()}, "no telemetry": {flowctl.WithDryRun(), flowctl.WithoutTelemetry()}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := serveSessions(t, []policy.Component{policy.CircuitBreaker{
+					Selectors: policy.At("point"), FailureCount: 1, Window: time.Minute, OpenDuration: time.Second, ProbeTimeout: time.Hour,
+				}}, agent.ServerOptions()...)
+				client, other := a.dial(t, opts...), a.dial(t)
+				failed := other.Start(t.Context(), "point", flowctl.Params{})
+				failed.SetStatus(flowctl.StatusError)
+				_, _ = failed.End(t.Context())
+				<-time.After(2 * time.Second)
+				for range 3 {
+					for _, by := range []*flowctl.Client{client, other} {
+						flow := by.Start(t.Context(), "point", flowctl.Params{})
+						if flow.Decision() != flowctl.Accepted {
+							t.Errorf("%v want it accepted", flow)
+						}
+						_, _ = flow.End(t.Context())
+						<-time.After(10 * time.Millisecond)
+					}
+				}
+			})
+		})
+	}
 }
 
 // When a server has a client connect anew, the client keeps its old stream or has another one before the session runs

@@ -8,6 +8,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/flowctl"
 	"github.com/headgate-go/headgate/internal/testing/allkinds"
@@ -87,5 +90,29 @@ func TestUnlimitedIsNull(t *testing.T) {
 	}
 	if strings.Count(string(text), "LoadMultiplier") != 1 {
 		t.Errorf("JSON = %s want each field once", text)
+	}
+}
+
+func TestUnlimitedComesBack(t *testing.T) {
+	for name, want := range map[string]engine.ComponentStats{
+		"unlimited": {ID: "x", LoadMultiplier: math.Inf(1), Usage: engine.Usage{Capacity: math.Inf(1), Remaining: math.Inf(1), InFlight: 2, State: "open"}},
+		"limited":   {ID: "x", LoadMultiplier: 0.5, Usage: engine.Usage{Capacity: 3, Remaining: -1}},
+		"zero":      {},
+	} {
+		text, err := json.Marshal(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got engine.ComponentStats
+		if err := json.Unmarshal(text, &got); err != nil || !cmp.Equal(got, want, cmpopts.EquateEmpty()) {
+			t.Errorf("%s: %s came back as %+v, %v", name, text, got, err)
+		}
+	}
+	var none engine.Usage
+	if err := json.Unmarshal([]byte("{}"), &none); err != nil || none != (engine.Usage{}) {
+		t.Errorf("{} is %+v, %v want nothing", none, err)
+	}
+	if err := json.Unmarshal([]byte(`{"Capacity": "x"}`), &none); err == nil {
+		t.Error("a text is a Capacity")
 	}
 }

@@ -154,7 +154,11 @@ func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measur
 	}
 	for _, s := range selectors {
 		warn("acts at", s.ControlPoint)
-		if why := slip.InName(s.Service); why != "" && slip.In(s.Service) == "" { // else the policy's file was warned about
+		why := slip.InName(s.Service)
+		if s.Service != "any" && strings.EqualFold(s.Service, "any") {
+			why = `only "any", in lower case, is every service`
+		}
+		if why != "" && slip.In(s.Service) == "" { // else the policy's file was warned about
 			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
 				"policy %q: component %q acts at the service %q: %s", id.Policy, id.ID, s.Service, why)})
 		}

@@ -245,7 +245,7 @@ func TestWarningsOfOddNames(t *testing.T) {
 // Services are compared as they are, except "any".
 func TestWarningsOfOddServices(t *testing.T) {
 	for service, want := range map[string]string{
-		"": "", "any": "", "shop": "", "shop cart": "", "shop.example.com": "", "*": `holds "*"`, "shop*": `holds "*"`, "shop,cart": `holds ","`, "$SERVICE": `begins with "$"`,
+		"": "", "any": "", "shop": "", "shop cart": "", "shop.example.com": "", "*": `holds "*"`, "shop*": `holds "*"`, "Any": "in lower case", "shop,cart": `holds ","`, "$SERVICE": `begins with "$"`,
 	} {
 		e, err := engine.New([]policy.Policy{{Name: "p", Components: []policy.Component{policy.RateLimiter{
 			Selectors: []policy.Selector{{ControlPoint: "search", Service: service}}, Capacity: 1, Fill: 1, Interval: time.Second, LimitBy: "user",

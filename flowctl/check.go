@@ -72,11 +72,9 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	c := &check{remote: r, start: start, seen: seen}
 	call := c.outlast(ctx, req.Timeout)
 	defer c.release()
-	if r.session != nil {
-		r.session.await(call)
-		c.number = r.session.begins(start)
-		defer r.session.ends()
-	}
+	r.session.await(call)
+	c.number = r.session.begins(start)
+	defer r.session.ends()
 	if silence := req.Silence(); silence > 0 {
 		var leave func()
 		call, leave = r.vigil.attend(call, silence)
@@ -96,7 +94,7 @@ func (r *remote) Check(ctx context.Context, req *agentapi.Request, v *agentapi.V
 	}
 	r.answered()
 	c.Remote = c
-	if agent := c.answer().GetAgentId(); agent != 0 && r.session != nil {
+	if agent := c.answer().GetAgentId(); agent != 0 && !req.DryRun() { // no slot is lost in a dry run: others may have what its flows hold
 		if c.slots = wire.Holds(c.answer()); c.slots > 0 {
 			c.stay = r.session.join(place{agent, c.answer().GetStoredSlots()}, c.slots, start)
 		}

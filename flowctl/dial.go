@@ -48,6 +48,7 @@ func newRemote(address string, cfg *config) (*remote, error) {
 		received: new(atomic.Uint64),
 		logger:   cfg.logger,
 	}
+	r.session = newSession(r)
 	span := cfg.checkTimeout
 	if span < 0 {
 		span = defaultCheckTimeout

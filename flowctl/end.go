@@ -30,8 +30,8 @@ func (c *check) End(ctx context.Context, req *agentapi.Request, v *agentapi.Verd
 		defer c.leave()
 	}
 	refs := wire.Held(c.answer())
-	lives := c.answer().GetAgentId() != 0 && r.session != nil
-	settles := o.Costs != nil && !c.late && !v.Rejected() && lives
+	lives := c.answer().GetAgentId() != 0
+	settles := o.Costs != nil && !c.late && !v.Rejected() && !req.DryRun() && lives
 	var outcome *sessionv1.Outcome
 	if lives && c.answer().GetAwaitsOutcome() {
 		outcome = c.outcome(v, o)

@@ -45,7 +45,7 @@ func (c *sessionContext) Value(key any) any {
 // sendableWith is sendable for a check, which is part of the session. Room is for the context.
 func (r *remote) sendableWith(ctx context.Context, room *sessionContext) context.Context {
 	var names []string
-	if room != nil && r.session != nil && !r.session.foreign.Load() {
+	if room != nil && !r.session.foreign.Load() {
 		room.sent = r.session.sent
 		names = r.session.names
 	}

@@ -44,8 +44,8 @@ type remote struct {
 	backLog     limitedLog
 	lostSlots   metric.Int64Counter // nil without a meter
 	vigil       vigil               // over the checks that wait for long
-	session     *session            // nil in a dry run
-	exporter    *exporter           // nil: no telemetry
+	session     *session
+	exporter    *exporter // nil: no telemetry
 }
 
 var _ agentapi.Agent = (*remote)(nil)
@@ -57,10 +57,7 @@ func (r *remote) invoke(ctx context.Context, method string, req, m any, opts ...
 
 // start runs what the remote has in the background.
 func (r *remote) start(cfg *config) {
-	if !cfg.dryRun {
-		r.session = newSession(r)
-		r.session.runs.Go(r.session.keep)
-	}
+	r.session.runs.Go(r.session.keep)
 	if !cfg.noTelemetry {
 		r.exporter = newExporter(r.invoke, cfg.logger, r.answered)
 	}
@@ -103,9 +100,7 @@ func (r *remote) Ready(ctx context.Context) error {
 	switch code := status.Code(err); {
 	case err == nil:
 		r.answered()
-		if r.session != nil {
-			r.session.await(ctx)
-		}
+		r.session.await(ctx)
 	case code == codes.Unauthenticated, code == codes.PermissionDenied:
 		return fmt.Errorf("%w: %w", ownError("it refuses the API key"), err)
 	case code == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "unknown service"):
@@ -120,10 +115,8 @@ func (r *remote) Ready(ctx context.Context) error {
 // alive asks for a sign of life, and reports whether the agent gave it. It returns false at once if there is no
 // connection, and when ctx ends. What else comes from the agent meanwhile does not end it.
 func (r *remote) alive(ctx context.Context) bool {
-	if r.session != nil {
-		if alive, known := r.session.alive(ctx); known {
-			return alive
-		}
+	if alive, known := r.session.alive(ctx); known {
+		return alive
 	}
 	err := r.askNothing(ctx)
 	switch status.Code(err) {
@@ -148,12 +141,9 @@ const closeGrace = 10 * time.Millisecond
 // that if the agent reads nothing. When ctx ends, close leaves that to a goroutine, and cuts the connection, which ends
 // the goroutine.
 func (r *remote) close(ctx context.Context) error {
-	var flushed error
-	if r.session != nil {
-		flush, cancel := context.WithTimeout(ctx, r.timeout) // as long as any end may take
-		flushed = r.session.flush(flush)
-		cancel()
-	}
+	flush, cancel := context.WithTimeout(ctx, r.timeout) // as long as any end may take
+	flushed := r.session.flush(flush)
+	cancel()
 	if r.exporter != nil {
 		flushed = errors.Join(flushed, r.exporter.close(ctx))
 	}
@@ -179,9 +169,7 @@ func (r *remote) close(ctx context.Context) error {
 
 // release closes the connection if it is ours, and unregisters the metrics.
 func (r *remote) release() error {
-	if r.session != nil {
-		r.session.close()
-	}
+	r.session.close()
 	if r.shown != nil {
 		_ = r.shown.Unregister() // fails where the provider is gone already
 	}

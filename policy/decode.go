@@ -367,7 +367,11 @@ func (d *decoder) labelValue(v value) string {
 // regex reads a regular expression. It warns of one that hardly matches what is meant.
 func (d *decoder) regex(v value) string {
 	text := d.anyText(v)
-	if why := slip.InRegex(text); why != "" {
+	why := slip.InRegex(text)
+	if why == "" && text != "" && v.goesOn > 0 {
+		why = fmt.Sprintf("it goes on in line %d, and has a space or a line break there", v.goesOn)
+	}
+	if why != "" {
 		d.warn(v, "hardly any value matches this: "+why)
 	}
 	return text

@@ -213,7 +213,9 @@ func TestWarningsOfRegexes(t *testing.T) {
 		">\n                  (?i)googlebot|bingbot":  "it begins or ends with white space",
 		"|\n                  (?i)googlebot|bingbot":  "it begins or ends with white space",
 		`"\bbot\b"`: "it holds U+0008, which cannot be seen",
-		`"a\nb"`:    "it holds U+000A, which cannot be seen",
+		">-\n                  (?i)googlebot|\n                  bingbot": "it goes on in line 13, and has a space or a line break there",
+		"(?i)googlebot|\n                  bingbot":                       "it goes on in line 12, and has a space or a line break there",
+		`"a\nb"`: "it holds U+000A, which cannot be seen",
 	} {
 		file := strings.Replace(short, "at: [checkout]",
 			"selectors:\n          - control_point: checkout\n            expression:\n              label_matches:\n                label: agent\n                regex: "+regex, 1)
