@@ -148,6 +148,7 @@ func TestRecordsOfCallsDoNotWait(t *testing.T) {
 					t.Fatal(err)
 				}
 				for got += n; handled < (got+bytes-1)/bytes; handled++ {
+					conn.opened().see()
 					conn.opened().admit(600)
 				}
 			}

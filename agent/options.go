@@ -142,6 +142,9 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.RPCDecompressor(keepGzip{}), //nolint:staticcheck // a compressor is the whole program's, and gRPC keeps this one throughout 1.x
 		grpc.InTapHandle(func(ctx context.Context, info *tap.Info) (context.Context, error) {
+			connection := connectionOf(ctx)
+			a := o.paces.allowance(connection)
+			a.see()
 			if !isPlain(info.FullMethodName) {
 				return refuse(ctx, errMethod)
 			}
@@ -151,8 +154,6 @@ func ServerOptions(opts ...Option) []grpc.ServerOption {
 				if info.FullMethodName == sessionv1.SessionService_Session_FullMethodName {
 					of = lines
 				}
-				connection := connectionOf(ctx)
-				a := o.paces.allowance(connection)
 				c, err := of.call(ctx, connection, info.Header)
 				if err != nil {
 					if errors.Is(err, errFlood) {

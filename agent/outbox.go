@@ -96,7 +96,13 @@ type outbox struct {
 	all *outboxes
 	end func() // ends the connection
 
-	sending frames.Follower // the writer's
+	// The writer's.
+	sending  frames.Follower
+	farewell bool // a GOAWAY frame has left
+	dear     bool // the last frame was of an answer's header that costs units
+	units    int  // of what is being looked at
+
+	drains atomic.Bool // the connection takes no more calls
 
 	mu      sync.Mutex
 	streams map[uint32]outgoing
@@ -120,6 +126,7 @@ type outgoing struct {
 	call     int // bytes of the call besides its messages; 0 while a handler has it
 	messages int // bytes of messages that have not left
 	wire     int // the same as they are sent
+	handled  bool
 	reset    bool
 }
 
@@ -211,7 +218,11 @@ func headed(call int, f frames.Frame) int {
 
 // leave notes a frame that has left, with the mutex.
 func (o *outbox) leave(f frames.Frame) {
+	o.charge(f)
 	switch {
+	case f.Kind == frames.GoAway: // the second one: the first says that it will follow
+		o.drains.Store(o.farewell)
+		o.farewell = true
 	case f.Kind == frames.RSTStream || (f.Kind == frames.Headers || f.Kind == frames.Data) && f.Flags&frames.EndStream != 0:
 		o.remove(f.Stream)
 	case f.Kind == frames.Data:
@@ -226,18 +237,36 @@ func (o *outbox) leave(f frames.Frame) {
 	}
 }
 
-// write is called before bytes are written, and wrote after it, with those that were.
+// charge counts units for the header of an answer that is not a handler's. Its text is gRPC's, and may repeat text of the call's header.
+// What an application's handler answers costs nothing. Nothing is known of a call that the client has reset.
+func (o *outbox) charge(f frames.Frame) {
+	switch f.Kind {
+	case frames.Headers:
+		s, ok := o.streams[f.Stream]
+		if o.dear = ok && !s.handled; o.dear {
+			o.units += max(0, f.Length-answerHeader) / answerBytes
+		}
+	case frames.Continuation:
+		if o.dear {
+			o.units += f.Length / answerBytes
+		}
+	}
+}
+
+// write is called before bytes are written, and wrote after it, with those that were. Wrote returns the units of these bytes.
 func (o *outbox) write() { o.writing.Store(true) }
 
-func (o *outbox) wrote(p []byte) {
+func (o *outbox) wrote(p []byte) (units int) {
 	o.mu.Lock()
 	defer o.unlock()
+	o.units = 0
 	o.sending.Each(p, o.leave, nil)
 	o.writing.Store(false)
 	for _, stream := range o.resets {
 		o.remove(stream)
 	}
 	o.resets = nil
+	return o.units
 }
 
 // full reports whether the connection should not be read: it has much to send, and its client does not read.
@@ -258,7 +287,7 @@ func (o *outbox) handle(stream uint32) {
 	o.mu.Lock()
 	defer o.unlock()
 	o.update(stream, func(s outgoing) outgoing {
-		s.call = 0
+		s.call, s.handled = 0, true
 		return s
 	})
 }

@@ -27,10 +27,13 @@ const (
 	settingBytes = 6       // of an entry of a SETTINGS frame
 	settingUnits = 64      // of such an entry: gRPC may go through all calls of the connection for it
 	recordUnits  = 16      // of a record of TLS that brings no data: it may change the keys, and ask for an answer
-	readUnits    = 1       // of a read that brings few bytes, besides its frames
+	readUnits    = 1       // of a read that brings few bytes, besides its frames, unless no more may be read at once
 	smallRead    = 512     // bytes
 	largeData    = 1 << 10 // a DATA frame of so many bytes or more is free if it is part of a message
 	largePerUnit = 4 << 10 // one that is not costs one unit more for each so many bytes
+	unseenUnits  = 500     // of a call that gRPC has refused before the tap handle. Its answer repeats up to 4 KiB of the header, percent-encoded
+	answerHeader = 256     // bytes of the header of an answer that are free
+	answerBytes  = 16      // other bytes of it cost a unit for each so many, unless the answer is a handler's
 
 	callEarns     = callUnits + 16 // of a call that is let in, besides what its header cost
 	callEarnsData = 4 << 20        // bytes of large DATA frames: one message
@@ -43,7 +46,10 @@ const (
 
 // What connections get without earning it.
 const (
-	firstUnits     = 500    // of a connection that begins
+	firstUnits     = 500 // of a connection that begins
+	firstRead      = 64  // bytes that it may read at once, besides the rest of a frame, so that few calls come before they are counted
+	mostRead       = 32 << 10
+	callReads      = 16     // bytes more for each call that is let in, until gRPC refuses one before the tap handle
 	unitsPerSecond = 5000   // the most that a connection gets in a second, and the most that it has after a pause
 	ownUnits       = 100    // that a connection gets in a second at least, however many others want some
 	sharedUnits    = 40_000 // that all connections together get in a second for each processor, besides ownUnits
@@ -139,6 +145,8 @@ type allowance struct {
 
 	mu      sync.Mutex
 	balance float64
+	known   int       // bytes more than firstRead that it may read at once
+	seen    int       // calls that the tap handle has seen, and unseen has not looked at
 	data    int       // bytes of large DATA frames that are free
 	drew    time.Time // when it last drew on the pacer
 	behind  time.Time // since when the connection has been behind; zero if it is not
@@ -156,9 +164,38 @@ func (a *allowance) earn(units float64, data int) {
 	a.data = min(a.data+data, mostData)
 }
 
+// see notes a call that the tap handle sees.
+func (a *allowance) see() {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.seen++
+}
+
+// unseen takes units for those of so many calls of a connection that the tap handle has not seen. GRPC is done with their headers. If
+// several connections have the allowance, each finds as many calls as it has had, because all of theirs have been seen.
+func (a *allowance) unseen(calls int, free bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	seen := min(calls, a.seen)
+	a.seen -= seen
+	if calls -= seen; calls > 0 && !free {
+		a.known = 0
+		a.balance = max(a.balance-float64(calls*unseenUnits), -mostUnits)
+	}
+}
+
 // admit adds what a call that is let in earns. Its metadata takes so many bytes in memory, which are more than in frames.
 func (a *allowance) admit(metadata int) {
+	if a == nil {
+		return
+	}
 	a.earn(callEarns+float64(metadata/headerBytes), callEarnsData)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.known = min(a.known+callReads, mostRead-firstRead)
 }
 
 // spend takes units for what has arrived: so many, and those for large DATA frames that are not free.
@@ -173,10 +210,10 @@ func (a *allowance) spend(units, large, data int) {
 	a.balance = max(a.balance-float64(units), -mostUnits)
 }
 
-// read returns how many of so many bytes may be read now. If there are none, it returns how long to wait. Waited reports
-// whether the caller has waited for this read. A connection without calls reads less than gRPC would, so that it cannot send thousands of
-// frames before it waits.
-func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, err error) {
+// read returns how many of so many bytes may be read now, where so many are left of a frame. If there are none, it returns how long to
+// wait. Waited reports whether the caller has waited for this read. A connection without calls reads less than gRPC would, so that it
+// cannot send thousands of frames before it waits.
+func (a *allowance) read(most, left int, waited bool) (bytes int, wait time.Duration, err error) {
 	if !a.pacer.finds.Load() {
 		return most, 0, nil
 	}
@@ -211,6 +248,7 @@ func (a *allowance) read(most int, waited bool) (bytes int, wait time.Duration, 
 			a.behind = time.Time{}
 		}
 	}
+	most = min(most, left+firstRead+a.known)
 	if a.data == 0 {
 		most = min(most, max(2*smallRead, 9*int(a.balance))) // a frame has at least 9 bytes
 	}
@@ -262,9 +300,12 @@ type pacedConn struct {
 
 	// The reader's.
 	frames frames.Follower
-	units  int // of what is being looked at
-	large  int // DATA frames in it that are large
-	data   int // bytes of these
+	calls  int  // whose headers have begun, and which have not been looked for among those that the tap handle has seen
+	header bool // the last frame is of a call's header
+	whole  bool // it is the last one of the header
+	units  int  // of what is being looked at
+	large  int  // DATA frames in it that are large
+	data   int  // bytes of these
 	timer  *time.Timer
 
 	mu        sync.Mutex
@@ -296,7 +337,7 @@ func (c *pacedConn) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := c.read(a, p[:most])
-	c.arrived(a, p[:n])
+	c.arrived(a, p[:n], n == most && most < len(p))
 	return n, err
 }
 
@@ -322,7 +363,7 @@ func (c *pacedConn) ReadOnReady(size int, pool mem.BufferPool) (buf *[]byte, n i
 		n, err = c.read(a, (*buf)[:most])
 	}
 	if n > 0 {
-		c.arrived(a, (*buf)[:n])
+		c.arrived(a, (*buf)[:n], n == most && most < size)
 	} else if buf != nil {
 		pool.Put(buf)
 		buf = nil
@@ -340,14 +381,28 @@ func (c *pacedConn) wait(most int) (a *allowance, bytes int, err error) {
 			return nil, 0, err
 		}
 	}
+	c.handled(a)
 	for waited := false; ; waited = true {
-		bytes, wait, err := a.read(most, waited)
+		bytes, wait, err := a.read(most, c.frames.Left(), waited)
 		if wait == 0 || err != nil {
 			return a, bytes, err // after an error gRPC closes the connection
 		}
 		if err := c.sleep(wait); err != nil {
 			return nil, 0, err
 		}
+	}
+}
+
+// handled looks for the calls whose headers have arrived. Before gRPC reads again, it has called the tap handle for each of them that it
+// has not refused. Once the connection does not take calls any more, gRPC drops them without an answer.
+func (c *pacedConn) handled(a *allowance) {
+	coming := 0
+	if c.header && (!c.whole || c.frames.Left() > 0) {
+		coming = 1
+	}
+	if calls := c.calls - coming; calls > 0 {
+		c.calls = coming
+		a.unseen(calls, !c.pacer.finds.Load() || c.outbox.drains.Load())
 	}
 }
 
@@ -393,13 +448,13 @@ func (c *pacedConn) sleep(d time.Duration) error {
 	}
 }
 
-// arrived counts what has been read.
-func (c *pacedConn) arrived(a *allowance, p []byte) {
+// arrived counts what has been read. Cut says that no more could be.
+func (c *pacedConn) arrived(a *allowance, p []byte, cut bool) {
 	if len(p) == 0 {
 		return
 	}
 	c.units, c.large, c.data = 0, 0, 0
-	if len(p) < smallRead {
+	if len(p) < smallRead && !cut {
 		c.units = readUnits
 	}
 	c.outbox.mu.Lock()
@@ -413,6 +468,10 @@ func (c *pacedConn) arrived(a *allowance, p []byte) {
 // count counts a frame, with the outbox's mutex.
 func (c *pacedConn) count(f frames.Frame) {
 	c.outbox.arrive(f)
+	if f.Kind == frames.Headers {
+		c.calls++
+	}
+	c.header, c.whole = f.Kind == frames.Headers || f.Kind == frames.Continuation, f.Flags&frames.EndHeaders != 0
 	switch {
 	case f.Kind == frames.Data && f.Length >= largeData:
 		c.large++
@@ -431,7 +490,11 @@ func (c *pacedConn) count(f frames.Frame) {
 func (c *pacedConn) Write(p []byte) (int, error) {
 	c.outbox.write()
 	n, err := c.Conn.Write(p)
-	c.outbox.wrote(p[:n])
+	if units := c.outbox.wrote(p[:n]); units > 0 {
+		if a := c.opened(); a != nil {
+			a.spend(units, 0, 0)
+		}
+	}
 	if c.sent.Add(int64(n)) >= answerPerUnit {
 		if sent := c.sent.Swap(0); sent > 0 {
 			if a := c.opened(); a != nil {

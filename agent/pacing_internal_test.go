@@ -39,6 +39,13 @@ func frame(kind http2.FrameType, length int) []byte {
 	return b.Bytes()
 }
 
+// encoded is frame with flags.
+func encoded(kind http2.FrameType, flags http2.Flags, length int) []byte {
+	f := frame(kind, length)
+	f[4] = byte(flags)
+	return f
+}
+
 // A source is a connection that brings the same bytes again and again.
 type source struct {
 	net.Conn
@@ -107,7 +114,8 @@ func TestUnits(t *testing.T) {
 		for _, piece := range []int{1, 5, 9, 13, 511, 512, 1 << 20} {
 			c, s := paced(new(pacer), tt.bytes)
 			a := c.opened()
-			a.balance, a.data = mostUnits, tt.data
+			a.balance, a.data, a.known = mostUnits, tt.data, mostRead-firstRead
+			a.seen = mostUnits
 			want := float64(mostUnits - tt.units)
 			for rest := len(tt.bytes); rest > 0; {
 				n := min(piece, rest)
@@ -170,6 +178,7 @@ func TestCallsDoNotWait(t *testing.T) {
 					}
 					// gRPC handles what it has read before it reads on: calls when their headers have come.
 					for begun := (s.count + len(tt.rest)) / len(s.bytes); handled < begun; handled++ {
+						c.opened().see()
 						c.opened().admit(4 * tt.metadata)
 						_, _ = c.Write(tt.answer)
 					}
@@ -221,6 +230,7 @@ func TestOtherFramesWait(t *testing.T) {
 									return
 								}
 								units[i] = float64(s.count / len(tt.frame) * tt.units)
+								c.opened().seen = s.count // no more than were seen count
 							}
 							_ = c.Close()
 						}()
@@ -246,6 +256,152 @@ func TestOtherFramesWait(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// Calls that the tap handle has not seen, although gRPC is done with their headers, cost much.
+func TestCallsThatAreNotSeenCost(t *testing.T) {
+	call := encoded(http2.FrameHeaders, http2.FlagHeadersEndHeaders, 20)
+	begun := encoded(http2.FrameHeaders, 0, 20)
+	more := encoded(http2.FrameContinuation, 0, 20)
+	end := encoded(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 20)
+	ping := frame(http2.FramePing, 8)
+	goAway := frame(http2.FrameGoAway, 8)
+	for _, tt := range []struct {
+		name   string
+		bytes  []byte
+		seen   int
+		writes [][]byte
+		alone  bool // calls find no connections
+		want   int  // calls
+	}{
+		{name: "no call", bytes: ping},
+		{name: "a call", bytes: call, want: 1},
+		{name: "several", bytes: slices.Concat(call, call, ping, call), want: 3},
+		{name: "that are seen", bytes: slices.Concat(call, call, call), seen: 3},
+		{name: "some of which are seen", bytes: slices.Concat(call, call, call), seen: 2, want: 1},
+		{name: "the last one has not come", bytes: slices.Concat(call, call[:len(call)-1]), want: 1},
+		{name: "the last one has only its frame's header", bytes: call[:9]},
+		{name: "the last one's header goes on", bytes: slices.Concat(call, begun), want: 1},
+		{name: "and on", bytes: slices.Concat(call, begun, more), want: 1},
+		{name: "and has not come to its end", bytes: slices.Concat(call, begun, more, end[:len(end)-1]), want: 1},
+		{name: "it has ended", bytes: slices.Concat(call, begun, more, end), want: 2},
+		{name: "the server says that it will end", bytes: call, writes: [][]byte{goAway}, want: 1},
+		{name: "the server takes no more calls", bytes: call, writes: [][]byte{goAway, goAway}},
+		{name: "calls find no connections", bytes: call, alone: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := new(pacer)
+			c, _ := paced(p, tt.bytes)
+			p.finds.Store(!tt.alone)
+			a := c.opened()
+			a.balance, a.known = mostUnits, mostRead-firstRead
+			if _, err := c.Read(make([]byte, len(tt.bytes))); err != nil {
+				t.Fatal(err)
+			}
+			for range tt.seen {
+				a.see()
+			}
+			for _, p := range tt.writes {
+				_, _ = c.Write(p)
+			}
+			before := a.balance
+			if c.handled(a); before-a.balance != float64(tt.want*unseenUnits) || a.seen != 0 {
+				t.Errorf("%v units want those of %d calls; %d calls are left", before-a.balance, tt.want, a.seen)
+			}
+			if want := tt.want == 0; (a.known > 0) != want {
+				t.Errorf("the connection is known: %v want %v", !want, want)
+			}
+			if c.handled(a); before-a.balance != float64(tt.want*unseenUnits) {
+				t.Error("calls cost units twice")
+			}
+		})
+	}
+}
+
+// Connections that have an allowance together pay for their own calls.
+func TestCallsOfOthersAreSeen(t *testing.T) {
+	p := new(pacer)
+	p.finds.Store(true)
+	a := p.open("a")
+	for range 5 {
+		a.see()
+	}
+	a.unseen(2, false)
+	a.unseen(3, false)
+	if a.balance != firstUnits {
+		t.Errorf("%v units are left want %v", a.balance, firstUnits)
+	}
+	if a.unseen(1, false); a.balance != firstUnits-unseenUnits {
+		t.Errorf("%v units are left want %v", a.balance, firstUnits-unseenUnits)
+	}
+}
+
+// A connection reads little at once until calls are let in, besides the rest of a frame.
+func TestReadsBecomeLarger(t *testing.T) {
+	p := new(pacer)
+	p.finds.Store(true)
+	a := p.open("a")
+	read := func(left, want int) {
+		t.Helper()
+		if n, _, _ := a.read(mostRead, left, false); n != want {
+			t.Errorf("read() = %d want %d", n, want)
+		}
+	}
+	read(0, firstRead)
+	read(100, 100+firstRead)
+	a.see()
+	a.admit(0)
+	a.unseen(1, false)
+	read(0, firstRead+callReads)
+	for range mostRead {
+		a.admit(0)
+	}
+	read(0, mostRead)
+	read(100, mostRead)
+	a.unseen(1, false)
+	read(0, firstRead)
+}
+
+// The header of an answer costs units by its length, unless a handler has answered or the client has reset the call.
+func TestAnswersWithLongHeadersCost(t *testing.T) {
+	headers := func(flags http2.Flags, length int) []byte { return encoded(http2.FrameHeaders, flags, length) }
+	end := http2.FlagHeadersEndHeaders | http2.FlagHeadersEndStream
+	reset := encoded(http2.FrameRSTStream, 0, 4)
+	for _, tt := range []struct {
+		name   string
+		handle bool
+		more   []byte // that arrives
+		answer []byte
+		want   int
+	}{
+		{name: "short", answer: headers(end, answerHeader)},
+		{name: "long", answer: headers(end, answerHeader+100*answerBytes), want: 100},
+		{name: "two frames", answer: append(headers(http2.FlagHeadersEndStream, 16384), encoded(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 160)...), want: (16384-answerHeader)/answerBytes + 10},
+		{name: "long, by a handler", handle: true, answer: append(headers(http2.FlagHeadersEndStream, 16384), encoded(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 160)...)},
+		{name: "long, of a call that is reset", more: reset, answer: headers(end, 8192)},
+		{name: "data", answer: encoded(http2.FrameData, 0, 8192)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, _ := paced(new(pacer), append(headers(http2.FlagHeadersEndHeaders, 20), tt.more...))
+			a := c.opened()
+			a.balance, a.known = mostUnits/2, mostRead-firstRead
+			if _, err := c.Read(make([]byte, 29+len(tt.more))); err != nil {
+				t.Fatal(err)
+			}
+			if tt.handle {
+				c.outbox.handle(1)
+			}
+			before := a.balance
+			_, _ = c.Write(tt.answer)
+			earned := 0.0
+			if len(tt.answer) >= answerPerUnit {
+				earned = float64(len(tt.answer)) / answerPerUnit
+			}
+			if got := before + earned - a.balance; got != float64(tt.want) {
+				t.Errorf("the answer costs %v units want %d", got, tt.want)
+			}
+		})
 	}
 }
 
@@ -315,7 +471,7 @@ func TestConnectionsCatchUp(t *testing.T) {
 				read := func() error {
 					p.begin, p.last = time.Now(), 1<<20
 					a.balance = -10 * ownUnits
-					_, wait, err := a.read(1024, false)
+					_, wait, err := a.read(1024, 0, false)
 					if wait == 0 && err == nil {
 						t.Error("read() does not wait")
 					}
@@ -641,6 +797,7 @@ func TestReadsDoNotAllocate(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() {
 		_, _ = c.Read(p)
 		for range 300 {
+			c.opened().see()
 			c.opened().admit(1600)
 		}
 	}); n > 0 {
@@ -680,7 +837,9 @@ func BenchmarkReads(b *testing.B) {
 						b.Fatal(err)
 					}
 					for ; bb.calls && wrapped && done < s.count/len(bb.bytes); done++ {
-						c.pacer.allowance(c.address).admit(1600)
+						a := c.pacer.allowance(c.address)
+						a.see()
+						a.admit(1600)
 					}
 				}
 				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(s.count/len(bb.bytes)), "ns/each")

@@ -12,8 +12,9 @@ const (
 	GoAway       = 7
 	Continuation = 9
 
-	EndStream = 1
-	Padded    = 8
+	EndStream  = 1
+	EndHeaders = 4
+	Padded     = 8
 )
 
 const headerBytes = 9
@@ -43,6 +44,9 @@ type Follower struct {
 
 // After returns a Follower of frames that come after so many other bytes.
 func After(bytes int) Follower { return Follower{skip: bytes} }
+
+// Left is how many bytes of the frame are to come whose header came last, if no payload is looked at.
+func (f *Follower) Left() int { return f.skip }
 
 // Each calls begin with each frame whose header ends in p. It calls data with the pieces of DATA frames that are not
 // padding. If data is nil, no payload is looked at.

@@ -502,6 +502,38 @@ func refusals(pairs ...string) func(p *peer) storm {
 	}
 }
 
+// echoes makes calls that gRPC refuses before anything asks for the key, with a text of the call's header, percent-encoded. The text is in
+// the table of its compression, so that each call but the first takes a few bytes.
+func echoes(ctx context.Context, _ *testing.T, address string) {
+	const connections, apart, perSecond = 16, 10 * time.Millisecond, 270
+	text := strings.Repeat("%", 3700)
+	kinds := [][]string{
+		{":method", "POST", ":scheme", "http", ":path", "/a/b", ":authority", "x", "content-type", text},
+		{":method", text, ":scheme", "http", ":path", "/a/b", ":authority", "x", "content-type", "application/grpc"},
+		header("/a/b", "grpc-timeout", text),
+		header("/a/b", "x-bin", text),
+	}
+	var next atomic.Int64
+	each(ctx, connections, address, func(p *peer) {
+		pairs := kinds[next.Add(1)%int64(len(kinds))]
+		var frames bytes.Buffer
+		all := http2.NewFramer(&frames, nil)
+		for begin, made := time.Now(), 0; ctx.Err() == nil; sleep(ctx, apart) {
+			frames.Reset()
+			for due := int(perSecond * time.Since(begin).Seconds()); made <= due; made++ {
+				p.begins(all, true, pairs...)
+			}
+			p.mu.Lock()
+			_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+			_, err := p.conn.Write(frames.Bytes())
+			p.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	})
+}
+
 // dataOf sends data of so many bytes on the stream of a call that has ended.
 func dataOf(size int) func(p *peer) storm {
 	return func(p *peer) storm {

@@ -120,6 +120,7 @@ func TestServers(t *testing.T) {
 		{"resets without a key", "agent", keyed, resets(methodCheck), keyless, false},
 		{"frames that mean nothing, without a key", "agent", keyed, storms(8, priorities(), continuations, acknowledgements(), updates()), timely(keyless), false},
 		{"calls and frames that are refused, without a key", "agent", keyed, storms(6, refusals(header(methodCheck)...), refusals(":method", "GET"), manySettings(), dataOf(1), dataOf(1024)), timely(keyless), false},
+		{"calls that are refused with a long text, without a key", "agent", keyed, echoes, timely(keyless), false},
 		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}, false},
 	}
 	for name, attack := range attacksOnTLS() {
