@@ -1,6 +1,7 @@
 package flowctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -157,7 +158,7 @@ func (x *exporter) close(ctx context.Context) error {
 	return err
 }
 
-// flush sends all that is waiting, in as many batches as it takes. What cannot be sent is dropped, because the agent's
+// flush sends all that is waiting, in as many batches as it takes, until ctx ends. What cannot be sent is dropped, because the agent's
 // view of the load is one of now.
 func (x *exporter) flush(ctx context.Context) error {
 	x.mu.Lock()
@@ -168,6 +169,11 @@ func (x *exporter) flush(ctx context.Context) error {
 	var failed error
 	lost := 0
 	for rest := records; len(rest) > 0; {
+		if err := ctx.Err(); err != nil { // a batch can take long to encode
+			failed = cmp.Or(failed, err)
+			lost += len(rest)
+			break
+		}
 		var message []byte
 		var n int
 		message, n = x.batch.Encode(rest, batchBytes)
@@ -176,10 +182,6 @@ func (x *exporter) flush(ctx context.Context) error {
 			lost += n
 		}
 		rest = rest[n:]
-		if ctx.Err() != nil {
-			lost += len(rest)
-			break
-		}
 	}
 	clear(records)
 	x.mu.Lock()

@@ -2,6 +2,7 @@ package flowctl
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"testing"
 	"testing/synctest"
@@ -10,6 +11,7 @@ import (
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
+	"github.com/headgate-go/headgate/internal/telemetry"
 )
 
 // A silent connection answers nothing.
@@ -18,6 +20,43 @@ type silent struct{ grpc.ClientConnInterface }
 func (silent) Invoke(ctx context.Context, _ string, _, _ any, _ ...grpc.CallOption) error {
 	<-ctx.Done()
 	return ctx.Err()
+}
+
+// Once the context has ended, flush neither encodes nor sends what waits. All of it counts as lost.
+func TestFlushEndsWithItsContext(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		before bool // the context ends before, not with the first batch
+		sent   int
+		want   string
+	}{
+		{"before", true, 0, "telemetry of 3 flows was not sent: context canceled"},
+		{"with the first batch", false, 1, "telemetry of 2 flows was not sent: context canceled"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			sent := 0
+			x := newExporter(func(context.Context, string, any, any, ...grpc.CallOption) error {
+				sent++
+				cancel()
+				return nil
+			}, slog.New(slog.DiscardHandler), func() {})
+			defer func() { _ = x.close(ctx) }()
+			for range 3 {
+				x.waiting = append(x.waiting, telemetry.Record{Check: make([]byte, batchBytes*2/3)}) // one is a batch
+			}
+			if tt.before {
+				cancel()
+			}
+			if err := x.flush(ctx); err == nil || err.Error() != tt.want || !errors.Is(err, context.Canceled) {
+				t.Errorf("flush() = %v want %v", err, tt.want)
+			}
+			if sent != tt.sent {
+				t.Errorf("%d batches are sent want %d", sent, tt.sent)
+			}
+		})
+	}
 }
 
 // However many flows end while the agent takes no telemetry: what waits to be sent is bounded, in records and in bytes.
