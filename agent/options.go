@@ -110,7 +110,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - A connection is read more slowly if it sends frames that no call needs. A call that is let in needs up to 15 small frames
 //     and 4 MiB of data, and a message of a stream needs 4 small frames. A connection can send 5000 other frames a second. All
 //     connections can send 40,000 a second for each processor, in equal shares, and each can send 100 even then. A call that
-//     is refused counts as 17 frames or more. A frame other than DATA counts as one more for each 64 bytes. A record of TLS
+//     is refused counts as 17 frames or more. One that gRPC refuses by itself, because its header is malformed or too long, counts as
+//     1000, and an answer with a header of more than 256 bytes as one more for each 16, unless a handler makes it. A frame other than DATA counts as one more for each 64 bytes. A record of TLS
 //     that brings no data counts as 16. A connection that sends more for 3 s ends. Connections whose addresses are equal count
 //     as one.
 //   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.

@@ -31,7 +31,7 @@ const (
 	smallRead    = 512     // bytes
 	largeData    = 1 << 10 // a DATA frame of so many bytes or more is free if it is part of a message
 	largePerUnit = 4 << 10 // one that is not costs one unit more for each so many bytes
-	unseenUnits  = 500     // of a call that gRPC has refused before the tap handle. Its answer repeats up to 4 KiB of the header, percent-encoded
+	unseenUnits  = 1000    // of a call that gRPC has refused before the tap handle: its answer repeats text of the header, percent-encoded
 	answerHeader = 256     // bytes of the header of an answer that are free
 	answerBytes  = 16      // other bytes of it cost a unit for each so many, unless the answer is a handler's
 

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -619,6 +620,68 @@ func TestServersPace(t *testing.T) {
 					t.Errorf("%d frames were taken within 2s want about %d", n, 2*unitsPerSecond)
 				}
 			}
+		})
+	}
+}
+
+// On a server, a connection ends that goes on with calls that gRPC refuses before the tap handle. Calls that the tap handle
+// refuses cost less.
+func TestServersChargeForCallsThatAreNotSeen(t *testing.T) {
+	header := func(pairs ...string) []string {
+		return append([]string{":method", "POST", ":scheme", "http", ":path", "/a/b", ":authority", "x"}, pairs...)
+	}
+	for _, tt := range []struct {
+		name   string
+		header []string
+		ends   bool
+	}{
+		{"no key", header("content-type", "application/grpc"), false},
+		{"no method", []string{":method", "POST", ":scheme", "http", ":path", "%", ":authority", "x", "content-type", "application/grpc"}, false},
+		{"another content type", header("content-type", "text/plain"), true},
+		{"a malformed time", header("content-type", "application/grpc", "grpc-timeout", "%"), true},
+		{"malformed binary metadata", header("content-type", "application/grpc", "x-bin", "%"), true},
+		{"another HTTP method", []string{":method", "GET", ":scheme", "http", ":path", "/a/b", ":authority", "x", "content-type", "application/grpc"}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := bufconn.Listen(1 << 16)
+				server := grpc.NewServer(ServerOptions(WithKeys(func(string) (string, bool) { return "", false }))...)
+				go func() { _ = server.Serve(addressed{l}) }()
+				defer server.Stop()
+				conn, err := l.DialContext(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				framer := http2.NewFramer(conn, conn)
+				if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
+					t.Fatal(err)
+				}
+				if err := framer.WriteSettings(); err != nil {
+					t.Fatal(err)
+				}
+				var block bytes.Buffer
+				encoder := hpack.NewEncoder(&block)
+				call := func(stream uint32, pairs []string) error {
+					block.Reset()
+					for i := 0; i < len(pairs); i += 2 {
+						_ = encoder.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
+					}
+					return framer.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true})
+				}
+				begin, answers := time.Now(), 0
+				err = call(1, header("content-type", "application/grpc")) // so that calls have found their connections
+				for err == nil && answers < 100 {
+					var f http2.Frame
+					if f, err = framer.ReadFrame(); err == nil && f.Header().Type == http2.FrameHeaders {
+						answers++
+						err = call(uint32(2*answers+1), tt.header)
+					}
+				}
+				if took := time.Since(begin); (err != nil) != tt.ends || took < behindFor && tt.ends || took > behindFor/3 && !tt.ends {
+					t.Errorf("after %d answers and %v: %v want the connection to end: %v", answers, took, err, tt.ends)
+				}
+			})
 		})
 	}
 }
