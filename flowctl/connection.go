@@ -146,10 +146,11 @@ func (t *trackedCredentials) ClientHandshake(ctx context.Context, authority stri
 	if err != nil {
 		return nil, nil, err
 	}
-	if _, ok := info.(credentials.TLSInfo); !ok { // others may use another implementation, which reads the connection otherwise
-		below = nil
-	} else if below != nil {
+	if _, ok := info.(credentials.TLSInfo); below != nil && ok {
 		below.Established()
+	} else if below != nil { // others may use another implementation, which reads the connection otherwise
+		below.Done()
+		below = nil
 	}
 	cs := t.connections
 	now := time.Since(cs.epoch)

@@ -1,10 +1,11 @@
 // Package records counts the records of TLS that bring no data, such as KeyUpdates and empty records. A peer can send them without
-// end, and what reads the connection above TLS does not see them.
+// end, and what reads the connection above TLS does not see them. The package also bounds what a peer can send in its handshake.
 package records
 
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"sync/atomic"
 	"syscall"
@@ -16,6 +17,12 @@ const SecurityTLS = "tls"
 
 const headerBytes = 5 // type, version and length of a record
 
+// HandshakeBytes is how much a peer may send in its handshake. Crypto/tls takes 256 KiB of certificates. Five certificates with RSA keys
+// of 4096 bits have less than 10 KiB.
+const HandshakeBytes = 64 << 10
+
+var errHandshake = fmt.Errorf("records: the peer's handshake is longer than %d bytes", HandshakeBytes)
+
 // farewell is how long an alert may take to be sent after Closing. A peer that reads nothing never gets it.
 const farewell = time.Millisecond
 
@@ -24,8 +31,10 @@ const farewell = time.Millisecond
 type Conn struct {
 	net.Conn
 	closing atomic.Bool
+	done    atomic.Bool // the handshake
 
 	// The reader's.
+	begun   int // bytes of the handshake
 	most    int // bytes of a read; any number if it is 0
 	header  [headerBytes]byte
 	have    int // bytes of the next header
@@ -44,7 +53,16 @@ func (c *Conn) Read(p []byte) (int, error) {
 	if c.most > 0 {
 		p = p[:min(len(p), c.most)]
 	}
-	n, err := c.Conn.Read(p)
+	if c.done.Load() {
+		n, err := c.Conn.Read(p)
+		c.follow(p[:n])
+		return n, err
+	}
+	if c.begun == HandshakeBytes {
+		return 0, errHandshake
+	}
+	n, err := c.Conn.Read(p[:min(len(p), HandshakeBytes-c.begun)])
+	c.begun += n
 	c.follow(p[:n])
 	return n, err
 }
@@ -70,8 +88,14 @@ func (c *Conn) follow(p []byte) {
 	}
 }
 
-// Established forgets the records of the handshake.
-func (c *Conn) Established() { c.whole, c.useless = 0, 0 }
+// Done ends the bound of the handshake. Another goroutine may read meanwhile.
+func (c *Conn) Done() { c.done.Store(true) }
+
+// Established ends the bound of the handshake, and forgets its records.
+func (c *Conn) Established() {
+	c.Done()
+	c.whole, c.useless = 0, 0
+}
 
 // ReadAbove reads what is above TLS. It reads no more from the connection at a time than p has room for. It also returns how many
 // records without data came since the last call, before those of its own last read. A record counts as useless also if p has room for

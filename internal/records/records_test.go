@@ -113,6 +113,43 @@ func TestUselessRecords(t *testing.T) {
 	}
 }
 
+// A peer can send 64 KiB in its handshake, and as much as it likes after that.
+func TestHandshakeBound(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		done func(c *records.Conn) // nil: it is not
+		sent int
+		want int
+	}{
+		{"as much as the bound", nil, records.HandshakeBytes, records.HandshakeBytes},
+		{"more", nil, records.HandshakeBytes + 1, records.HandshakeBytes},
+		{"more after it", (*records.Conn).Established, 3 * records.HandshakeBytes, 3 * records.HandshakeBytes},
+		{"more after that of another implementation", (*records.Conn).Done, 3 * records.HandshakeBytes, 3 * records.HandshakeBytes},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer near.Close()
+			below := records.Below(near)
+			if tt.done != nil {
+				tt.done(below)
+			}
+			go func() {
+				_, _ = far.Write(make([]byte, tt.sent))
+				_ = far.Close()
+			}()
+			got, failed := 0, error(nil)
+			for p := make([]byte, 1000); failed == nil; {
+				var n int
+				n, failed = below.Read(p)
+				got += n
+			}
+			if full := tt.done == nil; got != tt.want || errors.Is(failed, io.EOF) == full {
+				t.Errorf("Read() = %d bytes, %v want %d", got, failed, tt.want)
+			}
+		})
+	}
+}
+
 // Without TLS there are no records to count.
 func TestNoRecords(t *testing.T) {
 	near, far := net.Pipe()
