@@ -13,9 +13,20 @@ import (
 	"github.com/headgate-go/headgate/internal/records"
 )
 
-// longestTurn is how long a handshake may compute before it does not count any more: the application's callbacks may wait for something
-// else. The slowest signature in use, by an RSA key of 4096 bits, takes a few milliseconds.
-const longestTurn = 20 * time.Millisecond
+// A handshake may compute for some time before it does not count any more: the application's callbacks may wait for something else. The
+// slowest signature in use, by an RSA key of 4096 bits, takes a few milliseconds. Certificates of a client take longer. Crypto/x509 makes
+// at most 100 tries to verify a signature of a chain, and some chains have it verify the same ones again and again. So keys of P-521 took 20 ms for
+// each KiB, and RSA keys of 8192 bits with the largest exponent 11 ms, and 280 ms for 100 tries. A busy machine takes longer.
+const (
+	longestTurn     = 20 * time.Millisecond
+	turnOfKiB       = 50 * time.Millisecond // more, for each KiB that the peer has sent
+	longestOfChains = time.Second           // whatever the peer has sent
+)
+
+// turnAfter returns how long a turn may last when the peer has sent so many bytes.
+func turnAfter(sent int) time.Duration {
+	return min(longestTurn+time.Duration(sent)*turnOfKiB/1024, longestOfChains)
+}
 
 // newTurns returns as many turns as handshakes may compute at a time: half of the processors. A handshake waits in line for each turn.
 func newTurns() chan struct{} { return make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)) }
@@ -27,6 +38,7 @@ type handshakeConn struct {
 	turns chan struct{}
 	until time.Time // when the handshake has taken too long. GRPC's deadline ends reads and writes, but no wait for a turn
 	done  atomic.Bool
+	sent  int         // bytes that the peer has
 	timer *time.Timer // ends a turn that takes long
 
 	mu  sync.Mutex
@@ -40,6 +52,7 @@ func (c *pacedCredentials) handshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	h.timer.Stop()
 	conn, info, err := c.TransportCredentials.ServerHandshake(h)
 	h.done.Store(true)
+	h.Done()
 	h.timer.Stop()
 	h.endTurn()
 	if err != nil {
@@ -59,6 +72,7 @@ func (c *handshakeConn) Read(p []byte) (int, error) {
 	}
 	c.endTurn()
 	n, err := c.Conn.Read(p)
+	c.sent += n
 	if err != nil {
 		return n, err
 	}
@@ -79,7 +93,7 @@ func (c *handshakeConn) beginTurn() error {
 	c.mu.Lock()
 	c.has = true
 	c.mu.Unlock()
-	c.timer.Reset(longestTurn)
+	c.timer.Reset(turnAfter(c.sent))
 	if time.Now().After(c.until) {
 		return os.ErrDeadlineExceeded
 	}

@@ -2,6 +2,9 @@ package agent
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -169,7 +172,7 @@ func TestHandshakesTakeTurns(t *testing.T) {
 		most    time.Duration // until all are done
 	}{
 		{"short", time.Millisecond, 0, clients*time.Millisecond + longestTurn},
-		{"long", time.Second, 0, time.Second + clients*longestTurn},
+		{"long", time.Second, 0, time.Second + clients*turnAfter(2<<10)},
 		{"beside silent peers", time.Millisecond, 100, clients*time.Millisecond + longestTurn},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -224,6 +227,96 @@ func TestHandshakesTakeTurns(t *testing.T) {
 					t.Errorf("%d turns are left", n)
 				}
 			})
+		})
+	}
+}
+
+// A turn lasts the longer, the more the peer has sent.
+func TestTurnsGrow(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		pieces []int
+		want   time.Duration
+	}{
+		{"a byte", []int{1}, longestTurn + turnOfKiB/1024},
+		{"1 KiB", []int{1024}, 70 * time.Millisecond},
+		{"5 KiB in pieces", []int{1024, 1024, 3072}, 270 * time.Millisecond},
+		{"more than ever takes longer", []int{30 << 10}, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				near, far := net.Pipe()
+				defer near.Close()
+				defer far.Close()
+				h := &handshakeConn{Conn: records.Below(near), turns: make(chan struct{}, 1), until: time.Now().Add(handshakeTimeout)}
+				h.timer = time.AfterFunc(time.Hour, h.endTurn)
+				go func() {
+					for _, n := range tt.pieces {
+						_, _ = far.Write(make([]byte, n))
+					}
+				}()
+				for range tt.pieces {
+					if _, err := h.Read(make([]byte, 32<<10)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				begin := time.Now()
+				h.turns <- struct{}{} // of another handshake
+				if took := time.Since(begin); took != tt.want {
+					t.Errorf("the turn lasts %v want %v", took, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// A client can send the certificates that clients have, and no more of them than some.
+func TestCertificatesOfClients(t *testing.T) {
+	creds := rawServer(t, func(config *tls.Config) { config.ClientAuth = tls.RequireAnyClientCert })
+	for _, tt := range []struct {
+		name    string
+		issuers int
+		bits    int
+		ok      bool
+	}{
+		{"five of 4096 bits", 4, 4096, true},
+		{"ten of 8192 bits", 9, 8192, true},
+		{"a hundred of 8192 bits", 99, 8192, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			certificate, err := rawtls.Certificate(private)
+			if err != nil {
+				t.Fatal(err)
+			}
+			issuers, err := rawtls.Issuers("issuer", tt.issuers, tt.bits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			certificate.Certificate = append(certificate.Certificate, issuers...)
+			near, far := net.Pipe()
+			defer near.Close()
+			config := rawtls.ClientConfig()
+			config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificate, nil }
+			var client sync.WaitGroup
+			defer client.Wait()
+			defer far.Close()
+			client.Go(func() {
+				if tls.Client(far, config).HandshakeContext(context.WithoutCancel(t.Context())) == nil {
+					_, _ = io.Copy(io.Discard, far)
+				}
+			})
+			conn, _, err := creds.ServerHandshake(near)
+			if (err == nil) != tt.ok {
+				t.Errorf("ServerHandshake() = %v", err)
+			}
+			if err == nil {
+				_ = far.Close()
+				_ = conn.Close()
+			}
 		})
 	}
 }

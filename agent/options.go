@@ -83,7 +83,8 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - Clients may send pings every 5 s. gRPC's own default of 5 minutes would end the connections of SDKs that ping more
 //     often, with every check that waits on them.
 //   - A connection may have 10,240 calls under way, flows in queues included. It ends after 30 minutes without a call.
-//     A handshake may take 10 s. With TLS, as many handshakes compute at a time as half of the processors, and others wait.
+//     A handshake may take 10 s. With TLS, as many handshakes compute at a time as half of the processors, and others wait. A
+//     client can send 64 KiB in a handshake, its certificates included.
 //   - A call's metadata may have 24 KiB, where each entry counts 32 bytes more than its text. A method's name may have 256
 //     bytes of printable ASCII. The health service looks at names of services up to 1 KiB.
 //   - Calls whose messages have not arrived take at most 128 MiB, with 8 KiB and their metadata for each. Beyond that, the
