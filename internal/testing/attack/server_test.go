@@ -123,7 +123,7 @@ func TestServers(t *testing.T) {
 		{"calls that are refused with a long text, without a key", "agent", keyed, echoes, timely(keyless), false},
 		{"idle connections without a key", "agent", keyed, idle, bounds{memory: 64 + base, slower: 10, unanswered: 0.02}, false},
 	}
-	for name, attack := range attacksOnTLS() {
+	for name, attack := range attacksOnTLS(t) {
 		rows = append(rows, row{name + ", without a key", "agent", secure, attack, timely(keyless), false})
 	}
 	for name, attack := range bombs() {

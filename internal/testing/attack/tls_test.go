@@ -19,7 +19,8 @@ import (
 )
 
 // attacksOnTLS are attacks on what is below HTTP/2.
-func attacksOnTLS() map[string]assault {
+func attacksOnTLS(t *testing.T) map[string]assault {
+	t.Helper()
 	var priority bytes.Buffer // a frame that means nothing
 	_ = http2.NewFramer(&priority, nil).WritePriority(1, http2.PriorityParam{Weight: 1})
 	// The server's TLS wants data after 16 other records.
@@ -48,6 +49,9 @@ func attacksOnTLS() map[string]assault {
 		}),
 		"handshakes":            handshakes(func(conn net.Conn) net.Conn { return conn }),
 		"handshakes that break": handshakes(func(conn net.Conn) net.Conn { return breaks{conn} }),
+		// Crypto/tls takes the first ones. Crypto/x509 makes 93 tries to verify a signature of the second ones.
+		"many certificates":    certificates(t, 0, 99),
+		"crossed certificates": certificates(t, 3, 30),
 	}
 }
 
@@ -103,6 +107,32 @@ func handshakes(of func(conn net.Conn) net.Conn) assault {
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(patience))
 			_ = tls.Client(of(conn), rawtls.ClientConfig()).HandshakeContext(ctx)
+		})
+	}
+}
+
+// certificates makes handshakes with the certificates of rawtls.Crossed. It ends when the server has ended all of them.
+func certificates(t *testing.T, first, second int) assault {
+	t.Helper()
+	const connections, patience = 32, 15 * time.Second
+	crossed, err := rawtls.Crossed(first, second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := rawtls.ClientConfig()
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &crossed, nil }
+	return func(ctx context.Context, _ *testing.T, address string) {
+		together(ctx, connections, func() {
+			conn := dial(ctx, address)
+			if conn == nil {
+				return
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(patience))
+			secured := tls.Client(conn, config)
+			if secured.HandshakeContext(context.WithoutCancel(ctx)) == nil {
+				_, _ = io.Copy(io.Discard, conn)
+			}
 		})
 	}
 }

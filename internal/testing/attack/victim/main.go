@@ -14,6 +14,8 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -46,7 +48,7 @@ import (
 var (
 	policies = flag.String("policies", "", "the policy file of a server's engine, instead of the built-in policies")
 	key      = flag.String("key", "", "the only API key of an agent; none for an agent that wants none")
-	secure   = flag.Bool("tls", false, "use TLS: an agent makes a certificate, and a client trusts any")
+	secure   = flag.Bool("tls", false, "use TLS: an agent makes a certificate and verifies those of clients that have one, and a client trusts any")
 	address  = flag.String("address", "", "the agent's address, for a client")
 	flows    = flag.Int("flows", 64, "how many flows a client has at a time")
 	length   = flag.Duration("for", time.Second, "how long a client starts flows")
@@ -113,7 +115,15 @@ func run(kind string) error {
 			if err != nil {
 				return err
 			}
-			opts = append(opts, agent.WithCredentials(credentials.NewServerTLSFromCert(&certificate)))
+			leaf, err := x509.ParseCertificate(certificate.Certificate[0])
+			if err != nil {
+				return err
+			}
+			authorities := x509.NewCertPool()
+			authorities.AddCert(leaf)
+			opts = append(opts, agent.WithCredentials(credentials.NewTLS(&tls.Config{
+				Certificates: []tls.Certificate{certificate}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: authorities, MinVersion: tls.VersionTLS12,
+			})))
 		}
 		s := grpc.NewServer(agent.ServerOptions(opts...)...)
 		agent.Register(s, e)
