@@ -431,6 +431,31 @@ func (n *nameless) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	return raw, nil, nil
 }
 
+// foreignTLS are credentials of the application's own with the name of gRPC's.
+type foreignTLS struct{ nameless }
+
+func (*foreignTLS) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: records.SecurityTLS}
+}
+
+// The bound of what a peer sends in its handshake ends with the handshake, also that of another implementation.
+func TestConnectionsHaveNoBoundOfHandshakes(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	own := new(foreignTLS)
+	if _, _, err := newPacedCredentials(own, new(pacer)).ServerHandshake(near); err != nil {
+		t.Fatal(err)
+	}
+	const sent = 2 * records.HandshakeBytes
+	go func() {
+		_, _ = far.Write(make([]byte, sent))
+		_ = far.Close()
+	}()
+	if n, err := io.Copy(io.Discard, own.got); n != sent || err != nil {
+		t.Errorf("the connection brings %d bytes, %v want %d", n, err, sent)
+	}
+}
+
 // A connection below credentials that may not be TLS is the one that the listener made.
 func TestOtherCredentialsGetTheConnection(t *testing.T) {
 	near, far := net.Pipe()

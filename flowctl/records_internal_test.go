@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"github.com/headgate-go/headgate/internal/records"
 	"github.com/headgate-go/headgate/internal/testing/rawtls"
 )
 
@@ -133,5 +134,30 @@ func TestOtherCredentialsGetTheConnection(t *testing.T) {
 	creds := new(own)
 	if _, _, err := (&trackedCredentials{creds, newConnections(new(atomic.Uint64))}).ClientHandshake(t.Context(), "", near); err != nil || creds.got != near {
 		t.Errorf("the credentials got %T, %v", creds.got, err)
+	}
+}
+
+// ownTLS are credentials of the application's with the name of gRPC's.
+type ownTLS struct{ own }
+
+func (*ownTLS) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: records.SecurityTLS}
+}
+
+// The bound of what an agent sends in its handshake ends with the handshake, also that of another implementation.
+func TestConnectionsHaveNoBoundOfHandshakes(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	creds := new(ownTLS)
+	if _, _, err := (&trackedCredentials{creds, newConnections(new(atomic.Uint64))}).ClientHandshake(t.Context(), "", near); err != nil {
+		t.Fatal(err)
+	}
+	const sent = 2 * records.HandshakeBytes
+	go func() {
+		_, _ = far.Write(make([]byte, sent))
+		_ = far.Close()
+	}()
+	if n, err := io.Copy(io.Discard, creds.got); n != sent || err != nil {
+		t.Errorf("the connection brings %d bytes, %v want %d", n, err, sent)
 	}
 }
