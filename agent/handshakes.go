@@ -15,8 +15,9 @@ import (
 
 // A handshake may compute for some time before it does not count any more: the application's callbacks may wait for something else. The
 // slowest signature in use, by an RSA key of 4096 bits, takes a few milliseconds. Certificates of a client take longer. Crypto/x509 makes
-// at most 100 tries to verify a signature of a chain, and some chains have it verify the same ones again and again. So keys of P-521 took 20 ms for
-// each KiB, and RSA keys of 8192 bits with the largest exponent 11 ms, and 280 ms for 100 tries. A busy machine takes longer.
+// at most 100 tries to verify a signature of a chain, and some chains have it verify the same ones again and again. Keys of P-521 took
+// 20 ms for each KiB. RSA keys of 8192 bits with the largest exponent took 11 ms, and 280 ms for 100 tries. Both take up to three times
+// as long on a busy machine.
 const (
 	longestTurn     = 20 * time.Millisecond
 	turnOfKiB       = 50 * time.Millisecond // more, for each KiB that the peer has sent

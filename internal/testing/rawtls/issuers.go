@@ -48,9 +48,9 @@ func Issuers(name string, n, bits int) ([][]byte, error) {
 	return made, nil
 }
 
-// Crossed makes a client's certificate of an authority unknown to the server. As many authorities as first can have issued it, and as many as
-// second can have issued each of those. All have RSA keys of 8192 bits. Crypto/x509 tries all pairs. If first is 0, there are only the
-// second.
+// Crossed makes a client's certificate of an authority unknown to the server. As many authorities as first can have issued it, and as
+// many as second can have issued each of those. All have RSA keys of 8192 bits. Crypto/x509 tries all pairs. If first is 0, there are
+// only the second.
 func Crossed(first, second int) (tls.Certificate, error) {
 	const bits = 8192
 	issuer := &rsa.PrivateKey{PublicKey: rsa.PublicKey{E: exponent}}
