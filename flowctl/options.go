@@ -103,7 +103,8 @@ func newConfig(remote bool, opts []Option) (*config, error) {
 	return c, errors.Join(errs...)
 }
 
-// WithTLSConfig sets up TLS. The default is TLS with the system's roots. The configuration is copied.
+// WithTLSConfig sets up TLS. The default is TLS with the system's roots. The configuration is copied. An agent may send 64 KiB in its
+// handshake, its certificates included.
 func WithTLSConfig(t *tls.Config) Option {
 	return option{"WithTLSConfig", true, func(c *config) error {
 		if t == nil {
