@@ -63,7 +63,7 @@ var errBehind = errors.New("headgate: the connection sends too many frames that 
 
 // A pacer bounds what the connections of one server cost besides calls that are let in. It is safe for concurrent use.
 type pacer struct {
-	finds      atomic.Bool // calls have found their connections: nothing waits on a server where they never do
+	finds      atomic.Bool // calls that were let in have found their connections: nothing waits on a server where they never do
 	allowances sync.Map    // of connections that are open, by what connectionOf returns for their calls
 	outboxes   outboxes
 
@@ -81,9 +81,6 @@ func (p *pacer) allowance(connection any) *allowance {
 		return nil
 	}
 	a, _ := found.(*allowance)
-	if !p.finds.Load() {
-		p.finds.Store(true)
-	}
 	return a
 }
 
@@ -191,6 +188,9 @@ func (a *allowance) unseen(calls int, free bool) {
 func (a *allowance) admit(metadata int) {
 	if a == nil {
 		return
+	}
+	if !a.pacer.finds.Load() {
+		a.pacer.finds.Store(true)
 	}
 	a.earn(callEarns+float64(metadata/headerBytes), callEarnsData)
 	a.mu.Lock()

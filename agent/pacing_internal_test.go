@@ -645,7 +645,7 @@ func TestServersChargeForCallsThatAreNotSeen(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := bufconn.Listen(1 << 16)
-				server := grpc.NewServer(ServerOptions(WithKeys(func(string) (string, bool) { return "", false }))...)
+				server := grpc.NewServer(ServerOptions(WithKeys(func(key string) (string, bool) { return "", key == "sesame" }))...)
 				go func() { _ = server.Serve(addressed{l}) }()
 				defer server.Stop()
 				conn, err := l.DialContext(t.Context())
@@ -670,7 +670,7 @@ func TestServersChargeForCallsThatAreNotSeen(t *testing.T) {
 					return framer.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true})
 				}
 				begin, answers := time.Now(), 0
-				err = call(1, header("content-type", "application/grpc")) // so that calls have found their connections
+				err = call(1, header("content-type", "application/grpc", keyHeader, "sesame")) // so that calls have found their connections
 				for err == nil && answers < 100 {
 					var f http2.Frame
 					if f, err = framer.ReadFrame(); err == nil && f.Header().Type == http2.FrameHeaders {
