@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
 	"github.com/headgate-go/headgate/internal/agentapi"
@@ -84,14 +85,46 @@ func lookupOf(ctx context.Context, controlPoint string, m *checkv1.CacheLookupRe
 			asked.Result = key
 		}
 	}
-	for i, key := range m.GetGlobalCacheKeys() {
-		if err := checkGlobalKey(i, key); err != nil {
+	asked.Global = onlyOnce(m.GetGlobalCacheKeys(), func(i int, key string) bool {
+		err := checkGlobalKey(i, key)
+		if err != nil {
 			refused.refuse(key, err)
+		}
+		return err == nil
+	})
+	return asked, refused
+}
+
+// onlyOnce returns the keys that are good, each once, in their order. It makes no list if all keys are good and differ.
+func onlyOnce(keys []string, good func(i int, key string) bool) []string {
+	const few = 8 // so many are compared in less time than a map takes
+	var seen map[string]bool
+	if len(keys) > few {
+		seen = make(map[string]bool, len(keys))
+	}
+	n := 0 // of the first keys, all of which are good and differ
+	var kept []string
+	for i, key := range keys {
+		again := seen[key]
+		if seen == nil {
+			again = slices.Contains(keys[:i], key)
 		} else {
-			asked.Global = append(asked.Global, key)
+			seen[key] = true
+		}
+		switch one := !again && good(i, key); {
+		case one && n == i:
+			n++
+		case one:
+			if kept == nil {
+				kept = slices.Clone(keys[:n])
+			}
+			kept = append(kept, key)
 		}
 	}
-	return asked, refused
+	if kept == nil {
+		return slices.Clip(keys[:n])
+	}
+	return kept
 }
 
 // fill adds what was refused to the answer.
@@ -114,12 +147,8 @@ func (s handler) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest)
 	if asked.Result != "" {
 		keys = append(keys, agentapi.CacheKey{ControlPoint: m.GetControlPoint(), Key: asked.Result})
 	}
-	seen := make(map[string]bool, len(asked.Global))
 	for _, key := range asked.Global {
-		if !seen[key] {
-			seen[key] = true
-			keys = append(keys, agentapi.CacheKey{Key: key, Global: true})
-		}
+		keys = append(keys, agentapi.CacheKey{Key: key, Global: true})
 	}
 	for i, answer := range s.service.engine.Lookup(ctx, keys, asked.Room) {
 		if !keys[i].Global {
@@ -127,7 +156,7 @@ func (s handler) CacheLookup(ctx context.Context, m *checkv1.CacheLookupRequest)
 			continue
 		}
 		if response.GlobalCacheResponses == nil {
-			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(seen))
+			response.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
 		}
 		response.GlobalCacheResponses[keys[i].Key] = wire.KeyLookup(answer)
 	}

@@ -14,6 +14,9 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 )
 
 // The bounds of a server, over all its connections.
@@ -28,8 +31,14 @@ const (
 	maxLost         = 256                   // calls of a connection that were ended within lateFor because they were overdue; then it has no room
 	lateFor         = time.Second           // how long calls that were refused or ended count against their connection
 	maxUnread       = 64 << 20              // bytes of large requests that have arrived and are not read
-	maxHeld         = 128 << 20             // bytes of requests that are being decided about, and of their metadata
+	maxHeld         = 128 << 20             // bytes that requests keep that are being decided about, with their metadata and calls
+	sparedHeld      = 32 << 20              // bytes more for requests that are not checks, because checks may wait for long
 	smallHeld       = 4 << 10               // bytes of a request and of its metadata, each; one with no more does not count for maxHeld
+	smallCheck      = 2 << 10               // the same for what a check keeps besides its call; its metadata may have smallHeld
+	waitingCall     = 16 << 10              // bytes that a call keeps while its flow waits: half of it a goroutine's stack. Measured: 15 KiB
+	keptLabel       = 96                    // bytes that a label keeps besides its text. Measured: 75
+	keptHeader      = 192                   // the same for a header of CheckHTTP, which is also a label
+	keptCacheKey    = 192                   // the same for a cache key, with what the answer has of it
 	large           = 64 << 10              // bytes from which a request counts for maxUnread
 	smallAnswer     = 1 << 10               // bytes of an answer up to which it may be compressed, and is sent whole however much is unread
 )
@@ -379,25 +388,45 @@ func (c *call) read(size int, by func() error) (fits bool, err error) {
 	return true, by()
 }
 
-// hold counts what the call keeps in memory until it is decided: the request, and its metadata, which gRPC keeps. It
-// reports whether there was room. Small requests need no room, so that large ones cannot keep them out of queues.
+// hold counts what the call keeps in memory until it is decided: the request as it was read, its metadata, which gRPC keeps, and
+// the call itself. It reports whether there was room. Small requests need no room, so that large ones cannot keep them out of
+// queues.
 func (c *call) hold(m proto.Message, size int) bool {
-	if c == nil || size <= smallHeld && c.metadata <= smallHeld {
+	if c == nil {
 		return true
+	}
+	most, small := maxHeld, smallCheck
+	if !isCheck(m) {
+		most, small = maxHeld+sparedHeld, smallHeld
 	}
 	if size > smallHeld {
 		size = proto.Size(m) // of what was read
 	}
-	size += c.metadata
+	size += parts(m)
+	if size <= small && c.metadata <= smallHeld {
+		return true
+	}
+	size += c.metadata + waitingCall
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
-	if c.gate.held+size > maxHeld {
+	if c.gate.held+size > most {
 		c.still = true
 		return false
 	}
 	c.gate.held += size
 	c.kept = size
 	return true
+}
+
+// parts estimates the bytes that the labels, headers and cache keys of a check keep besides their text.
+func parts(m proto.Message) int {
+	switch m := m.(type) {
+	case *checkv1.CheckRequest:
+		return keptLabel*len(m.GetLabels()) + keptCacheKey*len(m.GetCacheLookupRequest().GetGlobalCacheKeys())
+	case *checkhttpv1.CheckHTTPRequest:
+		return keptLabel*len(m.GetLabels()) + keptHeader*len(m.GetRequest().GetHeaders())
+	}
+	return 0
 }
 
 // done ends what hold began.

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	checkv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/check/v1"
+	checkhttpv1 "github.com/headgate-go/headgate/api/aperture/flowcontrol/checkhttp/v1"
 	"github.com/headgate-go/headgate/engine"
 	"github.com/headgate-go/headgate/policy"
 )
@@ -45,30 +46,52 @@ func TestRequestsShareRoom(t *testing.T) {
 	}
 	var held []*call
 	full := request(4 << 20)
-	for g.held+4<<20 <= maxHeld {
-		c := g.callFrom("a")
-		if !c.hold(full, proto.Size(full)) {
-			t.Fatalf("there is no room for request %d", len(held))
+	fill := func(m proto.Message, least int) {
+		for n := 0; ; n++ {
+			c := g.callFrom("a")
+			if !c.hold(m, proto.Size(m)) {
+				if n < least {
+					t.Fatalf("there is room for %d requests of %d bytes, want %d", n, proto.Size(m), least)
+				}
+				return
+			}
+			held = append(held, c)
 		}
-		held = append(held, c)
 	}
-	for g.held+smallHeld < maxHeld {
-		c := g.callFrom("a")
-		if m := request(smallHeld + 1); !c.hold(m, proto.Size(m)) {
-			t.Fatal("there is no room for a request")
+	fill(full, maxHeld/(4<<20)-1)
+	fill(request(smallCheck), 100)
+	few, many := &checkv1.CheckRequest{CacheLookupRequest: new(checkv1.CacheLookupRequest)}, &checkv1.CheckRequest{CacheLookupRequest: new(checkv1.CacheLookupRequest)}
+	for i := range 1000 {
+		key := string(rune('a' + i%26))
+		if i < 5 {
+			few.CacheLookupRequest.GlobalCacheKeys = append(few.CacheLookupRequest.GlobalCacheKeys, key)
 		}
-		held = append(held, c)
+		many.CacheLookupRequest.GlobalCacheKeys = append(many.CacheLookupRequest.GlobalCacheKeys, key)
+	}
+	labels := func(n int) *checkv1.CheckRequest {
+		m := &checkv1.CheckRequest{Labels: make(map[string]string)}
+		for i := range n {
+			m.Labels[fmt.Sprint(i)] = "x"
+		}
+		return m
 	}
 	tests := []struct {
 		name     string
-		size     int
+		message  proto.Message
 		metadata metadata.MD
 		fits     bool
 	}{
-		{"small", smallHeld, nil, true},
-		{"small with usual metadata", smallHeld, metadata.Pairs("user-agent", "grpc-go/1.85.0", ":authority", "localhost", "content-type", "application/grpc"), true},
-		{"larger", smallHeld + 1, nil, false},
-		{"small with heavy metadata", 100, heavy, false},
+		{"small", request(smallCheck - keptLabel), nil, true},
+		{"small with usual metadata", request(smallCheck - keptLabel), metadata.Pairs("user-agent", "grpc-go/1.85.0", ":authority", "localhost", "content-type", "application/grpc"), true},
+		{"larger", request(smallCheck - keptLabel + 16), nil, false},
+		{"small with heavy metadata", request(100), heavy, false},
+		{"few cache keys", few, nil, true},
+		{"a small message with many cache keys", many, nil, false},
+		{"few labels", labels(10), nil, true},
+		{"a small message with many labels", labels(60), nil, false},
+		{"a small message with many headers", &checkhttpv1.CheckHTTPRequest{Request: &checkhttpv1.CheckHTTPRequest_HttpRequest{Headers: labels(20).GetLabels()}}, nil, false},
+		{"no check", &checkv1.FlowEndRequest{ControlPoint: string(make([]byte, smallHeld-3))}, nil, true},
+		{"no check, larger", &checkv1.FlowEndRequest{ControlPoint: string(make([]byte, 2*smallHeld))}, nil, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -76,7 +99,9 @@ func TestRequestsShareRoom(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := c.hold(request(tt.size), tt.size); got != tt.fits || c.still == tt.fits || c.full {
+			got := c.hold(tt.message, proto.Size(tt.message))
+			defer c.done()
+			if got != tt.fits || c.still == tt.fits || c.full {
 				t.Errorf("hold() = %v, still %v, full %v want %v, %v, false", got, c.still, c.full, tt.fits, !tt.fits)
 			}
 		})

@@ -96,8 +96,10 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - At most half of the processors read requests of 64 KiB and more. The other requests wait, and take at most 64 MiB. The
 //     next one is of the connection whose requests have lately taken the least time. The size of a request is that without
 //     compression. It may be 4 MiB. A compressed message for another service may have 64 KiB without compression.
-//   - Requests that are being decided take at most 128 MiB, with their metadata. Those of up to 4 KiB do not count. A check
-//     beyond that is decided at once, and does not wait.
+//   - Requests that are being decided take at most 128 MiB, with their metadata and 16 KiB for each call. Those that are not checks have
+//     32 MiB more. Checks that keep up to 2 KiB do not count, nor other requests of up to 4 KiB. A label counts for 96 bytes besides its
+//     text, and a cache key or a header of CheckHTTP for 192. A check beyond
+//     that is decided at once, and does not wait.
 //   - Calls whose answers have not left take at most 128 MiB, with 4 KiB and four times their metadata for each. Beyond that,
 //     connections end: those with many such bytes that have not read for long. Beyond 16 MiB of one connection, checks are
 //     answered without labels and cached values, and other calls with answers of more than 1 KiB end with

@@ -352,7 +352,8 @@ func (a *agent) Instrument(provider metric.MeterProvider) error {
 	return a.engine().Instrument(provider)
 }
 
-// lookup fills the cache part of the verdict.
+// lookup fills the cache part of the verdict. A global key that the cache does not have gets no place there, because the flow may
+// wait in a queue afterwards, and may have asked for many.
 func (e *Engine) lookup(ctx context.Context, p *controlPoint, req *agentapi.Request, now *int64, v *agentapi.Verdict) {
 	x, asked := v.More(), req.Lookup()
 	if e.store != nil {
@@ -368,11 +369,21 @@ func (e *Engine) lookup(ctx context.Context, p *controlPoint, req *agentapi.Requ
 		if key == "" {
 			continue
 		}
-		if x.Global == nil {
-			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
+		if _, found := x.Global[key]; !found {
+			keepGlobal(x, key, e.memory.globals.lookup(cacheKey{key: key}, asked.Room))
 		}
-		x.Global[key] = e.memory.globals.lookup(cacheKey{key: key}, asked.Room)
 	}
+}
+
+// keepGlobal notes the answer for a global key unless it is a plain miss.
+func keepGlobal(x *agentapi.VerdictDetails, key string, answer agentapi.CacheAnswer) {
+	if !answer.Hit && answer.Err == nil {
+		return
+	}
+	if x.Global == nil {
+		x.Global = make(map[string]agentapi.CacheAnswer)
+	}
+	x.Global[key] = answer
 }
 
 // lookupTogether is lookup in the store, by one call.
@@ -396,10 +407,7 @@ func (e *Engine) lookupTogether(ctx context.Context, p *controlPoint, req *agent
 			p.looked(&x.Result)
 			continue
 		}
-		if x.Global == nil {
-			x.Global = make(map[string]agentapi.CacheAnswer, len(asked.Global))
-		}
-		x.Global[keys[i].Key] = answer
+		keepGlobal(x, keys[i].Key, answer)
 	}
 }
 

@@ -295,11 +295,14 @@ func cacheLookup(asked *agentapi.Lookup, x *agentapi.VerdictDetails) *checkv1.Ca
 	if asked.Result != "" {
 		m.ResultCacheResponse = KeyLookup(x.Result)
 	}
-	for key, a := range x.Global {
-		if m.GlobalCacheResponses == nil {
-			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(x.Global))
+	for _, key := range asked.Global {
+		if key == "" {
+			continue
 		}
-		m.GlobalCacheResponses[key] = KeyLookup(a)
+		if m.GlobalCacheResponses == nil {
+			m.GlobalCacheResponses = make(map[string]*checkv1.KeyLookupResponse, len(asked.Global))
+		}
+		m.GlobalCacheResponses[key] = KeyLookup(x.Global[key])
 	}
 	return m
 }
