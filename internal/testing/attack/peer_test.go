@@ -318,6 +318,30 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
+// waiters begins checks at the control point that wait in its queue, each with so many global cache keys of one byte. 500 a second
+// begin, which is no flood for the processors, until there are 10,000.
+func waiters(controlPoint string, keys int) assault {
+	const peers, checks = 10, 1000 // of each
+	var lookup []byte
+	for i := range keys {
+		lookup = append(lookup, field(3, []byte{byte('a' + i%26)})...)
+	}
+	return func(ctx context.Context, _ *testing.T, address string) {
+		each(ctx, peers, address, func(p *peer) {
+			for i := range checks {
+				m := append(field(1, []byte(controlPoint)), field(4, lookup)...)
+				m = append(m, field(2, append(field(1, []byte("tenant")), field(2, fmt.Append(nil, i))...))...)
+				stream, err := p.call(methodCheck, nil)
+				if err != nil || p.data(stream, true, envelope(len(m), m)) != nil || ctx.Err() != nil {
+					return
+				}
+				sleep(ctx, 20*time.Millisecond)
+			}
+			<-ctx.Done()
+		})
+	}
+}
+
 // resets begins calls and takes them back at once.
 func resets(method string) assault {
 	return func(ctx context.Context, _ *testing.T, address string) {

@@ -98,6 +98,7 @@ func TestServers(t *testing.T) {
 		{"metadata", "grpc", nil, metadataFlood(methodHealth), standard, false},
 		{"connections", "agent", nil, connections, standard, false},
 		{"connections", "grpc", nil, connections, standard, false},
+		{"checks with cache keys that wait", "agent", []string{"-policies", "victim/waiters.yaml"}, waiters("queue", 1000), timely(bounds{memory: 256, slower: 10, unanswered: 0.02}), true},
 		{"connections", "http", nil, connections, standard, false},
 		{"answers that are not read", "agent", nil, unread, standard, false},
 		{name: "answers of all kinds that are not read", victim: "agent", attack: unreadAnswers(400*time.Millisecond, unreadCalls()...), bounds: bounds{memory: 600, slower: 10, unanswered: 0.02}, alone: true},
