@@ -86,8 +86,14 @@ func TestCacheNamesDiffer(t *testing.T) {
 	s := namer("")
 	seen := make(map[string]shared.CacheKey)
 	for _, k := range []shared.CacheKey{
-		{ControlPoint: "report\x00ann", Key: "june"}, {ControlPoint: "report", Key: "ann\x00june"}, {ControlPoint: "report", Key: "\x00annjune"},
-		{ControlPoint: "", Key: "1:ab"}, {ControlPoint: "1", Key: ":ab"}, {ControlPoint: "1:a", Key: "b"}, {ControlPoint: "a", Key: "b"}, {ControlPoint: "", Key: "ab"},
+		{ControlPoint: "report\x00ann", Key: "june"},
+		{ControlPoint: "report", Key: "ann\x00june"},
+		{ControlPoint: "report", Key: "\x00annjune"},
+		{ControlPoint: "", Key: "1:ab"},
+		{ControlPoint: "1", Key: ":ab"},
+		{ControlPoint: "1:a", Key: "b"},
+		{ControlPoint: "a", Key: "b"},
+		{ControlPoint: "", Key: "ab"},
 		{ControlPoint: "ab", Key: ""},
 	} {
 		name := s.cacheName(k)
