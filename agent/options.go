@@ -96,10 +96,10 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - At most half of the processors read requests of 64 KiB and more. The other requests wait, and take at most 64 MiB. The
 //     next one is of the connection whose requests have lately taken the least time. The size of a request is that without
 //     compression. It may be 4 MiB. A compressed message for another service may have 64 KiB without compression.
-//   - Requests that are being decided take at most 128 MiB, with their metadata and 16 KiB for each call. Those that are not checks have
-//     32 MiB more. Checks that keep up to 2 KiB do not count, nor other requests of up to 4 KiB. A label counts for 96 bytes besides its
-//     text, and a cache key or a header of CheckHTTP for 192. A check beyond
-//     that is decided at once, and does not wait.
+//   - Requests that are being decided take at most 128 MiB, with their metadata and 16 KiB for each call. Those that are not
+//     checks have 32 MiB more. Checks that keep up to 2 KiB do not count, nor other requests of up to 4 KiB. A label counts
+//     for 96 bytes besides its text, and a cache key or a header of CheckHTTP for 192. A check beyond that is decided at once,
+//     and does not wait.
 //   - Calls whose answers have not left take at most 128 MiB, with 4 KiB and four times their metadata for each. Beyond that,
 //     connections end: those with many such bytes that have not read for long. Beyond 16 MiB of one connection, checks are
 //     answered without labels and cached values, and other calls with answers of more than 1 KiB end with
@@ -113,10 +113,10 @@ func WithKeys(valid func(key string) (name string, ok bool)) Option {
 //   - A connection is read more slowly if it sends frames that no call needs. A call that is let in needs up to 15 small frames
 //     and 4 MiB of data, and a message of a stream needs 4 small frames. A connection can send 5000 other frames a second. All
 //     connections can send 40,000 a second for each processor, in equal shares, and each can send 100 even then. A call that
-//     is refused counts as 17 frames or more. One that gRPC refuses by itself, because its header is malformed or too long, counts as
-//     1000, and an answer with a header of more than 256 bytes as one more for each 16, unless a handler makes it. A frame other than DATA counts as one more for each 64 bytes. A record of TLS
-//     that brings no data counts as 16. A connection that sends more for 3 s ends. Connections whose addresses are equal count
-//     as one.
+//     is refused counts as 17 frames or more. One that gRPC refuses by itself, because its header is malformed or too long,
+//     counts as 1000. An answer with a header of more than 256 bytes counts as one more for each 16, unless a handler makes it.
+//     A frame other than DATA counts as one more for each 64 bytes. A record of TLS that brings no data counts as 16. A
+//     connection that sends more for 3 s ends. Connections whose addresses are equal count as one.
 //   - A client can send 64 KiB of a stream, and 1 MiB of a connection, before the agent reads it.
 //   - Other services of the server can have 64 streams at a time, and 16 of one connection. Watch of the health service
 //     is not among them. What such streams send counts as answers do.
