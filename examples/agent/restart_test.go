@@ -100,7 +100,7 @@ func TestProcessRestart(t *testing.T) {
         concurrency_limiter:
           selectors: [{control_point: slots}]
           in_ports: {max_concurrency: {constant_signal: {value: 5}}}
-          parameters: {max_inflight_duration: 1h}
+          parameters: {max_inflight_duration: 30s}
 `), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +164,8 @@ func TestProcessRestart(t *testing.T) {
 			var client *flowctl.Client
 			for ctx.Err() == nil {
 				if client == nil {
-					client = dial(flowctl.WithEndTimeout(100 * time.Millisecond))
+					// On a busy machine, an answer that does not come in time would keep a slot until it lapses.
+					client = dial(flowctl.WithCheckTimeout(5*time.Second), flowctl.WithEndTimeout(100*time.Millisecond))
 				}
 				flow := client.Start(ctx, "slots", flowctl.Params{})
 				if flow.Decision() == flowctl.Accepted {
