@@ -145,25 +145,25 @@ func ofRequest(key string) bool { return slices.Contains(ofRequests[:], key) }
 // services in the same way.
 func (r *rules) acts(id *agentapi.Component, selectors []policy.Selector, measured map[string][]latencySink) {
 	warned := make(map[string]bool)
-	warn := func(does, controlPoint string) {
-		if why := slip.InName(controlPoint); why != "" && !warned[controlPoint] {
-			warned[controlPoint] = true
-			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
-				"policy %q: component %q %s the control point %q: %s", id.Policy, id.ID, does, controlPoint, why)})
+	warn := func(does, name, why string) {
+		if why == "" {
+			return
+		}
+		if text := fmt.Sprintf("policy %q: component %q %s %q: %s", id.Policy, id.ID, does, name, why); !warned[text] {
+			warned[text] = true
+			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, text})
 		}
 	}
 	for _, s := range selectors {
-		warn("acts at", s.ControlPoint)
-		why := slip.InName(s.Service)
-		if s.Service != "any" && strings.EqualFold(s.Service, "any") {
-			why = `only "any", in lower case, is every service`
-		}
-		if why != "" && slip.In(s.Service) == "" { // else the policy's file was warned about
-			r.warnings.missing = append(r.warnings.missing, missing{components.ActsAt, fmt.Sprintf(
-				"policy %q: component %q acts at the service %q: %s", id.Policy, id.ID, s.Service, why)})
+		warn("acts at the control point", s.ControlPoint, slip.InName(s.ControlPoint))
+		switch {
+		case s.Service != "any" && strings.EqualFold(s.Service, "any"):
+			warn("acts at the service", s.Service, `only "any", in lower case, is every service`)
+		case slip.In(s.Service) == "": // else the policy's file was warned about
+			warn("acts at the service", s.Service, slip.InName(s.Service))
 		}
 	}
 	for controlPoint := range measured {
-		warn("measures", controlPoint)
+		warn("measures the control point", controlPoint, slip.InName(controlPoint))
 	}
 }

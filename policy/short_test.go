@@ -190,7 +190,7 @@ func TestShortFileWithMark(t *testing.T) {
 // A comma that is missing in a list in brackets makes one name of two. Names of requests have spaces, and so has what is in quotes.
 func TestWarningsOfMissingCommas(t *testing.T) {
 	for at, want := range map[string]string{
-		"[search, find]": "", "[search find]": "search find", "[a, search  find, b]": "search  find", "['search find']": "", `["search find"]`: "",
+		"[search, find]": "", "[&a search find, *a]": "search find", "[search find]": "search find", "[a, search  find, b]": "search  find", "['search find']": "", `["search find"]`: "",
 		"[GET /search, POST /search]": "", "\n          - search find": "",
 	} {
 		file := strings.Replace(short, "at: [checkout]", "at: "+at, 1)

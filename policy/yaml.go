@@ -838,7 +838,9 @@ func (c *converter) node(in *yaml.Node, depth int) *node {
 		n.items = make([]*node, len(in.Content))
 		for i, value := range in.Content {
 			n.items[i] = c.node(value, depth+1)
-			n.items[i].bare = in.Style&yaml.FlowStyle != 0 && value.Kind == yaml.ScalarNode && value.Style&^yaml.TaggedStyle == 0
+			if in.Style&yaml.FlowStyle != 0 && value.Kind == yaml.ScalarNode && value.Style&^yaml.TaggedStyle == 0 { // an alias is another's node
+				n.items[i].bare = true
+			}
 			n.hold(n.items[i])
 		}
 	case yaml.MappingNode:

@@ -11,14 +11,11 @@ import (
 // In tells what looks like a mistake in a name or a value, as in "it begins or ends with white space". It returns "" if
 // nothing does. It repeats at most a mark of the text, because values may be secrets.
 func In(text string) string {
-	if strings.TrimSpace(text) != text {
-		return "it begins or ends with white space"
+	if why := InRegex(text); why != "" {
+		return why
 	}
 	if strings.Contains(text, "${") || strings.Contains(text, "{{") {
 		return "it looks like part of a template"
-	}
-	if why := unseen(text); why != "" {
-		return why
 	}
 	if !closes(text) || !quotes(text) {
 		return "it holds a quote or a bracket by accident, as it seems"
@@ -37,10 +34,6 @@ func InRegex(text string) string {
 	if strings.TrimSpace(text) != text {
 		return "it begins or ends with white space"
 	}
-	return unseen(text)
-}
-
-func unseen(text string) string {
 	for _, r := range text {
 		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.IsSpace(r) && r != ' ' {
 			return fmt.Sprintf("it holds %U, which cannot be seen", r)

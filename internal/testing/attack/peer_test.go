@@ -283,6 +283,15 @@ func (p *peer) reset(stream uint32) error {
 	return p.framer.WriteRSTStream(stream, http2.ErrCodeCancel)
 }
 
+// write sends frames as they are.
+func (p *peer) write(frames []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
+	_, err := p.conn.Write(frames)
+	return err
+}
+
 // envelope is a message as gRPC sends it, with a length that need not be its own.
 func envelope(length int, message []byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{0}, uint32(length)), message...)
@@ -395,11 +404,7 @@ func sessions(frame int) assault {
 				for range (60 << 10) / frame {
 					_ = all.WriteData(stream, false, make([]byte, frame))
 				}
-				p.mu.Lock()
-				_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
-				_, err = p.conn.Write(frames.Bytes())
-				p.mu.Unlock()
-				if err != nil {
+				if err := p.write(frames.Bytes()); err != nil {
 					return
 				}
 			}
@@ -424,11 +429,7 @@ func storms(connections int, kinds ...func(p *peer) storm) assault {
 					for ctx.Err() == nil {
 						frames.Reset()
 						next(all)
-						p.mu.Lock()
-						_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
-						_, err := p.conn.Write(frames.Bytes())
-						p.mu.Unlock()
-						if err != nil {
+						if err := p.write(frames.Bytes()); err != nil {
 							return
 						}
 					}
@@ -547,11 +548,7 @@ func echoes(ctx context.Context, _ *testing.T, address string) {
 			for due := int(perSecond * time.Since(begin).Seconds()); made <= due; made++ {
 				p.begins(all, true, pairs...)
 			}
-			p.mu.Lock()
-			_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
-			_, err := p.conn.Write(frames.Bytes())
-			p.mu.Unlock()
-			if err != nil {
+			if err := p.write(frames.Bytes()); err != nil {
 				return
 			}
 		}
@@ -631,11 +628,7 @@ func returns(ctx context.Context, _ *testing.T, address string) {
 				for _, stream := range some {
 					_ = all.WriteData(stream, false, message)
 				}
-				p.mu.Lock()
-				_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
-				_, err := p.conn.Write(frames.Bytes())
-				p.mu.Unlock()
-				if err != nil || ctx.Err() != nil {
+				if err := p.write(frames.Bytes()); err != nil || ctx.Err() != nil {
 					return
 				}
 			}
@@ -804,11 +797,7 @@ func (c unreadCall) neglect(ctx context.Context, address string, pause time.Dura
 				_ = all.WriteRSTStream(stream, http2.ErrCodeCancel)
 			}
 		}
-		p.mu.Lock()
-		_ = p.conn.SetWriteDeadline(time.Now().Add(patience))
-		_, err := p.conn.Write(frames.Bytes())
-		p.mu.Unlock()
-		if err != nil {
+		if err := p.write(frames.Bytes()); err != nil {
 			return
 		}
 		sleep(ctx, pause)
